@@ -1,0 +1,21 @@
+"""lora_tree: LoRA adapters as a tree over one base model. This page is the map."""
+
+from .adapter import Adapter, combine
+from .lowrank import Layout, LowRank, Truncated, concat, inner
+from .spec import LoraSpec
+from .tree import AdapterTree, Blend, Node, parse_blend
+
+__all__ = [
+    "Adapter",
+    "AdapterTree",
+    "Blend",
+    "Layout",
+    "LoraSpec",
+    "LowRank",
+    "Node",
+    "Truncated",
+    "combine",
+    "concat",
+    "inner",
+    "parse_blend",
+]

@@ -1,0 +1,175 @@
+"""Adapter: one node's own increments, module name → LowRank, with what they were made for.
+
+A value: frozen, comparable by identity, usable without a model. Names are sorted, so nothing that is computed from an
+adapter, and no byte that is written of it, depends on the order in which it was put together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
+from .lowrank import LowRank, concat
+from .storage import as_path, storage
+
+__all__ = ["Adapter", "combine"]
+
+
+def _frozen(of: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType({name: of[name] for name in sorted(of)})
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Increments of a base's modules.
+
+    Args:
+        modules: the name of a module (``model.layers.0.self_attn.q_proj``) or of a raw parameter
+            (``model.layers.0.mlp.experts.down_proj``) → its `LowRank`. For an ``nn.MultiheadAttention`` named ``attn``,
+            ``attn`` is its in-projection and ``attn.out_proj`` its out-projection.
+        base: the base it was made for, as its maker named it.
+        config: fields of the maker's ``adapter_config.json`` that do not change the value; kept for a round trip.
+        unchanged: tensors of the base that came along (a frozen bias, an embedding saved beside its adapter): parameter
+            name → value. The base's own must be equal, bit for bit, when the adapter is bound to it.
+        nesting: module → its raw parameters in the order in which the base registers them; needed only to write two or
+            more parameters of one module as PEFT does.
+        errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty where the value is exact.
+
+    >>> import torch
+    >>> fr = Adapter({"q_proj": LowRank(torch.ones(2, 4), torch.ones(4, 2))}, base="org/model")
+    >>> fr.ranks, fr.numel
+    ({'q_proj': 2}, 16)
+    """
+
+    modules: Mapping[str, LowRank]
+    base: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    unchanged: Mapping[str, Tensor] = field(default_factory=dict)
+    nesting: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.modules.items():
+            if not isinstance(name, str) or not name:
+                raise SpecError(f"an adapter's modules are named by non-empty strings, got {name!r}")
+            if not isinstance(value, LowRank):
+                raise SpecError(f"{name}: expected a LowRank, got {type(value).__name__}")
+        for attribute in ("modules", "config", "unchanged", "nesting", "errors"):
+            object.__setattr__(self, attribute, _frozen(getattr(self, attribute)))
+
+    # ------------------------------------------------------------------ what it is
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module → rank."""
+        return {name: value.rank for name, value in self.modules.items()}
+
+    @property
+    def numel(self) -> int:
+        """Numbers in all factors."""
+        return sum(value.numel for value in self.modules.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors, as they are held."""
+        return sum(value.nbytes for value in self.modules.values())
+
+    @property
+    def error(self) -> float:
+        """The largest relative error that a truncation left in any module; 0.0 where the value is exact."""
+        return max(self.errors.values(), default=0.0)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __repr__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        return f"Adapter({len(self)} modules, r={'/'.join(map(str, ranks)) or '-'}, base={self.base!r})"
+
+    # ------------------------------------------------------------------ the algebra
+    def map(self, change: Callable[[LowRank], LowRank]) -> Adapter:
+        """The same adapter with every module's value changed; an error names the module."""
+        return replace(self, modules={name: _named(name, change, value) for name, value in self.modules.items()})
+
+    def scaled(self, by: float) -> Adapter:
+        """``by`` times every increment."""
+        return self.map(lambda value: value.scaled(by))
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """The same adapter on another device, or rounded to another dtype."""
+        return self.map(lambda value: value.to(device=device, dtype=dtype))
+
+    def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Adapter:
+        """The nearest adapter of a smaller rank, module by module (see `LowRank.truncate`); `errors` says how near.
+
+        Raises:
+            SpecError: a bound makes no sense, or both can't be met; names the module.
+        """
+        cut = {n: _named(n, lambda v: v.truncate(rank, max_error=max_error), v) for n, v in self.modules.items()}
+        errors = {name: c.relative_error for name, c in cut.items() if c.relative_error}
+        return replace(self, modules={name: c.value for name, c in cut.items()}, errors=errors)
+
+    # ------------------------------------------------------------------ files
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Adapter:
+        """Read a PEFT folder (``adapter_config.json`` and ``adapter_model.safetensors``).
+
+        Raises:
+            FormatError: the files are broken or incomplete; names the file and the key.
+            UnsupportedAdapter: an adapter of a kind that does not add up.
+        """
+        return storage().read_adapter(as_path(folder))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a PEFT folder; it appears whole or not at all, and its bytes depend on the value alone.
+
+        Raises:
+            FormatError: PEFT has no way to write this value; names the module and the reason.
+            FolderError: the folder can't be written.
+        """
+        storage().write_adapter(self, as_path(folder))
+
+
+def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Σ coefficient · adapter, module by module, as one adapter of rank Σr.
+
+    ``config`` and ``base`` come from the first term that has them.
+
+    Raises:
+        ShapeMismatch: two terms change one module in different shapes.
+        BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
+    """
+    parts: dict[str, list[LowRank]] = {}
+    unchanged: dict[str, Tensor] = {}
+    nesting: dict[str, tuple[str, ...]] = {}
+    for adapter, coefficient in terms:
+        for name, value in adapter.modules.items():
+            parts.setdefault(name, []).append(value.scaled(coefficient))
+        for name, tensor in adapter.unchanged.items():
+            if name in unchanged and not torch.equal(unchanged[name], tensor):
+                raise BaseMismatch(f"{name}: two adapters carry different values of this base tensor")
+            unchanged[name] = tensor
+        for module, order in adapter.nesting.items():
+            known = nesting.setdefault(module, order)
+            if known != order:
+                raise ShapeMismatch(f"{module}: two adapters order its parameters differently: {known} and {order}")
+    return Adapter(
+        {name: _named(name, concat, values) for name, values in parts.items()},
+        base=next((a.base for a, _ in terms if a.base), None),
+        config=next((a.config for a, _ in terms if a.config), {}),
+        unchanged=unchanged,
+        nesting=nesting,
+    )
+
+
+def _named(name: str, call: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return call(value)
+    except LoraTreeError as error:
+        raise error.within(name) from error

@@ -1,0 +1,146 @@
+"""Every error this library raises, in one tree.
+
+    LoraTreeError
+    ├── SpecError               a tree.yaml, a lock or an argument says something that makes no sense
+    ├── PathError               a path or a blend names a node that is not there, or is no valid name
+    ├── TreeError               the change asked of the tree can't be made
+    ├── ShapeMismatch           two values, or a value and a weight, do not have the same (out, in)
+    ├── FormatError             the files of an adapter are broken or incomplete
+    │   └── UnsupportedAdapter  they are whole, but of a kind that does not add up to W + B·A
+    ├── FolderError             a folder of adapters can't be read or written as a tree
+    │   ├── StaleError          a node's lineage has changed since it was trained
+    │   └── UnlockedError       a node's files are not what tree.lock says
+    ├── BaseMismatch            the adapter names something that this base does not have, or has otherwise
+    │   ├── TiedWeights         a weight to be merged is used by a second module
+    │   └── MergedOnly / UnmergedOnly   the site can be changed, but not in the mode that was asked for
+    ├── StateError              the call does not fit what the model is doing now
+    │   └── ForeignWrite        somebody else wrote to a weight while a path was merged into it
+    └── MissingExtra            an optional package is needed and not installed
+
+The first line says what failed and where (node, module, file, line), with what was found and what was expected; the
+lines after it say what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BaseMismatch",
+    "FolderError",
+    "ForeignWrite",
+    "FormatError",
+    "LoraTreeError",
+    "MergedOnly",
+    "MissingExtra",
+    "PathError",
+    "ShapeMismatch",
+    "SpecError",
+    "StaleError",
+    "StateError",
+    "TiedWeights",
+    "TreeError",
+    "UnlockedError",
+    "UnmergedOnly",
+    "UnsupportedAdapter",
+]
+
+
+class LoraTreeError(Exception):
+    """The root: ``except LoraTreeError`` catches everything that this library raises on purpose.
+
+    Args:
+        what: the first line: what failed, where, got and expected.
+        todo: lines that say what to do about it.
+    """
+
+    def __init__(self, what: str, *todo: str) -> None:
+        super().__init__("\n  ".join((what, *todo)))
+        self.what = what
+        self.todo = todo
+
+    def within(self, where: str) -> LoraTreeError:
+        """The same error, with ``where`` (a node, a file) put before its first line."""
+        return type(self)(f"{where}: {self.what}", *self.todo)
+
+
+class SpecError(LoraTreeError, ValueError):
+    """A tree.yaml, a lock or an argument says something that makes no sense."""
+
+
+class PathError(LoraTreeError, LookupError):
+    """A path or a blend names a node that is not there, or is not a valid name."""
+
+
+class TreeError(LoraTreeError, ValueError):
+    """The change asked of the tree can't be made: the node exists, has children, is in use."""
+
+
+class ShapeMismatch(LoraTreeError, ValueError):
+    """Two values, or a value and a weight, do not have the same (out, in)."""
+
+
+class FormatError(LoraTreeError, ValueError):
+    """The files of an adapter are broken, incomplete or not what their config says."""
+
+
+class UnsupportedAdapter(FormatError):
+    """An adapter of a kind that does not add up to W + B·A (DoRA, ``modules_to_save``, …)."""
+
+
+class FolderError(LoraTreeError, OSError):
+    """A folder can't be read or written as a tree."""
+
+
+class StaleError(FolderError):
+    """A node's lineage has changed since it was trained (raised with ``strict=True`` only)."""
+
+
+class UnlockedError(FolderError):
+    """A node's files are not what tree.lock says."""
+
+
+class BaseMismatch(LoraTreeError, ValueError):
+    """The adapter names a module that this base does not have, or has in another shape or kind."""
+
+
+class TiedWeights(BaseMismatch):
+    """A weight to be merged is used by a second module, which would change as well."""
+
+
+class MergedOnly(BaseMismatch):
+    """The site's weight is read without calling its module, so a side path would never run."""
+
+
+class UnmergedOnly(BaseMismatch):
+    """The delta can't be written into the site's weight (quantised, grouped, no bias to add to)."""
+
+
+class StateError(LoraTreeError, RuntimeError):
+    """The call does not fit what the model is doing now."""
+
+
+class ForeignWrite(StateError):
+    """Somebody else wrote to a weight, or replaced it, while a path was merged into it."""
+
+
+class MissingExtra(LoraTreeError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+def suggest(name: str, known: Iterable[str], *, prefix: str = "; did you mean ") -> str:
+    """``; did you mean 'r'?`` for the nearest known name, or an empty string where none is near.
+
+    >>> suggest("rnak", ["rank", "weight"])
+    "; did you mean 'rank'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"{prefix}{near[0]!r}?" if near else ""
+
+
+def listing(names: Iterable[str], *, most: int = 8) -> str:
+    """``a, b, c and 4 more``: names for an error message, not too many of them."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

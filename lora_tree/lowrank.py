@@ -1,0 +1,307 @@
+"""LowRank: one increment of one weight, kept as its factors, and the algebra on them.
+
+    ΔW = scale · B A            A: (*batch, r, in)    B: (*batch, out, r)
+
+The increment is a matrix, or a batch of them: the experts of a fused parameter, the groups of a convolution. How the
+matrix lies in the weight of a module (transposed, as a kernel, per expert) is its `Layout`; nothing here depends on it.
+
+Law: no operation builds an (out, in) matrix except `dense`, and that one can be had in blocks of rows. Norms, inner
+products and truncation work on QR cores of (r, r).
+
+References: LoRA, https://arxiv.org/abs/2106.09685 §4.1 (ΔW = α/r · B A);
+rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeMismatch, SpecError
+
+__all__ = ["EMBEDDING", "LINEAR", "PARAMETER", "Layout", "LowRank", "Truncated", "concat", "inner"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the (out, in) matrix of a `LowRank` lies in the weight that it changes.
+
+    kind: ``linear`` (the matrix, or its transpose in a Conv1D), ``embedding`` (the transpose), ``conv`` (a kernel:
+        ``in`` counts channels × kernel positions, the batch the groups) or ``parameter`` (the batch counts experts).
+    kernel: the kernel's size, for ``conv`` only.
+    """
+
+    kind: Literal["linear", "embedding", "conv", "parameter"]
+    kernel: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.kind + ("×".join(map(str, self.kernel)) and f" {'×'.join(map(str, self.kernel))}")
+
+
+LINEAR, EMBEDDING, PARAMETER = Layout("linear"), Layout("embedding"), Layout("parameter")
+
+
+class Truncated(NamedTuple):
+    """What `LowRank.truncate` returns: the value and ‖ΔW − ΔW'‖, absolute and as a part of ‖ΔW‖."""
+
+    value: LowRank
+    error: float
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · B A, as a frozen value.
+
+    Args:
+        A: (\\*batch, r, in), floating point.
+        B: (\\*batch, out, r), on A's device.
+        scale: a finite factor, ``lora_alpha / r`` or ``lora_alpha / sqrt(r)``.
+        bias: (out,) or None: what `lora_bias` adds to the output, before ``scale``. For a batch, (batch · out,).
+        layout: how the matrix lies in the weight it changes.
+
+    Raises:
+        ShapeMismatch: A, B and bias do not fit together.
+        SpecError: a factor is not floating point, or the scale is not finite.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(2, 5), torch.ones(3, 2), scale=0.5)
+    >>> x.shape, x.rank, x.dense().sum().item()
+    ((3, 5), 2, 15.0)
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+    layout: Layout = LINEAR
+
+    def __post_init__(self) -> None:
+        A, B = self.A, self.B
+        if not (A.is_floating_point() and B.is_floating_point()):
+            raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
+        if not math.isfinite(self.scale):
+            raise SpecError(f"scale must be finite, got {self.scale}")
+        if A.ndim < 2 or A.ndim != B.ndim or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
+            raise ShapeMismatch(
+                f"A is {tuple(A.shape)}, B is {tuple(B.shape)}: they do not multiply to an (out, in)",
+                "A is (*batch, r, in) and B is (*batch, out, r)",
+            )
+        if self.bias is not None and self.bias.shape != (math.prod(B.shape[:-1]),):
+            raise ShapeMismatch(f"bias is {tuple(self.bias.shape)}, expected ({math.prod(B.shape[:-1])},)")
+
+    # ------------------------------------------------------------------ what it is
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(\\*batch, out, in): the shape of ΔW."""
+        return (*self.A.shape[:-2], self.B.shape[-2], self.A.shape[-1])
+
+    @property
+    def rank(self) -> int:
+        """r, of each matrix of the batch."""
+        return self.A.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the factors' dtypes."""
+        return torch.promote_types(self.A.dtype, self.B.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A, B and, where there is one, the bias."""
+        return (self.A, self.B) if self.bias is None else (self.A, self.B, self.bias)
+
+    @property
+    def numel(self) -> int:
+        """Numbers stored: r · (in + out) for each matrix of the batch."""
+        return sum(t.numel() for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        return f"LowRank({shape}, r={self.rank}, scale={self.scale:g}, {self.layout}, {str(self.dtype)[6:]})"
+
+    # ------------------------------------------------------------------ the algebra
+    def scaled(self, by: float) -> LowRank:
+        """``by`` · ΔW; the factors are shared, nothing is rounded."""
+        return replace(self, scale=self.scale * by)
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
+        """The same value elsewhere, or rounded to another dtype (only where ``dtype`` says so)."""
+        A, B = self.A.to(device=device, dtype=dtype), self.B.to(device=device, dtype=dtype)
+        return replace(self, A=A, B=B, bias=None if self.bias is None else self.bias.to(device=device, dtype=dtype))
+
+    def folded(self) -> LowRank:
+        """The same value with scale 1: folded into B, in fp32 or wider unless the product is exact in B's dtype."""
+        if self.scale == 1.0:
+            return self
+        bias = None if self.bias is None else _times(self.bias, self.scale)
+        return replace(self, B=_times(self.B, self.scale), scale=1.0, bias=bias)
+
+    def dense(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW itself, (\\*batch, out, in). For answers and tests; in blocks of rows see `dense_blocks`."""
+        dtype = dtype or self.dtype
+        return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+
+    def dense_blocks(self, rows: int = 256, *, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """ΔW in blocks of at most ``rows`` of its rows, (\\*batch, ≤ rows, in), top to bottom."""
+        dtype = dtype or self.dtype
+        A = self.A.to(dtype)
+        for start in range(0, self.B.shape[-2], rows):
+            yield (self.B[..., start : start + rows, :].to(dtype) @ A) * self.scale
+
+    def core(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q_B, M, Q_A with ΔW = Q_B M Q_Aᵀ and orthonormal columns: M is (\\*batch, ≤ r, ≤ r), in float64."""
+        Qb, Rb = torch.linalg.qr(self.B.detach().double())  # (out, k) (k, r)
+        Qa, Ra = torch.linalg.qr(self.A.detach().double().mT)  # (in, l) (l, r)
+        return Qb, (Rb @ Ra.mT) * self.scale, Qa
+
+    def norm(self) -> float:
+        """‖ΔW‖ in the Frobenius norm, over the whole batch, from the (r, r) core."""
+        return float(torch.linalg.vector_norm(self.core()[1]))
+
+    def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Truncated:
+        """The nearest value of a smaller rank (Eckart–Young, by two QRs and an SVD of (r, r)).
+
+        Args:
+            rank: the rank to keep; or the most to keep, where ``max_error`` is given too.
+            max_error: the largest ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed; the smallest rank that reaches it is taken.
+
+        Returns:
+            the value (scale 1, in fp32 or wider), and its error in the Frobenius norm. A value that is small enough
+            already comes back as it is, with error 0. ``bias`` is kept as it is.
+
+        Raises:
+            SpecError: neither bound was given, or one of them makes no sense, or both can't be met.
+
+        >>> import torch
+        >>> x = LowRank(torch.eye(3, 4), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+        >>> short = x.truncate(2)
+        >>> short.value.rank, round(short.error, 6)
+        (2, 1.0)
+        """
+        if rank is None and max_error is None:
+            raise SpecError("truncate needs rank= or max_error=")
+        if rank is not None and rank < 1:
+            raise SpecError(f"rank must be at least 1, got {rank}")
+        if max_error is not None and not 0 <= max_error:
+            raise SpecError(f"max_error must be 0 or more (a part of the norm), got {max_error}")
+        if max_error is None and rank is not None and rank >= self.rank:
+            return Truncated(self, 0.0, 0.0)
+        Qb, M, Qa = self.core()
+        U, S, Vh = torch.linalg.svd(M)  # (k, k) (min,) (l, l)
+        squares = S.square().reshape(-1, S.shape[-1]).sum(0)  # (min,): over the batch
+        tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]).sqrt()  # tails[k]: error of rank k
+        total = float(tails[0])
+        keep = min(rank, self.rank) if rank is not None else self.rank
+        if max_error is not None:
+            least = int((tails <= max_error * total).nonzero()[0].item())
+            if least > keep:
+                raise SpecError(
+                    f"rank {keep} leaves a relative error of {float(tails[keep]) / total:.3g}, "
+                    f"max_error={max_error:g} needs rank {least}"
+                )
+            keep = max(least, 1)
+        if keep >= self.rank:
+            return Truncated(self, 0.0, 0.0)
+        keep = min(keep, S.shape[-1])
+        root = S[..., :keep].sqrt()
+        B = Qb @ (U[..., :, :keep] * root[..., None, :])  # (out, keep)
+        A = (root[..., :, None] * Vh[..., :keep, :]) @ Qa.mT  # (keep, in)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        bias = None if self.bias is None else _times(self.bias, self.scale)
+        value = LowRank(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0, bias, self.layout)
+        error = float(tails[keep])
+        return Truncated(value, error, error / total if total else 0.0)
+
+    def padded(self, rank: int) -> LowRank:
+        """The same value with zero rows and columns up to ``rank``, for engines that want one rank everywhere."""
+        extra = rank - self.rank
+        if extra < 0:
+            raise SpecError(f"can't pad rank {self.rank} down to {rank}; truncate it")
+        if extra == 0:
+            return self
+        A = torch.nn.functional.pad(self.A, (0, 0, 0, extra))
+        return replace(self, A=A, B=torch.nn.functional.pad(self.B, (0, extra)))
+
+
+def concat(terms: Sequence[LowRank]) -> LowRank:
+    """Σ of the terms as one value: A's rows stacked, B's columns side by side, rank Σr.
+
+    A common scale is kept; otherwise every scale is folded into its B. The sum is exact but for that rounding (see
+    `LowRank.folded`), and the result has the widest dtype of its terms.
+
+    Raises:
+        SpecError: no terms.
+        ShapeMismatch: the terms differ in (\\*batch, out, in) or in layout.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> both = concat([x, x.scaled(2.0)])
+    >>> both.rank, both.dense()[0, 0].item()
+    (2, 3.0)
+    """
+    if not terms:
+        raise SpecError("concat needs at least one term")
+    first = terms[0]
+    if len(terms) == 1:
+        return first
+    for other in terms[1:]:
+        _same_place(first, other)
+    if any(t.scale != first.scale for t in terms):
+        terms = [t.folded() for t in terms]
+    scale = terms[0].scale
+    dtype = first.dtype
+    for t in terms:
+        dtype = torch.promote_types(dtype, t.dtype)
+    biases = [t.bias for t in terms if t.bias is not None]
+    bias = torch.stack([b.to(dtype) for b in biases]).sum(0) if biases else None
+    A = torch.cat([t.A.to(dtype) for t in terms], dim=-2)
+    B = torch.cat([t.B.to(dtype) for t in terms], dim=-1)
+    return LowRank(A, B, scale, bias, first.layout)
+
+
+def inner(x: LowRank, y: LowRank) -> float:
+    """Frobenius inner product ⟨ΔW_x, ΔW_y⟩, from the factors, in float64.
+
+    tr(ΔW_xᵀ ΔW_y) = Σ (B_xᵀ B_y) ∘ (A_x A_yᵀ): two (r_x, r_y) products, never (out, in).
+
+    Raises:
+        ShapeMismatch: the two do not have the same (out, in) or layout.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> inner(x, x)
+    8.0
+    """
+    _same_place(x, y)
+    left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
+    right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
+    return float((left * right).sum()) * x.scale * y.scale
+
+
+def _same_place(x: LowRank, y: LowRank) -> None:
+    if x.shape != y.shape or x.layout != y.layout:
+        raise ShapeMismatch(f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight")
+
+
+def _times(t: Tensor, scale: float) -> Tensor:
+    """``t · scale``, in fp32 or wider unless it is exact in t's own dtype (a power of two, nothing lost at the ends)."""
+    wide = t.to(torch.promote_types(t.dtype, torch.float32)) * scale
+    if wide.dtype != t.dtype and abs(math.frexp(scale)[0]) == 0.5:
+        narrow = wide.to(t.dtype)
+        if torch.equal(narrow.to(wide.dtype), wide):
+            return narrow
+    return wide

@@ -1,0 +1,153 @@
+"""What a tree.yaml may say, as pydantic models; the YAML itself is read in ``yamlfile.py``.
+
+    version: 1
+    base: org/model
+    defaults: {r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj]}
+    tree:
+      fr:
+        weight: 0.9
+        children:
+          legal: {adapter: ../elsewhere/legal, weight: 0.8}
+
+Every model refuses unknown keys. The words of `LoraSpec` are PEFT's, with PEFT's meaning and PEFT's defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from .errors import PathError, SpecError, suggest
+
+__all__ = ["LoraSpec", "NodeSpec", "TreeSpec", "check_name", "check_path"]
+
+NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
+_NAME = re.compile(rf"{NAME}\Z")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNORECASE)
+MAX_DEPTH = 64
+
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+Rank = Annotated[int, Field(ge=1, le=65536)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraSpec(_Strict):
+    """How a fresh adapter is made when the tree is attached; the words are those of PEFT's LoraConfig."""
+
+    r: Rank | None = Field(None, description="rank; 8 where nothing says otherwise")
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise"
+    )
+    use_rslora: bool | None = Field(None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
+    lora_bias: bool | None = Field(None, description="a trained bias on B")
+    target_modules: list[str] | str | None = Field(
+        None, description="suffixes of module names, or one regex, or 'all-linear'"
+    )
+    exclude_modules: list[str] | str | None = Field(None, description="suffixes, or one regex, to leave out")
+    layers_to_transform: list[int] | int | None = Field(None, description="layer indices to adapt")
+    layers_pattern: list[str] | str | None = Field(None, description="name of the module list that holds the layers")
+    target_parameters: list[str] | None = Field(None, description="suffixes of raw parameters (fused experts)")
+    rank_pattern: dict[str, Rank] | None = Field(None, description="regex on the end of a module name → its r")
+    alpha_pattern: dict[str, float] | None = Field(None, description="regex on the end of a module name → its alpha")
+    init_lora_weights: Literal["kaiming", "gaussian"] | None = Field(
+        None, description="how A is drawn (B is zero): Kaiming uniform, or normal with deviation 1/r"
+    )
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _regex(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+    def over(self, other: LoraSpec) -> LoraSpec:
+        """This spec, with what it leaves open taken from ``other``."""
+        mine = {name: getattr(self, name) for name in LoraSpec.model_fields}
+        theirs = {name: getattr(other, name) for name in LoraSpec.model_fields}
+        return LoraSpec(**{name: theirs[name] if mine[name] is None else mine[name] for name in mine})
+
+    @property
+    def has_targets(self) -> bool:
+        return bool(self.target_modules or self.target_parameters)
+
+
+class NodeSpec(LoraSpec):
+    """One node: its weight, where its adapter lives, or how a fresh one is made, and its children."""
+
+    adapter: str | None = Field(
+        None, description="folder of a PEFT adapter, relative to tree.yaml; null: a node without an adapter of its own"
+    )
+    weight: Weight = Field(1.0, description="factor on this node's increments, on every path through it")
+    children: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below, by name")
+
+
+class TreeSpec(_Strict):
+    """A whole tree.yaml."""
+
+    version: Literal[1] = Field(description="version of this format")
+    base: str | None = Field(None, description="the base model: a hub id, or a folder relative to tree.yaml")
+    defaults: LoraSpec = Field(default_factory=LoraSpec, description="for fresh adapters that do not say otherwise")
+    tree: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below the root, by name")
+
+
+def check_name(name: str) -> str:
+    """A node's own name: a file name that is safe on every system.
+
+    Raises:
+        PathError: it is not.
+    """
+    if not isinstance(name, str) or not _NAME.match(name) or name.endswith(".") or _RESERVED.match(name):
+        raise PathError(
+            f"{name!r} is not a valid node name",
+            "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no device name like 'con'",
+        )
+    return name
+
+
+def check_path(path: str) -> tuple[str, ...]:
+    """The names on a path, ``"fr/legal"`` → ``("fr", "legal")``; the root ``""`` is ``()``.
+
+    Raises:
+        PathError: a name is not valid, or the path is too deep.
+    """
+    if not isinstance(path, str):
+        raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
+    names = tuple(path.split("/")) if path else ()
+    if len(names) > MAX_DEPTH:
+        raise PathError(f"{path[:60]}…: {len(names)} levels deep, the most is {MAX_DEPTH}")
+    for name in names:
+        try:
+            check_name(name)
+        except PathError as error:
+            raise error if len(names) == 1 else error.within(repr(path)) from error
+    return names
+
+
+def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
+    """A `LoraSpec` from what a caller wrote in Python.
+
+    Raises:
+        SpecError: an unknown word, or a value of the wrong kind; with the nearest known word.
+    """
+    if isinstance(source, LoraSpec):
+        return source
+    try:
+        return LoraSpec.model_validate(source or {})
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            name = ".".join(map(str, e["loc"]))
+            if e["type"] == "extra_forbidden":
+                lines.append(f"{where}: unknown key {name!r}{suggest(name, LoraSpec.model_fields)}")
+            else:
+                lines.append(f"{where}: {name}: {e['msg']}, got {e['input']!r}")
+        raise SpecError(*lines) from error

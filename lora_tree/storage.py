@@ -1,0 +1,65 @@
+"""Where the values ask for files, without knowing how files look.
+
+`Adapter.load` and `AdapterTree.save` belong on the values, where users look for them; the formats belong at the edge.
+The edge (``folder.py``) puts itself into this one slot when the package is imported, and the values call through it,
+so that imports go on pointing inward.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .tree import AdapterTree
+
+__all__ = ["Source", "Storage", "install", "storage"]
+
+
+class Source(Protocol):
+    """An adapter that is not in memory yet: where it lives, and how to get it."""
+
+    @property
+    def where(self) -> Path:
+        """The folder, for messages and for tree.yaml."""
+        ...
+
+    def load(self) -> Adapter:
+        """Read, check and return the adapter; a new value at every call.
+
+        Raises:
+            FolderError, FormatError: the files are gone, broken, or not what the lock says.
+        """
+        ...
+
+
+class Storage(Protocol):
+    """What the edge offers to the values."""
+
+    def read_adapter(self, folder: Path) -> Adapter: ...
+
+    def write_adapter(self, adapter: Adapter, folder: Path) -> None: ...
+
+    def source(self, folder: Path) -> Source: ...
+
+    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool) -> None: ...
+
+
+_slot: list[Storage] = []
+
+
+def install(edge: Storage) -> None:
+    """Put the edge in place; the last one wins."""
+    _slot[:] = [edge]
+
+
+def storage() -> Storage:
+    """The edge that ``import lora_tree`` put in place."""
+    return _slot[0]
+
+
+def as_path(folder: str | os.PathLike[str]) -> Path:
+    """A user's spelling of a folder, with ``~`` expanded."""
+    return Path(folder).expanduser()

@@ -1,0 +1,435 @@
+"""AdapterTree: the nodes, their order, and what a path or a blend of paths adds up to.
+
+    W(path) = round_once( W0 + Σ weight_n · scale_n · B_n A_n )      n on the lineage of path
+
+Law: a value depends on the path and on what the tree holds, never on the order in which nodes were added: children are
+taken in the order of their names, parents before children. That order (`AdapterTree.paths`) is the order of every sum.
+
+A blend ``{"fr/legal": 0.5, "fr/medical": 0.5}`` is the same sum with a coefficient per node: the total weight of the
+entries whose lineage passes through it. A path is the blend with one entry of weight 1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
+
+import networkx as nx
+import torch
+
+from .adapter import Adapter, combine
+from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
+from .spec import LoraSpec, check_name, check_path, lora_spec
+from .storage import Source, as_path, storage
+
+__all__ = ["AdapterTree", "Blend", "Node", "parse_blend"]
+
+Blend: TypeAlias = str | Mapping[str, float]
+"""A path, ``"fr/legal"``; or a blend, as a mapping or as ``"fr/legal:0.5+fr/medical:0.5"``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A place in the tree below the root.
+
+    Args:
+        path: its name, ``fr/legal``.
+        weight: factor on its increments, on every path through it.
+        loaded: its adapter, where that is in memory.
+        source: where its adapter lives, where it came from files.
+        fresh: how its adapter is to be made when the tree is attached, where it has none yet.
+        stale: why it no longer fits its lineage, where the lock says so.
+    """
+
+    path: str
+    weight: float = 1.0
+    loaded: Adapter | None = None
+    source: Source | None = None
+    fresh: LoraSpec | None = None
+    stale: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def has_adapter(self) -> bool:
+        """It has increments of its own, in memory or in files."""
+        return self.loaded is not None or self.source is not None
+
+
+class Guard(Protocol):
+    """Whoever relies on nodes staying as they are: an attached model."""
+
+    def nodes_in_use(self) -> Iterable[str]: ...
+
+
+class AdapterTree:
+    """A tree of adapters over one base.
+
+    Args:
+        base: the base model's name: a hub id or a folder.
+        defaults: how fresh adapters are made, in PEFT's words: ``r``, ``lora_alpha``, ``target_modules``, ….
+
+    Raises:
+        SpecError: ``defaults`` has an unknown word or a value of the wrong kind.
+
+    >>> tree = AdapterTree(base="org/model", defaults=dict(r=16, target_modules=["q_proj"]))
+    >>> _ = tree.add("fr"); _ = tree.add("fr/legal", weight=0.8)
+    >>> tree.paths()
+    ['fr', 'fr/legal']
+    """
+
+    def __init__(self, base: str | None = None, defaults: LoraSpec | dict[str, Any] | None = None) -> None:
+        self.base = base
+        self.defaults = lora_spec(defaults, "defaults")
+        self._graph: nx.DiGraph[str] = nx.DiGraph()
+        self._graph.add_node("")
+        self._guards: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    # ------------------------------------------------------------------ looking
+    @property
+    def graph(self) -> nx.DiGraph[str]:
+        """A read-only networkx view: nodes are paths (the root is ``""``), each with its `Node` under ``node``."""
+        return nx.freeze(self._graph.copy(as_view=True))
+
+    def __contains__(self, path: object) -> bool:
+        return isinstance(path, str) and path != "" and path in self._graph
+
+    def __len__(self) -> int:
+        return len(self._graph) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths())
+
+    def __getitem__(self, path: str) -> Node:
+        self._known(path)
+        if path == "":
+            raise PathError("the root is the bare base and has no node")
+        node: Node = self._graph.nodes[path]["node"]
+        return node
+
+    def __repr__(self) -> str:
+        return f"AdapterTree({len(self)} nodes, base={self.base!r})"
+
+    def paths(self, under: str = "") -> list[str]:
+        """Every path below ``under``, depth-first, children by name: the order of every sum."""
+        self._known(under)
+        found: list[str] = []
+        stack = self.children(under)[::-1]
+        while stack:
+            path = stack.pop()
+            found.append(path)
+            stack.extend(self.children(path)[::-1])
+        return found
+
+    def children(self, path: str = "") -> list[str]:
+        """The paths one step below ``path``, by name."""
+        self._known(path)
+        return sorted(self._graph.successors(path))
+
+    def leaves(self) -> list[str]:
+        """The paths without children, depth-first."""
+        return [path for path in self.paths() if not self._graph.out_degree(path)]
+
+    def parent(self, path: str) -> str:
+        """The path one step up; ``""`` for a top-level node."""
+        self._known(path)
+        return path.rpartition("/")[0]
+
+    def lineage(self, path: str) -> list[str]:
+        """The nodes on the way from the root down to ``path``, in that order; ``[]`` for the bare base."""
+        self._known(path)
+        names = check_path(path)
+        return ["/".join(names[: i + 1]) for i in range(len(names))]
+
+    def common_ancestor(self, *paths: str) -> str:
+        """The deepest path whose node lies on the lineage of all of ``paths``; ``""`` where only the base does."""
+        lineages = [self.lineage(path) for path in paths]
+        shared = ""
+        for level in zip(*lineages, strict=False):
+            if len(set(level)) > 1:
+                break
+            shared = level[0]
+        return shared
+
+    def coefficients(self, blend: Blend) -> dict[str, float]:
+        """Node → its coefficient in the sum, node weights included, in the order of the sum; zeros are left out.
+
+        Raises:
+            PathError: a path is not there; with the nearest that is.
+            SpecError: a weight is not a finite number, or the blend is empty.
+
+        >>> tree = AdapterTree()
+        >>> for path in ("fr", "fr/legal", "fr/medical"): _ = tree.add(path)
+        >>> tree.coefficients("fr/legal:0.5+fr/medical:0.5")
+        {'fr': 1.0, 'fr/legal': 0.5, 'fr/medical': 0.5}
+        """
+        shares: dict[str, list[float]] = {}
+        for path, weight in parse_blend(blend).items():
+            for ancestor in self.lineage(path):
+                shares.setdefault(ancestor, []).append(weight)
+        # fsum: the total does not depend on the order of the entries; tuples of names sort depth-first
+        totals = {path: math.fsum(shares[path]) * self[path].weight for path in sorted(shares, key=_depth_first)}
+        return {path: total for path, total in totals.items() if total != 0.0}
+
+    # ------------------------------------------------------------------ changing
+    def add(
+        self,
+        path: str,
+        *,
+        adapter: Adapter | str | os.PathLike[str] | None = None,
+        weight: float = 1.0,
+        group: bool = False,
+        **lora: Any,
+    ) -> Node:
+        """Put a node below an existing one.
+
+        Args:
+            path: its name; the node above must be there already.
+            adapter: an `Adapter`, or a PEFT folder, read when first needed.
+            weight: factor on its increments.
+            group: the node has no adapter of its own, now or later.
+            **lora: how to make a fresh adapter when the tree is attached (words of `LoraSpec`), over ``defaults``.
+
+        Raises:
+            PathError: the name is not valid, or the node above is missing.
+            TreeError: the node exists, or one that differs only by case does.
+            SpecError: a value makes no sense, or ``adapter``, ``group`` and ``lora`` were mixed.
+        """
+        names = check_path(path)
+        if not names:
+            raise PathError("the root is the bare base; add nodes below it, like 'fr'")
+        parent = "/".join(names[:-1])
+        self._known(parent)
+        self._free(path)
+        if sum((adapter is not None, group, bool(lora))) > 1:
+            raise SpecError(
+                f"{path}: a node has an adapter, or is a group, or is made fresh from {listing(sorted(lora)) or 'r, …'}"
+            )
+        _finite(weight, f"{path}: weight")
+        loaded, source, fresh = None, None, None
+        if isinstance(adapter, Adapter):
+            loaded = adapter
+        elif adapter is not None:
+            source = storage().source(as_path(adapter))
+        elif not group:
+            fresh = lora_spec(lora, path)
+        node = Node(path, float(weight), loaded, source, fresh)
+        self._put(node)
+        return node
+
+    def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Take a node out; its files stay until the tree is saved.
+
+        Raises:
+            PathError: it is not there.
+            TreeError: it has children and ``recursive`` was not given, or an attached model is using it.
+        """
+        self[path]
+        below = self.paths(path)
+        if below and not recursive:
+            raise TreeError(
+                f"{path} has children: {listing(below)}",
+                "remove them first, move them, or remove(path, recursive=True)",
+            )
+        self._unused([path, *below], "removed")
+        self._graph.remove_nodes_from([path, *below])
+
+    def move(self, path: str, to: str) -> None:
+        """Give a node another path, its children with it. Moved below another parent, a trained node becomes stale.
+
+        Raises:
+            PathError: ``path``, or the node above ``to``, is not there; or ``to`` is not a valid path.
+            TreeError: ``to`` exists or lies below ``path``, or an attached model is using the node.
+        """
+        self[path]
+        names = check_path(to)
+        if not names:
+            raise PathError("the root is the bare base and can't be moved to")
+        if to == path:
+            return
+        if (to + "/").startswith(path + "/"):
+            raise TreeError(f"{path} can't be moved below itself, to {to}")
+        self._known("/".join(names[:-1]))
+        self._free(to, but=path)
+        below = self.paths(path)
+        self._unused([path, *below], "moved")
+        nodes = [self[p] for p in (path, *below)]
+        self._graph.remove_nodes_from([n.path for n in nodes])
+        for node in nodes:
+            self._put(replace(node, path=to + node.path[len(path) :]))
+
+    def rename(self, path: str, name: str) -> None:
+        """Give a node another name below the same parent; see `move`."""
+        parent = self.parent(path)
+        self.move(path, f"{parent}/{check_name(name)}" if parent else check_name(name))
+
+    def update(
+        self, path: str, *, adapter: Adapter | str | os.PathLike[str] | None = None, weight: float | None = None
+    ) -> Node:
+        """Give a node another adapter or another weight.
+
+        Raises:
+            PathError: it is not there.
+            TreeError: an attached model is using it.
+            SpecError: the weight is not a finite number.
+        """
+        node = self[path]
+        if weight is not None:
+            _finite(weight, f"{path}: weight")
+            node = replace(node, weight=float(weight))
+        if isinstance(adapter, Adapter):
+            node = replace(node, loaded=adapter, source=None, fresh=None, stale=None)
+        elif adapter is not None:
+            node = replace(node, loaded=None, source=storage().source(as_path(adapter)), fresh=None, stale=None)
+        self._unused([path], "changed")
+        self._put(node)
+        return node
+
+    # ------------------------------------------------------------------ values
+    def adapter(self, path: str) -> Adapter | None:
+        """A node's own adapter, read from its files when first asked for; None for a group or a fresh node.
+
+        Raises:
+            PathError: the node is not there.
+            FolderError, FormatError: its files are gone, broken, or not what the lock says.
+        """
+        node = self[path]
+        if node.loaded is None and node.source is not None:
+            try:
+                node = replace(node, loaded=node.source.load())
+            except LoraTreeError as error:
+                raise error.within(path) from error
+            self._put(node)
+        return node.loaded
+
+    def terms(self, blend: Blend) -> list[tuple[str, float, Adapter]]:
+        """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out."""
+        found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())
+        return [(path, c, adapter) for path, c, adapter in found if adapter is not None]
+
+    def flatten(
+        self,
+        blend: Blend,
+        rank: int | None = None,
+        *,
+        max_error: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """One ordinary adapter equal to a whole lineage or blend.
+
+        Args:
+            blend: a path or a blend.
+            rank: the largest rank to keep in any module; None keeps the sum exact, at rank Σr.
+            max_error: the largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in any module.
+            dtype: round the factors to it; None keeps them in fp32, or narrower where nothing has to be rounded.
+
+        Returns:
+            the adapter; its ``errors`` say what a truncation cost.
+
+        Raises:
+            PathError: a node is not there.
+            ShapeMismatch: two nodes change one module in different shapes.
+            SpecError: ``rank`` and ``max_error`` can't both be met.
+        """
+        flat = combine([(adapter, coefficient) for _, coefficient, adapter in self.terms(blend)])
+        if rank is not None or max_error is not None:
+            flat = flat.truncate(rank, max_error=max_error)
+        return flat if dtype is None else flat.to(dtype=dtype)
+
+    def save(self, folder: str | os.PathLike[str], *, copy: bool = False) -> None:
+        """Write the tree as a folder of nested PEFT adapters, atomically as a whole.
+
+        Args:
+            folder: made where missing. Files in it that no save wrote are never deleted.
+            copy: bring adapters that live elsewhere into the folder; otherwise tree.yaml names where they are.
+
+        Raises:
+            FolderError: the folder can't be written, or a node would come back because its files are not ours.
+            FormatError: PEFT has no way to write a node; names the node and the module.
+        """
+        storage().save_tree(self, as_path(folder), copy=copy)
+
+    # ------------------------------------------------------------------ private
+    def _known(self, path: str) -> None:
+        if not isinstance(path, str):
+            raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
+        if path not in self._graph:
+            raise PathError(
+                f"no node {path!r} in the tree{suggest(path, self._graph)}",
+                f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
+            )
+
+    def _free(self, path: str, but: str | None = None) -> None:
+        parent, folded = path.rpartition("/")[0], path.casefold()
+        for sibling in self._graph.successors(parent):
+            if sibling != but and sibling.casefold() == folded:
+                detail = "exists already" if sibling == path else f"differs from {sibling} only by case"
+                raise TreeError(f"{path} {detail}", "remove or rename the other one first")
+
+    def _unused(self, paths: Iterable[str], verb: str) -> None:
+        used = {path for guard in self._guards for path in guard.nodes_in_use()}
+        hit = [path for path in paths if path in used]
+        if hit:
+            raise TreeError(
+                f"{listing(hit)}: active on an attached model, can't be {verb}",
+                "model.deactivate() first, or activate another path",
+            )
+
+    def _put(self, node: Node) -> None:
+        self._graph.add_node(node.path, node=node)
+        self._graph.add_edge(node.path.rpartition("/")[0], node.path)
+
+
+def parse_blend(blend: Blend) -> dict[str, float]:
+    """A blend in any of its spellings as path → weight.
+
+    Raises:
+        PathError: not a path, nor a mapping of paths.
+        SpecError: a weight is not a finite number, or there are no entries.
+
+    >>> parse_blend("fr/legal:0.5+fr/medical:0.5")
+    {'fr/legal': 0.5, 'fr/medical': 0.5}
+    >>> parse_blend("fr/legal")
+    {'fr/legal': 1.0}
+    """
+    if isinstance(blend, Mapping):
+        if not blend:
+            raise SpecError("an empty blend; the bare base is the path ''")
+        for path, weight in blend.items():
+            check_path(path)
+            _finite(weight, f"blend: weight of {path!r}")
+        return {path: float(weight) for path, weight in blend.items()}
+    if not isinstance(blend, str):
+        raise PathError(f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}")
+    if ":" not in blend and "+" not in blend:
+        check_path(blend)
+        return {blend: 1.0}
+    entries: dict[str, float] = {}
+    for entry in blend.split("+"):
+        path, colon, weight = entry.strip().rpartition(":")
+        if not colon:
+            path, weight = weight, "1"
+        try:
+            value = float(weight)
+        except ValueError:
+            raise SpecError(f"blend {blend!r}: {weight!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'") from None
+        if path in entries:
+            raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
+        entries[path] = value
+    return parse_blend(entries)
+
+
+def _depth_first(path: str) -> tuple[str, ...]:
+    return tuple(path.split("/"))
+
+
+def _finite(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SpecError(f"{what} must be a finite number, got {value!r}")
