@@ -1,0 +1,45 @@
+# From a fresh clone, with Python 3.11+ and make: `make demo`, `make test`.
+# Override: PYTHON (the interpreter that makes .venv), WORKERS (test processes), ARGS (for demo, test, bench).
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.lora_tree-installed
+WORKERS ?= 2
+ARGS    ?=
+USABLE  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+                       $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+
+venv: $(STAMP)  ## .venv with everything, at the versions in constraints.txt
+
+$(PY):
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train a small base and a tree on the standard library, switch, export, compare (under 5 minutes)
+	$(PY) -m lora_tree.cli demo $(ARGS)
+
+test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP)  ## every benchmark at full size (several minutes on 2 cores, 8 GB)
+	$(PY) -m benchmarks $(ARGS)
+
+clean:  ## remove caches, build products and the demo's folders; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-zoo demo-zoo-base
+	find lora_tree tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

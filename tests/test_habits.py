@@ -1,0 +1,209 @@
+"""The habits that no linter knows: imports point inward, the map is complete, the docs run, data is never code."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import importlib
+import importlib.metadata
+import io
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_tree
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_tree"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# From the inside out. A module may import what stands before it in its own ring, and what its ring may see.
+RINGS = {
+    "values": ["errors", "lowrank", "storage", "adapter", "spec", "tree"],
+    "files": ["formats", "yamlfile", "lock", "commit", "folder"],
+    "binding": ["sites", "engine", "model", "cache", "training"],
+    "edges": ["export", "integrations", "demo", "cli"],
+}
+SEES = {"values": [], "files": ["values"], "binding": ["values"], "edges": ["values", "files", "binding"]}
+OPTIONAL = {"cli", "demo", "integrations"}  # where an import inside a function is how an extra stays optional
+
+
+def room(source: Path) -> str:
+    """The first name below the package: ``lora_tree/formats/peft.py`` → ``formats``."""
+    return source.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(source: Path, tree: ast.AST | None = None) -> Iterator[tuple[str, int]]:
+    """(absolute module name, line) of everything imported; what only a type checker reads is left out."""
+    node = tree or ast.parse(source.read_text())
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.name, node.lineno
+    elif isinstance(node, ast.ImportFrom):
+        here = ["lora_tree", *source.relative_to(PACKAGE).parent.parts]
+        start = here[: len(here) - node.level + 1] if node.level else []
+        target = [*start, *(node.module or "").split(".")] if node.module else start
+        for alias in node.names:
+            whole = ".".join([*target, alias.name])
+            yield (whole if _is_module(whole) else ".".join(target)), node.lineno
+    for child in ast.iter_child_nodes(node):
+        yield from imports(source, child)
+
+
+def _is_module(name: str) -> bool:
+    if not name.startswith("lora_tree."):
+        return False
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def declared() -> set[str]:
+    """Every distribution that pyproject.toml names, extras included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    return {re.split(r"[\[<>=!~; ]", spec)[0].lower().replace("-", "_") for spec in named}
+
+
+# ---------------------------------------------------------------------- layering
+def test_every_room_has_its_place() -> None:
+    rooms = {room(source) for source in SOURCES} - {"__init__"}
+    unknown = rooms - {name for ring in RINGS.values() for name in ring}
+    assert not unknown, f"give {sorted(unknown)} a place in RINGS"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_imports_point_inward(source: Path) -> None:
+    mine = room(source)
+    if mine == "__init__":
+        return  # the map imports every room
+    ring = next(ring for ring, rooms in RINGS.items() if mine in rooms)
+    inner = RINGS[ring][: RINGS[ring].index(mine) + 1]
+    allowed = {*inner, *(name for seen in SEES[ring] for name in RINGS[seen])}
+    for name, line in imports(source):
+        parts = name.split(".")
+        if parts[0] == "lora_tree":
+            theirs = parts[1] if len(parts) > 1 else "__init__"
+            outward = theirs not in allowed and not (theirs == "__init__" and ring == "edges")
+            assert not outward, f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further out"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_imports_stand_at_the_top(source: Path) -> None:
+    if room(source) in OPTIONAL:
+        return
+    for function in ast.walk(ast.parse(source.read_text())):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            inside = [name for name, _ in imports(source, function) if name.startswith("lora_tree")]
+            assert not inside, f"{source.relative_to(ROOT)}:{function.lineno}: imports {inside} inside a function"
+
+
+def test_every_third_party_import_is_declared() -> None:
+    owners = importlib.metadata.packages_distributions()
+    for source in SOURCES:
+        for name, line in imports(source):
+            top = name.split(".")[0]
+            if top == "lora_tree" or top in sys.stdlib_module_names:
+                continue
+            named = {owner.lower().replace("-", "_") for owner in owners.get(top, [top])}
+            assert named & declared(), f"{source.relative_to(ROOT)}:{line}: {top} is not in pyproject.toml"
+
+
+def test_importing_the_package_stays_light() -> None:
+    code = "import sys, lora_tree; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "typer", "rich"}
+    assert not heavy & set(loaded.stdout.split())
+
+
+# ---------------------------------------------------------------------- the map
+def in_order(names: list[str]) -> list[str]:
+    """CONSTANTS, then Classes, then functions, each by name; ruff's RUF022 keeps the same order."""
+    return sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
+
+
+def test_the_map_is_complete_and_sorted() -> None:
+    public = {
+        name
+        for name, value in vars(lora_tree).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert set(lora_tree.__all__) == public
+    assert lora_tree.__all__ == in_order(lora_tree.__all__)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_every_all_is_sorted_and_true(source: Path) -> None:
+    parts = source.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] == "__main__":
+        return
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    names = getattr(module, "__all__", [])
+    assert list(names) == in_order(names)
+    assert not [name for name in names if not hasattr(module, name)]
+
+
+# ---------------------------------------------------------------------- data, not code
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_data_is_never_code(source: Path) -> None:
+    tree = ast.parse(source.read_text())
+    code_modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    found = [f"{name} (line {line})" for name, line in imports(source) if name.split(".")[0] in code_modules]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            if call in {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load"}:
+                found.append(f"{call} (line {node.lineno})")
+    assert not found, f"{source.relative_to(ROOT)}: {found}"
+
+
+# ---------------------------------------------------------------------- the docs run
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
+# ```python blocks; and <!-- python … --> for what a page needs first but a reader does not
+BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- python\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str) -> Iterator[tuple[int, str]]:
+    """(line, code) of every snippet of a page, in order."""
+    for match in BLOCK.finditer(page):
+        code = match[1] if match[1] is not None else match[2]
+        yield page.count("\n", 0, match.start()) + 2, code
+
+
+def run(code: str, name: str, line: int, namespace: dict[str, object]) -> None:
+    """Run one snippet as a reader would: plain code, or a session with ``>>>`` whose answers are compared."""
+    if ">>> " not in code:
+        exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
+        return
+    session = doctest.DocTestParser().get_doctest(code, namespace, name, name, line - 1)
+    report = io.StringIO()
+    with contextlib.redirect_stdout(report):
+        failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, clear_globs=False).failed
+    namespace.update(session.globs)
+    assert not failed, report.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__snippet__"}
+    for line, code in blocks(page.read_text()):
+        run(code, str(page), line, namespace)
+
+
+def test_the_harness_itself_notices(tmp_path: Path) -> None:
+    page = "# A page\n<!-- python\nx = 1\n-->\n```python\nassert x == 1\ny = 2\n```\n```python\n>>> x + y\n3\n```\n"
+    namespace: dict[str, object] = {}
+    for line, code in blocks(page):
+        run(code, "page", line, namespace)
+    assert [line for line, _ in blocks(page)] == [3, 6, 10]
+    with pytest.raises(AssertionError, match=r"(?s)Expected:.*4.*Got:.*3"):
+        run(">>> x + y\n4\n", "page", 1, namespace)
