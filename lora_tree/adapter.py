@@ -40,6 +40,7 @@ class Adapter:
             name → value. The base's own must be equal, bit for bit, when the adapter is bound to it.
         nesting: module → its raw parameters in the order in which the base registers them; needed only to write two or
             more parameters of one module as PEFT does.
+        assumed: the modules in `nesting` whose order a file did not say; `renested` corrects them.
         errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty where the value is exact.
 
     >>> import torch
@@ -53,6 +54,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     unchanged: Mapping[str, Tensor] = field(default_factory=dict)
     nesting: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    assumed: frozenset[str] = frozenset()
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,6 +117,39 @@ class Adapter:
         errors = {name: c.relative_error for name, c in cut.items() if c.relative_error}
         return replace(self, modules={name: c.value for name, c in cut.items()}, errors=errors)
 
+    def renested(self, order: Mapping[str, Sequence[str]]) -> Adapter:
+        """The same adapter, with the order in which the base registers its raw parameters made certain.
+
+        A PEFT file tells two parameters of one module apart by that order alone. Where it was assumed, increments
+        move to the parameter that they belong to; where the names were known, only `nesting` changes.
+
+        Args:
+            order: module → all its parameters, as the base registers them. Other modules stay as they are.
+
+        >>> import torch
+        >>> up, down = (LowRank(torch.ones(1, 2, n), torch.ones(1, n, 2)) for n in (3, 4))
+        >>> guess = Adapter({"x.up": up, "x.down": down}, nesting={"x": ("up", "down")}, assumed=frozenset("x"))
+        >>> guess.renested({"x": ("down", "up")}).modules["x.down"] is up
+        True
+        """
+        names = {name: name for name in self.modules}
+        nesting, assumed = dict(self.nesting), set(self.assumed)
+        for module, registered in order.items():
+            mine = tuple(p for p in registered if f"{module}.{p}" in self.modules)
+            old = self.nesting.get(module, ())
+            if module in assumed and set(mine) == set(old):
+                names.update({f"{module}.{was}": f"{module}.{is_}" for was, is_ in zip(old, mine, strict=True)})
+                assumed.discard(module)
+            if len(mine) > 1 and module not in assumed:
+                nesting[module] = mine
+        return replace(
+            self,
+            modules={names[name]: value for name, value in self.modules.items()},
+            errors={names[name]: error for name, error in self.errors.items()},
+            nesting=nesting,
+            assumed=frozenset(assumed),
+        )
+
     # ------------------------------------------------------------------ files
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
@@ -145,6 +180,8 @@ def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
         ShapeMismatch: two terms change one module in different shapes.
         BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
     """
+    certain = {m: order for a, _ in terms for m, order in a.nesting.items() if m not in a.assumed}
+    terms = [(adapter.renested(certain), coefficient) for adapter, coefficient in terms]
     parts: dict[str, list[LowRank]] = {}
     unchanged: dict[str, Tensor] = {}
     nesting: dict[str, tuple[str, ...]] = {}
@@ -165,6 +202,7 @@ def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
         config=next((a.config for a, _ in terms if a.config), {}),
         unchanged=unchanged,
         nesting=nesting,
+        assumed=frozenset().union(*(adapter.assumed for adapter, _ in terms)),
     )
 
 

@@ -1,0 +1,260 @@
+"""adapter_config.json of a PEFT adapter: what it says about scales and targets, and what we must refuse.
+
+    scale = lora_alpha / r      or, with use_rslora,      lora_alpha / sqrt(r)
+
+``rank_pattern`` and ``alpha_pattern`` replace r and lora_alpha where ``(.*\\.)?(key)$`` matches the module's name, the
+first key in the file's order winning (``peft.utils.other.get_pattern_key``); a raw parameter goes by
+``module.parameter``. Only configs whose increment is B·A·scale and nothing else pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..errors import FormatError, UnsupportedAdapter
+from . import strict_json
+
+T = TypeVar("T")
+
+__all__ = ["DERIVED", "TRAINING", "PeftConfig", "mutates_base", "parse_config"]
+
+VARIANTS = {
+    "use_dora": "DoRA rescales the whole weight, which is no sum of W and B·A",
+    "modules_to_save": "its modules replace the base's, they do not add to them",
+    "trainable_token_indices": "trained tokens replace rows of the embedding, they do not add to them",
+    "alora_invocation_tokens": "aLoRA acts on the tokens after its invocation only, not on every input",
+    "use_qalora": "QALoRA pools the input before A, so B·A is no increment of the weight",
+    "use_bdlora": "BD-LoRA stores one factor as its blocks, not as a matrix",
+    "arrow_config": "Arrow routes between adapters by the input, which is no fixed increment",
+    "kasa_config": "KaSA truncates the base's own weights and adds a diagonal between the factors",
+    "monteclora_config": "MonteCLoRA samples its factors anew in every forward",
+    "layer_replication": "it repeats layers of the base, which is another model",
+    "megatron_config": "Megatron's parallel layers hold shards of the factors",
+}
+MUTATING = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
+MAX_PATTERN = 2000  # characters of one regular expression
+
+# what the values of an adapter say themselves; not kept in Adapter.config
+DERIVED = {
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_alpha",
+    "lora_bias",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "runtime_config",
+    "target_parameters",
+}
+# what only the start or the course of a training needs; not written
+TRAINING = {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config"}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """A checked adapter_config.json; ``kept`` are the fields that do not change the value."""
+
+    where: str
+    r: int
+    lora_alpha: int | float
+    use_rslora: bool
+    lora_bias: bool
+    bias: str
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, int | float]
+    target_modules: tuple[str, ...] | str
+    target_parameters: tuple[str, ...]
+    base: str | None
+    velora: bool
+    kept: Mapping[str, Any]
+
+    def rank(self, name: str) -> int:
+        """r of the module ``name``, or of the raw parameter ``module.parameter``."""
+        return _first(self.rank_pattern, name, self.r)
+
+    def scale(self, name: str) -> float:
+        """The scale of ``name``, computed as PEFT does.
+
+        Raises:
+            FormatError: it is no finite number.
+        """
+        alpha, r = _first(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        try:
+            scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        except OverflowError:
+            scale = math.inf
+        if not math.isfinite(scale):
+            raise FormatError(f"{self.where}: {name}: lora_alpha = {alpha:.6g} with r = {r} is no finite scale")
+        return scale
+
+    def targets(self, module: str) -> bool:
+        """Whether ``target_modules`` names the module."""
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return _ends(module, self.target_modules)
+
+    def parameters(self, module: str) -> tuple[str, ...]:
+        """The parameters of ``module`` that ``target_parameters`` names, in its order."""
+        exact, short = [], []
+        for target in self.target_parameters:
+            owner, _, parameter = target.rpartition(".")
+            if owner == module:
+                exact.append(parameter)
+            elif _ends(f"{module}.{parameter}", [target]):
+                short.append(parameter)
+        return tuple(dict.fromkeys(exact or short))
+
+
+def parse_config(data: bytes, where: str) -> PeftConfig:
+    """Read and check an adapter_config.json; ``where`` names the file in errors.
+
+    Raises:
+        FormatError: it is broken; names the field, what was found and what was expected.
+        UnsupportedAdapter: an adapter of a kind that does not add up to W + B·A.
+    """
+    fields = strict_json.loads(data, where)
+    _refuse(fields, where)
+    check = _Checks(fields, where)
+    targets = check.targets("target_modules")
+    config = PeftConfig(
+        where=where,
+        r=check.rank(fields.get("r", 8), "r"),
+        lora_alpha=check.number(fields.get("lora_alpha", 8), "lora_alpha"),
+        use_rslora=check.flag("use_rslora"),
+        lora_bias=check.flag("lora_bias"),
+        bias=check.bias(),
+        rank_pattern={key: check.rank(v, f"rank_pattern[{key!r}]") for key, v in check.patterns("rank_pattern")},
+        alpha_pattern={key: check.number(v, f"alpha_pattern[{key!r}]") for key, v in check.patterns("alpha_pattern")},
+        target_modules=targets,
+        target_parameters=check.names("target_parameters"),
+        base=check.text("base_model_name_or_path"),
+        velora=bool(fields.get("velora_config")),
+        kept={key: value for key, value in fields.items() if key not in DERIVED},
+    )
+    return config
+
+
+def mutates_base(init: Any) -> str | None:
+    """The name of the method, where this ``init_lora_weights`` changed the base's weights before the training."""
+    if not isinstance(init, str):
+        return None
+    return next((name for start, name in MUTATING.items() if init.lower().startswith(start)), None)
+
+
+def _refuse(fields: Mapping[str, Any], where: str) -> None:
+    kind = fields.get("peft_type")
+    if kind is None:
+        raise FormatError(f"{where}: no peft_type; is this the adapter_config.json of a PEFT adapter?")
+    if kind != "LORA":
+        raise UnsupportedAdapter(f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA'")
+    for name, reason in VARIANTS.items():
+        if fields.get(name):
+            raise UnsupportedAdapter(f"{where}: {name} = {str(fields[name])[:80]}: {reason}")
+    for name, value in fields.items():
+        if name.startswith("use_") and name not in KNOWN_USES and value:
+            raise UnsupportedAdapter(f"{where}: {name} = {str(value)[:80]} is a kind of LoRA that is not known here")
+    method = mutates_base(fields.get("init_lora_weights"))
+    if method:
+        raise UnsupportedAdapter(
+            f"{where}: init_lora_weights = {fields['init_lora_weights'][:40]!r}: {method} changed the base's own "
+            "weights, and these factors are increments of the changed ones",
+            "convert it in PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+        )
+
+
+class _Checks:
+    """Fields of one config, each with the error that says what it should have been."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def wrong(self, name: str, got: Any, expected: str) -> FormatError:
+        return FormatError(f"{self.where}: {name}: got {str(got)[:80]!r}, expected {expected}")
+
+    def rank(self, value: Any, name: str) -> int:
+        if type(value) is not int or not 0 < value < 2**31:
+            raise self.wrong(name, value, "a positive integer")
+        return value
+
+    def number(self, value: Any, name: str) -> int | float:
+        if type(value) not in (int, float) or (type(value) is float and not math.isfinite(value)):
+            raise self.wrong(name, value, "a number")
+        return value  # type: ignore[no-any-return]
+
+    def flag(self, name: str) -> bool:
+        value = self.fields.get(name, False)
+        if type(value) is not bool:
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self.fields.get(name)
+        if not (value is None or isinstance(value, str)):
+            raise self.wrong(name, value, "a string or null")
+        return value or None
+
+    def bias(self) -> str:
+        value = self.fields.get("bias", "none")
+        if value not in ("none", "all", "lora_only"):
+            raise self.wrong("bias", value, "'none', 'all' or 'lora_only'")
+        return str(value)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.fields.get(name)
+        if value is None:
+            return ()
+        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise self.wrong(name, value, "a list of names or null")
+        return tuple(value)
+
+    def targets(self, name: str) -> tuple[str, ...] | str:
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            return self.names(name)
+        if value.lower() == "all-linear":
+            return ()
+        self.compiles(value, name)
+        return value
+
+    def patterns(self, name: str) -> Iterable[tuple[str, Any]]:
+        value = self.fields.get(name)
+        if not (value is None or isinstance(value, dict)):
+            raise self.wrong(name, value, "an object or null")
+        for key in value or {}:
+            self.compiles(_pattern(key), name)
+        return (value or {}).items()
+
+    def compiles(self, pattern: str, name: str) -> None:
+        try:
+            if len(pattern) > MAX_PATTERN:
+                raise ValueError(f"longer than {MAX_PATTERN} characters")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "possible nested set" is no matter of ours
+                re.compile(pattern)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            raise FormatError(f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}") from error
+
+
+def _pattern(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
+    return next((value for key, value in patterns.items() if re.match(_pattern(key), name)), default)
+
+
+def _ends(name: str, with_one_of: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in with_one_of)
