@@ -2,6 +2,7 @@
 
 from .adapter import Adapter, combine
 from .lowrank import Layout, LowRank, Truncated, concat, inner
+from .model import MergedWarning, State, TreeModel, attach
 from .spec import LoraSpec
 from .tree import AdapterTree, Blend, Node, parse_blend
 
@@ -12,8 +13,12 @@ __all__ = [
     "Layout",
     "LoraSpec",
     "LowRank",
+    "MergedWarning",
     "Node",
+    "State",
+    "TreeModel",
     "Truncated",
+    "attach",
     "combine",
     "concat",
     "inner",

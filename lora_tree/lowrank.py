@@ -298,7 +298,7 @@ def _same_place(x: LowRank, y: LowRank) -> None:
 
 
 def _times(t: Tensor, scale: float) -> Tensor:
-    """``t · scale``, in fp32 or wider unless it is exact in t's own dtype (a power of two, nothing lost at the ends)."""
+    """``t · scale``, in fp32 or wider unless it is exact in t's own dtype (a power of two, nothing lost)."""
     wide = t.to(torch.promote_types(t.dtype, torch.float32)) * scale
     if wide.dtype != t.dtype and abs(math.frexp(scale)[0]) == 0.5:
         narrow = wide.to(t.dtype)

@@ -16,6 +16,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import networkx as nx
@@ -43,6 +44,7 @@ class Node:
         source: where its adapter lives, where it came from files.
         fresh: how its adapter is to be made when the tree is attached, where it has none yet.
         stale: why it no longer fits its lineage, where the lock says so.
+        home: the folder that is this node's own place in a saved tree, where it has one; a save may write there.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Node:
     source: Source | None = None
     fresh: LoraSpec | None = None
     stale: str | None = None
+    home: Path | None = None
 
     @property
     def name(self) -> str:
@@ -88,6 +91,7 @@ class AdapterTree:
     def __init__(self, base: str | None = None, defaults: LoraSpec | dict[str, Any] | None = None) -> None:
         self.base = base
         self.defaults = lora_spec(defaults, "defaults")
+        self.home: Path | None = None
         self._graph: nx.DiGraph[str] = nx.DiGraph()
         self._graph.add_node("")
         self._guards: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -96,7 +100,8 @@ class AdapterTree:
     @property
     def graph(self) -> nx.DiGraph[str]:
         """A read-only networkx view: nodes are paths (the root is ``""``), each with its `Node` under ``node``."""
-        return nx.freeze(self._graph.copy(as_view=True))
+        view: nx.DiGraph[str] = nx.freeze(self._graph.copy(as_view=True))
+        return view
 
     def __contains__(self, path: object) -> bool:
         return isinstance(path, str) and path != "" and path in self._graph
@@ -356,6 +361,35 @@ class AdapterTree:
         """
         storage().save_tree(self, as_path(folder), copy=copy)
 
+    # ------------------------------------------------------------------ for the folder
+    @classmethod
+    def from_nodes(
+        cls, nodes: Iterable[Node], *, base: str | None = None, defaults: LoraSpec | None = None, home: Path | None = None
+    ) -> AdapterTree:
+        """A tree of nodes whose paths are known to fit together, parents before children."""
+        tree = cls(base, defaults)
+        tree.put(nodes, home=home)
+        return tree
+
+    def put(self, nodes: Iterable[Node], *, home: Path | None) -> None:
+        """Nodes as they are in the tree.yaml ``home``, from which the tree was opened or to which it was saved."""
+        for node in nodes:
+            self._put(node)
+        self.home = home
+
+    # ------------------------------------------------------------------ for an attached model
+    def guard(self, guard: Guard) -> None:
+        """From now on, refuse to change nodes that ``guard`` says are in use; held weakly."""
+        self._guards.add(guard)
+
+    def release(self, guard: Guard) -> None:
+        """`guard` no longer has a say."""
+        self._guards.discard(guard)
+
+    def settle(self, path: str, adapter: Adapter) -> None:
+        """A fresh node's adapter was made, or a node's factors went into training: this is its adapter from now on."""
+        self._put(replace(self[path], loaded=adapter, source=None, fresh=None, stale=None))
+
     # ------------------------------------------------------------------ private
     def _known(self, path: str) -> None:
         if not isinstance(path, str):
@@ -413,13 +447,15 @@ def parse_blend(blend: Blend) -> dict[str, float]:
         return {blend: 1.0}
     entries: dict[str, float] = {}
     for entry in blend.split("+"):
-        path, colon, weight = entry.strip().rpartition(":")
+        path, colon, number = entry.strip().rpartition(":")
         if not colon:
-            path, weight = weight, "1"
+            path, number = number, "1"
         try:
-            value = float(weight)
+            value = float(number)
         except ValueError:
-            raise SpecError(f"blend {blend!r}: {weight!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'") from None
+            raise SpecError(
+                f"blend {blend!r}: {number!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'"
+            ) from None
         if path in entries:
             raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
         entries[path] = value

@@ -1,0 +1,105 @@
+"""W ← round_once( W0 + left · right ), in blocks that stay in cache, never a second weight-sized tensor.
+
+The sum is computed in fp32, or in fp64 where the base or a factor is, and rounded once into W's dtype:
+
+    same dtype    W is fp32 or fp64, or bf16 with bf16 factors where this machine's product accumulates in fp32:
+                  one fused product reads W0 and writes W
+    wider         a block of W0 is widened into a buffer, the product is added there, and the block is rounded into W
+
+Law: block sizes are constants, so the bits of a result depend on W0, left and right alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["compute_dtype", "exact_mode", "write_sum"]
+
+BLOCK = 1 << 20
+"""Numbers in a block: 4 MiB of fp32, within a core's share of the cache and large enough to pay for the calls."""
+
+
+def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 where anything taking part is."""
+    return torch.float64 if torch.float64 in (weight, *factors) else torch.float32
+
+
+def write_sum(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> None:
+    """``weight ← round_once(pristine + left @ right)``, in place.
+
+    Args:
+        weight: (batch, rows, cols), any floating dtype; a view is fine.
+        pristine: (batch, rows, cols), weight's dtype, on any device; may be ``weight`` itself.
+        left: (batch, rows, R); right: (batch, R, cols); on weight's device.
+    """
+    wide = compute_dtype(weight.dtype, left.dtype, right.dtype)
+    if weight.dtype == wide:
+        left, right = left.to(wide), right.to(wide)
+    if left.dtype == right.dtype == weight.dtype and (weight.dtype == wide or _bf16_rounds_once(weight)):
+        for w, w0, lft, rgt in _blocks(weight, pristine, left, right):
+            if w0.device == w.device:
+                torch.baddbmm(w0, lft, rgt, out=w) if w.ndim == 3 else torch.addmm(w0, lft, rgt, out=w)
+            else:
+                w.copy_(w0, non_blocking=True)
+                w.baddbmm_(lft, rgt) if w.ndim == 3 else w.addmm_(lft, rgt)
+        return
+    left, right = left.to(wide), right.to(wide)
+    buffer: Tensor | None = None
+    for w, w0, lft, rgt in _blocks(weight, pristine, left, right):
+        if buffer is None or buffer.numel() < w.numel():
+            buffer = torch.empty(w.numel(), dtype=wide, device=w.device)
+        block = buffer[: w.numel()].view(w.shape)
+        block.copy_(w0, non_blocking=True)
+        block.baddbmm_(lft, rgt) if w.ndim == 3 else block.addmm_(lft, rgt)
+        w.copy_(block)
+
+
+def _blocks(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one matrix."""
+    batch, rows, cols = weight.shape
+    several = BLOCK // max(rows * cols, 1)
+    if batch > 1 and several > 1:
+        for i in range(0, batch, several):
+            part = slice(i, i + several)
+            yield weight[part], pristine[part], left[part], right[part]
+        return
+    step = max(BLOCK // max(cols, 1), 1)
+    for b in range(batch):
+        for i in range(0, rows, step):
+            part = slice(i, i + step)
+            yield weight[b, part], pristine[b, part], left[b, part], right[b]
+
+
+def _bf16_rounds_once(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _cpu_bf16_rounds_once()
+
+
+@functools.cache
+def _cpu_bf16_rounds_once() -> bool:
+    """Whether this machine's bf16 product keeps its sum in fp32 until the end: tried once, on a small product."""
+    generator = torch.Generator().manual_seed(0)
+    W0, left, right = (
+        torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in ((256, 256), (256, 96), (96, 256))
+    )
+    got = torch.addmm(W0, left, right)
+    exact = (W0.double() + left.double() @ right.double()).to(torch.bfloat16)
+    return int((got != exact).sum()) <= got.numel() // 1000
+
+
+@contextlib.contextmanager
+def exact_mode(device: torch.device) -> Iterator[None]:
+    """No autograd, no autocast, no inference tensors, and no TF32 or bf16 in place of fp32 products."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            if precision != "highest":
+                torch.set_float32_matmul_precision(precision)

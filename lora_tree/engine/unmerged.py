@@ -1,0 +1,185 @@
+"""Unmerged: the base untouched, and one side path per site, however deep the path.
+
+    y = base(x) + B (A x)        A = the lineage's factors stacked, B = theirs side by side with the scales folded in
+
+Stacks are made once for a path and kept for the last paths used; factors that train go through as they are, after the
+frozen ones, so that autograd sees them. A side path is a forward hook on the site's own module, there while a path is
+active and gone after it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import BaseMismatch
+from ..sites import Site
+from .arithmetic import exact_mode
+from .plan import Binder, Plan, Term, Terms
+from .watch import Watch
+
+__all__ = ["Unmerged"]
+
+KEPT_PATHS = 64
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Factors that run as one product: a whole frozen lineage with scale 1, or one trained node with its own."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scale: float
+
+    def on(self, device: torch.device) -> _Piece:
+        bias = None if self.bias is None else self.bias.to(device)
+        return _Piece(self.A.to(device), self.B.to(device), bias, self.scale)
+
+
+Stack = list[_Piece]
+
+
+class Unmerged:
+    """The side paths of a base.
+
+    Args:
+        base: the model.
+        binder: finds the sites.
+        dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
+    """
+
+    def __init__(self, base: nn.Module, binder: Binder, *, dtype: torch.dtype | None) -> None:
+        self._binder = binder
+        self._dtype = dtype
+        self._handles: dict[str, RemovableHandle] = {}
+        self._current: dict[str, Stack] = {}
+        self._kept: OrderedDict[Hashable, tuple[Plan, dict[str, Stack]]] = OrderedDict()
+        self._watch = Watch(base)
+
+    def check(self, plan: Plan) -> None:
+        """That every site of the plan runs when its module is called.
+
+        Raises:
+            MergedOnly: one does not; says which and why.
+        """
+        for name, terms in plan.items():
+            for term in terms:
+                self._binder.site(name).check_mode(term.value, merged=False)
+
+    def stacks(self, plan: Plan) -> Mapping[str, Stack]:
+        """The plan's factors, stacked; the same object for a plan that was used before."""
+        key = tuple((name, *map(_key, terms)) for name, terms in plan.items())
+        found = self._kept.get(key)
+        if found is None:  # the plan is kept beside them, so that no id in the key is used again
+            found = plan, {name: self._stack(self._binder.site(name), terms) for name, terms in plan.items()}
+            self._kept[key] = found
+            while len(self._kept) > KEPT_PATHS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return found[1]
+
+    def switch(self, stacks: Mapping[str, Stack]) -> None:
+        """Make ``stacks`` the side paths; none of them is the bare base. Nothing here can fail half-way."""
+        self._current = dict(stacks)
+        for name in [n for n in self._handles if n not in stacks]:
+            self._handles.pop(name).remove()
+        for name in stacks:
+            if name not in self._handles:
+                site = self._binder.site(name)
+                self._handles[name] = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
+        self._watch.expect({name: self._binder.site(name).parent for name in stacks})
+
+    def forget(self) -> None:
+        """Drop the stacks kept for paths used before."""
+        self._kept.clear()
+
+    # ------------------------------------------------------------------ private
+    def _stack(self, site: Site, terms: Terms) -> Stack:
+        weight = site.weight
+        dtype = self._dtype
+        if dtype is None:
+            held = [t.value.dtype for t in terms]
+            if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
+                held.append(weight.dtype)
+            dtype = held[0]
+            for other in held[1:]:
+                dtype = torch.promote_types(dtype, other)
+        device = weight.device if weight is not None else terms[0].value.device
+        frozen = [t for t in terms if not any(f.requires_grad for f in t.value.tensors)]
+        pieces = [_stacked(frozen, dtype, device)] if frozen else []
+        pieces += [
+            _Piece(t.value.A, t.value.B, t.value.bias, t.value.scale * t.coefficient) for t in terms if t not in frozen
+        ]
+        return pieces
+
+    def _hook(self, site: Site) -> Any:
+        name, fired = site.name, self._watch.fired
+
+        def side_path(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            fired.add(name)
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor) or not isinstance(out, Tensor):
+                raise BaseMismatch(
+                    f"{name}: called with {type(x).__name__}, returned {type(out).__name__}; a side path needs tensors",
+                    'use activate(…, mode="merged")',
+                )
+            stack = self._current[name]
+            for i, piece in enumerate(stack):
+                if piece.A.device != out.device:  # the base was moved after the switch
+                    piece = piece.on(out.device)
+                    if not piece.A.requires_grad:
+                        stack[i] = piece
+                out = _added(site, out, x, piece)
+            return out
+
+        return side_path
+
+
+def _key(term: Term) -> Hashable:
+    return id(term.value), term.coefficient, term.version, term.value.A.requires_grad
+
+
+def _stacked(terms: list[Term], dtype: torch.dtype, device: torch.device) -> _Piece:
+    """One piece for several frozen terms, each factor copied once, its scale folded into B on the way."""
+    values = [t.value for t in terms]
+    rank = sum(v.rank for v in values)
+    *batch, out, into = values[0].shape
+    with exact_mode(device):
+        A = torch.empty(*batch, rank, into, dtype=dtype, device=device)
+        B = torch.empty(*batch, out, rank, dtype=dtype, device=device)
+        bias = None
+        start = 0
+        for term, value in zip(terms, values, strict=True):
+            part = slice(start, start := start + value.rank)
+            scale = value.scale * term.coefficient
+            A[..., part, :].copy_(value.A)
+            if value.B.device == device and value.B.dtype == dtype:
+                torch.mul(value.B, scale, out=B[..., part])
+            else:
+                B[..., part].copy_(value.B).mul_(scale)
+            if value.bias is not None:
+                more = value.bias.to(device=device, dtype=dtype) * scale
+                bias = more if bias is None else bias + more
+    return _Piece(A, B, bias, 1.0)
+
+
+def _added(site: Site, out: Tensor, x: Tensor, piece: _Piece) -> Tensor:
+    """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
+    if x.is_floating_point():
+        x = x.to(torch.promote_types(piece.A.dtype, x.dtype))
+        A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
+    else:
+        A, B = piece.A, piece.B
+    delta = site.side(x, A, B)
+    if piece.bias is not None:
+        delta = delta + site.side_bias(piece.bias.to(delta.dtype))
+    if piece.scale != 1.0:
+        delta = delta * piece.scale
+    return (out + delta).to(out.dtype)

@@ -1,0 +1,54 @@
+"""A side path that never runs is an error, not a silent base output.
+
+Some modules read a child's weight without calling the child. So after a switch every module around a planned site is
+watched: when its forward has run and the site's own has never been called since, the forward is refused. A module
+whose sites have all been called once is not watched any more, so a path in use costs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import MergedOnly, listing
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """The watch over a base's side paths; ``fired`` is where a side path says that it ran."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._handles: dict[str, RemovableHandle] = {}
+        self._children: dict[str, list[str]] = {}
+        self.fired: set[str] = set()
+
+    def expect(self, parents: Mapping[str, str]) -> None:
+        """From now on these sites (name → the module around it) have to run."""
+        self.fired.clear()
+        self._children = {}
+        for name, parent in parents.items():
+            self._children.setdefault(parent, []).append(name)
+        for parent in [p for p in self._handles if p not in self._children]:
+            self._handles.pop(parent).remove()
+        for parent in self._children:
+            if parent not in self._handles:
+                self._handles[parent] = self._base.get_submodule(parent).register_forward_hook(self._hook(parent))
+
+    def _hook(self, parent: str) -> Any:
+        def ran(module: nn.Module, args: Any, out: Any) -> None:
+            silent = [name for name in self._children.get(parent, ()) if name not in self.fired]
+            if silent:
+                raise MergedOnly(
+                    f"{listing(silent)}: {type(module).__name__} ran without calling it, so its side path did not run",
+                    'use activate(…, mode="merged")',
+                )
+            handle = self._handles.pop(parent, None)
+            if handle is not None:
+                handle.remove()
+
+        return ran

@@ -1,0 +1,428 @@
+"""TreeModel: a tree bound to one base; makes a path the base's behaviour, and takes it away again.
+
+    BARE ⇄ MERGED        the path is written into the weights; no hook, no wrapper, the same addresses
+      ⇅  ⤢
+    UNMERGED             the weights are the base's own; side paths run as forward hooks
+    DETACHED             nothing of ours is left; the model can't be used again
+
+A call checks everything before it changes anything, and leaves the state before it where it fails. One lock guards
+the switches: whoever is inside ``using`` keeps other threads from switching the base under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fnmatch
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .engine.merged import Merged
+from .engine.plan import Binder, Plan
+from .engine.unmerged import Unmerged
+from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
+from .lowrank import LowRank
+from .sites.targets import fresh_adapter
+from .tree import AdapterTree, Blend, parse_blend
+
+__all__ = ["MergedWarning", "State", "TreeModel", "attach"]
+
+Mode: TypeAlias = Literal["merged", "unmerged"]
+
+
+class State(enum.Enum):
+    """What the base is doing."""
+
+    BARE = "bare"  # the base alone
+    MERGED = "merged"  # a path is written into the weights
+    UNMERGED = "unmerged"  # a path runs beside them
+    DETACHED = "detached"  # given back
+
+
+class MergedWarning(UserWarning):
+    """A base is about to be saved with a path merged into it, or drifts because it was asked to."""
+
+
+def attach(
+    tree: AdapterTree,
+    base: nn.Module,
+    *,
+    pristine: Literal["host", "none"] = "host",
+    compute_dtype: torch.dtype | None = None,
+) -> TreeModel:
+    """Bind a tree to an instantiated base. The base is not changed until a path is activated.
+
+    Args:
+        tree: fresh nodes get their adapters now.
+        base: any ``torch.nn.Module``; ``torch.compile`` and DDP wrappers are looked through.
+        pristine: where the base's own weights are kept while a path is merged: ``host``, a copy of the weights that
+            adapters touch, made when first needed, pinned on CUDA; ``none``, nowhere: paths are added and subtracted
+            in place, and the weights drift by a rounding with every switch.
+        compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the weight's own.
+
+    Raises:
+        StateError: the base is attached already, or wrapped by PEFT or FSDP.
+        BaseMismatch: a fresh node targets nothing in this base; names the node.
+
+    >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+    >>> _ = tree.add("fr")
+    >>> model = attach(tree, base)
+    >>> with model.using("fr"):
+    ...     tuple(base(torch.zeros(1, 4)).shape)
+    (1, 3)
+    >>> model.active, model.state.value
+    ('', 'bare')
+    """
+    if pristine not in ("host", "none"):
+        raise SpecError(
+            f"pristine must be 'host' or 'none', got {pristine!r}{suggest(str(pristine), ['host', 'none'])}"
+        )
+    return TreeModel(tree, base, pristine=pristine, compute_dtype=compute_dtype)
+
+
+class TreeModel(nn.Module):
+    """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys stay bare."""
+
+    def __init__(
+        self, tree: AdapterTree, base: nn.Module, *, pristine: str = "host", compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        inner, self._compiled = _unwrapped(base)
+        self.tree = tree
+        self.base = inner
+        self.training = inner.training
+        self.factors = nn.ModuleDict()
+        self.state = State.BARE
+        self.epoch = 0
+        self._active: Blend = ""
+        self._lock = threading.RLock()
+        self._binder = Binder(inner, tree.base)
+        self._merged = Merged(inner, self._binder, in_place=pristine == "none")
+        self._unmerged = Unmerged(inner, self._binder, dtype=compute_dtype)
+        self._save_hook: RemovableHandle | None = None
+        self._mark = _claim(inner, self)
+        try:
+            for path in tree.paths():
+                self._make(path)
+        except LoraTreeError:
+            _ATTACHED.pop(inner, None)
+            raise
+        tree.guard(self)
+        if pristine == "none":
+            warnings.warn(
+                'pristine="none": paths are added to and subtracted from the weights in place, '
+                "and every switch leaves a rounding behind",
+                MergedWarning,
+                stacklevel=3,
+            )
+
+    # ------------------------------------------------------------------ switching
+    @property
+    def active(self) -> Blend:
+        """The path or blend that the base behaves as now; ``""`` is the bare base."""
+        return self._active
+
+    def activate(self, blend: Blend, *, mode: Mode = "merged") -> None:
+        """Make a path or a blend the base's behaviour.
+
+        Args:
+            blend: ``"fr/legal"``, ``{"fr/legal": 0.5, "fr/medical": 0.5}``, or the same as a string; ``""`` for the
+                bare base.
+            mode: ``merged`` writes it into the weights (no cost in forward); ``unmerged`` runs it beside them (a
+                switch costs next to nothing, the weights stay the base's own).
+
+        Raises:
+            PathError, SpecError: not a path of the tree, or not a blend.
+            BaseMismatch: an adapter on the way does not fit this base, or can't be applied in this mode.
+            FolderError, FormatError: an adapter's files can't be read.
+            StateError: detached, or a node that trains was to be merged, or somebody else wrote to a merged weight.
+
+        The state before the call is kept where it fails.
+        """
+        with self._lock:
+            self._usable()
+            if mode not in ("merged", "unmerged"):
+                raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}")
+            plan = self._plan(blend)
+            if mode == "merged":
+                self._check_trainable(plan)
+                self._merged.check(plan)
+                self._merged.switch(plan)
+                self._unmerged.switch({})
+                state = State.MERGED
+            else:
+                if self._compiled and plan:
+                    raise StateError(
+                        "the base was compiled before the tree was attached: its forward ignores later hooks",
+                        'activate(…, mode="merged") works under torch.compile',
+                    )
+                self._unmerged.check(plan)
+                stacks = self._unmerged.stacks(plan)
+                self._merged.switch({})
+                self._unmerged.switch(stacks)
+                state = State.UNMERGED
+            self._became(blend, state if parse_blend(blend) != {"": 1.0} else State.BARE)
+
+    def deactivate(self) -> None:
+        """Make the base bare again: weights, buffers, hooks and flags are what they were before `attach`."""
+        self.activate("")
+
+    @contextlib.contextmanager
+    def using(self, blend: Blend, *, mode: Mode = "merged") -> Iterator[TreeModel]:
+        """`activate` for the length of a ``with``; what was active before comes back, after exceptions too.
+
+        Other threads that switch this base wait until the block is left.
+        """
+        with self._lock:
+            before, before_mode = self._active, "unmerged" if self.state is State.UNMERGED else "merged"
+            self.activate(blend, mode=mode)
+            try:
+                yield self
+            finally:
+                if self.state is not State.DETACHED:
+                    self.activate(before, mode=before_mode)  # type: ignore[arg-type]
+
+    def trust(self, what: Literal["pristine", "weights"]) -> None:
+        """After somebody else wrote to merged weights: say which are the base's own, and be bare.
+
+        Args:
+            what: ``pristine`` puts the copies back; ``weights`` takes what stands in the model now for the base.
+        """
+        with self._lock:
+            self._usable()
+            if what == "pristine":
+                with torch.no_grad():
+                    self._merged.pristine.restore()
+            elif what == "weights":
+                self._merged.pristine.forget()
+            else:
+                raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
+            self._merged.plan = {}
+            self._unmerged.switch({})
+            self._became("", State.BARE)
+
+    def detach(self) -> None:
+        """Make the base bare and let go of it; this object can't be used afterwards."""
+        with self._lock:
+            if self.state is State.DETACHED:
+                return
+            self.deactivate()
+            self._merged.pristine.forget()
+            self._unmerged.forget()
+            self.tree.release(self)
+            _ATTACHED.pop(self.base, None)
+            self.state = State.DETACHED
+
+    def nodes_in_use(self) -> list[str]:
+        """The nodes that the base's behaviour depends on now; the tree refuses to change them."""
+        names = [entry for entry in parse_blend(self._active) if entry]
+        lineages = {node for entry in names for node in self.tree.lineage(entry)}
+        return sorted(lineages | {path for path in self._training() if path in self.tree})
+
+    # ------------------------------------------------------------------ training
+    def trainable(self, *paths: str) -> list[dict[str, Any]]:
+        """Say exactly which nodes train; everything else, the base too, is frozen.
+
+        Args:
+            *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
+
+        Returns:
+            one parameter group per node, ``{"name": path, "params": [A and B of every module, fp32]}``, in the
+            order of the sum.
+
+        Raises:
+            PathError: a path or pattern matches no node.
+            StateError: a node is merged into the weights now.
+        """
+        with self._lock:
+            self._usable()
+            chosen = self._matching(paths)
+            merged = [p for p in chosen if self.state is State.MERGED and p in self.nodes_in_use()]
+            if merged:
+                raise StateError(
+                    f"{merged[0]} is merged into the weights and can't train",
+                    'activate(…, mode="unmerged") first',
+                )
+            for path in chosen:
+                self._own(path)
+            for parameter in self.base.parameters():
+                parameter.requires_grad_(False)
+            for path, module in self.factors.items():
+                module.requires_grad_(path.replace(_DOT, ".") in chosen)
+            if self.state is State.UNMERGED:
+                self.activate(self._active, mode="unmerged")
+            return [{"name": path, "params": list(self.factors[_key(path)].parameters())} for path in chosen]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward, as it behaves now."""
+        return self.base(*args, **kwargs)
+
+    # ------------------------------------------------------------------ private
+    def _usable(self) -> None:
+        if self.state is State.DETACHED:
+            raise StateError("this model was detached", "attach the tree again: lora_tree.attach(tree, base)")
+
+    def _plan(self, blend: Blend) -> Plan:
+        for path in self.tree.coefficients(blend):
+            self._make(path)
+        return self._binder.plan(self.tree.terms(blend))
+
+    def _became(self, blend: Blend, state: State) -> None:
+        self._active = blend if isinstance(blend, str) else dict(blend)
+        self.state = state
+        self.epoch += 1
+        self._mark.merged = state is State.MERGED
+        if state is State.MERGED and self._save_hook is None and hasattr(self.base, "save_pretrained"):
+            self._save_hook = self.base.register_state_dict_pre_hook(_warn_on_save)  # type: ignore[no-untyped-call]
+        elif state is not State.MERGED and self._save_hook is not None:
+            self._save_hook.remove()
+            self._save_hook = None
+
+    def _make(self, path: str) -> None:
+        """Give a fresh node its adapter."""
+        fresh = self.tree[path].fresh
+        if fresh is None:
+            return
+        spec = fresh.over(self.tree.defaults)
+        try:
+            adapter = fresh_adapter(self.base, spec, base_name=self.tree.base)
+        except LoraTreeError as error:
+            raise error.within(path) from error
+        self.tree.settle(path, adapter)
+
+    def _own(self, path: str) -> None:
+        """Make a node's factors parameters of this module, in fp32 or wider."""
+        if _key(path) in self.factors:
+            return
+        self._make(path)
+        adapter = self.tree.adapter(path)
+        if adapter is None:
+            raise StateError(f"{path} is a group without an adapter, nothing in it can train")
+        adapter = self._binder.bind(path, adapter)
+        held, modules = _Factors(), {}
+        for name, value in adapter.modules.items():
+            modules[name] = held.take(name, value)
+        self.tree.settle(path, replace(adapter, modules=modules, errors={}))
+        self.factors[_key(path)] = held
+
+    def _training(self) -> list[str]:
+        held = {key: m for key, m in self.factors.items() if any(p.requires_grad for p in m.parameters())}
+        return [key.replace(_DOT, ".") for key in held]
+
+    def _check_trainable(self, plan: Plan) -> None:
+        for name, terms in plan.items():
+            for term in terms:
+                if any(t.requires_grad for t in term.value.tensors):
+                    raise StateError(
+                        f"{term.node}: {name}: trains, and can't be merged while it does",
+                        'activate(…, mode="unmerged"), or model.trainable() first',
+                    )
+
+    def _matching(self, patterns: tuple[str, ...]) -> list[str]:
+        chosen: set[str] = set()
+        for pattern in patterns:
+            hits = {pattern} if pattern in self.tree else set(fnmatch.filter(self.tree.paths(), pattern))
+            if not hits:
+                raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")
+            chosen |= hits
+        return [path for path in self.tree.paths() if path in chosen]
+
+
+class _Factors(nn.Module):
+    """One node's factors as parameters; their names are the modules' with ``/`` for dots."""
+
+    def take(self, name: str, value: LowRank) -> LowRank:
+        """Copies of ``value``'s factors as parameters of this module, and the value made of them."""
+        dtype = torch.promote_types(value.dtype, torch.float32)
+
+        def parameter(part: str, tensor: Tensor) -> nn.Parameter:
+            made = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
+            self.register_parameter(f"{name.replace('.', '/')}/{part}", made)
+            return made
+
+        bias = None if value.bias is None else parameter("bias", value.bias)
+        return replace(value, A=parameter("A", value.A), B=parameter("B", value.B), bias=bias)
+
+
+_DOT = "\N{ONE DOT LEADER}"
+
+
+def _key(path: str) -> str:
+    """A node's path as the name of a submodule: torch reserves the dot."""
+    return path.replace(".", _DOT)
+
+
+class _Mark:
+    """What is known of a base after its TreeModel is gone."""
+
+    def __init__(self, model: TreeModel) -> None:
+        self.model = weakref.ref(model)
+        self.merged = False
+
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, _Mark] = weakref.WeakKeyDictionary()
+
+
+def _claim(base: nn.Module, model: TreeModel) -> _Mark:
+    mark = _ATTACHED.get(base)
+    if mark is not None and mark.model() is not None:
+        raise StateError("this base is attached already", "use that model, or call its detach() first")
+    if mark is not None and mark.merged:
+        raise StateError("an earlier model of this base was dropped while a path was merged; load the base again")
+    _ATTACHED[base] = mark = _Mark(model)
+    return mark
+
+
+def _unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
+    """The module inside torch.compile and DDP wrappers, and whether it was compiled.
+
+    Raises:
+        SpecError, StateError: not a module, or wrapped by PEFT or FSDP.
+    """
+    if not isinstance(base, nn.Module):
+        raise SpecError(f"the base must be a torch.nn.Module, got {type(base).__name__}")
+    compiled = False
+    while True:
+        name = f"{type(base).__module__}.{type(base).__name__}"
+        if isinstance(inner := base._modules.get("_orig_mod"), nn.Module):
+            base, compiled = inner, True
+        elif isinstance(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            base = base.module
+        else:
+            break
+    if isinstance(base, TreeModel):
+        raise StateError("the base is a TreeModel already", "attach to its .base after detach()")
+    for module in base.modules():
+        name = f"{type(module).__module__}.{type(module).__name__}"
+        if name.startswith("peft."):
+            raise StateError(
+                f"the base is wrapped by PEFT ({name})",
+                "peft_model.unload() gives the base back; save its adapters first and add them to the tree",
+            )
+        if ".fsdp" in name.lower():
+            raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
+        compiled = compiled or module._compiled_call_impl is not None
+    return base, compiled
+
+
+def _warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "save_pretrained":
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None:
+        warnings.warn(
+            "save_pretrained writes the base with a path merged into it; deactivate() first for the base's own "
+            "weights, or tree.flatten(path).save(folder) for the path as an adapter",
+            MergedWarning,
+            stacklevel=2,
+        )

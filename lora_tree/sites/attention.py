@@ -1,0 +1,56 @@
+"""nn.MultiheadAttention: both of its projections are read by the attention itself, so both are merged only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch
+from ..lowrank import LINEAR, Layout, LowRank
+from .base import Site
+from .linear import LinearSite
+
+__all__ = ["InProjectionSite", "OutProjectionSite"]
+
+
+class InProjectionSite(Site):
+    """The stacked q, k, v projection (3·dim, dim), under the attention's own name."""
+
+    kind = "attention"
+    weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+
+    @staticmethod
+    def claims(module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    def accepts(self, layout: Layout) -> bool:
+        return layout == LINEAR
+
+    def check(self, value: LowRank) -> None:
+        if self.weight is None:
+            raise BaseMismatch(
+                f"{self.name}: the attention has separate q, k, v weights (kdim or vdim differ from embed_dim)",
+                "target q_proj_weight, k_proj_weight and v_proj_weight as parameters instead",
+            )
+        super().check(value)
+
+    def expected(self, value: LowRank) -> tuple[int, ...]:
+        assert self.weight is not None
+        return tuple(self.weight.shape)
+
+    @property
+    def why_merged_only(self) -> str | None:
+        return "nn.MultiheadAttention reads its projections itself"
+
+    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        raise NotImplementedError(self.why_merged_only)
+
+
+class OutProjectionSite(LinearSite):
+    """``out_proj``: a Linear whose forward is never called."""
+
+    kind = "attention output"
+
+    @property
+    def why_merged_only(self) -> str | None:
+        return "nn.MultiheadAttention reads out_proj's weight without calling it"

@@ -1,0 +1,157 @@
+"""Site: one module (or raw parameter) of the base that an adapter changes, and how it takes a delta.
+
+A kind of site says three things, and inherits the rest:
+
+    matrix shape    the (*batch, out, in) that a LowRank must have here          `expected`
+    write           how W += left @ right lies in the stored weight              `rows`, `sides_of`
+    side path       what is added to the module's output when nothing is written `side`
+
+Law: a site never keeps state of a path. What is active where is the engine's business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch, MergedOnly, UnmergedOnly
+from ..lowrank import Layout, LowRank
+
+__all__ = ["Site"]
+
+
+class Site(ABC):
+    """A place where a delta goes.
+
+    Args:
+        name: as adapters name it: the module's dotted name, or the parameter's.
+        module: the module that holds the weight.
+        parent: the dotted name of the nearest module around it that runs a forward of its own.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, name: str, module: nn.Module, parent: str) -> None:
+        self.name = name
+        self.module = module
+        self.parent = parent
+
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+
+    # ------------------------------------------------------------------ what a kind says
+    @abstractmethod
+    def expected(self, value: LowRank) -> tuple[int, ...]:
+        """The (\\*batch, out, in) that ``value`` must have to fit this weight."""
+
+    @abstractmethod
+    def accepts(self, layout: Layout) -> bool:
+        """Whether a delta of this layout belongs here."""
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """A view of the stored weight as (batch, rows, cols), the shape that left @ right has."""
+        return weight.reshape(1, *weight.shape)
+
+    def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
+        """Left (batch, rows, r) and right (batch, r, cols), views of the factors: rows(ΔW) = scale · left @ right."""
+        return _batched(value.B), _batched(value.A)
+
+    @abstractmethod
+    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """What the delta B·A adds to the module's output for input ``x``, without the bias."""
+
+    def side_bias(self, bias: Tensor) -> Tensor:
+        """A ``lora_bias`` in the shape that broadcasts over the module's output."""
+        return bias
+
+    # ------------------------------------------------------------------ inherited
+    @property
+    def weight(self) -> Tensor | None:
+        """The stored weight, whatever it is; None where the module has none by that name."""
+        found = getattr(self.module, self.weight_name, None)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        found = getattr(self.module, self.bias_name, None)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def why_merged_only(self) -> str | None:
+        """Why a side path would never run here; None where it would."""
+        return None
+
+    def why_unmerged_only(self, value: LowRank) -> str | None:
+        """Why this delta can't be written into the weight; None where it can."""
+        weight = self.weight
+        if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+            held = "no plain weight" if weight is None else f"a weight of {str(weight.dtype)[6:]}"
+            return f"{type(self.module).__name__} holds {held} (quantised)"
+        if type(weight) not in (Tensor, nn.Parameter):
+            return f"its weight is a {type(weight).__name__}, not a plain tensor"
+        if value.bias is not None and self.bias is None:
+            return "the adapter adds a bias (lora_bias) and the layer has none to add it to"
+        return None
+
+    def check(self, value: LowRank) -> None:
+        """That ``value`` fits, whatever the mode.
+
+        Raises:
+            BaseMismatch: wrong kind or shape, or a weight that nothing can be added to (parametrised, meta, offloaded).
+        """
+        self._check_plain()
+        if not self.accepts(value.layout):
+            raise BaseMismatch(
+                f"{self.name}: the adapter holds {_article(str(value.layout))} delta, the base has "
+                f"{_article(type(self.module).__name__)} there"
+            )
+        expected = self.expected(value)
+        if value.shape != expected:
+            A, B = (*expected[:-2], value.rank, expected[-1]), (*expected[:-2], expected[-2], value.rank)
+            raise BaseMismatch(
+                f"{self.name}: A is {tuple(value.A.shape)} and B {tuple(value.B.shape)}, this base needs {A} and {B}"
+            )
+
+    def check_mode(self, value: LowRank, *, merged: bool) -> None:
+        """That ``value`` can be applied in the mode asked for.
+
+        Raises:
+            UnmergedOnly, MergedOnly: it can't; says why and which mode does.
+        """
+        if merged:
+            reason = self.why_unmerged_only(value)
+            if reason:
+                raise UnmergedOnly(f"{self.name}: can't be merged: {reason}", 'use activate(…, mode="unmerged")')
+        elif self.why_merged_only:
+            raise MergedOnly(
+                f"{self.name}: can't run unmerged: {self.why_merged_only}", 'use activate(…, mode="merged")'
+            )
+
+    def _check_plain(self) -> None:
+        module, name = self.module, self.weight_name
+        parametrised = name in getattr(module, "parametrizations", ())
+        if parametrised or f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters:
+            raise BaseMismatch(
+                f"{self.name}: its {name} is computed from other parameters (weight norm or another parametrisation)",
+                "remove the parametrisation from the base first: torch.nn.utils.parametrize.remove_parametrizations",
+            )
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
+            raise BaseMismatch(f"{self.name}: its weight is offloaded", "load the base without offloading")
+        if self.weight is not None and self.weight.is_meta:
+            raise BaseMismatch(f"{self.name}: its weight is on the meta device", "load the base's weights first")
+        if self.weight is not None and self.weight.is_inference():
+            raise BaseMismatch(f"{self.name}: its weight was made under inference_mode", "load the base outside of it")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+def _batched(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 3 else factor.reshape(1, *factor.shape)
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0].lower() in "aeiou" else f"a {word}"

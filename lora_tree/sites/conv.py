@@ -1,0 +1,67 @@
+"""Convolutions in one, two and three dimensions: the delta is the product of two convolutions.
+
+    ΔW = B · A      A: a kernel of the module's own size to r channels      B: a 1×1 kernel to the output's channels
+
+A takes the module's stride, padding, padding mode and dilation. With groups PEFT lets A see all input channels and
+groups only B: such a delta is not a kernel of (out, in / groups) and lives in the side path alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..lowrank import Layout, LowRank
+from .base import Site
+
+__all__ = ["ConvSite"]
+
+_CALLS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class ConvSite(Site):
+    """Conv1d, Conv2d, Conv3d."""
+
+    kind = "conv"
+
+    @staticmethod
+    def claims(module: nn.Module) -> bool:
+        return isinstance(module, tuple(_CALLS))
+
+    @property
+    def conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        assert isinstance(self.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return self.module
+
+    def accepts(self, layout: Layout) -> bool:
+        return layout == Layout("conv", tuple(self.conv.kernel_size))
+
+    def expected(self, value: LowRank) -> tuple[int, ...]:
+        conv, groups = self.conv, self.conv.groups
+        into = conv.in_channels * math.prod(conv.kernel_size)
+        return (conv.out_channels, into) if groups == 1 else (groups, conv.out_channels // groups, into)
+
+    def why_unmerged_only(self, value: LowRank) -> str | None:
+        if self.conv.groups > 1:
+            return f"with groups={self.conv.groups} the delta reaches channels that the grouped kernel does not"
+        return super().why_unmerged_only(value)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)[None]  # (1, out, in · kernel); a copy where the memory is laid out channels last
+
+    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        conv = self.conv
+        call = next(call for cls, call in _CALLS.items() if isinstance(conv, cls))
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = (0,) * len(conv.kernel_size)
+        down = A.reshape(-1, conv.in_channels, *conv.kernel_size)  # (groups · r, in, *kernel)
+        up = B.reshape(conv.out_channels, -1, *(1 for _ in conv.kernel_size))  # (out, r, 1, …)
+        hidden = call(x, down, None, conv.stride, padding, conv.dilation)
+        return call(hidden, up, None, groups=conv.groups)
+
+    def side_bias(self, bias: Tensor) -> Tensor:
+        return bias.reshape(-1, *(1 for _ in self.conv.kernel_size))

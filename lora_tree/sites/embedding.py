@@ -1,0 +1,47 @@
+"""Embeddings: the weight is (vocab, dim), the delta of PEFT's factors (dim, vocab), so it is written transposed."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch
+from ..lowrank import EMBEDDING, Layout, LowRank
+from .base import Site
+
+__all__ = ["EmbeddingSite"]
+
+
+class EmbeddingSite(Site):
+    """``y = W[ids]``, times ``embed_scale`` where the module multiplies its output by one (Gemma, BART)."""
+
+    kind = "embedding"
+
+    @staticmethod
+    def claims(module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def accepts(self, layout: Layout) -> bool:
+        return layout == EMBEDDING
+
+    def expected(self, value: LowRank) -> tuple[int, ...]:
+        assert isinstance(self.module, nn.Embedding)
+        return self.module.embedding_dim, self.module.num_embeddings
+
+    def check(self, value: LowRank) -> None:
+        super().check(value)
+        if getattr(self.module, "max_norm", None) is not None:
+            raise BaseMismatch(
+                f"{self.name}: the embedding renormalises its rows at every look-up (max_norm), which does not add up",
+                "leave this module out of the adapter",
+            )
+
+    def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
+        return value.A.mT[None], value.B.mT[None]
+
+    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        delta = F.linear(F.embedding(x, A.mT), B)  # (…) → (…, r) → (…, dim)
+        scale = getattr(self.module, "embed_scale", None)
+        if scale is None:
+            return delta
+        return delta * (scale.to(delta.dtype) if isinstance(scale, Tensor) else scale)
