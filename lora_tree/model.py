@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .engine.merged import Merged
-from .engine.plan import Binder, Plan
+from .engine.plan import BARE, Binder, Plan
 from .engine.unmerged import Unmerged
 from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
@@ -107,8 +107,8 @@ class TreeModel(nn.Module):
         self._active: Blend = ""
         self._lock = threading.RLock()
         self._binder = Binder(inner, tree.base)
-        self._merged = Merged(inner, self._binder, in_place=pristine == "none")
-        self._unmerged = Unmerged(inner, self._binder, dtype=compute_dtype)
+        self._merged = Merged(inner, in_place=pristine == "none")
+        self._unmerged = Unmerged(inner, dtype=compute_dtype)
         self._save_hook: RemovableHandle | None = None
         self._mark = _claim(inner, self)
         try:
@@ -158,18 +158,18 @@ class TreeModel(nn.Module):
                 self._check_trainable(plan)
                 self._merged.check(plan)
                 self._merged.switch(plan)
-                self._unmerged.switch({})
+                self._unmerged.switch(BARE)
                 state = State.MERGED
             else:
-                if self._compiled and plan:
+                if self._compiled and plan.terms:
                     raise StateError(
                         "the base was compiled before the tree was attached: its forward ignores later hooks",
                         'activate(…, mode="merged") works under torch.compile',
                     )
                 self._unmerged.check(plan)
-                stacks = self._unmerged.stacks(plan)
-                self._merged.switch({})
-                self._unmerged.switch(stacks)
+                self._unmerged.stacks(plan)
+                self._merged.switch(BARE)
+                self._unmerged.switch(plan)
                 state = State.UNMERGED
             self._became(blend, state if parse_blend(blend) != {"": 1.0} else State.BARE)
 
@@ -207,8 +207,8 @@ class TreeModel(nn.Module):
                 self._merged.pristine.forget()
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
-            self._merged.plan = {}
-            self._unmerged.switch({})
+            self._merged.plan = BARE
+            self._unmerged.switch(BARE)
             self._became("", State.BARE)
 
     def detach(self) -> None:
@@ -219,6 +219,7 @@ class TreeModel(nn.Module):
             self.deactivate()
             self._merged.pristine.forget()
             self._unmerged.forget()
+            self._binder.forget()
             self.tree.release(self)
             _ATTACHED.pop(self.base, None)
             self.state = State.DETACHED
@@ -320,7 +321,7 @@ class TreeModel(nn.Module):
         return [key.replace(_DOT, ".") for key in held]
 
     def _check_trainable(self, plan: Plan) -> None:
-        for name, terms in plan.items():
+        for name, terms in plan.terms.items():
             for term in terms:
                 if any(t.requires_grad for t in term.value.tensors):
                     raise StateError(

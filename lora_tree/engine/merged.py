@@ -7,7 +7,8 @@ Addresses stay what they were, no hook is left, and the forward is the plain bas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..errors import TiedWeights, listing
 from ..lowrank import LowRank, concat
 from ..sites import Site
 from .arithmetic import exact_mode, write_sum
-from .plan import Binder, Plan, Terms, same_terms
+from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Pristine
 
 __all__ = ["Merged"]
@@ -27,17 +28,15 @@ class Merged:
 
     Args:
         base: the model.
-        binder: finds the sites.
         in_place: add to and subtract from the weights instead of keeping copies of them; drifts with every switch.
     """
 
-    def __init__(self, base: nn.Module, binder: Binder, *, in_place: bool) -> None:
+    def __init__(self, base: nn.Module, *, in_place: bool) -> None:
         self._base = base
-        self._binder = binder
         self._in_place = in_place
         self._untied: set[str] = set()
         self.pristine = Pristine()
-        self.plan: dict[str, Terms] = {}
+        self.plan = BARE
 
     def check(self, plan: Plan) -> None:
         """That every site of the plan can be written to.
@@ -45,11 +44,10 @@ class Merged:
         Raises:
             UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
         """
-        for name, terms in plan.items():
-            site = self._binder.site(name)
+        for name, terms in plan.terms.items():
             for term in terms:
-                site.check_mode(term.value, merged=True)
-        self._check_ties(sorted(set(plan) - self._untied))
+                plan.sites[name].check_mode(term.value, merged=True)
+        self._check_ties({name: site for name, site in plan.sites.items() if name not in self._untied})
 
     def switch(self, plan: Plan) -> None:
         """Make the weights those of ``plan``; an empty plan is the bare base.
@@ -58,61 +56,50 @@ class Merged:
             ForeignWrite: somebody else wrote to a weight while a path was merged.
             MemoryError, RuntimeError: what torch raised; the weights are as they were before the call.
         """
-        self.pristine.verify()
-        names = sorted(self.plan.keys() | plan.keys())
-        changed = [n for n in names if not same_terms(self.plan.get(n, ()), plan.get(n, ()))]
-        sites = {name: self._binder.site(name) for name in changed}
+        if not (plan.terms or self.plan.terms):
+            return
+        self.pristine.verify(name for name, site in self.plan.sites.items() if not site.is_in(self._base))
+        sites = {**self.plan.sites, **plan.sites}
+        jobs = [
+            _Job(sites[name], plan.terms.get(name, ()), self.plan.terms.get(name, ()))
+            for name in sorted(sites)
+            if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
+        ]
         if not self._in_place:
-            for name, site in sites.items():
-                for attribute in self._attributes(name, plan):
-                    self.pristine.keep(name, site.module, attribute)
-        before = dict(self.plan)
-        started: list[str] = []
+            for job in jobs:
+                for attribute in job.attributes:
+                    self.pristine.keep(job.site.name, job.site.module, attribute)
+        started: list[_Job] = []
         try:
-            for name, site in sites.items():
-                started.append(name)
-                self._write(site, plan.get(name, ()), before.get(name, ()))
+            for job in jobs:
+                started.append(job)
+                self._write(job)
         except BaseException:
-            for name in started[:-1] if self._in_place else started:
-                self._write(sites[name], before.get(name, ()), plan.get(name, ()))
+            for job in started[:-1] if self._in_place else started:
+                self._write(_Job(job.site, job.old, job.new))
             raise
-        self.plan = dict(plan)
+        self.plan = plan
 
-    def _attributes(self, name: str, plan: Plan) -> list[str]:
-        """The tensors that the switch writes at a site: its weight, and its bias where a term has one now or had."""
-        site = self._binder.site(name)
-        terms = (*self.plan.get(name, ()), *plan.get(name, ()))
-        return [site.weight_name] + ([site.bias_name] if any(t.value.bias is not None for t in terms) else [])
-
-    def _write(self, site: Site, terms: Terms, before: Terms) -> None:
-        weight = site.weight
+    def _write(self, job: _Job) -> None:
+        site, weight = job.site, job.site.weight
         assert weight is not None
         with exact_mode(weight.device):
-            for attribute, old, new in self._values(site, weight, terms, before):
+            new = [t.value.scaled(t.coefficient).to(device=weight.device) for t in job.new]
+            old = [t.value.scaled(-t.coefficient).to(device=weight.device) for t in job.old] if self._in_place else []
+            for attribute in job.attributes:
                 target: Tensor = getattr(site.module, attribute)
                 if self._in_place:
-                    _add(site, target, target.detach(), new, old)
+                    _add(site, target, target.detach(), [*new, *old])
                 else:
-                    _add(site, target, self.pristine.keep(site.name, site.module, attribute), new, [])
-                    self.pristine.wrote(site.module, attribute, merged=bool(terms))
+                    _add(site, target, self.pristine.keep(site.name, site.module, attribute), new)
+                    self.pristine.wrote(site.module, attribute, merged=bool(new))
 
-    def _values(
-        self, site: Site, weight: Tensor, terms: Terms, before: Terms
-    ) -> Iterator[tuple[str, list[LowRank], list[LowRank]]]:
-        """Each tensor to write, with what it holds and what it gets."""
-        new = [t.value.scaled(t.coefficient).to(device=weight.device) for t in terms]
-        old = [t.value.scaled(t.coefficient).to(device=weight.device) for t in before] if self._in_place else []
-        yield site.weight_name, old, new
-        if any(t.value.bias is not None for t in (*terms, *before)):
-            yield site.bias_name, old, new
-
-    def _check_ties(self, names: list[str]) -> None:
+    def _check_ties(self, sites: Mapping[str, Site]) -> None:
         """That no other module uses a weight that is about to be written."""
-        if not names:
+        if not sites:
             return
         spans = sorted(_spans(self._base))
-        for name in names:
-            site = self._binder.site(name)
+        for name, site in sites.items():
             for attribute in {site.weight_name, site.bias_name}:
                 own = getattr(site.module, attribute, None)
                 if not isinstance(own, Tensor):
@@ -132,9 +119,23 @@ class Merged:
             self._untied.add(name)
 
 
-def _add(site: Site, target: Tensor, source: Tensor, new: list[LowRank], old: list[LowRank]) -> None:
-    """``target ← round_once(source + Σ new − Σ old)``."""
-    values = [*new, *(value.scaled(-1.0) for value in old)]
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One site's part of a switch."""
+
+    site: Site
+    new: Terms
+    old: Terms
+
+    @property
+    def attributes(self) -> list[str]:
+        """The tensors it writes: the weight, and the bias where a term has one or had."""
+        biased = any(t.value.bias is not None for t in (*self.new, *self.old))
+        return [self.site.weight_name, self.site.bias_name] if biased else [self.site.weight_name]
+
+
+def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank]) -> None:
+    """``target ← round_once(source + Σ values)``."""
     if target is getattr(site.module, site.bias_name, None):
         total = source.to(device=target.device, dtype=torch.float64)
         for value in values:

@@ -6,7 +6,8 @@ Binding comes first: an adapter fits the base or it does not, whatever the path,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LowRank
 from ..sites import Site, find_site
 
-__all__ = ["Binder", "Plan", "Term", "Terms", "same_terms"]
+__all__ = ["BARE", "Binder", "Plan", "Term", "Terms", "same_terms"]
+
+KEPT_PLANS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,17 @@ class Term:
 
 
 Terms = tuple[Term, ...]
-Plan = Mapping[str, Terms]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Site name → its terms, and the sites themselves. The same object for a path that was used before."""
+
+    terms: Mapping[str, Terms]
+    sites: Mapping[str, Site]
+
+
+BARE = Plan({}, {})
 
 
 def same_terms(x: Terms, y: Terms) -> bool:
@@ -43,22 +56,41 @@ def same_terms(x: Terms, y: Terms) -> bool:
 
 
 class Binder:
-    """Adapters checked against one base, and the sites they use."""
+    """Adapters checked against one base, the sites they use, and the plans of the last paths."""
 
     def __init__(self, base: nn.Module, base_name: str | None) -> None:
         self._base = base
         self._base_name = base_name
         self._sites: dict[str, Site] = {}
         self._bound: weakref.WeakKeyDictionary[Adapter, Adapter] = weakref.WeakKeyDictionary()
+        self._plans: OrderedDict[Hashable, tuple[list[tuple[str, float, Adapter]], Plan]] = OrderedDict()
 
-    def site(self, name: str) -> Site:
-        """The site of that name in the base as it is now: a replaced module is found again."""
-        known = self._sites.get(name)
-        if known is not None and self._still_there(known):
-            return known
-        site = self._sites[name] = find_site(self._base, name)
-        self._bound.clear()  # what was checked against the old module has to be checked again
-        return site
+    def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
+        """The plan of (node, coefficient, adapter) terms.
+
+        Raises:
+            BaseMismatch: an adapter does not fit; names the node and the module.
+        """
+        if not terms:
+            return BARE
+        key = tuple((id(adapter), coefficient) for _, coefficient, adapter in terms)
+        known = self._plans.get(key)  # the adapters are kept beside it, so that no id in the key is used again
+        if known is not None and all(site.is_in(self._base) for site in known[1].sites.values()):
+            self._plans.move_to_end(key)
+            return known[1]
+        found: dict[str, list[Term]] = {}
+        fixed = True
+        for node, coefficient, adapter in terms:
+            for name, value in self.bind(node, adapter).modules.items():
+                fixed = fixed and not _trains(value)
+                version = value.A._version + value.B._version if _trains(value) else 0
+                found.setdefault(name, []).append(Term(node, coefficient, value, version))
+        plan = Plan({name: tuple(ts) for name, ts in found.items()}, {name: self.site(name) for name in found})
+        if fixed:
+            self._plans[key] = terms, plan
+            while len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return plan
 
     def bind(self, node: str, adapter: Adapter) -> Adapter:
         """``adapter`` with its names as this base has them, checked.
@@ -67,7 +99,7 @@ class Binder:
             BaseMismatch: a module is missing, of another kind or shape, or carries a base tensor that differs.
         """
         known = self._bound.get(adapter)
-        if known is not None and all(self._still_there(self._sites[name]) for name in known.modules):
+        if known is not None and all(self._sites[name].is_in(self._base) for name in known.modules):
             return known
         try:
             bound = adapter.renested(self._registered(adapter)) if adapter.nesting else adapter
@@ -83,21 +115,16 @@ class Binder:
         self._bound[adapter] = bound
         return bound
 
-    def plan(self, terms: list[tuple[str, float, Adapter]]) -> dict[str, Terms]:
-        """The plan of (node, coefficient, adapter) terms; every adapter is checked first."""
-        found: dict[str, list[Term]] = {}
-        for node, coefficient, adapter in terms:
-            for name, value in self.bind(node, adapter).modules.items():
-                version = value.A._version + value.B._version if _counts(value) else 0
-                found.setdefault(name, []).append(Term(node, coefficient, value, version))
-        return {name: tuple(terms) for name, terms in found.items()}
+    def site(self, name: str) -> Site:
+        """The site of that name in the base as it is now: a replaced module is found again."""
+        known = self._sites.get(name)
+        if known is None or not known.is_in(self._base):
+            known = self._sites[name] = find_site(self._base, name)
+        return known
 
-    def _still_there(self, site: Site) -> bool:
-        holder: nn.Module | None = self._base
-        name = site.name.rpartition(".")[0] if site.kind == "parameter" else site.name
-        for part in name.split(".") if name else ():
-            holder = holder._modules.get(part) if holder is not None else None
-        return holder is site.module
+    def forget(self) -> None:
+        """Drop the plans kept for paths used before."""
+        self._plans.clear()
 
     def _registered(self, adapter: Adapter) -> dict[str, tuple[str, ...]]:
         """Each nested module's adapted parameters in the order in which this base registers them."""
@@ -123,5 +150,6 @@ class Binder:
             )
 
 
-def _counts(value: LowRank) -> bool:
-    return not (value.A.is_inference() or value.B.is_inference())
+def _trains(value: LowRank) -> bool:
+    """Whether its factors are parameters, which training may write to in place."""
+    return isinstance(value.A, nn.Parameter) or isinstance(value.B, nn.Parameter)

@@ -7,6 +7,7 @@ a sample of its numbers are compared before every switch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,14 +54,17 @@ class Pristine:
         self._kept: dict[tuple[int, str], _Kept] = {}
         self._names: dict[tuple[int, str], str] = {}
 
-    def verify(self) -> None:
+    def verify(self, replaced: Iterable[str] = ()) -> None:
         """That every kept copy is still what it was taken from; copies of weights that are bare now are retaken later.
+
+        Args:
+            replaced: sites with a path merged into them whose module is not in the base any more.
 
         Raises:
             ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into it.
         """
         changed = [key for key, kept in self._kept.items() if not kept.untouched()]
-        lost = [self._names[key] for key in changed if self._kept[key].merged]
+        lost = [*replaced, *(self._names[key] for key in changed if self._kept[key].merged)]
         if lost:
             raise ForeignWrite(
                 f"{listing(lost)}: written or replaced by somebody else while a path was merged",

@@ -10,7 +10,6 @@ active and gone after it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import BaseMismatch
 from ..sites import Site
 from .arithmetic import exact_mode
-from .plan import Binder, Plan, Term, Terms
+from .plan import Plan, Term, Terms
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -51,16 +50,14 @@ class Unmerged:
 
     Args:
         base: the model.
-        binder: finds the sites.
         dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
     """
 
-    def __init__(self, base: nn.Module, binder: Binder, *, dtype: torch.dtype | None) -> None:
-        self._binder = binder
+    def __init__(self, base: nn.Module, *, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
-        self._handles: dict[str, RemovableHandle] = {}
+        self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._current: dict[str, Stack] = {}
-        self._kept: OrderedDict[Hashable, tuple[Plan, dict[str, Stack]]] = OrderedDict()
+        self._kept: OrderedDict[Plan, dict[str, Stack]] = OrderedDict()
         self._watch = Watch(base)
 
     def check(self, plan: Plan) -> None:
@@ -69,32 +66,31 @@ class Unmerged:
         Raises:
             MergedOnly: one does not; says which and why.
         """
-        for name, terms in plan.items():
-            for term in terms:
-                self._binder.site(name).check_mode(term.value, merged=False)
+        for name, terms in plan.terms.items():
+            plan.sites[name].check_mode(terms[0].value, merged=False)
 
-    def stacks(self, plan: Plan) -> Mapping[str, Stack]:
+    def stacks(self, plan: Plan) -> dict[str, Stack]:
         """The plan's factors, stacked; the same object for a plan that was used before."""
-        key = tuple((name, *map(_key, terms)) for name, terms in plan.items())
-        found = self._kept.get(key)
-        if found is None:  # the plan is kept beside them, so that no id in the key is used again
-            found = plan, {name: self._stack(self._binder.site(name), terms) for name, terms in plan.items()}
-            self._kept[key] = found
+        found = self._kept.get(plan)
+        if found is None:
+            found = {name: self._stack(plan.sites[name], terms) for name, terms in plan.terms.items()}
+            self._kept[plan] = found
             while len(self._kept) > KEPT_PATHS:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return found[1]
+        self._kept.move_to_end(plan)
+        return found
 
-    def switch(self, stacks: Mapping[str, Stack]) -> None:
-        """Make ``stacks`` the side paths; none of them is the bare base. Nothing here can fail half-way."""
-        self._current = dict(stacks)
-        for name in [n for n in self._handles if n not in stacks]:
-            self._handles.pop(name).remove()
-        for name in stacks:
-            if name not in self._handles:
-                site = self._binder.site(name)
-                self._handles[name] = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
-        self._watch.expect({name: self._binder.site(name).parent for name in stacks})
+    def switch(self, plan: Plan) -> None:
+        """Run ``plan`` beside the weights; an empty plan is the bare base."""
+        stacks = self.stacks(plan)  # all that can fail
+        self._current = stacks
+        for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
+            self._hooked.pop(name)[1].remove()
+        for name, site in plan.sites.items():
+            if name not in self._hooked:
+                handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
+                self._hooked[name] = site, handle
+        self._watch.expect(plan)
 
     def forget(self) -> None:
         """Drop the stacks kept for paths used before."""
@@ -140,10 +136,6 @@ class Unmerged:
             return out
 
         return side_path
-
-
-def _key(term: Term) -> Hashable:
-    return id(term.value), term.coefficient, term.version, term.value.A.requires_grad
 
 
 def _stacked(terms: list[Term], dtype: torch.dtype, device: torch.device) -> _Piece:

@@ -7,13 +7,13 @@ whose sites have all been called once is not watched any more, so a path in use 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MergedOnly, listing
+from .plan import Plan
 
 __all__ = ["Watch"]
 
@@ -27,12 +27,12 @@ class Watch:
         self._children: dict[str, list[str]] = {}
         self.fired: set[str] = set()
 
-    def expect(self, parents: Mapping[str, str]) -> None:
-        """From now on these sites (name → the module around it) have to run."""
+    def expect(self, plan: Plan) -> None:
+        """From now on the plan's sites have to run when the modules around them do."""
         self.fired.clear()
         self._children = {}
-        for name, parent in parents.items():
-            self._children.setdefault(parent, []).append(name)
+        for name, site in plan.sites.items():
+            self._children.setdefault(site.parent, []).append(name)
         for parent in [p for p in self._handles if p not in self._children]:
             self._handles.pop(parent).remove()
         for parent in self._children:

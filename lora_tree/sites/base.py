@@ -35,6 +35,7 @@ class Site(ABC):
 
     def __init__(self, name: str, module: nn.Module, parent: str) -> None:
         self.name = name
+        self.module_name = name
         self.module = module
         self.parent = parent
 
@@ -94,6 +95,13 @@ class Site(ABC):
         if value.bias is not None and self.bias is None:
             return "the adapter adds a bias (lora_bias) and the layer has none to add it to"
         return None
+
+    def is_in(self, base: nn.Module) -> bool:
+        """Whether the base still has this very module under this name; it may have been replaced since."""
+        holder: nn.Module | None = base
+        for part in self.module_name.split(".") if self.module_name else ():
+            holder = holder._modules.get(part) if holder is not None else None
+        return holder is self.module
 
     def check(self, value: LowRank) -> None:
         """That ``value`` fits, whatever the mode.

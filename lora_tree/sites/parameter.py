@@ -17,7 +17,7 @@ class ParameterSite(Site):
 
     def __init__(self, name: str, module: nn.Module, parent: str) -> None:
         super().__init__(name, module, parent)
-        self.weight_name = name.rpartition(".")[2]
+        self.module_name, _, self.weight_name = name.rpartition(".")
         self.bias_name = ""
 
     @property
