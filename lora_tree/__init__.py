@@ -1,6 +1,7 @@
 """lora_tree: LoRA adapters as a tree over one base model. This page is the map."""
 
 from .adapter import Adapter, combine
+from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .spec import LoraSpec
@@ -15,12 +16,17 @@ __all__ = [
     "LowRank",
     "MergedWarning",
     "Node",
+    "Problem",
+    "StaleWarning",
     "State",
     "TreeModel",
     "Truncated",
     "attach",
+    "check",
     "combine",
     "concat",
     "inner",
+    "load",
+    "lock",
     "parse_blend",
 ]

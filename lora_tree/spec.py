@@ -14,12 +14,13 @@ Every model refuses unknown keys. The words of `LoraSpec` are PEFT's, with PEFT'
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
-from .errors import PathError, SpecError, suggest
+from .errors import PathError, SpecError
 
 __all__ = ["LoraSpec", "NodeSpec", "TreeSpec", "check_name", "check_path"]
 
@@ -27,6 +28,16 @@ NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 _NAME = re.compile(rf"{NAME}\Z")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNORECASE)
 MAX_DEPTH = 64
+_WORDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "targets": "target_modules",
+    "modules": "target_modules",
+    "path": "adapter",
+}
+
+Loc: TypeAlias = tuple[str | int, ...]
+"""The way to a place in nested data: keys and indices."""
 
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -40,23 +51,27 @@ class _Strict(BaseModel):
 class LoraSpec(_Strict):
     """How a fresh adapter is made when the tree is attached; the words are those of PEFT's LoraConfig."""
 
-    r: Rank | None = Field(None, description="rank; 8 where nothing says otherwise")
+    r: Rank | None = Field(default=None, description="rank; 8 where nothing says otherwise")
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise"
+        default=None, description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise"
     )
-    use_rslora: bool | None = Field(None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
-    lora_bias: bool | None = Field(None, description="a trained bias on B")
+    use_rslora: bool | None = Field(default=None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
+    lora_bias: bool | None = Field(default=None, description="a trained bias on B")
     target_modules: list[str] | str | None = Field(
-        None, description="suffixes of module names, or one regex, or 'all-linear'"
+        default=None, description="suffixes of module names, or one regex, or 'all-linear'"
     )
-    exclude_modules: list[str] | str | None = Field(None, description="suffixes, or one regex, to leave out")
-    layers_to_transform: list[int] | int | None = Field(None, description="layer indices to adapt")
-    layers_pattern: list[str] | str | None = Field(None, description="name of the module list that holds the layers")
-    target_parameters: list[str] | None = Field(None, description="suffixes of raw parameters (fused experts)")
-    rank_pattern: dict[str, Rank] | None = Field(None, description="regex on the end of a module name → its r")
-    alpha_pattern: dict[str, float] | None = Field(None, description="regex on the end of a module name → its alpha")
+    exclude_modules: list[str] | str | None = Field(default=None, description="suffixes, or one regex, to leave out")
+    layers_to_transform: list[int] | int | None = Field(default=None, description="layer indices to adapt")
+    layers_pattern: list[str] | str | None = Field(
+        default=None, description="name of the module list that holds the layers"
+    )
+    target_parameters: list[str] | None = Field(default=None, description="suffixes of raw parameters (fused experts)")
+    rank_pattern: dict[str, Rank] | None = Field(default=None, description="regex on the end of a module name → its r")
+    alpha_pattern: dict[str, float] | None = Field(
+        default=None, description="regex on the end of a module name → its alpha"
+    )
     init_lora_weights: Literal["kaiming", "gaussian"] | None = Field(
-        None, description="how A is drawn (B is zero): Kaiming uniform, or normal with deviation 1/r"
+        default=None, description="how A is drawn (B is zero): Kaiming uniform, or normal with deviation 1/r"
     )
 
     @field_validator("target_modules", "exclude_modules")
@@ -84,9 +99,10 @@ class NodeSpec(LoraSpec):
     """One node: its weight, where its adapter lives, or how a fresh one is made, and its children."""
 
     adapter: str | None = Field(
-        None, description="folder of a PEFT adapter, relative to tree.yaml; null: a node without an adapter of its own"
+        default=None,
+        description="folder of a PEFT adapter, relative to tree.yaml; null: a node without an adapter of its own",
     )
-    weight: Weight = Field(1.0, description="factor on this node's increments, on every path through it")
+    weight: Weight = Field(default=1.0, description="factor on this node's increments, on every path through it")
     children: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below, by name")
 
 
@@ -94,7 +110,7 @@ class TreeSpec(_Strict):
     """A whole tree.yaml."""
 
     version: Literal[1] = Field(description="version of this format")
-    base: str | None = Field(None, description="the base model: a hub id, or a folder relative to tree.yaml")
+    base: str | None = Field(default=None, description="the base model: a hub id, or a folder relative to tree.yaml")
     defaults: LoraSpec = Field(default_factory=LoraSpec, description="for fresh adapters that do not say otherwise")
     tree: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below the root, by name")
 
@@ -140,14 +156,84 @@ def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
     """
     if isinstance(source, LoraSpec):
         return source
+    data = dict(source or {})
     try:
-        return LoraSpec.model_validate(source or {})
+        return LoraSpec.model_validate(data)
     except ValidationError as error:
-        lines = []
-        for e in error.errors():
-            name = ".".join(map(str, e["loc"]))
-            if e["type"] == "extra_forbidden":
-                lines.append(f"{where}: unknown key {name!r}{suggest(name, LoraSpec.model_fields)}")
-            else:
-                lines.append(f"{where}: {name}: {e['msg']}, got {e['input']!r}")
-        raise SpecError(*lines) from error
+        raise SpecError(*(f"{where}: {text}" for _, text in explain(error, data, LoraSpec))) from error
+
+
+def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
+    """What pydantic found, in this library's words: (the way to the value or key, the message), one for each place."""
+    found: dict[Loc, list[str]] = {}
+    for e in error.errors(include_url=False, include_context=False):
+        loc, value = _within(e["loc"], data)
+        match e["type"], e["loc"][-1:]:
+            case "extra_forbidden", _:
+                head, text = f"unknown key {loc[-1]!r}{_place(loc[:-1])}", _nearest(str(loc[-1]), loc, top)
+            case "missing", last:
+                head, text = f"{last[0]!r} is missing{_place(loc)}", ""
+            case _, ("[key]",):
+                head = f"{str(loc[-1])!r} is not a valid node name"
+                text = ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
+            case kind, _:
+                hint = "; write {} where there is nothing to say" if value is None and kind == "model_type" else ""
+                text = "should be a mapping" if kind in ("model_type", "dict_type") else _plain(e["msg"])
+                head, text = f"{_name(loc)}: got {_short(value)}, which ", text + hint
+        texts = found.setdefault(loc, [head])
+        if text not in texts:
+            texts.append(text)
+    return [(loc, head + " or ".join(texts)) for loc, (head, *texts) in found.items()]
+
+
+def node_path(loc: Loc) -> str:
+    """The node that a place in a tree.yaml belongs to: ``("tree", "fr", "children", "legal", "r")`` is ``fr/legal``."""
+    names = []
+    for i in range(0, len(loc) - 1, 2):
+        if loc[i] != ("children" if i else "tree"):
+            break
+        names.append(str(loc[i + 1]))
+    return "/".join(names)
+
+
+def _within(loc: Loc, data: Any) -> tuple[Loc, Any]:
+    """As much of pydantic's location as leads into the data (it also names union members), and what lies there."""
+    for depth, step in enumerate(loc):
+        inside = isinstance(data, dict) and step in data
+        inside = inside or (isinstance(data, list) and isinstance(step, int) and step < len(data))
+        if not inside:
+            return loc[:depth], data
+        data = data[step]
+    return loc, data
+
+
+def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:
+    model = top
+    if top is TreeSpec and len(loc) > 1:
+        model = LoraSpec if loc[0] == "defaults" else NodeSpec
+    words = {**{field: field for field in model.model_fields}, **(_WORDS if "r" in model.model_fields else {})}
+    near = difflib.get_close_matches(key, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {words[near[0]]!r}?" if near else ""
+
+
+def _name(loc: Loc) -> str:
+    node = node_path(loc)
+    rest = loc[2 * len(node.split("/")) if node else 0 :]
+    said = ".".join(map(str, rest))
+    return f"node {node}: {said}".removesuffix(": ") if node else said or "the file"
+
+
+def _place(loc: Loc) -> str:
+    return f" in {_name(loc)}" if loc else ""
+
+
+def _plain(text: str) -> str:
+    text = text.removeprefix("Value error, ").removeprefix("Input ")
+    return text[:1].lower() + text[1:]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value) if isinstance(value, (str, float)) else str(value).lower().replace("none", "null")
+    return text if len(text) <= 80 else f"{text[:77]}…"

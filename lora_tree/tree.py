@@ -53,7 +53,7 @@ class Node:
     source: Source | None = None
     fresh: LoraSpec | None = None
     stale: str | None = None
-    home: Path | None = None
+    home: str | None = None
 
     @property
     def name(self) -> str:
@@ -364,7 +364,12 @@ class AdapterTree:
     # ------------------------------------------------------------------ for the folder
     @classmethod
     def from_nodes(
-        cls, nodes: Iterable[Node], *, base: str | None = None, defaults: LoraSpec | None = None, home: Path | None = None
+        cls,
+        nodes: Iterable[Node],
+        *,
+        base: str | None = None,
+        defaults: LoraSpec | None = None,
+        home: Path | None = None,
     ) -> AdapterTree:
         """A tree of nodes whose paths are known to fit together, parents before children."""
         tree = cls(base, defaults)

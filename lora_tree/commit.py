@@ -1,0 +1,393 @@
+"""How several files change as one: staged, decided by one record, then put in place.
+
+    .lora_tree/lock              held by the one writer
+    .lora_tree/stage-<id>/0 …    new files, whole and synced
+    .lora_tree/commit.json       the decision: which staged file goes where, and which files go away
+
+Until the record has its name nothing has happened; from then on everything has. Readers that find a record look through
+it: a staged file stands for its place, a deleted one is not there. The next writer carries out what a killed one left,
+and sweeps up stages that were never decided on. When all is done none of these files remain.
+
+Law: a record is data that anybody may have written. It can name only the files that this library writes, at places in
+the folder itself, never through a link; what it names is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from . import disk
+from .disk import Stamp
+from .errors import FolderError, FormatError, LoraTreeError, PathError, SpecError
+from .formats import strict_json
+from .formats.peft import CONFIG, WEIGHTS
+from .spec import check_path, explain
+
+__all__ = ["HIDDEN", "Pending", "Staged", "Transaction", "leftovers", "pending", "writing"]
+
+HIDDEN = ".lora_tree"
+RECORD = "commit.json"
+WAIT_S = 10.0
+_POLL_S = 0.05
+_MAX_RECORD_BYTES = 256 << 20
+_STAGE = re.compile(r"stage-[0-9a-f]{32}\Z")
+_TOP = re.compile(r"[^./\0][^/\0]{0,200}\.(yaml|yml|lock)\Z")
+
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Move(_Strict):
+    to: str
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Digest
+
+
+class _Record(_Strict):
+    version: Literal[1] = 1
+    stage: Annotated[str, StringConstraints(pattern="^stage-[0-9a-f]{32}$")]
+    moves: list[_Move]
+    deletes: list[str]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A new file that waits for its place."""
+
+    to: str
+    path: str
+    stamp: Stamp
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A decision that is not wholly carried out: place → staged file, and places that are empty; all relative."""
+
+    staged: dict[str, str] = field(default_factory=dict)
+    deleted: frozenset[str] = frozenset()
+
+    def resolve(self, folder: str, place: str) -> str | None:
+        """Where the file at a place is now, or None where there is none (or the place leads through a link)."""
+        waiting = self.staged.get(place)
+        if waiting is not None and disk.exists(waiting):
+            return waiting
+        return None if place in self.deleted else os.path.join(folder, place)
+
+
+def pending(folder: str | Path) -> Pending:
+    """What a reader of ``folder`` has to look through; empty where nothing is left to be carried out.
+
+    Raises:
+        SpecError: the record is broken, or names what no save writes.
+    """
+    record = _record(Path(folder))
+    if record is None:
+        return Pending()
+    stage = os.path.join(folder, HIDDEN, record.stage)
+    real = _is_folder(stage)
+    staged = {move.to: os.path.join(stage, str(i)) for i, move in enumerate(record.moves)} if real else {}
+    return Pending(staged, frozenset(record.deletes))
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What killed writers left: the next writer clears it away."""
+    hidden = folder / HIDDEN
+    names = os.listdir(hidden) if _is_folder(hidden) else []
+    return sorted(f"{HIDDEN}/{name}" for name in names if name == RECORD or _STAGE.match(name))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Transaction]:
+    """The one writer of ``folder``; what earlier writers left is carried out or swept up first.
+
+    Raises:
+        FolderError: another writer is at work, or the folder can't be written.
+        SpecError: a commit record that can't be trusted.
+    """
+    with _exclusive(folder):
+        record = _record(folder)
+        if record is not None:
+            _carry_out(folder, record)
+        _sweep(folder)
+        transaction = Transaction(folder)
+        try:
+            yield transaction
+        except Exception:
+            transaction.abandon()
+            raise
+
+
+class Transaction:
+    """New files and deletions that happen together, or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.staged: list[Staged] = []
+        self.deletes: set[str] = set()
+        self.decided = False
+        self._stage = f"stage-{uuid.uuid4().hex}"
+        self._made: list[Path] = []
+
+    def put(self, to: str, data: bytes) -> Staged:
+        """Stage a file for the place ``to``, from bytes."""
+        path = self._next()
+        return self._staged(to, path, disk.write(path, data), hashlib.sha256(data).hexdigest())
+
+    def copy(self, to: str, source: str | Path) -> Staged:
+        """Stage a file for the place ``to``, from another file."""
+        path = self._next()
+        stamp, digest = disk.copy(source, path)
+        return self._staged(to, path, stamp, digest)
+
+    def delete(self, place: str) -> None:
+        """Let the file at a place go away."""
+        self.deletes.add(place)
+
+    def commit(self) -> None:
+        """Decide, and carry out.
+
+        Raises:
+            FolderError: where `decided` is False nothing has happened; else the folder opens as the new one already.
+        """
+        if not self.staged and not self.deletes:
+            return
+        record = self._as_record()
+        hidden = self.folder / HIDDEN
+        for move in record.moves:
+            self._room_for(move.to)
+        if self.staged:
+            disk.sync(hidden / self._stage)
+        disk.sync(hidden)
+        data = (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        draft = hidden / self._stage / "record"
+        if not self.staged:
+            disk.make(hidden / self._stage)
+        disk.write(draft, data)
+        disk.rename(draft, hidden / RECORD)
+        self.decided = True
+        try:
+            disk.sync(hidden)
+            _carry_out(self.folder, record, trusted=True)
+            _sweep(self.folder)
+        except LoraTreeError as error:
+            raise FolderError(
+                f"{error}: saved, but not everything is in its place yet",
+                "the folder opens as the new tree; the next save, or lora-tree lock, carries out the rest",
+            ) from error
+
+    def abandon(self) -> None:
+        """Take back everything that was not decided; nothing here may hide the error that led to it."""
+        if self.decided:
+            return
+        with suppress(LoraTreeError, OSError):
+            _sweep(self.folder)
+        for folder in reversed(self._made):
+            disk.drop(folder)
+
+    def _next(self) -> str:
+        if not self.staged:
+            disk.make(self.folder / HIDDEN / self._stage)
+        return str(self.folder / HIDDEN / self._stage / str(len(self.staged)))
+
+    def _staged(self, to: str, path: str, stamp: Stamp, digest: str) -> Staged:
+        self.staged.append(Staged(to, path, stamp, digest))
+        return self.staged[-1]
+
+    def _as_record(self) -> _Record:
+        moves = [_Move(to=file.to, size=file.stamp.size, sha256=file.sha256) for file in self.staged]
+        deletes = sorted(self.deletes - {move.to for move in moves})
+        record = _Record(stage=self._stage, moves=moves, deletes=deletes)
+        _check(record, self.folder)
+        return record
+
+    def _room_for(self, place: str) -> None:
+        """Make the folders on the way to a place, before the decision: afterwards nothing should be able to fail."""
+        folder = self.folder
+        for name in place.split("/")[:-1]:
+            folder = folder / name
+            if disk.make(folder):
+                self._made.append(folder)
+                disk.sync(folder.parent)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise FolderError(f"{folder}: can't be written: no permission")
+
+
+# ---------------------------------------------------------------------- the record
+def _record(folder: Path) -> _Record | None:
+    hidden = folder / HIDDEN
+    file = hidden / RECORD
+    if not os.path.lexists(file):
+        return None
+    if not _is_folder(hidden) or not disk.exists(file):
+        raise SpecError(f"{file}: a link, or no plain file; a save makes neither", "remove it")
+    try:
+        data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), str(file))
+        record = _Record.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(*(f"{file}: {text}" for _, text in explain(error, data, _Record)[:8])) from error
+    except FormatError as error:
+        raise SpecError(error.what) from error
+    except FolderError:
+        if not os.path.lexists(file):
+            return None  # carried out while we looked
+        raise
+    _check(record, folder)
+    return record
+
+
+def _check(record: _Record, folder: Path) -> None:
+    """Every place is one that a save may write, at most once, and no link lies on the way to it."""
+    places = [move.to for move in record.moves] + record.deletes
+    if len({place.casefold() for place in places}) != len(places):
+        raise SpecError(f"{folder / HIDDEN / RECORD}: names a file twice")
+    clear: set[str] = set()
+    for place in places:
+        above, _, name = place.rpartition("/")
+        try:
+            known = name in (CONFIG, WEIGHTS) if check_path(above) else name in (CONFIG, WEIGHTS) or _TOP.match(name)
+        except PathError:
+            known = False
+        if not known:
+            text = f"{folder / HIDDEN / RECORD}: {place[:200]!r} is no file that a save writes"
+            raise SpecError(text, "remove the record")
+        if above not in clear:
+            _no_link(folder, above)
+            clear.add(above)
+
+
+def _no_link(folder: Path, above: str) -> None:
+    for name in above.split("/") if above else ():
+        folder = folder / name
+        if os.path.islink(folder):
+            raise SpecError(f"{folder}: a link; a save writes into the tree's own folders only")
+
+
+def _carry_out(folder: Path, record: _Record, *, trusted: bool = False) -> None:
+    """Put everything in its place; what is there already is left, so it can be done again after a kill."""
+    stage = folder / HIDDEN / record.stage
+    if os.path.lexists(stage) and not _is_folder(stage):
+        raise SpecError(f"{stage}: a link, or no folder; a save makes neither", "remove it")
+    touched = {folder / HIDDEN}
+    for i, move in enumerate(record.moves):
+        staged, place = stage / str(i), folder / move.to
+        waiting = disk.exists(staged)
+        if not trusted:
+            _whole(staged if waiting else place, move, folder)
+        if waiting:
+            for part in [*place.relative_to(folder).parents][-2::-1]:
+                disk.make(folder / part)
+            disk.rename(staged, place)
+            touched.add(place.parent)
+    emptied = set()
+    for gone in record.deletes:
+        disk.remove(folder / gone)
+        emptied.add((folder / gone).parent)
+    for parent in sorted(touched | emptied):
+        if parent.is_dir():
+            disk.sync(parent)
+    disk.remove(folder / HIDDEN / RECORD)
+    disk.sync(folder / HIDDEN)
+    for parent in sorted(emptied, reverse=True):
+        while parent != folder and disk.drop(parent):
+            parent = parent.parent
+
+
+def _whole(file: Path, move: _Move, folder: Path) -> None:
+    seen = disk.stamp(file) if disk.exists(file) else None
+    if seen is None or seen.size != move.size or disk.digest(file) != move.sha256:
+        raise FolderError(
+            f"{file}: not the file that {HIDDEN}/{RECORD} speaks of: expected {move.size} bytes for {move.to}",
+            f"a save was cut off and its files were changed since; restore them, or remove {folder / HIDDEN}",
+        )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove stages without a record; nothing else is ours to remove."""
+    hidden = folder / HIDDEN
+    for name in os.listdir(hidden):
+        stage = hidden / name
+        if not _STAGE.match(name) or not _is_folder(stage):
+            continue
+        for file in os.listdir(stage):
+            disk.remove(stage / file)
+        disk.drop(stage)
+
+
+def _is_folder(path: str | Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------- one writer
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    hidden, lock = folder / HIDDEN, folder / HIDDEN / "lock"
+    file = _acquire(hidden, lock, time.monotonic() + WAIT_S)
+    try:
+        yield
+    finally:
+        try:
+            with suppress(LoraTreeError):  # still held, so nobody else is inside
+                disk.remove(lock)
+                disk.drop(hidden)
+        finally:
+            os.close(file)
+
+
+def _acquire(hidden: Path, lock: Path, until: float) -> int:
+    while True:
+        file = _open_lock(hidden, lock)
+        if file is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same(file, lock):
+                    return file
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    os.close(file)
+                    raise FolderError(f"{lock}: can't be locked: {error.strerror}") from error
+            os.close(file)
+        if time.monotonic() > until:
+            raise FolderError(
+                f"{hidden.parent}: another process has been writing this folder for {WAIT_S:.0f} s",
+                "wait until it is done, or end it; a lock that nobody holds does not block",
+            )
+        time.sleep(_POLL_S)
+
+
+def _open_lock(hidden: Path, lock: Path) -> int | None:
+    disk.make(hidden)
+    with disk.named("lock it", lock):
+        try:
+            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            return None  # another writer has just finished and cleared up
+
+
+def _same(file: int, lock: Path) -> bool:
+    """The file that is locked is still the one of that name; its last holder may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(lock, follow_symlinks=False))
+    except FileNotFoundError:
+        return False

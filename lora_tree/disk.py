@@ -1,0 +1,178 @@
+"""The handful of operations by which this library changes a disk, each small enough to fail or be killed at.
+
+Everything that is written goes through here, in this order: a new file is written whole and synced under a name that
+nobody looks for, then renamed; a folder is synced after what it holds has changed names. What the operating system
+refuses arrives as a `FolderError` that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import FolderError
+
+__all__ = ["Stamp", "copy", "digest", "exists", "make", "named", "read", "remove", "rename", "stamp", "sync", "write"]
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What can be seen of a file without reading it."""
+
+    size: int
+    mtime_ns: int
+
+
+@contextmanager
+def named(doing: str, path: str | Path) -> Iterator[None]:
+    """The operating system's refusals as this library's."""
+    try:
+        yield
+    except FolderError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise FolderError(f"{path}: can't {doing}: {reason}") from error
+
+
+def stamp(path: str | Path) -> Stamp | None:
+    """Size and time of a plain file, links followed; None where there is none."""
+    try:
+        seen = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return Stamp(seen.st_size, seen.st_mtime_ns) if stat.S_ISREG(seen.st_mode) else None
+
+
+def exists(path: str | Path) -> bool:
+    """There is a plain file of this name: not a link, a folder or a device."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read(path: str | Path, *, most: int | None = None) -> bytes:
+    """A file's bytes; refused where there are more than ``most``."""
+    with named("read it", path), _opened(path) as file:
+        size = os.fstat(file).st_size
+        if most is not None and size > most:
+            raise FolderError(f"{path}: {size} bytes; the most is {most}")
+        return b"".join(_blocks(file))
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    found = hashlib.sha256()
+    with named("read it", path), _opened(path) as file:
+        for block in _blocks(file):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write(path: str | Path, data: bytes) -> Stamp:
+    """Make a new file, whole and synced."""
+    with named("write it", path), _created(path) as file:
+        return _fill(file, data)
+
+
+def copy(source: str | Path, path: str | Path) -> tuple[Stamp, str]:
+    """Make a new file from another's bytes, synced; with the SHA-256 of what was written."""
+    found = hashlib.sha256()
+    with named(f"copy {source} to it", path), _opened(source) as origin, _created(path) as file:
+        for block in _blocks(origin):
+            found.update(block)
+            _write_all(file, block)
+        return _fill(file, b""), found.hexdigest()
+
+
+def rename(path: str | Path, to: str | Path) -> None:
+    """Give a file or folder another name, over a file that has it."""
+    with named(f"rename {path} to it", to):
+        os.rename(path, to)
+
+
+def remove(path: str | Path) -> None:
+    """Take a file away; fine where it is gone already."""
+    with named("remove it", path):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+
+
+def make(folder: str | Path) -> bool:
+    """Make one folder; False where it is there already."""
+    with named("make the folder", folder):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                raise
+            return False
+    return True
+
+
+def drop(folder: str | Path) -> bool:
+    """Take an empty folder away; False where it is not empty, or gone."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        return False
+    return True
+
+
+def sync(folder: str | Path) -> None:
+    """Make the names in a folder last."""
+    with named("sync it", folder):
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+# ---------------------------------------------------------------------- private
+@contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name must not hang
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise FolderError(f"{path}: not a plain file")
+        yield file
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _created(path: str | Path) -> Iterator[int]:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _blocks(file: int) -> Iterator[bytes]:
+    while block := os.read(file, _BLOCK):
+        yield block
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _fill(file: int, data: bytes) -> Stamp:
+    _write_all(file, data)
+    os.fsync(file)
+    seen = os.fstat(file)
+    return Stamp(seen.st_size, seen.st_mtime_ns)

@@ -1,0 +1,174 @@
+"""The folder is the tree: opening, locking and checking a folder of nested PEFT adapters. `saving` writes one.
+
+zoo/tree.yaml                        optional: base, defaults, weights, adapters that live elsewhere
+zoo/tree.lock                        written by save and lock
+zoo/fr/adapter_config.json           each folder with an adapter is a node
+zoo/fr/legal/adapter_config.json     nesting is stacking
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapter import Adapter
+from .commit import leftovers, writing
+from .errors import FolderError, FormatError, LoraTreeError, StaleError
+from .lockfile import ROOT, NodeLock, TreeLock, dump, lineage
+from .opening import Opened, base_lock, inspect, place_of, trained
+from .problem import Kind, Problem, raise_any
+from .saving import node_lock, save_adapter, save_tree
+from .scan import look
+from .source import FolderSource, Trained, hashed
+from .storage import install
+from .tree import AdapterTree, Node
+
+__all__ = ["Problem", "StaleWarning", "check", "load", "lock"]
+
+
+class StaleWarning(UserWarning):
+    """Nodes were trained on a lineage, or a base, that has changed since; they load, but may not fit any more."""
+
+
+def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
+    """Open a folder of nested PEFT adapters, or a tree.yaml, as a tree. No weights are read.
+
+    Args:
+        path: the folder, or a YAML file in it.
+        strict: raise where a node is stale, instead of warning.
+
+    Raises:
+        SpecError: tree.yaml or tree.lock makes no sense; every mistake with its line and column.
+        FolderError: there is no tree, or something lies where it can't.
+        FormatError: an adapter is incomplete.
+        UnlockedError: files are not what tree.lock says.
+        StaleError: with ``strict``, a node's lineage has changed since it was trained.
+    """
+    place = place_of(path)
+    opened = inspect(place)
+    accept = f"if the files are right, accept them as they are: lora-tree lock {place.folder}"
+    raise_any(opened.problems, accept)
+    if opened.spec is None and opened.lock is None and not opened.entries:
+        raise FolderError(
+            f"{place.folder}: no tree: no tree.yaml, and no folder below with an adapter_config.json",
+            "give the folder that holds the folders of the adapters",
+        )
+    if opened.stale:
+        todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.folder}"
+        if strict:
+            raise StaleError(*opened.stale.values(), todo)
+        warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(opened.stale.values()), todo))), stacklevel=2)
+    nodes = (_node(opened, node) for node in opened.entries)
+    defaults = opened.spec.defaults if opened.spec else None
+    return AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, home=Path(place.yaml_file))
+
+
+def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
+    """Accept the files of a tree as they are: write its tree.lock anew.
+
+    A node whose content has changed counts as trained on its lineage as it is now.
+
+    Args:
+        path: the folder, or a YAML file in it.
+        accept_stale: so does every other node.
+
+    Raises:
+        SpecError, FolderError, FormatError: as `load`, or the folder can't be written.
+    """
+    place = place_of(path)
+    with writing(Path(place.folder)) as transaction:
+        opened = inspect(place)
+        raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
+        data = dump(_relocked(opened, accept_stale=accept_stale))
+        if data != opened.lock_bytes:
+            transaction.put(place.lock, data)
+            transaction.commit()
+
+
+def check(path: str | os.PathLike[str]) -> list[Problem]:
+    """Everything that can be wrong with a folder or a tree.yaml; every adapter is read once.
+
+    Raises:
+        FolderError: there is no such folder or file.
+    """
+    place = place_of(path)
+    try:
+        opened = inspect(place)
+    except LoraTreeError as error:
+        return [Problem("", "folder", str(error))]
+    problems = list(opened.problems)
+    told = {problem.node for problem in problems if problem.kind in ("adapter", "unlocked")}
+    for node, entry in opened.entries.items():
+        if entry.files is not None and node not in told:
+            try:
+                source = _node(opened, node).source
+                if source is not None:
+                    source.load()
+            except LoraTreeError as error:
+                kind: Kind = "adapter" if isinstance(error, FormatError) else "unlocked"
+                problems.append(Problem(node, kind, f"{node}: {error}"))
+    if opened.spec is None and opened.lock is None and not opened.entries and not problems:
+        problems.append(Problem("", "folder", f"{place.folder}: no tree.yaml, and no folder below with an adapter"))
+    for name in leftovers(Path(place.folder)):
+        text = f"{place.folder}/{name}: left by a save that was cut off; the next save, or lora-tree lock, clears it"
+        problems.append(Problem("", "leftover", text))
+    return problems
+
+
+def _node(opened: Opened, path: str) -> Node:
+    """A node as its folder has it, with a source that knows what the lock says."""
+    entry, known = opened.entries[path], opened.lock.nodes.get(path) if opened.lock else None
+    if entry.files is None:
+        return Node(path, entry.weight, fresh=entry.fresh)
+    on = trained(known, opened.lock) if known is not None and opened.lock is not None else None
+    root = None if entry.named else opened.place.folder
+    source = FolderSource(entry.files.folder, root, entry.files.stamps, opened.contents.get(path), on)
+    home = None if entry.named else entry.files.folder
+    return Node(path, entry.weight, source=source, stale=opened.stale.get(path), home=home)
+
+
+def _relocked(opened: Opened, *, accept_stale: bool) -> TreeLock:
+    """The lock that says what is there now."""
+    old = opened.lock or TreeLock()
+    spelled = opened.spec.base if opened.spec else None
+    base = base_lock(opened.base_name, spelled, [old.base])
+    lineages = {"": ROOT}
+    nodes: dict[str, NodeLock] = {}
+    for path, entry in opened.entries.items():
+        above = lineages[path.rpartition("/")[0]]
+        content = None
+        if entry.files is not None:
+            content = opened.contents.get(path) or hashed(entry.files)
+            known = old.nodes.get(path)
+            same = known is not None and known.content == content
+            on = trained(known, old) if known is not None and same and not accept_stale else Trained(above, base)
+            written = known is not None and same and known.written
+            nodes[path] = node_lock(entry.files, content, on, base, written=written)
+        lineages[path] = lineage(above, content, entry.weight)
+    return TreeLock(base=base, yaml=old.yaml, nodes=nodes)
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """What the values call for files; see `lora_tree.storage.Storage`."""
+
+    def read_adapter(self, folder: Path) -> Adapter:
+        return FolderSource(os.path.abspath(folder)).load()
+
+    def write_adapter(self, adapter: Adapter, folder: Path) -> None:
+        save_adapter(adapter, folder)
+
+    def source(self, folder: Path) -> FolderSource:
+        where = os.path.abspath(folder)
+        files = look(where)
+        if files.flaw is not None:
+            raise FormatError(files.flaw)
+        return FolderSource(where, stamps=files.stamps)
+
+    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool) -> None:
+        save_tree(tree, folder, copy=copy)
+
+
+install(_Edge())

@@ -1,0 +1,273 @@
+"""Opening a tree's folder: what tree.yaml, tree.lock, the folders and an undecided save say, put together.
+
+No weights are read: files are compared with the lock by size and time, and hashed only where the size is right and the
+time is not. Where a save happens meanwhile the folder is looked at again, so what is seen is all old or all new.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from . import disk
+from .commit import HIDDEN, RECORD, Pending, pending
+from .errors import FolderError, LoraTreeError, SpecError, suggest
+from .formats.peft import CONFIG, WEIGHTS
+from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
+from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, fingerprint, lineage
+from .lockfile import parse as parse_lock
+from .problem import Problem
+from .resolve import Entry, resolve
+from .scan import FILES, Files, Scan, scan
+from .source import Trained, hashed
+from .spec import TreeSpec
+from .storage import as_path
+from .yamlfile import MAX_BYTES, read_spec
+
+__all__ = ["Opened", "Place", "inspect", "local_base", "place_of", "stale_text"]
+
+YAML = "tree.yaml"
+_TRIES = 50
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tree lives: a folder, and the name of the YAML in it that counts (which may be absent)."""
+
+    folder: str
+    yaml: str = YAML
+
+    @property
+    def lock(self) -> str:
+        """The name of the lock that goes with the YAML."""
+        stem, kind = os.path.splitext(self.yaml)
+        return f"{stem if kind == '.yaml' else self.yaml}.lock"
+
+    @property
+    def yaml_file(self) -> str:
+        return os.path.join(self.folder, self.yaml)
+
+    @property
+    def lock_file(self) -> str:
+        return os.path.join(self.folder, self.lock)
+
+
+@dataclass
+class Opened:
+    """What a folder holds.
+
+    Args:
+        spec, yaml_bytes: the meaning and the bytes of tree.yaml; None where there is none.
+        lock, lock_bytes: of tree.lock.
+        scan: the adapters below the folder, whether they are nodes or not.
+        entries: the nodes, depth-first.
+        contents: node → hash of its files, as far as the lock gives it and they agree.
+        base: what is known of the base now; looked at only where there is a lock.
+        stale: node → why.
+        problems: everything that is wrong.
+    """
+
+    place: Place
+    spec: TreeSpec | None = None
+    yaml_bytes: bytes | None = None
+    lock: TreeLock | None = None
+    lock_bytes: bytes | None = None
+    scan: Scan = field(default_factory=Scan)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
+    base: BaseLock = field(default_factory=BaseLock)
+    stale: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def base_name(self) -> str | None:
+        """The base as the tree names it: a local folder as an absolute path."""
+        name = self.spec.base if self.spec else None
+        return local_base(name, self.place.folder) or name
+
+
+def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
+    """The place that a user means: a folder, or a YAML file in it.
+
+    Raises:
+        FolderError: there is nothing, or something else (with ``make`` a place that is yet to be made is fine).
+    """
+    try:
+        where = os.path.abspath(as_path(path))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FolderError(f"{path!r} is not the name of a folder or of a tree.yaml: {error}") from error
+    folder, name = os.path.split(where)
+    if os.path.isdir(where):
+        return Place(where)
+    if name.endswith((".yaml", ".yml")) and (make or _resolved(folder, name, _decided(folder)[0]) is not None):
+        return Place(folder, name)
+    if os.path.isfile(where):
+        whole = name in (CONFIG, WEIGHTS)
+        hint = f"a single adapter: Adapter.load({folder!r})" if whole else "give the folder of a tree, or its tree.yaml"
+        raise FolderError(f"{where}: a file, but neither a folder nor a YAML file", hint)
+    if make:
+        return Place(where)
+    near = suggest(name, os.listdir(folder)) if os.path.isdir(folder) else f"; nor is there a folder {folder}"
+    raise FolderError(f"{where}: no such folder or tree.yaml{near}")
+
+
+def inspect(place: Place) -> Opened:
+    """Everything that can be known of a place without reading weights; what is wrong is listed, not raised.
+
+    Raises:
+        FolderError: it keeps changing under the eyes of the reader.
+    """
+    for _ in range(_TRIES):
+        before = _version(place)
+        opened = _inspect(place)
+        if _version(place) == before:
+            return opened
+    raise FolderError(f"{place.folder}: keeps changing while it is read", "wait for the writers to finish")
+
+
+def local_base(name: str | None, folder: str) -> str | None:
+    """The base's own folder, absolute, where ``name`` (seen from ``folder``) is one."""
+    if not name or "\0" in name:
+        return None
+    path = os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
+    return path if os.path.isdir(path) else None
+
+
+def stale_text(path: str, trained: Trained, above: str, base: BaseLock) -> str | None:
+    """Why a node is stale, or None: what it was trained on against the lineage of its parent and the base now."""
+    if trained.base.differs(base):
+        was, now = trained.base.name, base.name
+        if was != now:
+            return f"{path}: it was trained on {was}, the tree names {now}"
+        return f"{path}: the files of the base {now} have changed since it was trained"
+    if trained.on != above:
+        parent = path.rpartition("/")[0]
+        since = f"the lineage of {parent} has changed" if parent else "it was moved to the top"
+        return f"{path}: {since} since it was trained (on {trained.on[:12]}…, now {above[:12]}…)"
+    return None
+
+
+# ---------------------------------------------------------------------- private
+def _version(place: Place) -> list[tuple[int, ...] | None]:
+    """What every save changes."""
+    found: list[tuple[int, ...] | None] = []
+    for name in (os.path.join(HIDDEN, RECORD), place.lock, place.yaml):
+        try:
+            seen = os.lstat(os.path.join(place.folder, name))
+            found.append((seen.st_ino, seen.st_size, seen.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _inspect(place: Place) -> Opened:
+    opened = Opened(place)
+    decided, broken = _decided(place.folder)
+    if broken is not None:
+        opened.problems.append(Problem("", "record", str(broken)))
+    located = None
+    try:
+        opened.yaml_bytes = _bytes(place, place.yaml, decided, MAX_BYTES)
+        if opened.yaml_bytes is not None:
+            opened.spec, located = read_spec(opened.yaml_bytes, place.yaml_file)
+        elif place.yaml == YAML and os.path.exists(os.path.join(place.folder, "tree.yml")):
+            raise SpecError(f"{place.folder}/tree.yml: only tree.yaml is looked for", "rename it, or open it by name")
+    except LoraTreeError as error:
+        opened.problems.append(Problem("", "yaml", str(error)))
+    try:
+        opened.lock_bytes = _bytes(place, place.lock, decided, MAX_LOCK_BYTES)
+        if opened.lock_bytes is not None:
+            opened.lock = parse_lock(opened.lock_bytes, place.lock_file)
+    except LoraTreeError as error:
+        opened.problems.append(Problem("", "lock", str(error)))
+    opened.scan = scan(place.folder, decided)
+    if any(problem.kind in ("yaml", "lock", "record") for problem in opened.problems):
+        return opened
+    opened.entries, wrong = resolve(opened.spec, located, opened.scan, place.folder)
+    opened.problems.extend(wrong)
+    if opened.lock is not None:
+        _compare(opened, opened.lock)
+    return opened
+
+
+def _decided(folder: str) -> tuple[Pending, LoraTreeError | None]:
+    try:
+        return pending(folder), None
+    except LoraTreeError as error:
+        return Pending(), error
+
+
+def _resolved(folder: str, name: str, decided: Pending) -> str | None:
+    file = decided.resolve(folder, name)
+    return file if file is not None and os.path.lexists(file) else None
+
+
+def _bytes(place: Place, name: str, decided: Pending, most: int) -> bytes | None:
+    file = _resolved(place.folder, name, decided)
+    if file is None:
+        return None
+    real, root = os.path.realpath(file), os.path.realpath(place.folder)
+    if os.path.commonpath([real, root]) != root:
+        raise FolderError(f"{file}: a link that leads out of {place.folder}", f"open {real} itself, or copy it here")
+    return disk.read(file, most=most)
+
+
+def _compare(opened: Opened, lock: TreeLock) -> None:
+    """The nodes against the lock: unlocked ones, then, on the lineages that are there now, stale ones."""
+    for path, entry in opened.entries.items():
+        if entry.files is None or entry.files.flaw is not None:
+            continue
+        known = lock.nodes.get(path)
+        why = "not in the lock" if known is None else _changed(entry.files, known)
+        if why is not None:
+            opened.problems.append(Problem(path, "unlocked", f"{path}: {entry.files.folder}: {why}"))
+        elif known is not None:
+            opened.contents[path] = known.content
+    for path in lock.nodes:
+        gone = opened.entries.get(path, Entry())
+        if gone.files is None and not gone.null:
+            opened.problems.append(Problem(path, "unlocked", f"{path}: in the lock, but its adapter is gone"))
+    opened.base = base_lock(opened.base_name, opened.spec.base if opened.spec else None, [lock.base])
+    lineages = {"": ROOT}
+    for path, entry in opened.entries.items():
+        above = lineages[path.rpartition("/")[0]]
+        lineages[path] = lineage(above, opened.contents.get(path), entry.weight)
+        if path in opened.contents:
+            text = stale_text(path, trained(lock.nodes[path], lock), above, opened.base)
+            if text is not None:
+                opened.stale[path] = text
+                opened.problems.append(Problem(path, "stale", text))
+
+
+def trained(node: NodeLock, lock: TreeLock) -> Trained:
+    """What a lock says that a node was trained on."""
+    return Trained(node.trained_on, node.base or lock.base)
+
+
+def base_lock(name: str | None, spelled: str | None, before: list[BaseLock]) -> BaseLock:
+    """What is known of a base now; where its files are not at hand, what was known of the one of that name before.
+
+    Args:
+        name: the base, a local folder as an absolute path.
+        spelled: its name as tree.yaml has it.
+    """
+    if spelled is None:
+        return BaseLock()
+    found = fingerprint(name) if name else None
+    remembered = next((base.fingerprint for base in before if base.name == spelled and base.fingerprint), None)
+    return BaseLock(name=spelled, fingerprint=found or remembered)
+
+
+def _changed(files: Files, known: NodeLock) -> str | None:
+    """How the files differ from the lock; the hash decides where only the time does."""
+    locks: Mapping[str, FileLock] = dict(zip(FILES, (known.config, known.weights), strict=True))
+    for name, stamp in files.stamps.items():
+        if stamp.size != locks[name].size:
+            return f"{name} has {stamp.size} bytes, the lock says {locks[name].size}"
+    if all(stamp.mtime_ns == locks[name].mtime_ns for name, stamp in files.stamps.items()):
+        return None
+    try:
+        return None if hashed(files) == known.content else "its files have other contents than the lock says"
+    except LoraTreeError as error:
+        return str(error)

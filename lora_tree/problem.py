@@ -1,0 +1,52 @@
+"""Problem: one thing that is wrong with a folder of adapters, as ``check`` lists it and ``load`` raises it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from .errors import FolderError, FormatError, LoraTreeError, SpecError, StaleError, UnlockedError
+
+__all__ = ["Kind", "Problem", "raise_any"]
+
+Kind: TypeAlias = Literal["yaml", "lock", "record", "folder", "adapter", "unlocked", "stale", "leftover"]
+
+_RAISED: dict[str, type[LoraTreeError]] = {
+    "record": SpecError,
+    "yaml": SpecError,
+    "lock": SpecError,
+    "folder": FolderError,
+    "adapter": FormatError,
+    "unlocked": UnlockedError,
+    "stale": StaleError,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong.
+
+    Args:
+        node: the path it concerns; ``""`` where it is no single node.
+        kind: ``yaml``, ``lock`` or ``record``: a file that makes no sense; ``folder``: what lies where it can't;
+            ``adapter``: files that are incomplete, broken or of a kind that does not add up; ``unlocked``, ``stale``;
+            ``leftover``: remains of a save that was cut off, harmless.
+        text: where, what was found, and what to do.
+    """
+
+    node: str
+    kind: Kind
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+def raise_any(problems: Iterable[Problem], *todo: str, but: Iterable[Kind] = ("stale", "leftover")) -> None:
+    """Raise the first kind of problem there is, with all of that kind; kinds in ``but`` pass."""
+    problems = list(problems)
+    for kind, error in _RAISED.items():
+        texts = [problem.text for problem in problems if problem.kind == kind]
+        if texts and kind not in set(but):
+            raise error(*texts, *(todo if kind == "unlocked" else ()))

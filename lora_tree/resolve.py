@@ -1,0 +1,153 @@
+"""What a tree.yaml and the folders below it mean together: path → `Entry`.
+
+tree.yaml says                      and the folder <path> holds   the node is
+adapter: elsewhere                  no adapter                    the adapter that is named
+adapter: null                       anything                      a group: no adapter of its own
+the node, without ``adapter``       an adapter                    that adapter
+                                    none                          fresh where it or defaults say how, else a group
+nothing                             an adapter                    that adapter, with groups above it where needed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import LoraTreeError, PathError
+from .problem import Problem
+from .scan import Files, Scan, look
+from .spec import LoraSpec, NodeSpec, TreeSpec, check_path
+from .yamlfile import Located, walk
+
+__all__ = ["Entry", "resolve"]
+
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+\Z")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A node as its folder has it.
+
+    Args:
+        weight: factor on its increments.
+        files: its adapter's files; None for a fresh node or a group.
+        named: tree.yaml names the folder of the adapter.
+        fresh: how its adapter is to be made.
+        null: tree.yaml says that it has no adapter.
+    """
+
+    weight: float = 1.0
+    files: Files | None = None
+    named: bool = False
+    fresh: LoraSpec | None = None
+    null: bool = False
+
+
+def resolve(
+    spec: TreeSpec | None, located: Located | None, scan: Scan, folder: str
+) -> tuple[dict[str, Entry], list[Problem]]:
+    """Every node, depth-first by name, and what can't be a node.
+
+    Args:
+        spec, located: what tree.yaml says, and where it says it; None where there is none.
+        scan: what lies below ``folder``.
+    """
+    entries: dict[str, Entry] = {}
+    problems = [Problem("", "folder", text) for text in scan.wrong]
+    claimed: set[str] = set()
+    for path, node, loc in walk(spec) if spec else ():
+        try:
+            entry = _listed(path, node, spec.defaults if spec else LoraSpec(), scan, folder)
+        except LoraTreeError as error:
+            problems.append(Problem(path, "adapter", str(error)))
+            continue
+        entries[path] = entry
+        if entry.named and entry.files is not None:
+            claimed.add(os.path.relpath(entry.files.folder, folder))
+            at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
+            if entry.files.flaw is not None:
+                problems.append(Problem(path, "adapter", at + entry.files.flaw))
+            if path in scan.found and os.path.relpath(entry.files.folder, folder) != path:
+                text = f"{entry.files.folder} is named, but {scan.found[path].folder} holds an adapter too; remove one"
+                problems.append(Problem(path, "adapter", at + text))
+    for path, target in scan.links.items():
+        if path not in claimed:
+            text = f"{os.path.join(folder, path)}: a link to {target}; a tree's folders are its own"
+            todo = f"name it in tree.yaml ({{adapter: {target}}}), or move it away"
+            problems.append(Problem("", "folder", f"{text}: {todo}"))
+    for path, files in scan.found.items():
+        key = path or "."
+        if key in claimed or (path in entries and (entries[path].null or entries[path].named)):
+            continue
+        wrong = _misplaced(path, files, scan)
+        if wrong is not None:
+            problems.append(wrong)
+        elif path not in entries:
+            for above in _above(path):
+                entries.setdefault(above, Entry())
+            entries[path] = Entry(files=files)
+    ordered = {path: entries[path] for path in sorted(entries, key=lambda path: path.split("/"))}
+    return ordered, [*problems, *_twins(ordered, folder)]
+
+
+def _listed(path: str, node: NodeSpec, defaults: LoraSpec, scan: Scan, folder: str) -> Entry:
+    if node.adapter is not None:
+        home = os.path.normpath(os.path.join(folder, os.path.expanduser(node.adapter)))
+        inside = os.path.relpath(home, folder)
+        files = scan.found.get("" if inside == "." else inside) or look(home)
+        return Entry(node.weight, files, named=True)
+    if "adapter" in node.model_fields_set:
+        return Entry(node.weight, null=True)
+    if path in scan.found:
+        return Entry(node.weight, scan.found[path])
+    own = LoraSpec(**{name: getattr(node, name) for name in LoraSpec.model_fields})
+    made = own != LoraSpec() or defaults.has_targets
+    return Entry(node.weight, fresh=own if made else None)
+
+
+def _above(path: str) -> Iterator[str]:
+    names = path.split("/")[:-1]
+    return ("/".join(names[: i + 1]) for i in range(len(names)))
+
+
+def _misplaced(path: str, files: Files, scan: Scan) -> Problem | None:
+    """Why the adapter in a folder can't be the node of that path."""
+    if not path:
+        text = f"{files.folder}: an adapter in the top folder, but the root of a tree is the bare base"
+        return Problem("", "folder", f"{text}: {_top(scan)}")
+    names = path.split("/")
+    step = next((name for name in names if _CHECKPOINT.match(name)), None)
+    if step is not None:
+        text = f"{files.folder}: {step} looks like a step of a Trainer's run, not like a node"
+        todo = f"name the one you want in tree.yaml ({{adapter: {path}}}), and move the others away"
+        return Problem("", "folder", f"{text}; {todo}")
+    try:
+        check_path(path)
+    except PathError as error:
+        return Problem("", "folder", f"{files.folder}: {error}")
+    if files.flaw is not None:
+        return Problem(path, "adapter", files.flaw)
+    return None
+
+
+def _top(scan: Scan) -> str:
+    """What a folder with an adapter of its own probably is, and what to do."""
+    if any(_CHECKPOINT.match(path.split("/")[0]) for path in scan.found if path):
+        return "this looks like the output of a Trainer; move what you want to keep into a folder of its own below"
+    if len(scan.found) > 1:
+        return (
+            "this looks like PEFT's save of several adapters, whose 'default' lies in the top folder; move its two "
+            "files into a folder of their own below"
+        )
+    return "this is one adapter: open it with Adapter.load, open the folder above it, or name it in a tree.yaml"
+
+
+def _twins(entries: dict[str, Entry], folder: str) -> Iterator[Problem]:
+    folded: dict[str, str] = {}
+    for path in entries:
+        twin = folded.setdefault(path.casefold(), path)
+        if twin != path:
+            text = f"node {path} differs from {twin} only by case, which many disks can't hold; rename one of them"
+            yield Problem(path, "folder", f"{folder}: {text}")

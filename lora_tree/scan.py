@@ -1,0 +1,156 @@
+"""Which folders below a tree's folder hold an adapter, and where its files are at the moment.
+
+Nothing is read but names, sizes and times. Links between folders are not followed: a tree's folders are its own, and
+what lives elsewhere is named in tree.yaml.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from . import disk
+from .commit import HIDDEN, Pending, pending
+from .disk import Stamp
+from .errors import LoraTreeError
+from .formats.peft import CONFIG, WEIGHTS
+from .formats.peft_read import PICKLE
+from .spec import MAX_DEPTH
+
+__all__ = ["FILES", "Files", "Scan", "look", "scan"]
+
+FILES = (CONFIG, WEIGHTS)
+_NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
+_MOST_FOLDERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one adapter: name → where it is now, and what can be seen of it."""
+
+    folder: str
+    now: Mapping[str, tuple[str, Stamp]]
+
+    @cached_property
+    def stamps(self) -> dict[str, Stamp]:
+        """Name → size and time of the two files that count."""
+        return {name: self.now[name][1] for name in FILES if name in self.now}
+
+    @property
+    def flaw(self) -> str | None:
+        """Why this is no whole adapter, and what to do; None where it is one."""
+        missing = [name for name in FILES if name not in self.now]
+        if not missing:
+            return None
+        if WEIGHTS in missing and PICKLE in self.now:
+            return f"{self.folder}: {PICKLE} is a pickle, which can run code; load it in PEFT and save it as {WEIGHTS}"
+        if len(missing) == 2:
+            return f"{self.folder}: no adapter there: expected {CONFIG} and {WEIGHTS}"
+        half = next(iter(self.now))
+        return f"{self.folder}: half an adapter: {half} without {missing[0]}; copy the other half, or move it away"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What lies below a folder: relative path → its adapter's files; folder links; and what is wrong."""
+
+    found: dict[str, Files] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+def look(folder: str, root: str | None = None) -> Files:
+    """The files of one adapter, through whatever a cut-off save of it, or of the tree in ``root``, left to be done.
+
+    Raises:
+        SpecError: a commit record that can't be trusted.
+    """
+    now: dict[str, tuple[str, Stamp]] = {}
+    own, whole = pending(folder), pending(root) if root is not None else Pending()
+    above = os.path.relpath(folder, root) if root is not None else ""
+    for name in _NAMES:
+        place = own.resolve(folder, name)
+        if root is not None and place == os.path.join(folder, name):
+            place = whole.resolve(root, name if above == "." else f"{above}/{name}")
+        stamp = disk.stamp(place) if place is not None and not _leaves(place, root) else None
+        if place is not None and stamp is not None:
+            now[name] = place, stamp
+    return Files(folder, now)
+
+
+def scan(root: str, decided: Pending) -> Scan:
+    """Every adapter below ``root``, as it is once ``decided`` is carried out; the top folder's own is under ``""``."""
+    result = Scan()
+    found: dict[str, dict[str, tuple[str, Stamp]]] = {}
+    stack = [("", 0)]
+    seen = 0
+    while stack:
+        above, depth = stack.pop()
+        seen += 1
+        if depth > MAX_DEPTH or seen > _MOST_FOLDERS:
+            limit = f"deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {_MOST_FOLDERS} folders"
+            result.wrong.append(f"{os.path.join(root, above)}: {limit}; is this the folder of a tree?")
+            if seen > _MOST_FOLDERS:
+                break
+            continue
+        here, below = _one(root, above, result)
+        if here:
+            found[above] = here
+        stack.extend((path, depth + 1) for path in below)
+    for place, staged in decided.staged.items():
+        above, _, name = place.rpartition("/")
+        stamp = disk.stamp(staged) if disk.exists(staged) else None
+        if name in _NAMES and stamp is not None:
+            found.setdefault(above, {})[name] = staged, stamp
+    for place in decided.deleted:
+        above, _, name = place.rpartition("/")
+        found.get(above, {}).pop(name, None)
+    for above in sorted(found, key=lambda path: path.split("/")):
+        if found[above]:
+            result.found[above] = Files(os.path.join(root, above) if above else root, found[above])
+    return result
+
+
+def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stamp]], list[str]]:
+    """One folder: the adapter files in it, and the folders below."""
+    folder = os.path.join(root, above) if above else root
+    here: dict[str, tuple[str, Stamp]] = {}
+    below: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = f"{above}/{entry.name}" if above else entry.name
+                if entry.name.startswith("."):
+                    if entry.name == HIDDEN and above:
+                        here.update(_replaced(folder))
+                elif entry.is_dir(follow_symlinks=False):
+                    below.append(path)
+                elif entry.is_symlink() and entry.is_dir():
+                    result.links[path] = os.path.realpath(entry.path)
+                elif entry.name in _NAMES and entry.name not in here:
+                    if entry.is_symlink() and _leaves(entry.path, root):
+                        text = f"{entry.path}: a link that leads out of {root}, to {os.path.realpath(entry.path)}"
+                        result.wrong.append(f"{text}; name that folder in tree.yaml, or copy the file here")
+                    elif entry.is_file():
+                        stat = entry.stat()
+                        here[entry.name] = entry.path, Stamp(stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        result.wrong.append(f"{folder}: can't be read: {error.strerror or error}")
+    except LoraTreeError as error:
+        result.wrong.append(str(error))
+    return here, below
+
+
+def _replaced(folder: str) -> dict[str, tuple[str, Stamp]]:
+    """The files that a cut-off `Adapter.save` into this very folder has decided on."""
+    return {name: seen for name, seen in look(folder).now.items() if f"/{HIDDEN}/" in seen[0]}
+
+
+def _leaves(file: str, root: str | None) -> bool:
+    """The file is a link, and leads out of the tree's folder."""
+    if root is None or not os.path.islink(file):
+        return False
+    real = os.path.realpath(root)
+    return os.path.commonpath([real, os.path.realpath(file)]) != real

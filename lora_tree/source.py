@@ -1,0 +1,124 @@
+"""FolderSource: an adapter in files, with what its folder's lock says about them.
+
+Law: what is parsed is what was hashed. Both files are hashed before they are read, and nothing about them may have
+changed after; so an adapter is never half of one save and half of another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import disk
+from .adapter import Adapter
+from .disk import Stamp
+from .errors import FormatError, LoraTreeError, UnlockedError
+from .formats import peft
+from .lockfile import BaseLock, content
+from .scan import FILES, Files, look
+
+__all__ = ["FolderSource", "Trained", "hashed"]
+
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a node was trained on: the lineage of its parent at the time, and the base."""
+
+    on: str
+    base: BaseLock
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+    """An adapter that is read when it is asked for; a `lora_tree.storage.Source`.
+
+    Args:
+        folder: where its two files belong.
+        root: the folder of the tree that it is a part of; None where its user named it.
+        stamps: size and time of the files when the tree was opened.
+        content: the hash that the lock gives them; None where there is no lock.
+        trained: what the lock says it was trained on.
+    """
+
+    folder: str
+    root: str | None = None
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    content: str | None = None
+    trained: Trained | None = None
+
+    @property
+    def where(self) -> Path:
+        return Path(self.folder)
+
+    def files(self) -> Files:
+        """Where its files are now.
+
+        Raises:
+            FormatError: they are gone, or not whole.
+        """
+        files = look(self.folder, self.root)
+        if files.flaw is not None:
+            raise FormatError(files.flaw)
+        return files
+
+    def load(self) -> Adapter:
+        """Read and check the adapter; a new value at every call.
+
+        Raises:
+            FormatError: the files are gone, broken or incomplete.
+            UnlockedError: they are not what the lock said when the tree was opened.
+        """
+        for _ in range(_TRIES):
+            files = self.files()
+            try:
+                before = _identity(files)
+                found = None if self.content is None else hashed(files)
+                adapter = self._parse(files) if found == self.content else None
+                after = _identity(files)
+            except (LoraTreeError, OSError):
+                if look(self.folder, self.root) == files:
+                    raise
+                continue  # a save moved them meanwhile
+            if before != after:
+                continue
+            if adapter is None:
+                raise UnlockedError(
+                    f"{self.folder}: not the files that tree.lock speaks of: expected content "
+                    f"{str(self.content)[:12]}…, got {str(found)[:12]}…",
+                    "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
+                )
+            return adapter
+        raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
+
+    def unchanged(self, files: Files) -> str:
+        """The hash of the files, known to be what they were when the tree was opened.
+
+        Raises:
+            UnlockedError: they are not.
+        """
+        if self.content is None:
+            return hashed(files)
+        if files.stamps != self.stamps and hashed(files) != self.content:
+            raise UnlockedError(
+                f"{self.folder}: its files have changed since the tree was opened",
+                "open the tree again; if the files are right, accept them first: lora-tree lock",
+            )
+        return self.content
+
+    def _parse(self, files: Files) -> Adapter:
+        config, weights = (Path(files.now[name][0]) for name in FILES)
+        return peft.read(config, weights, where=Path(self.folder))
+
+
+def hashed(files: Files) -> str:
+    """The hash of an adapter's content, from its files."""
+    return content(*(disk.digest(files.now[name][0]) for name in FILES))
+
+
+def _identity(files: Files) -> list[tuple[int, ...]]:
+    seen = [os.stat(files.now[name][0]) for name in FILES]
+    return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen]
