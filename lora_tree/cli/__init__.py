@@ -1,0 +1,67 @@
+"""``lora-tree``: the public Python surface from a shell. Nothing is possible here alone.
+
+0  done          1  a LoraTreeError or a failing file operation, in one message on stderr; problems found by check
+2  wrong usage   130  interrupted
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from ..errors import LoraTreeError
+from .check import check
+from .console import print_problem, warnings_in_one_line
+from .demo import demo
+from .export import export
+from .generate import generate
+from .lock import lock
+from .schema import schema
+from .show import show
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lora-tree",
+    help="LoRA adapters as a tree over one base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (show, check, lock, export, generate, schema, demo):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lora-tree {version('lora_tree')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """LoRA adapters as a tree over one base model."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code.
+
+    Args:
+        arguments: those of the process where None.
+    """
+    warnings_in_one_line()
+    try:
+        app(arguments)
+    except (LoraTreeError, OSError) as error:
+        print_problem("error", str(error), "bold red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,63 @@
+"""``lora-tree generate``: text from a transformers model at a path."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..errors import SpecError
+from ..extras import need
+from ..folder import load
+from ..model import attach
+
+__all__ = ["generate"]
+
+
+class Mode(StrEnum):
+    """How a path is made the model's behaviour."""
+
+    merged = "merged"
+    unmerged = "unmerged"
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
+    path: Annotated[str, typer.Argument(help="A path, a blend, or '' for the bare base.", metavar="PATH_OR_BLEND")],
+    prompt: Annotated[str, typer.Option(help="What the text starts with.")],
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    mode: Annotated[Mode, typer.Option(help="Written into the weights, or a side path.")] = Mode.merged,
+) -> None:
+    """Print text that the base writes at a path."""
+    transformers = need("transformers", extra="transformers", what="generate")
+    transformers.utils.logging.disable_progress_bar()
+    tree = load(folder)
+    tree.lineage(path) if "+" not in path and ":" not in path else tree.coefficients(path)
+    name = base or tree.base
+    if name is None:
+        raise SpecError(f"{folder} names no base", "name one: --base MODEL")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    attached = attach(tree, model)
+    attached.activate(path, mode=mode.value)
+    torch.manual_seed(seed)
+    typer.echo(_continue(model, tokenizer, prompt, max_new_tokens, temperature))
+
+
+def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float) -> str:
+    tokens = tokenizer(prompt, return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    ids = model.generate(
+        input_ids=tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -1,0 +1,221 @@
+"""The main job on real input: a base, a tree of adapters trained on it, reopened, switched, measured and exported.
+
+    stdlib → base          net → net/email, net/asyncio          gui → gui/tkinter, …          each on frozen ancestors
+
+The real input is the Python standard library that is installed. Every number in the report is measured in the run.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from ..extras import need
+from ..folder import load
+from ..model import TreeModel, attach
+from ..tree import AdapterTree
+from .bytelevel import TARGETS, new_base, open_base, save_base
+from .corpus import Domain, find_corpus
+from .learning import bits_per_byte, spread, stream, train
+from .report import BARE, Report
+from .staging import staged
+
+__all__ = ["FULL", "QUICK", "Report", "Size", "run"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured."""
+
+    hidden: int
+    layers: int
+    r: int
+    base_steps: int
+    node_steps: int
+    windows: int  # held-out windows of each domain
+    leaves: int  # at most; the first ones
+    length: int = 128  # bytes in a window
+    batch: int = 8
+
+
+FULL = Size(hidden=192, layers=4, r=8, base_steps=640, node_steps=60, windows=32, leaves=99)
+QUICK = Size(hidden=64, layers=2, r=4, base_steps=60, node_steps=30, windows=4, leaves=4)
+
+
+def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: int = 0) -> Report:
+    """Train, save, reopen, measure and export, below ``out``, ``out``-base and ``out``-export.
+
+    Raises:
+        MissingExtra: transformers or peft is not installed.
+        FolderError: one of the folders exists and the demo did not make it, or the standard library has no sources.
+    """
+    console = console or Console()
+    need("peft", extra="peft", what="the demo")
+    need("transformers", extra="transformers", what="the demo").utils.logging.disable_progress_bar()
+    targets = [out, out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-export")]
+    clock = _Clock()
+    with staged(targets) as (zoo, base, export), torch.random.fork_rng(devices=[]), _progress(console) as bar:
+        torch.manual_seed(seed)
+        corpus, leaves = find_corpus()
+        leaves = leaves[: size.leaves]
+        model = new_base(hidden=size.hidden, layers=size.layers, window=size.length)
+        with clock("base"):
+            _train_base(model, corpus, size, seed, bar)
+            save_base(model, base)
+        with clock("adapters"):
+            _train_tree(model, leaves, size, seed, bar, base=f"../{base.name}").save(zoo)
+        with clock("reopening"):
+            model = open_base(base).eval()
+            tree = load(zoo)
+            attached = attach(tree, model)
+        held_out = {
+            d.path: spread(stream(d.held_out), windows=size.windows, length=size.length) for d in (corpus, *leaves)
+        }
+        with clock("measuring"):
+            bits = _bits(attached, model, held_out, bar)
+            switch_ms = {mode: _switch_ms(attached, tree.leaves(), mode) for mode in ("merged", "unmerged")}
+        with clock("exporting"):
+            leaf = "net/email" if "net/email" in tree else tree.leaves()[0]
+            flat = tree.flatten(leaf)
+            flat.save(export)
+            difference, largest = _compare(attached, model, leaf, base, export, held_out[leaf])
+    return Report(
+        folders=(targets[0], targets[1], targets[2]),
+        domains=tuple(held_out),
+        bits=bits,
+        switch_ms=switch_ms,
+        leaf=leaf,
+        leaf_rank=max(flat.ranks.values()),
+        peft_difference=difference,
+        peft_largest=largest,
+        seconds=clock.seconds,
+    )
+
+
+# ---------------------------------------------------------------------- the phases
+def _train_base(model: Any, corpus: Domain, size: Size, seed: int, bar: Progress) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    with _task(bar, f"base ({count / 1e6:.1f} M parameters)", size.base_steps) as tick:
+        train(
+            model,
+            model.parameters(),
+            [stream(corpus.train)],
+            steps=size.base_steps,
+            batch=size.batch,
+            length=size.length,
+            lr=3e-3,
+            weight_decay=0.1,
+            seed=seed,
+            tick=tick,
+        )
+
+
+def _train_tree(
+    model: Any, leaves: Sequence[Domain], size: Size, seed: int, bar: Progress, *, base: str
+) -> AdapterTree:
+    """One node at a time, parents first: a group on the text of all its children, a leaf on its own."""
+    tree = AdapterTree(base=base, defaults={"r": size.r, "lora_alpha": 2 * size.r, "target_modules": TARGETS})
+    for leaf in leaves:
+        group = leaf.path.partition("/")[0]
+        if group not in tree:
+            tree.add(group)
+        tree.add(leaf.path)
+    attached = attach(tree, model)
+    for number, path in enumerate(tree.paths(), 1):
+        streams = [stream(d.train) for d in leaves if f"{d.path}/".startswith(f"{path}/")]
+        attached.activate(path, mode="unmerged")
+        with _task(bar, path, size.node_steps) as tick:
+            train(
+                model,
+                attached.trainable(path),
+                streams,
+                steps=size.node_steps,
+                batch=size.batch,
+                length=size.length,
+                lr=5e-3,
+                seed=seed + number,
+                tick=tick,
+            )
+        attached.trainable()
+    attached.detach()
+    return tree
+
+
+def _bits(
+    attached: TreeModel, model: Any, held_out: Mapping[str, Tensor], bar: Progress
+) -> dict[str, tuple[float, ...]]:
+    """Every node, and the bare base, on every domain."""
+    paths = ["", *attached.tree.paths()]
+    bits: dict[str, tuple[float, ...]] = {}
+    with _task(bar, "held-out bits per byte", len(paths)) as tick:
+        for path in paths:
+            with attached.using(path):
+                bits[path or BARE] = tuple(bits_per_byte(model, windows) for windows in held_out.values())
+            tick()
+    return bits
+
+
+def _switch_ms(attached: TreeModel, leaves: Sequence[str], mode: Any, rounds: int = 5) -> float:
+    """The median time of one switch from leaf to leaf, each of them used once before."""
+    times = []
+    for count in range(rounds + 1):
+        for path in leaves:
+            start = time.perf_counter()
+            attached.activate(path, mode=mode)
+            times += [time.perf_counter() - start] if count else []
+    attached.deactivate()
+    return 1e3 * median(times)
+
+
+@torch.no_grad()
+def _compare(
+    attached: TreeModel, model: Any, leaf: str, base: Path, export: Path, windows: Tensor
+) -> tuple[float, float]:
+    """The largest |difference| of a logit between the merged leaf and PEFT with its export, and the largest |logit|."""
+    peft = need("peft", extra="peft", what="the demo")
+    with attached.using(leaf):
+        ours = model(input_ids=windows).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        wrapped = peft.PeftModel.from_pretrained(open_base(base), export).eval()
+    theirs = wrapped(input_ids=windows).logits
+    return float((ours - theirs).abs().max()), float(theirs.abs().max())
+
+
+# ---------------------------------------------------------------------- clock and progress
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+
+def _progress(console: Console) -> Progress:
+    """Bars on a terminal; nothing elsewhere, where `_task` prints a line for each thing done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def _task(bar: Progress, what: str, total: int) -> Iterator[Callable[[], object]]:
+    task, start = bar.add_task(what, total=total), time.perf_counter()
+    yield lambda: bar.advance(task)
+    if bar.disable:
+        bar.console.print(f"{what}: {time.perf_counter() - start:.1f} s", highlight=False)
