@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import TiedWeights, listing
 from ..lowrank import LowRank, concat
 from ..sites import Site
-from .arithmetic import exact_mode, write_sum
+from .arithmetic import compute_dtype, exact_mode, write_sum
 from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Pristine
 
@@ -146,6 +146,8 @@ def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank]) -> N
     if not values:
         target.copy_(source)
         return
+    if compute_dtype(target.dtype, *(value.dtype for value in values)) is torch.float64:
+        values = [value.to(dtype=torch.float64) for value in values]  # before a scale is folded in
     value = concat(values).folded()
     rows = site.rows(target)
     write_sum(rows, site.rows(source), *site.sides_of(value))

@@ -1,0 +1,471 @@
+"""The laws of switching: a value is a function of the path, bare means bare, and a failure leaves what was there."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_tree as lt
+from lora_tree.engine import merged as merged_engine
+from lora_tree.errors import PathError, SpecError, StateError, TreeError
+
+
+class Net(nn.Module):
+    """Five linear sites, one embedding, one untouched layer, one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 24)
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+        self.head = nn.Linear(24, 7, bias=False)
+        self.norm = nn.LayerNorm(24)
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = self.norm(x + torch.tanh(layer(x)))
+        out: Tensor = self.head(x)
+        return out
+
+
+SITES = {"embed": (24, 13), **{f"layers.{i}": (24, 24) for i in range(4)}, "head": (7, 24)}
+PATHS = ["a", "a/b", "a/b/c", "a/b/d", "a/e", "f", "f/g", "f/g/h", "f/i", "j"]
+
+
+def adapter(rng: random.Random, *, sites: list[str] | None = None) -> lt.Adapter:
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    modules = {}
+    for name in sites or rng.sample(sorted(SITES), rng.randint(1, len(SITES))):
+        out, into = SITES[name]
+        r = rng.choice([1, 2, 4, 7])
+        layout = lt.Layout("embedding" if name == "embed" else "linear")
+        A, B = torch.randn(r, into, generator=generator), torch.randn(out, r, generator=generator)
+        modules[name] = lt.LowRank(A, B, rng.choice([0.5, 2.0, 0.3, -1.7]), None, layout)
+    return lt.Adapter(modules)
+
+
+def forest(seed: int = 0) -> lt.AdapterTree:
+    rng = random.Random(seed)
+    tree = lt.AdapterTree()
+    for path in PATHS:
+        tree.add(path, adapter=adapter(rng), weight=rng.choice([1.0, 0.8, -0.5]))
+    return tree
+
+
+def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def picture(module: nn.Module) -> dict[str, Any]:
+    """Everything about a module that "bare" speaks of."""
+    hooks = {
+        f"{name}.{kind}": list(getattr(m, kind))
+        for name, m in module.named_modules()
+        for kind in vars(m)
+        if "hook" in kind and hasattr(getattr(m, kind), "__len__")
+    }
+    return {
+        "state": {k: v.detach().clone() for k, v in module.state_dict().items()},
+        "address": {k: v.data_ptr() for k, v in module.state_dict().items()},
+        "flags": {k: p.requires_grad for k, p in module.named_parameters()},
+        "training": {k: m.training for k, m in module.named_modules()},
+        "attributes": {k: sorted(vars(m)) for k, m in module.named_modules()},
+        "hooks": hooks,
+    }
+
+
+def assert_same(x: dict[str, Any], y: dict[str, Any]) -> None:
+    assert x["state"].keys() == y["state"].keys()
+    for name, tensor in x["state"].items():
+        assert torch.equal(tensor, y["state"][name]), name
+    assert {k: v for k, v in x.items() if k != "state"} == {k: v for k, v in y.items() if k != "state"}
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {k: p.detach().clone() for k, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thousand_switches_leave_no_trace_of_history(dtype: torch.dtype) -> None:
+    tree, base = forest(), net(dtype)
+    places: list[lt.Blend] = [*PATHS, "", {"a/b/c": 0.5, "a/e": 0.5}, "f/g/h:0.3+j:0.7"]
+    expected = []
+    for place in places:  # a fresh model for each, whose first switch it is
+        fresh = net(dtype)
+        model = lt.attach(tree, fresh)
+        model.activate(place)
+        expected.append(weights(fresh))
+        model.detach()
+    before = picture(base)
+    model = lt.attach(tree, base)
+    assert_same(picture(base), before)
+    rng = random.Random(1)
+    addresses = before["address"]
+    for _ in range(1000):
+        i = rng.randrange(len(places))
+        mode = rng.choice(["merged", "merged", "merged", "unmerged"])
+        model.activate(places[i], mode=mode)  # type: ignore[arg-type]
+        want = expected[i] if mode == "merged" else before["state"]
+        assert all(torch.equal(p, want[k]) for k, p in base.named_parameters())
+    assert {k: v.data_ptr() for k, v in base.state_dict().items()} == addresses
+    model.deactivate()
+    assert_same(picture(base), before)
+    model.detach()
+    assert_same(picture(base), before)
+
+
+def test_while_merged_there_is_no_hook_and_no_wrapper() -> None:
+    tree, base = forest(), net()
+    before = picture(base)
+    lt.attach(tree, base).activate("a/b/c")
+    after = picture(base)
+    assert {k: v for k, v in after.items() if k != "state"} == {k: v for k, v in before.items() if k != "state"}
+
+
+def test_only_sites_whose_plan_changed_are_written() -> None:
+    rng = random.Random(3)
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=adapter(rng, sites=["layers.0", "layers.1"]))
+    tree.add("a/b", adapter=adapter(rng, sites=["layers.1"]))
+    tree.add("a/c", adapter=adapter(rng, sites=["head"]))
+    base = net()
+    model = lt.attach(tree, base)
+    model.activate("a/b")
+    versions = {k: p._version for k, p in base.named_parameters()}
+    model.activate("a/c")
+    moved = {k for k, p in base.named_parameters() if p._version != versions[k]}
+    assert moved == {"layers.1.weight", "head.weight"}
+
+
+def test_a_switch_is_seen_by_autograd() -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    loss = base(torch.tensor([[1, 2]])).sum()
+    model.activate("a/b/c")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---------------------------------------------------------------------- faults
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("start", ["", "a/b/c"])
+def test_a_fault_at_any_write_of_a_switch_leaves_the_state_before(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, base = forest(), net(torch.bfloat16)
+    model = lt.attach(tree, base)
+    model.activate("f/g/h")
+    model.activate(start)
+    before, active = picture(base), model.active
+    real = merged_engine._add
+    writes = 0
+
+    def count(*args: Any) -> None:
+        nonlocal writes
+        writes += 1
+        real(*args)
+
+    monkeypatch.setattr(merged_engine, "_add", count)
+    model.activate("f/g/h")
+    model.activate(start)
+    total = writes // 2
+    assert total >= 4
+    for n in range(total):
+        for torn in (False, True):
+            left = n
+
+            def fail(site: Any, target: Tensor, source: Tensor, values: Any, torn: bool = torn) -> None:
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    if torn:
+                        target.zero_()
+                    raise Boom
+                real(site, target, source, values)
+
+            monkeypatch.setattr(merged_engine, "_add", fail)
+            with pytest.raises(Boom):
+                model.activate("f/g/h")
+            monkeypatch.setattr(merged_engine, "_add", real)
+            assert_same(picture(base), before)
+            assert model.active == active
+    model.activate("f/g/h")
+    model.deactivate()
+    assert_same(picture(base), picture(net(torch.bfloat16)) | {"address": picture(base)["address"]})
+
+
+@pytest.mark.parametrize("start", [("a/b/c", "merged"), ("a/b/c", "unmerged"), ("", "merged")])
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_a_refused_switch_changes_nothing(start: tuple[str, str], mode: str) -> None:
+    tree, base = forest(), net()
+    tree.add("bad", adapter=lt.Adapter({"head": lt.LowRank(torch.ones(1, 24), torch.ones(8, 1))}))
+    model = lt.attach(tree, base)
+    model.activate(start[0], mode=start[1])  # type: ignore[arg-type]
+    out = base(torch.tensor([[1, 2]]))
+    before, epoch = picture(base), model.epoch
+    for wrong in ("bad", "a/b/x", {"a": float("nan")}, {}, "a:b"):
+        with pytest.raises(lt.errors.LoraTreeError):
+            model.activate(wrong, mode=mode)  # type: ignore[arg-type]
+    assert_same(picture(base), before)
+    assert (model.active, model.epoch) == (start[0], epoch)
+    assert torch.equal(base(torch.tensor([[1, 2]])), out)
+
+
+# ---------------------------------------------------------------------- using, threads, states
+def test_using_restores_nested_and_after_exceptions() -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    model.activate("f", mode="unmerged")
+    before = picture(base)["state"]
+    with pytest.raises(Boom), model.using("a/b"):  # noqa: PT012
+        inside = weights(base)
+        with model.using("j", mode="unmerged"):
+            assert (model.active, model.state) == ("j", lt.State.UNMERGED)
+            assert all(torch.equal(p, before[k]) for k, p in base.named_parameters())
+        assert (model.active, model.state) == ("a/b", lt.State.MERGED)
+        assert all(torch.equal(p, inside[k]) for k, p in base.named_parameters())
+        raise Boom
+    assert (model.active, model.state) == ("f", lt.State.UNMERGED)
+
+
+def test_another_thread_can_not_switch_under_using() -> None:
+    model = lt.attach(forest(), net())
+    order: list[str] = []
+
+    def other() -> None:
+        model.activate("f/i")
+        order.append("other")
+
+    with model.using("a/b"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(0.1)
+        assert model.active == "a/b"
+        order.append("using")
+    thread.join(10)
+    assert not thread.is_alive()
+    assert order == ["using", "other"]
+    assert model.active == "f/i"
+
+
+def test_threads_that_switch_all_the_time_see_their_own_path() -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    ids = torch.arange(6)[None]
+    expected = {}
+    for path in PATHS:
+        with model.using(path), torch.no_grad():
+            expected[path] = base(ids)
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(40):
+            path = rng.choice(PATHS)
+            with model.using(path), torch.no_grad():
+                if not torch.equal(base(ids), expected[path]):
+                    wrong.append(path)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+def test_the_epoch_moves_with_every_switch() -> None:
+    model = lt.attach(forest(), net())
+    epochs = [model.epoch]
+    for path in ("a", "a/b", ""):
+        model.activate(path)
+        epochs.append(model.epoch)
+    assert epochs == sorted(set(epochs))
+
+
+def test_one_base_has_one_tree_at_a_time() -> None:
+    tree, base = forest(), net()
+    model = lt.attach(tree, base)
+    with pytest.raises(StateError, match="attached already"):
+        lt.attach(tree, base)
+    model.detach()
+    with pytest.raises(StateError, match="was detached"):
+        model.activate("a")
+    model.detach()
+    lt.attach(tree, base).activate("a")
+
+
+def test_a_base_whose_model_was_dropped_while_merged_is_refused() -> None:
+    base = net()
+    lt.attach(forest(), base).activate("a")
+    with pytest.raises(StateError, match="dropped while a path was merged"):
+        lt.attach(forest(), base)
+
+
+def test_nodes_in_use_can_not_be_changed() -> None:
+    tree = forest()
+    model = lt.attach(tree, net())
+    model.activate("a/b/c")
+    for change in (
+        lambda: tree.remove("a/b/c"),
+        lambda: tree.remove("a", recursive=True),
+        lambda: tree.move("a/b", "z"),
+        lambda: tree.rename("a", "aa"),
+        lambda: tree.update("a/b", weight=2.0),
+        lambda: tree.update("a", adapter=adapter(random.Random(9))),
+    ):
+        with pytest.raises(TreeError, match=r"active on an attached model[\s\S]*deactivate"):
+            change()
+    tree.add("a/b/c/new", adapter=adapter(random.Random(5)))
+    tree.remove("f/i")
+    tree.rename("j", "k")
+    model.activate("k")
+    tree.remove("a/b/c", recursive=True)
+    with pytest.raises(PathError):
+        model.activate("a/b/c")
+
+
+def test_a_changed_weight_or_adapter_counts_from_the_next_activation() -> None:
+    tree, base = forest(), net()
+    model = lt.attach(tree, base)
+    model.activate("a/b")
+    model.deactivate()
+    tree.update("a/b", weight=0.25)
+    model.activate("a/b")
+    fresh = net()
+    lt.attach(tree, fresh).activate("a/b")
+    assert all(torch.equal(x, y) for x, y in zip(base.parameters(), fresh.parameters(), strict=True))
+
+
+def test_in_place_drifts_and_says_so() -> None:
+    tree, base = forest(), net()
+    before = weights(base)
+    with pytest.warns(lt.MergedWarning, match="rounding"):
+        model = lt.attach(tree, base, pristine="none")
+    exact = net()
+    lt.attach(tree, exact).activate("a/b/c")
+    for path in ("f/g/h", "j", "a/b/c"):
+        model.activate(path)
+    for k, p in base.named_parameters():
+        torch.testing.assert_close(p, exact.get_parameter(k), rtol=1e-4, atol=1e-4)
+    assert model._merged.pristine.nbytes == 0
+    model.deactivate()
+    for k, p in base.named_parameters():
+        torch.testing.assert_close(p, before[k], rtol=1e-4, atol=1e-4)
+
+
+def test_pristine_copies_touched_weights_only() -> None:
+    tree, base = lt.AdapterTree(), net()
+    tree.add("a", adapter=adapter(random.Random(0), sites=["layers.2"]))
+    model = lt.attach(tree, base)
+    assert model._merged.pristine.nbytes == 0
+    model.activate("a")
+    assert model._merged.pristine.nbytes == 24 * 24 * 4
+
+
+# ---------------------------------------------------------------------- blends
+def test_a_blend_is_the_dense_sum_with_a_shared_ancestor_at_full_weight() -> None:
+    tree, base = forest(), net(torch.float64)
+    before = weights(base)
+    model = lt.attach(tree, base)
+    model.activate({"a/b/c": 0.3, "a/b/d": 0.7})
+    coefficients = {"a": 1.0, "a/b": 1.0, "a/b/c": 0.3, "a/b/d": 0.7}
+    expected = dict(before)
+    for node, c in coefficients.items():
+        held = tree.adapter(node)
+        assert held is not None
+        for name, v in held.modules.items():
+            delta = c * tree[node].weight * v.scale * (v.B.double() @ v.A.double())
+            expected[f"{name}.weight"] = expected[f"{name}.weight"] + (delta.T if name == "embed" else delta)
+    for k, p in base.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[k], rtol=1e-12, atol=1e-12)
+    spelled = weights(base)
+    model.activate("a/b/d:0.7+a/b/c:0.3")
+    assert all(torch.equal(p, spelled[k]) for k, p in base.named_parameters())
+
+
+# ---------------------------------------------------------------------- training one node
+def test_training_a_node_moves_it_alone() -> None:
+    tree = lt.AdapterTree(defaults={"r": 4, "target_modules": ["layers.0", "head"]})
+    tree.add("a", adapter=adapter(random.Random(0), sites=["layers.0"]))
+    tree.add("a/b")
+    base = net()
+    before = weights(base)
+    model = lt.attach(tree, base)
+    groups = model.trainable("a/b")
+    assert [g["name"] for g in groups] == ["a/b"]
+    assert sum(p.requires_grad for p in model.parameters()) == len(groups[0]["params"]) == 4
+    with pytest.raises(StateError, match=r"a/b: .*trains, and can't be merged"):
+        model.activate("a/b")
+    frozen = tree.adapter("a")
+    assert frozen is not None
+    held = [t.clone() for v in frozen.modules.values() for t in v.tensors]
+    model.activate("a/b", mode="unmerged")
+    optimizer = torch.optim.AdamW(groups, lr=0.05)
+    ids, target = torch.arange(6)[None], torch.randint(0, 7, (6,))
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(base(ids)[0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(p, before[k]) for k, p in base.named_parameters())
+    assert all(
+        torch.equal(x, y) for x, y in zip(held, (t for v in frozen.modules.values() for t in v.tensors), strict=True)
+    )
+    with torch.no_grad():
+        unmerged = base(ids)
+        assert model.trainable() == []
+        model.activate("a/b")
+        torch.testing.assert_close(base(ids), unmerged, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in model.parameters())
+    first = weights(base)
+    with torch.no_grad():
+        groups[0]["params"][0].mul_(2)  # trained further, in place: the same objects, other numbers
+    model.deactivate()
+    model.activate("a/b")
+    assert not all(torch.equal(p, first[k]) for k, p in base.named_parameters())
+
+
+def test_bad_arguments_are_refused_by_name() -> None:
+    tree, base = forest(), net()
+    with pytest.raises(SpecError, match=r"pristine.*'gost'"):
+        lt.attach(tree, base, pristine="gost")  # type: ignore[arg-type]
+    model = lt.attach(tree, base)
+    with pytest.raises(SpecError, match="mode must be"):
+        model.activate("a", mode="merge")  # type: ignore[arg-type]
+    with pytest.raises(PathError, match=r"no node 'a/bb'.*did you mean 'a/b'"):
+        model.activate("a/bb")
+    with pytest.raises(PathError, match=r"'x/\*' matches no node"):
+        model.trainable("x/*")
+
+
+def test_autocast_inference_mode_and_low_precision_products_do_not_touch_the_bits() -> None:
+    tree = forest()
+    expected = net()
+    lt.attach(tree, expected).activate("a/b/c")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        base = net()
+        model = lt.attach(tree, base)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+            model.activate("a/b/c")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert all(torch.equal(x, y) for x, y in zip(base.parameters(), expected.parameters(), strict=True))
+    with torch.inference_mode():
+        model.activate("a/b/c", mode="unmerged")
+    base(torch.tensor([[1]])).sum().backward()
