@@ -21,7 +21,7 @@ from . import strict_json
 
 T = TypeVar("T")
 
-__all__ = ["DERIVED", "TRAINING", "PeftConfig", "mutates_base", "parse_config"]
+__all__ = ["DERIVED", "FUSED", "TRAINING", "VARIANTS", "PeftConfig", "mutates_base", "parse_config"]
 
 VARIANTS = {
     "use_dora": "DoRA rescales the whole weight, which is no sum of W and B·A",
@@ -44,6 +44,7 @@ MUTATING = {
     "lora_ga": "LoRA-GA",
 }
 KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
+FUSED = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")  # as every fused experts of transformers registers them
 MAX_PATTERN = 2000  # characters of one regular expression
 
 # what the values of an adapter say themselves; not kept in Adapter.config
@@ -86,19 +87,9 @@ class PeftConfig:
         return _first(self.rank_pattern, name, self.r)
 
     def scale(self, name: str) -> float:
-        """The scale of ``name``, computed as PEFT does.
-
-        Raises:
-            FormatError: it is no finite number.
-        """
+        """The scale of ``name``, computed as PEFT does."""
         alpha, r = _first(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
-        try:
-            scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        except OverflowError:
-            scale = math.inf
-        if not math.isfinite(scale):
-            raise FormatError(f"{self.where}: {name}: lora_alpha = {alpha:.6g} with r = {r} is no finite scale")
-        return scale
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` names the module."""
@@ -107,7 +98,10 @@ class PeftConfig:
         return _ends(module, self.target_modules)
 
     def parameters(self, module: str) -> tuple[str, ...]:
-        """The parameters of ``module`` that ``target_parameters`` names, in its order."""
+        """The parameters of ``module`` that ``target_parameters`` names, in the order of `FUSED` or else its own.
+
+        That order says little: PEFT writes it from a set for some models.
+        """
         exact, short = [], []
         for target in self.target_parameters:
             owner, _, parameter = target.rpartition(".")
@@ -115,7 +109,8 @@ class PeftConfig:
                 exact.append(parameter)
             elif _ends(f"{module}.{parameter}", [target]):
                 short.append(parameter)
-        return tuple(dict.fromkeys(exact or short))
+        names = dict.fromkeys(exact or short)
+        return tuple(sorted(names, key=FUSED.index) if names.keys() <= set(FUSED) else names)
 
 
 def parse_config(data: bytes, where: str) -> PeftConfig:
@@ -190,7 +185,7 @@ class _Checks:
         return value
 
     def number(self, value: Any, name: str) -> int | float:
-        if type(value) not in (int, float) or (type(value) is float and not math.isfinite(value)):
+        if type(value) not in (int, float) or not abs(value) < 2**1000:
             raise self.wrong(name, value, "a number")
         return value  # type: ignore[no-any-return]
 

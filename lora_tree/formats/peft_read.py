@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import FormatError, UnsupportedAdapter, suggest
+from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
 from . import peft_keys, strict_json
-from .peft_config import VARIANTS, PeftConfig, parse_config
+from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 from .safetensors import read_tensors
 
@@ -149,8 +149,10 @@ class _Reader:
             )
         path, part = peft_keys.split(key.removeprefix(peft_keys.PREFIX))
         if part is None and ".lora_" in path and not key.endswith(".lora_velora_embed"):
-            near = suggest(path[path.index(".lora_") :], peft_keys.PARTS)
-            raise FormatError(f"{self.where}: unexpected key {key[:200]!r}{near}")
+            raise FormatError(
+                f"{self.where}: unexpected key {key[:200]!r}, expected it to end in one of {' '.join(peft_keys.PARTS)}",
+                "the adapter's own name is no part of a key: save it with PEFT's save_pretrained",
+            )
         if "" in path.split(".") or not peft_keys.plain(path)[0]:
             raise FormatError(f"{self.where}: {key[:200]!r} names no module")
         return path, part
@@ -173,6 +175,9 @@ class _Reader:
             )
         kinds = {(self.config.rank(f"{module}.{name}"), self.config.scale(f"{module}.{name}")) for name in names}
         if len(kinds) > 1 and module not in self.recorded:
+            if set(names) <= set(FUSED):
+                self.recorded[module] = names  # the factors can't change places any more, so it is taken as certain
+                return names
             raise FormatError(
                 f"{self.where}: {module}: {' and '.join(names)} differ in r or lora_alpha, and the file does not say "
                 "whose factors are whose",

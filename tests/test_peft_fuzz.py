@@ -1,0 +1,169 @@
+"""Broken PEFT folders, by the thousand: what comes out is an adapter or an error of ours, never anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_tree import Adapter, LowRank
+from lora_tree.errors import LoraTreeError
+from lora_tree.formats import peft
+from lora_tree.lowrank import EMBEDDING, PARAMETER, Layout
+
+CONFIG, WEIGHTS = peft.CONFIG, peft.WEIGHTS
+many = settings(
+    max_examples=500,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def whole() -> dict[str, bytes]:
+    """A folder with every kind of key in it."""
+    torch.manual_seed(0)
+    parameter = LowRank(torch.randn(2, 1, 3), torch.randn(2, 4, 1), layout=PARAMETER)
+    modules = {
+        "lin": LowRank(torch.randn(2, 3), torch.randn(4, 2), 1.5),
+        "conv": LowRank(torch.randn(2, 2, 6), torch.randn(2, 2, 2), layout=Layout("conv", (3,))),
+        "embed_tokens": LowRank(torch.randn(2, 9), torch.randn(4, 2), layout=EMBEDDING),
+        "x.up": parameter,
+        "x.down": parameter,
+        "attn": LowRank(torch.randn(2, 3), torch.randn(9, 2)),
+        "attn.out_proj": LowRank(torch.randn(2, 3), torch.randn(3, 2)),
+    }
+    return peft.render(
+        Adapter(modules, nesting={"x": ("up", "down")}, unchanged={"embed_tokens.weight": torch.randn(9, 4)})
+    )
+
+
+FILES = whole()
+LENGTH = int.from_bytes(FILES[WEIGHTS][:8], "little")
+HEADER, BODY = FILES[WEIGHTS][8 : 8 + LENGTH], FILES[WEIGHTS][8 + LENGTH :]
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 12),
+    st.sampled_from([2**31, 2**63, 10**30, -(10**400)]),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(
+        ["lin", "x.up", "(", "(?i)a", "[[a]", ".*", "all-linear", "LORA", "lora_only", "pissa", "base_layer"]
+    ),
+)
+anything = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("lin"), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def check(folder: Path, config: bytes, weights: bytes) -> None:
+    """Only errors of ours come out of a read, and what was read can be written or is refused by us."""
+    (folder / CONFIG).write_bytes(config)
+    (folder / WEIGHTS).write_bytes(weights)
+    with warnings.catch_warnings(), contextlib.suppress(LoraTreeError):
+        warnings.simplefilter("error")
+        peft.render(peft.read_folder(folder))
+
+
+def mutated(data: bytes, at: int, remove: int, insert: bytes) -> bytes:
+    at %= len(data) + 1
+    return data[:at] + insert + data[at + remove :]
+
+
+edits = st.lists(
+    st.tuples(
+        st.integers(0, 10**6),
+        st.integers(0, 3),
+        st.binary(max_size=3)
+        | st.sampled_from([b"0", b"-", b"9" * 20, b'"', b"{", b"[[", b"}", b"\\ud800", b"\x00", b"null"]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def test_the_folder_that_is_broken_here_is_whole(tmp_path: Path) -> None:
+    check(tmp_path, FILES[CONFIG], FILES[WEIGHTS])
+    assert len(peft.read_folder(tmp_path)) == 7
+
+
+@many
+@given(edits=edits)
+def test_bytes_of_the_config(tmp_path: Path, edits: list[tuple[int, int, bytes]]) -> None:
+    data = FILES[CONFIG]
+    for edit in edits:
+        data = mutated(data, *edit)
+    check(tmp_path, data, FILES[WEIGHTS])
+
+
+@many
+@given(fields=st.dictionaries(st.sampled_from(sorted(json.loads(FILES[CONFIG]))), anything, min_size=1, max_size=3))
+def test_fields_of_the_config(tmp_path: Path, fields: dict[str, Any]) -> None:
+    config = json.loads(FILES[CONFIG]) | fields
+    check(tmp_path, json.dumps(config).encode(), FILES[WEIGHTS])
+
+
+@many
+@given(edits=edits, fix_length=st.booleans())
+def test_bytes_of_the_header(tmp_path: Path, edits: list[tuple[int, int, bytes]], fix_length: bool) -> None:
+    header = HEADER
+    for edit in edits:
+        header = mutated(header, *edit)
+    length = len(header) if fix_length else LENGTH
+    check(tmp_path, FILES[CONFIG], length.to_bytes(8, "little") + header + BODY)
+
+
+@many
+@given(
+    renamed=st.dictionaries(
+        st.sampled_from([key for key in json.loads(HEADER) if key != "__metadata__"]),
+        st.sampled_from([key for key in json.loads(HEADER) if key != "__metadata__"]).flatmap(
+            lambda key: st.sampled_from(
+                [key, key + ".x", key.replace("lin", "attn"), key.replace("x.", "x.base_layer.")]
+            )
+        )
+        | st.text(max_size=12).map("base_model.model.".__add__),
+        max_size=3,
+    ),
+    entry=st.fixed_dictionaries({}, optional={"dtype": anything, "shape": anything, "data_offsets": anything}),
+    metadata=anything | st.dictionaries(st.just("lora_tree.nesting"), anything.map(json.dumps)),
+)
+def test_names_and_entries_of_the_header(
+    tmp_path: Path, renamed: dict[str, str], entry: dict[str, Any], metadata: Any
+) -> None:
+    header = json.loads(HEADER)
+    header = {renamed.get(key, key): value for key, value in header.items()}
+    if entry:
+        header[max(header)] = header[max(header)] | entry
+    if metadata:
+        header["__metadata__"] = metadata
+    text = json.dumps(header).encode()
+    check(tmp_path, FILES[CONFIG], len(text).to_bytes(8, "little") + text + BODY)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_cut_short_anywhere(tmp_path: Path, name: str) -> None:
+    for length in range(len(FILES[name]) - 1):
+        files = FILES | {name: FILES[name][:length]}
+        check(tmp_path, files[CONFIG], files[WEIGHTS])
+        if name == WEIGHTS:
+            with pytest.raises(LoraTreeError):
+                peft.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH + 1, 10**8, 10**8 + 1, 2**63, 2**64 - 1])
+def test_lengths_of_the_header(tmp_path: Path, length: int) -> None:
+    check(tmp_path, FILES[CONFIG], length.to_bytes(8, "little") + HEADER + BODY)
