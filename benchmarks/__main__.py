@@ -1,0 +1,50 @@
+"""``python -m benchmarks [switch unmerged flatten opening] [--json] [--small] [--repeats N]``"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from typing import Annotated
+
+import transformers
+import typer
+
+from . import flatten, opening, switch, unmerged
+from .common import Result, tell
+from .setting import FULL, SMALL, Size
+
+
+class Name(StrEnum):
+    """One file each."""
+
+    switch = "switch"
+    unmerged = "unmerged"
+    flatten = "flatten"
+    opening = "opening"
+
+
+RUNS: dict[Name, Callable[[Size], list[Result]]] = {
+    Name.switch: switch.run,
+    Name.unmerged: unmerged.run,
+    Name.flatten: flatten.run,
+    Name.opening: opening.run,
+}
+
+
+def main(
+    names: Annotated[list[Name] | None, typer.Argument(help="Which ones; all without it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="A toy size: that it runs, not how fast.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=2, help="Counted rounds.")] = None,
+) -> None:
+    """Time lora_tree against PEFT and against stock operations, in this process, interleaved."""
+    transformers.utils.logging.disable_progress_bar()
+    size = SMALL if small else FULL
+    size = size if repeats is None else replace(size, repeats=repeats)
+    for name in names or list(Name):
+        tell(RUNS[name](size), as_json=as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,145 @@
+"""How things are timed and told: interleaved repeats, medians with quartiles, a table or JSON.
+
+One round runs every case once, in order, so that a slow moment of the machine falls on all of them; the first round
+warms up and is dropped. What has to be put in place first is not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import quantiles
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["Case", "Ratio", "Result", "Timing", "cycle", "interleaved", "tell"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed, and what has to happen before it, untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of every counted round."""
+
+    rounds_ms: tuple[float, ...]
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float, float]:
+        first, middle, third = quantiles(self.rounds_ms, n=4, method="inclusive")
+        return first, middle, third
+
+    @property
+    def ms(self) -> float:
+        """The median."""
+        return self.quartiles_ms[1]
+
+    def over(self, other: Timing) -> Timing:
+        """What this adds over ``other``, round by round."""
+        return Timing(tuple(x - y for x, y in zip(self.rounds_ms, other.rounds_ms, strict=True)))
+
+    def plus(self, other: Timing) -> Timing:
+        """Both, one after the other, round by round."""
+        return Timing(tuple(x + y for x, y in zip(self.rounds_ms, other.rounds_ms, strict=True)))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure that is aimed at: ``at least`` or ``at most`` a bound."""
+
+    what: str
+    value: float
+    bound: float
+    at_least: bool = False
+    unit: str = "×"
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+@dataclass
+class Result:
+    """One table: its title says the setting."""
+
+    title: str
+    timings: dict[str, Timing] = field(default_factory=dict)
+    ratios: list[Ratio] = field(default_factory=list)
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def aim(
+        self, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None, unit: str = "×"
+    ) -> None:
+        """Add a figure that is aimed at."""
+        bound = at_least if at_least is not None else at_most
+        assert bound is not None
+        self.ratios.append(Ratio(what, value, bound, at_least is not None, unit))
+
+
+def interleaved(cases: Mapping[str, Case], repeats: int) -> dict[str, Timing]:
+    """Name → timing of ``repeats`` rounds over all cases."""
+    rounds: dict[str, list[float]] = {name: [] for name in cases}
+    for count in range(repeats + 1):
+        for name, case in cases.items():
+            case.prepare()
+            start = time.perf_counter()
+            case.run()
+            took = 1e3 * (time.perf_counter() - start)
+            if count:
+                rounds[name].append(took)
+    return {name: Timing(tuple(took)) for name, took in rounds.items()}
+
+
+def cycle(*values: str) -> Callable[[], str]:
+    """A function that gives one value after the other, over and over."""
+
+    def forever() -> Iterator[str]:
+        while True:
+            yield from values
+
+    return forever().__next__
+
+
+def tell(results: list[Result], *, as_json: bool) -> None:
+    """Print everything on stdout."""
+    if as_json:
+        sys.stdout.write(json.dumps([_plain(result) for result in results], indent=2) + "\n")
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    for result in results:
+        console.print(_table(result))
+
+
+def _plain(result: Result) -> dict[str, object]:
+    timings = {
+        name: dict(zip(("first_quartile_ms", "median_ms", "third_quartile_ms"), t.quartiles_ms, strict=True))
+        | {"rounds": len(t.rounds_ms)}
+        for name, t in result.timings.items()
+    }
+    ratios = [asdict(ratio) | {"met": ratio.met} for ratio in result.ratios]
+    return {"title": result.title, "timings": timings, "ratios": ratios, "facts": result.facts}
+
+
+def _table(result: Result) -> Table:
+    table = Table(title=result.title, title_justify="left")
+    for heading, side in (("", "left"), ("median", "right"), ("quartiles", "right"), ("aim", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for name, timing in result.timings.items():
+        first, middle, third = timing.quartiles_ms
+        table.add_row(name, f"{middle:,.3f} ms", f"{first:,.3f} – {third:,.3f}", "")
+    table.add_section()
+    for name, value in result.facts.items():
+        table.add_row(name, f"{value:.4g}", "", "")
+    for ratio in result.ratios:
+        aim = f"{'≥' if ratio.at_least else '≤'} {ratio.bound:g}{'' if ratio.met else '  missed'}"
+        table.add_row(ratio.what, f"{ratio.value:,.3g} {ratio.unit}", "", aim)
+    return table

@@ -1,0 +1,112 @@
+"""What is timed on: a Llama of a few layers, random adapters on its seven projections, the same ones in PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import lora_tree as lt
+
+__all__ = [
+    "COUSIN",
+    "FULL",
+    "SIBLING",
+    "SMALL",
+    "START",
+    "Size",
+    "adapter",
+    "base",
+    "name_in_peft",
+    "tree",
+    "with_peft",
+]
+
+PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+START, SIBLING, COUSIN = "a/b/c", "a/b/d", "a/e/f"
+PATHS = ("a", "a/b", START, SIBLING, "a/e", COUSIN)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the base and of the measurement."""
+
+    hidden: int
+    layers: int
+    r: int
+    repeats: int
+    nodes: int
+    rows: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.layers}-layer Llama, hidden {self.hidden}, r={self.r} on seven projections"
+
+
+FULL = Size(hidden=2048, layers=4, r=16, repeats=15, nodes=1000, rows=8, tokens=128)
+SMALL = Size(hidden=64, layers=2, r=4, repeats=2, nodes=20, rows=2, tokens=8)
+
+
+def base(size: Size, dtype: torch.dtype) -> Any:
+    """Random weights from a fixed seed; a small vocabulary, so that the layers are what is timed."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 11 // 4,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        num_key_value_heads=size.hidden // 128 or 1,
+        max_position_embeddings=4096,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def adapter(model: Any, size: Size, *, seed: int, dtype: torch.dtype, scale: float = 1.0) -> lt.Adapter:
+    """Random factors; ΔW a hundredth of the weights or so."""
+    draw = torch.Generator().manual_seed(seed)
+    modules = {}
+    for layer in range(size.layers):
+        for block, names in PROJECTIONS.items():
+            for name in names:
+                path = f"model.layers.{layer}.{block}.{name}"
+                out, into = model.get_submodule(path).weight.shape
+                A = torch.randn(size.r, into, generator=draw) / into**0.5
+                B = torch.randn(out, size.r, generator=draw) * 1e-3
+                modules[path] = lt.LowRank(A.to(dtype), B.to(dtype), scale)
+    return lt.Adapter(modules)
+
+
+def tree(model: Any, size: Size, *, dtype: torch.dtype, scale: float = 1.0) -> lt.AdapterTree:
+    """Three levels: siblings below a/b, a cousin below a/e."""
+    grown = lt.AdapterTree()
+    for seed, path in enumerate(PATHS):
+        grown.add(path, adapter=adapter(model, size, seed=seed, dtype=dtype, scale=scale))
+    return grown
+
+
+def name_in_peft(path: str) -> str:
+    """PEFT's adapter names are keys of modules: no dots, and nothing that its own prefix ``lora_`` contains."""
+    return "node-" + path.replace("/", "-")
+
+
+def with_peft(model: Any, adapters: lt.AdapterTree, folder: Path) -> Any:
+    """``model`` wrapped by PEFT, every node of the tree loaded as an adapter of its own, in its own dtype."""
+    adapters.save(folder)
+    first, *others = adapters.paths()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        wrapped = peft.PeftModel.from_pretrained(
+            model, folder / first, adapter_name=name_in_peft(first), autocast_adapter_dtype=False
+        )
+        for path in others:
+            wrapped.load_adapter(folder / path, adapter_name=name_in_peft(path), autocast_adapter_dtype=False)
+    return wrapped.eval()

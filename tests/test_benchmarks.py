@@ -1,0 +1,74 @@
+"""The benchmarks run, at toy size, and tell what they timed; how fast is nothing for a test."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import flatten, opening, switch, unmerged
+from benchmarks.common import Case, Result, Timing, cycle, interleaved, tell
+from benchmarks.setting import SMALL
+
+SIZE = replace(SMALL, hidden=32, layers=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "tables", "timed"),
+    [
+        (switch, 3, {"siblings", "cousins", "PEFT, siblings", "PEFT, cousins", "floor"}),
+        (unmerged, 3, {"new path", "used before, 10 nodes", "used before, 20 nodes", "PEFT set_adapter, 10 adapters"}),
+        (flatten, 1, {"ours", "PEFT, svd"}),
+        (opening, 2, {"with tree.lock", "bare folders"}),
+    ],
+    ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
+)
+def test_a_benchmark_times_what_it_names(
+    module: object, tables: int, timed: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = module.run(SIZE)  # type: ignore[attr-defined]
+    assert len(results) == tables
+    assert timed <= set(results[0].timings)
+    tell(results, as_json=True)
+    assert [table["title"] for table in json.loads(capsys.readouterr().out)] == [result.title for result in results]
+
+
+def test_no_hook_is_left_while_merged_and_flattening_is_no_worse_than_peft() -> None:
+    forward = unmerged.run(SIZE)[1]
+    assert forward.facts["hooks left while merged"] == 0
+    (flat,) = flatten.run(SIZE)
+    assert flat.facts["relative error, ours"] <= 1.0001 * flat.facts["relative error, PEFT"]
+
+
+def test_rounds_are_interleaved_and_the_first_does_not_count() -> None:
+    calls: list[str] = []
+    cases = {
+        "a": Case(lambda: calls.append("a"), lambda: calls.append("prepare a")),
+        "b": Case(lambda: calls.append("b")),
+    }
+    timings = interleaved(cases, 2)
+    assert calls == ["prepare a", "a", "b"] * 3
+    assert all(len(timing.rounds_ms) == 2 for timing in timings.values())
+
+
+def test_what_one_adds_over_another_is_taken_round_by_round() -> None:
+    slow, fast = Timing((10.0, 30.0, 20.0)), Timing((9.0, 28.0, 17.0))
+    assert slow.over(fast).rounds_ms == (1.0, 2.0, 3.0)
+    assert slow.over(fast).ms == 2.0
+    assert slow.plus(fast).ms == 37.0
+
+
+def test_a_missed_aim_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    result = Result("title", {"x": Timing((1.0, 2.0, 3.0))})
+    result.aim("slower", 3.0, at_most=2.0)
+    result.aim("faster", 30.0, at_least=25.0)
+    tell([result], as_json=False)
+    printed = capsys.readouterr().out
+    assert printed.count("missed") == 1
+    assert "1.500 – 2.500" in printed
+
+
+def test_a_cycle_starts_again() -> None:
+    following = cycle("a", "b")
+    assert [following() for _ in range(5)] == ["a", "b", "a", "b", "a"]

@@ -1,0 +1,295 @@
+"""The shell: every command over small folders, what it prints, what it exits with, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lora_tree as lt
+from lora_tree import extras
+from lora_tree.cli import main
+from lora_tree.demo import bytelevel
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    bytelevel.save_base(bytelevel.new_base(hidden=32, layers=1, window=32), folder)
+    return folder
+
+
+def adapter(base: Path, seed: int, r: int = 2) -> lt.Adapter:
+    model, draw, modules = bytelevel.open_base(base), torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if name.endswith(tuple(TARGETS)):
+            out, into = module.weight.shape
+            A, B = torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw)
+            modules[name] = lt.LowRank(A, B)
+    return lt.Adapter(modules)
+
+
+@pytest.fixture
+def zoo(base: Path, tmp_path: Path) -> Path:
+    tree = lt.AdapterTree(base=str(base))
+    tree.add("fr", adapter=adapter(base, 1))
+    tree.add("fr/legal", adapter=adapter(base, 2, r=3), weight=0.5)
+    tree.add("fr/medical", adapter=adapter(base, 3))
+    tree.add("misc", group=True)
+    tree.save(tmp_path / "zoo")
+    return tmp_path / "zoo"
+
+
+class Shell:
+    """One command in this process: its exit code, stdout and stderr."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
+            warnings.simplefilter("default")
+            main([str(argument) for argument in arguments])
+        printed = self._capsys.readouterr()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        assert "Traceback" not in printed.err
+        return code, printed.out, printed.err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+def answer(shell: Shell, *arguments: str | Path) -> Any:
+    code, out, err = shell(*arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+# ---------------------------------------------------------------------- show
+def test_show_draws_the_tree(shell: Shell, zoo: Path) -> None:
+    code, out, _ = shell("show", zoo)
+    lines = out.splitlines()
+    assert code == 0
+    drawn = ["├── fr ", "│   ├── legal ", "│   └── medical ", "└── misc "]
+    assert all(line.startswith(name) for line, name in zip(lines[1:5], drawn, strict=True))
+    assert "0.5" in lines[2]
+    assert "group" in lines[4]
+    assert "4 nodes over" in lines[5]
+
+
+def test_show_tells_programs_the_same(shell: Shell, zoo: Path, base: Path) -> None:
+    told = answer(shell, "show", zoo)
+    assert told["base"] == str(base)
+    fr, legal, _, misc = told["nodes"]
+    assert fr == {
+        "path": "fr",
+        "kind": "adapter",
+        "weight": 1.0,
+        "modules": 2,
+        "ranks": [2],
+        "parameters": 256,
+        "bytes": 1024,
+        "stale": None,
+    }
+    assert (legal["weight"], legal["ranks"]) == (0.5, [3])
+    assert (misc["kind"], misc["parameters"]) == ("group", 0)
+
+
+def test_a_stale_node_is_shown_and_warned_of_in_one_line(shell: Shell, zoo: Path, base: Path) -> None:
+    tree = lt.load(zoo)
+    tree.update("fr", adapter=adapter(base, 9))
+    tree.save(zoo)
+    code, out, err = shell("show", zoo)
+    assert code == 0
+    assert out.count("stale: ") == 2
+    assert err.startswith("warning: stale: fr/legal")
+    assert ".py:" not in err
+
+
+# ---------------------------------------------------------------------- check and lock
+def test_check_of_a_sound_tree_is_quiet(shell: Shell, zoo: Path, base: Path) -> None:
+    assert shell("check", zoo, "--base", base)[:2] == (0, f"{zoo}: all is well\n")
+    assert answer(shell, "check", zoo) == {"folder": str(zoo), "problems": []}
+
+
+def test_check_lists_every_problem_and_exits_with_1(shell: Shell, zoo: Path) -> None:
+    for node in ("fr/legal", "fr/medical"):
+        (zoo / node / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    code, out, _ = shell("check", zoo)
+    assert code == 1
+    assert "fr/legal" in out
+    assert "fr/medical" in out
+    assert out.splitlines()[-1].endswith("problems")
+
+
+def test_check_of_a_base_names_the_module_that_does_not_fit(
+    shell: Shell, zoo: Path, base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    bytelevel.save_base(bytelevel.new_base(hidden=64, layers=1, window=32), other)
+    code, out, _ = shell("check", zoo, "--base", other)
+    assert code == 1
+    assert "fr/legal: model.layers.0.self_attn.q_proj: ΔW is (32, 32), this base needs (64, 64)" in out
+    assert "6 problems" in out
+
+
+def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path, base: Path) -> None:
+    adapter(base, 7).save(zoo / "fr" / "medical")
+    code, _, err = shell("show", zoo)
+    assert code == 1
+    assert "lora-tree lock" in err
+    assert shell("lock", zoo)[0] == 0
+    assert shell("show", zoo)[0] == 0
+    assert shell("lock", zoo, "--accept-stale")[0] == 0
+
+
+# ---------------------------------------------------------------------- export
+def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat")
+    assert (told["ranks"], told["error"], told["modules"]) == ([5], 0.0, 2)
+    ours, theirs = lt.load(zoo).flatten("fr/legal"), lt.Adapter.load(tmp_path / "flat")
+    for name, value in ours.modules.items():
+        assert torch.equal(value.dense(), theirs.modules[name].dense())
+
+
+def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    code, out, _ = shell("export", zoo, "fr/legal:0.5+fr/medical:0.5", "--out", flat, "--rank", "3", "--dtype", "bf16")
+    assert code == 0
+    assert "r=3, relative error at most" in out
+    read = lt.Adapter.load(flat)
+    assert set(read.ranks.values()) == {3}
+    assert {value.dtype for value in read.modules.values()} == {torch.bfloat16}
+
+
+def test_bounds_that_make_no_sense_are_refused(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    code, _, err = shell("export", zoo, "fr", "--out", tmp_path / "flat", "--rank", "0")
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "rank must be at least 1, got 0" in err
+    assert not (tmp_path / "flat").exists()
+
+
+# ---------------------------------------------------------------------- generate
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_generate_writes_what_the_model_writes_at_the_path(shell: Shell, zoo: Path, base: Path, mode: str) -> None:
+    model = bytelevel.open_base(base).eval()
+    attached = lt.attach(lt.load(zoo), model)
+    attached.activate("fr/legal")
+    ids = torch.tensor([list(b"def ")])
+    expected = model.generate(input_ids=ids, attention_mask=ids != -1, max_new_tokens=8, do_sample=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    told = ("generate", zoo, "fr/legal", "--base", base, "--prompt", "def ", "--max-new-tokens", "8", "--mode", mode)
+    code, out, _ = shell(*told)
+    assert code == 0
+    assert out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+
+
+def test_generate_knows_the_base_of_the_tree(shell: Shell, zoo: Path) -> None:
+    told = ("generate", zoo, "", "--prompt", "def ", "--max-new-tokens", "1", "--temperature", "1", "--seed", "3")
+    first, second = shell(*told), shell(*told)
+    assert first == second
+    assert first[0] == 0
+
+
+def test_a_typo_in_a_path_is_told_before_a_model_is_loaded(shell: Shell, zoo: Path) -> None:
+    code, _, err = shell("generate", zoo, "fr/legl", "--base", "/nowhere", "--prompt", "x")
+    assert code == 1
+    assert "did you mean 'fr/legal'?" in err
+
+
+# ---------------------------------------------------------------------- errors
+def test_a_missing_folder_is_one_clear_message(shell: Shell, tmp_path: Path) -> None:
+    code, out, err = shell("show", tmp_path / "nowhere")
+    assert (code, out) == (1, "")
+    assert err == f"error: {tmp_path}/nowhere: no such folder or tree.yaml\n"
+
+
+def test_a_missing_extra_is_told_with_its_pip_line(shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    code, _, err = shell("generate", zoo, "fr", "--prompt", "x")
+    assert code == 1
+    assert err == (
+        "error: generate needs transformers, which is not installed\n  pip install 'lora_tree[transformers]'\n"
+    )
+
+
+def test_a_failing_file_operation_is_a_message(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", full)
+    code, _, err = shell("lock", "zoo")
+    assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", interrupted)
+    code, out, err = shell("lock", "zoo")
+    assert (code, out, err) == (130, "", "")
+
+
+def test_wrong_usage_exits_with_2(shell: Shell) -> None:
+    code, _, err = shell("shwo")
+    assert code == 2
+    assert "shwo" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_tree.cli", "demo", str(tmp_path / "zoo")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- small things
+def test_the_version_is_that_of_the_package(shell: Shell) -> None:
+    code, out, _ = shell("--version")
+    assert code == 0
+    assert out.startswith("lora-tree 0.")
+
+
+def test_the_schema_accepts_what_the_library_does(shell: Shell) -> None:
+    code, out, _ = shell("schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert set(schema["properties"]) == {"version", "base", "defaults", "tree"}
+    assert schema["additionalProperties"] is False
+
+
+def test_every_command_explains_itself(shell: Shell) -> None:
+    for command in ("show", "check", "lock", "export", "generate", "schema", "demo"):
+        code, out, _ = shell(command, "--help")
+        assert code == 0
+        assert "Usage:" in out
