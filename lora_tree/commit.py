@@ -383,6 +383,9 @@ def _open_lock(hidden: Path, lock: Path) -> int | None:
             return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             return None  # another writer has just finished and cleared up
+        except OSError:
+            disk.drop(hidden)
+            raise
 
 
 def _same(file: int, lock: Path) -> bool:

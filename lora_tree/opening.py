@@ -165,7 +165,7 @@ def _inspect(place: Place) -> Opened:
     opened = Opened(place)
     decided, broken = _decided(place.folder)
     if broken is not None:
-        opened.problems.append(Problem("", "record", str(broken)))
+        opened.problems.append(Problem("", "folder" if isinstance(broken, FolderError) else "record", str(broken)))
     located = None
     try:
         opened.yaml_bytes = _bytes(place, place.yaml, decided, MAX_BYTES)
@@ -174,16 +174,16 @@ def _inspect(place: Place) -> Opened:
         elif place.yaml == YAML and os.path.exists(os.path.join(place.folder, "tree.yml")):
             raise SpecError(f"{place.folder}/tree.yml: only tree.yaml is looked for", "rename it, or open it by name")
     except LoraTreeError as error:
-        opened.problems.append(Problem("", "yaml", str(error)))
+        opened.problems.append(Problem("", "folder" if isinstance(error, FolderError) else "yaml", str(error)))
     try:
         opened.lock_bytes = _bytes(place, place.lock, decided, MAX_LOCK_BYTES)
         if opened.lock_bytes is not None:
             opened.lock = parse_lock(opened.lock_bytes, place.lock_file)
     except LoraTreeError as error:
-        opened.problems.append(Problem("", "lock", str(error)))
+        opened.problems.append(Problem("", "folder" if isinstance(error, FolderError) else "lock", str(error)))
+    if opened.problems:
+        return opened  # what the folders mean can't be said
     opened.scan = scan(place.folder, decided)
-    if any(problem.kind in ("yaml", "lock", "record") for problem in opened.problems):
-        return opened
     opened.entries, wrong = resolve(opened.spec, located, opened.scan, place.folder)
     opened.problems.extend(wrong)
     if opened.lock is not None:

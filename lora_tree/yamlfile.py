@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -276,6 +277,8 @@ def _block(data: Mapping[str, Any], indent: str, lines: list[str]) -> None:
 def _atom(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     return "{}" if isinstance(value, Mapping) else json.dumps(value)
 
 

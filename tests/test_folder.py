@@ -1,0 +1,695 @@
+"""The folder is the tree: round trips, what counts as a node, what the lock says, what save may and may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import adapter, listing, opened, tree, value
+
+import lora_tree as lt
+from lora_tree import commit, lockfile
+from lora_tree.errors import (
+    FolderError,
+    FormatError,
+    LoraTreeError,
+    SpecError,
+    StaleError,
+    UnlockedError,
+    UnsupportedAdapter,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    tree().save(tmp_path / "zoo")
+    return tmp_path / "zoo"
+
+
+def nested(folder: Path, *paths: str) -> Path:
+    """A folder of adapters as PEFT leaves them: no tree.yaml, no lock."""
+    for seed, path in enumerate(paths):
+        adapter(seed).save(folder / path)
+    return folder
+
+
+def write(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def nudge(file: Path) -> None:
+    """Another byte, the same size, another time."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    os.utime(file, ns=(1, 1))
+
+
+# ---------------------------------------------------------------------- round trips
+def test_a_round_trip_changes_nothing(zoo: Path, tmp_path: Path) -> None:
+    again = lt.load(zoo, strict=True)
+    assert value(again) == value(tree())
+    before = listing(zoo)
+    again.save(zoo)
+    assert listing(zoo) == before
+    again.save(tmp_path / "other")
+    assert value(lt.load(tmp_path / "other", strict=True)) == value(tree())
+    assert listing(zoo) == before
+    assert lt.check(zoo) == lt.check(tmp_path / "other") == []
+
+
+def test_what_lies_in_a_saved_folder(zoo: Path) -> None:
+    assert [name for name, data in listing(zoo).items() if data is not None] == [
+        *(f"fr/{file}" for file in (CONFIG, WEIGHTS)),
+        *(f"fr/legal/{file}" for file in (CONFIG, WEIGHTS)),
+        *(f"fr/medical/{file}" for file in (CONFIG, WEIGHTS)),
+        *(f"grp/x/{file}" for file in (CONFIG, WEIGHTS)),
+        "tree.lock",
+        "tree.yaml",
+    ]
+    assert (zoo / "tree.yaml").read_text() == (
+        "version: 1\nbase: org/model\ndefaults:\n  r: 4\n  target_modules: [q_proj]\n"
+        "tree:\n  de:\n    r: 8\n  fr:\n    children:\n      legal:\n        weight: 0.8\n"
+    )
+
+
+def test_bytes_do_not_depend_on_the_order_of_adding(tmp_path: Path) -> None:
+    one, two = tree(), lt.AdapterTree(base="org/model", defaults={"target_modules": ["q_proj"], "r": 4})
+    two.add("grp", group=True)
+    two.add("de", r=8)
+    two.add("grp/x", adapter=adapter(4))
+    two.add("fr", adapter=adapter(1))
+    two.add("fr/medical", adapter=adapter(3))
+    two.add("fr/legal", adapter=adapter(2), weight=0.8)
+    one.save(tmp_path / "one")
+    two.save(tmp_path / "two")
+    assert {**listing(tmp_path / "one"), "tree.lock": b""} == {**listing(tmp_path / "two"), "tree.lock": b""}
+
+
+def test_an_empty_tree_opens_again(tmp_path: Path) -> None:
+    lt.AdapterTree().save(tmp_path / "zoo")
+    assert (tmp_path / "zoo" / "tree.yaml").read_text() == "version: 1\n"
+    assert len(lt.load(tmp_path / "zoo")) == 0
+
+
+def test_the_tree_stays_usable_after_a_save(zoo: Path, tmp_path: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.save(tmp_path / "other")
+    shutil.rmtree(zoo)
+    assert value(loaded) == value(tree())
+
+
+def test_opening_reads_no_weights(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a file was hashed")
+
+    monkeypatch.setattr("lora_tree.disk.digest", refuse)
+    assert len(lt.load(zoo)) == 6
+
+
+def test_opening_a_thousand_nodes_is_fast(tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "one")
+    many = tmp_path / "zoo"
+    for i in range(1000):
+        folder = many / f"n{i // 100}" / f"n{i}"
+        folder.mkdir(parents=True)
+        for name in (CONFIG, WEIGHTS):
+            os.link(tmp_path / "one" / name, folder / name)
+    lt.lock(many)
+    start = time.perf_counter()
+    assert len(lt.load(many)) == 1010
+    assert time.perf_counter() - start < 1.5
+
+
+# ---------------------------------------------------------------------- what is a node
+def test_a_nested_folder_opens_as_stacked(tmp_path: Path) -> None:
+    loaded = lt.load(nested(tmp_path, "fr", "fr/legal", "x/y/z"))
+    assert loaded.paths() == ["fr", "fr/legal", "x", "x/y", "x/y/z"]
+    assert not loaded["x"].has_adapter
+    assert loaded["x"].fresh is None
+    assert loaded.base is None
+
+
+def test_what_a_yaml_says_and_what_the_folders_hold_come_together(tmp_path: Path) -> None:
+    nested(tmp_path / "zoo", "fr", "off")
+    adapter(7).save(tmp_path / "elsewhere")
+    write(
+        tmp_path / "zoo/tree.yaml",
+        "version: 1\ndefaults: {target_modules: [q_proj]}\ntree:\n  fr: {weight: 0.5, children: {legal: {adapter: "
+        "../elsewhere}}}\n  123: {r: 2}\n  no: {}\n  off: {adapter: null}\n",
+    )
+    loaded = lt.load(tmp_path / "zoo")
+    assert loaded.paths() == ["123", "fr", "fr/legal", "no", "off"]
+    assert loaded["fr"].weight == 0.5
+    assert loaded["fr"].has_adapter
+    assert loaded["fr/legal"].source is not None
+    assert loaded["fr/legal"].source.where == tmp_path / "elsewhere"
+    assert loaded["123"].fresh == lt.LoraSpec(r=2)
+    assert loaded["no"].fresh == lt.LoraSpec()
+    assert not loaded["off"].has_adapter
+    assert loaded["off"].fresh is None
+
+
+def test_a_yaml_is_opened_by_its_name(tmp_path: Path) -> None:
+    nested(tmp_path, "fr", "de")
+    write(tmp_path / "tree.yaml", "version: 1\nbase: one\n")
+    write(tmp_path / "my.yaml", "version: 1\nbase: two\ntree: {de: {adapter: null}}\n")
+    assert lt.load(tmp_path / "tree.yaml").base == lt.load(tmp_path).base == "one"
+    mine = lt.load(tmp_path / "my.yaml")
+    assert mine.base == "two"
+    assert not mine["de"].has_adapter
+    lt.lock(tmp_path / "my.yaml")
+    assert (tmp_path / "my.lock").exists()
+    assert not (tmp_path / "tree.lock").exists()
+    mine.update("fr", weight=0.5)
+    mine.save(tmp_path / "my.yaml")
+    assert lt.load(tmp_path / "my.yaml")["fr"].weight == 0.5
+    assert lt.load(tmp_path)["fr"].weight == 1.0
+
+
+def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "models/base/config.json", "{}")
+    nested(tmp_path / "zoo", "fr")
+    text = write(tmp_path / "zoo/tree.yaml", "version: 1\nbase: ../models/base  # ours\n").read_text()
+    loaded = lt.load(tmp_path / "zoo")
+    assert loaded.base == str(tmp_path / "models/base")
+    loaded.save(tmp_path / "zoo")
+    assert (tmp_path / "zoo/tree.yaml").read_text() == text
+    loaded.save(tmp_path / "a/b")
+    assert "base: ../../models/base\n" in (tmp_path / "a/b/tree.yaml").read_text()
+
+
+def refused(folder: Path, error: type[LoraTreeError]) -> str:
+    """What load says; check has to list it too, and must not raise."""
+    with pytest.raises(error) as caught:
+        lt.load(folder)
+    text = str(caught.value)
+    assert any(problem.text.splitlines()[0] in text for problem in lt.check(folder))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (("", "checkpoint-10"), "the output of a Trainer"),
+        (("", "other"), "PEFT's save of several adapters"),
+        (("",), "this is one adapter: open it with Adapter.load"),
+        (("run/checkpoint-500", "run/checkpoint-1000"), "checkpoint-500 looks like a step of a Trainer's run"),
+        (("a b",), "'a b' is not a valid node name"),
+        (("con",), "'con' is not a valid node name"),
+        (("fr", "FR"), "node fr differs from FR only by case"),
+        (("fr/x", "FR/y"), "node fr differs from FR only by case"),
+    ],
+)
+def test_folders_that_plainly_mean_something_else(tmp_path: Path, paths: tuple[str, ...], message: str) -> None:
+    assert message in refused(nested(tmp_path / "zoo", *paths), FolderError)
+
+
+def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
+    nested(tmp_path, "run/checkpoint-500")
+    write(tmp_path / "tree.yaml", "version: 1\ntree: {fr: {adapter: run/checkpoint-500}}\n")
+    assert lt.load(tmp_path).paths() == ["fr"]
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_half_an_adapter(tmp_path: Path, name: str) -> None:
+    other = CONFIG if name == WEIGHTS else WEIGHTS
+    nested(tmp_path, "fr", "de")
+    (tmp_path / "fr" / other).unlink()
+    assert f"fr: half an adapter: {name} without {other}" in refused(tmp_path, FormatError)
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    nested(tmp_path, "fr")
+    (tmp_path / "fr" / WEIGHTS).rename(tmp_path / "fr/adapter_model.bin")
+    assert "is a pickle, which can run code" in refused(tmp_path, FormatError)
+
+
+def test_a_named_adapter_that_is_not_there_has_its_line(tmp_path: Path) -> None:
+    write(tmp_path / "tree.yaml", "version: 1\ntree:\n  fr:\n    adapter: gone\n")
+    assert f"{tmp_path}/tree.yaml:4:5: node fr: {tmp_path}/gone: no adapter there" in refused(tmp_path, FormatError)
+
+
+def test_two_adapters_for_one_node(tmp_path: Path) -> None:
+    nested(tmp_path, "fr", "de")
+    write(tmp_path / "tree.yaml", "version: 1\ntree:\n  fr:\n    adapter: de\n")
+    assert "holds an adapter too; remove one" in refused(tmp_path, FormatError)
+
+
+def test_links(tmp_path: Path) -> None:
+    nested(tmp_path / "zoo", "fr")
+    nested(tmp_path / "out", "de")
+    (tmp_path / "zoo/de").symlink_to(tmp_path / "out/de")
+    assert "zoo/de: a link to" in refused(tmp_path / "zoo", FolderError)
+    write(tmp_path / "zoo/tree.yaml", "version: 1\ntree: {de: {adapter: de}}\n")
+    assert lt.load(tmp_path / "zoo").paths() == ["de", "fr"]
+    (tmp_path / "zoo/de").unlink()
+    (tmp_path / "zoo/tree.yaml").unlink()
+    (tmp_path / "zoo/fr" / WEIGHTS).rename(tmp_path / "out/weights")
+    (tmp_path / "zoo/fr" / WEIGHTS).symlink_to(tmp_path / "out/weights")
+    assert "a link that leads out of" in refused(tmp_path / "zoo", FolderError)
+    os.replace(tmp_path / "out/weights", tmp_path / "zoo/blob")
+    (tmp_path / "zoo/fr" / WEIGHTS).unlink()
+    (tmp_path / "zoo/fr" / WEIGHTS).symlink_to("../blob")
+    assert value(lt.load(tmp_path / "zoo"))["fr"] == value(lt.load(nested(tmp_path / "new", "fr")))["fr"]
+
+
+def test_a_weights_file_that_becomes_a_link_later_is_not_followed(tmp_path: Path) -> None:
+    loaded = lt.load(nested(tmp_path / "zoo", "fr"))
+    (tmp_path / "zoo/fr" / WEIGHTS).rename(tmp_path / "weights")
+    (tmp_path / "zoo/fr" / WEIGHTS).symlink_to(tmp_path / "weights")
+    with pytest.raises(FormatError, match="half an adapter"):
+        loaded.adapter("fr")
+
+
+def test_hidden_folders_are_not_looked_into(tmp_path: Path) -> None:
+    nested(tmp_path, "fr", ".cache/de", "fr/.git/x")
+    assert lt.load(tmp_path).paths() == ["fr"]
+
+
+def test_depth_is_bounded(tmp_path: Path) -> None:
+    nested(tmp_path, "/".join(["a"] * 70))
+    assert "deeper than 64 levels" in refused(tmp_path, FolderError)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zo", "no such folder or tree.yaml; did you mean 'zoo'?"),
+        ("no/where", "nor is there a folder"),
+        ("zoo/fr/adapter_model.safetensors", "a single adapter: Adapter.load("),
+        ("zoo/notes.txt", "neither a folder nor a YAML file"),
+        ("zoo/my.yaml", "no such folder or tree.yaml"),
+        ("empty", "no tree: no tree.yaml, and no folder below"),
+        ("zoo/\0", "no such"),
+    ],
+)
+def test_a_wrong_path(zoo: Path, name: str, message: str) -> None:
+    write(zoo / "notes.txt", "")
+    (zoo.parent / "empty").mkdir()
+    with pytest.raises(FolderError) as caught:
+        lt.load(f"{zoo.parent}/{name}")
+    assert message in str(caught.value)
+
+
+def test_a_path_of_another_kind() -> None:
+    with pytest.raises(FolderError, match="3 is not the name of a folder"):
+        lt.load(3)  # type: ignore[arg-type]
+
+
+def test_tree_yml_is_not_overlooked(tmp_path: Path) -> None:
+    nested(tmp_path, "fr")
+    write(tmp_path / "tree.yml", "version: 1\nbase: x\n")
+    assert "only tree.yaml is looked for" in refused(tmp_path, SpecError)
+    assert lt.load(tmp_path / "tree.yml").base == "x"
+
+
+def test_a_broken_lock_says_what_to_do(zoo: Path) -> None:
+    write(zoo / "tree.lock", '{"version": 1, "nodes": {"fr": {"content": "x"}}}')
+    text = refused(zoo, SpecError)
+    assert "content: got 'x'" in text
+    assert "lora-tree lock" in text
+    write(zoo / "tree.lock", '{"version": 1, "nodes": {"../x": {}}}')
+    assert "tree.lock" in refused(zoo, SpecError)
+
+
+# ---------------------------------------------------------------------- stale
+def test_a_changed_parent_makes_its_children_stale(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.update("fr", adapter=adapter(9))
+    loaded.save(zoo)
+    expected = "fr/legal: the lineage of fr has changed since it was trained"
+    assert str(loaded["fr/legal"].stale).startswith(expected)
+    with pytest.warns(lt.StaleWarning) as warned:
+        again = lt.load(zoo)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert expected in str(warned[0].message)
+    assert "fr/medical" in str(warned[0].message)
+    assert "lora-tree lock --accept-stale" in str(warned[0].message)
+    assert again["fr/legal"].stale is not None
+    assert again["fr"].stale is None
+    assert again["grp/x"].stale is None
+    with pytest.raises(StaleError, match="fr/legal: the lineage of fr has changed"):
+        lt.load(zoo, strict=True)
+    assert {p.node for p in lt.check(zoo) if p.kind == "stale"} == {"fr/legal", "fr/medical"}
+
+
+def test_staleness_survives_saving_and_copying(zoo: Path, tmp_path: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.update("fr", adapter=adapter(9))
+    loaded.save(zoo)
+    again = opened(zoo)
+    again.save(zoo)
+    again.save(tmp_path / "other")
+    for folder in (zoo, tmp_path / "other"):
+        with pytest.raises(StaleError):
+            lt.load(folder, strict=True)
+    retrained = opened(zoo)
+    retrained.update("fr/legal", adapter=adapter(10))
+    retrained.save(zoo)
+    assert {p.node for p in lt.check(zoo)} == {"fr/medical"}
+    lt.lock(zoo)
+    assert {p.node for p in lt.check(zoo)} == {"fr/medical"}
+    lt.lock(zoo, accept_stale=True)
+    assert lt.check(zoo) == []
+
+
+def test_putting_the_old_parent_back_heals(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.update("fr", adapter=adapter(9))
+    loaded.save(zoo)
+    loaded.update("fr", adapter=adapter(1))
+    loaded.save(zoo)
+    assert lt.check(zoo) == []
+    assert loaded["fr/legal"].stale is None
+
+
+def test_a_weight_on_the_way_counts_and_a_name_does_not(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.rename("fr", "french")
+    loaded.save(zoo)
+    assert lt.check(zoo) == []
+    assert not (zoo / "fr").exists()
+    text = (zoo / "tree.yaml").read_text().replace("  french:\n", "  french:\n    weight: 0.5\n")
+    write(zoo / "tree.yaml", text)
+    assert {(p.node, p.kind) for p in lt.check(zoo)} == {("french/legal", "stale"), ("french/medical", "stale")}
+
+
+def test_moved_below_another_parent_is_stale(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.move("fr/legal", "legal")
+    loaded.save(zoo)
+    assert [(p.node, p.kind) for p in lt.check(zoo)] == [("legal", "stale")]
+
+
+def test_another_base_makes_everything_stale(zoo: Path, tmp_path: Path) -> None:
+    text = (zoo / "tree.yaml").read_text()
+    write(zoo / "tree.yaml", text.replace("org/model", "org/other"))
+    with pytest.raises(StaleError, match="fr: it was trained on org/model, the tree names org/other"):
+        lt.load(zoo, strict=True)
+    changed = opened(zoo)
+    changed.update("fr", adapter=adapter(1))
+    changed.save(zoo)
+    assert {p.node for p in lt.check(zoo)} == {"fr/legal", "fr/medical", "grp/x"}
+
+
+def test_a_base_that_changes_on_disk(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write(base / "config.json", "{}")
+    (base / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}" + bytes(100_000))
+    made = tree()
+    made.base = str(base)
+    made.save(tmp_path / "zoo")
+    lt.load(tmp_path / "zoo", strict=True)
+    shutil.move(base, tmp_path / "away")
+    lt.load(tmp_path / "zoo", strict=True)  # not at hand: nothing is known to have changed
+    opened(tmp_path / "zoo").save(tmp_path / "zoo")
+    shutil.move(tmp_path / "away", base)
+    write(base / "config.json", "{ }")
+    with pytest.raises(StaleError, match=r"the files of the base .* have changed"):
+        lt.load(tmp_path / "zoo", strict=True)
+
+
+def test_the_fingerprint_of_a_base_reads_little(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write(base / "config.json", "{}")
+    with (base / "model.safetensors").open("wb") as file:
+        file.write((1000).to_bytes(8, "little") + b" " * 1000)
+        file.truncate(8 << 30)  # sparse: reading it whole would take seconds
+    start = time.perf_counter()
+    first = lockfile.fingerprint(base)
+    assert time.perf_counter() - start < 1
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(500)
+        file.write(b"x")
+    assert first is not None
+    assert lockfile.fingerprint(base) not in (None, first)
+    assert lockfile.fingerprint(tmp_path / "none") is None
+
+
+def test_without_a_lock_nothing_is_stale_or_unlocked(zoo: Path) -> None:
+    (zoo / "tree.lock").unlink()
+    nudge(zoo / "fr" / WEIGHTS)
+    lt.load(zoo, strict=True).adapter("fr")
+
+
+# ---------------------------------------------------------------------- unlocked
+def test_another_size_is_refused_at_load(zoo: Path) -> None:
+    for path in ("fr", "grp/x"):
+        with (zoo / path / CONFIG).open("a") as file:
+            file.write(" ")
+    text = refused(zoo, UnlockedError)
+    assert f"fr: {zoo}/fr: {CONFIG} has" in text
+    assert "grp/x" in text
+    assert f"lora-tree lock {zoo}" in text
+
+
+def test_another_time_alone_is_fine(zoo: Path) -> None:
+    for file in zoo.rglob("adapter_*"):
+        os.utime(file, ns=(5, 5))
+    assert value(lt.load(zoo, strict=True)) == value(tree())
+
+
+def test_another_content_of_the_same_size(zoo: Path) -> None:
+    nudge(zoo / "fr" / WEIGHTS)
+    assert "fr: " in refused(zoo, UnlockedError)
+
+
+def test_a_content_that_hides_behind_size_and_time_is_found_when_read(zoo: Path) -> None:
+    file = zoo / "fr" / WEIGHTS
+    seen = file.stat()
+    nudge(file)
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    loaded = lt.load(zoo)
+    with pytest.raises(UnlockedError, match=r"fr: .*not the files that tree.lock speaks of"):
+        loaded.adapter("fr")
+    assert [(p.node, p.kind) for p in lt.check(zoo)] == [("fr", "unlocked")]
+
+
+def test_files_that_change_after_opening(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    nudge(zoo / "fr" / WEIGHTS)
+    with pytest.raises(UnlockedError, match="open the tree again"):
+        loaded.adapter("fr")
+    with pytest.raises(UnlockedError, match="have changed since the tree was opened"):
+        loaded.save(zoo)
+    with pytest.raises(LoraTreeError, match="have changed since the tree was opened"):
+        loaded.save(zoo.parent / "other")
+    assert not (zoo.parent / "other").exists()
+    assert not (zoo / ".lora_tree").exists()
+
+
+def test_a_new_adapter_folder_and_one_that_is_gone(zoo: Path) -> None:
+    adapter(5).save(zoo / "it")
+    shutil.rmtree(zoo / "fr/legal")
+    text = refused(zoo, UnlockedError)
+    assert f"it: {zoo}/it: not in the lock" in text
+    assert "fr/legal: in the lock, but its adapter is gone" in text
+    write(zoo / "tree.yaml", (zoo / "tree.yaml").read_text().replace("weight: 0.8", "adapter: null"))
+    assert "fr/legal" not in refused(zoo, UnlockedError)
+    lt.lock(zoo)
+    assert lt.load(zoo, strict=True).paths() == ["de", "fr", "fr/legal", "fr/medical", "grp", "grp/x", "it"]
+
+
+def test_lock_accepts_the_files_as_they_are(zoo: Path) -> None:
+    nudge(zoo / "fr" / WEIGHTS)
+    lt.lock(zoo)
+    assert {(p.node, p.kind) for p in lt.check(zoo)} == {("fr/legal", "stale"), ("fr/medical", "stale")}
+    before = listing(zoo)
+    lt.lock(zoo)
+    assert listing(zoo) == before
+
+
+def test_adapters_elsewhere_are_locked_too(tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "out")
+    made = lt.AdapterTree()
+    made.add("fr", adapter=tmp_path / "out")
+    made.save(tmp_path / "zoo")
+    nudge(tmp_path / "out" / WEIGHTS)
+    assert "fr: " in refused(tmp_path / "zoo", UnlockedError)
+
+
+# ---------------------------------------------------------------------- saving
+def test_an_adapter_elsewhere_stays_there_unless_copied(tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "out")
+    made = lt.AdapterTree()
+    made.add("fr", adapter=tmp_path / "out")
+    made.save(tmp_path / "zoo")
+    assert "adapter: ../out\n" in (tmp_path / "zoo/tree.yaml").read_text()
+    assert not (tmp_path / "zoo/fr").exists()
+    again = lt.load(tmp_path / "zoo", strict=True)
+    again.save(tmp_path / "zoo")
+    again.save(tmp_path / "a/b/c")
+    assert "adapter: ../../../out\n" in (tmp_path / "a/b/c/tree.yaml").read_text()
+    again.save(tmp_path / "zoo", copy=True)
+    assert "adapter" not in (tmp_path / "zoo/tree.yaml").read_text()
+    assert (tmp_path / "zoo/fr" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    assert value(lt.load(tmp_path / "zoo", strict=True)) == value(again)
+
+
+def test_a_typo_in_a_folder_is_an_error_when_it_is_added(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no adapter there"):
+        lt.AdapterTree().add("fr", adapter=tmp_path / "typo")
+
+
+def test_what_a_save_wrote_goes_when_its_node_goes(zoo: Path) -> None:
+    write(zoo / "fr/legal/notes.txt", "mine")
+    loaded = lt.load(zoo)
+    loaded.remove("fr", recursive=True)
+    loaded.save(zoo)
+    assert listing(zoo / "fr") == {"legal": None, "legal/notes.txt": b"mine"}
+    assert lt.load(zoo, strict=True).paths() == ["de", "grp", "grp/x"]
+
+
+def test_what_no_save_wrote_stays_and_would_come_back(tmp_path: Path) -> None:
+    nested(tmp_path, "fr", "fr/legal", "de")
+    for locked in (False, True):
+        if locked:
+            lt.lock(tmp_path)
+        before = listing(tmp_path)
+        loaded = lt.load(tmp_path)
+        loaded.remove("fr/legal")
+        with pytest.raises(FolderError, match="fr/legal: no node's any more, but no save wrote them"):
+            loaded.save(tmp_path)
+        moved = lt.load(tmp_path)
+        moved.rename("de", "german")
+        with pytest.raises(FolderError, match="de: no node's any more"):
+            moved.save(tmp_path)
+        assert listing(tmp_path) == before
+    loaded = lt.load(tmp_path)
+    loaded.remove("fr/legal")
+    loaded.add("fr/legal", group=True)
+    loaded.save(tmp_path)  # said to be none: it does not come back, and stays
+    assert not lt.load(tmp_path)["fr/legal"].has_adapter
+    assert (tmp_path / "fr/legal" / WEIGHTS).exists()
+
+
+def test_files_that_a_hand_changed_are_not_ours_any_more(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.remove("grp/x")
+    nudge(zoo / "grp/x" / WEIGHTS)
+    with pytest.raises(FolderError, match="grp/x: no node's any more"):
+        loaded.save(zoo)
+
+
+def test_a_trained_node_replaces_the_files_it_came_from_and_no_others(tmp_path: Path) -> None:
+    nested(tmp_path / "zoo", "fr", "de")
+    loaded = lt.load(tmp_path / "zoo")
+    loaded.update("fr", adapter=adapter(9))
+    loaded.save(tmp_path / "zoo")
+    assert value(lt.load(tmp_path / "zoo", strict=True)) == value(loaded)
+    made = lt.AdapterTree()
+    made.add("de", adapter=adapter(3))
+    with pytest.raises(FolderError, match=r"de: .*an adapter that no save wrote lies where this node's files belong"):
+        made.save(tmp_path / "zoo")
+
+
+def test_swapping_two_nodes(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    expected = value(loaded)
+    loaded.move("fr/legal", "fr/other")
+    loaded.move("fr/medical", "fr/legal")
+    loaded.move("fr/other", "fr/medical")
+    loaded.save(zoo)
+    again = value(lt.load(zoo, strict=True))
+    assert again["fr/legal"] == expected["fr/medical"]
+    assert again["fr/medical"] == expected["fr/legal"]
+
+
+def test_a_comment_survives_where_nothing_changed(zoo: Path) -> None:
+    text = (zoo / "tree.yaml").read_text()
+    write(zoo / "tree.yaml", "# by hand\n" + text.replace("weight: 0.8", "weight: 8.0e-1"))
+    loaded = lt.load(zoo)
+    loaded.update("grp/x", adapter=adapter(12))
+    loaded.save(zoo)
+    assert (zoo / "tree.yaml").read_text().startswith("# by hand\n")
+    loaded.update("grp/x", weight=2.0)
+    loaded.save(zoo)
+    assert not (zoo / "tree.yaml").read_text().startswith("#")
+
+
+def test_the_yaml_of_another_tree_is_not_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "zoo/tree.yaml", "version: 1\nbase: precious\n")
+    with pytest.raises(FolderError, match="of another tree, and no save wrote it"):
+        tree().save(tmp_path / "zoo")
+    assert (tmp_path / "zoo/tree.yaml").read_text() == "version: 1\nbase: precious\n"
+    assert listing(tmp_path / "zoo").keys() == {"tree.yaml"}
+
+
+def test_a_value_that_cannot_be_written_leaves_everything_as_it_was(zoo: Path, tmp_path: Path) -> None:
+    before = listing(zoo)
+    loaded = lt.load(zoo)
+    loaded.update("grp/x", adapter=lt.Adapter({}))
+    for folder in (zoo, tmp_path / "new/one"):
+        with pytest.raises(FormatError, match="grp/x: "):
+            loaded.save(folder)
+    assert listing(zoo) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_weight_alone_changes_only_text(zoo: Path) -> None:
+    before = {name: (zoo / name).stat().st_ino for name, data in listing(zoo).items() if data is not None}
+    loaded = lt.load(zoo)
+    loaded.update("fr/medical", weight=0.25)
+    loaded.save(zoo)
+    changed = {name for name, inode in before.items() if (zoo / name).stat().st_ino != inode}
+    assert changed == {"tree.yaml", "tree.lock"}
+
+
+# ---------------------------------------------------------------------- one adapter
+def test_an_adapter_alone_appears_whole(tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "deep/one")
+    assert listing(tmp_path / "deep").keys() == {"one", f"one/{CONFIG}", f"one/{WEIGHTS}"}
+    write(tmp_path / "deep/one/README.md", "mine")
+    adapter(2).save(tmp_path / "deep/one")
+    again = lt.Adapter.load(tmp_path / "deep/one")
+    assert torch.equal(again.modules["q_proj"].A, adapter(2).modules["q_proj"].A)
+    assert listing(tmp_path / "deep/one").keys() == {"README.md", CONFIG, WEIGHTS}
+
+
+def test_loading_what_is_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no adapter there"):
+        lt.Adapter.load(tmp_path)
+    adapter(1).save(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / CONFIG).read_text())
+    write(tmp_path / "one" / CONFIG, json.dumps({**config, "use_dora": True}))
+    with pytest.raises(UnsupportedAdapter):
+        lt.Adapter.load(tmp_path / "one")
+
+
+# ---------------------------------------------------------------------- check
+def test_check_reads_every_adapter(tmp_path: Path) -> None:
+    nested(tmp_path, "fr", "de")
+    write(tmp_path / "fr" / CONFIG, "{")
+    (tmp_path / "de" / WEIGHTS).write_bytes(b"x")
+    assert lt.load(tmp_path).paths() == ["de", "fr"]
+    assert [(p.node, p.kind) for p in lt.check(tmp_path)] == [("de", "adapter"), ("fr", "adapter")]
+
+
+def test_check_lists_what_killed_saves_left(zoo: Path) -> None:
+    stage = f"stage-{'0' * 32}"
+    (zoo / commit.HIDDEN / stage).mkdir(parents=True)
+    assert [(p.kind, stage in p.text) for p in lt.check(zoo)] == [("leftover", True)]
+    lt.load(zoo).save(zoo)
+    assert lt.check(zoo) == []
+    assert not (zoo / commit.HIDDEN).exists()
+
+
+def test_check_does_not_raise_on_content(zoo: Path) -> None:
+    write(zoo / "tree.yaml", "version: [")
+    write(zoo / "tree.lock", "x")
+    write(zoo / ".lora_tree/commit.json", "x")
+    assert {"yaml", "lock", "record"} <= {p.kind for p in lt.check(zoo)}
+    with pytest.raises(FolderError, match="no such folder"):
+        lt.check(zoo / "nothing")

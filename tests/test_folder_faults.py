@@ -1,0 +1,337 @@
+"""A save is cut off at each operation in turn, by a full disk or a kill: the folder opens as the old tree or the new."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zoo import adapter, listing, opened, tree, value
+
+import lora_tree as lt
+from lora_tree import commit, disk
+from lora_tree.errors import FolderError, LoraTreeError
+
+WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
+
+
+class Killed(BaseException):
+    """What no cleanup may survive: from here on every operation raises it."""
+
+
+class FaultyOs:
+    """The ``os`` module, but the operation of a given number fails, or kills."""
+
+    def __init__(self, at: int, *, kills: bool) -> None:
+        self.at, self.kills, self.seen = at, kills, 0
+
+    @property
+    def fired(self) -> bool:
+        return self.seen > self.at
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        return self._watched(name, real) if name in WATCHED else real
+
+    def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            turn = self.seen
+            self.seen += 1
+            if turn == self.at and name == "write":
+                real(args[0], bytes(args[1])[: len(args[1]) // 2])
+            if self.kills and turn >= self.at:
+                raise Killed
+            if turn == self.at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("old") / "zoo"
+    tree().save(folder)
+    return folder
+
+
+def change(folder: Path) -> lt.AdapterTree:
+    """A tree opened from ``folder``, with a node of every kind of change."""
+    loaded = opened(folder)
+    loaded.update("fr/legal", adapter=adapter(20))
+    loaded.move("fr/medical", "medical")
+    loaded.remove("grp", recursive=True)
+    loaded.add("it", adapter=adapter(21))
+    loaded.update("fr", weight=0.5)
+    return loaded
+
+
+def faults(
+    monkeypatch: pytest.MonkeyPatch, before: Path, scratch: Path, *, kills: bool
+) -> Iterator[tuple[Path, lt.AdapterTree, BaseException]]:
+    """The same save, cut off at its first operation, its second, …, until one comes through."""
+    for at in range(10_000):
+        folder = scratch / str(at)
+        shutil.copytree(before, folder)
+        changed = change(folder)
+        faulty = FaultyOs(at, kills=kills)
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "os", faulty)
+            patched.setattr(commit, "os", faulty)
+            try:
+                changed.save(folder)
+            except (LoraTreeError, Killed) as error:
+                caught: BaseException | None = error
+            else:
+                caught = None
+        if not faulty.fired:
+            assert at > 40, "the faults did not reach the save"
+            return
+        if caught is not None:
+            yield folder, changed, caught
+        shutil.rmtree(folder)
+
+
+def test_killed_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+    old, new = value(opened(before)), value(change(before))
+    outcomes = []
+    for folder, _, error in faults(monkeypatch, before, tmp_path, kills=True):
+        assert isinstance(error, Killed)
+        found = value(opened(folder))
+        assert found in (old, new)
+        outcomes.append(found == new)
+        assert {p.kind for p in lt.check(folder)} <= {"stale", "leftover"}
+        again = opened(folder)
+        again.add("next", adapter=adapter(30))
+        again.save(folder)
+        again.remove("next")
+        assert value(again) == found
+        assert {p.kind for p in lt.check(folder)} <= {"stale"}
+        assert not (folder / commit.HIDDEN).exists()
+    assert outcomes == sorted(outcomes), "old until the decision, new from then on"
+    assert len(set(outcomes)) == 2
+
+
+def test_a_fault_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+    old, new = value(opened(before)), value(change(before))
+    files = listing(before)
+    outcomes = []
+    for folder, changed, error in faults(monkeypatch, before, tmp_path, kills=False):
+        assert isinstance(error, FolderError)
+        found = value(opened(folder))
+        assert found in (old, new)
+        outcomes.append(found == new)
+        if found == old:
+            assert listing(folder) == files, "nothing staged may stay behind"
+        else:
+            assert "the folder opens as the new tree" in str(error)
+        assert value(changed) == new, "the tree in memory stays usable"
+        changed.save(folder)
+        assert value(opened(folder)) == new
+        assert not (folder / commit.HIDDEN).exists()
+    assert outcomes == sorted(outcomes)
+    assert len(set(outcomes)) == 2
+
+
+def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = tmp_path / "a/b"
+    for at in range(10_000):
+        faulty = FaultyOs(at, kills=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "os", faulty)
+            patched.setattr(commit, "os", faulty)
+            try:
+                tree().save(target)
+            except FolderError as error:
+                whole = "the folder opens as the new tree" in str(error)
+                assert (tmp_path / "a").exists() == whole
+        if not faulty.fired:
+            break
+        if (tmp_path / "a").exists():
+            assert value(opened(target)) == value(tree())
+            shutil.rmtree(tmp_path / "a")
+    assert at > 30
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("kills", [False, True])
+def test_one_adapter_is_whole_or_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exists: bool, kills: bool
+) -> None:
+    old, new = adapter(1), adapter(2)
+    values = {a.modules["q_proj"].A.sum().item(): a for a in (old, new)}
+    for at in range(10_000):
+        folder = tmp_path / str(at) / "one"
+        if exists:
+            old.save(folder)
+        faulty = FaultyOs(at, kills=kills)
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "os", faulty)
+            patched.setattr(commit, "os", faulty)
+            with contextlib.suppress(LoraTreeError, Killed):
+                new.save(folder)
+        if folder.exists():
+            assert lt.Adapter.load(folder).modules["q_proj"].A.sum().item() in values
+            assert lt.load(folder.parent).adapter("one") is not None
+        else:
+            assert not exists
+        new.save(folder)
+        assert listing(folder).keys() == {"adapter_config.json", "adapter_model.safetensors"}
+        if not faulty.fired:
+            break
+    assert at > 5
+
+
+# ---------------------------------------------------------------------- what is left is looked through and swept up
+def cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> lt.AdapterTree:
+    """A save that was killed right after its decision."""
+    changed = change(folder)
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commit, "_carry_out", kill)
+        with pytest.raises(Killed):
+            changed.save(folder)
+    return changed
+
+
+def test_readers_look_through_the_record(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(before, tmp_path / "zoo"))
+    expected = value(change(before))
+    cut_off(folder, monkeypatch)
+    files = listing(folder)
+    loaded = opened(folder)
+    assert not (folder / "it").is_file()
+    assert value(loaded) == expected
+    assert listing(folder) == files, "readers change nothing"
+    assert "grp/x" not in loaded
+    assert (folder / "grp/x/adapter_config.json").exists()
+    lazily = opened(folder)
+    lt.lock(folder)
+    assert value(lazily) == expected, "a tree that was opened through the record outlives it"
+
+
+def test_staged_files_that_are_not_what_was_decided(
+    monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(before, tmp_path / "zoo"))
+    cut_off(folder, monkeypatch)
+    staged = next((folder / commit.HIDDEN).glob("stage-*/0"))
+    staged.write_bytes(b"x" * staged.stat().st_size)
+    with pytest.raises(FolderError, match=r"not the file that .*commit.json speaks of"):
+        lt.lock(folder)
+    with pytest.raises(LoraTreeError):
+        value(opened(folder))
+
+
+def test_permission_is_asked_before_anything_is_decided(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(before, tmp_path / "zoo"))
+    changed, files = change(folder), listing(folder)
+    with monkeypatch.context() as patched:  # root may write anywhere, so the answer is a made one
+        patched.setattr(os, "access", lambda path, _: not str(path).endswith("fr/legal"))
+        with pytest.raises(FolderError, match="fr/legal: can't be written: no permission"):
+            changed.save(folder)
+    assert listing(folder) == files
+
+
+# ---------------------------------------------------------------------- several at once
+def test_a_second_writer_waits_and_then_says_so(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(before, tmp_path / "zoo"))
+    monkeypatch.setattr(commit, "WAIT_S", 0.2)
+    with commit.writing(folder):
+        with pytest.raises(FolderError, match="another process has been writing this folder"):
+            lt.lock(folder)
+        assert len(opened(folder)) == 6, "readers do not wait"
+    lt.lock(folder)
+
+
+def test_writers_take_turns_and_readers_see_whole_trees(tmp_path: Path) -> None:
+    folder = tmp_path / "zoo"
+    kinds = []
+    for seed in (40, 50):
+        made = lt.AdapterTree(base="org/model")
+        for i in range(3):
+            made.add(f"n{i}", adapter=adapter(seed + i))
+        made.add(f"only{seed}", adapter=adapter(seed + 3))
+        kinds.append(made)
+    kinds[0].save(folder)
+    expected = [value(kind) for kind in kinds]
+    failures: list[BaseException] = []
+
+    def write(seed: int) -> None:
+        try:
+            for _ in range(6):
+                made = lt.AdapterTree(base="org/model")
+                for i in range(3):
+                    made.add(f"n{i}", adapter=adapter(seed + i))
+                made.add(f"only{seed}", adapter=adapter(seed + 3))
+                made.save(folder)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(seed,)) for seed in (40, 50)]
+    for thread in threads:
+        thread.start()
+    looks = 0
+    while any(thread.is_alive() for thread in threads):
+        try:
+            assert value(lt.load(folder, strict=True)) in expected
+            looks += 1
+        except LoraTreeError as error:  # opened before, read after: said so, never mixed
+            assert "open the tree again" in str(error) or "no adapter there" in str(error), error
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert value(lt.load(folder, strict=True)) in expected
+    assert lt.check(folder) == []
+
+
+SAVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from zoo import adapter, tree
+made, seed = tree(), 100
+print("ready", flush=True)
+while True:
+    seed += 1
+    made.update("fr/legal", adapter=adapter(seed % 2 + 100))
+    made.update("grp/x", adapter=adapter(seed % 2 + 200))
+    made.save(Path({folder!r}))
+"""
+
+
+def test_killed_for_real(tmp_path: Path) -> None:
+    folder = tmp_path / "zoo"
+    code = SAVER.format(tests=str(Path(__file__).parent), folder=str(folder))
+    for delay_s in (0.05, 0.13, 0.31):
+        tree().save(folder)
+        saver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        assert saver.stdout is not None
+        assert saver.stdout.readline() == b"ready\n"
+        time.sleep(delay_s)
+        saver.send_signal(signal.SIGKILL)
+        saver.wait()
+        saver.stdout.close()
+        loaded = opened(folder)
+        pair = {"fr/legal": loaded.adapter("fr/legal"), "grp/x": loaded.adapter("grp/x")}
+        seeds = [(2, 4), (100, 200), (101, 201)]
+        sums = [tuple(adapter(s).modules["q_proj"].A.sum().item() for s in both) for both in seeds]
+        assert tuple(a.modules["q_proj"].A.sum().item() for a in pair.values() if a is not None) in sums
+        tree().save(folder)
+        assert value(lt.load(folder)) == value(tree())
+        assert not (folder / commit.HIDDEN).exists()

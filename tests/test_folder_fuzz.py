@@ -1,0 +1,275 @@
+"""Anything may be written into a tree's folder: only the library's own errors come out, and nothing outside is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zoo import adapter, tree
+
+import lora_tree as lt
+from lora_tree import commit, lockfile, yamlfile
+from lora_tree.errors import LoraTreeError, SpecError
+
+pytestmark = pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning")
+CHEAP = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+DEAR = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "zoo"
+    made = tree()
+    adapter(5).save(folder.parent / "secret")
+    made.save(folder)
+    return folder
+
+
+_OPENED: list[str] | None = None
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    if _OPENED is not None and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, bytes)):
+        _OPENED.append(os.path.realpath(os.fsdecode(args[0])))
+
+
+sys.addaudithook(_audit)  # every way to open a file passes here; it can't be taken out again, only ignored
+
+
+@pytest.fixture
+def watch(zoo: Path) -> Iterator[None]:
+    """Nothing of the neighbour's is opened, listed or changed, whatever the test does."""
+    global _OPENED
+    before = {p: p.read_bytes() for p in sorted(zoo.parent.glob("secret/*"))}
+    _OPENED = []
+    yield
+    opened, _OPENED = _OPENED, None
+    assert opened
+    assert not [path for path in opened if "secret" in path]
+    assert {p: p.read_bytes() for p in sorted(zoo.parent.glob("secret/*"))} == before
+
+
+def survives(folder: Path, *, write: bool = False) -> None:
+    """Whatever lies there: it opens, or the library says why not; and check never raises."""
+    try:
+        loaded = lt.load(folder)
+        for path in loaded.paths():
+            loaded.adapter(path)
+    except LoraTreeError as error:
+        str(error).encode()
+    for problem in lt.check(folder):
+        problem.text.encode()
+    if write:
+        try:
+            lt.lock(folder)
+        except LoraTreeError:
+            return
+
+
+@st.composite
+def mutated(draw: st.DrawFn, text: bytes, *, words: tuple[bytes, ...]) -> bytes:
+    """A file with a few bytes changed, taken out, doubled, or replaced by what a parser trips over."""
+    data = bytearray(text)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        to = min(len(data), at + draw(st.integers(0, 12)))
+        data[at:to] = draw(st.binary(max_size=3) | st.sampled_from(words) | st.just(bytes(data[at:to]) * 2))
+    return bytes(data)
+
+
+# ---------------------------------------------------------------------- the parsers by themselves
+YAML = (
+    b"version: 1\nbase: org/model\ndefaults: {r: 16, target_modules: [q_proj], rank_pattern: {'a.*': 4}}\n"
+    b"tree:\n  fr:\n    weight: 0.5\n    children:\n      legal: {adapter: ../x, weight: 1e-1}\n  de: {r: 2}\n"
+)
+YAML_WORDS = (
+    *(b"&a ", b"*a", b"!!python/object:os.system ", b"!x ", b"<<: ", b"? ", b"- ", b"#", b"%YAML 1.1\n"),
+    *(b"\n---\n", b"\n...\n", b"{", b"}", b"[", b"]", b": ", b"|\n", b">-\n", b'"', b"'", b"\\", b"@", b"`"),
+    *(b"\t", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xc2\x85", b"\xe2\x80\xa8", b'"\\ud800"'),
+    *(b"null", b"9" * 400, b"1e999", b".nan", b"0x", b"../../other", b"[" * 200, b"{a: " * 200),
+)
+
+
+@CHEAP
+@given(mutated(YAML, words=YAML_WORDS))
+def test_yaml(data: bytes) -> None:
+    try:
+        spec, _ = yamlfile.read_spec(data, "tree.yaml")
+    except SpecError as error:
+        assert str(error).startswith("tree.yaml")
+    else:
+        assert all(path for path, _, _ in yamlfile.walk(spec))
+
+
+@CHEAP
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+def test_yaml_of_nothing_known(data: bytes) -> None:
+    with pytest.raises(SpecError):
+        yamlfile.read_spec(data, "tree.yaml")
+
+
+JSON_WORDS = (
+    *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"9" * 400),
+    *(b"\\ud800", b"\0", b"\xff", b"../other", b"/etc/passwd", b"-1", b"0.5", b'"version": 2', b'"nodes": 1'),
+    *(b"[" * 3000, b'{"a":' * 3000),
+)
+KEYS = st.sampled_from(
+    ["", "..", "../secret", *["version", "nodes", "fr", "base", "content", "size", "moves", "to", "stage", "deletes"]]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | KEYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@CHEAP
+@given(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40))
+def test_a_lock_of_any_shape(data: bytes) -> None:
+    try:
+        lockfile.parse(data, "tree.lock")
+    except SpecError as error:
+        assert str(error).startswith("tree.lock")
+        assert "lora-tree lock" in str(error)
+
+
+@CHEAP
+@given(st.data())
+def test_a_mutated_lock(zoo: Path, data: st.DataObject) -> None:
+    raw = data.draw(mutated((zoo / "tree.lock").read_bytes(), words=JSON_WORDS))
+    try:
+        again = lockfile.parse(raw, "tree.lock")
+    except SpecError as error:
+        assert str(error).startswith("tree.lock")
+    else:
+        assert lockfile.parse(lockfile.dump(again), "tree.lock") == again
+
+
+# ---------------------------------------------------------------------- whole folders
+@DEAR
+@given(data=st.data())
+def test_folders_with_mutated_files(zoo: Path, watch: None, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["tree.yaml", "tree.lock", "fr/adapter_config.json"]))
+    words = YAML_WORDS if name == "tree.yaml" else JSON_WORDS
+    before = (zoo / name).read_bytes()
+    try:
+        (zoo / name).write_bytes(data.draw(mutated(before, words=words)))
+        survives(zoo)
+    finally:
+        (zoo / name).write_bytes(before)
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLACES = st.sampled_from(
+    [
+        *(f"fr/{CONFIG}", f"fr/legal/{WEIGHTS}", f"new/{CONFIG}", "tree.yaml", "tree.lock", f"x.lock/{CONFIG}"),
+        *(f"../secret/{CONFIG}", f"fr/../../secret/{CONFIG}", f"link/{CONFIG}", "/etc/passwd", "", "."),
+        *(f"{CONFIG}/", f"fr//{CONFIG}", f"fr\0/{CONFIG}", "fr/x.txt", "tree.py", "..lock", "fr/.yaml"),
+        *(".lora_tree/commit.json", "a/" * 70 + CONFIG),
+    ]
+)
+STAGES = st.sampled_from([f"stage-{'0' * 32}", "..", "../../secret", "stage-x", f"stage-{'1' * 32}", ""])
+MOVES = st.builds(
+    lambda to, size, digest: {"to": to, "size": size, "sha256": digest},
+    PLACES,
+    st.integers(-1, 9) | st.just("1"),
+    st.sampled_from(["0" * 64, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881", "x"]),
+)
+RECORDS = st.builds(
+    lambda stage, moves, deletes, version: {"version": version, "stage": stage, "moves": moves, "deletes": deletes},
+    STAGES,
+    st.lists(MOVES, max_size=3),
+    st.lists(PLACES, max_size=3),
+    st.sampled_from([1, 1, 1, 2, True]),
+)
+
+
+@DEAR
+@given(record=RECORDS | JSON, as_link=st.sampled_from([None, None, None, "stage", "record", "hidden", "staged"]))
+def test_records_that_nobody_should_trust(
+    zoo: Path, watch: None, tmp_path_factory: pytest.TempPathFactory, record: Any, as_link: str | None
+) -> None:
+    folder, secret = zoo / "inner", zoo.parent / "secret"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(zoo / "fr", folder / "fr")
+    (folder / "link").symlink_to(secret)
+    hidden, stage = folder / commit.HIDDEN, folder / commit.HIDDEN / f"stage-{'0' * 32}"
+    if as_link == "hidden":
+        hidden.symlink_to(secret)
+    else:
+        hidden.mkdir()
+        if as_link == "stage":
+            stage.symlink_to(secret)
+        else:
+            stage.mkdir()
+            if as_link == "staged":
+                (stage / "0").symlink_to(secret / CONFIG)
+            else:
+                (stage / "0").write_bytes(b"x")
+        if as_link == "record":
+            (hidden / "commit.json").symlink_to(secret / "adapter_config.json")
+        else:
+            (hidden / "commit.json").write_text(json.dumps(record))
+    try:
+        survives(folder, write=True)
+        os.unlink(folder / "link")
+        survives(folder, write=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+@DEAR
+@given(
+    st.lists(
+        st.sampled_from(["fr", "FR", "con", "checkpoint-1", "..x", ".h", "é", "x.", "-", "0", "tree.lock"])
+        | st.just("a b"),
+        max_size=4,
+    ),
+    st.lists(st.sampled_from([CONFIG, WEIGHTS, "adapter_model.bin", "x"]), max_size=3),
+    st.sampled_from(["file", "folder", "pipe", "loop", "dangling"]),
+)
+def test_folders_of_any_shape(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], files: list[str], kind: str
+) -> None:
+    root = tmp_path_factory.mktemp("any")
+    folder = root.joinpath(*names)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        file = folder / name
+        if file.exists() or file.is_symlink():
+            continue
+        match kind:
+            case "file":
+                file.write_bytes(b"{}")
+            case "folder":
+                file.mkdir()
+            case "pipe":
+                os.mkfifo(file)
+            case "loop":
+                file.symlink_to(folder)
+            case _:
+                file.symlink_to(root / "nowhere")
+    survives(root, write=True)
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("name", ["tree.yaml", "tree.lock", ".lora_tree/commit.json"])
+def test_links_in_place_of_our_own_files(zoo: Path, watch: None, name: str) -> None:
+    folder = zoo / "inner"
+    shutil.copytree(zoo / "fr", folder / "fr")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(zoo.parent / "secret/adapter_config.json")
+    try:
+        with pytest.raises(LoraTreeError, match="link"):
+            lt.load(folder)
+        survives(folder, write=True)
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,190 @@
+"""tree.yaml: plain data, every mistake with its place, the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_tree.errors import SpecError
+from lora_tree.spec import MAX_DEPTH, LoraSpec, lora_spec
+from lora_tree.yamlfile import MAX_BYTES, dump, json_schema, parse, read_spec
+
+FILE = "zoo/tree.yaml"
+
+
+def wrong(text: str | bytes) -> str:
+    with pytest.raises(SpecError) as caught:
+        read_spec(text.encode() if isinstance(text, str) else text, FILE)
+    return str(caught.value)
+
+
+def test_the_page_of_the_design_reads() -> None:
+    text = b"""
+version: 1
+base: org/model                    # hub id or folder
+defaults: {r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj]}
+tree:
+  fr:
+    children:
+      legal: {adapter: ../elsewhere/legal, weight: 0.8}
+      medical: {r: 8}
+  de: {}
+"""
+    spec, _ = read_spec(text, FILE)
+    assert spec.base == "org/model"
+    assert spec.defaults.lora_alpha == 32.0
+    assert spec.tree["fr"].children["legal"].weight == 0.8
+    assert list(spec.tree) == ["fr", "de"]
+
+
+# ---------------------------------------------------------------------- mistakes and their places
+def test_a_typo_is_shown_with_its_place_and_its_repair() -> None:
+    text = "version: 1\nbase: x\ntree:\n  fr:\n    children:\n      legal:\n        rnak: 3\n"
+    assert wrong(text) == "zoo/tree.yaml:7:9: unknown key 'rnak' in node fr/legal; did you mean 'r'?"
+
+
+def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
+    text = "version: 1\ntree:\n  fr: {wieght: 1}\n  de:\n  x: {target_modules: 3, r: yes}\ndefaults: {r: 0}\nz: 1\n"
+    assert wrong(text).splitlines() == [
+        "zoo/tree.yaml:3:8: unknown key 'wieght' in node fr; did you mean 'weight'?",
+        "  zoo/tree.yaml:4:3: node de: got null, which should be a mapping; write {} where there is nothing to say",
+        "  zoo/tree.yaml:5:7: node x: target_modules: got 3, which should be a valid list or should be a valid string",
+        "  zoo/tree.yaml:5:26: node x: r: got 'yes', which should be a valid integer",
+        "  zoo/tree.yaml:6:12: defaults.r: got 0, which should be greater than or equal to 1",
+        "  zoo/tree.yaml:7:1: unknown key 'z'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: 1\nversion: 1\n", ":2:1: duplicate key 'version', first at line 1"),
+        ("version: 1\ntree: {a: {}, a: {}}", ":2:15: duplicate key 'a', first at line 2"),
+        ("version: 2\n", ":1:1: version: got 2, which should be 1"),
+        ("base: x\n", ":1:1: 'version' is missing"),
+        ("", ":1:1: the file: got null, which should be a mapping"),
+        ("- 1\n", ":1:1: the file: got a list, which should be a mapping"),
+        ("version: 1\nbase: !!python/name:os.system x\n", ":2:7: a tag (tag:yaml.org,2002:python/name:os.system)"),
+        ("version: &a 1\n", ":1:10: an anchor or alias"),
+        ("version: 1\nbase: *a\n", ":2:7: an anchor or alias"),
+        ("version: 1\n<<: {base: x}\n", ":2:1: unknown key '<<'"),
+        ("version: 1\n[1, 2]: 3\n", ":2:1: a key has to be a plain string"),
+        ("version: 1\n---\nversion: 1\n", ":2:1: a second document"),
+        ("%YAML 1.1\n---\nversion: 1\n", ":2:1: a directive"),
+        ("version: [1\n", "not YAML"),
+        ('version: "\\UFFFFFFFF"\n', "not YAML"),
+        ('base: "\\ud800"\n', "half of a surrogate pair"),
+        ("version: 1\ntree: {a b: {}}", ":2:8: 'a b' is not a valid node name"),
+        ("version: 1\ntree: {con: {}}", ":2:8: node 'con' is not a valid node name"),
+        ("version: 1\ntree: {fr: {}, FR: {}}", ":2:16: node FR differs from fr only by case"),
+        ("version: 1\ntree: {fr: {adapter: null, r: 8}}", ":2:28: node fr has no adapter (null), so r would say"),
+        ("version: 1\ntree: {fr: {adapter: x, r: 8}}", ":2:25: node fr has an adapter, so r would say"),
+        ("version: 1\ntree: {fr: {adapter: ''}}", "node fr: '' is not a folder's name"),
+        ("version: 1\ntree: {fr: {weight: .inf}}", ":2:13: node fr: weight: got inf, which should be a finite number"),
+        ("version: 1\ntree: {fr: {weight: true}}", "node fr: weight: got true"),
+        ("version: 1\ndefaults: {target_modules: '('}", "not a regular expression"),
+    ],
+)
+def test_what_is_refused_and_how(text: str, message: str) -> None:
+    assert message in wrong(text)
+
+
+def test_bytes_that_are_no_text_have_a_place() -> None:
+    assert wrong(b"version: 1\nbase: \xff\n") == "zoo/tree.yaml:2:7: not UTF-8"
+
+
+def test_depth_and_size_are_bounded() -> None:
+    assert "deep" in wrong("[" * 100_000)
+    assert "deep" in wrong("{a: " * 100_000)
+    assert str(MAX_BYTES) in wrong(b" " * (MAX_BYTES + 1))
+    deep: dict[str, Any] = {}
+    for _ in range(MAX_DEPTH):
+        deep = {"children": {"a": deep}}
+    assert f"the most is {MAX_DEPTH}" in wrong(dump({"version": 1, "tree": {"a": deep}}))
+
+
+def test_a_bomb_of_aliases_is_refused_at_its_first() -> None:
+    bomb = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
+    assert "an anchor or alias" in wrong(bomb)
+
+
+# ---------------------------------------------------------------------- plain scalars
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no", "no"),
+        ("yes", "yes"),
+        ("0o17", 15),
+        ("017", 17),
+        ("0xff", 255),
+        ("1_000", "1_000"),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("-.INF", float("-inf")),
+        ("~", None),
+        ("Null", None),
+        ("nULL", "nULL"),
+        ("TRUE", True),
+        ("12:30", "12:30"),
+        ("2001-01-01", "2001-01-01"),
+        ("'1'", "1"),
+    ],
+)
+def test_plain_scalars_mean_what_the_core_schema_says(text: str, expected: object) -> None:
+    found = parse(f"key: {text}".encode(), FILE).data["key"]
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def test_keys_are_strings_whatever_they_look_like() -> None:
+    spec, _ = read_spec(b"version: 1\ntree: {123: {}, no: {}, 1.5: {}, null: {}}", FILE)
+    assert list(spec.tree) == ["123", "no", "1.5", "null"]
+
+
+# ---------------------------------------------------------------------- writing
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(["no", "1", "~", "a: b", "- x"])
+LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+DATA = st.recursive(
+    st.dictionaries(TEXT, LEAF | st.lists(LEAF, max_size=3), max_size=4),
+    lambda inner: st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(DATA)
+def test_what_is_written_reads_as_the_same(data: dict[str, Any]) -> None:
+    written = dump(data)
+    if data:
+        assert parse(written, FILE).data == data
+        assert dump(parse(written, FILE).data) == written
+
+
+def test_a_long_key_survives() -> None:
+    data = {"rank_pattern": {"x" * 3000: 4, "y z" * 1000: {"a": 1}}}
+    assert parse(dump(data), FILE).data == data
+
+
+# ---------------------------------------------------------------------- the schema, and errors in Python
+def test_the_committed_schema_is_current() -> None:
+    committed = Path(__file__).parent.parent / "docs" / "tree.schema.json"
+    assert json.loads(committed.read_text()) == json_schema(), "write json_schema() to docs/tree.schema.json again"
+
+
+def test_the_schema_knows_the_words() -> None:
+    schema = json_schema()
+    assert set(schema["properties"]) == {"version", "base", "defaults", "tree"}
+    assert schema["required"] == ["version"]
+    node = schema["$defs"]["NodeSpec"]
+    assert node["additionalProperties"] is False
+    assert set(LoraSpec.model_fields) < set(node["properties"])
+
+
+def test_a_mistake_in_python_reads_the_same() -> None:
+    with pytest.raises(SpecError, match=r"^fr: unknown key 'rank'; did you mean 'r'\?$"):
+        lora_spec({"rank": 3}, "fr")
+    with pytest.raises(SpecError, match="fr: r: got '8', which should be a valid integer"):
+        lora_spec({"r": "8"}, "fr")

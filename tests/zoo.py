@@ -1,0 +1,52 @@
+"""Small trees of adapters for the tests of folders, and ways to compare them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+import lora_tree as lt
+
+
+def adapter(seed: int) -> lt.Adapter:
+    """A tiny adapter; another seed, another value, files of the same size."""
+    g = torch.Generator().manual_seed(seed)
+    pair = {name: (torch.randn(2, 8, generator=g), torch.randn(8, 2, generator=g)) for name in ("q_proj", "v_proj")}
+    return lt.Adapter({name: lt.LowRank(A, B) for name, (A, B) in pair.items()}, base="org/model")
+
+
+def tree(*, weight: float = 0.8) -> lt.AdapterTree:
+    """fr → legal, medical; de (fresh); grp (a group) → x."""
+    made = lt.AdapterTree(base="org/model", defaults={"r": 4, "target_modules": ["q_proj"]})
+    made.add("fr", adapter=adapter(1))
+    made.add("fr/legal", adapter=adapter(2), weight=weight)
+    made.add("fr/medical", adapter=adapter(3))
+    made.add("de", r=8)
+    made.add("grp", group=True)
+    made.add("grp/x", adapter=adapter(4))
+    return made
+
+
+def opened(path: Path) -> lt.AdapterTree:
+    """The tree there, whether or not it is stale."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lt.StaleWarning)
+        return lt.load(path)
+
+
+def value(of: lt.AdapterTree) -> dict[str, object]:
+    """Everything that a tree says, as something that can be compared."""
+    return {"": (of.base, of.defaults)} | {path: _node(of, path) for path in of.paths()}
+
+
+def _node(of: lt.AdapterTree, path: str) -> object:
+    node, own = of[path], of.adapter(path)
+    factors = None if own is None else {n: (v.A.tolist(), v.B.tolist(), v.scale) for n, v in own.modules.items()}
+    return node.weight, node.fresh, factors
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, and every folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
