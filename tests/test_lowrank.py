@@ -1,0 +1,184 @@
+"""The algebra of factors, against dense float64 matrices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lora_tree as lt
+from lora_tree.errors import ShapeMismatch, SpecError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def dense(x: lt.LowRank) -> Tensor:
+    """ΔW by a slow, obvious loop over rank."""
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for k in range(x.rank):
+        total += x.B[..., :, k : k + 1].double() * x.A[..., k : k + 1, :].double()
+    return total * x.scale
+
+
+@st.composite
+def values(
+    draw: st.DrawFn, *, out: int | None = None, into: int | None = None, batch: tuple[int, ...] = ()
+) -> lt.LowRank:
+    r, out, into = draw(st.integers(1, 6)), out or draw(st.integers(1, 9)), into or draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(DTYPES))
+    A = torch.randn(*batch, r, into, generator=generator).to(dtype)
+    B = torch.randn(*batch, out, r, generator=generator).to(dtype)
+    if draw(st.booleans()):  # rank-deficient
+        A[..., -1, :] = A[..., 0, :]
+    scale = draw(st.sampled_from([1.0, 0.5, 2.0, 0.3, -1.7, 16 / math.sqrt(3), 0.0]))
+    return lt.LowRank(A, B, scale)
+
+
+@st.composite
+def several(draw: st.DrawFn) -> list[lt.LowRank]:
+    batch = draw(st.sampled_from([(), (3,)]))
+    kind = values(out=draw(st.integers(1, 9)), into=draw(st.integers(1, 9)), batch=batch)
+    return draw(st.lists(kind, min_size=1, max_size=4))
+
+
+@given(several())
+@settings(max_examples=150, deadline=None)
+def test_concat_is_the_sum(terms: list[lt.LowRank]) -> None:
+    total = lt.concat(terms)
+    assert total.rank == sum(t.rank for t in terms)
+    size = sum(t.scale.__abs__() * (t.B.double().abs() @ t.A.double().abs()) for t in terms)
+    assert isinstance(size, Tensor)
+    assert ((dense(total) - sum(dense(t) for t in terms)).abs() <= 2 * 2.0**-23 * size).all()
+
+
+@given(values())
+@settings(max_examples=100, deadline=None)
+def test_folding_keeps_the_dtype_only_where_nothing_is_rounded(x: lt.LowRank) -> None:
+    folded = x.folded()
+    assert folded.scale == 1.0
+    if folded.B.dtype == x.B.dtype and x.B.dtype.itemsize < 4:
+        assert torch.equal(folded.B.double(), x.B.double() * x.scale)
+    else:
+        assert folded.B.dtype.itemsize >= 4
+        torch.testing.assert_close(folded.B.double(), x.B.double() * x.scale, rtol=2.0**-22, atol=0)
+
+
+@given(several())
+@settings(max_examples=100, deadline=None)
+def test_norm_and_inner_product_are_those_of_the_dense_matrices(terms: list[lt.LowRank]) -> None:
+    x, y = terms[0], terms[-1]
+    size = dense(x).norm() * dense(y).norm() + 1e-300
+    assert abs(lt.inner(x, y) - (dense(x) * dense(y)).sum()) <= 1e-12 * max(float(size), 1.0) * 100
+    assert x.norm() == pytest.approx(float(dense(x).norm()), rel=1e-10, abs=1e-10)
+
+
+@given(several(), st.integers(1, 8))
+@settings(max_examples=150, deadline=None)
+def test_truncation_is_the_best_of_its_rank_and_knows_its_error(terms: list[lt.LowRank], rank: int) -> None:
+    x = lt.concat(terms)
+    value, error, relative = x.truncate(rank)
+    exact = dense(x)
+    assert value.rank <= max(rank, 1)
+    S = torch.linalg.svdvals(exact)
+    best = float(S[..., rank:].norm())
+    eps = 2.0**-22 * float(exact.norm()) + 1e-12
+    assert abs(error - best) <= eps
+    assert abs(float((dense(value) - exact).norm()) - best) <= eps
+    assert relative == pytest.approx(error / float(exact.norm()) if exact.norm() else 0.0, rel=1e-9, abs=1e-9)
+
+
+@given(several(), st.sampled_from([0.0, 1e-6, 0.05, 0.3, 0.9, 1.0]))
+@settings(max_examples=100, deadline=None)
+def test_truncation_to_an_error_takes_the_smallest_rank_that_reaches_it(terms: list[lt.LowRank], bound: float) -> None:
+    x = lt.concat(terms)
+    cut = x.truncate(max_error=bound)
+    exact = dense(x)
+    assert float((dense(cut.value) - exact).norm()) <= bound * float(exact.norm()) * (1 + 1e-6) + 1e-5
+    S = torch.linalg.svdvals(exact)
+    if 1 < cut.value.rank < x.rank:
+        assert float(S[..., cut.value.rank - 1 :].norm()) > bound * float(exact.norm()) * (1 - 1e-9)
+
+
+@given(values(batch=(2,)), st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_blocks_put_together_are_the_whole(x: lt.LowRank, rows: int) -> None:
+    assert torch.equal(torch.cat(list(x.dense_blocks(rows, dtype=torch.float64)), dim=-2), x.dense(dtype=torch.float64))
+
+
+def test_padding_changes_nothing_but_the_rank() -> None:
+    x = lt.LowRank(torch.randn(2, 5), torch.randn(3, 2), 0.7)
+    assert torch.equal(x.padded(6).dense(), x.dense())
+    assert x.padded(6).rank == 6
+    with pytest.raises(SpecError, match="truncate it"):
+        x.padded(1)
+
+
+def test_nothing_of_size_out_by_in_is_built() -> None:
+    """A million rows and columns: 4 TB if anything were dense."""
+    x = lt.LowRank(torch.randn(2, 1_000_000), torch.randn(1_000_000, 2))
+    both = lt.concat([x, x.scaled(0.5)])
+    cut = both.truncate(2)
+    assert cut.relative_error < 1e-6
+    assert lt.inner(both, x) == pytest.approx(1.5 * x.norm() ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "scale", "bias", "message"),
+    [
+        ((2, 5), (3, 4), 1.0, None, r"A is \(2, 5\), B is \(3, 4\)"),
+        ((5,), (5,), 1.0, None, "do not multiply"),
+        ((4, 2, 5), (3, 3, 2), 1.0, None, "do not multiply"),
+        ((2, 5), (3, 2), float("nan"), None, "scale must be finite"),
+        ((2, 5), (3, 2), 1.0, (4,), r"bias is \(4,\), expected \(3,\)"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(
+    A: tuple[int, ...], B: tuple[int, ...], scale: float, bias: tuple[int, ...] | None, message: str
+) -> None:
+    with pytest.raises((ShapeMismatch, SpecError), match=message):
+        lt.LowRank(torch.ones(A), torch.ones(B), scale, None if bias is None else torch.ones(bias))
+
+
+def test_a_sum_of_different_places_is_refused() -> None:
+    x = lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))
+    for other in (
+        lt.LowRank(torch.ones(1, 5), torch.ones(3, 1)),
+        lt.LowRank(torch.ones(1, 4), torch.ones(3, 1), layout=lt.Layout("embedding")),
+    ):
+        with pytest.raises(ShapeMismatch, match="not increments of one weight"):
+            lt.concat([x, other])
+        with pytest.raises(ShapeMismatch, match="not increments of one weight"):
+            lt.inner(x, other)
+    with pytest.raises(SpecError, match="at least one term"):
+        lt.concat([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "rank= or max_error="),
+        ({"rank": 0}, "at least 1"),
+        ({"max_error": -1.0}, "max_error must be"),
+        ({"max_error": float("nan")}, "max_error must be"),
+        ({"rank": 1, "max_error": 1e-9}, r"rank 1 leaves a relative error of .*needs rank 3"),
+    ],
+)
+def test_truncation_bounds_that_make_no_sense_are_refused(arguments: dict[str, float], message: str) -> None:
+    x = lt.LowRank(torch.eye(3, 5), torch.eye(4, 3))
+    with pytest.raises(SpecError, match=message):
+        x.truncate(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_caller_s_tensors_are_never_changed() -> None:
+    A, B = torch.randn(2, 5), torch.randn(3, 2)
+    before = A.clone(), B.clone()
+    x = lt.LowRank(A, B, 0.3)
+    lt.concat([x, x.scaled(2.0)]).truncate(1)
+    _ = x.folded(), x.norm(), x.padded(4), x.to(dtype=torch.bfloat16)
+    assert torch.equal(A, before[0])
+    assert torch.equal(B, before[1])

@@ -1,0 +1,188 @@
+"""The tree: names, order, lineages, blends and flattening."""
+
+from __future__ import annotations
+
+import random
+
+import networkx as nx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_tree as lt
+from lora_tree.errors import PathError, ShapeMismatch, SpecError, TreeError
+
+
+def adapter(seed: int, **shapes: tuple[int, int]) -> lt.Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    rank = seed % 3 + 1
+    return lt.Adapter(
+        {
+            name.replace("_", "."): lt.LowRank(
+                torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator), 0.5 + seed
+            )
+            for name, (out, into) in shapes.items()
+        }
+    )
+
+
+def family() -> lt.AdapterTree:
+    tree = lt.AdapterTree(base="org/model")
+    for seed, path in enumerate(("fr", "fr/legal", "fr/medical", "fr/legal/seven", "de")):
+        tree.add(path, adapter=adapter(seed, q=(4, 5), v=(3, 5)), weight=1.0 - seed / 10)
+    return tree
+
+
+PATHS = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4).map("/".join), max_size=12)
+
+
+def grown(paths: list[str]) -> lt.AdapterTree:
+    tree = lt.AdapterTree()
+    for path in paths:
+        names = path.split("/")
+        for i in range(len(names)):
+            above = "/".join(names[: i + 1])
+            if above not in tree:
+                tree.add(above, group=True)
+    return tree
+
+
+@given(PATHS, st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_the_order_does_not_depend_on_the_order_of_adding(paths: list[str], rng: random.Random) -> None:
+    one = grown(paths)
+    rng.shuffle(paths)
+    assert grown(paths).paths() == one.paths()
+
+
+@given(PATHS)
+@settings(max_examples=100, deadline=None)
+def test_lineages_agree_with_the_graph(paths: list[str]) -> None:
+    tree = grown(paths)
+    everything = ["", *tree.paths()]
+    assert set(everything) == set(tree.graph)
+    for path in tree.paths():
+        assert tree.lineage(path) == nx.shortest_path(tree.graph, "", path)[1:]
+        assert set(tree.paths(path)) == nx.descendants(tree.graph, path)
+        for other in everything:
+            assert tree.common_ancestor(path, other) == nx.lowest_common_ancestor(tree.graph, path, other)
+    preorder = list(nx.dfs_preorder_nodes(tree.graph, "", sort_neighbors=sorted))
+    assert tree.paths() == preorder[1:]
+
+
+def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
+    tree = family()
+    assert tree.coefficients("fr/legal/seven") == {"fr": 1.0, "fr/legal": 0.9, "fr/legal/seven": 0.7}
+    assert tree.coefficients({"fr/legal": 0.1, "fr/medical": 0.2, "fr": 0.7}) == {
+        "fr": 1.0,  # 0.1 + 0.2 + 0.7, without the last bit that a plain sum loses
+        "fr/legal": 0.1 * 0.9,
+        "fr/medical": 0.2 * 0.8,
+    }
+    assert tree.coefficients("") == {}
+    assert tree.coefficients({"fr": 1.0, "": 3.0}) == {"fr": 1.0}
+    assert tree.coefficients({"fr/legal": 1.0, "fr/medical": -1.0}) == {"fr/legal": 0.9, "fr/medical": -0.8}
+
+
+@pytest.mark.parametrize(
+    ("blend", "message"),
+    [
+        ({}, "empty blend"),
+        ({"fr": float("inf")}, "finite"),
+        ({"fr": True}, "finite"),
+        ("fr:x", "'x' is not a number"),
+        ("fr:1+fr:2", "stands there twice"),
+        (7, "expected a path"),
+        ("fr/", "not a valid node name"),
+        ("fr//legal", "not a valid node name"),
+        ("fr/leagl", "did you mean 'fr/legal'"),
+        ("../fr", "not a valid node name"),
+    ],
+)
+def test_a_blend_that_makes_no_sense_is_refused(blend: lt.Blend, message: str) -> None:
+    with pytest.raises((PathError, SpecError), match=message):
+        family().coefficients(blend)
+
+
+@pytest.mark.parametrize("blend", ["fr/legal/seven", "fr", {"fr/legal/seven": 0.3, "fr/medical": 0.7}, "de:2"])
+def test_flattening_is_the_dense_sum(blend: lt.Blend) -> None:
+    tree = family()
+    flat = tree.flatten(blend)
+    assert not flat.errors
+    for name in ("q", "v"):
+        expected = sum(
+            c * a.modules[name].scale * (a.modules[name].B.double() @ a.modules[name].A.double())
+            for node, c in tree.coefficients(blend).items()
+            for a in (tree.adapter(node),)
+            if a is not None
+        )
+        torch.testing.assert_close(flat.modules[name].dense(dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_flattening_to_a_rank_or_an_error_says_what_it_cost() -> None:
+    tree = family()
+    exact = {n: v.dense(dtype=torch.float64) for n, v in tree.flatten("fr/legal/seven").modules.items()}
+    for flat in (tree.flatten("fr/legal/seven", 2), tree.flatten("fr/legal/seven", max_error=0.4)):
+        for name, value in flat.modules.items():
+            error = float((value.dense(dtype=torch.float64) - exact[name]).norm() / exact[name].norm())
+            assert flat.errors.get(name, 0.0) == pytest.approx(error, abs=1e-6)
+        assert flat.error == max(flat.errors.values(), default=0.0)
+    assert set(tree.flatten("fr/legal/seven", 2).ranks.values()) == {2}
+    assert tree.flatten("fr/legal/seven", max_error=0.4).error <= 0.4
+    assert tree.flatten("fr", dtype=torch.bfloat16).modules["q"].A.dtype == torch.bfloat16
+
+
+def test_flattening_nodes_that_do_not_fit_together_names_the_module() -> None:
+    tree = family()
+    tree.add("fr/odd", adapter=adapter(1, q=(4, 6)))
+    with pytest.raises(ShapeMismatch, match=r"^q: \(4, 5\)"):
+        tree.flatten("fr/odd")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "a.", "a b", "ä", "con", "NUL.txt", "a" * 129, "a/b/", "x\n", "-\0"]
+)
+def test_a_name_that_is_no_safe_file_name_is_refused(name: str) -> None:
+    with pytest.raises(PathError):
+        lt.AdapterTree().add(name)
+
+
+def test_changes_that_can_not_be_made_are_refused_and_change_nothing() -> None:
+    tree = family()
+    before = tree.paths()
+    for change, message in (
+        (lambda: tree.add("fr"), "exists already"),
+        (lambda: tree.add("FR"), "only by case"),
+        (lambda: tree.add("it/legal"), "no node 'it'"),
+        (lambda: tree.add("it", weight=float("nan")), "finite"),
+        (lambda: tree.add("it", rank=8), "unknown key 'rank'"),
+        (lambda: tree.add("it", adapter=adapter(0, q=(4, 5)), r=8), "has an adapter, or is a group"),
+        (lambda: tree.remove("fr"), "has children: fr/legal, fr/legal/seven, fr/medical"),
+        (lambda: tree.remove("nl"), "no node 'nl'"),
+        (lambda: tree.move("fr", "fr/legal/fr"), "below itself"),
+        (lambda: tree.move("fr", "de"), "exists already"),
+        (lambda: tree.move("fr", ""), "root"),
+        (lambda: tree.rename("fr", "a/b"), "not a valid node name"),
+        (lambda: tree.update("de", weight=float("inf")), "finite"),
+        (lambda: tree[""], "root"),
+    ):
+        with pytest.raises((PathError, TreeError, SpecError), match=message):
+            change()
+    assert tree.paths() == before
+
+
+def test_moving_takes_the_children_along() -> None:
+    tree = family()
+    held = {path: tree.adapter(path) for path in tree}
+    tree.move("fr/legal", "de/law")
+    assert tree.paths() == ["de", "de/law", "de/law/seven", "fr", "fr/medical"]
+    assert tree.adapter("de/law/seven") is held["fr/legal/seven"]
+    tree.rename("fr", "FR")
+    assert tree.children() == ["FR", "de"]
+    tree.remove("de", recursive=True)
+    assert tree.paths() == ["FR", "FR/medical"]
+
+
+def test_the_graph_can_not_be_changed_from_outside() -> None:
+    with pytest.raises(nx.NetworkXError):
+        family().graph.add_node("x")
