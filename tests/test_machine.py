@@ -1,0 +1,194 @@
+"""Any history of adding, removing, activating, saving and loading leaves the base at what its path means."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor, nn
+
+import lora_tree as lt
+
+SHAPES = {"0": (6, 5), "2": (4, 6)}
+MODES = st.sampled_from(["merged", "unmerged"])
+
+
+def base(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).to(dtype)
+
+
+def adapter(seed: int) -> lt.Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    sites = [["0"], ["2"], ["0", "2"]][seed % 3]
+    r, scale = seed % 4 + 1, (0.5, 2.0, 0.3)[seed % 3]
+    return lt.Adapter(
+        {
+            name: lt.LowRank(
+                torch.randn(r, SHAPES[name][1], generator=generator),
+                torch.randn(SHAPES[name][0], r, generator=generator),
+                scale,
+            )
+            for name in sites
+        }
+    )
+
+
+class Switching(RuleBasedStateMachine):
+    """The oracle is a dict of paths and a dense sum by hand; the bits are those of a model that was never switched."""
+
+    @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+    def start(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.nodes: dict[str, tuple[int, float]] = {}  # path → seed of its adapter, weight
+        self.active: dict[str, float] = {}
+        self.mode = "merged"
+        self.tree = lt.AdapterTree()
+        self.base = base(dtype)
+        self.bare = {k: v.clone() for k, v in self.base.state_dict().items()}
+        self.addresses = {k: v.data_ptr() for k, v in self.base.state_dict().items()}
+        self.model = lt.attach(self.tree, self.base)
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved: dict[str, tuple[int, float]] | None = None
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    def some(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.nodes)))
+
+    def in_use(self) -> set[str]:
+        return {"/".join(path.split("/")[: i + 1]) for path in self.active for i in range(path.count("/") + 1)}
+
+    @rule(
+        data=st.data(), name=st.sampled_from("abc"), seed=st.integers(0, 50), weight=st.sampled_from([1.0, 0.7, -0.5])
+    )
+    def add(self, data: st.DataObject, name: str, seed: int, weight: float) -> None:
+        above = data.draw(st.sampled_from(["", *sorted(self.nodes)]))
+        path = f"{above}/{name}" if above else name
+        if path in self.nodes:
+            return
+        self.tree.add(path, adapter=adapter(seed), weight=weight)
+        self.nodes[path] = seed, weight
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        path = self.some(data)
+        below = [p for p in self.nodes if p.startswith(path + "/")]
+        try:
+            self.tree.remove(path)
+        except lt.errors.TreeError:
+            assert below or path in self.in_use()
+        else:
+            assert not below
+            assert path not in self.in_use()
+            del self.nodes[path]
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), mode=MODES)
+    def activate(self, data: st.DataObject, mode: Any) -> None:
+        path = self.some(data)
+        self.model.activate(path, mode=mode)
+        self.active, self.mode = {path: 1.0}, mode
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), mode=MODES, weights=st.lists(st.sampled_from([0.5, 0.25, -1.0]), min_size=1, max_size=3))
+    def activate_a_blend(self, data: st.DataObject, mode: Any, weights: list[float]) -> None:
+        blend = {self.some(data): w for w in weights}
+        self.model.activate(blend, mode=mode)
+        self.active, self.mode = blend, mode
+
+    @rule()
+    def deactivate(self) -> None:
+        self.model.deactivate()
+        self.active = {}
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), modes=st.lists(MODES, min_size=1, max_size=3), fails=st.booleans())
+    def use(self, data: st.DataObject, modes: list[Any], fails: bool) -> None:
+        before = self.active, self.mode
+        try:
+            with ExitStack() as stack:
+                for mode in modes:
+                    path = self.some(data)
+                    stack.enter_context(self.model.using(path, mode=mode))
+                    self.active, self.mode = {path: 1.0}, mode
+                    self.the_base_is_what_the_path_means()
+                if fails:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert fails
+        self.active, self.mode = before
+
+    @rule()
+    def save(self) -> None:
+        self.tree.save(Path(self.folder.name) / "zoo")
+        self.saved = dict(self.nodes)
+
+    @precondition(lambda self: self.saved)
+    @rule()
+    def load(self) -> None:
+        self.model.detach()
+        self.tree = lt.load(Path(self.folder.name) / "zoo")
+        assert self.saved is not None
+        self.nodes, self.active = dict(self.saved), {}
+        assert self.tree.paths() == sorted(self.nodes, key=lambda path: path.split("/"))
+        self.model = lt.attach(self.tree, self.base)
+
+    def coefficients(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for path, weight in self.active.items():
+            for i in range(path.count("/") + 1):
+                node = "/".join(path.split("/")[: i + 1])
+                found[node] = found.get(node, 0.0) + weight
+        return found
+
+    @invariant()
+    def the_base_is_what_the_path_means(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        assert {k: v.data_ptr() for k, v in self.base.state_dict().items()} == self.addresses
+        exact = {k: v.double() for k, v in self.bare.items()}
+        size = {k: v.double().abs() for k, v in self.bare.items()}
+        rank = 0
+        for node, c in self.coefficients().items():
+            seed, weight = self.nodes[node]
+            for name, v in adapter(seed).modules.items():
+                s, k = c * weight * v.scale, f"{name}.weight"
+                exact[k] = exact[k] + s * (v.B.double() @ v.A.double())
+                size[k] = size[k] + abs(s) * (v.B.double().abs() @ v.A.double().abs())
+                rank += v.rank
+        if self.mode == "merged":
+            fresh = base(self.dtype)
+            lt.attach(self.tree, fresh).activate(self.active or "")
+            for k, p in self.base.named_parameters():
+                assert torch.equal(p, fresh.get_parameter(k)), k
+                u = 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-24
+                bound = u * p.abs().double() + (rank + 2) * 2.0**-24 * size[k]
+                assert ((p.double() - exact[k]).abs() <= bound).all(), k
+        else:
+            assert all(torch.equal(p, self.bare[k]) for k, p in self.base.named_parameters())
+            x = torch.linspace(-1, 1, 15).reshape(3, 5)
+            torch.testing.assert_close(
+                self.base(x.to(self.dtype)).double(),
+                self.dense(x.double(), exact),
+                **({"rtol": 0.05, "atol": 0.3} if self.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}),
+            )
+
+    @staticmethod
+    def dense(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        return torch.tanh(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+
+
+TestSwitching = Switching.TestCase
+TestSwitching.settings = settings(
+    max_examples=100, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
