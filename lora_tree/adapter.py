@@ -193,9 +193,11 @@ def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
                 raise BaseMismatch(f"{name}: two adapters carry different values of this base tensor")
             unchanged[name] = tensor
         for module, order in adapter.nesting.items():
-            known = nesting.setdefault(module, order)
-            if known != order:
+            known = nesting.get(module, ())
+            both = set(known) & set(order)
+            if [p for p in known if p in both] != [p for p in order if p in both]:
                 raise ShapeMismatch(f"{module}: two adapters order its parameters differently: {known} and {order}")
+            nesting[module] = max(known, order, key=len)
     return Adapter(
         {name: _named(name, concat, values) for name, values in parts.items()},
         base=next((a.base for a, _ in terms if a.base), None),

@@ -161,7 +161,7 @@ class TreeModel(nn.Module):
                 self._unmerged.switch(BARE)
                 state = State.MERGED
             else:
-                if self._compiled and plan.terms:
+                if plan.terms and (self._compiled or self.base._compiled_call_impl is not None):
                     raise StateError(
                         "the base was compiled before the tree was attached: its forward ignores later hooks",
                         'activate(…, mode="merged") works under torch.compile',
@@ -197,17 +197,20 @@ class TreeModel(nn.Module):
 
         Args:
             what: ``pristine`` puts the copies back; ``weights`` takes what stands in the model now for the base.
+
+        Raises:
+            ForeignWrite: the copies fit no more, because a module was replaced or resized; nothing was changed.
+            StateError: detached, or there are no copies (``pristine="none"``).
         """
         with self._lock:
             self._usable()
             if what == "pristine":
                 with torch.no_grad():
-                    self._merged.pristine.restore()
+                    self._merged.restore()
             elif what == "weights":
-                self._merged.pristine.forget()
+                self._merged.forget()
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
-            self._merged.plan = BARE
             self._unmerged.switch(BARE)
             self._became("", State.BARE)
 

@@ -593,6 +593,9 @@ def test_a_trained_node_replaces_the_files_it_came_from_and_no_others(tmp_path: 
     made.add("de", adapter=adapter(3))
     with pytest.raises(FolderError, match=r"de: .*an adapter that no save wrote lies where this node's files belong"):
         made.save(tmp_path / "zoo")
+    other = lt.load(nested(tmp_path / "other", "it", "de"))
+    with pytest.raises(FolderError, match=r"de: .*an adapter that no save wrote lies where this node's files belong"):
+        other.save(tmp_path / "zoo")
 
 
 def test_swapping_two_nodes(zoo: Path) -> None:

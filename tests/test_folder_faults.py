@@ -1,4 +1,4 @@
-"""A save is cut off at each operation in turn, by a full disk or a kill: the folder opens as the old tree or the new."""
+"""A save cut off at each operation in turn, by a full disk or a kill: the folder opens as the old tree or the new."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -121,9 +122,8 @@ JSON_WORDS = (
     *(b"\\ud800", b"\0", b"\xff", b"../other", b"/etc/passwd", b"-1", b"0.5", b'"version": 2', b'"nodes": 1'),
     *(b"[" * 3000, b'{"a":' * 3000),
 )
-KEYS = st.sampled_from(
-    ["", "..", "../secret", *["version", "nodes", "fr", "base", "content", "size", "moves", "to", "stage", "deletes"]]
-)
+WORDS = ("version", "nodes", "fr", "base", "content", "size", "moves", "to", "stage", "deletes")
+KEYS = st.sampled_from(["", "..", "../secret", *WORDS])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | KEYS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -226,13 +226,59 @@ def test_records_that_nobody_should_trust(
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [
+        ("move", f"../secret/{CONFIG}"),
+        ("delete", f"../secret/{CONFIG}"),
+        ("move", f"link/{CONFIG}"),
+        ("delete", f"link/{CONFIG}"),
+        ("stage is a link", f"fr/{CONFIG}"),
+        ("staged file is a link", f"fr/{CONFIG}"),
+        ("hidden is a link", f"fr/{CONFIG}"),
+    ],
+)
+def test_a_record_that_is_right_but_for_one_thing(zoo: Path, watch: None, how: str, place: str) -> None:
+    folder, secret = zoo / "inner", zoo.parent / "secret"
+    shutil.copytree(zoo / "fr", folder / "fr")
+    data = b'{"planted": true}'
+    stage, real = f"stage-{'0' * 32}", folder / "real"
+    (real / stage).mkdir(parents=True)
+    (real / stage / "0").write_bytes(data)
+    move = {"to": place, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    deletes = [place] if how == "delete" else []
+    record = {"version": 1, "stage": stage, "moves": [] if deletes else [move], "deletes": deletes}
+    (real / "commit.json").write_text(json.dumps(record))
+    hidden = folder / commit.HIDDEN
+    if how == "hidden is a link":
+        hidden.symlink_to(real)
+    else:
+        real.rename(hidden)
+    if how == "stage is a link":
+        (hidden / stage).rename(folder / "real")
+        (hidden / stage).symlink_to(folder / "real")
+    if how == "staged file is a link":
+        (hidden / stage / "0").rename(folder / "real")
+        (hidden / stage / "0").symlink_to(folder / "real")
+    if place.startswith("link"):
+        (folder / "link").symlink_to(secret)
+    try:
+        before = (folder / "fr" / CONFIG).read_bytes()
+        with pytest.raises(LoraTreeError, match=r"link|no file that a save writes|not the file that"):
+            lt.lock(folder)
+        assert (folder / "fr" / CONFIG).read_bytes() == before
+        survives(folder)
+        assert (folder / "fr" / CONFIG).read_bytes() == before
+    finally:
+        shutil.rmtree(folder)
+
+
+NAMES = ("fr", "FR", "a b", "con", "checkpoint-1", "..x", ".h", "é", "x.", "-", "0", "tree.lock")
+
+
 @DEAR
 @given(
-    st.lists(
-        st.sampled_from(["fr", "FR", "con", "checkpoint-1", "..x", ".h", "é", "x.", "-", "0", "tree.lock"])
-        | st.just("a b"),
-        max_size=4,
-    ),
+    st.lists(st.sampled_from(NAMES), max_size=4),
     st.lists(st.sampled_from([CONFIG, WEIGHTS, "adapter_model.bin", "x"]), max_size=3),
     st.sampled_from(["file", "folder", "pipe", "loop", "dangling"]),
 )

@@ -226,7 +226,7 @@ def test_using_restores_nested_and_after_exceptions() -> None:
     model = lt.attach(forest(), base)
     model.activate("f", mode="unmerged")
     before = picture(base)["state"]
-    with pytest.raises(Boom), model.using("a/b"):  # noqa: PT012
+    with pytest.raises(Boom), model.using("a/b"):
         inside = weights(base)
         with model.using("j", mode="unmerged"):
             assert (model.active, model.state) == ("j", lt.State.UNMERGED)

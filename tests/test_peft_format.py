@@ -4,8 +4,6 @@ Every kind of layer that adds up goes through the same three laws: what we read 
 what PEFT loads, without a key too many or too few; and a round trip changes no bit.
 """
 
-# ruff: noqa: C408 (a config reads best as keywords)
-
 from __future__ import annotations
 
 import json

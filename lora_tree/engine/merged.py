@@ -7,13 +7,13 @@ Addresses stay what they were, no hook is left, and the forward is the plain bas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TiedWeights, listing
+from ..errors import StateError, TiedWeights, listing
 from ..lowrank import LowRank, concat
 from ..sites import Site
 from .arithmetic import compute_dtype, exact_mode, write_sum
@@ -34,7 +34,8 @@ class Merged:
     def __init__(self, base: nn.Module, *, in_place: bool) -> None:
         self._base = base
         self._in_place = in_place
-        self._untied: set[str] = set()
+        self._untied: set[tuple[str, str]] = set()
+        self._addresses: list[int] = []
         self.pristine = Pristine()
         self.plan = BARE
 
@@ -44,10 +45,22 @@ class Merged:
         Raises:
             UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
         """
+        names: dict[tuple[int, str], str] = {}
         for name, terms in plan.terms.items():
+            site = plan.sites[name]
             for term in terms:
-                plan.sites[name].check_mode(term.value, merged=True)
-        self._check_ties({name: site for name, site in plan.sites.items() if name not in self._untied})
+                site.check_mode(term.value, merged=True)
+            other = names.setdefault((id(site.module), site.weight_name), name)
+            if other != name:
+                raise TiedWeights(
+                    f"{other} and {name} are two names of one weight: written one after the other, one would be lost",
+                    "call it by the same name in every adapter on the path",
+                )
+        if plan.terms and (addresses := _addresses(self._base)) != self._addresses:
+            self._untied.clear()  # a weight was replaced, and may be tied since
+            self._addresses = addresses
+        jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
+        self._check_ties([(j.site, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
 
     def switch(self, plan: Plan) -> None:
         """Make the weights those of ``plan``; an empty plan is the bare base.
@@ -58,27 +71,53 @@ class Merged:
         """
         if not (plan.terms or self.plan.terms):
             return
-        self.pristine.verify(name for name, site in self.plan.sites.items() if not site.is_in(self._base))
+        self.pristine.verify(self._replaced())
         sites = {**self.plan.sites, **plan.sites}
         jobs = [
             _Job(sites[name], plan.terms.get(name, ()), self.plan.terms.get(name, ()))
-            for name in sorted(sites)
+            # what goes bare comes first, because the same weight may be written under a second name
+            for name in sorted(sites, key=lambda name: (name in plan.terms, name))
             if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
         ]
         if not self._in_place:
             for job in jobs:
                 for attribute in job.attributes:
-                    self.pristine.keep(job.site.name, job.site.module, attribute)
+                    self.pristine.keep(job.site.module_name, job.site.module, attribute)
         started: list[_Job] = []
         try:
             for job in jobs:
                 started.append(job)
                 self._write(job)
         except BaseException:
-            for job in started[:-1] if self._in_place else started:
+            for job in reversed(started[:-1] if self._in_place else started):
                 self._write(_Job(job.site, job.old, job.new))
             raise
         self.plan = plan
+
+    def restore(self) -> None:
+        """Put the base's own values back, whatever stands in its weights now.
+
+        Raises:
+            StateError: no copies were kept.
+            ForeignWrite: a module was replaced or resized, and its copy fits no more; nothing was written.
+        """
+        if self._in_place and self.plan.terms:
+            raise StateError(
+                'pristine="none" kept no copies to put back',
+                'model.trust("weights") takes the weights as they are now for the base, or load the base again',
+            )
+        self.pristine.restore(self._replaced())
+        self.plan = BARE
+
+    def forget(self) -> None:
+        """Take the weights as they are now for the base's own."""
+        self.pristine.forget()
+        self.plan = BARE
+
+    def _replaced(self) -> list[str]:
+        """The weights with a path merged into them whose module is not in the base any more, as it was."""
+        sites = self.plan.sites.values()
+        return [f"{site.module_name}.{site.weight_name}" for site in sites if not site.is_in(self._base)]
 
     def _write(self, job: _Job) -> None:
         site, weight = job.site, job.site.weight
@@ -91,32 +130,24 @@ class Merged:
                 if self._in_place:
                     _add(site, target, target.detach(), [*new, *old])
                 else:
-                    _add(site, target, self.pristine.keep(site.name, site.module, attribute), new)
+                    _add(site, target, self.pristine.keep(site.module_name, site.module, attribute), new)
                     self.pristine.wrote(site.module, attribute, merged=bool(new))
 
-    def _check_ties(self, sites: Mapping[str, Site]) -> None:
-        """That no other module uses a weight that is about to be written."""
-        if not sites:
-            return
-        spans = sorted(_spans(self._base))
-        for name, site in sites.items():
-            for attribute in {site.weight_name, site.bias_name}:
-                own = getattr(site.module, attribute, None)
-                if not isinstance(own, Tensor):
-                    continue
-                start, end = _span(own)
-                shared = [
-                    o for s, e, m, o in spans if s < end and e > start and (m, o[1]) != (id(site.module), attribute)
-                ]
-                if shared:
-                    also = listing(f"{module}.{leaf}" for module, leaf in shared)
-                    raise TiedWeights(
-                        f"{name}: its {attribute} is tied to {also}: merging would change both",
-                        'use activate(…, mode="unmerged"), which changes this module alone',
-                        f"or untie the base: module.{attribute} = nn.Parameter(module.{attribute}.detach().clone())",
-                        "or leave the module out of the adapter",
-                    )
-            self._untied.add(name)
+    def _check_ties(self, written: Sequence[tuple[Site, str]]) -> None:
+        """That no other module uses a tensor that is about to be written."""
+        spans = list(_spans(self._base)) if written else []
+        for site, attribute in written:
+            start, end = _span(getattr(site.module, attribute))
+            own = id(site.module), attribute
+            shared = [f"{o}.{leaf}" for s, e, m, (o, leaf) in spans if s < end and e > start and (m, leaf) != own]
+            if shared:
+                raise TiedWeights(
+                    f"{site.name}: its {attribute} is tied to {listing(sorted(shared))}: merging would change both",
+                    'use activate(…, mode="unmerged"), which changes this module alone',
+                    f"or untie the base: module.{attribute} = nn.Parameter(module.{attribute}.detach().clone())",
+                    "or leave the module out of the adapter",
+                )
+            self._untied.add((site.name, attribute))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +184,11 @@ def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank]) -> N
     write_sum(rows, site.rows(source), *site.sides_of(value))
     if rows.data_ptr() != target.data_ptr():  # not laid out row by row: rows() had to copy
         target.copy_(rows.reshape(target.shape))
+
+
+def _addresses(base: nn.Module) -> list[int]:
+    """Where every parameter of every module lies, shared ones each time."""
+    return [p.data_ptr() for module in base.modules() for p in module._parameters.values() if p is not None]
 
 
 def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:

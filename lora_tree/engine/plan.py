@@ -62,7 +62,7 @@ class Binder:
         self._base = base
         self._base_name = base_name
         self._sites: dict[str, Site] = {}
-        self._bound: weakref.WeakKeyDictionary[Adapter, Adapter] = weakref.WeakKeyDictionary()
+        self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter, list[Site]]] = weakref.WeakKeyDictionary()
         self._plans: OrderedDict[Hashable, tuple[list[tuple[str, float, Adapter]], Plan]] = OrderedDict()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
@@ -99,12 +99,13 @@ class Binder:
             BaseMismatch: a module is missing, of another kind or shape, or carries a base tensor that differs.
         """
         known = self._bound.get(adapter)
-        if known is not None and all(self._sites[name].is_in(self._base) for name in known.modules):
-            return known
+        if known is not None and all(site.is_in(self._base) for site in known[1]):
+            return known[0]
         try:
             bound = adapter.renested(self._registered(adapter)) if adapter.nesting else adapter
-            for name, value in bound.modules.items():
-                self.site(name).check(value)
+            sites = [self.site(name) for name in bound.modules]
+            for site, value in zip(sites, bound.modules.values(), strict=True):
+                site.check(value)
             for name, tensor in bound.unchanged.items():
                 self._check_unchanged(name, tensor)
         except LoraTreeError as error:
@@ -112,7 +113,7 @@ class Binder:
             made_for = adapter.base and self._base_name and adapter.base != self._base_name
             hint = (f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}",)
             raise type(error)(where.what, *where.todo, *(hint if made_for else ())) from error
-        self._bound[adapter] = bound
+        self._bound[adapter] = bound, sites
         return bound
 
     def site(self, name: str) -> Site:

@@ -37,6 +37,11 @@ class _Kept:
         self.version, self.address = self.parameter._version, self.parameter.data_ptr()
         self.sample = _sample(self.parameter)
 
+    def fits(self) -> bool:
+        """Whether the copy can be put back, whatever else was done to the weight."""
+        now = getattr(self.module, self.attribute, None)
+        return isinstance(now, Tensor) and now.shape == self.copy.shape
+
     def untouched(self) -> bool:
         """Nobody else wrote to it. A move to another device alone is no write; the numbers are the same there."""
         now = getattr(self.module, self.attribute, None)
@@ -58,7 +63,7 @@ class Pristine:
         """That every kept copy is still what it was taken from; copies of weights that are bare now are retaken later.
 
         Args:
-            replaced: sites with a path merged into them whose module is not in the base any more.
+            replaced: weights with a path merged into them whose module is not in the base any more.
 
         Raises:
             ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into it.
@@ -67,7 +72,7 @@ class Pristine:
         lost = [*replaced, *(self._names[key] for key in changed if self._kept[key].merged)]
         if lost:
             raise ForeignWrite(
-                f"{listing(lost)}: written or replaced by somebody else while a path was merged",
+                f"{listing(dict.fromkeys(lost))}: written or replaced by somebody else while a path was merged",
                 'model.trust("pristine") puts the base\'s own weights back',
                 'model.trust("weights") takes the weights as they are now for the base',
                 "next time: model.deactivate() before loading, casting or resizing the base",
@@ -95,12 +100,26 @@ class Pristine:
         kept.merged = merged
         kept.look()
 
-    def restore(self) -> None:
-        """Put the base's own values back wherever a path is merged, whatever stands there now."""
-        for kept in self._kept.values():
-            now = getattr(kept.module, kept.attribute, None)
-            if kept.merged and isinstance(now, Tensor) and now.shape == kept.copy.shape:
-                now.copy_(kept.copy)
+    def restore(self, replaced: Iterable[str] = ()) -> None:
+        """Put the base's own values back wherever a path is merged, whatever stands there now.
+
+        Args:
+            replaced: weights with a path merged into them whose module is not in the base any more.
+
+        Raises:
+            ForeignWrite: a weight was replaced or resized, and its copy fits no more; nothing was written.
+        """
+        merged = {key: kept for key, kept in self._kept.items() if kept.merged}
+        lost = [*replaced, *(self._names[key] for key, kept in merged.items() if not kept.fits())]
+        if lost:
+            raise ForeignWrite(
+                f"{listing(dict.fromkeys(lost))}: replaced or resized while a path was merged: "
+                "the base's own values do not fit there any more",
+                "put the old module back and call this again, or load the base again",
+                'model.trust("weights") takes the weights as they are now, the path in them, for the base',
+            )
+        for kept in merged.values():
+            getattr(kept.module, kept.attribute).copy_(kept.copy)
         self.forget()
 
     def forget(self) -> None:
@@ -115,8 +134,9 @@ class Pristine:
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    """About `SAMPLES` of its numbers, copied; an odd step, so that they do not all lie in the first column."""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    return flat[:: max(flat.numel() // SAMPLES, 1)].cpu()
+    return flat[:: max(flat.numel() // SAMPLES, 1) | 1].to("cpu", copy=True)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ active and gone after it.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Unmerged:
         self._dtype = dtype
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._current: dict[str, Stack] = {}
-        self._kept: OrderedDict[Plan, dict[str, Stack]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, dict[str, Stack]] = OrderedDict()
         self._watch = Watch(base)
 
     def check(self, plan: Plan) -> None:
@@ -71,13 +72,14 @@ class Unmerged:
 
     def stacks(self, plan: Plan) -> dict[str, Stack]:
         """The plan's factors, stacked; the same object for a plan that was used before."""
-        found = self._kept.get(plan)
+        key = plan, *(getattr(site.weight, "dtype", None) for site in plan.sites.values())  # the base may be cast
+        found = self._kept.get(key)
         if found is None:
             found = {name: self._stack(plan.sites[name], terms) for name, terms in plan.terms.items()}
-            self._kept[plan] = found
+            self._kept[key] = found
             while len(self._kept) > KEPT_PATHS:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(plan)
+        self._kept.move_to_end(key)
         return found
 
     def switch(self, plan: Plan) -> None:

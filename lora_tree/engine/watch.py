@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MergedOnly, listing
-from .plan import Plan
+from .plan import BARE, Plan
 
 __all__ = ["Watch"]
 
@@ -25,12 +25,13 @@ class Watch:
         self._base = base
         self._handles: dict[str, RemovableHandle] = {}
         self._children: dict[str, list[str]] = {}
+        self._plan = BARE
         self.fired: set[str] = set()
 
     def expect(self, plan: Plan) -> None:
         """From now on the plan's sites have to run when the modules around them do."""
         self.fired.clear()
-        self._children = {}
+        self._plan, self._children = plan, {}
         for name, site in plan.sites.items():
             self._children.setdefault(site.parent, []).append(name)
         for parent in [p for p in self._handles if p not in self._children]:
@@ -39,13 +40,23 @@ class Watch:
             if parent not in self._handles:
                 self._handles[parent] = self._base.get_submodule(parent).register_forward_hook(self._hook(parent))
 
+    def _tied_to(self, name: str) -> list[str]:
+        """The other modules that use a site's weight."""
+        site = self._plan.sites[name]
+        return [
+            n
+            for n, m in self._base.named_modules()
+            if any(p is site.weight for p in m._parameters.values()) and m is not site.module
+        ]
+
     def _hook(self, parent: str) -> Any:
         def ran(module: nn.Module, args: Any, out: Any) -> None:
             silent = [name for name in self._children.get(parent, ()) if name not in self.fired]
             if silent:
+                tied = listing(name for site in silent for name in self._tied_to(site))
                 raise MergedOnly(
                     f"{listing(silent)}: {type(module).__name__} ran without calling it, so its side path did not run",
-                    'use activate(…, mode="merged")',
+                    f"its weight is tied: adapt {tied} instead" if tied else 'use activate(…, mode="merged")',
                 )
             handle = self._handles.pop(parent, None)
             if handle is not None:

@@ -21,7 +21,7 @@ from ..adapter import Adapter
 from ..errors import FormatError
 from ..lowrank import LowRank
 from . import peft_keys, safetensors
-from .peft_config import DERIVED, TRAINING, parse_config
+from .peft_config import DERIVED, FUSED, TRAINING, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 
 __all__ = ["render"]
@@ -92,6 +92,8 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
     nested = {}
     for module, parameters in found.items():
         order = tuple(p for p in adapter.nesting.get(module, ()) if p in parameters)
+        if set(order) != set(parameters) <= set(FUSED):
+            order = tuple(sorted(parameters, key=FUSED.index))
         if len(parameters) > 1 and set(order) != set(parameters):
             raise FormatError(
                 f"{module}: PEFT writes {' and '.join(parameters)} in the order in which the module registers them, "

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import BaseMismatch, MergedOnly, UnmergedOnly
 from ..lowrank import Layout, LowRank
@@ -38,6 +39,7 @@ class Site(ABC):
         self.module_name = name
         self.module = module
         self.parent = parent
+        self._shape = self._shape_now()
 
     weight_name: str = "weight"
     bias_name: str = "bias"
@@ -97,11 +99,15 @@ class Site(ABC):
         return None
 
     def is_in(self, base: nn.Module) -> bool:
-        """Whether the base still has this very module under this name; it may have been replaced since."""
+        """Whether the base still has this very module under this name; it may have been replaced or resized since."""
         holder: nn.Module | None = base
         for part in self.module_name.split(".") if self.module_name else ():
             holder = holder._modules.get(part) if holder is not None else None
-        return holder is self.module
+        return holder is self.module and self._shape_now() == self._shape
+
+    def _shape_now(self) -> tuple[int, ...] | None:
+        weight = self.weight
+        return None if weight is None or is_lazy(weight) else tuple(weight.shape)
 
     def check(self, value: LowRank) -> None:
         """That ``value`` fits, whatever the mode.

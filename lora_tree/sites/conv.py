@@ -48,6 +48,12 @@ class ConvSite(Site):
             return f"with groups={self.conv.groups} the delta reaches channels that the grouped kernel does not"
         return super().why_unmerged_only(value)
 
+    @property
+    def why_merged_only(self) -> str | None:
+        if type(self.module).forward in (kind.forward for kind in _CALLS):
+            return None
+        return f"{type(self.module).__name__} has a forward of its own, which may pad its input or change its weight"
+
     def rows(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)[None]  # (1, out, in · kernel); a copy where the memory is laid out channels last
 

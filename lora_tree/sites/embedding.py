@@ -36,6 +36,15 @@ class EmbeddingSite(Site):
                 "leave this module out of the adapter",
             )
 
+    @property
+    def why_merged_only(self) -> str | None:
+        known = (
+            type(self.module).forward is nn.Embedding.forward or getattr(self.module, "embed_scale", None) is not None
+        )
+        if known or type(self.weight) is not nn.Parameter:
+            return None
+        return f"{type(self.module).__name__} has a forward of its own, which may look up other rows than it is given"
+
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         return value.A.mT[None], value.B.mT[None]
 

@@ -16,9 +16,10 @@ class ParameterSite(Site):
     kind = "parameter"
 
     def __init__(self, name: str, module: nn.Module, parent: str) -> None:
-        super().__init__(name, module, parent)
-        self.module_name, _, self.weight_name = name.rpartition(".")
+        module_name, _, self.weight_name = name.rpartition(".")
         self.bias_name = ""
+        super().__init__(name, module, parent)
+        self.module_name = module_name
 
     @property
     def _transposed(self) -> bool:

@@ -115,14 +115,12 @@ def _layout(site: Site) -> tuple[Layout, int]:
 
 
 def _nesting(base: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Modules of which two or more raw parameters are adapted → those, in the order the base registers them."""
-    order: dict[str, list[str]] = {}
-    names = set(names)
-    for name, _ in base.named_parameters():
-        if name in names:
-            module, _, parameter = name.rpartition(".")
-            order.setdefault(module, []).append(parameter)
-    return {module: tuple(parameters) for module, parameters in order.items() if len(parameters) > 1}
+    """Modules of which raw parameters are adapted → all of theirs, in the order the base registers them.
+
+    All of them, because a sibling may adapt the others, and a flattened lineage has both.
+    """
+    modules = {name.rpartition(".")[0] for name in names if isinstance(find_site(base, name), ParameterSite)}
+    return {m: tuple(n for n, _ in base.get_submodule(m).named_parameters(recurse=False)) for m in modules}
 
 
 def _all_linear(base: nn.Module) -> set[str]:
