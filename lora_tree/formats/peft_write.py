@@ -161,8 +161,7 @@ def _alpha(scale: float, r: int, *, rslora: bool) -> int | float | None:
     near = scale * divisor
     if not math.isfinite(near):
         return None
-    tries: list[int | float] = [round(near)] if abs(near) < 2**53 else []
-    tries += [near, math.nextafter(near, -math.inf), math.nextafter(near, math.inf)]
+    tries: list[int | float] = [round(near), near] if abs(near) < 2**53 else [near]
     return next((alpha for alpha in tries if alpha / divisor == scale), None)
 
 
