@@ -115,7 +115,7 @@ def make(folder: str | Path) -> bool:
             os.mkdir(folder)
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
-                raise
+                raise FolderError(f"{folder}: a file or a link lies where a folder belongs", "move it away") from None
             return False
     return True
 
