@@ -284,7 +284,7 @@ def _yaml_of(plan: _Plan) -> dict[str, Any]:
         data["base"] = base
     defaults = tree.defaults.model_dump(exclude_none=True)
     if defaults:
-        data["defaults"] = _ordered(defaults)
+        data["defaults"] = defaults  # patterns keep their order: the first that matches counts
     nodes: dict[str, dict[str, Any]] = {}
     for path in reversed(tree.paths()):
         below = {child.rpartition("/")[2]: nodes[child] for child in tree.children(path) if child in nodes}
@@ -314,7 +314,7 @@ def _said(plan: _Plan, path: str, *, listed: bool) -> Iterator[tuple[str, Any]]:
     if node.weight != 1.0:
         yield "weight", node.weight
     if kept is None and node.fresh is not None:
-        yield from _ordered(node.fresh.model_dump(exclude_none=True)).items()
+        yield from node.fresh.model_dump(exclude_none=True).items()
 
 
 def _listed(plan: _Plan, path: str) -> bool:
@@ -327,11 +327,6 @@ def _above_files(plan: _Plan, path: str) -> bool:
     if path in plan.target.scan.found:
         return False
     return any(below in plan.kept and not plan.kept[below].named for below in plan.tree.paths(path))
-
-
-def _ordered(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Patterns by name; they are matched in the order in which they stand, so theirs is kept."""
-    return dict(words)
 
 
 # ---------------------------------------------------------------------- tree.lock
