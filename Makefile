@@ -6,6 +6,8 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.lora_tree-installed
 WORKERS ?= 2
 ARGS    ?=
+# Small steps on every core: where another program wants one of them too, threads that spin make all wait.
+OMP_WAIT_POLICY ?= PASSIVE
 USABLE  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
@@ -27,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 demo: $(STAMP)  ## train a small base and a tree on the standard library, switch, export, compare (under 5 minutes)
-	$(PY) -m lora_tree.cli demo $(ARGS)
+	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m lora_tree.cli demo $(ARGS)
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)

@@ -49,7 +49,7 @@ class Size:
     batch: int = 8
 
 
-FULL = Size(hidden=192, layers=4, r=8, base_steps=640, node_steps=60, windows=32, leaves=99)
+FULL = Size(hidden=192, layers=4, r=8, base_steps=480, node_steps=40, windows=24, leaves=99)
 QUICK = Size(hidden=64, layers=2, r=4, base_steps=60, node_steps=30, windows=4, leaves=4)
 
 
