@@ -1,4 +1,4 @@
-"""What a tree.yaml may say, as pydantic models; the YAML itself is read in ``yamlfile.py``.
+"""What a tree.yaml may say, as pydantic models; the YAML itself is read in ``folder/yamlfile.py``.
 
     version: 1
     base: org/model

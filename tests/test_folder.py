@@ -13,7 +13,6 @@ import torch
 from zoo import adapter, listing, opened, tree, value
 
 import lora_tree as lt
-from lora_tree import commit, lockfile
 from lora_tree.errors import (
     FolderError,
     FormatError,
@@ -23,6 +22,7 @@ from lora_tree.errors import (
     UnlockedError,
     UnsupportedAdapter,
 )
+from lora_tree.folder import commit, lockfile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -112,7 +112,7 @@ def test_opening_reads_no_weights(zoo: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise AssertionError("a file was hashed")
 
-    monkeypatch.setattr("lora_tree.disk.digest", refuse)
+    monkeypatch.setattr("lora_tree.folder.disk.digest", refuse)
     assert len(lt.load(zoo)) == 6
 
 

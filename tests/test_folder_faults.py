@@ -19,8 +19,8 @@ import pytest
 from zoo import adapter, listing, opened, tree, value
 
 import lora_tree as lt
-from lora_tree import commit, disk
 from lora_tree.errors import FolderError, LoraTreeError
+from lora_tree.folder import commit, disk
 
 WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
 

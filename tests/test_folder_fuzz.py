@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from zoo import adapter, tree
 
 import lora_tree as lt
-from lora_tree import commit, lockfile, yamlfile
 from lora_tree.errors import LoraTreeError, SpecError
+from lora_tree.folder import commit, lockfile, yamlfile
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning")
 CHEAP = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))

@@ -27,10 +27,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the inside out. A module may import what stands before it in its own ring, and what its ring may see.
 RINGS = {
     "values": ["errors", "lowrank", "storage", "adapter", "spec", "tree"],
-    "files": [
-        *("problem", "disk", "formats", "yamlfile", "lockfile", "commit", "scan", "resolve"),
-        *("source", "opening", "saving", "folder"),
-    ],
+    "files": ["formats", "folder"],
     "binding": ["sites", "engine", "model", "cache", "training"],
     "edges": ["extras", "export", "integrations", "demo", "cli"],
 }

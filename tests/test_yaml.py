@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_tree.errors import SpecError
+from lora_tree.folder.yamlfile import MAX_BYTES, dump, json_schema, parse, read_spec
 from lora_tree.spec import MAX_DEPTH, LoraSpec, lora_spec
-from lora_tree.yamlfile import MAX_BYTES, dump, json_schema, parse, read_spec
 
 FILE = "zoo/tree.yaml"
 

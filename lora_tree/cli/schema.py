@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..yamlfile import json_schema
+from ..folder import json_schema
 from .console import print_json
 
 __all__ = ["schema"]

@@ -19,11 +19,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from ..errors import FormatError, PathError, SpecError
+from ..formats import strict_json
+from ..spec import check_path, explain
 from . import disk
 from .disk import Stamp
-from .errors import FormatError, PathError, SpecError
-from .formats import strict_json
-from .spec import check_path, explain
 
 __all__ = ["ROOT", "BaseLock", "FileLock", "NodeLock", "TreeLock", "content", "dump", "fingerprint", "lineage", "parse"]
 

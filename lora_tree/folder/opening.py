@@ -10,10 +10,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..errors import FolderError, LoraTreeError, SpecError, suggest
+from ..formats.peft import CONFIG, WEIGHTS
+from ..spec import TreeSpec
+from ..storage import as_path
 from . import disk
 from .commit import HIDDEN, RECORD, Pending, pending
-from .errors import FolderError, LoraTreeError, SpecError, suggest
-from .formats.peft import CONFIG, WEIGHTS
 from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
 from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, fingerprint, lineage
 from .lockfile import parse as parse_lock
@@ -21,8 +23,6 @@ from .problem import Problem
 from .resolve import Entry, resolve
 from .scan import FILES, Files, Scan, scan
 from .source import Trained, hashed
-from .spec import TreeSpec
-from .storage import as_path
 from .yamlfile import MAX_BYTES, read_spec
 
 __all__ = ["Opened", "Place", "inspect", "local_base", "place_of", "stale_text"]

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..errors import LoraTreeError
+from ..formats.peft import CONFIG, WEIGHTS
+from ..formats.peft_read import PICKLE
+from ..spec import MAX_DEPTH
 from . import disk
 from .commit import HIDDEN, Pending, pending
 from .disk import Stamp
-from .errors import LoraTreeError
-from .formats.peft import CONFIG, WEIGHTS
-from .formats.peft_read import PICKLE
-from .spec import MAX_DEPTH
 
 __all__ = ["FILES", "Files", "Scan", "look", "scan"]
 

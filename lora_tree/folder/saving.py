@@ -23,13 +23,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapter import Adapter
+from ..errors import FolderError, LoraTreeError, listing
+from ..formats import peft
+from ..formats.peft import CONFIG, WEIGHTS
+from ..spec import LoraSpec
+from ..tree import AdapterTree, Node
 from . import disk
-from .adapter import Adapter
 from .commit import Transaction, writing
 from .disk import Stamp
-from .errors import FolderError, LoraTreeError, listing
-from .formats import peft
-from .formats.peft import CONFIG, WEIGHTS
 from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, content, lineage
 from .lockfile import dump as dump_lock
 from .opening import Opened, Place, base_lock, inspect, local_base, place_of, stale_text
@@ -37,8 +39,6 @@ from .problem import raise_any
 from .resolve import resolve
 from .scan import FILES, Files, Scan
 from .source import FolderSource, Trained, hashed
-from .spec import LoraSpec
-from .tree import AdapterTree, Node
 from .yamlfile import dump as dump_yaml
 
 __all__ = ["save_adapter", "save_tree"]

@@ -31,12 +31,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from ..errors import FolderError, FormatError, LoraTreeError, PathError, SpecError
+from ..formats import strict_json
+from ..formats.peft import CONFIG, WEIGHTS
+from ..spec import check_path, explain
 from . import disk
 from .disk import Stamp
-from .errors import FolderError, FormatError, LoraTreeError, PathError, SpecError
-from .formats import strict_json
-from .formats.peft import CONFIG, WEIGHTS
-from .spec import check_path, explain
 
 __all__ = ["HIDDEN", "Pending", "Staged", "Transaction", "leftovers", "pending", "writing"]
 
@@ -235,10 +235,14 @@ class Transaction:
 def _record(folder: Path) -> _Record | None:
     hidden = folder / HIDDEN
     file = hidden / RECORD
-    if not os.path.lexists(file):
-        return None
-    if not _is_folder(hidden) or not disk.exists(file):
-        raise SpecError(f"{file}: a link, or no plain file; a save makes neither", "remove it")
+    for path, kind in ((hidden, stat.S_ISDIR), (file, stat.S_ISREG)):  # one look at each: a writer may be clearing up
+        with disk.named("look at it", path):
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:
+                return None
+        if not kind(mode):
+            raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
         data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), str(file))
         record = _Record.model_validate(data)

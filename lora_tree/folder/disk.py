@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FolderError
+from ..errors import FolderError
 
 __all__ = ["Stamp", "copy", "digest", "exists", "make", "named", "read", "remove", "rename", "stamp", "sync", "write"]
 

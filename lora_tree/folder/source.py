@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..adapter import Adapter
+from ..errors import FormatError, LoraTreeError, UnlockedError
+from ..formats import peft
 from . import disk
-from .adapter import Adapter
 from .disk import Stamp
-from .errors import FormatError, LoraTreeError, UnlockedError
-from .formats import peft
 from .lockfile import BaseLock, content
 from .scan import FILES, Files, look
 

@@ -20,8 +20,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml import events as ev
 from ruamel.yaml.error import MarkedYAMLError
 
-from .errors import PathError, SpecError
-from .spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_path, explain
+from ..errors import PathError, SpecError
+from ..spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_path, explain
 
 __all__ = ["MAX_BYTES", "Located", "dump", "json_schema", "parse", "read_spec"]
 

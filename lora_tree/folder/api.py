@@ -13,17 +13,17 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapter import Adapter
+from ..adapter import Adapter
+from ..errors import FolderError, FormatError, LoraTreeError, StaleError
+from ..storage import install
+from ..tree import AdapterTree, Node
 from .commit import leftovers, writing
-from .errors import FolderError, FormatError, LoraTreeError, StaleError
 from .lockfile import ROOT, NodeLock, TreeLock, dump, lineage
 from .opening import Opened, base_lock, inspect, place_of, trained
 from .problem import Kind, Problem, raise_any
 from .saving import node_lock, save_adapter, save_tree
 from .scan import look
 from .source import FolderSource, Trained, hashed
-from .storage import install
-from .tree import AdapterTree, Node
 
 __all__ = ["Problem", "StaleWarning", "check", "load", "lock"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .errors import FolderError, FormatError, LoraTreeError, SpecError, StaleError, UnlockedError
+from ..errors import FolderError, FormatError, LoraTreeError, SpecError, StaleError, UnlockedError
 
 __all__ = ["Kind", "Problem", "raise_any"]
 

@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .errors import LoraTreeError, PathError
+from ..errors import LoraTreeError, PathError
+from ..spec import LoraSpec, NodeSpec, TreeSpec, check_path
 from .problem import Problem
 from .scan import Files, Scan, look
-from .spec import LoraSpec, NodeSpec, TreeSpec, check_path
 from .yamlfile import Located, walk
 
 __all__ = ["Entry", "resolve"]

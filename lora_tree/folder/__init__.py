@@ -1,0 +1,12 @@
+"""The folder is the tree: reading, locking, checking and saving a folder of nested PEFT adapters.
+
+disk ─ commit ─ scan ─┐
+yamlfile ─────────────┼─ resolve ─ source ─ opening ─┬─ saving
+lockfile ─────────────┘                              └─ api: load, lock, check
+"""
+
+from .api import StaleWarning, check, load, lock
+from .problem import Problem
+from .yamlfile import json_schema
+
+__all__ = ["Problem", "StaleWarning", "check", "json_schema", "load", "lock"]
