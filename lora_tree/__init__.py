@@ -1,6 +1,7 @@
 """lora_tree: LoRA adapters as a tree over one base model. This page is the map."""
 
 from .adapter import Adapter, combine
+from .fit import misfits
 from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
@@ -28,5 +29,6 @@ __all__ = [
     "inner",
     "load",
     "lock",
+    "misfits",
     "parse_blend",
 ]

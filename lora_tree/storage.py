@@ -34,6 +34,14 @@ class Source(Protocol):
         """
         ...
 
+    def outline(self) -> Adapter:
+        """The adapter's shapes, ranks and scales without its numbers: only headers are read.
+
+        Raises:
+            FormatError: the files are gone or broken.
+        """
+        ...
+
 
 class Storage(Protocol):
     """What the edge offers to the values."""

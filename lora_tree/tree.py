@@ -314,6 +314,21 @@ class AdapterTree:
             self._put(node)
         return node.loaded
 
+    def outline(self, path: str) -> Adapter | None:
+        """A node's own adapter; where it is not in memory, its shapes, ranks and scales on the meta device.
+
+        Raises:
+            PathError: the node is not there.
+            FormatError: its files are gone or broken.
+        """
+        node = self[path]
+        if node.loaded is not None or node.source is None:
+            return node.loaded
+        try:
+            return node.source.outline()
+        except LoraTreeError as error:
+            raise error.within(path) from error
+
     def terms(self, blend: Blend) -> list[tuple[str, float, Adapter]]:
         """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out."""
         found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())

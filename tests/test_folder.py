@@ -696,3 +696,17 @@ def test_check_does_not_raise_on_content(zoo: Path) -> None:
     assert {"yaml", "lock", "record"} <= {p.kind for p in lt.check(zoo)}
     with pytest.raises(FolderError, match="no such folder"):
         lt.check(zoo / "nothing")
+
+
+def test_an_outline_has_shapes_and_ranks_and_reads_no_numbers(tmp_path: Path) -> None:
+    tree().save(tmp_path / "zoo")
+    there = lt.load(tmp_path / "zoo")
+    outline = there.outline("fr/legal")
+    assert outline is not None
+    assert {t.device.type for v in outline.modules.values() for t in v.tensors} == {"meta"}
+    assert there["fr/legal"].loaded is None
+    whole = there.adapter("fr/legal")
+    assert whole is not None
+    assert (outline.ranks, outline.numel, outline.nbytes) == (whole.ranks, whole.numel, whole.nbytes)
+    assert there.outline("fr/legal") is whole
+    assert there.outline("de") is None

@@ -47,7 +47,7 @@ def show(
 
 
 def _row(tree: AdapterTree, path: str) -> Row:
-    node, adapter = tree[path], tree.adapter(path)
+    node, adapter = tree[path], tree.outline(path)
     if adapter is None:
         return Row(path, "fresh" if node.fresh is not None else "group", node.weight, 0, [], 0, 0, node.stale)
     ranks = sorted(set(adapter.ranks.values()))

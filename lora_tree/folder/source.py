@@ -94,6 +94,14 @@ class FolderSource:
             return adapter
         raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
 
+    def outline(self) -> Adapter:
+        """The adapter without its numbers, from the headers; not compared with the lock.
+
+        Raises:
+            FormatError: the files are gone, broken or incomplete.
+        """
+        return self._parse(self.files(), outline=True)
+
     def unchanged(self, files: Files) -> str:
         """The hash of the files, known to be what they were when the tree was opened.
 
@@ -109,9 +117,9 @@ class FolderSource:
             )
         return self.content
 
-    def _parse(self, files: Files) -> Adapter:
+    def _parse(self, files: Files, *, outline: bool = False) -> Adapter:
         config, weights = (Path(files.now[name][0]) for name in FILES)
-        return peft.read(config, weights, where=Path(self.folder))
+        return peft.read(config, weights, where=Path(self.folder), outline=outline)
 
 
 def hashed(files: Files) -> str:

@@ -51,12 +51,13 @@ def read_folder(folder: Path) -> Adapter:
     return read(folder / CONFIG, folder / WEIGHTS, where=folder)
 
 
-def read(config_file: Path, weights_file: Path, *, where: Path) -> Adapter:
+def read(config_file: Path, weights_file: Path, *, where: Path, outline: bool = False) -> Adapter:
     """Read a PEFT adapter from its two files; the factors are copies in memory, in the dtypes of the file.
 
     Args:
         config_file, weights_file: where the two files lie at the moment.
         where: the folder that errors name.
+        outline: read headers only; the factors have shapes and dtypes, and no numbers (the meta device).
 
     Raises:
         FormatError: a file is missing, broken, or not what the other one says; names the file and the key.
@@ -72,7 +73,7 @@ def read(config_file: Path, weights_file: Path, *, where: Path) -> Adapter:
     if missing:
         raise FormatError(f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files")
     config = parse_config(_bytes(config_file, where / CONFIG), str(where / CONFIG))
-    tensors, metadata = read_tensors(weights_file, str(where / WEIGHTS))
+    tensors, metadata = read_tensors(weights_file, str(where / WEIGHTS), outline=outline)
     return _Reader(config, str(where / WEIGHTS), metadata).adapter(tensors)
 
 
@@ -268,7 +269,7 @@ class _Reader:
         """The in-projection of an nn.MultiheadAttention, whose lora_bias PEFT writes and never reads."""
         if value.layout.kind != "linear" or value.A.ndim != 2:
             raise FormatError(f"{self.where}: {name}: expected the in-projection of an nn.MultiheadAttention")
-        if value.bias is not None and torch.count_nonzero(value.bias):
+        if value.bias is not None and not value.bias.is_meta and torch.count_nonzero(value.bias):
             raise UnsupportedAdapter(
                 f"{self.where}: {name}: lora_B.bias is not zero, but PEFT never applies it to an nn.MultiheadAttention"
             )

@@ -65,8 +65,11 @@ def read_header(file: Path, where: str) -> Header:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
 
-def read_tensors(file: Path, where: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_tensors(file: Path, where: str, *, outline: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Every tensor of ``file``, each in memory of its own, and the file's metadata.
+
+    Args:
+        outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta device).
 
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
@@ -74,6 +77,9 @@ def read_tensors(file: Path, where: str) -> tuple[dict[str, Tensor], Mapping[str
     try:
         with file.open("rb") as stream:
             header = _header(stream, where)
+            if outline:
+                made = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in header.tensors.items()}
+                return made, header.metadata
             tensors = {}
             for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
                 data = bytearray(entry.end - entry.begin)

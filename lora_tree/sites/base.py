@@ -116,6 +116,14 @@ class Site(ABC):
             BaseMismatch: wrong kind or shape, or a weight that nothing can be added to (parametrised, meta, offloaded).
         """
         self._check_plain()
+        self.check_shape(value)
+
+    def check_shape(self, value: LowRank) -> None:
+        """That ``value`` is of the right kind and shape, whatever is in the weight; the meta device will do.
+
+        Raises:
+            BaseMismatch: it is not.
+        """
         if not self.accepts(value.layout):
             raise BaseMismatch(
                 f"{self.name}: the adapter holds {_article(str(value.layout))} delta, the base has "

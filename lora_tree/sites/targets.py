@@ -156,5 +156,5 @@ def _matched(targets: dict[str, bool], names: Iterable[str]) -> None:
         ends = {name.rpartition(".")[2] for name in names}
         raise BaseMismatch(
             f"target {lost[0]!r} matches nothing in the base{suggest(lost[0], ends)}",
-            f"the last parts of its names: {listing(sorted(e for e in ends if not e.isdigit()))}",
+            f"the last parts of its names: {listing(sorted(e for e in ends if not e.isdigit())) or 'none'}",
         )
