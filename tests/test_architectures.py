@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +362,22 @@ def test_a_shared_embedding_that_is_never_called_names_those_that_are() -> None:
     model.activate("one", mode="unmerged")
     with pytest.raises(MergedOnly, match=r"(?s)shared: T5.* without calling it.*decoder\.embed_tokens.* instead"):
         run(base, arch.inputs())
+
+
+def test_a_tied_bias_that_no_adapter_adds_to_is_no_hindrance() -> None:
+    """BERT's decoder shares its bias with ``cls.predictions``, whatever becomes of its weight."""
+    arch = ARCHS["bert"]
+    base, inputs = arch.base(), arch.inputs()
+    decoder = base.cls.predictions.decoder
+    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+    assert decoder.bias is base.cls.predictions.bias
+    tree = one_module(base, "cls.predictions.decoder")
+    wanted = run(dense(base, tree, {"one": 1.0}), inputs)
+    model = lt.attach(tree, base)
+    with model.using("one"):
+        assert_close(run(base, inputs), wanted)
+    adapter = tree.adapter("one")
+    assert adapter is not None
+    tree.update("one", adapter=adapter.map(lambda v: replace(v, bias=torch.ones(v.shape[0]).double())))
+    with pytest.raises(TiedWeights, match=r"decoder: its bias is tied to cls\.predictions\.bias"):
+        model.activate("one")

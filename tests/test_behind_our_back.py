@@ -171,6 +171,22 @@ def test_a_resized_vocabulary_is_noticed(new: int) -> None:
     assert same_bits(base, now)
 
 
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_an_embedding_resized_in_its_place_is_noticed(mode: Any) -> None:
+    """The same module object with another weight in it: what was checked against the old one is checked again."""
+    base = WHOLE.base()
+    tree = lt.AdapterTree()
+    value = lt.LowRank(torch.ones(2, 61), torch.ones(32, 2), layout=lt.Layout("embedding"))
+    tree.add("words", adapter=lt.Adapter({"model.embed_tokens": value}))
+    model, module = lt.attach(tree, base), base.model.embed_tokens
+    with model.using("words", mode=mode):
+        pass
+    base.resize_token_embeddings(70, mean_resizing=False)
+    assert base.model.embed_tokens is module
+    with pytest.raises(BaseMismatch, match=r"words: model\.embed_tokens: .*\(2, 61\).*needs \(2, 70\)"):
+        model.activate("words", mode=mode)
+
+
 def test_a_vocabulary_resized_while_merged_can_not_be_put_back() -> None:
     base = WHOLE.base()
     model = lt.attach(WHOLE.tree(base), base)
@@ -231,6 +247,52 @@ def test_one_weight_under_two_names_is_written_by_one_of_them_at_a_time() -> Non
         model.activate(path)
         torch.testing.assert_close(base.get_parameter(f"{Q}.weight").detach(), was + scale * (B @ A))
     assert torch.equal(base.get_parameter(f"{Q}.weight"), was)
+
+
+def test_a_raw_parameter_written_while_merged_is_named_as_it_is() -> None:
+    base = ARCHS["mixtral, experts"].base()
+    model = lt.attach(ARCHS["mixtral, experts"].tree(base), base)
+    model.activate("a")
+    base.model.layers[1].mlp.experts.down_proj.data.zero_()
+    with pytest.raises(ForeignWrite, match=r"^model\.layers\.1\.mlp\.experts\.down_proj: written or replaced"):
+        model.deactivate()
+
+
+def test_a_write_to_one_column_of_a_large_weight_is_noticed() -> None:
+    """Without autograd's counter a sample has to see it, so the sample must not lie in one column."""
+    base = nn.ModuleDict({"m": nn.Linear(256, 512, bias=False)})
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({"m": lt.LowRank(torch.ones(1, 256), torch.ones(512, 1))}))
+    model = lt.attach(tree, base)
+    model.activate("a")
+    base["m"].weight.data[:, 1:64] += 1
+    with pytest.raises(ForeignWrite, match=r"^m\.weight: written or replaced"):
+        model.deactivate()
+
+
+def test_a_write_to_one_number_is_noticed_where_torch_counts_it() -> None:
+    base = nn.ModuleDict({"m": nn.Linear(256, 512, bias=False)})
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({"m": lt.LowRank(torch.ones(1, 256), torch.ones(512, 1))}))
+    model = lt.attach(tree, base)
+    model.activate("a")
+    with torch.no_grad():
+        base["m"].weight[7, 11] += 1
+    with pytest.raises(ForeignWrite, match=r"^m\.weight: written or replaced"):
+        model.deactivate()
+
+
+def test_a_cast_leaves_no_trace_of_the_dtype_before_in_a_side_path() -> None:
+    """Scales are folded in the widest dtype at hand, so what was folded in fp32 is folded again in float64."""
+    base, inputs = ARCH.base().float(), ARCH.inputs()
+    tree = ARCH.tree(base, factors=torch.float32)
+    model = lt.attach(tree, base)
+    with model.using("a/b/c", mode="unmerged"):
+        run(base, inputs)
+    base.double()
+    wanted = run(dense(base, tree, along("a/b/c")), inputs)
+    with model.using("a/b/c", mode="unmerged"):
+        assert_close(run(base, inputs), wanted)
 
 
 # ---------------------------------------------------------------------- saving

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -427,3 +428,47 @@ def test_what_does_not_fit_is_named(adapter: dict[str, lt.LowRank], message: str
     with pytest.raises(BaseMismatch, match=message) as caught:
         lt.attach(tree, base).activate("a")
     assert "the adapter names base 'org/other', the model attached is 'org/one'" in str(caught.value)
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_merged_only() -> None:
+    class Standardised(nn.Conv2d):
+        """As BiT's: what runs is not W but W of mean 0, so W + ΔW is right merged and W·x + ΔW·x is not."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+    torch.manual_seed(0)
+    base = Base(Standardised(2, 3, 2)).double()
+    A, B = torch.randn(2, 8).double(), torch.randn(3, 2).double()
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({"m": lt.LowRank(A, B, layout=Layout("conv", (2, 2)))}))
+    x = torch.randn(1, 2, 4, 4).double()
+    W = base.m.weight.detach() + (B @ A).reshape(3, 2, 2, 2)
+    expected = F.conv2d(x, W - W.mean((1, 2, 3), keepdim=True), base.m.bias)
+    model = lt.attach(tree, base)
+    with pytest.raises(MergedOnly, match="m: can't run unmerged: Standardised has a forward of its own"):
+        model.activate("a", mode="unmerged")
+    with model.using("a"):
+        torch.testing.assert_close(base(x), expected)
+
+
+def test_raw_parameters_of_siblings_flatten_in_the_order_their_module_registers_them(tmp_path: Path) -> None:
+    """Each node alone has nothing to order; what PEFT reads of both together stands and falls with the order."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Parameter(torch.randn(3, 4, 4))
+            self.first = nn.Parameter(torch.randn(3, 4, 4))
+
+    base = Base(Pair())
+    tree = lt.AdapterTree(defaults=dict(r=2))
+    tree.add("a", target_parameters=["m.first"])
+    tree.add("a/b", target_parameters=["m.second"])
+    lt.attach(tree, base)
+    flat = tree.flatten("a/b")
+    assert flat.nesting == {"m": ("second", "first")}
+    flat.save(tmp_path / "flat")
+    read = lt.Adapter.load(tmp_path / "flat")
+    assert read.nesting == flat.nesting
+    assert all(torch.equal(read.modules[n].A, v.A) for n, v in flat.modules.items())
