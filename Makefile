@@ -43,5 +43,5 @@ bench: $(STAMP)  ## every benchmark at full size (several minutes on 2 cores, 8 
 	$(PY) -m benchmarks $(ARGS)
 
 clean:  ## remove caches, build products and the demo's folders; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-zoo demo-zoo-base
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-zoo demo-zoo-base demo-zoo-export
 	find lora_tree tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -146,7 +146,7 @@ def test_check_of_a_base_names_the_module_that_does_not_fit(
     bytelevel.save_base(bytelevel.new_base(hidden=64, layers=1, window=32), other)
     code, out, _ = shell("check", zoo, "--base", other)
     assert code == 1
-    assert "fr: model.layers.0.self_attn.q_proj: A is (3, 32) and B (32, 3), this base needs (3, 64)" in out
+    assert "fr: model.layers.0.self_attn.q_proj: A is (2, 32) and B (32, 2), this base needs (2, 64)" in out
     assert "6 problems" in out
 
 
