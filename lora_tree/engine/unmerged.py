@@ -72,7 +72,7 @@ class Unmerged:
 
     def stacks(self, plan: Plan) -> dict[str, Stack]:
         """The plan's factors, stacked; the same object for a plan that was used before."""
-        key = plan, *(getattr(site.weight, "dtype", None) for site in plan.sites.values())  # the base may be cast
+        key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
         found = self._kept.get(key)
         if found is None:
             found = {name: self._stack(plan.sites[name], terms) for name, terms in plan.terms.items()}

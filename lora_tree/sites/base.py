@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -106,8 +107,16 @@ class Site(ABC):
         return holder is self.module and self._shape_now() == self._shape
 
     def _shape_now(self) -> tuple[int, ...] | None:
-        weight = self.weight
-        return None if weight is None or is_lazy(weight) else tuple(weight.shape)
+        weight = self.module._parameters.get(
+            self.weight_name
+        )  # not getattr: this is asked of every site at every switch
+        return None if weight is None or is_lazy(weight) else weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The stored weight's; None where it is no parameter."""
+        weight = self.module._parameters.get(self.weight_name)
+        return None if weight is None else weight.dtype
 
     def check(self, value: LowRank) -> None:
         """That ``value`` fits, whatever the mode.
