@@ -136,12 +136,14 @@ class LowRank:
     # ------------------------------------------------------------------ the algebra
     def scaled(self, by: float) -> LowRank:
         """``by`` · ΔW; the factors are shared, nothing is rounded."""
-        return replace(self, scale=self.scale * by)
+        return self if by == 1.0 else replace(self, scale=self.scale * by)
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         """The same value elsewhere, or rounded to another dtype (only where ``dtype`` says so)."""
-        A, B = self.A.to(device=device, dtype=dtype), self.B.to(device=device, dtype=dtype)
-        return replace(self, A=A, B=B, bias=None if self.bias is None else self.bias.to(device=device, dtype=dtype))
+        moved = [t.to(device=device, dtype=dtype) for t in self.tensors]
+        if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
+            return self
+        return replace(self, A=moved[0], B=moved[1], bias=moved[2] if len(moved) > 2 else None)
 
     def folded(self) -> LowRank:
         """The same value with scale 1: folded into B, in fp32 or wider unless the product is exact in B's dtype."""

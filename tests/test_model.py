@@ -183,14 +183,14 @@ def test_a_fault_at_any_write_of_a_switch_leaves_the_state_before(start: str, mo
         for torn in (False, True):
             left = n
 
-            def fail(site: Any, target: Tensor, source: Tensor, values: Any, torn: bool = torn) -> None:
+            def fail(site: Any, target: Tensor, *rest: Any, torn: bool = torn) -> None:
                 nonlocal left
                 left -= 1
                 if left == -1:
                     if torn:
                         target.zero_()
                     raise Boom
-                real(site, target, source, values)
+                real(site, target, *rest)
 
             monkeypatch.setattr(merged_engine, "_add", fail)
             with pytest.raises(Boom):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "exact_mode", "write_sum"]
+__all__ = ["Scratch", "compute_dtype", "exact_mode", "write_sum"]
 
 BLOCK = 1 << 20
 """Numbers in a block: 4 MiB of fp32, within a core's share of the cache and large enough to pay for the calls."""
@@ -29,7 +29,22 @@ def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (weight, *factors) else torch.float32
 
 
-def write_sum(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> None:
+class Scratch:
+    """The buffer in which blocks are widened: one for each dtype and device, kept, because fresh memory is slow."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def block(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory of ``like``'s shape and device in ``dtype``; what is in it is anybody's."""
+        key = dtype, like.device
+        held = self._held.get(key)
+        if held is None or held.numel() < like.numel():
+            held = self._held[key] = torch.empty(max(like.numel(), BLOCK), dtype=dtype, device=like.device)
+        return held[: like.numel()].view(like.shape)
+
+
+def write_sum(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
     """``weight ← round_once(pristine + left @ right)``, in place.
 
     Args:
@@ -46,11 +61,8 @@ def write_sum(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> 
         _fused(pristine, left, right, weight)
         return
     left, right = left.to(wide), right.to(wide)
-    buffer: Tensor | None = None
     for w, w0, lft, rgt in _blocks(weight, pristine, left, right):
-        if buffer is None or buffer.numel() < w.numel():
-            buffer = torch.empty(w.numel(), dtype=wide, device=w.device)
-        block = buffer[: w.numel()].view(w.shape)
+        block = scratch.block(w, wide)
         block.copy_(w0, non_blocking=True)
         block.baddbmm_(lft, rgt) if w.ndim == 3 else block.addmm_(lft, rgt)
         w.copy_(block)
@@ -101,10 +113,14 @@ def _cpu_bf16_rounds_once() -> bool:
 
 
 @contextlib.contextmanager
-def exact_mode(device: torch.device) -> Iterator[None]:
+def exact_mode(*devices: torch.device) -> Iterator[None]:
     """No autograd, no autocast, no inference tensors, and no TF32 or bf16 in place of fp32 products."""
     precision = torch.get_float32_matmul_precision()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
         try:

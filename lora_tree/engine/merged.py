@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import StateError, TiedWeights, listing
 from ..lowrank import LowRank, concat
 from ..sites import Site
-from .arithmetic import compute_dtype, exact_mode, write_sum
+from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
 from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Pristine
 
@@ -36,6 +36,7 @@ class Merged:
         self._in_place = in_place
         self._untied: set[tuple[str, str]] = set()
         self._addresses: list[int] = []
+        self._scratch = Scratch()
         self.pristine = Pristine()
         self.plan = BARE
 
@@ -79,19 +80,20 @@ class Merged:
             for name in sorted(sites, key=lambda name: (name in plan.terms, name))
             if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
         ]
-        if not self._in_place:
-            for job in jobs:
-                for attribute in job.attributes:
-                    self.pristine.keep(job.site.module_name, job.site.module, attribute)
         started: list[_Job] = []
-        try:
-            for job in jobs:
-                started.append(job)
-                self._write(job)
-        except BaseException:
-            for job in reversed(started[:-1] if self._in_place else started):
-                self._write(_Job(job.site, job.old, job.new))
-            raise
+        with exact_mode(*(site.weight.device for site in sites.values() if site.weight is not None)):
+            if not self._in_place:
+                for job in jobs:
+                    for attribute in job.attributes:
+                        self.pristine.keep(job.site.module_name, job.site.module, attribute)
+            try:
+                for job in jobs:
+                    started.append(job)
+                    self._write(job)
+            except BaseException:
+                for job in reversed(started[:-1] if self._in_place else started):
+                    self._write(_Job(job.site, job.old, job.new))
+                raise
         self.plan = plan
 
     def restore(self) -> None:
@@ -122,16 +124,16 @@ class Merged:
     def _write(self, job: _Job) -> None:
         site, weight = job.site, job.site.weight
         assert weight is not None
-        with exact_mode(weight.device):
-            new = [t.value.scaled(t.coefficient).to(device=weight.device) for t in job.new]
-            old = [t.value.scaled(-t.coefficient).to(device=weight.device) for t in job.old] if self._in_place else []
-            for attribute in job.attributes:
-                target: Tensor = getattr(site.module, attribute)
-                if self._in_place:
-                    _add(site, target, target.detach(), [*new, *old])
-                else:
-                    _add(site, target, self.pristine.keep(site.module_name, site.module, attribute), new)
-                    self.pristine.wrote(site.module, attribute, merged=bool(new))
+        new = [t.value.scaled(t.coefficient).to(device=weight.device) for t in job.new]
+        old = [t.value.scaled(-t.coefficient).to(device=weight.device) for t in job.old] if self._in_place else []
+        for attribute in job.attributes:
+            target: Tensor = getattr(site.module, attribute)
+            if self._in_place:
+                _add(site, target, target.detach(), [*new, *old], self._scratch)
+            else:
+                pristine = self.pristine.keep(site.module_name, site.module, attribute)
+                _add(site, target, pristine, new, self._scratch)
+                self.pristine.wrote(site.module, attribute, merged=bool(new))
 
     def _check_ties(self, written: Sequence[tuple[Site, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
@@ -165,7 +167,7 @@ class _Job:
         return [self.site.weight_name, self.site.bias_name] if biased else [self.site.weight_name]
 
 
-def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank]) -> None:
+def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch) -> None:
     """``target ← round_once(source + Σ values)``."""
     if target is getattr(site.module, site.bias_name, None):
         total = source.to(device=target.device, dtype=torch.float64)
@@ -181,7 +183,7 @@ def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank]) -> N
         values = [value.to(dtype=torch.float64) for value in values]  # before a scale is folded in
     value = concat(values).folded()
     rows = site.rows(target)
-    write_sum(rows, site.rows(source), *site.sides_of(value))
+    write_sum(rows, site.rows(source), *site.sides_of(value), scratch)
     if rows.data_ptr() != target.data_ptr():  # not laid out row by row: rows() had to copy
         target.copy_(rows.reshape(target.shape))
 
