@@ -256,17 +256,50 @@ def test_unmerged_output_and_input_gradient_are_those_of_the_dense_weight(
     with model.using("a/b/c", mode="unmerged"):
         assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
         got, grad = run(base, x)
+        with torch.no_grad():
+            plain = base(x).double()  # may be added in place
     # the base's output and the sum are rounded to the base's dtype; the scale, both products and the delta to the side
     # path's; and every product adds up its terms in fp32, or in fp64 where it is fp64
     u, side = EPS[dtype], EPS[torch.promote_types(dtype, factors)]
     add = min(2.0**-24, u)
     reach = kind.into + kind.out * math.prod(kind.layout.kernel) + rank
-    for found, right, scale in ((got, exact, size), (grad, exact_grad, size_grad)):
+    for found, right, scale in ((got, exact, size), (plain, exact, size), (grad, exact_grad, size_grad)):
         if right is not None:
             assert found is not None
             assert scale is not None
             assert ((found - right).abs() <= (3 * u + 4 * side + reach * add) * scale).all()
     assert not any(m._forward_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["hook", "global hook"])
+@torch.no_grad()
+def test_an_output_that_a_hook_has_kept_is_not_written_over(everywhere: bool) -> None:
+    torch.manual_seed(0)
+    base = Base(nn.Linear(20, 12))
+    x, kept = torch.randn(3, 20), []
+    bare = base(x)
+    register = nn.modules.module.register_module_forward_hook if everywhere else base.m.register_forward_hook
+    with register(lambda module, args, out: kept.append(out) if module is base.m else None):
+        model = lt.attach(lineage(KINDS["linear"], torch.float32), base)
+        with model.using("a/b/c", mode="unmerged"):
+            assert not torch.equal(base(x), bare)
+    assert torch.equal(kept[0], bare)
+
+
+@torch.no_grad()
+def test_a_linear_that_hands_back_what_it_was_given_is_not_written_over() -> None:
+    class Same(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    base = Base(Same(8, 8))
+    x = torch.randn(3, 8)
+    before = x.clone()
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({"m": lt.LowRank(torch.randn(2, 8), torch.randn(8, 2))}))
+    with lt.attach(tree, base).using("a", mode="unmerged"):
+        assert not torch.equal(base(x), x)
+    assert torch.equal(x, before)
 
 
 def test_a_grouped_convolution_runs_unmerged_only_and_sees_all_channels() -> None:

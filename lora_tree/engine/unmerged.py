@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import BaseMismatch
@@ -129,12 +130,14 @@ class Unmerged:
                     'use activate(…, mode="merged")',
                 )
             stack = self._current[name]
+            spare = site.makes_its_output and len(module._forward_hooks) == 1 and not _global_forward_hooks
             for i, piece in enumerate(stack):
                 if piece.A.device != out.device:  # the base was moved after the switch
                     piece = piece.on(out.device)
                     if not piece.A.requires_grad:
                         stack[i] = piece
-                out = _added(site, out, x, piece)
+                out = _added(site, out, x, piece, spare)
+                spare = True  # what this added to is ours
             return out
 
         return side_path
@@ -164,16 +167,15 @@ def _stacked(terms: list[Term], dtype: torch.dtype, device: torch.device) -> _Pi
     return _Piece(A, B, bias, 1.0)
 
 
-def _added(site: Site, out: Tensor, x: Tensor, piece: _Piece) -> Tensor:
+def _added(site: Site, out: Tensor, x: Tensor, piece: _Piece, spare: bool) -> Tensor:
     """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
+    dtype = out.dtype
     if x.is_floating_point():
         x = x.to(torch.promote_types(piece.A.dtype, x.dtype))
         A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
     else:
         A, B = piece.A, piece.B
-    delta = site.side(x, A, B)
+    out = site.onto(out, x, A, B, scale=piece.scale, spare=spare)
     if piece.bias is not None:
-        delta = delta + site.side_bias(piece.bias.to(delta.dtype))
-    if piece.scale != 1.0:
-        delta = delta * piece.scale
-    return (out + delta).to(out.dtype)
+        out = out + site.side_bias(piece.bias.to(out.dtype)) * piece.scale
+    return out.to(dtype)

@@ -66,11 +66,21 @@ class Site(ABC):
     def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """What the delta B·A adds to the module's output for input ``x``, without the bias."""
 
+    def onto(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
+        """``out + scale · side(x, A, B)``; ``spare``: nobody else holds ``out``, it may be written over."""
+        delta = self.side(x, A, B)
+        return out + (delta if scale == 1.0 else delta * scale)
+
     def side_bias(self, bias: Tensor) -> Tensor:
         """A ``lora_bias`` in the shape that broadcasts over the module's output."""
         return bias
 
     # ------------------------------------------------------------------ inherited
+    @property
+    def makes_its_output(self) -> bool:
+        """Whether the module's output is known to be new memory, so that a side path may add to it in place."""
+        return False
+
     @property
     def weight(self) -> Tensor | None:
         """The stored weight, whatever it is; None where the module has none by that name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ class LinearSite(Site):
     def accepts(self, layout: Layout) -> bool:
         return layout == LINEAR
 
+    @property
+    def makes_its_output(self) -> bool:
+        return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
+
     def expected(self, value: LowRank) -> tuple[int, ...]:
         out_features, in_features = self.module.out_features, self.module.in_features
         assert isinstance(out_features, int) and isinstance(in_features, int)  # noqa: PT018
@@ -35,6 +40,9 @@ class LinearSite(Site):
 
     def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)  # (…, in) → (…, r) → (…, out)
+
+    def onto(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
+        return _onto(out, x, A, B, scale, spare)
 
 
 class Conv1DSite(Site):
@@ -58,3 +66,20 @@ class Conv1DSite(Site):
 
     def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
+
+    def onto(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
+        return _onto(out, x, A, B, scale, spare)
+
+
+def _onto(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, spare: bool) -> Tensor:
+    """The second product adds itself to ``out`` and rounds once: no delta of out's size is made, nor a sum of it."""
+    low = F.linear(x, A).reshape(-1, A.shape[0])  # (rows, r); autocast may make it narrower
+    dtype = torch.promote_types(out.dtype, low.dtype)
+    if out.dtype != dtype:
+        out, spare = out.to(dtype), True
+    low, right = low.to(dtype), B.to(dtype).mT
+    recorded = torch.is_grad_enabled() and (out.requires_grad or low.requires_grad or right.requires_grad)
+    if spare and not recorded and out.is_contiguous():
+        out.view(-1, out.shape[-1]).addmm_(low, right, alpha=scale)
+        return out
+    return torch.addmm(out.reshape(-1, out.shape[-1]), low, right, alpha=scale).view(out.shape)
