@@ -1,4 +1,4 @@
-"""``python -m benchmarks [switch unmerged flatten opening] [--json] [--small] [--repeats N]``"""
+"""``python -m benchmarks [switch unmerged flatten opening] [--form table|markdown|json] [--small] [--repeats N]``"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 import typer
 
 from . import flatten, opening, switch, unmerged
-from .common import Result, tell
+from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
 
@@ -34,7 +34,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
 
 def main(
     names: Annotated[list[Name] | None, typer.Argument(help="Which ones; all without it.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    form: Annotated[Form, typer.Option(help="What to print.")] = Form.table,
     small: Annotated[bool, typer.Option("--small", help="A toy size: that it runs, not how fast.")] = False,
     repeats: Annotated[int | None, typer.Option(min=2, help="Counted rounds.")] = None,
 ) -> None:
@@ -43,7 +43,7 @@ def main(
     size = SMALL if small else FULL
     size = size if repeats is None else replace(size, repeats=repeats)
     for name in names or list(Name):
-        tell(RUNS[name](size), as_json=as_json)
+        tell(RUNS[name](size), form)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from statistics import quantiles
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Case", "Ratio", "Result", "Timing", "cycle", "interleaved", "tell"]
+__all__ = ["Case", "Form", "Ratio", "Result", "Timing", "cycle", "interleaved", "tell"]
+
+HEADINGS = ("", "median", "quartiles", "aim")
+
+
+class Form(StrEnum):
+    """How results are printed."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
 
 
 @dataclass(frozen=True)
@@ -109,14 +120,16 @@ def cycle(*values: str) -> Callable[[], str]:
     return forever().__next__
 
 
-def tell(results: list[Result], *, as_json: bool) -> None:
+def tell(results: list[Result], form: Form = Form.table) -> None:
     """Print everything on stdout."""
-    if as_json:
+    if form is Form.json:
         sys.stdout.write(json.dumps([_plain(result) for result in results], indent=2) + "\n")
-        return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    for result in results:
-        console.print(_table(result))
+    elif form is Form.markdown:
+        sys.stdout.writelines(_markdown(result) for result in results)
+    else:
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        for result in results:
+            console.print(_table(result))
 
 
 def _plain(result: Result) -> dict[str, object]:
@@ -129,17 +142,34 @@ def _plain(result: Result) -> dict[str, object]:
     return {"title": result.title, "timings": timings, "ratios": ratios, "facts": result.facts}
 
 
-def _table(result: Result) -> Table:
-    table = Table(title=result.title, title_justify="left")
-    for heading, side in (("", "left"), ("median", "right"), ("quartiles", "right"), ("aim", "right")):
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+def _rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """What was timed, then what was made of it; name, median, quartiles and aim each."""
+    timed: list[tuple[str, ...]] = []
+    made: list[tuple[str, ...]] = []
     for name, timing in result.timings.items():
         first, middle, third = timing.quartiles_ms
-        table.add_row(name, f"{middle:,.3f} ms", f"{first:,.3f} – {third:,.3f}", "")
-    table.add_section()
+        timed.append((name, f"{middle:,.3f} ms", f"{first:,.3f} – {third:,.3f}", ""))
     for name, value in result.facts.items():
-        table.add_row(name, f"{value:.4g}", "", "")
+        made.append((name, f"{value:.4g}", "", ""))
     for ratio in result.ratios:
         aim = f"{'≥' if ratio.at_least else '≤'} {ratio.bound:g}{'' if ratio.met else '  missed'}"
-        table.add_row(ratio.what, f"{ratio.value:,.3g} {ratio.unit}", "", aim)
+        made.append((ratio.what, f"{ratio.value:,.3g} {ratio.unit}", "", aim))
+    return timed, made
+
+
+def _table(result: Result) -> Table:
+    table = Table(title=result.title, title_justify="left")
+    for heading, side in zip(HEADINGS, ("left", "right", "right", "right"), strict=True):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for section in _rows(result):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
     return table
+
+
+def _markdown(result: Result) -> str:
+    timed, made = _rows(result)
+    bold = [tuple(f"**{cell}**" if cell else "" for cell in row) for row in made]
+    lines = [HEADINGS, ("---", "---:", "---:", "---:"), *timed, *bold]
+    return f"### {result.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"

@@ -34,11 +34,12 @@ def _switches(size: Size) -> Result:
     few_pair, many_pair = cycle(*few.leaves()[:2]), cycle(*many.leaves()[:2])
     new, names = iter(many.leaves()[2:]), cycle(*map(name_in_peft, few.paths()))
     factors = [t for _, _, a in many.terms(many.leaves()[0]) for v in a.modules.values() for t in v.tensors]
+    copies: list[list[torch.Tensor]] = []  # kept, as a path's stacks are: fresh memory is what both have to fill
     cases = {
         f"used before, {FEW} nodes": Case(lambda: small.activate(few_pair(), mode="unmerged")),
         f"used before, {size.nodes} nodes": Case(lambda: large.activate(many_pair(), mode="unmerged")),
         "new path": Case(lambda: large.activate(next(new), mode="unmerged")),
-        "copy of a lineage's factors": Case(lambda: [t.clone() for t in factors]),
+        "copy of a lineage's factors": Case(lambda: copies.append([t.clone() for t in factors])),
         f"PEFT set_adapter, {FEW} adapters": Case(lambda: theirs.set_adapter(names())),
     }
     result = Result(f"unmerged switch; {size}, bf16", interleaved(cases, size.repeats))

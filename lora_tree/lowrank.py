@@ -275,6 +275,28 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     return LowRank(A, B, scale, bias, first.layout)
 
 
+def stacked(terms: Sequence[LowRank], *, dtype: torch.dtype, device: torch.device) -> LowRank:
+    """`concat` for one use on one device, with every scale folded into B in the dtype asked for.
+
+    Args:
+        terms: of one (\\*batch, out, in) and layout; not empty.
+        dtype: of the result, fp32 or wider unless a rounded scale · B is wanted.
+        device: of the result.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1), scale=0.1)
+    >>> both = stacked([x, x], dtype=torch.float64, device=torch.device("cpu"))
+    >>> both.scale, both.dense()[0, 0].item()
+    (1.0, 0.2)
+    """
+    moved = [t.to(device=device, dtype=dtype) for t in terms]
+    A = torch.cat([t.A for t in moved], dim=-2)
+    B = torch.cat([t.B if t.scale == 1.0 else t.B * t.scale for t in moved], dim=-1)
+    biases = [t.bias * t.scale for t in moved if t.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    return LowRank(A, B, 1.0, bias, terms[0].layout)
+
+
 def inner(x: LowRank, y: LowRank) -> float:
     """Frobenius inner product ⟨ΔW_x, ΔW_y⟩, from the factors, in float64.
 

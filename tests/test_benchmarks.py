@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import flatten, opening, switch, unmerged
-from benchmarks.common import Case, Result, Timing, cycle, interleaved, tell
+from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
 SIZE = replace(SMALL, hidden=32, layers=1)
@@ -30,7 +30,7 @@ def test_a_benchmark_times_what_it_names(
     results = module.run(SIZE)  # type: ignore[attr-defined]
     assert len(results) == tables
     assert timed <= set(results[0].timings)
-    tell(results, as_json=True)
+    tell(results, Form.json)
     assert [table["title"] for table in json.loads(capsys.readouterr().out)] == [result.title for result in results]
 
 
@@ -63,7 +63,7 @@ def test_a_missed_aim_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     result = Result("title", {"x": Timing((1.0, 2.0, 3.0))})
     result.aim("slower", 3.0, at_most=2.0)
     result.aim("faster", 30.0, at_least=25.0)
-    tell([result], as_json=False)
+    tell([result])
     printed = capsys.readouterr().out
     assert printed.count("missed") == 1
     assert "1.500 – 2.500" in printed

@@ -20,8 +20,8 @@ from torch import Tensor
 
 __all__ = ["Scratch", "compute_dtype", "exact_mode", "write_sum"]
 
-BLOCK = 1 << 20
-"""Numbers in a block: 4 MiB of fp32, within a core's share of the cache and large enough to pay for the calls."""
+BLOCK = 1 << 22
+"""Numbers in a block: 16 MiB of fp32, which stays in a large cache, and large enough to pay for the calls."""
 
 
 def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError, TiedWeights, listing
-from ..lowrank import LowRank, concat
+from ..lowrank import LowRank, concat, stacked
 from ..sites import Site
 from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
 from .plan import BARE, Plan, Terms, same_terms
@@ -179,9 +179,11 @@ def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scra
     if not values:
         target.copy_(source)
         return
-    if compute_dtype(target.dtype, *(value.dtype for value in values)) is torch.float64:
-        values = [value.to(dtype=torch.float64) for value in values]  # before a scale is folded in
-    value = concat(values).folded()
+    wide = compute_dtype(target.dtype, *(value.dtype for value in values))
+    if target.dtype != wide and all(value.dtype == target.dtype for value in values):
+        value = concat(values).folded()  # stays narrow where no scale has to be rounded
+    else:
+        value = stacked(values, dtype=wide, device=target.device)
     rows = site.rows(target)
     write_sum(rows, site.rows(source), *site.sides_of(value), scratch)
     if rows.data_ptr() != target.data_ptr():  # not laid out row by row: rows() had to copy

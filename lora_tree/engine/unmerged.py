@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import BaseMismatch
+from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import exact_mode
-from .plan import Plan, Term, Terms
+from .plan import Plan, Terms
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -30,21 +30,8 @@ __all__ = ["Unmerged"]
 KEPT_PATHS = 64
 
 
-@dataclass(eq=False)
-class _Piece:
-    """Factors that run as one product: a whole frozen lineage with scale 1, or one trained node with its own."""
-
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
-    scale: float
-
-    def on(self, device: torch.device) -> _Piece:
-        bias = None if self.bias is None else self.bias.to(device)
-        return _Piece(self.A.to(device), self.B.to(device), bias, self.scale)
-
-
-Stack = list[_Piece]
+Stack = list[LowRank]
+"""What runs as one product each: a whole frozen lineage with scale 1, and every trained node with its own."""
 
 
 class Unmerged:
@@ -76,7 +63,8 @@ class Unmerged:
         key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
         found = self._kept.get(key)
         if found is None:
-            found = {name: self._stack(plan.sites[name], terms) for name, terms in plan.terms.items()}
+            with exact_mode(*{_device(plan.sites[name], terms) for name, terms in plan.terms.items()}):
+                found = {name: self._stack(plan.sites[name], terms) for name, terms in plan.terms.items()}
             self._kept[key] = found
             while len(self._kept) > KEPT_PATHS:
                 self._kept.popitem(last=False)
@@ -110,13 +98,11 @@ class Unmerged:
             dtype = held[0]
             for other in held[1:]:
                 dtype = torch.promote_types(dtype, other)
-        device = weight.device if weight is not None else terms[0].value.device
-        frozen = [t for t in terms if not any(f.requires_grad for f in t.value.tensors)]
-        pieces = [_stacked(frozen, dtype, device)] if frozen else []
-        pieces += [
-            _Piece(t.value.A, t.value.B, t.value.bias, t.value.scale * t.coefficient) for t in terms if t not in frozen
-        ]
-        return pieces
+        values = [t.value.scaled(t.coefficient) for t in terms]
+        trained = [v for v in values if any(factor.requires_grad for factor in v.tensors)]
+        frozen = [v for v in values if not any(factor.requires_grad for factor in v.tensors)]
+        pieces = [stacked(frozen, dtype=dtype, device=_device(site, terms))] if frozen else []
+        return [*pieces, *trained]
 
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired
@@ -133,7 +119,7 @@ class Unmerged:
             spare = site.makes_its_output and len(module._forward_hooks) == 1 and not _global_forward_hooks
             for i, piece in enumerate(stack):
                 if piece.A.device != out.device:  # the base was moved after the switch
-                    piece = piece.on(out.device)
+                    piece = piece.to(device=out.device)
                     if not piece.A.requires_grad:
                         stack[i] = piece
                 out = _added(site, out, x, piece, spare)
@@ -143,31 +129,11 @@ class Unmerged:
         return side_path
 
 
-def _stacked(terms: list[Term], dtype: torch.dtype, device: torch.device) -> _Piece:
-    """One piece for several frozen terms, each factor copied once, its scale folded into B on the way."""
-    values = [t.value for t in terms]
-    rank = sum(v.rank for v in values)
-    *batch, out, into = values[0].shape
-    with exact_mode(device):
-        A = torch.empty(*batch, rank, into, dtype=dtype, device=device)
-        B = torch.empty(*batch, out, rank, dtype=dtype, device=device)
-        bias = None
-        start = 0
-        for term, value in zip(terms, values, strict=True):
-            part = slice(start, start := start + value.rank)
-            scale = value.scale * term.coefficient
-            A[..., part, :].copy_(value.A)
-            if value.B.device == device and value.B.dtype == dtype:
-                torch.mul(value.B, scale, out=B[..., part])
-            else:
-                B[..., part].copy_(value.B).mul_(scale)
-            if value.bias is not None:
-                more = value.bias.to(device=device, dtype=dtype) * scale
-                bias = more if bias is None else bias + more
-    return _Piece(A, B, bias, 1.0)
+def _device(site: Site, terms: Terms) -> torch.device:
+    return site.weight.device if site.weight is not None else terms[0].value.device
 
 
-def _added(site: Site, out: Tensor, x: Tensor, piece: _Piece, spare: bool) -> Tensor:
+def _added(site: Site, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> Tensor:
     """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
     dtype = out.dtype
     if x.is_floating_point():
