@@ -13,7 +13,7 @@ PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test fuzz lint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -33,6 +33,10 @@ demo: $(STAMP)  ## train a small base and a tree on the standard library, switch
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+fuzz: $(STAMP)  ## the property tests with new random examples; run it over and over to find what they missed
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \
+		$$(grep -lE 'hypothesis' tests/test_*.py) $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

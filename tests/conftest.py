@@ -1,4 +1,5 @@
-"""What every test stands on: one thread a process (two of them share two cores), and no network."""
+"""What every test stands on: one thread a process (two of them share two cores), no network, the same examples in
+every run (`make fuzz` draws new ones)."""
 
 from __future__ import annotations
 
@@ -9,5 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("fuzz", deadline=None)
+settings.load_profile("same")

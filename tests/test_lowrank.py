@@ -98,7 +98,8 @@ def test_truncation_to_an_error_takes_the_smallest_rank_that_reaches_it(terms: l
     x = lt.concat(terms)
     cut = x.truncate(max_error=bound)
     exact = dense(x)
-    assert float((dense(cut.value) - exact).norm()) <= bound * float(exact.norm()) * (1 + 1e-6) + 1e-5
+    rounding = 2.0**-22 * float(exact.norm()) + 1e-12  # of the fp32 factors that come back
+    assert float((dense(cut.value) - exact).norm()) <= bound * float(exact.norm()) + rounding
     S = torch.linalg.svdvals(exact)
     if 1 < cut.value.rank < x.rank:
         assert float(S[..., cut.value.rank - 1 :].norm()) > bound * float(exact.norm()) * (1 - 1e-9)

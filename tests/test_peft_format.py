@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save, save_file
@@ -395,12 +395,16 @@ def test_an_unexpected_whole_tensor_is_refused(tmp_path: Path) -> None:
     r=st.integers(1, 600),
     rslora=st.booleans(),
 )
+@example(scale=107.0, r=32, rslora=True)  # √32 is rounded: no number divided by it is 107
 def test_lora_alpha_gives_the_scale_back_bit_for_bit(scale: float, r: int, rslora: bool) -> None:
     alpha = peft_write._alpha(scale, r, rslora=rslora)
+    divisor = math.sqrt(r) if rslora else r
     if alpha is not None:
-        assert alpha / (math.sqrt(r) if rslora else r) == scale
+        assert alpha / divisor == scale
     else:
-        assert r & (r - 1)  # a power of two divides exactly, so there always is one (see the test below for √r)
+        assert math.frexp(divisor)[0] != 0.5  # a power of two divides exactly: there always is one
+        assert math.nextafter(scale * divisor, math.inf) / divisor != scale
+        assert math.nextafter(scale * divisor, -math.inf) / divisor != scale
 
 
 def test_what_peft_computed_is_always_found_again() -> None:

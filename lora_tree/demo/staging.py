@@ -6,8 +6,8 @@ included, removes it. A mark in each folder tells the next run that it may be re
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +34,9 @@ def staged(targets: Sequence[Path]) -> Iterator[list[Path]]:
             raise FolderError(f"{target} exists, and the demo did not make it", "name another folder, or remove it")
     parent = targets[0].absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{targets[0].name}-", dir=parent))
+    stage = parent / f".{targets[0].name}-{secrets.token_hex(4)}"
     try:
+        stage.mkdir(mode=0o700)
         folders = [stage / target.name for target in targets]
         for folder in folders:
             folder.mkdir()
