@@ -141,7 +141,7 @@ def _added(site: Site, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> T
         A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
     else:
         A, B = piece.A, piece.B
-    out = site.onto(out, x, A, B, scale=piece.scale, spare=spare)
+    out = site.onto(out, site.down(x, A), B, scale=piece.scale, spare=spare)
     if piece.bias is not None:
-        out = out + site.side_bias(piece.bias.to(out.dtype)) * piece.scale
+        out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
     return out.to(dtype)

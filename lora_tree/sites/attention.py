@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import BaseMismatch
 from ..lowrank import LINEAR, Layout, LowRank
@@ -41,9 +41,6 @@ class InProjectionSite(Site):
     @property
     def why_merged_only(self) -> str | None:
         return "nn.MultiheadAttention reads its projections itself"
-
-    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        raise NotImplementedError(self.why_merged_only)
 
 
 class OutProjectionSite(LinearSite):

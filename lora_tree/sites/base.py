@@ -2,9 +2,10 @@
 
 A kind of site says three things, and inherits the rest:
 
-    matrix shape    the (*batch, out, in) that a LowRank must have here          `expected`
-    write           how W += left @ right lies in the stored weight              `rows`, `sides_of`
-    side path       what is added to the module's output when nothing is written `side`
+    matrix shape    the (*batch, out, in) that a LowRank must have here            `expected`
+    write           how W += left @ right lies in the stored weight                `rows`, `sides_of`
+    side path       what is added to the module's output when nothing is written,  `down`, `up`
+                    in two halves, with the rank in between
 
 Law: a site never keeps state of a path. What is active where is the engine's business.
 """
@@ -21,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import BaseMismatch, MergedOnly, UnmergedOnly
 from ..lowrank import Layout, LowRank
 
-__all__ = ["Site"]
+__all__ = ["Site", "recorded"]
 
 
 class Site(ABC):
@@ -44,6 +45,8 @@ class Site(ABC):
 
     weight_name: str = "weight"
     bias_name: str = "bias"
+    channels: ClassVar[int] = -1
+    """The axis of an output's features; between the two halves of a side path the rank lies there."""
 
     # ------------------------------------------------------------------ what a kind says
     @abstractmethod
@@ -62,18 +65,27 @@ class Site(ABC):
         """Left (batch, rows, r) and right (batch, r, cols), views of the factors: rows(ΔW) = scale · left @ right."""
         return _batched(value.B), _batched(value.A)
 
-    @abstractmethod
-    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """What the delta B·A adds to the module's output for input ``x``, without the bias."""
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """The first half of a side path: A x, the rank (of every group, one after the other) on axis `channels`."""
+        raise NotImplementedError(self.why_merged_only)
 
-    def onto(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
-        """``out + scale · side(x, A, B)``; ``spare``: nobody else holds ``out``, it may be written over."""
-        delta = self.side(x, A, B)
-        return out + (delta if scale == 1.0 else delta * scale)
+    def up(self, low: Tensor, B: Tensor) -> Tensor:
+        """The second half: what B makes of `down`'s result, in the shape of the module's output."""
+        raise NotImplementedError(self.why_merged_only)
 
-    def side_bias(self, bias: Tensor) -> Tensor:
-        """A ``lora_bias`` in the shape that broadcasts over the module's output."""
-        return bias
+    def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
+        """``out + scale · up(low, B)``; ``spare``: nobody else holds ``out``, it may be written over."""
+        delta = self.up(low, B)
+        if spare and out.dtype == torch.promote_types(out.dtype, delta.dtype) and not recorded(out, delta):
+            return out.add_(delta, alpha=scale)
+        return torch.add(out, delta, alpha=scale)
+
+    def along_channels(self, numbers: Tensor, ndim: int) -> Tensor:
+        """(…, features) in the shape that broadcasts over an output of ``ndim`` axes, a row each where it is 2-D."""
+        *rows, features = numbers.shape
+        after = -1 - self.channels
+        between = ndim - len(rows) - 1 - after
+        return numbers.reshape(*rows, *(1 for _ in range(between)), features, *(1 for _ in range(after)))
 
     # ------------------------------------------------------------------ inherited
     @property
@@ -188,6 +200,11 @@ class Site(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether autograd is watching what is done to these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _batched(factor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ groups only B: such a delta is not a kernel of (out, in / groups) and lives in t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,17 +58,23 @@ class ConvSite(Site):
     def rows(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)[None]  # (1, out, in · kernel); a copy where the memory is laid out channels last
 
-    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return -1 - len(self.conv.kernel_size)
+
+    @property
+    def _call(self) -> Callable[..., Tensor]:
+        return next(call for cls, call in _CALLS.items() if isinstance(self.conv, cls))
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
         conv = self.conv
-        call = next(call for cls, call in _CALLS.items() if isinstance(conv, cls))
         padding = conv.padding
         if conv.padding_mode != "zeros":
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = (0,) * len(conv.kernel_size)
         down = A.reshape(-1, conv.in_channels, *conv.kernel_size)  # (groups · r, in, *kernel)
-        up = B.reshape(conv.out_channels, -1, *(1 for _ in conv.kernel_size))  # (out, r, 1, …)
-        hidden = call(x, down, None, conv.stride, padding, conv.dilation)
-        return call(hidden, up, None, groups=conv.groups)
+        return self._call(x, down, None, conv.stride, padding, conv.dilation)
 
-    def side_bias(self, bias: Tensor) -> Tensor:
-        return bias.reshape(-1, *(1 for _ in self.conv.kernel_size))
+    def up(self, low: Tensor, B: Tensor) -> Tensor:
+        up = B.reshape(self.conv.out_channels, -1, *(1 for _ in self.conv.kernel_size))  # (out, r, 1, …)
+        return self._call(low, up, None, groups=self.conv.groups)

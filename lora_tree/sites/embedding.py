@@ -48,8 +48,11 @@ class EmbeddingSite(Site):
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         return value.A.mT[None], value.B.mT[None]
 
-    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        delta = F.linear(F.embedding(x, A.mT), B)  # (…) → (…, r) → (…, dim)
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.mT)  # (…) → (…, r)
+
+    def up(self, low: Tensor, B: Tensor) -> Tensor:
+        delta = F.linear(low, B)  # (…, r) → (…, dim)
         scale = getattr(self.module, "embed_scale", None)
         if scale is None:
             return delta

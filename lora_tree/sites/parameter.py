@@ -43,6 +43,3 @@ class ParameterSite(Site):
 
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         return (value.A.mT, value.B.mT) if self._transposed else (value.B, value.A)
-
-    def side(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        raise NotImplementedError(self.why_merged_only)
