@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from zoo import adapter, listing, opened, tree, value
 
 import lora_tree as lt
@@ -257,6 +258,34 @@ def test_a_second_writer_waits_and_then_says_so(before: Path, tmp_path: Path, mo
             lt.lock(folder)
         assert len(opened(folder)) == 6, "readers do not wait"
     lt.lock(folder)
+
+
+def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "zoo"
+    tree().save(folder)
+    changed = opened(folder)
+    changed.update("fr", adapter=adapter(30))
+    with monkeypatch.context() as patched:  # killed after the decision: nothing is in its place yet
+        patched.setattr(commit, "_carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
+        with contextlib.suppress(Killed):
+            changed.save(folder)
+    real, moved = disk.exists, []
+
+    def then_carried(path: Any) -> bool:
+        there = real(path)
+        if there and "/stage-" in str(path) and not moved:
+            moved.append(path)
+            commit._carry_out(folder, commit._record(folder))  # type: ignore[arg-type]
+        return there
+
+    source = opened(folder)["fr"].source
+    assert source is not None
+    monkeypatch.setattr(disk, "exists", then_carried)
+    read = source.load()
+    assert moved
+    assert all(torch.equal(value.A, adapter(30).modules[name].A) for name, value in read.modules.items())
 
 
 def test_writers_take_turns_and_readers_see_whole_trees(tmp_path: Path) -> None:

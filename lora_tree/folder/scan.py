@@ -74,9 +74,12 @@ def look(folder: str, root: str | None = None) -> Files:
         place = own.resolve(folder, name)
         if root is not None and place == os.path.join(folder, name):
             place = whole.resolve(root, name if above == "." else f"{above}/{name}")
-        stamp = disk.stamp(place) if place is not None and not _leaves(place, root) else None
-        if place is not None and stamp is not None:
-            now[name] = place, stamp
+        # a file that waits may be carried to its place between two looks at it
+        for at in dict.fromkeys((place, os.path.join(folder, name))) if place is not None else ():
+            stamp = disk.stamp(at) if not _leaves(at, root) else None
+            if stamp is not None:
+                now[name] = at, stamp
+                break
     return Files(folder, now)
 
 
