@@ -1,4 +1,4 @@
-"""``python -m benchmarks [switch unmerged flatten opening] [--form table|markdown|json] [--small] [--repeats N]``"""
+"""Run some or all: ``python -m benchmarks [NAMES] [--form table|markdown|json] [--small] [--repeats N]``"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import transformers
 import typer
 
-from . import flatten, opening, switch, unmerged
+from . import flatten, opening, routed, switch, unmerged
 from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
@@ -22,6 +22,7 @@ class Name(StrEnum):
     unmerged = "unmerged"
     flatten = "flatten"
     opening = "opening"
+    routed = "routed"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -29,6 +30,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.unmerged: unmerged.run,
     Name.flatten: flatten.run,
     Name.opening: opening.run,
+    Name.routed: routed.run,
 }
 
 

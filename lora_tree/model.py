@@ -1,12 +1,13 @@
 """TreeModel: a tree bound to one base; makes a path the base's behaviour, and takes it away again.
 
-    BARE ⇄ MERGED        the path is written into the weights; no hook, no wrapper, the same addresses
-      ⇅  ⤢
-    UNMERGED             the weights are the base's own; side paths run as forward hooks
+    BARE                 the base alone
+    MERGED               the path is written into the weights; no hook, no wrapper, the same addresses
+    UNMERGED, ROUTED     the weights are the base's own; side paths run as hooks, for one path or for one per row
     DETACHED             nothing of ours is left; the model can't be used again
 
-A call checks everything before it changes anything, and leaves the state before it where it fails. One lock guards
-the switches: whoever is inside ``using`` keeps other threads from switching the base under it.
+Every state but the last leads to every other. A call checks everything before it changes anything, and leaves the
+state before it where it fails. One lock guards the switches: whoever is inside ``using`` or ``route`` keeps other
+threads from switching the base under it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import fnmatch
-import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -26,11 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .engine.axis import RowAxis
+from .engine.batch import Batch
+from .engine.expansion import expansions
+from .engine.host import MergedWarning, claim, let_go, unwrapped, warn_on_save
 from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
+from .engine.routed import Router, Strategy
 from .engine.unmerged import Unmerged
 from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
+from .sites import Site
 from .sites.targets import fresh_adapter
 from .tree import AdapterTree, Blend, parse_blend
 
@@ -45,11 +51,8 @@ class State(enum.Enum):
     BARE = "bare"  # the base alone
     MERGED = "merged"  # a path is written into the weights
     UNMERGED = "unmerged"  # a path runs beside them
+    ROUTED = "routed"  # a path for every row of a batch runs beside them
     DETACHED = "detached"  # given back
-
-
-class MergedWarning(UserWarning):
-    """A base is about to be saved with a path merged into it, or drifts because it was asked to."""
 
 
 def attach(
@@ -97,25 +100,30 @@ class TreeModel(nn.Module):
         self, tree: AdapterTree, base: nn.Module, *, pristine: str = "host", compute_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        inner, self._compiled = _unwrapped(base)
+        inner, self._compiled = unwrapped(base)
+        if isinstance(inner, TreeModel):
+            raise StateError("the base is a TreeModel already", "attach to its .base after detach()")
         self.tree = tree
         self.base = inner
         self.training = inner.training
         self.factors = nn.ModuleDict()
         self.state = State.BARE
         self.epoch = 0
-        self._active: Blend = ""
+        self._active: Blend | tuple[Blend, ...] = ""
+        self._again: Callable[[TreeModel], None] = TreeModel.deactivate
         self._lock = threading.RLock()
         self._binder = Binder(inner, tree.base)
         self._merged = Merged(inner, in_place=pristine == "none")
         self._unmerged = Unmerged(inner, dtype=compute_dtype)
+        self._router = Router(compute_dtype)
+        self._rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
         self._save_hook: RemovableHandle | None = None
-        self._mark = _claim(inner, self)
+        self._mark = claim(inner, self)
         try:
             for path in tree.paths():
                 self._make(path)
         except LoraTreeError:
-            _ATTACHED.pop(inner, None)
+            let_go(inner)
             raise
         tree.guard(self)
         if pristine == "none":
@@ -128,8 +136,8 @@ class TreeModel(nn.Module):
 
     # ------------------------------------------------------------------ switching
     @property
-    def active(self) -> Blend:
-        """The path or blend that the base behaves as now; ``""`` is the bare base."""
+    def active(self) -> Blend | tuple[Blend, ...]:
+        """The path or blend that the base behaves as now; ``""`` is the bare base; one for each row while routed."""
         return self._active
 
     def activate(self, blend: Blend, *, mode: Mode = "merged") -> None:
@@ -161,17 +169,14 @@ class TreeModel(nn.Module):
                 self._unmerged.switch(BARE)
                 state = State.MERGED
             else:
-                if plan.terms and (self._compiled or self.base._compiled_call_impl is not None):
-                    raise StateError(
-                        "the base was compiled before the tree was attached: its forward ignores later hooks",
-                        'activate(…, mode="merged") works under torch.compile',
-                    )
-                self._unmerged.check(plan)
-                self._unmerged.stacks(plan)
+                self._check_side_paths(plan)
+                self._unmerged.sides(plan)
                 self._merged.switch(BARE)
                 self._unmerged.switch(plan)
                 state = State.UNMERGED
-            self._became(blend, state if parse_blend(blend) != {"": 1.0} else State.BARE)
+            kept = blend if isinstance(blend, str) else dict(blend)
+            state = state if parse_blend(kept) != {"": 1.0} else State.BARE
+            self._became(kept, state, lambda self: self.activate(kept, mode=mode))
 
     def deactivate(self) -> None:
         """Make the base bare again: weights, buffers, hooks and flags are what they were before `attach`."""
@@ -184,13 +189,65 @@ class TreeModel(nn.Module):
         Other threads that switch this base wait until the block is left.
         """
         with self._lock:
-            before, before_mode = self._active, "unmerged" if self.state is State.UNMERGED else "merged"
+            before = self._again
             self.activate(blend, mode=mode)
             try:
                 yield self
             finally:
                 if self.state is not State.DETACHED:
-                    self.activate(before, mode=before_mode)  # type: ignore[arg-type]
+                    before(self)
+
+    @contextlib.contextmanager
+    def route(
+        self,
+        paths: Iterable[Blend],
+        *,
+        strategy: Strategy = "auto",
+        repeat: int = 1,
+        tile: int = 1,
+        batch_first: bool = False,
+    ) -> Iterator[TreeModel]:
+        """Give every row of a batch its own path, for the length of a ``with``; what was active before comes back.
+
+        Any row takes any path or blend, in any order, in forward and in backward; ``""`` is the bare base, bit for
+        bit. Only the nodes on the batch's lineages are loaded. ``generate`` may repeat rows for beams and sequences.
+
+        Args:
+            paths: one path or blend for every row.
+            strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped`` or ``matrix``; they agree to
+                rounding, and ``auto`` takes the one with the least estimated time.
+            repeat: the base is given every row so many times in place, as for beams.
+            tile: the base is given the whole batch so many times over, as for preference pairs or guidance.
+            batch_first: every site puts the rows on the first axis; needed only where a first batch has as many
+                tokens as rows, when shapes can't tell them apart.
+
+        Raises:
+            PathError, SpecError: a path is not in the tree; names the row. Or a factor or strategy makes no sense.
+            BaseMismatch: an adapter does not fit, or changes a weight that no side path can reach; in forward: a site
+                is given something whose first axis is not the rows.
+            FolderError, FormatError: an adapter's files can't be read.
+            StateError: detached, or the base was compiled before; in forward: a key/value cache of another path.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> for path in ("fr", "fr/legal"): _ = tree.add(path)
+        >>> model = attach(tree, base)
+        >>> with model.route(["fr/legal", "", "fr", "fr/legal"]):
+        ...     tuple(base(torch.zeros(4, 4)).shape)
+        (4, 3)
+        """
+        with self._lock:
+            paths = paths if isinstance(paths, str) else list(paths)
+            batch = Batch.of(self.tree, paths)
+            axis = RowAxis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first, proven=self._rows_first)
+            before = self._again
+            self._route(tuple(paths), batch, axis, strategy)
+            try:
+                with expansions(self.base, axis):
+                    yield self
+            finally:
+                if self.state is not State.DETACHED:
+                    before(self)
 
     def trust(self, what: Literal["pristine", "weights"]) -> None:
         """After somebody else wrote to merged weights: say which are the base's own, and be bare.
@@ -212,7 +269,7 @@ class TreeModel(nn.Module):
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
             self._unmerged.switch(BARE)
-            self._became("", State.BARE)
+            self._became("", State.BARE, TreeModel.deactivate)
 
     def detach(self) -> None:
         """Make the base bare and let go of it; this object can't be used afterwards."""
@@ -222,14 +279,16 @@ class TreeModel(nn.Module):
             self.deactivate()
             self._merged.pristine.forget()
             self._unmerged.forget()
+            self._router.forget()
             self._binder.forget()
             self.tree.release(self)
-            _ATTACHED.pop(self.base, None)
+            let_go(self.base)
             self.state = State.DETACHED
 
     def nodes_in_use(self) -> list[str]:
         """The nodes that the base's behaviour depends on now; the tree refuses to change them."""
-        names = [entry for entry in parse_blend(self._active) if entry]
+        blends = self._active if isinstance(self._active, tuple) else (self._active,)
+        names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
         return sorted(lineages | {path for path in self._training() if path in self.tree})
 
@@ -263,8 +322,8 @@ class TreeModel(nn.Module):
                 parameter.requires_grad_(False)
             for path, module in self.factors.items():
                 module.requires_grad_(path.replace(_DOT, ".") in chosen)
-            if self.state is State.UNMERGED:
-                self.activate(self._active, mode="unmerged")
+            if self.state in (State.UNMERGED, State.ROUTED):
+                self._again(self)
             return [{"name": path, "params": list(self.factors[_key(path)].parameters())} for path in chosen]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,13 +340,34 @@ class TreeModel(nn.Module):
             self._make(path)
         return self._binder.plan(self.tree.terms(blend))
 
-    def _became(self, blend: Blend, state: State) -> None:
-        self._active = blend if isinstance(blend, str) else dict(blend)
+    def _route(self, paths: tuple[Blend, ...], batch: Batch, axis: RowAxis, strategy: Strategy) -> None:
+        self._usable()
+        for node in batch.nodes:
+            self._make(node)
+        adapters = [(node, self.tree.adapter(node)) for node in batch.nodes]
+        plan = self._binder.plan([(node, 1.0, adapter) for node, adapter in adapters if adapter is not None])
+        self._check_side_paths(plan)
+        route = self._router.route(batch, plan, strategy)
+        route.sides(axis)
+        self._merged.switch(BARE)
+        self._unmerged.switch_to(route, axis)
+        self._became(paths, State.ROUTED, lambda self: self._route(paths, batch, axis, strategy))
+
+    def _check_side_paths(self, plan: Plan) -> None:
+        if plan.terms and (self._compiled or self.base._compiled_call_impl is not None):
+            raise StateError(
+                "the base was compiled before the tree was attached: its forward ignores later hooks",
+                'activate(…, mode="merged") works under torch.compile',
+            )
+        self._unmerged.check(plan)
+
+    def _became(self, what: Blend | tuple[Blend, ...], state: State, again: Callable[[TreeModel], None]) -> None:
+        self._active, self._again = what, again
         self.state = state
         self.epoch += 1
         self._mark.merged = state is State.MERGED
         if state is State.MERGED and self._save_hook is None and hasattr(self.base, "save_pretrained"):
-            self._save_hook = self.base.register_state_dict_pre_hook(_warn_on_save)  # type: ignore[no-untyped-call]
+            self._save_hook = self.base.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
         elif state is not State.MERGED and self._save_hook is not None:
             self._save_hook.remove()
             self._save_hook = None
@@ -364,69 +444,3 @@ _DOT = "\N{ONE DOT LEADER}"
 def _key(path: str) -> str:
     """A node's path as the name of a submodule: torch reserves the dot."""
     return path.replace(".", _DOT)
-
-
-class _Mark:
-    """What is known of a base after its TreeModel is gone."""
-
-    def __init__(self, model: TreeModel) -> None:
-        self.model = weakref.ref(model)
-        self.merged = False
-
-
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, _Mark] = weakref.WeakKeyDictionary()
-
-
-def _claim(base: nn.Module, model: TreeModel) -> _Mark:
-    mark = _ATTACHED.get(base)
-    if mark is not None and mark.model() is not None:
-        raise StateError("this base is attached already", "use that model, or call its detach() first")
-    if mark is not None and mark.merged:
-        raise StateError("an earlier model of this base was dropped while a path was merged; load the base again")
-    _ATTACHED[base] = mark = _Mark(model)
-    return mark
-
-
-def _unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
-    """The module inside torch.compile and DDP wrappers, and whether it was compiled.
-
-    Raises:
-        SpecError, StateError: not a module, or wrapped by PEFT or FSDP.
-    """
-    if not isinstance(base, nn.Module):
-        raise SpecError(f"the base must be a torch.nn.Module, got {type(base).__name__}")
-    compiled = False
-    while True:
-        name = f"{type(base).__module__}.{type(base).__name__}"
-        if isinstance(inner := base._modules.get("_orig_mod"), nn.Module):
-            base, compiled = inner, True
-        elif isinstance(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            base = base.module
-        else:
-            break
-    if isinstance(base, TreeModel):
-        raise StateError("the base is a TreeModel already", "attach to its .base after detach()")
-    for module in base.modules():
-        name = f"{type(module).__module__}.{type(module).__name__}"
-        if name.startswith("peft."):
-            raise StateError(
-                f"the base is wrapped by PEFT ({name})",
-                "peft_model.unload() gives the base back; save its adapters first and add them to the tree",
-            )
-        if ".fsdp" in name.lower():
-            raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
-        compiled = compiled or module._compiled_call_impl is not None
-    return base, compiled
-
-
-def _warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "save_pretrained":
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is not None:
-        warnings.warn(
-            "save_pretrained writes the base with a path merged into it; deactivate() first for the base's own "
-            "weights, or tree.flatten(path).save(folder) for the path as an adapter",
-            MergedWarning,
-            stacklevel=2,
-        )

@@ -180,7 +180,7 @@ class AdapterTree:
             for ancestor in self.lineage(path):
                 shares.setdefault(ancestor, []).append(weight)
         # fsum: the total does not depend on the order of the entries; tuples of names sort depth-first
-        totals = {path: math.fsum(shares[path]) * self[path].weight for path in sorted(shares, key=_depth_first)}
+        totals = {path: math.fsum(shares[path]) * self[path].weight for path in sorted(shares, key=depth_first)}
         return {path: total for path, total in totals.items() if total != 0.0}
 
     # ------------------------------------------------------------------ changing
@@ -482,7 +482,7 @@ def parse_blend(blend: Blend) -> dict[str, float]:
     return parse_blend(entries)
 
 
-def _depth_first(path: str) -> tuple[str, ...]:
+def depth_first(path: str) -> tuple[str, ...]:
     return tuple(path.split("/"))
 
 

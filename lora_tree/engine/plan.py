@@ -32,6 +32,11 @@ class Term:
     value: LowRank
     version: int
 
+    @property
+    def trains(self) -> bool:
+        """Autograd follows its factors."""
+        return any(factor.requires_grad for factor in self.value.tensors)
+
 
 Terms = tuple[Term, ...]
 

@@ -1,16 +1,13 @@
-"""Unmerged: the base untouched, and one side path per site, however deep the path.
+"""Unmerged: the base untouched, and one side path per site, for one path (however deep) or for a path per row.
 
-    y = base(x) + B (A x)        A = the lineage's factors stacked, B = theirs side by side with the scales folded in
-
-Stacks are made once for a path and kept for the last paths used; factors that train go through as they are, after the
-frozen ones, so that autograd sees them. A side path is a forward hook on the site's own module, there while a path is
-active and gone after it.
+A side path is a forward hook on the site's own module, there while something is active and gone after it. What is laid
+out for a path is kept for the last paths used; factors that train go through as they are, so that autograd sees them.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +16,13 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import BaseMismatch
-from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import exact_mode
-from .plan import Plan, Terms
+from .axis import RowAxis
+from .entry import Entry
+from .plan import Plan
+from .routed import Route
+from .side import PathSide, Side, side_device
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -30,12 +30,8 @@ __all__ = ["Unmerged"]
 KEPT_PATHS = 64
 
 
-Stack = list[LowRank]
-"""What runs as one product each: a whole frozen lineage with scale 1, and every trained node with its own."""
-
-
 class Unmerged:
-    """The side paths of a base.
+    """The hooks that run side paths.
 
     Args:
         base: the model.
@@ -45,9 +41,10 @@ class Unmerged:
     def __init__(self, base: nn.Module, *, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
-        self._current: dict[str, Stack] = {}
-        self._kept: OrderedDict[Hashable, dict[str, Stack]] = OrderedDict()
+        self._current: Mapping[str, Side] = {}
+        self._kept: OrderedDict[Hashable, dict[str, Side]] = OrderedDict()
         self._watch = Watch(base)
+        self._entry = Entry(base)
 
     def check(self, plan: Plan) -> None:
         """That every site of the plan runs when its module is called.
@@ -58,13 +55,14 @@ class Unmerged:
         for name, terms in plan.terms.items():
             plan.sites[name].check_mode(terms[0].value, merged=False)
 
-    def stacks(self, plan: Plan) -> dict[str, Stack]:
-        """The plan's factors, stacked; the same object for a plan that was used before."""
+    def sides(self, plan: Plan) -> dict[str, Side]:
+        """The side paths of one path or blend; the same object for a plan that was used before."""
         key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
         found = self._kept.get(key)
         if found is None:
-            with exact_mode(*{_device(plan.sites[name], terms) for name, terms in plan.terms.items()}):
-                found = {name: self._stack(plan.sites[name], terms) for name, terms in plan.terms.items()}
+            sites, dtype = plan.sites, self._dtype
+            with exact_mode(*{side_device(sites[name], terms) for name, terms in plan.terms.items()}):
+                found = {name: PathSide(sites[name], terms, dtype) for name, terms in plan.terms.items()}
             self._kept[key] = found
             while len(self._kept) > KEPT_PATHS:
                 self._kept.popitem(last=False)
@@ -72,9 +70,20 @@ class Unmerged:
         return found
 
     def switch(self, plan: Plan) -> None:
-        """Run ``plan`` beside the weights; an empty plan is the bare base."""
-        stacks = self.stacks(plan)  # all that can fail
-        self._current = stacks
+        """Run one path or blend beside the weights; an empty plan is the bare base."""
+        self._switch(plan, self.sides(plan), plan if plan.terms else None, None)
+
+    def switch_to(self, route: Route, axis: RowAxis) -> None:
+        """Run a batch of paths beside the weights, its rows lying as ``axis`` says."""
+        self._switch(route.plan, route.sides(axis), route, axis)
+
+    def forget(self) -> None:
+        """Drop what is kept for paths used before."""
+        self._kept.clear()
+
+    # ------------------------------------------------------------------ private
+    def _switch(self, plan: Plan, sides: Mapping[str, Side], what: object, axis: RowAxis | None) -> None:
+        self._current = sides
         for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
             self._hooked.pop(name)[1].remove()
         for name, site in plan.sites.items():
@@ -82,27 +91,7 @@ class Unmerged:
                 handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
                 self._hooked[name] = site, handle
         self._watch.expect(plan)
-
-    def forget(self) -> None:
-        """Drop the stacks kept for paths used before."""
-        self._kept.clear()
-
-    # ------------------------------------------------------------------ private
-    def _stack(self, site: Site, terms: Terms) -> Stack:
-        weight = site.weight
-        dtype = self._dtype
-        if dtype is None:
-            held = [t.value.dtype for t in terms]
-            if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-                held.append(weight.dtype)
-            dtype = held[0]
-            for other in held[1:]:
-                dtype = torch.promote_types(dtype, other)
-        values = [t.value.scaled(t.coefficient) for t in terms]
-        trained = [v for v in values if any(factor.requires_grad for factor in v.tensors)]
-        frozen = [v for v in values if not any(factor.requires_grad for factor in v.tensors)]
-        pieces = [stacked(frozen, dtype=dtype, device=_device(site, terms))] if frozen else []
-        return [*pieces, *trained]
+        self._entry.watch(what, axis)
 
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired
@@ -115,33 +104,8 @@ class Unmerged:
                     f"{name}: called with {type(x).__name__}, returned {type(out).__name__}; a side path needs tensors",
                     'use activate(…, mode="merged")',
                 )
-            stack = self._current[name]
+            self._entry.side_path_runs()
             spare = site.makes_its_output and len(module._forward_hooks) == 1 and not _global_forward_hooks
-            for i, piece in enumerate(stack):
-                if piece.A.device != out.device:  # the base was moved after the switch
-                    piece = piece.to(device=out.device)
-                    if not piece.A.requires_grad:
-                        stack[i] = piece
-                out = _added(site, out, x, piece, spare)
-                spare = True  # what this added to is ours
-            return out
+            return self._current[name](out, x, spare)
 
         return side_path
-
-
-def _device(site: Site, terms: Terms) -> torch.device:
-    return site.weight.device if site.weight is not None else terms[0].value.device
-
-
-def _added(site: Site, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> Tensor:
-    """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
-    dtype = out.dtype
-    if x.is_floating_point():
-        x = x.to(torch.promote_types(piece.A.dtype, x.dtype))
-        A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
-    else:
-        A, B = piece.A, piece.B
-    out = site.onto(out, site.down(x, A), B, scale=piece.scale, spare=spare)
-    if piece.bias is not None:
-        out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
-    return out.to(dtype)

@@ -13,6 +13,7 @@ Law: a site never keeps state of a path. What is active where is the engine's bu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -79,6 +80,10 @@ class Site(ABC):
         if spare and out.dtype == torch.promote_types(out.dtype, delta.dtype) and not recorded(out, delta):
             return out.add_(delta, alpha=scale)
         return torch.add(out, delta, alpha=scale)
+
+    def token_axes(self, x: Tensor) -> Sequence[int] | None:
+        """The axes of an input, beside the first, that might be its rows; None where none can be."""
+        return x.shape[1:-1] if x.ndim > 1 else x.shape
 
     def along_channels(self, numbers: Tensor, ndim: int) -> Tensor:
         """(…, features) in the shape that broadcasts over an output of ``ndim`` axes, a row each where it is 2-D."""

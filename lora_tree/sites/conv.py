@@ -9,7 +9,7 @@ groups only B: such a delta is not a kernel of (out, in / groups) and lives in t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ class ConvSite(Site):
     @property
     def _call(self) -> Callable[..., Tensor]:
         return next(call for cls, call in _CALLS.items() if isinstance(self.conv, cls))
+
+    def token_axes(self, x: Tensor) -> Sequence[int] | None:
+        return None if x.ndim == len(self.conv.kernel_size) + 2 else x.shape  # without rows: (channels, …)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         conv = self.conv

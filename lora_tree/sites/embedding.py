@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +49,9 @@ class EmbeddingSite(Site):
 
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         return value.A.mT[None], value.B.mT[None]
+
+    def token_axes(self, x: Tensor) -> Sequence[int] | None:
+        return x.shape[1:]
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.mT)  # (…) → (…, r)

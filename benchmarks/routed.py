@@ -1,0 +1,126 @@
+"""Many paths in one batch: the time added over the bare base, by each form and by PEFT's mixed batch.
+
+PEFT is given the same paths flattened: one adapter of rank 3·r for each, chosen row by row with ``adapter_names``. Rows
+are shuffled. "auto" is what `route` does by itself; the other forms show what its cost rule chose between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+import lora_tree as lt
+from lora_tree.engine.routed import Strategy
+
+from .common import Case, Result, interleaved
+from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
+
+__all__ = ["run"]
+
+# (rows, distinct paths, nodes on the second level, tokens a row; the aim, as a part of what PEFT adds)
+BATCHES: list[tuple[int, int, int, tuple[int, ...], float | None]] = [
+    (8, 8, 2, (1, 16, 128), 0.5),
+    (64, 8, 2, (1, 16), None),
+    (64, 16, 4, (1, 16), None),
+    (64, 64, 8, (1, 16), None),
+]
+
+
+def run(size: Size = FULL) -> list[Result]:
+    """A table for each hidden size and batch."""
+    return [
+        result
+        for hidden in (size.hidden // 2, size.hidden)
+        for rows, paths, middle, tokens, aim in BATCHES
+        for result in _batch(replace(size, hidden=hidden, layers=min(size.layers, 2)), rows, paths, middle, tokens, aim)
+    ]
+
+
+@torch.no_grad()
+def _batch(size: Size, rows: int, paths: int, middle: int, tokens: tuple[int, ...], aim: float | None) -> list[Result]:
+    model = base(size, torch.float32)
+    tree = _grown(model, size, paths, middle)
+    flat = lt.AdapterTree()
+    for i, leaf in enumerate(tree.leaves()):
+        flat.add(f"leaf{i}", adapter=tree.flatten(leaf))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = with_peft(base(size, torch.float32), flat, Path(folder) / "flat")
+    order = list(range(paths)) * (rows // paths)
+    random.Random(0).shuffle(order)
+    routed = [tree.leaves()[i] for i in order]
+    named = [name_in_peft(f"leaf{i}") for i in order]
+    attached = lt.attach(tree, model)
+    results = [
+        _one(size, model, theirs, attached, routed, named, middle, count, aim if count in tokens else None)
+        for count in tokens
+    ]
+    attached.detach()
+    return results
+
+
+def _one(
+    size: Size, model: Any, theirs: Any, attached: lt.TreeModel, routed: list[str], named: list[str], middle: int,
+    tokens: int, aim: float | None,
+) -> Result:  # fmt: skip
+    rows, paths = len(routed), len(set(routed))
+    ids = torch.randint(256, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    draw, stage = random.Random(1), _Stage()
+
+    def ours() -> None:
+        model(input_ids=ids, use_cache=False)
+
+    def new_batch() -> None:
+        with attached.route(draw.sample(routed, rows), batch_first=True):
+            ours()
+
+    def enter(strategy: Strategy) -> None:
+        stage.enter(attached.route(routed, strategy=strategy, batch_first=True))
+
+    cases = {"bare": Case(ours, stage.leave)}
+    for strategy in get_args(Strategy):
+        cases[strategy] = Case(ours, lambda strategy=strategy: enter(strategy))  # type: ignore[misc]
+    cases["auto, another batch each time"] = Case(new_batch, stage.leave)
+    cases["PEFT"] = Case(lambda: theirs(input_ids=ids, use_cache=False, adapter_names=named))
+    what = f"{rows} rows over {paths} paths (1 → {middle} → {paths}), {tokens} tokens a row; {size}, fp32"
+    result = Result(what, interleaved(cases, size.repeats))
+    stage.leave()
+    times = result.timings
+    added = {name: timing.over(times["bare"]) for name, timing in list(times.items()) if name != "bare"}
+    for name, timing in added.items():
+        times[f"added, {name}"] = timing
+        if name == "auto" and aim is not None:
+            result.aim("added, auto / PEFT", timing.ms / added["PEFT"].ms, at_most=aim)
+        elif name != "PEFT":
+            result.facts[f"added, {name} / PEFT"] = timing.ms / added["PEFT"].ms
+    return result
+
+
+class _Stage:
+    """One context at a time: entering another leaves the one before."""
+
+    def __init__(self) -> None:
+        self._open = contextlib.ExitStack()
+
+    def leave(self) -> None:
+        self._open.close()
+
+    def enter(self, context: contextlib.AbstractContextManager[object]) -> None:
+        self.leave()
+        self._open.enter_context(context)
+
+
+def _grown(model: Any, size: Size, leaves: int, middle: int) -> lt.AdapterTree:
+    tree = lt.AdapterTree()
+    tree.add("r", adapter=adapter(model, size, seed=0, dtype=torch.float32))
+    for i in range(middle):
+        tree.add(f"r/m{i}", adapter=adapter(model, size, seed=1 + i, dtype=torch.float32))
+    for i in range(leaves):
+        path = f"r/m{i * middle // leaves}/l{i:02}"
+        tree.add(path, adapter=adapter(model, size, seed=1 + middle + i, dtype=torch.float32))
+    return tree

@@ -1,0 +1,134 @@
+"""What has to hold around the base's own forward while paths run beside its weights.
+
+Before it: a key/value cache goes on only under the path that filled it, and a routed batch has the rows that were
+declared. After it: where layers are checkpointed, their forward runs again in backward, with whatever side paths are
+there then; a backward that would meet other ones is refused.
+
+What was filled or recorded is known by a number, the same for the same plan, which is noted on caches (so that a copy
+of a cache is as good as the cache) and in the backward's hooks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import StateError
+from .axis import RowAxis
+
+__all__ = ["Entry"]
+
+_NUMBERS = itertools.count(1)
+_NOTE = "_lora_tree_filled_by"
+_CHECKPOINT = "torch.utils.checkpoint"
+
+
+class Entry:
+    """The watch at the base's own forward."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._handles: list[RemovableHandle] = []
+        self._axis: RowAxis | None = None
+        self._recording = False
+        self._checkpointed = False
+        self.number: int | None = None
+
+    def watch(self, what: Any, axis: RowAxis | None = None) -> None:
+        """From now on the base runs under ``what``, one object for one behaviour; None: nothing to watch."""
+        self._axis = axis
+        if what is None:
+            self.number = None
+            while self._handles:
+                self._handles.pop().remove()
+            return
+        self.number = self._known.setdefault(what, next(_NUMBERS))
+        if not self._handles:
+            before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = self._base.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+            self._handles = [before, after]
+
+    def side_path_runs(self) -> None:
+        """A side path runs now: note whether it will run again in backward."""
+        if self._recording and not self._checkpointed:
+            self._checkpointed = _in_checkpoint()
+
+    # ------------------------------------------------------------------ private
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for cache in _caches((args, kwargs)):
+            if getattr(cache, _NOTE, None) != self.number and bool(cache.get_seq_length() > 0):
+                raise StateError(
+                    "this key/value cache was filled under another path, or before this one was activated",
+                    "start with an empty cache, or fill it again under what is active now",
+                )
+        if self._axis is not None:
+            self._axis.begin(list(_tensors(_main_first(module, args, kwargs))))
+        self._recording, self._checkpointed = torch.is_grad_enabled(), False
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if self._axis is not None:
+            self._axis.end()
+        for cache in _caches((args, kwargs, out)):
+            setattr(cache, _NOTE, self.number)
+        if self._checkpointed:
+            for tensor in _tensors(out):
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.register_prehook(self._guard(self.number))
+        self._recording = False
+
+    def _guard(self, number: int | None) -> Any:
+        def before_backward(grads: Any) -> None:
+            if self.number != number:
+                raise StateError(
+                    "backward through checkpointed layers after their path was left: they would run again without it",
+                    "call backward() inside the with, or while the same path is active; or turn checkpointing off",
+                )
+
+        return before_backward
+
+
+def _in_checkpoint() -> bool:
+    """Whether the layer that runs now will run again in backward."""
+    saving: object = torch._C._autograd._top_saved_tensors_default_hooks(False)  # declared to be there; often is not
+    if torch.is_grad_enabled() and saving is None:
+        return False
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _main_first(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """A forward's arguments, with what transformers calls the main input before the other ones."""
+    main = getattr(module, "main_input_name", "")
+    return [*args, kwargs.get(main), *kwargs.values()]
+
+
+def _tensors(of: Any) -> Iterator[Tensor]:
+    if isinstance(of, Tensor):
+        yield of
+    elif isinstance(of, (list, tuple)):
+        for each in of:
+            yield from _tensors(each)
+    elif isinstance(of, Mapping):
+        yield from _tensors(list(of.values()))
+
+
+def _caches(of: Any) -> Iterator[Any]:
+    """transformers' caches, and what looks like them."""
+    if isinstance(of, (list, tuple)):
+        for each in of:
+            yield from _caches(each)
+    elif isinstance(of, Mapping):
+        yield from _caches(list(of.values()))
+    elif callable(getattr(of, "get_seq_length", None)):
+        yield of

@@ -1,0 +1,51 @@
+"""What transformers' ``generate`` does to a batch: it repeats rows in place, for beams and for several sequences.
+
+It says so in one place, ``_expand_inputs_for_generation(expand_size=…)``. While a batch is routed the base's own method
+is listened to, and so is ``generate``, which ends what it began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .axis import RowAxis
+
+__all__ = ["expansions"]
+
+EXPAND, GENERATE = "_expand_inputs_for_generation", "generate"
+
+
+@contextlib.contextmanager
+def expansions(base: nn.Module, axis: RowAxis) -> Iterator[None]:
+    """For the length of a ``with``: ``axis`` knows how often ``generate`` has repeated each row."""
+    own, expand, generate = vars(base), getattr(base, EXPAND, None), getattr(base, GENERATE, None)
+    if not callable(expand) or not callable(generate):
+        yield
+        return
+
+    @functools.wraps(expand)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        size = kwargs.get("expand_size", args[0] if args else 1)
+        axis.expansion = size if isinstance(size, int) else 1
+        return expand(*args, **kwargs)
+
+    @functools.wraps(generate)
+    def ending(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            axis.expansion = 1
+
+    before = {name: own[name] for name in (EXPAND, GENERATE) if name in own}
+    own.update({EXPAND: noting, GENERATE: ending})
+    try:
+        yield
+    finally:
+        for name in (EXPAND, GENERATE):
+            own.pop(name, None)
+        own.update(before)

@@ -1,0 +1,92 @@
+"""Whose a base is, and what it is wrapped in: looked at once, when a tree is attached to it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+
+from torch import nn
+
+from ..errors import SpecError, StateError
+
+__all__ = ["MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
+
+
+class MergedWarning(UserWarning):
+    """A base is about to be saved with a path merged into it, or drifts because it was asked to."""
+
+
+class Mark:
+    """What is known of a base after its TreeModel is gone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.merged = False
+
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Mark] = weakref.WeakKeyDictionary()
+
+
+def claim(base: nn.Module, model: nn.Module) -> Mark:
+    """Note that ``model`` holds ``base``.
+
+    Raises:
+        StateError: another one does, or was dropped while a path was merged.
+    """
+    mark = _ATTACHED.get(base)
+    if mark is not None and mark.model() is not None:
+        raise StateError("this base is attached already", "use that model, or call its detach() first")
+    if mark is not None and mark.merged:
+        raise StateError("an earlier model of this base was dropped while a path was merged; load the base again")
+    _ATTACHED[base] = mark = Mark(model)
+    return mark
+
+
+def let_go(base: nn.Module) -> None:
+    """Nobody holds ``base`` any more."""
+    _ATTACHED.pop(base, None)
+
+
+def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
+    """The module inside torch.compile and DDP wrappers, and whether it was compiled.
+
+    Raises:
+        SpecError, StateError: not a module, or wrapped by PEFT or FSDP.
+    """
+    if not isinstance(base, nn.Module):
+        raise SpecError(f"the base must be a torch.nn.Module, got {type(base).__name__}")
+    compiled = False
+    while True:
+        name = f"{type(base).__module__}.{type(base).__name__}"
+        if isinstance(inner := base._modules.get("_orig_mod"), nn.Module):
+            base, compiled = inner, True
+        elif isinstance(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            base = base.module
+        else:
+            break
+    for module in base.modules():
+        name = f"{type(module).__module__}.{type(module).__name__}"
+        if name.startswith("peft."):
+            raise StateError(
+                f"the base is wrapped by PEFT ({name})",
+                "peft_model.unload() gives the base back; save its adapters first and add them to the tree",
+            )
+        if ".fsdp" in name.lower():
+            raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
+        compiled = compiled or module._compiled_call_impl is not None
+    return base, compiled
+
+
+def warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A ``state_dict`` pre-hook for a base with a path merged into it: ``save_pretrained`` would write that path."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "save_pretrained":
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None:
+        warnings.warn(
+            "save_pretrained writes the base with a path merged into it; deactivate() first for the base's own "
+            "weights, or tree.flatten(path).save(folder) for the path as an adapter",
+            MergedWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,100 @@
+"""A side path: what is added to the output of a site's own module while the weights stay the base's own.
+
+y = base(x) + B (A x)        in the widest of the factors' and the weight's own dtype, or in the one asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..lowrank import LowRank, stacked
+from ..sites import Site
+from .plan import Terms
+
+__all__ = ["PathSide", "Side", "side_device", "side_dtype", "widened"]
+
+
+class Side(Protocol):
+    """What a site's hook runs."""
+
+    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
+        """``out`` plus the site's part of what is active.
+
+        Args:
+            out: the module's output.
+            x: its input.
+            spare: nobody else holds ``out``, it may be written over.
+        """
+        ...
+
+
+class PathSide:
+    """One path or blend for all that comes: a whole frozen lineage as one product, then every trained node.
+
+    Args:
+        site: where.
+        terms: in the order of the sum.
+        dtype: what is computed in; None: the widest of the factors' and the weight's own.
+    """
+
+    def __init__(self, site: Site, terms: Terms, dtype: torch.dtype | None) -> None:
+        frozen = [t.value.scaled(t.coefficient) for t in terms if not t.trains]
+        dtype = side_dtype(site, [t.value for t in terms], dtype)
+        self._site = site
+        self._pieces = [stacked(frozen, dtype=dtype, device=side_device(site, terms))] if frozen else []
+        self._pieces += [t.value.scaled(t.coefficient) for t in terms if t.trains]
+
+    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
+        for i, piece in enumerate(self._pieces):
+            if piece.A.device != out.device:  # the base was moved after the switch
+                piece = piece.to(device=out.device)
+                if not piece.A.requires_grad:
+                    self._pieces[i] = piece
+            out = self._added(out, x, piece, spare)
+            spare = True  # what this added to is ours
+        return out
+
+    def _added(self, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> Tensor:
+        """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
+        site, dtype = self._site, out.dtype
+        if x.is_floating_point():
+            x = x.to(torch.promote_types(piece.A.dtype, x.dtype))
+            A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
+        else:
+            A, B = piece.A, piece.B
+        out = site.onto(out, site.down(x, A), B, scale=piece.scale, spare=spare)
+        if piece.bias is not None:
+            out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
+        return out.to(dtype)
+
+
+def side_dtype(site: Site, values: Sequence[LowRank], asked: torch.dtype | None) -> torch.dtype:
+    """What a site's side path computes in: as asked, or the widest of the factors' and the weight's own."""
+    if asked is not None:
+        return asked
+    weight = site.weight
+    held = [value.dtype for value in values]
+    if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
+        held.append(weight.dtype)
+    dtype = held[0]
+    for other in held[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def side_device(site: Site, terms: Terms) -> torch.device:
+    """Where a site's side path computes: where its weight is."""
+    return site.weight.device if site.weight is not None else terms[0].value.device
+
+
+def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:
+    """``out`` and ``x`` in dtypes that hold a sum computed in ``dtype``; and whether ``out`` may be written over."""
+    if x.is_floating_point():
+        x = x.to(torch.promote_types(dtype, x.dtype))
+        dtype = x.dtype
+    wide = out.dtype if torch.is_autocast_enabled(out.device.type) else torch.promote_types(out.dtype, dtype)
+    return (out, x, spare) if wide == out.dtype else (out.to(wide), x, True)
