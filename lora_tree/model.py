@@ -29,9 +29,10 @@ from torch.utils.hooks import RemovableHandle
 from .engine.axis import RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
-from .engine.host import MergedWarning, claim, let_go, unwrapped, warn_on_save
+from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, warn_on_save
 from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
+from .engine.prepared import Prepared
 from .engine.routed import Router, Strategy
 from .engine.unmerged import Unmerged
 from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
@@ -114,8 +115,10 @@ class TreeModel(nn.Module):
         self._lock = threading.RLock()
         self._binder = Binder(inner, tree.base)
         self._merged = Merged(inner, in_place=pristine == "none")
-        self._unmerged = Unmerged(inner, dtype=compute_dtype)
+        self._compute_dtype = compute_dtype
+        self._beside: Unmerged | Prepared = Unmerged(inner, dtype=compute_dtype)
         self._router = Router(compute_dtype)
+        self._compile_watch = CompileWatch()
         self._rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
         self._save_hook: RemovableHandle | None = None
         self._mark = claim(inner, self)
@@ -166,13 +169,13 @@ class TreeModel(nn.Module):
                 self._check_trainable(plan)
                 self._merged.check(plan)
                 self._merged.switch(plan)
-                self._unmerged.switch(BARE)
+                self._beside.switch(BARE)
                 state = State.MERGED
             else:
                 self._check_side_paths(plan)
-                self._unmerged.sides(plan)
+                self._beside.ready(plan)
                 self._merged.switch(BARE)
-                self._unmerged.switch(plan)
+                self._beside.switch(plan)
                 state = State.UNMERGED
             kept = blend if isinstance(blend, str) else dict(blend)
             state = state if parse_blend(kept) != {"": 1.0} else State.BARE
@@ -268,7 +271,7 @@ class TreeModel(nn.Module):
                 self._merged.forget()
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
-            self._unmerged.switch(BARE)
+            self._beside.switch(BARE)
             self._became("", State.BARE, TreeModel.deactivate)
 
     def detach(self) -> None:
@@ -278,7 +281,7 @@ class TreeModel(nn.Module):
                 return
             self.deactivate()
             self._merged.pristine.forget()
-            self._unmerged.forget()
+            self._beside.forget()
             self._router.forget()
             self._binder.forget()
             self.tree.release(self)
@@ -291,6 +294,46 @@ class TreeModel(nn.Module):
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
         return sorted(lineages | {path for path in self._training() if path in self.tree})
+
+    def prepare(self, *, max_rank: int) -> None:
+        """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they stay until `detach`.
+
+        After it, ``activate(…, mode="unmerged")`` and `route` rewrite the buffers in place, so a base that is compiled
+        next is traced once while bare, once for a path and once for each number of routed rows, and never again for
+        another path. Merged switching needs none of this.
+
+        Args:
+            max_rank: columns of every buffer: the largest Σr of a path, or of all nodes of a batch together, at any
+                site. A site costs ``max_rank · (in + out)`` numbers, and as much work as that at every step.
+
+        Raises:
+            StateError: a path is active, the model is prepared or detached already, or the base is compiled already.
+            SpecError: ``max_rank`` is not a positive whole number.
+            BaseMismatch, FormatError: a node does not fit the base, or its files can't be read.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> for path in ("fr", "fr/legal"): _ = tree.add(path)
+        >>> model = attach(tree, base)
+        >>> model.prepare(max_rank=4)
+        >>> with model.route(["fr/legal", ""]):
+        ...     tuple(base(torch.zeros(2, 4)).shape)
+        (2, 3)
+        """
+        with self._lock:
+            self._usable()
+            if self.state is not State.BARE or isinstance(self._beside, Prepared):
+                raise StateError("prepare needs a bare model that is not prepared yet", "deactivate(), or detach()")
+            self._check_uncompiled()
+            values: dict[Site, list[LowRank]] = {}
+            for path in self.tree.paths():
+                self._make(path)
+                outline = self.tree.outline(path)
+                for name, value in outline.modules.items() if outline is not None else ():
+                    site = self._binder.site_for(path, name, value)
+                    if site.why_merged_only is None:
+                        values.setdefault(site, []).append(value)
+            self._beside = Prepared(values, max_rank=max_rank, dtype=self._compute_dtype)
 
     # ------------------------------------------------------------------ training
     def trainable(self, *paths: str) -> list[dict[str, Any]]:
@@ -348,18 +391,23 @@ class TreeModel(nn.Module):
         plan = self._binder.plan([(node, 1.0, adapter) for node, adapter in adapters if adapter is not None])
         self._check_side_paths(plan)
         route = self._router.route(batch, plan, strategy)
-        route.sides(axis)
+        self._beside.ready_for(route, axis)
         self._merged.switch(BARE)
-        self._unmerged.switch_to(route, axis)
+        self._beside.switch_to(route, axis)
         self._became(paths, State.ROUTED, lambda self: self._route(paths, batch, axis, strategy))
 
     def _check_side_paths(self, plan: Plan) -> None:
-        if plan.terms and (self._compiled or self.base._compiled_call_impl is not None):
+        if plan.terms and not isinstance(self._beside, Prepared):
+            self._check_uncompiled()
+        self._beside.check(plan)
+
+    def _check_uncompiled(self) -> None:
+        if self._compiled or self.base._compiled_call_impl is not None or self._compile_watch.sees(self.base):
             raise StateError(
-                "the base was compiled before the tree was attached: its forward ignores later hooks",
-                'activate(…, mode="merged") works under torch.compile',
+                "the base is compiled, and a compiled forward ignores hooks that come later",
+                'activate(…, mode="merged") works under torch.compile as it is',
+                "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
             )
-        self._unmerged.check(plan)
 
     def _became(self, what: Blend | tuple[Blend, ...], state: State, again: Callable[[TreeModel], None]) -> None:
         self._active, self._again = what, again

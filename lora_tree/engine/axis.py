@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import BaseMismatch, SpecError
 from ..sites import Site
 
-__all__ = ["RowAxis"]
+__all__ = ["DECLARE", "RowAxis", "in_a_list_of_lists"]
 
 DECLARE = "rows that are repeated in place are declared by repeat=, whole batches that are stacked by tile="
 
@@ -107,7 +107,7 @@ class RowAxis:
     # ------------------------------------------------------------------ private
     def _check(self, site: Site, x: Tensor, length: int, others: Sequence[int]) -> None:
         if not others:
-            if not self._vectors and site not in self._proven and _in_a_list_of_lists(site.name):
+            if not self._vectors and site not in self._proven and in_a_list_of_lists(site.name):
                 raise BaseMismatch(
                     f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
                     "experts with a module each can't be routed: leave them out, or activate one path at a time",
@@ -128,6 +128,6 @@ class RowAxis:
         return f"{declared} rows{of}{more}"
 
 
-def _in_a_list_of_lists(name: str) -> bool:
+def in_a_list_of_lists(name: str) -> bool:
     """One module of many in one of many: ``layers.3.experts.7.up_proj``."""
     return sum(part.isdigit() for part in name.split(".")) > 1

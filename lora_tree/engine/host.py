@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 import weakref
+from typing import Any
 
 from torch import nn
 
 from ..errors import SpecError, StateError
 
-__all__ = ["MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
+__all__ = ["CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
 
 
 class MergedWarning(UserWarning):
     """A base is about to be saved with a path merged into it, or drifts because it was asked to."""
+
+
+class CompileWatch:
+    """Whether ``torch.compile`` wraps a base. Nothing on the base says so, and finding out takes a while.
+
+    So it is looked for only when torch has compiled something since the last look.
+    """
+
+    def __init__(self) -> None:
+        self._frames = 0
+
+    def sees(self, base: nn.Module) -> bool:
+        """Whether a compiled wrapper of ``base`` is there."""
+        compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
+        frames = getattr(compiler, "FRAME_COUNTER", 0)
+        if frames == self._frames:
+            return False
+        if any(isinstance(held, dict) and held.get("_orig_mod") is base for held in gc.get_referrers(base)):
+            return True
+        self._frames = frames
+        return False
 
 
 class Mark:
@@ -74,7 +97,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
             )
         if ".fsdp" in name.lower():
             raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
-        compiled = compiled or module._compiled_call_impl is not None
+        compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
     return base, compiled
 
 

@@ -128,6 +128,19 @@ class Binder:
             known = self._sites[name] = find_site(self._base, name)
         return known
 
+    def site_for(self, node: str, name: str, value: LowRank) -> Site:
+        """The site of that name, which ``value`` fits.
+
+        Raises:
+            BaseMismatch: there is none, or it does not; names the node.
+        """
+        try:
+            site = self.site(name)
+            site.check(value)
+        except LoraTreeError as error:
+            raise error.within(node) from error
+        return site
+
     def forget(self) -> None:
         """Drop the plans kept for paths used before."""
         self._plans.clear()

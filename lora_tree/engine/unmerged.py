@@ -69,6 +69,14 @@ class Unmerged:
         self._kept.move_to_end(key)
         return found
 
+    def ready(self, plan: Plan) -> None:
+        """Lay out what `switch` will run: all that can fail."""
+        self.sides(plan)
+
+    def ready_for(self, route: Route, axis: RowAxis) -> None:
+        """Lay out what `switch_to` will run: all that can fail."""
+        route.sides(axis)
+
     def switch(self, plan: Plan) -> None:
         """Run one path or blend beside the weights; an empty plan is the bare base."""
         self._switch(plan, self.sides(plan), plan if plan.terms else None, None)
