@@ -19,11 +19,10 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .engine.axis import RowAxis
@@ -39,6 +38,7 @@ from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter
+from .training.factors import Factors
 from .tree import AdapterTree, Blend, parse_blend
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
@@ -107,11 +107,13 @@ class TreeModel(nn.Module):
         self.tree = tree
         self.base = inner
         self.training = inner.training
-        self.factors = nn.ModuleDict()
+        self.factors = Factors()
         self.state = State.BARE
         self.epoch = 0
         self._active: Blend | tuple[Blend, ...] = ""
         self._again: Callable[[TreeModel], None] = TreeModel.deactivate
+        self._waiting: list[Blend | tuple[Blend, ...]] = []
+        self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
         self._binder = Binder(inner, tree.base)
         self._merged = Merged(inner, in_place=pristine == "none")
@@ -123,8 +125,7 @@ class TreeModel(nn.Module):
         self._save_hook: RemovableHandle | None = None
         self._mark = claim(inner, self)
         try:
-            for path in tree.paths():
-                self._make(path)
+            self._make(tree.paths())
         except LoraTreeError:
             let_go(inner)
             raise
@@ -191,14 +192,9 @@ class TreeModel(nn.Module):
 
         Other threads that switch this base wait until the block is left.
         """
-        with self._lock:
-            before = self._again
+        with self._lock, self._coming_back():
             self.activate(blend, mode=mode)
-            try:
-                yield self
-            finally:
-                if self.state is not State.DETACHED:
-                    before(self)
+            yield self
 
     @contextlib.contextmanager
     def route(
@@ -243,14 +239,10 @@ class TreeModel(nn.Module):
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
             axis = RowAxis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first, proven=self._rows_first)
-            before = self._again
-            self._route(tuple(paths), batch, axis, strategy)
-            try:
+            with self._coming_back():
+                self._route(tuple(paths), batch, axis, strategy)
                 with expansions(self.base, axis):
                     yield self
-            finally:
-                if self.state is not State.DETACHED:
-                    before(self)
 
     def trust(self, what: Literal["pristine", "weights"]) -> None:
         """After somebody else wrote to merged weights: say which are the base's own, and be bare.
@@ -275,11 +267,13 @@ class TreeModel(nn.Module):
             self._became("", State.BARE, TreeModel.deactivate)
 
     def detach(self) -> None:
-        """Make the base bare and let go of it; this object can't be used afterwards."""
+        """Make the base bare and let go of it; what `trainable` froze of it is as it was. This object is spent then."""
         with self._lock:
             if self.state is State.DETACHED:
                 return
             self.deactivate()
+            for parameter, flag in self._flags or ():
+                parameter.requires_grad_(flag)
             self._merged.pristine.forget()
             self._beside.forget()
             self._router.forget()
@@ -289,11 +283,14 @@ class TreeModel(nn.Module):
             self.state = State.DETACHED
 
     def nodes_in_use(self) -> list[str]:
-        """The nodes that the base's behaviour depends on now; the tree refuses to change them."""
-        blends = self._active if isinstance(self._active, tuple) else (self._active,)
+        """The nodes that the base's behaviour depends on, or will again when a ``with`` is left, and those that train.
+
+        The tree refuses to change them.
+        """
+        blends = [b for what in (self._active, *self._waiting) for b in (what if isinstance(what, tuple) else (what,))]
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
-        return sorted(lineages | {path for path in self._training() if path in self.tree})
+        return sorted(lineages | {path for path in self.factors.training_paths if path in self.tree})
 
     def prepare(self, *, max_rank: int) -> None:
         """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they stay until `detach`.
@@ -326,14 +323,15 @@ class TreeModel(nn.Module):
                 raise StateError("prepare needs a bare model that is not prepared yet", "deactivate(), or detach()")
             self._check_uncompiled()
             values: dict[Site, list[LowRank]] = {}
+            self._make(self.tree.paths())
             for path in self.tree.paths():
-                self._make(path)
                 outline = self.tree.outline(path)
                 for name, value in outline.modules.items() if outline is not None else ():
                     site = self._binder.site_for(path, name, value)
                     if site.why_merged_only is None:
                         values.setdefault(site, []).append(value)
             self._beside = Prepared(values, max_rank=max_rank, dtype=self._compute_dtype)
+            self._mark.bare = False
 
     # ------------------------------------------------------------------ training
     def trainable(self, *paths: str) -> list[dict[str, Any]]:
@@ -359,15 +357,14 @@ class TreeModel(nn.Module):
                     f"{merged[0]} is merged into the weights and can't train",
                     'activate(…, mode="unmerged") first',
                 )
-            for path in chosen:
-                self._own(path)
-            for parameter in self.base.parameters():
-                parameter.requires_grad_(False)
-            for path, module in self.factors.items():
-                module.requires_grad_(path.replace(_DOT, ".") in chosen)
+            self._own(chosen)
+            if self._flags is None:
+                self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+            self.base.requires_grad_(False)
+            self.factors.train_only(chosen)
             if self.state in (State.UNMERGED, State.ROUTED):
                 self._again(self)
-            return [{"name": path, "params": list(self.factors[_key(path)].parameters())} for path in chosen]
+            return [{"name": path, "params": self.factors.of(path)} for path in chosen]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, as it behaves now."""
@@ -378,15 +375,25 @@ class TreeModel(nn.Module):
         if self.state is State.DETACHED:
             raise StateError("this model was detached", "attach the tree again: lora_tree.attach(tree, base)")
 
+    @contextlib.contextmanager
+    def _coming_back(self) -> Iterator[None]:
+        """What is active now is active again afterwards; until then its nodes can't be changed."""
+        before, epoch = self._again, self.epoch
+        self._waiting.append(self._active)
+        try:
+            yield
+        finally:
+            self._waiting.pop()
+            if self.state is not State.DETACHED and self.epoch != epoch:
+                before(self)
+
     def _plan(self, blend: Blend) -> Plan:
-        for path in self.tree.coefficients(blend):
-            self._make(path)
+        self._make(self.tree.coefficients(blend))
         return self._binder.plan(self.tree.terms(blend))
 
     def _route(self, paths: tuple[Blend, ...], batch: Batch, axis: RowAxis, strategy: Strategy) -> None:
         self._usable()
-        for node in batch.nodes:
-            self._make(node)
+        self._make(batch.nodes)
         adapters = [(node, self.tree.adapter(node)) for node in batch.nodes]
         plan = self._binder.plan([(node, 1.0, adapter) for node, adapter in adapters if adapter is not None])
         self._check_side_paths(plan)
@@ -413,43 +420,40 @@ class TreeModel(nn.Module):
         self._active, self._again = what, again
         self.state = state
         self.epoch += 1
-        self._mark.merged = state is State.MERGED
+        self._mark.bare = state is State.BARE and not isinstance(self._beside, Prepared)
         if state is State.MERGED and self._save_hook is None and hasattr(self.base, "save_pretrained"):
             self._save_hook = self.base.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
         elif state is not State.MERGED and self._save_hook is not None:
             self._save_hook.remove()
             self._save_hook = None
 
-    def _make(self, path: str) -> None:
-        """Give a fresh node its adapter."""
-        fresh = self.tree[path].fresh
-        if fresh is None:
-            return
-        spec = fresh.over(self.tree.defaults)
-        try:
-            adapter = fresh_adapter(self.base, spec, base_name=self.tree.base)
-        except LoraTreeError as error:
-            raise error.within(path) from error
-        self.tree.settle(path, adapter)
+    def _make(self, paths: Iterable[str]) -> None:
+        """Give fresh nodes their adapters: all of them, or on an error none."""
+        made = {}
+        for path in paths:
+            fresh = self.tree[path].fresh
+            if fresh is not None:
+                try:
+                    made[path] = fresh_adapter(self.base, fresh.over(self.tree.defaults), base_name=self.tree.base)
+                except LoraTreeError as error:
+                    raise error.within(path) from error
+        for path, adapter in made.items():
+            self.tree.settle(path, adapter)
 
-    def _own(self, path: str) -> None:
-        """Make a node's factors parameters of this module, in fp32 or wider."""
-        if _key(path) in self.factors:
-            return
-        self._make(path)
-        adapter = self.tree.adapter(path)
-        if adapter is None:
-            raise StateError(f"{path} is a group without an adapter, nothing in it can train")
-        adapter = self._binder.bind(path, adapter)
-        held, modules = _Factors(), {}
-        for name, value in adapter.modules.items():
-            modules[name] = held.take(name, value)
-        self.tree.settle(path, replace(adapter, modules=modules, errors={}))
-        self.factors[_key(path)] = held
-
-    def _training(self) -> list[str]:
-        held = {key: m for key, m in self.factors.items() if any(p.requires_grad for p in m.parameters())}
-        return [key.replace(_DOT, ".") for key in held]
+    def _own(self, paths: list[str]) -> None:
+        """Make nodes' factors parameters of this module, in fp32 or wider: all of them, or on an error none."""
+        self._make(paths)
+        bound = {}
+        for path in paths:
+            adapter = self.tree.adapter(path)
+            if adapter is None:
+                raise StateError(f"{path} is a group without an adapter, nothing in it can train")
+            bound[path] = self._binder.bind(path, adapter)
+        self.factors.follow(self.tree)
+        for path, adapter in bound.items():
+            owned = self.factors.own(path, adapter)
+            if owned is not adapter:
+                self.tree.settle(path, owned)
 
     def _check_trainable(self, plan: Plan) -> None:
         for name, terms in plan.terms.items():
@@ -468,27 +472,3 @@ class TreeModel(nn.Module):
                 raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")
             chosen |= hits
         return [path for path in self.tree.paths() if path in chosen]
-
-
-class _Factors(nn.Module):
-    """One node's factors as parameters; their names are the modules' with ``/`` for dots."""
-
-    def take(self, name: str, value: LowRank) -> LowRank:
-        """Copies of ``value``'s factors as parameters of this module, and the value made of them."""
-        dtype = torch.promote_types(value.dtype, torch.float32)
-
-        def parameter(part: str, tensor: Tensor) -> nn.Parameter:
-            made = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
-            self.register_parameter(f"{name.replace('.', '/')}/{part}", made)
-            return made
-
-        bias = None if value.bias is None else parameter("bias", value.bias)
-        return replace(value, A=parameter("A", value.A), B=parameter("B", value.B), bias=bias)
-
-
-_DOT = "\N{ONE DOT LEADER}"
-
-
-def _key(path: str) -> str:
-    """A node's path as the name of a submodule: torch reserves the dot."""
-    return path.replace(".", _DOT)

@@ -337,7 +337,7 @@ def test_a_tied_weight_is_refused_merged_and_changed_alone_unmerged(arch: Arch, 
     with pytest.raises(TiedWeights) as refused:
         model.activate("one")
     first, *choices = str(refused.value).splitlines()
-    assert first.startswith(f"{name}: its weight is tied to ")
+    assert first.startswith(f"one: {name}: its weight is tied to ")
     assert f"{other}.weight" in first
     assert [word for word, line in zip(("unmerged", "untie", "leave"), choices, strict=True) if word in line] == [
         "unmerged", "untie", "leave",

@@ -28,7 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 RINGS = {
     "values": ["errors", "lowrank", "storage", "adapter", "spec", "tree"],
     "files": ["formats", "folder"],
-    "binding": ["sites", "engine", "model", "fit", "cache", "training"],
+    "binding": ["sites", "engine", "training", "cache", "model", "fit"],
     "edges": ["extras", "export", "integrations", "demo", "cli"],
 }
 SEES = {"values": [], "files": ["values"], "binding": ["values"], "edges": ["values", "files", "binding"]}

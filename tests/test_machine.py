@@ -40,13 +40,21 @@ def adapter(seed: int) -> lt.Adapter:
     )
 
 
+Value = dict[str, tuple[Tensor, Tensor, float]]
+
+
+def value(of: lt.Adapter) -> Value:
+    """The numbers of an adapter now, by module: A, B and scale."""
+    return {n: (v.A.detach().double().clone(), v.B.detach().double().clone(), v.scale) for n, v in of.modules.items()}
+
+
 class Switching(RuleBasedStateMachine):
     """The oracle is a dict of paths and a dense sum by hand; the bits are those of a model that was never switched."""
 
     @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def start(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.nodes: dict[str, tuple[int, float]] = {}  # path → seed of its adapter, weight
+        self.nodes: dict[str, tuple[Value, float]] = {}  # path → its increments, weight
         self.active: dict[str, float] = {}
         self.mode = "merged"
         self.tree = lt.AdapterTree()
@@ -55,7 +63,7 @@ class Switching(RuleBasedStateMachine):
         self.addresses = {k: v.data_ptr() for k, v in self.base.state_dict().items()}
         self.model = lt.attach(self.tree, self.base)
         self.folder = tempfile.TemporaryDirectory()
-        self.saved: dict[str, tuple[int, float]] | None = None
+        self.saved: dict[str, tuple[Value, float]] | None = None
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -76,7 +84,66 @@ class Switching(RuleBasedStateMachine):
         if path in self.nodes:
             return
         self.tree.add(path, adapter=adapter(seed), weight=weight)
-        self.nodes[path] = seed, weight
+        self.nodes[path] = value(adapter(seed)), weight
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), name=st.sampled_from("abcd"))
+    def move(self, data: st.DataObject, name: str) -> None:
+        path = self.some(data)
+        above = data.draw(st.sampled_from(["", *sorted(self.nodes)]))
+        to = f"{above}/{name}" if above else name
+        below = [p for p in self.nodes if p == path or p.startswith(path + "/")]
+        try:
+            self.tree.move(path, to)
+        except lt.errors.TreeError:
+            assert to in self.nodes or (to + "/").startswith(path + "/") or set(below) & self.in_use()
+        else:
+            assert to == path or not set(below) & self.in_use()
+            moved = {p: self.nodes.pop(p) for p in below}
+            self.nodes |= {to + p[len(path) :]: node for p, node in moved.items()}
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), seed=st.integers(0, 50), weight=st.sampled_from([1.0, 0.3, None]))
+    def update(self, data: st.DataObject, seed: int, weight: float | None) -> None:
+        path = self.some(data)
+        try:
+            self.tree.update(path, adapter=adapter(seed), weight=weight)
+        except lt.errors.TreeError:
+            assert path in self.in_use()
+        else:
+            assert path not in self.in_use()
+            self.nodes[path] = value(adapter(seed)), self.nodes[path][1] if weight is None else weight
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), step=st.sampled_from([0.5, -0.25]))
+    def train(self, data: st.DataObject, step: float) -> None:
+        path = self.some(data)
+        try:
+            (group,) = self.model.trainable(path)
+        except lt.errors.StateError:
+            assert self.mode == "merged"
+            assert path in self.in_use()
+            return
+        with torch.no_grad():
+            for parameter in group["params"]:
+                parameter.add_(step)
+        self.model.trainable()
+        shifted = {n: (A + step, B + step, scale) for n, (A, B, scale) in self.nodes[path][0].items()}
+        self.nodes[path] = shifted, self.nodes[path][1]
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data(), count=st.integers(1, 4), strategy=st.sampled_from(["auto", "nodes", "paths", "matrix"]))
+    def route(self, data: st.DataObject, count: int, strategy: Any) -> None:
+        rows = [data.draw(st.sampled_from(["", *sorted(self.nodes)])) for _ in range(count)]
+        x = torch.linspace(-1, 1, 5 * count).reshape(count, 5).to(self.dtype)
+        with self.model.route(rows, strategy=strategy):
+            got = self.base(x)
+        before = self.active
+        for row, path in enumerate(rows):
+            self.active = {path: 1.0} if path else {}
+            exact, _, _ = self.exact()
+            self.close(got[row], self.dense(x[row].double(), exact))
+        self.active = before
 
     @precondition(lambda self: self.nodes)
     @rule(data=st.data())
@@ -151,21 +218,30 @@ class Switching(RuleBasedStateMachine):
                 found[node] = found.get(node, 0.0) + weight
         return found
 
+    def exact(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """What the weights should be, Σ|W| + Σ|s||B||A|, and Σr."""
+        exact = {k: v.double() for k, v in self.bare.items()}
+        size = {k: v.double().abs() for k, v in self.bare.items()}
+        rank = 0
+        for node, c in self.coefficients().items():
+            own, weight = self.nodes[node]
+            for name, (A, B, scale) in own.items():
+                s, k = c * weight * scale, f"{name}.weight"
+                exact[k] = exact[k] + s * (B @ A)
+                size[k] = size[k] + abs(s) * (B.abs() @ A.abs())
+                rank += len(A)
+        return exact, size, rank
+
+    def close(self, got: Tensor, wanted: Tensor) -> None:
+        loose = {"rtol": 0.05, "atol": 0.3} if self.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(got.detach().double(), wanted, **loose)
+
     @invariant()
     def the_base_is_what_the_path_means(self) -> None:
         if not hasattr(self, "model"):
             return
         assert {k: v.data_ptr() for k, v in self.base.state_dict().items()} == self.addresses
-        exact = {k: v.double() for k, v in self.bare.items()}
-        size = {k: v.double().abs() for k, v in self.bare.items()}
-        rank = 0
-        for node, c in self.coefficients().items():
-            seed, weight = self.nodes[node]
-            for name, v in adapter(seed).modules.items():
-                s, k = c * weight * v.scale, f"{name}.weight"
-                exact[k] = exact[k] + s * (v.B.double() @ v.A.double())
-                size[k] = size[k] + abs(s) * (v.B.double().abs() @ v.A.double().abs())
-                rank += v.rank
+        exact, size, rank = self.exact()
         if self.mode == "merged":
             fresh = base(self.dtype)
             lt.attach(self.tree, fresh).activate(self.active or "")
@@ -177,11 +253,7 @@ class Switching(RuleBasedStateMachine):
         else:
             assert all(torch.equal(p, self.bare[k]) for k, p in self.base.named_parameters())
             x = torch.linspace(-1, 1, 15).reshape(3, 5)
-            torch.testing.assert_close(
-                self.base(x.to(self.dtype)).double(),
-                self.dense(x.double(), exact),
-                **({"rtol": 0.05, "atol": 0.3} if self.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}),
-            )
+            self.close(self.base(x.to(self.dtype)), self.dense(x.double(), exact))
 
     @staticmethod
     def dense(x: Tensor, w: dict[str, Tensor]) -> Tensor:

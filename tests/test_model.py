@@ -304,11 +304,110 @@ def test_one_base_has_one_tree_at_a_time() -> None:
     lt.attach(tree, base).activate("a")
 
 
-def test_a_base_whose_model_was_dropped_while_merged_is_refused() -> None:
+@pytest.mark.parametrize("how", ["merged", "unmerged", "prepared"])
+def test_a_base_whose_model_was_dropped_while_a_path_was_active_is_refused(how: Any) -> None:
     base = net()
-    lt.attach(forest(), base).activate("a")
-    with pytest.raises(StateError, match="dropped while a path was merged"):
+    model = lt.attach(forest(), base)
+    if how == "prepared":
+        model.prepare(max_rank=64)
+    else:
+        model.activate("a", mode=how)
+    del model
+    with pytest.raises(StateError, match="dropped while a path was active, or prepared"):
         lt.attach(forest(), base)
+
+
+def test_a_model_dropped_while_bare_leaves_its_base_to_others() -> None:
+    base = net()
+    lt.attach(forest(), base).activate("")
+    model = lt.attach(forest(), base)
+    with model.using("a", mode="unmerged"):
+        pass
+    del model
+    lt.attach(forest(), base)
+
+
+@pytest.mark.parametrize("inside", ["using", "route"])
+def test_what_a_with_goes_back_to_can_not_be_changed_meanwhile(inside: str) -> None:
+    tree, base = forest(), net()
+    model = lt.attach(tree, base)
+    model.activate("j")
+    with model.using("a") if inside == "using" else model.route(["a", ""]):
+        for change in (lambda: tree.remove("j"), lambda: tree.rename("j", "k"), lambda: tree.update("j", weight=2.0)):
+            with pytest.raises(TreeError, match="j: active on an attached model"):
+                change()
+    assert model.active == "j"
+    model.activate("a")
+    tree.remove("j")
+
+
+def test_detach_gives_the_flags_back_that_trainable_took() -> None:
+    base = net()
+    base.norm.requires_grad_(False)
+    before = picture(base)
+    model = lt.attach(forest(), base)
+    model.trainable("a")
+    model.trainable("f")
+    model.trainable()
+    assert not any(p.requires_grad for p in base.parameters())
+    model.detach()
+    assert_same(picture(base), before)
+
+
+def test_a_failed_attach_leaves_the_tree_as_it_was() -> None:
+    tree = lt.AdapterTree(defaults=dict(r=2))
+    tree.add("a", target_modules=["head"])
+    tree.add("b", target_modules=["hed"])
+    with pytest.raises(lt.errors.BaseMismatch, match="b: target 'hed' matches nothing"):
+        lt.attach(tree, net())
+    assert tree["a"].fresh is not None
+    assert tree["a"].loaded is None
+
+
+def test_trainable_takes_over_no_node_where_one_is_a_group() -> None:
+    tree = forest()
+    tree.add("g", group=True)
+    model = lt.attach(tree, net())
+    own = tree.adapter("a")
+    with pytest.raises(StateError, match="g is a group without an adapter"):
+        model.trainable("a", "g")
+    assert tree.adapter("a") is own
+    assert not model.factors
+
+
+def test_trainable_gives_the_factors_that_the_tree_holds_whatever_became_of_the_node() -> None:
+    tree = forest()
+    model = lt.attach(tree, net())
+
+    def held(path: str) -> list[int]:
+        adapter = tree.adapter(path)
+        assert adapter is not None
+        return sorted(id(t) for v in adapter.modules.values() for t in v.tensors)
+
+    def trained(path: str) -> list[int]:
+        (group,) = model.trainable(path)
+        model.trainable()
+        return sorted(map(id, group["params"]))
+
+    first = trained("j")
+    assert first == held("j")
+    tree.rename("j", "k")
+    tree.add("j", adapter=adapter(random.Random(3)))
+    assert trained("j") == held("j") != first
+    assert trained("k") == held("k") == first, "the parameters go along with the node"
+    tree.update("j", adapter=adapter(random.Random(4)))
+    assert trained("j") == held("j")
+    tree.remove("k")
+    model.trainable("a")
+    assert sorted(model.factors) == ["a", "j"], "a node that is gone has no parameters"
+
+
+def test_what_can_not_be_applied_in_a_mode_names_its_node() -> None:
+    tree, base = lt.AdapterTree(), nn.Sequential(nn.Linear(4, 3, bias=False))
+    value = lt.LowRank(torch.ones(1, 4), torch.ones(3, 1), bias=torch.ones(3))
+    tree.add("a", adapter=lt.Adapter({"0": value}))
+    with pytest.raises(lt.errors.UnmergedOnly, match="a: 0: can't be merged"):
+        lt.attach(tree, base).activate("a")
 
 
 def test_nodes_in_use_can_not_be_changed() -> None:

@@ -45,7 +45,7 @@ class Mark:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
-        self.merged = False
+        self.bare = True
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Mark] = weakref.WeakKeyDictionary()
@@ -55,13 +55,16 @@ def claim(base: nn.Module, model: nn.Module) -> Mark:
     """Note that ``model`` holds ``base``.
 
     Raises:
-        StateError: another one does, or was dropped while a path was merged.
+        StateError: another one does, or was dropped while a path was active.
     """
     mark = _ATTACHED.get(base)
     if mark is not None and mark.model() is not None:
         raise StateError("this base is attached already", "use that model, or call its detach() first")
-    if mark is not None and mark.merged:
-        raise StateError("an earlier model of this base was dropped while a path was merged; load the base again")
+    if mark is not None and not mark.bare:
+        raise StateError(
+            "an earlier model of this base was dropped while a path was active, or prepared, and left it there",
+            "load the base again; next time keep the model that attach returns, and detach() it",
+        )
     _ATTACHED[base] = mark = Mark(model)
     return mark
 

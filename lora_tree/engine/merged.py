@@ -50,18 +50,19 @@ class Merged:
         for name, terms in plan.terms.items():
             site = plan.sites[name]
             for term in terms:
-                site.check_mode(term.value, merged=True)
+                site.check_mode(term.value, merged=True, node=term.node)
             other = names.setdefault((id(site.module), site.weight_name), name)
             if other != name:
                 raise TiedWeights(
-                    f"{other} and {name} are two names of one weight: written one after the other, one would be lost",
+                    f"{terms[0].node}: {other} and {name} are two names of one weight: "
+                    "written one after the other, one would be lost",
                     "call it by the same name in every adapter on the path",
                 )
         if plan.terms and (addresses := _addresses(self._base)) != self._addresses:
             self._untied.clear()  # a weight was replaced, and may be tied since
             self._addresses = addresses
         jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
-        self._check_ties([(j.site, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
+        self._check_ties([(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
 
     def switch(self, plan: Plan) -> None:
         """Make the weights those of ``plan``; an empty plan is the bare base.
@@ -135,16 +136,18 @@ class Merged:
                 _add(site, target, pristine, new, self._scratch)
                 self.pristine.wrote(site.module, attribute, merged=bool(new))
 
-    def _check_ties(self, written: Sequence[tuple[Site, str]]) -> None:
+    def _check_ties(self, written: Sequence[tuple[_Job, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
         spans = list(_spans(self._base)) if written else []
-        for site, attribute in written:
+        for job, attribute in written:
+            site = job.site
             start, end = _span(getattr(site.module, attribute))
             own = id(site.module), attribute
             shared = [f"{o}.{leaf}" for s, e, m, (o, leaf) in spans if s < end and e > start and (m, leaf) != own]
             if shared:
                 raise TiedWeights(
-                    f"{site.name}: its {attribute} is tied to {listing(sorted(shared))}: merging would change both",
+                    f"{job.new[0].node}: {site.name}: its {attribute} is tied to {listing(sorted(shared))}: "
+                    "merging would change both",
                     'use activate(…, mode="unmerged"), which changes this module alone',
                     f"or untie the base: module.{attribute} = nn.Parameter(module.{attribute}.detach().clone())",
                     "or leave the module out of the adapter",

@@ -66,7 +66,7 @@ class Prepared:
         """
         for name, terms in plan.terms.items():
             site, fixed = plan.sites[name], self._fixed.get(name)
-            site.check_mode(terms[0].value, merged=False)
+            site.check_mode(terms[0].value, merged=False, node=terms[0].node)
             if fixed is None or fixed.site is not site or (any(t.value.bias is not None for t in terms) > fixed.biased):
                 raise StateError(
                     f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module came later",

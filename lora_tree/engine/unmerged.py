@@ -53,7 +53,7 @@ class Unmerged:
             MergedOnly: one does not; says which and why.
         """
         for name, terms in plan.terms.items():
-            plan.sites[name].check_mode(terms[0].value, merged=False)
+            plan.sites[name].check_mode(terms[0].value, merged=False, node=terms[0].node)
 
     def sides(self, plan: Plan) -> dict[str, Side]:
         """The side paths of one path or blend; the same object for a plan that was used before."""

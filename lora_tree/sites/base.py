@@ -172,20 +172,19 @@ class Site(ABC):
                 f"{self.name}: A is {tuple(value.A.shape)} and B {tuple(value.B.shape)}, this base needs {A} and {B}"
             )
 
-    def check_mode(self, value: LowRank, *, merged: bool) -> None:
-        """That ``value`` can be applied in the mode asked for.
+    def check_mode(self, value: LowRank, *, merged: bool, node: str) -> None:
+        """That ``value``, which is ``node``'s, can be applied in the mode asked for.
 
         Raises:
             UnmergedOnly, MergedOnly: it can't; says why and which mode does.
         """
+        where = f"{node}: {self.name}"
         if merged:
             reason = self.why_unmerged_only(value)
             if reason:
-                raise UnmergedOnly(f"{self.name}: can't be merged: {reason}", 'use activate(…, mode="unmerged")')
+                raise UnmergedOnly(f"{where}: can't be merged: {reason}", 'use activate(…, mode="unmerged")')
         elif self.why_merged_only:
-            raise MergedOnly(
-                f"{self.name}: can't run unmerged: {self.why_merged_only}", 'use activate(…, mode="merged")'
-            )
+            raise MergedOnly(f"{where}: can't run unmerged: {self.why_merged_only}", 'use activate(…, mode="merged")')
 
     def _check_plain(self) -> None:
         module, name = self.module, self.weight_name

@@ -1,0 +1,1 @@
+"""What trains: which nodes, and where their factors live."""
