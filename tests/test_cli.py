@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from zoo import listing
 
 import lora_tree as lt
 from lora_tree import extras
@@ -185,6 +186,45 @@ def test_bounds_that_make_no_sense_are_refused(shell: Shell, zoo: Path, tmp_path
     assert err.startswith("error: ")
     assert "rank must be at least 1, got 0" in err
     assert not (tmp_path / "flat").exists()
+
+
+@pytest.mark.parametrize("out", ["zoo", "zoo/", "zoo/fr", "zoo/new/one", "zoo/../zoo/x", "linked", "linked/x"])
+def test_an_export_into_the_tree_s_own_folder_is_refused(
+    shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(zoo.parent)
+    Path("linked").symlink_to("zoo", target_is_directory=True)
+    before = listing(zoo)
+    for tree in ("zoo", "zoo/tree.yaml", "linked"):
+        code, _, err = shell("export", tree, "fr/legal", "--out", out)
+        assert code == 1
+        assert err.startswith(f"error: --out {out} is in the tree's own folder, where an adapter is a node\n")
+    assert listing(zoo) == before
+    assert shell("check", zoo)[0] == 0
+
+
+def test_an_export_over_an_adapter_that_lives_elsewhere_is_refused(shell: Shell, base: Path, tmp_path: Path) -> None:
+    adapter(base, 1).save(tmp_path / "elsewhere" / "fr")
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=tmp_path / "elsewhere" / "fr")
+    tree.save(tmp_path / "zoo")
+    before = listing(tmp_path)
+    code, _, err = shell("export", tmp_path / "zoo", "fr", "--out", tmp_path / "elsewhere" / "fr", "--rank", "1")
+    assert code == 1
+    assert "would write over the files of fr, " in err
+    assert listing(tmp_path) == before
+    assert shell("export", tmp_path / "zoo", "fr", "--out", tmp_path / "elsewhere" / "flat")[0] == 0
+
+
+@pytest.mark.parametrize("out", ["", " "])
+def test_an_export_to_nowhere_is_refused(
+    shell: Shell, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = shell("export", zoo, "fr/legal", "--out", out)
+    assert (code, err.splitlines()[0]) == (1, "error: --out is empty")
+    assert not list(Path().iterdir())
 
 
 # ---------------------------------------------------------------------- generate
