@@ -201,23 +201,85 @@ def test_merged_weight_is_the_dense_sum_rounded_once(name: str, dtype: torch.dty
     assert W.data_ptr() == address
 
 
+LARGE: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(512, 512), "m", (), 512, 512, LINEAR, "m.weight", _same, _float(1, 512)),
+    "Conv1D": Kind(lambda: Conv1D(384, 256), "m", (), 384, 256, LINEAR, "m.weight", _transposed, _float(1, 256)),
+    "embedding": Kind(lambda: nn.Embedding(700, 256), "m", (), 256, 700, EMBEDDING, "m.weight", _transposed, _ids),
+    "conv2d": Kind(
+        lambda: nn.Conv2d(64, 96, 3), "m", (), 96, 576, Layout("conv", (3, 3)), "m.weight",
+        lambda d: d.reshape(96, 64, 3, 3), _float(1, 64, 4, 4),
+    ),
+    "conv2d channels last": Kind(
+        lambda: nn.Conv2d(64, 96, 3).to(memory_format=torch.channels_last), "m", (), 96, 576, Layout("conv", (3, 3)),
+        "m.weight", lambda d: d.reshape(96, 64, 3, 3), _float(1, 64, 4, 4),
+    ),
+    "experts": Kind(
+        lambda: Fused(8, 160, 96), "m.weight", (8,), 160, 96, PARAMETER, "m.weight", _same, _float(1, 96)
+    ),
+    "attention in": Kind(
+        lambda: nn.MultiheadAttention(192, 2), "m", (), 576, 192, LINEAR, "m.in_proj_weight", _same, _float(1, 1, 192)
+    ),
+    "attention out": Kind(
+        lambda: nn.MultiheadAttention(320, 2), "m.out_proj", (), 320, 320, LINEAR, "m.out_proj.weight", _same,
+        _float(1, 1, 320),
+    ),
+}  # fmt: skip
+
+
+class Fused(nn.Module):
+    """One parameter of some experts."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
 def test_a_narrow_base_differs_from_the_rounded_sum_in_one_entry_of_a_thousand_at_most(
-    dtype: torch.dtype, factors: torch.dtype
+    name: str, dtype: torch.dtype, factors: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    kind = Kind(lambda: nn.Linear(512, 512), "m", (), 512, 512, LINEAR, "m.weight", _same, _float(1, 512))
+    kind = LARGE[name]
     base = Base(kind.make()).to(dtype)
+    weight = base.get_parameter(kind.weight)
     with torch.no_grad():
-        base.m.weight.normal_()
-    before = base.m.weight.detach().clone()
+        weight.normal_()
+    before = weight.detach().clone()
     tree = lineage(kind, factors, size=0.7)
     lt.attach(tree, base).activate("a/b/c")
-    delta, _, _ = dense64(tree, "a/b/c", "m")
+    delta, _, _ = dense64(tree, "a/b/c", kind.name)
     assert 0.3 < delta.abs().mean() / before.double().abs().mean() < 3
-    exact = (before.double() + delta).to(dtype)
-    assert int((base.m.weight != exact).sum()) <= exact.numel() // 1000
+    exact = (before.double() + kind.dense(delta)).to(dtype)
+    assert int((weight != exact).sum()) <= exact.numel() // 1000
+
+
+@pytest.mark.parametrize("name", [n for n, k in KINDS.items() if "unmerged" in k.modes])
+def test_unmerged_the_factors_have_the_gradients_of_the_dense_sum(name: str) -> None:
+    torch.manual_seed(0)
+    kind = KINDS[name]
+    base = Base(kind.make()).double()
+    tree, x = lineage(kind, torch.float64), kind.x(torch.float64)
+    model = lt.attach(tree, base)
+    model.trainable("a", "a/b/c")
+    leaves, total = {}, base.get_parameter(kind.weight).detach().clone()
+    for node in tree.lineage("a/b/c"):
+        v = tree.adapter(node).modules[kind.name]  # type: ignore[union-attr]
+        leaves[node] = [t.detach().clone().requires_grad_() for t in (v.A, v.B)]
+        A, B = leaves[node]
+        total = total + kind.dense(tree[node].weight * v.scale * (B @ A))
+    weights = {n: p.detach() for n, p in base.named_parameters()} | {kind.weight: total}
+    exact = torch.func.functional_call(base, weights, (x,))
+    g = torch.randn_like(exact)
+    exact.backward(g)
+    with model.using("a/b/c", mode="unmerged"):
+        base(x).backward(g)
+    for node in ("a", "a/b/c"):
+        v = tree.adapter(node).modules[kind.name]  # type: ignore[union-attr]
+        for factor, leaf in zip((v.A, v.B), leaves[node], strict=True):
+            torch.testing.assert_close(factor.grad, leaf.grad, rtol=1e-11, atol=1e-11)
+    assert all(p.grad is None for p in base.parameters())
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
