@@ -650,6 +650,95 @@ def test_a_weight_alone_changes_only_text(zoo: Path) -> None:
     assert changed == {"tree.yaml", "tree.lock"}
 
 
+# ---------------------------------------------------------------------- training
+class Training:
+    """A tree over a base of one layer, whose node fr trains."""
+
+    def __init__(self, folder: Path) -> None:
+        value = lt.LowRank(torch.ones(2, 4), torch.zeros(3, 2))
+        self.tree, self.folder = lt.AdapterTree(), folder
+        self.tree.add("fr", adapter=lt.Adapter({"0": value}))
+        self.tree.add("fr/legal", adapter=lt.Adapter({"0": value}))
+        self.model = lt.attach(self.tree, torch.nn.Sequential(torch.nn.Linear(4, 3)))
+        self.parameters = self.model.trainable("fr")[0]["params"]
+        self.model.activate("fr", mode="unmerged")
+
+    def step(self) -> None:
+        """Change the factors in place, as an optimiser does."""
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.add_(1.0)
+
+    def saved(self, folder: Path | None = None) -> float:
+        """Save, and say what a reader finds."""
+        self.tree.save(folder or self.folder)
+        found = opened(folder or self.folder).adapter("fr")
+        assert found is not None
+        return found.modules["0"].B.mean().item()
+
+
+def test_what_was_trained_since_the_last_save_is_saved(tmp_path: Path) -> None:
+    run = Training(tmp_path / "zoo")
+    for steps in (1.0, 2.0, 3.0):
+        run.step()
+        assert run.saved() == steps
+    run.step()
+    assert run.saved(tmp_path / "other") == 4.0
+    run.step()
+    run.model.trainable()
+    assert run.saved(tmp_path / "third") == 5.0
+    assert run.saved() == 5.0
+
+
+def test_a_save_between_two_steps_writes_only_what_changed(tmp_path: Path) -> None:
+    run = Training(tmp_path / "zoo")
+    run.step()
+    run.saved()
+    before = {path: path.stat().st_ino for path in run.folder.rglob("*")}
+    run.saved()
+    assert {path: path.stat().st_ino for path in run.folder.rglob("*")} == before
+    run.step()
+    run.saved()
+    changed = {str(path.relative_to(run.folder)) for path, inode in before.items() if path.stat().st_ino != inode}
+    assert changed == {f"fr/{WEIGHTS}", f"fr/{CONFIG}", "tree.lock"}
+
+
+def test_training_after_a_save_makes_the_children_stale_and_the_node_itself_fresh(tmp_path: Path) -> None:
+    run = Training(tmp_path / "zoo")
+    run.saved()
+    run.tree.update("fr/legal", weight=0.5)
+    run.step()
+    run.saved()
+    assert [(p.node, p.kind) for p in lt.check(run.folder)] == [("fr/legal", "stale")]
+    run.parameters = run.model.trainable("fr/legal")[0]["params"]
+    for _ in range(2):
+        run.step()
+        run.saved()
+        assert lt.check(run.folder) == []
+
+
+def test_a_tree_in_memory_outlives_its_files(tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    tree().save(zoo)
+    changed = opened(zoo)
+    changed.update("fr", adapter=adapter(9))
+    changed.save(zoo)
+    loaded = opened(zoo)
+    expected = value(loaded)
+    shutil.rmtree(zoo)
+    for folder in (tmp_path / "other", zoo):
+        loaded.save(folder)
+        assert value(opened(folder)) == expected
+        assert {(p.node, p.kind) for p in lt.check(folder)} == {("fr/legal", "stale"), ("fr/medical", "stale")}
+    shutil.rmtree(zoo / "fr/legal")
+    loaded.save(zoo)
+    assert value(opened(zoo)) == expected
+    lazily = opened(tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/fr")
+    with pytest.raises(FormatError, match="no adapter there"):
+        lazily.save(tmp_path / "third")
+
+
 # ---------------------------------------------------------------------- one adapter
 def test_an_adapter_alone_appears_whole(tmp_path: Path) -> None:
     adapter(1).save(tmp_path / "deep/one")

@@ -1,7 +1,9 @@
 """Saving a tree: what has to be written, what stays, what goes, as one transaction.
 
     a node with                           becomes
-    an adapter in memory                  its two files, rendered
+    an adapter in memory alone            its two files, rendered
+    parameters, which an optimiser moves  the same, unless its files say just that already
+    an adapter whose files are gone       the same, from memory
     files in their place already          nothing: they stay as they are
     files elsewhere in this or a tree     a copy of their bytes
     files that its user named             its folder's name in tree.yaml (with ``copy``: a copy)
@@ -22,6 +24,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch.nn import Parameter
 
 from ..adapter import Adapter
 from ..errors import FolderError, LoraTreeError, listing
@@ -138,21 +142,47 @@ def _make_all(folder: Path, undo: ExitStack) -> None:
 def _settle_files(plan: _Plan, path: str) -> None:
     """Stage a node's files where they are not in their place."""
     node = plan.tree[path]
-    source = node.source
     try:
-        if isinstance(source, FolderSource):
-            plan.kept[path] = _from_files(plan, path, source)
-        elif node.loaded is not None or source is not None:
-            adapter = node.loaded if node.loaded is not None else source.load() if source is not None else None
-            assert adapter is not None
-            _may_replace(plan, node)
-            rendered = sorted(peft.render(adapter).items())
-            staged = {name: plan.transaction.put(f"{path}/{name}", data) for name, data in rendered}
-            stamps = {name: file.stamp for name, file in staged.items()}
-            whole = content(staged[CONFIG].sha256, staged[WEIGHTS].sha256)
-            plan.kept[path] = _Kept(_placed(plan, path, stamps), whole, None, written=True)
+        rendered = _rendered(node)
+        if rendered is not None:
+            plan.kept[path] = _from_memory(plan, node, rendered)
+        elif isinstance(node.source, FolderSource):
+            plan.kept[path] = _from_files(plan, path, node.source)
     except LoraTreeError as error:
         raise error.within(path) from error
+
+
+def _rendered(node: Node) -> Mapping[str, bytes] | None:
+    """The files of an adapter that memory has and its own files have not, or not any more."""
+    source, adapter = node.source, node.loaded
+    if not isinstance(source, FolderSource):
+        adapter = source.load() if adapter is None and source is not None else adapter
+        return peft.render(adapter) if adapter is not None else None
+    if adapter is None or not (_trains(adapter) or source.gone()):
+        return None
+    rendered = peft.render(adapter)
+    return rendered if source.gone() or _content(rendered) != source.content else None
+
+
+def _trains(adapter: Adapter) -> bool:
+    """Its factors are parameters: an optimiser may have changed them in place since the files were written."""
+    return any(isinstance(t, Parameter) for value in adapter.modules.values() for t in value.tensors)
+
+
+def _content(rendered: Mapping[str, bytes]) -> str:
+    return content(*(hashlib.sha256(rendered[name]).hexdigest() for name in FILES))
+
+
+def _from_memory(plan: _Plan, node: Node, rendered: Mapping[str, bytes]) -> _Kept:
+    whole, source = _content(rendered), node.source
+    _may_replace(plan, node)
+    stamps = {name: plan.transaction.put(f"{node.path}/{name}", rendered[name]).stamp for name in sorted(rendered)}
+    # what was trained since was trained on the lineage of today; what only lost its files was not
+    since = node.loaded is not None and _trains(node.loaded)
+    trained = None
+    if isinstance(source, FolderSource) and (source.content == whole or not since):
+        trained = source.trained
+    return _Kept(_placed(plan, node.path, stamps), whole, trained, written=True)
 
 
 def _from_files(plan: _Plan, path: str, source: FolderSource) -> _Kept:

@@ -65,6 +65,10 @@ class FolderSource:
             raise FormatError(files.flaw)
         return files
 
+    def gone(self) -> bool:
+        """One of its files, or both, are not there any more."""
+        return look(self.folder, self.root).flaw is not None
+
     def load(self) -> Adapter:
         """Read and check the adapter; a new value at every call.
 
