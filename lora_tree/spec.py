@@ -18,7 +18,7 @@ import difflib
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from .errors import PathError, SpecError
 
@@ -39,9 +39,26 @@ _WORDS = {
 Loc: TypeAlias = tuple[str | int, ...]
 """The way to a place in nested data: keys and indices."""
 
+
+def _compiles(pattern: str, inside: str = "{}") -> str:
+    """The pattern itself, where it is a regular expression, alone and where it will stand."""
+    try:
+        for whole in (pattern, inside.format(pattern)):
+            re.compile(whole)
+    except (re.error, OverflowError, RecursionError) as error:  # a{99999999999} is an OverflowError
+        raise ValueError(f"is not a regular expression: {error}") from error
+    return pattern
+
+
+def _end_of_name(pattern: str) -> str:
+    return _compiles(pattern, r"(.*\.)?({})$")
+
+
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=65536)]
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pattern = Annotated[str, AfterValidator(_end_of_name)]
 
 
 class _Strict(BaseModel):
@@ -52,7 +69,7 @@ class LoraSpec(_Strict):
     """How a fresh adapter is made when the tree is attached; the words are those of PEFT's LoraConfig."""
 
     r: Rank | None = Field(default=None, description="rank; 8 where nothing says otherwise")
-    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+    lora_alpha: Alpha | None = Field(
         default=None, description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise"
     )
     use_rslora: bool | None = Field(default=None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
@@ -66,8 +83,10 @@ class LoraSpec(_Strict):
         default=None, description="name of the module list that holds the layers"
     )
     target_parameters: list[str] | None = Field(default=None, description="suffixes of raw parameters (fused experts)")
-    rank_pattern: dict[str, Rank] | None = Field(default=None, description="regex on the end of a module name → its r")
-    alpha_pattern: dict[str, float] | None = Field(
+    rank_pattern: dict[Pattern, Rank] | None = Field(
+        default=None, description="regex on the end of a module name → its r"
+    )
+    alpha_pattern: dict[Pattern, Alpha] | None = Field(
         default=None, description="regex on the end of a module name → its alpha"
     )
     init_lora_weights: Literal["kaiming", "gaussian"] | None = Field(
@@ -77,11 +96,16 @@ class LoraSpec(_Strict):
     @field_validator("target_modules", "exclude_modules")
     @classmethod
     def _regex(cls, value: Any) -> Any:
-        if isinstance(value, str):
+        return _compiles(value) if isinstance(value, str) else value
+
+    @field_validator("layers_pattern")
+    @classmethod
+    def _regexes(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value or ():
             try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from error
+                _compiles(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+            except ValueError as error:
+                raise error if isinstance(value, str) else ValueError(f"holds {pattern!r}, which {error}") from error
         return value
 
     def over(self, other: LoraSpec) -> LoraSpec:
@@ -165,7 +189,7 @@ def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
 
 def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
     """What pydantic found, in this library's words: (the way to the value or key, the message), one for each place."""
-    found: dict[Loc, list[str]] = {}
+    found: dict[tuple[Loc, str], list[str]] = {}
     for e in error.errors(include_url=False, include_context=False):
         loc, value = _within(e["loc"], data)
         match e["type"], e["loc"][-1:]:
@@ -173,6 +197,8 @@ def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tup
                 head, text = f"unknown key {loc[-1]!r}{_place(loc[:-1])}", _nearest(str(loc[-1]), loc, top)
             case "missing", last:
                 head, text = f"{last[0]!r} is missing{_place(loc)}", ""
+            case _, ("[key]",) if loc[-2] not in ("tree", "children"):
+                head, text = f"{_name(loc[:-1])}: the key {str(loc[-1])!r} {_plain(e['msg'])}", ""
             case _, ("[key]",):
                 head = f"{str(loc[-1])!r} is not a valid node name"
                 text = ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
@@ -180,10 +206,10 @@ def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tup
                 hint = "; write {} where there is nothing to say" if value is None and kind == "model_type" else ""
                 text = "should be a mapping" if kind in ("model_type", "dict_type") else _plain(e["msg"])
                 head, text = f"{_name(loc)}: got {_short(value)}, which ", text + hint
-        texts = found.setdefault(loc, [head])
+        texts = found.setdefault((loc, head), [])  # the members of a union share a place and a head
         if text not in texts:
             texts.append(text)
-    return [(loc, head + " or ".join(texts)) for loc, (head, *texts) in found.items()]
+    return [(loc, head + " or ".join(texts)) for (loc, head), texts in found.items()]
 
 
 def node_path(loc: Loc) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lora_tree.errors import SpecError
 from lora_tree.folder.yamlfile import MAX_BYTES, dump, json_schema, parse, read_spec
+from lora_tree.sites.targets import fresh_adapter
 from lora_tree.spec import MAX_DEPTH, LoraSpec, lora_spec
 
 FILE = "zoo/tree.yaml"
@@ -87,7 +90,34 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ("version: 1\ntree: {fr: {adapter: ''}}", "node fr: '' is not a folder's name"),
         ("version: 1\ntree: {fr: {weight: .inf}}", ":2:13: node fr: weight: got inf, which should be a finite number"),
         ("version: 1\ntree: {fr: {weight: true}}", "node fr: weight: got true"),
-        ("version: 1\ndefaults: {target_modules: '('}", "not a regular expression"),
+        (
+            "version: 1\ndefaults: {target_modules: '('}",
+            ":2:12: defaults.target_modules: got '(', which is not a regular expression: missing )",
+        ),
+        ("version: 1\ndefaults: {exclude_modules: '*'}", ":2:12: defaults.exclude_modules: got '*', which is not a"),
+        (
+            "version: 1\ndefaults: {rank_pattern: {'[': 4}}",
+            ":2:27: defaults.rank_pattern: the key '[' is not a regular expression: unterminated character set",
+        ),
+        ("version: 1\ntree: {fr: {rank_pattern: {a: 1, '(': 4}}}", ":2:34: node fr: rank_pattern: the key '(' is not"),
+        ("version: 1\ndefaults: {rank_pattern: {'a{99999999999}': 4}}", "the repetition number is too large"),
+        ("version: 1\ndefaults: {alpha_pattern: {'[': 4}}", ":2:28: defaults.alpha_pattern: the key '[' is not"),
+        (
+            "version: 1\ndefaults: {alpha_pattern: {'(?i)a': 4}}",
+            ":2:28: defaults.alpha_pattern: the key '(?i)a' is not",
+        ),
+        (
+            "version: 1\ndefaults: {alpha_pattern: {x: .nan}}",
+            ":2:28: defaults.alpha_pattern.x: got nan, which should be",
+        ),
+        ("version: 1\ndefaults: {alpha_pattern: {x: .inf}}", "got inf, which should be a finite number"),
+        ("version: 1\ndefaults: {alpha_pattern: {x: -1}}", "got -1, which should be greater than 0"),
+        ("version: 1\ndefaults: {layers_pattern: '['}", ":2:12: defaults.layers_pattern: got '[', which is not a"),
+        (
+            "version: 1\ndefaults: {layers_pattern: [h, '(']}",
+            ":2:12: defaults.layers_pattern: got a list, which holds '(', which is not a regular expression: missing )",
+        ),
+        ("version: 1\ndefaults: {layers_pattern: '(?P<idx>h)'}", "redefinition of group name 'idx'"),
     ],
 )
 def test_what_is_refused_and_how(text: str, message: str) -> None:
@@ -111,6 +141,14 @@ def test_depth_and_size_are_bounded() -> None:
 def test_a_bomb_of_aliases_is_refused_at_its_first() -> None:
     bomb = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
     assert "an anchor or alias" in wrong(bomb)
+
+
+def test_the_readme_s_mistake_has_the_place_that_it_says() -> None:
+    page = (Path(__file__).parent.parent / "README.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (said,) = re.findall(r"answered with its place: `(.*)`", page)
+    read_spec(text.encode(), FILE)
+    assert wrong(text.replace("medical: {r: 8}", "medical: {rnak: 8}")) == said
 
 
 # ---------------------------------------------------------------------- plain scalars
@@ -183,8 +221,36 @@ def test_the_schema_knows_the_words() -> None:
     assert set(LoraSpec.model_fields) < set(node["properties"])
 
 
+def test_every_mistake_at_one_place_is_told() -> None:
+    first, second = wrong("version: 1\ndefaults: {rank_pattern: {'[': 0}}").splitlines()
+    assert first.startswith("zoo/tree.yaml:2:27: defaults.rank_pattern.[: got 0, which should be greater")
+    assert second.startswith("  zoo/tree.yaml:2:27: defaults.rank_pattern: the key '[' is not a regular expression")
+
+
+def test_patterns_that_a_tree_yaml_allows_are_those_that_a_fresh_adapter_can_use() -> None:
+    base = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, 4)}) for _ in range(3)])})
+    text = b"""
+version: 1
+defaults:
+  target_modules: [q_proj]
+  layers_to_transform: [1, 2]
+  layers_pattern: [x, "(h|layers)"]
+  rank_pattern: {"2.q_proj|v": 3}
+  alpha_pattern: {"1\\\\..*": 6}
+"""
+    made = fresh_adapter(base, read_spec(text, FILE)[0].defaults)
+    assert {name: (value.rank, value.scale) for name, value in made.modules.items()} == {
+        "h.1.q_proj": (8, 6 / 8),
+        "h.2.q_proj": (3, 8 / 3),
+    }
+
+
 def test_a_mistake_in_python_reads_the_same() -> None:
     with pytest.raises(SpecError, match=r"^fr: unknown key 'rank'; did you mean 'r'\?$"):
         lora_spec({"rank": 3}, "fr")
     with pytest.raises(SpecError, match="fr: r: got '8', which should be a valid integer"):
         lora_spec({"r": "8"}, "fr")
+    with pytest.raises(SpecError, match=r"^fr: rank_pattern: the key '\[' is not a regular expression"):
+        lora_spec({"rank_pattern": {"[": 4}}, "fr")
+    with pytest.raises(SpecError, match=r"^fr: rank_pattern: the key '1' should be a valid string$"):
+        lora_spec({"rank_pattern": {1: 4}}, "fr")
