@@ -7,7 +7,8 @@ adapter, and no byte that is written of it, depends on the order in which it was
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
-from .lowrank import LowRank, concat
+from .lowrank import LowRank, concat, same_place
 from .storage import as_path, storage
 
 __all__ = ["Adapter", "combine"]
@@ -41,7 +42,8 @@ class Adapter:
         nesting: module → its raw parameters in the order in which the base registers them; needed only to write two or
             more parameters of one module as PEFT does.
         assumed: the modules in `nesting` whose order a file did not say; `renested` corrects them.
-        errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty where the value is exact.
+        errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty where none was made.
+        rounded: the modules whose factors `to` rounded; `errors` does not count that.
 
     >>> import torch
     >>> fr = Adapter({"q_proj": LowRank(torch.ones(2, 4), torch.ones(4, 2))}, base="org/model")
@@ -56,6 +58,7 @@ class Adapter:
     nesting: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     assumed: frozenset[str] = frozenset()
     errors: Mapping[str, float] = field(default_factory=dict)
+    rounded: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name, value in self.modules.items():
@@ -84,7 +87,7 @@ class Adapter:
 
     @property
     def error(self) -> float:
-        """The largest relative error that a truncation left in any module; 0.0 where the value is exact."""
+        """The largest relative error that a truncation left in any module; 0.0 where none was made."""
         return max(self.errors.values(), default=0.0)
 
     def __len__(self) -> int:
@@ -104,8 +107,19 @@ class Adapter:
         return self.map(lambda value: value.scaled(by))
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
-        """The same adapter on another device, or rounded to another dtype."""
-        return self.map(lambda value: value.to(device=device, dtype=dtype))
+        """The same adapter on another device, or rounded to another dtype; `rounded` says which modules that changed.
+
+        Raises:
+            SpecError: a finite factor is too large for the dtype; names the module.
+
+        >>> import torch
+        >>> third = LowRank(torch.full((1, 2), 1 / 3), torch.ones(2, 1))
+        >>> Adapter({"q": third.scaled(0.1), "v": LowRank(third.B.mT, third.B)}).to(dtype=torch.bfloat16).rounded
+        frozenset({'q'})
+        """
+        moved = self.map(lambda value: _cast(value, device, dtype))
+        changed = {name for name, value in moved.modules.items() if _differs(self.modules[name], value)}
+        return replace(moved, rounded=self.rounded | changed)
 
     def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Adapter:
         """The nearest adapter of a smaller rank, module by module (see `LowRank.truncate`); `errors` says how near.
@@ -146,6 +160,7 @@ class Adapter:
             self,
             modules={names[name]: value for name, value in self.modules.items()},
             errors={names[name]: error for name, error in self.errors.items()},
+            rounded=frozenset(names[name] for name in self.rounded),
             nesting=nesting,
             assumed=frozenset(assumed),
         )
@@ -171,45 +186,90 @@ class Adapter:
         storage().write_adapter(self, as_path(folder))
 
 
-def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
+def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()) -> Adapter:
     """Σ coefficient · adapter, module by module, as one adapter of rank Σr.
 
     ``config`` and ``base`` come from the first term that has them.
 
+    Args:
+        terms: each adapter with its coefficient.
+        names: what to call each term in an error, where they have names: the nodes of a tree.
+
     Raises:
-        ShapeMismatch: two terms change one module in different shapes.
+        ShapeMismatch: two terms change one module in different shapes; names the terms and the module.
         BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
+        SpecError: a coefficient times a scale is not finite.
     """
     certain = {m: order for a, _ in terms for m, order in a.nesting.items() if m not in a.assumed}
     terms = [(adapter.renested(certain), coefficient) for adapter, coefficient in terms]
-    parts: dict[str, list[LowRank]] = {}
-    unchanged: dict[str, Tensor] = {}
-    nesting: dict[str, tuple[str, ...]] = {}
-    for adapter, coefficient in terms:
+    parts: dict[str, dict[int, LowRank]] = {}
+    unchanged: dict[str, tuple[int, Tensor]] = {}
+    nesting: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for i, (adapter, coefficient) in enumerate(terms):
         for name, value in adapter.modules.items():
-            parts.setdefault(name, []).append(value.scaled(coefficient))
+            mine = parts.setdefault(name, {})
+            with _naming(name, names, i):
+                mine[i] = value.scaled(coefficient)
+            with _naming(name, names, *sorted({next(iter(mine)), i})):
+                same_place(next(iter(mine.values())), mine[i])
         for name, tensor in adapter.unchanged.items():
-            if name in unchanged and not torch.equal(unchanged[name], tensor):
-                raise BaseMismatch(f"{name}: two adapters carry different values of this base tensor")
-            unchanged[name] = tensor
+            j, known_tensor = unchanged.setdefault(name, (i, tensor))
+            if not torch.equal(known_tensor, tensor):
+                with _naming(name, names, j, i):
+                    raise BaseMismatch("two adapters carry different values of this base tensor")
         for module, order in adapter.nesting.items():
-            known = nesting.get(module, ())
+            j, known = nesting.get(module, (i, ()))
             both = set(known) & set(order)
             if [p for p in known if p in both] != [p for p in order if p in both]:
-                raise ShapeMismatch(f"{module}: two adapters order its parameters differently: {known} and {order}")
-            nesting[module] = max(known, order, key=len)
+                with _naming(module, names, j, i):
+                    raise ShapeMismatch(f"two adapters order its parameters differently: {known} and {order}")
+            nesting[module] = (j, known) if len(known) >= len(order) else (i, order)
     return Adapter(
-        {name: _named(name, concat, values) for name, values in parts.items()},
+        {name: _named(name, concat, list(values.values())) for name, values in parts.items()},
         base=next((a.base for a, _ in terms if a.base), None),
         config=next((a.config for a, _ in terms if a.config), {}),
-        unchanged=unchanged,
-        nesting=nesting,
+        unchanged={name: tensor for name, (_, tensor) in unchanged.items()},
+        nesting={module: order for module, (_, order) in nesting.items()},
         assumed=frozenset().union(*(adapter.assumed for adapter, _ in terms)),
     )
 
 
-def _named(name: str, call: Callable[[Any], Any], value: Any) -> Any:
+@contextmanager
+def _naming(module: str, names: Sequence[str], *of: int) -> Iterator[None]:
+    """An error inside gets the terms that it is about, where they have names, and the module before its first line."""
     try:
-        return call(value)
+        yield
     except LoraTreeError as error:
-        raise error.within(name) from error
+        who = " and ".join(names[i] for i in of) if names else ""
+        raise error.within(f"{who}: {module}" if who else module) from error
+
+
+def _named(name: str, call: Callable[[Any], Any], value: Any) -> Any:
+    with _naming(name, ()):
+        return call(value)
+
+
+def _cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype | None) -> LowRank:
+    """`LowRank.to`, where no number may be too large for the dtype."""
+    moved = value.to(device=device, dtype=dtype)
+    if _loses(value, moved):
+        largest = max(float(t.abs().max()) for t in value.tensors if t.numel())
+        most = torch.finfo(moved.dtype).max
+        if largest > most and value.is_finite:  # some dtypes make it infinite, some their own largest
+            raise SpecError(
+                f"a factor goes up to {largest:.5g}, {str(dtype)[6:]} to {most:.5g}",
+                "keep it in another dtype: bfloat16 and float32 go up to 3e38",
+            )
+    return moved
+
+
+def _differs(old: LowRank, new: LowRank) -> bool:
+    """The cast changed a number."""
+    pairs = zip(old.tensors, new.tensors, strict=True)
+    return _loses(old, new) and not all(torch.equal(n.to(device=o.device, dtype=o.dtype), o) for o, n in pairs)
+
+
+def _loses(old: LowRank, new: LowRank) -> bool:
+    """Some dtype can't hold what the one before could; numbers that are not there (meta) are not lost."""
+    pairs = [(torch.finfo(o.dtype), torch.finfo(n.dtype)) for o, n in zip(old.tensors, new.tensors, strict=True)]
+    return any(n.max < o.max or n.eps > o.eps for o, n in pairs) and not (old.A.is_meta or new.A.is_meta)

@@ -129,6 +129,11 @@ class LowRank:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
+    @property
+    def is_finite(self) -> bool:
+        """No number in A, B or the bias is NaN or infinite."""
+        return all(bool((t if t.element_size() > 1 else t.float()).isfinite().all()) for t in self.tensors)
+
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.shape))
         return f"LowRank({shape}, r={self.rank}, scale={self.scale:g}, {self.layout}, {str(self.dtype)[6:]})"
@@ -165,13 +170,25 @@ class LowRank:
             yield (self.B[..., start : start + rows, :].to(dtype) @ A) * self.scale
 
     def core(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q_B, M, Q_A with ΔW = Q_B M Q_Aᵀ and orthonormal columns: M is (\\*batch, ≤ r, ≤ r), in float64."""
+        """Q_B, M, Q_A with ΔW = Q_B M Q_Aᵀ and orthonormal columns: M is (\\*batch, ≤ r, ≤ r), in float64.
+
+        Raises:
+            SpecError: a factor, or the product, is not finite.
+        """
         Qb, Rb = torch.linalg.qr(self.B.detach().double())  # (out, k) (k, r)
         Qa, Ra = torch.linalg.qr(self.A.detach().double().mT)  # (in, l) (l, r)
-        return Qb, (Rb @ Ra.mT) * self.scale, Qa
+        M = (Rb @ Ra.mT) * self.scale
+        if not M.isfinite().all():  # a NaN or inf in a factor is in its R, and so in M: no pass over the factors
+            what = "their product is too large for float64" if self.is_finite else "the factors are not finite"
+            raise SpecError(f"{what}: it has no norm, and no nearest value of a smaller rank")
+        return Qb, M, Qa
 
     def norm(self) -> float:
-        """‖ΔW‖ in the Frobenius norm, over the whole batch, from the (r, r) core."""
+        """‖ΔW‖ in the Frobenius norm, over the whole batch, from the (r, r) core.
+
+        Raises:
+            SpecError: a factor, or the product, is not finite.
+        """
         return float(torch.linalg.vector_norm(self.core()[1]))
 
     def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Truncated:
@@ -186,7 +203,8 @@ class LowRank:
             already comes back as it is, with error 0. ``bias`` is kept as it is.
 
         Raises:
-            SpecError: neither bound was given, or one of them makes no sense, or both can't be met.
+            SpecError: neither bound was given, or one of them makes no sense, or both can't be met, or a factor of this
+                value, or of the one to return, is not finite.
 
         >>> import torch
         >>> x = LowRank(torch.eye(3, 4), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
@@ -225,6 +243,8 @@ class LowRank:
         dtype = torch.promote_types(self.dtype, torch.float32)
         bias = None if self.bias is None else _times(self.bias, self.scale)
         value = LowRank(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0, bias, self.layout)
+        if not value.is_finite:
+            raise SpecError(f"the factors of the nearest value of rank {keep} are too large for {str(dtype)[6:]}")
         error = float(tails[keep])
         return Truncated(value, error, error / total if total else 0.0)
 
@@ -261,7 +281,7 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     if len(terms) == 1:
         return first
     for other in terms[1:]:
-        _same_place(first, other)
+        same_place(first, other)
     if any(t.scale != first.scale for t in terms):
         terms = [t.folded() for t in terms]
     scale = terms[0].scale
@@ -310,13 +330,18 @@ def inner(x: LowRank, y: LowRank) -> float:
     >>> inner(x, x)
     8.0
     """
-    _same_place(x, y)
+    same_place(x, y)
     left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
     right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
     return float((left * right).sum()) * x.scale * y.scale
 
 
-def _same_place(x: LowRank, y: LowRank) -> None:
+def same_place(x: LowRank, y: LowRank) -> None:
+    """Whether the two can be added up, asked of shapes alone.
+
+    Raises:
+        ShapeMismatch: they do not have the same (\\*batch, out, in) or layout.
+    """
     if x.shape != y.shape or x.layout != y.layout:
         raise ShapeMismatch(f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight")
 

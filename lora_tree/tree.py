@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -76,11 +77,11 @@ class AdapterTree:
     """A tree of adapters over one base.
 
     Args:
-        base: the base model's name: a hub id or a folder.
+        base: the base model's name: a hub id, or a folder as a string or a `Path`.
         defaults: how fresh adapters are made, in PEFT's words: ``r``, ``lora_alpha``, ``target_modules``, ….
 
     Raises:
-        SpecError: ``defaults`` has an unknown word or a value of the wrong kind.
+        SpecError: ``defaults`` has an unknown word or a value of the wrong kind, or ``base`` is no name.
 
     >>> tree = AdapterTree(base="org/model", defaults=dict(r=16, target_modules=["q_proj"]))
     >>> _ = tree.add("fr"); _ = tree.add("fr/legal", weight=0.8)
@@ -88,8 +89,10 @@ class AdapterTree:
     ['fr', 'fr/legal']
     """
 
-    def __init__(self, base: str | None = None, defaults: LoraSpec | dict[str, Any] | None = None) -> None:
-        self.base = base
+    def __init__(
+        self, base: str | os.PathLike[str] | None = None, defaults: LoraSpec | dict[str, Any] | None = None
+    ) -> None:
+        self.base = _base_name(base)
         self.defaults = lora_spec(defaults, "defaults")
         self.home: Path | None = None
         self._graph: nx.DiGraph[str] = nx.DiGraph()
@@ -99,9 +102,12 @@ class AdapterTree:
     # ------------------------------------------------------------------ looking
     @property
     def graph(self) -> nx.DiGraph[str]:
-        """A read-only networkx view: nodes are paths (the root is ``""``), each with its `Node` under ``node``."""
-        view: nx.DiGraph[str] = nx.freeze(self._graph.copy(as_view=True))
-        return view
+        """The tree as a frozen networkx graph: nodes are paths (the root is ``""``), with each `Node` under ``node``.
+
+        A copy: what is written into its attributes, or done to the tree afterwards, does not reach the other.
+        """
+        copy: nx.DiGraph[str] = nx.freeze(self._graph.copy())
+        return copy
 
     def __contains__(self, path: object) -> bool:
         return isinstance(path, str) and path != "" and path in self._graph
@@ -123,7 +129,11 @@ class AdapterTree:
         return f"AdapterTree({len(self)} nodes, base={self.base!r})"
 
     def paths(self, under: str = "") -> list[str]:
-        """Every path below ``under``, depth-first, children by name: the order of every sum."""
+        """Every path below ``under``, depth-first, children by name: the order of every sum.
+
+        Raises:
+            PathError: ``under`` is not there; with the nearest that is.
+        """
         self._known(under)
         found: list[str] = []
         stack = self.children(under)[::-1]
@@ -134,7 +144,11 @@ class AdapterTree:
         return found
 
     def children(self, path: str = "") -> list[str]:
-        """The paths one step below ``path``, by name."""
+        """The paths one step below ``path``, by name.
+
+        Raises:
+            PathError: ``path`` is not there; with the nearest that is.
+        """
         self._known(path)
         return sorted(self._graph.successors(path))
 
@@ -143,18 +157,30 @@ class AdapterTree:
         return [path for path in self.paths() if not self._graph.out_degree(path)]
 
     def parent(self, path: str) -> str:
-        """The path one step up; ``""`` for a top-level node."""
+        """The path one step up; ``""`` for a top-level node.
+
+        Raises:
+            PathError: ``path`` is not there; with the nearest that is.
+        """
         self._known(path)
         return path.rpartition("/")[0]
 
     def lineage(self, path: str) -> list[str]:
-        """The nodes on the way from the root down to ``path``, in that order; ``[]`` for the bare base."""
+        """The nodes on the way from the root down to ``path``, in that order; ``[]`` for the bare base.
+
+        Raises:
+            PathError: ``path`` is not there; with the nearest that is.
+        """
         self._known(path)
         names = check_path(path)
         return ["/".join(names[: i + 1]) for i in range(len(names))]
 
     def common_ancestor(self, *paths: str) -> str:
-        """The deepest path whose node lies on the lineage of all of ``paths``; ``""`` where only the base does."""
+        """The deepest path whose node lies on the lineage of all of ``paths``; ``""`` where only the base does.
+
+        Raises:
+            PathError: a path is not there; with the nearest that is.
+        """
         lineages = [self.lineage(path) for path in paths]
         shared = ""
         for level in zip(*lineages, strict=False):
@@ -168,7 +194,7 @@ class AdapterTree:
 
         Raises:
             PathError: a path is not there; with the nearest that is.
-            SpecError: a weight is not a finite number, or the blend is empty.
+            SpecError: a weight, or a node's coefficient, is not a finite number, or the blend is empty.
 
         >>> tree = AdapterTree()
         >>> for path in ("fr", "fr/legal", "fr/medical"): _ = tree.add(path)
@@ -179,8 +205,7 @@ class AdapterTree:
         for path, weight in parse_blend(blend).items():
             for ancestor in self.lineage(path):
                 shares.setdefault(ancestor, []).append(weight)
-        # fsum: the total does not depend on the order of the entries; tuples of names sort depth-first
-        totals = {path: math.fsum(shares[path]) * self[path].weight for path in sorted(shares, key=depth_first)}
+        totals = {path: _total(path, shares[path], self[path].weight) for path in sorted(shares, key=depth_first)}
         return {path: total for path, total in totals.items() if total != 0.0}
 
     # ------------------------------------------------------------------ changing
@@ -206,6 +231,18 @@ class AdapterTree:
             PathError: the name is not valid, or the node above is missing.
             TreeError: the node exists, or one that differs only by case does.
             SpecError: a value makes no sense, or ``adapter``, ``group`` and ``lora`` were mixed.
+
+        >>> tree = AdapterTree(defaults=dict(target_modules=["q_proj"]))
+        >>> _ = tree.add("fr", r=16)                      # fresh: made when the tree is attached
+        >>> import lora_tree as lt
+        >>> q_proj = lt.LowRank(torch.ones(2, 4), torch.ones(4, 2))
+        >>> legal = tree.add("fr/legal", adapter=lt.Adapter({"q_proj": q_proj}), weight=0.8)
+        >>> legal.name, legal.weight, legal.has_adapter
+        ('legal', 0.8, True)
+        >>> _ = tree.add("de/legal")
+        Traceback (most recent call last):
+        lora_tree.errors.PathError: no node 'de' in the tree
+          the tree has: fr, fr/legal
         """
         names = check_path(path)
         if not names:
@@ -271,7 +308,12 @@ class AdapterTree:
             self._put(replace(node, path=to + node.path[len(path) :]))
 
     def rename(self, path: str, name: str) -> None:
-        """Give a node another name below the same parent; see `move`."""
+        """Give a node another name below the same parent; see `move`.
+
+        Raises:
+            PathError: it is not there, or ``name`` is not a valid name.
+            TreeError: a sibling has that name, or an attached model is using the node.
+        """
         parent = self.parent(path)
         self.move(path, f"{parent}/{check_name(name)}" if parent else check_name(name))
 
@@ -330,7 +372,12 @@ class AdapterTree:
             raise error.within(path) from error
 
     def terms(self, blend: Blend) -> list[tuple[str, float, Adapter]]:
-        """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out."""
+        """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out.
+
+        Raises:
+            PathError, SpecError: as `coefficients`.
+            FolderError, FormatError: a node's files are gone, broken, or not what the lock says; names the node.
+        """
         found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())
         return [(path, c, adapter) for path, c, adapter in found if adapter is not None]
 
@@ -351,17 +398,35 @@ class AdapterTree:
             dtype: round the factors to it; None keeps them in fp32, or narrower where nothing has to be rounded.
 
         Returns:
-            the adapter; its ``errors`` say what a truncation cost.
+            the adapter; its ``errors`` say what a truncation cost, and ``rounded`` which modules ``dtype`` rounded.
 
         Raises:
             PathError: a node is not there.
-            ShapeMismatch: two nodes change one module in different shapes.
-            SpecError: ``rank`` and ``max_error`` can't both be met.
+            ShapeMismatch: two nodes change one module in different shapes; names both and the module.
+            BaseMismatch: two nodes were made for bases that differ.
+            SpecError: ``rank`` and ``max_error`` can't both be met; or factors that are finite give some that are not.
+
+        >>> import lora_tree as lt
+        >>> tree = AdapterTree()
+        >>> for path, r in (("fr", 2), ("fr/legal", 3)):
+        ...     q_proj = lt.LowRank(torch.ones(r, 4), torch.ones(4, r))
+        ...     _ = tree.add(path, adapter=lt.Adapter({"q_proj": q_proj}))
+        >>> tree.flatten("fr/legal").ranks
+        {'q_proj': 5}
+        >>> short = tree.flatten("fr/legal", 1)
+        >>> short.ranks, round(short.error, 6)
+        ({'q_proj': 1}, 0.0)
         """
-        flat = combine([(adapter, coefficient) for _, coefficient, adapter in self.terms(blend)])
-        if rank is not None or max_error is not None:
-            flat = flat.truncate(rank, max_error=max_error)
-        return flat if dtype is None else flat.to(dtype=dtype)
+        terms = self.terms(blend)
+        flat = combine([(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms])
+        _all_finite(flat, terms)
+        try:
+            if rank is not None or max_error is not None:
+                flat = flat.truncate(rank, max_error=max_error)
+            return flat if dtype is None else flat.to(dtype=dtype)
+        except SpecError as error:
+            broken = [node for node, _, adapter in terms if not _is_finite(adapter)]
+            raise error.within(listing(broken or [node for node, _, _ in terms])) from error
 
     def save(self, folder: str | os.PathLike[str], *, copy: bool = False) -> None:
         """Write the tree as a folder of nested PEFT adapters, atomically as a whole.
@@ -482,10 +547,46 @@ def parse_blend(blend: Blend) -> dict[str, float]:
     return parse_blend(entries)
 
 
+def _total(path: str, shares: list[float], weight: float) -> float:
+    try:
+        total = math.fsum(shares) * weight  # fsum: the total does not depend on the order of the entries
+    except OverflowError:
+        total = math.inf
+    if not math.isfinite(total):
+        said = " + ".join(f"{share:g}" for share in shares)
+        raise SpecError(f"{path}: its coefficient ({said}) · {weight:g} is too large for a float")
+    return total
+
+
 def depth_first(path: str) -> tuple[str, ...]:
     return tuple(path.split("/"))
 
 
+def _all_finite(flat: Adapter, terms: list[tuple[str, float, Adapter]]) -> None:
+    """Refuse a sum in which a scale, folded into finite factors, made one that is not."""
+    broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.is_finite)]
+    if broken and all(_is_finite(adapter) for _, _, adapter in terms):
+        nodes = [node for node, _, adapter in terms if broken[0] in adapter.modules]
+        raise SpecError(
+            f"{listing(nodes)}: {broken[0]}: the factors are finite, but not their scales times B, in fp32",
+            f"coefficients: {', '.join(f'{node} {c:g}' for node, c, _ in terms)}",
+        )
+
+
+def _is_finite(adapter: Adapter) -> bool:
+    return all(value.A.is_meta or value.is_finite for value in adapter.modules.values())
+
+
+def _base_name(base: object) -> str | None:
+    name = os.fspath(base) if isinstance(base, os.PathLike) else base
+    if name is not None and not isinstance(name, str):
+        raise SpecError(f"base: a model's name is a hub id or a folder, got {base!r}")
+    return name
+
+
 def _finite(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SpecError(f"{what} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        huge = isinstance(value, int) and value.bit_length() > 1024  # Python may refuse to write it out
+        raise SpecError(
+            f"{what} must be a finite number, got {'an integer too large for one' if huge else repr(value)}"
+        )

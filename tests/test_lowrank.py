@@ -175,6 +175,31 @@ def test_truncation_bounds_that_make_no_sense_are_refused(arguments: dict[str, f
         x.truncate(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_factors_that_are_not_finite_have_no_norm_and_no_nearest(
+    number: float, factor: str, batch: tuple[int, ...]
+) -> None:
+    factors = {"A": torch.ones(*batch, 3, 5), "B": torch.ones(*batch, 4, 3)}
+    factors[factor][..., -1, 1] = number
+    x = lt.LowRank(**factors)
+    assert not x.is_finite
+    for ask in (lambda: x.truncate(1), lambda: x.truncate(max_error=0.1), x.norm, x.core):
+        with pytest.raises(SpecError, match=r"^the factors are not finite: it has no norm, and no nearest value"):
+            ask()
+
+
+def test_a_product_or_a_result_too_large_for_its_dtype_is_refused() -> None:
+    x = lt.LowRank(torch.full((2, 5), 1e200, dtype=torch.float64), torch.full((4, 2), 1e200, dtype=torch.float64))
+    assert x.is_finite
+    with pytest.raises(SpecError, match=r"^their product is too large for float64"):
+        x.norm()
+    x = lt.LowRank(torch.ones(2, 5), torch.ones(4, 2), scale=1e100)
+    with pytest.raises(SpecError, match=r"^the factors of the nearest value of rank 1 are too large for float32$"):
+        x.truncate(1)
+
+
 def test_a_caller_s_tensors_are_never_changed() -> None:
     A, B = torch.randn(2, 5), torch.randn(3, 2)
     before = A.clone(), B.clone()

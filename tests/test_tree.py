@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import networkx as nx
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_tree as lt
-from lora_tree.errors import PathError, ShapeMismatch, SpecError, TreeError
+from lora_tree.errors import BaseMismatch, PathError, ShapeMismatch, SpecError, TreeError
 
 
 def adapter(seed: int, **shapes: tuple[int, int]) -> lt.Adapter:
@@ -132,11 +134,72 @@ def test_flattening_to_a_rank_or_an_error_says_what_it_cost() -> None:
     assert tree.flatten("fr", dtype=torch.bfloat16).modules["q"].A.dtype == torch.bfloat16
 
 
-def test_flattening_nodes_that_do_not_fit_together_names_the_module() -> None:
+def test_flattening_nodes_that_do_not_fit_together_names_them_and_the_module() -> None:
     tree = family()
-    tree.add("fr/odd", adapter=adapter(1, q=(4, 6)))
-    with pytest.raises(ShapeMismatch, match=r"^q: \(4, 5\)"):
-        tree.flatten("fr/odd")
+    tree.add("fr/between", adapter=adapter(2, v=(3, 5)))
+    tree.add("fr/between/odd", adapter=adapter(1, q=(4, 6)))
+    with pytest.raises(ShapeMismatch, match=r"^fr and fr/between/odd: q: \(4, 5\) \(linear\) and \(4, 6\)"):
+        tree.flatten("fr/between/odd")
+    tree.add("de/other", adapter=replace(adapter(1), unchanged={"q.bias": torch.ones(2)}))
+    tree.update("de", adapter=replace(adapter(1), unchanged={"q.bias": torch.zeros(2)}))
+    with pytest.raises(BaseMismatch, match=r"^de and de/other: q\.bias: two adapters carry different values"):
+        tree.flatten("de/other")
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 65504), (torch.float8_e4m3fn, 448)])
+def test_a_factor_that_a_dtype_can_not_hold_is_refused(dtype: torch.dtype, largest: float) -> None:
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=lt.Adapter({"q": lt.LowRank(torch.full((1, 2), 1e5), torch.ones(2, 1))}))
+    with pytest.raises(SpecError, match=rf"^fr: q: a factor goes up to 1e\+05, {str(dtype)[6:]} to {largest}\n"):
+        tree.flatten("fr", dtype=dtype)
+    assert not tree.flatten("fr", dtype=torch.float64).rounded
+    assert tree.adapter("fr").to(device="meta", dtype=dtype).modules["q"].dtype == dtype  # type: ignore[union-attr]
+    tree.update("fr", adapter=lt.Adapter({"q": lt.LowRank(torch.full((1, 2), torch.inf), torch.ones(2, 1))}))
+    assert tree.flatten("fr", dtype=dtype).modules["q"].dtype == dtype  # it was not finite before
+
+
+def test_rounding_is_told_and_only_where_a_number_changed() -> None:
+    half, third = torch.full((1, 2), 0.5), torch.full((1, 2), 1 / 3)
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=lt.Adapter({"q": lt.LowRank(half, half.mT), "v": lt.LowRank(half, third.mT)}))
+    assert tree.flatten("fr").rounded == set()
+    assert tree.flatten("fr", dtype=torch.float32).rounded == set()
+    assert tree.flatten("fr", dtype=torch.bfloat16).rounded == {"v"}
+    assert tree.flatten("fr", 1, dtype=torch.float16).rounded == {"v"}
+
+
+def test_a_scale_that_makes_finite_factors_infinite_is_refused() -> None:
+    tree = lt.AdapterTree()
+    large = lt.Adapter({"q": lt.LowRank(torch.full((1, 2), 1e30), torch.full((2, 1), 1e30))})
+    tree.add("fr", adapter=large)
+    tree.add("fr/legal", adapter=large, weight=1e10)
+    for arguments in ({}, {"rank": 1}, {"dtype": torch.bfloat16}):
+        with pytest.raises(SpecError, match=r"^fr, fr/legal: q: the factors are finite, but not their scales times B"):
+            tree.flatten("fr/legal", **arguments)  # type: ignore[arg-type]
+    tree.add("de", adapter=large, weight=1e308)
+    tree.update("de", adapter=large.scaled(10))
+    with pytest.raises(SpecError, match=r"^de: q: scale must be finite"):
+        tree.flatten("de")
+
+
+def test_factors_that_were_never_finite_are_named_where_they_can_not_be_cut() -> None:
+    tree = family()
+    tree.add("fr/broken", adapter=lt.Adapter({"q": lt.LowRank(torch.full((2, 5), torch.nan), torch.ones(4, 2))}))
+    with pytest.raises(SpecError, match=r"^fr/broken: q: the factors are not finite"):
+        tree.flatten("fr/broken", 1)
+    assert not tree.flatten("fr/broken").modules["q"].is_finite  # what was put in, as it was put in
+
+
+@pytest.mark.parametrize("blend", ["fr:1e308+fr/legal:1.7e308", {"fr/legal": 1.7e308, "fr/medical": 1.7e308}])
+def test_a_coefficient_too_large_for_a_float_is_refused(blend: lt.Blend) -> None:
+    with pytest.raises(SpecError, match=r"^fr: its coefficient \(.* \+ .*\) · 1 is too large for a float$"):
+        family().coefficients(blend)
+    tree = family()
+    tree.update("de", weight=1e10)
+    with pytest.raises(SpecError, match=r"^de: its coefficient \(1e\+300\) · 1e\+10 is too large for a float$"):
+        tree.flatten({"de": 1e300})
+    with pytest.raises(SpecError, match="must be a finite number"):
+        tree.flatten({"de": 10**5000})
 
 
 @pytest.mark.parametrize(
@@ -183,6 +246,25 @@ def test_moving_takes_the_children_along() -> None:
     assert tree.paths() == ["FR", "FR/medical"]
 
 
-def test_the_graph_can_not_be_changed_from_outside() -> None:
+def test_the_tree_can_not_be_changed_through_its_graph() -> None:
+    tree = family()
+    node = tree["fr"]
     with pytest.raises(nx.NetworkXError):
-        family().graph.add_node("x")
+        tree.graph.add_node("x")
+    tree.graph.nodes["fr"]["node"] = None
+    tree.graph.nodes["fr"].clear()
+    tree.graph.graph["name"] = "x"
+    assert tree["fr"] is node
+    assert tree.graph.nodes["fr"] == {"node": node}
+    assert not tree.graph.graph
+
+
+def test_a_base_is_named_by_a_string_or_a_path(tmp_path: Path) -> None:
+    tree = lt.AdapterTree(base=tmp_path / "base")
+    assert tree.base == str(tmp_path / "base")
+    tree.add("fr", adapter=adapter(1, q=(4, 5)))
+    tree.save(tmp_path / "zoo")
+    assert lt.load(tmp_path / "zoo").base == str(tmp_path / "base")
+    for wrong in (3, b"base", ["base"], torch.nn.Linear(1, 1)):
+        with pytest.raises(SpecError, match=r"^base: a model's name is a hub id or a folder, got "):
+            lt.AdapterTree(base=wrong)  # type: ignore[arg-type]
