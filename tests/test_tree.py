@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +245,106 @@ def test_moving_takes_the_children_along() -> None:
     assert tree.children() == ["FR", "de"]
     tree.remove("de", recursive=True)
     assert tree.paths() == ["FR", "FR/medical"]
+
+
+NAMES = st.sampled_from(["a", "b", "c", "A"])
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_history_of_changes_leaves_what_a_plain_dict_of_paths_says(data: st.DataObject) -> None:
+    """The oracle: path → (adapter, weight, stale?), changed by hand, with no rule but the ones written here."""
+    tree, held = lt.AdapterTree(), {}
+
+    def some() -> str:
+        return data.draw(st.sampled_from(sorted(held)))
+
+    def somewhere() -> str:
+        above, name = data.draw(st.sampled_from(["", *sorted(held)])), data.draw(NAMES)
+        return f"{above}/{name}" if above else name
+
+    def taken(path: str, but: str | None = None) -> bool:
+        return any(path.casefold() == other.casefold() for other in held if other != but)
+
+    def subtree(path: str) -> list[str]:
+        return [p for p in held if (p + "/").startswith(path + "/")]
+
+    for step in range(data.draw(st.integers(1, 14))):
+        verb = data.draw(st.sampled_from(["add", "add", "move", "rename", "update", "remove"])) if held else "add"
+        before = dict(held)
+        try:
+            if verb == "add":
+                path, own, weight = somewhere(), adapter(step, q=(4, 5)), 1.0 - step / 8
+                refused = taken(path)
+                tree.add(path, adapter=own, weight=weight)
+                held[path] = own, weight
+            elif verb == "update":
+                path, own = some(), data.draw(st.sampled_from([None, adapter(step, q=(4, 5))]))
+                weight, refused = data.draw(st.sampled_from([None, 0.25])), False
+                tree.update(path, adapter=own, weight=weight)
+                held[path] = own or held[path][0], held[path][1] if weight is None else weight
+            elif verb == "remove":
+                path, recursive = some(), data.draw(st.booleans())
+                refused = len(subtree(path)) > 1 and not recursive
+                tree.remove(path, recursive=recursive)
+                held = {p: value for p, value in held.items() if p not in subtree(path)}
+            else:
+                path = some()
+                above, name = path.rpartition("/")[0], data.draw(NAMES)
+                to = somewhere() if verb == "move" else f"{above}/{name}".lstrip("/")
+                refused = to != path and ((to + "/").startswith(path + "/") or taken(to, but=path))
+                tree.move(path, to) if verb == "move" else tree.rename(path, name)
+                moved = {to + p[len(path) :]: held[p] for p in subtree(path)}
+                held = {p: value for p, value in held.items() if p not in subtree(path)} | moved
+        except TreeError:
+            assert refused
+            assert held == before
+        else:
+            assert not refused
+        assert tree.paths() == sorted(held, key=lambda p: p.split("/"))
+        assert {p: (tree.adapter(p), tree[p].weight) for p in tree} == held
+        assert all(tree[p].path == p and set(tree.children(p)) == _children(held, p) for p in tree)
+    for path in held:
+        terms = [(p, held[p][1], held[p][0]) for p in tree.lineage(path) if held[p][1] != 0.0]
+        assert tree.terms(path) == terms
+        if terms:
+            exact = sum(c * a.modules["q"].dense(dtype=torch.float64) for _, c, a in terms)
+            flat = tree.flatten(path).modules["q"].dense(dtype=torch.float64)
+            torch.testing.assert_close(flat, exact, rtol=1e-6, atol=1e-6)
+
+
+def _children(paths: Iterable[str], above: str) -> set[str]:
+    return {path for path in paths if path.rpartition("/")[0] == above}
+
+
+def test_a_node_keeps_what_it_says_wherever_it_goes() -> None:
+    tree = lt.AdapterTree(defaults=dict(target_modules=["q"]))
+    tree.add("fr", r=3, weight=0.5)
+    tree.add("fr/grp", group=True, weight=0.25)
+    tree.add("fr/grp/x", adapter=adapter(1, q=(4, 5)))
+    before = {path: tree[path] for path in tree}
+    tree.move("fr/grp", "law")
+    tree.rename("fr", "French")
+    assert {path: tree[path] for path in tree}.keys() == {"French", "law", "law/x"}
+    for was, is_ in (("fr", "French"), ("fr/grp", "law"), ("fr/grp/x", "law/x")):
+        old, new = before[was], tree[is_]
+        assert (new.path, new.name) == (is_, is_.rpartition("/")[2])
+        assert (new.weight, new.loaded, new.fresh) == (old.weight, old.loaded, old.fresh)
+    assert tree.coefficients("law/x") == {"law": 0.25, "law/x": 1.0}
+    assert before["fr"].path == "fr"  # a node is a value: the one held before has not moved
+
+
+def test_another_adapter_or_weight_changes_that_node_and_no_other() -> None:
+    tree = family()
+    before = {path: tree[path] for path in tree}
+    own = adapter(7, q=(4, 5), v=(3, 5))
+    assert tree.update("fr/legal", adapter=own) is tree["fr/legal"]
+    assert (tree["fr/legal"].loaded, tree["fr/legal"].weight) == (own, before["fr/legal"].weight)
+    tree.update("fr/legal", weight=0)
+    assert (tree["fr/legal"].loaded, tree["fr/legal"].weight) == (own, 0.0)
+    assert tree.coefficients("fr/legal/seven") == {"fr": 1.0, "fr/legal/seven": 0.7}
+    assert all(tree[path] is before[path] for path in tree if path != "fr/legal")
+    assert tree.children("fr/legal") == ["fr/legal/seven"]
 
 
 def test_the_tree_can_not_be_changed_through_its_graph() -> None:
