@@ -17,7 +17,6 @@ import enum
 import fnmatch
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .engine.axis import RowAxis
+from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, warn_on_save
@@ -121,7 +120,7 @@ class TreeModel(nn.Module):
         self._beside: Unmerged | Prepared = Unmerged(inner, dtype=compute_dtype)
         self._router = Router(compute_dtype)
         self._compile_watch = CompileWatch()
-        self._rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
+        self._known = Known()
         self._save_hook: RemovableHandle | None = None
         self._mark = claim(inner, self)
         try:
@@ -217,8 +216,8 @@ class TreeModel(nn.Module):
                 rounding, and ``auto`` takes the one with the least estimated time.
             repeat: the base is given every row so many times in place, as for beams.
             tile: the base is given the whole batch so many times over, as for preference pairs or guidance.
-            batch_first: every site puts the rows on the first axis; needed only where a first batch has as many
-                tokens as rows, when shapes can't tell them apart.
+            batch_first: every site puts the rows on the first axis; needed only where a first batch has as many tokens
+                as rows and the base can't be run on shapes alone (a mixture of experts), to see which is which.
 
         Raises:
             PathError, SpecError: a path is not in the tree; names the row. Or a factor or strategy makes no sense.
@@ -238,7 +237,7 @@ class TreeModel(nn.Module):
         with self._lock:
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
-            axis = RowAxis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first, proven=self._rows_first)
+            axis = RowAxis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first, known=self._known)
             with self._coming_back():
                 self._route(tuple(paths), batch, axis, strategy)
                 with expansions(self.base, axis):

@@ -417,8 +417,45 @@ def test_a_time_axis_that_fits_is_not_taken_for_the_rows(tile: int, rows: int, t
         base(torch.randn(rows * tile, tokens, 8))
 
 
+class Noisy(nn.Module):
+    """Draws random numbers and keeps running statistics, which a look at shapes must not disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.m = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.m(self.drop(self.norm(x)))  # type: ignore[no-any-return]
+
+
+def test_as_many_tokens_as_rows_are_told_apart_by_shapes_alone_and_nothing_is_disturbed() -> None:
+    base, x = Noisy(), torch.randn(4, 4, 8)
+    tree = linear_tree()
+    twin = copy.deepcopy(base)
+    paths: list[lt.Blend] = ["a", "b", "", "c"]
+    torch.manual_seed(1)
+    with lt.attach(tree, twin).route(paths, batch_first=True):
+        wanted = twin(x)
+    torch.manual_seed(1)
+    with lt.attach(tree, base).route(paths):
+        assert torch.equal(base(x), wanted)
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name]), name
+
+
+class Looking(nn.Module):
+    """Looks at numbers on its way, so it can't be run on shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.m(x) if x.abs().max() < 1e6 else x  # type: ignore[no-any-return]
+
+
 def test_as_many_tokens_as_rows_are_taken_once_the_site_is_known_or_declared() -> None:
-    base = Base(nn.Linear(8, 8))
+    base = Looking()
     model = lt.attach(linear_tree(), base)
     square, other = torch.randn(4, 4, 8), torch.randn(4, 3, 8)
     with model.route(["a", "b", "c", "d"], batch_first=True):

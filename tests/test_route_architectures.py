@@ -6,6 +6,7 @@ Everything runs in float64; what is compared with is `architectures.dense`, W + 
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from architectures import ARCHS, BLEND, BLENDED, VOCAB, Arch, along, assert_close, bits, dense, run, same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, SwinConfig, SwinModel, XLNetConfig, XLNetModel
 
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, MergedOnly, StateError
@@ -69,7 +70,8 @@ def test_every_row_is_that_of_the_dense_model_of_its_path(name: str, strategy: A
     before, bare = bits(base), run(base, inputs)
     wanted = rows_by_hand(base, tree, inputs, ROWS)
     model = lt.attach(tree, base)
-    with model.route(ROWS, strategy=strategy, batch_first=True):
+    # as many tokens as rows; Mixtral's router looks at numbers, so shapes alone can't tell them apart
+    with model.route(ROWS, strategy=strategy, batch_first=name == "mixtral"):
         got = run(base, inputs)
     assert_close(got, wanted)
     assert torch.equal(got[1], bare[1])
@@ -285,6 +287,28 @@ def test_checkpointed_layers_have_the_gradients_of_plain_ones(reentrant: bool) -
         torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_layers_that_are_recomputed_on_another_thread_see_the_same_paths(reentrant: bool) -> None:
+    """As on CUDA, where autograd recomputes on threads of its own: nothing of a route is thread-local."""
+    x = torch.randn(3, 4, 8).double()
+    found = []
+    for elsewhere in (False, True):
+        _, model = deep(reentrant)
+        with model.route(["a/b", "a/c", ""]):
+            loss = model(x.clone().requires_grad_()).square().sum()
+            if elsewhere:
+                thread = threading.Thread(target=loss.backward)
+                thread.start()
+                thread.join(timeout=60)
+                assert not thread.is_alive()
+            else:
+                loss.backward()
+        found.append(gradients(model))
+    assert len(found[0]) == 12
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there)
+
+
 @pytest.mark.parametrize("left_for", ["bare", "another route", "another path"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_a_backward_that_would_run_checkpointed_layers_without_their_path_is_refused(
@@ -354,3 +378,33 @@ def test_a_merged_switch_between_forward_and_backward_is_noticed_by_autograd() -
     model.activate("a")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ---------------------------------------------------------------------- architectures whose rows do not come first
+def test_a_time_first_architecture_is_refused_whatever_the_shape() -> None:
+    """XLNet computes in (tokens, rows, features); its adapters can be activated, not routed."""
+    config = XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    base = XLNetModel(config).eval()
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["layer_1", "layer_2"]))
+    for path in ("a", "b"):
+        tree.add(path)
+    model = lt.attach(tree, base)
+    for rows, tokens in ((4, 4), (4, 6), (6, 3), (3, 6)):
+        ids = torch.randint(3, VOCAB, (rows, tokens))
+        with pytest.raises(BaseMismatch, match=r"layer_1: its input is"), model.route((["a", "b"] * rows)[:rows]):
+            base(ids)
+
+
+def test_a_windowed_architecture_is_refused() -> None:
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    base = SwinModel(config).eval()
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=sorted({"query", "q_proj"} & names)))
+    for path in ("a", "b"):
+        tree.add(path)
+    model = lt.attach(tree, base)
+    with (
+        pytest.raises(BaseMismatch, match=r"its input is \(8, .* first axis should be 2 rows"),
+        model.route(["a", "b"]),
+    ):
+        base(torch.randn(2, 3, 16, 16))

@@ -7,7 +7,8 @@
     (windows · rows, …)          refused
 
 Shapes can't tell rows from tokens where there are as many of both. A site that has once been seen with another number
-of tokens is known to put its rows first; one that has not is refused, unless `batch_first=True` says so. Vectors
+of tokens is known to put its rows first. Where none has been, the base is asked with shapes alone (`probe.py`), and a
+site that stays unknown is refused, unless `batch_first=True` says so. Vectors
 without a token axis (a pooler's, a classifier's) are taken where they are as many as the rows, but not in a list within
 a list (one expert of many in one layer of many), where they are tokens that were sent there.
 """
@@ -17,15 +18,25 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BaseMismatch, SpecError
 from ..sites import Site
+from .probe import grown, is_square
 
-__all__ = ["DECLARE", "RowAxis", "in_a_list_of_lists"]
+__all__ = ["DECLARE", "Known", "RowAxis", "in_a_list_of_lists"]
 
 DECLARE = "rows that are repeated in place are declared by repeat=, whole batches that are stacked by tile="
+
+
+class Known:
+    """What is known of a base's sites, kept from batch to batch."""
+
+    def __init__(self) -> None:
+        self.rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
+        self.asked: weakref.WeakSet[Site] = weakref.WeakSet()  # with shapes alone, whatever came of it
 
 
 class RowAxis:
@@ -36,22 +47,24 @@ class RowAxis:
         repeat: how often each row stands in place, as beams do.
         tile: how often the whole batch stands, one after the other, as preference pairs do.
         batch_first: the caller knows that every site puts its rows first.
-        proven: the sites that were seen to; kept from batch to batch.
+        known: the sites that were seen to.
 
     Raises:
         SpecError: a factor is not a positive whole number.
     """
 
-    def __init__(self, rows: int, *, repeat: int, tile: int, batch_first: bool, proven: weakref.WeakSet[Site]) -> None:
+    def __init__(self, rows: int, *, repeat: int, tile: int, batch_first: bool, known: Known) -> None:
         for name, factor in (("repeat", repeat), ("tile", tile)):
             if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
                 raise SpecError(f"{name} must be a whole number from 1, got {factor!r}")
         self.rows, self.repeat, self.tile = rows, repeat, tile
         self.batch_first = batch_first
         self.expansion = 1
-        self._proven = proven
+        self.sites: Sequence[Site] = ()
+        self._known = known
         self._given: int | None = None
         self._vectors = False
+        self.probing = False
 
     @property
     def lengths(self) -> dict[int, tuple[int, int]]:
@@ -80,6 +93,27 @@ class RowAxis:
                 DECLARE,
             )
 
+    def probe(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
+        """Where the batch is square and a site is not known yet: ask the base with shapes alone."""
+        rows = self._given
+        known = self._known
+        unknown = [site for site in self.sites if site not in known.rows_first and site not in known.asked]
+        if rows is None or rows == 1 or self.batch_first or not unknown or not is_square(inputs, rows):
+            return
+        known.asked.update(unknown)
+        self.probing = True
+        try:
+            grown(base, args, kwargs, rows)
+        finally:
+            self.probing = False
+
+    def note(self, site: Site, x: Tensor) -> None:
+        """While probing: what a site is given has grown by one row, on its first axis or elsewhere."""
+        others = site.token_axes(x)
+        assert self._given is not None
+        if others and x.shape[0] == self._given + 1 and x.shape[0] not in others:
+            self._known.rows_first.add(site)
+
     def end(self) -> None:
         """The base's forward is over."""
         self._given, self._vectors = None, False
@@ -107,14 +141,14 @@ class RowAxis:
     # ------------------------------------------------------------------ private
     def _check(self, site: Site, x: Tensor, length: int, others: Sequence[int]) -> None:
         if not others:
-            if not self._vectors and site not in self._proven and in_a_list_of_lists(site.name):
+            if not self._vectors and site not in self._known.rows_first and in_a_list_of_lists(site.name):
                 raise BaseMismatch(
                     f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
                     "experts with a module each can't be routed: leave them out, or activate one path at a time",
                 )
         elif length not in others:
-            self._proven.add(site)
-        elif site not in self._proven:
+            self._known.rows_first.add(site)
+        elif site not in self._known.rows_first:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or as many tokens?",
                 "route(…, batch_first=True) says that the first axis is the rows at every site",

@@ -71,7 +71,9 @@ class Entry:
                     "start with an empty cache, or fill it again under what is active now",
                 )
         if self._axis is not None:
-            self._axis.begin(list(_tensors(_main_first(module, args, kwargs))))
+            inputs = list(_tensors(_main_first(module, args, kwargs)))
+            self._axis.begin(inputs)
+            self._axis.probe(module, args, kwargs, inputs)
         self._recording, self._checkpointed = torch.is_grad_enabled(), False
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -123,6 +123,11 @@ class Route:
             found = self._owed[key] = [self._part(site, part, spread, device) for part in parts if part]
         return found
 
+    @property
+    def mixed(self) -> list[Site]:
+        """The sites where the rows do not all owe the same."""
+        return [site for site in self.plan.sites.values() if self._alike(site) is None]
+
     # ------------------------------------------------------------------ private
     def _alike(self, site: Site) -> Side | None:
         """The one side path of a site where all rows owe the same."""
@@ -161,8 +166,7 @@ class Route:
 
     def _cheapest(self, spread: tuple[int, int], tokens: int, device: torch.device) -> str:
         """The form with the least estimated time over all sites."""
-        sites = [site for site in self.plan.sites.values() if self._alike(site) is None]
-        owed = [each for site in sites for each in self.owed(site, spread, device)]
+        owed = [each for site in self.mixed for each in self.owed(site, spread, device)]
         alike: dict[Hashable, list[Owed]] = {}
         for each in owed:
             shapes = tuple((v.shape, v.rank) for v in each.values)
@@ -189,6 +193,9 @@ class _RoutedSide:
         self._route, self._site, self._axis = route, site, axis
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
+        if self._axis.probing:
+            self._axis.note(self._site, x)
+            return out
         dtype, spread = out.dtype, self._axis.spread(self._site, x, out)
         tokens = out.numel() // (out.shape[0] * out.shape[self._site.channels])
         for form in self._route.forms(self._site, spread, tokens, out.device):

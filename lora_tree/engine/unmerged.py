@@ -83,6 +83,7 @@ class Unmerged:
 
     def switch_to(self, route: Route, axis: RowAxis) -> None:
         """Run a batch of paths beside the weights, its rows lying as ``axis`` says."""
+        axis.sites = route.mixed
         self._switch(route.plan, route.sides(axis), route, axis)
 
     def forget(self) -> None:
