@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -648,6 +649,111 @@ def test_a_weight_alone_changes_only_text(zoo: Path) -> None:
     loaded.save(zoo)
     changed = {name for name, inode in before.items() if (zoo / name).stat().st_ino != inode}
     assert changed == {"tree.yaml", "tree.lock"}
+
+
+# ---------------------------------------------------------------------- two writers
+def untouched(folder: Path, save: Callable[[], None], *, match: str) -> str:
+    """The save is refused, and nothing in the folder has changed."""
+    before = listing(folder)
+    with pytest.raises(FolderError, match=match) as caught:
+        save()
+    assert listing(folder) == before
+    return str(caught.value)
+
+
+def test_a_save_does_not_undo_what_another_added(zoo: Path, tmp_path: Path) -> None:
+    one, two = opened(zoo), opened(zoo)
+    one.add("x", adapter=adapter(10))
+    one.add("x/deep", adapter=adapter(11))
+    one.save(zoo)
+    two.add("y", adapter=adapter(12))
+    text = untouched(
+        zoo, lambda: two.save(zoo), match="zoo/x.*zoo/x/deep: written by somebody else since this tree was"
+    )
+    assert f"open the tree again, lt.load('{zoo}'), and change that one; or save into another folder" in text
+    two.save(tmp_path / "other")
+    assert "y" in opened(tmp_path / "other")
+    again = opened(zoo)
+    again.add("y", adapter=adapter(12))
+    again.save(zoo)
+    assert {"x", "x/deep", "y"} <= set(opened(zoo))
+    one.save(tmp_path / "third")
+    untouched(zoo, lambda: one.save(zoo), match="zoo/y: written by somebody else")
+
+
+def test_a_save_does_not_undo_what_another_changed(zoo: Path) -> None:
+    one, two = opened(zoo), opened(zoo)
+    one.update("grp/x", adapter=adapter(10))
+    one.save(zoo)
+    two.update("grp/x", adapter=adapter(11))
+    untouched(zoo, lambda: two.save(zoo), match="grp/x: .*written by somebody else")
+    two.remove("grp", recursive=True)
+    untouched(zoo, lambda: two.save(zoo), match="grp/x: written by somebody else")
+    one.update("grp/x", adapter=adapter(12))
+    one.save(zoo)
+
+
+def test_a_save_does_not_undo_what_another_wrote_into_a_folder_without_a_lock(tmp_path: Path) -> None:
+    one, two = opened(nested(tmp_path, "fr", "de")), opened(tmp_path)
+    one.update("fr", adapter=adapter(10))
+    one.save(tmp_path)
+    two.update("fr", adapter=adapter(11))
+    untouched(tmp_path, lambda: two.save(tmp_path), match="fr: .*written by somebody else")
+
+
+def test_a_save_does_not_bring_back_what_another_took_out(zoo: Path) -> None:
+    one, two = opened(zoo), opened(zoo)
+    assert two.adapter("fr/legal") is not None
+    one.remove("fr/legal")
+    one.save(zoo)
+    untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by somebody else")
+    two.update("fr/legal", adapter=adapter(10))
+    untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by somebody else")
+    one.add("fr/legal", adapter=adapter(11))
+    one.save(zoo)
+
+
+def test_a_save_does_not_undo_a_line_of_yaml(zoo: Path) -> None:
+    one, two = opened(zoo), opened(zoo)
+    one.update("fr/medical", weight=0.5)
+    one.save(zoo)
+    two.update("fr/legal", weight=0.25)
+    untouched(zoo, lambda: two.save(zoo), match=r"tree.yaml: written by somebody else")
+    again = opened(zoo)
+    write(zoo / "tree.yaml", (zoo / "tree.yaml").read_text() + "# a note\n")
+    again.update("grp/x", adapter=adapter(10))
+    again.update("de", weight=2.0)
+    untouched(zoo, lambda: again.save(zoo), match=r"tree.yaml: written by somebody else")
+
+
+def test_another_tree_is_not_overwritten(zoo: Path) -> None:
+    other = lt.AdapterTree()
+    other.add("it", adapter=adapter(10))
+    text = untouched(zoo, lambda: other.save(zoo), match="zoo/fr, .*zoo/grp/x: of another tree, which this save would")
+    assert "save into another folder; or open that tree and change it; or remove what is there first" in text
+    one = tree()
+    one.update("fr", adapter=adapter(10))
+    untouched(zoo, lambda: one.save(zoo), match="fr: .*zoo/fr: of another tree")
+    untouched(zoo, lambda: tree(weight=0.5).save(zoo), match="tree.yaml: of another tree")
+    before = listing(zoo)
+    tree().save(zoo)  # the very same tree: nothing is lost
+    assert before == {**listing(zoo), "tree.lock": before["tree.lock"]}
+    shutil.rmtree(zoo / "fr")
+    shutil.rmtree(zoo / "grp")
+    (zoo / "tree.yaml").unlink()
+    other.save(zoo)
+    assert list(opened(zoo)) == ["it"]
+
+
+def test_what_lock_accepted_since_the_opening_stays_accepted(zoo: Path) -> None:
+    changed = opened(zoo)
+    changed.update("fr", adapter=adapter(9))
+    changed.save(zoo)
+    loaded = opened(zoo)
+    lt.lock(zoo, accept_stale=True)
+    loaded.update("grp/x", adapter=adapter(10))
+    loaded.save(zoo)
+    assert lt.check(zoo) == []
 
 
 # ---------------------------------------------------------------------- training

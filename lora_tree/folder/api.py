@@ -17,11 +17,13 @@ from ..adapter import Adapter
 from ..errors import FolderError, FormatError, LoraTreeError, StaleError
 from ..storage import install
 from ..tree import AdapterTree, Node
+from .alone import save_adapter
 from .commit import leftovers, writing
 from .lockfile import ROOT, NodeLock, TreeLock, dump, lineage
+from .memory import Seen, remember
 from .opening import Opened, base_lock, inspect, place_of, trained
 from .problem import Kind, Problem, raise_any
-from .saving import node_lock, save_adapter, save_tree
+from .saving import node_lock, save_tree
 from .scan import look
 from .source import FolderSource, Trained, hashed
 
@@ -62,7 +64,9 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
         warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(opened.stale.values()), todo))), stacklevel=2)
     nodes = (_node(opened, node) for node in opened.entries)
     defaults = opened.spec.defaults if opened.spec else None
-    return AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, home=Path(place.yaml_file))
+    tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, home=Path(place.yaml_file))
+    remember(tree, place, Seen.of(opened))
+    return tree
 
 
 def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:

@@ -10,17 +10,16 @@
     neither                               a line in tree.yaml: fresh, or null for a group
 
 Law: save deletes or replaces only files that a save wrote, as the lock knows them, or those of the node that was opened
-from that very place. A node that is gone from the tree while its files must stay would come back: that is refused,
-before anything is written.
+from that very place; and only where they are still what this tree saw there (`memory`). A node that is gone from the
+tree while its files must stay would come back. Whatever is refused is refused before anything is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,19 +32,20 @@ from ..formats import peft
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import LoraSpec
 from ..tree import AdapterTree, Node
-from . import disk
+from .alone import make_all
 from .commit import Transaction, writing
 from .disk import Stamp
 from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, content, lineage
 from .lockfile import dump as dump_lock
-from .opening import Opened, Place, base_lock, inspect, local_base, place_of, stale_text
+from .memory import Seen, digest, recall, remember
+from .opening import Opened, Place, base_lock, inspect, local_base, place_of, stale_text, trained
 from .problem import raise_any
 from .resolve import resolve
 from .scan import FILES, Files, Scan
 from .source import FolderSource, Trained, hashed
 from .yamlfile import dump as dump_yaml
 
-__all__ = ["save_adapter", "save_tree"]
+__all__ = ["node_lock", "save_tree"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class _Plan:
     target: Opened
     transaction: Transaction
     copy: bool
+    seen: Seen
     kept: dict[str, _Kept] = field(default_factory=dict)
 
     def folder_of(self, path: str) -> str:
@@ -78,9 +79,9 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
     """See `AdapterTree.save`."""
     place = place_of(folder, make=True)
     with ExitStack() as undo:
-        _make_all(Path(place.folder), undo)
+        make_all(Path(place.folder), undo)
         with writing(Path(place.folder)) as transaction:
-            plan = _Plan(tree, place, inspect(place), transaction, copy)
+            plan = _Plan(tree, place, inspect(place), transaction, copy, recall(tree, place))
             raise_any(plan.target.problems, but=("stale", "unlocked", "leftover"))
             for path in tree.paths():
                 _settle_files(plan, path)
@@ -92,50 +93,18 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
             finally:
                 if transaction.decided or not transaction.staged:
                     tree.put(nodes, home=Path(place.yaml_file))
+                    remember(tree, place, _seen(plan))
         undo.pop_all()
 
 
-def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """See `Adapter.save`."""
-    files = peft.render(adapter)
-    where = Path(os.path.abspath(folder))
-    if not os.path.lexists(where):
-        _new_adapter(files, where)
-        return
-    with writing(where) as transaction:
-        for name in sorted(files):
-            transaction.put(name, files[name])
-        transaction.commit()
-
-
-def _new_adapter(files: Mapping[str, bytes], where: Path) -> None:
-    """A new folder, built under a hidden name beside its place."""
-    with ExitStack() as undo:
-        _make_all(where.parent, undo)
-        beside = where.with_name(f".{where.name}.{uuid.uuid4().hex}")
-        disk.make(beside)
-        undo.callback(disk.drop, beside)
-        for name in sorted(files):
-            undo.callback(_remove, beside / name)
-            disk.write(beside / name, files[name])
-        disk.sync(beside)
-        disk.rename(beside, where)
-        undo.pop_all()
-        disk.sync(where.parent)
-
-
-def _remove(file: Path) -> None:
-    with suppress(LoraTreeError):
-        disk.remove(file)
-
-
-def _make_all(folder: Path, undo: ExitStack) -> None:
-    """Make a folder and those above it; ``undo`` takes back the ones that were made, as far as they are empty."""
-    missing = [above for above in (folder, *folder.parents) if not os.path.lexists(above)]
-    for above in reversed(missing):
-        if disk.make(above):
-            undo.callback(disk.drop, above)
-            disk.sync(above.parent)
+def _seen(plan: _Plan) -> Seen:
+    """The folder as this save leaves it."""
+    gone = {place.rpartition("/")[0] for place in plan.transaction.deletes}
+    found = plan.target.scan.found
+    files = {path: was for path, was in plan.seen.files.items() if path in found and path not in gone}
+    files |= {path: (kept.files.stamps, kept.content) for path, kept in plan.kept.items() if not kept.named}
+    staged = (file.sha256 for file in plan.transaction.staged if file.to == plan.place.yaml)
+    return Seen(files, {**plan.seen.yaml, plan.place.yaml: next(staged, digest(plan.target.yaml_bytes))})
 
 
 # ---------------------------------------------------------------------- adapters
@@ -175,7 +144,7 @@ def _content(rendered: Mapping[str, bytes]) -> str:
 
 def _from_memory(plan: _Plan, node: Node, rendered: Mapping[str, bytes]) -> _Kept:
     whole, source = _content(rendered), node.source
-    _may_replace(plan, node)
+    _may_replace(plan, node, whole)
     stamps = {name: plan.transaction.put(f"{node.path}/{name}", rendered[name]).stamp for name in sorted(rendered)}
     # what was trained since was trained on the lineage of today; what only lost its files was not
     since = node.loaded is not None and _trains(node.loaded)
@@ -191,11 +160,14 @@ def _from_files(plan: _Plan, path: str, source: FolderSource) -> _Kept:
     if os.path.realpath(source.folder) == os.path.realpath(home):
         whole = source.unchanged(files)
         known = plan.target.lock.nodes.get(path) if plan.target.lock else None
-        ours = known is not None and known.written and known.content == whole
-        return _Kept(_placed(plan, path, files.stamps), whole, source.trained, written=ours)
+        if known is None or plan.target.lock is None or known.content != whole:
+            return _Kept(_placed(plan, path, files.stamps), whole, source.trained)
+        # `lora-tree lock` may have accepted it on another lineage since the tree was opened
+        now = trained(known, plan.target.lock)
+        return _Kept(_placed(plan, path, files.stamps), whole, now, written=known.written)
     if source.root is None and not plan.copy:
         return _Kept(files, source.unchanged(files), source.trained, named=True)
-    _may_replace(plan, plan.tree[path])
+    _may_replace(plan, plan.tree[path], source.content)
     staged = {name: plan.transaction.copy(f"{path}/{name}", files.now[name][0]) for name in FILES}
     whole = content(*(staged[name].sha256 for name in FILES))
     if source.content not in (None, whole):
@@ -209,16 +181,34 @@ def _placed(plan: _Plan, path: str, stamps: Mapping[str, Stamp]) -> Files:
     return Files(home, {name: (os.path.join(home, name), stamp) for name, stamp in stamps.items()})
 
 
-def _may_replace(plan: _Plan, node: Node) -> None:
-    """Refuse to write over an adapter that neither a save wrote nor this node came from."""
-    there = plan.target.scan.found.get(node.path)
-    if there is None or _ours(plan, node.path, there):
+def _may_replace(plan: _Plan, node: Node, whole: str | None) -> None:
+    """Refuse to write content ``whole`` over an adapter that is not this tree's, or where somebody took one out."""
+    there, lock = plan.target.scan.found.get(node.path), plan.target.lock
+    if there is None:
+        if node.path in plan.seen.files and lock is not None and node.path not in lock.nodes:
+            raise _undoes(plan, [plan.folder_of(node.path)], "taken out")
         return
-    if node.home is None or os.path.realpath(node.home) != os.path.realpath(there.folder):
+    ours = _ours(plan, node.path, there)
+    if not ours and (node.home is None or os.path.realpath(node.home) != os.path.realpath(there.folder)):
         raise FolderError(
             f"{there.folder}: an adapter that no save wrote lies where this node's files belong",
             "move it away, or save to another folder",
         )
+    if not plan.seen.knows(node.path, there) and (there.flaw is not None or whole != hashed(there)):
+        raise _undoes(plan, [there.folder], "written")
+
+
+def _undoes(plan: _Plan, what: list[str], how: str) -> FolderError:
+    """The refusal to save over what this tree has not seen."""
+    if plan.seen:
+        return FolderError(
+            f"{listing(what)}: {how} by somebody else since this tree was opened or saved, and this save would undo it",
+            f"open the tree again, lt.load({plan.place.folder!r}), and change that one; or save into another folder",
+        )
+    return FolderError(
+        f"{listing(what)}: of another tree, which this save would overwrite",
+        "save into another folder; or open that tree and change it; or remove what is there first",
+    )
 
 
 def _ours(plan: _Plan, path: str, files: Files) -> bool:
@@ -234,19 +224,24 @@ def _ours(plan: _Plan, path: str, files: Files) -> bool:
 def _clear(plan: _Plan) -> None:
     """Let go of adapters in the folder that are no node's any more; refuse where one would come back."""
     claimed = {os.path.relpath(kept.files.folder, plan.place.folder) for kept in plan.kept.values() if kept.named}
-    back = []
+    back, unseen = [], []
     for path, files in plan.target.scan.found.items():
         if (path or ".") in claimed or (path in plan.kept and not plan.kept[path].named):
             continue
-        if _ours(plan, path, files):
+        ours = _ours(plan, path, files)
+        if ours and not plan.seen.knows(path, files):
+            unseen.append(files.folder)
+        elif ours:
             for name in FILES:
                 plan.transaction.delete(f"{path}/{name}")
         elif not _null(plan.tree, path):
             back.append(files.folder)
+    if unseen:
+        raise _undoes(plan, unseen, "written")
     if back:
         raise FolderError(
             f"{listing(back)}: no node's any more, but no save wrote them, so they stay and would come back",
-            "move them out of the folder, or save the tree elsewhere",
+            "move them out of the folder, save the tree elsewhere, or open the tree again to have them in it",
         )
     folded = {staged.to.casefold(): staged.to for staged in plan.transaction.staged}
     for place in sorted(plan.transaction.deletes):
@@ -269,12 +264,14 @@ def _write_yaml(plan: _Plan) -> None:
     old = plan.target.yaml_bytes
     if data == old:
         return
-    ours = plan.target.lock is not None and old is not None and plan.target.lock.yaml == hashlib.sha256(old).hexdigest()
-    if old is not None and not ours and plan.tree.home != Path(plan.place.yaml_file):
-        raise FolderError(
-            f"{plan.place.yaml_file}: of another tree, and no save wrote it",
-            "move it away, or save to another folder",
-        )
+    ours = plan.target.lock is not None and old is not None and plan.target.lock.yaml == digest(old)
+    if old is not None and digest(old) != plan.seen.yaml.get(plan.place.yaml):
+        if not plan.seen and not ours:
+            raise FolderError(
+                f"{plan.place.yaml_file}: of another tree, and no save wrote it",
+                "move it away, or save to another folder",
+            )
+        raise _undoes(plan, [plan.place.yaml_file], "written")
     plan.transaction.put(plan.place.yaml, data)
 
 
@@ -406,6 +403,5 @@ def _yaml_hash(plan: _Plan) -> str | None:
     for staged in plan.transaction.staged:
         if staged.to == plan.place.yaml:
             return staged.sha256
-    old = plan.target.yaml_bytes
-    found = hashlib.sha256(old).hexdigest() if old is not None else None
+    found = digest(plan.target.yaml_bytes)
     return found if plan.target.lock is not None and plan.target.lock.yaml == found else None

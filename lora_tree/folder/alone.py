@@ -1,0 +1,64 @@
+"""Saving one adapter by itself: a new folder appears whole, by one rename; in an old one both files change as one.
+
+deep/one      .one.<id>/ beside it, filled and synced, then renamed
+an old one    a transaction of its own, with its own ``.lora_tree`` (see `commit`)
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from ..adapter import Adapter
+from ..errors import LoraTreeError
+from ..formats import peft
+from . import disk
+from .commit import writing
+
+__all__ = ["make_all", "save_adapter"]
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """See `Adapter.save`."""
+    files = peft.render(adapter)
+    where = Path(os.path.abspath(folder))
+    if not os.path.lexists(where):
+        _new_adapter(files, where)
+        return
+    with writing(where) as transaction:
+        for name in sorted(files):
+            transaction.put(name, files[name])
+        transaction.commit()
+
+
+def _new_adapter(files: Mapping[str, bytes], where: Path) -> None:
+    """A new folder, built under a hidden name beside its place."""
+    with ExitStack() as undo:
+        make_all(where.parent, undo)
+        beside = where.with_name(f".{where.name}.{uuid.uuid4().hex}")
+        disk.make(beside)
+        undo.callback(disk.drop, beside)
+        for name in sorted(files):
+            undo.callback(_remove, beside / name)
+            disk.write(beside / name, files[name])
+        disk.sync(beside)
+        disk.rename(beside, where)
+        undo.pop_all()
+        disk.sync(where.parent)
+
+
+def _remove(file: Path) -> None:
+    with suppress(LoraTreeError):
+        disk.remove(file)
+
+
+def make_all(folder: Path, undo: ExitStack) -> None:
+    """Make a folder and those above it; ``undo`` takes back the ones that were made, as far as they are empty."""
+    missing = [above for above in (folder, *folder.parents) if not os.path.lexists(above)]
+    for above in reversed(missing):
+        if disk.make(above):
+            undo.callback(disk.drop, above)
+            disk.sync(above.parent)
