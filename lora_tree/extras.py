@@ -1,14 +1,22 @@
-"""What is optional is imported here, when it is first used, or its absence is told with the line that repairs it."""
+"""What is optional is imported here, when it is first used, or its absence is told with the line that repairs it.
+
+What it raises becomes ours at this boundary, once: its words, with what was being done before them.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from .errors import MissingExtra
+from .errors import LoraTreeError, MissingExtra, SpecError
 
-__all__ = ["need"]
+__all__ = ["foreign", "need"]
+
+MOST_CHARACTERS = 300
+"""Of a foreign message; transformers lists every model it knows."""
 
 
 def need(module: str, *, extra: str, what: str) -> Any:
@@ -30,3 +38,30 @@ def need(module: str, *, extra: str, what: str) -> Any:
     if importlib.util.find_spec(module) is None:
         raise MissingExtra(f"{what} needs {module}, which is not installed", f"pip install 'lora_tree[{extra}]'")
     return importlib.import_module(module)
+
+
+@contextmanager
+def foreign(what: str, *todo: str) -> Iterator[None]:
+    """Whatever an optional package raises inside is told as a `SpecError`; our own errors pass as they are.
+
+    Args:
+        what: what was being done, for the message.
+        todo: what to do about it.
+
+    Raises:
+        SpecError: something was raised inside.
+
+    >>> with foreign("the folder 'x' is no model", "name another: --base MODEL"):
+    ...     1 / 0
+    Traceback (most recent call last):
+    lora_tree.errors.SpecError: the folder 'x' is no model: ZeroDivisionError: division by zero
+      name another: --base MODEL
+    """
+    try:
+        yield
+    except (LoraTreeError, MemoryError):
+        raise
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), "")
+        said = said if len(said) <= MOST_CHARACTERS else f"{said[:MOST_CHARACTERS]}…"
+        raise SpecError(f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo) from error

@@ -1,7 +1,9 @@
 """``lora-tree``: the public Python surface from a shell. Nothing is possible here alone.
 
-0  done          1  a LoraTreeError or a failing file operation, in one message on stderr; problems found by check
+0  done          1  an error, in one message on stderr; problems found by check
 2  wrong usage   130  interrupted
+
+LORA_TREE_TRACEBACK=1 in the environment shows where an error came from.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import LoraTreeError
 from .check import check
-from .console import print_problem, warnings_in_one_line
+from .console import any_encoding, print_error, warnings_in_one_line
 from .demo import demo
 from .export import export
 from .generate import generate
@@ -57,11 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: those of the process where None.
     """
+    any_encoding()
     warnings_in_one_line()
     try:
         app(arguments)
-    except (LoraTreeError, OSError) as error:
-        print_problem("error", str(error), "bold red")
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # the last resort: whoever uses a shell is not who reads a traceback
+        print_error(error)
+        sys.exit(1)

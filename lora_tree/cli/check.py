@@ -1,22 +1,25 @@
-"""``lora-tree check``: everything that is wrong with a folder or a tree.yaml, and with a base for it.
+"""``lora-tree check``: everything that is wrong with a folder or a tree.yaml, its nodes together, and a base for it.
 
 A base is asked for its modules only: it is made without memory for weights, so a model of any size is checked at once.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from ..errors import SpecError
-from ..extras import need
-from ..fit import misfits
+from ..extras import foreign, need
+from ..fit import clashes, misfits
+from ..folder import StaleWarning, load
 from ..folder import check as check_folder
-from ..folder import load
-from .console import out, print_json
+from ..tree import AdapterTree
+from .console import OTHER_BASE, out, print_json
 
 __all__ = ["check"]
 
@@ -28,10 +31,12 @@ def check(
 ) -> None:
     """List every problem; exit with 1 where there are any."""
     problems = [(problem.node, str(problem.kind), problem.text) for problem in check_folder(folder)]
-    if base is not None:
-        skeleton = _skeleton(base)
-        if all(kind in ("stale", "leftover") for _, kind, _ in problems):
-            problems += [(path, "base", text) for path, text in misfits(load(folder), skeleton)]
+    skeleton = None if base is None else _skeleton(base)
+    if all(kind in ("stale", "leftover") for _, kind, _ in problems):
+        tree = _opened(folder)
+        problems += [(path, "shape", text) for path, text in clashes(tree)]
+        if skeleton is not None:
+            problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
     if as_json:
         print_json({"folder": str(folder), "problems": [{"node": n, "kind": k, "text": t} for n, k, t in problems]})
     else:
@@ -42,12 +47,20 @@ def check(
         raise typer.Exit(1)
 
 
+def _opened(folder: Path) -> AdapterTree:
+    """The tree; that a node is stale is one of the problems already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleWarning)
+        return load(folder)
+
+
 def _skeleton(base: str) -> Any:
     """The base's modules with shapes and no memory, of the class that its config names."""
     transformers = need("transformers", extra="transformers", what="check --base")
-    config = transformers.AutoConfig.from_pretrained(base)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None:
+    with foreign(f"{base}: transformers can't read its config.json", OTHER_BASE):
+        config = transformers.AutoConfig.from_pretrained(base)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise SpecError(f"{base}: its config.json names no architecture that transformers has: {config.architectures}")
-    with torch.device("meta"):
+    with foreign(f"{base}: transformers can't make the {kind.__name__} of its config.json"), torch.device("meta"):
         return kind(config)

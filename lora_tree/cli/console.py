@@ -1,18 +1,44 @@
-"""The two consoles: results on stdout, everything else on stderr. Off a terminal nothing is wrapped or cut."""
+"""The two consoles: results on stdout, everything else on stderr. Off a terminal nothing is wrapped or cut.
+
+What a stream's encoding can't hold is escaped: a command that has done its work never dies of telling so.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["err", "out", "print_json", "print_problem", "warnings_in_one_line"]
+from ..errors import LoraTreeError
+
+__all__ = [
+    "OTHER_BASE",
+    "any_encoding",
+    "err",
+    "out",
+    "print_error",
+    "print_json",
+    "print_problem",
+    "warnings_in_one_line",
+]
 
 OFF_TERMINAL_WIDTH = 200
+TRACEBACK = "LORA_TREE_TRACEBACK"
+OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
+
+
+def any_encoding() -> None:
+    """From now on, a character that a stream's encoding can't hold is escaped, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def out() -> Console:
@@ -27,7 +53,21 @@ def err() -> Console:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, for programs: no colours, no wrapping."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # JSON has its own escapes
+        text = json.dumps(value, indent=2, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def print_error(error: Exception) -> None:
+    """``error: …`` on stderr, for any exception; with its traceback before it where the environment asks for that."""
+    ours = isinstance(error, (LoraTreeError, OSError))
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    hint = f"this should not happen; {TRACEBACK}=1 in the environment shows where it did"
+    print_problem("error", str(error) if ours else f"{type(error).__name__}: {error}\n  {hint}", "bold red")
 
 
 def print_problem(kind: str, message: str, style: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from ..adapter import Adapter
 from ..errors import SpecError
 from ..folder import load
 from ..storage import as_path
@@ -59,14 +60,23 @@ def export(
                 "ranks": ranks,
                 "parameters": flat.numel,
                 "bytes": flat.nbytes,
-                "error": flat.error,
+                "error": flat.error,  # of the truncation
+                "dtype": dtype,
+                "rounded": bool(flat.rounded),
             }
         )
     else:
-        exact = f"relative error at most {flat.error:.2g} in a module" if flat.errors else "exact"
         out().print(
-            f"{path} → {to}: {len(flat)} modules, r={'/'.join(map(str, ranks)) or '-'}, {exact}", soft_wrap=True
+            f"{path} → {to}: {len(flat)} modules, r={'/'.join(map(str, ranks)) or '-'}, {_exactness(flat, dtype)}",
+            markup=False,
+            soft_wrap=True,
         )
+
+
+def _exactness(flat: Adapter, dtype: Dtype | None) -> str:
+    cut = [f"relative error at most {flat.error:.2g} in a module"] if flat.errors else []
+    rounded = [f"{'then ' * bool(cut)}rounded to {dtype}"] if flat.rounded else []
+    return ", ".join(cut + rounded) or "exact"
 
 
 def _outside(tree: AdapterTree, folder: Path, to: str) -> None:

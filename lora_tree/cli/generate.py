@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ import torch
 import typer
 
 from ..errors import SpecError
-from ..extras import need
+from ..extras import foreign, need
 from ..folder import load
 from ..model import attach
+from .console import OTHER_BASE
 
 __all__ = ["generate"]
 
@@ -42,16 +44,23 @@ def generate(
     name = base or tree.base
     if name is None:
         raise SpecError(f"{folder} names no base", "name one: --base MODEL")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    with foreign(f"{name}: transformers can't open its tokenizer", OTHER_BASE):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    with foreign("the tokenizer can't read the prompt"):
+        tokens = tokenizer(prompt, return_tensors="pt")
+    if tokens["input_ids"].numel() == 0:
+        raise SpecError("the prompt has no tokens, so there is nothing to go on from", "give it a word: --prompt TEXT")
+    with foreign(f"{name}: transformers can't open the model", OTHER_BASE):
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
     attached = attach(tree, model)
     attached.activate(path, mode=mode.value)
     torch.manual_seed(seed)
-    typer.echo(_continue(model, tokenizer, prompt, max_new_tokens, temperature))
+    with foreign(f"{name}: the model can't go on from the prompt"):
+        text = _continue(model, tokenizer, tokens, max_new_tokens, temperature)
+    sys.stdout.write(text + "\n")
 
 
-def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float) -> str:
-    tokens = tokenizer(prompt, return_tensors="pt")
+def _continue(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int, temperature: float) -> str:
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = model.generate(
         input_ids=tokens["input_ids"],
