@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .errors import FolderError
+
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .tree import AdapterTree
@@ -69,5 +71,14 @@ def storage() -> Storage:
 
 
 def as_path(folder: str | os.PathLike[str]) -> Path:
-    """A user's spelling of a folder, with ``~`` expanded."""
-    return Path(folder).expanduser()
+    """A user's spelling of a folder, with ``~`` expanded.
+
+    Raises:
+        FolderError: ``~name``, and there is no user of that name.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise FolderError(
+            f"{folder}: no such user: {error}", "write the folder out, or ./~name for one here"
+        ) from error

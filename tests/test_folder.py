@@ -302,6 +302,12 @@ def test_a_wrong_path(zoo: Path, name: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_home_that_nobody_has(zoo: Path) -> None:
+    for use in (lt.Adapter.load, adapter(1).save, lt.load, tree().save, lt.check, lt.lock):
+        with pytest.raises(FolderError, match=r"~nobody-of-that-name/x: no such user"):
+            use("~nobody-of-that-name/x")
+
+
 def test_a_path_of_another_kind() -> None:
     with pytest.raises(FolderError, match="3 is not the name of a folder"):
         lt.load(3)  # type: ignore[arg-type]
@@ -509,6 +515,14 @@ def test_lock_accepts_the_files_as_they_are(zoo: Path) -> None:
     before = listing(zoo)
     lt.lock(zoo)
     assert listing(zoo) == before
+
+
+def test_a_folder_without_a_tree_is_not_locked(tmp_path: Path) -> None:
+    write(tmp_path / "sub/notes.txt", "mine")
+    before = listing(tmp_path)
+    with pytest.raises(FolderError, match=r"no tree: no tree\.yaml, and no folder below"):
+        lt.lock(tmp_path)
+    assert listing(tmp_path) == before
 
 
 def test_adapters_elsewhere_are_locked_too(tmp_path: Path) -> None:
@@ -882,6 +896,22 @@ def test_check_lists_what_killed_saves_left(zoo: Path) -> None:
     lt.load(zoo).save(zoo)
     assert lt.check(zoo) == []
     assert not (zoo / commit.HIDDEN).exists()
+
+
+def test_check_lists_what_may_not_be_looked_into(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (zoo / commit.HIDDEN).mkdir()
+    real = os.listdir
+
+    def refuse(path: str | Path) -> list[str]:  # root may look anywhere, so the answer is a made one
+        if Path(path).name == commit.HIDDEN:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    text = f"{zoo}/.lora_tree: can't look into it: Permission denied"
+    assert [(p.kind, p.text) for p in lt.check(zoo)] == [("folder", text)]
+    with pytest.raises(FolderError, match="can't sweep it up: Permission denied"):
+        lt.lock(zoo)
 
 
 def test_check_does_not_raise_on_content(zoo: Path) -> None:

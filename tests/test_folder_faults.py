@@ -31,10 +31,10 @@ class Killed(BaseException):
 
 
 class FaultyOs:
-    """The ``os`` module, but the operation of a given number fails, or kills."""
+    """The ``os`` module, but the operation of a given number fails, is done and interrupted by Ctrl-C, or kills."""
 
-    def __init__(self, at: int, *, kills: bool) -> None:
-        self.at, self.kills, self.seen = at, kills, 0
+    def __init__(self, at: int, *, kills: bool = False, interrupts: bool = False) -> None:
+        self.at, self.kills, self.interrupts, self.seen = at, kills, interrupts, 0
 
     @property
     def fired(self) -> bool:
@@ -48,10 +48,13 @@ class FaultyOs:
         def call(*args: Any, **kwargs: Any) -> Any:
             turn = self.seen
             self.seen += 1
-            if turn == self.at and name == "write":
+            if turn == self.at and name == "write" and not self.interrupts:
                 real(args[0], bytes(args[1])[: len(args[1]) // 2])
             if self.kills and turn >= self.at:
                 raise Killed
+            if turn == self.at and self.interrupts:
+                real(*args, **kwargs)
+                raise KeyboardInterrupt
             if turn == self.at:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return real(*args, **kwargs)
@@ -78,20 +81,20 @@ def change(folder: Path) -> lt.AdapterTree:
 
 
 def faults(
-    monkeypatch: pytest.MonkeyPatch, before: Path, scratch: Path, *, kills: bool
+    monkeypatch: pytest.MonkeyPatch, before: Path, scratch: Path, *, kills: bool = False, interrupts: bool = False
 ) -> Iterator[tuple[Path, lt.AdapterTree, BaseException]]:
     """The same save, cut off at its first operation, its second, …, until one comes through."""
     for at in range(10_000):
         folder = scratch / str(at)
         shutil.copytree(before, folder)
         changed = change(folder)
-        faulty = FaultyOs(at, kills=kills)
+        faulty = FaultyOs(at, kills=kills, interrupts=interrupts)
         with monkeypatch.context() as patched:
             patched.setattr(disk, "os", faulty)
             patched.setattr(commit, "os", faulty)
             try:
                 changed.save(folder)
-            except (LoraTreeError, Killed) as error:
+            except (LoraTreeError, KeyboardInterrupt, Killed) as error:
                 caught: BaseException | None = error
             else:
                 caught = None
@@ -144,6 +147,26 @@ def test_a_fault_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Pat
     assert len(set(outcomes)) == 2
 
 
+def test_interrupted_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+    old, new = value(opened(before)), value(change(before))
+    files = listing(before)
+    outcomes = []
+    for folder, changed, error in faults(monkeypatch, before, tmp_path, interrupts=True):
+        assert isinstance(error, KeyboardInterrupt)
+        found = value(opened(folder))
+        assert found in (old, new)
+        outcomes.append(found == new)
+        if found == old:
+            left = {name: data for name, data in listing(folder).items() if name not in files}
+            assert left.keys() <= {".lora_tree", ".lora_tree/lock"}, "nothing staged may stay behind"
+            assert not [p for p in lt.check(folder) if p.kind != "stale"]
+        changed.save(folder)
+        assert value(opened(folder)) == value(changed) == new
+        assert not (folder / commit.HIDDEN).exists()
+    assert outcomes == sorted(outcomes), "old until the decision, new from then on"
+    assert len(set(outcomes)) == 2
+
+
 def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target = tmp_path / "a/b"
     for at in range(10_000):
@@ -162,6 +185,22 @@ def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp
             assert value(opened(target)) == value(tree())
             shutil.rmtree(tmp_path / "a")
     assert at > 30
+
+
+def test_ctrl_c_leaves_no_new_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real, left = disk.write, 5
+
+    def write(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(disk, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        tree().save(tmp_path / "a/b")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -52,11 +52,7 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
     opened = inspect(place)
     accept = f"if the files are right, accept them as they are: lora-tree lock {place.folder}"
     raise_any(opened.problems, accept)
-    if opened.spec is None and opened.lock is None and not opened.entries:
-        raise FolderError(
-            f"{place.folder}: no tree: no tree.yaml, and no folder below with an adapter_config.json",
-            "give the folder that holds the folders of the adapters",
-        )
+    _there_is_a_tree(opened)
     if opened.stale:
         todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.folder}"
         if strict:
@@ -85,6 +81,7 @@ def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
     with writing(Path(place.folder)) as transaction:
         opened = inspect(place)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
+        _there_is_a_tree(opened)
         data = dump(_relocked(opened, accept_stale=accept_stale))
         if data != opened.lock_bytes:
             transaction.put(place.lock, data)
@@ -115,10 +112,23 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
                 problems.append(Problem(node, kind, f"{node}: {error}"))
     if opened.spec is None and opened.lock is None and not opened.entries and not problems:
         problems.append(Problem("", "folder", f"{place.folder}: no tree.yaml, and no folder below with an adapter"))
-    for name in leftovers(Path(place.folder)):
-        text = f"{place.folder}/{name}: left by a save that was cut off; the next save, or lora-tree lock, clears it"
-        problems.append(Problem("", "leftover", text))
+    try:
+        for name in leftovers(Path(place.folder)):
+            text = (
+                f"{place.folder}/{name}: left by a save that was cut off; the next save, or lora-tree lock, clears it"
+            )
+            problems.append(Problem("", "leftover", text))
+    except FolderError as error:
+        problems.append(Problem("", "folder", str(error)))
     return problems
+
+
+def _there_is_a_tree(opened: Opened) -> None:
+    if opened.spec is None and opened.lock is None and not opened.entries:
+        raise FolderError(
+            f"{opened.place.folder}: no tree: no tree.yaml, and no folder below with an adapter_config.json",
+            "give the folder that holds the folders of the adapters",
+        )
 
 
 def _node(opened: Opened, path: str) -> Node:

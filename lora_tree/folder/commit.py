@@ -109,9 +109,14 @@ def pending(folder: str | Path) -> Pending:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What killed writers left: the next writer clears it away."""
+    """What killed writers left: the next writer clears it away.
+
+    Raises:
+        FolderError: the hidden folder can't be read.
+    """
     hidden = folder / HIDDEN
-    names = os.listdir(hidden) if _is_folder(hidden) else []
+    with disk.named("look into it", hidden):
+        names = os.listdir(hidden) if _is_folder(hidden) else []
     return sorted(f"{HIDDEN}/{name}" for name in names if name == RECORD or _STAGE.match(name))
 
 
@@ -131,7 +136,7 @@ def writing(folder: Path) -> Iterator[Transaction]:
         transaction = Transaction(folder)
         try:
             yield transaction
-        except Exception:
+        except BaseException:  # Ctrl-C as well
             transaction.abandon()
             raise
 
@@ -182,8 +187,10 @@ class Transaction:
         if not self.staged:
             disk.make(hidden / self._stage)
         disk.write(draft, data)
-        disk.rename(draft, hidden / RECORD)
-        self.decided = True
+        try:
+            disk.rename(draft, hidden / RECORD)
+        finally:  # the disk knows, whatever came between
+            self.decided = disk.exists(hidden / RECORD)
         try:
             disk.sync(hidden)
             _carry_out(self.folder, record, trusted=True)
@@ -196,11 +203,11 @@ class Transaction:
 
     def abandon(self) -> None:
         """Take back everything that was not decided; nothing here may hide the error that led to it."""
-        if self.decided:
-            return
+        if disk.exists(self.folder / HIDDEN / RECORD):
+            return  # the decision stands, and the next writer carries it out
         with suppress(LoraTreeError, OSError):
             _sweep(self.folder)
-        for folder in reversed(self._made):
+        for folder in reversed(self._made if not self.decided else ()):
             disk.drop(folder)
 
     def _next(self) -> str:
@@ -224,8 +231,9 @@ class Transaction:
         folder = self.folder
         for name in place.split("/")[:-1]:
             folder = folder / name
+            if not os.path.lexists(folder):
+                self._made.append(folder)  # before it is made: nothing may come between
             if disk.make(folder):
-                self._made.append(folder)
                 disk.sync(folder.parent)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise FolderError(f"{folder}: can't be written: no permission")
@@ -327,12 +335,12 @@ def _whole(file: Path, move: _Move, folder: Path) -> None:
 def _sweep(folder: Path) -> None:
     """Remove stages without a record; nothing else is ours to remove."""
     hidden = folder / HIDDEN
-    for name in os.listdir(hidden):
-        stage = hidden / name
-        if not _STAGE.match(name) or not _is_folder(stage):
-            continue
-        for file in os.listdir(stage):
-            disk.remove(stage / file)
+    with disk.named("sweep it up", hidden):
+        stages = [hidden / name for name in os.listdir(hidden) if _STAGE.match(name)]
+        files = [stage / file for stage in stages if _is_folder(stage) for file in os.listdir(stage)]
+    for file in files:
+        disk.remove(file)
+    for stage in stages:
         disk.drop(stage)
 
 
@@ -371,6 +379,9 @@ def _acquire(hidden: Path, lock: Path, until: float) -> int:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     os.close(file)
                     raise FolderError(f"{lock}: can't be locked: {error.strerror}") from error
+            except BaseException:  # Ctrl-C: a lock that nobody can let go of would shut this process out
+                os.close(file)
+                raise
             os.close(file)
         if time.monotonic() > until:
             raise FolderError(

@@ -95,7 +95,7 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
     """
     try:
         where = os.path.abspath(as_path(path))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError) as error:
         raise FolderError(f"{path!r} is not the name of a folder or of a tree.yaml: {error}") from error
     folder, name = os.path.split(where)
     if os.path.isdir(where):
