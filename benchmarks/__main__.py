@@ -10,7 +10,7 @@ from typing import Annotated
 import transformers
 import typer
 
-from . import flatten, opening, routed, switch, unmerged
+from . import decode, flatten, opening, routed, switch, unmerged
 from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
@@ -23,6 +23,7 @@ class Name(StrEnum):
     flatten = "flatten"
     opening = "opening"
     routed = "routed"
+    decode = "decode"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -31,6 +32,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.flatten: flatten.run,
     Name.opening: opening.run,
     Name.routed: routed.run,
+    Name.decode: decode.run,
 }
 
 

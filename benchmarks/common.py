@@ -6,6 +6,7 @@ warms up and is dropped. What has to be put in place first is not timed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ from statistics import quantiles
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Case", "Form", "Ratio", "Result", "Timing", "cycle", "interleaved", "tell"]
+__all__ = ["Case", "Form", "Ratio", "Result", "Stage", "Timing", "cycle", "interleaved", "tell"]
 
 HEADINGS = ("", "median", "quartiles", "aim")
 
@@ -108,6 +109,20 @@ def interleaved(cases: Mapping[str, Case], repeats: int) -> dict[str, Timing]:
             if count:
                 rounds[name].append(took)
     return {name: Timing(tuple(took)) for name, took in rounds.items()}
+
+
+class Stage:
+    """One context at a time: entering another leaves the one before."""
+
+    def __init__(self) -> None:
+        self._open = contextlib.ExitStack()
+
+    def leave(self) -> None:
+        self._open.close()
+
+    def enter(self, context: contextlib.AbstractContextManager[object]) -> None:
+        self.leave()
+        self._open.enter_context(context)
 
 
 def cycle(*values: str) -> Callable[[], str]:

@@ -6,7 +6,6 @@ are shuffled. "auto" is what `route` does by itself; the other forms show what i
 
 from __future__ import annotations
 
-import contextlib
 import random
 import tempfile
 from dataclasses import replace
@@ -18,10 +17,10 @@ import torch
 import lora_tree as lt
 from lora_tree.engine.routed import Strategy
 
-from .common import Case, Result, interleaved
+from .common import Case, Result, Stage, interleaved
 from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
 
-__all__ = ["run"]
+__all__ = ["grown", "run"]
 
 # (rows, distinct paths, nodes on the second level, tokens a row; the aim, as a part of what PEFT adds)
 BATCHES: list[tuple[int, int, int, tuple[int, ...], float | None]] = [
@@ -45,7 +44,7 @@ def run(size: Size = FULL) -> list[Result]:
 @torch.no_grad()
 def _batch(size: Size, rows: int, paths: int, middle: int, tokens: tuple[int, ...], aim: float | None) -> list[Result]:
     model = base(size, torch.float32)
-    tree = _grown(model, size, paths, middle)
+    tree = grown(model, size, paths, middle)
     flat = lt.AdapterTree()
     for i, leaf in enumerate(tree.leaves()):
         flat.add(f"leaf{i}", adapter=tree.flatten(leaf))
@@ -70,7 +69,7 @@ def _one(
 ) -> Result:  # fmt: skip
     rows, paths = len(routed), len(set(routed))
     ids = torch.randint(256, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    draw, stage = random.Random(1), _Stage()
+    draw, stage = random.Random(1), Stage()
 
     def ours() -> None:
         model(input_ids=ids, use_cache=False)
@@ -81,6 +80,7 @@ def _one(
 
     def enter(strategy: Strategy) -> None:
         stage.enter(attached.route(routed, strategy=strategy, batch_first=True))
+        ours()  # what is laid out for a batch is laid out once; the last case times that too
 
     cases = {"bare": Case(ours, stage.leave)}
     for strategy in get_args(Strategy):
@@ -101,26 +101,13 @@ def _one(
     return result
 
 
-class _Stage:
-    """One context at a time: entering another leaves the one before."""
-
-    def __init__(self) -> None:
-        self._open = contextlib.ExitStack()
-
-    def leave(self) -> None:
-        self._open.close()
-
-    def enter(self, context: contextlib.AbstractContextManager[object]) -> None:
-        self.leave()
-        self._open.enter_context(context)
-
-
-def _grown(model: Any, size: Size, leaves: int, middle: int) -> lt.AdapterTree:
+def grown(model: Any, size: Size, leaves: int, middle: int, *, dtype: torch.dtype = torch.float32) -> lt.AdapterTree:
+    """A tree 1 → middle → leaves over a base."""
     tree = lt.AdapterTree()
-    tree.add("r", adapter=adapter(model, size, seed=0, dtype=torch.float32))
+    tree.add("r", adapter=adapter(model, size, seed=0, dtype=dtype))
     for i in range(middle):
-        tree.add(f"r/m{i}", adapter=adapter(model, size, seed=1 + i, dtype=torch.float32))
+        tree.add(f"r/m{i}", adapter=adapter(model, size, seed=1 + i, dtype=dtype))
     for i in range(leaves):
         path = f"r/m{i * middle // leaves}/l{i:02}"
-        tree.add(path, adapter=adapter(model, size, seed=1 + middle + i, dtype=torch.float32))
+        tree.add(path, adapter=adapter(model, size, seed=1 + middle + i, dtype=dtype))
     return tree

@@ -63,7 +63,7 @@ def base(size: Size, dtype: torch.dtype) -> Any:
         hidden_size=size.hidden,
         intermediate_size=size.hidden * 11 // 4,
         num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden // 32,
+        num_attention_heads=size.hidden // 32 or 1,
         num_key_value_heads=size.hidden // 128 or 1,
         max_position_embeddings=4096,
     )

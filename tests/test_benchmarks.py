@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import flatten, opening, switch, unmerged
+from benchmarks import decode, flatten, opening, routed, switch, unmerged
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -21,6 +21,8 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (unmerged, 3, {"new path", "used before, 10 nodes", "used before, 20 nodes", "PEFT set_adapter, 10 adapters"}),
         (flatten, 1, {"ours", "PEFT, svd"}),
         (opening, 2, {"with tree.lock", "bare folders"}),
+        (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
+        (decode, 1, {"bare", "auto", "flattened"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
