@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,42 @@ def test_check_of_a_base_names_the_module_that_does_not_fit(
     assert "6 problems" in out
 
 
+def test_check_of_a_base_names_the_target_that_takes_no_delta(shell: Shell, base: Path, tmp_path: Path) -> None:
+    tree = lt.AdapterTree()
+    tree.add("fr", target_modules=["q_proj", "input_layernorm"])
+    tree.save(tmp_path / "zoo")
+    assert shell("check", tmp_path / "zoo")[0] == 0
+    code, out, _ = shell("check", tmp_path / "zoo", "--base", base)
+    assert code == 1
+    assert "base: fr: model.layers.0.input_layernorm: a LlamaRMSNorm takes no delta\n" in out
+    assert out.splitlines()[-1] == "1 problem"
+
+
+def test_check_names_the_nodes_that_do_not_add_up(shell: Shell, base: Path, tmp_path: Path) -> None:
+    q, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
+    tree = lt.AdapterTree(base=str(base))
+    tree.add("fr", adapter=adapter(base, 1))
+    tree.add("fr/grp", adapter=lt.Adapter({v: lt.LowRank(torch.ones(1, 32), torch.ones(32, 1))}))
+    tree.add("fr/grp/odd", adapter=lt.Adapter({q: lt.LowRank(torch.ones(1, 16), torch.ones(32, 1))}))
+    tree.add("de", adapter=lt.Adapter({q: lt.LowRank(torch.ones(1, 16), torch.ones(32, 1))}))  # alone it is right
+    tree.save(tmp_path / "zoo")
+    told = f"fr/grp/odd: {q}: (32, 16) (linear) here and (32, 32) (linear) in fr do not add up"
+    assert shell("check", tmp_path / "zoo")[:2] == (1, f"shape: {told}\n1 problem\n")
+    code, out, _ = shell("check", tmp_path / "zoo", "--base", base, "--json")
+    problems = json.loads(out)["problems"]
+    assert (code, problems[0]) == (1, {"node": "fr/grp/odd", "kind": "shape", "text": told})
+    assert [(p["node"], p["kind"]) for p in problems[1:]] == [("de", "base"), ("fr/grp/odd", "base")]
+
+
+def test_check_of_a_stale_tree_says_so_once(shell: Shell, zoo: Path, base: Path) -> None:
+    tree = lt.load(zoo)
+    tree.update("fr", adapter=adapter(base, 9))
+    tree.save(zoo)
+    code, out, err = shell("check", zoo, "--base", base)
+    assert (code, err) == (1, "")
+    assert out.count("fr/legal") == 1
+
+
 def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path, base: Path) -> None:
     adapter(base, 7).save(zoo / "fr" / "medical")
     code, _, err = shell("show", zoo)
@@ -165,6 +204,7 @@ def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path
 def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat")
     assert (told["ranks"], told["error"], told["modules"]) == ([5], 0.0, 2)
+    assert (told["dtype"], told["rounded"]) == (None, False)
     ours, theirs = lt.load(zoo).flatten("fr/legal"), lt.Adapter.load(tmp_path / "flat")
     for name, value in ours.modules.items():
         assert torch.equal(value.dense(), theirs.modules[name].dense())
@@ -175,9 +215,43 @@ def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tm
     code, out, _ = shell("export", zoo, "fr/legal:0.5+fr/medical:0.5", "--out", flat, "--rank", "3", "--dtype", "bf16")
     assert code == 0
     assert "r=3, relative error at most" in out
+    assert out.endswith(" in a module, then rounded to bf16\n")
     read = lt.Adapter.load(flat)
     assert set(read.ranks.values()) == {3}
     assert {value.dtype for value in read.modules.values()} == {torch.bfloat16}
+
+
+def test_an_export_that_is_rounded_is_not_called_exact(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    code, out, _ = shell("export", zoo, "fr", "--out", tmp_path / "flat", "--dtype", "bf16")
+    assert (code, out) == (0, f"fr → {tmp_path}/flat: 2 modules, r=2, rounded to bf16\n")
+    told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "flat", "--dtype", "fp16")
+    assert (told["error"], told["dtype"], told["rounded"]) == (0.0, "fp16", True)
+    lt.Adapter.load(tmp_path / "flat").save(tmp_path / "narrow" / "fr")
+    assert shell("export", tmp_path / "narrow", "fr", "--out", tmp_path / "again", "--dtype", "fp16")[1].endswith(
+        ", exact\n"
+    )  # it was fp16 before
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments", "message"),
+    [
+        (1e6, ("fr", "--dtype", "fp16"), "error: fr: {q}: a factor goes up to 1e+06, float16 to 65504\n"),
+        (float("nan"), ("fr", "--rank", "1"), "error: fr: {q}: the factors are not finite: it has no norm"),
+        (1.0, ("fr:1e308+fr/legal:1.7e308",), "error: fr: its coefficient (1e+308 + 1.7e+308) · 1 is too large"),
+    ],
+)
+def test_an_export_that_is_not_finite_is_refused(
+    shell: Shell, base: Path, tmp_path: Path, number: float, arguments: tuple[str, ...], message: str
+) -> None:
+    q = "model.layers.0.self_attn.q_proj"
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=lt.Adapter({q: lt.LowRank(torch.full((2, 32), number), torch.ones(32, 2))}))
+    tree.add("fr/legal", adapter=adapter(base, 1))
+    tree.save(tmp_path / "zoo")
+    code, out, err = shell("export", tmp_path / "zoo", *arguments, "--out", tmp_path / "flat")
+    assert (code, out) == (1, "")
+    assert err.startswith(message.format(q=q))
+    assert not (tmp_path / "flat").exists()
 
 
 def test_bounds_that_make_no_sense_are_refused(shell: Shell, zoo: Path, tmp_path: Path) -> None:
@@ -255,6 +329,77 @@ def test_a_typo_in_a_path_is_told_before_a_model_is_loaded(shell: Shell, zoo: Pa
     assert "did you mean 'fr/legal'?" in err
 
 
+def test_a_prompt_without_tokens_is_told_before_a_model_is_loaded(shell: Shell, zoo: Path, broken: Path) -> None:
+    code, out, err = shell("generate", zoo, "fr", "--base", broken / "weights", "--prompt", "")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the prompt has no tokens")
+
+
+# ---------------------------------------------------------------------- bases that are none
+@pytest.fixture(scope="module")
+def broken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of bases, each named by what is wrong with it."""
+    folder = tmp_path_factory.mktemp("broken")
+    config = json.loads((base / "config.json").read_text())
+    for name in ("tokenizer", "kind", "weights", "heads", "architecture"):
+        shutil.copytree(base, folder / name)
+    (folder / "empty").mkdir()
+    for file in (folder / "tokenizer").glob("tokenizer*"):
+        file.unlink()
+    weights = folder / "weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    for name, change in (
+        ("kind", {"model_type": "nonsuch"}),
+        ("heads", {"num_attention_heads": 0}),
+        ("architecture", {"architectures": ["pipeline"]}),
+    ):
+        (folder / name / "config.json").write_text(json.dumps(config | change))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "transformers can't open its tokenizer: "),
+        ("nowhere", "transformers can't open its tokenizer: "),
+        ("tokenizer", "transformers can't open its tokenizer: "),
+        ("kind", "transformers can't open the model: "),
+        ("weights", "transformers can't open the model: SafetensorError: "),
+        ("heads", "transformers can't open "),
+    ],
+)
+def test_generate_over_a_base_that_is_none_is_one_message(
+    shell: Shell, zoo: Path, broken: Path, name: str, message: str
+) -> None:
+    code, out, err = shell("generate", zoo, "fr", "--base", broken / name, "--prompt", "x")
+    assert (code, out) == (1, "")
+    assert f"error: {broken / name}: {message}" in err
+    assert err.endswith("\n  name the folder or the hub id of a transformers model: --base MODEL\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "transformers can't read its config.json: "),
+        ("kind", "transformers can't read its config.json: "),
+        ("heads", "transformers can't "),
+        ("architecture", "its config.json names no architecture that transformers has: ['pipeline']"),
+    ],
+)
+def test_check_of_a_base_that_is_none_is_one_message(
+    shell: Shell, zoo: Path, broken: Path, name: str, message: str
+) -> None:
+    code, out, err = shell("check", zoo, "--base", broken / name)
+    assert (code, out) == (1, "")
+    assert f"error: {broken / name}: {message}" in err
+
+
+def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) -> None:
+    code, _, err = shell("generate", zoo, "fr", "--prompt", "x", "--temperature", "1e-45")
+    assert code == 1
+    assert "the model can't go on from the prompt: " in err
+
+
 # ---------------------------------------------------------------------- errors
 def test_a_missing_folder_is_one_clear_message(shell: Shell, tmp_path: Path) -> None:
     code, out, err = shell("show", tmp_path / "nowhere")
@@ -278,6 +423,33 @@ def test_a_failing_file_operation_is_a_message(shell: Shell, monkeypatch: pytest
     monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", full)
     code, _, err = shell("lock", "zoo")
     assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_an_error_that_nobody_foresaw_is_a_message_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of all things")
+
+    monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", odd)
+    monkeypatch.delenv("LORA_TREE_TRACEBACK", raising=False)
+    assert shell("lock", "zoo") == (
+        1,
+        "",
+        "error: ZeroDivisionError: of all things\n"
+        "  this should not happen; LORA_TREE_TRACEBACK=1 in the environment shows where it did\n",
+    )
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
+def test_a_traceback_is_shown_to_who_asks_for_it(
+    zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str, shown: bool
+) -> None:
+    monkeypatch.setenv("LORA_TREE_TRACEBACK", value)
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", str(zoo), "fr:x", "--out", "flat"])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 1
+    assert ("Traceback" in err and "ValueError: could not convert" not in err and "SpecError" in err) is shown
+    assert "error: blend 'fr:x': 'x' is not a number" in err
 
 
 def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +483,58 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- encodings
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., str]]:
+    """A stdout of an encoding, strict as Python makes it; then a command whose output is read back from it."""
+
+    def told(encoding: str) -> Callable[..., str]:
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
+
+        def run(*arguments: str | Path) -> str:
+            with pytest.raises(SystemExit) as exit_:
+                main([str(argument) for argument in arguments])
+            assert exit_.value.code == 0
+            sys.stdout.flush()
+            written = raw.getvalue().decode(encoding)
+            raw.seek(0)
+            raw.truncate()
+            return written
+
+        return run
+
+    return told
+
+
+def test_a_stdout_that_holds_only_ascii_gets_the_rest_escaped(
+    stream: Callable[[str], Callable[..., str]], zoo: Path, tmp_path: Path
+) -> None:
+    run = stream("ascii")
+    assert "\\u251c\\u2500\\u2500 fr " in run("show", zoo)
+    assert run("export", zoo, "fr", "--out", tmp_path / "flat").startswith("fr \\u2192 ")
+    assert lt.Adapter.load(tmp_path / "flat").ranks
+    assert "→" in json.dumps(json.loads(run("schema")), ensure_ascii=False)  # still JSON, and the same
+    assert run("generate", zoo, "", "--prompt", "é", "--max-new-tokens", "1").startswith("\\xe9")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_a_folder_whose_name_is_no_text_can_be_told_of(
+    stream: Callable[[str], Callable[..., str]], shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/zoo\xff[b]")
+    zoo.rename(odd)
+    code, _, err = shell("show", odd + "x")
+    assert code == 1
+    assert "zoo\\udcff[b]x: no such folder" in err
+    run = stream("utf-8")
+    assert "zoo\\udcff[b]" in run("show", odd)
+    assert json.loads(run("show", odd, "--json"))["folder"] == odd
+    assert run("check", odd) == f"{tmp_path}/zoo\\udcff[b]: all is well\n"
+    assert run("lock", odd) == f"locked {tmp_path}/zoo\\udcff[b]\n"
+    assert "\\udcff" in run("export", odd, "fr", "--out", odd.replace("zoo", "flat"))
 
 
 # ---------------------------------------------------------------------- small things

@@ -42,7 +42,8 @@ def check(
     else:
         for _, kind, text in problems:
             out().print(f"{kind}: {text}", markup=False, soft_wrap=True)
-        out().print(f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else f"{folder}: all is well")
+        total = f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else f"{folder}: all is well"
+        out().print(total, markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 

@@ -21,4 +21,4 @@ def lock(
 ) -> None:
     """Write tree.lock for the files as they are now."""
     lock_folder(folder, accept_stale=accept_stale)
-    out().print(f"locked {folder}")
+    out().print(f"locked {folder}", markup=False, soft_wrap=True)
