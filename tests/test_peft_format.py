@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lora_tree import Adapter, Layout, LowRank, combine
 from lora_tree.errors import FormatError, ShapeMismatch, UnsupportedAdapter
 from lora_tree.formats import peft, peft_write
+from lora_tree.formats.peft_config import parse_config
 from lora_tree.formats.safetensors import read_header, read_tensors, render_tensors
 from lora_tree.lowrank import EMBEDDING, PARAMETER
 
@@ -32,6 +33,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import get_pattern_key
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
@@ -608,6 +610,55 @@ def test_an_init_that_left_the_base_alone_is_read_and_not_begun_again(plain: Pat
 def test_a_config_that_is_wrong_is_refused(plain: Path, fields: dict[str, Any], text: str) -> None:
     with pytest.raises(FormatError, match=text):
         edited(plain, **fields)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(a|a)*b", "(a*)*b", "(a|aa)+b", "a?" * 60 + "a" * 60 + "b", "(a|a)" * 60 + "b", ".*" * 50 + "b"),
+        "(" * 30 + "a" + "*)" * 30 + "b",
+    ],
+)
+def test_no_pattern_of_a_download_keeps_us_busy_for_ever(pattern: str) -> None:
+    fields = {"peft_type": "LORA", "r": 2, "rank_pattern": {pattern: 4}, "alpha_pattern": {pattern: 4}}
+    config = parse_config(json.dumps(fields | {"target_modules": pattern}).encode(), CONFIG)
+    name = "x." + "a" * 59  # re would take longer than the world is old
+    assert config.rank(name) == 2
+    assert config.scale(name) == 4.0
+    assert not config.targets(name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("model.layers.1.self_attn.q_proj", [1]),
+        (r"^model\.layers\.1\.self_attn\.q_proj", [1]),
+        ("self_attn.q_proj", [0, 1, 2, 3, 12]),
+        (r".*layers\.[0-3]\..*q_proj", [0, 1, 2, 3]),
+        ("(q|v)_proj", [0, 1, 2, 3, 12]),
+        (r"layers\.(0|1|2)\..*", [0, 1, 2]),
+        (r"layers\.(?:[1-3]|1[0-9])\.\w+\.q_proj", [1, 2, 3, 12]),
+        (r"layers\.\d+\.self_attn\.[qk]_proj", [0, 1, 2, 3, 12]),
+        (r"layers\.\d{2}\..*_proj", [12]),
+        ("q", []),
+    ],
+)
+def test_the_patterns_that_people_write(pattern: str, found: list[int]) -> None:
+    data = json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": {pattern: 4}}).encode()
+    config = parse_config(data, CONFIG)
+    names = {i: f"model.layers.{i}.self_attn.q_proj" for i in (0, 1, 2, 3, 12)}
+    assert [i for i, name in names.items() if config.rank(name) == 4] == found
+    assert [i for i, name in names.items() if get_pattern_key([pattern], name) == pattern] == found
+
+
+@pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1+", "a*+b", "(?P<x>a)", "(a{99}){99}", "(" * 60 + ")" * 60])
+def test_a_pattern_beyond_that_is_refused_with_what_to_do(pattern: str) -> None:
+    data = json.dumps({"peft_type": "LORA", "rank_pattern": {pattern: 4}}).encode()
+    with pytest.raises(
+        FormatError, match=r"zoo/adapter_config\.json: rank_pattern: .*\n  write it with names"
+    ) as caught:
+        parse_config(data, f"zoo/{CONFIG}")
+    assert repr(pattern[:80]) in str(caught.value)
 
 
 LIN = "base_model.model.lin.lora_"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from lora_tree import Adapter, LowRank
 from lora_tree.errors import LoraTreeError
 from lora_tree.formats import peft
+from lora_tree.formats.name_pattern import NamePattern
 from lora_tree.lowrank import EMBEDDING, PARAMETER, Layout
 
 CONFIG, WEIGHTS = peft.CONFIG, peft.WEIGHTS
@@ -167,3 +169,40 @@ def test_files_cut_short_anywhere(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH + 1, 10**8, 10**8 + 1, 2**63, 2**64 - 1])
 def test_lengths_of_the_header(tmp_path: Path, length: int) -> None:
     check(tmp_path, FILES[CONFIG], length.to_bytes(8, "little") + HEADER + BODY)
+
+
+# ---------------------------------------------------------------------- patterns on names
+pieces = st.sampled_from(["a", "b", "1", ".", r"\.", r"\d", "[ab]", "[^a]", "[0-3]", "^", "$", r"\b", "_", "-"])
+patterns = st.recursive(
+    pieces,
+    lambda inner: st.one_of(
+        st.builds("".join, st.lists(inner, max_size=4)),
+        st.builds("({}|{})".format, inner, inner),
+        st.builds("{}|{}".format, inner, inner),
+        st.builds(
+            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,}", "{,2}", "{0,2}?", ""])
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(many, max_examples=3000)
+@given(patterns, st.lists(st.text("ab1._-", max_size=7), min_size=1, max_size=8))
+def test_a_pattern_matches_what_re_says(text: str, names: list[str]) -> None:
+    pattern = NamePattern(text)
+    for name in names:
+        assert pattern.ends(name) == bool(re.match(rf"(.*\.)?({text})$", name)), name
+        assert pattern.whole(name) == bool(re.fullmatch(text, name)), name
+
+
+@many
+@given(st.text(r"ab1.\\()[]{}*+?|^$,-d:=!\n", max_size=12), st.text("ab1.\n", max_size=8))
+def test_a_pattern_of_any_kind_is_understood_as_re_does_or_refused(text: str, name: str) -> None:
+    try:
+        pattern = NamePattern(text)
+    except (ValueError, re.error):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pattern.ends(name) == bool(re.match(rf"(.*\.)?({text})$", name))

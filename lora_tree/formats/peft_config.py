@@ -4,7 +4,8 @@
 
 ``rank_pattern`` and ``alpha_pattern`` replace r and lora_alpha where ``(.*\\.)?(key)$`` matches the module's name, the
 first key in the file's order winning (``peft.utils.other.get_pattern_key``); a raw parameter goes by
-``module.parameter``. Only configs whose increment is B·A·scale and nothing else pass.
+``module.parameter``. Patterns are somebody else's, and matched in bounded time: see `name_pattern`. Only configs whose
+increment is B·A·scale and nothing else pass.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import FormatError, UnsupportedAdapter
 from . import strict_json
+from .name_pattern import MAX_CHARACTERS, NamePattern
 
 T = TypeVar("T")
 
@@ -45,7 +47,6 @@ MUTATING = {
 }
 KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
 FUSED = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")  # as every fused experts of transformers registers them
-MAX_PATTERN = 2000  # characters of one regular expression
 
 # what the values of an adapter say themselves; not kept in Adapter.config
 DERIVED = {
@@ -74,8 +75,8 @@ class PeftConfig:
     use_rslora: bool
     lora_bias: bool
     bias: str
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, int | float]
+    rank_pattern: tuple[tuple[NamePattern, int], ...]
+    alpha_pattern: tuple[tuple[NamePattern, int | float], ...]
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
     base: str | None
@@ -94,7 +95,7 @@ class PeftConfig:
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` names the module."""
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
+            return _understood(self.target_modules, self.where, "target_modules").whole(module)
         return _ends(module, self.target_modules)
 
     def parameters(self, module: str) -> tuple[str, ...]:
@@ -131,8 +132,8 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
         use_rslora=check.flag("use_rslora"),
         lora_bias=check.flag("lora_bias"),
         bias=check.bias(),
-        rank_pattern={key: check.rank(v, f"rank_pattern[{key!r}]") for key, v in check.patterns("rank_pattern")},
-        alpha_pattern={key: check.number(v, f"alpha_pattern[{key!r}]") for key, v in check.patterns("alpha_pattern")},
+        rank_pattern=check.patterns("rank_pattern", check.rank),
+        alpha_pattern=check.patterns("alpha_pattern", check.number),
         target_modules=targets,
         target_parameters=check.names("target_parameters"),
         base=check.text("base_model_name_or_path"),
@@ -224,18 +225,17 @@ class _Checks:
         self.compiles(value, name)
         return value
 
-    def patterns(self, name: str) -> Iterable[tuple[str, Any]]:
+    def patterns(self, name: str, check: Callable[[Any, str], T]) -> tuple[tuple[NamePattern, T], ...]:
         value = self.fields.get(name)
         if not (value is None or isinstance(value, dict)):
             raise self.wrong(name, value, "an object or null")
-        for key in value or {}:
-            self.compiles(_pattern(key), name)
-        return (value or {}).items()
+        entries = (value or {}).items()
+        return tuple((_understood(key, self.where, name), check(v, f"{name}[{key!r}]")) for key, v in entries)
 
     def compiles(self, pattern: str, name: str) -> None:
         try:
-            if len(pattern) > MAX_PATTERN:
-                raise ValueError(f"longer than {MAX_PATTERN} characters")
+            if len(pattern) > MAX_CHARACTERS:
+                raise ValueError(f"longer than {MAX_CHARACTERS} characters")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "possible nested set" is no matter of ours
                 re.compile(pattern)
@@ -243,12 +243,20 @@ class _Checks:
             raise FormatError(f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}") from error
 
 
-def _pattern(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+def _understood(pattern: str, where: str, name: str) -> NamePattern:
+    try:
+        return NamePattern(pattern)
+    except re.error as error:
+        raise FormatError(f"{where}: {name}: {pattern[:80]!r} is no regular expression: {error}") from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise FormatError(
+            f"{where}: {name}: {pattern[:80]!r}: {error}",
+            r"write it with names, ., \., [0-9], \d, (a|b), *, +, ? and {2,3}: these are matched in bounded time",
+        ) from error
 
 
-def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
-    return next((value for key, value in patterns.items() if re.match(_pattern(key), name)), default)
+def _first(patterns: Iterable[tuple[NamePattern, T]], name: str, default: T) -> T:
+    return next((value for pattern, value in patterns if pattern.ends(name)), default)
 
 
 def _ends(name: str, with_one_of: Iterable[str]) -> bool:
