@@ -1,12 +1,13 @@
 """lora_tree: LoRA adapters as a tree over one base model. This page is the map."""
 
 from .adapter import Adapter, combine
+from .blend import Blend, parse_blend
 from .fit import misfits
 from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .spec import LoraSpec
-from .tree import AdapterTree, Blend, Node, parse_blend
+from .tree import AdapterTree, Node
 
 __all__ = [
     "Adapter",

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .blend import Blend, parse_blend
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
@@ -38,7 +39,7 @@ from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter
 from .training.factors import Factors
-from .tree import AdapterTree, Blend, parse_blend
+from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
 

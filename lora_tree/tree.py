@@ -4,34 +4,27 @@
 
 Law: a value depends on the path and on what the tree holds, never on the order in which nodes were added: children are
 taken in the order of their names, parents before children. That order (`AdapterTree.paths`) is the order of every sum.
-
-A blend ``{"fr/legal": 0.5, "fr/medical": 0.5}`` is the same sum with a coefficient per node: the total weight of the
-entries whose lineage passes through it. A path is the blend with one entry of weight 1.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import networkx as nx
 import torch
 
 from .adapter import Adapter, combine
+from .blend import Blend, check_finite, depth_first, parse_blend, total
 from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .spec import LoraSpec, check_name, check_path, lora_spec
 from .storage import Source, as_path, storage
 
-__all__ = ["AdapterTree", "Blend", "Node", "parse_blend"]
-
-Blend: TypeAlias = str | Mapping[str, float]
-"""A path, ``"fr/legal"``; or a blend, as a mapping or as ``"fr/legal:0.5+fr/medical:0.5"``."""
+__all__ = ["AdapterTree", "Node"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +198,8 @@ class AdapterTree:
         for path, weight in parse_blend(blend).items():
             for ancestor in self.lineage(path):
                 shares.setdefault(ancestor, []).append(weight)
-        totals = {path: _total(path, shares[path], self[path].weight) for path in sorted(shares, key=depth_first)}
-        return {path: total for path, total in totals.items() if total != 0.0}
+        totals = {path: total(path, shares[path], self[path].weight) for path in sorted(shares, key=depth_first)}
+        return {path: share for path, share in totals.items() if share != 0.0}
 
     # ------------------------------------------------------------------ changing
     def add(
@@ -254,7 +247,7 @@ class AdapterTree:
             raise SpecError(
                 f"{path}: a node has an adapter, or is a group, or is made fresh from {listing(sorted(lora)) or 'r, …'}"
             )
-        _finite(weight, f"{path}: weight")
+        check_finite(weight, f"{path}: weight")
         loaded, source, fresh = None, None, None
         if isinstance(adapter, Adapter):
             loaded = adapter
@@ -329,7 +322,7 @@ class AdapterTree:
         """
         node = self[path]
         if weight is not None:
-            _finite(weight, f"{path}: weight")
+            check_finite(weight, f"{path}: weight")
             node = replace(node, weight=float(weight))
         if isinstance(adapter, Adapter):
             node = replace(node, loaded=adapter, source=None, fresh=None, stale=None)
@@ -506,62 +499,6 @@ class AdapterTree:
         self._graph.add_edge(node.path.rpartition("/")[0], node.path)
 
 
-def parse_blend(blend: Blend) -> dict[str, float]:
-    """A blend in any of its spellings as path → weight.
-
-    Raises:
-        PathError: not a path, nor a mapping of paths.
-        SpecError: a weight is not a finite number, or there are no entries.
-
-    >>> parse_blend("fr/legal:0.5+fr/medical:0.5")
-    {'fr/legal': 0.5, 'fr/medical': 0.5}
-    >>> parse_blend("fr/legal")
-    {'fr/legal': 1.0}
-    """
-    if isinstance(blend, Mapping):
-        if not blend:
-            raise SpecError("an empty blend; the bare base is the path ''")
-        for path, weight in blend.items():
-            check_path(path)
-            _finite(weight, f"blend: weight of {path!r}")
-        return {path: float(weight) for path, weight in blend.items()}
-    if not isinstance(blend, str):
-        raise PathError(f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}")
-    if ":" not in blend and "+" not in blend:
-        check_path(blend)
-        return {blend: 1.0}
-    entries: dict[str, float] = {}
-    for entry in blend.split("+"):
-        path, colon, number = entry.strip().rpartition(":")
-        if not colon:
-            path, number = number, "1"
-        try:
-            value = float(number)
-        except ValueError:
-            raise SpecError(
-                f"blend {blend!r}: {number!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'"
-            ) from None
-        if path in entries:
-            raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
-        entries[path] = value
-    return parse_blend(entries)
-
-
-def _total(path: str, shares: list[float], weight: float) -> float:
-    try:
-        total = math.fsum(shares) * weight  # fsum: the total does not depend on the order of the entries
-    except OverflowError:
-        total = math.inf
-    if not math.isfinite(total):
-        said = " + ".join(f"{share:g}" for share in shares)
-        raise SpecError(f"{path}: its coefficient ({said}) · {weight:g} is too large for a float")
-    return total
-
-
-def depth_first(path: str) -> tuple[str, ...]:
-    return tuple(path.split("/"))
-
-
 def _all_finite(flat: Adapter, terms: list[tuple[str, float, Adapter]]) -> None:
     """Refuse a sum in which a scale, folded into finite factors, made one that is not."""
     broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.is_finite)]
@@ -582,11 +519,3 @@ def _base_name(base: object) -> str | None:
     if name is not None and not isinstance(name, str):
         raise SpecError(f"base: a model's name is a hub id or a folder, got {base!r}")
     return name
-
-
-def _finite(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        huge = isinstance(value, int) and value.bit_length() > 1024  # Python may refuse to write it out
-        raise SpecError(
-            f"{what} must be a finite number, got {'an integer too large for one' if huge else repr(value)}"
-        )

@@ -20,8 +20,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..blend import Blend, depth_first, parse_blend
 from ..errors import LoraTreeError, SpecError
-from ..tree import AdapterTree, Blend, depth_first, parse_blend
+from ..tree import AdapterTree
 
 __all__ = ["Batch"]
 

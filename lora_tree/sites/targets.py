@@ -136,7 +136,7 @@ def _ends_with(name: str, ends: Iterable[str]) -> bool:
 
 def _layer_of(name: str, spec: LoraSpec) -> int | None:
     for pattern in _as_list(spec.layers_pattern or r"[^.]*"):
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
+        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<idx>\d+)\.", name)
         if match:
             return int(match["idx"])
     return None

@@ -45,7 +45,9 @@ class Factors(nn.ModuleDict):
         if _key(path) in self:
             return adapter
         node = _Node()
-        owned = replace(adapter, modules={n: node.take(n, v) for n, v in adapter.modules.items()}, errors={})
+        owned = replace(
+            adapter, modules={n: node.take(n, v) for n, v in adapter.modules.items()}, errors={}, rounded=frozenset()
+        )
         self[_key(path)] = node
         return owned
 

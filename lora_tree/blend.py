@@ -1,0 +1,97 @@
+"""Blend: several paths with weights, and what their nodes' coefficients are made of.
+
+    coefficient of a node  =  its weight · Σ weight of every entry whose lineage passes through it
+
+A path is the blend with one entry of weight 1. Half-way between two siblings, ``{"fr/legal": 0.5, "fr/medical": 0.5}``,
+their parent keeps its full weight.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from .errors import PathError, SpecError
+from .spec import check_path
+
+__all__ = ["Blend", "check_finite", "depth_first", "parse_blend", "total"]
+
+Blend: TypeAlias = str | Mapping[str, float]
+"""A path, ``"fr/legal"``; or a blend, as a mapping or as ``"fr/legal:0.5+fr/medical:0.5"``."""
+
+
+def parse_blend(blend: Blend) -> dict[str, float]:
+    """A blend in any of its spellings as path → weight.
+
+    Raises:
+        PathError: not a path, nor a mapping of paths.
+        SpecError: a weight is not a finite number, or there are no entries.
+
+    >>> parse_blend("fr/legal:0.5+fr/medical:0.5")
+    {'fr/legal': 0.5, 'fr/medical': 0.5}
+    >>> parse_blend("fr/legal")
+    {'fr/legal': 1.0}
+    """
+    if isinstance(blend, Mapping):
+        if not blend:
+            raise SpecError("an empty blend; the bare base is the path ''")
+        for path, weight in blend.items():
+            check_path(path)
+            check_finite(weight, f"blend: weight of {path!r}")
+        return {path: float(weight) for path, weight in blend.items()}
+    if not isinstance(blend, str):
+        raise PathError(f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}")
+    if ":" not in blend and "+" not in blend:
+        check_path(blend)
+        return {blend: 1.0}
+    entries: dict[str, float] = {}
+    for entry in blend.split("+"):
+        path, colon, number = entry.strip().rpartition(":")
+        if not colon:
+            path, number = number, "1"
+        try:
+            value = float(number)
+        except ValueError:
+            raise SpecError(
+                f"blend {blend!r}: {number!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'"
+            ) from None
+        if path in entries:
+            raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
+        entries[path] = value
+    return parse_blend(entries)
+
+
+def total(path: str, shares: Sequence[float], weight: float) -> float:
+    """A node's coefficient: its own weight times the weights of the entries that pass through it.
+
+    Raises:
+        SpecError: it is too large for a float; names the node.
+    """
+    try:
+        found = math.fsum(shares) * weight  # fsum: the total does not depend on the order of the entries
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        said = " + ".join(f"{share:g}" for share in shares)
+        raise SpecError(f"{path}: its coefficient ({said}) · {weight:g} is too large for a float")
+    return found
+
+
+def depth_first(path: str) -> tuple[str, ...]:
+    """A key that sorts paths depth-first, children by name: the order of every sum."""
+    return tuple(path.split("/"))
+
+
+def check_finite(value: object, what: str) -> None:
+    """That a number is one, and finite.
+
+    Raises:
+        SpecError: it is not; says ``what`` it should have been.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        huge = isinstance(value, int) and value.bit_length() > 1024  # Python may refuse to write it out
+        raise SpecError(
+            f"{what} must be a finite number, got {'an integer too large for one' if huge else repr(value)}"
+        )
