@@ -716,11 +716,12 @@ def test_a_save_does_not_undo_what_another_wrote_into_a_folder_without_a_lock(tm
 
 
 def test_a_save_does_not_bring_back_what_another_took_out(zoo: Path) -> None:
-    one, two = opened(zoo), opened(zoo)
+    one, two, lazily = opened(zoo), opened(zoo), opened(zoo)
     assert two.adapter("fr/legal") is not None
     one.remove("fr/legal")
     one.save(zoo)
     untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by somebody else")
+    untouched(zoo, lambda: lazily.save(zoo), match="fr/legal: .*taken out by somebody else")
     two.update("fr/legal", adapter=adapter(10))
     untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by somebody else")
     one.add("fr/legal", adapter=adapter(11))

@@ -263,6 +263,41 @@ def test_readers_look_through_the_record(monkeypatch: pytest.MonkeyPatch, before
     assert value(lazily) == expected, "a tree that was opened through the record outlives it"
 
 
+def test_a_node_saved_by_itself_and_cut_off_is_carried_out_before_the_tree_is_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for path in ("fr", "fr/legal"):
+        adapter(1).save(tmp_path / path)
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    def cut_off_one() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(commit, "_carry_out", kill)
+            with pytest.raises(Killed):
+                adapter(9).save(tmp_path / "fr")
+
+    def own(of: lt.AdapterTree) -> torch.Tensor:
+        found = of.adapter("fr")
+        assert found is not None
+        return found.modules["q_proj"].A
+
+    expected = adapter(9).modules["q_proj"].A
+    cut_off_one()
+    loaded = lt.load(tmp_path)
+    assert [(p.node, p.kind) for p in lt.check(tmp_path)] == [("fr", "leftover"), ("fr", "leftover")]
+    assert torch.equal(own(loaded), expected)
+    loaded.update("fr", adapter=adapter(10))
+    loaded.save(tmp_path)
+    assert value(lt.load(tmp_path, strict=True)) == value(loaded)
+    assert lt.check(tmp_path) == []
+    cut_off_one()
+    lt.lock(tmp_path, accept_stale=True)
+    assert lt.check(tmp_path) == []
+    assert torch.equal(own(lt.load(tmp_path)), expected)
+
+
 def test_staged_files_that_are_not_what_was_decided(
     monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
 ) -> None:

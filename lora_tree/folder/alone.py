@@ -2,6 +2,9 @@
 
 deep/one      .one.<id>/ beside it, filled and synced, then renamed
 an old one    a transaction of its own, with its own ``.lora_tree`` (see `commit`)
+
+Where the old one is a node's folder and the save was cut off, readers of the tree look through that record too; so a
+save of the tree carries it out before it writes there itself (`finish_nodes`).
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from ..adapter import Adapter
 from ..errors import LoraTreeError
 from ..formats import peft
 from . import disk
-from .commit import writing
+from .commit import leftovers, pending, writing
+from .scan import scan
 
-__all__ = ["make_all", "save_adapter"]
+__all__ = ["finish_nodes", "make_all", "save_adapter"]
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
@@ -62,3 +66,15 @@ def make_all(folder: Path, undo: ExitStack) -> None:
         if disk.make(above):
             undo.callback(disk.drop, above)
             disk.sync(above.parent)
+
+
+def finish_nodes(root: str) -> None:
+    """Carry out, or sweep up, what cut-off saves of single adapters left in the folders of the nodes below ``root``.
+
+    Raises:
+        FolderError, SpecError: a record there can't be carried out, or not be trusted.
+    """
+    for path, files in scan(root, pending(root)).found.items():
+        if path and leftovers(Path(files.folder)):
+            with writing(Path(files.folder)):
+                pass

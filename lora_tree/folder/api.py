@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..errors import FolderError, FormatError, LoraTreeError, StaleError
 from ..storage import install
 from ..tree import AdapterTree, Node
-from .alone import save_adapter
+from .alone import finish_nodes, save_adapter
 from .commit import leftovers, writing
 from .lockfile import ROOT, NodeLock, TreeLock, dump, lineage
 from .memory import Seen, remember
@@ -79,6 +79,7 @@ def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
     """
     place = place_of(path)
     with writing(Path(place.folder)) as transaction:
+        finish_nodes(place.folder)
         opened = inspect(place)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
         _there_is_a_tree(opened)
@@ -112,14 +113,14 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
                 problems.append(Problem(node, kind, f"{node}: {error}"))
     if opened.spec is None and opened.lock is None and not opened.entries and not problems:
         problems.append(Problem("", "folder", f"{place.folder}: no tree.yaml, and no folder below with an adapter"))
-    try:
-        for name in leftovers(Path(place.folder)):
-            text = (
-                f"{place.folder}/{name}: left by a save that was cut off; the next save, or lora-tree lock, clears it"
-            )
-            problems.append(Problem("", "leftover", text))
-    except FolderError as error:
-        problems.append(Problem("", "folder", str(error)))
+    for path in dict.fromkeys(["", *opened.scan.found]):
+        folder = Path(place.folder, path)
+        try:
+            for name in leftovers(folder):
+                text = f"{folder}/{name}: left by a save that was cut off; the next save, or lora-tree lock, clears it"
+                problems.append(Problem(path, "leftover", text))
+        except FolderError as error:
+            problems.append(Problem(path, "folder", str(error)))
     return problems
 
 

@@ -32,7 +32,7 @@ from ..formats import peft
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import LoraSpec
 from ..tree import AdapterTree, Node
-from .alone import make_all
+from .alone import finish_nodes, make_all
 from .commit import Transaction, writing
 from .disk import Stamp
 from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, content, lineage
@@ -81,6 +81,7 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
     with ExitStack() as undo:
         make_all(Path(place.folder), undo)
         with writing(Path(place.folder)) as transaction:
+            finish_nodes(place.folder)
             plan = _Plan(tree, place, inspect(place), transaction, copy, recall(tree, place))
             raise_any(plan.target.problems, but=("stale", "unlocked", "leftover"))
             for path in tree.paths():
@@ -112,6 +113,7 @@ def _settle_files(plan: _Plan, path: str) -> None:
     """Stage a node's files where they are not in their place."""
     node = plan.tree[path]
     try:
+        _still_in(plan, node)
         rendered = _rendered(node)
         if rendered is not None:
             plan.kept[path] = _from_memory(plan, node, rendered)
@@ -119,6 +121,14 @@ def _settle_files(plan: _Plan, path: str) -> None:
             plan.kept[path] = _from_files(plan, path, node.source)
     except LoraTreeError as error:
         raise error.within(path) from error
+
+
+def _still_in(plan: _Plan, node: Node) -> None:
+    """Refuse to bring back a node that another save took out."""
+    path, lock = node.path, plan.target.lock
+    here = path in plan.target.scan.found or lock is None or path in lock.nodes
+    if node.has_adapter and path in plan.seen.files and not here:
+        raise _undoes(plan, [plan.folder_of(path)], "taken out")
 
 
 def _rendered(node: Node) -> Mapping[str, bytes] | None:
@@ -148,10 +158,8 @@ def _from_memory(plan: _Plan, node: Node, rendered: Mapping[str, bytes]) -> _Kep
     stamps = {name: plan.transaction.put(f"{node.path}/{name}", rendered[name]).stamp for name in sorted(rendered)}
     # what was trained since was trained on the lineage of today; what only lost its files was not
     since = node.loaded is not None and _trains(node.loaded)
-    trained = None
-    if isinstance(source, FolderSource) and (source.content == whole or not since):
-        trained = source.trained
-    return _Kept(_placed(plan, node.path, stamps), whole, trained, written=True)
+    old = source if isinstance(source, FolderSource) and (source.content == whole or not since) else None
+    return _Kept(_placed(plan, node.path, stamps), whole, old.trained if old else None, written=True)
 
 
 def _from_files(plan: _Plan, path: str, source: FolderSource) -> _Kept:
@@ -182,11 +190,9 @@ def _placed(plan: _Plan, path: str, stamps: Mapping[str, Stamp]) -> Files:
 
 
 def _may_replace(plan: _Plan, node: Node, whole: str | None) -> None:
-    """Refuse to write content ``whole`` over an adapter that is not this tree's, or where somebody took one out."""
-    there, lock = plan.target.scan.found.get(node.path), plan.target.lock
+    """Refuse to write content ``whole`` over an adapter that is not this tree's to replace."""
+    there = plan.target.scan.found.get(node.path)
     if there is None:
-        if node.path in plan.seen.files and lock is not None and node.path not in lock.nodes:
-            raise _undoes(plan, [plan.folder_of(node.path)], "taken out")
         return
     ours = _ours(plan, node.path, there)
     if not ours and (node.home is None or os.path.realpath(node.home) != os.path.realpath(there.folder)):
