@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -255,6 +256,9 @@ def test_links(tmp_path: Path) -> None:
     assert lt.load(tmp_path / "zoo").paths() == ["de", "fr"]
     (tmp_path / "zoo/de").unlink()
     (tmp_path / "zoo/tree.yaml").unlink()
+    (tmp_path / "zoo/latest").symlink_to("fr")
+    assert "zoo/latest: a link to" in refused(tmp_path / "zoo", FolderError)
+    (tmp_path / "zoo/latest").unlink()
     (tmp_path / "zoo/fr" / WEIGHTS).rename(tmp_path / "out/weights")
     (tmp_path / "zoo/fr" / WEIGHTS).symlink_to(tmp_path / "out/weights")
     assert "a link that leads out of" in refused(tmp_path / "zoo", FolderError)
@@ -442,6 +446,49 @@ def test_the_fingerprint_of_a_base_reads_little(tmp_path: Path) -> None:
     assert first is not None
     assert lockfile.fingerprint(base) not in (None, first)
     assert lockfile.fingerprint(tmp_path / "none") is None
+
+
+def by_the_page(base: Path) -> str:
+    """The fingerprint as docs/folder.md describes it, step by step."""
+    files = [file for file in base.rglob("*") if file.is_file() and len(file.relative_to(base).parts) <= 2]
+    whole = hashlib.sha256()
+    for file in sorted(files, key=lambda file: list(file.relative_to(base).parts)):
+        data, name = file.read_bytes(), file.relative_to(base).as_posix()
+        line = f"{name} {len(data)}\n".encode()
+        if name.endswith((".safetensors", ".bin", ".gguf")):
+            number = int.from_bytes(data[:8], "little")
+            plain = not name.endswith(".safetensors") or number == 0 or number > min(len(data) - 8, 100_000_000)
+            start = 0 if plain else 8 + number
+            step = max((len(data) - start) // 32, 4096)
+            samples = [data[at : at + 4096] for at in range(start, len(data), step)]
+            whole.update(line + hashlib.sha256(data[:start] + b"".join(samples) + data[-4096:]).digest())
+        elif file.name == "config.json" or name.endswith(".index.json"):
+            whole.update(line + data)
+    return whole.hexdigest()
+
+
+def test_the_fingerprint_is_what_the_page_says(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(size: int) -> bytes:
+        return bytes(torch.randint(256, (size,), generator=generator).tolist())
+
+    for name, data in {
+        "config.json": b"{}",
+        "model.safetensors.index.json": b"{ }",
+        "tokenizer.json": b"not looked at",
+        "model.safetensors": (5000).to_bytes(8, "little") + noise(205_003),
+        "broken.safetensors": (5000).to_bytes(8, "little") + noise(100),
+        "tiny.safetensors": b"abc",
+        "a-b.bin": noise(5000),
+        "a/b.bin": noise(140_000),
+        "a/config.json": b"[]",
+        "a/b/deeper.bin": b"not looked at",
+        "z.gguf": b"",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert lockfile.fingerprint(tmp_path) == by_the_page(tmp_path)
 
 
 def test_without_a_lock_nothing_is_stale_or_unlocked(zoo: Path) -> None:
