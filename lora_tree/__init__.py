@@ -2,7 +2,7 @@
 
 from .adapter import Adapter, combine
 from .blend import Blend, parse_blend
-from .fit import misfits
+from .fit import clashes, misfits
 from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
@@ -25,6 +25,7 @@ __all__ = [
     "Truncated",
     "attach",
     "check",
+    "clashes",
     "combine",
     "concat",
     "inner",

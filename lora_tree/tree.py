@@ -429,7 +429,8 @@ class AdapterTree:
             copy: bring adapters that live elsewhere into the folder; otherwise tree.yaml names where they are.
 
         Raises:
-            FolderError: the folder can't be written, or a node would come back because its files are not ours.
+            FolderError: the folder can't be written; or a node would come back because its files are not ours; or the
+                save would undo what somebody else has written there since the tree was opened.
             FormatError: PEFT has no way to write a node; names the node and the module.
         """
         storage().save_tree(self, as_path(folder), copy=copy)
