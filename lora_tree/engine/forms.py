@@ -128,7 +128,7 @@ class _Loop(Form):
                 out.index_add_(0, part.rows.index, self._up(low, value.B).to(out.dtype), alpha=value.scale)
                 continue
             target = out[part.rows.slice]
-            new = self.site.onto(target, low, value.B, scale=value.scale, spare=True)
+            new = self.site.onto(target, low, value.B.to(low.dtype), scale=value.scale, spare=True)
             if new.data_ptr() != target.data_ptr():
                 target.copy_(new)
         return out
@@ -316,7 +316,7 @@ class Matrix(Form):
         value = self._value()
         low = self._low(x, value)
         if self._rows.whole:
-            return self.site.onto(out, low, value.B, scale=1.0, spare=spare)
+            return self.site.onto(out, low, value.B.to(low.dtype), scale=1.0, spare=spare)
         return self._rows.added(out, self._up(low, value.B), spare=spare)
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:

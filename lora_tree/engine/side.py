@@ -1,6 +1,7 @@
 """A side path: what is added to the output of a site's own module while the weights stay the base's own.
 
-y = base(x) + B (A x)        in the widest of the factors' and the weight's own dtype, or in the one asked for
+y = base(x) + B (A x)        in the widest of the factors' and the weight's own dtype, or in the one asked for;
+                             in fp32 on a CPU that has no fast product for a narrower one
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..lowrank import LowRank, stacked
 from ..sites import Site
+from .arithmetic import product_dtype
 from .plan import Terms
 
 __all__ = ["PathSide", "Side", "side_device", "side_dtype", "widened"]
@@ -62,7 +64,7 @@ class PathSide:
         """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
         site, dtype = self._site, out.dtype
         if x.is_floating_point():
-            x = x.to(torch.promote_types(piece.A.dtype, x.dtype))
+            x = x.to(product_dtype(torch.promote_types(piece.A.dtype, x.dtype), x.device))
             A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
         else:
             A, B = piece.A, piece.B
@@ -94,7 +96,7 @@ def side_device(site: Site, terms: Terms) -> torch.device:
 def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:
     """``out`` and ``x`` in dtypes that hold a sum computed in ``dtype``; and whether ``out`` may be written over."""
     if x.is_floating_point():
-        x = x.to(torch.promote_types(dtype, x.dtype))
+        x = x.to(product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype
     wide = out.dtype if torch.is_autocast_enabled(out.device.type) else torch.promote_types(out.dtype, dtype)
     return (out, x, spare) if wide == out.dtype else (out.to(wide), x, True)
