@@ -21,8 +21,8 @@ from torch import Tensor
 
 __all__ = ["Scratch", "compute_dtype", "exact_mode", "product_dtype", "write_sum"]
 
-BLOCK = 1 << 20
-"""Numbers in a block: 4 MiB of fp32, which stays in a cache, and large enough to pay for the calls."""
+BLOCK = 1 << 21
+"""Numbers in a block: 8 MiB of fp32, which stays in a cache, and large enough to pay for the calls."""
 
 
 def _slow_on_cpu() -> frozenset[torch.dtype]:
