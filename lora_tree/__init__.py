@@ -7,6 +7,8 @@ from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .spec import LoraSpec
+from .training.losses import PathLoss, path_loss, token_counts
+from .training.sampling import PathSampler
 from .tree import AdapterTree, Node
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "LowRank",
     "MergedWarning",
     "Node",
+    "PathLoss",
+    "PathSampler",
     "Problem",
     "StaleWarning",
     "State",
@@ -33,4 +37,6 @@ __all__ = [
     "lock",
     "misfits",
     "parse_blend",
+    "path_loss",
+    "token_counts",
 ]

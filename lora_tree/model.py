@@ -17,6 +17,7 @@ import enum
 import fnmatch
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -33,12 +34,16 @@ from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
 from .engine.prepared import Prepared
 from .engine.routed import Router, Strategy
+from .engine.side import Manner
 from .engine.unmerged import Unmerged
 from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter
 from .training.factors import Factors
+from .training.losses import ranks
+from .training.steps import NodeSteps
+from .training.together import joined
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
@@ -117,9 +122,10 @@ class TreeModel(nn.Module):
         self._lock = threading.RLock()
         self._binder = Binder(inner, tree.base)
         self._merged = Merged(inner, in_place=pristine == "none")
-        self._compute_dtype = compute_dtype
-        self._beside: Unmerged | Prepared = Unmerged(inner, dtype=compute_dtype)
-        self._router = Router(compute_dtype)
+        self._manner = Manner(compute_dtype)
+        self._beside: Unmerged | Prepared = Unmerged(inner, self._manner)
+        self._router = Router(self._manner)
+        self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps] = weakref.WeakKeyDictionary()
         self._compile_watch = CompileWatch()
         self._known = Known()
         self._save_hook: RemovableHandle | None = None
@@ -330,26 +336,42 @@ class TreeModel(nn.Module):
                     site = self._binder.site_for(path, name, value)
                     if site.why_merged_only is None:
                         values.setdefault(site, []).append(value)
-            self._beside = Prepared(values, max_rank=max_rank, dtype=self._compute_dtype)
+            self._beside = Prepared(values, max_rank=max_rank, dtype=self._manner.dtype)
             self._mark.bare = False
 
     # ------------------------------------------------------------------ training
-    def trainable(self, *paths: str) -> list[dict[str, Any]]:
+    def trainable(
+        self, *paths: str, dtype: torch.dtype | None = torch.float32, dropout: float = 0.0
+    ) -> list[dict[str, Any]]:
         """Say exactly which nodes train; everything else, the base too, is frozen.
 
         Args:
             *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
+            dtype: of the factors that train, whatever the base's; wider where a factor is wider; None: as they are.
+            dropout: the part of a site's input that they do not see while the model is in training mode; a row has
+                one mask for all nodes on its lineage that train.
 
         Returns:
-            one parameter group per node, ``{"name": path, "params": [A and B of every module, fp32]}``, in the
-            order of the sum.
+            one parameter group per node, ``{"name": path, "params": [A and B of every module]}``, in the order of the
+            sum. ``lr``, ``weight_decay`` and whatever else an optimiser takes may be put in; so may ``clip_norm``,
+            which `follow` heeds.
 
         Raises:
             PathError: a path or pattern matches no node.
+            SpecError: ``dropout`` is not from 0 to below 1.
             StateError: a node is merged into the weights now.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> for path in ("fr", "fr/legal"): _ = tree.add(path)
+        >>> groups = attach(tree, base).trainable("fr/*")
+        >>> [(group["name"], [tuple(p.shape) for p in group["params"]]) for group in groups]
+        [('fr/legal', [(2, 4), (3, 2)])]
         """
         with self._lock:
             self._usable()
+            if not 0 <= dropout < 1:
+                raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
             chosen = self._matching(paths)
             merged = [p for p in chosen if self.state is State.MERGED and p in self.nodes_in_use()]
             if merged:
@@ -357,7 +379,8 @@ class TreeModel(nn.Module):
                     f"{merged[0]} is merged into the weights and can't train",
                     'activate(…, mode="unmerged") first',
                 )
-            self._own(chosen)
+            self._own(chosen, dtype)
+            self._manner.dropout = dropout
             if self._flags is None:
                 self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
             self.base.requires_grad_(False)
@@ -366,9 +389,48 @@ class TreeModel(nn.Module):
                 self._again(self)
             return [{"name": path, "params": self.factors.of(path)} for path in chosen]
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on a step of ``optimizer`` does to each node what one over that node alone would do.
+
+        A node without rows since the last step, in no micro-batch and on no rank, is not moved at all: no momentum, no
+        decay. Where a group has a ``clip_norm``, its gradients are clipped to it, before each step. With several ranks
+        every one of them has to make the step.
+
+        Args:
+            optimizer: made of the groups that `trainable` returned. Followed until it is collected.
+
+        Raises:
+            SpecError: a group is not that of a node that trains.
+            StateError: the model is prepared for ``torch.compile``, or detached.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> for path in ("fr", "de"): _ = tree.add(path)
+        >>> model = attach(tree, base)
+        >>> optimizer = torch.optim.AdamW(model.trainable("*"), lr=1e-3)
+        >>> model.follow(optimizer)
+        >>> with model.route(["fr", "fr"]):
+        ...     model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()                  # moves fr; de had no rows
+        """
+        with self._lock:
+            self._usable()
+            if isinstance(self._beside, Prepared):
+                raise StateError("a prepared model can't train", "attach again, and train before prepare()")
+            if optimizer in self._steps:
+                self._steps.pop(optimizer).remove()
+            self._steps[optimizer] = NodeSteps(optimizer, self.factors, self._beside.rows)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward, as it behaves now."""
-        return self.base(*args, **kwargs)
+        """The base's forward, as it behaves now.
+
+        Where several ranks train together, every factor that trains is in every rank's backward, so that a node may
+        have rows on one rank only.
+        """
+        out = self.base(*args, **kwargs)
+        if torch.is_grad_enabled() and ranks() > 1:
+            out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
+        return out
 
     # ------------------------------------------------------------------ private
     def _usable(self) -> None:
@@ -440,8 +502,8 @@ class TreeModel(nn.Module):
         for path, adapter in made.items():
             self.tree.settle(path, adapter)
 
-    def _own(self, paths: list[str]) -> None:
-        """Make nodes' factors parameters of this module, in fp32 or wider: all of them, or on an error none."""
+    def _own(self, paths: list[str], dtype: torch.dtype | None) -> None:
+        """Make nodes' factors parameters of this module: all of them, or on an error none."""
         self._make(paths)
         bound = {}
         for path in paths:
@@ -451,7 +513,7 @@ class TreeModel(nn.Module):
             bound[path] = self._binder.bind(path, adapter)
         self.factors.follow(self.tree)
         for path, adapter in bound.items():
-            owned = self.factors.own(path, adapter)
+            owned = self.factors.own(path, adapter, dtype)
             if owned is not adapter:
                 self.tree.settle(path, owned)
 

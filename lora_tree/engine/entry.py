@@ -2,7 +2,8 @@
 
 Before it: a key/value cache goes on only under the path that filled it, and a routed batch has the rows that were
 declared. After it: where layers are checkpointed, their forward runs again in backward, with whatever side paths are
-there then; a backward that would meet other ones is refused.
+there then; a backward that would meet other ones is refused. And every forward that autograd records counts its rows
+for the nodes that they go through, since a step of training moves none that had no rows.
 
 What was filled or recorded is known by a number, the same for the same plan, which is noted on caches (so that a copy
 of a cache is as good as the cache) and in the backward's hooks.
@@ -14,6 +15,7 @@ import itertools
 import sys
 import types
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,13 +41,21 @@ class Entry:
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._axis: RowAxis | None = None
+        self._nodes: Mapping[str, int] = {}
         self._recording = False
         self._checkpointed = False
         self.number: int | None = None
+        self.rows: Counter[str] = Counter()
 
-    def watch(self, what: Any, axis: RowAxis | None = None) -> None:
-        """From now on the base runs under ``what``, one object for one behaviour; None: nothing to watch."""
-        self._axis = axis
+    def watch(self, what: Any, nodes: Mapping[str, int], axis: RowAxis | None = None) -> None:
+        """From now on the base runs under ``what``, one object for one behaviour; None: nothing to watch.
+
+        Args:
+            what: the plan or the route.
+            nodes: its nodes, with how many of the declared rows go through each; 1 where all do.
+            axis: how a routed batch lies.
+        """
+        self._axis, self._nodes = axis, nodes
         if what is None:
             self.number = None
             while self._handles:
@@ -70,11 +80,19 @@ class Entry:
                     "this key/value cache was filled under another path, or before this one was activated",
                     "start with an empty cache, or fill it again under what is active now",
                 )
+        inputs = list(_tensors(_main_first(module, args, kwargs)))
+        if torch.is_grad_enabled():
+            self._count(inputs)
         if self._axis is not None:
-            inputs = list(_tensors(_main_first(module, args, kwargs)))
             self._axis.begin(inputs)
             self._axis.probe(module, args, kwargs, inputs)
         self._recording, self._checkpointed = torch.is_grad_enabled(), False
+
+    def _count(self, inputs: list[Tensor]) -> None:
+        given = next((len(x) for x in inputs if x.ndim), 1)
+        of = self._axis.rows if self._axis is not None else 1
+        for node, rows in self._nodes.items():
+            self.rows[node] += max(rows * given // of, 1)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if self._axis is not None:

@@ -27,7 +27,7 @@ from .cost import Work, machine
 from .forms import FORMS, Form
 from .owed import Owed
 from .plan import Plan, Terms
-from .side import PathSide, Side, side_device, side_dtype, widened
+from .side import Manner, PathSide, Side, side_device, side_dtype, widened
 
 __all__ = ["Route", "Router", "Strategy"]
 
@@ -40,11 +40,11 @@ class Router:
     """The routes of the last batches.
 
     Args:
-        dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
+        manner: how side paths compute.
     """
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
+    def __init__(self, manner: Manner) -> None:
+        self._manner = manner
         self._kept: OrderedDict[Hashable, Route] = OrderedDict()
 
     def route(self, batch: Batch, plan: Plan, strategy: Strategy) -> Route:
@@ -59,7 +59,7 @@ class Router:
         key = plan, batch.nodes, batch.kinds, batch.of_row, strategy, *[site.dtype for site in plan.sites.values()]
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = Route(batch, plan, strategy, self._dtype)
+            found = self._kept[key] = Route(batch, plan, strategy, self._manner)
             while len(self._kept) > KEPT_ROUTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -77,12 +77,11 @@ class Route:
         batch: what the rows owe.
         plan: the terms of all the batch's nodes, with coefficient 1.
         strategy: one form for all, or ``auto``.
-        dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
+        manner: how side paths compute.
     """
 
-    def __init__(self, batch: Batch, plan: Plan, strategy: Strategy, dtype: torch.dtype | None) -> None:
-        self.batch, self.plan, self.strategy = batch, plan, strategy
-        self._dtype = dtype
+    def __init__(self, batch: Batch, plan: Plan, strategy: Strategy, manner: Manner) -> None:
+        self.batch, self.plan, self.strategy, self.manner = batch, plan, strategy, manner
         self._seen: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, Form] = {}
@@ -139,13 +138,13 @@ class Route:
         if found is None:
             owed = tuple(replace(t, coefficient=c) for t, c in zip(terms, batch.kinds[0], strict=True))
             with exact_mode(side_device(site, owed)):
-                found = self._whole[site.name] = PathSide(site, owed, self._dtype)
+                found = self._whole[site.name] = PathSide(site, owed, self.manner)
         return found
 
     def _part(self, site: Site, terms: Terms, spread: tuple[int, int], device: torch.device) -> Owed:
         values = [term.value for term in terms]
         batch = self._batch(tuple(term.node for term in terms), spread)
-        return Owed(site, values, batch, side_dtype(site, values, self._dtype), device)
+        return Owed(site, values, batch, side_dtype(site, values, self.manner.dtype), device)
 
     def _batch(self, nodes: tuple[str, ...], spread: tuple[int, int]) -> Batch:
         """The batch as these nodes see it; sites with the same nodes share it."""
@@ -199,6 +198,8 @@ class _RoutedSide:
         dtype, spread = out.dtype, self._axis.spread(self._site, x, out)
         tokens = out.numel() // (out.shape[0] * out.shape[self._site.channels])
         for form in self._route.forms(self._site, spread, tokens, out.device):
+            if form.owed.live:
+                x = self._route.manner.dropped(x, self._site)
             out, taken, spare = widened(out, x, form.owed.dtype, spare)
             out, spare = form.add(out, taken, spare=spare), True
         return out.to(dtype)

@@ -7,9 +7,11 @@ y = base(x) + B (A x)        in the widest of the factors' and the weight's own 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..lowrank import LowRank, stacked
@@ -17,7 +19,26 @@ from ..sites import Site
 from .arithmetic import product_dtype
 from .plan import Terms
 
-__all__ = ["PathSide", "Side", "side_device", "side_dtype", "widened"]
+__all__ = ["Manner", "PathSide", "Side", "side_device", "side_dtype", "widened"]
+
+
+@dataclass
+class Manner:
+    """How side paths compute; one object for a model, looked at in every forward.
+
+    Args:
+        dtype: what they compute in; None: the widest of the factors' and the weight's own.
+        dropout: the part of a site's input that nodes in training do not see, while the site's module trains.
+    """
+
+    dtype: torch.dtype | None = None
+    dropout: float = 0.0
+
+    def dropped(self, x: Tensor, site: Site) -> Tensor:
+        """What nodes in training are given of ``x``: one mask for all of them, as it is where nothing trains."""
+        if not (self.dropout and site.module.training and x.is_floating_point()):
+            return x
+        return F.dropout(x, self.dropout, training=True)
 
 
 class Side(Protocol):
@@ -40,18 +61,21 @@ class PathSide:
     Args:
         site: where.
         terms: in the order of the sum.
-        dtype: what is computed in; None: the widest of the factors' and the weight's own.
+        manner: what is computed in, and the dropout of what trains.
     """
 
-    def __init__(self, site: Site, terms: Terms, dtype: torch.dtype | None) -> None:
+    def __init__(self, site: Site, terms: Terms, manner: Manner) -> None:
         frozen = [t.value.scaled(t.coefficient) for t in terms if not t.trains]
-        dtype = side_dtype(site, [t.value for t in terms], dtype)
-        self._site = site
+        dtype = side_dtype(site, [t.value for t in terms], manner.dtype)
+        self._site, self._manner = site, manner
         self._pieces = [stacked(frozen, dtype=dtype, device=side_device(site, terms))] if frozen else []
         self._pieces += [t.value.scaled(t.coefficient) for t in terms if t.trains]
+        self._frozen = len(self._pieces) - sum(t.trains for t in terms)
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
         for i, piece in enumerate(self._pieces):
+            if i == self._frozen:
+                x = self._manner.dropped(x, self._site)
             if piece.A.device != out.device:  # the base was moved after the switch
                 piece = piece.to(device=out.device)
                 if not piece.A.requires_grad:

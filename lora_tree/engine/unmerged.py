@@ -6,11 +6,10 @@ out for a path is kept for the last paths used; factors that train go through as
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
@@ -22,7 +21,7 @@ from .axis import RowAxis
 from .entry import Entry
 from .plan import Plan
 from .routed import Route
-from .side import PathSide, Side, side_device
+from .side import Manner, PathSide, Side, side_device
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -35,11 +34,11 @@ class Unmerged:
 
     Args:
         base: the model.
-        dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
+        manner: how side paths compute.
     """
 
-    def __init__(self, base: nn.Module, *, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
+    def __init__(self, base: nn.Module, manner: Manner) -> None:
+        self._manner = manner
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._current: Mapping[str, Side] = {}
         self._kept: OrderedDict[Hashable, dict[str, Side]] = OrderedDict()
@@ -60,9 +59,9 @@ class Unmerged:
         key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
         found = self._kept.get(key)
         if found is None:
-            sites, dtype = plan.sites, self._dtype
+            sites, manner = plan.sites, self._manner
             with exact_mode(*{side_device(sites[name], terms) for name, terms in plan.terms.items()}):
-                found = {name: PathSide(sites[name], terms, dtype) for name, terms in plan.terms.items()}
+                found = {name: PathSide(sites[name], terms, manner) for name, terms in plan.terms.items()}
             self._kept[key] = found
             while len(self._kept) > KEPT_PATHS:
                 self._kept.popitem(last=False)
@@ -79,19 +78,29 @@ class Unmerged:
 
     def switch(self, plan: Plan) -> None:
         """Run one path or blend beside the weights; an empty plan is the bare base."""
-        self._switch(plan, self.sides(plan), plan if plan.terms else None, None)
+        nodes = {term.node: 1 for terms in plan.terms.values() for term in terms}
+        self._switch(plan, self.sides(plan), nodes, plan if plan.terms else None, None)
 
     def switch_to(self, route: Route, axis: RowAxis) -> None:
         """Run a batch of paths beside the weights, its rows lying as ``axis`` says."""
         axis.sites = route.mixed
-        self._switch(route.plan, route.sides(axis), route, axis)
+        batch = route.batch
+        nodes = {node: len(rows) for node, (rows, _) in zip(batch.nodes, batch.by_node, strict=True)}
+        self._switch(route.plan, route.sides(axis), nodes, route, axis)
+
+    @property
+    def rows(self) -> Counter[str]:
+        """Node → the rows that went through it in forwards that autograd recorded; cleared by who reads it."""
+        return self._entry.rows
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
         self._kept.clear()
 
     # ------------------------------------------------------------------ private
-    def _switch(self, plan: Plan, sides: Mapping[str, Side], what: object, axis: RowAxis | None) -> None:
+    def _switch(
+        self, plan: Plan, sides: Mapping[str, Side], nodes: Mapping[str, int], what: object, axis: RowAxis | None
+    ) -> None:
         self._current = sides
         for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
             self._hooked.pop(name)[1].remove()
@@ -100,7 +109,7 @@ class Unmerged:
                 handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
                 self._hooked[name] = site, handle
         self._watch.expect(plan)
-        self._entry.watch(what, axis)
+        self._entry.watch(what, nodes, axis)
 
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired

@@ -1,6 +1,6 @@
 """The factors that train, as parameters of one module, so that optimisers and checkpoints see them.
 
-    factors.fr.<module with / for dots>/A        (r, in), fp32 or wider
+    factors.fr.<module with / for dots>/A        (r, in), fp32 or wider, or as asked
     factors.fr/legal.…                           a node each, under its path
 
 Law: what stands here under a path is what the tree holds for it. A node may have been renamed, replaced or removed
@@ -40,11 +40,18 @@ class Factors(nn.ModuleDict):
             if len(owners) == 1 and (owner := next(iter(owners.values()))) is not None:
                 self[_key(path)] = owner
 
-    def own(self, path: str, adapter: Adapter) -> Adapter:
-        """The node's adapter with its factors copied into parameters of this module; the same one if they are."""
-        if _key(path) in self:
+    def own(self, path: str, adapter: Adapter, dtype: torch.dtype | None = torch.float32) -> Adapter:
+        """The node's adapter with its factors copied into parameters of this module; the same one if they are.
+
+        Args:
+            path: the node.
+            adapter: what the tree holds for it.
+            dtype: of the parameters, or wider where the factors are; None: as the factors are.
+        """
+        as_asked = all(_dtype(v, dtype) == v.A.dtype == v.B.dtype for v in adapter.modules.values())
+        if _key(path) in self and as_asked:
             return adapter
-        node = _Node()
+        node = _Node(dtype)
         owned = replace(
             adapter, modules={n: node.take(n, v) for n, v in adapter.modules.items()}, errors={}, rounded=frozenset()
         )
@@ -70,9 +77,13 @@ class Factors(nn.ModuleDict):
 class _Node(nn.Module):
     """One node's factors; their names are the modules' with ``/`` for dots."""
 
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self._dtype = dtype
+
     def take(self, name: str, value: LowRank) -> LowRank:
         """Copies of ``value``'s factors as parameters of this module, and the value made of them."""
-        dtype = torch.promote_types(value.dtype, torch.float32)
+        dtype = _dtype(value, self._dtype)
 
         def parameter(part: str, tensor: Tensor) -> nn.Parameter:
             made = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
@@ -81,6 +92,10 @@ class _Node(nn.Module):
 
         bias = None if value.bias is None else parameter("bias", value.bias)
         return replace(value, A=parameter("A", value.A), B=parameter("B", value.B), bias=bias)
+
+
+def _dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
+    return value.dtype if asked is None else torch.promote_types(value.dtype, asked)
 
 
 def _key(path: str) -> str:

@@ -1,0 +1,158 @@
+"""Losses path by path, so that leaves trained together get the gradients that they would get alone.
+
+    loss = Σ_p weight_p · ( Σ of p's own tokens' −log p(token) ) / tokens_p
+
+tokens_p counts over every micro-batch and every rank of one step of the optimiser. With one common mean instead, a path
+would weigh as much as its rows are long and many, and would learn another thing in company than alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blend import Blend, parse_blend
+from ..errors import SpecError, StateError
+from ..tree import AdapterTree
+
+__all__ = ["IGNORED", "PathLoss", "path_loss", "ranks", "token_counts"]
+
+IGNORED = -100
+"""The label of a token that is not learnt, as in torch and transformers."""
+
+
+@dataclass(frozen=True, eq=False)
+class PathLoss:
+    """What `path_loss` returns.
+
+    Args:
+        total: () what to call ``backward`` on.
+        by_path: path → () its part before weights, detached: of the mean over its tokens, what this batch adds.
+    """
+
+    total: Tensor
+    by_path: Mapping[str, Tensor]
+
+
+def path_loss(
+    logits: Tensor,
+    labels: Tensor,
+    paths: Sequence[Blend],
+    *,
+    counts: Mapping[str, int] | None = None,
+    weights: Mapping[str, float] | None = None,
+    shift: bool = True,
+) -> PathLoss:
+    """Cross-entropy as the sum over paths of the mean over each path's own tokens.
+
+    Args:
+        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider where they are.
+        labels: (rows, tokens), int64; −100 where nothing is learnt.
+        paths: one path or blend a row, as given to `TreeModel.route`.
+        counts: path → tokens that are learnt in the whole step, over micro-batches and ranks: `token_counts`. None:
+            this batch is the whole step.
+        weights: path → its weight in the sum; 1 where it is not named.
+        shift: the logits at a token are for the next one, as causal models' are.
+
+    Raises:
+        SpecError: the rows are not as many as the paths, or a path has no count or is weighed but not there.
+        StateError: several ranks train and ``counts`` was not given.
+
+    >>> labels = torch.tensor([[0, 1], [0, 1], [0, -100]])
+    >>> loss = path_loss(torch.zeros(3, 2, 4), labels, ["fr", "fr", "de"])
+    >>> round(loss.total.item(), 4), {path: round(part.item(), 4) for path, part in loss.by_path.items()}
+    (1.3863, {'fr': 1.3863, 'de': 0.0})
+    """
+    names = [_name(path) for path in paths]
+    if len(names) != len(logits) or logits.shape[:2] != labels.shape:
+        raise SpecError(
+            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths do not fit together",
+            "labels are (rows, tokens), logits (rows, tokens, vocabulary), and every row has one path",
+        )
+    if counts is None:
+        if ranks() > 1:
+            raise StateError("several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)")
+        counts = _counted([(labels, names)], shift)
+    _known_paths(names, counts, weights or {})
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    each = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
+    sums = each.view(labels.shape).sum(1)  # (rows,)
+    of_row = sums.new_tensor([1 / max(counts[name], 1) for name in names])
+    means = sums * of_row
+    weigh = means.new_tensor([(weights or {}).get(name, 1.0) for name in names])
+    parts = means.detach()
+    places = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    by_path = {name: parts[rows].sum() for name, rows in places.items()}
+    return PathLoss((means * weigh).sum() * ranks(), by_path)  # data parallelism takes the mean over ranks
+
+
+def token_counts(
+    tree: AdapterTree, batches: Iterable[tuple[Tensor, Sequence[Blend]]], *, shift: bool = True
+) -> dict[str, int]:
+    """Path → the tokens that one step of the optimiser learns on it, over its micro-batches and over all ranks.
+
+    Every rank of a distributed run has to call it, with micro-batches of its own.
+
+    Args:
+        tree: whose paths they are.
+        batches: (labels, paths) of every micro-batch of the step; labels (rows, tokens), paths one a row.
+        shift: as in `path_loss`: the first token of a row is not learnt.
+
+    Raises:
+        SpecError: a batch has not as many paths as rows; or ranks train blends, which have no common order.
+
+    >>> tree = AdapterTree(); _ = tree.add("fr")
+    >>> token_counts(tree, [(torch.tensor([[0, 1, 2]]), ["fr"]), (torch.tensor([[0, 1, -100]]), ["fr"])])
+    {'fr': 3}
+    """
+    named = [(labels, [_name(path) for path in paths]) for labels, paths in batches]
+    for labels, names in named:
+        if len(labels) != len(names):
+            raise SpecError(f"labels of {len(labels)} rows, and {len(names)} paths", "give one path for every row")
+    mine = _counted(named, shift)
+    if ranks() == 1:
+        return mine
+    order = ["", *tree.paths()]
+    strange = [name for name in mine if name not in order]
+    if strange:
+        raise SpecError(f"{strange[0]}: over several ranks every row has one node's path, not a blend")
+    device = named[0][0].device if named else torch.device("cpu")
+    total = torch.tensor([mine.get(path, 0) for path in order], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return {path: count for path, count in zip(order, total.tolist(), strict=True) if count or path in mine}
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _counted(batches: Iterable[tuple[Tensor, Sequence[str]]], shift: bool) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for labels, names in batches:
+        learnt = (labels[:, 1:] if shift else labels).ne(IGNORED).sum(1).tolist()
+        for name, count in zip(names, learnt, strict=True):
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def _known_paths(names: Iterable[str], counts: Mapping[str, int], weights: Mapping[str, float]) -> None:
+    uncounted = [name for name in names if name not in counts]
+    if uncounted:
+        raise SpecError(f"{uncounted[0]!r} has rows here and no count", "counts are of all the step's micro-batches")
+    if counts and weights and not set(weights) & set(counts):
+        raise SpecError(f"weights name {next(iter(weights))!r}, which is no path of this step, nor is another of them")
+
+
+def _name(path: Blend) -> str:
+    """One name for a path or a blend."""
+    if isinstance(path, str) and ":" not in path and "+" not in path:
+        return path
+    return "+".join(f"{node}:{weight:g}" for node, weight in sorted(parse_blend(path).items()))

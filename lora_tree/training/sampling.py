@@ -1,0 +1,75 @@
+"""Which rows come next: a path first, with a temperature, then its next row.
+
+    p(path) ∝ rows(path) ** (1 / temperature)        1: as the rows are; ∞: every path alike
+
+A path's rows come in an order drawn anew whenever they are through, so none comes twice before all have come once.
+Temperature sampling as in multilingual pre-training: Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019 §4.
+
+Law: what an epoch brings is a function of the paths, the seed and the epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from ..errors import SpecError
+
+__all__ = ["PathSampler"]
+
+
+class PathSampler(Sampler[int]):
+    """Indices of rows, path by path; for a ``DataLoader``'s ``sampler``.
+
+    Args:
+        paths: the path of every row.
+        temperature: from 0 (excluded) to ``math.inf``.
+        seed: with the epoch it decides everything.
+        length: indices in an epoch; None: as many as rows.
+
+    Raises:
+        SpecError: no rows, or a temperature or length that makes no sense.
+
+    >>> sampler = PathSampler(["fr"] * 90 + ["de"] * 10, temperature=math.inf)
+    >>> 30 < sum(row >= 90 for row in sampler) < 70
+    True
+    """
+
+    def __init__(
+        self, paths: Sequence[str], *, temperature: float = 1.0, seed: int = 0, length: int | None = None
+    ) -> None:
+        if not temperature > 0:
+            raise SpecError(
+                f"temperature must be more than 0, got {temperature!r}", "1: as the rows are; inf: all alike"
+            )
+        if not paths or (length is not None and length < 1):
+            raise SpecError(f"a sampler needs rows and a length, got {len(paths)} rows and length {length}")
+        self._length = len(paths) if length is None else length
+        self._seed = seed
+        self._epoch = 0
+        self._rows: dict[str, list[int]] = {}
+        for row, path in enumerate(paths):
+            self._rows.setdefault(path, []).append(row)
+        most = max(map(len, self._rows.values()))
+        shares = [math.pow(len(rows) / most, 1 / temperature) for rows in self._rows.values()]
+        self._shares = torch.tensor(shares, dtype=torch.float64)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next; data loaders call it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        rows = list(self._rows.values())
+        left: list[list[int]] = [[] for _ in rows]
+        for which in torch.multinomial(self._shares, self._length, replacement=True, generator=generator).tolist():
+            if not left[which]:
+                order = torch.randperm(len(rows[which]), generator=generator)
+                left[which] = [rows[which][i] for i in order.tolist()]
+            yield left[which].pop()

@@ -1,0 +1,365 @@
+"""Many nodes trained at once: each moves as it would alone, and nothing else moves at all.
+
+What is compared with is dense float64 algebra: the weight of every row's path, W + Σ c·s·B·A, built by hand, with one
+optimiser of torch's own for every node, stepped only where the node had rows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_tree as lt
+from lora_tree.errors import PathError, SpecError, StateError
+
+PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
+INTO, HIDDEN, VOCABULARY = 8, 12, 10
+SITES = {"up": (HIDDEN, INTO), "down": (VOCABULARY, HIDDEN)}
+
+
+class Net(nn.Module):
+    """(rows, tokens, 8) → logits (rows, tokens, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(INTO, HIDDEN)
+        self.down = nn.Linear(HIDDEN, VOCABULARY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(torch.tanh(self.up(x)))
+        return out
+
+
+def tree_of(dtype: torch.dtype = torch.float64) -> lt.AdapterTree:
+    tree = lt.AdapterTree()
+    for i, path in enumerate(PATHS):
+        modules = {
+            name: lt.LowRank(torch.randn(i + 1, into).to(dtype) * 0.3, torch.randn(out, i + 1).to(dtype) * 0.3, 0.5 + i)
+            for name, (out, into) in SITES.items()
+            if (name, path) != ("up", "e")
+        }
+        tree.add(path, adapter=lt.Adapter(modules), weight=1.0 if i % 2 else 0.7)
+    return tree
+
+
+class ByHand:
+    """Every node's factors as float64 leaves, and dense weights for every row."""
+
+    def __init__(self, net: Net, tree: lt.AdapterTree) -> None:
+        self.tree = tree
+        self.base = {name: p.detach().double().clone() for name, p in net.named_parameters()}
+        self.factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for path in tree.paths():
+            adapter = tree.adapter(path)
+            assert adapter is not None
+            self.factors[path] = {
+                n: (v.A.detach().double().clone(), v.B.detach().double().clone()) for n, v in adapter.modules.items()
+            }
+        self.scales = {p: {n: v.scale for n, v in tree.adapter(p).modules.items()} for p in tree.paths()}  # type: ignore[union-attr]
+
+    def parameters(self, path: str) -> list[Tensor]:
+        return [t for pair in self.factors[path].values() for t in pair]
+
+    def weight(self, name: str, path: str) -> Tensor:
+        W = self.base[f"{name}.weight"]
+        for node in self.tree.lineage(path):
+            if name in self.factors[node]:
+                A, B = self.factors[node][name]
+                W = W + self.tree[node].weight * self.scales[node][name] * B @ A
+        return W
+
+    def logits(self, x: Tensor, path: str) -> Tensor:
+        h = torch.tanh(x.double() @ self.weight("up", path).mT + self.base["up.bias"])
+        return h @ self.weight("down", path).mT + self.base["down.bias"]
+
+    def loss(self, batches: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> Tensor:
+        """Σ over paths of the mean over the path's own tokens, over all batches."""
+        each: dict[str, list[Tensor]] = {}
+        for x, labels, paths in batches:
+            for row, path in enumerate(paths):
+                logp = self.logits(x[row], path).log_softmax(-1)
+                for token in range(1, labels.shape[1]):
+                    if labels[row, token] != -100:
+                        each.setdefault(path, []).append(-logp[token - 1, labels[row, token]])
+        return torch.stack([torch.stack(mine).mean() for mine in each.values()]).sum()
+
+
+def batches_of(rng: random.Random, paths: Sequence[str], count: int) -> list[tuple[Tensor, Tensor, list[str]]]:
+    made = []
+    for _ in range(count):
+        rows = [rng.choice(paths) for _ in range(rng.randint(1, 6))]
+        labels = torch.randint(0, VOCABULARY, (len(rows), 7))
+        labels[torch.rand(labels.shape) < 0.2] = -100
+        labels[:, 1] = 3  # every row learns something
+        made.append((torch.randn(len(rows), 7, INTO, dtype=torch.float64), labels, rows))
+    return made
+
+
+OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6))
+def test_a_joint_step_is_every_nodes_own_step(optimiser: str, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    net = Net().double()
+    tree = tree_of()
+    hand = ByHand(net, tree)
+    training = rng.sample(PATHS, rng.randint(1, len(PATHS)))
+    clip = {path: rng.choice([None, 0.01, 0.5]) for path in training}
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+
+    model = lt.attach(tree, net)
+    groups = model.trainable(*training)
+    for group in groups:
+        group["clip_norm"] = clip[group["name"]]
+    ours = OPTIMISERS[optimiser](groups)
+    model.follow(ours)
+    theirs = {path: OPTIMISERS[optimiser](hand.parameters(path)) for path in training}
+    for path in training:
+        for t in hand.parameters(path):
+            t.requires_grad_()
+    frozen = {
+        path: [t.clone() for v in tree.adapter(path).modules.values() for t in v.tensors]  # type: ignore[union-attr]
+        for path in PATHS
+        if path not in training
+    }
+
+    for _ in range(4):
+        batches = batches_of(rng, ("", *PATHS), rng.randint(1, 3))
+        counts = lt.token_counts(tree, [(labels, paths) for _, labels, paths in batches])
+        for x, labels, paths in batches:
+            strategy = rng.choice(["auto", "nodes", "paths", "grouped", "matrix"])
+            with model.route(paths, strategy=strategy, batch_first=True):  # type: ignore[arg-type]
+                loss = lt.path_loss(model(x), labels, paths, counts=counts).total
+                if loss.requires_grad:
+                    loss.backward()
+        ours.step()
+        ours.zero_grad(set_to_none=rng.random() < 0.5)
+
+        wanted = hand.loss(batches)
+        if wanted.requires_grad:
+            wanted.backward()
+        seen = {node for _, _, paths in batches for path in paths for node in tree.lineage(path)}
+        for path, own in theirs.items():
+            norm = math.sqrt(sum(float(t.grad.square().sum()) for t in hand.parameters(path) if t.grad is not None))
+            if (most := clip[path]) is not None and norm > most:
+                for t in hand.parameters(path):
+                    if t.grad is not None:
+                        t.grad *= most / (norm + 1e-6)
+            if path in seen:
+                own.step()
+            own.zero_grad()
+
+    for path in training:
+        adapter = tree.adapter(path)
+        assert adapter is not None
+        got = [t for v in adapter.modules.values() for t in (v.A, v.B)]
+        for mine, want in zip(got, hand.parameters(path), strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-9)
+    for path, kept in frozen.items():
+        now = [t for v in tree.adapter(path).modules.values() for t in v.tensors]  # type: ignore[union-attr]
+        assert all(torch.equal(x, y) for x, y in zip(now, kept, strict=True))
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+def test_leaves_that_train_together_get_the_gradients_that_they_get_alone() -> None:
+    torch.manual_seed(3)
+    net, tree = Net().double(), tree_of()
+    batch = batches_of(random.Random(3), ("a/b/c", "a/d", "e"), 1)[0]
+    hand = ByHand(net, tree)
+    model = lt.attach(tree, net)
+    groups = {g["name"]: g["params"] for g in model.trainable("a/b/c", "a/d", "e", "a")}
+    with model.route(batch[2], batch_first=True):
+        lt.path_loss(model(batch[0]), batch[1], batch[2]).total.backward()
+    for path in ("a/b/c", "a/d", "e"):
+        rows = [row for row, p in enumerate(batch[2]) if p == path]
+        for t in hand.parameters(path):
+            t.requires_grad_().grad = None
+        if rows:
+            hand.loss([(batch[0][rows], batch[1][rows], [path] * len(rows))]).backward()
+        for mine, want in zip(groups[path], hand.parameters(path), strict=True):
+            torch.testing.assert_close(mine.grad, want.grad, rtol=1e-10, atol=1e-12)
+    for t in hand.parameters("a"):
+        t.requires_grad_()
+    hand.loss([batch]).backward()
+    for mine, want in zip(groups["a"], hand.parameters("a"), strict=True):
+        torch.testing.assert_close(mine.grad, want.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_an_active_path_counts_its_rows_too_and_evaluation_counts_none() -> None:
+    net, tree = Net().double(), tree_of()
+    model = lt.attach(tree, net)
+    optimizer = torch.optim.AdamW(model.trainable("a", "a/d", "e"), lr=0.1)
+    model.follow(optimizer)
+    x = torch.randn(2, 3, INTO, dtype=torch.float64)
+    with torch.no_grad(), model.route(["e", "e"]):
+        model(x)
+    with model.using("a/b", mode="unmerged"):
+        net(x).sum().backward()  # the base itself is as good
+    before = {g["name"]: [p.detach().clone() for p in g["params"]] for g in optimizer.param_groups}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = {g["name"]: not torch.equal(g["params"][0], before[g["name"]][0]) for g in optimizer.param_groups}
+    assert moved == {"a": True, "a/d": False, "e": False}
+    assert [bool(optimizer.state[g["params"][0]]) for g in optimizer.param_groups] == [True, False, False]
+
+
+def test_an_optimiser_is_followed_once_and_only_over_nodes_that_train() -> None:
+    model = lt.attach(tree_of(), Net().double())
+    groups = model.trainable("a", "e")
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    model.follow(optimizer)
+    model.follow(optimizer)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    with pytest.raises(SpecError, match="called None, and no node of that name trains"):
+        model.follow(torch.optim.SGD([p for g in groups for p in g["params"]], lr=1.0))
+    with pytest.raises(SpecError, match="'a' has parameters that are not that node's"):
+        model.follow(torch.optim.SGD([{"name": "a", "params": groups[1]["params"]}], lr=1.0))
+    with pytest.raises(SpecError, match="clip_norm must be a positive number, got 0"):
+        model.follow(torch.optim.SGD([{**groups[0], "clip_norm": 0}], lr=1.0))
+
+
+# ---------------------------------------------------------------------- what trains, and how
+def test_factors_train_in_the_dtype_asked_for() -> None:
+    tree = tree_of(torch.bfloat16)
+    model = lt.attach(tree, Net().to(torch.bfloat16))
+    assert {p.dtype for p in model.trainable("a")[0]["params"]} == {torch.float32}
+    assert {p.dtype for p in model.trainable("e", dtype=None)[0]["params"]} == {torch.bfloat16}
+    assert {p.dtype for p in model.trainable("e")[0]["params"]} == {torch.float32}
+    x = torch.randn(2, 5, INTO).to(torch.bfloat16)
+    with model.route(["e", "a/b"], batch_first=True):
+        model(x).float().sum().backward()
+    params = model.trainable("e")[0]["params"]
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in params)
+
+
+@pytest.mark.parametrize("strategy", ["nodes", "paths", "grouped", "matrix", "active"])
+def test_dropout_hides_inputs_from_what_trains_alone_one_mask_a_row(strategy: str) -> None:
+    torch.manual_seed(0)
+    eye = torch.eye(16)
+    tree = lt.AdapterTree()
+    for path, size in (("a", 100.0), ("a/b", 1.0), ("a/b/c", 2.0), ("d", 4.0)):
+        tree.add(path, adapter=lt.Adapter({"0": lt.LowRank(eye.clone(), eye * size)}))
+    base = nn.Sequential(nn.Linear(16, 16, bias=False))
+    nn.init.zeros_(base[0].weight)
+    model = lt.attach(tree, base)
+    model.trainable("a/b", "a/b/c", "d", dropout=0.25)
+    x = torch.ones(3, 400, 16)
+    paths = ["a/b/c", "d", "a/b/c"]
+
+    def run() -> Tensor:
+        if strategy == "active":
+            with model.using("a/b/c", mode="unmerged"):
+                return model(x)[[0, 2]]
+        with model.route(paths, strategy=strategy):  # type: ignore[arg-type]
+            return model(x)[[0, 2]]
+
+    out = run() - 100.0  # the frozen ancestor sees everything
+    seen = Counter(round(v, 3) for v in out.flatten().tolist())
+    assert set(seen) == {0.0, 4.0}  # 3 / (1 − 0.25): both nodes or none
+    assert 0.23 < seen[0.0] / out.numel() < 0.27
+    model.eval()
+    assert torch.equal(run(), torch.full_like(out, 103.0))
+    model.train()
+    model.trainable("a/b")
+    assert torch.equal(run(), torch.full_like(out, 103.0))
+    for wrong in (1.0, -0.1, math.nan):
+        with pytest.raises(SpecError, match="dropout must be from 0 to below 1"):
+            model.trainable("a", dropout=wrong)
+
+
+def test_being_active_or_leaving_a_context_makes_nothing_train_and_nothing_stop() -> None:
+    net, tree = Net().double(), tree_of()
+    model = lt.attach(tree, net)
+    model.trainable("a/d")
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert sorted({n.split(".")[1] for n, on in flags.items() if on}) == ["a/d"]
+    with model.using("a/b/c"), model.route(["a/d", "e"]), model.using("e", mode="unmerged"):
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    with pytest.raises(StateError, match="a/d: down: trains, and can't be merged"):
+        model.activate("a/d")
+    with pytest.raises(PathError, match="'a/x' matches no node"):
+        model.trainable("a/x")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+# ---------------------------------------------------------------------- losses
+def test_the_loss_is_the_weighted_sum_of_each_paths_mean() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, 7, dtype=torch.float64)
+    labels = torch.randint(0, 7, (4, 5))
+    labels[0, 2:] = -100
+    labels[3] = -100
+    paths: list[lt.Blend] = ["a", "b", "a", {"a": 0.5, "b": 0.5}]
+    loss = lt.path_loss(logits, labels, paths, weights={"b": 3.0})
+    logp = logits.log_softmax(-1)
+    own = {
+        row: [-float(logp[row, t - 1, labels[row, t]]) for t in range(1, 5) if labels[row, t] >= 0] for row in range(4)
+    }
+    a, b = [*own[0], *own[2]], own[1]
+    means = {"a": sum(a) / len(a), "b": sum(b) / len(b), "a:0.5+b:0.5": 0.0}
+    assert {path: float(part) for path, part in loss.by_path.items()} == pytest.approx(means, rel=1e-6)
+    assert float(loss.total) == pytest.approx(means["a"] + 3 * means["b"], rel=1e-6)
+    unshifted = lt.path_loss(logits, labels, paths, shift=False).by_path["b"]
+    assert float(unshifted) == pytest.approx(float(F.cross_entropy(logits[1], labels[1])), rel=1e-6)
+
+
+def test_losses_that_make_no_sense_are_refused() -> None:
+    logits, labels = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(SpecError, match="1 paths do not fit together"):
+        lt.path_loss(logits, labels, ["a"])
+    with pytest.raises(SpecError, match="'b' has rows here and no count"):
+        lt.path_loss(logits, labels, ["a", "b"], counts={"a": 2})
+    with pytest.raises(SpecError, match="weights name 'x', which is no path of this step, nor is another"):
+        lt.path_loss(logits, labels, ["a", "b"], weights={"x": 2.0}, counts={"a": 2, "b": 2})
+    with pytest.raises(SpecError, match="labels of 2 rows, and 1 paths"):
+        lt.token_counts(lt.AdapterTree(), [(labels, ["a"])])
+
+
+# ---------------------------------------------------------------------- sampling
+@pytest.mark.parametrize(("temperature", "shares"), [(1.0, (0.8, 0.2)), (2.0, (2 / 3, 1 / 3)), (math.inf, (0.5, 0.5))])
+def test_a_temperature_evens_the_paths_out(temperature: float, shares: tuple[float, float]) -> None:
+    paths = ["a"] * 80 + ["b"] * 20
+    drawn = list(lt.PathSampler(paths, temperature=temperature, length=20_000))
+    found = Counter(paths[row] for row in drawn)
+    for path, share in zip("ab", shares, strict=True):
+        assert abs(found[path] / 20_000 - share) < 0.02
+    of_b = [row for row in drawn if row >= 80]
+    assert all(len(set(of_b[i : i + 20])) == 20 for i in range(0, len(of_b) // 20 * 20, 20))  # each once, then again
+
+
+def test_a_sampler_is_a_function_of_seed_and_epoch() -> None:
+    paths = ["a"] * 30 + ["b"] * 10
+    one, same = lt.PathSampler(paths, seed=4), lt.PathSampler(paths, seed=4)
+    first = list(one)
+    assert len(first) == len(one) == 40
+    assert first == list(one) == list(same)
+    one.set_epoch(1)
+    second = list(one)
+    same.set_epoch(1)
+    assert second == list(same) != first != list(lt.PathSampler(paths, seed=5))
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(SpecError, match="temperature must be more than 0"):
+            lt.PathSampler(paths, temperature=wrong)
+    with pytest.raises(SpecError, match="got 0 rows"):
+        lt.PathSampler([])
