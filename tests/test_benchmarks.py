@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import decode, flatten, opening, routed, switch, unmerged
+from benchmarks import decode, flatten, opening, routed, switch, training, unmerged
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -23,6 +23,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (opening, 2, {"with tree.lock", "bare folders"}),
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
         (decode, 1, {"bare", "auto", "flattened"}),
+        (training, 4, {"together", "PEFT, 8 steps"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
@@ -41,6 +42,13 @@ def test_no_hook_is_left_while_merged_and_flattening_is_no_worse_than_peft() -> 
     assert forward.facts["hooks left while merged"] == 0
     (flat,) = flatten.run(SIZE)
     assert flat.facts["relative error, ours"] <= 1.0001 * flat.facts["relative error, PEFT"]
+
+
+def test_frozen_ancestors_take_no_memory_in_a_step_of_training() -> None:
+    table = training.run(SIZE)[-1]
+    (ratio,) = table.ratios
+    assert ratio.what == "most memory, deep / shallow"
+    assert ratio.met
 
 
 def test_rounds_are_interleaved_and_the_first_does_not_count() -> None:
