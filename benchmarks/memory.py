@@ -1,7 +1,9 @@
-"""The most bytes of tensors alive at once, counted as they are made and freed: exact, and the same in every run."""
+"""The most bytes of tensors alive at once, counted as they are made and freed: exact, and the same in every run; and an
+allocator that keeps what it has."""
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["peak_bytes"]
+__all__ = ["keep_memory", "peak_bytes"]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def keep_memory() -> bool:
+    """Let the C library keep what is freed, as jemalloc and tcmalloc do; whether it could be told so.
+
+    glibc maps large tensors anew at every use, and the system clears every page of them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

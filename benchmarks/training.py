@@ -20,14 +20,15 @@ from torch import Tensor
 import lora_tree as lt
 
 from .common import Case, Result, interleaved
-from .memory import peak_bytes
+from .memory import keep_memory, peak_bytes
 from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
 
 __all__ = ["run"]
 
 LEAVES = 8
-# (rows a leaf, tokens a row; times faster than PEFT, at least)
-BATCHES = [(1, 32, 1.5), (4, 32, 1.0), (16, 32, 1.0)]
+PARTS = 4
+# (rows a leaf, tokens a row; times faster than PEFT, at least; whether the C library keeps what is freed)
+BATCHES = [(1, 32, 1.5, False), (4, 32, 1.0, False), (16, 32, 1.0, False), (16, 32, 1.0, True)]
 
 
 def run(size: Size = FULL) -> list[Result]:
@@ -51,7 +52,9 @@ def _joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]
     model.follow(optimizer)
     steps = [_peft_step(theirs, path) for path in tree.paths()]
     results = []
-    for rows, tokens, faster in BATCHES:
+    for rows, tokens, faster, kept in BATCHES:
+        if kept and not (device.type == "cpu" and keep_memory()):
+            continue
         ids = _ids(LEAVES * rows, tokens, device)
         paths = [path for path in tree.paths() for _ in range(rows)]
         parts = torch.split(ids, rows)
@@ -59,15 +62,24 @@ def _joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]
         def ours(ids: Tensor = ids, paths: list[str] = paths) -> None:
             _step(model, optimizer, ids, paths)
 
+        def in_parts(ids: Tensor = ids, paths: list[str] = paths) -> None:
+            _step_in_parts(model, optimizer, ids, paths)
+
         def peft(parts: Any = parts) -> None:
             for step, part in zip(steps, parts, strict=True):
                 step(part)
 
         what = f"a step of {LEAVES} leaves, {rows} rows each, {tokens} tokens a row; {size}, {str(dtype)[6:]} base"
+        what += ", memory kept" * kept
         cases = {"together": Case(_waited(ours, device)), f"PEFT, {LEAVES} steps": Case(_waited(peft, device))}
+        if rows >= PARTS:
+            cases[f"together, in {PARTS} micro-batches"] = Case(_waited(in_parts, device))
         result = Result(what, interleaved(cases, size.repeats))
         times = result.timings
         result.aim("PEFT / ours", times[f"PEFT, {LEAVES} steps"].ms / times["together"].ms, at_least=faster)
+        for name in list(cases)[2:]:
+            result.facts[f"PEFT / ours, {name}"] = times[f"PEFT, {LEAVES} steps"].ms / times[name].ms
+            result.facts[f"most memory, {name}, MiB"] = peak_bytes(cases[name].run) / 2**20
         result.facts["most memory, together, MiB"] = peak_bytes(ours) / 2**20
         result.facts["most memory, PEFT, MiB"] = peak_bytes(peft) / 2**20
         results.append(result)
@@ -114,6 +126,18 @@ def _step(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, pa
         with model.route(paths, batch_first=True):
             logits = model(input_ids=ids, use_cache=False).logits
             lt.path_loss(logits, ids, paths).total.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _step_in_parts(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str]) -> None:
+    """The same step, its rows in micro-batches of every leaf."""
+    counts = lt.token_counts(model.tree, [(ids, paths)])
+    for start in range(PARTS):
+        part, of = ids[start::PARTS], paths[start::PARTS]
+        with model.route(of, batch_first=True):
+            logits = model(input_ids=part, use_cache=False).logits
+            lt.path_loss(logits, part, of, counts=counts).total.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 
