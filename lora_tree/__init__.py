@@ -2,6 +2,7 @@
 
 from .adapter import Adapter, combine
 from .blend import Blend, parse_blend
+from .export import ENGINE_RANKS, Portable, ceil_rank_of, export_leaves, portable
 from .fit import clashes, misfits
 from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
@@ -10,6 +11,7 @@ from .spec import LoraSpec
 from .tree import AdapterTree, Node
 
 __all__ = [
+    "ENGINE_RANKS",
     "Adapter",
     "AdapterTree",
     "Blend",
@@ -18,19 +20,23 @@ __all__ = [
     "LowRank",
     "MergedWarning",
     "Node",
+    "Portable",
     "Problem",
     "StaleWarning",
     "State",
     "TreeModel",
     "Truncated",
     "attach",
+    "ceil_rank_of",
     "check",
     "clashes",
     "combine",
     "concat",
+    "export_leaves",
     "inner",
     "load",
     "lock",
     "misfits",
     "parse_blend",
+    "portable",
 ]
