@@ -202,7 +202,7 @@ def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path
 
 # ---------------------------------------------------------------------- export
 def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, tmp_path: Path) -> None:
-    told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat")
+    told = answer(shell, "export", zoo, "fr/legal", "--as", "peft", "--out", tmp_path / "flat")
     assert (told["ranks"], told["error"], told["modules"]) == ([5], 0.0, 2)
     assert (told["dtype"], told["rounded"]) == (None, False)
     ours, theirs = lt.load(zoo).flatten("fr/legal"), lt.Adapter.load(tmp_path / "flat")
@@ -212,7 +212,9 @@ def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, 
 
 def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
-    code, out, _ = shell("export", zoo, "fr/legal:0.5+fr/medical:0.5", "--out", flat, "--rank", "3", "--dtype", "bf16")
+    code, out, _ = shell(
+        "export", zoo, "fr/legal:0.5+fr/medical:0.5", "--as", "peft", "--out", flat, "--rank", "3", "--dtype", "bf16"
+    )
     assert code == 0
     assert "r=3, relative error at most" in out
     assert out.endswith(" in a module, then rounded to bf16\n")
@@ -222,14 +224,14 @@ def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tm
 
 
 def test_an_export_that_is_rounded_is_not_called_exact(shell: Shell, zoo: Path, tmp_path: Path) -> None:
-    code, out, _ = shell("export", zoo, "fr", "--out", tmp_path / "flat", "--dtype", "bf16")
+    code, out, _ = shell("export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "bf16")
     assert (code, out) == (0, f"fr → {tmp_path}/flat: 2 modules, r=2, rounded to bf16\n")
-    told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "flat", "--dtype", "fp16")
+    told = answer(shell, "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "fp16")
     assert (told["error"], told["dtype"], told["rounded"]) == (0.0, "fp16", True)
     lt.Adapter.load(tmp_path / "flat").save(tmp_path / "narrow" / "fr")
-    assert shell("export", tmp_path / "narrow", "fr", "--out", tmp_path / "again", "--dtype", "fp16")[1].endswith(
-        ", exact\n"
-    )  # it was fp16 before
+    assert shell("export", tmp_path / "narrow", "fr", "--as", "peft", "--out", tmp_path / "again", "--dtype", "fp16")[
+        1
+    ].endswith(", exact\n")  # it was fp16 before
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_an_export_over_an_adapter_that_lives_elsewhere_is_refused(shell: Shell,
     assert code == 1
     assert "would write over the files of fr, " in err
     assert listing(tmp_path) == before
-    assert shell("export", tmp_path / "zoo", "fr", "--out", tmp_path / "elsewhere" / "flat")[0] == 0
+    assert shell("export", tmp_path / "zoo", "fr", "--as", "peft", "--out", tmp_path / "elsewhere" / "flat")[0] == 0
 
 
 @pytest.mark.parametrize("out", ["", " "])
