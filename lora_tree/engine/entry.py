@@ -4,16 +4,14 @@ Before it: a key/value cache goes on only under the path that filled it, and a r
 declared. After it: where layers are checkpointed, their forward runs again in backward, with whatever side paths are
 there then; a backward that would meet other ones is refused.
 
-What was filled or recorded is known by a number, the same for the same plan, which is noted on caches (so that a copy
-of a cache is as good as the cache) and in the backward's hooks.
+What was filled or recorded is known by the mark of its plan or route, a number, which is noted on caches (so that a
+copy of a cache is as good as the cache) and in the backward's hooks.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import types
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,7 +24,6 @@ from .axis import RowAxis
 
 __all__ = ["Entry"]
 
-_NUMBERS = itertools.count(1)
 _NOTE = "_lora_tree_filled_by"
 _CHECKPOINT = "torch.utils.checkpoint"
 
@@ -36,22 +33,21 @@ class Entry:
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._axis: RowAxis | None = None
         self._recording = False
         self._checkpointed = False
         self.number: int | None = None
 
-    def watch(self, what: Any, axis: RowAxis | None = None) -> None:
-        """From now on the base runs under ``what``, one object for one behaviour; None: nothing to watch."""
+    def watch(self, mark: int | None, axis: RowAxis | None = None) -> None:
+        """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch."""
         self._axis = axis
-        if what is None:
+        if mark is None:
             self.number = None
             while self._handles:
                 self._handles.pop().remove()
             return
-        self.number = self._known.setdefault(what, next(_NUMBERS))
+        self.number = mark
         if not self._handles:
             before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
             after = self._base.register_forward_hook(self._after, with_kwargs=True, always_call=True)
