@@ -550,7 +550,7 @@ def test_the_schema_accepts_what_the_library_does(shell: Shell) -> None:
     code, out, _ = shell("schema")
     schema = json.loads(out)
     assert code == 0
-    assert set(schema["properties"]) == {"version", "base", "defaults", "tree"}
+    assert set(schema["properties"]) == {"version", "base", "defaults", "cache", "tree"}
     assert schema["additionalProperties"] is False
 
 
