@@ -9,8 +9,8 @@
 Leaves are packages of the Python standard library, the base is the demo's, trained on its top-level modules. Every
 system sees the same rows in the same order, so as many tokens, from each leaf alike; ranks are chosen so that either
 all systems have as many trained parameters, or all have the same rank on a path, which is what serving costs. Learning
-rates are tried out for each system, on all the data, on a seed and on a part of the training text of their own. Held-out
-bits per byte decide: the mean over the leaves, over seeds.
+rates are tried out for each system, on all the data, on a seed and on a part of the training text of their own.
+Held-out bits per byte decide: the mean over the leaves, over seeds.
 """
 
 from __future__ import annotations
