@@ -86,7 +86,7 @@ class Unmerged:
 
     @property
     def rows(self) -> Counter[str]:
-        """Node → the rows that went through it in forwards that autograd recorded; cleared by who reads it."""
+        """Node → the rows that went through it in forwards that autograd recorded; forgotten by who reads it."""
         return self._entry.rows
 
     def forget(self) -> None:
