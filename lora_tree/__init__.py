@@ -2,7 +2,15 @@
 
 from .adapter import Adapter, combine
 from .blend import Blend, parse_blend
-from .export import ENGINE_RANKS, Portable, ceil_rank_of, export_leaves, portable
+from .export import (
+    ENGINE_RANKS,
+    MergedCheckpoint,
+    Portable,
+    ceil_rank_of,
+    export_leaves,
+    export_model,
+    portable,
+)
 from .fit import clashes, misfits
 from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
@@ -20,6 +28,7 @@ __all__ = [
     "Layout",
     "LoraSpec",
     "LowRank",
+    "MergedCheckpoint",
     "MergedWarning",
     "Node",
     "PathLoss",
@@ -37,6 +46,7 @@ __all__ = [
     "combine",
     "concat",
     "export_leaves",
+    "export_model",
     "inner",
     "load",
     "lock",

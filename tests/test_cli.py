@@ -234,6 +234,41 @@ def test_an_export_that_is_rounded_is_not_called_exact(shell: Shell, zoo: Path, 
     ].endswith(", exact\n")  # it was fp16 before
 
 
+def test_a_portable_adapter_is_told_with_its_error(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat", "--ceil-rank", "--dtype", "bf16")
+    q, k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    assert (told["as"], told["rank"], told["modules"], told["added"]) == ("portable", 8, 3, [k])
+    assert told["errors"].keys() == {q, v}
+    assert 0 < told["error"] <= told["worst"] == max(told["errors"].values())
+    out = shell("export", zoo, "fr/legal", "--out", tmp_path / "flat", "--rank", "3", "--per-module")[1].splitlines()
+    assert "3 modules (1 of them zeros), r=3, relative error " in out[0]
+    assert [line.split()[1] for line in out[1:]] == [q, v]
+    assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(
+        "3 modules (1 of them zeros), r=2, exact\n"
+    )
+
+
+def test_every_leaf_is_exported_with_progress(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    code, out, err = shell("export", zoo, "--all", "--out", tmp_path / "leaves")
+    assert (code, err) == (0, "1/2 fr/legal\n2/2 fr/medical\n")
+    assert [line.split()[0] for line in out.splitlines()] == ["fr/legal", "fr/medical"]
+    assert len(answer(shell, "export", zoo, "--all", "--out", tmp_path / "leaves")["exports"]) == 2
+    for wrong in (["fr", "--all"], [], ["--all", "--as", "peft"], ["--all", "--as", "model"]):
+        assert shell("export", zoo, *wrong, "--out", tmp_path / "x")[0] == 1
+
+
+def test_a_merged_checkpoint_from_the_shell(shell: Shell, zoo: Path, base: Path, tmp_path: Path) -> None:
+    told = answer(shell, "export", zoo, "fr/legal", "--as", "model", "--out", tmp_path / "model")
+    model = bytelevel.open_base(base)
+    lt.attach(lt.load(zoo), model).activate("fr/legal")
+    merged = bytelevel.open_base(tmp_path / "model")
+    assert len(told["changed"]) == 2
+    assert all(torch.equal(t, merged.state_dict()[name]) for name, t in model.state_dict().items())
+    code, out, _ = shell("export", zoo, "fr", "--as", "model", "--base", base, "--out", tmp_path / "other")
+    assert (code, "2 tensors changed" in out) == (0, True)
+    assert "is there already" in shell("export", zoo, "fr", "--as", "model", "--out", tmp_path / "other")[2]
+
+
 @pytest.mark.parametrize(
     ("number", "arguments", "message"),
     [

@@ -271,7 +271,7 @@ def test_every_leaf_is_exported_and_told(tmp_path: Path) -> None:
     tree.add("grp", group=True)
     tree.add("de", adapter=lt.Adapter({"a": value(seed=6)}))
     told: list[str] = []
-    written = lt.export_leaves(tree, tmp_path / "out", workers=3, progress=lambda one: told.append(one.path))
+    written = lt.export_leaves(tree, tmp_path / "out", workers=3, progress=lambda one, *_: told.append(one.path))
     assert told == [one.path for one in written] == ["de", "fr/legal", "fr/medical"]
     for path in told:
         wanted, got = lt.portable(tree, path).adapter, lt.Adapter.load(tmp_path / "out" / path)

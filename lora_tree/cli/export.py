@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.progress import Progress
 
 from ..adapter import Adapter
 from ..errors import SpecError
-from ..export import Portable, export_leaves, portable
+from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
@@ -33,6 +34,7 @@ class As(StrEnum):
 
     portable = "portable"
     peft = "peft"
+    model = "model"
 
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
@@ -48,7 +50,8 @@ def export(
         As,
         typer.Option(
             "--as",
-            help="portable: one rank, alpha = r, q/k/v and gate/up complete, for any engine. peft: ranks as they are.",
+            help="portable: one rank, alpha = r, q/k/v and gate/up complete, for any engine. peft: ranks as they are. "
+            "model: the base's checkpoint with the path merged into it.",
         ),
     ] = As.portable,
     every: Annotated[bool, typer.Option("--all", help="Every leaf, as DIR/<path>.")] = False,
@@ -70,11 +73,16 @@ def export(
     per_module: Annotated[bool, typer.Option("--per-module", help="Tell every module's error.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Write a path or a blend as one adapter that PEFT and the engines that serve PEFT adapters load."""
+    """Write a path, a blend or every leaf as one adapter that any engine loads; or merged into a checkpoint."""
     if every == (path is not None):
         raise SpecError("name one path or blend, or every leaf: lora-tree export FOLDER PATH --out DIR, or --all")
     tree = load(folder)
     _outside(tree, folder, to)
+    if kind is As.model:
+        if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or incomplete:
+            raise SpecError("--as model writes one path as it is, in the base's dtypes", "leave the other options out")
+        _merge(tree, path, to, base, as_json=as_json)
+        return
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is As.peft:
         if path is None or ceil_rank or base is not None:
@@ -96,7 +104,7 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        several = export_leaves(tree, to, workers=workers, progress=_progress(len(tree.leaves())), **form)  # type: ignore[arg-type]
+        several = export_leaves(tree, to, workers=workers, progress=None if as_json else _progress, **form)  # type: ignore[arg-type]
         written = {str(Path(to, one.path)): one for one in several}
     if as_json:
         told = [_plain(one, where) for where, one in written.items()]
@@ -106,15 +114,32 @@ def export(
             _tell(one, where, per_module=per_module)
 
 
-def _progress(leaves: int) -> Any:
-    done = 0
+def _merge(tree: AdapterTree, path: str, to: str, base: str | None, *, as_json: bool) -> None:
+    with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        made: MergedCheckpoint = export_model(tree, path, to, base=base, progress=told)
+    if as_json:
+        print_json(
+            {
+                "path": path,
+                "out": str(made.folder),
+                "as": As.model,
+                "changed": list(made.changed),
+                "bytes": made.nbytes,
+                "left_out": list(made.left_out),
+            }
+        )
+        return
+    left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
+    what = (
+        f"{path or 'the bare base'} → {made.folder}: {len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
+    )
+    out().print(what, markup=False, soft_wrap=True)
 
-    def told(one: Portable) -> None:
-        nonlocal done
-        done += 1
-        err().print(f"{done}/{leaves} {one.path}", markup=False, soft_wrap=True)
 
-    return told
+def _progress(one: Portable, done: int, leaves: int) -> None:
+    err().print(f"{done}/{leaves} {one.path}", markup=False, soft_wrap=True)
 
 
 def _tell(one: Portable, where: str, *, per_module: bool) -> None:

@@ -23,7 +23,7 @@ from ..lowrank import LowRank
 from ..sites import Site, find_site
 from .kept import Kept
 
-__all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "same_terms"]
+__all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "registered", "same_terms"]
 
 KEPT_PLANS = 256
 KEPT_MARKS = 4096
@@ -162,7 +162,7 @@ class Binder:
         if known is not None and all(site.is_in(self._base) for site in known[1]):
             return known[0] or adapter
         try:
-            bound = adapter.renested(self._registered(adapter)) if adapter.nesting else adapter
+            bound = adapter.renested(registered(self._base, adapter)) if adapter.nesting else adapter
             sites = [self.site(name) for name in bound.modules]
             for site, value in zip(sites, bound.modules.values(), strict=True):
                 site.check(value)
@@ -201,17 +201,6 @@ class Binder:
         """Drop the plans kept for paths used before."""
         self._plans.forget()
 
-    def _registered(self, adapter: Adapter) -> dict[str, tuple[str, ...]]:
-        """Each nested module's adapted parameters in the order in which this base registers them."""
-        order = {}
-        for module, parameters in adapter.nesting.items():
-            try:
-                holder = self._base.get_submodule(module)
-            except AttributeError:
-                raise BaseMismatch(f"{module}: the base has no such module") from None
-            order[module] = tuple(name for name, _ in holder.named_parameters(recurse=False) if name in parameters)
-        return order
-
     def _check_unchanged(self, name: str, tensor: Tensor) -> None:
         try:
             own = self._base.get_parameter(name)
@@ -223,6 +212,22 @@ class Binder:
                 "and a replaced tensor does not add up",
                 "train without bias= and without resizing embeddings, or attach the base it was trained on",
             )
+
+
+def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """Each nested module's adapted parameters in the order in which a base registers them.
+
+    Raises:
+        BaseMismatch: the base has no such module.
+    """
+    order = {}
+    for module, parameters in adapter.nesting.items():
+        try:
+            holder = base.get_submodule(module)
+        except AttributeError:
+            raise BaseMismatch(f"{module}: the base has no such module") from None
+        order[module] = tuple(name for name, _ in holder.named_parameters(recurse=False) if name in parameters)
+    return order
 
 
 def _trains(value: LowRank) -> bool:

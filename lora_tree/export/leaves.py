@@ -32,14 +32,14 @@ def export_leaves(
     base: nn.Module | str | os.PathLike[str] | None = None,
     complete: bool = True,
     workers: int | None = None,
-    progress: Callable[[Portable], None] | None = None,
+    progress: Callable[[Portable, int, int], None] | None = None,
 ) -> list[Portable]:
     """Write every leaf that has something to export as ``folder/<path>``, each whole or not at all.
 
     Args:
         rank, max_error, ceil_rank, dtype, base, complete: as `portable`.
         workers: how many at once; as many as there are cores, at most 4, without it. Each holds one leaf in memory.
-        progress: called for each leaf once it is written, in the tree's order.
+        progress: called for each leaf once it is written, in the tree's order, with how many are done and of how many.
 
     Returns:
         what was written, in the tree's order; without their factors, which are on the disk.
@@ -86,7 +86,7 @@ def export_leaves(
             for job in jobs.values():
                 done.append(job.result())
                 if progress is not None:
-                    progress(done[-1])
+                    progress(done[-1], len(done), len(leaves))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

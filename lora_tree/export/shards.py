@@ -8,6 +8,7 @@ Tensors of any dtype are known by place and size; numbers are read only of those
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from ..errors import FormatError, listing
 from ..formats import strict_json
 from ..formats.safetensors import DTYPES, MAX_HEADER_BYTES
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "Stored", "open_checkpoint"]
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "Stored", "open_checkpoint", "raw"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,16 +53,17 @@ class Stored:
     def nbytes(self) -> int:
         return self.end - self.begin
 
-    def read(self, into: bytearray | None = None) -> Tensor:
-        """The numbers, in memory of their own; or in ``into``, which must be large enough.
+    def read(self, into: Tensor | None = None) -> Tensor:
+        """The numbers, in memory of their own; or at the start of ``into``, bytes (uint8) that are enough.
 
         Raises:
             FormatError: the file was cut short, or its dtype is none that can be computed with.
         """
         if self.dtype is None:
             raise FormatError(f"{self.file}: {self.name}: nothing can be added to a tensor of dtype {self.spelled}")
-        data = bytearray(self.nbytes) if into is None else into
-        view = memoryview(data)[: self.nbytes]
+        room = torch.empty(self.nbytes, dtype=torch.uint8) if into is None else into
+        tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
+        view = raw(tensor)
         try:
             with self.file.open("rb", buffering=0) as stream:
                 stream.seek(self.begin)
@@ -72,7 +74,17 @@ class Stored:
                     view = view[got:]
         except OSError as error:
             raise FormatError(f"{self.file}: can't be read: {error.strerror or error}") from error
-        return torch.frombuffer(data, dtype=self.dtype, count=math.prod(self.shape)).reshape(self.shape)
+        return tensor
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must live as long as they are used.
+
+    >>> bytes(raw(torch.tensor([1.0]))).hex()
+    '0000803f'
+    """
+    held = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return memoryview(held).cast("B")
 
 
 @dataclass(frozen=True)
