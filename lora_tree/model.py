@@ -40,7 +40,8 @@ from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter
-from .training.factors import Factors
+from .training.factors import Factors, is_sharded, whole
+from .training.handed import Handed
 from .training.losses import ranks
 from .training.steps import NodeSteps
 from .training.together import joined
@@ -129,6 +130,7 @@ class TreeModel(nn.Module):
         self._compile_watch = CompileWatch()
         self._known = Known()
         self._save_hook: RemovableHandle | None = None
+        self._handed = Handed(inner, TreeModel.forward)
         self._mark = claim(inner, self)
         try:
             self._make(tree.paths())
@@ -173,6 +175,7 @@ class TreeModel(nn.Module):
                 raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}")
             plan = self._plan(blend)
             if mode == "merged":
+                self._check_whole(plan)
                 self._check_trainable(plan)
                 self._merged.check(plan)
                 self._merged.switch(plan)
@@ -280,6 +283,7 @@ class TreeModel(nn.Module):
             self.deactivate()
             for parameter, flag in self._flags or ():
                 parameter.requires_grad_(flag)
+            self._handed.look(False)
             self._merged.pristine.forget()
             self._beside.forget()
             self._router.forget()
@@ -359,7 +363,8 @@ class TreeModel(nn.Module):
         Raises:
             PathError: a path or pattern matches no node.
             SpecError: ``dropout`` is not from 0 to below 1.
-            StateError: a node is merged into the weights now.
+            StateError: a node is merged into the weights now; or the factors are sharded, and others train, or in
+                another dtype.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -380,6 +385,7 @@ class TreeModel(nn.Module):
                     'activate(…, mode="unmerged") first',
                 )
             self._own(chosen, dtype)
+            self._handed.look(bool(chosen))
             self._manner.dropout = dropout
             if self._flags is None:
                 self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
@@ -427,10 +433,40 @@ class TreeModel(nn.Module):
         Where several ranks train together, every factor that trains is in every rank's backward, so that a node may
         have rows on one rank only.
         """
+        if self.factors.moved and self.state in (State.UNMERGED, State.ROUTED):
+            self._again(self)
         out = self.base(*args, **kwargs)
         if torch.is_grad_enabled() and ranks() > 1:
             out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
         return out
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[AdapterTree]:
+        """The tree with whole factors, for the length of a ``with``, where FSDP2 shards them: to save or flatten it.
+
+        Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2 it is the tree.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> _ = tree.add("fr")
+        >>> model = attach(tree, base)
+        >>> with model.gathered() as tree:
+        ...     tree.flatten("fr").ranks
+        {'0': 2}
+        """
+        with self._lock:
+            self._usable()
+            self.factors.refresh(self.tree)
+            adapters = {path: self.tree.adapter(path) for path in self.factors.paths if path in self.tree}
+            parts = {path: adapter for path, adapter in adapters.items() if adapter is not None}
+            full = {path: whole(adapter) for path, adapter in parts.items()}
+            try:
+                for path, adapter in full.items():
+                    self.tree.exchange(path, adapter)
+                yield self.tree
+            finally:
+                for path, adapter in parts.items():
+                    self.tree.exchange(path, adapter)
 
     # ------------------------------------------------------------------ private
     def _usable(self) -> None:
@@ -451,13 +487,14 @@ class TreeModel(nn.Module):
 
     def _plan(self, blend: Blend) -> Plan:
         self._make(self.tree.coefficients(blend))
-        return self._binder.plan(self.tree.terms(blend))
+        return self._binder.plan([(n, c, self.factors.shown(n, adapter)) for n, c, adapter in self.tree.terms(blend)])
 
     def _route(self, paths: tuple[Blend, ...], batch: Batch, axis: RowAxis, strategy: Strategy) -> None:
         self._usable()
         self._make(batch.nodes)
         adapters = [(node, self.tree.adapter(node)) for node in batch.nodes]
-        plan = self._binder.plan([(node, 1.0, adapter) for node, adapter in adapters if adapter is not None])
+        shown = [(node, 1.0, self.factors.shown(node, adapter)) for node, adapter in adapters if adapter is not None]
+        plan = self._binder.plan(shown)
         self._check_side_paths(plan)
         route = self._router.route(batch, plan, strategy)
         self._beside.ready_for(route, axis)
@@ -505,6 +542,8 @@ class TreeModel(nn.Module):
     def _own(self, paths: list[str], dtype: torch.dtype | None) -> None:
         """Make nodes' factors parameters of this module: all of them, or on an error none."""
         self._make(paths)
+        self.factors.refresh(self.tree)
+        self.factors.check_sharded(paths, dtype)
         bound = {}
         for path in paths:
             adapter = self.tree.adapter(path)
@@ -525,6 +564,14 @@ class TreeModel(nn.Module):
                         f"{term.node}: {name}: trains, and can't be merged while it does",
                         'activate(…, mode="unmerged"), or model.trainable() first',
                     )
+
+    def _check_whole(self, plan: Plan) -> None:
+        for name, site in plan.sites.items():
+            if site.weight is not None and is_sharded(site.weight):
+                raise StateError(
+                    f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
+                    'activate(…, mode="unmerged")',
+                )
 
     def _matching(self, patterns: tuple[str, ...]) -> list[str]:
         chosen: set[str] = set()
