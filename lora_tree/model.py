@@ -44,7 +44,7 @@ from .training.factors import Factors, is_sharded, whole
 from .training.handed import Handed
 from .training.losses import ranks
 from .training.steps import NodeSteps
-from .training.together import joined
+from .training.together import every_layer, joined
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
@@ -131,6 +131,7 @@ class TreeModel(nn.Module):
         self._known = Known()
         self._save_hook: RemovableHandle | None = None
         self._handed = Handed(inner, TreeModel.forward)
+        self._layers: list[RemovableHandle] = []
         self._mark = claim(inner, self)
         try:
             self._make(tree.paths())
@@ -284,6 +285,7 @@ class TreeModel(nn.Module):
             for parameter, flag in self._flags or ():
                 parameter.requires_grad_(flag)
             self._handed.look(False)
+            self._sharded_together(False)
             self._merged.pristine.forget()
             self._beside.forget()
             self._router.forget()
@@ -386,6 +388,7 @@ class TreeModel(nn.Module):
                 )
             self._own(chosen, dtype)
             self._handed.look(bool(chosen))
+            self._sharded_together(self.factors.sharded)
             self._manner.dropout = dropout
             if self._flags is None:
                 self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
@@ -456,7 +459,7 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
-            self.factors.refresh(self.tree)
+            self.factors.refresh(self.tree, self)
             adapters = {path: self.tree.adapter(path) for path in self.factors.paths if path in self.tree}
             parts = {path: adapter for path, adapter in adapters.items() if adapter is not None}
             full = {path: whole(adapter) for path, adapter in parts.items()}
@@ -542,7 +545,7 @@ class TreeModel(nn.Module):
     def _own(self, paths: list[str], dtype: torch.dtype | None) -> None:
         """Make nodes' factors parameters of this module: all of them, or on an error none."""
         self._make(paths)
-        self.factors.refresh(self.tree)
+        self.factors.refresh(self.tree, self)
         self.factors.check_sharded(paths, dtype)
         bound = {}
         for path in paths:
@@ -572,6 +575,12 @@ class TreeModel(nn.Module):
                     f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
                     'activate(…, mode="unmerged")',
                 )
+
+    def _sharded_together(self, wanted: bool) -> None:
+        while self._layers:
+            self._layers.pop().remove()
+        if wanted:
+            self._layers = every_layer(self.base)
 
     def _matching(self, patterns: tuple[str, ...]) -> list[str]:
         chosen: set[str] = set()

@@ -263,6 +263,20 @@ def test_a_trainer_of_the_bare_base_is_refused_while_nodes_train(tmp_path: Path)
         TreeTrainer(base, joint.arguments(tmp_path))
     with pytest.raises(StateError, match="no node trains"):
         TreeTrainer(model, joint.arguments(tmp_path))
+    model.trainable("a")
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in joint.rows(["a"] * 4)]
+    plain = Trainer(base, joint.arguments(tmp_path), train_dataset=rows)
+    refused = pytest.raises(StateError, match=r"a Trainer was given the bare base while nodes train: it would move no")
+    with refused, model.using("a", mode="unmerged"):
+        plain.train()
+    with refused:
+        plain.train()
+    with model.using("a", mode="unmerged"):  # by hand the base is as good
+        base(**default_data_collator(rows)).loss.backward()
+    assert all(p.grad is not None for p in model.factors.of("a"))
+    assert not base._forward_pre_hooks
+    model.trainable()
+    assert not base._forward_pre_hooks
 
 
 def test_what_would_not_hold_node_by_node_is_refused(tmp_path: Path) -> None:

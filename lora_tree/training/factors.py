@@ -120,9 +120,9 @@ class Factors(nn.ModuleDict):
             if isinstance(node, _Node) and node.adapter is not None and not _as_asked(node.adapter, dtype):
                 raise StateError(f"{_path(key)}: its factors are sharded, and keep their dtype", "dtype=None")
 
-    def refresh(self, tree: AdapterTree) -> None:
-        """Let the tree hold the parts that every rank has, where factors were sharded."""
-        for module in self.modules():
+    def refresh(self, tree: AdapterTree, within: nn.Module) -> None:
+        """Let the tree hold the parts that this rank has, where factors were sharded, in some module ``within``."""
+        for module in within.modules():
             reshard: Callable[[], object] | None = getattr(module, "reshard", None)
             if reshard is not None:  # a forward without a backward leaves whole ones
                 reshard()
