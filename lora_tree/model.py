@@ -44,10 +44,11 @@ from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter
-from .training.factors import Factors
+from .training.factors import Factors, is_sharded, whole
+from .training.handed import Handed
 from .training.losses import ranks
 from .training.steps import NodeSteps
-from .training.together import joined
+from .training.together import every_layer, joined
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
@@ -147,6 +148,8 @@ class TreeModel(nn.Module):
         self._compile_watch = CompileWatch()
         self._known = Known()
         self._save_hook: RemovableHandle | None = None
+        self._handed = Handed(inner, TreeModel.forward)
+        self._layers: list[RemovableHandle] = []
         self._mark = claim(inner, self)
         try:
             self._make(tree.paths())
@@ -198,6 +201,7 @@ class TreeModel(nn.Module):
             with self._needing(self.tree.coefficients(blend)) as terms:
                 plan = self._binder.plan(terms)
                 if mode == "merged":
+                    self._check_whole(plan)
                     self._check_trainable(plan)
                     self._merged.check(plan)
                     self._merged.switch(plan)
@@ -327,6 +331,8 @@ class TreeModel(nn.Module):
             self.deactivate()
             for parameter, flag in self._flags or ():
                 parameter.requires_grad_(flag)
+            self._handed.look(False)
+            self._sharded_together(False)
             self._merged.pristine.forget()
             self._beside.forget()
             self._router.forget()
@@ -407,7 +413,8 @@ class TreeModel(nn.Module):
         Raises:
             PathError: a path or pattern matches no node.
             SpecError: ``dropout`` is not from 0 to below 1.
-            StateError: a node is merged into the weights now.
+            StateError: a node is merged into the weights now; or the factors are sharded, and others train, or in
+                another dtype.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -428,6 +435,8 @@ class TreeModel(nn.Module):
                     'activate(…, mode="unmerged") first',
                 )
             self._own(chosen, dtype)
+            self._handed.look(bool(chosen))
+            self._sharded_together(self.factors.sharded)
             self._manner.dropout = dropout
             if self._flags is None:
                 self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
@@ -475,10 +484,40 @@ class TreeModel(nn.Module):
         Where several ranks train together, every factor that trains is in every rank's backward, so that a node may
         have rows on one rank only.
         """
+        if self.factors.moved and self.state in (State.UNMERGED, State.ROUTED):
+            self._again(self)
         out = self.base(*args, **kwargs)
         if torch.is_grad_enabled() and ranks() > 1:
             out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
         return out
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[AdapterTree]:
+        """The tree with whole factors, for the length of a ``with``, where FSDP2 shards them: to save or flatten it.
+
+        Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2 it is the tree.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> _ = tree.add("fr")
+        >>> model = attach(tree, base)
+        >>> with model.gathered() as tree:
+        ...     tree.flatten("fr").ranks
+        {'0': 2}
+        """
+        with self._lock:
+            self._usable()
+            self.factors.refresh(self.tree, self)
+            adapters = {path: self.tree.adapter(path) for path in self.factors.paths if path in self.tree}
+            parts = {path: adapter for path, adapter in adapters.items() if adapter is not None}
+            full = {path: whole(adapter) for path, adapter in parts.items()}
+            try:
+                for path, adapter in full.items():
+                    self.tree.exchange(path, adapter)
+                yield self.tree
+            finally:
+                for path, adapter in parts.items():
+                    self.tree.exchange(path, adapter)
 
     # ------------------------------------------------------------------ private
     def _usable(self) -> None:
@@ -507,7 +546,8 @@ class TreeModel(nn.Module):
         self._make(coefficients)
         held = self.cache.hold(coefficients)
         try:
-            yield [(node, c, held.adapters[node]) for node, c in coefficients.items() if node in held.adapters]
+            here = held.adapters
+            yield [(node, c, self.factors.shown(node, here[node])) for node, c in coefficients.items() if node in here]
         except BaseException:
             held.release()
             raise
@@ -565,6 +605,8 @@ class TreeModel(nn.Module):
     def _own(self, paths: list[str], dtype: torch.dtype | None) -> None:
         """Make nodes' factors parameters of this module: all of them, or on an error none."""
         self._make(paths)
+        self.factors.refresh(self.tree, self)
+        self.factors.check_sharded(paths, dtype)
         bound = {}
         for path in paths:
             adapter = self.tree.adapter(path)
@@ -585,6 +627,20 @@ class TreeModel(nn.Module):
                         f"{term.node}: {name}: trains, and can't be merged while it does",
                         'activate(…, mode="unmerged"), or model.trainable() first',
                     )
+
+    def _check_whole(self, plan: Plan) -> None:
+        for name, site in plan.sites.items():
+            if site.weight is not None and is_sharded(site.weight):
+                raise StateError(
+                    f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
+                    'activate(…, mode="unmerged")',
+                )
+
+    def _sharded_together(self, wanted: bool) -> None:
+        while self._layers:
+            self._layers.pop().remove()
+        if wanted:
+            self._layers = every_layer(self.base)
 
     def _matching(self, patterns: tuple[str, ...]) -> list[str]:
         chosen: set[str] = set()

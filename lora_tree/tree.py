@@ -506,6 +506,10 @@ class AdapterTree:
         """A fresh node's adapter was made, or a node's factors went into training: this is its adapter from now on."""
         self._put(replace(self[path], loaded=adapter, source=None, fresh=None, stale=None))
 
+    def exchange(self, path: str, adapter: Adapter) -> None:
+        """The node's adapter is held in other tensors from now on; its files, if it has any, are what they were."""
+        self._put(replace(self[path], loaded=adapter))
+
     # ------------------------------------------------------------------ private
     def _known(self, path: str) -> None:
         if not isinstance(path, str):

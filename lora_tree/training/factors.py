@@ -9,19 +9,40 @@ since it trained last; before anybody trains again, its parameters go along with
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..errors import StateError, listing
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 
-__all__ = ["Factors"]
+__all__ = ["Factors", "is_sharded", "whole"]
 
 _DOT = "\N{ONE DOT LEADER}"
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Every rank holds a part of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(adapter: Adapter) -> Adapter:
+    """The adapter with every factor whole; where they are sharded, every rank has to call this."""
+
+    def one(tensor: Tensor) -> Tensor:
+        if not is_sharded(tensor):
+            return tensor
+        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        return nn.Parameter(full.detach(), requires_grad=False)  # a parameter: a save writes what trained since
+
+    def all_of(value: LowRank) -> LowRank:
+        return replace(value, A=one(value.A), B=one(value.B), bias=None if value.bias is None else one(value.bias))
+
+    return adapter.map(all_of) if any(is_sharded(t) for v in adapter.modules.values() for t in v.tensors) else adapter
 
 
 class Factors(nn.ModuleDict):
@@ -48,15 +69,70 @@ class Factors(nn.ModuleDict):
             adapter: what the tree holds for it.
             dtype: of the parameters, or wider where the factors are; None: as the factors are.
         """
-        as_asked = all(_dtype(v, dtype) == v.A.dtype == v.B.dtype for v in adapter.modules.values())
-        if _key(path) in self and as_asked:
+        if _key(path) in self and _as_asked(adapter, dtype):
             return adapter
         node = _Node(dtype)
         owned = replace(
             adapter, modules={n: node.take(n, v) for n, v in adapter.modules.items()}, errors={}, rounded=frozenset()
         )
+        node.adapter = owned
         self[_key(path)] = node
         return owned
+
+    # ------------------------------------------------------------------ where they are sharded
+    def shown(self, path: str, adapter: Adapter) -> Adapter:
+        """What the tree holds for a node, in the parameters that stand here now; the same one if it is in those.
+
+        Sharding puts others in their place: a part of each between forwards, whole ones while one runs.
+        """
+        node = self._modules.get(_key(path))
+        if not isinstance(node, _Node) or adapter is not node.adapter:
+            return adapter
+        node.used = node.shown()
+        return node.used
+
+    @property
+    def moved(self) -> bool:
+        """Other parameters stand here now than when they were last asked for."""
+        return any(isinstance(n, _Node) and n.used is not None and n.shown() is not n.used for n in self.values())
+
+    @property
+    def sharded(self) -> bool:
+        """Several ranks hold a part of every factor each."""
+        return any(is_sharded(parameter) for parameter in self.parameters())
+
+    def check_sharded(self, paths: Iterable[str], dtype: torch.dtype | None) -> None:
+        """Sharded factors stay what they are: nobody could shard new ones, or spread a change of what trains.
+
+        Raises:
+            StateError: other nodes are to train than when they were sharded, or in another dtype.
+        """
+        if not self.sharded:
+            return
+        held, chosen = set(self.paths), set(paths)
+        if held != chosen:
+            raise StateError(
+                f"the factors of {listing(sorted(held))} are sharded, and {listing(sorted(chosen)) or 'nothing'} is to "
+                "train",
+                "say what trains before fully_shard, and the same after it; for other nodes attach again",
+            )
+        for key, node in self.items():
+            if isinstance(node, _Node) and node.adapter is not None and not _as_asked(node.adapter, dtype):
+                raise StateError(f"{_path(key)}: its factors are sharded, and keep their dtype", "dtype=None")
+
+    def refresh(self, tree: AdapterTree, within: nn.Module) -> None:
+        """Let the tree hold the parts that this rank has, where factors were sharded, in some module ``within``."""
+        for module in within.modules():
+            reshard: Callable[[], object] | None = getattr(module, "reshard", None)
+            if reshard is not None:  # a forward without a backward leaves whole ones
+                reshard()
+        for key, node in self.items():
+            path = _path(key)
+            if isinstance(node, _Node) and path in tree and tree[path].loaded is node.adapter is not None:
+                now = node.shown()
+                if now is not node.adapter:
+                    tree.exchange(path, now)
+                    node.adapter = now
 
     def train_only(self, paths: Iterable[str]) -> None:
         """These nodes train, the others are frozen."""
@@ -71,7 +147,12 @@ class Factors(nn.ModuleDict):
     @property
     def training_paths(self) -> list[str]:
         """The nodes that train."""
-        return [key.replace(_DOT, ".") for key, m in self.items() if any(p.requires_grad for p in m.parameters())]
+        return [_path(key) for key, m in self.items() if any(p.requires_grad for p in m.parameters())]
+
+    @property
+    def paths(self) -> list[str]:
+        """All nodes whose factors are here."""
+        return [_path(key) for key in self]
 
 
 class _Node(nn.Module):
@@ -80,22 +161,60 @@ class _Node(nn.Module):
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._dtype = dtype
+        self._kept: dict[int, tuple[Adapter, Adapter]] = {}
+        self.adapter: Adapter | None = None
+        self.used: Adapter | None = None
 
     def take(self, name: str, value: LowRank) -> LowRank:
         """Copies of ``value``'s factors as parameters of this module, and the value made of them."""
         dtype = _dtype(value, self._dtype)
+        name = _slashed(name)
 
         def parameter(part: str, tensor: Tensor) -> nn.Parameter:
             made = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
-            self.register_parameter(f"{name.replace('.', '/')}/{part}", made)
+            self.register_parameter(f"{name}/{part}", made)
             return made
 
         bias = None if value.bias is None else parameter("bias", value.bias)
         return replace(value, A=parameter("A", value.A), B=parameter("B", value.B), bias=bias)
 
+    def shown(self) -> Adapter:
+        """`adapter` in the parameters that stand here now; the same object for the same parameters."""
+        assert self.adapter is not None
+        first = id(next(self.parameters()))  # they are exchanged all together
+        made = self._kept.get(first)
+        if made is None or made[0] is not self.adapter:
+            values = {name: self._shown(name, value) for name, value in self.adapter.modules.items()}
+            same = all(values[name] is value for name, value in self.adapter.modules.items())
+            if len(self._kept) > 3:
+                self._kept.clear()
+            made = self._kept[first] = self.adapter, self.adapter if same else replace(self.adapter, modules=values)
+        return made[1]
+
+    def _shown(self, name: str, value: LowRank) -> LowRank:
+        name, held = _slashed(name), self._parameters
+        A, B, bias = held[f"{name}/A"], held[f"{name}/B"], held.get(f"{name}/bias")
+        if A is value.A and B is value.B:
+            return value
+        assert A is not None and B is not None  # noqa: PT018
+        return replace(value, A=A, B=B, bias=bias)
+
+
+def _slashed(name: str) -> str:
+    """A module's name within a parameter's: torch reserves the dot."""
+    return name.replace(".", "/")
+
 
 def _dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
     return value.dtype if asked is None else torch.promote_types(value.dtype, asked)
+
+
+def _as_asked(adapter: Adapter, dtype: torch.dtype | None) -> bool:
+    return all(_dtype(v, dtype) == v.A.dtype == v.B.dtype for v in adapter.modules.values())
+
+
+def _path(key: str) -> str:
+    return key.replace(_DOT, ".")
 
 
 def _key(path: str) -> str:

@@ -20,7 +20,7 @@ from ..blend import Blend, parse_blend
 from ..errors import SpecError, StateError
 from ..tree import AdapterTree
 
-__all__ = ["IGNORED", "PathLoss", "path_loss", "ranks", "token_counts"]
+__all__ = ["IGNORED", "PathLoss", "name_of", "path_loss", "ranks", "row_losses", "token_counts"]
 
 IGNORED = -100
 """The label of a token that is not learnt, as in torch and transformers."""
@@ -68,7 +68,7 @@ def path_loss(
     >>> round(loss.total.item(), 4), {path: round(part.item(), 4) for path, part in loss.by_path.items()}
     (1.3863, {'fr': 1.3863, 'de': 0.0})
     """
-    names = [_name(path) for path in paths]
+    names = [name_of(path) for path in paths]
     if len(names) != len(logits) or logits.shape[:2] != labels.shape:
         raise SpecError(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths do not fit together",
@@ -79,11 +79,7 @@ def path_loss(
             raise StateError("several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)")
         counts = _counted([(labels, names)], shift)
     _known_paths(names, counts, weights or {})
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
-    sums = each.view(labels.shape).sum(1)  # (rows,)
+    sums, _ = row_losses(logits, labels, shift=shift)
     of_row = sums.new_tensor([1 / max(counts[name], 1) for name in names])
     means = sums * of_row
     weigh = means.new_tensor([(weights or {}).get(name, 1.0) for name in names])
@@ -91,6 +87,28 @@ def path_loss(
     places = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
     by_path = {name: parts[rows].sum() for name, rows in places.items()}
     return PathLoss((means * weigh).sum() * ranks(), by_path)  # data parallelism takes the mean over ranks
+
+
+def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
+    """What each row loses over all its tokens, and how many those are.
+
+    Args:
+        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider where they are.
+        labels: (rows, tokens), int64; −100 where nothing is learnt.
+        shift: the logits at a token are for the next one.
+
+    Returns:
+        (rows,) sums of −log p(token), and (rows,) counts, int64.
+
+    >>> sums, counts = row_losses(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [0, 1, -100]]))
+    >>> [round(x, 4) for x in sums.tolist()], counts.tolist()
+    ([2.7726, 1.3863], [2, 1])
+    """
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    each = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view(labels.shape).sum(1), labels.ne(IGNORED).sum(1)
 
 
 def token_counts(
@@ -112,7 +130,7 @@ def token_counts(
     >>> token_counts(tree, [(torch.tensor([[0, 1, 2]]), ["fr"]), (torch.tensor([[0, 1, -100]]), ["fr"])])
     {'fr': 3}
     """
-    named = [(labels, [_name(path) for path in paths]) for labels, paths in batches]
+    named = [(labels, [name_of(path) for path in paths]) for labels, paths in batches]
     for labels, names in named:
         if len(labels) != len(names):
             raise SpecError(f"labels of {len(labels)} rows, and {len(names)} paths", "give one path for every row")
@@ -134,6 +152,17 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def name_of(path: Blend) -> str:
+    """One name for a path or a blend, by which losses and counts know it.
+
+    >>> name_of("fr/legal"), name_of({"fr": 0.5, "de": 0.5})
+    ('fr/legal', 'de:0.5+fr:0.5')
+    """
+    if isinstance(path, str) and ":" not in path and "+" not in path:
+        return path
+    return "+".join(f"{node}:{weight:g}" for node, weight in sorted(parse_blend(path).items()))
+
+
 def _counted(batches: Iterable[tuple[Tensor, Sequence[str]]], shift: bool) -> dict[str, int]:
     counts: dict[str, int] = {}
     for labels, names in batches:
@@ -149,10 +178,3 @@ def _known_paths(names: Iterable[str], counts: Mapping[str, int], weights: Mappi
         raise SpecError(f"{uncounted[0]!r} has rows here and no count", "counts are of all the step's micro-batches")
     if counts and weights and not set(weights) & set(counts):
         raise SpecError(f"weights name {next(iter(weights))!r}, which is no path of this step, nor is another of them")
-
-
-def _name(path: Blend) -> str:
-    """One name for a path or a blend."""
-    if isinstance(path, str) and ":" not in path and "+" not in path:
-        return path
-    return "+".join(f"{node}:{weight:g}" for node, weight in sorted(parse_blend(path).items()))

@@ -1,0 +1,90 @@
+"""Two processes come to what one does, on the same rows: with DDP, with FSDP2, and through a trainer.
+
+All of it runs in one pair of processes, over gloo on the loopback, and is compared with dense algebra in this one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import joint
+import parallel
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import lora_tree as lt
+
+RANKS = 2
+HERE = Path(__file__).parent
+ENOUGH_S = 240
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the processes left, when all have ended well."""
+    made = tmp_path_factory.mktemp("parallel")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [sys.executable, "-W", "error::UserWarning:lora_tree", str(HERE / "parallel.py"), str(made)]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(RANKS), str(port)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        said = [process.communicate(timeout=ENOUGH_S)[1] for process in running]
+        assert [process.returncode for process in running] == [0] * RANKS, "\n".join(said)
+        yield made
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def hand() -> joint.ByHand:
+    """The same steps in one process, by dense algebra."""
+    made = joint.ByHand(parallel.TRAINING)
+    for step in parallel.rows():
+        made.step([row for micro in step for batch in micro for row in batch])
+    return made
+
+
+def factors(of: Path) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    saved = load_file(of / "factors.safetensors")
+    for name in sorted(saved, key=lambda name: (name.split()[0], int(name.split()[1]))):
+        found.setdefault(name.split()[0], []).append(saved[name])
+    return found
+
+
+@pytest.mark.parametrize("scenario", list(parallel.SCENARIOS))
+def test_two_processes_come_to_what_one_does(scenario: str, folder: Path, hand: joint.ByHand) -> None:
+    hand.same_as(factors(folder / scenario))
+
+
+def test_what_was_sharded_is_saved_whole(folder: Path) -> None:
+    saved, wanted = joint.factors(lt.load(folder / "fsdp/zoo")), factors(folder / "fsdp")
+    assert all(torch.equal(x, y) for path in wanted for x, y in zip(saved[path], wanted[path], strict=True))
+
+
+def test_a_trainer_tells_the_losses_of_all_processes(folder: Path, hand: joint.ByHand) -> None:
+    told = json.loads((folder / "trainer/told.json").read_text())
+    for log, wanted in zip(told["logs"], hand.losses, strict=True):
+        paths = {f"loss/{path or '(base)'}": loss for path, loss in wanted.items()}
+        assert {k: v for k, v in log.items() if k != "loss"} == pytest.approx(paths, rel=1e-9)
+        assert math.isclose(log["loss"], sum(wanted.values()), rel_tol=1e-6)
+    with torch.no_grad():
+        means = {path: float(loss) for path, loss in hand.losses_of(joint.rows(["a", "d", "a"], 8)).items()}
+    assert {p: told["eval"][f"eval_loss/{p}"] for p in means} == pytest.approx(means, rel=1e-9)  # no row twice
