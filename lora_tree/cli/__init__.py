@@ -23,6 +23,7 @@ from .generate import generate
 from .lock import lock
 from .schema import schema
 from .show import show
+from .vllm_args import vllm_args
 
 __all__ = ["app", "main"]
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (show, check, lock, export, generate, schema, demo):
+for command in (show, check, lock, export, generate, vllm_args, schema, demo):
     app.command()(command)
 
 
