@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import decode, flatten, opening, routed, switch, unmerged
+from benchmarks import checkpoint, decode, flatten, opening, routed, switch, unmerged
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -23,6 +23,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (opening, 2, {"with tree.lock", "bare folders"}),
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
         (decode, 1, {"bare", "auto", "flattened"}),
+        (checkpoint, 1, {"merged", "copied, with fsync"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
