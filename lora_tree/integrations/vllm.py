@@ -43,6 +43,9 @@ MAX_ERROR = "LORA_TREE_VLLM_MAX_ERROR"
 POLL_S = "LORA_TREE_VLLM_POLL_S"
 DEFAULT_BYTES = 10 << 30
 DEFAULT_RANK = 16  # vLLM's own
+ROUNDING = 1e-6
+"""An error below it is that of fp32's rounding, not of a recompression."""
+
 RESOLVER = "lora_tree"
 
 log = logging.getLogger("vllm.lora_tree")  # below vLLM's own logger, so that it is shown where vLLM's is
@@ -182,7 +185,7 @@ class _Resolver:
     def _tell(self, found: Flattened) -> None:
         for text in found.stale:
             log.warning("lora_tree: %r is served though it is stale: %s", found.path, text)
-        if found.error:
+        if found.error is not None and found.error > ROUNDING:
             log.info("lora_tree: %r was recompressed, relative error %.2g", found.path, found.error)
 
     # ------------------------------------------------------------------ changes of the tree
