@@ -34,7 +34,7 @@ from ..folder.source import FolderSource
 from ..storage import as_path
 from ..tree import AdapterTree
 
-__all__ = ["FlatCache", "Flattened", "Form"]
+__all__ = ["FlatCache", "Flattened", "Form", "name_of"]
 
 VERSION = "lora_tree flattened 1"
 CONFIG_BYTES = 1 << 20
@@ -80,7 +80,16 @@ class Flattened:
     @property
     def name(self) -> str:
         """The path with its content, ``fr/legal@1f0c…``: another content is another name."""
-        return f"{self.path}@{self.content[:16]}"
+        return name_of(self.path, self.content)
+
+
+def name_of(path: str, content: str) -> str:
+    """What an engine calls a path of one content.
+
+    >>> name_of("fr/legal", "1f0c" * 8)
+    'fr/legal@1f0c1f0c1f0c1f0c'
+    """
+    return f"{path}@{content[:16]}"
 
 
 class FlatCache:

@@ -14,7 +14,6 @@ Read: vLLM 0.32, vllm/lora/resolver.py and vllm/entrypoints/openai/models/servin
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..errors import LoraTreeError, SpecError
@@ -31,7 +31,7 @@ from ..extras import need
 from ..folder import survey
 from ..storage import as_path
 from ..tree import AdapterTree
-from .flatcache import FlatCache, Flattened, Form
+from .flatcache import FlatCache, Flattened, Form, name_of
 
 __all__ = ["ServerArgs", "register", "server_args"]
 
@@ -152,12 +152,18 @@ class _Resolver:
         self._poll_s = float(environment.get(POLL_S, "1"))
         self._cache: FlatCache | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._models: list[Any] = []
         self._said: dict[str, str] = {}
         self._starting = threading.Lock()
 
     async def resolve(self, base_model_name: str, name: str) -> Any:
         """vLLM's question: the adapter of a path, or None, with the reason in the log."""
         self._loop = asyncio.get_running_loop()
+        models = _asking()
+        if models is None:
+            self._say("models", "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart")
+        elif not any(known is models for known in self._models):
+            self._models.append(models)
         try:
             found = await asyncio.to_thread(self._get, base_model_name, name)
         except (LoraTreeError, OSError, ValueError) as error:
@@ -209,13 +215,19 @@ class _Resolver:
         self._said.pop("", None)
         for path, content in served.items():
             try:
-                if cache.content(tree, problems, path)[0] != content:
+                now = cache.content(tree, problems, path)[0]
+                if now != content or self._behind(path, now):
                     self._swap(cache.get(self._zoo, path))
                 self._said.pop(path, None)
             except LoraTreeError as error:
                 self._say(path, f"lora_tree: {path!r} is no longer served: {error}")
                 cache.forget(path)
                 self._drop(path)
+
+    def _behind(self, path: str, content: str) -> bool:
+        """vLLM took another content of a path: it was changed between its question and our answer."""
+        known = [models.lora_requests.get(path) for models in self._models]
+        return any(request is not None and request.lora_name != name_of(path, content) for request in known)
 
     def _say(self, about: str, text: str) -> None:
         if self._said.get(about) != text:
@@ -225,14 +237,14 @@ class _Resolver:
     def _swap(self, found: Flattened) -> None:
         """Give vLLM the new adapter of a path that it serves, and wait until it has it."""
         self._tell(found)
-        for models in _models():
+        for models in self._models:
             if self._loop is not None and found.path in models.lora_requests:
                 asyncio.run_coroutine_threadsafe(_replace(models, found), self._loop).result(timeout=120)
                 log.info("lora_tree: %r has changed, and is now served as %s", found.path, found.name)
 
     def _drop(self, path: str) -> None:
         """Make vLLM ask for a path again."""
-        for models in _models():
+        for models in self._models:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(models.lora_requests.pop, path, None)
 
@@ -246,14 +258,16 @@ async def _replace(models: Any, found: Flattened) -> None:
         models.lora_requests[found.path] = new
 
 
-def _models() -> list[Any]:
-    """vLLM's record of the adapters it was given; it hands its resolvers no way there, so it is looked for."""
-    serving = sys.modules.get("vllm.entrypoints.openai.models.serving")
-    kind = getattr(serving, "OpenAIServingModels", None)
-    found = [thing for thing in gc.get_referrers(kind) if isinstance(thing, kind)] if isinstance(kind, type) else []
-    if not found:
-        log.warning("lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart")
-    return found
+def _asking() -> Any:
+    """vLLM's record of the adapters it was given, which asks its resolvers and hands them no way back; None where it
+    is not among the callers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        who = frame.f_locals.get("self")
+        if isinstance(getattr(who, "lora_requests", None), dict):
+            return who
+        frame = frame.f_back
+    return None
 
 
 def _base_folder(base: str) -> str | None:
