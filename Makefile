@@ -46,7 +46,7 @@ $(ENGINED): pyproject.toml
 	@touch $@
 
 test-engines: $(ENGINED)  ## the same answers from a real vLLM server on this CPU (its own environment; under 10 minutes)
-	cd engines && timeout 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
+	cd engines && timeout --signal=INT --kill-after=60 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
 
 fuzz: $(STAMP)  ## the property tests with new random examples; run it over and over to find what they missed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \
