@@ -86,6 +86,17 @@ def server_args(
     Raises:
         SpecError: a number makes no sense.
         FolderError, FormatError: the tree can't be read.
+
+    >>> import tempfile, torch
+    >>> import lora_tree as lt
+    >>> tree = lt.AdapterTree()
+    >>> for path in ("fr", "fr/legal"):
+    ...     _ = tree.add(path, adapter=lt.Adapter({"up": lt.LowRank(torch.ones(12, 16), torch.ones(16, 12))}))
+    >>> with tempfile.TemporaryDirectory() as zoo:
+    ...     tree.save(zoo)
+    ...     made = server_args(zoo, cache="cache")
+    >>> made.rank, made.flags[:3]
+    (24, ('--enable-lora', '--max-lora-rank', '32'))
     """
     if max_loras < 1 or cache_bytes < 1:
         raise SpecError(f"max_loras and cache_bytes must be at least 1, got {max_loras} and {cache_bytes}")
