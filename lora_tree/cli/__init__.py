@@ -26,6 +26,7 @@ from .promote import promotion
 from .schema import schema
 from .show import show
 from .train import train
+from .vllm_args import vllm_args
 
 __all__ = ["app", "main"]
 
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluation,
     "promote": promotion,
+    "vllm-args": vllm_args,
     "schema": schema,
     "demo": demo,
 }
