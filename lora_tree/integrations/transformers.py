@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..errors import MissingExtra, SpecError, StateError, listing
 from ..extras import need
 from ..model import TreeModel
+from ..training.factors import full
 from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
 from ..training.together import joined
@@ -91,17 +92,20 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         **trainer: Any,
     ) -> None:
         self.tree_model = _tree_model(model)
-        self._groups = _whole(self.tree_model, groups)
+        self._groups = _whole(self.tree_model, groups, needed=trainer.get("train_dataset") is not None)
         self.path_column, self.save_to = path_column, save_to
         self.path_weights = dict(path_weights or {})
         for path in self.path_weights:
             self.tree_model.tree.coefficients(path)
         _refuse(args, trainer)
+        if self.tree_model.factors.sharded:  # by its owner: Accelerate must not wrap or shard it again
+            owner: Any = self.tree_model
+            owner.is_distributed_loading_by_transformers = True
         super().__init__(model=model, args=args, **trainer)
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SpecError(
-                "TreeTrainer trains on one device a process, whole; not under DataParallel, FSDP or DeepSpeed",
-                "start a process for each GPU: torchrun --nproc-per-node=…; for FSDP2 see docs/training.md",
+                "TreeTrainer trains on one device a process; not under DataParallel, Accelerate's FSDP or DeepSpeed",
+                "start a process for each GPU: torchrun --nproc-per-node=…; fully_shard the TreeModel before for FSDP2",
             )
         base: Any = self.tree_model.base
         if self.args.label_names is None:
@@ -220,7 +224,18 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The norm of all gradients, for the log: each node is clipped by itself, as the optimiser steps."""
-        return self._get_grad_norm(model)
+        norm = self._get_grad_norm(model)
+        return full(norm) if isinstance(norm, Tensor) else norm
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Where the model is sharded: all but the last micro-batch of a step."""
+        sharded: Any = self.tree_model
+        sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(True)
 
     # ------------------------------------------------------------------ evaluation
     def prediction_step(
@@ -296,18 +311,18 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
             FolderError: as `AdapterTree.save`.
         """
         if _internal_call and output_dir is not None:  # a checkpoint
-            if self.args.should_save:
-                save_factors(self.tree_model, Path(output_dir))
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(output_dir)
+            save_factors(self.tree_model, Path(output_dir), writes=self.args.should_save)
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
             return
         where = output_dir if output_dir is not None else self.save_to
         if where is None:
             raise SpecError(
                 "save_model has no folder: checkpoints lie in output_dir, and a tree can't", "save_model('zoo/')"
             )
-        if self.args.should_save:
-            self.tree_model.tree.save(where)
+        with self.tree_model.gathered() as tree:
+            if self.args.should_save:
+                tree.save(where)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's, in a folder that appears when everything is in it."""
@@ -361,10 +376,10 @@ def _tree_model(model: Any) -> TreeModel:
     return model
 
 
-def _whole(model: TreeModel, groups: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+def _whole(model: TreeModel, groups: Sequence[Mapping[str, Any]] | None, *, needed: bool) -> list[Mapping[str, Any]]:
     """A group for each node that trains, in the order of the tree."""
     training = [path for path in model.tree.paths() if path in model.factors.training_paths]
-    if not training:
+    if not training and needed:
         raise StateError("no node trains", "groups = model.trainable('fr/legal', …) first")
     if groups is None:
         return [{"name": path, "params": model.factors.of(path)} for path in training]

@@ -20,7 +20,7 @@ from ..errors import StateError, listing
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 
-__all__ = ["Factors", "is_sharded", "whole"]
+__all__ = ["Factors", "full", "is_sharded", "whole"]
 
 _DOT = "\N{ONE DOT LEADER}"
 
@@ -30,19 +30,24 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def full(tensor: Tensor) -> Tensor:
+    """All of it; where it is sharded, every rank has to call this."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
 def whole(adapter: Adapter) -> Adapter:
     """The adapter with every factor whole; where they are sharded, every rank has to call this."""
 
     def one(tensor: Tensor) -> Tensor:
         if not is_sharded(tensor):
             return tensor
-        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-        return nn.Parameter(full.detach(), requires_grad=False)  # a parameter: a save writes what trained since
+        return nn.Parameter(full(tensor).detach(), requires_grad=False)  # a parameter: a save writes what trained since
 
     def all_of(value: LowRank) -> LowRank:
         return replace(value, A=one(value.A), B=one(value.B), bias=None if value.bias is None else one(value.bias))
 
-    return adapter.map(all_of) if any(is_sharded(t) for v in adapter.modules.values() for t in v.tensors) else adapter
+    return adapter.map(all_of) if any(value.is_sharded for value in adapter.modules.values()) else adapter
 
 
 class Factors(nn.ModuleDict):
