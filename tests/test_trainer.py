@@ -265,6 +265,30 @@ def test_encoders_and_decoders_train_too(tmp_path: Path) -> None:
     assert all(bool(v.B.any()) for v in adapter.modules.values())
 
 
+def test_a_base_of_ones_own_trains_too(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.table(input_ids))
+            return out
+
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["head"]))
+    tree.add("a")
+    model = lt.attach(tree, Own())
+    model.trainable("a")
+    rows = joint.rows(["a", "", "a", "a"])
+    trainer = TreeTrainer(model, joint.arguments(tmp_path, num_train_epochs=20), train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()
+    assert trainer.predict(rows).predictions.shape == (4, joint.TOKENS, 20)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss/a"] < before["eval_loss/a"]
+    assert after["eval_loss/(base)"] == before["eval_loss/(base)"]
+
+
 def test_a_node_of_a_checkpoint_can_be_promoted_and_the_tree_is_saved(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo"
     joint.tree(joint.base()).save(zoo)

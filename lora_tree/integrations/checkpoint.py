@@ -29,7 +29,7 @@ from ..folder import disk
 from ..formats import peft, strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
-from ..training.factors import full, is_sharded
+from ..training.sharded import full, is_sharded
 
 __all__ = ["FACTORS", "NODES", "UNFINISHED", "appearing", "load_factors", "save_factors"]
 
