@@ -13,7 +13,7 @@ PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint bench clean
+.PHONY: help venv demo test fuzz lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -45,6 +45,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 bench: $(STAMP)  ## every benchmark at full size (several minutes on 2 cores, 8 GB)
 	$(PY) -m benchmarks $(ARGS)
+
+compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (about an hour on 2 cores)
+	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m benchmarks.compare $(ARGS)
 
 clean:  ## remove caches, build products and the demo's folders; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-zoo demo-zoo-base demo-zoo-export

@@ -10,7 +10,7 @@ from typing import Annotated
 import transformers
 import typer
 
-from . import decode, flatten, opening, routed, switch, unmerged
+from . import decode, flatten, opening, routed, switch, training, unmerged
 from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
@@ -24,6 +24,7 @@ class Name(StrEnum):
     opening = "opening"
     routed = "routed"
     decode = "decode"
+    training = "training"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -33,6 +34,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.opening: opening.run,
     Name.routed: routed.run,
     Name.decode: decode.run,
+    Name.training: training.run,
 }
 
 

@@ -2,6 +2,15 @@
 
 from .adapter import Adapter, combine
 from .blend import Blend, parse_blend
+from .export import (
+    ENGINE_RANKS,
+    MergedCheckpoint,
+    Portable,
+    ceil_rank_of,
+    export_leaves,
+    export_model,
+    portable,
+)
 from .fit import clashes, misfits
 from .folder import Problem, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
@@ -12,31 +21,38 @@ from .training.sampling import PathSampler
 from .tree import AdapterTree, Node
 
 __all__ = [
+    "ENGINE_RANKS",
     "Adapter",
     "AdapterTree",
     "Blend",
     "Layout",
     "LoraSpec",
     "LowRank",
+    "MergedCheckpoint",
     "MergedWarning",
     "Node",
     "PathLoss",
     "PathSampler",
+    "Portable",
     "Problem",
     "StaleWarning",
     "State",
     "TreeModel",
     "Truncated",
     "attach",
+    "ceil_rank_of",
     "check",
     "clashes",
     "combine",
     "concat",
+    "export_leaves",
+    "export_model",
     "inner",
     "load",
     "lock",
     "misfits",
     "parse_blend",
     "path_loss",
+    "portable",
     "token_counts",
 ]

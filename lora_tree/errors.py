@@ -15,6 +15,7 @@
     │   └── MergedOnly / UnmergedOnly   the site can be changed, but not in the mode that was asked for
     ├── StateError              the call does not fit what the model is doing now
     │   └── ForeignWrite        somebody else wrote to a weight while a path was merged into it
+    ├── BudgetError             what is in use at once does not fit into the budget
     └── MissingExtra            an optional package is needed and not installed
 
 The first line says what failed and where (node, module, file, line), with what was found and what was expected; the
@@ -28,6 +29,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BaseMismatch",
+    "BudgetError",
     "FolderError",
     "ForeignWrite",
     "FormatError",
@@ -123,6 +125,10 @@ class StateError(LoraTreeError, RuntimeError):
 
 class ForeignWrite(StateError):
     """Somebody else wrote to a weight, or replaced it, while a path was merged into it."""
+
+
+class BudgetError(LoraTreeError, MemoryError):
+    """What has to be in memory at once does not fit into the budget; says how much is needed."""
 
 
 class MissingExtra(LoraTreeError, ImportError):

@@ -18,14 +18,18 @@ import fnmatch
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapter import Adapter
 from .blend import Blend, parse_blend
+from .budget import Budgets
+from .cache import Cache, Frequency, Policy
+from .cache.link import link_to
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
@@ -69,6 +73,9 @@ def attach(
     *,
     pristine: Literal["host", "none"] = "host",
     compute_dtype: torch.dtype | None = None,
+    host_budget: int | str | None = None,
+    device_budget: int | str | None = None,
+    eviction: Callable[[], Policy] = Frequency,
 ) -> TreeModel:
     """Bind a tree to an instantiated base. The base is not changed until a path is activated.
 
@@ -79,8 +86,13 @@ def attach(
             adapters touch, made when first needed, pinned on CUDA; ``none``, nowhere: paths are added and subtracted
             in place, and the weights drift by a rounding with every switch.
         compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the weight's own.
+        host_budget, device_budget: how much memory adapters that come from files may take, in RAM and on the base's
+            device: bytes, or ``"8GiB"``. None: what ``LORA_TREE_HOST_BUDGET`` and ``LORA_TREE_DEVICE_BUDGET`` say, or
+            tree.yaml, or else no bound. Of a base on the CPU both are RAM, and the smaller counts.
+        eviction: makes what decides who leaves a full cache first.
 
     Raises:
+        SpecError: a budget makes no sense.
         StateError: the base is attached already, or wrapped by PEFT or FSDP.
         BaseMismatch: a fresh node targets nothing in this base; names the node.
 
@@ -98,14 +110,23 @@ def attach(
         raise SpecError(
             f"pristine must be 'host' or 'none', got {pristine!r}{suggest(str(pristine), ['host', 'none'])}"
         )
-    return TreeModel(tree, base, pristine=pristine, compute_dtype=compute_dtype)
+    said = (tree.cache.host_budget, tree.cache.device_budget)
+    budgets = Budgets.of(host_budget, device_budget, spec=said)
+    return TreeModel(tree, base, pristine=pristine, compute_dtype=compute_dtype, budgets=budgets, eviction=eviction)
 
 
 class TreeModel(nn.Module):
     """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys stay bare."""
 
     def __init__(
-        self, tree: AdapterTree, base: nn.Module, *, pristine: str = "host", compute_dtype: torch.dtype | None = None
+        self,
+        tree: AdapterTree,
+        base: nn.Module,
+        *,
+        pristine: str = "host",
+        compute_dtype: torch.dtype | None = None,
+        budgets: Budgets | None = None,
+        eviction: Callable[[], Policy] = Frequency,
     ) -> None:
         super().__init__()
         inner, self._compiled = unwrapped(base)
@@ -122,11 +143,8 @@ class TreeModel(nn.Module):
         self._waiting: list[Blend | tuple[Blend, ...]] = []
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
-        self._binder = Binder(inner, tree.base)
         self._merged = Merged(inner, in_place=pristine == "none")
         self._manner = Manner(compute_dtype)
-        self._beside: Unmerged | Prepared = Unmerged(inner, self._manner)
-        self._router = Router(self._manner)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps] = weakref.WeakKeyDictionary()
         self._compile_watch = CompileWatch()
         self._known = Known()
@@ -140,6 +158,12 @@ class TreeModel(nn.Module):
             let_go(inner)
             raise
         tree.guard(self)
+        self.cache = Cache(tree, budgets, policy=eviction, link=link_to(inner))
+        self._held = self.cache.hold([])
+        kept = {"kept": 0} if self.cache.bounded else {}
+        self._binder = Binder(inner, tree.base, origin=self.cache.origin, **kept)
+        self._beside: Unmerged | Prepared = Unmerged(inner, self._manner, ledger=self.cache)
+        self._router = Router(self._manner, ledger=self.cache)
         if pristine == "none":
             warnings.warn(
                 'pristine="none": paths are added to and subtracted from the weights in place, '
@@ -175,20 +199,21 @@ class TreeModel(nn.Module):
             self._usable()
             if mode not in ("merged", "unmerged"):
                 raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}")
-            plan = self._plan(blend)
-            if mode == "merged":
-                check_whole(plan)
-                self._check_trainable(plan)
-                self._merged.check(plan)
-                self._merged.switch(plan)
-                self._beside.switch(BARE)
-                state = State.MERGED
-            else:
-                self._check_side_paths(plan)
-                self._beside.ready(plan)
-                self._merged.switch(BARE)
-                self._beside.switch(plan)
-                state = State.UNMERGED
+            with self._needing(self.tree.coefficients(blend)) as terms:
+                plan = self._binder.plan(terms)
+                if mode == "merged":
+                    check_whole(plan)
+                    self._check_trainable(plan)
+                    self._merged.check(plan)
+                    self._merged.switch(plan)
+                    self._beside.switch(BARE)
+                    state = State.MERGED
+                else:
+                    self._check_side_paths(plan)
+                    self._beside.ready(plan)
+                    self._merged.switch(BARE)
+                    self._beside.switch(plan)
+                    state = State.UNMERGED
             kept = blend if isinstance(blend, str) else dict(blend)
             state = state if parse_blend(kept) != {"": 1.0} else State.BARE
             self._became(kept, state, lambda self: self.activate(kept, mode=mode))
@@ -255,6 +280,27 @@ class TreeModel(nn.Module):
                 with expansions(self.base, axis):
                     yield self
 
+    def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
+        """Load the nodes of some paths or blends in the background, so that they are there when they are needed.
+
+        It comes back at once. What can't be loaded is an error of the call that needs it, if there ever is one.
+
+        Args:
+            paths: the ones needed soonest first. What the budget has no room for is left out.
+
+        Raises:
+            PathError, SpecError: not a path of the tree, or not a blend.
+            StateError: detached.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> _ = tree.add("fr")
+        >>> attach(tree, base).prefetch(["fr"])
+        """
+        self._usable()
+        blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
+        self.cache.prefetch(dict.fromkeys(node for blend in blends for node in self.tree.coefficients(blend)))
+
     def trust(self, what: Literal["pristine", "weights"]) -> None:
         """After somebody else wrote to merged weights: say which are the base's own, and be bare.
 
@@ -275,6 +321,7 @@ class TreeModel(nn.Module):
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
             self._beside.switch(BARE)
+            self._held.release()
             self._became("", State.BARE, TreeModel.deactivate)
 
     def detach(self) -> None:
@@ -291,6 +338,7 @@ class TreeModel(nn.Module):
             self._beside.forget()
             self._router.forget()
             self._binder.forget()
+            self.cache.close()
             self.tree.release(self)
             let_go(self.base)
             self.state = State.DETACHED
@@ -480,30 +528,42 @@ class TreeModel(nn.Module):
     @contextlib.contextmanager
     def _coming_back(self) -> Iterator[None]:
         """What is active now is active again afterwards; until then its nodes can't be changed."""
-        before, epoch = self._again, self.epoch
+        before, epoch, held, running = self._again, self.epoch, self._held.again(), self._beside.current
         self._waiting.append(self._active)
         try:
             yield
         finally:
             self._waiting.pop()
-            if self.state is not State.DETACHED and self.epoch != epoch:
-                before(self)
+            try:
+                if self.state is not State.DETACHED and self.epoch != epoch:
+                    before(self)
+            finally:
+                held.release()
+                del running  # what was laid out was found again
 
-    def _plan(self, blend: Blend) -> Plan:
-        self._make(self.tree.coefficients(blend))
-        return self._binder.plan([(n, c, self.factors.shown(n, adapter)) for n, c, adapter in self.tree.terms(blend)])
+    @contextlib.contextmanager
+    def _needing(self, coefficients: Mapping[str, float]) -> Iterator[list[tuple[str, float, Adapter]]]:
+        """The terms of some nodes, in use from now on; what was in use before no longer is, unless the block fails."""
+        self._make(coefficients)
+        held = self.cache.hold(coefficients)
+        try:
+            here = held.adapters
+            yield [(node, c, self.factors.shown(node, here[node])) for node, c in coefficients.items() if node in here]
+        except BaseException:
+            held.release()
+            raise
+        self._held.release()
+        self._held = held
 
     def _route(self, paths: tuple[Blend, ...], batch: Batch, axis: RowAxis, strategy: Strategy) -> None:
         self._usable()
-        self._make(batch.nodes)
-        adapters = [(node, self.tree.adapter(node)) for node in batch.nodes]
-        shown = [(node, 1.0, self.factors.shown(node, adapter)) for node, adapter in adapters if adapter is not None]
-        plan = self._binder.plan(shown)
-        self._check_side_paths(plan)
-        route = self._router.route(batch, plan, strategy)
-        self._beside.ready_for(route, axis)
-        self._merged.switch(BARE)
-        self._beside.switch_to(route, axis)
+        with self._needing(dict.fromkeys(batch.nodes, 1.0)) as terms:
+            plan = self._binder.plan(terms)
+            self._check_side_paths(plan)
+            route = self._router.route(batch, plan, strategy)
+            self._beside.ready_for(route, axis)
+            self._merged.switch(BARE)
+            self._beside.switch_to(route, axis)
         self._became(paths, State.ROUTED, lambda self: self._route(paths, batch, axis, strategy))
 
     def _check_side_paths(self, plan: Plan) -> None:

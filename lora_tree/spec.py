@@ -3,6 +3,7 @@
     version: 1
     base: org/model
     defaults: {r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj]}
+    cache: {host_budget: 8GiB}
     tree:
       fr:
         weight: 0.9
@@ -20,9 +21,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from .budget import parse_bytes
 from .errors import PathError, SpecError
 
-__all__ = ["LoraSpec", "NodeSpec", "TreeSpec", "check_name", "check_path"]
+__all__ = ["CacheSpec", "LoraSpec", "NodeSpec", "TreeSpec", "check_name", "check_path"]
 
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 _NAME = re.compile(rf"{NAME}\Z")
@@ -54,11 +56,21 @@ def _end_of_name(pattern: str) -> str:
     return _compiles(pattern, r"(.*\.)?({})$")
 
 
+def _size(value: int | str) -> int | str:
+    try:
+        parse_bytes(value)
+    except SpecError as error:
+        said = error.what.partition(": ")[2]
+        raise ValueError(f"is no size: {said or error.todo[0]}") from error
+    return value
+
+
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_end_of_name)]
+Size = Annotated[int | str, AfterValidator(_size)]
 
 
 class _Strict(BaseModel):
@@ -130,12 +142,20 @@ class NodeSpec(LoraSpec):
     children: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below, by name")
 
 
+class CacheSpec(_Strict):
+    """How many bytes of adapters an attached tree may hold; see ``budget.py``."""
+
+    host_budget: Size | None = Field(default=None, description="bytes in RAM: a number, or 512MiB, 8GiB, 8GB")
+    device_budget: Size | None = Field(default=None, description="bytes on the device that the base is on, likewise")
+
+
 class TreeSpec(_Strict):
     """A whole tree.yaml."""
 
     version: Literal[1] = Field(description="version of this format")
     base: str | None = Field(default=None, description="the base model: a hub id, or a folder relative to tree.yaml")
     defaults: LoraSpec = Field(default_factory=LoraSpec, description="for fresh adapters that do not say otherwise")
+    cache: CacheSpec = Field(default_factory=CacheSpec, description="budgets, where the caller does not give others")
     tree: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below the root, by name")
 
 
@@ -236,7 +256,8 @@ def _within(loc: Loc, data: Any) -> tuple[Loc, Any]:
 def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:
     model = top
     if top is TreeSpec and len(loc) > 1:
-        model = LoraSpec if loc[0] == "defaults" else NodeSpec
+        models: dict[object, type[BaseModel]] = {"defaults": LoraSpec, "cache": CacheSpec}
+        model = models.get(loc[0], NodeSpec)
     words = {**{field: field for field in model.model_fields}, **(_WORDS if "r" in model.model_fields else {})}
     near = difflib.get_close_matches(key, list(words), n=1, cutoff=0.6)
     return f"; did you mean {words[near[0]]!r}?" if near else ""

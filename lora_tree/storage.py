@@ -8,8 +8,11 @@ so that imports go on pointing inward.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from torch import Tensor
 
 from .errors import FolderError
 
@@ -17,19 +20,31 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .tree import AdapterTree
 
-__all__ = ["Source", "Storage", "install", "storage"]
+__all__ = ["Allocate", "Source", "Storage", "install", "storage"]
+
+
+Allocate: TypeAlias = Callable[[int], Tensor]
+"""Memory for the numbers of one adapter: bytes → a uint8 tensor of that length; may raise where there is no room."""
 
 
 class Source(Protocol):
     """An adapter that is not in memory yet: where it lives, and how to get it."""
 
     @property
+    def content(self) -> str | None:
+        """The hash that its content is known to have, whenever it is read; None where nobody says."""
+        ...
+
+    @property
     def where(self) -> Path:
         """The folder, for messages and for tree.yaml."""
         ...
 
-    def load(self) -> Adapter:
+    def load(self, allocate: Allocate | None = None) -> Adapter:
         """Read, check and return the adapter; a new value at every call.
+
+        Args:
+            allocate: is asked once for the memory of all its numbers, before any is read; None: ordinary memory.
 
         Raises:
             FolderError, FormatError: the files are gone, broken, or not what the lock says.

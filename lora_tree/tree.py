@@ -21,7 +21,7 @@ import torch
 from .adapter import Adapter, combine
 from .blend import Blend, check_finite, depth_first, parse_blend, total
 from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
-from .spec import LoraSpec, check_name, check_path, lora_spec
+from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec
 from .storage import Source, as_path, storage
 
 __all__ = ["AdapterTree", "Node"]
@@ -66,6 +66,12 @@ class Guard(Protocol):
     def nodes_in_use(self) -> Iterable[str]: ...
 
 
+class Keeper(Protocol):
+    """Whoever decides how long what was read from files stays in memory: an attached model's cache."""
+
+    def read(self, path: str, source: Source) -> Adapter: ...
+
+
 class AdapterTree:
     """A tree of adapters over one base.
 
@@ -87,7 +93,10 @@ class AdapterTree:
     ) -> None:
         self.base = _base_name(base)
         self.defaults = lora_spec(defaults, "defaults")
+        self.cache = CacheSpec()
         self.home: Path | None = None
+        self._keepers: list[weakref.ref[Keeper]] = []
+        self._read: weakref.WeakSet[Adapter] = weakref.WeakSet()
         self._graph: nx.DiGraph[str] = nx.DiGraph()
         self._graph.add_node("")
         self._guards: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -336,18 +345,25 @@ class AdapterTree:
     def adapter(self, path: str) -> Adapter | None:
         """A node's own adapter, read from its files when first asked for; None for a group or a fresh node.
 
+        It stays in memory from then on; where a model is attached under a budget, as long as that allows.
+
         Raises:
             PathError: the node is not there.
             FolderError, FormatError: its files are gone, broken, or not what the lock says.
+            BudgetError: it is larger than the budget leaves room for.
         """
         node = self[path]
-        if node.loaded is None and node.source is not None:
-            try:
-                node = replace(node, loaded=node.source.load())
-            except LoraTreeError as error:
-                raise error.within(path) from error
-            self._put(node)
-        return node.loaded
+        if node.loaded is not None or node.source is None:
+            return node.loaded
+        keeper = next((keeper for keeper in (ref() for ref in self._keepers) if keeper is not None), None)
+        if keeper is not None:
+            return keeper.read(path, node.source)
+        try:
+            adapter = node.source.load()
+        except LoraTreeError as error:
+            raise error.within(path) from error
+        self.loaded(path, node.source, adapter)
+        return adapter
 
     def outline(self, path: str) -> Adapter | None:
         """A node's own adapter; where it is not in memory, its shapes, ranks and scales on the meta device.
@@ -448,10 +464,12 @@ class AdapterTree:
         *,
         base: str | None = None,
         defaults: LoraSpec | None = None,
+        cache: CacheSpec | None = None,
         home: Path | None = None,
     ) -> AdapterTree:
         """A tree of nodes whose paths are known to fit together, parents before children."""
         tree = cls(base, defaults)
+        tree.cache = cache or tree.cache
         tree.put(nodes, home=home)
         return tree
 
@@ -469,6 +487,25 @@ class AdapterTree:
     def release(self, guard: Guard) -> None:
         """`guard` no longer has a say."""
         self._guards.discard(guard)
+
+    def kept_by(self, keeper: Keeper) -> None:
+        """From now on ``keeper``, held weakly, has what is read from files; what was read before is let go of."""
+        self._keepers.append(weakref.ref(keeper))
+        for path in self.paths():
+            node = self[path]
+            if node.loaded in self._read and node.source is not None:
+                self._put(replace(node, loaded=None))
+
+    def keep(self, keeper: Keeper) -> None:
+        """`keeper` has nothing more of it: the tree keeps what it reads."""
+        self._keepers = [ref for ref in self._keepers if ref() not in (None, keeper)]
+
+    def loaded(self, path: str, source: Source, adapter: Adapter) -> None:
+        """Keep what was read from a node's files, where the node is still what it was."""
+        node = self._graph.nodes[path]["node"] if path in self else None
+        if node is not None and node.source is source and node.loaded is None:
+            self._read.add(adapter)
+            self._put(replace(node, loaded=adapter))
 
     def settle(self, path: str, adapter: Adapter) -> None:
         """A fresh node's adapter was made, or a node's factors went into training: this is its adapter from now on."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import decode, flatten, opening, routed, switch, unmerged
+from benchmarks import compare, decode, flatten, opening, routed, switch, training, unmerged
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -23,6 +23,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (opening, 2, {"with tree.lock", "bare folders"}),
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
         (decode, 1, {"bare", "auto", "flattened"}),
+        (training, 5, {"together", "PEFT, 8 steps"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
@@ -41,6 +42,33 @@ def test_no_hook_is_left_while_merged_and_flattening_is_no_worse_than_peft() -> 
     assert forward.facts["hooks left while merged"] == 0
     (flat,) = flatten.run(SIZE)
     assert flat.facts["relative error, ours"] <= 1.0001 * flat.facts["relative error, PEFT"]
+
+
+def test_frozen_ancestors_take_no_memory_in_a_step_of_training() -> None:
+    table = training.run(SIZE)[-1]
+    (ratio,) = table.ratios
+    assert ratio.what == "most memory, deep / shallow"
+    assert ratio.met
+
+
+def test_systems_are_compared_at_equal_parameters_and_at_equal_rank_on_a_path() -> None:
+    for name, systems in compare.SYSTEMS.items():
+        cost = {s.parameters(3, 8) if name == "equal parameters" else s.on_path for s in systems}
+        assert len(cost) == 1
+        for system in systems:
+            tree = compare.tree_of(system, ["g/a", "g/b", "h/c"])
+            rank = {node: tree[node].fresh.r for node in tree if tree[node].fresh is not None}
+            leaf = next(p for p in tree.leaves() if p in ("all", "all/g/b"))
+            assert sum(rank.get(node, 0) for node in tree.lineage(leaf)) == system.on_path
+
+
+def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table() -> None:
+    leaves, outcomes = compare.compare(compare.SMALL)
+    told = compare.markdown(leaves, outcomes)
+    assert len(outcomes) == 1 + 2 * 2 * 4
+    assert all(len(o.bits) == 2 and len(set(o.bits)) == 2 for o in outcomes[1:])
+    assert told.count("\n### ") == 4
+    assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree", "tree + root"))
 
 
 def test_rounds_are_interleaved_and_the_first_does_not_count() -> None:

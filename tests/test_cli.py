@@ -202,7 +202,7 @@ def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path
 
 # ---------------------------------------------------------------------- export
 def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, tmp_path: Path) -> None:
-    told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat")
+    told = answer(shell, "export", zoo, "fr/legal", "--as", "peft", "--out", tmp_path / "flat")
     assert (told["ranks"], told["error"], told["modules"]) == ([5], 0.0, 2)
     assert (told["dtype"], told["rounded"]) == (None, False)
     ours, theirs = lt.load(zoo).flatten("fr/legal"), lt.Adapter.load(tmp_path / "flat")
@@ -212,7 +212,9 @@ def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, 
 
 def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
-    code, out, _ = shell("export", zoo, "fr/legal:0.5+fr/medical:0.5", "--out", flat, "--rank", "3", "--dtype", "bf16")
+    code, out, _ = shell(
+        "export", zoo, "fr/legal:0.5+fr/medical:0.5", "--as", "peft", "--out", flat, "--rank", "3", "--dtype", "bf16"
+    )
     assert code == 0
     assert "r=3, relative error at most" in out
     assert out.endswith(" in a module, then rounded to bf16\n")
@@ -222,14 +224,49 @@ def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tm
 
 
 def test_an_export_that_is_rounded_is_not_called_exact(shell: Shell, zoo: Path, tmp_path: Path) -> None:
-    code, out, _ = shell("export", zoo, "fr", "--out", tmp_path / "flat", "--dtype", "bf16")
+    code, out, _ = shell("export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "bf16")
     assert (code, out) == (0, f"fr → {tmp_path}/flat: 2 modules, r=2, rounded to bf16\n")
-    told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "flat", "--dtype", "fp16")
+    told = answer(shell, "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "fp16")
     assert (told["error"], told["dtype"], told["rounded"]) == (0.0, "fp16", True)
     lt.Adapter.load(tmp_path / "flat").save(tmp_path / "narrow" / "fr")
-    assert shell("export", tmp_path / "narrow", "fr", "--out", tmp_path / "again", "--dtype", "fp16")[1].endswith(
-        ", exact\n"
-    )  # it was fp16 before
+    assert shell("export", tmp_path / "narrow", "fr", "--as", "peft", "--out", tmp_path / "again", "--dtype", "fp16")[
+        1
+    ].endswith(", exact\n")  # it was fp16 before
+
+
+def test_a_portable_adapter_is_told_with_its_error(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat", "--ceil-rank", "--dtype", "bf16")
+    q, k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    assert (told["as"], told["rank"], told["modules"], told["added"]) == ("portable", 8, 3, [k])
+    assert told["errors"].keys() == {q, v}
+    assert 0 < told["error"] <= told["worst"] == max(told["errors"].values())
+    out = shell("export", zoo, "fr/legal", "--out", tmp_path / "flat", "--rank", "3", "--per-module")[1].splitlines()
+    assert "3 modules (1 of them zeros), r=3, relative error " in out[0]
+    assert [line.split()[1] for line in out[1:]] == [q, v]
+    assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(
+        "3 modules (1 of them zeros), r=2, exact\n"
+    )
+
+
+def test_every_leaf_is_exported_with_progress(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    code, out, err = shell("export", zoo, "--all", "--out", tmp_path / "leaves")
+    assert (code, err) == (0, "1/2 fr/legal\n2/2 fr/medical\n")
+    assert [line.split()[0] for line in out.splitlines()] == ["fr/legal", "fr/medical"]
+    assert len(answer(shell, "export", zoo, "--all", "--out", tmp_path / "leaves")["exports"]) == 2
+    for wrong in (["fr", "--all"], [], ["--all", "--as", "peft"], ["--all", "--as", "model"]):
+        assert shell("export", zoo, *wrong, "--out", tmp_path / "x")[0] == 1
+
+
+def test_a_merged_checkpoint_from_the_shell(shell: Shell, zoo: Path, base: Path, tmp_path: Path) -> None:
+    told = answer(shell, "export", zoo, "fr/legal", "--as", "model", "--out", tmp_path / "model")
+    model = bytelevel.open_base(base)
+    lt.attach(lt.load(zoo), model).activate("fr/legal")
+    merged = bytelevel.open_base(tmp_path / "model")
+    assert len(told["changed"]) == 2
+    assert all(torch.equal(t, merged.state_dict()[name]) for name, t in model.state_dict().items())
+    code, out, _ = shell("export", zoo, "fr", "--as", "model", "--base", base, "--out", tmp_path / "other")
+    assert (code, "2 tensors changed" in out) == (0, True)
+    assert "is there already" in shell("export", zoo, "fr", "--as", "model", "--out", tmp_path / "other")[2]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +324,7 @@ def test_an_export_over_an_adapter_that_lives_elsewhere_is_refused(shell: Shell,
     assert code == 1
     assert "would write over the files of fr, " in err
     assert listing(tmp_path) == before
-    assert shell("export", tmp_path / "zoo", "fr", "--out", tmp_path / "elsewhere" / "flat")[0] == 0
+    assert shell("export", tmp_path / "zoo", "fr", "--as", "peft", "--out", tmp_path / "elsewhere" / "flat")[0] == 0
 
 
 @pytest.mark.parametrize("out", ["", " "])
@@ -548,7 +585,7 @@ def test_the_schema_accepts_what_the_library_does(shell: Shell) -> None:
     code, out, _ = shell("schema")
     schema = json.loads(out)
     assert code == 0
-    assert set(schema["properties"]) == {"version", "base", "defaults", "tree"}
+    assert set(schema["properties"]) == {"version", "base", "defaults", "cache", "tree"}
     assert schema["additionalProperties"] is False
 
 

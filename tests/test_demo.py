@@ -57,7 +57,7 @@ def test_a_run_leaves_its_three_folders_and_nothing_else(demo: tuple[Report, str
     assert sorted(p.name for p in report.folders[0].parent.iterdir()) == ["zoo", "zoo-base", "zoo-export"]
 
 
-def test_the_nodes_start_from_what_their_ancestors_learned(demo: tuple[Report, str]) -> None:
+def test_every_node_learned_something(demo: tuple[Report, str]) -> None:
     zoo = demo[0].folders[0]
     for path in load(zoo).paths():
         B = [v for k, v in load_file(zoo / path / "adapter_model.safetensors").items() if "lora_B" in k]
@@ -77,7 +77,7 @@ def test_byte_b_is_token_b_and_text_comes_back(demo: tuple[Report, str]) -> None
 
 
 def test_the_same_seed_trains_the_same_adapters(tmp_path: Path) -> None:
-    size = QUICK.__class__(hidden=32, layers=1, r=2, base_steps=2, node_steps=2, windows=1, leaves=2)
+    size = QUICK.__class__(hidden=32, layers=1, r=2, base_steps=2, tree_steps=2, windows=1, leaves=2)
     before = torch.random.get_rng_state()
     reports = [run(tmp_path / name, size=size, console=Console(file=io.StringIO()), seed=3) for name in ("a", "b")]
     assert torch.equal(before, torch.random.get_rng_state())

@@ -591,7 +591,9 @@ def test_only_the_nodes_on_the_lineages_are_loaded_and_none_of_them_can_be_chang
         def __init__(self, path: str) -> None:
             self.path = path
 
-        def load(self) -> lt.Adapter:
+        content = None
+
+        def load(self, allocate: object = None) -> lt.Adapter:
             loaded.append(self.path)
             return lt.Adapter({"m": lt.LowRank(torch.ones(1, 8), torch.ones(8, 1))})
 

@@ -223,6 +223,24 @@ def test_an_active_path_counts_its_rows_too_and_evaluation_counts_none() -> None
     assert [bool(optimizer.state[g["params"][0]]) for g in optimizer.param_groups] == [True, False, False]
 
 
+def test_two_optimisers_step_their_own_nodes() -> None:
+    net, tree = Net().double(), tree_of()
+    model = lt.attach(tree, net)
+    groups = model.trainable("a", "e")
+    optimizers = [torch.optim.SGD([group], lr=0.1, momentum=0.9) for group in groups]
+    for optimizer in optimizers:
+        model.follow(optimizer)
+    for rows in (["a", "e"], ["e", "e"]):
+        before = [group["params"][1].detach().clone() for group in groups]
+        with model.route(rows, batch_first=True):
+            model(torch.randn(2, 3, INTO, dtype=torch.float64)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = [not torch.equal(g["params"][1], b) for g, b in zip(groups, before, strict=True)]
+        assert moved == ["a" in rows, True]
+
+
 def test_an_optimiser_is_followed_once_and_only_over_nodes_that_train() -> None:
     model = lt.attach(tree_of(), Net().double())
     groups = model.trainable("a", "e")

@@ -214,7 +214,7 @@ def test_the_committed_schema_is_current() -> None:
 
 def test_the_schema_knows_the_words() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {"version", "base", "defaults", "tree"}
+    assert set(schema["properties"]) == {"version", "base", "defaults", "cache", "tree"}
     assert schema["required"] == ["version"]
     node = schema["$defs"]["NodeSpec"]
     assert node["additionalProperties"] is False

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch import nn
 
-from ..errors import SpecError
-from ..extras import foreign, need
+from ..export.base import skeleton as skeleton_of
 from ..fit import clashes, misfits
 from ..folder import StaleWarning, load
 from ..folder import check as check_folder
 from ..tree import AdapterTree
-from .console import OTHER_BASE, out, print_json
+from .console import out, print_json
 
 __all__ = ["check"]
 
@@ -31,7 +28,7 @@ def check(
 ) -> None:
     """List every problem; exit with 1 where there are any."""
     problems = [(problem.node, str(problem.kind), problem.text) for problem in check_folder(folder)]
-    skeleton = None if base is None else _skeleton(base)
+    skeleton = None if base is None else skeleton_of(base, what="check --base")
     if all(kind in ("stale", "leftover") for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree)]
@@ -53,15 +50,3 @@ def _opened(folder: Path) -> AdapterTree:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StaleWarning)
         return load(folder)
-
-
-def _skeleton(base: str) -> Any:
-    """The base's modules with shapes and no memory, of the class that its config names."""
-    transformers = need("transformers", extra="transformers", what="check --base")
-    with foreign(f"{base}: transformers can't read its config.json", OTHER_BASE):
-        config = transformers.AutoConfig.from_pretrained(base)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise SpecError(f"{base}: its config.json names no architecture that transformers has: {config.architectures}")
-    with foreign(f"{base}: transformers can't make the {kind.__name__} of its config.json"), torch.device("meta"):
-        return kind(config)

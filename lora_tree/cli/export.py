@@ -1,20 +1,22 @@
-"""``lora-tree export``: one path or blend as one ordinary PEFT adapter."""
+"""``lora-tree export``: a path, a blend or every leaf as adapters, or a path merged into a checkpoint of its own."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from rich.progress import Progress
 
 from ..adapter import Adapter
 from ..errors import SpecError
+from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
-from .console import out, print_json
+from .console import err, out, print_json
 
 __all__ = ["export"]
 
@@ -27,35 +29,158 @@ class Dtype(StrEnum):
     fp16 = "fp16"
 
 
+class As(StrEnum):
+    """What is written."""
+
+    portable = "portable"
+    peft = "peft"
+    model = "model"
+
+
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
     path: Annotated[
-        str, typer.Argument(help="fr/legal, or a blend: fr/legal:0.5+fr/medical:0.5", metavar="PATH_OR_BLEND")
-    ],
-    to: Annotated[str, typer.Option("--out", help="The PEFT folder to write, outside the tree's own.", metavar="DIR")],
+        str | None, typer.Argument(help="fr/legal, or a blend: fr/legal:0.5+fr/medical:0.5", metavar="PATH_OR_BLEND")
+    ] = None,
+    to: Annotated[str, typer.Option("--out", help="The folder to write, outside the tree's own.", metavar="DIR")] = "",
+    kind: Annotated[
+        As,
+        typer.Option(
+            "--as",
+            help="portable: one rank, alpha = r, q/k/v and gate/up complete, for any engine. peft: ranks as they are. "
+            "model: the base's checkpoint with the path merged into it.",
+        ),
+    ] = As.portable,
+    every: Annotated[bool, typer.Option("--all", help="Every leaf, as DIR/<path>.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base; the tree's own folder without it.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="The largest rank to keep; exact, at rank Σr, without it.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="The largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in a module.")
     ] = None,
+    ceil_rank: Annotated[bool, typer.Option("--ceil-rank", help="The next rank that vLLM allows.")] = False,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Round the factors; without it fp32, or narrower where nothing is rounded.")
     ] = None,
+    incomplete: Annotated[
+        bool, typer.Option("--incomplete", help="Leave q/k/v and gate/up as they are, for PEFT and vLLM.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Leaves at once, with --all.")] = None,
+    per_module: Annotated[bool, typer.Option("--per-module", help="Tell every module's error.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Write a path, or a blend of paths, as one adapter that PEFT and the engines that serve PEFT adapters load."""
+    """Write a path, a blend or every leaf as one adapter that any engine loads; or merged into a checkpoint."""
+    if every == (path is not None):
+        raise SpecError("name one path or blend, or every leaf: lora-tree export FOLDER PATH --out DIR, or --all")
     tree = load(folder)
     _outside(tree, folder, to)
-    flat = tree.flatten(path, rank, max_error=max_error, dtype=DTYPES[dtype] if dtype else None)
-    flat.save(to)
+    if kind is As.model:
+        if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or incomplete:
+            raise SpecError("--as model writes one path as it is, in the base's dtypes", "leave the other options out")
+        _merge(tree, path, to, base, as_json=as_json)
+        return
+    rounded_to = DTYPES[dtype] if dtype else None
+    if kind is As.peft:
+        if path is None or ceil_rank or base is not None:
+            raise SpecError("--as peft writes one path with its ranks as they are", "leave --as peft out")
+        flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to)
+        flat.save(to)
+        _tell_flat(path, to, flat, dtype, as_json=as_json)
+        return
+    form = {
+        "rank": rank,
+        "max_error": max_error,
+        "ceil_rank": ceil_rank,
+        "dtype": rounded_to,
+        "base": base,
+        "complete": not incomplete,
+    }
+    if path is not None:
+        made = portable(tree, path, **form)  # type: ignore[arg-type]
+        made.save(to)
+        written = {to: made}
+    else:
+        several = export_leaves(tree, to, workers=workers, progress=None if as_json else _progress, **form)  # type: ignore[arg-type]
+        written = {str(Path(to, one.path)): one for one in several}
+    if as_json:
+        told = [_plain(one, where) for where, one in written.items()]
+        print_json({"exports": told} if every else told[0])
+    else:
+        for where, one in written.items():
+            _tell(one, where, per_module=per_module)
+
+
+def _merge(tree: AdapterTree, path: str, to: str, base: str | None, *, as_json: bool) -> None:
+    with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        made: MergedCheckpoint = export_model(tree, path, to, base=base, progress=told)
+    if as_json:
+        print_json(
+            {
+                "path": path,
+                "out": str(made.folder),
+                "as": As.model,
+                "changed": list(made.changed),
+                "bytes": made.nbytes,
+                "left_out": list(made.left_out),
+            }
+        )
+        return
+    left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
+    what = (
+        f"{path or 'the bare base'} → {made.folder}: {len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
+    )
+    out().print(what, markup=False, soft_wrap=True)
+
+
+def _progress(one: Portable, done: int, leaves: int) -> None:
+    err().print(f"{done}/{leaves} {one.path}", markup=False, soft_wrap=True)
+
+
+def _tell(one: Portable, where: str, *, per_module: bool) -> None:
+    added = f" ({len(one.added)} of them zeros)" if one.added else ""
+    what = f"{one.path} → {where}: {len(one.adapter)} modules{added}, r={one.rank}, {_cost(one)}"
+    out().print(what, markup=False, soft_wrap=True)
+    for name, error in one.errors.items() if per_module else ():
+        out().print(f"  {error:.2e}  {name}", markup=False, soft_wrap=True)
+
+
+def _cost(one: Portable) -> str:
+    if one.worst == 0.0:
+        return "exact"
+    worst = max(one.errors, key=lambda name: one.errors[name])
+    return f"relative error {one.error:.2g} in total, at most {one.worst:.2g} in a module ({worst})"
+
+
+def _plain(one: Portable, where: str) -> dict[str, Any]:
+    return {
+        "path": one.path,
+        "out": where,
+        "as": As.portable,
+        "modules": len(one.adapter),
+        "rank": one.rank,
+        "parameters": one.adapter.numel,
+        "bytes": one.adapter.nbytes,
+        "error": one.error,
+        "worst": one.worst,
+        "errors": dict(one.errors),
+        "added": list(one.added),
+    }
+
+
+def _tell_flat(path: str, to: str, flat: Adapter, dtype: Dtype | None, *, as_json: bool) -> None:
     ranks = sorted(set(flat.ranks.values()))
     if as_json:
         print_json(
             {
                 "path": path,
                 "out": to,
+                "as": As.peft,
                 "modules": len(flat),
                 "ranks": ranks,
                 "parameters": flat.numel,

@@ -1,6 +1,6 @@
 """The main job on real input: a base, a tree of adapters trained on it, reopened, switched, measured and exported.
 
-    stdlib → base          net → net/email, net/asyncio          gui → gui/tkinter, …          each on frozen ancestors
+    stdlib → base          net → net/email, net/asyncio          gui → gui/tkinter, …          all nodes at once
 
 The real input is the Python standard library that is installed. Every number in the report is measured in the run.
 """
@@ -27,7 +27,7 @@ from ..model import TreeModel, attach
 from ..tree import AdapterTree
 from .bytelevel import TARGETS, new_base, open_base, save_base
 from .corpus import Domain, find_corpus
-from .learning import bits_per_byte, spread, stream, train
+from .learning import bits_per_byte, spread, stream, train_base, train_tree
 from .report import BARE, Report
 from .staging import staged
 
@@ -42,15 +42,16 @@ class Size:
     layers: int
     r: int
     base_steps: int
-    node_steps: int
+    tree_steps: int
     windows: int  # held-out windows of each domain
     leaves: int  # at most; the first ones
     length: int = 128  # bytes in a window
     batch: int = 8
+    tree_batch: int = 16
 
 
-FULL = Size(hidden=192, layers=4, r=8, base_steps=480, node_steps=40, windows=24, leaves=99)
-QUICK = Size(hidden=64, layers=2, r=4, base_steps=60, node_steps=30, windows=4, leaves=4)
+FULL = Size(hidden=192, layers=4, r=8, base_steps=480, tree_steps=180, windows=24, leaves=99)
+QUICK = Size(hidden=64, layers=2, r=4, base_steps=60, tree_steps=60, windows=4, leaves=4)
 
 
 def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: int = 0) -> Report:
@@ -107,15 +108,13 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
 def _train_base(model: Any, corpus: Domain, size: Size, seed: int, bar: Progress) -> None:
     count = sum(p.numel() for p in model.parameters())
     with _task(bar, f"base ({count / 1e6:.1f} M parameters)", size.base_steps) as tick:
-        train(
+        train_base(
             model,
-            model.parameters(),
-            [stream(corpus.train)],
+            stream(corpus.train),
             steps=size.base_steps,
             batch=size.batch,
             length=size.length,
             lr=3e-3,
-            weight_decay=0.1,
             seed=seed,
             tick=tick,
         )
@@ -124,7 +123,7 @@ def _train_base(model: Any, corpus: Domain, size: Size, seed: int, bar: Progress
 def _train_tree(
     model: Any, leaves: Sequence[Domain], size: Size, seed: int, bar: Progress, *, base: str
 ) -> AdapterTree:
-    """One node at a time, parents first: a group on the text of all its children, a leaf on its own."""
+    """All nodes at once: a leaf learns from its own rows, a group from those of all its children."""
     tree = AdapterTree(base=base, defaults={"r": size.r, "lora_alpha": 2 * size.r, "target_modules": TARGETS})
     for leaf in leaves:
         group = leaf.path.partition("/")[0]
@@ -132,22 +131,19 @@ def _train_tree(
             tree.add(group)
         tree.add(leaf.path)
     attached = attach(tree, model)
-    for number, path in enumerate(tree.paths(), 1):
-        streams = [stream(d.train) for d in leaves if f"{d.path}/".startswith(f"{path}/")]
-        attached.activate(path, mode="unmerged")
-        with _task(bar, path, size.node_steps) as tick:
-            train(
-                model,
-                attached.trainable(path),
-                streams,
-                steps=size.node_steps,
-                batch=size.batch,
-                length=size.length,
-                lr=5e-3,
-                seed=seed + number,
-                tick=tick,
-            )
-        attached.trainable()
+    streams = {leaf.path: (leaf.path, stream(leaf.train)) for leaf in leaves}
+    with _task(bar, f"{len(tree)} nodes at once", size.tree_steps) as tick:
+        train_tree(
+            attached,
+            tree.paths(),
+            streams,
+            steps=size.tree_steps,
+            batch=size.tree_batch,
+            length=size.length,
+            lr=5e-3,
+            seed=seed + 1,
+            tick=tick,
+        )
     attached.detach()
     return tree
 

@@ -20,7 +20,6 @@ __all__ = ["Domain", "find_corpus"]
 
 BASE_DOMAIN = "stdlib"
 LEAST_BYTES = 60_000  # below it a domain is too small to train on and to hold some back
-CHILDREN = 2
 
 # Group → its packages, the likelier ones first: distributions leave some of them out, so each group has spares.
 CANDIDATES: dict[str, dict[str, str]] = {
@@ -44,11 +43,12 @@ class Domain:
         return sum(map(len, self.train))
 
 
-def find_corpus(stdlib: Path | None = None) -> tuple[Domain, list[Domain]]:
+def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domain, list[Domain]]:
     """The base's domain, and those of the leaves of the tree, in the order of their paths.
 
     Args:
         stdlib: the folder of the standard library; that of this Python where None.
+        children: of each group, at most.
 
     Raises:
         FolderError: too little of the library is there to make a tree of.
@@ -58,7 +58,7 @@ def find_corpus(stdlib: Path | None = None) -> tuple[Domain, list[Domain]]:
     leaves: list[Domain] = []
     for group, packages in CANDIDATES.items():
         found = [_domain(f"{group}/{name}", sorted(stdlib.glob(where))) for name, where in packages.items()]
-        leaves += [domain for domain in found if domain.train_bytes >= LEAST_BYTES][:CHILDREN]
+        leaves += [domain for domain in found if domain.train_bytes >= LEAST_BYTES][:children]
     leaves.sort(key=lambda domain: domain.path)
     if base.train_bytes < 10 * LEAST_BYTES or len({leaf.path.split("/")[0] for leaf in leaves}) < 2:
         raise FolderError(

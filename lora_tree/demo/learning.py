@@ -1,4 +1,4 @@
-"""Windows of bytes, the plainest training loop over them, and bits per byte on what was held out.
+"""Windows of bytes, the plainest training loops over them, and bits per byte on what was held out.
 
 bits per byte = − mean log2 p(next byte | the bytes before it in its window)
 """
@@ -6,15 +6,18 @@ bits per byte = − mean log2 p(next byte | the bytes before it in its window)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..model import TreeModel
+from ..training.losses import path_loss
 from .bytelevel import END
 
-__all__ = ["bits_per_byte", "spread", "stream", "train"]
+__all__ = ["bits_per_byte", "spread", "stream", "train_base", "train_tree"]
 
 
 def stream(documents: Sequence[bytes]) -> Tensor:
@@ -31,46 +34,86 @@ def spread(tokens: Tensor, *, windows: int, length: int) -> Tensor:
     return whole[picks]
 
 
-def train(
+def train_base(
     model: Any,
-    parameters: Any,
-    streams: Sequence[Tensor],
+    tokens: Tensor,
     *,
     steps: int,
     batch: int,
     length: int,
     lr: float,
     seed: int,
-    weight_decay: float = 0.0,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """AdamW with a warm-up and a cosine, on random windows; every row draws its stream first, all alike.
-
-    Args:
-        model: called as ``model(input_ids=…)``, with ``logits`` in what it returns.
-        parameters: what is trained: parameters, or parameter groups.
-        streams: rows of tokens, each longer than ``length``.
-        tick: called after every step.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * s / steps)))
-    )
-    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    """The whole model, on random windows of one row of tokens, each ``length`` long; ``tick`` after every step."""
+    optimiser, schedule = _optimiser(model.parameters(), steps, lr, weight_decay=0.1)
     model.train()
-    for _ in range(steps):
-        which = torch.randint(len(streams), (batch,), generator=draw).tolist()
-        starts = [int(torch.randint(len(streams[i]) - length, (1,), generator=draw)) for i in which]
-        rows = torch.stack([streams[i][s : s + length + 1] for i, s in zip(which, starts, strict=True)])
+    for rows, _ in islice(_windows([tokens], batch=batch, length=length, seed=seed), steps):
         torch.autograd.backward(_loss(model, rows))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
         tick()
     model.eval()
+
+
+def train_tree(
+    model: TreeModel,
+    nodes: Sequence[str],
+    streams: Mapping[str, tuple[str, Tensor]],
+    *,
+    steps: int,
+    batch: int,
+    length: int,
+    lr: float,
+    seed: int,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Some nodes at once: every row trains those on its own path.
+
+    Args:
+        model: of the tree.
+        nodes: what trains.
+        streams: domain → the path that its rows go by, and its tokens; every row draws its domain, all alike.
+        steps, batch, length: of the optimiser, rows in each, bytes in a row.
+        tick: called after every step.
+    """
+    groups = [{**group, "clip_norm": 1.0} for group in model.trainable(*nodes)]
+    optimiser, schedule = _optimiser(groups, steps, lr, weight_decay=0.0)
+    model.follow(optimiser)
+    model.train()
+    of, tokens = zip(*streams.values(), strict=True)
+    for rows, which in islice(_windows(tokens, batch=batch, length=length, seed=seed), steps):
+        paths = [of[i] for i in which]
+        with model.route(paths, batch_first=True):
+            logits = model(input_ids=rows[:, :-1]).logits
+            torch.autograd.backward(path_loss(logits, rows[:, 1:], paths, shift=False).total)
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+        tick()
+    model.eval()
+    model.trainable()
+
+
+def _windows(streams: Sequence[Tensor], *, batch: int, length: int, seed: int) -> Iterator[tuple[Tensor, list[int]]]:
+    """Rows (batch, length + 1), and the stream from which each was drawn, for ever."""
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        which = torch.randint(len(streams), (batch,), generator=draw).tolist()
+        starts = [int(torch.randint(len(streams[i]) - length, (1,), generator=draw)) for i in which]
+        yield torch.stack([streams[i][s : s + length + 1] for i, s in zip(which, starts, strict=True)]), which
+
+
+def _optimiser(parameters: Any, steps: int, lr: float, *, weight_decay: float) -> tuple[Any, Any]:
+    """AdamW, with a warm-up and a cosine."""
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * s / steps)))
+    )
+    return optimiser, schedule
 
 
 @torch.no_grad()

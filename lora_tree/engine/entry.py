@@ -5,16 +5,14 @@ declared. After it: where layers are checkpointed, their forward runs again in b
 there then; a backward that would meet other ones is refused. And every forward that autograd records counts its rows
 for the nodes that they go through, since a step of training moves none that had no rows.
 
-What was filled or recorded is known by a number, the same for the same plan, which is noted on caches (so that a copy
-of a cache is as good as the cache) and in the backward's hooks.
+What was filled or recorded is known by the mark of its plan or route, a number, which is noted on caches (so that a
+copy of a cache is as good as the cache) and in the backward's hooks.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import types
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +26,6 @@ from .axis import RowAxis
 
 __all__ = ["Entry"]
 
-_NUMBERS = itertools.count(1)
 _NOTE = "_lora_tree_filled_by"
 _CHECKPOINT = "torch.utils.checkpoint"
 
@@ -38,7 +35,6 @@ class Entry:
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
         self._axis: RowAxis | None = None
         self._nodes: Mapping[str, int] = {}
@@ -47,21 +43,21 @@ class Entry:
         self.number: int | None = None
         self.rows: Counter[str] = Counter()
 
-    def watch(self, what: Any, nodes: Mapping[str, int], axis: RowAxis | None = None) -> None:
-        """From now on the base runs under ``what``, one object for one behaviour; None: nothing to watch.
+    def watch(self, mark: int | None, nodes: Mapping[str, int], axis: RowAxis | None = None) -> None:
+        """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch.
 
         Args:
-            what: the plan or the route.
+            mark: the plan's or the route's.
             nodes: its nodes, with how many of the declared rows go through each; 1 where all do.
             axis: how a routed batch lies.
         """
         self._axis, self._nodes = axis, nodes
-        if what is None:
+        if mark is None:
             self.number = None
             while self._handles:
                 self._handles.pop().remove()
             return
-        self.number = self._known.setdefault(what, next(_NUMBERS))
+        self.number = mark
         if not self._handles:
             before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
             after = self._base.register_forward_hook(self._after, with_kwargs=True, always_call=True)

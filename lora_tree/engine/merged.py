@@ -20,7 +20,7 @@ from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
 from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Pristine
 
-__all__ = ["Merged"]
+__all__ = ["Merged", "add_bias", "add_weight"]
 
 
 class Merged:
@@ -171,14 +171,28 @@ class _Job:
 
 
 def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch) -> None:
-    """``target ← round_once(source + Σ values)``."""
+    """``target ← round_once(source + Σ values)``, for a site's weight or its bias."""
     if target is getattr(site.module, site.bias_name, None):
-        total = source.to(device=target.device, dtype=torch.float64)
-        for value in values:
-            if value.bias is not None:
-                total = total + value.bias.double() * value.scale
-        target.copy_(total)
-        return
+        add_bias(target, source, values)
+    else:
+        add_weight(site, target, source, values, scratch)
+
+
+def add_bias(target: Tensor, source: Tensor, values: Sequence[LowRank]) -> None:
+    """``target ← round_once(source + Σ biases)``."""
+    total = source.to(device=target.device, dtype=torch.float64)
+    for value in values:
+        if value.bias is not None:
+            total = total + value.bias.double() * value.scale
+    target.copy_(total)
+
+
+def add_weight(site: Site, target: Tensor, source: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
+    """``target ← round_once(source + Σ values)``; ``source`` may be ``target`` itself.
+
+    Args:
+        site: says how a delta lies in such a weight; its own may be another one, on the meta device for example.
+    """
     if not values:
         target.copy_(source)
         return

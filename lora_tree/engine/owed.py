@@ -72,6 +72,7 @@ class Owed:
         batch: what the rows owe to these nodes.
         dtype: what side paths compute in, at least.
         device: where the factors go.
+        charge: is told how many bytes were laid out here, and raises where there is no room for them.
     """
 
     site: Site
@@ -79,6 +80,7 @@ class Owed:
     batch: Batch
     dtype: torch.dtype
     device: torch.device
+    charge: Callable[[int], None] = lambda nbytes: None
 
     @cached_property
     def live(self) -> bool:
@@ -86,10 +88,15 @@ class Owed:
         return any(t.requires_grad for value in self.values for t in value.tensors)
 
     def held(self, make: Callable[[], T]) -> Callable[[], T]:
-        """What is made of the factors: once, or anew at every call where they train."""
+        """What is made of the factors: once, or anew at every call where they train.
+
+        Raises:
+            BudgetError: there is no room for it.
+        """
         if self.live:
             return make
         made = make()
+        self.charge(_new_bytes(made, self.values))
         return lambda: made
 
     def rows(self, rows: Sequence[int]) -> Rows:
@@ -114,3 +121,11 @@ class Owed:
         shape = self.values[0].shape
         gathered = tuple(rows) != tuple(range(rows[0], rows[0] + len(rows)))
         return Work.product(shape, rank, len(rows) * tokens, self.dtype, gathered=gathered, copies=copies)
+
+
+def _new_bytes(made: object, values: Sequence[LowRank]) -> int:
+    """Bytes of tensors, or of a value's factors, that are not the factors of ``values`` themselves."""
+    tensors = made.tensors if isinstance(made, LowRank) else made
+    known = {t.data_ptr() for value in values for t in value.tensors}
+    new = [t for t in tensors if isinstance(t, Tensor)] if isinstance(tensors, tuple) else []
+    return sum(t.numel() * t.element_size() for t in new if t.data_ptr() not in known)

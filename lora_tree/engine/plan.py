@@ -1,13 +1,17 @@
 """Plan: what each site gets for a path or a blend: site name → terms in the order of the sum.
 
 Binding comes first: an adapter fits the base or it does not, whatever the path, so it is checked once.
+
+What a plan means is known by its `mark`, a number: key/value caches and recorded backwards are told apart by it. It is
+the same for a plan that was dropped and made again from the same factors, also where these were read anew meanwhile.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +21,14 @@ from ..adapter import Adapter
 from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LowRank
 from ..sites import Site, find_site
+from .kept import Kept
 
-__all__ = ["BARE", "Binder", "Plan", "Term", "Terms", "same_terms"]
+__all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "registered", "same_terms"]
 
 KEPT_PLANS = 256
+KEPT_MARKS = 4096
+
+_MARKS = itertools.count(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +51,38 @@ Terms = tuple[Term, ...]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Site name → its terms, and the sites themselves. The same object for a path that was used before."""
+    """Site name → its terms, and the sites themselves; ``mark`` is the same for what behaves the same.
+
+    ``adapters`` are those it was made of. They live as long as the plan, so that it can be known by them.
+    """
 
     terms: Mapping[str, Terms]
     sites: Mapping[str, Site]
+    mark: int = 0
+    adapters: tuple[Adapter, ...] = ()
 
 
 BARE = Plan({}, {})
+
+
+class Marks:
+    """Key → mark, for the last keys used."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[Hashable, int] = OrderedDict()
+
+    def of(self, key: Hashable) -> int:
+        """The mark of what is known by ``key``."""
+        mark = self._of.pop(key, None) or next(_MARKS)
+        self._of[key] = mark
+        if len(self._of) > KEPT_MARKS:
+            self._of.popitem(last=False)
+        return mark
+
+    @staticmethod
+    def new() -> int:
+        """The mark of what nothing else behaves like."""
+        return next(_MARKS)
 
 
 def same_terms(x: Terms, y: Terms) -> bool:
@@ -61,17 +94,36 @@ def same_terms(x: Terms, y: Terms) -> bool:
 
 
 class Binder:
-    """Adapters checked against one base, the sites they use, and the plans of the last paths."""
+    """Adapters checked against one base, the sites they use, and the plans of the last paths.
 
-    def __init__(self, base: nn.Module, base_name: str | None) -> None:
+    Args:
+        base: the model.
+        base_name: what the tree calls it.
+        kept: how many plans stay, with their adapters, though nobody uses them.
+        origin: what an adapter is known by: itself, held weakly, or something that outlives it and stands for the same
+            numbers.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        base_name: str | None,
+        *,
+        kept: int = KEPT_PLANS,
+        origin: Callable[[Adapter], Hashable] = weakref.ref,
+    ) -> None:
         self._base = base
         self._base_name = base_name
+        self._origin = origin
         self._sites: dict[str, Site] = {}
-        self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter, list[Site]]] = weakref.WeakKeyDictionary()
-        self._plans: OrderedDict[Hashable, tuple[list[tuple[str, float, Adapter]], Plan]] = OrderedDict()
+        # an adapter that needs no change stands for itself: a value here must not hold its own key
+        self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
+        self._bound = weakref.WeakKeyDictionary()
+        self._plans: Kept[Plan] = Kept(kept)
+        self._marks = Marks()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
-        """The plan of (node, coefficient, adapter) terms.
+        """The plan of (node, coefficient, adapter) terms; the same object for a path that was used before.
 
         Raises:
             BaseMismatch: an adapter does not fit; names the node and the module.
@@ -79,10 +131,11 @@ class Binder:
         if not terms:
             return BARE
         key = tuple((id(adapter), coefficient) for _, coefficient, adapter in terms)
-        known = self._plans.get(key)  # the adapters are kept beside it, so that no id in the key is used again
-        if known is not None and all(site.is_in(self._base) for site in known[1].sites.values()):
-            self._plans.move_to_end(key)
-            return known[1]
+        known = self._plans.find(key)  # a plan holds its adapters, so that no id in its key is used again
+        if known is not None:
+            if all(site.is_in(self._base) for site in known.sites.values()):
+                return self._plans.get(key, lambda: known)
+            self._plans.forget()
         found: dict[str, list[Term]] = {}
         fixed = True
         for node, coefficient, adapter in terms:
@@ -90,12 +143,14 @@ class Binder:
                 fixed = fixed and not _trains(value)
                 version = value.A._version + value.B._version if _trains(value) else 0
                 found.setdefault(name, []).append(Term(node, coefficient, value, version))
-        plan = Plan({name: tuple(ts) for name, ts in found.items()}, {name: self.site(name) for name in found})
-        if fixed:
-            self._plans[key] = terms, plan
-            while len(self._plans) > KEPT_PLANS:
-                self._plans.popitem(last=False)
-        return plan
+        origins = tuple((self._origin(adapter), coefficient) for _, coefficient, adapter in terms)
+        plan = Plan(
+            {name: tuple(ts) for name, ts in found.items()},
+            {name: self.site(name) for name in found},
+            self._marks.of(origins) if fixed else Marks.new(),
+            tuple(adapter for _, _, adapter in terms),
+        )
+        return self._plans.get(key, lambda: plan) if fixed else plan
 
     def bind(self, node: str, adapter: Adapter) -> Adapter:
         """``adapter`` with its names as this base has them, checked.
@@ -105,9 +160,9 @@ class Binder:
         """
         known = self._bound.get(adapter)
         if known is not None and all(site.is_in(self._base) for site in known[1]):
-            return known[0]
+            return known[0] or adapter
         try:
-            bound = adapter.renested(self._registered(adapter)) if adapter.nesting else adapter
+            bound = adapter.renested(registered(self._base, adapter)) if adapter.nesting else adapter
             sites = [self.site(name) for name in bound.modules]
             for site, value in zip(sites, bound.modules.values(), strict=True):
                 site.check(value)
@@ -118,13 +173,14 @@ class Binder:
             made_for = adapter.base and self._base_name and adapter.base != self._base_name
             hint = (f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}",)
             raise type(error)(where.what, *where.todo, *(hint if made_for else ())) from error
-        self._bound[adapter] = bound, sites
+        self._bound[adapter] = None if bound is adapter else bound, sites
         return bound
 
     def site(self, name: str) -> Site:
         """The site of that name in the base as it is now: a replaced module is found again."""
         known = self._sites.get(name)
         if known is None or not known.is_in(self._base):
+            self._marks = self._marks if known is None else Marks()  # another module behaves otherwise
             known = self._sites[name] = find_site(self._base, name)
         return known
 
@@ -143,18 +199,7 @@ class Binder:
 
     def forget(self) -> None:
         """Drop the plans kept for paths used before."""
-        self._plans.clear()
-
-    def _registered(self, adapter: Adapter) -> dict[str, tuple[str, ...]]:
-        """Each nested module's adapted parameters in the order in which this base registers them."""
-        order = {}
-        for module, parameters in adapter.nesting.items():
-            try:
-                holder = self._base.get_submodule(module)
-            except AttributeError:
-                raise BaseMismatch(f"{module}: the base has no such module") from None
-            order[module] = tuple(name for name, _ in holder.named_parameters(recurse=False) if name in parameters)
-        return order
+        self._plans.forget()
 
     def _check_unchanged(self, name: str, tensor: Tensor) -> None:
         try:
@@ -167,6 +212,22 @@ class Binder:
                 "and a replaced tensor does not add up",
                 "train without bias= and without resizing embeddings, or attach the base it was trained on",
             )
+
+
+def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """Each nested module's adapted parameters in the order in which a base registers them.
+
+    Raises:
+        BaseMismatch: the base has no such module.
+    """
+    order = {}
+    for module, parameters in adapter.nesting.items():
+        try:
+            holder = base.get_submodule(module)
+        except AttributeError:
+            raise BaseMismatch(f"{module}: the base has no such module") from None
+        order[module] = tuple(name for name, _ in holder.named_parameters(recurse=False) if name in parameters)
+    return order
 
 
 def _trains(value: LowRank) -> bool:

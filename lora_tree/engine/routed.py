@@ -10,9 +10,9 @@ same is one product, whatever lies on its first axis.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -25,9 +25,10 @@ from .axis import RowAxis
 from .batch import Batch
 from .cost import Work, machine
 from .forms import FORMS, Form
+from .kept import Kept, Ledger, Unbounded
 from .owed import Owed
-from .plan import Plan, Terms
-from .side import Manner, PathSide, Side, side_device, side_dtype, widened
+from .plan import Marks, Plan, Terms
+from .side import Laid, Manner, PathSide, Side, side_device, side_dtype, widened
 
 __all__ = ["Route", "Router", "Strategy"]
 
@@ -41,11 +42,15 @@ class Router:
 
     Args:
         manner: how side paths compute.
+        ledger: who bounds what is laid out.
     """
 
-    def __init__(self, manner: Manner) -> None:
+    def __init__(self, manner: Manner, *, ledger: Ledger | None = None) -> None:
         self._manner = manner
-        self._kept: OrderedDict[Hashable, Route] = OrderedDict()
+        self._ledger = ledger or Unbounded()
+        self._kept: Kept[Route] = Kept(KEPT_ROUTES)
+        self._marks = Marks()
+        self._ledger.spare(self._kept)
 
     def route(self, batch: Batch, plan: Plan, strategy: Strategy) -> Route:
         """The route of a batch; the same object where it was used before.
@@ -56,18 +61,13 @@ class Router:
         if strategy not in get_args(Strategy):
             known = get_args(Strategy)
             raise SpecError(f"no strategy {strategy!r}{suggest(str(strategy), known)}", f"there are {listing(known)}")
-        key = plan, batch.nodes, batch.kinds, batch.of_row, strategy, *[site.dtype for site in plan.sites.values()]
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = Route(batch, plan, strategy, self._manner)
-            while len(self._kept) > KEPT_ROUTES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return found
+        owed = batch.nodes, batch.kinds, batch.of_row, strategy, *[site.dtype for site in plan.sites.values()]
+        mark = self._marks.of((plan.mark, *owed))
+        return self._kept.get((plan, *owed), lambda: Route(batch, plan, strategy, self._manner, mark, self._ledger))
 
     def forget(self) -> None:
         """Drop the routes kept."""
-        self._kept.clear()
+        self._kept.forget()
 
 
 class Route:
@@ -78,19 +78,30 @@ class Route:
         plan: the terms of all the batch's nodes, with coefficient 1.
         strategy: one form for all, or ``auto``.
         manner: how side paths compute.
+        mark: what it is known by: see `Plan`.
+        ledger: who bounds what is laid out.
     """
 
-    def __init__(self, batch: Batch, plan: Plan, strategy: Strategy, manner: Manner) -> None:
-        self.batch, self.plan, self.strategy, self.manner = batch, plan, strategy, manner
+    def __init__(
+        self,
+        batch: Batch,
+        plan: Plan,
+        strategy: Strategy,
+        manner: Manner,
+        mark: int,
+        ledger: Ledger,
+    ) -> None:
+        self.batch, self.plan, self.strategy, self.manner, self.mark = batch, plan, strategy, manner, mark
+        self._charge = partial(ledger.charge, _Room())  # not self: what is laid out must not hold its route
         self._seen: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, Form] = {}
         self._whole: dict[str, Side] = {}
         self._picked: dict[Hashable, str] = {}
 
-    def sides(self, axis: RowAxis) -> dict[str, Side]:
+    def sides(self, axis: RowAxis) -> Laid:
         """The side path of every site, for rows that lie as ``axis`` says."""
-        sides: dict[str, Side] = {}
+        sides = Laid()
         for name, site in self.plan.sites.items():
             alike = self._alike(site)
             sides[name] = _RoutedSide(self, site, axis) if alike is None else alike
@@ -137,6 +148,7 @@ class Route:
         found = self._whole.get(site.name)
         if found is None:
             owed = tuple(replace(t, coefficient=c) for t, c in zip(terms, batch.kinds[0], strict=True))
+            self._charge(PathSide.takes(site, owed, self.manner.dtype))
             with exact_mode(side_device(site, owed)):
                 found = self._whole[site.name] = PathSide(site, owed, self.manner)
         return found
@@ -144,7 +156,7 @@ class Route:
     def _part(self, site: Site, terms: Terms, spread: tuple[int, int], device: torch.device) -> Owed:
         values = [term.value for term in terms]
         batch = self._batch(tuple(term.node for term in terms), spread)
-        return Owed(site, values, batch, side_dtype(site, values, self.manner.dtype), device)
+        return Owed(site, values, batch, side_dtype(site, values, self.manner.dtype), device, self._charge)
 
     def _batch(self, nodes: tuple[str, ...], spread: tuple[int, int]) -> Batch:
         """The batch as these nodes see it; sites with the same nodes share it."""
@@ -183,6 +195,10 @@ class Route:
 
 def _way(owed: Owed, strategy: str, tokens: int) -> type[Form]:
     return next(way for way in FORMS[strategy] if way.suits(owed, tokens))
+
+
+class _Room:
+    """What is there as long as anything that was laid out for a route."""
 
 
 class _RoutedSide:

@@ -19,7 +19,7 @@ from ..sites import Site
 from .arithmetic import product_dtype
 from .plan import Terms
 
-__all__ = ["Manner", "PathSide", "Side", "side_device", "side_dtype", "widened"]
+__all__ = ["Laid", "Manner", "PathSide", "Side", "side_device", "side_dtype", "widened"]
 
 
 @dataclass
@@ -55,6 +55,10 @@ class Side(Protocol):
         ...
 
 
+class Laid(dict[str, Side]):
+    """Site → its side path, for everything that is active; one object, that can be known to be alive."""
+
+
 class PathSide:
     """One path or blend for all that comes: a whole frozen lineage as one product, then every trained node.
 
@@ -71,6 +75,12 @@ class PathSide:
         self._pieces = [stacked(frozen, dtype=dtype, device=side_device(site, terms))] if frozen else []
         self._pieces += [t.value.scaled(t.coefficient) for t in terms if t.trains]
         self._frozen = len(self._pieces) - sum(t.trains for t in terms)
+
+    @staticmethod
+    def takes(site: Site, terms: Terms, dtype: torch.dtype | None) -> int:
+        """Bytes that laying them out takes: a copy of what does not train."""
+        dtype = side_dtype(site, [t.value for t in terms], dtype)
+        return sum(t.value.numel for t in terms if not t.trains) * dtype.itemsize
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
         for i, piece in enumerate(self._pieces):

@@ -1,13 +1,14 @@
 """Unmerged: the base untouched, and one side path per site, for one path (however deep) or for a path per row.
 
 A side path is a forward hook on the site's own module, there while something is active and gone after it. What is laid
-out for a path is kept for the last paths used; factors that train go through as they are, so that autograd sees them.
+out for a path is kept for the last paths used, as far as there is room; factors that train go through as they are, so
+that autograd sees them.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from ..sites import Site
 from .arithmetic import exact_mode
 from .axis import RowAxis
 from .entry import Entry
+from .kept import Kept, Ledger, Unbounded
 from .plan import Plan
 from .routed import Route
-from .side import Manner, PathSide, Side, side_device
+from .side import Laid, Manner, PathSide, Side, side_device
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -35,13 +37,16 @@ class Unmerged:
     Args:
         base: the model.
         manner: how side paths compute.
+        ledger: who bounds what is laid out.
     """
 
-    def __init__(self, base: nn.Module, manner: Manner) -> None:
+    def __init__(self, base: nn.Module, manner: Manner, *, ledger: Ledger | None = None) -> None:
         self._manner = manner
+        self._ledger = ledger or Unbounded()
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._current: Mapping[str, Side] = {}
-        self._kept: OrderedDict[Hashable, dict[str, Side]] = OrderedDict()
+        self._kept: Kept[Laid] = Kept(KEPT_PATHS)
+        self._ledger.spare(self._kept)
         self._watch = Watch(base)
         self._entry = Entry(base)
 
@@ -54,19 +59,10 @@ class Unmerged:
         for name, terms in plan.terms.items():
             plan.sites[name].check_mode(terms[0].value, merged=False, node=terms[0].node)
 
-    def sides(self, plan: Plan) -> dict[str, Side]:
+    def sides(self, plan: Plan) -> Laid:
         """The side paths of one path or blend; the same object for a plan that was used before."""
         key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
-        found = self._kept.get(key)
-        if found is None:
-            sites, manner = plan.sites, self._manner
-            with exact_mode(*{side_device(sites[name], terms) for name, terms in plan.terms.items()}):
-                found = {name: PathSide(sites[name], terms, manner) for name, terms in plan.terms.items()}
-            self._kept[key] = found
-            while len(self._kept) > KEPT_PATHS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return found
+        return self._kept.get(key, lambda: self._laid_out(plan))
 
     def ready(self, plan: Plan) -> None:
         """Lay out what `switch` will run: all that can fail."""
@@ -79,27 +75,42 @@ class Unmerged:
     def switch(self, plan: Plan) -> None:
         """Run one path or blend beside the weights; an empty plan is the bare base."""
         nodes = {term.node: 1 for terms in plan.terms.values() for term in terms}
-        self._switch(plan, self.sides(plan), nodes, plan if plan.terms else None, None)
+        self._switch(plan, self.sides(plan), nodes, plan.mark if plan.terms else None, None)
 
     def switch_to(self, route: Route, axis: RowAxis) -> None:
         """Run a batch of paths beside the weights, its rows lying as ``axis`` says."""
         axis.sites = route.mixed
         batch = route.batch
         nodes = {node: len(rows) for node, (rows, _) in zip(batch.nodes, batch.by_node, strict=True)}
-        self._switch(route.plan, route.sides(axis), nodes, route, axis)
+        self._switch(route.plan, route.sides(axis), nodes, route.mark, axis)
 
     @property
     def rows(self) -> Counter[str]:
-        """Node → the rows that went through it in forwards that autograd recorded; cleared by who reads it."""
+        """Node → the rows that went through it in forwards that autograd recorded; forgotten by who reads it."""
         return self._entry.rows
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
-        self._kept.clear()
+        self._kept.forget()
+
+    @property
+    def current(self) -> object:
+        """What is laid out for what runs now; whoever holds it will find it again."""
+        return self._current
 
     # ------------------------------------------------------------------ private
+    def _laid_out(self, plan: Plan) -> Laid:
+        sites, manner = plan.sites, self._manner
+        laid = Laid()
+        self._ledger.charge(
+            laid, sum(PathSide.takes(sites[name], terms, manner.dtype) for name, terms in plan.terms.items())
+        )
+        with exact_mode(*{side_device(sites[name], terms) for name, terms in plan.terms.items()}):
+            laid.update((name, PathSide(sites[name], terms, manner)) for name, terms in plan.terms.items())
+        return laid
+
     def _switch(
-        self, plan: Plan, sides: Mapping[str, Side], nodes: Mapping[str, int], what: object, axis: RowAxis | None
+        self, plan: Plan, sides: Mapping[str, Side], nodes: Mapping[str, int], mark: int | None, axis: RowAxis | None
     ) -> None:
         self._current = sides
         for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
@@ -109,7 +120,7 @@ class Unmerged:
                 handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
                 self._hooked[name] = site, handle
         self._watch.expect(plan)
-        self._entry.watch(what, nodes, axis)
+        self._entry.watch(mark, nodes, axis)
 
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired

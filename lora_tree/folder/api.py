@@ -59,8 +59,9 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
             raise StaleError(*opened.stale.values(), todo)
         warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(opened.stale.values()), todo))), stacklevel=2)
     nodes = (_node(opened, node) for node in opened.entries)
-    defaults = opened.spec.defaults if opened.spec else None
-    tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, home=Path(place.yaml_file))
+    defaults, cache = (opened.spec.defaults, opened.spec.cache) if opened.spec else (None, None)
+    home = Path(place.yaml_file)
+    tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, cache=cache, home=home)
     remember(tree, place, Seen.of(opened))
     return tree
 

@@ -30,7 +30,7 @@ from ..adapter import Adapter
 from ..errors import FolderError, LoraTreeError, listing
 from ..formats import peft
 from ..formats.peft import CONFIG, WEIGHTS
-from ..spec import LoraSpec
+from ..spec import TreeSpec
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, make_all
 from .commit import Transaction, writing
@@ -287,7 +287,8 @@ def _says_the_same(plan: _Plan) -> bool:
         return False  # without a single adapter in it, only a tree.yaml makes a folder a tree
     if _base_of(spec.base if spec else None, plan.place.folder) != _base_of(plan.tree.base, ""):
         return False
-    if (spec.defaults if spec else LoraSpec()) != plan.tree.defaults:
+    said = spec or TreeSpec(version=1)
+    if (said.defaults, said.cache) != (plan.tree.defaults, plan.tree.cache):
         return False
     found = {path: kept.files for path, kept in plan.kept.items() if not kept.named}
     gone = {place.rpartition("/")[0] for place in plan.transaction.deletes}
@@ -318,6 +319,9 @@ def _yaml_of(plan: _Plan) -> dict[str, Any]:
     defaults = tree.defaults.model_dump(exclude_none=True)
     if defaults:
         data["defaults"] = defaults  # patterns keep their order: the first that matches counts
+    cache = tree.cache.model_dump(exclude_none=True)
+    if cache:
+        data["cache"] = cache
     nodes: dict[str, dict[str, Any]] = {}
     for path in reversed(tree.paths()):
         below = {child.rpartition("/")[2]: nodes[child] for child in tree.children(path) if child in nodes}

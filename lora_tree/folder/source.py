@@ -1,19 +1,23 @@
 """FolderSource: an adapter in files, with what its folder's lock says about them.
 
 Law: what is parsed is what was hashed. Both files are hashed before they are read, and nothing about them may have
-changed after; so an adapter is never half of one save and half of another.
+changed after; so an adapter is never half of one save and half of another. Read again, they are hashed again only where
+size, times or place are not those that were hashed.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from ..adapter import Adapter
 from ..errors import FormatError, LoraTreeError, UnlockedError
 from ..formats import peft
+from ..storage import Allocate
 from . import disk
 from .disk import Stamp
 from .lockfile import BaseLock, content
@@ -22,6 +26,9 @@ from .scan import FILES, Files, look
 __all__ = ["FolderSource", "Trained", "hashed"]
 
 _TRIES = 5
+_TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
+
+_Identity = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,11 @@ class FolderSource:
         """One of its files, or both, are not there any more."""
         return look(self.folder, self.root).flaw is not None
 
-    def load(self) -> Adapter:
+    def load(self, allocate: Allocate | None = None) -> Adapter:
         """Read and check the adapter; a new value at every call.
+
+        Args:
+            allocate: makes the one buffer of all its numbers; None: ordinary memory.
 
         Raises:
             FormatError: the files are gone, broken or incomplete.
@@ -80,8 +90,9 @@ class FolderSource:
             files = self.files()
             try:
                 before = _identity(files)
-                found = None if self.content is None else hashed(files)
-                adapter = self._parse(files) if found == self.content else None
+                known = self.content is None or _hashed.get(self) == before
+                found = self.content if known else hashed(files)
+                adapter = self._parse(files, allocate=allocate) if found == self.content else None
                 after = _identity(files)
             except (LoraTreeError, OSError):
                 if look(self.folder, self.root) == files:
@@ -95,6 +106,8 @@ class FolderSource:
                     f"{str(self.content)[:12]}…, got {str(found)[:12]}…",
                     "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
                 )
+            if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
+                _hashed[self] = after
             return adapter
         raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
 
@@ -121,9 +134,9 @@ class FolderSource:
             )
         return self.content
 
-    def _parse(self, files: Files, *, outline: bool = False) -> Adapter:
+    def _parse(self, files: Files, *, outline: bool = False, allocate: Allocate | None = None) -> Adapter:
         config, weights = (Path(files.now[name][0]) for name in FILES)
-        return peft.read(config, weights, where=Path(self.folder), outline=outline)
+        return peft.read(config, weights, where=Path(self.folder), outline=outline, allocate=allocate)
 
 
 def hashed(files: Files) -> str:
@@ -131,6 +144,10 @@ def hashed(files: Files) -> str:
     return content(*(disk.digest(files.now[name][0]) for name in FILES))
 
 
-def _identity(files: Files) -> list[tuple[int, ...]]:
+def _identity(files: Files) -> _Identity:
     seen = [os.stat(files.now[name][0]) for name in FILES]
-    return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in seen]
+    return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen]
+
+
+_hashed: WeakKeyDictionary[FolderSource, _Identity] = WeakKeyDictionary()
+"""The files as they were when their hash was found to be right."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
+from ..storage import Allocate
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
@@ -51,13 +52,21 @@ def read_folder(folder: Path) -> Adapter:
     return read(folder / CONFIG, folder / WEIGHTS, where=folder)
 
 
-def read(config_file: Path, weights_file: Path, *, where: Path, outline: bool = False) -> Adapter:
+def read(
+    config_file: Path,
+    weights_file: Path,
+    *,
+    where: Path,
+    outline: bool = False,
+    allocate: Allocate | None = None,
+) -> Adapter:
     """Read a PEFT adapter from its two files; the factors are copies in memory, in the dtypes of the file.
 
     Args:
         config_file, weights_file: where the two files lie at the moment.
         where: the folder that errors name.
         outline: read headers only; the factors have shapes and dtypes, and no numbers (the meta device).
+        allocate: makes the one buffer in which they lie; None: ordinary memory.
 
     Raises:
         FormatError: a file is missing, broken, or not what the other one says; names the file and the key.
@@ -73,7 +82,7 @@ def read(config_file: Path, weights_file: Path, *, where: Path, outline: bool = 
     if missing:
         raise FormatError(f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files")
     config = parse_config(_bytes(config_file, where / CONFIG), str(where / CONFIG))
-    tensors, metadata = read_tensors(weights_file, str(where / WEIGHTS), outline=outline)
+    tensors, metadata = read_tensors(weights_file, str(where / WEIGHTS), outline=outline, allocate=allocate)
     return _Reader(config, str(where / WEIGHTS), metadata).adapter(tensors)
 
 

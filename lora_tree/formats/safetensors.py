@@ -4,14 +4,15 @@
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
 
 The package of that name maps the file into memory, so a file that is cut short later takes the process with it
-(SIGBUS), and it writes metadata in a changing order. Here every tensor is read into memory of its own, and every size
-is checked against the file's before anything is allocated.
+(SIGBUS), and it writes metadata in a changing order. Here all tensors are read by one read into one buffer of our own,
+in which they lie as in the file, and every size is checked against the file's before anything is allocated.
 
 Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..storage import Allocate
 from . import strict_json
 
 __all__ = ["Entry", "Header", "read_header", "read_tensors", "render_tensors"]
@@ -65,11 +67,14 @@ def read_header(file: Path, where: str) -> Header:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
 
-def read_tensors(file: Path, where: str, *, outline: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Every tensor of ``file``, each in memory of its own, and the file's metadata.
+def read_tensors(
+    file: Path, where: str, *, outline: bool = False, allocate: Allocate | None = None
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Every tensor of ``file``, all in one buffer, and the file's metadata.
 
     Args:
         outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta device).
+        allocate: makes the buffer; None: ordinary memory.
 
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
@@ -80,13 +85,12 @@ def read_tensors(file: Path, where: str, *, outline: bool = False) -> tuple[dict
             if outline:
                 made = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in header.tensors.items()}
                 return made, header.metadata
-            tensors = {}
-            for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
-                data = bytearray(entry.end - entry.begin)
-                if stream.readinto(data) != len(data):
-                    raise FormatError(f"{where}: {name}: the file was cut short while it was read")
-                tensors[name] = torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
-            return tensors, header.metadata
+            size = max((entry.end for entry in header.tensors.values()), default=0)
+            with torch.inference_mode(False):  # read under inference_mode, trained on top of later
+                buffer = (allocate or _ordinary)(size)
+                if stream.readinto((ctypes.c_char * size).from_address(buffer.data_ptr())) != size:
+                    raise FormatError(f"{where}: the file was cut short while it was read")
+                return {name: _view(buffer, entry) for name, entry in header.tensors.items()}, header.metadata
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
@@ -118,6 +122,16 @@ def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         begin = start + header[name]["data_offsets"][0]
         torch.frombuffer(data, dtype=t.dtype, count=t.numel(), offset=begin).copy_(t.reshape(-1))
     return bytes(data)
+
+
+def _ordinary(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _view(buffer: Tensor, entry: Entry) -> Tensor:
+    """One tensor in the buffer; in memory of its own where it does not lie on a multiple of its size."""
+    data = buffer[entry.begin : entry.end]
+    return (data if entry.begin % entry.dtype.itemsize == 0 else data.clone()).view(entry.dtype).reshape(entry.shape)
 
 
 def _header(stream: BinaryIO, where: str) -> Header:

@@ -31,7 +31,7 @@ class NodeSteps:
     Args:
         optimizer: over groups as `TreeModel.trainable` returns them; a group may have a ``clip_norm``.
         factors: where the nodes' parameters are.
-        rows: node → rows since the last step; cleared after every step.
+        rows: node → rows since its last step; a step forgets those of its own nodes.
 
     Raises:
         SpecError: a group is not one node's, or a clip norm is not a positive number.
@@ -61,7 +61,8 @@ class NodeSteps:
                 nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._rows.clear()
+        for group in optimizer.param_groups:  # another optimiser may have nodes of its own
+            del self._rows[group["name"]]
 
     def _counted(self, groups: list[dict[str, Any]]) -> list[int]:
         mine = [self._rows[group["name"]] for group in groups]

@@ -1,0 +1,177 @@
+"""One step over eight leaves at once, beside eight steps in PEFT, an adapter each; and what frozen ancestors cost.
+
+Both learn the same rows, with the same loss, in fp32 factors, with AdamW: here one forward, one backward and one step
+over eight groups; in PEFT eight of each, with `set_adapter` before. The last table is a step of a child on one frozen
+ancestor and on three.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora_tree as lt
+
+from .common import Case, Result, interleaved
+from .memory import keep_memory, peak_bytes
+from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
+
+__all__ = ["run"]
+
+LEAVES = 8
+PARTS = 4
+# (rows a leaf, tokens a row; times faster than PEFT, at least; whether the C library keeps what is freed)
+BATCHES = [(1, 32, 1.5, False), (4, 32, 1.0, False), (16, 32, 1.0, False), (16, 32, 1.0, True)]
+
+
+def run(size: Size = FULL) -> list[Result]:
+    """A table for each number of rows a leaf, and one for frozen ancestors; hidden 4096 in bf16 on a GPU."""
+    size = replace(size, layers=min(size.layers, 2))
+    dtype = torch.float32
+    if torch.cuda.is_available() and size.hidden == FULL.hidden:
+        size, dtype = replace(size, hidden=4096), torch.bfloat16
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [*_joint(size, dtype, device), _ancestors(size, dtype, device)]
+
+
+def _joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
+    tree = lt.AdapterTree()
+    for i in range(LEAVES):
+        tree.add(f"leaf{i}", adapter=adapter(base(size, dtype), size, seed=i, dtype=torch.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = with_peft(base(size, dtype), tree, Path(folder) / "tree").to(device)
+    model = lt.attach(tree, base(size, dtype).to(device)).train()
+    optimizer = torch.optim.AdamW(model.trainable("*"), lr=1e-5)
+    model.follow(optimizer)
+    steps = [_peft_step(theirs, path) for path in tree.paths()]
+    results = []
+    for rows, tokens, faster, kept in BATCHES:
+        if kept and not (device.type == "cpu" and keep_memory()):
+            continue
+        ids = _ids(LEAVES * rows, tokens, device)
+        paths = [path for path in tree.paths() for _ in range(rows)]
+        parts = torch.split(ids, rows)
+
+        def ours(ids: Tensor = ids, paths: list[str] = paths) -> None:
+            _step(model, optimizer, ids, paths)
+
+        def in_parts(ids: Tensor = ids, paths: list[str] = paths) -> None:
+            _step_in_parts(model, optimizer, ids, paths)
+
+        def peft(parts: Any = parts) -> None:
+            for step, part in zip(steps, parts, strict=True):
+                step(part)
+
+        what = f"a step of {LEAVES} leaves, {rows} rows each, {tokens} tokens a row; {size}, {str(dtype)[6:]} base"
+        what += ", memory kept" * kept
+        cases = {"together": Case(_waited(ours, device)), f"PEFT, {LEAVES} steps": Case(_waited(peft, device))}
+        if rows >= PARTS:
+            cases[f"together, in {PARTS} micro-batches"] = Case(_waited(in_parts, device))
+        result = Result(what, interleaved(cases, size.repeats))
+        times = result.timings
+        result.aim("PEFT / ours", times[f"PEFT, {LEAVES} steps"].ms / times["together"].ms, at_least=faster)
+        for name in list(cases)[2:]:
+            result.facts[f"PEFT / ours, {name}"] = times[f"PEFT, {LEAVES} steps"].ms / times[name].ms
+            result.facts[f"most memory, {name}, MiB"] = peak_bytes(cases[name].run) / 2**20
+        result.facts["most memory, together, MiB"] = peak_bytes(ours) / 2**20
+        result.facts["most memory, PEFT, MiB"] = peak_bytes(peft) / 2**20
+        results.append(result)
+    model.detach()
+    return results
+
+
+def _ancestors(size: Size, dtype: torch.dtype, device: torch.device) -> Result:
+    tree = lt.AdapterTree()
+    for seed, path in enumerate(("a", "a/b", "a/b/c", "a/b/c/deep", "a/shallow")):
+        tree.add(path, adapter=adapter(base(size, dtype), size, seed=seed, dtype=torch.float32))
+    model = lt.attach(tree, base(size, dtype).to(device)).train()
+    ids = _ids(4, 32, device)
+    runs: dict[str, Callable[[], None]] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def prepare(path: str) -> None:
+        groups = model.trainable(path)
+        optimizers[path] = torch.optim.AdamW(groups, lr=1e-5)
+        model.activate(path, mode="unmerged")
+        model.follow(optimizers[path])
+        runs[path]()  # the optimiser's state, and what is laid out for a path, are made once
+
+    for path in ("a/shallow", "a/b/c/deep"):
+        runs[path] = lambda path=path: _step(model, optimizers[path], ids, None)  # type: ignore[misc]
+    cases = {path: Case(_waited(runs[path], device), lambda path=path: prepare(path)) for path in runs}  # type: ignore[misc]
+    what = f"a step of a leaf on one frozen ancestor (shallow) and on three (deep), 4 rows of 32 tokens; {size}"
+    result = Result(what, interleaved(cases, size.repeats))
+    peaks = {}
+    for path in runs:
+        prepare(path)
+        peaks[path] = peak_bytes(runs[path])
+        result.facts[f"most memory, {path}, MiB"] = peaks[path] / 2**20
+    result.aim("most memory, deep / shallow", peaks["a/b/c/deep"] / peaks["a/shallow"], at_most=1.0)
+    result.facts["time, deep / shallow"] = result.timings["a/b/c/deep"].ms / result.timings["a/shallow"].ms
+    model.detach()
+    return result
+
+
+def _step(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str] | None) -> None:
+    if paths is None:
+        _loss(model(input_ids=ids, use_cache=False).logits, ids).backward()  # type: ignore[no-untyped-call]
+    else:
+        with model.route(paths, batch_first=True):
+            logits = model(input_ids=ids, use_cache=False).logits
+            lt.path_loss(logits, ids, paths).total.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _step_in_parts(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str]) -> None:
+    """The same step, its rows in micro-batches of every leaf."""
+    counts = lt.token_counts(model.tree, [(ids, paths)])
+    for start in range(PARTS):
+        part, of = ids[start::PARTS], paths[start::PARTS]
+        with model.route(of, batch_first=True):
+            logits = model(input_ids=part, use_cache=False).logits
+            lt.path_loss(logits, part, of, counts=counts).total.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _peft_step(wrapped: Any, path: str) -> Callable[[Tensor], None]:
+    name = name_in_peft(path)
+    wrapped.set_adapter(name)
+    factors = [p for n, p in wrapped.named_parameters() if f".{name}." in n]
+    optimizer = torch.optim.AdamW(factors, lr=1e-5)
+
+    def step(ids: Tensor) -> None:
+        wrapped.set_adapter(name)
+        _loss(wrapped(input_ids=ids, use_cache=False).logits, ids).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def _ids(rows: int, tokens: int, device: torch.device) -> Tensor:
+    return torch.randint(256, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _waited(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``run``, and what it started on the device is done."""
+    if device.type == "cpu":
+        return run
+
+    def whole() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return whole

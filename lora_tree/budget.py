@@ -1,0 +1,137 @@
+"""How many bytes a cache may hold: what was asked for, from the nearest place that says it.
+
+lt.attach(tree, base, host_budget="8GiB")         first
+LORA_TREE_HOST_BUDGET=8GiB                        then the environment
+cache: {host_budget: 8GiB}                        then tree.yaml
+                                                  else there is no bound
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import LoraTreeError, SpecError, suggest
+
+__all__ = ["Budgets", "format_bytes", "parse_bytes"]
+
+UNITS = {
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+MOST = 1 << 62
+_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
+VARIABLES = {"host": "LORA_TREE_HOST_BUDGET", "device": "LORA_TREE_DEVICE_BUDGET"}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes for adapters in each kind of memory; None: no bound.
+
+    Args:
+        host_bytes: in RAM.
+        device_bytes: on the device that the base is on. Of a base on the CPU that is RAM too, and the smaller counts.
+    """
+
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+
+    @staticmethod
+    def of(
+        host: int | str | None,
+        device: int | str | None,
+        *,
+        spec: tuple[int | str | None, int | str | None] = (None, None),
+        environment: Mapping[str, str] = os.environ,
+    ) -> Budgets:
+        """From what was asked for, or else the environment, or else tree.yaml's ``spec``; each budget by itself.
+
+        Raises:
+            SpecError: a size makes no sense; says where it stands.
+
+        >>> Budgets.of("2MiB", None, environment={"LORA_TREE_DEVICE_BUDGET": "1kB"})
+        Budgets(host_bytes=2097152, device_bytes=1000)
+        """
+        found = []
+        for name, asked, said in zip(VARIABLES, (host, device), spec, strict=True):
+            variable = VARIABLES[name]
+            text, where = asked, f"{name}_budget"
+            if text is None and environment.get(variable, "").strip():
+                text, where = environment[variable], variable
+            if text is None:
+                text, where = said, f"tree.yaml: cache.{name}_budget"
+            found.append(None if text is None else _named(text, where))
+        return Budgets(*found)
+
+    @property
+    def bounded(self) -> bool:
+        """There is a bound on one of them at least."""
+        return self.host_bytes is not None or self.device_bytes is not None
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or a number with a unit: ``8GiB`` (1024³) or ``8GB`` (1000³).
+
+    Raises:
+        SpecError: it is neither, or not positive, or more than 4 EiB.
+
+    >>> parse_bytes("1.5 KiB"), parse_bytes("2GB"), parse_bytes(4096)
+    (1536, 2000000000, 4096)
+    >>> parse_bytes("8Gib")
+    Traceback (most recent call last):
+    lora_tree.errors.SpecError: got '8Gib': no unit 'Gib'; did you mean 'GiB'?
+      write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)
+    """
+    todo = "write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)"
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise SpecError(f"got {size!r}, which is no size", todo)
+    if isinstance(size, int):
+        number, unit = (str(size) if size.bit_length() < 64 else str(MOST + 1)), ""
+    else:
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise SpecError(f"got {size[:60]!r}, which is no size", todo)
+        number, unit = match[1], match[2]
+    if unit and unit not in UNITS:
+        raise SpecError(f"got {str(size)[:60]!r}: no unit {unit[:20]!r}{_unit_like(unit)}", todo)
+    whole, _, part = number.partition(".")
+    factor = UNITS[unit or "B"]
+    nbytes = -1 if number.startswith("-") else int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
+    if not 0 < nbytes <= MOST:
+        raise SpecError(f"got {str(size)[:60]!r}; a budget is at least 1 byte and at most 4 EiB", todo)
+    return nbytes
+
+
+def format_bytes(nbytes: int) -> str:
+    """A size for a person.
+
+    >>> format_bytes(1536), format_bytes(12), format_bytes(3 << 30)
+    ('1.5 KiB', '12 B', '3.0 GiB')
+    """
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{nbytes} B"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _named(size: int | str, where: str) -> int:
+    try:
+        return parse_bytes(size)
+    except LoraTreeError as error:
+        raise error.within(where) from None
+
+
+def _unit_like(unit: str) -> str:
+    exact = [known for known in UNITS if known.casefold() == unit.casefold()]
+    return f"; did you mean {exact[0]!r}?" if exact else suggest(unit, UNITS)

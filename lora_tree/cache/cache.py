@@ -1,0 +1,372 @@
+"""Cache: the adapters of an attached tree, as many as the budgets allow, where they are needed.
+
+    hold(paths)      the adapters of a request's lineages, in use until they are released
+    read(path)       one adapter, for the tree itself
+    prefetch(paths)  the same in the background; what fails there fails again, and aloud, where it is needed
+
+A node is loaded by one thread at a time, and whoever else needs it waits for that one. Nothing is read while the lock
+is held. Room is reserved before the first number is read; what fails gives it back, and is nowhere to be found.
+
+Without budgets a cache keeps nothing itself: what it loads is the tree's, for good.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..budget import Budgets, format_bytes
+from ..engine.kept import Kept
+from ..errors import BudgetError, LoraTreeError, StateError, listing
+from ..storage import Source
+from ..tree import AdapterTree
+from .background import Background
+from .link import Arrived, Link
+from .pack import held_bytes, pack, tensors
+from .policy import Frequency, Policy
+from .stats import CacheStats
+from .tier import Entry, Tier
+
+__all__ = ["Cache", "Hold"]
+
+
+class Cache:
+    """The adapters of one tree for one base.
+
+    Args:
+        tree: whose nodes; while there are budgets, what the tree reads comes from here too.
+        budgets: bytes for each kind of memory.
+        policy: makes the order in which a tier lets go of nodes; one for each tier.
+        link: the way to a device that has memory of its own; None: the host's is where adapters are used.
+    """
+
+    def __init__(
+        self,
+        tree: AdapterTree,
+        budgets: Budgets | None = None,
+        *,
+        policy: Callable[[], Policy] = Frequency,
+        link: Link | None = None,
+    ) -> None:
+        budgets = budgets or Budgets()
+        self._tree = tree
+        self._lock = threading.Condition()
+        self._link = link if budgets.bounded else None
+        if self._link is None:
+            known = [("host", budgets.host_bytes), ("device", budgets.device_bytes)]
+            given = [(nbytes, name) for name, nbytes in known if nbytes is not None]
+            nbytes, name = min(given, default=(None, "host"))
+            self._tiers = [Tier("host", nbytes, policy(), self._lock, budget_name=f"{name}_budget")]
+        else:
+            self._tiers = [
+                Tier("host", budgets.host_bytes, policy(), self._lock),
+                Tier("device", budgets.device_bytes, policy(), self._lock),
+            ]
+        self._loading: set[tuple[int, Hashable]] = set()
+        self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
+        self._background = Background()
+        self._closed = False
+        self._requests = self._served = self._prefetched = 0
+        self._waited_s = 0.0
+        self.bounded = budgets.bounded
+        if self.bounded:
+            tree.kept_by(self)
+
+    # ------------------------------------------------------------------ asking for adapters
+    def hold(self, paths: Iterable[str]) -> Hold:
+        """The adapters of some nodes, from the root down, in use until the hold is released.
+
+        Raises:
+            FolderError, FormatError: a node's files are gone, broken, or not what the lock says; names the node.
+            BudgetError: they do not fit in beside what is in use already; says how much is needed.
+        """
+        start = time.perf_counter()
+        nodes = [self._tree[path] for path in paths]
+        files = {node.path: node.source for node in nodes if node.source is not None}
+        needed = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
+        top, pinned, missing = len(self._tiers) - 1, [], []
+        tier = self._tiers[top]
+        with self._lock:
+            for path, source in needed.items():
+                if tier.find(_key(source)) is None:
+                    missing.append(path)
+                else:
+                    tier.pin(_key(source))
+                    pinned.append(_key(source))
+        try:
+            for path in missing:
+                self._get(top, path, needed[path], pinned=True)
+                pinned.append(_key(needed[path]))
+        except BaseException as error:
+            with self._lock:
+                tier.used(pinned)  # what came in is known to the policy, and may go
+            self._release(pinned)
+            if isinstance(error, BudgetError):
+                raise self._too_small(needed, error) from error
+            raise
+        keys = [_key(source) for source in needed.values()]
+        with self._lock:
+            entries = {path: tier.find(_key(source)) for path, source in needed.items()}
+            tier.used(keys)
+            self._requests += bool(files)
+            self._served += bool(files) and not missing
+            self._waited_s += time.perf_counter() - start if missing else 0.0
+        adapters = {node.path: node.loaded for node in nodes if node.loaded is not None}
+        for path, entry in entries.items():
+            assert entry is not None, "what is pinned stays"
+            adapters[path] = entry.arrived.adapter
+            if self._link is not None:
+                self._link.wait(entry.arrived)
+        if self.bounded:
+            return Hold(self, keys, adapters)
+        for path, source in needed.items():
+            self._tree.loaded(path, source, adapters[path])
+        self._release(keys)
+        with self._lock:
+            for path in files:
+                tier.discard(_key(files[path]))
+        return Hold(self, [], adapters)
+
+    def read(self, path: str, source: Source) -> Adapter:
+        """One node's adapter in host memory; how long it stays cached is up to the policy.
+
+        Raises:
+            FolderError, FormatError: its files are gone, broken, or not what the lock says; names the node.
+            BudgetError: it does not fit in beside what is in use.
+        """
+        return self._get(0, path, source).arrived.adapter
+
+    def prefetch(self, paths: Iterable[str]) -> None:
+        """Load some nodes in the background, in this order."""
+        nodes = [self._tree[path] for path in paths]
+        needed = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
+        self._background.add([partial(self._try, path, source) for path, source in needed.items()])
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until everything that was prefetched is there, or failed; False where that took too long."""
+        return self._background.wait(timeout_s)
+
+    # ------------------------------------------------------------------ for the model
+    def origin(self, adapter: Adapter) -> Hashable:
+        """What an adapter is known by: the content of its files where the lock says it, or else itself."""
+        return self._origins.get(adapter) or weakref.ref(adapter)
+
+    def spare(self, kept: Kept[Any]) -> None:
+        """What ``kept`` keeps may be dropped where room is needed; held weakly."""
+        with self._lock:
+            self._tiers[-1].spare(kept)
+
+    def charge(self, owner: object, nbytes: int) -> None:
+        """Make room for what ``owner`` lays out for side paths, and count it until ``owner`` is gone.
+
+        Raises:
+            BudgetError: there is none, and everything is in use.
+        """
+        if nbytes:
+            with self._lock:
+                self._tiers[-1].lay_out(owner, nbytes)
+
+    def stats(self) -> CacheStats:
+        """What the cache holds, and has done since the model was attached."""
+        with self._lock:
+            tiers = tuple(tier.stats() for tier in self._tiers)
+            return CacheStats(self._requests, self._served, self._waited_s, self._prefetched, tiers)
+
+    def close(self) -> None:
+        """Let go of everything; what the tree reads is its own again."""
+        self._background.forget()
+        self._tree.keep(self)
+        with self._lock:
+            self._closed = True
+            for tier in self._tiers:
+                tier.clear()
+
+    # ------------------------------------------------------------------ private
+    def _get(self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True) -> Entry:
+        """A node's entry in a tier, loaded where it is not there; ``wait`` for room that others are about to give."""
+        tier, key = self._tiers[level], _key(source)
+        with self._lock:
+            while (found := tier.find(key)) is None and (level, key) in self._loading:
+                self._lock.wait()
+            if found is not None:
+                if pinned:
+                    tier.pin(key)
+                else:
+                    tier.used([key])
+                return found
+            if self._closed:
+                raise StateError(f"{path}: the model was detached while it was being loaded", "attach the tree again")
+            self._loading.add((level, key))
+        start, room = time.perf_counter(), _Room(tier, self._lock, wait)
+        try:
+            arrived = self._read(path, source, room) if level == 0 else self._sent(level, path, source, room)
+            room.exactly(nbytes := held_bytes(arrived.adapter))
+            entry = Entry(arrived, nbytes)
+            with self._lock:
+                room.close()
+                if not self._closed:
+                    tier.add(key, entry, time.perf_counter() - start)
+                    if pinned:
+                        tier.pin(key)
+                    else:
+                        tier.used([key])
+            return entry
+        except LoraTreeError as error:
+            raise (error if level else error.within(path)) from error
+        finally:
+            with self._lock:
+                tier.failures += room.open
+                room.close()
+                self._loading.discard((level, key))
+                self._lock.notify_all()
+
+    def _read(self, path: str, source: Source, room: _Room) -> Arrived:
+        """From files to the host, in one buffer."""
+
+        def again(nbytes: int) -> Tensor:  # a source that begins anew has let go of what it had
+            room.exactly(nbytes)
+            return self._allocate(nbytes)
+
+        def more(nbytes: int) -> Tensor:
+            room.also(nbytes)
+            return self._allocate(nbytes)
+
+        with torch.inference_mode(False), torch.no_grad():
+            adapter = pack(source.load(again), more)
+        if source.content is not None:
+            self._origins[adapter] = _key(source)
+        return Arrived(adapter)
+
+    def _sent(self, level: int, path: str, source: Source, room: _Room) -> Arrived:
+        """From the host to the device; it is in use there until the transfer has begun."""
+        assert self._link is not None
+        below, key = self._tiers[level - 1], _key(source)
+        entry = self._get(level - 1, path, source, pinned=True, wait=room.wait)
+        with self._lock:
+            below.passing += 1
+            below.used([key])
+        try:
+            room.exactly(entry.nbytes)
+            arrived = self._link.send(entry.arrived.adapter)
+        finally:
+            with self._lock:
+                below.passing -= 1
+                below.unpin(key)
+        if (origin := self._origins.get(entry.arrived.adapter)) is not None:
+            self._origins[arrived.adapter] = origin
+        return arrived
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        return self._link.allocate(nbytes) if self._link else torch.empty(nbytes, dtype=torch.uint8)
+
+    def _try(self, path: str, source: Source) -> None:
+        """Load a node that nobody waits for. What fails is left for the call that needs it."""
+        top = len(self._tiers) - 1
+        with self._lock:
+            if self._closed or self._tiers[top].find(_key(source)) is not None:
+                return
+        try:
+            self._get(top, path, source, wait=False)
+        except Exception:
+            return
+        with self._lock:
+            self._prefetched += 1
+
+    def _release(self, keys: Sequence[Hashable]) -> None:
+        tier = self._tiers[-1]
+        with self._lock:
+            for key in keys:
+                tier.unpin(key)
+
+    def _pin(self, keys: Sequence[Hashable]) -> None:
+        with self._lock:
+            for key in keys:
+                self._tiers[-1].pin(key)
+
+    def _too_small(self, needed: Mapping[str, Source], error: BudgetError) -> BudgetError:
+        """What a request takes, node by node, beside what is in use, against the budget that is too small for it."""
+        try:
+            outlines = {path: source.outline() for path, source in needed.items()}
+        except (LoraTreeError, OSError):
+            return error  # its size can't be known any more
+        sizes = {path: sum(t.numel() * t.element_size() for t in tensors(of)) for path, of in outlines.items()}
+        keys = [_key(source) for source in needed.values()]
+        for tier in self._tiers:
+            with self._lock:
+                others = tier.in_use_bytes(keys) + tier.laid_out_bytes
+            passes = tier is not self._tiers[-1]  # one adapter after the other
+            whole = max(sizes.values(), default=0) if passes else sum(sizes.values()) + others
+            if tier.budget_bytes is None or whole <= tier.budget_bytes:
+                continue
+            parts = listing(f"{path} {format_bytes(nbytes)}" for path, nbytes in sizes.items())
+            beside = f" beside {format_bytes(others)} that are in use" if others else ""
+            return BudgetError(
+                f"{next(reversed(sizes))}: {format_bytes(whole - others)} have to be in memory at once ({parts})"
+                f"{beside}; {tier.budget_name} is {format_bytes(tier.budget_bytes)}",
+                f"{tier.budget_name}={whole} (bytes, {format_bytes(whole)}) is the least that is enough",
+                *(["or let go of something first: model.deactivate()"] if others else []),
+            )
+        return error
+
+
+class Hold:
+    """Some adapters, in use: they are not evicted until it is released."""
+
+    def __init__(self, cache: Cache, keys: Sequence[Hashable], adapters: Mapping[str, Adapter]) -> None:
+        self._cache, self._keys = cache, keys
+        self.adapters = adapters
+
+    def again(self) -> Hold:
+        """A second hold of the same ones."""
+        self._cache._pin(self._keys)
+        return Hold(self._cache, self._keys, self.adapters)
+
+    def release(self) -> None:
+        """Not in use by this hold any more."""
+        self._cache._release(self._keys)
+        self._keys, self.adapters = [], {}
+
+
+class _Room:
+    """What is reserved in a tier for one adapter that is being loaded."""
+
+    def __init__(self, tier: Tier, lock: threading.Condition, wait: bool) -> None:
+        self._tier, self._lock, self.wait = tier, lock, wait
+        self._nbytes = 0
+        self.open = True
+
+    def exactly(self, nbytes: int) -> None:
+        """Reserve so much, instead of what was reserved before."""
+        with self._lock:
+            if nbytes <= self._nbytes:
+                self._tier.cancel(self._nbytes - nbytes)
+            elif self._nbytes == 0:
+                self._tier.reserve(nbytes, wait=self.wait)
+            else:
+                self._tier.reserve(nbytes - self._nbytes, wait=False)  # who holds some must not wait for others
+            self._nbytes = nbytes
+
+    def also(self, nbytes: int) -> None:
+        """Reserve so much more."""
+        self.exactly(self._nbytes + nbytes)
+
+    def close(self) -> None:
+        """Give back what is reserved, for good."""
+        self._tier.cancel(self._nbytes)
+        self._nbytes = 0
+        self.open = False
+
+
+def _key(source: Source) -> Hashable:
+    """What an adapter in files is cached under: where they are and what they hold, where the lock says that."""
+    key: object = (str(source.where), source.content) if source.content is not None else source
+    assert isinstance(key, Hashable)
+    return key

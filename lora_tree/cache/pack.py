@@ -1,0 +1,94 @@
+"""One adapter in one buffer: all its factors, and the base's tensors that came along, back to back.
+
+A file that was read is packed already. Where a format had to turn a factor (fused experts), or an adapter was put
+together otherwise, it is copied into a buffer once, so that the way to a device is one copy for all of it.
+
+The numbers stay in the dtype of the file: what is merged and what is flattened is made from those, bit for bit; what a
+side path computes in is laid out from them when it is needed, and bf16 factors over an fp32 base take half the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..lowrank import LowRank
+from ..storage import Allocate
+
+__all__ = ["buffer_of", "held_bytes", "moved", "pack", "tensors"]
+
+ALIGNED = 64  # bytes; what the widest vector loads want
+
+
+def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
+    """The same adapter in one buffer; the same object where it lies in one already."""
+    if buffer_of(adapter) is not None:
+        return adapter
+    spans = {id(t): t for t in tensors(adapter)}
+    starts, end = {}, 0
+    for key, tensor in spans.items():
+        starts[key] = end
+        end += -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED
+    buffer = allocate(end)
+
+    def packed(tensor: Tensor) -> Tensor:
+        begin = starts[id(tensor)]
+        view = buffer[begin : begin + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        return view.copy_(tensor)
+
+    return _mapped(adapter, packed)
+
+
+def moved(adapter: Adapter, buffer: Tensor) -> Adapter:
+    """A packed adapter on ``buffer``, which holds a copy of its own buffer on another device."""
+
+    def elsewhere(tensor: Tensor) -> Tensor:
+        begin = tensor.storage_offset() * tensor.element_size()
+        there = buffer[begin : begin + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+        return there.view(tensor.shape)
+
+    return _mapped(adapter, elsewhere)
+
+
+def buffer_of(adapter: Adapter) -> Tensor | None:
+    """The bytes of the one buffer of an adapter; None where it lies in several, or not row by row."""
+    found = list(tensors(adapter))
+    if not found or not all(t.is_contiguous() for t in found):
+        return None
+    storage = found[0].untyped_storage()
+    if any(t.untyped_storage().data_ptr() != storage.data_ptr() for t in found):
+        return None
+    used = sum(t.numel() * t.element_size() for t in found)
+    if storage.nbytes() > used + ALIGNED * len(found):
+        return None  # a view of something larger, or what a factor was turned from lies beside it
+    return torch.empty(0, dtype=torch.uint8, device=found[0].device).set_(storage)
+
+
+def held_bytes(adapter: Adapter) -> int:
+    """Bytes of the memory that an adapter keeps alive."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(adapter)}
+    return sum(storages.values())
+
+
+def tensors(adapter: Adapter) -> Iterator[Tensor]:
+    """Everything in it that takes memory."""
+    for value in adapter.modules.values():
+        yield from value.tensors
+    yield from adapter.unchanged.values()
+
+
+def _mapped(adapter: Adapter, change: object) -> Adapter:
+    assert callable(change)
+
+    def value(of: LowRank) -> LowRank:
+        return replace(of, A=change(of.A), B=change(of.B), bias=None if of.bias is None else change(of.bias))
+
+    return replace(
+        adapter,
+        modules={name: value(of) for name, of in adapter.modules.items()},
+        unchanged={name: change(tensor) for name, tensor in adapter.unchanged.items()},
+    )

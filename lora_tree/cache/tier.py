@@ -1,0 +1,188 @@
+"""Tier: what one kind of memory holds for a cache, and who has to go when it is full.
+
+    budget  ≥  adapters  +  reserved (being loaded)  +  laid out (what side paths made of adapters)
+
+What has to make room goes in this order: what is laid out for paths used before; idle adapters, as the policy says.
+What is in use is never asked. Every method is called with the cache's lock held.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..budget import format_bytes
+from ..engine.kept import Kept
+from ..errors import BudgetError
+from .link import Arrived
+from .policy import Policy
+from .stats import TierStats
+
+__all__ = ["Entry", "Tier"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An adapter in a tier, and the bytes that it keeps alive."""
+
+    arrived: Arrived
+    nbytes: int
+
+
+class Tier:
+    """One kind of memory.
+
+    Args:
+        name: ``host`` or ``device``.
+        budget_bytes: the most it may hold; None: no bound.
+        policy: what goes first.
+        lock: of the cache; whoever waits for room waits at it.
+        budget_name: what its caller calls the budget.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        budget_bytes: int | None,
+        policy: Policy,
+        lock: threading.Condition,
+        *,
+        budget_name: str | None = None,
+    ) -> None:
+        self.name, self.budget_bytes, self.policy = name, budget_bytes, policy
+        self.budget_name = budget_name or f"{name}_budget"
+        self._lock = lock
+        self._entries: dict[Hashable, Entry] = {}
+        self._pins: Counter[Hashable] = Counter()
+        self._adapters = self._reserved = self._laid_out = 0
+        self._refunds: deque[int] = deque()  # finalizers append, in whichever thread they run
+        self._spare: list[weakref.ref[Kept[Any]]] = []
+        self.passing = 0  # pins that last only while an adapter is sent on
+        self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
+        self.load_s = self.slowest_s = 0.0
+
+    # ------------------------------------------------------------------ what is there
+    def find(self, key: Hashable) -> Entry | None:
+        return self._entries.get(key)
+
+    def add(self, key: Hashable, entry: Entry, seconds: float) -> None:
+        """An adapter came in, for which room was reserved."""
+        self._entries[key] = entry
+        self._adapters += entry.nbytes
+        self.loads += 1
+        self.loaded_bytes += entry.nbytes
+        self.load_s += seconds
+        self.slowest_s = max(self.slowest_s, seconds)
+
+    def discard(self, key: Hashable) -> None:
+        """It need not be here any more."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._adapters -= entry.nbytes
+            self.policy.gone(key)
+
+    def used(self, keys: Sequence[Hashable]) -> None:
+        """A request uses these, from the root down."""
+        self.policy.used([(key, self._entries[key].nbytes) for key in keys if key in self._entries])
+
+    def pin(self, key: Hashable) -> None:
+        self._pins[key] += 1
+
+    def unpin(self, key: Hashable) -> None:
+        self._pins[key] -= 1
+        if self._pins[key] <= 0:
+            del self._pins[key]
+        self._lock.notify_all()
+
+    def clear(self) -> None:
+        for key in list(self._entries):
+            self.discard(key)
+
+    # ------------------------------------------------------------------ room
+    def reserve(self, nbytes: int, *, wait: bool) -> None:
+        """Make room for what is about to be loaded.
+
+        Args:
+            wait: for what others are loading now, which can be evicted when it is there.
+
+        Raises:
+            BudgetError: there is none, and everything is in use.
+        """
+        self._make_room(nbytes, wait)
+        self._reserved += nbytes
+
+    def cancel(self, nbytes: int) -> None:
+        """What was reserved is not needed, or has come in."""
+        self._reserved -= nbytes
+        self._lock.notify_all()
+
+    def spare(self, kept: Kept[Any]) -> None:
+        """What it keeps may go where room is needed."""
+        self._spare.append(weakref.ref(kept))
+
+    def lay_out(self, owner: object, nbytes: int) -> None:
+        """Make room for what ``owner`` is about to lay out, and count it until that is gone.
+
+        Raises:
+            BudgetError: there is none, and everything is in use.
+        """
+        self._make_room(nbytes, wait=True)
+        self._laid_out += nbytes
+        weakref.finalize(owner, self._refunds.append, nbytes).atexit = False
+
+    @property
+    def held_bytes(self) -> int:
+        """Everything that counts."""
+        while self._refunds:
+            self._laid_out -= self._refunds.popleft()
+        return self._adapters + self._reserved + self._laid_out
+
+    @property
+    def laid_out_bytes(self) -> int:
+        return self._laid_out if self.held_bytes else 0
+
+    def in_use_bytes(self, but: Sequence[Hashable] = ()) -> int:
+        """Bytes of the adapters that are in use, without some of them."""
+        return sum(entry.nbytes for key, entry in self._entries.items() if key in self._pins and key not in but)
+
+    def _make_room(self, nbytes: int, wait: bool) -> None:
+        budget = self.budget_bytes
+        while budget is not None and self.held_bytes + nbytes > budget:
+            if any(kept is not None and kept.drop() for kept in (ref() for ref in self._spare)):
+                continue
+            victim = self.policy.victim(lambda key: key in self._entries and key not in self._pins)
+            if victim is not None:
+                self.evictions += 1
+                self.evicted_bytes += self._entries[victim].nbytes
+                self.discard(victim)
+            elif wait and nbytes <= budget and (self._reserved or self.passing):
+                self._lock.wait()
+            else:
+                raise BudgetError(
+                    f"{format_bytes(nbytes)} more are needed, and {format_bytes(self.held_bytes)} are in use; "
+                    f"{self.budget_name} is {format_bytes(budget)}",
+                    f"{self.budget_name}={self.held_bytes + nbytes} (bytes) is enough for what is in use now and this",
+                    "or let go of something first: model.deactivate()",
+                )
+
+    def stats(self) -> TierStats:
+        """What is there now, and what happened so far."""
+        return TierStats(
+            name=self.name,
+            budget_bytes=self.budget_bytes,
+            held_bytes=self.held_bytes,
+            laid_out_bytes=self._laid_out,
+            in_use_bytes=self.in_use_bytes(),
+            nodes=len(self._entries),
+            loads=self.loads,
+            loaded_bytes=self.loaded_bytes,
+            load_s=self.load_s,
+            slowest_s=self.slowest_s,
+            evictions=self.evictions,
+            evicted_bytes=self.evicted_bytes,
+            failures=self.failures,
+        )

@@ -1,0 +1,140 @@
+"""What a base is, asked without loading it: its modules' shapes, from headers or from its config alone.
+
+a folder     the headers of its safetensors files: name → shape, no numbers
+a hub id     its config.json, and the class that it names, made without memory for weights (the meta device)
+a module     itself
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch, FormatError, SpecError
+from ..extras import foreign, need
+from ..storage import as_path
+from .shards import Checkpoint, Stored, open_checkpoint
+
+__all__ = ["Base", "skeleton"]
+
+OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
+
+
+def skeleton(base: str | os.PathLike[str], *, what: str = "a base's config") -> Any:
+    """The model that a base's config.json names, with shapes and no memory.
+
+    Args:
+        base: a folder or a hub id.
+        what: what is being done, for the message.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        SpecError: transformers can't read the config, or has no such model.
+    """
+    transformers = need("transformers", extra="transformers", what=what)
+    with foreign(f"{base}: transformers can't read its config.json", OTHER_BASE):
+        config = transformers.AutoConfig.from_pretrained(base)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise SpecError(f"{base}: its config.json names no architecture that transformers has: {config.architectures}")
+    with foreign(f"{base}: transformers can't make the {kind.__name__} of its config.json"), torch.device("meta"):
+        return kind(config).eval()
+
+
+class Base:
+    """A base that may or may not be at hand.
+
+    Args:
+        base: a model, a folder, a hub id; None where nobody said.
+        asked: a user named it, so a hub's config may be fetched for it.
+    """
+
+    def __init__(self, base: nn.Module | str | os.PathLike[str] | None, *, asked: bool = True) -> None:
+        self._model = base if isinstance(base, nn.Module) else None
+        self._name = None if base is None or isinstance(base, nn.Module) else os.fspath(base)
+        self._asked = asked
+        folder = as_path(self._name) if self._name else None
+        self._folder: Path | None = folder if folder is not None and folder.is_dir() else None
+
+    @property
+    def known(self) -> bool:
+        """Something can be asked of it."""
+        return self._model is not None or self._folder is not None or (self._asked and self._name is not None)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model itself, or its skeleton; None where it can't be had."""
+        if self._model is not None or not self.known:
+            return self._model
+        return skeleton(self._name or "", what="the shapes of a base")
+
+    @cached_property
+    def _stored(self) -> Mapping[str, Stored]:
+        if self._folder is None:
+            return {}
+        try:
+            checkpoint: Checkpoint = open_checkpoint(self._folder)
+        except FormatError:
+            return {}  # no safetensors there, or broken ones: its config may still do
+        return checkpoint.tensors
+
+    def shape(self, module: str) -> tuple[int, int] | None:
+        """The (out, in) of a linear layer; None where nobody knows."""
+        stored = self._stored.get(f"{module}.weight")
+        if self._model is None and stored is not None and len(stored.shape) == 2:
+            return stored.shape[0], stored.shape[1]
+        if not self.known or (self._folder is not None and not (self._folder / "config.json").is_file()):
+            return None
+        try:
+            weight = self.model.get_submodule(module).weight
+        except AttributeError:
+            return None
+        return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+    def check_unchanged(self, name: str, tensor: Tensor) -> None:
+        """That a tensor an adapter carries is this base's own, bit for bit.
+
+        Raises:
+            BaseMismatch: it is not, or there is no base at hand to compare it with.
+        """
+        own = self._own(name)
+        if own is None:
+            raise BaseMismatch(
+                f"{name}: the adapter carries this tensor of its base, and no weights are at hand to compare it with",
+                "name the base's folder: --base FOLDER, base=…",
+            )
+        if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor.cpu()):
+            raise BaseMismatch(
+                f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's, "
+                "and a replaced tensor does not add up",
+                "train without bias= and without resizing embeddings, or name the base it was trained on",
+            )
+
+    def _own(self, name: str) -> Tensor | None:
+        if self._model is not None:
+            found = dict(self._model.named_parameters(remove_duplicate=False)).get(name)
+            return None if found is None or found.is_meta else found.detach().cpu()
+        stored = self._stored.get(name)
+        return None if stored is None or stored.dtype is None else stored.read()
+
+    def last_names(self) -> dict[str, set[str]] | None:
+        """The last part of a module's name → every module of that name; None where no model can be had."""
+        if self._model is None and self._folder is None:
+            return None
+        if self._model is None and not self._stored:
+            return None
+        names = (
+            [name for name, _ in self._model.named_modules()]
+            if self._model is not None
+            else [name.rpartition(".")[0] for name in self._stored]
+        )
+        found: dict[str, set[str]] = {}
+        for name in names:
+            found.setdefault(name.rpartition(".")[2], set()).add(name)
+        return found

@@ -1,0 +1,264 @@
+"""A path merged into a base's checkpoint, tensor by tensor: the base is never loaded.
+
+    header, unchanged tensors   copied inside the kernel, byte for byte
+    changed tensors             read, W ← round_once(W0 + Σ B A) as a switch does it, written at their place
+    what is made of several     put together, changed and taken apart by transformers' own conversion (see `names`)
+    config, tokenizer, …        copied, config.json and the index last
+
+Every file keeps its name, size and header, so dtypes, sharding and ties are the base's. All is written beside the
+place, synced and renamed: an interrupted run leaves a hidden folder without a config.json, which the next one clears.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..blend import Blend
+from ..engine.arithmetic import Scratch, exact_mode
+from ..engine.merged import add_bias, add_weight
+from ..errors import FolderError, LoraTreeError, SpecError
+from ..extras import foreign, need
+from ..folder import disk
+from ..storage import as_path
+from ..tree import AdapterTree
+from .base import skeleton
+from .names import Group, Names
+from .portable import spelled
+from .shards import Checkpoint, Stored, open_checkpoint, raw
+from .stage import Stage, beside_weights, staged
+from .writes import Write, writes
+
+__all__ = ["MergedCheckpoint", "export_model"]
+
+KERNEL_BYTES = 64 << 20
+"""How much is copied at once inside the kernel, so that progress is told in between."""
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What `export_model` wrote.
+
+    Args:
+        path: the path or blend.
+        folder: the checkpoint.
+        changed: names on the disk of the tensors that have other values than the base's.
+        nbytes: bytes of all weight files.
+        left_out: files of the base's folder that were not copied: its weights in other formats.
+    """
+
+    path: str
+    folder: Path
+    changed: tuple[str, ...]
+    nbytes: int
+    left_out: tuple[str, ...]
+
+
+@torch.no_grad()
+def export_model(
+    tree: AdapterTree,
+    blend: Blend,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergedCheckpoint:
+    """Write a path or a blend as a checkpoint of its own: the base's, with its increments in the weights.
+
+    Loaded by transformers in its own dtype it has the bits that ``activate(path)`` gives the loaded base. Memory: the
+    largest tensor and its factors; for fused experts three times what transformers fuses them to.
+
+    Args:
+        folder: made; it must not be there yet, or be empty.
+        base: the base's folder with its safetensors files, or its hub id; the tree's own base without it.
+        progress: called with (bytes written, bytes to write).
+
+    Raises:
+        PathError: a node is not there.
+        SpecError: no base is known; or it is quantised; or transformers can't read its config.
+        FormatError: the base has no whole safetensors checkpoint.
+        BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor in the checkpoint;
+            or its tensors' conversion can't be inverted.
+        TiedWeights: a weight to change is used by a second module.
+        UnmergedOnly: a delta can't be written into its weight.
+        FolderError: the folder is there already or can't be written.
+    """
+    path = spelled(blend)
+    source = _source(tree, base)
+    checkpoint = open_checkpoint(source)
+    model = skeleton(source, what="a merged checkpoint")
+    _not_quantised(model, source)
+    names = Names(model, checkpoint.tensors)
+    try:
+        jobs = _jobs(writes(tree, blend, model, checkpoint), names)
+    except LoraTreeError as error:
+        raise error.within(path or "the bare base") from error
+    where = Path(os.path.abspath(as_path(folder)))
+    others, left_out = beside_weights(source, checkpoint)
+    with staged(where, needs_bytes=checkpoint.nbytes) as stage:
+        writer = _Writer(checkpoint, stage, names, progress)
+        writer.run(jobs)
+        for name in others:
+            stage.copy(source / name, name)
+    changed = tuple(sorted(stored.name for group, _ in jobs for stored in group.stored))
+    return MergedCheckpoint(path, where, changed, checkpoint.nbytes, tuple(left_out))
+
+
+Job = tuple[Group, list[Write]]
+
+
+def _jobs(found: Sequence[Write], names: Names) -> list[Job]:
+    """Writes by the tensors that they change; every parameter has some.
+
+    Raises:
+        BaseMismatch: one has none, or of another shape.
+    """
+    jobs: dict[str, Job] = {}
+    for write in found:
+        try:
+            group = names.group(write.parameter)
+        except LoraTreeError as error:
+            raise error.within(f"{write.node}: {write.module}") from error
+        if group.converter is None:
+            write.check_shape(group.stored[0].shape)
+        for stored in group.stored:
+            write.check_dtype(stored)
+        jobs.setdefault(group.first, (group, []))[1].append(write)
+    return list(jobs.values())
+
+
+class _Writer:
+    """One run over the files of a checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, stage: Stage, names: Names, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._checkpoint, self._stage, self._names = checkpoint, stage, names
+        self._progress = progress
+        self._scratch = Scratch()
+        self._done = 0
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Every file: what stays as it is, then what changes; synced in the background as soon as it is whole."""
+        single = {group.stored[0].name: found for group, found in jobs if group.converter is None}
+        several = [job for job in jobs if job[0].converter is not None]
+        spread = {stored.file.name for group, _ in several for stored in group.stored}
+        changing = {stored.name for group, _ in jobs for stored in group.stored}
+        largest = max((self._checkpoint.tensors[name].nbytes for name in single), default=0)
+        room = torch.empty(largest, dtype=torch.uint8)
+        syncs: list[Future[None]] = []
+        with ThreadPoolExecutor(1) as pool, exact_mode(torch.device("cpu")):
+            for name in self._checkpoint.files:
+                with self._stage.create(name) as out, disk.named("read it", self._checkpoint.folder / name):
+                    self._copy_rest(name, out, changing)
+                    for stored in self._of(name):
+                        if stored.name in single:
+                            self._change(stored, single[stored.name], room, out)
+                if name not in spread:
+                    syncs.append(pool.submit(self._stage.sync, name))
+            for group, found in several:
+                self._change_several(group, found)
+            syncs += [pool.submit(self._stage.sync, name) for name in sorted(spread)]
+            for sync in syncs:
+                sync.result()
+
+    def _of(self, name: str) -> list[Stored]:
+        return [stored for stored in self._checkpoint.tensors.values() if stored.file.name == name]
+
+    def _copy_rest(self, name: str, out: int, changing: set[str]) -> None:
+        """The header and every run of tensors that stay, inside the kernel."""
+        source = self._checkpoint.folder / name
+        size = source.stat().st_size
+        with disk.named(f"copy {source}", source), source.open("rb") as stream:
+            os.ftruncate(out, size)
+            at = 0
+            for stored in [s for s in self._of(name) if s.name in changing]:
+                self._copy(stream.fileno(), out, at, stored.begin)
+                at = stored.end
+            self._copy(stream.fileno(), out, at, size)
+
+    def _copy(self, source: int, out: int, begin: int, end: int) -> None:
+        for at, size in _steps(begin, end):
+            done = 0
+            while done < size:
+                got = os.copy_file_range(source, out, size - done, at + done, at + done)
+                if not got:
+                    raise FolderError("a weight file was cut short while it was copied")
+                done += got
+            self._tell(size)
+
+    def _change(self, stored: Stored, found: Sequence[Write], room: Tensor, out: int) -> None:
+        values = stored.read(room)
+        for write in found:
+            self._add(write, values)
+        self._put(out, stored, values)
+
+    def _change_several(self, group: Group, found: Sequence[Write]) -> None:
+        parameters = self._names.together(group, Stored.read)
+        self._names.check_inverse(group, parameters)
+        for write in found:
+            parameters[write.parameter] = parameters[write.parameter].contiguous()
+            write.check_shape(tuple(parameters[write.parameter].shape))
+            self._add(write, parameters[write.parameter])
+        parts = self._names.apart(group, parameters)
+        for stored in group.stored:
+            with self._stage.reopen(stored.file.name) as out:
+                self._put(out, stored, parts.pop(stored.name))
+
+    def _add(self, write: Write, values: Tensor) -> None:
+        if write.is_bias:
+            add_bias(values, values, write.values)
+        else:
+            add_weight(write.site, values, values, write.values, self._scratch)
+
+    def _put(self, out: int, stored: Stored, values: Tensor) -> None:
+        assert values.dtype == stored.dtype
+        assert values.numel() * values.element_size() == stored.nbytes
+        view, at = raw(values), stored.begin
+        with disk.named("write it", stored.file.name):
+            while view:
+                wrote = os.pwrite(out, view, at)
+                view, at = view[wrote:], at + wrote
+        self._tell(stored.nbytes)
+
+    def _tell(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._checkpoint.nbytes)
+
+
+def _steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for at in range(begin, end, KERNEL_BYTES):
+        yield at, min(KERNEL_BYTES, end - at)
+
+
+def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
+    """The folder of the base; a hub's is fetched, or found where it was fetched before.
+
+    Raises:
+        SpecError: nobody names one, or it can't be had.
+    """
+    name = base if base is not None else tree.base
+    if name is None:
+        raise SpecError("the tree names no base", "name its folder or its hub id: --base FOLDER_OR_ID, base=…")
+    folder = as_path(name)
+    if folder.is_dir():
+        return folder.resolve()
+    hub = need("huggingface_hub", extra="hub", what=f"fetching the base {name}")
+    with foreign(f"{name}: no folder of that name, and the hub can't give it", "name its folder: --base FOLDER"):
+        return Path(hub.snapshot_download(os.fspath(name), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+
+
+def _not_quantised(model: object, source: Path) -> None:
+    quantised: Mapping[str, object] | None = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantised is not None:
+        raise SpecError(
+            f"{source}: its weights are quantised, and nothing can be added to them",
+            "name the folder of the base in bf16, fp16 or fp32; or serve the adapter beside it",
+        )

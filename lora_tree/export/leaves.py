@@ -1,0 +1,110 @@
+"""Every leaf of a tree as a portable adapter of its own, several at a time.
+
+out/fr/legal, out/fr/medical, out/de      the leaves under their own paths: no folder holds two of them
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..errors import SpecError
+from ..storage import as_path
+from ..tree import AdapterTree
+from .portable import Portable, portable
+
+__all__ = ["export_leaves"]
+
+
+def export_leaves(
+    tree: AdapterTree,
+    folder: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    ceil_rank: bool = False,
+    dtype: torch.dtype | None = None,
+    base: nn.Module | str | os.PathLike[str] | None = None,
+    complete: bool = True,
+    workers: int | None = None,
+    progress: Callable[[Portable, int, int], None] | None = None,
+) -> list[Portable]:
+    """Write every leaf that has something to export as ``folder/<path>``, each whole or not at all.
+
+    Args:
+        rank, max_error, ceil_rank, dtype, base, complete: as `portable`.
+        workers: how many at once; as many as there are cores, at most 4, without it. Each holds one leaf in memory.
+        progress: called for each leaf once it is written, in the tree's order, with how many are done and of how many.
+
+    Returns:
+        what was written, in the tree's order; without their factors, which are on the disk.
+
+    Raises:
+        LoraTreeError: as `portable`, at the first leaf that fails; those written before it stay.
+
+    >>> import tempfile, torch
+    >>> import lora_tree as lt
+    >>> tree = lt.AdapterTree()
+    >>> for path in ("fr", "fr/legal", "fr/medical"):
+    ...     _ = tree.add(path, adapter=lt.Adapter({"up": lt.LowRank(torch.ones(2, 4), torch.ones(4, 2))}))
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     written = lt.export_leaves(tree, out, ceil_rank=True)
+    ...     [(one.path, one.rank) for one in written], lt.Adapter.load(f"{out}/fr/legal").ranks
+    ([('fr/legal', 8), ('fr/medical', 8)], {'up': 8})
+    """
+    if workers is not None and workers < 1:
+        raise SpecError(f"workers must be at least 1, got {workers}")
+    out = as_path(folder)
+    leaves = [path for path in tree.leaves() if any(tree[node].has_adapter for node in tree.lineage(path))]
+    if not leaves:
+        raise SpecError("the tree has no leaf with something to export", "add adapters first, or train the fresh ones")
+    _open_shared(tree, leaves)
+
+    def one(path: str) -> Portable:
+        made = portable(
+            _forgetful(tree),
+            path,
+            rank=rank,
+            max_error=max_error,
+            ceil_rank=ceil_rank,
+            dtype=dtype,
+            base=base,
+            complete=complete,
+        )
+        made.save(out / path)
+        return Portable(made.path, _without_factors(made.adapter), made.rank, made.errors, made.error, made.added)
+
+    with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+        jobs = {path: pool.submit(one, path) for path in leaves}
+        try:
+            done = []
+            for job in jobs.values():
+                done.append(job.result())
+                if progress is not None:
+                    progress(done[-1], len(done), len(leaves))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return done
+
+
+def _open_shared(tree: AdapterTree, leaves: Sequence[str]) -> None:
+    """Read what several leaves stand on once, before the threads ask for it."""
+    above = {node for path in leaves for node in tree.lineage(path)[:-1]}
+    for node in tree.paths():
+        if node in above:
+            tree.adapter(node)
+
+
+def _forgetful(tree: AdapterTree) -> AdapterTree:
+    """The same tree: what it reads goes when it does, so that no more than ``workers`` leaves are in memory."""
+    return AdapterTree.from_nodes((tree[path] for path in tree.paths()), base=tree.base, home=tree.home)
+
+
+def _without_factors(adapter: Adapter) -> Adapter:
+    return adapter.map(lambda value: value.to(device="meta"))

@@ -1,0 +1,188 @@
+"""Names in memory ↔ names on the disk, as transformers itself converts them when it loads and saves.
+
+    model.layers.0.mlp.experts.gate_up_proj   ⇄   model.layers.0.block_sparse_moe.experts.0.w1.weight
+    (E, 2 · out, in)                              model.layers.0.block_sparse_moe.experts.0.w3.weight, …
+
+Its own mapping says which tensors of a checkpoint a parameter is made of; its own operations make it, and their
+reverse takes it apart again. Nothing here knows an architecture.
+
+Law: what can't be inverted is refused. A parameter that is made of several tensors is taken apart before it is changed,
+and must give the very bits that it was made of.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BaseMismatch, suggest
+from ..extras import foreign
+from .shards import Stored
+
+__all__ = ["Group", "Names"]
+
+MAPPING = "transformers.conversion_mapping"
+LOADING = "transformers.core_model_loading"
+
+
+@dataclass
+class Group:
+    """Tensors on the disk, and the parameters that they make together.
+
+    Args:
+        first: the parameter that transformers files them under.
+        parts: the tensors in the order in which they are loaded, each with the pattern of its name.
+        converter: what makes the parameters of them; None where the one tensor is the one parameter.
+    """
+
+    first: str
+    parts: list[tuple[Stored, str]] = field(default_factory=list)
+    converter: Any = None
+
+    @property
+    def stored(self) -> list[Stored]:
+        return [stored for stored, _ in self.parts]
+
+
+class Names:
+    """The parameters of a model and the tensors of a checkpoint of it.
+
+    Args:
+        model: with shapes and no memory.
+        tensors: those of the checkpoint, by name.
+    """
+
+    def __init__(self, model: Any, tensors: Mapping[str, Stored]) -> None:
+        self._model = model
+        self._groups: dict[str, Group] = {}
+        keys = model.state_dict()
+        conversions = _conversions(model)
+        rename, converters = _renaming(model, conversions, keys)
+        order: Callable[[str], Any] = getattr(
+            _module(LOADING), "dot_natural_key", str
+        )  # expert 10 comes after expert 9
+        for name in sorted(tensors, key=order):
+            renamed, pattern = rename(name)
+            group = self._groups.setdefault(renamed, Group(renamed))
+            group.parts.append((tensors[name], pattern or name))
+            if pattern is not None:
+                group.converter = converters[pattern]
+        # what revert_weight_conversion goes by: those that renamed something
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+        self._by_parameter = {name: group for group in self._groups.values() for name in self._made_of(group)}
+
+    def group(self, parameter: str) -> Group:
+        """The tensors that a parameter is made of.
+
+        Raises:
+            BaseMismatch: none is.
+        """
+        found = self._by_parameter.get(parameter)
+        if found is None:
+            raise BaseMismatch(
+                f"{parameter}: the checkpoint has no tensor for it{suggest(parameter, self._by_parameter)}",
+                "is this the base that the adapter was trained on, with its head?",
+            )
+        return found
+
+    def together(self, group: Group, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
+        """The parameters of a group, made of what ``read`` gives for each tensor: name → values.
+
+        Raises:
+            SpecError: transformers can't make them.
+        """
+        converter: Any = copy.deepcopy(group.converter)
+        for stored, pattern in group.parts:
+            converter.add_tensor(group.first, stored.name, pattern, read(stored))
+        with foreign(f"{group.first}: transformers can't put it together from {group.parts[0][0].name}"):
+            made = converter.convert(group.first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def apart(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that a group's parameters are made of, by their names on the disk.
+
+        Raises:
+            SpecError: transformers can't take them apart.
+            BaseMismatch: what comes of it are not the tensors that they were made of.
+        """
+        loading: Any = _module(LOADING)
+        with foreign(f"{group.first}: transformers can't take it apart into the tensors of the checkpoint"):
+            parts = loading.revert_weight_conversion(self._model, dict(parameters))
+        wanted = {stored.name: stored for stored in group.stored}
+        prefix = f"{self._model.base_model_prefix}."
+        spellings: tuple[Callable[[str], str], ...] = (str, lambda n: n.removeprefix(prefix), lambda n: prefix + n)
+        for spelled in spellings:
+            named = {spelled(name): value for name, value in parts.items()}
+            if named.keys() == wanted.keys() and all(named[n].shape == wanted[n].shape for n in wanted):
+                return {name: value.contiguous() for name, value in named.items()}
+        raise BaseMismatch(
+            f"{group.first}: transformers loads it from {len(wanted)} tensors, like {next(iter(wanted))}, and would "
+            f"save it as {len(parts)}, like {next(iter(parts), 'none')}: its conversion can't be inverted",
+            "save the base again with the transformers installed here, and export from that: save_pretrained(folder)",
+        )
+
+    def check_inverse(self, group: Group, parameters: Mapping[str, Tensor]) -> None:
+        """That taking a group's parameters apart gives the bits in the files.
+
+        Raises:
+            BaseMismatch, SpecError: it does not.
+        """
+        parts = self.apart(group, parameters)
+        for stored in group.stored:
+            if not torch.equal(parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)):
+                raise BaseMismatch(
+                    f"{group.first}: taken apart again, {stored.name} has other values: its conversion loses something",
+                    "save the base again with the transformers installed here, and export from that",
+                )
+
+    def _made_of(self, group: Group) -> Iterable[str]:
+        if group.converter is None:
+            return (group.first,)
+        return self.together(group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+
+
+def _conversions(model: Any) -> list[Any]:
+    """transformers' mapping for a model; empty before 5, when a checkpoint's names were the model's."""
+    mapping = _module(MAPPING)
+    if mapping is None:
+        return []
+    with foreign(f"transformers can't tell how {type(model).__name__} is loaded"):
+        return list(mapping.get_model_conversion_mapping(model))
+
+
+def _renaming(
+    model: Any, conversions: Sequence[Any], keys: Mapping[str, Tensor]
+) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any]]:
+    """(A name on the disk → the parameter it is filed under and the converter's pattern, pattern → converter)."""
+    prefix, loading = model.base_model_prefix, _module(LOADING)
+    if loading is None:
+        return lambda name: (_prefixed(name, prefix, keys), None), {}
+    renamings = [c for c in conversions if isinstance(c, loading.WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, loading.WeightConverter)]
+
+    def rename(name: str) -> tuple[str, str | None]:
+        renamed, pattern = loading.rename_source_key(name, renamings, converters, prefix, keys)
+        if renamed not in keys and name in keys:
+            return name, None
+        return renamed, pattern
+
+    return rename, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _prefixed(name: str, prefix: str, keys: Mapping[str, Tensor]) -> str:
+    """A name with or without the base model's prefix, whichever the model has."""
+    bare = name.removeprefix(f"{prefix}.")
+    return next((n for n in (name, bare, f"{prefix}.{name}") if n in keys), name)

@@ -1,0 +1,185 @@
+"""A base's checkpoint as it lies on the disk: its files, and where every tensor's bytes are.
+
+    model.safetensors                   one file
+    model.safetensors.index.json        or an index, {"weight_map": {tensor: file}}, and its shards
+
+Tensors of any dtype are known by place and size; numbers are read only of those whose dtype torch has here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, listing
+from ..formats import strict_json
+from ..formats.safetensors import DTYPES, MAX_HEADER_BYTES
+
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "Stored", "open_checkpoint", "raw"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint.
+
+    Args:
+        file: the file that holds it; begin, end: its bytes, counted from the start of the file.
+        dtype: None for one that this library does not compute with.
+        spelled: the dtype as the file has it.
+    """
+
+    name: str
+    file: Path
+    begin: int
+    end: int
+    dtype: torch.dtype | None
+    spelled: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    def read(self, into: Tensor | None = None) -> Tensor:
+        """The numbers, in memory of their own; or at the start of ``into``, bytes (uint8) that are enough.
+
+        Raises:
+            FormatError: the file was cut short, or its dtype is none that can be computed with.
+        """
+        if self.dtype is None:
+            raise FormatError(f"{self.file}: {self.name}: nothing can be added to a tensor of dtype {self.spelled}")
+        room = torch.empty(self.nbytes, dtype=torch.uint8) if into is None else into
+        tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
+        view = raw(tensor)
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self.begin)
+                while view:
+                    got = stream.readinto(view)
+                    if not got:
+                        raise FormatError(f"{self.file}: {self.name}: the file was cut short while it was read")
+                    view = view[got:]
+        except OSError as error:
+            raise FormatError(f"{self.file}: can't be read: {error.strerror or error}") from error
+        return tensor
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must live as long as they are used.
+
+    >>> bytes(raw(torch.tensor([1.0]))).hex()
+    '0000803f'
+    """
+    held = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return memoryview(held).cast("B")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of a checkpoint and every tensor in them, in the order in which they lie."""
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its weight files."""
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The safetensors checkpoint in a folder, headers only.
+
+    Raises:
+        FormatError: there is none, or a file is missing, broken, or not what the index says.
+    """
+    if (folder / SINGLE).is_file():  # before the index, as transformers looks for them
+        tensors = {stored.name: stored for stored in _tensors(folder / SINGLE)}
+        return Checkpoint(folder, (SINGLE,), tensors)
+    if not (folder / INDEX).is_file():
+        raise FormatError(
+            f"{folder}: no {SINGLE} and no {INDEX}",
+            "give the folder of a transformers model saved as safetensors: model.save_pretrained(folder)",
+        )
+    placed = _index(folder / INDEX)
+    files = tuple(sorted(set(placed.values())))
+    tensors = {}
+    for name in files:
+        for stored in _tensors(folder / name):
+            if placed.get(stored.name) != name:
+                raise FormatError(f"{folder / name}: {stored.name} is in the file, but not there in {INDEX}")
+            tensors[stored.name] = stored
+    gone = [name for name in placed if name not in tensors]
+    if gone:
+        raise FormatError(f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}")
+    return Checkpoint(folder, files, tensors)
+
+
+def _index(file: Path) -> dict[str, str]:
+    if file.stat().st_size > MAX_INDEX_BYTES:
+        raise FormatError(f"{file}: too large for an index")
+    placed = strict_json.loads(file.read_bytes(), str(file)).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise FormatError(f"{file}: no weight_map")
+    for tensor, name in placed.items():
+        plain = isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+        if not plain:
+            raise FormatError(f"{file}: {tensor}: {str(name)[:80]!r} is no safetensors file of this folder")
+    return placed
+
+
+def _tensors(file: Path) -> list[Stored]:
+    try:
+        with file.open("rb") as stream:
+            return _header(stream, file)
+    except OSError as error:
+        raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
+
+
+def _header(stream: BinaryIO, file: Path) -> list[Stored]:
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise FormatError(
+            f"{file}: not a whole safetensors file: {size} bytes, of which the header should take {length}",
+            "download it again; a Git LFS pointer or an unfinished download looks like this",
+        )
+    fields = strict_json.loads(stream.read(length), f"{file}: header")
+    fields.pop("__metadata__", None)
+    found = sorted((_stored(name, value, file, 8 + length) for name, value in fields.items()), key=lambda s: s.begin)
+    position = 8 + length
+    for stored in found:
+        if stored.begin != position:
+            raise FormatError(f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}")
+        position = stored.end
+    if position != size:
+        raise FormatError(f"{file}: the header describes {position} bytes, the file holds {size}", "download it again")
+    return found
+
+
+def _stored(name: str, value: Any, file: Path, start: int) -> Stored:
+    try:
+        spelled, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole or not isinstance(spelled, str):
+        raise FormatError(f"{file}: {name}: malformed in the header: {json.dumps(value)[:120]}")
+    dtype = DTYPES.get(spelled)
+    if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+        raise FormatError(f"{file}: {name}: {spelled} {shape} does not fill its bytes {begin} to {end}")
+    return Stored(name, file, start + begin, start + end, dtype, spelled, shape)

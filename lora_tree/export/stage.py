@@ -1,0 +1,138 @@
+"""A folder that appears whole or not at all, however large: built under a hidden name beside its place, then renamed.
+
+.merged.<id>/     locked by who writes it; whoever comes later clears away what has no writer any more
+config.json       and the index come last, so that a folder cut off half-way is no model to anybody
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from ..errors import FolderError, LoraTreeError
+from ..folder import disk
+from ..folder.alone import make_all
+from .shards import INDEX, SINGLE, Checkpoint
+
+__all__ = ["Stage", "beside_weights", "staged"]
+
+LAST = (INDEX, "config.json")
+_STAGED = r"\.[0-9a-f]{32}\Z"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+_OTHER_INDEX = re.compile(r".*\.(bin|safetensors|h5|msgpack)\.index\.json\Z")
+
+
+class Stage:
+    """The folder while it is being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[int]:
+        """A new file to write to."""
+        with self._file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            yield file
+
+    @contextmanager
+    def reopen(self, name: str) -> Iterator[int]:
+        """A file that `create` made, to write more of it."""
+        with self._file(name, os.O_WRONLY) as file:
+            yield file
+
+    def sync(self, name: str) -> None:
+        """Make a file's bytes last."""
+        with disk.named("sync it", self.folder / name), self._file(name, os.O_RDONLY) as file:
+            os.fsync(file)
+
+    def copy(self, source: Path, name: str) -> None:
+        """A small file, synced; the folders around it are made."""
+        above = Path(name).parent
+        for part in [*reversed(above.parents), above]:
+            if part != Path():
+                disk.make(self.folder / part)
+        disk.copy(source, self.folder / name)
+
+    @contextmanager
+    def _file(self, name: str, flags: int) -> Iterator[int]:
+        with disk.named("open it", self.folder / name):
+            file = os.open(self.folder / name, flags | os.O_NOFOLLOW, 0o666)
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+
+@contextmanager
+def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
+    """A stage that becomes ``where`` when the block ends, and nothing where it does not.
+
+    Raises:
+        FolderError: ``where`` is there and not empty, or can't be written, or the disk is too small.
+    """
+    if os.path.lexists(where) and (where.is_symlink() or not where.is_dir() or any(where.iterdir())):
+        raise FolderError(f"{where}: is there already", "name a new folder, or remove it first")
+    with ExitStack() as undo:
+        make_all(where.parent, undo)
+        _sweep(where)
+        free = shutil.disk_usage(where.parent).free
+        if free < needs_bytes:
+            raise FolderError(f"{where}: needs {needs_bytes:,} bytes, the disk has {free:,} left")
+        folder = where.with_name(f".{where.name}.{uuid.uuid4().hex}")
+        disk.make(folder)
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        with _held(folder):
+            yield Stage(folder)
+            for inside, _, _ in os.walk(folder, topdown=False):
+                disk.sync(inside)
+            disk.rename(folder, where)
+        undo.pop_all()
+        disk.sync(where.parent)
+
+
+def beside_weights(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """(The files of a base's folder to copy beside its weights, those to leave out), relative, in order."""
+    copied: list[str] = []
+    left: list[str] = []
+    for above, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            relative = os.path.relpath(os.path.join(above, name), folder)
+            if relative in checkpoint.files or name.startswith("."):
+                continue
+            other = name.endswith(_WEIGHTS) or (_OTHER_INDEX.match(name) and relative != INDEX)
+            other = other or (relative == INDEX and checkpoint.files == (SINGLE,))
+            (left if other else copied).append(relative)
+    copied.sort(key=lambda name: (LAST.index(name) if name in LAST else -1, name))
+    return copied, left
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Tell the others that this stage has a writer."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _sweep(where: Path) -> None:
+    """Clear away the stages of this place that nobody writes any more."""
+    mine = re.compile(re.escape(f".{where.name}") + _STAGED)
+    for name in [name for name in os.listdir(where.parent) if mine.match(name)]:
+        folder = where.with_name(name)
+        with suppress(OSError, LoraTreeError):
+            file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(file)

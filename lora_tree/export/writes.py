@@ -1,0 +1,142 @@
+"""What a path changes in a base: parameter → the increments to add up in it, checked against shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..blend import Blend
+from ..engine.plan import registered
+from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
+from ..lowrank import LowRank
+from ..sites import Site, find_site
+from ..tree import AdapterTree
+from .shards import Checkpoint, Stored
+
+__all__ = ["Write", "writes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """One parameter and what is added to it.
+
+    Args:
+        node, module: who changes it, for messages: the first node that does, and its name for the place.
+        values: in the order of the sum, with their coefficients.
+        is_bias: their biases go into it, not their products.
+    """
+
+    node: str
+    module: str
+    parameter: str
+    site: Site
+    values: Sequence[LowRank]
+    is_bias: bool = False
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """That a tensor of the checkpoint is as large as the parameter.
+
+        Raises:
+            BaseMismatch: it is not.
+        """
+        own = self.site.bias if self.is_bias else self.site.weight
+        if own is None or tuple(own.shape) != tuple(shape):
+            expected = None if own is None else tuple(own.shape)
+            raise BaseMismatch(
+                f"{self.node}: {self.module}: the checkpoint's tensor is {tuple(shape)}, its config says {expected}"
+            )
+
+    def check_dtype(self, stored: Stored) -> None:
+        """That something can be added to a tensor of the checkpoint.
+
+        Raises:
+            UnmergedOnly: it is quantised.
+        """
+        if stored.dtype is None:
+            raise UnmergedOnly(
+                f"{self.node}: {self.module}: {stored.name} is stored as {stored.spelled}, nothing can be added to it",
+                "name the folder of the base in bf16, fp16 or fp32; or serve the adapter beside it",
+            )
+
+
+def writes(tree: AdapterTree, blend: Blend, model: Any, checkpoint: Checkpoint) -> list[Write]:
+    """Everything that a path writes into a model of these shapes.
+
+    Args:
+        model: on the meta device, or anywhere.
+        checkpoint: what its weights are, for tensors that adapters carry.
+
+    Raises:
+        BaseMismatch: a module is not there, or of another kind or shape, or carries a tensor that is not the base's.
+        TiedWeights: a parameter is another module's too, or has two names in the adapters.
+        UnmergedOnly: a delta can't be written into its weight.
+    """
+    found: dict[str, list[tuple[str, LowRank]]] = {}
+    sites: dict[str, Site] = {}
+    for node, coefficient, adapter in tree.terms(blend):
+        try:
+            bound = adapter.renested(registered(model, adapter)) if adapter.nesting else adapter
+            for name, value in bound.modules.items():
+                site = sites.setdefault(name, find_site(model, name))
+                site.check_shape(value)
+                reason = site.why_unmerged_only(value)
+                if reason:
+                    raise UnmergedOnly(f"{name}: can't be merged: {reason}", "leave the module out of the adapter")
+                if not value.is_finite:
+                    raise BaseMismatch(f"{name}: the factors are not finite, and would leave no finite weight")
+                found.setdefault(name, []).append((node, value.scaled(coefficient)))
+            for name, tensor in bound.unchanged.items():
+                _same(name, tensor, checkpoint)
+        except LoraTreeError as error:
+            raise error.within(node) from error
+    made = [write for name, values in found.items() for write in _writes(name, sites[name], values)]
+    _one_owner(made, model)
+    return made
+
+
+def _writes(name: str, site: Site, values: list[tuple[str, LowRank]]) -> list[Write]:
+    prefix = f"{site.module_name}." if site.module_name else ""
+    node, own = values[0][0], [value for _, value in values]
+    made = [Write(node, name, f"{prefix}{site.weight_name}", site, own)]
+    if any(value.bias is not None for value in own):
+        made.append(Write(node, name, f"{prefix}{site.bias_name}", site, own, is_bias=True))
+    return made
+
+
+def _one_owner(made: Sequence[Write], model: Any) -> None:
+    """That a parameter is written under one name, and is no other module's."""
+    model.tie_weights()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    owners = {name: shared for shared in names.values() for name in shared}
+    written: dict[str, str] = {}
+    for write in made:
+        other = written.setdefault(write.parameter, write.module)
+        if other != write.module:
+            raise TiedWeights(
+                f"{write.node}: {other} and {write.module} are two names of one weight: one would be lost",
+                "call it by the same name in every adapter on the path",
+            )
+        shared = [name for name in owners.get(write.parameter, []) if name != write.parameter]
+        if shared:
+            raise TiedWeights(
+                f"{write.node}: {write.module}: its weight is tied to {listing(shared)}: merging would change both",
+                "leave the module out of the adapter, or untie the base and save it again",
+            )
+
+
+def _same(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
+    stored = checkpoint.tensors.get(name)
+    if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
+        raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one")
+    if not torch.equal(stored.read().reshape(tensor.shape).to(tensor.dtype), tensor.cpu()):
+        raise BaseMismatch(
+            f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's, "
+            "and a replaced tensor does not add up",
+            "train without bias= and without resizing embeddings, or name the base it was trained on",
+        )
