@@ -130,6 +130,11 @@ class LowRank:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     @property
+    def is_sharded(self) -> bool:
+        """Every rank of a run holds a part of the factors (FSDP2); reading them would wait for all ranks."""
+        return any(hasattr(t, "full_tensor") for t in self.tensors)
+
+    @property
     def is_finite(self) -> bool:
         """No number in A, B or the bias is NaN or infinite."""
         return all(bool((t if t.element_size() > 1 else t.float()).isfinite().all()) for t in self.tensors)

@@ -44,9 +44,10 @@ from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter
-from .training.factors import Factors, is_sharded, whole
+from .training.factors import Factors
 from .training.handed import Handed
 from .training.losses import ranks
+from .training.sharded import check_whole, whole
 from .training.steps import NodeSteps
 from .training.together import every_layer, joined
 from .tree import AdapterTree
@@ -201,7 +202,7 @@ class TreeModel(nn.Module):
             with self._needing(self.tree.coefficients(blend)) as terms:
                 plan = self._binder.plan(terms)
                 if mode == "merged":
-                    self._check_whole(plan)
+                    check_whole(plan)
                     self._check_trainable(plan)
                     self._merged.check(plan)
                     self._merged.switch(plan)
@@ -627,14 +628,6 @@ class TreeModel(nn.Module):
                         f"{term.node}: {name}: trains, and can't be merged while it does",
                         'activate(…, mode="unmerged"), or model.trainable() first',
                     )
-
-    def _check_whole(self, plan: Plan) -> None:
-        for name, site in plan.sites.items():
-            if site.weight is not None and is_sharded(site.weight):
-                raise StateError(
-                    f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
-                    'activate(…, mode="unmerged")',
-                )
 
     def _sharded_together(self, wanted: bool) -> None:
         while self._layers:

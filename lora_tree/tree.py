@@ -427,6 +427,11 @@ class AdapterTree:
         ({'q_proj': 1}, 0.0)
         """
         terms = self.terms(blend)
+        for node, _, adapter in terms:
+            if any(value.is_sharded for value in adapter.modules.values()):
+                raise SpecError(
+                    f"{node}: every rank has a part of its factors", "flatten inside with model.gathered() as tree:"
+                )
         flat = combine([(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms])
         _all_finite(flat, terms)
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -125,7 +126,14 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
     model = lt.attach(joint.tree(base), base)
     groups = joint.groups(model, *TRAINING)
     in_order = [row for step in rows() for micro in step for batch in micro for row in batch]
-    args = joint.arguments(folder / "run", num_train_epochs=1, save_strategy="steps", save_steps=2, ddp_backend="gloo")
+    args = joint.arguments(
+        folder / "run",
+        num_train_epochs=1,
+        save_strategy="steps",
+        save_steps=2,
+        ddp_backend="gloo",
+        per_device_eval_batch_size=2,
+    )
     made = TreeTrainer(model, args, groups=groups, train_dataset=in_order, eval_dataset=joint.rows(["a", "d", "a"], 8))
     made.train()
     assert isinstance(made.model_wrapped, DistributedDataParallel)
@@ -137,13 +145,69 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
     resumed.train(resume_from_checkpoint=str(folder / "run/checkpoint-2"))
     one, other = joint.factors(model.tree), joint.factors(again.tree)
     assert all(torch.equal(x, y) for path in one for x, y in zip(one[path], other[path], strict=True))
+    drawn = {}
+    for start in ("", "checkpoint-8"):  # in the middle of the second epoch of a sampler's own order
+        base = joint.base()
+        again = lt.attach(joint.tree(base), base)
+        more: dict[str, Any] = dict(num_train_epochs=2, save_strategy="steps", save_steps=8, ddp_backend="gloo")
+        args = joint.arguments(folder / "drawn", **more)
+        data: dict[str, Any] = dict(train_dataset=in_order, temperature=2.0)
+        TreeTrainer(again, args, groups=joint.groups(again, *TRAINING), **data).train(
+            resume_from_checkpoint=str(folder / "drawn" / start) if start else None
+        )
+        drawn[start] = joint.factors(again.tree)
+    assert all(torch.equal(x, y) for p in one for x, y in zip(*(run[p] for run in drawn.values()), strict=True))
     if dist.get_rank() == 0:
         told = {"logs": logs, "eval": {k: v for k, v in found.items() if k.startswith("eval_loss")}}
-        (folder / "told.json").write_text(__import__("json").dumps(told))
+        (folder / "told.json").write_text(json.dumps(told))
     return one
 
 
-SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer}
+def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
+    base = joint.base()
+    model = lt.attach(joint.tree(base), base)
+    model.trainable(*TRAINING)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    in_order = [row for step in rows() for micro in step for batch in micro for row in batch]
+    evaluated = dict(eval_dataset=joint.rows(["a", "d", "a"], 8), eval_strategy="steps", eval_steps=1)
+    args = joint.arguments(
+        folder / "run",
+        num_train_epochs=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_only_model=True,
+        ddp_backend="gloo",
+        **{key: value for key, value in evaluated.items() if key != "eval_dataset"},
+    )
+    data = dict(train_dataset=in_order, eval_dataset=evaluated["eval_dataset"])
+    made = TreeTrainer(model, args, groups=joint.groups(model, *TRAINING), **data, save_to=folder / "zoo")
+    made.train()
+    with model.gathered() as tree:
+        whole = joint.factors(tree)
+    made._load_from_checkpoint(str(folder / "run/checkpoint-1"))
+    with model.gathered() as tree:
+        assert not torch.equal(joint.factors(tree)["a"][0], whole["a"][0])
+    made._load_from_checkpoint(str(folder / f"run/checkpoint-{len(STEPS)}"))
+    for message, what in (
+        ("a: every rank has a part", lambda: model.tree.flatten("a")),
+        ("every rank has a part", lambda: model.tree.save(folder / f"parts-{dist.get_rank()}")),
+    ):
+        try:
+            what()
+        except lt.errors.LoraTreeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
+    with model.gathered() as tree:
+        again = joint.factors(tree)
+    assert all(torch.equal(x, y) for path in whole for x, y in zip(whole[path], again[path], strict=True))
+    return whole
+
+
+SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer, "sharded_trainer": sharded_trainer}
 
 
 def main() -> None:

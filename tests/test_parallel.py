@@ -74,8 +74,9 @@ def test_two_processes_come_to_what_one_does(scenario: str, folder: Path, hand: 
     hand.same_as(factors(folder / scenario))
 
 
-def test_what_was_sharded_is_saved_whole(folder: Path) -> None:
-    saved, wanted = joint.factors(lt.load(folder / "fsdp/zoo")), factors(folder / "fsdp")
+@pytest.mark.parametrize("scenario", ["fsdp", "sharded_trainer"])
+def test_what_was_sharded_is_saved_whole(scenario: str, folder: Path) -> None:
+    saved, wanted = joint.factors(lt.load(folder / scenario / "zoo")), factors(folder / scenario)
     assert all(torch.equal(x, y) for path in wanted for x, y in zip(saved[path], wanted[path], strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import joint
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, default_data_collator
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, FormatError, PathError, SpecError, StateError
@@ -219,6 +220,75 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
 
 
+def test_the_best_checkpoint_is_known_by_its_own_name_and_comes_back(tmp_path: Path) -> None:
+    evaluated: dict[str, Any] = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="loss/d")
+    saved: dict[str, Any] = dict(save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True)
+    more = dict(eval_dataset=joint.rows(["d"] * 3, 8))
+    trainer, _ = run(tmp_path, "d", more=more, max_steps=8, greater_is_better=True, **evaluated, **saved)
+    trainer.train()  # greater is better: the first one is the best, since training goes down
+    best = trainer.state.best_model_checkpoint
+    assert [str(p) for p in tmp_path.iterdir()] == [best]
+    told = [log["eval_loss/d"] for log in trainer.state.log_history if "eval_loss/d" in log]
+    assert trainer.evaluate()["eval_loss/d"] == max(told) != told[-1]
+    assert json.loads(Path(best, "trainer_state.json").read_text())["best_model_checkpoint"] == best
+
+
+def test_it_trains_in_bf16(tmp_path: Path) -> None:
+    trainer, model = run(tmp_path, "a", "d", bf16=True, max_steps=2)
+    before = joint.factors(model.tree)
+    model.base.to(torch.bfloat16)
+    trainer.train()
+    after = joint.factors(model.tree)
+    assert not torch.equal(before["a"][0], after["a"][0])
+    assert torch.equal(before["a/b"][0], after["a/b"][0])
+    assert {p.dtype for p in model.factors.of("a")} == {torch.float64}  # as they were
+
+
+def test_encoders_and_decoders_train_too(tmp_path: Path) -> None:
+    sizes = dict(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(**sizes))
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["q", "v"]))
+    tree.add("a")
+    model = lt.attach(tree, base)
+    model.trainable("a")
+    rows = joint.rows(["a", "", "a", "a"])
+    trainer = TreeTrainer(model, joint.arguments(tmp_path, max_steps=1), train_dataset=rows, eval_dataset=rows)
+    found = trainer.evaluate()
+    for path, mine in (("a", [rows[0], rows[2], rows[3]]), ("(base)", [rows[1]])):
+        batch = {key: torch.tensor([row[key] for row in mine]) for key in ("input_ids", "labels")}
+        with torch.no_grad():  # B is zero still: the base's own loss over these rows
+            assert found[f"eval_loss/{path}"] == pytest.approx(float(base(**batch).loss), rel=1e-5)
+    trainer.train()
+    adapter = tree.adapter("a")
+    assert adapter is not None
+    assert all(bool(v.B.any()) for v in adapter.modules.values())
+
+
+def test_a_base_of_ones_own_trains_too(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.table(input_ids))
+            return out
+
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["head"]))
+    tree.add("a")
+    model = lt.attach(tree, Own())
+    model.trainable("a")
+    rows = joint.rows(["a", "", "a", "a"])
+    trainer = TreeTrainer(model, joint.arguments(tmp_path, num_train_epochs=20), train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()
+    assert trainer.predict(rows).predictions.shape == (4, joint.TOKENS, 20)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss/a"] < before["eval_loss/a"]
+    assert after["eval_loss/(base)"] == before["eval_loss/(base)"]
+
+
 def test_a_node_of_a_checkpoint_can_be_promoted_and_the_tree_is_saved(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo"
     joint.tree(joint.base()).save(zoo)
@@ -246,6 +316,12 @@ def test_a_checkpoint_of_other_nodes_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"no factors.safetensors, so no checkpoint of a tree"):
         other.train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-99").rmdir()
+    child, _ = run(tmp_path / "child", "a/b", save_strategy="steps", save_steps=4, max_steps=4)
+    child.train()
+    again, model_again = run(tmp_path / "child", "a/b", max_steps=8)
+    model_again.tree.update("a", weight=0.5)
+    with pytest.raises(FormatError, match="a/b: a frozen ancestor, or a weight, has changed since"):
+        again.train(resume_from_checkpoint=True)
     narrow, narrow_model = run(tmp_path, "a")
     narrow_model.trainable("a", dtype=None)
     for parameter in narrow_model.factors.of("a"):
@@ -262,7 +338,8 @@ def test_a_trainer_of_the_bare_base_is_refused_while_nodes_train(tmp_path: Path)
     with pytest.raises(SpecError, match="TreeTrainer was given LlamaForCausalLM, not a TreeModel"):
         TreeTrainer(base, joint.arguments(tmp_path))
     with pytest.raises(StateError, match="no node trains"):
-        TreeTrainer(model, joint.arguments(tmp_path))
+        TreeTrainer(model, joint.arguments(tmp_path), train_dataset=joint.rows(["a"]))
+    TreeTrainer(model, joint.arguments(tmp_path))  # to evaluate only
     model.trainable("a")
     rows = [{key: row[key] for key in ("input_ids", "labels")} for row in joint.rows(["a"] * 4)]
     plain = Trainer(base, joint.arguments(tmp_path), train_dataset=rows)

@@ -63,6 +63,8 @@ def render(adapter: Adapter) -> dict[str, bytes]:
 
 def _check(name: str, value: LowRank) -> None:
     """One module on its own: a shape, a dtype and a name that PEFT can have."""
+    if value.is_sharded:
+        raise FormatError(f"{name}: every rank has a part of its factors", "save inside with model.gathered() as tree:")
     kind, kernel = value.layout.kind, value.layout.kernel
     dimensions = {"linear": (2,), "embedding": (2,), "conv": (2, 3), "parameter": (3,)}[kind]
     if value.A.ndim not in dimensions:

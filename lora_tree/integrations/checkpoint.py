@@ -1,7 +1,8 @@
 """A training run's checkpoint: what is in it of ours, and how it appears whole or not at all.
 
     checkpoint-120/
-      factors.safetensors          every parameter of every node that trains, bit for bit: what a run resumes from
+      factors.safetensors          every parameter of every node that trains, bit for bit: what a run resumes from;
+                                   and a hash of what each of them stands on, which has to be the same then
       nodes/fr/legal/…             the same nodes as PEFT adapters: tree.update("fr/legal", adapter=…) takes one
       optimizer.pt, …              what the trainer writes of its own
 
@@ -11,19 +12,24 @@ wrote leaves only that folder, which nobody takes for a checkpoint and the next 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
 
 from ..errors import FolderError, FormatError, listing
 from ..folder import disk
+from ..formats import peft, strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
+from ..training.sharded import full, is_sharded
 
 __all__ = ["FACTORS", "NODES", "UNFINISHED", "appearing", "load_factors", "save_factors"]
 
@@ -32,20 +38,30 @@ NODES = "nodes"
 UNFINISHED = ".unfinished"
 
 
-def save_factors(model: TreeModel, folder: Path) -> None:
+def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None:
     """Write what trains into a folder, as one file to resume from and as a PEFT adapter per node.
+
+    Args:
+        model: where its factors are sharded, every rank has to call this.
+        folder: made where missing.
+        writes: this process writes; one of all.
 
     Raises:
         FolderError: the folder can't be written.
         FormatError: PEFT has no way to write a node; names the node and the module.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _trained(model).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    disk.write(folder / FACTORS, render_tensors(tensors, {"format": "pt"}))
-    for path in model.tree.paths():
-        adapter = model.tree.adapter(path)
-        if path in model.factors.training_paths and adapter is not None:
-            adapter.save(folder / NODES / path)
+    with model.gathered() as tree:
+        tensors = {name: full(t.detach()).cpu().contiguous() for name, t in _trained(model).items()}
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.write(
+            folder / FACTORS, render_tensors(tensors, {"format": "pt", "stands_on": json.dumps(_stands_on(model))})
+        )
+        for path in tree.paths():
+            adapter = tree.adapter(path)
+            if path in model.factors.training_paths and adapter is not None:
+                adapter.save(folder / NODES / path)
 
 
 def load_factors(model: TreeModel, folder: Path) -> None:
@@ -58,7 +74,8 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     file = folder / FACTORS
     if not file.is_file():
         raise FolderError(f"{folder}: no {FACTORS}, so no checkpoint of a tree", "name a checkpoint-N of a TreeTrainer")
-    saved, _ = read_tensors(file, str(file))
+    saved, said = read_tensors(file, str(file))
+    model.factors.refresh(model.tree, model)
     now = _trained(model)
     if saved.keys() != now.keys():
         there, here = ({_node(name) for name in names} for names in (saved, now))
@@ -72,9 +89,17 @@ def load_factors(model: TreeModel, folder: Path) -> None:
                 f"{file}: {name}: {tuple(new.shape)} {new.dtype}, the node has {tuple(own.shape)} {own.dtype}",
                 "resume with the rank and dtype of then",
             )
+    then = strict_json.loads(said.get("stands_on", "{}").encode(), f"{file}: stands_on")
+    changed = [path for path, now_on in _stands_on(model).items() if then.get(path) != now_on]
+    if changed:
+        raise FormatError(
+            f"{file}: {listing(changed)}: a frozen ancestor, or a weight, has changed since",
+            "resume on the tree with which the run began; or take its nodes: tree.update(path, adapter='…/nodes/…')",
+        )
     with torch.no_grad():
         for name, new in saved.items():
-            now[name].copy_(new)
+            own = now[name]
+            own.copy_(distribute_tensor(new, own.device_mesh, own.placements) if is_sharded(own) else new)
 
 
 @contextmanager
@@ -123,9 +148,23 @@ def _sync_all(folder: Path) -> None:
         disk.sync(root)
 
 
-def _trained(model: TreeModel) -> dict[str, Tensor]:
+def _trained(model: TreeModel) -> dict[str, Any]:
     """Name → parameter of every node that trains."""
     return {name: p for name, p in model.factors.named_parameters() if p.requires_grad}
+
+
+def _stands_on(model: TreeModel) -> dict[str, str]:
+    """Node that trains → a hash of the weights down to it and of its frozen ancestors."""
+    training, found = model.factors.training_paths, {}
+    for path in training:
+        told = hashlib.sha256()
+        for node in model.tree.lineage(path):
+            adapter = None if node in training else model.tree.adapter(node)
+            told.update(f"{model.tree[node].weight!r} {node in training}".encode())
+            for name, data in sorted(peft.render(adapter).items()) if adapter is not None else ():
+                told.update(f"{name} {hashlib.sha256(data).hexdigest()}".encode())
+        found[path] = told.hexdigest()
+    return found
 
 
 def _node(name: str) -> str:

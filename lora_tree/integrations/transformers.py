@@ -28,13 +28,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import MissingExtra, SpecError, StateError, listing
+from ..errors import MissingExtra, SpecError, listing
 from ..extras import need
 from ..model import TreeModel
 from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
+from ..training.sharded import full
 from ..training.together import joined
 from .checkpoint import appearing, load_factors, save_factors
+from .given import checked_model, refuse, standing_in, whole_groups
 from .rows import PathCollator, PathTotals, paths_of
 
 for _needed in ("transformers", "accelerate"):
@@ -90,22 +92,25 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         save_to: str | os.PathLike[str] | None = None,
         **trainer: Any,
     ) -> None:
-        self.tree_model = _tree_model(model)
-        self._groups = _whole(self.tree_model, groups)
+        self.tree_model = checked_model(model)
+        self._groups = whole_groups(self.tree_model, groups, needed=trainer.get("train_dataset") is not None)
         self.path_column, self.save_to = path_column, save_to
         self.path_weights = dict(path_weights or {})
         for path in self.path_weights:
             self.tree_model.tree.coefficients(path)
-        _refuse(args, trainer)
+        refuse(args, trainer)
+        if self.tree_model.factors.sharded:  # by its owner: Accelerate must not wrap or shard it again
+            owner: Any = self.tree_model
+            owner.is_distributed_loading_by_transformers = True
         super().__init__(model=model, args=args, **trainer)
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SpecError(
-                "TreeTrainer trains on one device a process, whole; not under DataParallel, FSDP or DeepSpeed",
-                "start a process for each GPU: torchrun --nproc-per-node=…; for FSDP2 see docs/training.md",
+                "TreeTrainer trains on one device a process; not under DataParallel, Accelerate's FSDP or DeepSpeed",
+                "start a process for each GPU: torchrun --nproc-per-node=…; fully_shard the TreeModel before for FSDP2",
             )
         base: Any = self.tree_model.base
         if self.args.label_names is None:
-            self.label_names = find_labels(type(base))
+            self.label_names = find_labels(type(base)) or ["labels"]
         if getattr(base, "config", None) is not None:
             base.config.use_cache = getattr(self.args, "use_cache", False)  # as a Trainer given the base does
         self._whole_rows = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
@@ -173,8 +178,10 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         base = self.tree_model.base
         if self._whole_rows and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-        outputs = model(**inputs)
-        logits, shift = outputs["logits"], not self._whole_rows
+        outputs, shift = model(**inputs), not self._whole_rows
+        if not isinstance(outputs, Mapping):  # a module of your own may return its logits, alone or first
+            outputs = {"logits": outputs if isinstance(outputs, Tensor) else outputs[0]}
+        logits = outputs["logits"]
         if torch.is_grad_enabled():
             counts = self._counts
             weights = {path: weight for path, weight in self.path_weights.items() if counts is None or path in counts}
@@ -220,7 +227,18 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The norm of all gradients, for the log: each node is clipped by itself, as the optimiser steps."""
-        return self._get_grad_norm(model)
+        norm = self._get_grad_norm(model)
+        return full(norm) if isinstance(norm, Tensor) else norm
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Where the model is sharded: all but the last micro-batch of a step."""
+        sharded: Any = self.tree_model
+        sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(True)
 
     # ------------------------------------------------------------------ evaluation
     def prediction_step(
@@ -279,7 +297,7 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
     # ------------------------------------------------------------------ files
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; when it has ended, the tree is saved where ``save_to`` says."""
-        with _standing_in(self.tree_model, bool(getattr(self.args, "activation_checkpointing", False))):
+        with standing_in(self.tree_model, bool(getattr(self.args, "activation_checkpointing", False))):
             out = super().train(*args, **kwargs)
         if self.save_to is not None:
             self.save_model(os.fspath(self.save_to))
@@ -296,18 +314,18 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
             FolderError: as `AdapterTree.save`.
         """
         if _internal_call and output_dir is not None:  # a checkpoint
-            if self.args.should_save:
-                save_factors(self.tree_model, Path(output_dir))
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(output_dir)
+            save_factors(self.tree_model, Path(output_dir), writes=self.args.should_save)
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
             return
         where = output_dir if output_dir is not None else self.save_to
         if where is None:
             raise SpecError(
                 "save_model has no folder: checkpoints lie in output_dir, and a tree can't", "save_model('zoo/')"
             )
-        if self.args.should_save:
-            self.tree_model.tree.save(where)
+        with self.tree_model.gathered() as tree:
+            if self.args.should_save:
+                tree.save(where)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's, in a folder that appears when everything is in it."""
@@ -349,58 +367,6 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
-
-
-def _tree_model(model: Any) -> TreeModel:
-    if not isinstance(model, TreeModel):
-        raise SpecError(
-            f"TreeTrainer was given {'no model' if model is None else type(model).__name__}, not a TreeModel: "
-            "the factors that train belong to that, and a trainer of the base would neither move nor save them",
-            "model = lora_tree.attach(tree, base); groups = model.trainable(…); TreeTrainer(model, …)",
-        )
-    return model
-
-
-def _whole(model: TreeModel, groups: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
-    """A group for each node that trains, in the order of the tree."""
-    training = [path for path in model.tree.paths() if path in model.factors.training_paths]
-    if not training:
-        raise StateError("no node trains", "groups = model.trainable('fr/legal', …) first")
-    if groups is None:
-        return [{"name": path, "params": model.factors.of(path)} for path in training]
-    named = [group.get("name") for group in groups]
-    if sorted(map(str, named)) != sorted(training):
-        raise SpecError(
-            f"groups are of {listing(map(str, named))}, and {listing(training)} train",
-            "give the groups that model.trainable(…) returned last",
-        )
-    return list(groups)
-
-
-def _refuse(args: Any, trainer: Mapping[str, Any]) -> None:
-    """What would be taken, and not hold node by node."""
-    wrong = [name for name in ("model_init", "compute_loss_func") if trainer.get(name) is not None]
-    wrong += [name for name in ("label_smoothing_factor", "torch_compile", "push_to_hub") if getattr(args, name, None)]
-    if wrong:
-        raise SpecError(
-            f"TreeTrainer takes no {listing(wrong)}",
-            "losses are taken path by path, side paths run as hooks, and what is saved is a tree: see docs/training.md",
-        )
-
-
-@contextmanager
-def _standing_in(model: TreeModel, checkpointing: bool) -> Iterator[None]:
-    """The Trainer asks its model to checkpoint layers: the base does."""
-    names = [n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(model.base, n)]
-    if checkpointing and not names:
-        raise SpecError(f"{type(model.base).__name__} can't checkpoint its layers", "gradient_checkpointing=False")
-    for name in names:
-        object.__setattr__(model, name, getattr(model.base, name))
-    try:
-        yield
-    finally:
-        for name in names:
-            object.__delattr__(model, name)
 
 
 def _meet() -> None:

@@ -19,30 +19,11 @@ from ..adapter import Adapter
 from ..errors import StateError, listing
 from ..lowrank import LowRank
 from ..tree import AdapterTree
+from .sharded import is_sharded
 
-__all__ = ["Factors", "is_sharded", "whole"]
+__all__ = ["Factors"]
 
 _DOT = "\N{ONE DOT LEADER}"
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Every rank holds a part of it."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(adapter: Adapter) -> Adapter:
-    """The adapter with every factor whole; where they are sharded, every rank has to call this."""
-
-    def one(tensor: Tensor) -> Tensor:
-        if not is_sharded(tensor):
-            return tensor
-        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-        return nn.Parameter(full.detach(), requires_grad=False)  # a parameter: a save writes what trained since
-
-    def all_of(value: LowRank) -> LowRank:
-        return replace(value, A=one(value.A), B=one(value.B), bias=None if value.bias is None else one(value.bias))
-
-    return adapter.map(all_of) if any(is_sharded(t) for v in adapter.modules.values() for t in v.tensors) else adapter
 
 
 class Factors(nn.ModuleDict):
@@ -181,7 +162,7 @@ class _Node(nn.Module):
     def shown(self) -> Adapter:
         """`adapter` in the parameters that stand here now; the same object for the same parameters."""
         assert self.adapter is not None
-        first = id(next(self.parameters()))  # they are exchanged all together
+        first = id(next(iter(self._parameters.values()), None))  # they are exchanged all together
         made = self._kept.get(first)
         if made is None or made[0] is not self.adapter:
             values = {name: self._shown(name, value) for name, value in self.adapter.modules.items()}
