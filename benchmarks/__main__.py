@@ -10,7 +10,7 @@ from typing import Annotated
 import transformers
 import typer
 
-from . import decode, flatten, opening, routed, switch, training, unmerged
+from . import checkpoint, decode, flatten, opening, routed, switch, training, unmerged
 from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
@@ -25,6 +25,7 @@ class Name(StrEnum):
     routed = "routed"
     decode = "decode"
     training = "training"
+    checkpoint = "checkpoint"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -35,6 +36,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.routed: routed.run,
     Name.decode: decode.run,
     Name.training: training.run,
+    Name.checkpoint: checkpoint.run,
 }
 
 

@@ -54,7 +54,7 @@ class Size:
     base_batch: int = 8
 
 
-FULL = Size(hidden=192, layers=4, base_steps=480, steps=100, batch=16, windows=24, seeds=3, rates=(2e-3, 5e-3, 1.2e-2))
+FULL = Size(hidden=192, layers=4, base_steps=480, steps=120, batch=8, windows=16, seeds=3, rates=(3e-3, 8e-3))
 SMALL = Size(hidden=32, layers=1, base_steps=2, steps=2, batch=4, windows=1, seeds=2, rates=(5e-3,), leaves=4)
 
 

@@ -35,7 +35,11 @@ def need(module: str, *, extra: str, what: str) -> Any:
     lora_tree.errors.MissingExtra: the demo needs no_such_module, which is not installed
       pip install 'lora_tree[peft]'
     """
-    if importlib.util.find_spec(module) is None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # nor is the package that it is a part of
+        found = None
+    if found is None:
         raise MissingExtra(f"{what} needs {module}, which is not installed", f"pip install 'lora_tree[{extra}]'")
     return importlib.import_module(module)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare, decode, flatten, opening, routed, switch, training, unmerged
+from benchmarks import checkpoint, compare, decode, flatten, opening, routed, switch, training, unmerged
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -24,6 +24,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
         (decode, 1, {"bare", "auto", "flattened"}),
         (training, 5, {"together", "PEFT, 8 steps"}),
+        (checkpoint, 1, {"merged", "copied, with fsync"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )

@@ -590,7 +590,7 @@ def test_the_schema_accepts_what_the_library_does(shell: Shell) -> None:
 
 
 def test_every_command_explains_itself(shell: Shell) -> None:
-    for command in ("show", "check", "lock", "export", "generate", "schema", "demo"):
+    for command in ("show", "check", "lock", "export", "generate", "vllm-args", "schema", "demo"):
         code, out, _ = shell(command, "--help")
         assert code == 0
         assert "Usage:" in out

@@ -82,6 +82,25 @@ def test_every_kind_of_site_goes_through_peft(case: Case, tmp_path: Path) -> Non
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["attention", "grouped", "conv2d", "three_parameters", "embedding"])
+def test_what_peft_may_get_wrong_is_the_dense_sum(name: str, tmp_path: Path) -> None:
+    """An attention's out-projection, a grouped kernel, …: the factors on the disk, multiplied out by hand."""
+    tree = lt.AdapterTree()
+    tree.add("one", adapter=saved(CASES[name].made(), tmp_path / "peft"), weight=0.7)
+    second = tree.adapter("one")
+    assert second is not None
+    tree.add("one/two", adapter=second.scaled(-0.3))
+    torch.manual_seed(0)
+    lt.portable(tree, "one/two", base=CASES[name].model()).save(tmp_path / "out")
+    read = lt.Adapter.load(tmp_path / "out").modules
+    assert read.keys() == second.modules.keys()
+    for module, value in second.modules.items():
+        wanted = (0.7 - 0.3) * value.scale * (value.B.double() @ value.A.double())
+        got = read[module].scale * (read[module].B.double() @ read[module].A.double())
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------- small trees
 def value(out: int = 6, into: int = 4, r: int = 2, seed: int = 0, **more: Any) -> lt.LowRank:
     g = torch.Generator().manual_seed(seed)

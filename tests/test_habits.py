@@ -29,7 +29,7 @@ RINGS = {
     "values": ["errors", "budget", "lowrank", "storage", "adapter", "spec", "blend", "tree"],
     "files": ["formats", "folder"],
     "binding": ["sites", "engine", "training", "cache", "model", "fit"],
-    "edges": ["extras", "export", "integrations", "demo", "cli"],
+    "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
 }
 SEES = {"values": [], "files": ["values"], "binding": ["values"], "edges": ["values", "files", "binding"]}
 OPTIONAL = {"cli", "demo", "integrations"}  # where an import inside a function is how an extra stays optional

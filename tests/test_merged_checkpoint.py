@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -144,6 +145,21 @@ def test_a_lora_bias_goes_into_the_bias(tmp_path: Path) -> None:
     merged = loaded(tmp_path / "out", torch.float32, base)
     for leaf in ("weight", "bias"):
         assert torch.equal(merged.get_parameter(f"{name}.{leaf}"), base.get_parameter(f"{name}.{leaf}"))
+
+
+def test_another_file_system_is_copied_to_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved("llama", torch.float32, tmp_path / "base")
+    tree = ARCHS["llama"].tree(base)
+    lt.export_model(tree, "a", tmp_path / "kernel", base=tmp_path / "base")
+
+    def refuses(*_: Any) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuses)
+    told: list[tuple[int, int]] = []
+    lt.export_model(tree, "a", tmp_path / "hand", base=tmp_path / "base", progress=lambda *now: told.append(now))
+    assert on_disk(tmp_path / "hand") == on_disk(tmp_path / "kernel")
+    assert told[-1][0] == told[-1][1] == sum(f.stat().st_size for f in (tmp_path / "hand").glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------------- names on the disk and in memory

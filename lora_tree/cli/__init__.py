@@ -9,7 +9,7 @@ LORA_TREE_TRACEBACK=1 in the environment shows where an error came from.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -18,11 +18,15 @@ import typer
 from .check import check
 from .console import any_encoding, print_error, warnings_in_one_line
 from .demo import demo
+from .evaluation import evaluation
 from .export import export
 from .generate import generate
 from .lock import lock
+from .promote import promotion
 from .schema import schema
 from .show import show
+from .train import train
+from .vllm_args import vllm_args
 
 __all__ = ["app", "main"]
 
@@ -33,8 +37,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (show, check, lock, export, generate, schema, demo):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "show": show,
+    "check": check,
+    "lock": lock,
+    "export": export,
+    "generate": generate,
+    "train": train,
+    "eval": evaluation,
+    "promote": promotion,
+    "vllm-args": vllm_args,
+    "schema": schema,
+    "demo": demo,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def _version(wanted: bool) -> None:

@@ -11,10 +11,10 @@ import torch
 import typer
 
 from ..errors import SpecError
-from ..extras import foreign, need
+from ..extras import foreign
 from ..folder import load
 from ..model import attach
-from .console import OTHER_BASE
+from .base import open_model, open_tokenizer
 
 __all__ = ["generate"]
 
@@ -37,21 +37,14 @@ def generate(
     mode: Annotated[Mode, typer.Option(help="Written into the weights, or a side path.")] = Mode.merged,
 ) -> None:
     """Print text that the base writes at a path."""
-    transformers = need("transformers", extra="transformers", what="generate")
-    transformers.utils.logging.disable_progress_bar()
     tree = load(folder)
     tree.lineage(path) if "+" not in path and ":" not in path else tree.coefficients(path)
-    name = base or tree.base
-    if name is None:
-        raise SpecError(f"{folder} names no base", "name one: --base MODEL")
-    with foreign(f"{name}: transformers can't open its tokenizer", OTHER_BASE):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    name, tokenizer = open_tokenizer(tree, folder, base, what="generate")
     with foreign("the tokenizer can't read the prompt"):
         tokens = tokenizer(prompt, return_tensors="pt")
     if tokens["input_ids"].numel() == 0:
         raise SpecError("the prompt has no tokens, so there is nothing to go on from", "give it a word: --prompt TEXT")
-    with foreign(f"{name}: transformers can't open the model", OTHER_BASE):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    model = open_model(name)
     attached = attach(tree, model)
     attached.activate(path, mode=mode.value)
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ place, synced and renamed: an interrupted run leaves a hidden folder without a c
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,9 @@ __all__ = ["MergedCheckpoint", "export_model"]
 
 KERNEL_BYTES = 64 << 20
 """How much is copied at once inside the kernel, so that progress is told in between."""
+
+PLAIN_BYTES = 8 << 20
+"""And at once through this process, where the two file systems don't let the kernel do it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def export_model(
         TiedWeights: a weight to change is used by a second module.
         UnmergedOnly: a delta can't be written into its weight.
         FolderError: the folder is there already or can't be written.
+
+    See docs/export.md for an example that runs.
     """
     path = spelled(blend)
     source = _source(tree, base)
@@ -187,7 +193,7 @@ class _Writer:
         for at, size in _steps(begin, end):
             done = 0
             while done < size:
-                got = os.copy_file_range(source, out, size - done, at + done, at + done)
+                got = _copied(source, out, at + done, size - done)
                 if not got:
                     raise FolderError("a weight file was cut short while it was copied")
                 done += got
@@ -231,6 +237,18 @@ class _Writer:
         self._done += nbytes
         if self._progress is not None:
             self._progress(self._done, self._checkpoint.nbytes)
+
+
+def _copied(source: int, out: int, at: int, size: int) -> int:
+    """Copy some bytes from a file to the same place of another, inside the kernel where it can: how many."""
+    try:
+        return os.copy_file_range(source, out, size, at, at)
+    except AttributeError:
+        pass  # not on this system
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            raise
+    return os.pwrite(out, os.pread(source, min(size, PLAIN_BYTES), at), at)
 
 
 def _steps(begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BaseMismatch, suggest
+from ..errors import BaseMismatch, LoraTreeError, suggest
 from ..extras import foreign
 from .shards import Stored
 
@@ -144,7 +144,10 @@ class Names:
     def _made_of(self, group: Group) -> Iterable[str]:
         if group.converter is None:
             return (group.first,)
-        return self.together(group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        try:
+            return self.together(group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        except LoraTreeError:
+            return (group.first,)  # told when somebody wants to change it
 
 
 def _conversions(model: Any) -> list[Any]:

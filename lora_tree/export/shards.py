@@ -80,7 +80,8 @@ class Stored:
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, which must live as long as they are used.
 
-    >>> bytes(raw(torch.tensor([1.0]))).hex()
+    >>> one = torch.tensor([1.0])
+    >>> bytes(raw(one)).hex()
     '0000803f'
     """
     held = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())

@@ -5,8 +5,8 @@ yamlfile ─────────────┼─ resolve ─ source ─ op
 lockfile ─────────────┘                              alone ──┴─ api: load, lock, check
 """
 
-from .api import StaleWarning, check, load, lock
+from .api import StaleWarning, check, load, lock, survey
 from .problem import Problem
 from .yamlfile import json_schema
 
-__all__ = ["Problem", "StaleWarning", "check", "json_schema", "load", "lock"]
+__all__ = ["Problem", "StaleWarning", "check", "json_schema", "load", "lock", "survey"]

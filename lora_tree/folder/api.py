@@ -27,7 +27,7 @@ from .saving import node_lock, save_tree
 from .scan import look
 from .source import FolderSource, Trained, hashed
 
-__all__ = ["Problem", "StaleWarning", "check", "load", "lock"]
+__all__ = ["Problem", "StaleWarning", "check", "load", "lock", "survey"]
 
 
 class StaleWarning(UserWarning):
@@ -64,6 +64,23 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
     tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, cache=cache, home=home)
     remember(tree, place, Seen.of(opened))
     return tree
+
+
+def survey(path: str | os.PathLike[str]) -> tuple[AdapterTree, list[Problem]]:
+    """A tree as `load` opens it, with what is wrong with single nodes listed instead of raised.
+
+    For a server, which goes on with the nodes that are whole. A node that is listed may fail when it is asked for.
+
+    Raises:
+        SpecError, FolderError: there is no tree, or what its folder means can't be said.
+    """
+    place = place_of(path)
+    opened = inspect(place)
+    raise_any([problem for problem in opened.problems if not problem.node])
+    _there_is_a_tree(opened)
+    nodes = (_node(opened, node) for node in opened.entries)
+    tree = AdapterTree.from_nodes(nodes, base=opened.base_name, home=Path(place.yaml_file))
+    return tree, [problem for problem in opened.problems if problem.node]
 
 
 def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:

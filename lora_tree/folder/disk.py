@@ -10,14 +10,29 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FolderError
 
-__all__ = ["Stamp", "copy", "digest", "exists", "make", "named", "read", "remove", "rename", "stamp", "sync", "write"]
+__all__ = [
+    "Stamp",
+    "copy",
+    "digest",
+    "exists",
+    "make",
+    "named",
+    "read",
+    "remove",
+    "rename",
+    "replace",
+    "stamp",
+    "sync",
+    "write",
+]
 
 _BLOCK = 1 << 20
 
@@ -81,6 +96,19 @@ def write(path: str | Path, data: bytes) -> Stamp:
     """Make a new file, whole and synced."""
     with named("write it", path), _created(path) as file:
         return _fill(file, data)
+
+
+def replace(path: str | Path, data: bytes) -> None:
+    """Make a file, or another of its name, whole: its bytes are there and synced before it has the name."""
+    beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
+    try:
+        write(beside, data)
+        rename(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(beside)
+        raise
+    sync(Path(path).absolute().parent)
 
 
 def copy(source: str | Path, path: str | Path) -> tuple[Stamp, str]:

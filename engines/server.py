@@ -1,0 +1,100 @@
+"""A vLLM server on loopback for the length of a test: started, waited for, asked, and ended by its process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+START_S = 240.0
+ASK_S = 60.0
+
+
+class Server:
+    """What can be asked of it."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        """(HTTP status, answer)."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=ASK_S) as answer:
+                text = answer.read()
+                return answer.status, json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(errors="replace")
+
+    def complete(self, model: str, prompt: Sequence[int], **more: Any) -> tuple[int, Any]:
+        body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0, **more}
+        return self.ask("/v1/completions", body)
+
+
+@contextmanager
+def serving(base: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Server]:
+    """A server of ``base``, ready to answer; gone when the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--model", str(base), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
+        *("--served-model-name", "base", "--max-num-seqs", "16", *flags),
+    ]
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own, **environment},
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        server = Server(port, log)
+        _wait(server, process)
+        yield server
+        assert process.poll() is None, f"the server died:\n{server.log[-4000:]}"
+    finally:
+        _end(process)
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+    ends = time.monotonic() + START_S
+    while time.monotonic() < ends:
+        if process.poll() is not None:
+            break
+        try:
+            if server.ask("/health")[0] == 200:
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"the server did not start within {START_S:.0f} s:\n{server.log[-6000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Its process group, which it leads: the engine core is a child of it."""
+    for number, wait_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait(5)

@@ -1,0 +1,229 @@
+"""A real vLLM on the CPU: its log-probabilities are the tree's, through exported folders and by path name."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from server import Server, serving
+
+import lora_tree as lt
+from lora_tree.demo import bytelevel
+from lora_tree.integrations.vllm import server_args
+
+TOLERANCE = 1e-5
+PROMPTS = [[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100], [9, 250, 3, 3, 17], list(range(40, 100))]
+PATHS = ("fr", "fr/legal", "fr/legal/eu", "fr/legal/eu/court", "fr/medical", "de", "de/tech")
+COLD = tuple(f"cold/n{i}" for i in range(8))
+HIDDEN, WIDE = 128, 224
+SHAPES = {
+    "q_proj": (HIDDEN, HIDDEN), "k_proj": (64, HIDDEN), "v_proj": (64, HIDDEN), "o_proj": (HIDDEN, HIDDEN),
+    "gate_proj": (WIDE, HIDDEN), "up_proj": (WIDE, HIDDEN), "down_proj": (HIDDEN, WIDE),
+}  # fmt: skip
+
+
+def adapter(seed: int, targets: dict[str, tuple[int, float]], *, rslora: bool = False) -> lt.Adapter:
+    """Targets → (r, alpha), in both layers; ΔW about half as large as W."""
+    g = torch.Generator().manual_seed(seed)
+    modules = {}
+    for layer in range(2):
+        for name, (r, alpha) in targets.items():
+            out, into = SHAPES[name]
+            scale = alpha / math.sqrt(r) if rslora else alpha / r
+            A = torch.randn(r, into, generator=g) / into**0.5
+            B = torch.randn(out, r, generator=g) * 0.3 / (scale * r**0.5)
+            place = "self_attn" if name[0] in "qkvo" else "mlp"
+            modules[f"model.layers.{layer}.{place}.{name}"] = lt.LowRank(A, B, scale)
+    return lt.Adapter(modules, config={"use_rslora": rslora, "task_type": "CAUSAL_LM"})
+
+
+def zoo(base: Path) -> lt.AdapterTree:
+    """Mixed ranks, rslora, alpha patterns, node weights, other targets; depth 1 to 4."""
+    tree = lt.AdapterTree(base=str(base))
+    tree.add("fr", adapter=adapter(1, {"q_proj": (4, 8), "v_proj": (4, 8)}))
+    tree.add("fr/legal", adapter=adapter(2, {"q_proj": (3, 5), "down_proj": (3, 5)}, rslora=True), weight=0.8)
+    tree.add("fr/legal/eu", adapter=adapter(3, {"k_proj": (2, 3), "up_proj": (5, 1), "o_proj": (2, 7)}))
+    tree.add("fr/legal/eu/court", adapter=adapter(4, {"gate_proj": (6, 6), "q_proj": (2, 1)}), weight=-0.5)
+    tree.add("fr/medical", adapter=adapter(5, {"v_proj": (1, 2), "gate_proj": (8, 4)}), weight=1.3)
+    tree.add("de", adapter=adapter(6, dict.fromkeys(SHAPES, (4, 4)), rslora=True))
+    tree.add("de/tech", adapter=adapter(7, {"o_proj": (2, 3)}))
+    tree.add("cold", group=True)
+    for i, path in enumerate(COLD):
+        tree.add(path, adapter=adapter(20 + i, {"q_proj": (2, 2), "up_proj": (3, 1)}))
+    return tree
+
+
+class Own:
+    """The tree's own log-probabilities, from the merged model."""
+
+    def __init__(self, tree: lt.AdapterTree, base: Path) -> None:
+        self.model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.tree = lt.attach(tree, self.model)
+
+    @torch.no_grad()
+    def __call__(self, path: str, prompt: list[int]) -> torch.Tensor:
+        """Of every token of the prompt but the first, and of the likeliest next one."""
+        with self.tree.using(path):
+            logs = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        ids = torch.tensor([*prompt[1:], int(logs[-1].argmax())])
+        return logs[torch.arange(len(prompt)), ids]
+
+    def greedy(self, path: str, prompt: list[int], tokens: int) -> list[float]:
+        """Of the likeliest next tokens, one after the other."""
+        logs = []
+        for _ in range(tokens):
+            logs.append(float(self(path, prompt)[-1]))
+            with torch.no_grad(), self.tree.using(path):
+                prompt = [*prompt, int(self.model(torch.tensor([prompt])).logits[0, -1].argmax())]
+        return logs
+
+
+def theirs(server: Server, model: str, prompt: list[int]) -> torch.Tensor:
+    """The same of vLLM: the prompt's tokens read anew, the next one with whatever its caches hold."""
+    status, answer = server.complete(model, prompt, prompt_logprobs=0)
+    assert status == 200, answer
+    read = zip(prompt[1:], answer["choices"][0]["prompt_logprobs"][1:], strict=True)
+    found = [entry[str(token)]["logprob"] for token, entry in read]
+    status, answer = server.complete(model, prompt, logprobs=1)
+    assert status == 200, answer
+    return torch.tensor([*found, answer["choices"][0]["logprobs"]["token_logprobs"][0]])
+
+
+def furthest(server: Server, own: Own, path: str, model: str | None = None) -> float:
+    """The largest difference of a log-probability over all prompts."""
+    return max(float((theirs(server, model or path, p) - own(path, p)).abs().max()) for p in PROMPTS)
+
+
+@dataclass
+class World:
+    server: Server
+    own: Own
+    zoo: Path
+    base: Path
+    exported: dict[str, str]
+
+    def waits(self, until: Callable[[], bool], what: str) -> None:
+        ends = time.monotonic() + 20
+        while not until():
+            assert time.monotonic() < ends, f"{what}\n{self.server.log[-3000:]}"
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    at = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=bytelevel.VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.08,
+        bos_token_id=bytelevel.END, eos_token_id=bytelevel.END,
+    )  # fmt: skip
+    bytelevel.save_base(transformers.LlamaForCausalLM(config), at / "base")
+    zoo(at / "base").save(at / "zoo")
+    args = server_args(at / "zoo", cache=at / "cache")
+    flags, exported = list(args.flags), {}
+    tree = lt.load(at / "zoo")
+    for path in PATHS:
+        exported[path] = f"exported-{path.replace('/', '-')}"
+        lt.portable(tree, path, ceil_rank=True).save(at / "out" / path)
+    flags += ["--lora-modules", *(f"{name}={at / 'out' / path}" for path, name in exported.items())]
+    with serving(at / "base", flags, args.environment, at / "server.log") as server:
+        yield World(server, Own(lt.load(at / "zoo"), at / "base"), at / "zoo", at / "base", exported)
+
+
+def test_exported_folders_give_the_tree_s_log_probabilities(world: World) -> None:
+    off = {path: furthest(world.server, world.own, path, name) for path, name in world.exported.items()}
+    print("exported:", {path: f"{value:.1e}" for path, value in off.items()})
+    assert max(off.values()) < TOLERANCE
+    prompt = PROMPTS[0]
+    bare = world.own("", prompt)
+    assert all(float((world.own(path, prompt) - bare).abs().max()) > 0.01 for path in PATHS)
+
+
+def test_path_names_give_the_tree_s_log_probabilities(world: World) -> None:
+    off = {path: furthest(world.server, world.own, path) for path in PATHS}
+    off["fr/legal:0.5+de:0.5"] = furthest(world.server, world.own, "fr/legal:0.5+de:0.5")
+    print("by name:", {path: f"{value:.1e}" for path, value in off.items()})
+    assert max(off.values()) < TOLERANCE
+
+
+def test_eight_clients_ask_for_eight_cold_paths_at_once(world: World) -> None:
+    """Only sampled tokens are asked for: vLLM 0.32 dies of prompt log-probabilities in a batch of several adapters."""
+
+    def asked(path: str) -> list[float]:
+        status, answer = world.server.complete(path, PROMPTS[1], logprobs=1, max_tokens=4)
+        assert status == 200, answer
+        logs: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"]
+        return logs
+
+    def client(number: int) -> float:
+        mine = COLD[number:] + COLD[:number]
+        return max(abs(x - y) for path in mine for x, y in zip(asked(path), wanted[path], strict=True))
+
+    wanted = {path: world.own.greedy(path, PROMPTS[1], 4) for path in COLD}
+    assert not any(path in world.server.log for path in COLD)
+    with ThreadPoolExecutor(8) as clients:
+        off = max(clients.map(client, range(8)))
+    print(f"cold paths: {off:.1e}")
+    assert off < TOLERANCE
+
+
+def test_a_node_that_is_replaced_gives_new_answers_and_a_stale_one_a_warning(world: World) -> None:
+    assert furthest(world.server, world.own, "fr/legal") < TOLERANCE
+    assert furthest(world.server, world.own, "fr/legal/eu") < TOLERANCE
+    tree = lt.load(world.zoo)
+    tree.update("fr/legal", adapter=adapter(50, {"q_proj": (5, 9), "v_proj": (2, 2)}))
+    tree.save(world.zoo)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lt.StaleWarning)
+        now = Own(lt.load(world.zoo), world.base)
+    old = world.own("fr/legal", PROMPTS[0])
+    assert float((now("fr/legal", PROMPTS[0]) - old).abs().max()) > 0.01
+
+    def is_new() -> bool:
+        got = theirs(world.server, "fr/legal", PROMPTS[0])
+        new = float((got - now("fr/legal", PROMPTS[0])).abs().max()) < TOLERANCE
+        assert new or float((got - old).abs().max()) < TOLERANCE  # the one or the other, no mixture
+        return new
+
+    world.waits(is_new, "the new node was not picked up")
+    assert furthest(world.server, now, "fr/legal") < TOLERANCE
+    world.waits(lambda: furthest(world.server, now, "fr/legal/eu") < TOLERANCE, "nor was its child")
+    world.waits(lambda: furthest(world.server, now, "fr/legal/eu/court") < TOLERANCE, "nor was its grandchild")
+    assert furthest(world.server, now, "de") < TOLERANCE
+    assert (
+        "'fr/legal/eu' is served though it is stale: fr/legal/eu: the lineage of fr/legal has changed"
+        in world.server.log
+    )
+
+
+def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_on(world: World) -> None:
+    server = world.server
+    status, answer = server.complete("fr/legol", PROMPTS[0])
+    assert status == 404, answer
+    assert "'fr/legol' is refused: no node 'fr/legol' in the tree; did you mean 'fr/legal'?" in server.log
+    weights = world.zoo / "fr" / "medical" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    assert server.complete("fr/medical", PROMPTS[0])[0] == 200
+    shutil.copy(world.zoo / "de" / "tech" / "adapter_model.safetensors", weights)
+    world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 404, "an unlocked node was served")
+    assert "'fr/medical' is refused: unlocked: fr/medical:" in server.log
+    assert furthest(server, world.own, "de") < TOLERANCE
+    weights.write_bytes(whole[:-100])
+    lt.lock(world.zoo, accept_stale=True)
+    assert server.complete("fr/medical", PROMPTS[0])[0] == 404
+    assert "not a whole safetensors file" in server.log or "the header describes" in server.log
+    assert furthest(server, world.own, "de") < TOLERANCE
+    weights.write_bytes(whole)
+    lt.lock(world.zoo, accept_stale=True)
+    world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 200, "the repaired node was not served")
+    assert furthest(server, world.own, "fr/medical") < TOLERANCE

@@ -1,0 +1,63 @@
+"""``lora-tree eval``: every node on every path's rows, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..folder import disk, load
+from ..model import attach
+from ..runs import Matrix, evaluate, read_rows
+from ..runs.evaluation import BARE
+from .arguments import AsJson, Base, Data, Folder, Length, Nodes
+from .base import open_model, open_tokenizer
+from .console import out, print_json
+from .progress import steps_done
+
+__all__ = ["evaluation"]
+
+
+def evaluation(
+    folder: Folder,
+    nodes: Nodes = None,
+    *,
+    data: Data,
+    base: Base = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    max_length: Length = 1024,
+    picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The loss of every node, and of the bare base, on the rows of every path."""
+    tree = load(folder)
+    for node in nodes or ():
+        tree.lineage(node)
+    name, tokenizer = open_tokenizer(tree, folder, base, what="eval")
+    rows = read_rows(data, tree, tokenizer, max_length=max_length)
+    model = attach(tree, open_model(name))
+    count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
+    with steps_done("evaluating", count, 0) as bar:
+        matrix = evaluate(model, rows, nodes=nodes or None, batch=batch, tick=lambda: bar(""))
+    if picture is not None:
+        disk.replace(picture, matrix.picture().encode())
+    if as_json:
+        columns = [dict(zip(matrix.domains, row, strict=True)) for row in (*matrix.losses, matrix.tokens)]
+        losses = dict(zip(matrix.paths, columns[:-1], strict=True))
+        print_json({"unit": "nats per token", "losses": losses, "tokens": columns[-1]})
+    else:
+        out().print(_table(matrix))
+
+
+def _table(matrix: Matrix) -> Table:
+    table = Table(title="nats per token", title_justify="left", caption="rows: the active path; columns: whose rows")
+    table.add_column("active path")
+    for domain in matrix.domains:
+        table.add_column(domain or BARE, justify="right")
+    best = [min(column) for column in zip(*matrix.losses, strict=True)]
+    for path, losses in zip(matrix.paths, matrix.losses, strict=True):
+        cells = [f"[bold]{x:.3f}[/bold]" if x == low else f"{x:.3f}" for x, low in zip(losses, best, strict=True)]
+        table.add_row(path or BARE, *cells)
+    return table

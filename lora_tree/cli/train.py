@@ -1,0 +1,142 @@
+"""``lora-tree train``: many nodes at once, from JSON lines into the folder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..errors import SpecError
+from ..folder import load
+from ..model import attach
+from ..runs import Run, Settings, read_rows
+from ..runs.evaluation import BARE
+from .arguments import AsJson, Base, Data, Folder, Length, Nodes
+from .base import open_model, open_tokenizer
+from .console import err, out, print_json
+from .progress import steps_done
+
+__all__ = ["train"]
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after its warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+def train(
+    folder: Folder,
+    nodes: Nodes = None,
+    *,
+    data: Data,
+    base: Base = None,
+    run: Annotated[Path | None, typer.Option(help="Where checkpoints go; FOLDER/.training without it.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate at its height.")] = 2e-4,
+    lr_of: Annotated[list[str] | None, typer.Option(help="One node's own: fr=1e-5.", metavar="NODE=RATE")] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="A path's in the loss: fr=2.", metavar="PATH=NUMBER")] = None,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
+    clip_norm: Annotated[float, typer.Option(min=0, help="Of each node's gradients; 0: not at all.")] = 1.0,
+    dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps in which the rate rises.")] = 0,
+    schedule: Annotated[Schedule, typer.Option()] = Schedule.cosine,
+    temperature: Annotated[float, typer.Option(help="1: rows as they are; inf: every path alike.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_length: Length = 1024,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none but the last.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Train many nodes at once, and save the tree. The same command goes on where it was stopped."""
+    settings = Settings(
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        lr=lr,
+        lr_of=_numbers(lr_of, "--lr-of"),
+        weight_decay=weight_decay,
+        clip_norm=clip_norm or None,
+        dropout=dropout,
+        warm_up=warm_up,
+        schedule=schedule.value,
+        temperature=temperature,
+        weights=_numbers(weight, "--weight"),
+        seed=seed,
+    )
+    tree = load(folder)
+    name, tokenizer = open_tokenizer(tree, folder, base, what="train")
+    rows = read_rows(data, tree, tokenizer, max_length=max_length)
+    torch.manual_seed(seed)  # what fresh nodes start from
+    model = attach(tree, open_model(name))
+    where = folder if folder.is_dir() else folder.parent
+    running = Run(model, rows, settings, run or where / ".training", nodes=nodes or ())
+    _tell_rows(running, rows)
+    resumed = running.done
+    losses: Mapping[str, float] = {}
+    with steps_done("training", steps, running.done) as bar, _interrupts() as interrupted:
+        for step in running.steps(save_every=save_every or None):
+            losses = step.losses
+            bar(" ".join(f"{path or BARE} {loss:.3f}" for path, loss in losses.items()))
+            if interrupted() and step.number < steps:
+                kept = running.save()
+                err().print(f"stopped after {step.number} of {steps} steps; the same command goes on from {kept}")
+                raise typer.Exit(130)
+    kept = running.save()
+    model.trainable()
+    tree.save(where)
+    told = {"nodes": running.nodes, "steps": running.done, "resumed_at": resumed, "checkpoint": str(kept)}
+    if as_json:
+        print_json({**told, "rows": len(running.rows), "left_out": running.left_out, "losses": losses})
+    else:
+        out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {where}")
+
+
+# ---------------------------------------------------------------------- helpers
+def _numbers(pairs: list[str] | None, option: str) -> dict[str, float]:
+    found = {}
+    for pair in pairs or ():
+        path, equals, number = pair.rpartition("=")
+        try:
+            found[path] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise SpecError(f"{option} {pair}: expected a path and a number, like fr/legal=0.5")
+    return found
+
+
+def _tell_rows(running: Run, rows: Any) -> None:
+    cut = sum(row.cut for row in rows)
+    told = [f"{running.left_out} of {len(rows)} rows go through no node that trains"] if running.left_out else []
+    told += [f"{cut} of {len(rows)} rows were longer than --max-length, and cut"] if cut else []
+    told += [f"going on after step {running.done}"] if running.done else []
+    for line in told:
+        err().print(line)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Ctrl-C, and a polite kill, are noted instead of raised; a second one is raised."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

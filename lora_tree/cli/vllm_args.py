@@ -1,0 +1,40 @@
+"""``lora-tree vllm-args``: the flags and the environment with which vLLM serves the paths of a tree by name."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..integrations.vllm import server_args
+from .console import err, out, print_json
+
+__all__ = ["vllm_args"]
+
+
+def vllm_args(
+    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
+    cache: Annotated[
+        Path, typer.Option(help="Where flattened adapters go, on a disk of the machine that serves.")
+    ] = Path("vllm-cache"),
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="The largest rank to serve; enough for every path without it.")
+    ] = None,
+    max_loras: Annotated[int, typer.Option(min=1, help="Different paths in one batch.")] = 8,
+    cache_gb: Annotated[float, typer.Option(min=0.001, help="The most that the cache may hold, in GiB.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Print what a vLLM server of this tree is started with."""
+    made = server_args(folder, cache=cache, max_rank=max_rank, max_loras=max_loras, cache_bytes=int(cache_gb * 2**30))
+    if as_json:
+        print_json({"flags": list(made.flags), "environment": dict(made.environment), "rank": made.rank})
+        return
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in made.environment.items()]
+    lines.append(f"python -m vllm.entrypoints.openai.api_server --model BASE {shlex.join(made.flags)}")
+    out().print("\n".join(lines), markup=False, soft_wrap=True)
+    allowed = int(made.flags[2])
+    if made.rank > allowed:
+        note = f"the largest Σr of a path is {made.rank}: such paths are recompressed to rank {allowed}"
+        err().print(note, markup=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""A checkpoint's node becomes a node of a tree."""
+
+from __future__ import annotations
+
+import os
+
+from ..adapter import Adapter
+from ..errors import FolderError, PathError, listing, suggest
+from ..integrations.checkpoint import NODES
+from ..spec import check_path
+from ..storage import as_path
+from ..tree import AdapterTree, Node
+
+__all__ = ["promote"]
+
+
+def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *, node: str | None = None) -> Node:
+    """Make what a node was at a checkpoint the adapter of a node of a tree, which is added where it is not there.
+
+    Args:
+        tree: changed in memory; `AdapterTree.save` writes it.
+        path: the node to give it to.
+        checkpoint: a folder ``checkpoint-N`` of a `Run` or a `TreeTrainer`.
+        node: which of the checkpoint's nodes; None: the one called ``path``.
+
+    Raises:
+        FolderError: it is no checkpoint of a tree.
+        PathError: the checkpoint has no such node, or the node above ``path`` is not in the tree.
+        FormatError: its files are broken.
+        TreeError: an attached model is using the node.
+    """
+    folder, name = as_path(checkpoint) / NODES, path if node is None else node
+    check_path(name)
+    if not folder.is_dir():
+        raise FolderError(f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree")
+    found = sorted(
+        os.path.relpath(where, folder).replace(os.sep, "/")
+        for where, _, files in os.walk(folder)
+        if "adapter_config.json" in files
+    )
+    if name not in found:
+        raise PathError(f"{checkpoint}: no node {name!r} in it{suggest(name, found)}", f"it has: {listing(found)}")
+    adapter = Adapter.load(folder / name)
+    return tree.update(path, adapter=adapter) if path in tree else tree.add(path, adapter=adapter)

@@ -1,0 +1,96 @@
+"""What decides a run, and nothing else does: the same settings, data and base come to the same bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..errors import SpecError
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains.
+
+    Args:
+        steps: of the optimiser.
+        batch: rows in a micro-batch.
+        accumulate: micro-batches in a step.
+        lr: learning rate at its height.
+        lr_of: node → its own, where it has one.
+        weight_decay: of AdamW.
+        clip_norm: to which each node's gradients are clipped, by itself; None: not at all.
+        dropout: the part of a site's input that nodes in training do not see.
+        warm_up: steps in which the rate rises.
+        schedule: how it goes on: ``cosine`` to a hundredth, ``linear`` to nothing, or ``constant``.
+        temperature: rows are drawn path by path with it; see `PathSampler`.
+        weights: path → its weight in the loss; 1 where it is not named.
+        seed: of the order of rows, and of dropout.
+
+    Raises:
+        SpecError: a value makes no sense.
+
+    >>> Settings(steps=10, warm_up=2).rate_at(0), Settings(steps=10, schedule="linear").rate_at(5)
+    (0.5, 0.5)
+    """
+
+    steps: int = 200
+    batch: int = 8
+    accumulate: int = 1
+    lr: float = 2e-4
+    lr_of: Mapping[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    dropout: float = 0.0
+    warm_up: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    temperature: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            _check(name, getattr(self, name), lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
+        _check("warm_up", self.warm_up, lambda v: isinstance(v, int) and 0 <= v <= self.steps, "from 0 to steps")
+        for name, rate in {"lr": self.lr, **{f"lr of {n}": r for n, r in self.lr_of.items()}}.items():
+            _check(name, rate, lambda v: 0 < v < math.inf, "a positive number")
+        _check("weight_decay", self.weight_decay, lambda v: 0 <= v < math.inf, "0 or more")
+        _check("clip_norm", self.clip_norm, lambda v: v is None or 0 < v < math.inf, "a positive number")
+        _check("dropout", self.dropout, lambda v: 0 <= v < 1, "from 0 to below 1")
+        _check("temperature", self.temperature, lambda v: v > 0, "more than 0")
+        _check("schedule", self.schedule, lambda v: v in ("cosine", "linear", "constant"), "cosine, linear or constant")
+        for path, weight in self.weights.items():
+            _check(f"weight of {path}", weight, lambda v: 0 <= v < math.inf, "0 or more")
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows in a step."""
+        return self.batch * self.accumulate
+
+    def rate_at(self, step: int) -> float:
+        """The part of the learning rate at a step, from 0."""
+        if step < self.warm_up:
+            return (step + 1) / self.warm_up
+        done = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
+        if self.schedule == "cosine":
+            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if self.schedule == "linear" else 1.0
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        made = {f.name: getattr(self, f.name) for f in fields(self)}
+        made["temperature"] = "inf" if math.isinf(self.temperature) else self.temperature
+        return {name: dict(sorted(v.items())) if isinstance(v, Mapping) else v for name, v in made.items()}
+
+
+def _check(name: str, value: Any, fits: Any, expected: str) -> None:
+    try:
+        good = not isinstance(value, bool) and bool(fits(value))
+    except TypeError:
+        good = False
+    if not good:
+        raise SpecError(f"{name} must be {expected}, got {value!r}")

@@ -1,0 +1,372 @@
+"""Training runs: what the data says is what is learnt, and any stop resumes to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import lora_tree as lt
+from lora_tree.cli import main
+from lora_tree.demo.bytelevel import new_base, save_base
+from lora_tree.errors import FolderError, FormatError, PathError, SpecError
+from lora_tree.runs import Run, Settings, evaluate, promote, read_rows
+
+END = 256
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ONE: dict[str, Any] = dict(steps=1, batch=4, accumulate=1, dropout=0.0, warm_up=0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    save_base(new_base(hidden=32, layers=1, window=64), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, base: Path) -> Path:
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    tree = {"fr": {"children": {"legal": {}, "medical": {}}}, "de": {}}
+    spec = {
+        "version": 1,
+        "base": str(base),
+        "defaults": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
+        "tree": tree,
+    }
+    (folder / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    return folder
+
+
+def data(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
+    file = folder / name
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    paths = ("fr/legal", "fr/medical", "de")
+    return data(tmp_path, *({"path": paths[i % 3], "text": f"row {i} of {paths[i % 3]}"} for i in range(12)))
+
+
+def lora_tree(*arguments: object, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    assert (left.value.code or 0) == code
+
+
+# ---------------------------------------------------------------------- rows
+def test_what_is_learnt_is_what_the_row_says(tmp_path: Path, zoo: Path, tokenizer: Any) -> None:
+    file = data(
+        tmp_path,
+        {"path": "fr", "text": "abc"},
+        "",
+        {"path": "", "prompt": "ab", "completion": "c"},
+        {"path": "de", "text": "abcdef"},
+    )
+    text, asked, long = read_rows([file], lt.load(zoo), tokenizer, max_length=5)
+    assert (text.path, text.ids, text.labels) == ("fr", (97, 98, 99, END), (97, 98, 99, END))
+    assert (asked.path, asked.ids, asked.labels) == ("", (97, 98, 99, END), (-100, -100, 99, END))
+    assert (long.ids, long.cut, long.learnt) == ((97, 98, 99, 100, 101), True, 4)
+    assert (asked.where, asked.cut) == (f"{file}:3", False)
+
+
+def test_of_a_conversation_the_assistants_turns_are_learnt(tmp_path: Path, zoo: Path, base: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    file = data(tmp_path, {"path": "fr", "messages": messages})
+    with pytest.raises(SpecError, match=r"rows.jsonl:1: the tokenizer has no chat template"):
+        read_rows([file], lt.load(zoo), tokenizer)
+    tokenizer.chat_template = CHAT
+    (row,) = read_rows([file], lt.load(zoo), tokenizer)
+    assert bytes(row.ids).decode() == "[user]a[assistant]b[user]c[assistant]d"
+    assert bytes(label for label in row.labels if label >= 0) == b"bd"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"path": "fr/leagl", "text": "abc"}, "no node 'fr/leagl' in the tree; did you mean 'fr/legal'?"),
+        ({"path": "fr", "txt": "abc"}, "this has path, txt; did you mean 'text'?"),
+        ({"text": "abc"}, "'path' must be a string like 'fr/legal', got None"),
+        ({"path": "fr", "text": 3}, "'text' must be a string, got int"),
+        ({"path": "fr", "text": ""}, "nothing is learnt from it"),
+        ({"path": "fr", "text": "a", "prompt": "b", "completion": "c"}, "a row has a path and text, or prompt"),
+        ({"path": "fr", "messages": []}, "'messages' must be a list of"),
+        ('{"path": "fr"', "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+    ],
+)
+def test_a_bad_row_is_told_with_its_line(tmp_path: Path, zoo: Path, tokenizer: Any, row: Any, said: str) -> None:
+    file = data(tmp_path, {"path": "fr", "text": "good"}, row)
+    with pytest.raises((SpecError, FormatError, PathError)) as caught:
+        read_rows([file], lt.load(zoo), tokenizer)
+    assert str(caught.value).startswith(f"{file}:2: ")
+    assert said in str(caught.value)
+
+
+def test_files_without_rows_are_refused(tmp_path: Path, zoo: Path, tokenizer: Any) -> None:
+    with pytest.raises(SpecError, match="no rows"):
+        read_rows([data(tmp_path, "")], lt.load(zoo), tokenizer)
+    with pytest.raises(FolderError, match=r"gone.jsonl: can't be read: No such file"):
+        read_rows([tmp_path / "gone.jsonl"], lt.load(zoo), tokenizer)
+
+
+# ---------------------------------------------------------------------- the loop
+def started(zoo: Path, rows: Path, tokenizer: Any, folder: Path, **settings: Any) -> Run:
+    import transformers
+
+    tree = lt.load(zoo)
+    torch.manual_seed(0)
+    model = lt.attach(tree, transformers.LlamaForCausalLM.from_pretrained(tree.base))
+    nodes = settings.pop("nodes", ())
+    chosen = dict(steps=6, batch=2, accumulate=2, lr=1e-2, dropout=0.2, warm_up=2, temperature=2.0) | settings
+    return Run(model, read_rows([rows], tree, tokenizer), Settings(**chosen), folder, nodes=nodes)
+
+
+def factors(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.factors.named_parameters()}
+
+
+def same(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> bool:
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    whole = started(zoo, rows, tokenizer, tmp_path / "whole")
+    told = list(whole.steps())
+    assert [step.number for step in told] == [1, 2, 3, 4, 5, 6]
+    assert told[-1].tokens > 0
+    parts: list[Any] = []
+    for stop in (1, 4, 6):
+        run = started(zoo, rows, tokenizer, tmp_path / "parts")
+        assert run.done == len(parts)
+        torch.manual_seed(stop)  # whatever else was drawn
+        for step in run.steps():
+            parts.append(step)
+            if step.number == stop:
+                run.save()
+                break
+    assert parts == told
+    assert same(factors(run), factors(whole))
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["checkpoint-6"]
+
+
+def test_a_resumed_run_is_refused_where_it_is_another(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    next(run.steps())
+    run.save()
+    with pytest.raises(SpecError, match=r"checkpoint-1: of a run with other settings: lr was 0.01 and is 0.02\n"):
+        started(zoo, rows, tokenizer, tmp_path / "run", lr=0.02)
+    with pytest.raises(SpecError, match=r"other nodes: was .* and is \['de'\]"):
+        started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"])
+    more = data(tmp_path, {"path": "de", "text": "another"}, name="more.jsonl")
+    with pytest.raises(SpecError, match=r"other (rows|nodes)"):
+        started(zoo, more, tokenizer, tmp_path / "run", nodes=run.nodes)
+    (tmp_path / "run" / "checkpoint-1" / "optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(FormatError, match=r"optimizer.safetensors"):
+        started(zoo, rows, tokenizer, tmp_path / "run")
+
+
+def test_a_step_is_torchs_own_on_the_loss_by_hand(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    """One leaf alone, all rows in one step: AdamW over the leaf's factors in a plain PEFT-like module, by hand."""
+    import transformers
+
+    run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"], **ONE)
+    tree = run.model.tree
+    before = {n: (v.A.detach().clone(), v.B.detach().clone(), v.scale) for n, v in tree.adapter("de").modules.items()}  # type: ignore[union-attr]
+    plain = transformers.LlamaForCausalLM.from_pretrained(tree.base)
+    pairs = {n: (A.requires_grad_(), B.requires_grad_()) for n, (A, B, _) in before.items()}
+    for name, (A, B) in pairs.items():
+        module, scale = plain.get_submodule(name), before[name][2]
+        module.register_forward_hook(
+            lambda m, args, out, A=A, B=B, s=scale: out + s * F.linear(F.linear(args[0], A), B)
+        )
+    losses = []
+    for row in (r for r in run.rows if r.path == "de"):
+        ids = torch.tensor([row.ids])
+        losses += list(F.cross_entropy(plain(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    assert len(run.rows) == 4
+    torch.stack(losses).mean().backward()
+    everything = [t for pair in pairs.values() for t in pair]
+    torch.nn.utils.clip_grad_norm_(everything, 1.0)
+    optimizer = torch.optim.AdamW(everything, lr=0.01 * run.settings.rate_at(0), weight_decay=0.0)
+    optimizer.step()
+    (step,) = run.steps()
+    assert step.losses == {"de": pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)}
+    for name, value in tree.adapter("de").modules.items():  # type: ignore[union-attr]
+        for ours, theirs in zip((value.A, value.B), pairs[name], strict=True):
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_rows_that_train_nothing_are_left_out_and_told(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["fr/*"])
+    assert (run.nodes, run.left_out, len(run.rows)) == (["fr/legal", "fr/medical"], 4, 8)
+    run.model.detach()
+    everything = started(zoo, rows, tokenizer, tmp_path / "run")
+    assert everything.nodes == ["de", "fr", "fr/legal", "fr/medical"]
+    only = data(tmp_path, {"path": "", "text": "abc"}, name="only.jsonl")
+    with pytest.raises(SpecError, match="no row goes through de"):
+        started(zoo, only, tokenizer, tmp_path / "run", nodes=["de"])
+    with pytest.raises(SpecError, match="the rows go through no node with an adapter"):
+        started(zoo, only, tokenizer, tmp_path / "run")
+    with pytest.raises(SpecError, match="lr_of names 'fr'; what trains: de"):
+        started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"], lr_of={"fr": 1.0})
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for wrong in (dict(steps=0), dict(lr=0.0), dict(lr=math.nan), dict(dropout=1.0), dict(schedule="cosin"),
+                  dict(temperature=0.0), dict(warm_up=500), dict(clip_norm=-1.0), dict(batch=True),
+                  dict(weights={"a": -1.0})):  # fmt: skip
+        with pytest.raises(SpecError, match="must be"):
+            Settings(**wrong)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- evaluation and promotion
+def test_the_matrix_is_the_mean_loss_of_every_node_on_every_paths_rows(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    list(run.steps())
+    model = run.model
+    model.trainable()
+    found = evaluate(model, run.rows, batch=3)
+    assert found.paths == ("", "de", "fr", "fr/legal", "fr/medical")
+    assert found.domains == ("de", "fr/legal", "fr/medical")
+    for i, path in enumerate(found.paths):
+        for j, domain in enumerate(found.domains):
+            losses = []
+            with torch.no_grad(), model.using(path):
+                for row in (r for r in run.rows if r.path == domain):
+                    ids = torch.tensor([row.ids])
+                    losses += F.cross_entropy(
+                        model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"
+                    ).tolist()
+            assert found.losses[i][j] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+            assert found.tokens[j] == len(losses)
+    picture = ElementTree.fromstring(found.picture())
+    told = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {f"{found.losses[2][1]:.2f}", "(base)", "fr/legal"} <= set(told)
+
+
+def test_a_checkpoint_of_a_run_becomes_a_node(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    next(run.steps())
+    kept = run.save()
+    tree = lt.AdapterTree()
+    promote(tree, "de", kept)
+    promote(tree, "de/more", kept, node="fr/legal")
+    want = run.model.tree.adapter("fr/legal")
+    got = tree.adapter("de/more")
+    assert want is not None
+    assert got is not None
+    for name, value in want.modules.items():
+        torch.testing.assert_close(got.modules[name].dense(), value.dense().detach(), rtol=0, atol=0)
+    with pytest.raises(
+        PathError, match=r"no node 'fr/leagl' in it; did you mean 'fr/legal'\?\n  it has: de, fr, fr/legal"
+    ):
+        promote(tree, "x", kept, node="fr/leagl")
+    with pytest.raises(FolderError, match="no folder nodes/ in it"):
+        promote(tree, "x", tmp_path)
+
+
+# ---------------------------------------------------------------------- the command line
+def test_train_eval_and_promote_from_the_shell(
+    tmp_path: Path, zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_tree("train", zoo, "fr/*", "de", "--data", rows, "--steps", 4, "--batch", 3, "--lr", 0.01,
+              "--lr-of", "de=0.001", "--save-every", 2, "--json")  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    assert told["nodes"] == ["de", "fr/legal", "fr/medical"]
+    assert (told["steps"], told["resumed_at"], told["left_out"]) == (4, 0, 0)
+    assert told["checkpoint"] == str(zoo / ".training" / "checkpoint-4")
+    assert lt.check(zoo) == []
+    tree = lt.load(zoo, strict=True)
+    B = load_file(zoo / "fr" / "legal" / "adapter_model.safetensors")
+    assert any(t.abs().max() > 0 for name, t in B.items() if "lora_B" in name)
+    assert tree["fr/legal"].has_adapter
+
+    lora_tree("eval", zoo, "--data", rows, "--picture", tmp_path / "matrix.svg", "--json")
+    matrix = json.loads(capsys.readouterr().out)
+    assert list(matrix["losses"]) == ["", "de", "fr", "fr/legal", "fr/medical"]
+    assert matrix["losses"]["fr/legal"]["fr/legal"] < matrix["losses"][""]["fr/legal"]
+    assert matrix["losses"]["fr"]["de"] == pytest.approx(matrix["losses"][""]["de"])  # fr did not train
+    ElementTree.parse(tmp_path / "matrix.svg")
+    lora_tree("eval", zoo, "de", "--data", rows)
+    assert "nats per token" in capsys.readouterr().out
+
+    lora_tree("promote", zoo, "de/again", "--from", told["checkpoint"], "--node", "de")
+    assert lt.load(zoo).children("de") == ["de/again"]
+    lora_tree("train", zoo, "--data", rows, "--lr-of", "de", code=1)
+    assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_killed_goes_on_to_the_same_tree(
+    tmp_path: Path, zoo: Path, rows: Path, how: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(folder: Path, run: Path) -> list[str]:
+        words = ("train", folder, "--data", rows, "--steps", 120, "--batch", 4, "--lr", 0.01, "--dropout", 0.1,
+                 "--save-every", 3, "--run", run)  # fmt: skip
+        return [str(word) for word in words]
+
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    (spare / "tree.yaml").write_bytes((zoo / "tree.yaml").read_bytes())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_tree.cli", *command(zoo, tmp_path / "run")],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+    ) as process:  # fmt: skip
+        for _ in waiting(120):
+            if any((tmp_path / "run").glob("checkpoint-*")):
+                break
+        process.send_signal(how)
+        told = process.communicate(timeout=60)[1]
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on from" in told
+    assert sorted(p.name for p in zoo.iterdir()) == ["tree.yaml"]  # the tree is written at the end
+    lora_tree(*command(zoo, tmp_path / "run"))
+    assert "going on after step" in capsys.readouterr().err
+    lora_tree(*command(spare, tmp_path / "other"))
+    for node in ("de", "fr", "fr/legal", "fr/medical"):
+        file = f"{node}/adapter_model.safetensors"
+        assert (zoo / file).read_bytes() == (spare / file).read_bytes()
+
+
+def waiting(seconds: float) -> Iterator[None]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.02)
+    raise AssertionError("nothing came of it in time")
