@@ -11,7 +11,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import joint
@@ -29,7 +30,7 @@ ENOUGH_S = 240
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes left, when all have ended well."""
     made = tmp_path_factory.mktemp("parallel")
     with socket.socket() as free:
@@ -37,19 +38,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     command = [sys.executable, "-W", "error::UserWarning:lora_tree", str(HERE / "parallel.py"), str(made)]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(RANKS), str(port)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        said = [process.communicate(timeout=ENOUGH_S)[1] for process in running]
-        assert [process.returncode for process in running] == [0] * RANKS, "\n".join(said)
-        yield made
-    finally:
-        for process in running:
-            process.kill()
+    said = [made / f"said-{rank}.txt" for rank in range(RANKS)]
+    with ExitStack() as files:
+        running = [
+            subprocess.Popen(
+                [*command, str(rank), str(RANKS), str(port)],
+                env=environment,
+                stderr=files.enter_context(said[rank].open("w")),
+            )
+            for rank in range(RANKS)
+        ]
+        try:
+            _all_end(running)
+            codes = [process.poll() for process in running]
+            assert codes == [0] * RANKS, "\n".join([str(codes), *(file.read_text() for file in said)])
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+    return made
+
+
+def _all_end(running: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until all have ended, one has failed (the others would wait for it), or it has been long enough."""
+    end = time.monotonic() + ENOUGH_S
+    while time.monotonic() < end and any(process.poll() is None for process in running):
+        if any(process.poll() for process in running):
+            time.sleep(2)  # for the others to say what they saw
+            return
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
