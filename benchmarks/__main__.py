@@ -10,7 +10,7 @@ from typing import Annotated
 import transformers
 import typer
 
-from . import decode, flatten, opening, routed, switch, unmerged
+from . import decode, first_use, flatten, opening, policies, routed, switch, thousands, unmerged
 from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
@@ -24,6 +24,9 @@ class Name(StrEnum):
     opening = "opening"
     routed = "routed"
     decode = "decode"
+    first_use = "first-use"
+    thousands = "thousands"
+    policies = "policies"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -33,6 +36,9 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.opening: opening.run,
     Name.routed: routed.run,
     Name.decode: decode.run,
+    Name.first_use: first_use.run,
+    Name.thousands: thousands.run,
+    Name.policies: policies.run,
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import decode, flatten, opening, routed, switch, unmerged
+from benchmarks import decode, first_use, flatten, opening, policies, routed, switch, thousands, unmerged
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -23,6 +23,8 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (opening, 2, {"with tree.lock", "bare folders"}),
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
         (decode, 1, {"bare", "auto", "flattened"}),
+        (first_use, 1, {"first use", "PEFT load_adapter + set_adapter"}),
+        (thousands, 2, {"opening", "first use, 200 nodes", "reading and hashing its files, 200 nodes"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
@@ -41,6 +43,17 @@ def test_no_hook_is_left_while_merged_and_flattening_is_no_worse_than_peft() -> 
     assert forward.facts["hooks left while merged"] == 0
     (flat,) = flatten.run(SIZE)
     assert flat.facts["relative error, ours"] <= 1.0001 * flat.facts["relative error, PEFT"]
+
+
+def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_and_no_clock_is_involved() -> None:
+    (table,) = policies.run(SIZE)
+    assert policies.run(SIZE)[0].facts == table.facts
+    for skew in policies.SKEWS:
+        found = {name: table.facts[f"skew {skew}: {name}: served"] for name in policies.POLICIES}
+        loaded = {name: table.facts[f"skew {skew}: {name}: loaded"] for name in policies.POLICIES}
+        assert max(found.values()) == found["nodes, offline"]
+        assert min(loaded.values()) == loaded["nodes, offline"]
+        assert found["nodes, LRU, leaves first"] == found["nodes, LRU"]
 
 
 def test_rounds_are_interleaved_and_the_first_does_not_count() -> None:
