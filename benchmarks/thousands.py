@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import lora_tree as lt
-from lora_tree.folder import source
 
 from .common import Result, Timing
 from .policies import tree_of, zipf
@@ -26,7 +25,7 @@ from .setting import FULL, Size
 
 __all__ = ["run"]
 
-WIDTH = 256
+WIDTH = 1024
 SITES = 4
 R = 8
 PART = 0.05
@@ -93,7 +92,8 @@ def first_uses(folder: str) -> dict[str, Any]:
             hashlib.sha256(file.read_bytes()).hexdigest()
         read_ms.append(1e3 * (time.perf_counter() - start))
         model.cache._tiers[0].clear()  # as if none of it had been used, nor hashed
-        source._hashed.clear()
+        for node in lineage:
+            vars(tree[node].source).pop("_hashed", None)
         start = time.perf_counter()
         model.activate(path, mode="unmerged")
         activate_ms.append(1e3 * (time.perf_counter() - start))

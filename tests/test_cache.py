@@ -192,6 +192,9 @@ def test_a_budget_smaller_than_one_lineage_says_how_much_is_needed(folder: Path)
     with pytest.raises(BudgetError, match=r"e: 168 B .*\(e 168 B\) beside 504 B that are in use(.|\n)*deactivate"):
         enough.activate("e")
     assert torch.equal(enough.base(inputs()), value(folder, "a/b/c"))
+    with pytest.raises(BudgetError, match=r"^a, a/b, a/b/c: laid out beside the weights: 504 B more are needed"):
+        enough.activate("a/b/c", mode="unmerged")
+    assert enough.state is lt.State.MERGED
 
 
 def test_what_a_with_goes_back_to_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +456,7 @@ def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwi
 def test_files_of_a_moment_ago_are_hashed_every_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two writes within one tick of a coarse clock leave one time."""
     now = time.time_ns()
-    monkeypatch.setattr(source_room, "_identity", lambda files: [(1, 1, 1, now, now)] * 2)
+    monkeypatch.setattr(source_room, "_identity", lambda files: ((1, 1, 1, now, now),) * 2)
     node = lt.load(folder)["a"].source
     assert node is not None
     node.load()
