@@ -30,12 +30,14 @@ from ..storage import Source
 from ..tree import AdapterTree
 from .background import Background
 from .link import Arrived, Link
-from .pack import held_bytes, pack, pages, tensors
+from .pack import held_bytes, pack, pages, tensors, trim
 from .policy import Frequency, Policy
 from .stats import CacheStats
 from .tier import Entry, Tier
 
 __all__ = ["Cache", "Hold"]
+
+CHURN_BYTES = 16 << 20  # what is laid out comes and goes in small pieces, which an allocator keeps for itself
 
 
 class Cache:
@@ -126,6 +128,9 @@ class Cache:
             if self._link is not None:
                 self._link.wait(entry.arrived)
         if self.bounded:
+            if tier.churn_bytes > CHURN_BYTES:
+                tier.churn_bytes = 0
+                trim()
             return Hold(self, keys, adapters)
         for path, source in needed.items():
             self._tree.loaded(path, source, adapters[path])

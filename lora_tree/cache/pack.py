@@ -9,7 +9,9 @@ side path computes in is laid out from them when it is needed, and bf16 factors 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,7 +22,7 @@ from ..adapter import Adapter
 from ..lowrank import LowRank
 from ..storage import Allocate
 
-__all__ = ["buffer_of", "held_bytes", "moved", "pack", "pages", "tensors"]
+__all__ = ["buffer_of", "held_bytes", "moved", "pack", "pages", "tensors", "trim"]
 
 ALIGNED = 64  # bytes; what the widest vector loads want
 PAGED = 128 << 10  # bytes; from here on the part of a page that is not used is nothing
@@ -55,6 +57,13 @@ def pages(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+
+
+def trim() -> None:
+    """Make the allocator give free memory back to the system, where it can be told to (glibc)."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if give_back is not None:
+        give_back(0)
 
 
 def moved(adapter: Adapter, buffer: Tensor) -> Adapter:

@@ -61,6 +61,7 @@ class Tier:
         self._adapters = self._in_use = self._reserved = self._laid_out = 0
         self._refunds: deque[int] = deque()  # finalizers append, in whichever thread they run
         self._spare: list[weakref.ref[Kept[Any]]] = []
+        self.churn_bytes = 0  # of what was laid out and is gone, since the allocator was last told to give memory back
         self.passing = 0  # pins that last only while an adapter is sent on
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
@@ -146,7 +147,9 @@ class Tier:
     def held_bytes(self) -> int:
         """Everything that counts."""
         while self._refunds:
-            self._laid_out -= self._refunds.popleft()
+            given_back = self._refunds.popleft()
+            self._laid_out -= given_back
+            self.churn_bytes += given_back
         return self._adapters + self._reserved + self._laid_out
 
     @property
