@@ -10,7 +10,19 @@ from typing import Annotated
 import transformers
 import typer
 
-from . import checkpoint, decode, flatten, opening, routed, switch, training, unmerged
+from . import (
+    checkpoint,
+    decode,
+    first_use,
+    flatten,
+    opening,
+    policies,
+    routed,
+    switch,
+    thousands,
+    training,
+    unmerged,
+)
 from .common import Form, Result, tell
 from .setting import FULL, SMALL, Size
 
@@ -26,6 +38,9 @@ class Name(StrEnum):
     decode = "decode"
     training = "training"
     checkpoint = "checkpoint"
+    first_use = "first-use"
+    thousands = "thousands"
+    policies = "policies"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -37,6 +52,9 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.decode: decode.run,
     Name.training: training.run,
     Name.checkpoint: checkpoint.run,
+    Name.first_use: first_use.run,
+    Name.thousands: thousands.run,
+    Name.policies: policies.run,
 }
 
 

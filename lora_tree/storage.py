@@ -8,7 +8,7 @@ so that imports go on pointing inward.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -31,8 +31,8 @@ class Source(Protocol):
     """An adapter that is not in memory yet: where it lives, and how to get it."""
 
     @property
-    def content(self) -> str | None:
-        """The hash that its content is known to have, whenever it is read; None where nobody says."""
+    def key(self) -> Hashable | None:
+        """What its adapter is known by, where it has the same content whenever it is read; None: nobody says so."""
         ...
 
     @property

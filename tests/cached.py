@@ -59,7 +59,7 @@ def cached(model: lt.TreeModel) -> set[str]:
     """The nodes that the cache holds."""
     tree, tier = model.tree, model.cache._tiers[-1]
     sources = {path: tree[path].source for path in tree.paths() if tree[path].source is not None}
-    return {path for path, source in sources.items() if tier.find((str(source.where), source.content)) is not None}
+    return {path for path, source in sources.items() if tier.find(source.key) is not None}
 
 
 class Evicted(list[Hashable]):

@@ -7,7 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import checkpoint, compare, decode, flatten, opening, routed, switch, training, unmerged
+from benchmarks import (
+    checkpoint,
+    compare,
+    decode,
+    first_use,
+    flatten,
+    opening,
+    policies,
+    routed,
+    switch,
+    thousands,
+    training,
+    unmerged,
+)
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.setting import SMALL
 
@@ -25,6 +38,8 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (decode, 1, {"bare", "auto", "flattened"}),
         (training, 5, {"together", "PEFT, 8 steps"}),
         (checkpoint, 1, {"merged", "copied, with fsync"}),
+        (first_use, 1, {"first use", "PEFT load_adapter + set_adapter"}),
+        (thousands, 2, {"opening", "first use, 200 nodes", "reading and hashing its files, 200 nodes"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
@@ -70,6 +85,17 @@ def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table
     assert all(len(o.bits) == 2 and len(set(o.bits)) == 2 for o in outcomes[1:])
     assert told.count("\n### ") == 4
     assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree", "tree + root"))
+
+
+def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_and_no_clock_is_involved() -> None:
+    (table,) = policies.run(SIZE)
+    assert policies.run(SIZE)[0].facts == table.facts
+    for skew in policies.SKEWS:
+        found = {name: table.facts[f"skew {skew}: {name}: served"] for name in policies.POLICIES}
+        loaded = {name: table.facts[f"skew {skew}: {name}: loaded"] for name in policies.POLICIES}
+        assert max(found.values()) == found["nodes, offline"]
+        assert min(loaded.values()) == loaded["nodes, offline"]
+        assert found["nodes, LRU, leaves first"] == found["nodes, LRU"]
 
 
 def test_rounds_are_interleaved_and_the_first_does_not_count() -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import stat
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lora_tree.cache import Cache, Frequency, Lru
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import buffer_of, held_bytes, moved, pack
 from lora_tree.errors import BudgetError, FormatError, LoraTreeError, PathError, SpecError, StateError, UnlockedError
+from lora_tree.folder import source as source_room
 from lora_tree.formats.safetensors import read_tensors
 
 
@@ -184,14 +186,15 @@ def test_a_budget_smaller_than_one_lineage_says_how_much_is_needed(folder: Path)
     assert isinstance(told.value, MemoryError)
     assert (model.active, model.state) == ("", lt.State.BARE)
     assert torch.equal(model.base(inputs()), base()(inputs()))
-    model.activate("a/b")  # what was loaded for the request that failed can go
-    model.deactivate()
-    model.activate("e/f")
+    model.activate("e/f")  # what was loaded for the request that failed can go
     enough = attached(folder, need("a/b/c"))
     enough.activate("a/b/c")
     with pytest.raises(BudgetError, match=r"e: 168 B .*\(e 168 B\) beside 504 B that are in use(.|\n)*deactivate"):
         enough.activate("e")
     assert torch.equal(enough.base(inputs()), value(folder, "a/b/c"))
+    with pytest.raises(BudgetError, match=r"^a, a/b, a/b/c: laid out beside the weights: 504 B more are needed"):
+        enough.activate("a/b/c", mode="unmerged")
+    assert enough.state is lt.State.MERGED
 
 
 def test_what_a_with_goes_back_to_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +203,9 @@ def test_what_a_with_goes_back_to_stays(folder: Path, monkeypatch: pytest.Monkey
     model.activate("a/b/c", mode="unmerged")
     expected = model.base(inputs())
     with model.using("e/g", mode="unmerged"):
+        model.prefetch(["a/d"])
+        assert model.cache.wait(10)
+        assert model.cache.stats().tiers[0].laid_out_bytes == need("a/b/c") + need("e/g")
         shutil.rmtree(folder)
         with pytest.raises(LoraTreeError):
             model.activate("e/f")
@@ -426,12 +432,12 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error_and_not_a_signal(
 def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwise(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_tree.folder import source
-
     hashes: list[str] = []
-    plain = source.hashed
-    monkeypatch.setattr(source, "hashed", lambda files: hashes.append(files.folder) or plain(files))
-    monkeypatch.setattr(source, "_TICK_NS", -(10**18))  # files of a moment ago may change within one tick of the clock
+    plain = source_room.hashed
+    monkeypatch.setattr(source_room, "hashed", lambda files: hashes.append(files.folder) or plain(files))
+    monkeypatch.setattr(
+        source_room, "_TICK_NS", -(10**18)
+    )  # files of a moment ago may change within one tick of the clock
     tree = lt.load(folder)
     node = tree["a"].source
     assert node is not None
@@ -447,17 +453,16 @@ def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwi
     assert len(hashes) == 2
 
 
-def test_files_of_a_moment_ago_are_hashed_every_time(folder: Path) -> None:
-    """Two writes within one tick of the file system's clock leave one time."""
+def test_files_of_a_moment_ago_are_hashed_every_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two writes within one tick of a coarse clock leave one time."""
+    now = time.time_ns()
+    monkeypatch.setattr(source_room, "_identity", lambda files: ((1, 1, 1, now, now),) * 2)
     node = lt.load(folder)["a"].source
     assert node is not None
     node.load()
-    file = weights(folder, "a")
-    seen, data = file.stat(), bytearray(file.read_bytes())
+    data = bytearray(weights(folder, "a").read_bytes())
     data[-1] ^= 1
-    with file.open("r+b") as stream:
-        stream.write(data)
-    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    weights(folder, "a").write_bytes(data)
     with pytest.raises(UnlockedError):
         node.load()
 

@@ -591,7 +591,7 @@ def test_only_the_nodes_on_the_lineages_are_loaded_and_none_of_them_can_be_chang
         def __init__(self, path: str) -> None:
             self.path = path
 
-        content = None
+        key = None
 
         def load(self, allocate: object = None) -> lt.Adapter:
             loaded.append(self.path)

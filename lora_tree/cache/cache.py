@@ -30,12 +30,14 @@ from ..storage import Source
 from ..tree import AdapterTree
 from .background import Background
 from .link import Arrived, Link
-from .pack import held_bytes, pack, tensors
+from .pack import held_bytes, pack, pages, tensors, trim
 from .policy import Frequency, Policy
 from .stats import CacheStats
 from .tier import Entry, Tier
 
 __all__ = ["Cache", "Hold"]
+
+CHURN_BYTES = 16 << 20  # what is laid out comes and goes in small pieces, which an allocator keeps for itself
 
 
 class Cache:
@@ -126,6 +128,9 @@ class Cache:
             if self._link is not None:
                 self._link.wait(entry.arrived)
         if self.bounded:
+            if tier.churn_bytes > CHURN_BYTES:
+                tier.churn_bytes = 0
+                trim()
             return Hold(self, keys, adapters)
         for path, source in needed.items():
             self._tree.loaded(path, source, adapters[path])
@@ -241,8 +246,8 @@ class Cache:
 
         with torch.inference_mode(False), torch.no_grad():
             adapter = pack(source.load(again), more)
-        if source.content is not None:
-            self._origins[adapter] = _key(source)
+        if source.key is not None:
+            self._origins[adapter] = source.key
         return Arrived(adapter)
 
     def _sent(self, level: int, path: str, source: Source, room: _Room) -> Arrived:
@@ -265,7 +270,7 @@ class Cache:
         return arrived
 
     def _allocate(self, nbytes: int) -> Tensor:
-        return self._link.allocate(nbytes) if self._link else torch.empty(nbytes, dtype=torch.uint8)
+        return self._link.allocate(nbytes) if self._link else pages(nbytes)
 
     def _try(self, path: str, source: Source) -> None:
         """Load a node that nobody waits for. What fails is left for the call that needs it."""
@@ -366,7 +371,7 @@ class _Room:
 
 
 def _key(source: Source) -> Hashable:
-    """What an adapter in files is cached under: where they are and what they hold, where the lock says that."""
-    key: object = (str(source.where), source.content) if source.content is not None else source
-    assert isinstance(key, Hashable)
-    return key
+    """What an adapter in files is cached under."""
+    known = source.key
+    assert isinstance(source, Hashable)
+    return source if known is None else known

@@ -9,6 +9,9 @@ side path computes in is laid out from them when it is needed, and bf16 factors 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,9 +22,10 @@ from ..adapter import Adapter
 from ..lowrank import LowRank
 from ..storage import Allocate
 
-__all__ = ["buffer_of", "held_bytes", "moved", "pack", "tensors"]
+__all__ = ["buffer_of", "held_bytes", "moved", "pack", "pages", "tensors", "trim"]
 
 ALIGNED = 64  # bytes; what the widest vector loads want
+PAGED = 128 << 10  # bytes; from here on the part of a page that is not used is nothing
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -41,6 +45,25 @@ def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
         return view.copy_(tensor)
 
     return _mapped(adapter, packed)
+
+
+def pages(nbytes: int) -> Tensor:
+    """Host memory that goes back to the system when it is let go of: (nbytes,) uint8.
+
+    What an allocator keeps for itself, in pieces between what is still in use, would be outside of every budget. Small
+    adapters are left to it.
+    """
+    if nbytes < PAGED or not hasattr(mmap, "MAP_POPULATE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+
+
+def trim() -> None:
+    """Make the allocator give free memory back to the system, where it can be told to (glibc)."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if give_back is not None:
+        give_back(0)
 
 
 def moved(adapter: Adapter, buffer: Tensor) -> Adapter:

@@ -79,7 +79,7 @@ class Frequency:
 
     def __init__(self, remembered: int = 1 << 16) -> None:
         self._remembered = remembered
-        self._uses: OrderedDict[Hashable, int] = OrderedDict()
+        self._uses: dict[Hashable, int] = {}
         self._worth: dict[Hashable, tuple[float, int]] = {}
         self._heap: list[tuple[float, int, Hashable]] = []
         self._order = itertools.count()
@@ -92,7 +92,7 @@ class Frequency:
             self._worth[key] = worth = (self._floor + uses / max(nbytes, 1), next(self._order))
             heapq.heappush(self._heap, (*worth, key))
         while len(self._uses) > self._remembered:
-            self._uses.popitem(last=False)
+            del self._uses[next(iter(self._uses))]
         if len(self._heap) > 64 + 4 * len(self._worth):
             self._heap = [(*worth, key) for key, worth in self._worth.items()]
             heapq.heapify(self._heap)

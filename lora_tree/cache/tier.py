@@ -58,9 +58,10 @@ class Tier:
         self._lock = lock
         self._entries: dict[Hashable, Entry] = {}
         self._pins: Counter[Hashable] = Counter()
-        self._adapters = self._reserved = self._laid_out = 0
+        self._adapters = self._in_use = self._reserved = self._laid_out = 0
         self._refunds: deque[int] = deque()  # finalizers append, in whichever thread they run
         self._spare: list[weakref.ref[Kept[Any]]] = []
+        self.churn_bytes = 0  # of what was laid out and is gone, since the allocator was last told to give memory back
         self.passing = 0  # pins that last only while an adapter is sent on
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
@@ -83,6 +84,7 @@ class Tier:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._adapters -= entry.nbytes
+            self._in_use -= entry.nbytes if key in self._pins else 0
             self.policy.gone(key)
 
     def used(self, keys: Sequence[Hashable]) -> None:
@@ -90,17 +92,24 @@ class Tier:
         self.policy.used([(key, self._entries[key].nbytes) for key in keys if key in self._entries])
 
     def pin(self, key: Hashable) -> None:
+        """It is in use, once more."""
+        self._in_use += 0 if key in self._pins else self._entries[key].nbytes
         self._pins[key] += 1
 
     def unpin(self, key: Hashable) -> None:
-        self._pins[key] -= 1
-        if self._pins[key] <= 0:
-            del self._pins[key]
-        self._lock.notify_all()
+        """It is in use once less; fine where everything was cleared."""
+        if key in self._pins:
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+                self._in_use -= self._entries[key].nbytes
+            self._lock.notify_all()
 
     def clear(self) -> None:
+        """Everything goes, in use or not."""
         for key in list(self._entries):
             self.discard(key)
+        self._pins.clear()
 
     # ------------------------------------------------------------------ room
     def reserve(self, nbytes: int, *, wait: bool) -> None:
@@ -138,7 +147,9 @@ class Tier:
     def held_bytes(self) -> int:
         """Everything that counts."""
         while self._refunds:
-            self._laid_out -= self._refunds.popleft()
+            given_back = self._refunds.popleft()
+            self._laid_out -= given_back
+            self.churn_bytes += given_back
         return self._adapters + self._reserved + self._laid_out
 
     @property
@@ -147,25 +158,29 @@ class Tier:
 
     def in_use_bytes(self, but: Sequence[Hashable] = ()) -> int:
         """Bytes of the adapters that are in use, without some of them."""
-        return sum(entry.nbytes for key, entry in self._entries.items() if key in self._pins and key not in but)
+        return self._in_use - sum(self._entries[key].nbytes for key in set(but) if key in self._pins)
 
     def _make_room(self, nbytes: int, wait: bool) -> None:
         budget = self.budget_bytes
         while budget is not None and self.held_bytes + nbytes > budget:
-            if any(kept is not None and kept.drop() for kept in (ref() for ref in self._spare)):
-                continue
-            victim = self.policy.victim(lambda key: key in self._entries and key not in self._pins)
-            if victim is not None:
-                self.evictions += 1
-                self.evicted_bytes += self._entries[victim].nbytes
-                self.discard(victim)
-            elif wait and nbytes <= budget and (self._reserved or self.passing):
+            stays = self._in_use + self._reserved
+            if stays + nbytes <= budget:  # else nothing is let go of in vain
+                if any(kept is not None and kept.drop() for kept in (ref() for ref in self._spare)):
+                    continue
+                victim = self.policy.victim(lambda key: key in self._entries and key not in self._pins)
+                if victim is not None:
+                    self.evictions += 1
+                    self.evicted_bytes += self._entries[victim].nbytes
+                    self.discard(victim)
+                    continue
+            if wait and nbytes <= budget and (self._reserved or self.passing):
                 self._lock.wait()
             else:
+                stays += self._laid_out
                 raise BudgetError(
-                    f"{format_bytes(nbytes)} more are needed, and {format_bytes(self.held_bytes)} are in use; "
+                    f"{format_bytes(nbytes)} more are needed, and {format_bytes(stays)} are in use; "
                     f"{self.budget_name} is {format_bytes(budget)}",
-                    f"{self.budget_name}={self.held_bytes + nbytes} (bytes) is enough for what is in use now and this",
+                    f"{self.budget_name}={stays + nbytes} (bytes) is enough for what is in use now and this",
                     "or let go of something first: model.deactivate()",
                 )
 

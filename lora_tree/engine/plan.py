@@ -26,7 +26,7 @@ from .kept import Kept
 __all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "registered", "same_terms"]
 
 KEPT_PLANS = 256
-KEPT_MARKS = 4096
+KEPT_MARKS = 1024
 
 _MARKS = itertools.count(1)
 

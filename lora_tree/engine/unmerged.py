@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import BaseMismatch
+from ..errors import BaseMismatch, BudgetError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
 from .axis import RowAxis
@@ -102,9 +102,12 @@ class Unmerged:
     def _laid_out(self, plan: Plan) -> Laid:
         sites, manner = plan.sites, self._manner
         laid = Laid()
-        self._ledger.charge(
-            laid, sum(PathSide.takes(sites[name], terms, manner.dtype) for name, terms in plan.terms.items())
-        )
+        try:
+            takes = sum(PathSide.takes(sites[name], terms, manner.dtype) for name, terms in plan.terms.items())
+            self._ledger.charge(laid, takes)
+        except BudgetError as error:
+            nodes = listing(dict.fromkeys(term.node for terms in plan.terms.values() for term in terms))
+            raise error.within(f"{nodes}: laid out beside the weights") from error
         with exact_mode(*{side_device(sites[name], terms) for name, terms in plan.terms.items()}):
             laid.update((name, PathSide(sites[name], terms, manner)) for name, terms in plan.terms.items())
         return laid

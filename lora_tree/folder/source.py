@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 from ..adapter import Adapter
 from ..errors import FormatError, LoraTreeError, UnlockedError
@@ -28,7 +27,9 @@ __all__ = ["FolderSource", "Trained", "hashed"]
 _TRIES = 5
 _TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
 
-_Identity = list[tuple[int, ...]]
+_HASHED = "_hashed"  # of a source: the files as they were when their hash was found to be right, in a few bytes
+
+_Identity = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class FolderSource:
     def where(self) -> Path:
         return Path(self.folder)
 
+    @property
+    def key(self) -> tuple[str, str] | None:
+        """Folder and content, where the lock says that."""
+        return None if self.content is None else (self.folder, self.content)
+
     def files(self) -> Files:
         """Where its files are now.
 
@@ -90,7 +96,7 @@ class FolderSource:
             files = self.files()
             try:
                 before = _identity(files)
-                known = self.content is None or _hashed.get(self) == before
+                known = self.content is None or self.__dict__.get(_HASHED) == hash(before)
                 found = self.content if known else hashed(files)
                 adapter = self._parse(files, allocate=allocate) if found == self.content else None
                 after = _identity(files)
@@ -107,7 +113,7 @@ class FolderSource:
                     "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
                 )
             if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
-                _hashed[self] = after
+                self.__dict__[_HASHED] = hash(after)
             return adapter
         raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
 
@@ -146,8 +152,4 @@ def hashed(files: Files) -> str:
 
 def _identity(files: Files) -> _Identity:
     seen = [os.stat(files.now[name][0]) for name in FILES]
-    return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen]
-
-
-_hashed: WeakKeyDictionary[FolderSource, _Identity] = WeakKeyDictionary()
-"""The files as they were when their hash was found to be right."""
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen)
