@@ -326,6 +326,8 @@ def test_train_eval_and_promote_from_the_shell(
 
     lora_tree("promote", zoo, "de/again", "--from", told["checkpoint"], "--node", "de")
     assert lt.load(zoo).children("de") == ["de/again"]
+    lora_tree("train", zoo, "--data", rows, "--run", zoo / "run", code=1)
+    assert f"lies in {zoo}, where folders of adapters are nodes" in capsys.readouterr().err
     lora_tree("train", zoo, "--data", rows, "--lr-of", "de", code=1)
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
 

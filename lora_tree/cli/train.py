@@ -79,7 +79,7 @@ def train(
     torch.manual_seed(seed)  # what fresh nodes start from
     model = attach(tree, open_model(name))
     where = folder if folder.is_dir() else folder.parent
-    running = Run(model, rows, settings, run or where / ".training", nodes=nodes or ())
+    running = Run(model, rows, settings, _outside(run, where) or where / ".training", nodes=nodes or ())
     _tell_rows(running, rows)
     resumed = running.done
     losses: Mapping[str, float] = {}
@@ -102,6 +102,18 @@ def train(
 
 
 # ---------------------------------------------------------------------- helpers
+def _outside(run: Path | None, zoo: Path) -> Path | None:
+    """The run's folder, where its checkpoints would not be taken for nodes of the tree."""
+    if run is not None and run.resolve().is_relative_to(zoo.resolve()):
+        inside = run.resolve().relative_to(zoo.resolve()).parts
+        if not any(part.startswith(".") for part in inside):
+            raise SpecError(
+                f"--run {run} lies in {zoo}, where folders of adapters are nodes of the tree",
+                f"name one beside it, or {zoo}/.{run.name}, which the tree passes over",
+            )
+    return run
+
+
 def _numbers(pairs: list[str] | None, option: str) -> dict[str, float]:
     found = {}
     for pair in pairs or ():
