@@ -19,7 +19,7 @@ from ..errors import FolderError
 
 __all__ = ["Stamp", "copy", "digest", "exists", "make", "named", "read", "remove", "rename", "stamp", "sync", "write"]
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
