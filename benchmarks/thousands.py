@@ -93,7 +93,7 @@ def first_uses(folder: str) -> dict[str, Any]:
         read_ms.append(1e3 * (time.perf_counter() - start))
         model.cache._tiers[0].clear()  # as if none of it had been used, nor hashed
         for node in lineage:
-            vars(tree[node].source).pop("_hashed", None)
+            object.__setattr__(tree[node].source, "_hashed", None)
         start = time.perf_counter()
         model.activate(path, mode="unmerged")
         activate_ms.append(1e3 * (time.perf_counter() - start))

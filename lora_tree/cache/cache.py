@@ -37,7 +37,7 @@ from .tier import Entry, Tier
 
 __all__ = ["Cache", "Hold"]
 
-CHURN_BYTES = 16 << 20  # what is laid out comes and goes in small pieces, which an allocator keeps for itself
+CHURN_BYTES = 4 << 20  # what is laid out comes and goes in small pieces, which an allocator keeps for itself
 
 
 class Cache:

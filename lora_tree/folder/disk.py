@@ -34,7 +34,7 @@ __all__ = [
     "write",
 ]
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)

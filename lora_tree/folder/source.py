@@ -27,8 +27,6 @@ __all__ = ["FolderSource", "Trained", "hashed"]
 _TRIES = 5
 _TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
 
-_HASHED = "_hashed"  # of a source: the files as they were when their hash was found to be right, in a few bytes
-
 _Identity = tuple[tuple[int, ...], ...]
 
 
@@ -57,6 +55,8 @@ class FolderSource:
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     content: str | None = None
     trained: Trained | None = None
+    # the files as they were when their hash was found to be right; not a part of the value
+    _hashed: int | None = field(default=None, init=False, repr=False)
 
     @property
     def where(self) -> Path:
@@ -96,7 +96,7 @@ class FolderSource:
             files = self.files()
             try:
                 before = _identity(files)
-                known = self.content is None or self.__dict__.get(_HASHED) == hash(before)
+                known = self.content is None or self._hashed == hash(before)
                 found = self.content if known else hashed(files)
                 adapter = self._parse(files, allocate=allocate) if found == self.content else None
                 after = _identity(files)
@@ -113,7 +113,7 @@ class FolderSource:
                     "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
                 )
             if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
-                self.__dict__[_HASHED] = hash(after)
+                object.__setattr__(self, "_hashed", hash(after))
             return adapter
         raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
 
