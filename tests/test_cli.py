@@ -250,7 +250,7 @@ def test_a_portable_adapter_is_told_with_its_error(shell: Shell, zoo: Path, tmp_
 
 def test_every_leaf_is_exported_with_progress(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     code, out, err = shell("export", zoo, "--all", "--out", tmp_path / "leaves")
-    assert (code, err) == (0, "1/2 fr/legal\n2/2 fr/medical\n")
+    assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["fr/legal", "fr/medical"]
     assert len(answer(shell, "export", zoo, "--all", "--out", tmp_path / "leaves")["exports"]) == 2
     for wrong in (["fr", "--all"], [], ["--all", "--as", "peft"], ["--all", "--as", "model"]):

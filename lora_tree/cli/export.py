@@ -104,7 +104,13 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        several = export_leaves(tree, to, workers=workers, progress=None if as_json else _progress, **form)  # type: ignore[arg-type]
+        with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
+            task = bar.add_task("exporting", total=None)
+
+            def told(one: Portable, done: int, leaves: int) -> None:
+                bar.update(task, completed=done, total=leaves, description=one.path)
+
+            several = export_leaves(tree, to, workers=workers, progress=told, **form)  # type: ignore[arg-type]
         written = {str(Path(to, one.path)): one for one in several}
     if as_json:
         told = [_plain(one, where) for where, one in written.items()]
@@ -136,10 +142,6 @@ def _merge(tree: AdapterTree, path: str, to: str, base: str | None, *, as_json: 
         f"{path or 'the bare base'} → {made.folder}: {len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
     )
     out().print(what, markup=False, soft_wrap=True)
-
-
-def _progress(one: Portable, done: int, leaves: int) -> None:
-    err().print(f"{done}/{leaves} {one.path}", markup=False, soft_wrap=True)
 
 
 def _tell(one: Portable, where: str, *, per_module: bool) -> None:
