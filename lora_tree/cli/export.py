@@ -107,10 +107,10 @@ def export(
         with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
             task = bar.add_task("exporting", total=None)
 
-            def told(one: Portable, done: int, leaves: int) -> None:
+            def show(one: Portable, done: int, leaves: int) -> None:
                 bar.update(task, completed=done, total=leaves, description=one.path)
 
-            several = export_leaves(tree, to, workers=workers, progress=told, **form)  # type: ignore[arg-type]
+            several = export_leaves(tree, to, workers=workers, progress=show, **form)  # type: ignore[arg-type]
         written = {str(Path(to, one.path)): one for one in several}
     if as_json:
         told = [_plain(one, where) for where, one in written.items()]
