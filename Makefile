@@ -60,7 +60,7 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## every benchmark at full size (several minutes on 2 cores, 8 GB)
 	$(PY) -m benchmarks $(ARGS)
 
-compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (about an hour on 2 cores)
+compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (half an hour on 2 cores)
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m benchmarks.compare $(ARGS)
 
 clean:  ## remove caches, build products and the demo's folders; .venv stays
