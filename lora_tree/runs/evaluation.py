@@ -15,11 +15,11 @@ from html import escape
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
+from ..blend import depth_first
 from ..errors import SpecError
 from ..model import TreeModel
-from ..training.losses import IGNORED
+from ..training.losses import row_losses
 from .rows import Row, padded
 
 __all__ = ["BARE", "Matrix", "evaluate"]
@@ -106,22 +106,22 @@ def evaluate(
         raise SpecError("evaluate needs rows, got none")
     tree = model.tree
     domains: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: [p for p in row.path.split("/") if p]):
+    for row in sorted(rows, key=lambda row: depth_first(row.path)):
         domains.setdefault(row.path, []).append(row)
     chosen = [path for path in tree.paths() if tree[path].has_adapter] if nodes is None else list(nodes)
     for path in chosen:
         tree.lineage(path)
+    paths = ("", *(path for path in chosen if path))
     was = model.training
     model.eval()
     losses = []
     try:
-        for path in ["", *(path for path in chosen if path)]:
+        for path in paths:
             with model.using(path, mode=mode):
                 losses.append(tuple(_mean(model, of, batch) for of in domains.values()))
             tick()
     finally:
         model.train(was)
-    paths = ("", *(path for path in chosen if path))
     return Matrix(paths, tuple(domains), tuple(losses), tuple(sum(r.learnt for r in of) for of in domains.values()))
 
 
@@ -131,9 +131,8 @@ def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
     sums = []
     for i in range(0, len(ordered), batch):
         inputs: dict[str, Any] = padded(ordered[i : i + batch], device=device)
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
-        sums.append(float(F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")))
+        labels = inputs.pop("labels")
+        sums.append(float(row_losses(model(**inputs).logits, labels)[0].sum()))
     return math.fsum(sums) / sum(row.learnt for row in rows)
 
 
