@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import FormatError, listing
 from ..formats import strict_json
-from ..formats.safetensors import DTYPES, MAX_HEADER_BYTES
+from ..formats.safetensors import DTYPES, header_fields
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "Stored", "open_checkpoint", "raw"]
 
@@ -152,17 +152,9 @@ def _tensors(file: Path) -> list[Stored]:
 
 
 def _header(stream: BinaryIO, file: Path) -> list[Stored]:
-    size = os.fstat(stream.fileno()).st_size
-    length = int.from_bytes(stream.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise FormatError(
-            f"{file}: not a whole safetensors file: {size} bytes, of which the header should take {length}",
-            "download it again; a Git LFS pointer or an unfinished download looks like this",
-        )
-    fields = strict_json.loads(stream.read(length), f"{file}: header")
+    fields, position, size = header_fields(stream, str(file))
     fields.pop("__metadata__", None)
-    found = sorted((_stored(name, value, file, 8 + length) for name, value in fields.items()), key=lambda s: s.begin)
-    position = 8 + length
+    found = sorted((_stored(name, value, file, position) for name, value in fields.items()), key=lambda s: s.begin)
     for stored in found:
         if stored.begin != position:
             raise FormatError(f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}")

@@ -28,7 +28,7 @@ from ..errors import FormatError
 from ..storage import Allocate
 from . import strict_json
 
-__all__ = ["Entry", "Header", "read_header", "read_tensors", "render_tensors"]
+__all__ = ["Entry", "Header", "header_fields", "read_header", "read_tensors", "render_tensors"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -134,7 +134,12 @@ def _view(buffer: Tensor, entry: Entry) -> Tensor:
     return (data if entry.begin % entry.dtype.itemsize == 0 else data.clone()).view(entry.dtype).reshape(entry.shape)
 
 
-def _header(stream: BinaryIO, where: str) -> Header:
+def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, int]:
+    """What the header of an open file says, as it stands there; where the tensors begin; and the size of the file.
+
+    Raises:
+        FormatError: it is cut short, or no header.
+    """
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -145,7 +150,11 @@ def _header(stream: BinaryIO, where: str) -> Header:
     text = stream.read(length)
     if len(text) != length:
         raise FormatError(f"{where}: the file was cut short while it was read")
-    fields = strict_json.loads(text, f"{where}: header")
+    return strict_json.loads(text, f"{where}: header"), 8 + length, size
+
+
+def _header(stream: BinaryIO, where: str) -> Header:
+    fields, start, size = header_fields(stream, where)
     metadata = fields.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")
@@ -155,12 +164,12 @@ def _header(stream: BinaryIO, where: str) -> Header:
         if entry.begin != position:
             raise FormatError(f"{where}: {name}: its bytes begin at {entry.begin}, expected {position}")
         position = entry.end
-    if position != size - 8 - length:
+    if position != size - start:
         raise FormatError(
-            f"{where}: the header describes {position} bytes of tensors, the file holds {size - 8 - length}",
+            f"{where}: the header describes {position} bytes of tensors, the file holds {size - start}",
             "download or save it again",
         )
-    return Header(tensors, metadata, 8 + length)
+    return Header(tensors, metadata, start)
 
 
 def _entry(value: Any, where: str) -> Entry:
