@@ -29,6 +29,7 @@ from ..folder import disk
 from ..formats import peft, strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
+from ..training.factors import path_of
 from ..training.sharded import full, is_sharded
 
 __all__ = ["FACTORS", "NODES", "UNFINISHED", "appearing", "load_factors", "save_factors"]
@@ -78,7 +79,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     model.factors.refresh(model.tree, model)
     now = _trained(model)
     if saved.keys() != now.keys():
-        there, here = ({_node(name) for name in names} for names in (saved, now))
+        there, here = ({path_of(name) for name in names} for names in (saved, now))
         what = f"of {listing(sorted(there))}, and {listing(sorted(here))} train now"
         what = what if there != here else f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
         raise FormatError(f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)")
@@ -165,7 +166,3 @@ def _stands_on(model: TreeModel) -> dict[str, str]:
                 told.update(f"{name} {hashlib.sha256(data).hexdigest()}".encode())
         found[path] = told.hexdigest()
     return found
-
-
-def _node(name: str) -> str:
-    return name.partition(".")[0].replace("\N{ONE DOT LEADER}", ".")

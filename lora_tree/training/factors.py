@@ -21,7 +21,7 @@ from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .sharded import is_sharded
 
-__all__ = ["Factors"]
+__all__ = ["Factors", "path_of"]
 
 _DOT = "\N{ONE DOT LEADER}"
 
@@ -99,7 +99,7 @@ class Factors(nn.ModuleDict):
             )
         for key, node in self.items():
             if isinstance(node, _Node) and node.adapter is not None and not _as_asked(node.adapter, dtype):
-                raise StateError(f"{_path(key)}: its factors are sharded, and keep their dtype", "dtype=None")
+                raise StateError(f"{path_of(key)}: its factors are sharded, and keep their dtype", "dtype=None")
 
     def refresh(self, tree: AdapterTree, within: nn.Module) -> None:
         """Let the tree hold the parts that this rank has, where factors were sharded, in some module ``within``."""
@@ -108,7 +108,7 @@ class Factors(nn.ModuleDict):
             if reshard is not None:  # a forward without a backward leaves whole ones
                 reshard()
         for key, node in self.items():
-            path = _path(key)
+            path = path_of(key)
             if isinstance(node, _Node) and path in tree and tree[path].loaded is node.adapter is not None:
                 now = node.shown()
                 if now is not node.adapter:
@@ -128,12 +128,12 @@ class Factors(nn.ModuleDict):
     @property
     def training_paths(self) -> list[str]:
         """The nodes that train."""
-        return [_path(key) for key, m in self.items() if any(p.requires_grad for p in m.parameters())]
+        return [path_of(key) for key, m in self.items() if any(p.requires_grad for p in m.parameters())]
 
     @property
     def paths(self) -> list[str]:
         """All nodes whose factors are here."""
-        return [_path(key) for key in self]
+        return [path_of(key) for key in self]
 
 
 class _Node(nn.Module):
@@ -194,8 +194,13 @@ def _as_asked(adapter: Adapter, dtype: torch.dtype | None) -> bool:
     return all(_dtype(v, dtype) == v.A.dtype == v.B.dtype for v in adapter.modules.values())
 
 
-def _path(key: str) -> str:
-    return key.replace(_DOT, ".")
+def path_of(name: str) -> str:
+    """The node to which a submodule of `Factors`, or a parameter in one, belongs.
+
+    >>> path_of("fr/v1․5.model/layers/0/q_proj/A")
+    'fr/v1.5'
+    """
+    return name.partition(".")[0].replace(_DOT, ".")
 
 
 def _key(path: str) -> str:
