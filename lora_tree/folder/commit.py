@@ -85,6 +85,9 @@ class Pending:
     staged: dict[str, str] = field(default_factory=dict)
     deleted: frozenset[str] = frozenset()
 
+    def __bool__(self) -> bool:
+        return bool(self.staged or self.deleted)
+
     def resolve(self, folder: str, place: str) -> str | None:
         """Where the file at a place is now, or None where there is none (or the place leads through a link)."""
         waiting = self.staged.get(place)
@@ -99,7 +102,7 @@ def pending(folder: str | Path) -> Pending:
     Raises:
         SpecError: the record is broken, or names what no save writes.
     """
-    record = _record(Path(folder))
+    record = _record(folder)
     if record is None:
         return Pending()
     stage = os.path.join(folder, HIDDEN, record.stage)
@@ -240,9 +243,9 @@ class Transaction:
 
 
 # ---------------------------------------------------------------------- the record
-def _record(folder: Path) -> _Record | None:
-    hidden = folder / HIDDEN
-    file = hidden / RECORD
+def _record(folder: str | Path) -> _Record | None:
+    hidden = os.path.join(folder, HIDDEN)  # no Path: every load of an adapter comes by here
+    file = os.path.join(hidden, RECORD)
     for path, kind in ((hidden, stat.S_ISDIR), (file, stat.S_ISREG)):  # one look at each: a writer may be clearing up
         with disk.named("look at it", path):
             try:
@@ -252,7 +255,7 @@ def _record(folder: Path) -> _Record | None:
         if not kind(mode):
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
-        data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), str(file))
+        data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), file)
         record = _Record.model_validate(data)
     except ValidationError as error:
         raise SpecError(*(f"{file}: {text}" for _, text in explain(error, data, _Record)[:8])) from error
@@ -262,7 +265,7 @@ def _record(folder: Path) -> _Record | None:
         if not os.path.lexists(file):
             return None  # carried out while we looked
         raise
-    _check(record, folder)
+    _check(record, Path(folder))
     return record
 
 

@@ -69,10 +69,10 @@ def look(folder: str, root: str | None = None) -> Files:
     """
     now: dict[str, tuple[str, Stamp]] = {}
     own, whole = pending(folder), pending(root) if root is not None else Pending()
-    above = os.path.relpath(folder, root) if root is not None else ""
+    above = os.path.relpath(folder, root) if whole and root is not None else ""
     for name in _NAMES:
         place = own.resolve(folder, name)
-        if root is not None and place == os.path.join(folder, name):
+        if whole and root is not None and place == os.path.join(folder, name):
             place = whole.resolve(root, name if above == "." else f"{above}/{name}")
         # a file that waits may be carried to its place between two looks at it
         for at in dict.fromkeys((place, os.path.join(folder, name))) if place is not None else ():

@@ -141,8 +141,8 @@ class FolderSource:
         return self.content
 
     def _parse(self, files: Files, *, outline: bool = False, allocate: Allocate | None = None) -> Adapter:
-        config, weights = (Path(files.now[name][0]) for name in FILES)
-        return peft.read(config, weights, where=Path(self.folder), outline=outline, allocate=allocate)
+        config, weights = (files.now[name][0] for name in FILES)
+        return peft.read(config, weights, where=self.folder, outline=outline, allocate=allocate)
 
 
 def hashed(files: Files) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def read_folder(folder: Path) -> Adapter:
 
 
 def read(
-    config_file: Path,
-    weights_file: Path,
+    config_file: str | Path,
+    weights_file: str | Path,
     *,
-    where: Path,
+    where: str | Path,
     outline: bool = False,
     allocate: Allocate | None = None,
 ) -> Adapter:
@@ -72,8 +73,9 @@ def read(
         FormatError: a file is missing, broken, or not what the other one says; names the file and the key.
         UnsupportedAdapter: an adapter of a kind that does not add up, or a pickle.
     """
-    has_config, has_weights = config_file.is_file(), weights_file.is_file()
-    if not has_weights and (weights_file.with_name(PICKLE).is_file() or (where / PICKLE).is_file()):
+    has_config, has_weights = os.path.isfile(config_file), os.path.isfile(weights_file)
+    pickles = (os.path.join(os.path.dirname(weights_file), PICKLE), os.path.join(where, PICKLE))
+    if not has_weights and any(os.path.isfile(pickle) for pickle in pickles):
         raise UnsupportedAdapter(
             f"{where}: {PICKLE} is a pickle, which can run code when it is opened; expected {WEIGHTS}",
             "convert it where you trust it: load it in PEFT and save_pretrained() it again",
@@ -81,14 +83,15 @@ def read(
     missing = [name for name, there in ((CONFIG, has_config), (WEIGHTS, has_weights)) if not there]
     if missing:
         raise FormatError(f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files")
-    config = parse_config(_bytes(config_file, where / CONFIG), str(where / CONFIG))
-    tensors, metadata = read_tensors(weights_file, str(where / WEIGHTS), outline=outline, allocate=allocate)
-    return _Reader(config, str(where / WEIGHTS), metadata).adapter(tensors)
+    config_named, weights_named = os.path.join(where, CONFIG), os.path.join(where, WEIGHTS)
+    config = parse_config(_bytes(config_file, config_named), config_named)
+    tensors, metadata = read_tensors(weights_file, weights_named, outline=outline, allocate=allocate)
+    return _Reader(config, weights_named, metadata).adapter(tensors)
 
 
-def _bytes(file: Path, where: Path) -> bytes:
+def _bytes(file: str | Path, where: str) -> bytes:
     try:
-        with file.open("rb") as stream:
+        with open(file, "rb") as stream:
             data = stream.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error

@@ -54,21 +54,21 @@ class Header:
     start: int
 
 
-def read_header(file: Path, where: str) -> Header:
+def read_header(file: str | Path, where: str) -> Header:
     """The header of ``file``, checked against its size; ``where`` names the file in errors.
 
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
     """
     try:
-        with file.open("rb") as stream:
+        with open(file, "rb") as stream:
             return _header(stream, where)
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
 
 def read_tensors(
-    file: Path, where: str, *, outline: bool = False, allocate: Allocate | None = None
+    file: str | Path, where: str, *, outline: bool = False, allocate: Allocate | None = None
 ) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Every tensor of ``file``, all in one buffer, and the file's metadata.
 
@@ -80,7 +80,7 @@ def read_tensors(
         FormatError: the file can't be read, is cut short, or is not what its header says.
     """
     try:
-        with file.open("rb") as stream:
+        with open(file, "rb") as stream:
             header = _header(stream, where)
             if outline:
                 made = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in header.tensors.items()}
