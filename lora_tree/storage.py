@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .tree import AdapterTree
 
-__all__ = ["Allocate", "Source", "Storage", "install", "storage"]
-
+__all__ = ["Allocate", "Source", "Storage", "Witness", "install", "storage"]
 
 Allocate: TypeAlias = Callable[[int], Tensor]
 """Memory for the numbers of one adapter: bytes → a uint8 tensor of that length; may raise where there is no room."""
+
+Witness: TypeAlias = Callable[[str, memoryview], object]
+"""Is shown every byte that a reader uses: (file name, bytes), each file from its start to its end."""
 
 
 class Source(Protocol):

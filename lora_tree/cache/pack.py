@@ -26,6 +26,8 @@ __all__ = ["buffer_of", "held_bytes", "moved", "pack", "pages", "tensors", "trim
 
 ALIGNED = 64  # bytes; what the widest vector loads want
 PAGED = 128 << 10  # bytes; from here on the part of a page that is not used is nothing
+LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which the mmap module does not name
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -51,17 +53,19 @@ def pages(nbytes: int) -> Tensor:
     """Host memory that goes back to the system when it is let go of: (nbytes,) uint8.
 
     What an allocator keeps for itself, in pieces between what is still in use, would be outside of every budget. Small
-    adapters are left to it.
+    adapters are left to it. The pages are made here, without the interpreter's lock, so that no other thread waits for
+    that, and none of them is missing when a file is read into it.
     """
-    if nbytes < PAGED or not hasattr(mmap, "MAP_POPULATE"):
+    if nbytes < PAGED or LIBC is None:
         return torch.empty(nbytes, dtype=torch.uint8)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+    memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    LIBC.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(nbytes), POPULATE_WRITE)
+    return memory  # where an old kernel refused that, they are made as they are written
 
 
 def trim() -> None:
     """Make the allocator give free memory back to the system, where it can be told to (glibc)."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    give_back = getattr(LIBC, "malloc_trim", None)
     if give_back is not None:
         give_back(0)
 
@@ -83,9 +87,10 @@ def buffer_of(adapter: Adapter) -> Tensor | None:
     if not found or not all(t.is_contiguous() for t in found):
         return None
     storage = found[0].untyped_storage()
-    if any(t.untyped_storage().data_ptr() != storage.data_ptr() for t in found):
+    start = storage.data_ptr()
+    if any(t.untyped_storage().data_ptr() != start for t in found):
         return None
-    used = sum(t.numel() * t.element_size() for t in found)
+    used = sum(t.nbytes for t in found)
     if storage.nbytes() > used + ALIGNED * len(found):
         return None  # a view of something larger, or what a factor was turned from lies beside it
     return torch.empty(0, dtype=torch.uint8, device=found[0].device).set_(storage)
@@ -93,8 +98,8 @@ def buffer_of(adapter: Adapter) -> Tensor | None:
 
 def held_bytes(adapter: Adapter) -> int:
     """Bytes of the memory that an adapter keeps alive."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(adapter)}
-    return sum(storages.values())
+    storages = [t.untyped_storage() for t in tensors(adapter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def tensors(adapter: Adapter) -> Iterator[Tensor]:

@@ -43,7 +43,8 @@ class Term:
     @property
     def trains(self) -> bool:
         """Autograd follows its factors."""
-        return any(factor.requires_grad for factor in self.value.tensors)
+        A, B, bias = self.value.A, self.value.B, self.value.bias
+        return A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
 
 
 Terms = tuple[Term, ...]
@@ -140,8 +141,9 @@ class Binder:
         fixed = True
         for node, coefficient, adapter in terms:
             for name, value in self.bind(node, adapter).modules.items():
-                fixed = fixed and not _trains(value)
-                version = value.A._version + value.B._version if _trains(value) else 0
+                trained = _trains(value)
+                fixed = fixed and not trained
+                version = value.A._version + value.B._version if trained else 0
                 found.setdefault(name, []).append(Term(node, coefficient, value, version))
         origins = tuple((self._origin(adapter), coefficient) for _, coefficient, adapter in terms)
         plan = Plan(

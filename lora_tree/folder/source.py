@@ -1,22 +1,25 @@
 """FolderSource: an adapter in files, with what its folder's lock says about them.
 
-Law: what is parsed is what was hashed. Both files are hashed before they are read, and nothing about them may have
-changed after; so an adapter is never half of one save and half of another. Read again, they are hashed again only where
-size, times or place are not those that were hashed.
+Law: what is used is what was hashed. The very bytes that are read are hashed, beside their reading, and nothing about
+the files may have changed meanwhile; so an adapter is never half of one save and half of another. Read again, they are
+hashed again only where size, times or place are not those that were hashed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError, LoraTreeError, UnlockedError
 from ..formats import peft
-from ..storage import Allocate
+from ..storage import Allocate, Witness
 from . import disk
 from .disk import Stamp
 from .lockfile import BaseLock, content
@@ -25,6 +28,7 @@ from .scan import FILES, Files, look
 __all__ = ["FolderSource", "Trained", "hashed"]
 
 _TRIES = 5
+BESIDE_BYTES = 1 << 20  # of a file: from here on a thread to hash them costs less than it saves
 _TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
 
 _Identity = tuple[tuple[int, ...], ...]
@@ -97,25 +101,31 @@ class FolderSource:
             try:
                 before = _identity(files)
                 known = self.content is None or self._hashed == hash(before)
-                found = self.content if known else hashed(files)
-                adapter = self._parse(files, allocate=allocate) if found == self.content else None
+                with _Hashing() as hashing:
+                    adapter = self._parse(files, allocate=allocate, witness=None if known else hashing)
+                    found = self.content if known else hashing.content()
                 after = _identity(files)
             except (LoraTreeError, OSError):
-                if look(self.folder, self.root) == files:
-                    raise
-                continue  # a save moved them meanwhile
+                if look(self.folder, self.root) != files:
+                    continue  # a save moved them meanwhile
+                self._locked(hashed(files))  # before any other complaint
+                raise
             if before != after:
                 continue
-            if adapter is None:
-                raise UnlockedError(
-                    f"{self.folder}: not the files that tree.lock speaks of: expected content "
-                    f"{str(self.content)[:12]}…, got {str(found)[:12]}…",
-                    "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
-                )
+            self._locked(found)
             if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
                 object.__setattr__(self, "_hashed", hash(after))
             return adapter
         raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
+
+    def _locked(self, found: str | None) -> None:
+        """That this is the content which the lock speaks of, where there is a lock."""
+        if self.content is not None and found != self.content:
+            raise UnlockedError(
+                f"{self.folder}: not the files that tree.lock speaks of: expected content "
+                f"{self.content[:12]}…, got {str(found)[:12]}…",
+                "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
+            )
 
     def outline(self) -> Adapter:
         """The adapter without its numbers, from the headers; not compared with the lock.
@@ -140,9 +150,47 @@ class FolderSource:
             )
         return self.content
 
-    def _parse(self, files: Files, *, outline: bool = False, allocate: Allocate | None = None) -> Adapter:
+    def _parse(
+        self,
+        files: Files,
+        *,
+        outline: bool = False,
+        allocate: Allocate | None = None,
+        witness: Witness | None = None,
+    ) -> Adapter:
         config, weights = (files.now[name][0] for name in FILES)
-        return peft.read(config, weights, where=self.folder, outline=outline, allocate=allocate)
+        return peft.read(config, weights, where=self.folder, outline=outline, allocate=allocate, witness=witness)
+
+
+class _Hashing:
+    """The hash of an adapter's content, from the bytes that its reader used.
+
+    Many bytes are hashed beside what the reader does next; whoever leaves the context waits for that.
+    """
+
+    def __init__(self) -> None:
+        self._hashes = {name: hashlib.sha256() for name in FILES}
+        self._beside: list[threading.Thread] = []
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._beside:
+            self._beside.pop().join()
+
+    def __call__(self, name: str, data: memoryview) -> None:
+        update = partial(self._hashes[name].update, data)
+        if data.nbytes < BESIDE_BYTES:
+            update()
+        else:
+            self._beside.append(threading.Thread(target=update, name="lora_tree hashing", daemon=True))
+            self._beside[-1].start()
+
+    def content(self) -> str:
+        """The hash, when all has been read."""
+        self.__exit__()
+        return content(*(self._hashes[name].hexdigest() for name in FILES))
 
 
 def hashed(files: Files) -> str:

@@ -48,6 +48,8 @@ def plain(path: str) -> tuple[str, int]:
     >>> plain("mlp.experts.base_layer.base_layer"), plain("attn.base_layer.out_proj")
     (('mlp.experts', 2), ('attn.out_proj', 0))
     """
+    if "base_layer" not in path:
+        return path, 0
     names = path.split(".")
     depth = 0
     while names and names[-1] == "base_layer":

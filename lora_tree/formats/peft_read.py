@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
-from ..storage import Allocate
+from ..storage import Allocate, Witness
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
@@ -60,6 +61,7 @@ def read(
     where: str | Path,
     outline: bool = False,
     allocate: Allocate | None = None,
+    witness: Witness | None = None,
 ) -> Adapter:
     """Read a PEFT adapter from its two files; the factors are copies in memory, in the dtypes of the file.
 
@@ -68,6 +70,7 @@ def read(
         where: the folder that errors name.
         outline: read headers only; the factors have shapes and dtypes, and no numbers (the meta device).
         allocate: makes the one buffer in which they lie; None: ordinary memory.
+        witness: is shown every byte of the two files that is read.
 
     Raises:
         FormatError: a file is missing, broken, or not what the other one says; names the file and the key.
@@ -84,8 +87,12 @@ def read(
     if missing:
         raise FormatError(f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files")
     config_named, weights_named = os.path.join(where, CONFIG), os.path.join(where, WEIGHTS)
-    config = parse_config(_bytes(config_file, config_named), config_named)
-    tensors, metadata = read_tensors(weights_file, weights_named, outline=outline, allocate=allocate)
+    data = _bytes(config_file, config_named)
+    if witness:
+        witness(CONFIG, memoryview(data))
+    config = parse_config(data, config_named)
+    shown = partial(witness, WEIGHTS) if witness else None
+    tensors, metadata = read_tensors(weights_file, weights_named, outline=outline, allocate=allocate, witness=shown)
     return _Reader(config, weights_named, metadata).adapter(tensors)
 
 

@@ -16,7 +16,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,29 +68,39 @@ def read_header(file: str | Path, where: str) -> Header:
 
 
 def read_tensors(
-    file: str | Path, where: str, *, outline: bool = False, allocate: Allocate | None = None
+    file: str | Path,
+    where: str,
+    *,
+    outline: bool = False,
+    allocate: Allocate | None = None,
+    witness: Callable[[memoryview], object] | None = None,
 ) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Every tensor of ``file``, all in one buffer, and the file's metadata.
 
     Args:
         outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta device).
         allocate: makes the buffer; None: ordinary memory.
+        witness: is shown the file's bytes, in order; those of the tensors are the buffer itself, and keep it alive.
 
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
     """
     try:
         with open(file, "rb") as stream:
-            header = _header(stream, where)
+            header = _header(stream, where, witness)
             if outline:
                 made = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in header.tensors.items()}
                 return made, header.metadata
             size = max((entry.end for entry in header.tensors.values()), default=0)
             with torch.inference_mode(False):  # read under inference_mode, trained on top of later
                 buffer = (allocate or _ordinary)(size)
-                if stream.readinto((ctypes.c_char * size).from_address(buffer.data_ptr())) != size:
+                memory = (ctypes.c_char * size).from_address(buffer.data_ptr())
+                memory.owner = buffer  # type: ignore[attr-defined]  # for whoever looks at it longer than we do
+                if stream.readinto(memory) != size:
                     raise FormatError(f"{where}: the file was cut short while it was read")
-                return {name: _view(buffer, entry) for name, entry in header.tensors.items()}, header.metadata
+                if witness:
+                    witness(memoryview(memory))
+                return _views(buffer, header.tensors), header.metadata
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
@@ -128,20 +138,35 @@ def _ordinary(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _view(buffer: Tensor, entry: Entry) -> Tensor:
-    """One tensor in the buffer; in memory of its own where it does not lie on a multiple of its size."""
-    data = buffer[entry.begin : entry.end]
-    return (data if entry.begin % entry.dtype.itemsize == 0 else data.clone()).view(entry.dtype).reshape(entry.shape)
+def _views(buffer: Tensor, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Every tensor in the buffer; in memory of its own where it does not lie on a multiple of its size."""
+    found: dict[str, Tensor] = {}
+    whole: dict[torch.dtype, Tensor] = {}  # one call a tensor instead of three: an adapter has hundreds
+    for name, entry in entries.items():
+        dtype, shape, size = entry.dtype, entry.shape, entry.dtype.itemsize
+        if entry.begin % size:
+            found[name] = buffer[entry.begin : entry.end].clone().view(dtype).reshape(shape)
+            continue
+        if dtype not in whole:
+            whole[dtype] = buffer[: buffer.numel() // size * size].view(dtype)
+        strides = [math.prod(shape[i:]) for i in range(1, len(shape) + 1)]
+        found[name] = whole[dtype].as_strided(shape, strides, entry.begin // size)
+    return found
 
 
-def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, int]:
+def header_fields(
+    stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None
+) -> tuple[dict[str, Any], int, int]:
     """What the header of an open file says, as it stands there; where the tensors begin; and the size of the file.
+
+    Args:
+        witness: is shown the bytes up to there.
 
     Raises:
         FormatError: it is cut short, or no header.
     """
     size = os.fstat(stream.fileno()).st_size
-    length = int.from_bytes(stream.read(8), "little")
+    length = int.from_bytes(first := stream.read(8), "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise FormatError(
             f"{where}: not a whole safetensors file: {size} bytes, of which the header should take {length}",
@@ -150,11 +175,13 @@ def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, in
     text = stream.read(length)
     if len(text) != length:
         raise FormatError(f"{where}: the file was cut short while it was read")
+    if witness:
+        witness(memoryview(first + text))
     return strict_json.loads(text, f"{where}: header"), 8 + length, size
 
 
-def _header(stream: BinaryIO, where: str) -> Header:
-    fields, start, size = header_fields(stream, where)
+def _header(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None) -> Header:
+    fields, start, size = header_fields(stream, where, witness)
     metadata = fields.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")

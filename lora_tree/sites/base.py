@@ -101,13 +101,11 @@ class Site(ABC):
     @property
     def weight(self) -> Tensor | None:
         """The stored weight, whatever it is; None where the module has none by that name."""
-        found = getattr(self.module, self.weight_name, None)
-        return found if isinstance(found, Tensor) else None
+        return _tensor(self.module, self.weight_name)
 
     @property
     def bias(self) -> Tensor | None:
-        found = getattr(self.module, self.bias_name, None)
-        return found if isinstance(found, Tensor) else None
+        return _tensor(self.module, self.bias_name)
 
     @property
     def why_merged_only(self) -> str | None:
@@ -188,18 +186,19 @@ class Site(ABC):
 
     def _check_plain(self) -> None:
         module, name = self.module, self.weight_name
-        parametrised = name in getattr(module, "parametrizations", ())
+        parametrised = name in (module._modules.get("parametrizations") or ())  # type: ignore[operator]
         if parametrised or f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters:
             raise BaseMismatch(
                 f"{self.name}: its {name} is computed from other parameters (weight norm or another parametrisation)",
                 "remove the parametrisation from the base first: torch.nn.utils.parametrize.remove_parametrizations",
             )
-        hook = getattr(module, "_hf_hook", None)
-        if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
+        hook = vars(module).get("_hf_hook")
+        if hook is not None and any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
             raise BaseMismatch(f"{self.name}: its weight is offloaded", "load the base without offloading")
-        if self.weight is not None and self.weight.is_meta:
+        weight = self.weight
+        if weight is not None and weight.is_meta:
             raise BaseMismatch(f"{self.name}: its weight is on the meta device", "load the base's weights first")
-        if self.weight is not None and self.weight.is_inference():
+        if weight is not None and weight.is_inference():
             raise BaseMismatch(f"{self.name}: its weight was made under inference_mode", "load the base outside of it")
 
     def __repr__(self) -> str:
@@ -209,6 +208,14 @@ class Site(ABC):
 def recorded(*tensors: Tensor) -> bool:
     """Whether autograd is watching what is done to these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A module's tensor of that name: asked of every site at every switch, and getattr is slow on modules."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = getattr(module, name, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _batched(factor: Tensor) -> Tensor:
