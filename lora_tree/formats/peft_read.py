@@ -99,12 +99,12 @@ def read(
 def _bytes(file: str | Path, where: str) -> bytes:
     try:
         with open(file, "rb") as stream:
-            data = stream.read(MAX_CONFIG_BYTES + 1)
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_CONFIG_BYTES:
+                raise FormatError(f"{where}: more than {MAX_CONFIG_BYTES >> 20} MiB, which no adapter config is")
+            return stream.read(size)  # no more than that: what is asked for is allocated
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{where}: more than {MAX_CONFIG_BYTES >> 20} MiB, which no adapter config is")
-    return data
 
 
 class _Reader:
