@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,8 @@ def test_a_checkpoint_of_a_run_becomes_a_node(tmp_path: Path, zoo: Path, rows: P
     kept = run.save()
     tree = lt.AdapterTree()
     promote(tree, "de", kept)
-    promote(tree, "de/more", kept, node="fr/legal")
+    with pytest.warns(lt.StaleWarning, match="^de/more: fr/legal was trained on fr, and stands on de now$"):
+        promote(tree, "de/more", kept, node="fr/legal")
     want = run.model.tree.adapter("fr/legal")
     got = tree.adapter("de/more")
     assert want is not None
@@ -299,7 +301,32 @@ def test_a_checkpoint_of_a_run_becomes_a_node(tmp_path: Path, zoo: Path, rows: P
         promote(tree, "x", tmp_path)
 
 
+def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    for _, _ in zip(run.steps(), range(2), strict=False):
+        pass
+    kept = run.save()
+    fresh = started(zoo, rows, tokenizer, tmp_path / "fresh").model
+    fresh.detach()
+    tree = fresh.tree
+    with pytest.warns(
+        lt.StaleWarning, match=r"fr/legal was trained on fr, and stands on fr now, with other numbers in fr"
+    ):
+        promote(tree, "fr/legal", kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        promote(tree, "fr", kept)
+        promote(tree, "fr/legal", kept)  # the same numbers as then
+        promote(tree, "de", kept)
+    tree.update("fr", weight=0.5)
+    with pytest.warns(lt.StaleWarning, match="with other numbers in fr"):
+        promote(tree, "fr/legal", kept)
+
+
 # ---------------------------------------------------------------------- the command line
+@pytest.mark.filterwarnings("always::lora_tree.StaleWarning")
 def test_train_eval_and_promote_from_the_shell(
     tmp_path: Path, zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +352,7 @@ def test_train_eval_and_promote_from_the_shell(
     assert "nats per token" in capsys.readouterr().out
 
     lora_tree("promote", zoo, "de/again", "--from", told["checkpoint"], "--node", "de")
+    assert "warning: de/again: de was trained on the bare base, and stands on de now" in capsys.readouterr().err
     assert lt.load(zoo).children("de") == ["de/again"]
     lora_tree("train", zoo, "--data", rows, "--run", zoo / "run", code=1)
     assert f"lies in {zoo}, where folders of adapters are nodes" in capsys.readouterr().err

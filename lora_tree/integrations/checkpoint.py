@@ -2,7 +2,7 @@
 
     checkpoint-120/
       factors.safetensors          every parameter of every node that trains, bit for bit: what a run resumes from;
-                                   and a hash of what each of them stands on, which has to be the same then
+                                   and what each of them stands on, node by node, which has to be the same then
       nodes/fr/legal/…             the same nodes as PEFT adapters: tree.update("fr/legal", adapter=…) takes one
       optimizer.pt, …              what the trainer writes of its own
 
@@ -24,19 +24,31 @@ from typing import Any
 import torch
 from torch.distributed.tensor import distribute_tensor
 
+from ..adapter import Adapter
 from ..errors import FolderError, FormatError, listing
 from ..folder import disk
-from ..formats import peft, strict_json
+from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
 from ..training.factors import path_of
 from ..training.sharded import full, is_sharded
+from ..tree import AdapterTree
 
-__all__ = ["FACTORS", "NODES", "UNFINISHED", "appearing", "load_factors", "save_factors"]
+__all__ = [
+    "FACTORS",
+    "NODES",
+    "UNFINISHED",
+    "ancestors_now",
+    "ancestors_then",
+    "appearing",
+    "load_factors",
+    "save_factors",
+]
 
 FACTORS = "factors.safetensors"
 NODES = "nodes"
 UNFINISHED = ".unfinished"
+TRAINED = "trained"  # in place of the hash of a node that is in the checkpoint itself
 
 
 def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None:
@@ -91,7 +103,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
                 "resume with the rank and dtype of then",
             )
     then = strict_json.loads(said.get("stands_on", "{}").encode(), f"{file}: stands_on")
-    changed = [path for path, now_on in _stands_on(model).items() if then.get(path) != now_on]
+    changed = [path for path, on in _stands_on(model).items() if then.get(path) != on]
     if changed:
         raise FormatError(
             f"{file}: {listing(changed)}: a frozen ancestor, or a weight, has changed since",
@@ -154,15 +166,50 @@ def _trained(model: TreeModel) -> dict[str, Any]:
     return {name: p for name, p in model.factors.named_parameters() if p.requires_grad}
 
 
-def _stands_on(model: TreeModel) -> dict[str, str]:
-    """Node that trains → a hash of the weights down to it and of its frozen ancestors."""
-    training, found = model.factors.training_paths, {}
-    for path in training:
-        told = hashlib.sha256()
-        for node in model.tree.lineage(path):
-            adapter = None if node in training else model.tree.adapter(node)
-            told.update(f"{model.tree[node].weight!r} {node in training}".encode())
-            for name, data in sorted(peft.render(adapter).items()) if adapter is not None else ():
-                told.update(f"{name} {hashlib.sha256(data).hexdigest()}".encode())
-        found[path] = told.hexdigest()
+def ancestors_then(folder: Path, path: str) -> dict[str, str]:
+    """What the node ``path`` of a checkpoint was trained on: each ancestor's weight and hash, from the root down.
+
+    Raises:
+        FormatError: a file of the checkpoint is broken.
+    """
+    file = folder / FACTORS
+    _, said = read_tensors(file, str(file), outline=True)
+    record = strict_json.loads(said.get("stands_on", "{}").encode(), f"{file}: stands_on").get(path)
+    found = dict(record) if isinstance(record, dict) else {}
+    found.pop(path, None)
+    for node, told in found.items():
+        if told.endswith(TRAINED):
+            found[node] = told.removesuffix(TRAINED) + _hash(Adapter.load(folder / NODES / node))
     return found
+
+
+def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
+    """The same of a place in a tree: every node above ``path`` that has an adapter, its weight and its hash."""
+    above = tree.lineage(path.rpartition("/")[0])
+    return {node: told for node in above if (told := _told(tree, node)) is not None}
+
+
+def _told(tree: AdapterTree, node: str) -> str | None:
+    """A node's weight and hash; None where it has no adapter, so that nothing depends on it."""
+    adapter = tree.adapter(node)
+    return None if adapter is None else f"{tree[node].weight!r} {_hash(adapter)}"
+
+
+def _hash(adapter: Adapter) -> str:
+    """A hash of an adapter's numbers, and of nothing else about it."""
+    told = hashlib.sha256()
+    for name, value in sorted(adapter.modules.items()):
+        numbers = dict(zip(("A", "B", "bias"), value.tensors, strict=False))
+        told.update(f"{name} {value.scale!r} {value.layout}".encode())
+        told.update(render_tensors({part: t.detach().cpu() for part, t in numbers.items()}, {}))
+    return told.hexdigest()
+
+
+def _stands_on(model: TreeModel) -> dict[str, dict[str, str]]:
+    """Node that trains → every node down to it: its weight, and its hash or that it trains as well."""
+    tree, training = model.tree, model.factors.training_paths
+    told = {
+        node: f"{tree[node].weight!r} {TRAINED}" if node in training else _told(tree, node)
+        for node in dict.fromkeys(node for path in training for node in tree.lineage(path))
+    }
+    return {path: {n: found for n in tree.lineage(path) if (found := told[n]) is not None} for path in training}

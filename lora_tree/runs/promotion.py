@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from ..adapter import Adapter
 from ..errors import FolderError, PathError, listing, suggest
-from ..integrations.checkpoint import NODES
+from ..folder import StaleWarning
+from ..integrations.checkpoint import NODES, ancestors_now, ancestors_then
 from ..spec import check_path
 from ..storage import as_path
 from ..tree import AdapterTree, Node
@@ -16,6 +18,8 @@ __all__ = ["promote"]
 
 def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *, node: str | None = None) -> Node:
     """Make what a node was at a checkpoint the adapter of a node of a tree, which is added where it is not there.
+
+    Warns (`StaleWarning`) where it was trained on other ancestors than it has now.
 
     Args:
         tree: changed in memory; `AdapterTree.save` writes it.
@@ -41,4 +45,13 @@ def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *,
     if name not in found:
         raise PathError(f"{checkpoint}: no node {name!r} in it{suggest(name, found)}", f"it has: {listing(found)}")
     adapter = Adapter.load(folder / name)
+    then, now = ancestors_then(folder.parent, name), ancestors_now(tree, path)
+    if list(then.values()) != list(now.values()):
+        others = [above for above, told in now.items() if then.get(above, told) != told]
+        warnings.warn(
+            f"{path}: {name} was trained on {listing(then) or 'the bare base'}, and stands on "
+            f"{listing(now) or 'the bare base'} now" + (f", with other numbers in {listing(others)}" if others else ""),
+            StaleWarning,
+            stacklevel=2,
+        )
     return tree.update(path, adapter=adapter) if path in tree else tree.add(path, adapter=adapter)
