@@ -26,7 +26,7 @@ Allocate: TypeAlias = Callable[[int], Tensor]
 """Memory for the numbers of one adapter: bytes → a uint8 tensor of that length; may raise where there is no room."""
 
 Witness: TypeAlias = Callable[[str, memoryview], object]
-"""Is shown every byte that a reader uses: (file name, bytes), each file from its start to its end."""
+"""Is shown every byte that a reader uses: (file name, bytes), in order; may not keep them."""
 
 
 class Source(Protocol):

@@ -430,14 +430,12 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error_and_not_a_signal(
     assert (stats.held_bytes, stats.nodes, stats.failures) == (0, 0, 1)
 
 
-@pytest.mark.parametrize("beside_bytes", [1, 1 << 20])
 def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwise(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, beside_bytes: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_room, "BESIDE_BYTES", beside_bytes)
     hashes: list[str] = []
-    plain = source_room._Hashing.content
-    monkeypatch.setattr(source_room._Hashing, "content", lambda self: hashes.append(found := plain(self)) or found)
+    plain = source_room.content
+    monkeypatch.setattr(source_room, "content", lambda *of: hashes.append(found := plain(*of)) or found)
     monkeypatch.setattr(
         source_room, "_TICK_NS", -(10**18)
     )  # files of a moment ago may change within one tick of the clock

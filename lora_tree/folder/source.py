@@ -1,19 +1,17 @@
 """FolderSource: an adapter in files, with what its folder's lock says about them.
 
-Law: what is used is what was hashed. The very bytes that are read are hashed, beside their reading, and nothing about
-the files may have changed meanwhile; so an adapter is never half of one save and half of another. Read again, they are
-hashed again only where size, times or place are not those that were hashed.
+Law: what is used is what was hashed. The very bytes that are read are hashed, and nothing about the files may have
+changed meanwhile; so an adapter is never half of one save and half of another. Read again, they are hashed again only
+where size, times or place are not those that were hashed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from ..adapter import Adapter
@@ -28,7 +26,6 @@ from .scan import FILES, Files, look
 __all__ = ["FolderSource", "Trained", "hashed"]
 
 _TRIES = 5
-BESIDE_BYTES = 1 << 20  # of a file: from here on a thread to hash them costs less than it saves
 _TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
 
 _Identity = tuple[tuple[int, ...], ...]
@@ -101,9 +98,9 @@ class FolderSource:
             try:
                 before = _identity(files)
                 known = self.content is None or self._hashed == hash(before)
-                with _Hashing() as hashing:
-                    adapter = self._parse(files, allocate=allocate, witness=None if known else hashing)
-                    found = self.content if known else hashing.content()
+                hashing = None if known else _Hashing()
+                adapter = self._parse(files, allocate=allocate, witness=hashing)
+                found = self.content if hashing is None else hashing.content()
                 after = _identity(files)
             except (LoraTreeError, OSError):
                 if look(self.folder, self.root) != files:
@@ -163,33 +160,15 @@ class FolderSource:
 
 
 class _Hashing:
-    """The hash of an adapter's content, from the bytes that its reader used.
-
-    Many bytes are hashed beside what the reader does next; whoever leaves the context waits for that.
-    """
+    """The hash of an adapter's content, from the bytes that its reader used."""
 
     def __init__(self) -> None:
         self._hashes = {name: hashlib.sha256() for name in FILES}
-        self._beside: list[threading.Thread] = []
-
-    def __enter__(self) -> _Hashing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._beside:
-            self._beside.pop().join()
 
     def __call__(self, name: str, data: memoryview) -> None:
-        update = partial(self._hashes[name].update, data)
-        if data.nbytes < BESIDE_BYTES:
-            update()
-        else:
-            self._beside.append(threading.Thread(target=update, name="lora_tree hashing", daemon=True))
-            self._beside[-1].start()
+        self._hashes[name].update(data)
 
     def content(self) -> str:
-        """The hash, when all has been read."""
-        self.__exit__()
         return content(*(self._hashes[name].hexdigest() for name in FILES))
 
 

@@ -80,7 +80,7 @@ def read_tensors(
     Args:
         outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta device).
         allocate: makes the buffer; None: ordinary memory.
-        witness: is shown the file's bytes, in order; those of the tensors are the buffer itself, and keep it alive.
+        witness: is shown the file's bytes, in order, and may not keep them.
 
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
@@ -95,7 +95,6 @@ def read_tensors(
             with torch.inference_mode(False):  # read under inference_mode, trained on top of later
                 buffer = (allocate or _ordinary)(size)
                 memory = (ctypes.c_char * size).from_address(buffer.data_ptr())
-                memory.owner = buffer  # type: ignore[attr-defined]  # for whoever looks at it longer than we do
                 if stream.readinto(memory) != size:
                     raise FormatError(f"{where}: the file was cut short while it was read")
                 if witness:
