@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora_tree as lt
 from lora_tree.cli import main
@@ -305,8 +305,8 @@ def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(
     tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
 ) -> None:
     run = started(zoo, rows, tokenizer, tmp_path / "run")
-    for _, _ in zip(run.steps(), range(2), strict=False):
-        pass
+    steps = run.steps()
+    next(steps), next(steps)
     kept = run.save()
     fresh = started(zoo, rows, tokenizer, tmp_path / "fresh").model
     fresh.detach()
@@ -323,6 +323,10 @@ def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(
     tree.update("fr", weight=0.5)
     with pytest.warns(lt.StaleWarning, match="with other numbers in fr"):
         promote(tree, "fr/legal", kept)
+    for record, error in (({"../fr": "1.0 trained"}, PathError), ({"fr": 1}, FormatError), ("fr", FormatError)):
+        save_file({"x": torch.zeros(1)}, kept / "factors.safetensors", {"stands_on": json.dumps({"fr/legal": record})})
+        with pytest.raises(error):
+            promote(tree, "fr/legal", kept)
 
 
 # ---------------------------------------------------------------------- the command line

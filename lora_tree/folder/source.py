@@ -94,7 +94,7 @@ class FolderSource:
             UnlockedError: they are not what the lock said when the tree was opened.
         """
         for _ in range(_TRIES):
-            files = self.files()
+            files, hashing = self.files(), None
             try:
                 before = _identity(files)
                 known = self.content is None or self._hashed == hash(before)
@@ -105,7 +105,8 @@ class FolderSource:
             except (LoraTreeError, OSError):
                 if look(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
-                self._locked(hashed(files))  # before any other complaint
+                if hashing is not None:
+                    self._locked(hashed(files))  # before any other complaint
                 raise
             if before != after:
                 continue

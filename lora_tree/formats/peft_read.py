@@ -77,8 +77,8 @@ def read(
         UnsupportedAdapter: an adapter of a kind that does not add up, or a pickle.
     """
     has_config, has_weights = os.path.isfile(config_file), os.path.isfile(weights_file)
-    pickles = (os.path.join(os.path.dirname(weights_file), PICKLE), os.path.join(where, PICKLE))
-    if not has_weights and any(os.path.isfile(pickle) for pickle in pickles):
+    folders = (os.path.dirname(weights_file), where)
+    if not has_weights and any(os.path.isfile(os.path.join(folder, PICKLE)) for folder in folders):
         raise UnsupportedAdapter(
             f"{where}: {PICKLE} is a pickle, which can run code when it is opened; expected {WEIGHTS}",
             "convert it where you trust it: load it in PEFT and save_pretrained() it again",

@@ -175,7 +175,8 @@ def header_fields(
     if len(text) != length:
         raise FormatError(f"{where}: the file was cut short while it was read")
     if witness:
-        witness(memoryview(first + text))
+        witness(memoryview(first))
+        witness(memoryview(text))
     return strict_json.loads(text, f"{where}: header"), 8 + length, size
 
 

@@ -34,7 +34,7 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    if text.count("{") + text.count("[") > MAX_DEPTH:
+    if text.count("{") + text.count("[") > MAX_DEPTH:  # with fewer it can't be nested so deeply
         _check_depth(value, where)
     return value
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..folder import disk
 from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
+from ..spec import check_path
 from ..training.factors import path_of
 from ..training.sharded import full, is_sharded
 from ..tree import AdapterTree
@@ -102,7 +103,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
                 f"{file}: {name}: {tuple(new.shape)} {new.dtype}, the node has {tuple(own.shape)} {own.dtype}",
                 "resume with the rank and dtype of then",
             )
-    then = strict_json.loads(said.get("stands_on", "{}").encode(), f"{file}: stands_on")
+    then = _recorded(said, file)
     changed = [path for path, on in _stands_on(model).items() if then.get(path) != on]
     if changed:
         raise FormatError(
@@ -113,6 +114,33 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         for name, new in saved.items():
             own = now[name]
             own.copy_(distribute_tensor(new, own.device_mesh, own.placements) if is_sharded(own) else new)
+
+
+def ancestors_then(folder: Path, path: str) -> dict[str, str]:
+    """What the node ``path`` of a checkpoint was trained on: each ancestor's weight and hash, from the root down.
+
+    Raises:
+        FormatError: a file of the checkpoint is broken.
+        PathError: it names what is no node.
+    """
+    file = folder / FACTORS
+    _, said = read_tensors(file, str(file), outline=True)
+    record = _recorded(said, file).get(path, {})
+    if not (isinstance(record, dict) and all(isinstance(told, str) for told in record.values())):
+        raise FormatError(f"{file}: stands_on: {path}: expected what each node was, got {str(record)[:80]}")
+    return {
+        node: told.removesuffix(TRAINED) + _hash(Adapter.load(folder.joinpath(NODES, *check_path(node))))
+        if told.endswith(TRAINED)
+        else told
+        for node, told in record.items()
+        if node != path
+    }
+
+
+def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
+    """The same of a place in a tree: every node above ``path`` that has an adapter, its weight and its hash."""
+    above = tree.lineage(path.rpartition("/")[0])
+    return {node: told for node in above if (told := _told(tree, node)) is not None}
 
 
 @contextmanager
@@ -166,27 +194,9 @@ def _trained(model: TreeModel) -> dict[str, Any]:
     return {name: p for name, p in model.factors.named_parameters() if p.requires_grad}
 
 
-def ancestors_then(folder: Path, path: str) -> dict[str, str]:
-    """What the node ``path`` of a checkpoint was trained on: each ancestor's weight and hash, from the root down.
-
-    Raises:
-        FormatError: a file of the checkpoint is broken.
-    """
-    file = folder / FACTORS
-    _, said = read_tensors(file, str(file), outline=True)
-    record = strict_json.loads(said.get("stands_on", "{}").encode(), f"{file}: stands_on").get(path)
-    found = dict(record) if isinstance(record, dict) else {}
-    found.pop(path, None)
-    for node, told in found.items():
-        if told.endswith(TRAINED):
-            found[node] = told.removesuffix(TRAINED) + _hash(Adapter.load(folder / NODES / node))
-    return found
-
-
-def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
-    """The same of a place in a tree: every node above ``path`` that has an adapter, its weight and its hash."""
-    above = tree.lineage(path.rpartition("/")[0])
-    return {node: told for node in above if (told := _told(tree, node)) is not None}
+def _recorded(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """What `_stands_on` told when the file was written."""
+    return strict_json.loads(metadata.get("stands_on", "{}").encode(), f"{file}: stands_on")
 
 
 def _told(tree: AdapterTree, node: str) -> str | None:
