@@ -3,14 +3,19 @@
 The page cache is warm for all. We read a file for every node of the path, compare each with the lock by its hash, and
 lay the lineage out beside the weights; PEFT reads the very same files. For whoever flattened every path beforehand
 there is the time of PEFT with one adapter of the whole lineage's rank.
+
+Once both let go of what was used before: our cache is full, and PEFT's adapters are deleted (untimed); so both find the
+memory that they had. Once both keep everything, and have to ask the system for more.
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -23,61 +28,74 @@ from .setting import FULL, Size, adapter, base, name_in_peft
 __all__ = ["run"]
 
 DEPTH = 3
+ROOM = 4  # times a lineage's bytes: one in use, one that was, both laid out
 
 
 @torch.no_grad()
 def run(size: Size = FULL) -> list[Result]:
     """A lineage that nobody used before, every round another one."""
-    dtype, rounds = torch.bfloat16, size.repeats + 1
-    mine, theirs = base(size, dtype), base(size, dtype)
-    names = [f"t{i}" for i in range(rounds)]
-    with tempfile.TemporaryDirectory() as folder:
-        zoo = Path(folder) / "zoo"
-        grown = lt.AdapterTree()
-        for i, name in enumerate(names):
-            path = name
-            for depth in range(DEPTH):
-                grown.add(path, adapter=adapter(mine, size, seed=DEPTH * i + depth, dtype=dtype))
-                path += "/n"
-            grown.flatten(grown.leaves()[-1]).to(dtype=dtype).save(Path(folder) / "flat" / name)
-        grown.save(zoo)
-        for file in Path(folder).rglob("*.safetensors"):
-            file.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
-            wrapped = peft.PeftModel.from_pretrained(
-                theirs, Path(folder) / "flat" / names[0], adapter_name="first", autocast_adapter_dtype=False
-            )
-        model = lt.attach(lt.load(zoo), mine, host_budget="8GiB")
-        nbytes = sum(outline.nbytes for n in model.tree.lineage("t0/n/n") if (outline := model.tree.outline(n)))
-        leaves, others, flat = iter(model.tree.leaves()), iter(model.tree.leaves()), iter(names)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        zoo, flat = _written(Path(folder), size)
+        return [_timed(zoo, flat, size, keeping=keeping) for keeping in (False, True)]
 
-        def load_in_peft(files: Mapping[str, Path]) -> None:
-            for name, where in files.items():
-                wrapped.load_adapter(where, adapter_name=name, autocast_adapter_dtype=False)
-            wrapped.base_model.set_adapter(list(files))
 
-        def load_nodes() -> None:
-            path = next(others)
-            load_in_peft({name_in_peft(node): zoo / node for node in model.tree.lineage(path)})
+def _written(folder: Path, size: Size) -> tuple[Path, Path]:
+    """A tree of as many lineages as there are rounds, and a folder with each of them flattened."""
+    zoo, flat, of = folder / "zoo", folder / "flat", base(size, torch.bfloat16)
+    grown = lt.AdapterTree()
+    for i in range(size.repeats + 1):
+        path = name = f"t{i}"
+        for depth in range(DEPTH):
+            grown.add(path, adapter=adapter(of, size, seed=DEPTH * i + depth, dtype=torch.bfloat16))
+            path += "/n"
+        grown.flatten(grown.leaves()[-1]).to(dtype=torch.bfloat16).save(flat / name)
+    grown.save(zoo)
+    for file in folder.rglob("*.safetensors"):
+        file.read_bytes()
+    return zoo, flat
 
-        def load_flat() -> None:
-            name = next(flat)
-            load_in_peft({name: Path(folder) / "flat" / name})
 
-        def forget_in_peft() -> None:
-            wrapped.set_adapter("first")
-            for name in set(wrapped.peft_config) - {"first"}:
-                wrapped.delete_adapter(name)
-
-        cases = {
-            "first use": Case(lambda: model.activate(next(leaves), mode="unmerged"), model.deactivate),
-            "PEFT, load_adapter of each node + set_adapter": Case(load_nodes, forget_in_peft),
-            "PEFT, the same of one flattened adapter": Case(load_flat, forget_in_peft),
-        }
-        result = Result(f"first use, warm page cache; {size}, depth {DEPTH}, bf16", interleaved(cases, size.repeats))
+def _timed(zoo: Path, flat: Path, size: Size, *, keeping: bool) -> Result:
+    tree = lt.load(zoo)
+    nbytes = sum(outline.nbytes for n in tree.lineage(tree.leaves()[0]) if (outline := tree.outline(n)) is not None)
+    model = lt.attach(tree, base(size, torch.bfloat16), host_budget="8GiB" if keeping else ROOM * nbytes)
+    leaves = iter(tree.leaves())
+    nodes = ({name_in_peft(node): zoo / node for node in tree.lineage(path)} for path in tree.leaves())
+    whole = ({folder.name: folder} for folder in sorted(flat.iterdir()))
+    cases = {
+        "first use": Case(lambda: model.activate(next(leaves), mode="unmerged"), model.deactivate),
+        "PEFT, load_adapter of each node + set_adapter": _peft_case(flat, nodes, size, keeping),
+        "PEFT, the same of one flattened adapter": _peft_case(flat, whole, size, keeping),
+    }
+    way = "everything used before is kept" if keeping else "what was used before makes room"
+    title = f"first use, warm page cache, {way}; {size}, depth {DEPTH}, bf16"
+    result = Result(title, interleaved(cases, size.repeats))
     ours, nodes_ms, flat_ms = (timing.ms for timing in result.timings.values())
     result.facts["factors of a lineage, MB"] = nbytes / 1e6
     result.aim("PEFT / ours, the same files", nodes_ms / ours, at_least=5)
     result.facts["PEFT / ours, flattened beforehand"] = flat_ms / ours
-    return [result]
+    return result
+
+
+def _peft_case(flat: Path, adapters: Iterable[dict[str, Path]], size: Size, keeping: bool) -> Case:
+    """PEFT with a base of its own, given some adapters a round."""
+    rounds = iter(adapters)
+    first = next(flat.iterdir())
+    wrapped: Any = peft.PeftModel.from_pretrained(
+        base(size, torch.bfloat16), first, adapter_name="first", autocast_adapter_dtype=False
+    )
+
+    def load() -> None:
+        files = next(rounds)
+        for name, where in files.items():
+            wrapped.load_adapter(where, adapter_name=name, autocast_adapter_dtype=False)
+        wrapped.base_model.set_adapter(list(files))
+
+    def forget() -> None:
+        wrapped.set_adapter("first")
+        for name in set(wrapped.peft_config) - {"first"}:
+            wrapped.delete_adapter(name)
+
+    bare: Callable[[], None] = partial(wrapped.set_adapter, "first") if keeping else forget
+    return Case(load, bare)

@@ -15,7 +15,7 @@ rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -300,13 +300,20 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     return LowRank(A, B, scale, bias, first.layout)
 
 
-def stacked(terms: Sequence[LowRank], *, dtype: torch.dtype, device: torch.device) -> LowRank:
+def stacked(
+    terms: Sequence[LowRank],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    into: Callable[[tuple[int, ...]], Tensor] | None = None,
+) -> LowRank:
     """`concat` for one use on one device, with every scale folded into B in the dtype asked for.
 
     Args:
         terms: of one (\\*batch, out, in) and layout; not empty.
         dtype: of the result, fp32 or wider unless a rounded scale · B is wanted.
         device: of the result.
+        into: makes the memory of A, and then of B, by their shapes; None: ordinary memory, and autograd may watch.
 
     >>> import torch
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1), scale=0.1)
@@ -315,8 +322,8 @@ def stacked(terms: Sequence[LowRank], *, dtype: torch.dtype, device: torch.devic
     (1.0, 0.2)
     """
     moved = [t.to(device=device, dtype=dtype) for t in terms]
-    A = torch.cat([t.A for t in moved], dim=-2)
-    B = torch.cat([t.B if t.scale == 1.0 else t.B * t.scale for t in moved], dim=-1)
+    A = _beside([t.A for t in moved], -2, into)
+    B = _beside([t.B if t.scale == 1.0 else t.B * t.scale for t in moved], -1, into)
     biases = [t.bias * t.scale for t in moved if t.bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
     return LowRank(A, B, 1.0, bias, terms[0].layout)
@@ -349,6 +356,15 @@ def same_place(x: LowRank, y: LowRank) -> None:
     """
     if x.shape != y.shape or x.layout != y.layout:
         raise ShapeMismatch(f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight")
+
+
+def _beside(parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+    """The parts one beside the other, where ``into`` says."""
+    if into is None:
+        return torch.cat(parts, dim=dim)  # type: ignore[arg-type]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return torch.cat(parts, dim=dim, out=into(tuple(shape)))  # type: ignore[arg-type]
 
 
 def _times(t: Tensor, scale: float) -> Tensor:

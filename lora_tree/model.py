@@ -160,6 +160,7 @@ class TreeModel(nn.Module):
         tree.guard(self)
         self.cache = Cache(tree, budgets, policy=eviction, link=link_to(inner))
         self._held = self.cache.hold([])
+        self._plan = BARE
         kept = {"kept": 0} if self.cache.bounded else {}
         self._binder = Binder(inner, tree.base, origin=self.cache.origin, **kept)
         self._beside: Unmerged | Prepared = Unmerged(inner, self._manner, ledger=self.cache)
@@ -214,6 +215,7 @@ class TreeModel(nn.Module):
                     self._merged.switch(BARE)
                     self._beside.switch(plan)
                     state = State.UNMERGED
+                self._plan = plan
             kept = blend if isinstance(blend, str) else dict(blend)
             state = state if parse_blend(kept) != {"": 1.0} else State.BARE
             self._became(kept, state, lambda self: self.activate(kept, mode=mode))
@@ -321,6 +323,7 @@ class TreeModel(nn.Module):
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
             self._beside.switch(BARE)
+            self._plan = BARE
             self._held.release()
             self._became("", State.BARE, TreeModel.deactivate)
 
@@ -529,6 +532,7 @@ class TreeModel(nn.Module):
     def _coming_back(self) -> Iterator[None]:
         """What is active now is active again afterwards; until then its nodes can't be changed."""
         before, epoch, held, running = self._again, self.epoch, self._held.again(), self._beside.current
+        plan = self._plan
         self._waiting.append(self._active)
         try:
             yield
@@ -536,7 +540,8 @@ class TreeModel(nn.Module):
             self._waiting.pop()
             try:
                 if self.state is not State.DETACHED and self.epoch != epoch:
-                    before(self)
+                    with self._binder.expecting(plan):
+                        before(self)
             finally:
                 held.release()
                 del running  # what was laid out was found again
@@ -564,6 +569,7 @@ class TreeModel(nn.Module):
             self._beside.ready_for(route, axis)
             self._merged.switch(BARE)
             self._beside.switch_to(route, axis)
+            self._plan = plan
         self._became(paths, State.ROUTED, lambda self: self._route(paths, batch, axis, strategy))
 
     def _check_side_paths(self, plan: Plan) -> None:

@@ -38,7 +38,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (decode, 1, {"bare", "auto", "flattened"}),
         (training, 5, {"together", "PEFT, 8 steps"}),
         (checkpoint, 1, {"merged", "copied, with fsync"}),
-        (first_use, 1, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
+        (first_use, 2, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
         (thousands, 2, {"opening", "first use, 200 nodes", "reading and hashing its files, 200 nodes"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,

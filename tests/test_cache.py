@@ -269,6 +269,50 @@ def test_trained_factors_are_never_dropped_saved_or_not(folder: Path, monkeypatc
     assert model.tree.adapter("a/b") is kept
 
 
+def test_what_comes_back_needs_no_more_room_though_it_once_trained(folder: Path) -> None:
+    model = attached(folder, 453)
+    model.trainable("a")
+    model.trainable()
+    model.activate("a/d", mode="unmerged")
+    expected = model.base(inputs())
+    with model.using("a", mode="unmerged"):
+        laid = model.cache.stats().tiers[0].laid_out_bytes
+        assert laid + need("a/d") > 453 - need("a/d"), "there is no room to lay it out again"
+        model.base(inputs())
+    assert torch.equal(model.base(inputs()), expected)
+
+
+def test_what_a_with_comes_back_to_has_the_numbers_of_a_training_inside(folder: Path) -> None:
+    model = attached(folder, 4000)
+    model.trainable("a")
+    model.trainable()
+    model.activate("a/d", mode="unmerged")
+    before = model.base(inputs())
+    with model.using("e", mode="unmerged"):
+        for parameter in model.trainable("a")[0]["params"]:
+            parameter.data.add_(1)
+            with torch.no_grad():
+                parameter += 1
+        model.trainable()
+    after = model.base(inputs())
+    assert not torch.allclose(before, after)
+    model.activate("a/d", mode="unmerged")
+    assert torch.equal(model.base(inputs()), after)
+    with model.using("e", mode="unmerged"):
+        model.trainable("a")
+    assert model.base(inputs()).requires_grad, "and it trains where it was frozen before"
+
+
+def test_nothing_stays_laid_out_of_a_path_that_trains(folder: Path) -> None:
+    model = lt.attach(lt.load(folder), base())
+    model.trainable("a/b/c")
+    for _ in range(5):
+        with model.using("a/b/c", mode="unmerged"):
+            model.base(inputs()).sum().backward()
+            assert model.cache.stats().tiers[0].laid_out_bytes == need("a/b")
+    assert model.cache.stats().tiers[0].laid_out_bytes == 0
+
+
 def test_factors_that_were_read_in_inference_mode_can_be_trained_on(folder: Path) -> None:
     model = attached(folder, 4000)
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import lora_tree as lt
-from lora_tree.cache import Frequency, Lru
+from lora_tree.cache import Frequency, Lru, shelf
 from lora_tree.errors import BudgetError, FolderError, FormatError, StateError
 
 PATHS = st.sampled_from(sorted(RANKS))
@@ -28,10 +28,16 @@ LARGEST = sum(BYTES[node] for node in lineage("a/b/c"))
 class Caching(RuleBasedStateMachine):
     """`free` is a second model, of the same folder and without a budget, which gets the same calls."""
 
-    @initialize(budget=st.integers(LARGEST // 2, 6 * LARGEST), eviction=st.sampled_from([Lru, Frequency]))
-    def start(self, budget: int, eviction: type[Lru]) -> None:
+    @initialize(
+        budget=st.integers(LARGEST // 2, 6 * LARGEST),
+        eviction=st.sampled_from([Lru, Frequency]),
+        shelved=st.booleans(),
+    )
+    def start(self, budget: int, eviction: type[Lru], shelved: bool) -> None:
         self.undo = ExitStack()
         patch = self.undo.enter_context(pytest.MonkeyPatch.context())
+        if shelved:
+            patch.setattr(shelf, "PAGED", 1)  # memory goes from hand to hand, as that of large adapters does
         self.evicted = poison(patch)
         self.folder = zoo(Path(self.undo.enter_context(tempfile.TemporaryDirectory())) / "zoo")
         self.budget = budget

@@ -13,7 +13,7 @@ from cached import BYTES, RANKS, adapter, base, inputs, lineage, zoo
 from torch import Tensor
 
 import lora_tree as lt
-from lora_tree.cache import Cache
+from lora_tree.cache import Cache, shelf
 from lora_tree.errors import BudgetError, FormatError
 from lora_tree.folder.source import FolderSource
 
@@ -40,6 +40,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lt.TreeModel:
 
     tree = lt.load(zoo(tmp_path / "zoo"))
     monkeypatch.setattr(FolderSource, "load", load)
+    monkeypatch.setattr(shelf, "PAGED", 1)  # memory goes from hand to hand, as that of large adapters does
     largest = sum(BYTES[node] for node in lineage("a/b/c"))
     return lt.attach(tree, base(), host_budget=3 * largest)
 

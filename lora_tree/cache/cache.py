@@ -24,20 +24,21 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..budget import Budgets, format_bytes
-from ..engine.kept import Kept
+from ..engine.kept import Kept, Lender, ordinary
 from ..errors import BudgetError, LoraTreeError, StateError, listing
 from ..storage import Source
 from ..tree import AdapterTree
 from .background import Background
 from .link import Arrived, Link
-from .pack import held_bytes, pack, pages, tensors, trim
+from .pack import held_bytes, pack, tensors
 from .policy import Frequency, Policy
+from .shelf import PAGED, Shelf, trim
 from .stats import CacheStats
 from .tier import Entry, Tier
 
 __all__ = ["Cache", "Hold"]
 
-CHURN_BYTES = 4 << 20  # what is laid out comes and goes in small pieces, which an allocator keeps for itself
+CHURN_BYTES = 4 << 20  # what batches lay out comes and goes in small pieces, which an allocator keeps for itself
 
 
 class Cache:
@@ -62,11 +63,12 @@ class Cache:
         self._tree = tree
         self._lock = threading.Condition()
         self._link = link if budgets.bounded else None
+        self._shelf = Shelf()
         if self._link is None:
             known = [("host", budgets.host_bytes), ("device", budgets.device_bytes)]
             given = [(nbytes, name) for name, nbytes in known if nbytes is not None]
             nbytes, name = min(given, default=(None, "host"))
-            self._tiers = [Tier("host", nbytes, policy(), self._lock, budget_name=f"{name}_budget")]
+            self._tiers = [Tier("host", nbytes, policy(), self._lock, budget_name=f"{name}_budget", shelf=self._shelf)]
         else:
             self._tiers = [
                 Tier("host", budgets.host_bytes, policy(), self._lock),
@@ -79,6 +81,7 @@ class Cache:
         self._requests = self._served = self._prefetched = 0
         self._waited_s = 0.0
         self.bounded = budgets.bounded
+        weakref.finalize(self, self._shelf.close).atexit = False
         if self.bounded:
             tree.kept_by(self)
 
@@ -177,7 +180,19 @@ class Cache:
         """
         if nbytes:
             with self._lock:
-                self._tiers[-1].lay_out(owner, nbytes)
+                self._tiers[-1].lay_out(owner, nbytes, churns=self._link is None)
+                self._shelf.at_most(self._tiers[-1].room_bytes)
+
+    def lend(self, owner: object, nbytes: int) -> Lender:
+        """`charge`, and what hands out that memory: what was let go of before, where it fits.
+
+        Raises:
+            BudgetError: there is no room, and everything is in use.
+        """
+        if nbytes:
+            with self._lock:
+                self._tiers[-1].lay_out(owner, nbytes, churns=self._link is None and nbytes < PAGED)
+        return self._lent if self._link is None else ordinary
 
     def stats(self) -> CacheStats:
         """What the cache holds, and has done since the model was attached."""
@@ -193,6 +208,7 @@ class Cache:
             self._closed = True
             for tier in self._tiers:
                 tier.clear()
+        self._shelf.close()
 
     # ------------------------------------------------------------------ private
     def _get(self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True) -> Entry:
@@ -270,7 +286,10 @@ class Cache:
         return arrived
 
     def _allocate(self, nbytes: int) -> Tensor:
-        return self._link.allocate(nbytes) if self._link else pages(nbytes)
+        return self._link.allocate(nbytes) if self._link else self._shelf.take(nbytes)
+
+    def _lent(self, nbytes: int, device: torch.device) -> Tensor:
+        return self._shelf.take(nbytes) if device.type == "cpu" else ordinary(nbytes, device)
 
     def _try(self, path: str, source: Source) -> None:
         """Load a node that nobody waits for. What fails is left for the call that needs it."""

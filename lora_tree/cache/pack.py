@@ -9,9 +9,6 @@ side path computes in is laid out from them when it is needed, and bf16 factors 
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,12 +19,9 @@ from ..adapter import Adapter
 from ..lowrank import LowRank
 from ..storage import Allocate
 
-__all__ = ["buffer_of", "held_bytes", "moved", "pack", "pages", "tensors", "trim"]
+__all__ = ["buffer_of", "held_bytes", "moved", "pack", "tensors"]
 
 ALIGNED = 64  # bytes; what the widest vector loads want
-PAGED = 128 << 10  # bytes; from here on the part of a page that is not used is nothing
-LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which the mmap module does not name
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -47,27 +41,6 @@ def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
         return view.copy_(tensor)
 
     return _mapped(adapter, packed)
-
-
-def pages(nbytes: int) -> Tensor:
-    """Host memory that goes back to the system when it is let go of: (nbytes,) uint8.
-
-    What an allocator keeps for itself, in pieces between what is still in use, would be outside of every budget. Small
-    adapters are left to it. The pages are made here, without the interpreter's lock, so that no other thread waits for
-    that, and none of them is missing when a file is read into it.
-    """
-    if nbytes < PAGED or LIBC is None:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-    LIBC.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(nbytes), POPULATE_WRITE)
-    return memory  # where an old kernel refused that, they are made as they are written
-
-
-def trim() -> None:
-    """Make the allocator give free memory back to the system, where it can be told to (glibc)."""
-    give_back = getattr(LIBC, "malloc_trim", None)
-    if give_back is not None:
-        give_back(0)
 
 
 def moved(adapter: Adapter, buffer: Tensor) -> Adapter:

@@ -17,6 +17,7 @@ class TierStats:
         held_bytes: what is held now: adapters, what is being loaded, and what is laid out for side paths.
         laid_out_bytes: as much of it as is laid out for side paths.
         in_use_bytes: as much of it as belongs to nodes that are in use, which can't be evicted.
+        ready_bytes: memory beside it that was let go of, for what comes next, where the budget has room for it.
         nodes: adapters held now.
         loads, loaded_bytes, load_s: adapters that came in, from files or from the host, their bytes, and the time taken
             in seconds, also in the background. Transfers to a device run on; of these it is the time to start them.
@@ -30,6 +31,7 @@ class TierStats:
     held_bytes: int = 0
     laid_out_bytes: int = 0
     in_use_bytes: int = 0
+    ready_bytes: int = 0
     nodes: int = 0
     loads: int = 0
     loaded_bytes: int = 0

@@ -8,6 +8,7 @@ What is in use is never asked. Every method is called with the cache's lock held
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import Counter, deque
@@ -20,6 +21,7 @@ from ..engine.kept import Kept
 from ..errors import BudgetError
 from .link import Arrived
 from .policy import Policy
+from .shelf import Shelf
 from .stats import TierStats
 
 __all__ = ["Entry", "Tier"]
@@ -42,6 +44,7 @@ class Tier:
         policy: what goes first.
         lock: of the cache; whoever waits for room waits at it.
         budget_name: what its caller calls the budget.
+        shelf: has the memory that was let go of, as much as there is room for.
     """
 
     def __init__(
@@ -52,16 +55,18 @@ class Tier:
         lock: threading.Condition,
         *,
         budget_name: str | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.name, self.budget_bytes, self.policy = name, budget_bytes, policy
         self.budget_name = budget_name or f"{name}_budget"
         self._lock = lock
+        self._shelf = shelf
         self._entries: dict[Hashable, Entry] = {}
         self._pins: Counter[Hashable] = Counter()
         self._adapters = self._in_use = self._reserved = self._laid_out = 0
-        self._refunds: deque[int] = deque()  # finalizers append, in whichever thread they run
+        self._refunds: deque[tuple[int, bool]] = deque()  # finalizers append, in whichever thread they run
         self._spare: list[weakref.ref[Kept[Any]]] = []
-        self.churn_bytes = 0  # of what was laid out and is gone, since the allocator was last told to give memory back
+        self.churn_bytes = 0  # of what the allocator had for what is gone, since it was told to give memory back
         self.passing = 0  # pins that last only while an adapter is sent on
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
@@ -133,28 +138,36 @@ class Tier:
         """What it keeps may go where room is needed."""
         self._spare.append(weakref.ref(kept))
 
-    def lay_out(self, owner: object, nbytes: int) -> None:
+    def lay_out(self, owner: object, nbytes: int, *, churns: bool) -> None:
         """Make room for what ``owner`` is about to lay out, and count it until that is gone.
+
+        Args:
+            churns: the memory is the allocator's, in small pieces, which it keeps for itself afterwards.
 
         Raises:
             BudgetError: there is none, and everything is in use.
         """
         self._make_room(nbytes, wait=True)
         self._laid_out += nbytes
-        weakref.finalize(owner, self._refunds.append, nbytes).atexit = False
+        weakref.finalize(owner, self._refunds.append, (nbytes, churns)).atexit = False
 
     @property
     def held_bytes(self) -> int:
         """Everything that counts."""
         while self._refunds:
-            given_back = self._refunds.popleft()
+            given_back, churned = self._refunds.popleft()
             self._laid_out -= given_back
-            self.churn_bytes += given_back
+            self.churn_bytes += given_back if churned else 0
         return self._adapters + self._reserved + self._laid_out
 
     @property
     def laid_out_bytes(self) -> int:
         return self._laid_out if self.held_bytes else 0
+
+    @property
+    def room_bytes(self) -> int:
+        """What the budget leaves over."""
+        return sys.maxsize if self.budget_bytes is None else self.budget_bytes - self.held_bytes
 
     def in_use_bytes(self, but: Sequence[Hashable] = ()) -> int:
         """Bytes of the adapters that are in use, without some of them."""
@@ -183,6 +196,8 @@ class Tier:
                     f"{self.budget_name}={stays + nbytes} (bytes) is enough for what is in use now and this",
                     "or let go of something first: model.deactivate()",
                 )
+        if self._shelf is not None:
+            self._shelf.at_most(self.room_bytes)
 
     def stats(self) -> TierStats:
         """What is there now, and what happened so far."""
@@ -192,6 +207,7 @@ class Tier:
             held_bytes=self.held_bytes,
             laid_out_bytes=self._laid_out,
             in_use_bytes=self.in_use_bytes(),
+            ready_bytes=self._shelf.ready_bytes if self._shelf is not None else 0,
             nodes=len(self._entries),
             loads=self.loads,
             loaded_bytes=self.loaded_bytes,

@@ -13,11 +13,23 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
-__all__ = ["Kept", "Ledger", "Unbounded"]
+import torch
+from torch import Tensor
+
+__all__ = ["Kept", "Ledger", "Lender", "Unbounded", "ordinary"]
 
 V = TypeVar("V")
+
+
+Lender: TypeAlias = Callable[[int, torch.device], Tensor]
+"""(bytes, device) → memory there: (bytes,) uint8, whatever is in it."""
+
+
+def ordinary(nbytes: int, device: torch.device) -> Tensor:
+    """Memory as torch has it."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class Ledger(Protocol):
@@ -27,11 +39,19 @@ class Ledger(Protocol):
         """From now on, what ``kept`` keeps may be dropped where room is needed; held weakly."""
 
     def charge(self, owner: object, nbytes: int) -> None:
-        """Make room for ``nbytes`` that ``owner`` is about to take, and count them until it is gone.
+        """Make room for ``nbytes`` that ``owner`` takes, and count them until it is gone.
 
         Raises:
             BudgetError: there is none, and nothing that could be let go of.
         """
+
+    def lend(self, owner: object, nbytes: int) -> Lender:
+        """`charge`, and what hands out that memory, in portions.
+
+        Raises:
+            BudgetError: there is no room, and nothing that could be let go of.
+        """
+        ...
 
 
 class Unbounded:
@@ -42,6 +62,10 @@ class Unbounded:
 
     def charge(self, owner: object, nbytes: int) -> None:
         """There is room."""
+
+    def lend(self, owner: object, nbytes: int) -> Lender:
+        """Ordinary memory."""
+        return ordinary
 
 
 class Kept(Generic[V]):
@@ -63,11 +87,13 @@ class Kept(Generic[V]):
         self._last: OrderedDict[Hashable, V] = OrderedDict()
         self._alive: weakref.WeakValueDictionary[Hashable, V] = weakref.WeakValueDictionary()
 
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of ``key``, made where there is none."""
+    def get(self, key: Hashable, make: Callable[[], V], *, keep: bool = True) -> V:
+        """The value of ``key``, made where there is none; ``keep``: it stays when it is not in use any more."""
         found = self.find(key)
         if found is None:
             found = self._alive[key] = make()
+        if not keep:
+            return found
         self._last.pop(key, None)
         self._last[key] = found
         while len(self._last) > self._count and self.drop():

@@ -8,10 +8,11 @@ the same for a plan that was dropped and made again from the same factors, also 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,13 +55,16 @@ Terms = tuple[Term, ...]
 class Plan:
     """Site name → its terms, and the sites themselves; ``mark`` is the same for what behaves the same.
 
-    ``adapters`` are those it was made of. They live as long as the plan, so that it can be known by them.
+    ``adapters`` are those it was made of. They live as long as the plan, so that it can be known by them. ``live`` are
+    the sites and nodes whose factors trained when it was made; where none ever did, it is ``fixed``, to be used again.
     """
 
     terms: Mapping[str, Terms]
     sites: Mapping[str, Site]
     mark: int = 0
     adapters: tuple[Adapter, ...] = ()
+    live: frozenset[tuple[str, str]] = frozenset()
+    fixed: bool = True
 
 
 BARE = Plan({}, {})
@@ -121,6 +125,7 @@ class Binder:
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
         self._bound = weakref.WeakKeyDictionary()
         self._plans: Kept[Plan] = Kept(kept)
+        self._expected: Plan | None = None
         self._marks = Marks()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
@@ -151,8 +156,22 @@ class Binder:
             {name: self.site(name) for name in found},
             self._marks.of(origins) if fixed else Marks.new(),
             tuple(adapter for _, _, adapter in terms),
+            frozenset() if fixed else frozenset((n, t.node) for n, ts in found.items() for t in ts if t.trains),
+            fixed,
         )
-        return self._plans.get(key, lambda: plan) if fixed else plan
+        if fixed:
+            return self._plans.get(key, lambda: plan)
+        expected = self._expected
+        return expected if expected is not None and _alike(expected, plan) else plan
+
+    @contextlib.contextmanager
+    def expecting(self, plan: Plan) -> Iterator[None]:
+        """Inside, what behaves as ``plan`` is that plan again, also where it has factors that once trained."""
+        self._expected = plan
+        try:
+            yield
+        finally:
+            self._expected = None
 
     def bind(self, node: str, adapter: Adapter) -> Adapter:
         """``adapter`` with its names as this base has them, checked.
@@ -230,6 +249,16 @@ def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
             raise BaseMismatch(f"{module}: the base has no such module") from None
         order[module] = tuple(name for name, _ in holder.named_parameters(recurse=False) if name in parameters)
     return order
+
+
+def _alike(x: Plan, y: Plan) -> bool:
+    """Whether one was made of what the other is made of, and its factors are as they were."""
+    return (
+        x.live == y.live
+        and x.sites == y.sites
+        and x.terms.keys() == y.terms.keys()
+        and all(same_terms(terms, y.terms[name]) for name, terms in x.terms.items())
+    )
 
 
 def _trains(value: LowRank) -> bool:

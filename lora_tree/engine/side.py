@@ -6,8 +6,10 @@ y = base(x) + B (A x)        in the widest of the factors' and the weight's own 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,7 +21,9 @@ from ..sites import Site
 from .arithmetic import product_dtype
 from .plan import Terms
 
-__all__ = ["Laid", "Manner", "PathSide", "Side", "side_device", "side_dtype", "widened"]
+__all__ = ["Laid", "Manner", "PathSide", "Side", "Slab", "side_device", "side_dtype", "widened"]
+
+ALIGNED = 64  # bytes; what the widest vector loads want
 
 
 @dataclass
@@ -59,6 +63,28 @@ class Laid(dict[str, Side]):
     """Site → its side path, for everything that is active; one object, that can be known to be alive."""
 
 
+class Slab:
+    """Memory that is cut up for what is laid out: one allocation for several sites.
+
+    Args:
+        memory: (bytes,) uint8.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._end = memory, 0
+
+    @staticmethod
+    def takes(nbytes: int) -> int:
+        """Bytes of it that a part of ``nbytes`` takes."""
+        return -(-nbytes // ALIGNED) * ALIGNED
+
+    def cut(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The next part of it."""
+        begin, nbytes = self._end, math.prod(shape) * dtype.itemsize
+        self._end += self.takes(nbytes)
+        return self._memory[begin : begin + nbytes].view(dtype).view(shape)
+
+
 class PathSide:
     """One path or blend for all that comes: a whole frozen lineage as one product, then every trained node.
 
@@ -66,13 +92,15 @@ class PathSide:
         site: where.
         terms: in the order of the sum.
         manner: what is computed in, and the dropout of what trains.
+        slab: where what does not train is laid out; None: in ordinary memory.
     """
 
-    def __init__(self, site: Site, terms: Terms, manner: Manner) -> None:
+    def __init__(self, site: Site, terms: Terms, manner: Manner, slab: Slab | None = None) -> None:
         frozen = [t.value.scaled(t.coefficient) for t in terms if not t.trains]
         dtype = side_dtype(site, [t.value for t in terms], manner.dtype)
         self._site, self._manner = site, manner
-        self._pieces = [stacked(frozen, dtype=dtype, device=side_device(site, terms))] if frozen else []
+        into = None if slab is None else partial(slab.cut, dtype)
+        self._pieces = [stacked(frozen, dtype=dtype, device=side_device(site, terms), into=into)] if frozen else []
         self._pieces += [t.value.scaled(t.coefficient) for t in terms if t.trains]
         self._frozen = len(self._pieces) - sum(t.trains for t in terms)
 
@@ -81,6 +109,13 @@ class PathSide:
         """Bytes that laying them out takes: a copy of what does not train."""
         dtype = side_dtype(site, [t.value for t in terms], dtype)
         return sum(t.value.numel for t in terms if not t.trains) * dtype.itemsize
+
+    @staticmethod
+    def takes_of_slab(site: Site, terms: Terms, dtype: torch.dtype | None) -> int:
+        """Bytes of a slab that laying them out takes: A's, and B's, both from an aligned beginning."""
+        dtype, frozen = side_dtype(site, [t.value for t in terms], dtype), [t.value for t in terms if not t.trains]
+        numbers = sum(v.A.numel() for v in frozen), sum(v.B.numel() for v in frozen)
+        return sum(Slab.takes(n * dtype.itemsize) for n in numbers)
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
         for i, piece in enumerate(self._pieces):
@@ -118,7 +153,7 @@ def side_dtype(site: Site, values: Sequence[LowRank], asked: torch.dtype | None)
         held.append(weight.dtype)
     dtype = held[0]
     for other in held[1:]:
-        dtype = torch.promote_types(dtype, other)
+        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
     return dtype
 
 

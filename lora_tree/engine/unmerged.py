@@ -8,9 +8,11 @@ that autograd sees them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
@@ -23,12 +25,13 @@ from .entry import Entry
 from .kept import Kept, Ledger, Unbounded
 from .plan import Plan
 from .routed import Route
-from .side import Laid, Manner, PathSide, Side, side_device
+from .side import Laid, Manner, PathSide, Side, Slab, side_device
 from .watch import Watch
 
 __all__ = ["Unmerged"]
 
 KEPT_PATHS = 64
+PORTION = 1 << 20  # bytes that are taken at once for what is laid out
 
 
 class Unmerged:
@@ -45,6 +48,7 @@ class Unmerged:
         self._ledger = ledger or Unbounded()
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._current: Mapping[str, Side] = {}
+        self._ready: Laid | None = None
         self._kept: Kept[Laid] = Kept(KEPT_PATHS)
         self._ledger.spare(self._kept)
         self._watch = Watch(base)
@@ -62,11 +66,12 @@ class Unmerged:
     def sides(self, plan: Plan) -> Laid:
         """The side paths of one path or blend; the same object for a plan that was used before."""
         key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
-        return self._kept.get(key, lambda: self._laid_out(plan))
+        return self._kept.get(key, lambda: self._laid_out(plan), keep=plan.fixed)
 
     def ready(self, plan: Plan) -> None:
         """Lay out what `switch` will run: all that can fail."""
-        self.sides(plan)
+        self._ready = None
+        self._ready = self.sides(plan)
 
     def ready_for(self, route: Route, axis: RowAxis) -> None:
         """Lay out what `switch_to` will run: all that can fail."""
@@ -100,22 +105,26 @@ class Unmerged:
 
     # ------------------------------------------------------------------ private
     def _laid_out(self, plan: Plan) -> Laid:
-        sites, manner = plan.sites, self._manner
-        laid = Laid()
+        laid, dtype = Laid(), self._manner.dtype
+        whole = sum(PathSide.takes(plan.sites[name], terms, dtype) for name, terms in plan.terms.items())
         try:
-            takes = sum(PathSide.takes(sites[name], terms, manner.dtype) for name, terms in plan.terms.items())
-            self._ledger.charge(laid, takes)
+            lend = self._ledger.lend(laid, whole)
         except BudgetError as error:
             nodes = listing(dict.fromkeys(term.node for terms in plan.terms.values() for term in terms))
             raise error.within(f"{nodes}: laid out beside the weights") from error
-        with exact_mode(*{side_device(sites[name], terms) for name, terms in plan.terms.items()}):
-            laid.update((name, PathSide(sites[name], terms, manner)) for name, terms in plan.terms.items())
+        takes = {name: PathSide.takes_of_slab(plan.sites[name], terms, dtype) for name, terms in plan.terms.items()}
+        devices = {name: side_device(plan.sites[name], terms) for name, terms in plan.terms.items()}
+        with exact_mode(*set(devices.values())):
+            for names in _portions(takes, devices):
+                slab = Slab(lend(sum(takes[name] for name in names), devices[names[0]]))
+                for name in names:
+                    laid[name] = PathSide(plan.sites[name], plan.terms[name], self._manner, slab)
         return laid
 
     def _switch(
         self, plan: Plan, sides: Mapping[str, Side], nodes: Mapping[str, int], mark: int | None, axis: RowAxis | None
     ) -> None:
-        self._current = sides
+        self._current, self._ready = sides, None
         for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
             self._hooked.pop(name)[1].remove()
         for name, site in plan.sites.items():
@@ -141,3 +150,16 @@ class Unmerged:
             return self._current[name](out, x, spare)
 
         return side_path
+
+
+def _portions(takes: Mapping[str, int], devices: Mapping[str, torch.device]) -> Iterator[list[str]]:
+    """Sites one after the other on one device, of about `PORTION` bytes together."""
+    for _, names in groupby(takes, key=lambda name: devices[name]):
+        portion: list[str] = []
+        for name in names:
+            portion.append(name)
+            if sum(takes[name] for name in portion) >= PORTION:
+                yield portion
+                portion = []
+        if portion:
+            yield portion
