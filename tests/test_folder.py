@@ -937,6 +937,17 @@ def test_check_reads_every_adapter(tmp_path: Path) -> None:
     assert [(p.node, p.kind) for p in lt.check(tmp_path)] == [("de", "adapter"), ("fr", "adapter")]
 
 
+def test_check_names_the_modules_whose_numbers_are_none(tmp_path: Path) -> None:
+    tree = lt.AdapterTree()
+    A, B = torch.ones(2, 4), torch.ones(3, 2)
+    tree.add("fr", adapter=lt.Adapter({"q": lt.LowRank(A, B), "v": lt.LowRank(A * float("nan"), B)}))
+    tree.add("fr/legal", adapter=lt.Adapter({"q": lt.LowRank(A, B.where(B != B, float("inf")))}))
+    tree.save(tmp_path / "zoo")
+    found = [(p.node, p.kind, p.text.split(": ")[1]) for p in lt.check(tmp_path / "zoo")]
+    assert found == [("fr", "numbers", "v"), ("fr/legal", "numbers", "q")]
+    assert lt.load(tmp_path / "zoo").paths() == ["fr", "fr/legal"]
+
+
 def test_check_lists_what_killed_saves_left(zoo: Path) -> None:
     stage = f"stage-{'0' * 32}"
     (zoo / commit.HIDDEN / stage).mkdir(parents=True)

@@ -29,7 +29,7 @@ def check(
     """List every problem; exit with 1 where there are any."""
     problems = [(problem.node, str(problem.kind), problem.text) for problem in check_folder(folder)]
     skeleton = None if base is None else skeleton_of(base, what="check --base")
-    if all(kind in ("stale", "leftover") for _, kind, _ in problems):
+    if all(kind in ("stale", "leftover", "numbers") for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree)]
         if skeleton is not None:

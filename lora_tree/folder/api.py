@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..errors import FolderError, FormatError, LoraTreeError, StaleError
+from ..errors import FolderError, FormatError, LoraTreeError, StaleError, listing
 from ..storage import install
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
@@ -125,7 +125,7 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
             try:
                 source = _node(opened, node).source
                 if source is not None:
-                    source.load()
+                    problems += _numbers(node, source.load())
             except LoraTreeError as error:
                 kind: Kind = "adapter" if isinstance(error, FormatError) else "unlocked"
                 problems.append(Problem(node, kind, f"{node}: {error}"))
@@ -140,6 +140,15 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
         except FolderError as error:
             problems.append(Problem(path, "folder", str(error)))
     return problems
+
+
+def _numbers(node: str, adapter: Adapter) -> list[Problem]:
+    """Factors that would make a base's every output NaN, though they can be opened, added up and served."""
+    bad = [name for name, value in adapter.modules.items() if not value.is_finite]
+    if not bad:
+        return []
+    text = f"{node}: {listing(bad)}: a factor holds NaN or an infinity, as a training that diverged leaves it"
+    return [Problem(node, "numbers", text)]
 
 
 def _there_is_a_tree(opened: Opened) -> None:

@@ -10,7 +10,7 @@ from ..errors import FolderError, FormatError, LoraTreeError, SpecError, StaleEr
 
 __all__ = ["Kind", "Problem", "raise_any"]
 
-Kind: TypeAlias = Literal["yaml", "lock", "record", "folder", "adapter", "unlocked", "stale", "leftover"]
+Kind: TypeAlias = Literal["yaml", "lock", "record", "folder", "adapter", "unlocked", "stale", "leftover", "numbers"]
 
 _RAISED: dict[str, type[LoraTreeError]] = {
     "record": SpecError,
@@ -31,7 +31,7 @@ class Problem:
         node: the path it concerns; ``""`` where it is no single node.
         kind: ``yaml``, ``lock`` or ``record``: a file that makes no sense; ``folder``: what lies where it can't;
             ``adapter``: files that are incomplete, broken or of a kind that does not add up; ``unlocked``, ``stale``;
-            ``leftover``: remains of a save that was cut off, harmless.
+            ``leftover``: remains of a save that was cut off, harmless; ``numbers``: factors that are not finite.
         text: where, what was found, and what to do.
     """
 
