@@ -28,7 +28,7 @@ from .forms import FORMS, Form
 from .kept import Kept, Ledger, Unbounded
 from .owed import Owed
 from .plan import Marks, Plan, Terms
-from .side import Laid, Manner, PathSide, Side, side_device, side_dtype, widened
+from .side import Draft, Laid, Manner, PathSide, Side, side_dtype, widened
 
 __all__ = ["Route", "Router", "Strategy"]
 
@@ -148,9 +148,10 @@ class Route:
         found = self._whole.get(site.name)
         if found is None:
             owed = tuple(replace(t, coefficient=c) for t, c in zip(terms, batch.kinds[0], strict=True))
-            self._charge(PathSide.takes(site, owed, self.manner.dtype))
-            with exact_mode(side_device(site, owed)):
-                found = self._whole[site.name] = PathSide(site, owed, self.manner)
+            draft = Draft(site, owed, self.manner.dtype)
+            self._charge(draft.nbytes)
+            with exact_mode(draft.device):
+                found = self._whole[site.name] = PathSide(draft, self.manner)
         return found
 
     def _part(self, site: Site, terms: Terms, spread: tuple[int, int], device: torch.device) -> Owed:

@@ -21,7 +21,7 @@ from ..sites import Site
 from .arithmetic import product_dtype
 from .plan import Terms
 
-__all__ = ["Laid", "Manner", "PathSide", "Side", "Slab", "side_device", "side_dtype", "widened"]
+__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "Slab", "side_device", "side_dtype", "widened"]
 
 ALIGNED = 64  # bytes; what the widest vector loads want
 
@@ -85,37 +85,48 @@ class Slab:
         return self._memory[begin : begin + nbytes].view(dtype).view(shape)
 
 
-class PathSide:
-    """One path or blend for all that comes: a whole frozen lineage as one product, then every trained node.
+class Draft:
+    """One path's or blend's side path at one site, before anything is laid out for it.
 
     Args:
         site: where.
         terms: in the order of the sum.
+        asked: what to compute in; None: the widest of the factors' and the weight's own.
+    """
+
+    def __init__(self, site: Site, terms: Terms, asked: torch.dtype | None) -> None:
+        self.frozen: list[LowRank] = []
+        self.live: list[LowRank] = []
+        for term in terms:
+            (self.live if term.trains else self.frozen).append(term.value.scaled(term.coefficient))
+        self.site = site
+        self.dtype = side_dtype(site, [term.value for term in terms], asked)
+        self.device = side_device(site, terms)
+        self.nbytes = sum(value.numel for value in self.frozen) * self.dtype.itemsize
+        """What laying it out takes: a copy of what does not train."""
+
+    @property
+    def slab_bytes(self) -> int:
+        """As much of a slab: A's and B's, both from an aligned beginning."""
+        numbers = sum(v.A.numel() for v in self.frozen), sum(v.B.numel() for v in self.frozen)
+        return sum(Slab.takes(n * self.dtype.itemsize) for n in numbers)
+
+
+class PathSide:
+    """One path or blend for all that comes: a whole frozen lineage as one product, then every trained node.
+
+    Args:
+        draft: of what.
         manner: what is computed in, and the dropout of what trains.
         slab: where what does not train is laid out; None: in ordinary memory.
     """
 
-    def __init__(self, site: Site, terms: Terms, manner: Manner, slab: Slab | None = None) -> None:
-        frozen = [t.value.scaled(t.coefficient) for t in terms if not t.trains]
-        dtype = side_dtype(site, [t.value for t in terms], manner.dtype)
-        self._site, self._manner = site, manner
-        into = None if slab is None else partial(slab.cut, dtype)
-        self._pieces = [stacked(frozen, dtype=dtype, device=side_device(site, terms), into=into)] if frozen else []
-        self._pieces += [t.value.scaled(t.coefficient) for t in terms if t.trains]
-        self._frozen = len(self._pieces) - sum(t.trains for t in terms)
-
-    @staticmethod
-    def takes(site: Site, terms: Terms, dtype: torch.dtype | None) -> int:
-        """Bytes that laying them out takes: a copy of what does not train."""
-        dtype = side_dtype(site, [t.value for t in terms], dtype)
-        return sum(t.value.numel for t in terms if not t.trains) * dtype.itemsize
-
-    @staticmethod
-    def takes_of_slab(site: Site, terms: Terms, dtype: torch.dtype | None) -> int:
-        """Bytes of a slab that laying them out takes: A's, and B's, both from an aligned beginning."""
-        dtype, frozen = side_dtype(site, [t.value for t in terms], dtype), [t.value for t in terms if not t.trains]
-        numbers = sum(v.A.numel() for v in frozen), sum(v.B.numel() for v in frozen)
-        return sum(Slab.takes(n * dtype.itemsize) for n in numbers)
+    def __init__(self, draft: Draft, manner: Manner, slab: Slab | None = None) -> None:
+        self._site, self._manner = draft.site, manner
+        into = None if slab is None else partial(slab.cut, draft.dtype)
+        frozen = [stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)] if draft.frozen else []
+        self._pieces = [*frozen, *draft.live]
+        self._frozen = len(frozen)
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
         for i, piece in enumerate(self._pieces):

@@ -25,7 +25,7 @@ from .entry import Entry
 from .kept import Kept, Ledger, Unbounded
 from .plan import Plan
 from .routed import Route
-from .side import Laid, Manner, PathSide, Side, Slab, side_device
+from .side import Draft, Laid, Manner, PathSide, Side, Slab
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -105,20 +105,17 @@ class Unmerged:
 
     # ------------------------------------------------------------------ private
     def _laid_out(self, plan: Plan) -> Laid:
-        laid, dtype = Laid(), self._manner.dtype
-        whole = sum(PathSide.takes(plan.sites[name], terms, dtype) for name, terms in plan.terms.items())
+        laid, sites, manner = Laid(), plan.sites, self._manner
+        drafts = {name: Draft(sites[name], terms, manner.dtype) for name, terms in plan.terms.items()}
         try:
-            lend = self._ledger.lend(laid, whole)
+            lend = self._ledger.lend(laid, sum(draft.nbytes for draft in drafts.values()))
         except BudgetError as error:
             nodes = listing(dict.fromkeys(term.node for terms in plan.terms.values() for term in terms))
             raise error.within(f"{nodes}: laid out beside the weights") from error
-        takes = {name: PathSide.takes_of_slab(plan.sites[name], terms, dtype) for name, terms in plan.terms.items()}
-        devices = {name: side_device(plan.sites[name], terms) for name, terms in plan.terms.items()}
-        with exact_mode(*set(devices.values())):
-            for names in _portions(takes, devices):
-                slab = Slab(lend(sum(takes[name] for name in names), devices[names[0]]))
-                for name in names:
-                    laid[name] = PathSide(plan.sites[name], plan.terms[name], self._manner, slab)
+        with exact_mode(*{draft.device for draft in drafts.values()}):
+            for device, nbytes, names in _portions(drafts):
+                slab = Slab(lend(nbytes, device))
+                laid.update((name, PathSide(drafts[name], manner, slab)) for name in names)
         return laid
 
     def _switch(
@@ -152,14 +149,16 @@ class Unmerged:
         return side_path
 
 
-def _portions(takes: Mapping[str, int], devices: Mapping[str, torch.device]) -> Iterator[list[str]]:
-    """Sites one after the other on one device, of about `PORTION` bytes together."""
-    for _, names in groupby(takes, key=lambda name: devices[name]):
+def _portions(drafts: Mapping[str, Draft]) -> Iterator[tuple[torch.device, int, list[str]]]:
+    """Sites one after the other on one device, and the bytes of slab that they take together: about `PORTION`."""
+    for device, names in groupby(drafts, key=lambda name: drafts[name].device):
         portion: list[str] = []
+        nbytes = 0
         for name in names:
             portion.append(name)
-            if sum(takes[name] for name in portion) >= PORTION:
-                yield portion
-                portion = []
+            nbytes += drafts[name].slab_bytes
+            if nbytes >= PORTION:
+                yield device, nbytes, portion
+                portion, nbytes = [], 0
         if portion:
-            yield portion
+            yield device, nbytes, portion
