@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +77,22 @@ def _timed(zoo: Path, flat: Path, size: Size, *, keeping: bool) -> Result:
     return result
 
 
-def _peft_case(flat: Path, adapters: Iterable[dict[str, Path]], size: Size, keeping: bool) -> Case:
+def _peft_case(flat: Path, adapters: Iterator[dict[str, Path]], size: Size, keeping: bool) -> Case:
     """PEFT with a base of its own, given some adapters a round."""
-    rounds = iter(adapters)
     first = next(flat.iterdir())
     wrapped: Any = peft.PeftModel.from_pretrained(
         base(size, torch.bfloat16), first, adapter_name="first", autocast_adapter_dtype=False
     )
 
     def load() -> None:
-        files = next(rounds)
+        files = next(adapters)
         for name, where in files.items():
             wrapped.load_adapter(where, adapter_name=name, autocast_adapter_dtype=False)
         wrapped.base_model.set_adapter(list(files))
 
-    def forget() -> None:
+    def leave() -> None:
         wrapped.set_adapter("first")
-        for name in set(wrapped.peft_config) - {"first"}:
+        for name in () if keeping else set(wrapped.peft_config) - {"first"}:
             wrapped.delete_adapter(name)
 
-    bare: Callable[[], None] = partial(wrapped.set_adapter, "first") if keeping else forget
-    return Case(load, bare)
+    return Case(load, leave)

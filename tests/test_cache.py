@@ -269,11 +269,17 @@ def test_trained_factors_are_never_dropped_saved_or_not(folder: Path, monkeypatc
     assert model.tree.adapter("a/b") is kept
 
 
-def test_what_comes_back_needs_no_more_room_though_it_once_trained(folder: Path) -> None:
-    model = attached(folder, 453)
+def beside_what_once_trained(folder: Path, budget: int) -> lt.TreeModel:
+    """a/d runs beside the weights; a could train once, and is frozen."""
+    model = attached(folder, budget)
     model.trainable("a")
     model.trainable()
     model.activate("a/d", mode="unmerged")
+    return model
+
+
+def test_what_comes_back_needs_no_more_room_though_it_once_trained(folder: Path) -> None:
+    model = beside_what_once_trained(folder, 453)
     expected = model.base(inputs())
     with model.using("a", mode="unmerged"):
         laid = model.cache.stats().tiers[0].laid_out_bytes
@@ -283,14 +289,10 @@ def test_what_comes_back_needs_no_more_room_though_it_once_trained(folder: Path)
 
 
 def test_what_a_with_comes_back_to_has_the_numbers_of_a_training_inside(folder: Path) -> None:
-    model = attached(folder, 4000)
-    model.trainable("a")
-    model.trainable()
-    model.activate("a/d", mode="unmerged")
+    model = beside_what_once_trained(folder, 4000)
     before = model.base(inputs())
     with model.using("e", mode="unmerged"):
         for parameter in model.trainable("a")[0]["params"]:
-            parameter.data.add_(1)
             with torch.no_grad():
                 parameter += 1
         model.trainable()

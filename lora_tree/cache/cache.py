@@ -181,7 +181,6 @@ class Cache:
         if nbytes:
             with self._lock:
                 self._tiers[-1].lay_out(owner, nbytes, churns=self._link is None)
-                self._shelf.at_most(self._tiers[-1].room_bytes)
 
     def lend(self, owner: object, nbytes: int) -> Lender:
         """`charge`, and what hands out that memory: what was let go of before, where it fits.

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..engine.slab import ALIGNED, Slab
 from ..lowrank import LowRank
 from ..storage import Allocate
 
 __all__ = ["buffer_of", "held_bytes", "moved", "pack", "tensors"]
-
-ALIGNED = 64  # bytes; what the widest vector loads want
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -29,18 +28,9 @@ def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
     if buffer_of(adapter) is not None:
         return adapter
     spans = {id(t): t for t in tensors(adapter)}
-    starts, end = {}, 0
-    for key, tensor in spans.items():
-        starts[key] = end
-        end += -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED
-    buffer = allocate(end)
-
-    def packed(tensor: Tensor) -> Tensor:
-        begin = starts[id(tensor)]
-        view = buffer[begin : begin + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        return view.copy_(tensor)
-
-    return _mapped(adapter, packed)
+    slab = Slab(allocate(sum(Slab.takes(t.nbytes) for t in spans.values())))
+    copies = {key: slab.cut(t.dtype, t.shape).copy_(t) for key, t in spans.items()}
+    return _mapped(adapter, lambda tensor: copies[id(tensor)])
 
 
 def moved(adapter: Adapter, buffer: Tensor) -> Adapter:

@@ -69,7 +69,7 @@ class Shelf:
         """(nbytes,) uint8, whatever is in it."""
         if LIBC is None or nbytes < PAGED:
             return torch.empty(nbytes, dtype=torch.uint8)
-        size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = _paged(nbytes)
         with self._lock:
             self._collect()
             address, held = self._nearest(size)
@@ -146,7 +146,7 @@ class Shelf:
         while (over := self._ready_bytes - max(nbytes, 0)) > 0:
             address = min(self._ready, key=lambda address: self._ready[address])
             size = self._remove(address)
-            dropped = min(size, -(-over // mmap.PAGESIZE) * mmap.PAGESIZE)
+            dropped = min(size, _paged(over))
             _unmap(address + size - dropped, dropped)
             if size > dropped:
                 self._put(address, size - dropped)
@@ -157,6 +157,10 @@ def trim() -> None:
     give_back = getattr(LIBC, "malloc_trim", None)
     if give_back is not None:
         give_back(0)
+
+
+def _paged(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _grown(address: int, held: int, size: int) -> int:

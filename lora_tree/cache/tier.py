@@ -149,6 +149,8 @@ class Tier:
         """
         self._make_room(nbytes, wait=True)
         self._laid_out += nbytes
+        if churns:
+            self._trim_shelf()
         weakref.finalize(owner, self._refunds.append, (nbytes, churns)).atexit = False
 
     @property
@@ -196,6 +198,9 @@ class Tier:
                     f"{self.budget_name}={stays + nbytes} (bytes) is enough for what is in use now and this",
                     "or let go of something first: model.deactivate()",
                 )
+        self._trim_shelf()
+
+    def _trim_shelf(self) -> None:
         if self._shelf is not None:
             self._shelf.at_most(self.room_bytes)
 

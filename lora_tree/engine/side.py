@@ -6,7 +6,6 @@ y = base(x) + B (A x)        in the widest of the factors' and the weight's own 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,9 @@ from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import product_dtype
 from .plan import Terms
+from .slab import Slab
 
-__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "Slab", "side_device", "side_dtype", "widened"]
-
-ALIGNED = 64  # bytes; what the widest vector loads want
+__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "side_dtype", "widened"]
 
 
 @dataclass
@@ -61,28 +59,6 @@ class Side(Protocol):
 
 class Laid(dict[str, Side]):
     """Site → its side path, for everything that is active; one object, that can be known to be alive."""
-
-
-class Slab:
-    """Memory that is cut up for what is laid out: one allocation for several sites.
-
-    Args:
-        memory: (bytes,) uint8.
-    """
-
-    def __init__(self, memory: Tensor) -> None:
-        self._memory, self._end = memory, 0
-
-    @staticmethod
-    def takes(nbytes: int) -> int:
-        """Bytes of it that a part of ``nbytes`` takes."""
-        return -(-nbytes // ALIGNED) * ALIGNED
-
-    def cut(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """The next part of it."""
-        begin, nbytes = self._end, math.prod(shape) * dtype.itemsize
-        self._end += self.takes(nbytes)
-        return self._memory[begin : begin + nbytes].view(dtype).view(shape)
 
 
 class Draft:

@@ -25,7 +25,8 @@ from .entry import Entry
 from .kept import Kept, Ledger, Unbounded
 from .plan import Plan
 from .routed import Route
-from .side import Draft, Laid, Manner, PathSide, Side, Slab
+from .side import Draft, Laid, Manner, PathSide, Side
+from .slab import Slab
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -75,6 +76,7 @@ class Unmerged:
 
     def ready_for(self, route: Route, axis: RowAxis) -> None:
         """Lay out what `switch_to` will run: all that can fail."""
+        self._ready = None
         route.sides(axis)
 
     def switch(self, plan: Plan) -> None:
