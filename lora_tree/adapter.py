@@ -20,7 +20,7 @@ from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
 from .storage import as_path, storage
 
-__all__ = ["Adapter", "combine"]
+__all__ = ["Adapter", "combine", "over"]
 
 
 def _frozen(of: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,6 +101,14 @@ class Adapter:
     def map(self, change: Callable[[LowRank], LowRank]) -> Adapter:
         """The same adapter with every module's value changed; an error names the module."""
         return replace(self, modules={name: _named(name, change, value) for name, value in self.modules.items()})
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Adapter:
+        """The same adapter with other tensors, of the same shapes, in the place of its own: elsewhere, or filled."""
+        return replace(
+            self,
+            modules={name: value.with_tensors(change) for name, value in self.modules.items()},
+            unchanged={name: change(tensor) for name, tensor in self.unchanged.items()},
+        )
 
     def scaled(self, by: float) -> Adapter:
         """``by`` times every increment."""
@@ -232,6 +240,27 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
         nesting={module: order for module, (_, order) in nesting.items()},
         assumed=frozenset().union(*(adapter.assumed for adapter, _ in terms)),
     )
+
+
+def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
+    """A tensor → the tensor that lies in ``memory`` where that one lies in its own storage. Nothing is copied.
+
+    Args:
+        memory: (bytes,) uint8, aligned for every dtype.
+
+    >>> outline = torch.empty(16, dtype=torch.uint8, device="meta")[8:].view(torch.float32)
+    >>> over(torch.arange(4.0).view(torch.uint8))(outline)
+    tensor([2., 3.])
+    """
+    whole: dict[torch.dtype, Tensor] = {}  # one call a tensor instead of three: an adapter has hundreds
+
+    def there(tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype
+        if dtype not in whole:
+            whole[dtype] = memory[: memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        return whole[dtype].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return there
 
 
 @contextmanager

@@ -109,7 +109,8 @@ class LowRank:
     @property
     def dtype(self) -> torch.dtype:
         """The wider of the factors' dtypes."""
-        return torch.promote_types(self.A.dtype, self.B.dtype)
+        a, b = self.A.dtype, self.B.dtype
+        return a if a == b else torch.promote_types(a, b)
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +148,11 @@ class LowRank:
     def scaled(self, by: float) -> LowRank:
         """``by`` · ΔW; the factors are shared, nothing is rounded."""
         return self if by == 1.0 else replace(self, scale=self.scale * by)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LowRank:
+        """The same value with other tensors, of the same shapes, in the place of its own."""
+        bias = None if self.bias is None else change(self.bias)
+        return LowRank(change(self.A), change(self.B), self.scale, bias, self.layout)
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         """The same value elsewhere, or rounded to another dtype (only where ``dtype`` says so)."""
@@ -321,10 +327,13 @@ def stacked(
     >>> both.scale, both.dense()[0, 0].item()
     (1.0, 0.2)
     """
-    moved = [t.to(device=device, dtype=dtype) for t in terms]
-    A = _beside([t.A for t in moved], -2, into)
-    B = _beside([t.B if t.scale == 1.0 else t.B * t.scale for t in moved], -1, into)
-    biases = [t.bias * t.scale for t in moved if t.bias is not None]
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype)
+
+    A = _beside([there(t.A) for t in terms], -2, into)
+    B = _beside([there(t.B) if t.scale == 1.0 else there(t.B) * t.scale for t in terms], -1, into)
+    biases = [there(t.bias) * t.scale for t in terms if t.bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
     return LowRank(A, B, 1.0, bias, terms[0].layout)
 

@@ -17,13 +17,13 @@ from cached import BYTES, RANKS, adapter, base, cached, inputs, lineage, poison,
 from torch import Tensor, nn
 
 import lora_tree as lt
+from lora_tree.adapter import over
 from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
 from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, held_bytes, moved, pack
+from lora_tree.cache.pack import buffer_of, held_bytes, pack
 from lora_tree.errors import BudgetError, FormatError, LoraTreeError, PathError, SpecError, StateError, UnlockedError
 from lora_tree.folder import source as source_room
-from lora_tree.formats.safetensors import read_tensors
 
 
 @pytest.fixture
@@ -555,7 +555,7 @@ def test_packing_and_moving_change_no_number() -> None:
     buffer = buffer_of(packed)
     assert buffer is not None
     assert [buffer.numel()] == sizes
-    there = moved(packed, buffer.clone())
+    there = packed.with_tensors(over(buffer.clone()))
     for other in (packed, there):
         for name, was in mine.modules.items():
             now = other.modules[name]
@@ -573,11 +573,15 @@ def test_the_caller_makes_the_one_buffer_that_is_read_into(folder: Path) -> None
         made.append(torch.full((nbytes,), 255, dtype=torch.uint8))
         return made[-1]
 
-    mine, _ = read_tensors(weights(folder, "e"), "e", allocate=allocate)
-    plain, _ = read_tensors(weights(folder, "e"), "e")
+    mine = lt.load(folder)["e"].source.load(allocate)  # type: ignore[union-attr]
+    plain = lt.Adapter.load(folder / "e")
     assert len(made) == 1
-    assert all(torch.equal(mine[name], plain[name]) for name in plain)
-    assert all(t.untyped_storage().data_ptr() == made[0].data_ptr() for t in mine.values())
+    assert all(
+        torch.equal(a, b)
+        for name in plain.modules
+        for a, b in zip(mine.modules[name].tensors, plain.modules[name].tensors, strict=True)
+    )
+    assert all(t.untyped_storage().data_ptr() == made[0].data_ptr() for v in mine.modules.values() for t in v.tensors)
 
 
 # ---------------------------------------------------------------------- a device with memory of its own
@@ -594,7 +598,7 @@ class Elsewhere:
         self.sent += 1
         buffer = buffer_of(adapter)
         assert buffer is not None
-        return Arrived(moved(adapter, buffer.clone()))
+        return Arrived(adapter.with_tensors(over(buffer.clone())))
 
     def wait(self, arrived: Arrived) -> None:
         self.waited += 1

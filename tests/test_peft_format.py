@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ from lora_tree import Adapter, Layout, LowRank, combine
 from lora_tree.errors import FormatError, ShapeMismatch, UnsupportedAdapter
 from lora_tree.formats import peft, peft_write
 from lora_tree.formats.peft_config import parse_config
-from lora_tree.formats.safetensors import read_header, read_tensors, render_tensors
+from lora_tree.formats.safetensors import read_tensors, render_tensors
 from lora_tree.lowrank import EMBEDDING, PARAMETER
 
 with warnings.catch_warnings():
@@ -759,7 +761,92 @@ def test_files_are_those_of_the_safetensors_package(tmp_path: Path) -> None:
     ours, metadata = read_tensors(tmp_path / "x", "x")
     assert metadata == {"format": "pt"}
     assert all(t.dtype == ours[name].dtype and torch.equal(t, ours[name]) for name, t in tensors.items())
-    assert read_header(tmp_path / "x", "x").tensors["t2é"].shape == (3, 3)
+    assert read_tensors(tmp_path / "x", "x", outline=True)[0]["t2é"].shape == (3, 3)
+
+
+def test_a_tensor_that_lies_askew_in_its_file_is_read_to_where_it_can_be_used(tmp_path: Path) -> None:
+    narrow, wide = torch.randn(3, 1).half(), torch.randn(2, 3)
+    entries = {
+        "B": ("F16", narrow, 0),
+        "A": ("F32", wide, 6),
+        "C": ("F16", narrow, 30),
+        "D": ("F64", wide.double(), 36),
+    }
+    head = {
+        name: {"dtype": kind, "shape": [*t.shape], "data_offsets": [begin, begin + t.nbytes]}
+        for name, (kind, t, begin) in entries.items()
+    }
+    numbers = b"".join(t.numpy().tobytes() for _, t, _ in entries.values())
+    data = header(json.dumps(head).encode(), numbers)
+    assert all(torch.equal(load_safetensors(data)[name], t) for name, (_, t, _) in entries.items())
+    (tmp_path / "x").write_bytes(data)
+    ours, _ = read_tensors(tmp_path / "x", "x")
+    assert all(torch.equal(ours[name], t) for name, (_, t, _) in entries.items())
+    assert all(t.data_ptr() % t.element_size() == 0 for t in ours.values())
+
+
+# ---------------------------------------------------------------- many files of the same two texts
+def test_adapters_of_the_same_texts_share_no_numbers(plain: Path, tmp_path: Path) -> None:
+    for name, by in (("x", 1.0), ("y", 2.0)):
+        shutil.copytree(plain, tmp_path / name)
+        tensors = {key: t * by for key, t in load_file(plain / WEIGHTS).items()}
+        save_file(tensors, tmp_path / name / WEIGHTS, {"format": "pt"})
+    x, y, again = (peft.read_folder(tmp_path / name) for name in ("x", "y", "x"))
+    for name, value in x.modules.items():
+        assert all(torch.equal(a * 2, b) for a, b in zip(value.tensors, y.modules[name].tensors, strict=True))
+    same(x, again)
+    x.modules["lin"].A.zero_()
+    assert y.modules["lin"].A.any()
+    assert again.modules["lin"].A.any()
+
+
+def test_factors_lie_row_by_row_also_where_they_were_turned(tmp_path: Path) -> None:
+    adapter = peft.read_folder(saved(CASES["mixtral"].made(), tmp_path))
+    assert all(t.is_contiguous() for value in adapter.modules.values() for t in value.tensors)
+
+
+def test_a_text_that_differs_is_read_anew(plain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "x"))
+    before = peft.read_folder(folder).modules["lin"]
+    fields = json.loads((folder / CONFIG).read_bytes())
+    (folder / CONFIG).write_text(json.dumps(fields | {"lora_alpha": 2 * fields["lora_alpha"]}))
+    assert peft.read_folder(folder).modules["lin"].scale == 2 * before.scale
+    for dtype in (torch.float16, torch.bfloat16):  # two files of one size
+        save_file({k: t.to(dtype) for k, t in load_file(plain / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
+        assert peft.read_folder(folder).modules["lin"].dtype == dtype
+
+
+def test_each_of_two_files_that_are_wrong_alike_is_named(plain: Path, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        shutil.copytree(plain, tmp_path / name)
+        tensors = load_file(plain / WEIGHTS)
+        del tensors["base_model.model.lin.lora_A.weight"]
+        save_file(tensors, tmp_path / name / WEIGHTS, {"format": "pt"})
+        with pytest.raises(FormatError, match=re.escape(f"{tmp_path / name / WEIGHTS}: lin: lora_A missing")):
+            peft.read_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("first", ["good", "bad"])
+def test_a_dead_bias_is_looked_at_in_every_file(first: str, tmp_path: Path) -> None:
+    good = saved(CASES["lora_bias"].made(), tmp_path / "good")
+    bad = Path(shutil.copytree(good, tmp_path / "bad"))
+    tensors = load_file(good / WEIGHTS)
+    tensors["base_model.model.attn.lora_B.bias"][3] = 1.0
+    save_file(tensors, bad / WEIGHTS, {"format": "pt"})
+    for folder in (good, bad) if first == "good" else (bad, good):
+        if folder == good:
+            assert peft.read_folder(good).modules["attn"].bias is None
+        else:
+            with pytest.raises(UnsupportedAdapter, match=re.escape(f"{bad / WEIGHTS}: attn: lora_B.bias is not zero")):
+                peft.read_folder(bad)
+
+
+def test_a_cut_off_file_of_a_known_text_is_refused(plain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "x"))
+    peft.read_folder(folder)
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
+    with pytest.raises(FormatError, match="bytes of tensors, the file holds"):
+        peft.read_folder(folder)
 
 
 def test_factors_outlive_their_file(plain: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from .pack import buffer_of, moved
+from ..adapter import Adapter, over
+from .pack import buffer_of
 
 __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
 
@@ -64,7 +64,7 @@ class CudaLink:
             there.copy_(host, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        return Arrived(moved(adapter, there), event)
+        return Arrived(adapter.with_tensors(over(there)), event)
 
     def wait(self, arrived: Arrived) -> None:
         stream = torch.cuda.current_stream(self._device)

@@ -10,17 +10,15 @@ side path computes in is laid out from them when it is needed, and bf16 factors 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..engine.slab import ALIGNED, Slab
-from ..lowrank import LowRank
 from ..storage import Allocate
 
-__all__ = ["buffer_of", "held_bytes", "moved", "pack", "tensors"]
+__all__ = ["buffer_of", "held_bytes", "pack", "tensors"]
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -30,18 +28,7 @@ def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
     spans = {id(t): t for t in tensors(adapter)}
     slab = Slab(allocate(sum(Slab.takes(t.nbytes) for t in spans.values())))
     copies = {key: slab.cut(t.dtype, t.shape).copy_(t) for key, t in spans.items()}
-    return _mapped(adapter, lambda tensor: copies[id(tensor)])
-
-
-def moved(adapter: Adapter, buffer: Tensor) -> Adapter:
-    """A packed adapter on ``buffer``, which holds a copy of its own buffer on another device."""
-
-    def elsewhere(tensor: Tensor) -> Tensor:
-        begin = tensor.storage_offset() * tensor.element_size()
-        there = buffer[begin : begin + tensor.numel() * tensor.element_size()].view(tensor.dtype)
-        return there.view(tensor.shape)
-
-    return _mapped(adapter, elsewhere)
+    return adapter.with_tensors(lambda tensor: copies[id(tensor)])
 
 
 def buffer_of(adapter: Adapter) -> Tensor | None:
@@ -70,16 +57,3 @@ def tensors(adapter: Adapter) -> Iterator[Tensor]:
     for value in adapter.modules.values():
         yield from value.tensors
     yield from adapter.unchanged.values()
-
-
-def _mapped(adapter: Adapter, change: object) -> Adapter:
-    assert callable(change)
-
-    def value(of: LowRank) -> LowRank:
-        return replace(of, A=change(of.A), B=change(of.B), bias=None if of.bias is None else change(of.bias))
-
-    return replace(
-        adapter,
-        modules={name: value(of) for name, of in adapter.modules.items()},
-        unchanged={name: change(tensor) for name, tensor in adapter.unchanged.items()},
-    )

@@ -7,7 +7,7 @@ what lives elsewhere is named in tree.yaml.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -67,17 +67,26 @@ def look(folder: str, root: str | None = None) -> Files:
     Raises:
         SpecError: a commit record that can't be trusted.
     """
-    now: dict[str, tuple[str, Stamp]] = {}
     own, whole = pending(folder), pending(root) if root is not None else Pending()
     above = os.path.relpath(folder, root) if whole and root is not None else ""
-    for name in _NAMES:
-        place = own.resolve(folder, name)
-        if whole and root is not None and place == os.path.join(folder, name):
+
+    def places(name: str) -> Iterator[str]:
+        plain = os.path.join(folder, name)
+        place = own.resolve(folder, name) if own else plain
+        if whole and root is not None and place == plain:
             place = whole.resolve(root, name if above == "." else f"{above}/{name}")
-        # a file that waits may be carried to its place between two looks at it
-        for at in dict.fromkeys((place, os.path.join(folder, name))) if place is not None else ():
-            stamp = disk.stamp(at) if not _leaves(at, root) else None
-            if stamp is not None:
+        if place is not None and place != plain:
+            yield place
+        if place is not None:
+            yield plain  # a file that waits may be carried to its place between two looks at it
+
+    now: dict[str, tuple[str, Stamp]] = {}
+    for name in (*FILES, PICKLE):
+        if name == PICKLE and len(now) == len(FILES):
+            break  # asked only to explain what is missing
+        for at in places(name):
+            stamp = disk.stamp(at)
+            if stamp is not None and not _leaves(at, root):
                 now[name] = at, stamp
                 break
     return Files(folder, now)

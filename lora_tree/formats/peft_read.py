@@ -7,6 +7,10 @@
       with groups       (r, in, *kernel)       (out, r/groups, 1, …)   a batch of groups: (r/G, in·kernel), (out/G, r/G)
     raw parameter       (E·r, in)              (out, r·E)              a batch of experts: A expert-major, B rank-major
 
+Everything but the numbers follows from the config and the header of the weights (`Outline`): the shapes, the scales,
+and where each factor lies. Most adapters of a tree have the same two texts, and so one outline, which is made once;
+what is left to do for each of them is to read its numbers.
+
 No model is needed. What a file leaves open without one (the order of two raw parameters of one module) is assumed, and
 the adapter says so (`Adapter.assumed`).
 """
@@ -17,25 +21,28 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import Adapter, over
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
 from ..storage import Allocate, Witness
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
-from .safetensors import read_tensors
+from .safetensors import Header, opened, parse_header
 
 __all__ = ["read", "read_folder"]
 
 PICKLE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 16 << 20
+KEPT_OUTLINES = 8
+MAX_KEPT_BYTES = 256 << 10  # of config and header; what is made of them takes some ten times as much
 
 LEFTOVERS = {
     "lora_magnitude_vector": VARIANTS["use_dora"],
@@ -90,10 +97,12 @@ def read(
     data = _bytes(config_file, config_named)
     if witness:
         witness(CONFIG, memoryview(data))
-    config = parse_config(data, config_named)
     shown = partial(witness, WEIGHTS) if witness else None
-    tensors, metadata = read_tensors(weights_file, weights_named, outline=outline, allocate=allocate, witness=shown)
-    return _Reader(config, weights_named, metadata).adapter(tensors)
+    # read under inference_mode, it may be trained on top of later
+    with opened(weights_file, weights_named, shown) as weights, torch.inference_mode(False):
+        texts = _Texts(data, weights.head, weights.nbytes, config_named, weights_named)
+        found = _outline(texts) if len(data) + len(weights.head) <= MAX_KEPT_BYTES else _outline.__wrapped__(texts)
+        return found.adapter if outline else found.filled(weights.numbers(found.header, allocate), weights_named)
 
 
 def _bytes(file: str | Path, where: str) -> bytes:
@@ -107,25 +116,74 @@ def _bytes(file: str | Path, where: str) -> bytes:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
 
+@dataclass(frozen=True)
+class Outline:
+    """An adapter without its numbers.
+
+    Args:
+        adapter: its tensors are views of the header's storage, on the meta device.
+        header: of the weights.
+        dead: module → a bias that PEFT wrote and never reads, which the adapter leaves out; zero, or it is refused.
+    """
+
+    adapter: Adapter
+    header: Header
+    dead: Mapping[str, Tensor]
+
+    def filled(self, memory: Tensor, where: str) -> Adapter:
+        """The adapter itself, its numbers in ``memory``: (header.nbytes,) uint8.
+
+        Raises:
+            UnsupportedAdapter: a dead bias is not zero.
+        """
+        there = over(memory)
+        for name, bias in self.dead.items():
+            if torch.count_nonzero(there(bias)):
+                raise UnsupportedAdapter(
+                    f"{where}: {name}: lora_B.bias is not zero, but PEFT never applies it to an nn.MultiheadAttention"
+                )
+        return self.adapter.with_tensors(lambda tensor: there(tensor).contiguous())
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What an outline is made of, compared by that, and how errors name the two files."""
+
+    config: bytes
+    head: bytes
+    nbytes: int
+    config_named: str = field(compare=False)
+    weights_named: str = field(compare=False)
+
+
+@lru_cache(KEPT_OUTLINES)
+def _outline(texts: _Texts) -> Outline:
+    config = parse_config(texts.config, texts.config_named)
+    header = parse_header(texts.head, texts.nbytes, texts.weights_named)
+    reader = _Reader(config, texts.weights_named, header)
+    return Outline(reader.adapter(), header, reader.dead)
+
+
 class _Reader:
     """One weights file, read under one config: keys into groups, groups into modules."""
 
-    def __init__(self, config: PeftConfig, where: str, metadata: Mapping[str, str]) -> None:
-        self.config, self.where = config, where
-        self.recorded = _recorded(metadata, where)
+    def __init__(self, config: PeftConfig, where: str, header: Header) -> None:
+        self.config, self.where, self.tensors = config, where, header.tensors
+        self.recorded = _recorded(header.metadata, where)
+        self.dead: dict[str, Tensor] = {}
 
-    def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
+    def adapter(self) -> Adapter:
         groups: dict[str, dict[int, _Parts]] = {}  # module → wrappers deep → part → factor
         paths: dict[str, set[str]] = {}
         whole: dict[str, Tensor] = {}
-        for key in sorted(tensors):
+        for key in sorted(self.tensors):
             path, part = self.split(key)
             if part:
                 module, depth = peft_keys.plain(path)
-                groups.setdefault(module, {}).setdefault(depth, {})[part] = tensors[key]
+                groups.setdefault(module, {}).setdefault(depth, {})[part] = self.tensors[key]
                 paths.setdefault(module, set()).add(path)
             elif not (self.config.velora and key.endswith(".lora_velora_embed")):
-                whole[path] = tensors[key]
+                whole[path] = self.tensors[key]
         if not groups:
             raise FormatError(f"{self.where}: no lora_A and lora_B of any module", "the file holds no LoRA factors")
         parameters = {module: self.parameters(module, depths) for module, depths in groups.items()}
@@ -271,7 +329,7 @@ class _Reader:
         if B.ndim != 2 or B.shape[1] != A.shape[0]:
             raise self.misshapen(name, "B", B, f"(out, {A.shape[0]})", r)
         A = A.reshape(-1, r, A.shape[1])  # (E, r, in)
-        B = B.reshape(B.shape[0], r, -1).permute(2, 0, 1).contiguous()  # (E, out, r)
+        B = B.reshape(B.shape[0], r, -1).permute(2, 0, 1)  # (E, out, r)
         return LowRank(A, B, self.config.scale(name), None, PARAMETER)
 
     def bias(self, name: str, parts: _Parts, out: int) -> Tensor | None:
@@ -288,10 +346,8 @@ class _Reader:
         """The in-projection of an nn.MultiheadAttention, whose lora_bias PEFT writes and never reads."""
         if value.layout.kind != "linear" or value.A.ndim != 2:
             raise FormatError(f"{self.where}: {name}: expected the in-projection of an nn.MultiheadAttention")
-        if value.bias is not None and not value.bias.is_meta and torch.count_nonzero(value.bias):
-            raise UnsupportedAdapter(
-                f"{self.where}: {name}: lora_B.bias is not zero, but PEFT never applies it to an nn.MultiheadAttention"
-            )
+        if value.bias is not None:
+            self.dead[name] = value.bias
         return LowRank(value.A, value.B, value.scale, None, value.layout)
 
     def misshapen(self, name: str, half: str, t: Tensor, expected: str, r: int) -> FormatError:

@@ -4,8 +4,8 @@
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
 
 The package of that name maps the file into memory, so a file that is cut short later takes the process with it
-(SIGBUS), and it writes metadata in a changing order. Here all tensors are read by one read into one buffer of our own,
-in which they lie as in the file, and every size is checked against the file's before anything is allocated.
+(SIGBUS), and it writes metadata in a changing order. Here all tensors are read into one buffer of our own, in which
+they lie as in the file, by one read; and every size is checked against the file's before anything is allocated.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -16,19 +16,20 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..adapter import over
 from ..errors import FormatError
 from ..storage import Allocate
 from . import strict_json
 
-__all__ = ["Entry", "Header", "header_fields", "read_header", "read_tensors", "render_tensors"]
+__all__ = ["Header", "Opened", "header_fields", "opened", "parse_header", "read_tensors", "render_tensors"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,72 +37,132 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: where its bytes lie, counted from the end of the header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
 class Header:
-    """Everything about a file but its numbers; ``start`` is the offset of the first tensor's bytes."""
+    """Everything about a file but its numbers.
 
-    tensors: Mapping[str, Entry]
+    Args:
+        tensors: on the meta device, each at its place in the one storage that all of them share.
+        metadata: what the writer says beside.
+        spans: (place, bytes) of what is read into that storage, in the order of the file. It is all one span, unless
+            a tensor lies in the file where no tensor of its dtype can.
+    """
+
+    tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    start: int
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What the storage takes."""
+        return sum(self.spans[-1])
 
 
-def read_header(file: str | Path, where: str) -> Header:
-    """The header of ``file``, checked against its size; ``where`` names the file in errors.
+class Opened:
+    """A file that is being read; see `opened`.
+
+    Args:
+        stream: at its beginning.
+        where: names the file in errors.
+        witness: is shown the file's bytes, in order, and may not keep them.
+
+    Attributes:
+        head: the header, as it stands in the file.
+        nbytes: of the tensors.
+    """
+
+    def __init__(self, stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None) -> None:
+        self._stream, self._where, self._witness = stream, where, witness
+        self.head, size = _head(stream, where, witness)
+        self.nbytes = size - stream.tell()
+
+    def numbers(self, header: Header, allocate: Allocate | None = None) -> Tensor:
+        """(header.nbytes,) uint8: the storage of the header's tensors, filled from the file; to be asked once.
+
+        Args:
+            header: the head, parsed.
+            allocate: makes the memory; None: ordinary memory.
+
+        Raises:
+            FormatError: the file was cut short meanwhile.
+        """
+        memory = allocate(header.nbytes) if allocate else torch.empty(header.nbytes, dtype=torch.uint8)
+        start = memory.data_ptr()
+        for place, nbytes in header.spans:
+            part = (ctypes.c_char * nbytes).from_address(start + place)
+            if self._stream.readinto(part) != nbytes:  # type: ignore[attr-defined]
+                raise _cut_short(self._where)
+            if self._witness:
+                self._witness(memoryview(part))
+        return memory
+
+
+@contextmanager
+def opened(
+    file: str | os.PathLike[str], where: str, witness: Callable[[memoryview], object] | None = None
+) -> Iterator[Opened]:
+    """``file`` while it is read; ``where`` names it in errors. See `Opened`.
 
     Raises:
-        FormatError: the file can't be read, is cut short, or is not what its header says.
+        FormatError: it can't be read, or is cut short; also for what goes wrong inside.
     """
     try:
         with open(file, "rb") as stream:
-            return _header(stream, where)
+            yield Opened(stream, where, witness)
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
+
+
+def parse_header(head: bytes, nbytes: int, where: str) -> Header:
+    """What the head of a file says, checked against the ``nbytes`` of tensors that follow it.
+
+    Raises:
+        FormatError: it is malformed, or the file is not what it says.
+    """
+    fields = strict_json.loads(head, f"{where}: header")
+    metadata = fields.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")
+    entries = {name: _entry(value, f"{where}: {name[:200]}") for name, value in fields.items()}
+    read = place = 0  # bytes of the file, and of the storage, that are spoken for
+    places: dict[str, int] = {}
+    spans = [(0, 0)]
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != read:
+            raise FormatError(f"{where}: {name}: its bytes begin at {entry.begin}, expected {read}")
+        if place % entry.dtype.itemsize:
+            place += -place % entry.dtype.itemsize
+            spans.append((place, 0))
+        places[name] = place
+        spans[-1] = spans[-1][0], spans[-1][1] + entry.end - entry.begin
+        place += entry.end - entry.begin
+        read = entry.end
+    if read != nbytes:
+        raise FormatError(
+            f"{where}: the header describes {read} bytes of tensors, the file holds {nbytes}",
+            "download or save it again",
+        )
+    storage = torch.empty(place, dtype=torch.uint8, device="meta")
+    tensors = {name: _view(storage, entry, places[name]) for name, entry in entries.items()}
+    return Header(tensors, metadata, tuple(spans))
 
 
 def read_tensors(
-    file: str | Path,
-    where: str,
-    *,
-    outline: bool = False,
-    allocate: Allocate | None = None,
-    witness: Callable[[memoryview], object] | None = None,
+    file: str | os.PathLike[str], where: str, *, outline: bool = False
 ) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Every tensor of ``file``, all in one buffer, and the file's metadata.
+    """Every tensor of ``file``, all in one buffer, and the file's metadata; ``where`` names the file in errors.
 
     Args:
         outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta device).
-        allocate: makes the buffer; None: ordinary memory.
-        witness: is shown the file's bytes, in order, and may not keep them.
 
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
     """
-    try:
-        with open(file, "rb") as stream:
-            header = _header(stream, where, witness)
-            if outline:
-                made = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in header.tensors.items()}
-                return made, header.metadata
-            size = max((entry.end for entry in header.tensors.values()), default=0)
-            with torch.inference_mode(False):  # read under inference_mode, trained on top of later
-                buffer = (allocate or _ordinary)(size)
-                memory = (ctypes.c_char * size).from_address(buffer.data_ptr())
-                if stream.readinto(memory) != size:
-                    raise FormatError(f"{where}: the file was cut short while it was read")
-                if witness:
-                    witness(memoryview(memory))
-                return _views(buffer, header.tensors), header.metadata
-    except OSError as error:
-        raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
+    with opened(file, where) as reading, torch.inference_mode(False):
+        header = parse_header(reading.head, reading.nbytes, where)
+        if outline:
+            return dict(header.tensors), header.metadata
+        there = over(reading.numbers(header))
+        return {name: there(tensor) for name, tensor in header.tensors.items()}, header.metadata
 
 
 def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -133,37 +194,18 @@ def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     return bytes(data)
 
 
-def _ordinary(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
-
-
-def _views(buffer: Tensor, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Every tensor in the buffer; in memory of its own where it does not lie on a multiple of its size."""
-    found: dict[str, Tensor] = {}
-    whole: dict[torch.dtype, Tensor] = {}  # one call a tensor instead of three: an adapter has hundreds
-    for name, entry in entries.items():
-        dtype, shape, size = entry.dtype, entry.shape, entry.dtype.itemsize
-        if entry.begin % size:
-            found[name] = buffer[entry.begin : entry.end].clone().view(dtype).reshape(shape)
-            continue
-        if dtype not in whole:
-            whole[dtype] = buffer[: buffer.numel() // size * size].view(dtype)
-        strides = [math.prod(shape[i:]) for i in range(1, len(shape) + 1)]
-        found[name] = whole[dtype].as_strided(shape, strides, entry.begin // size)
-    return found
-
-
-def header_fields(
-    stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None
-) -> tuple[dict[str, Any], int, int]:
+def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, int]:
     """What the header of an open file says, as it stands there; where the tensors begin; and the size of the file.
-
-    Args:
-        witness: is shown the bytes up to there.
 
     Raises:
         FormatError: it is cut short, or no header.
     """
+    head, size = _head(stream, where)
+    return strict_json.loads(head, f"{where}: header"), 8 + len(head), size
+
+
+def _head(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None) -> tuple[bytes, int]:
+    """The header's bytes, and the size of the file; the stream is where the tensors begin."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(first := stream.read(8), "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -171,35 +213,34 @@ def header_fields(
             f"{where}: not a whole safetensors file: {size} bytes, of which the header should take {length}",
             "download or save it again; a Git LFS pointer or an unfinished download looks like this",
         )
-    text = stream.read(length)
-    if len(text) != length:
-        raise FormatError(f"{where}: the file was cut short while it was read")
+    head = stream.read(length)
+    if len(head) != length:
+        raise _cut_short(where)
     if witness:
         witness(memoryview(first))
-        witness(memoryview(text))
-    return strict_json.loads(text, f"{where}: header"), 8 + length, size
+        witness(memoryview(head))
+    return head, size
 
 
-def _header(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None) -> Header:
-    fields, start, size = header_fields(stream, where, witness)
-    metadata = fields.pop("__metadata__", {})
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")
-    tensors = {name: _entry(value, f"{where}: {name[:200]}") for name, value in fields.items()}
-    position = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            raise FormatError(f"{where}: {name}: its bytes begin at {entry.begin}, expected {position}")
-        position = entry.end
-    if position != size - start:
-        raise FormatError(
-            f"{where}: the header describes {position} bytes of tensors, the file holds {size - start}",
-            "download or save it again",
-        )
-    return Header(tensors, metadata, start)
+def _cut_short(where: str) -> FormatError:
+    return FormatError(f"{where}: the file was cut short while it was read")
 
 
-def _entry(value: Any, where: str) -> Entry:
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor, as a header describes it: where its bytes lie, counted from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _view(storage: Tensor, entry: _Entry, place: int) -> Tensor:
+    return storage[place : place + entry.end - entry.begin].view(entry.dtype).view(entry.shape)
+
+
+def _entry(value: Any, where: str) -> _Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: expected dtype, shape and data_offsets, got {str(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -217,7 +258,7 @@ def _entry(value: Any, where: str) -> Entry:
         )
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise FormatError(f"{where}: {dtype} {tuple(shape)} does not fill its bytes {offsets[0]} to {offsets[1]}")
-    return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    return _Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:
