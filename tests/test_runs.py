@@ -364,6 +364,24 @@ def test_train_eval_and_promote_from_the_shell(
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("always::lora_tree.StaleWarning")
+def test_another_yaml_of_the_folder_is_trained_as_the_tree_that_it_is(
+    zoo: Path, base: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, fixed = zoo / "other.yaml", (zoo / "tree.yaml").read_bytes()
+    other.write_bytes(fixed)
+    lora_tree("train", other, "de", "--data", rows, "--steps", 1, "--json")
+    told = json.loads(capsys.readouterr().out)
+    lora_tree("promote", other, "de/again", "--from", told["checkpoint"], "--node", "de")
+    assert lt.load(other).children("de") == ["de/again"]
+    assert lt.check(other) == []
+    assert sorted(p.name for p in zoo.iterdir() if p.is_file()) == ["other.lock", "other.yaml", "tree.yaml"]
+    assert (zoo / "tree.yaml").read_bytes() == fixed
+    other.write_text(other.read_text().replace(str(base), "org/other"))
+    lora_tree("show", other)
+    assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     tmp_path: Path, zoo: Path, rows: Path, how: signal.Signals, capsys: pytest.CaptureFixture[str]

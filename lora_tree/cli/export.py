@@ -16,6 +16,7 @@ from ..export import MergedCheckpoint, Portable, export_leaves, export_model, po
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
+from .arguments import Folder
 from .console import err, out, print_json
 
 __all__ = ["export"]
@@ -41,7 +42,7 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: tor
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
+    folder: Folder,
     path: Annotated[
         str | None, typer.Argument(help="fr/legal, or a blend: fr/legal:0.5+fr/medical:0.5", metavar="PATH_OR_BLEND")
     ] = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +13,7 @@ from ..errors import SpecError
 from ..extras import foreign
 from ..folder import load
 from ..model import attach
+from .arguments import Folder
 from .base import open_model, open_tokenizer
 
 __all__ = ["generate"]
@@ -27,7 +27,7 @@ class Mode(StrEnum):
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
+    folder: Folder,
     path: Annotated[str, typer.Argument(help="A path, a blend, or '' for the bare base.", metavar="PATH_OR_BLEND")],
     prompt: Annotated[str, typer.Option(help="What the text starts with.")],
     base: Annotated[str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")] = None,

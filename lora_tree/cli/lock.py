@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..folder import lock as lock_folder
+from .arguments import Folder
 from .console import out
 
 __all__ = ["lock"]
 
 
 def lock(
-    folder: Annotated[Path, typer.Argument(help="A folder of adapters.", metavar="FOLDER")],
+    folder: Folder,
     accept_stale: Annotated[
         bool, typer.Option("--accept-stale", help="Also accept nodes trained on a lineage that has changed since.")
     ] = False,

@@ -25,7 +25,7 @@ def promotion(
     """Make what a node was at a checkpoint a node of the tree, and save it."""
     tree = load(folder)
     made = promote(tree, path, checkpoint, node=node)
-    tree.save(folder if folder.is_dir() else folder.parent)
+    tree.save(folder)
     if as_json:
         print_json({"path": made.path, "checkpoint": str(checkpoint), "node": node or path})
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from ..folder import load
 from ..tree import AdapterTree
+from .arguments import Folder
 from .console import out, print_json
 
 __all__ = ["show"]
@@ -34,7 +34,7 @@ class Row:
 
 
 def show(
-    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
+    folder: Folder,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show the tree: ranks, parameters, bytes, weights, and what is stale."""

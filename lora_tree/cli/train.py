@@ -14,6 +14,7 @@ import typer
 
 from ..errors import SpecError
 from ..folder import load
+from ..folder.opening import YAML
 from ..model import attach
 from ..runs import Run, Settings, read_rows
 from ..runs.evaluation import BARE
@@ -78,8 +79,7 @@ def train(
     rows = read_rows(data, tree, tokenizer, max_length=max_length)
     torch.manual_seed(seed)  # what fresh nodes start from
     model = attach(tree, open_model(name))
-    where = folder if folder.is_dir() else folder.parent
-    running = Run(model, rows, settings, _outside(run, where) or where / ".training", nodes=nodes or ())
+    running = Run(model, rows, settings, _run(folder, run), nodes=nodes or ())
     _tell_rows(running, rows)
     resumed = running.done
     losses: Mapping[str, float] = {}
@@ -93,18 +93,21 @@ def train(
                 raise typer.Exit(130)
     kept = running.save()
     model.trainable()
-    tree.save(where)
+    tree.save(folder)
     told = {"nodes": running.nodes, "steps": running.done, "resumed_at": resumed, "checkpoint": str(kept)}
     if as_json:
         print_json({**told, "rows": len(running.rows), "left_out": running.left_out, "losses": losses})
     else:
-        out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {where}")
+        out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
 
 
 # ---------------------------------------------------------------------- helpers
-def _outside(run: Path | None, zoo: Path) -> Path | None:
-    """The run's folder, where its checkpoints would not be taken for nodes of the tree."""
-    if run is not None and run.resolve().is_relative_to(zoo.resolve()):
+def _run(folder: Path, run: Path | None) -> Path:
+    """Where checkpoints go, so that they are not taken for nodes of the tree."""
+    zoo = folder if folder.is_dir() else folder.parent
+    if run is None:  # each YAML of a folder is a tree of its own
+        return zoo / (".training" if folder in (zoo, zoo / YAML) else f".training-{folder.name}")
+    if run.resolve().is_relative_to(zoo.resolve()):
         inside = run.resolve().relative_to(zoo.resolve()).parts
         if not any(part.startswith(".") for part in inside):
             raise SpecError(

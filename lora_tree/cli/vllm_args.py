@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from ..integrations.vllm import server_args
+from .arguments import Folder
 from .console import err, out, print_json
 
 __all__ = ["vllm_args"]
 
 
 def vllm_args(
-    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")],
+    folder: Folder,
     cache: Annotated[
         Path, typer.Option(help="Where flattened adapters go, on a disk of the machine that serves.")
     ] = Path("vllm-cache"),

@@ -50,11 +50,11 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
     """
     place = place_of(path)
     opened = inspect(place)
-    accept = f"if the files are right, accept them as they are: lora-tree lock {place.folder}"
+    accept = f"if the files are right, accept them as they are: lora-tree lock {place.spelled}"
     raise_any(opened.problems, accept)
     _there_is_a_tree(opened)
     if opened.stale:
-        todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.folder}"
+        todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.spelled}"
         if strict:
             raise StaleError(*opened.stale.values(), todo)
         warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(opened.stale.values()), todo))), stacklevel=2)

@@ -49,6 +49,11 @@ class Place:
         return os.path.join(self.folder, self.yaml)
 
     @property
+    def spelled(self) -> str:
+        """What its user would write for it."""
+        return self.folder if self.yaml == YAML else self.yaml_file
+
+    @property
     def lock_file(self) -> str:
         return os.path.join(self.folder, self.lock)
 
