@@ -352,8 +352,10 @@ def test_train_eval_and_promote_from_the_shell(
     assert matrix["losses"]["fr/legal"]["fr/legal"] < matrix["losses"][""]["fr/legal"]
     assert matrix["losses"]["fr"]["de"] == pytest.approx(matrix["losses"][""]["de"])  # fr did not train
     ElementTree.parse(tmp_path / "matrix.svg")
-    lora_tree("eval", zoo, "de", "--data", rows)
-    assert "nats per token" in capsys.readouterr().out
+    lora_tree("eval", zoo, "de", "--data", rows, "--max-length", 4)
+    printed = capsys.readouterr()
+    assert "nats per token" in printed.out
+    assert "12 of 12 rows were longer than --max-length, and cut" in printed.err
 
     lora_tree("promote", zoo, "de/again", "--from", told["checkpoint"], "--node", "de")
     assert "warning: de/again: de was trained on the bare base, and stands on de now" in capsys.readouterr().err

@@ -10,12 +10,13 @@ from rich.table import Table
 
 from ..folder import disk, load
 from ..model import attach
-from ..runs import Matrix, evaluate, read_rows
+from ..runs import Matrix, evaluate
 from ..runs.evaluation import BARE
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes
 from .base import open_model, open_tokenizer
 from .console import out, print_json
 from .progress import steps_done
+from .rows import open_rows
 
 __all__ = ["evaluation"]
 
@@ -36,7 +37,7 @@ def evaluation(
     for node in nodes or ():
         tree.lineage(node)
     name, tokenizer = open_tokenizer(tree, folder, base, what="eval")
-    rows = read_rows(data, tree, tokenizer, max_length=max_length)
+    rows = open_rows(data, tree, tokenizer, max_length=max_length)
     model = attach(tree, open_model(name))
     count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:

@@ -16,12 +16,13 @@ from ..errors import SpecError
 from ..folder import load
 from ..folder.opening import YAML
 from ..model import attach
-from ..runs import Run, Settings, read_rows
+from ..runs import Run, Settings
 from ..runs.evaluation import BARE
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes
 from .base import open_model, open_tokenizer
 from .console import err, out, print_json
 from .progress import steps_done
+from .rows import open_rows
 
 __all__ = ["train"]
 
@@ -76,11 +77,14 @@ def train(
     )
     tree = load(folder)
     name, tokenizer = open_tokenizer(tree, folder, base, what="train")
-    rows = read_rows(data, tree, tokenizer, max_length=max_length)
+    rows = open_rows(data, tree, tokenizer, max_length=max_length)
     torch.manual_seed(seed)  # what fresh nodes start from
     model = attach(tree, open_model(name))
     running = Run(model, rows, settings, _run(folder, run), nodes=nodes or ())
-    _tell_rows(running, rows)
+    if running.left_out:
+        err().print(f"{running.left_out} of {len(rows)} rows go through no node that trains")
+    if running.done:
+        err().print(f"going on after step {running.done}")
     resumed = running.done
     losses: Mapping[str, float] = {}
     with steps_done("training", steps, running.done) as bar, _interrupts() as interrupted:
@@ -128,15 +132,6 @@ def _numbers(pairs: list[str] | None, option: str) -> dict[str, float]:
         if not equals:
             raise SpecError(f"{option} {pair}: expected a path and a number, like fr/legal=0.5")
     return found
-
-
-def _tell_rows(running: Run, rows: Any) -> None:
-    cut = sum(row.cut for row in rows)
-    told = [f"{running.left_out} of {len(rows)} rows go through no node that trains"] if running.left_out else []
-    told += [f"{cut} of {len(rows)} rows were longer than --max-length, and cut"] if cut else []
-    told += [f"going on after step {running.done}"] if running.done else []
-    for line in told:
-        err().print(line)
 
 
 @contextmanager
