@@ -1,5 +1,6 @@
 # From a fresh clone, with Python 3.11+ and make: `make demo`, `make test`.
-# Override: PYTHON (the interpreter that makes .venv), WORKERS (test processes), ARGS (for demo, test, bench).
+# Override: PYTHON (the interpreter that makes .venv), WORKERS (test processes), ARGS (for what runs a program of ours),
+# OMP_WAIT_POLICY (how torch's threads wait in demo and compare).
 # `make test-engines` is for Linux on x86-64, where a CPU build of vLLM is to be had.
 
 VENV    := .venv
@@ -57,7 +58,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(STAMP)  ## every benchmark at full size (several minutes on 2 cores, 8 GB)
+bench: $(STAMP)  ## every benchmark at full size (hours on 2 cores where bf16 is slow, 8 GB; ARGS names one)
 	$(PY) -m benchmarks $(ARGS)
 
 compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (half an hour on 2 cores)

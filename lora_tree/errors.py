@@ -4,7 +4,7 @@
     ├── SpecError               a tree.yaml, a lock or an argument says something that makes no sense
     ├── PathError               a path or a blend names a node that is not there, or is no valid name
     ├── TreeError               the change asked of the tree can't be made
-    ├── ShapeMismatch           two values, or a value and a weight, do not have the same (out, in)
+    ├── ShapeMismatch           two values do not have the same (out, in), or two factors do not multiply
     ├── FormatError             the files of an adapter are broken or incomplete
     │   └── UnsupportedAdapter  they are whole, but of a kind that does not add up to W + B·A
     ├── FolderError             a folder of adapters can't be read or written as a tree
@@ -80,7 +80,7 @@ class TreeError(LoraTreeError, ValueError):
 
 
 class ShapeMismatch(LoraTreeError, ValueError):
-    """Two values, or a value and a weight, do not have the same (out, in)."""
+    """Two values do not have the same (out, in), or two factors do not multiply."""
 
 
 class FormatError(LoraTreeError, ValueError):

@@ -89,10 +89,11 @@ def attach(
         host_budget, device_budget: how much memory adapters that come from files may take, in RAM and on the base's
             device: bytes, or ``"8GiB"``. None: what ``LORA_TREE_HOST_BUDGET`` and ``LORA_TREE_DEVICE_BUDGET`` say, or
             tree.yaml, or else no bound. Of a base on the CPU both are RAM, and the smaller counts.
-        eviction: makes what decides who leaves a full cache first.
+        eviction: a class, or a function, that makes what decides who leaves a full cache first: one for each kind of
+            memory.
 
     Raises:
-        SpecError: a budget makes no sense.
+        SpecError: a budget makes no sense, or ``eviction`` is no such maker.
         StateError: the base is attached already, or wrapped by PEFT or FSDP.
         BaseMismatch: a fresh node targets nothing in this base; names the node.
 
@@ -109,6 +110,12 @@ def attach(
     if pristine not in ("host", "none"):
         raise SpecError(
             f"pristine must be 'host' or 'none', got {pristine!r}{suggest(str(pristine), ['host', 'none'])}"
+        )
+    maker: object = eviction
+    if not callable(maker):
+        what = type(maker).__name__
+        raise SpecError(
+            f"eviction: got {what} itself, expected what makes one for each kind of memory", f"eviction={what}"
         )
     said = (tree.cache.host_budget, tree.cache.device_budget)
     budgets = Budgets.of(host_budget, device_budget, spec=said)
@@ -192,6 +199,7 @@ class TreeModel(nn.Module):
             PathError, SpecError: not a path of the tree, or not a blend.
             BaseMismatch: an adapter on the way does not fit this base, or can't be applied in this mode.
             FolderError, FormatError: an adapter's files can't be read.
+            BudgetError: the path does not fit into a budget; says how much is needed.
             StateError: detached, or a node that trains was to be merged, or somebody else wrote to a merged weight.
 
         The state before the call is kept where it fails.

@@ -233,6 +233,7 @@ class AdapterTree:
             PathError: the name is not valid, or the node above is missing.
             TreeError: the node exists, or one that differs only by case does.
             SpecError: a value makes no sense, or ``adapter``, ``group`` and ``lora`` were mixed.
+            FormatError: the folder does not hold a whole adapter.
 
         >>> tree = AdapterTree(defaults=dict(target_modules=["q_proj"]))
         >>> _ = tree.add("fr", r=16)                      # fresh: made when the tree is attached

@@ -529,6 +529,11 @@ def test_read_only_media_serve(folder: Path) -> None:
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_policy_itself_is_refused_where_its_maker_is_asked_for(folder: Path) -> None:
+    with pytest.raises(SpecError, match=r"(?s)eviction: got Lru itself.*eviction=Lru"):
+        lt.attach(lt.load(folder), nn.Sequential(nn.Linear(4, 3)), host_budget="1MiB", eviction=Lru())  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------- one packed buffer
 def test_an_adapter_in_a_file_is_one_buffer(folder: Path) -> None:
     read = lt.Adapter.load(folder / "a/b")

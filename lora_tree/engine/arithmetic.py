@@ -28,7 +28,7 @@ BLOCK = 1 << 21
 def _slow_on_cpu() -> frozenset[torch.dtype]:
     """The narrow dtypes for which this machine's torch has no product but a plain loop.
 
-    Without AVX-512 or its like that loop is 12 times slower than widening to fp32 (bf16, seen on AVX2).
+    Without AVX-512 or its like that loop is far slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
     """
     if not torch._C._has_mkldnn:
         return frozenset((torch.bfloat16, torch.float16))

@@ -1,8 +1,8 @@
 """Pristine: the base's own weights, from which every merged weight is computed, and the watch over them.
 
 A copy is taken of a weight when a path is first merged into it, on the host, pinned where the weight is on CUDA. It is
-trusted only while nobody but us has written to the weight: the parameter object, its address, its version counter and
-a sample of its numbers are compared before every switch.
+trusted only while nobody but us has written to the weight: the parameter object, its version counter and a sample of
+its numbers are compared before every switch.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ class _Kept:
     copy: Tensor
     merged: bool = False
     version: int = -1
-    address: int = 0
     sample: Tensor | None = None
 
     def look(self) -> None:
-        self.version, self.address = self.parameter._version, self.parameter.data_ptr()
-        self.sample = _sample(self.parameter)
+        self.version, self.sample = self.parameter._version, _sample(self.parameter)
 
     def fits(self) -> bool:
         """Whether the copy can be put back, whatever else was done to the weight."""
