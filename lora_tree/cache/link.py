@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter, over
 from .pack import buffer_of
@@ -54,7 +55,7 @@ class CudaLink:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def send(self, adapter: Adapter) -> Arrived:
         host = buffer_of(adapter)
@@ -78,6 +79,7 @@ def link_to(base: nn.Module) -> Link | None:
     """The link to the device that most of the base's weights are on; None for one that computes in host memory."""
     held: dict[torch.device, int] = {}
     for parameter in base.parameters():
-        held[parameter.device] = held.get(parameter.device, 0) + parameter.numel()
+        if not is_lazy(parameter):
+            held[parameter.device] = held.get(parameter.device, 0) + parameter.numel()
     device = max(held, key=lambda d: held[d], default=torch.device("cpu"))
     return CudaLink(device) if device.type == "cuda" else None

@@ -68,7 +68,7 @@ class Shelf:
     def take(self, nbytes: int) -> Tensor:
         """(nbytes,) uint8, whatever is in it."""
         if LIBC is None or nbytes < PAGED:
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         size = _paged(nbytes)
         with self._lock:
             self._collect()
@@ -77,7 +77,7 @@ class Shelf:
         if held < size:
             address = _grown(address, held, size)
         if not address:
-            return torch.empty(nbytes, dtype=torch.uint8)  # which says that there is no memory
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # which says that there is no memory
         memory = (ctypes.c_char * nbytes).from_address(address)
         weakref.finalize(memory, self._come_back, address, size).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -123,7 +123,7 @@ def _cpu_bf16_rounds_once() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     W0, left, right = (
-        torch.randn(shape, generator=generator).to(torch.bfloat16)
+        torch.randn(shape, generator=generator, device="cpu").to(torch.bfloat16)
         for shape in ((3, 256, 256), (3, 256, 96), (3, 96, 256))
     )
     exact = (W0.double() + left.double() @ right.double()).to(torch.bfloat16)

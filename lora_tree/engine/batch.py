@@ -123,7 +123,7 @@ class Batch:
 
     def coefficients(self, rows: Sequence[int]) -> Tensor:
         """(rows, nodes), float64."""
-        return torch.tensor([self.kinds[self.of_row[row]] for row in rows], dtype=torch.float64)
+        return torch.tensor([self.kinds[self.of_row[row]] for row in rows], dtype=torch.float64, device="cpu")
 
 
 def _distinct(nodes: tuple[str, ...], owed: Sequence[tuple[float, ...]], of_row: Sequence[int]) -> Batch:

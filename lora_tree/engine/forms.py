@@ -255,7 +255,9 @@ class Grouped(Form):
         coefficients = [c for _, each in of for c in each]
         return _Layer(
             owed.rows([row for rows, _ in of for row in rows]),
-            torch.tensor([len(rows) for rows, _ in of]).cumsum(0).to(device=owed.device, dtype=torch.int32),
+            torch.tensor([len(rows) for rows, _ in of], dtype=torch.int32, device=owed.device).cumsum(
+                0, dtype=torch.int32
+            ),
             owed.held(lambda: _side_by_side(owed, alone, multiple=multiple)),
             None if set(coefficients) == {1.0} else owed.numbers(coefficients),
         )

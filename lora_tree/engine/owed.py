@@ -105,7 +105,7 @@ class Owed:
 
     def numbers(self, of: Sequence[float] | Tensor) -> Tensor:
         """Coefficients, where and as what the factors are."""
-        return torch.as_tensor(of, dtype=torch.float64).to(device=self.device, dtype=self.dtype)
+        return torch.as_tensor(of, dtype=torch.float64, device=self.device).to(self.dtype)
 
     def stacked(self, coefficients: Sequence[float]) -> LowRank:
         """Σ coefficient · value as one value of scale 1."""

@@ -157,7 +157,7 @@ class _Writer:
         spread = {stored.file.name for group, _ in several for stored in group.stored}
         changing = {stored.name for group, _ in jobs for stored in group.stored}
         largest = max((self._checkpoint.tensors[name].nbytes for name in single), default=0)
-        room = torch.empty(largest, dtype=torch.uint8)
+        room = torch.empty(largest, dtype=torch.uint8, device="cpu")
         syncs: list[Future[None]] = []
         with ThreadPoolExecutor(1) as pool, exact_mode(torch.device("cpu")):
             for name in self._checkpoint.files:

@@ -61,7 +61,7 @@ class Stored:
         """
         if self.dtype is None:
             raise FormatError(f"{self.file}: {self.name}: nothing can be added to a tensor of dtype {self.spelled}")
-        room = torch.empty(self.nbytes, dtype=torch.uint8) if into is None else into
+        room = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu") if into is None else into
         tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
         view = raw(tensor)
         try:

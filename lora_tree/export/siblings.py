@@ -58,7 +58,8 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
         if shape[1] != into:
             raise BaseMismatch(f"{name}: the base has {shape} there, but {sibling} reads {into} numbers")
         dtype = modules[sibling].dtype
-        made[name] = LowRank(torch.zeros(1, shape[1], dtype=dtype), torch.zeros(shape[0], 1, dtype=dtype))
+        A, B = (torch.zeros(size, dtype=dtype, device="cpu") for size in ((1, shape[1]), (shape[0], 1)))
+        made[name] = LowRank(A, B)
     if unknown:
         raise FormatError(
             f"{listing(unknown, most=3)}: engines want q, k and v together, and gate and up; no node here changes "

@@ -85,7 +85,7 @@ class Opened:
         Raises:
             FormatError: the file was cut short meanwhile.
         """
-        memory = allocate(header.nbytes) if allocate else torch.empty(header.nbytes, dtype=torch.uint8)
+        memory = (allocate or _ordinary)(header.nbytes)
         start = memory.data_ptr()
         for place, nbytes in header.spans:
             part = (ctypes.c_char * nbytes).from_address(start + place)
@@ -192,6 +192,10 @@ def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         begin = start + header[name]["data_offsets"][0]
         torch.frombuffer(data, dtype=t.dtype, count=t.numel(), offset=begin).copy_(t.reshape(-1))
     return bytes(data)
+
+
+def _ordinary(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, int]:

@@ -95,14 +95,14 @@ def _fresh(site: Site, spec: LoraSpec) -> LowRank:
     device = weight.device if weight is not None else torch.device("cpu")
     probe = LowRank(torch.empty(1, 1), torch.empty(1, 1), layout=layout)
     *batch, out, into = site.expected(probe)
-    A = torch.empty(*batch, r // groups, into, device=device)
+    A = torch.empty(*batch, r // groups, into, dtype=torch.float32, device=device)
     if spec.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / r)
     else:
         bound = 1 / math.sqrt(into)  # kaiming_uniform_(a=√5), of each matrix
         nn.init.uniform_(A, -bound, bound)
-    B = torch.zeros(*batch, out, r // groups, device=device)
-    bias = torch.zeros(math.prod(B.shape[:-1]), device=device) if spec.lora_bias else None
+    B = torch.zeros(*batch, out, r // groups, dtype=torch.float32, device=device)
+    bias = torch.zeros(math.prod(B.shape[:-1]), dtype=torch.float32, device=device) if spec.lora_bias else None
     return LowRank(A, B, scale, bias, layout)
 
 

@@ -55,7 +55,7 @@ class PathSampler(Sampler[int]):
             self._rows.setdefault(path, []).append(row)
         most = max(map(len, self._rows.values()))
         shares = [math.pow(len(rows) / most, 1 / temperature) for rows in self._rows.values()]
-        self._shares = torch.tensor(shares, dtype=torch.float64)
+        self._shares = torch.tensor(shares, dtype=torch.float64, device="cpu")
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch comes next; data loaders call it."""
@@ -70,6 +70,6 @@ class PathSampler(Sampler[int]):
         left: list[list[int]] = [[] for _ in rows]
         for which in torch.multinomial(self._shares, self._length, replacement=True, generator=generator).tolist():
             if not left[which]:
-                order = torch.randperm(len(rows[which]), generator=generator)
+                order = torch.randperm(len(rows[which]), generator=generator, device="cpu")
                 left[which] = [rows[which][i] for i in order.tolist()]
             yield left[which].pop()
