@@ -19,6 +19,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,7 +34,7 @@ from .cache.link import link_to
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
-from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, warn_on_save
+from .engine.host import CompileWatch, MergedWarning, claim, current_task, let_go, unwrapped, warn_on_save
 from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
 from .engine.prepared import Prepared
@@ -55,6 +56,14 @@ from .tree import AdapterTree
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
 
 Mode: TypeAlias = Literal["merged", "unmerged"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A block that is open: what comes back when it is left, and the asyncio task that is in it."""
+
+    active: Blend | tuple[Blend, ...]
+    task: object
 
 
 class State(enum.Enum):
@@ -147,7 +156,7 @@ class TreeModel(nn.Module):
         self.epoch = 0
         self._active: Blend | tuple[Blend, ...] = ""
         self._again: Callable[[TreeModel], None] = TreeModel.deactivate
-        self._waiting: list[Blend | tuple[Blend, ...]] = []
+        self._waiting: list[_Waiting] = []
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
         self._merged = Merged(inner, in_place=pristine == "none")
@@ -158,14 +167,15 @@ class TreeModel(nn.Module):
         self._save_hook: RemovableHandle | None = None
         self._handed = Handed(inner, TreeModel.forward)
         self._layers: list[RemovableHandle] = []
+        link = link_to(inner)
         self._mark = claim(inner, self)
         try:
             self._make(tree.paths())
-        except LoraTreeError:
+        except BaseException:  # its traceback may keep this model, and so its claim, for long
             let_go(inner)
             raise
         tree.guard(self)
-        self.cache = Cache(tree, budgets, policy=eviction, link=link_to(inner))
+        self.cache = Cache(tree, budgets, policy=eviction, link=link)
         self._held = self.cache.hold([])
         self._plan = BARE
         kept = {"kept": 0} if self.cache.bounded else {}
@@ -359,7 +369,11 @@ class TreeModel(nn.Module):
 
         The tree refuses to change them.
         """
-        blends = [b for what in (self._active, *self._waiting) for b in (what if isinstance(what, tuple) else (what,))]
+        blends = [
+            b
+            for what in (self._active, *(w.active for w in self._waiting))
+            for b in (what if isinstance(what, tuple) else (what,))
+        ]
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
         return sorted(lineages | {path for path in self.factors.training_paths if path in self.tree})
@@ -435,7 +449,7 @@ class TreeModel(nn.Module):
         >>> [(group["name"], [tuple(p.shape) for p in group["params"]]) for group in groups]
         [('fr/legal', [(2, 4), (3, 2)])]
         """
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._usable()
             if not 0 <= dropout < 1:
                 raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
@@ -486,9 +500,10 @@ class TreeModel(nn.Module):
             self._usable()
             if isinstance(self._beside, Prepared):
                 raise StateError("a prepared model can't train", "attach again, and train before prepare()")
-            if optimizer in self._steps:
-                self._steps.pop(optimizer).remove()
-            self._steps[optimizer] = NodeSteps(optimizer, self.factors, self._beside.rows)
+            steps, before = NodeSteps(optimizer, self.factors, self._beside.rows), self._steps.get(optimizer)
+            if before is not None:
+                before.remove()
+            self._steps[optimizer] = steps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, as it behaves now.
@@ -535,18 +550,30 @@ class TreeModel(nn.Module):
     def _usable(self) -> None:
         if self.state is State.DETACHED:
             raise StateError("this model was detached", "attach the tree again: lora_tree.attach(tree, base)")
+        if self._waiting and self._waiting[-1].task is not current_task():
+            raise StateError(
+                "another asyncio task of this thread is inside a `using` or `route` of this base",
+                "hold an asyncio.Lock around each block, or give all requests to one route()",
+            )
 
     @contextlib.contextmanager
     def _coming_back(self) -> Iterator[None]:
         """What is active now is active again afterwards; until then its nodes can't be changed."""
+        self._usable()
         before, epoch, held, running = self._again, self.epoch, self._held.again(), self._beside.current
-        plan = self._plan
-        self._waiting.append(self._active)
+        plan, mine = self._plan, _Waiting(self._active, current_task())
+        self._waiting.append(mine)
         try:
             yield
         finally:
-            self._waiting.pop()
+            last = self._waiting[-1]
+            self._waiting.remove(mine)
             try:
+                if last is not mine:
+                    raise StateError(
+                        "a `using` or `route` was left while one that was entered after it is still open",
+                        "leave them in reverse order; model.deactivate() makes the base bare again",
+                    )
                 if self.state is not State.DETACHED and self.epoch != epoch:
                     with self._binder.expecting(plan):
                         before(self)
@@ -611,7 +638,8 @@ class TreeModel(nn.Module):
             fresh = self.tree[path].fresh
             if fresh is not None:
                 try:
-                    made[path] = fresh_adapter(self.base, fresh.over(self.tree.defaults), base_name=self.tree.base)
+                    with torch.inference_mode(False):  # it may train later
+                        made[path] = fresh_adapter(self.base, fresh.over(self.tree.defaults), base_name=self.tree.base)
                 except LoraTreeError as error:
                     raise error.within(path) from error
         for path, adapter in made.items():
@@ -638,9 +666,11 @@ class TreeModel(nn.Module):
         for name, terms in plan.terms.items():
             for term in terms:
                 if any(t.requires_grad for t in term.value.tensors):
+                    ours = term.node in self.factors.paths
+                    freeze = "model.trainable()" if ours else "adapter.with_tensors(torch.Tensor.detach)"
                     raise StateError(
                         f"{term.node}: {name}: trains, and can't be merged while it does",
-                        'activate(…, mode="unmerged"), or model.trainable() first',
+                        f'activate(…, mode="unmerged"), or {freeze} first',
                     )
 
     def _sharded_together(self, wanted: bool) -> None:

@@ -534,6 +534,20 @@ def test_a_policy_itself_is_refused_where_its_maker_is_asked_for(folder: Path) -
         lt.attach(lt.load(folder), nn.Sequential(nn.Linear(4, 3)), host_budget="1MiB", eviction=Lru())  # type: ignore[arg-type]
 
 
+def test_an_interrupt_at_the_beginning_of_a_load_leaves_the_node_to_be_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attached(folder, "1MiB")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lora_tree.cache.cache._Room", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        model.activate("a")
+    done = threading.Thread(target=lambda: model.activate("a"), daemon=True)
+    done.start()
+    done.join(30)
+    assert not done.is_alive()
+    assert model.active == "a"
+
+
 # ---------------------------------------------------------------------- one packed buffer
 def test_an_adapter_in_a_file_is_one_buffer(folder: Path) -> None:
     read = lt.Adapter.load(folder / "a/b")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import copy
 import random
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +242,44 @@ def test_using_restores_nested_and_after_exceptions() -> None:
     assert (model.active, model.state) == ("f", lt.State.UNMERGED)
 
 
+def test_asyncio_tasks_of_one_thread_never_run_under_each_others_path() -> None:
+    model = lt.attach(forest(), net())
+    seen: list[object] = []
+
+    async def ask(path: str, inside: asyncio.Event, leave: asyncio.Event) -> None:
+        with model.using(path, mode="unmerged"):
+            inside.set()
+            await leave.wait()
+            seen.append(model.active)
+
+    async def both() -> None:
+        inside, leave = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(ask("f", inside, leave))
+        await inside.wait()
+        for other in (lambda: model.using("j").__enter__(), lambda: model.activate("j"), model.deactivate):
+            with pytest.raises(StateError, match=r"another asyncio task[\s\S]*asyncio\.Lock"):
+                other()
+        leave.set()
+        await first
+        await ask("j", asyncio.Event(), leave)
+
+    asyncio.run(both())
+    assert seen == ["f", "j"]
+    assert model.active == ""
+
+
+def test_blocks_that_are_left_out_of_order_are_told() -> None:
+    model = lt.attach(forest(), net())
+    first, second = model.using("f", mode="unmerged"), model.using("j", mode="unmerged")
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(StateError, match="left while one that was entered after it is still open"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    model.deactivate()
+    assert model.active == ""
+
+
 def test_another_thread_can_not_switch_under_using() -> None:
     model = lt.attach(forest(), net())
     order: list[str] = []
@@ -362,6 +405,90 @@ def test_a_failed_attach_leaves_the_tree_as_it_was() -> None:
         lt.attach(tree, net())
     assert tree["a"].fresh is not None
     assert tree["a"].loaded is None
+
+
+def test_a_base_is_free_again_after_an_attach_that_failed_in_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tree = net(), lt.AdapterTree(defaults={"r": 2, "target_modules": ["head"]})
+    tree.add("fresh")
+    with monkeypatch.context() as patch, pytest.raises(Boom) as kept:
+        patch.setattr("lora_tree.model.fresh_adapter", lambda *args, **kwargs: (_ for _ in ()).throw(Boom()))
+        lt.attach(tree, base)
+    assert kept.tb is not None  # which holds the model that came to nothing
+    lt.attach(tree, base).detach()
+    base.register_module("later", nn.LazyLinear(3))
+    lt.attach(tree, base, host_budget="1MiB").activate("fresh")
+
+
+def test_an_interrupt_after_the_last_write_of_a_switch_leaves_no_path_that_nobody_knows_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = lt.attach(forest(), base := net())
+    before, real = weights(base), merged_engine.exact_mode
+
+    @contextlib.contextmanager
+    def interrupted(*devices: torch.device) -> Iterator[None]:
+        with real(*devices):
+            yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merged_engine, "exact_mode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.activate("a")
+    monkeypatch.setattr(merged_engine, "exact_mode", real)
+    model.deactivate()
+    assert all(torch.equal(p, before[k]) for k, p in base.named_parameters())
+
+
+def test_a_copy_of_a_base_with_a_path_beside_it_is_refused_when_it_runs() -> None:
+    model, ids = lt.attach(forest(), base := net()), torch.tensor([[1, 2]])
+    bare = base(ids)
+    model.activate("a", mode="unmerged")
+    twin = copy.deepcopy(base)
+    for path in ("a", "j", ""):
+        model.activate(path, mode="unmerged")
+        with pytest.raises(StateError, match=r"this is a copy of a base[\s\S]*deactivate"):
+            twin(ids)
+    assert torch.equal(copy.deepcopy(base)(ids), bare)
+
+
+def test_what_is_made_under_inference_mode_can_train_and_is_fp32_whatever_the_default() -> None:
+    tree, base = lt.AdapterTree(defaults={"r": 2, "target_modules": ["head"], "lora_bias": True}), net()
+    tree.add("fresh")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            model = lt.attach(tree, base)
+            (group,) = model.trainable("fresh", dtype=None)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in group["params"]} == {torch.float32}
+    model.activate("fresh", mode="unmerged")
+    model(torch.tensor([[1, 2]])).sum().backward()
+    assert all(p.grad is not None for p in group["params"])
+
+
+def test_the_default_device_says_nothing_about_where_adapters_are(tmp_path: Path) -> None:
+    forest().save(tmp_path / "zoo")
+    ids, results = torch.tensor([[1, 2], [3, 4], [5, 6]]), []
+    for default in ("cpu", "meta"):
+        model = lt.attach(lt.load(tmp_path / "zoo"), base := net(), host_budget="1GiB")
+        found = []
+        with torch.no_grad():
+            for mode in ("merged", "unmerged"):
+                with torch.device(default):
+                    model.activate("a/b/c", mode=mode)  # type: ignore[arg-type]
+                found.append(base(ids))
+            for strategy in ("nodes", "paths", "grouped", "matrix"):
+                with contextlib.ExitStack() as stack:
+                    with torch.device(default):
+                        stack.enter_context(model.route(["a/b/c", {"f": 0.5, "j": 2.0}, ""], strategy=strategy))
+                    found.append(base(ids))
+            with torch.device(default):
+                found += [t for v in lt.Adapter.load(tmp_path / "zoo" / "f").modules.values() for t in v.tensors]
+                found += [t for v in model.tree.flatten("f/g").modules.values() for t in v.tensors]
+        results.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_trainable_takes_over_no_node_where_one_is_a_group() -> None:

@@ -445,6 +445,41 @@ def test_a_module_that_reads_its_childs_weight_is_caught_in_its_first_forward() 
     base(torch.ones(1, 4))
 
 
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_forward_may_choose_among_the_modules_of_a_container(lists: bool) -> None:
+    class Chooser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            heads = [nn.Linear(4, 4, bias=False) for _ in range(2)]
+            self.heads: nn.Module = nn.ModuleList(heads) if lists else nn.ModuleDict({"0": heads[0], "1": heads[1]})
+            self.body = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor, *, head: bool = True) -> Tensor:
+            x = F.linear(x, self.body.weight) if not head else self.body(x)
+            return self.heads.get_submodule("0")(x)  # type: ignore[no-any-return]
+
+    names = ("m.heads.0", "m.heads.1", "m.body")
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({n: lt.LowRank(torch.ones(1, 4), torch.ones(4, 1)) for n in names}))
+    base = Base(chooser := Chooser())
+    model = lt.attach(tree, base)
+    x, delta = torch.randn(2, 4), torch.ones(4, 4)
+    model.activate("a", mode="unmerged")
+    with pytest.raises(MergedOnly, match=r"m\.body: Chooser ran without calling it"):
+        chooser(x, head=False)
+    expected = x @ (chooser.body.weight + delta).mT @ (chooser.get_parameter("heads.0.weight") + delta).mT
+    torch.testing.assert_close(base(x), expected)
+
+
+def test_a_weight_that_is_a_buffer_elsewhere_is_tied_too() -> None:
+    base = Base(nn.Linear(4, 3))
+    base.register_buffer("seen", base.m.weight.detach())
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({"m": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))}))
+    with pytest.raises(TiedWeights, match=r"m: its weight is tied to .*seen"):
+        lt.attach(tree, base).activate("a")
+
+
 def test_tied_weights_are_refused_with_the_choices() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

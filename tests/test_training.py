@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.errors import PathError, SpecError, StateError
+from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
 
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 INTO, HIDDEN, VOCABULARY = 8, 12, 10
@@ -254,6 +254,36 @@ def test_an_optimiser_is_followed_once_and_only_over_nodes_that_train() -> None:
         model.follow(torch.optim.SGD([{"name": "a", "params": groups[1]["params"]}], lr=1.0))
     with pytest.raises(SpecError, match="clip_norm must be a positive number, got 0"):
         model.follow(torch.optim.SGD([{**groups[0], "clip_norm": 0}], lr=1.0))
+    optimizer.param_groups[0]["clip_norm"] = -1.0
+    with pytest.raises(SpecError, match="clip_norm must be a positive number"):
+        model.follow(optimizer)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1  # as it was
+
+
+def test_a_forward_that_is_refused_counts_no_rows() -> None:
+    net, tree = Net().double(), tree_of()
+    model = lt.attach(tree, net)
+    groups = model.trainable("a")
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    model.follow(optimizer)
+    with model.route(["a", "a"]), pytest.raises(BaseMismatch):
+        model(torch.randn(3, 3, INTO, dtype=torch.float64))
+    before = [p.detach().clone() for p in groups[0]["params"]]
+    for p in groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(groups[0]["params"], before, strict=True))
+
+
+def test_factors_that_are_somebody_elses_parameters_are_told_how_to_be_frozen() -> None:
+    A, B = nn.Parameter(torch.ones(1, INTO)), nn.Parameter(torch.ones(HIDDEN, 1))
+    tree = lt.AdapterTree()
+    tree.add("x", adapter=(theirs := lt.Adapter({"up": lt.LowRank(A, B)})))
+    model = lt.attach(tree, Net())
+    with pytest.raises(StateError, match=r"adapter\.with_tensors\(torch\.Tensor\.detach\)"):
+        model.activate("x")
+    tree.update("x", adapter=theirs.with_tensors(Tensor.detach))
+    model.activate("x")
 
 
 # ---------------------------------------------------------------------- what trains, and how

@@ -212,21 +212,23 @@ class Cache:
     # ------------------------------------------------------------------ private
     def _get(self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True) -> Entry:
         """A node's entry in a tier, loaded where it is not there; ``wait`` for room that others are about to give."""
-        tier, key = self._tiers[level], _key(source)
-        with self._lock:
-            while (found := tier.find(key)) is None and (level, key) in self._loading:
-                self._lock.wait()
-            if found is not None:
-                if pinned:
-                    tier.pin(key)
-                else:
-                    tier.used([key])
-                return found
-            if self._closed:
-                raise StateError(f"{path}: the model was detached while it was being loaded", "attach the tree again")
-            self._loading.add((level, key))
+        tier, key, loading = self._tiers[level], _key(source), False
         start, room = time.perf_counter(), _Room(tier, self._lock, wait)
         try:
+            with self._lock:
+                while (found := tier.find(key)) is None and (level, key) in self._loading:
+                    self._lock.wait()
+                if found is not None:
+                    if pinned:
+                        tier.pin(key)
+                    else:
+                        tier.used([key])
+                    return found
+                if self._closed:
+                    error = StateError("the model was detached while it was being loaded", "attach the tree again")
+                    raise error.within(path) if level else error
+                loading = True  # before it is: an interrupt may come between
+                self._loading.add((level, key))
             arrived = self._read(path, source, room) if level == 0 else self._sent(level, path, source, room)
             room.exactly(nbytes := held_bytes(arrived.adapter))
             entry = Entry(arrived, nbytes)
@@ -239,14 +241,15 @@ class Cache:
                     else:
                         tier.used([key])
             return entry
-        except LoraTreeError as error:
-            raise (error if level else error.within(path)) from error
+        except LoraTreeError as failed:
+            raise (failed if level else failed.within(path)) from failed
         finally:
-            with self._lock:
-                tier.failures += room.open
-                room.close()
-                self._loading.discard((level, key))
-                self._lock.notify_all()
+            if loading:
+                with self._lock:
+                    tier.failures += room.open
+                    room.close()
+                    self._loading.discard((level, key))
+                    self._lock.notify_all()
 
     def _read(self, path: str, source: Source, room: _Room) -> Arrived:
         """From files to the host, in one buffer."""

@@ -38,6 +38,7 @@ class Entry:
         self._handles: list[RemovableHandle] = []
         self._axis: RowAxis | None = None
         self._nodes: Mapping[str, int] = {}
+        self._admitted = False
         self._recording = False
         self._checkpointed = False
         self.number: int | None = None
@@ -68,8 +69,14 @@ class Entry:
         if self._recording and not self._checkpointed:
             self._checkpointed = _in_checkpoint()
 
+    @property
+    def probing(self) -> bool:
+        """A copy of the base runs on shapes, to see where the rows are."""
+        return self._axis is not None and self._axis.probing
+
     # ------------------------------------------------------------------ private
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._admitted = False
         for cache in _caches((args, kwargs)):
             if getattr(cache, _NOTE, None) != self.number and bool(cache.get_seq_length() > 0):
                 raise StateError(
@@ -77,12 +84,12 @@ class Entry:
                     "start with an empty cache, or fill it again under what is active now",
                 )
         inputs = list(_tensors(_main_first(module, args, kwargs)))
-        if torch.is_grad_enabled():
-            self._count(inputs)
         if self._axis is not None:
             self._axis.begin(inputs)
             self._axis.probe(module, args, kwargs, inputs)
-        self._recording, self._checkpointed = torch.is_grad_enabled(), False
+        if torch.is_grad_enabled():
+            self._count(inputs)
+        self._recording, self._checkpointed, self._admitted = torch.is_grad_enabled(), False, True
 
     def _count(self, inputs: list[Tensor]) -> None:
         given = next((len(x) for x in inputs if x.ndim), 1)
@@ -93,6 +100,8 @@ class Entry:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if self._axis is not None:
             self._axis.end()
+        if not self._admitted:
+            return  # torch calls this after a forward that was refused, too
         for cache in _caches((args, kwargs, out)):
             setattr(cache, _NOTE, self.number)
         if self._checkpointed:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import StateError, TiedWeights, listing
 from ..lowrank import LowRank, concat, stacked
@@ -82,6 +83,7 @@ class Merged:
             if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
         ]
         started: list[_Job] = []
+        before = self.plan
         with exact_mode(*(site.weight.device for site in sites.values() if site.weight is not None)):
             if not self._in_place:
                 for job in jobs:
@@ -91,11 +93,12 @@ class Merged:
                 for job in jobs:
                     started.append(job)
                     self._write(job)
+                self.plan = plan
             except BaseException:
+                self.plan = before
                 for job in reversed(started[:-1] if self._in_place else started):
                     self._write(_Job(job.site, job.old, job.new))
                 raise
-        self.plan = plan
 
     def restore(self) -> None:
         """Put the base's own values back, whatever stands in its weights now.
@@ -208,16 +211,24 @@ def add_weight(site: Site, target: Tensor, source: Tensor, values: Sequence[LowR
 
 
 def _addresses(base: nn.Module) -> list[int]:
-    """Where every parameter of every module lies, shared ones each time."""
-    return [p.data_ptr() for module in base.modules() for p in module._parameters.values() if p is not None]
+    """Where every tensor of every module lies, shared ones each time."""
+    return [tensor.data_ptr() for module in base.modules() for _, tensor in _own(module)]
 
 
 def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:
-    """Every parameter of every module, shared ones each time: (start, end, id of module, (module, name)) in memory."""
+    """Every tensor of every module, shared ones each time: (start, end, id of module, (module, name)) in memory."""
     for name, module in base.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                yield (*_span(parameter), id(module), (name, leaf))
+        for leaf, tensor in _own(module):
+            if not tensor.is_meta:
+                yield (*_span(tensor), id(module), (name, leaf))
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers, as far as they lie somewhere."""
+    for held in (module._parameters, module._buffers):
+        for leaf, tensor in held.items():
+            if tensor is not None and not is_lazy(tensor) and tensor.layout is torch.strided:
+                yield leaf, tensor
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

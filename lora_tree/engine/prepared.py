@@ -31,7 +31,7 @@ from .axis import DECLARE, RowAxis, in_a_list_of_lists
 from .batch import Batch
 from .plan import Plan, Terms
 from .routed import Route
-from .side import side_dtype, widened
+from .side import check_own, side_dtype, widened
 
 __all__ = ["Prepared"]
 
@@ -212,6 +212,8 @@ class _Fixed:
         def side_path(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             if self.mode == OFF:
                 return None
+            if module is not site.module:
+                check_own(module, site)
             x = args[0] if args else next(iter(kwargs.values()))
             before, taken, _ = widened(out, x, self.dtype, False)
             low = site.down(taken, self.A.to(taken.dtype) if taken.is_floating_point() else self.A)

@@ -13,15 +13,16 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import product_dtype
 from .plan import Terms
 from .slab import Slab
 
-__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "side_dtype", "widened"]
+__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "check_own", "side_dtype", "widened"]
 
 
 @dataclass
@@ -128,6 +129,19 @@ class PathSide:
         if piece.bias is not None:
             out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
         return out.to(dtype)
+
+
+def check_own(module: nn.Module, site: Site) -> None:
+    """That a hook runs where it was put, and not in a copy of the base, which has the hooks but is no one's.
+
+    Raises:
+        StateError: it is a copy; names the site.
+    """
+    if module is not site.module and not getattr(module, "_is_replica", False):
+        raise StateError(
+            f"{site.name}: this is a copy of a base that had a path beside its weights; side paths are not copied",
+            "copy the base while it is bare: model.deactivate(), or model.detach(), first",
+        )
 
 
 def side_dtype(site: Site, values: Sequence[LowRank], asked: torch.dtype | None) -> torch.dtype:

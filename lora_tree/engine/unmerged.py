@@ -25,7 +25,7 @@ from .entry import Entry
 from .kept import Kept, Ledger, Unbounded
 from .plan import Plan
 from .routed import Route
-from .side import Draft, Laid, Manner, PathSide, Side
+from .side import Draft, Laid, Manner, PathSide, Side, check_own
 from .slab import Slab
 from .watch import Watch
 
@@ -137,6 +137,8 @@ class Unmerged:
         name, fired = site.name, self._watch.fired
 
         def side_path(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            if module is not site.module and not self._entry.probing:
+                check_own(module, site)
             fired.add(name)
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor):

@@ -1,8 +1,9 @@
 """A side path that never runs is an error, not a silent base output.
 
 Some modules read a child's weight without calling the child. So after a switch every module around a planned site is
-watched: when its forward has run and the site's own has never been called since, the forward is refused. A module
-whose sites have all been called once is not watched any more, so a path in use costs nothing here.
+watched: when its forward has run and the site's own has never been called since, the forward is refused. Of several in
+one container (a list of experts, a dict of heads) one that was called is enough: a forward may choose. A module whose
+sites have all been called once is not watched any more, so a path in use costs nothing here.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Watch:
 
     def _hook(self, parent: str) -> Any:
         def ran(module: nn.Module, args: Any, out: Any) -> None:
-            silent = [name for name in self._children.get(parent, ()) if name not in self.fired]
+            children = self._children.get(parent, ())
+            heard = {_child(parent, name) for name in children if name in self.fired}
+            silent = [name for name in children if _child(parent, name) not in heard]
             if silent:
                 tied = listing(name for site in silent for name in self._tied_to(site))
                 raise MergedOnly(
@@ -63,3 +66,8 @@ class Watch:
                 handle.remove()
 
         return ran
+
+
+def _child(parent: str, name: str) -> str:
+    """The child of ``parent`` that a site is, or lies in."""
+    return (name.removeprefix(f"{parent}.") if parent else name).partition(".")[0]
