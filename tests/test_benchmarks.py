@@ -39,7 +39,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (training, 5, {"together", "PEFT, 8 steps"}),
         (checkpoint, 1, {"merged", "copied, with fsync"}),
         (first_use, 2, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
-        (thousands, 2, {"opening", "first use, 200 nodes", "reading and hashing its files, 200 nodes"}),
+        (thousands, 2, {"opening", "first use, 200 nodes, memory new", "first use, 10 nodes, memory handed on"}),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
