@@ -29,6 +29,8 @@ __all__ = ["CacheSpec", "LoraSpec", "NodeSpec", "TreeSpec", "check_name", "check
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 _NAME = re.compile(rf"{NAME}\Z")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNORECASE)
+_OF_A_NODE = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
+_OF_A_TREE = (".yaml", ".yml", ".lock")
 MAX_DEPTH = 64
 _WORDS = {
     "rank": "r",
@@ -160,7 +162,7 @@ class TreeSpec(_Strict):
 
 
 def check_name(name: str) -> str:
-    """A node's own name: a file name that is safe on every system.
+    """A node's own name: a file name that is safe on every system, and that no file of an adapter has.
 
     Raises:
         PathError: it is not.
@@ -169,6 +171,11 @@ def check_name(name: str) -> str:
         raise PathError(
             f"{name!r} is not a valid node name",
             "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no device name like 'con'",
+        )
+    if name.lower() in _OF_A_NODE:
+        raise PathError(
+            f"{name!r} is not a valid node name: it is that of an adapter's file in the folder of the node above",
+            "choose another name",
         )
     return name
 
@@ -189,6 +196,12 @@ def check_path(path: str) -> tuple[str, ...]:
             check_name(name)
         except PathError as error:
             raise error if len(names) == 1 else error.within(repr(path)) from error
+    if names and names[0].lower().endswith(_OF_A_TREE):
+        raise PathError(
+            f"{names[0]!r} is not a valid name for a node at the top: "
+            f"a tree's own files lie there, which end in {', '.join(_OF_A_TREE)}",
+            "choose another name",
+        )
     return names
 
 

@@ -222,6 +222,51 @@ def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     assert lt.load(tmp_path).paths() == ["fr"]
 
 
+@pytest.mark.parametrize("place", ["tree.yml", "tree.lock", "own.yaml", f"fr/{CONFIG}", f"fr/{WEIGHTS}"])
+def test_a_folder_with_the_name_of_a_file_is_no_node(tmp_path: Path, place: str) -> None:
+    nested(tmp_path, "fr")
+    if place.startswith("fr/"):
+        (tmp_path / place).unlink()
+    nested(tmp_path, place)
+    files = listing(tmp_path)
+    refused(tmp_path, LoraTreeError)
+    with pytest.raises(LoraTreeError):
+        tree().save(tmp_path)
+    assert listing(tmp_path) == files
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_nodes_called_like_checkpoints_are_listed_in_tree_yaml_and_open_again(
+    tmp_path: Path, targets: list[str] | None
+) -> None:
+    adapter(9).save(tmp_path / "run/checkpoint-500")
+    made = lt.AdapterTree(defaults=dict(target_modules=targets) if targets else None)
+    made.add("checkpoint-100", adapter=adapter(1))
+    made.add("fr", adapter=adapter(2))
+    made.add("fr/checkpoint-1", group=True)
+    made.add("fr/checkpoint-1/x", adapter=adapter(3))
+    made.add("checkpoint-500", adapter=tmp_path / "run/checkpoint-500")
+    made.save(tmp_path / "zoo")
+    assert value(lt.load(tmp_path / "zoo", strict=True)) == value(made)
+    assert lt.check(tmp_path / "zoo") == []
+    files = listing(tmp_path / "zoo")
+    assert b"  checkpoint-100: {}\n" in (files["tree.yaml"] or b"")
+    loaded = lt.load(tmp_path / "zoo")
+    loaded.save(tmp_path / "zoo")
+    assert listing(tmp_path / "zoo") == files
+    loaded.update("fr", weight=0.5)
+    loaded.save(tmp_path / "zoo", copy=True)
+    assert value(opened(tmp_path / "zoo")) == value(loaded)
+    (tmp_path / "zoo/tree.yaml").unlink()
+    assert "looks like a step of a Trainer's run" in refused(tmp_path / "zoo", FolderError)
+
+
+def test_a_checkpoint_below_one_that_is_listed_is_refused(tmp_path: Path) -> None:
+    nested(tmp_path, "checkpoint-1", "checkpoint-1/checkpoint-2")
+    write(tmp_path / "tree.yaml", "version: 1\ntree: {checkpoint-1: {}}\n")
+    assert "checkpoint-2 looks like a step of a Trainer's run" in refused(tmp_path, FolderError)
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_half_an_adapter(tmp_path: Path, name: str) -> None:
     other = CONFIG if name == WEIGHTS else WEIGHTS

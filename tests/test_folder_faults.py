@@ -323,6 +323,45 @@ def test_permission_is_asked_before_anything_is_decided(
     assert listing(folder) == files
 
 
+def test_a_folder_where_a_file_belongs_is_found_before_anything_is_decided(before: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(before, tmp_path / "zoo"))
+    (folder / "it/adapter_config.json").mkdir(parents=True)
+    changed, files = change(folder), listing(folder)
+    with pytest.raises(
+        FolderError, match=r"it/adapter_config.json: a folder lies where a file belongs\n  move it away"
+    ):
+        changed.save(folder)
+    assert listing(folder) == files
+    assert value(opened(folder)) == value(opened(before))
+    (folder / "it/adapter_config.json").rmdir()
+    changed.save(folder)
+    assert value(opened(folder)) == value(changed)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("tree.lock", "tree.lock/adapter_config.json"),
+        ("tree.yaml/fr/adapter_config.json",),
+        ("fr/adapter_config.json", "fr/adapter_config.json/adapter_config.json"),
+        ("fr/adapter_model.safetensors/x/adapter_config.json",),
+    ],
+)
+def test_a_place_on_the_way_to_another_is_refused_before_anything_is_decided(
+    before: Path, tmp_path: Path, places: tuple[str, ...]
+) -> None:
+    folder = Path(shutil.copytree(before, tmp_path / "zoo"))
+    files = listing(folder)
+    with commit.writing(folder) as transaction:
+        for place in places:
+            transaction.put(place, b"{}")
+        with pytest.raises(LoraTreeError, match="is no file that a save writes"):
+            transaction.commit()
+        assert not transaction.decided
+        transaction.abandon()
+    assert listing(folder) == files
+
+
 # ---------------------------------------------------------------------- several at once
 def test_a_second_writer_waits_and_then_says_so(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))

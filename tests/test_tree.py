@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, PathError, ShapeMismatch, SpecError, TreeError
+from lora_tree.folder.scan import FILES
+from lora_tree.formats.peft_read import PICKLE
 
 
 def adapter(seed: int, **shapes: tuple[int, int]) -> lt.Adapter:
@@ -209,6 +211,25 @@ def test_a_coefficient_too_large_for_a_float_is_refused(blend: lt.Blend) -> None
 def test_a_name_that_is_no_safe_file_name_is_refused(name: str) -> None:
     with pytest.raises(PathError):
         lt.AdapterTree().add(name)
+
+
+@pytest.mark.parametrize("name", [*FILES, PICKLE, "Adapter_Config.json"])
+def test_a_name_of_an_adapter_s_file_is_refused_at_every_depth(name: str) -> None:
+    tree = family()
+    for parent in ("", "fr/"):
+        with pytest.raises(PathError, match=r"is not a valid node name: it is that of an adapter's file .*\n  choose"):
+            tree.add(f"{parent}{name}")
+    with pytest.raises(PathError, match="is that of an adapter's file"):
+        tree.rename("fr/legal", name)
+
+
+@pytest.mark.parametrize("name", ["tree.yaml", "tree.yml", "tree.lock", "other.yml.lock", "Tree.Lock"])
+def test_a_name_of_a_tree_s_file_is_refused_at_the_top_alone(name: str) -> None:
+    tree = family()
+    for change in (lambda: tree.add(name), lambda: tree.move("fr/legal", name), lambda: tree.rename("fr", name)):
+        with pytest.raises(PathError, match=r"is not a valid name for a node at the top: .*\n  choose another name"):
+            change()
+    assert tree.add(f"fr/{name}").name == name
 
 
 def test_changes_that_can_not_be_made_are_refused_and_change_nothing() -> None:

@@ -227,6 +227,9 @@ class Transaction:
         deletes = sorted(self.deletes - {move.to for move in moves})
         record = _Record(stage=self._stage, moves=moves, deletes=deletes)
         _check(record, self.folder)
+        for place in [*(move.to for move in moves), *deletes]:
+            if _is_folder(self.folder / place):
+                raise FolderError(f"{self.folder / place}: a folder lies where a file belongs", "move it away")
         return record
 
     def _room_for(self, place: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import LoraTreeError, PathError
@@ -21,7 +21,7 @@ from .problem import Problem
 from .scan import Files, Scan, look
 from .yamlfile import Located, walk
 
-__all__ = ["Entry", "resolve"]
+__all__ = ["Entry", "is_step", "resolve"]
 
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+\Z")
 
@@ -81,7 +81,7 @@ def resolve(
         key = path or "."
         if key in claimed or (path in entries and (entries[path].null or entries[path].named)):
             continue
-        wrong = _misplaced(path, files, scan)
+        wrong = _misplaced(path, files, scan, entries)
         if wrong is not None:
             problems.append(wrong)
         elif path not in entries:
@@ -112,15 +112,19 @@ def _above(path: str) -> Iterator[str]:
     return ("/".join(names[: i + 1]) for i in range(len(names)))
 
 
-def _misplaced(path: str, files: Files, scan: Scan) -> Problem | None:
-    """Why the adapter in a folder can't be the node of that path."""
+def is_step(path: str) -> bool:
+    """Its folder looks like a step of a Trainer's run: it is a node only where tree.yaml lists it."""
+    return _CHECKPOINT.match(path.rpartition("/")[2]) is not None
+
+
+def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]) -> Problem | None:
+    """Why the adapter in a folder can't be the node of that path; a step among ``entries`` is listed in tree.yaml."""
     if not path:
         text = f"{files.folder}: an adapter in the top folder, but the root of a tree is the bare base"
         return Problem("", "folder", f"{text}: {_top(scan)}")
-    names = path.split("/")
-    step = next((name for name in names if _CHECKPOINT.match(name)), None)
+    step = next((on for on in (*_above(path), path) if is_step(on) and on not in entries), None)
     if step is not None:
-        text = f"{files.folder}: {step} looks like a step of a Trainer's run, not like a node"
+        text = f"{files.folder}: {step.rpartition('/')[2]} looks like a step of a Trainer's run, not like a node"
         todo = f"name the one you want in tree.yaml ({{adapter: {path}}}), and move the others away"
         return Problem("", "folder", f"{text}; {todo}")
     try:
@@ -134,7 +138,7 @@ def _misplaced(path: str, files: Files, scan: Scan) -> Problem | None:
 
 def _top(scan: Scan) -> str:
     """What a folder with an adapter of its own probably is, and what to do."""
-    if any(_CHECKPOINT.match(path.split("/")[0]) for path in scan.found if path):
+    if any(is_step(path.split("/")[0]) for path in scan.found):
         return "this looks like the output of a Trainer; move what you want to keep into a folder of its own below"
     if len(scan.found) > 1:
         return (

@@ -40,7 +40,7 @@ from .lockfile import dump as dump_lock
 from .memory import Seen, digest, recall, remember
 from .opening import Opened, Place, base_lock, inspect, local_base, place_of, stale_text, trained
 from .problem import raise_any
-from .resolve import resolve
+from .resolve import is_step, resolve
 from .scan import FILES, Files, Scan
 from .source import FolderSource, Trained, hashed
 from .yamlfile import dump as dump_yaml
@@ -325,10 +325,11 @@ def _yaml_of(plan: _Plan) -> dict[str, Any]:
     nodes: dict[str, dict[str, Any]] = {}
     for path in reversed(tree.paths()):
         below = {child.rpartition("/")[2]: nodes[child] for child in tree.children(path) if child in nodes}
-        said = dict(_said(plan, path, listed=bool(below)))
+        listed = bool(below) or _listed(plan, path)
+        said = dict(_said(plan, path, listed=listed))
         if below:
             said["children"] = below
-        if said or _listed(plan, path):
+        if said or listed:
             nodes[path] = said
     if nodes:
         data["tree"] = {path: nodes[path] for path in tree.children() if path in nodes}
@@ -356,7 +357,7 @@ def _said(plan: _Plan, path: str, *, listed: bool) -> Iterator[tuple[str, Any]]:
 
 def _listed(plan: _Plan, path: str) -> bool:
     """A node that has nothing to say, and has to be named all the same."""
-    return path not in plan.kept and plan.tree[path].fresh is not None
+    return is_step(path) or (path not in plan.kept and plan.tree[path].fresh is not None)
 
 
 def _above_files(plan: _Plan, path: str) -> bool:
