@@ -89,6 +89,15 @@ def test_a_rank_over_the_engine_s_is_recompressed(zoo: Path, tmp_path: Path) -> 
         cache(tmp_path, form=Form(3, max_error=1e-6)).get(zoo, "fr/medical")
 
 
+def test_what_a_form_refuses_is_refused_whatever_is_there_already(zoo: Path, tmp_path: Path) -> None:
+    found = cache(tmp_path, form=Form(1)).get(zoo, "fr")
+    assert found.error is not None
+    assert found.error > 0.01
+    with pytest.raises(lt.errors.SpecError, match="needs rank 2"):
+        cache(tmp_path, form=Form(1, max_error=0.01)).get(zoo, "fr")
+    assert there(tmp_path) == {found.folder.name}
+
+
 def test_what_is_broken_is_refused_and_the_rest_is_served(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path)
     weights = zoo / "fr" / "legal" / "adapter_model.safetensors"

@@ -141,7 +141,7 @@ class FlatCache:
         parts = [(self._hash(tree, node), c.hex()) for node, c in coefficients.items() if tree[node].has_adapter]
         if not parts:
             raise FormatError("there is nothing to serve: no node on the way has an adapter", "ask for the base itself")
-        said = json.dumps([VERSION, parts, self.form.max_rank, self.form.base is not None])
+        said = json.dumps([VERSION, parts, self.form.max_rank, self.form.max_error, self.form.base is not None])
         stale = tuple(p.text for p in problems if p.node in on_the_way and p.kind == "stale")
         return hashlib.sha256(said.encode()).hexdigest()[:32], stale
 
