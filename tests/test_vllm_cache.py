@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,57 @@ def test_what_was_replaced_stays_for_requests_on_their_way(zoo: Path, tmp_path: 
     assert old.folder.is_dir()
     assert new.folder.is_dir()
     assert kept.served == {"fr": new.content}
+
+
+def test_what_one_request_failed_at_stays_held_for_another(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, other, real, asked = cache(tmp_path), cache(tmp_path), FlatCache._make, []
+
+    def make(self: FlatCache, *args: Any) -> float | None:
+        asked.append(args)
+        if len(asked) == 2:  # while the first is at work
+            raise FolderError("no room")
+        with pytest.raises(FolderError, match="no room"):
+            kept.get(zoo, "fr")
+        kept._close_released()  # as a third does that makes room
+        return real(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FlatCache, "_make", make)
+        found = kept.get(zoo, "fr")
+    assert kept.served == {"fr": found.content}
+    assert not other._take_away(found.folder)
+    kept._grace_s = 0
+    kept.forget("fr")
+    kept._close_released()
+    assert other._take_away(found.folder)
+
+
+def test_what_is_forgotten_while_it_is_asked_for_stays_held(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, other, real = cache(tmp_path, grace_s=0), cache(tmp_path), FlatCache._make
+    kept.get(zoo, "fr")
+
+    def make(self: FlatCache, *args: Any) -> float | None:
+        kept.forget("fr")
+        kept._close_released()
+        return real(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FlatCache, "_make", make)
+        found = kept.get(zoo, "fr:1")  # the same content under another name
+    assert kept.served == {"fr:1": found.content}
+    assert not other._take_away(found.folder)
+
+
+def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> None:
+    kept = cache(tmp_path, budget_bytes=1)
+    with pytest.raises(FolderError, match="no room"):
+        kept.get(zoo, "fr")
+    kept._close_released()
+    assert not kept._held
 
 
 MANY = """

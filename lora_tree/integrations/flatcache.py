@@ -20,7 +20,7 @@ import re
 import shutil
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -120,7 +120,8 @@ class FlatCache:
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}  # content → the file that holds its lock
         self._served: OrderedDict[str, str] = OrderedDict()  # path → content, the longest unasked first
-        self._released: dict[str, float] = {}  # content → when it was let go
+        self._asked: Counter[str] = Counter()  # content → requests for it that are under way
+        self._released: dict[str, float] = {}  # content → when it was let go; always held
         self._hashes: dict[tuple[object, ...], str] = {}
         disk.make(self.folder)
         disk.make(self.folder / ".locks")
@@ -154,19 +155,15 @@ class FlatCache:
         tree, problems = survey(zoo)
         content, stale = self.content(tree, problems, path)
         folder = self.folder / f"{_safe(path)}-{content}"
-        self._hold(content)
-        try:
+        with self._holding(content):
             error = None if (folder / "adapter_config.json").is_file() else self._make(zoo, tree, path, folder)
-        except BaseException:
-            self._release_unserved(content)
-            raise
-        with self._lock:
-            before = self._served.get(path)
-            self._served[path] = content
-            self._served.move_to_end(path)
-            self._released.pop(content, None)
-            if before is not None and before != content and before not in self._served.values():
-                self._released[before] = time.monotonic()
+            with self._lock:
+                before = self._served.get(path)
+                self._served[path] = content
+                self._served.move_to_end(path)
+                self._released.pop(content, None)
+                if before is not None and before != content and before not in self._served.values():
+                    self._released[before] = time.monotonic()
         with suppress(OSError):
             os.utime(self.folder / ".locks" / content)
         return Flattened(path, content, folder, stale, error)
@@ -250,23 +247,30 @@ class FlatCache:
             os.close(file)
         return True
 
-    def _hold(self, content: str) -> None:
+    @contextmanager
+    def _holding(self, content: str) -> Iterator[None]:
+        """No process takes a content away meanwhile; nor afterwards, where it is served by then."""
         with self._lock:
             if content not in self._held:
                 file = os.open(self._lock_file(content), os.O_RDWR | os.O_CREAT, 0o666)
                 fcntl.flock(file, fcntl.LOCK_SH)
                 self._held[content] = file
             self._released.pop(content, None)
-
-    def _release_unserved(self, content: str) -> None:
-        with self._lock:
-            if content not in self._served.values():
-                self._released[content] = time.monotonic() - self._grace_s
+            self._asked[content] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked[content] -= 1
+                if not self._asked[content]:
+                    del self._asked[content]
+                    if content not in self._served.values():
+                        self._released.setdefault(content, time.monotonic() - self._grace_s)
 
     def _close_released(self) -> None:
         with self._lock:
             for content, when in list(self._released.items()):
-                if time.monotonic() - when >= self._grace_s:
+                if time.monotonic() - when >= self._grace_s and content not in self._asked:
                     del self._released[content]
                     os.close(self._held.pop(content))
 
