@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,6 +26,7 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import FolderError, FormatError, PathError, SpecError
+from lora_tree.integrations.checkpoint import appearing, put_back
 from lora_tree.runs import Run, Settings, evaluate, promote, read_rows
 
 END = 256
@@ -180,6 +183,76 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, zoo: Path,
     assert parts == told
     assert same(factors(run), factors(whole))
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["checkpoint-6"]
+
+
+class Killed(BaseException):
+    """What no cleanup may survive."""
+
+
+def test_a_checkpoint_that_is_replaced_is_the_old_or_the_new_one_wherever_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, outcomes = "checkpoint-1", []
+
+    def write(parent: Path, text: str) -> None:
+        with appearing(parent, name, writes=True, meet=lambda: None) as stage:
+            (stage / name).mkdir()
+            for file in ("x", "y"):
+                (stage / name / file).write_text(text)
+
+    def there(parent: Path) -> list[str]:
+        return [file.read_text() for file in (parent / name).iterdir()] if (parent / name).exists() else []
+
+    def killed(left: int) -> bool:
+        """The second write, killed after so many operations, or come through."""
+        turns = iter([False] * left)
+
+        def killing(real: Any, *args: Any, **more: Any) -> Any:
+            if next(turns, True):
+                raise Killed
+            return real(*args, **more)
+
+        with monkeypatch.context() as patched:
+            for operation in ("rename", "unlink", "rmdir"):
+                patched.setattr(os, operation, partial(killing, getattr(os, operation)))
+            try:
+                write(parent, "new")
+            except Killed:
+                return True
+        return False
+
+    for at in range(100):
+        parent = tmp_path / str(at)
+        parent.mkdir()
+        write(parent, "old")
+        if not killed(at):
+            break
+        put_back(parent)
+        assert there(parent) in (["old", "old"], ["new", "new"])
+        outcomes.append(there(parent))
+        shutil.rmtree(parent / name)  # by hand, to go back a step
+        put_back(parent)
+        assert there(parent) in ([], ["old", "old"]), "what is half removed does not come back"
+        write(parent, "next")
+        assert there(parent) == ["next", "next"]
+        assert [p.name for p in parent.iterdir()] == [name]
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert len(outcomes) > 5
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_it_was_killed_at_replacing(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    next(run.steps())
+    run.save()
+    (tmp_path / "run/.unfinished").mkdir()
+    (tmp_path / "run/checkpoint-1").rename(tmp_path / "run/.unfinished/checkpoint-1.replaced")
+    again = started(zoo, rows, tokenizer, tmp_path / "run")
+    assert again.done == 1
+    assert same(factors(again), factors(run))
+    again.save()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
 def test_a_resumed_run_is_refused_where_it_is_another(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:

@@ -220,6 +220,21 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_it_resumes_from_a_checkpoint_that_it_was_killed_at_replacing(tmp_path: Path, named: bool) -> None:
+    trainer, _ = run(tmp_path, "d", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".unfinished/checkpoint-1.replaced")
+    again, resumed = run(tmp_path, "d", max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if named else True)
+    whole, straight = run(tmp_path / "whole", "d", max_steps=2)
+    whole.train()
+    assert again.state.global_step == whole.state.global_step == 2
+    wanted, got = joint.factors(straight.tree), joint.factors(resumed.tree)
+    assert all(torch.equal(x, y) for path in wanted for x, y in zip(wanted[path], got[path], strict=True))
+
+
 def test_the_best_checkpoint_is_known_by_its_own_name_and_comes_back(tmp_path: Path) -> None:
     evaluated: dict[str, Any] = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="loss/d")
     saved: dict[str, Any] = dict(save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True)

@@ -7,7 +7,9 @@
       optimizer.pt, …              what the trainer writes of its own
 
 All of it is written below ``.unfinished/`` first, synced, and then has its name at once. A run that was killed while it
-wrote leaves only that folder, which nobody takes for a checkpoint and the next save clears.
+wrote leaves only that folder, which nobody takes for a checkpoint and the next save clears. A checkpoint that is
+replaced lies there as ``checkpoint-120.replaced`` between two renames: where a run was killed just then its place is
+empty, and whoever resumes or saves puts it back first.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ __all__ = [
     "ancestors_then",
     "appearing",
     "load_factors",
+    "put_back",
     "save_factors",
 ]
 
 FACTORS = "factors.safetensors"
 NODES = "nodes"
 UNFINISHED = ".unfinished"
+REPLACED = ".replaced"
 TRAINED = "trained"  # in place of the hash of a node that is in the checkpoint itself
 
 
@@ -143,6 +147,24 @@ def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
     return {node: told for node in above if (told := _told(tree, node)) is not None}
 
 
+def put_back(parent: Path) -> None:
+    """Put back a checkpoint that was to be replaced when its run was killed, where its place is empty.
+
+    Args:
+        parent: of the checkpoints; need not be there.
+
+    Raises:
+        FolderError: the folder can't be read or written.
+    """
+    stage = parent / UNFINISHED
+    with disk.named("look into it", stage):
+        names = os.listdir(stage) if stage.is_dir() else []
+    for name in names:
+        place = parent / name.removesuffix(REPLACED)
+        if name.endswith(REPLACED) and not place.exists():
+            disk.rename(stage / name, place)
+
+
 @contextmanager
 def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]) -> Iterator[Path]:
     """A folder to fill, which appears as ``parent/name`` when the block ends, whole, in place of one that was there.
@@ -158,6 +180,7 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     """
     stage = parent / UNFINISHED
     if writes:
+        put_back(parent)
         with disk.named("clear it", stage):
             shutil.rmtree(stage, ignore_errors=True)
             os.makedirs(stage)
@@ -166,10 +189,13 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     meet()
     if writes:
         _sync_all(stage / name)
-        old = stage / f"{name}.replaced"
-        if (parent / name).exists():
+        old = stage / f"{name}{REPLACED}"
+        replaces = (parent / name).exists()
+        if replaces:
             disk.rename(parent / name, old)
         disk.rename(stage / name, parent / name)
+        if replaces:  # by a name that nobody puts back: it is whole no longer once its removal has begun
+            disk.rename(old, stage / name)
         disk.sync(parent)
         with disk.named("clear it", stage):
             shutil.rmtree(stage)

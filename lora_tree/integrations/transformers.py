@@ -35,7 +35,7 @@ from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
 from ..training.together import joined
-from .checkpoint import appearing, load_factors, save_factors
+from .checkpoint import appearing, load_factors, put_back, save_factors
 from .given import checked_model, refuse, standing_in, whole_groups
 from .rows import PathCollator, PathTotals, paths_of
 
@@ -297,6 +297,10 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
     # ------------------------------------------------------------------ files
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; when it has ended, the tree is saved where ``save_to`` says."""
+        named = args[0] if args else kwargs.get("resume_from_checkpoint")
+        if self.args.should_save:
+            put_back(Path(named).parent if isinstance(named, str | os.PathLike) else Path(self.args.output_dir))
+        _meet()
         with standing_in(self.tree_model, bool(getattr(self.args, "activation_checkpointing", False))):
             out = super().train(*args, **kwargs)
         if self.save_to is not None:

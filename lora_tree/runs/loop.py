@@ -32,7 +32,7 @@ from ..errors import FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
-from ..integrations.checkpoint import appearing, load_factors, save_factors
+from ..integrations.checkpoint import appearing, load_factors, put_back, save_factors
 from ..model import TreeModel
 from ..storage import as_path
 from ..training.losses import path_loss, token_counts
@@ -192,6 +192,7 @@ class Run:
         return {f"{i}.{name}": t.detach().cpu() for i, of in state.items() for name, t in of.items()}
 
     def _resume(self) -> int:
+        put_back(self.folder)
         found = _checkpoints(self.folder)
         if not found:
             return 0
