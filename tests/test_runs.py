@@ -27,7 +27,7 @@ from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import FolderError, FormatError, PathError, SpecError
 from lora_tree.integrations.checkpoint import appearing, put_back
-from lora_tree.runs import Run, Settings, evaluate, promote, read_rows
+from lora_tree.runs import Matrix, Run, Settings, evaluate, promote, read_rows
 
 END = 256
 CHAT = (
@@ -437,6 +437,34 @@ def test_train_eval_and_promote_from_the_shell(
     assert f"lies in {zoo}, where folders of adapters are nodes" in capsys.readouterr().err
     lora_tree("train", zoo, "--data", rows, "--lr-of", "de", code=1)
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
+
+
+def test_what_diverged_is_told_and_drawn_all_the_same(
+    tmp_path: Path, zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_tree("train", zoo, "de", "--data", rows, "--steps", 3, "--lr", 1e30, "--json")
+    assert json.loads(capsys.readouterr().out)["losses"] == {"de": None}
+    lora_tree("eval", zoo, "--data", rows, "--picture", tmp_path / "matrix.svg", "--json")
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert losses["de"] == {"de": None, "fr/legal": None, "fr/medical": None}
+    assert all(loss > 0 for loss in losses[""].values())
+    lora_tree("eval", zoo, "--data", rows)
+    assert "nan" in capsys.readouterr().out
+    ElementTree.parse(tmp_path / "matrix.svg")
+
+
+def test_a_loss_that_is_not_finite_has_one_shade_and_leaves_the_others_theirs() -> None:
+    def cells(*losses: float) -> list[tuple[str | None, str | None]]:
+        matrix = Matrix(tuple("abcd"[: len(losses)]), ("x",), tuple((loss,) for loss in losses), (1,))
+        svg = "{http://www.w3.org/2000/svg}"
+        drawn = list(ElementTree.fromstring(matrix.picture()).iter())
+        shades = [part.get("fill") for part in drawn if part.tag == f"{svg}rect"]
+        return list(zip(shades, [part.text for part in drawn if part.tag == f"{svg}text"][2::2], strict=False))
+
+    low, high = cells(1.0, 2.0)
+    grey = "rgb(208,208,208)"
+    assert cells(1.0, math.nan, 2.0, math.inf) == [low, (grey, "nan"), high, (grey, "inf")]
+    assert cells(math.inf, -math.inf) == [(grey, "inf"), (grey, "-inf")]
 
 
 @pytest.mark.filterwarnings("always::lora_tree.StaleWarning")

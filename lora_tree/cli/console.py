@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -52,13 +54,23 @@ def err() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, for programs: no colours, no wrapping."""
+    """One JSON document on stdout, for programs: no colours, no wrapping; a number that is not finite is null."""
+    value = _finite(value)
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # JSON has its own escapes
         text = json.dumps(value, indent=2, allow_nan=False)
     sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_error(error: Exception) -> None:

@@ -44,7 +44,7 @@ class Matrix:
     tokens: tuple[int, ...]
 
     def picture(self) -> str:
-        """An SVG document: a heat map, each column from its best (dark) to its worst (light).
+        """An SVG document: a heat map, each column from its best (dark) to its worst (light); grey what is not finite.
 
         >>> matrix = Matrix(("", "fr"), ("fr",), ((2.0,), (1.0,)), (10,))
         >>> matrix.picture().count("<rect"), "1.00" in matrix.picture()
@@ -64,13 +64,9 @@ class Matrix:
             y = top + high * i
             parts.append(f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{escape(path or BARE)}</text>')
             for j in range(len(self.domains)):
-                column = [row[j] for row in self.losses]
-                low, spread = min(column), max(column) - min(column)
-                good = 1 - (self.losses[i][j] - low) / spread if spread > 0 else 1.0
-                red, green, blue = (round(255 - good * (255 - dark)) for dark in (33, 102, 172))
-                x, ink = left + wide * j, "#fff" if good > 0.55 else "#000"
+                x, (fill, ink) = left + wide * j, _shade(self.losses[i][j], [row[j] for row in self.losses])
                 parts.append(
-                    f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" fill="rgb({red},{green},{blue})"/>'
+                    f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" fill="{fill}"/>'
                     f'<text x="{x + wide // 2}" y="{y + 17}" text-anchor="middle" fill="{ink}">'
                     f"{self.losses[i][j]:.2f}</text>"
                 )
@@ -134,6 +130,17 @@ def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
         labels = inputs.pop("labels")
         sums.append(float(row_losses(model(**inputs).logits, labels)[0].sum()))
     return math.fsum(sums) / sum(row.learnt for row in rows)
+
+
+def _shade(loss: float, column: Sequence[float]) -> tuple[str, str]:
+    """The colour of a loss's cell, and of its number."""
+    if not math.isfinite(loss):
+        return "rgb(208,208,208)", "#000"
+    finite = [other for other in column if math.isfinite(other)]
+    low, spread = min(finite), max(finite) - min(finite)
+    good = 1 - (loss - low) / spread if spread > 0 else 1.0
+    red, green, blue = (round(255 - good * (255 - dark)) for dark in (33, 102, 172))
+    return f"rgb({red},{green},{blue})", "#fff" if good > 0.55 else "#000"
 
 
 def _short(name: str, most: int = 10) -> str:
