@@ -963,6 +963,14 @@ def test_an_adapter_alone_appears_whole(tmp_path: Path) -> None:
     assert listing(tmp_path / "deep/one").keys() == {"README.md", CONFIG, WEIGHTS}
 
 
+def test_a_tree_is_not_saved_into_a_hidden_file(tmp_path: Path) -> None:
+    with pytest.raises(
+        FolderError, match=r"fast\.yaml: a tree is not saved into a hidden file\n  name it fast"
+    ):
+        tree().save(tmp_path / ".fast.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_loading_what_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no adapter there"):
         lt.Adapter.load(tmp_path)

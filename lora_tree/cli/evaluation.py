@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,7 @@ def _table(matrix: Matrix) -> Table:
     table.add_column("active path")
     for domain in matrix.domains:
         table.add_column(domain or BARE, justify="right")
-    best = [min(column) for column in zip(*matrix.losses, strict=True)]
+    best = [min((x for x in column if math.isfinite(x)), default=None) for column in zip(*matrix.losses, strict=True)]
     for path, losses in zip(matrix.paths, matrix.losses, strict=True):
         cells = [f"[bold]{x:.3f}[/bold]" if x == low else f"{x:.3f}" for x, low in zip(losses, best, strict=True)]
         table.add_row(path or BARE, *cells)

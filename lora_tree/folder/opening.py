@@ -106,6 +106,8 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
     if os.path.isdir(where):
         return Place(where)
     if name.endswith((".yaml", ".yml")) and (make or _resolved(folder, name, _decided(folder)[0]) is not None):
+        if make and name.startswith("."):
+            raise FolderError(f"{where}: a tree is not saved into a hidden file", f"name it {name.lstrip('.')}")
         return Place(folder, name)
     if os.path.isfile(where):
         whole = name in (CONFIG, WEIGHTS)
