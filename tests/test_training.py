@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
+from lora_tree.integrations.checkpoint import load_factors, save_factors
+from lora_tree.training.factors import Factors, path_of
 
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 INTO, HIDDEN, VOCABULARY = 8, 12, 10
@@ -298,6 +301,46 @@ def test_factors_train_in_the_dtype_asked_for() -> None:
         model(x).float().sum().backward()
     params = model.trainable("e")[0]["params"]
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in params)
+
+
+def test_every_name_that_a_node_may_have_trains_and_is_resumed(tmp_path: Path) -> None:
+    """Also those that torch's modules, and ours, use for attributes of their own."""
+    attributes = [name for name in dir(Factors()) if not hasattr(object, name)]
+    assert {"train", "type", "values", "to", "training", "moved", "_modules"} <= set(attributes)
+    tree = lt.AdapterTree(defaults=dict(r=1, target_modules=["up"]))
+    for path in [*attributes, "fr", "fr/train", "v1.5"]:
+        tree.add(path)
+    model = lt.attach(tree, Net())
+    groups = model.trainable("*")
+    assert [group["name"] for group in groups] == tree.paths() == model.factors.training_paths
+    names = {id(p): name for name, p in model.factors.named_parameters()}
+    for group in groups:
+        assert {path_of(names[id(p)]) for p in group["params"]} == {group["name"]}
+        assert all(model.factors.get_parameter(names[id(p)]) is p for p in group["params"])
+    assert {"fr.up/A", "fr/train.up/A", "v1․5.up/B", "train/.up/A"} <= set(names.values())
+    saved = {name: torch.randn_like(t) for name, t in model.factors.state_dict().items()}
+    model.factors.load_state_dict(saved)
+    save_factors(model, tmp_path)
+    with torch.no_grad():
+        for parameter in model.factors.parameters():
+            parameter.zero_()
+    load_factors(model, tmp_path)
+    assert all(torch.equal(t, saved[name]) for name, t in model.factors.state_dict().items())
+
+
+def test_modules_whose_names_are_told_apart_by_a_dot_alone_have_parameters_of_their_own() -> None:
+    base = nn.Sequential()
+    for name in ("a/b", "a~1b"):
+        base.add_module(name, nn.Linear(2, 2))
+    base.add_module("a", nn.Sequential())
+    base.get_submodule("a").add_module("b", nn.Linear(2, 2))
+    tree = lt.AdapterTree(defaults=dict(r=1, target_modules="all-linear"))
+    tree.add("fr")
+    (group,) = lt.attach(tree, base).trainable("fr")
+    own = tree.adapter("fr")
+    assert own is not None
+    assert set(own.modules) == {"a.b", "a/b", "a~1b"}
+    assert {id(t) for value in own.modules.values() for t in value.tensors} == set(map(id, group["params"]))
 
 
 @pytest.mark.parametrize("strategy", ["nodes", "paths", "grouped", "matrix", "active"])

@@ -2,6 +2,7 @@
 
     factors.fr.<module with / for dots>/A        (r, in), fp32 or wider, or as asked
     factors.fr/legal.…                           a node each, under its path
+    factors.train/.…                             with a slash where every module has an attribute of that name
 
 Law: what stands here under a path is what the tree holds for it. A node may have been renamed, replaced or removed
 since it trained last; before anybody trains again, its parameters go along with it, or go.
@@ -137,7 +138,7 @@ class Factors(nn.ModuleDict):
 
 
 class _Node(nn.Module):
-    """One node's factors; their names are the modules' with ``/`` for dots."""
+    """One node's factors; their names are the modules', as `_slashed` writes them."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -182,8 +183,14 @@ class _Node(nn.Module):
 
 
 def _slashed(name: str) -> str:
-    """A module's name within a parameter's: torch reserves the dot."""
-    return name.replace(".", "/")
+    """A module's name within a parameter's: torch reserves the dot.
+
+    A slash and a tilde of its own are written as in a JSON pointer (RFC 6901), so that no two names become one.
+
+    >>> _slashed("layers.0.q_proj"), _slashed("to/k.0")
+    ('layers/0/q_proj', 'to~1k/0')
+    """
+    return name.replace("~", "~0").replace("/", "~1").replace(".", "/")
 
 
 def _dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
@@ -197,12 +204,16 @@ def _as_asked(adapter: Adapter, dtype: torch.dtype | None) -> bool:
 def path_of(name: str) -> str:
     """The node to which a submodule of `Factors`, or a parameter in one, belongs.
 
-    >>> path_of("fr/v1․5.model/layers/0/q_proj/A")
-    'fr/v1.5'
+    >>> path_of("fr/v1․5.model/layers/0/q_proj/A"), path_of("train/.model/layers/0/q_proj/A")
+    ('fr/v1.5', 'train')
     """
-    return name.partition(".")[0].replace(_DOT, ".")
+    return name.partition(".")[0].removesuffix("/").replace(_DOT, ".")
 
 
 def _key(path: str) -> str:
-    """A node's path as the name of a submodule: torch reserves the dot."""
-    return path.replace(".", _DOT)
+    """A node's path as the name of a submodule: torch reserves the dot, and the names of a module's own attributes."""
+    key = path.replace(".", _DOT)
+    return f"{key}/" if key in _RESERVED else key
+
+
+_RESERVED = frozenset(dir(Factors()))
