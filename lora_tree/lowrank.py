@@ -66,7 +66,7 @@ class LowRank:
         layout: how the matrix lies in the weight it changes.
 
     Raises:
-        ShapeMismatch: A, B and bias do not fit together.
+        ShapeMismatch: A, B and bias do not fit together, or are empty.
         SpecError: a factor is not floating point, or the scale is not finite.
 
     >>> import torch
@@ -87,10 +87,16 @@ class LowRank:
             raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
         if not math.isfinite(self.scale):
             raise SpecError(f"scale must be finite, got {self.scale}")
-        if A.ndim < 2 or A.ndim != B.ndim or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
+        a, b = A.shape, B.shape
+        if len(a) < 2 or len(a) != len(b) or a[-2] != b[-1] or (len(a) > 2 and a[:-2] != b[:-2]):
             raise ShapeMismatch(
-                f"A is {tuple(A.shape)}, B is {tuple(B.shape)}: they do not multiply to an (out, in)",
+                f"A is {tuple(a)}, B is {tuple(b)}: they do not multiply to an (out, in)",
                 "A is (*batch, r, in) and B is (*batch, out, r)",
+            )
+        if 0 in a or 0 in b:
+            raise ShapeMismatch(
+                f"A is {tuple(a)}, B is {tuple(b)}: there is nothing in them, expected every size to be at least 1",
+                "leave the module out of the adapter",
             )
         if self.bias is not None and self.bias.shape != (math.prod(B.shape[:-1]),):
             raise ShapeMismatch(f"bias is {tuple(self.bias.shape)}, expected ({math.prod(B.shape[:-1])},)")

@@ -516,7 +516,6 @@ def test_an_attention_has_one_rank_and_one_scale(tmp_path: Path) -> None:
             {"x": LowRank(torch.ones(1, 5), torch.ones(4, 1), layout=Layout("conv", (3,)))},
             r"x: A is \(1, 5\), expected in · 3",
         ),
-        ({"x": LowRank(torch.ones(0, 5), torch.ones(4, 0))}, "x: PEFT has no rank 0"),
         ({"x.base_layer.y": LowRank(torch.ones(1, 4), torch.ones(4, 1))}, "PEFT's keys have no way"),
         ({n: LowRank(torch.ones(1, 4), torch.ones(4, 1)) for n in ("x", "x.y")}, r"x\.y: lies in x, which has factors"),
         (

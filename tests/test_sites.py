@@ -602,3 +602,28 @@ def test_raw_parameters_of_siblings_flatten_in_the_order_their_module_registers_
     read = lt.Adapter.load(tmp_path / "flat")
     assert read.nesting == flat.nesting
     assert all(torch.equal(read.modules[n].A, v.A) for n, v in flat.modules.items())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_an_empty_weight_is_no_target() -> None:
+    base = nn.ModuleDict({"none": nn.Linear(0, 4), "out": nn.Linear(4, 0), "some": nn.Linear(4, 4)})
+    tree = lt.AdapterTree(defaults=dict(r=2))
+    tree.add("all", target_modules="all-linear")
+    lt.attach(tree, base).detach()
+    assert tree.outline("all").ranks == {"some": 2}  # type: ignore[union-attr]
+    tree.add("named", target_modules=["none"])
+    with pytest.raises(BaseMismatch, match=r"named: none: its weight is empty, \(4, 0\).*\n.*exclude_modules"):
+        lt.attach(tree, base)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_layer_is_not_passed_over() -> None:
+    """Its weight is empty until the base has run."""
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules="all-linear"))
+    tree.add("fr")
+    base = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    with pytest.raises(BaseMismatch, match=r"fr: 0: its weight is empty.*\n.*where it is lazy, run the base once"):
+        lt.attach(tree, base)
+    base(torch.zeros(1, 5))
+    lt.attach(tree, base)
+    assert tree.outline("fr").modules["0"].shape == (4, 5)  # type: ignore[union-attr]

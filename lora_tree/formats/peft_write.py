@@ -73,8 +73,6 @@ def _check(name: str, value: LowRank) -> None:
         raise FormatError(f"{name}: A is {tuple(value.A.shape)}, expected in · {math.prod(kernel)} columns ({kernel})")
     if value.bias is not None and kind in ("embedding", "parameter"):
         raise FormatError(f"{name}: PEFT has no lora_bias for {kind}s", "leave the bias out, or write it elsewhere")
-    if value.rank < 1 or value.numel == 0:
-        raise FormatError(f"{name}: PEFT has no rank 0; A is {tuple(value.A.shape)}", "leave the module out")
     for t in value.tensors:
         if t.dtype not in safetensors.NAMES:
             raise FormatError(f"{name}: dtype {t.dtype} is not written, expected bf16, fp16, fp32 or fp64")

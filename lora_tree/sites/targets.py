@@ -1,7 +1,7 @@
 """Which modules a fresh adapter changes, and the adapter itself.
 
 The rules are PEFT's: ``target_modules`` is a list of names or ends of names, one regex for the whole name, or
-``all-linear`` (every Linear and Conv1D but the output embeddings); ``exclude_modules`` takes away, and
+``all-linear`` (every Linear and Conv1D but the output embeddings and empty ones); ``exclude_modules`` takes away, and
 ``layers_to_transform`` with ``layers_pattern`` narrows by the first index in the name.
 
 Initialisation as in the LoRA paper (arXiv 2106.09685 §4.1): A random, B zero, so a fresh adapter changes nothing.
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch, listing, suggest
@@ -94,7 +95,12 @@ def _fresh(site: Site, spec: LoraSpec) -> LowRank:
     weight = site.weight
     device = weight.device if weight is not None else torch.device("cpu")
     probe = LowRank(torch.empty(1, 1), torch.empty(1, 1), layout=layout)
-    *batch, out, into = site.expected(probe)
+    *batch, out, into = shape = site.expected(probe)
+    if 0 in shape:
+        raise BaseMismatch(
+            f"{name}: its weight is empty, {shape}, so there is nothing to adapt",
+            "leave it out: exclude_modules=[…]; where it is lazy, run the base once before attach",
+        )
     A = torch.empty(*batch, r // groups, into, dtype=torch.float32, device=device)
     if spec.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / r)
@@ -127,7 +133,13 @@ def _all_linear(base: nn.Module) -> set[str]:
     get_head = getattr(base, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     found = {n for n, m in base.named_modules() if n and m is not head}
-    return {n for n in found if isinstance(m := base.get_submodule(n), nn.Linear) or Conv1DSite.claims(m)}
+    return {n for n in found if _is_linear(base.get_submodule(n))}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):  # a lazy one has no input yet, and is not passed over in silence
+        return module.in_features * module.out_features > 0 or is_lazy(module.weight)
+    return Conv1DSite.claims(module)
 
 
 def _ends_with(name: str, ends: Iterable[str]) -> bool:
