@@ -6,15 +6,17 @@ adapter, and no byte that is written of it, depends on the order in which it was
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
@@ -96,6 +98,19 @@ class Adapter:
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         return f"Adapter({len(self)} modules, r={'/'.join(map(str, ranks)) or '-'}, base={self.base!r})"
+
+    # ------------------------------------------------------------------ copies
+    def __reduce__(self) -> tuple[type[Adapter], tuple[Any, ...]]:
+        """For pickles, into which torch puts the whole buffer that a tensor lies in; many lie in one."""
+        return Adapter, self.with_tensors(_apart)._said()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        return Adapter(*copy.deepcopy(self._said(), memo))
+
+    def _said(self) -> tuple[Any, ...]:
+        """What it was made from."""
+        held = (getattr(self, each.name) for each in fields(self))
+        return tuple(dict(each) if isinstance(each, MappingProxyType) else each for each in held)
 
     # ------------------------------------------------------------------ the algebra
     def map(self, change: Callable[[LowRank], LowRank]) -> Adapter:
@@ -261,6 +276,16 @@ def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
         return whole[dtype].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     return there
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor; a copy where it is a part of a larger buffer."""
+    if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size():
+        return tensor
+    own = tensor.detach().clone()
+    if isinstance(tensor, Parameter):
+        return Parameter(own, requires_grad=tensor.requires_grad)
+    return own.requires_grad_(tensor.requires_grad)
 
 
 @contextmanager

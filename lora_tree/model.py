@@ -20,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import nn
@@ -545,6 +545,19 @@ class TreeModel(nn.Module):
             finally:
                 for path, adapter in parts.items():
                     self.tree.exchange(path, adapter)
+
+    def __reduce__(self) -> NoReturn:
+        """For copies and pickles.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(
+            "a TreeModel can't be copied or pickled: it is bound to its base",
+            "copy the base before attach or after detach(), and attach to the copy: "
+            "lora_tree.attach(copy.deepcopy(tree), copy.deepcopy(base))",
+            "to keep what was trained: tree.save(folder)",
+        )
 
     # ------------------------------------------------------------------ private
     def _usable(self) -> None:

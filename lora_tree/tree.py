@@ -130,6 +130,15 @@ class AdapterTree:
     def __repr__(self) -> str:
         return f"AdapterTree({len(self)} nodes, base={self.base!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: no model is attached to those, so none has a say over their nodes."""
+        read = [node.loaded for path in self if (node := self[path]).loaded in self._read]
+        return vars(self) | {"_graph": self._graph.copy(), "_read": read, "_keepers": [], "_guards": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weak = {name: weakref.WeakSet(state[name]) for name in ("_read", "_guards")}
+        vars(self).update(state | weak)
+
     def paths(self, under: str = "") -> list[str]:
         """Every path below ``under``, depth-first, children by name: the order of every sum.
 

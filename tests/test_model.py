@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import pickle
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,20 @@ def test_what_a_with_goes_back_to_can_not_be_changed_meanwhile(inside: str) -> N
     assert model.active == "j"
     model.activate("a")
     tree.remove("j")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_model_is_not_copied_but_its_tree_and_base_are(copied: Callable[[object], object]) -> None:
+    model = lt.attach(forest(), net())
+    with pytest.raises(StateError, match=r"can't be copied or pickled.*\n.*attach\(copy\.deepcopy\(tree\), copy"):
+        copied(model)
+    model.activate("a/b")
+    ids = torch.arange(13)[None]
+    wanted = model.base(ids)
+    model.detach()
+    twin = lt.attach(copy.deepcopy(model.tree), copy.deepcopy(model.base))
+    twin.activate("a/b")
+    assert torch.equal(twin.base(ids), wanted)
 
 
 def test_detach_gives_the_flags_back_that_trainable_took() -> None:

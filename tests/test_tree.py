@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -379,6 +381,109 @@ def test_the_tree_can_not_be_changed_through_its_graph() -> None:
     assert tree["fr"] is node
     assert tree.graph.nodes["fr"] == {"node": node}
     assert not tree.graph.graph
+
+
+def pickled(value: object) -> object:
+    return pickle.loads(pickle.dumps(value))
+
+
+def same(x: lt.Adapter | None, y: lt.Adapter | None) -> bool:
+    """The same value, in tensors of its own."""
+    assert x is not None
+    assert y is not None
+    assert x is not y
+    assert (x.base, x.config, x.nesting, x.assumed, x.errors, x.rounded) == (
+        *(y.base, y.config, y.nesting, y.assumed, y.errors, y.rounded),
+    )
+    pairs = [(x.unchanged[name], tensor) for name, tensor in y.unchanged.items()]
+    for name, value in y.modules.items():
+        own = x.modules[name]
+        assert (own.scale, own.layout) == (value.scale, value.layout)
+        pairs += zip(own.tensors, value.tensors, strict=True)
+    return all(type(a) is type(b) and torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_an_adapter_is_the_same_value_in_tensors_of_its_own(
+    copied: Callable[[object], object], tmp_path: Path
+) -> None:
+    value = lt.LowRank(torch.randn(2, 5), torch.randn(4, 2), 0.3, torch.randn(4), lt.Layout("conv", (5,)))
+    trained = lt.LowRank(torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4, 3)))
+    full = lt.Adapter(
+        {"q": value, "m.x": trained},
+        base="org/model",
+        config={"task_type": "CAUSAL_LM", "list": [1, 2]},
+        unchanged={"q.bias": torch.randn(4)},
+        nesting={"m": ("x", "y")},
+        assumed=frozenset({"m"}),
+        errors={"q": 0.25},
+        rounded=frozenset({"q"}),
+    )
+    made = copied(full)
+    assert isinstance(made, lt.Adapter)
+    assert same(made, full)
+    assert made.modules["m.x"].A.requires_grad
+    with pytest.raises(TypeError):
+        made.modules["q"] = value  # type: ignore[index]
+    one, two = copied([full, full])  # type: ignore[misc]
+    assert one is two
+    adapter(0, q=(4, 5), v=(3, 5)).save(tmp_path)
+    read = lt.Adapter.load(tmp_path)
+    assert same(copied(read), read)  # type: ignore[arg-type]
+
+
+def test_a_pickle_holds_every_number_once(tmp_path: Path) -> None:
+    """What was read from files lies in one buffer, of which torch would put one copy into it for each tensor."""
+    big = {f"layers.{i}": lt.LowRank(torch.randn(4, 500), torch.randn(500, 4)) for i in range(20)}
+    lt.Adapter(big).save(tmp_path)
+    read = lt.Adapter.load(tmp_path)
+    assert len(pickle.dumps(read)) < 2 * read.nbytes
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_of_a_tree_is_a_tree_of_its_own_to_which_nothing_is_attached(
+    copied: Callable[[object], object], tmp_path: Path
+) -> None:
+    family().save(tmp_path)
+    tree = lt.load(tmp_path)
+    tree.add("es", group=True)
+    tree.add("es/fresh", r=3, target_modules=["q"])
+    tree.add("es/here", adapter=adapter(7, q=(4, 5)))
+    assert tree.adapter("fr") is not None, "read, and kept"
+    base = torch.nn.ModuleDict({"q": torch.nn.Linear(5, 4), "v": torch.nn.Linear(5, 3)})
+    twin = copied(tree)
+    assert isinstance(twin, lt.AdapterTree)
+    model = lt.attach(tree, base)
+    model.activate("fr/legal")
+    late = copied(tree)
+    assert isinstance(late, lt.AdapterTree)
+    for other in (twin, late):
+        assert (other.base, other.defaults, other.home) == (tree.base, tree.defaults, tree.home)
+        assert other.paths() == tree.paths()
+        other.remove("fr", recursive=True)
+        assert "fr" in tree
+    with pytest.raises(TreeError, match="active on an attached model"):
+        tree.remove("fr/legal", recursive=True)
+    assert twin["es/fresh"].fresh is not None
+    assert tree["es/fresh"].fresh is None, "it was made when the tree was attached"
+    if copied is not copy.copy:
+        assert same(late.adapter("es/here"), tree.adapter("es/here"))
+        assert same(late.adapter("es/fresh"), tree.adapter("es/fresh"))
+    assert same(late.adapter("de"), tree.adapter("de")), "each reads its own"
+
+
+def test_what_a_copy_was_read_it_reads_again_when_a_model_takes_over(tmp_path: Path) -> None:
+    family().save(tmp_path)
+    tree = lt.load(tmp_path)
+    for path in tree.paths():
+        tree.adapter(path)
+    twin = copy.deepcopy(tree)
+    assert all(twin[path].loaded is not None for path in twin)
+    base = torch.nn.ModuleDict({"q": torch.nn.Linear(5, 4), "v": torch.nn.Linear(5, 3)})
+    model = lt.attach(twin, base, host_budget="1MiB")
+    assert all(twin[path].loaded is None for path in twin)
+    assert model.nodes_in_use() == []
+    assert all(tree[path].loaded is not None for path in tree)
 
 
 def test_a_base_is_named_by_a_string_or_a_path(tmp_path: Path) -> None:
