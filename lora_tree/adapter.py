@@ -63,6 +63,9 @@ class Adapter:
     rounded: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        given: object = self.modules
+        if not isinstance(given, Mapping):
+            raise SpecError(f"an adapter's modules are a mapping from names to LowRanks, got {type(given).__name__}")
         for name, value in self.modules.items():
             if not isinstance(name, str) or not name:
                 raise SpecError(f"an adapter's modules are named by non-empty strings, got {name!r}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,12 +63,13 @@ class LowRank:
         A: (\\*batch, r, in), floating point.
         B: (\\*batch, out, r), on A's device.
         scale: a finite factor, ``lora_alpha / r`` or ``lora_alpha / sqrt(r)``.
-        bias: (out,) or None: what `lora_bias` adds to the output, before ``scale``. For a batch, (batch · out,).
+        bias: (out,) or None, on A's device: what `lora_bias` adds to the output, before ``scale``. For a batch,
+            (batch · out,).
         layout: how the matrix lies in the weight it changes.
 
     Raises:
         ShapeMismatch: A, B and bias do not fit together, or are empty.
-        SpecError: a factor is not floating point, or the scale is not finite.
+        SpecError: a factor is not a floating point tensor, or they are on several devices; or the scale is not finite.
 
     >>> import torch
     >>> x = LowRank(torch.ones(2, 5), torch.ones(3, 2), scale=0.5)
@@ -82,11 +84,21 @@ class LowRank:
     layout: Layout = LINEAR
 
     def __post_init__(self) -> None:
-        A, B = self.A, self.B
+        A, B, bias = self.A, self.B, self.bias
+        if not (isinstance(A, Tensor) and isinstance(B, Tensor) and (bias is None or isinstance(bias, Tensor))):
+            raise SpecError(
+                f"factors must be torch tensors, got A {type(A).__name__}, B {type(B).__name__}"
+                f", bias {type(bias).__name__}",
+                "torch.from_numpy makes one of a numpy array",
+            )
         if not (A.is_floating_point() and B.is_floating_point()):
             raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
-        if not math.isfinite(self.scale):
-            raise SpecError(f"scale must be finite, got {self.scale}")
+        try:
+            finite = math.isfinite(self.scale)
+        except (TypeError, OverflowError):  # no number, or too large for a float
+            finite = False
+        if not finite:
+            raise SpecError(f"scale must be finite, got {self.scale!r:.80}")
         a, b = A.shape, B.shape
         if len(a) < 2 or len(a) != len(b) or a[-2] != b[-1] or (len(a) > 2 and a[:-2] != b[:-2]):
             raise ShapeMismatch(
@@ -98,8 +110,11 @@ class LowRank:
                 f"A is {tuple(a)}, B is {tuple(b)}: there is nothing in them, expected every size to be at least 1",
                 "leave the module out of the adapter",
             )
-        if self.bias is not None and self.bias.shape != (math.prod(B.shape[:-1]),):
-            raise ShapeMismatch(f"bias is {tuple(self.bias.shape)}, expected ({math.prod(B.shape[:-1])},)")
+        if bias is not None and bias.shape != (math.prod(b[:-1]),):
+            raise ShapeMismatch(f"bias is {tuple(bias.shape)}, expected ({math.prod(b[:-1])},)")
+        if A.device != B.device or (bias is not None and bias.device != A.device):
+            where = f"A is on {A.device}, B on {B.device}" + ("" if bias is None else f", the bias on {bias.device}")
+            raise SpecError(f"{where}: expected one device for all", "move them first: B.to(A.device)")
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -231,10 +246,10 @@ class LowRank:
         """
         if rank is None and max_error is None:
             raise SpecError("truncate needs rank= or max_error=")
-        if rank is not None and rank < 1:
-            raise SpecError(f"rank must be at least 1, got {rank}")
-        if max_error is not None and not 0 <= max_error:
-            raise SpecError(f"max_error must be 0 or more (a part of the norm), got {max_error}")
+        if rank is not None:
+            check_rank(rank)
+        if max_error is not None:
+            _check_error(max_error)
         if max_error is None and rank is not None and rank >= self.rank:
             return Truncated(self, 0.0, 0.0)
         Qb, M, Qa = self.core()
@@ -363,6 +378,18 @@ def inner(x: LowRank, y: LowRank) -> float:
     return float((left * right).sum()) * x.scale * y.scale
 
 
+def check_rank(rank: object) -> None:
+    """That a rank is a whole number, and one at least.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise SpecError(f"rank must be a whole number, got {rank!r}")
+    if rank < 1:
+        raise SpecError(f"rank must be at least 1, got {rank}")
+
+
 def same_place(x: LowRank, y: LowRank) -> None:
     """Whether the two can be added up, asked of shapes alone.
 
@@ -371,6 +398,11 @@ def same_place(x: LowRank, y: LowRank) -> None:
     """
     if x.shape != y.shape or x.layout != y.layout:
         raise ShapeMismatch(f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight")
+
+
+def _check_error(bound: object) -> None:
+    if not isinstance(bound, Real) or not float(bound) >= 0:
+        raise SpecError(f"max_error must be 0 or more (a part of the norm), got {bound!r}")
 
 
 def _beside(parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:

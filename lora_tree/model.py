@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
@@ -102,7 +103,7 @@ def attach(
             memory.
 
     Raises:
-        SpecError: a budget makes no sense, or ``eviction`` is no such maker.
+        SpecError: ``tree`` or ``base`` is something else, a budget makes no sense, or ``eviction`` is no such maker.
         StateError: the base is attached already, or wrapped by PEFT or FSDP.
         BaseMismatch: a fresh node targets nothing in this base; names the node.
 
@@ -116,6 +117,11 @@ def attach(
     >>> model.active, model.state.value
     ('', 'bare')
     """
+    given: object = tree
+    if not isinstance(given, AdapterTree):
+        first = "the tree comes first: attach(tree, base)" if isinstance(given, nn.Module) else ""
+        opened = "a folder is opened as one by lora_tree.load: attach(lora_tree.load('zoo/'), base)"
+        raise SpecError(f"expected an AdapterTree, got {type(given).__name__}", first or opened)
     if pristine not in ("host", "none"):
         raise SpecError(
             f"pristine must be 'host' or 'none', got {pristine!r}{suggest(str(pristine), ['host', 'none'])}"
@@ -451,7 +457,8 @@ class TreeModel(nn.Module):
         """
         with self._lock, torch.inference_mode(False):
             self._usable()
-            if not 0 <= dropout < 1:
+            asked: object = dropout
+            if not isinstance(asked, Real) or not 0 <= dropout < 1:
                 raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
             chosen = self._matching(paths)
             merged = [p for p in chosen if self.state is State.MERGED and p in self.nodes_in_use()]
@@ -695,6 +702,11 @@ class TreeModel(nn.Module):
     def _matching(self, patterns: tuple[str, ...]) -> list[str]:
         chosen: set[str] = set()
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise PathError(
+                    f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
+                    "several are given one by one: trainable('fr', 'de')",
+                )
             hits = {pattern} if pattern in self.tree else set(fnmatch.filter(self.tree.paths(), pattern))
             if not hits:
                 raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
@@ -213,7 +214,10 @@ def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
     """
     if isinstance(source, LoraSpec):
         return source
-    data = dict(source or {})
+    given: object = {} if source is None else source
+    if not isinstance(given, Mapping):
+        raise SpecError(f"{where}: expected a mapping like dict(r=16, lora_alpha=32), got {given!r:.80}")
+    data = dict(given)
     try:
         return LoraSpec.model_validate(data)
     except ValidationError as error:

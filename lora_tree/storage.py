@@ -91,10 +91,12 @@ def as_path(folder: str | os.PathLike[str]) -> Path:
     """A user's spelling of a folder, with ``~`` expanded.
 
     Raises:
-        FolderError: ``~name``, and there is no user of that name.
+        FolderError: it is no name of a folder, or ``~name``, and there is no user of that name.
     """
     try:
         return Path(folder).expanduser()
+    except TypeError as error:
+        raise FolderError(f"{folder!r:.80} is not the name of a folder: {error}") from error
     except RuntimeError as error:
         raise FolderError(
             f"{folder}: no such user: {error}", "write the folder out, or ./~name for one here"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch
 from .adapter import Adapter, combine
 from .blend import Blend, check_finite, depth_first, parse_blend, total
 from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
+from .lowrank import LowRank
 from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec
 from .storage import Source, as_path, storage
 
@@ -271,7 +272,7 @@ class AdapterTree:
         if isinstance(adapter, Adapter):
             loaded = adapter
         elif adapter is not None:
-            source = storage().source(as_path(adapter))
+            source = _source(path, adapter)
         elif not group:
             fresh = lora_spec(lora, path)
         node = Node(path, float(weight), loaded, source, fresh)
@@ -337,7 +338,8 @@ class AdapterTree:
         Raises:
             PathError: it is not there.
             TreeError: an attached model is using it.
-            SpecError: the weight is not a finite number.
+            SpecError: the weight is not a finite number, or ``adapter`` is neither an adapter nor a folder.
+            FormatError: the folder does not hold a whole adapter.
         """
         node = self[path]
         if weight is not None:
@@ -346,7 +348,7 @@ class AdapterTree:
         if isinstance(adapter, Adapter):
             node = replace(node, loaded=adapter, source=None, fresh=None, stale=None)
         elif adapter is not None:
-            node = replace(node, loaded=None, source=storage().source(as_path(adapter)), fresh=None, stale=None)
+            node = replace(node, loaded=None, source=_source(path, adapter), fresh=None, stale=None)
         self._unused([path], "changed")
         self._put(node)
         return node
@@ -554,6 +556,13 @@ class AdapterTree:
     def _put(self, node: Node) -> None:
         self._graph.add_node(node.path, node=node)
         self._graph.add_edge(node.path.rpartition("/")[0], node.path)
+
+
+def _source(path: str, folder: object) -> Source:
+    if not isinstance(folder, (str, os.PathLike)):
+        hint = ("lora_tree.Adapter({module: …}) is one",) if isinstance(folder, (LowRank, Mapping)) else ()
+        raise SpecError(f"{path}: expected an Adapter or the folder of one, got {type(folder).__name__}", *hint)
+    return storage().source(as_path(folder))
 
 
 def _all_finite(flat: Adapter, terms: list[tuple[str, float, Adapter]]) -> None:

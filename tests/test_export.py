@@ -185,6 +185,8 @@ def test_a_bound_that_is_not_met_names_the_module() -> None:
     tree = stack(a=value(8, 8, 1, 1), b=value(8, 8, 6, 2))
     with pytest.raises(SpecError, match=r"fr: b: rank 2 leaves a relative error .* needs rank 6"):
         lt.portable(tree, "fr", rank=2, max_error=0.001)
+    with pytest.raises(SpecError, match=r"fr: rank must be a whole number, got 2\.5"):
+        lt.portable(tree, "fr", rank=2.5)  # type: ignore[arg-type]
 
 
 def test_groups_of_a_convolution_share_the_rank(tmp_path: Path) -> None:

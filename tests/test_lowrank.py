@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,6 +158,23 @@ def test_factors_that_do_not_fit_are_refused(
         lt.LowRank(torch.ones(A), torch.ones(B), scale, None if bias is None else torch.ones(bias))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": np.ones((2, 5)), "B": np.ones((3, 2))}, "got A ndarray, B ndarray, bias NoneType.*\n.*from_numpy"),
+        ({"B": None}, "got A Tensor, B NoneType"),
+        ({"bias": np.ones(3)}, "bias ndarray"),
+        ({"scale": "x"}, "scale must be finite, got 'x'"),
+        ({"scale": 10**400}, "scale must be finite"),
+        ({"B": torch.ones(3, 2, device="meta")}, "A is on cpu, B on meta: expected one device.*\n.*B.to"),
+        ({"bias": torch.ones(3, device="meta")}, "A is on cpu, B on cpu, the bias on meta"),
+    ],
+)
+def test_what_no_factors_can_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        lt.LowRank(**{"A": torch.ones(2, 5), "B": torch.ones(3, 2)} | change)
+
+
 def test_a_sum_of_different_places_is_refused() -> None:
     x = lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))
     for other in (
@@ -175,15 +194,21 @@ def test_a_sum_of_different_places_is_refused() -> None:
     [
         ({}, "rank= or max_error="),
         ({"rank": 0}, "at least 1"),
+        ({"rank": 2.5}, r"rank must be a whole number, got 2\.5"),
+        ({"rank": "x"}, "rank must be a whole number, got 'x'"),
+        ({"rank": True}, "rank must be a whole number, got True"),
+        ({"max_error": "x"}, "max_error must be 0 or more .*, got 'x'"),
         ({"max_error": -1.0}, "max_error must be"),
         ({"max_error": float("nan")}, "max_error must be"),
         ({"rank": 1, "max_error": 1e-9}, r"rank 1 leaves a relative error of .*needs rank 3"),
     ],
 )
-def test_truncation_bounds_that_make_no_sense_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_truncation_bounds_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
     x = lt.LowRank(torch.eye(3, 5), torch.eye(4, 3))
     with pytest.raises(SpecError, match=message):
-        x.truncate(**arguments)  # type: ignore[arg-type]
+        x.truncate(**arguments)
+    with pytest.raises(SpecError, match=f"^q: .*{message}"):
+        lt.Adapter({"q": x}).truncate(**arguments)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -385,6 +385,18 @@ def test_what_a_with_goes_back_to_can_not_be_changed_meanwhile(inside: str) -> N
     tree.remove("j")
 
 
+def test_what_is_attached_is_a_tree_to_a_base() -> None:
+    tree, base = forest(), net()
+    with pytest.raises(
+        SpecError, match=r"expected an AdapterTree, got Net\n.*the tree comes first: attach\(tree, base"
+    ):
+        lt.attach(base, tree)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"expected an AdapterTree, got str\n.*lora_tree\.load"):
+        lt.attach("zoo", base)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"the base must be a torch\.nn\.Module, got str"):
+        lt.attach(tree, "org/model")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_model_is_not_copied_but_its_tree_and_base_are(copied: Callable[[object], object]) -> None:
     model = lt.attach(forest(), net())

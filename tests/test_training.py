@@ -373,9 +373,13 @@ def test_dropout_hides_inputs_from_what_trains_alone_one_mask_a_row(strategy: st
     model.train()
     model.trainable("a/b")
     assert torch.equal(run(), torch.full_like(out, 103.0))
-    for wrong in (1.0, -0.1, math.nan):
+    for wrong in (1.0, -0.1, math.nan, "x", None):
         with pytest.raises(SpecError, match="dropout must be from 0 to below 1"):
-            model.trainable("a", dropout=wrong)
+            model.trainable("a", dropout=wrong)  # type: ignore[arg-type]
+    for nameless in (["a", "d"], 3):
+        with pytest.raises(PathError, match=r"a path or pattern is a string like .*\n.*trainable\('fr', 'de'\)"):
+            model.trainable(nameless)  # type: ignore[arg-type]
+    assert model.factors.training_paths == ["a/b"]
 
 
 def test_being_active_or_leaving_a_context_makes_nothing_train_and_nothing_stop() -> None:

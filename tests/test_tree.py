@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_tree as lt
-from lora_tree.errors import BaseMismatch, PathError, ShapeMismatch, SpecError, TreeError
+from lora_tree.errors import BaseMismatch, FolderError, PathError, ShapeMismatch, SpecError, TreeError
 from lora_tree.folder.scan import FILES
 from lora_tree.formats.peft_read import PICKLE
 
@@ -381,6 +382,42 @@ def test_the_tree_can_not_be_changed_through_its_graph() -> None:
     assert tree["fr"] is node
     assert tree.graph.nodes["fr"] == {"node": node}
     assert not tree.graph.graph
+
+
+@pytest.mark.parametrize("what", [lt.LowRank(torch.ones(2, 5), torch.ones(4, 2)), {"q": 1}, 3, b"fr"])
+def test_an_adapter_is_an_adapter_or_its_folder(what: Any) -> None:
+    tree = family()
+    for change in (lambda: tree.add("es", adapter=what), lambda: tree.update("fr", adapter=what)):
+        with pytest.raises(
+            SpecError, match=f"(es|fr): expected an Adapter or the folder of one, got {type(what).__name__}"
+        ):
+            change()
+    assert "es" not in tree
+    assert same(tree["fr"].loaded, family()["fr"].loaded)
+
+
+def test_a_folder_is_named_by_a_string_or_a_path() -> None:
+    tree, name = family(), "is not the name of a folder"
+    for nothing in (
+        lambda: tree.save(None),  # type: ignore[arg-type]
+        lambda: lt.Adapter.load(None),  # type: ignore[arg-type]
+        lambda: adapter(0, q=(4, 5)).save(b"fr"),  # type: ignore[arg-type]
+        lambda: lt.load(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(FolderError, match=name):
+            nothing()
+
+
+@pytest.mark.parametrize("defaults", ["x", 3, ["r"], [("r", 8)]])
+def test_defaults_are_a_mapping(defaults: Any) -> None:
+    with pytest.raises(SpecError, match=r"defaults: expected a mapping like dict\(r=16, lora_alpha=32\), got"):
+        lt.AdapterTree(defaults=defaults)
+
+
+@pytest.mark.parametrize("modules", [None, [lt.LowRank(torch.ones(2, 5), torch.ones(4, 2))]])
+def test_an_adapters_modules_are_a_mapping(modules: Any) -> None:
+    with pytest.raises(SpecError, match="an adapter's modules are a mapping from names to LowRanks, got"):
+        lt.Adapter(modules)
 
 
 def pickled(value: object) -> object:

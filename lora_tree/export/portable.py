@@ -23,7 +23,7 @@ from torch import nn
 from ..adapter import Adapter, combine
 from ..blend import Blend, parse_blend
 from ..errors import FormatError, LoraTreeError, SpecError, listing
-from ..lowrank import LowRank, concat
+from ..lowrank import LowRank, check_rank, concat
 from ..tree import AdapterTree
 from .base import Base
 from .siblings import completed, shapes_in_tree
@@ -203,8 +203,8 @@ def _rank(modules: Mapping[str, LowRank], rank: int | None, max_error: float | N
         SpecError: the bounds make no sense, or can't both be met; names the module.
     """
     step = math.lcm(*(_groups(value) for value in modules.values()))
-    if rank is not None and rank < 1:
-        raise SpecError(f"rank must be at least 1, got {rank}")
+    if rank is not None:
+        check_rank(rank)
     if rank is not None and rank < step:
         raise SpecError(f"rank {rank} is less than the {step} groups of a convolution, which share it", "rank=… more")
     needs = 1
