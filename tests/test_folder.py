@@ -964,9 +964,7 @@ def test_an_adapter_alone_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_tree_is_not_saved_into_a_hidden_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        FolderError, match=r"fast\.yaml: a tree is not saved into a hidden file\n  name it fast"
-    ):
+    with pytest.raises(FolderError, match=r"fast\.yaml: a tree is not saved into a hidden file\n  name it fast"):
         tree().save(tmp_path / ".fast.yaml")
     assert list(tmp_path.iterdir()) == []
 
