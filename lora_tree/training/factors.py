@@ -1,8 +1,7 @@
 """The factors that train, as parameters of one module, so that optimisers and checkpoints see them.
 
-    factors.fr.<module with / for dots>/A        (r, in), fp32 or wider, or as asked
-    factors.fr/legal.…                           a node each, under its path
-    factors.train/.…                             with a slash where every module has an attribute of that name
+    factors./fr.<module with / for dots>/A       (r, in), fp32 or wider, or as asked
+    factors./fr/legal.…                          a node each, under its path
 
 Law: what stands here under a path is what the tree holds for it. A node may have been renamed, replaced or removed
 since it trained last; before anybody trains again, its parameters go along with it, or go.
@@ -204,16 +203,12 @@ def _as_asked(adapter: Adapter, dtype: torch.dtype | None) -> bool:
 def path_of(name: str) -> str:
     """The node to which a submodule of `Factors`, or a parameter in one, belongs.
 
-    >>> path_of("fr/v1․5.model/layers/0/q_proj/A"), path_of("train/.model/layers/0/q_proj/A")
-    ('fr/v1.5', 'train')
+    >>> path_of("/fr/v1․5.model/layers/0/q_proj/A")
+    'fr/v1.5'
     """
-    return name.partition(".")[0].removesuffix("/").replace(_DOT, ".")
+    return name.partition(".")[0].removeprefix("/").replace(_DOT, ".")
 
 
 def _key(path: str) -> str:
-    """A node's path as the name of a submodule: torch reserves the dot, and the names of a module's own attributes."""
-    key = path.replace(".", _DOT)
-    return f"{key}/" if key in _RESERVED else key
-
-
-_RESERVED = frozenset(dir(Factors()))
+    """A node's path as the name of a submodule. The slash makes it one that no attribute of a module has."""
+    return "/" + path.replace(".", _DOT)
