@@ -19,6 +19,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -35,7 +36,7 @@ from .cache.link import link_to
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
-from .engine.host import CompileWatch, MergedWarning, claim, current_task, let_go, unwrapped, warn_on_save
+from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, warn_on_save
 from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
 from .engine.prepared import Prepared
@@ -60,11 +61,14 @@ Mode: TypeAlias = Literal["merged", "unmerged"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
-    """A block that is open: what comes back when it is left, and the asyncio task that is in it."""
+class _Block:
+    """A ``with`` that is open, and what comes back when it is left."""
 
-    active: Blend | tuple[Blend, ...]
-    task: object
+    before: Blend | tuple[Blend, ...]
+
+
+_INSIDE: ContextVar[tuple[_Block, ...]] = ContextVar("lora_tree blocks", default=())
+"""The blocks around the code that runs now. An asyncio task has those that were open where it was made, and its own."""
 
 
 class State(enum.Enum):
@@ -162,7 +166,7 @@ class TreeModel(nn.Module):
         self.epoch = 0
         self._active: Blend | tuple[Blend, ...] = ""
         self._again: Callable[[TreeModel], None] = TreeModel.deactivate
-        self._waiting: list[_Waiting] = []
+        self._blocks: list[_Block] = []
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
         self._merged = Merged(inner, in_place=pristine == "none")
@@ -323,7 +327,7 @@ class TreeModel(nn.Module):
         >>> _ = tree.add("fr")
         >>> attach(tree, base).prefetch(["fr"])
         """
-        self._usable()
+        self._attached()
         blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
         self.cache.prefetch(dict.fromkeys(node for blend in blends for node in self.tree.coefficients(blend)))
 
@@ -377,7 +381,7 @@ class TreeModel(nn.Module):
         """
         blends = [
             b
-            for what in (self._active, *(w.active for w in self._waiting))
+            for what in (self._active, *(block.before for block in self._blocks))
             for b in (what if isinstance(what, tuple) else (what,))
         ]
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
@@ -567,10 +571,14 @@ class TreeModel(nn.Module):
         )
 
     # ------------------------------------------------------------------ private
-    def _usable(self) -> None:
+    def _attached(self) -> None:
         if self.state is State.DETACHED:
             raise StateError("this model was detached", "attach the tree again: lora_tree.attach(tree, base)")
-        if self._waiting and self._waiting[-1].task is not current_task():
+
+    def _usable(self) -> None:
+        """The caller, who holds the lock, may switch: other threads are outside, but not other tasks of this one."""
+        self._attached()
+        if self._blocks and self._blocks[-1] not in _INSIDE.get():
             raise StateError(
                 "another asyncio task of this thread is inside a `using` or `route` of this base",
                 "hold an asyncio.Lock around each block, or give all requests to one route()",
@@ -581,13 +589,15 @@ class TreeModel(nn.Module):
         """What is active now is active again afterwards; until then its nodes can't be changed."""
         self._usable()
         before, epoch, held, running = self._again, self.epoch, self._held.again(), self._beside.current
-        plan, mine = self._plan, _Waiting(self._active, current_task())
-        self._waiting.append(mine)
+        plan, mine = self._plan, _Block(self._active)
+        self._blocks.append(mine)
+        _INSIDE.set((*_INSIDE.get(), mine))
         try:
             yield
         finally:
-            last = self._waiting[-1]
-            self._waiting.remove(mine)
+            last = self._blocks[-1]
+            self._blocks.remove(mine)
+            _INSIDE.set(tuple(block for block in _INSIDE.get() if block is not mine))
             try:
                 if last is not mine:
                     raise StateError(

@@ -269,6 +269,44 @@ def test_asyncio_tasks_of_one_thread_never_run_under_each_others_path() -> None:
     assert model.active == ""
 
 
+def test_what_is_inside_a_block_may_open_more_also_in_tasks_of_its_own() -> None:
+    model = lt.attach(forest(), net())
+    seen: list[object] = []
+
+    async def child() -> None:
+        with model.using("a", mode="unmerged"):
+            await asyncio.sleep(0)
+            seen.append(model.active)
+
+    async def parent() -> None:
+        with model.using("j", mode="unmerged"):
+            await asyncio.create_task(child())
+            model.prefetch("f")
+            seen.append(model.active)
+
+    with model.using("f"):
+        asyncio.run(parent())
+        seen.append(model.active)
+    assert [*seen, model.active] == ["a", "j", "f", ""]
+
+
+def test_a_prefetch_disturbs_nobody_and_may_come_from_anywhere() -> None:
+    model = lt.attach(forest(), net())
+
+    async def both() -> None:
+        async def ask() -> None:
+            model.prefetch("j")
+
+        with model.using("f"):
+            thread = threading.Thread(target=model.prefetch, args=("a",))
+            thread.start()
+            thread.join()
+            await asyncio.create_task(ask())
+            assert model.active == "f"
+
+    asyncio.run(both())
+
+
 def test_blocks_that_are_left_out_of_order_are_told() -> None:
     model = lt.attach(forest(), net())
     first, second = model.using("f", mode="unmerged"), model.using("j", mode="unmerged")
@@ -553,7 +591,7 @@ def test_trainable_gives_the_factors_that_the_tree_holds_whatever_became_of_the_
     assert trained("j") == held("j")
     tree.remove("k")
     model.trainable("a")
-    assert sorted(model.factors) == ["a", "j"], "a node that is gone has no parameters"
+    assert sorted(model.factors.paths) == ["a", "j"], "a node that is gone has no parameters"
 
 
 def test_what_can_not_be_applied_in_a_mode_names_its_node() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import SpecError, StateError
 
-__all__ = ["CompileWatch", "MergedWarning", "claim", "current_task", "let_go", "unwrapped", "warn_on_save"]
+__all__ = ["CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
 
 
 class MergedWarning(UserWarning):
@@ -72,15 +72,6 @@ def claim(base: nn.Module, model: nn.Module) -> Mark:
 def let_go(base: nn.Module) -> None:
     """Nobody holds ``base`` any more."""
     _ATTACHED.pop(base, None)
-
-
-def current_task() -> object:
-    """The asyncio task that runs now in this thread; None where there is none."""
-    asyncio: Any = sys.modules.get("asyncio")
-    try:
-        return asyncio.current_task() if asyncio is not None else None
-    except RuntimeError:
-        return None
 
 
 def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
