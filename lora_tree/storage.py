@@ -95,7 +95,7 @@ def as_path(folder: str | os.PathLike[str]) -> Path:
     """
     try:
         return Path(folder).expanduser()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise FolderError(f"{folder!r:.80} is not the name of a folder: {error}") from error
     except RuntimeError as error:
         raise FolderError(

@@ -19,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -255,9 +256,7 @@ class Grouped(Form):
         coefficients = [c for _, each in of for c in each]
         return _Layer(
             owed.rows([row for rows, _ in of for row in rows]),
-            torch.tensor([len(rows) for rows, _ in of], dtype=torch.int32, device=owed.device).cumsum(
-                0, dtype=torch.int32
-            ),
+            torch.tensor(list(accumulate(len(rows) for rows, _ in of)), dtype=torch.int32, device=owed.device),
             owed.held(lambda: _side_by_side(owed, alone, multiple=multiple)),
             None if set(coefficients) == {1.0} else owed.numbers(coefficients),
         )

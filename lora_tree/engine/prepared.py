@@ -212,8 +212,7 @@ class _Fixed:
         def side_path(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             if self.mode == OFF:
                 return None
-            if module is not site.module:
-                check_own(module, site)
+            check_own(module, site)
             x = args[0] if args else next(iter(kwargs.values()))
             before, taken, _ = widened(out, x, self.dtype, False)
             low = site.down(taken, self.A.to(taken.dtype) if taken.is_floating_point() else self.A)

@@ -137,7 +137,7 @@ class Unmerged:
         name, fired = site.name, self._watch.fired
 
         def side_path(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-            if module is not site.module and not self._entry.probing:
+            if not self._entry.probing:
                 check_own(module, site)
             fired.add(name)
             x = args[0] if args else next(iter(kwargs.values()), None)

@@ -98,10 +98,7 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
     Raises:
         FolderError: there is nothing, or something else (with ``make`` a place that is yet to be made is fine).
     """
-    try:
-        where = os.path.abspath(as_path(path))
-    except (TypeError, ValueError) as error:
-        raise FolderError(f"{path!r} is not the name of a folder or of a tree.yaml: {error}") from error
+    where = os.path.abspath(as_path(path))
     folder, name = os.path.split(where)
     if os.path.isdir(where):
         return Place(where)
