@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .errors import LoraTreeError, MissingExtra, SpecError
 
-__all__ = ["foreign", "need"]
+__all__ = ["OTHER_BASE", "foreign", "need", "opened"]
 
 MOST_CHARACTERS = 300
 """Of a foreign message; transformers lists every model it knows."""
+
+OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
 
 
 def need(module: str, *, extra: str, what: str) -> Any:
@@ -69,3 +72,40 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
         said = next(iter(str(error).strip().splitlines()), "")
         said = said if len(said) <= MOST_CHARACTERS else f"{said[:MOST_CHARACTERS]}…"
         raise SpecError(f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo) from error
+
+
+def opened(
+    kind: Any,
+    base: str | os.PathLike[str],
+    *,
+    failed: str,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """Return what ``kind.from_pretrained(base)`` makes: a config, a tokenizer or a model.
+
+    A base may bring Python files of its own. They run only if ``trust_remote_code`` is true, which
+    must be the user's own word. Without the argument transformers would ask a question on stdout,
+    and obey a "y" that happens to lie in a pipe. So every call passes it, and all are made here.
+
+    Args:
+        kind: an Auto class or a model class of transformers.
+        base: a folder or a hub id.
+        failed: the message where it can't: ``transformers can't open its tokenizer``.
+        trust_remote_code: run the base's own code.
+        options: more arguments of ``from_pretrained``.
+
+    Raises:
+        SpecError: transformers can't open it, or it needs code of its own.
+    """
+    try:
+        with foreign(f"{base}: {failed}", OTHER_BASE):
+            return kind.from_pretrained(base, trust_remote_code=trust_remote_code, **options)
+    except SpecError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error.__cause__):
+            raise
+        raise SpecError(
+            f"{base}: {failed}: it needs Python code of the base's own, which is not run unasked",
+            "read that code; where you would run it by hand, say --trust-remote-code, "
+            "or open the model in Python and attach the tree to it",
+        ) from error

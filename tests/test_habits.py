@@ -165,6 +165,16 @@ def test_data_is_never_code(source: Path) -> None:
     assert not found, f"{source.relative_to(ROOT)}: {found}"
 
 
+def test_a_base_is_opened_at_one_place() -> None:
+    """`extras.opened` says whether a base's own code may run; the demo opens only what it wrote."""
+    for source in SOURCES:
+        if room(source) in {"extras", "demo"}:
+            continue
+        for node in ast.walk(ast.parse(source.read_text())):
+            called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            assert called != "from_pretrained", f"{source.relative_to(ROOT)}:{node.lineno}: use extras.opened"
+
+
 # ---------------------------------------------------------------------- the docs run
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
 # ```python blocks; and <!-- python … --> for what a page needs first but a reader does not

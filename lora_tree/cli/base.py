@@ -8,14 +8,20 @@ from typing import Any
 import torch
 
 from ..errors import SpecError
-from ..extras import foreign, need
+from ..extras import need, opened
 from ..tree import AdapterTree
-from .console import OTHER_BASE
 
 __all__ = ["open_model", "open_tokenizer"]
 
 
-def open_tokenizer(tree: AdapterTree, folder: Path, base: str | None, *, what: str) -> tuple[str, Any]:
+def open_tokenizer(
+    tree: AdapterTree,
+    folder: Path,
+    base: str | None,
+    *,
+    what: str,
+    trust_remote_code: bool = False,
+) -> tuple[str, Any]:
     """The base's name, asked for or the tree's own, and its tokenizer.
 
     Args:
@@ -23,6 +29,7 @@ def open_tokenizer(tree: AdapterTree, folder: Path, base: str | None, *, what: s
         folder: of the tree, for the message.
         base: what the user asked for.
         what: the command, for the message.
+        trust_remote_code: run the base's own code, where it brings some.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -33,17 +40,26 @@ def open_tokenizer(tree: AdapterTree, folder: Path, base: str | None, *, what: s
     name = base or tree.base
     if name is None:
         raise SpecError(f"{folder} names no base", "name one: --base MODEL")
-    with foreign(f"{name}: transformers can't open its tokenizer", OTHER_BASE):
-        return name, transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer = opened(
+        transformers.AutoTokenizer,
+        name,
+        failed="transformers can't open its tokenizer",
+        trust_remote_code=trust_remote_code,
+    )
+    return name, tokenizer
 
 
-def open_model(name: str) -> Any:
+def open_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """The model, on a GPU where there is one.
 
     Raises:
         SpecError: it can't be opened.
     """
     transformers = need("transformers", extra="transformers", what="a base")
-    with foreign(f"{name}: transformers can't open the model", OTHER_BASE):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
-        return model.to("cuda") if torch.cuda.is_available() else model
+    model = opened(
+        transformers.AutoModelForCausalLM,
+        name,
+        failed="transformers can't open the model",
+        trust_remote_code=trust_remote_code,
+    ).eval()
+    return model.to("cuda") if torch.cuda.is_available() else model

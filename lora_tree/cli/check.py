@@ -16,6 +16,7 @@ from ..fit import clashes, misfits
 from ..folder import StaleWarning, load
 from ..folder import check as check_folder
 from ..tree import AdapterTree
+from .arguments import AsJson, TrustRemoteCode
 from .console import out, print_json
 
 __all__ = ["check"]
@@ -24,11 +25,14 @@ __all__ = ["check"]
 def check(
     folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")],
     base: Annotated[str | None, typer.Option(help="Folder or hub id of a model whose modules must fit.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """List every problem; exit with 1 where there are any."""
     problems = [(problem.node, str(problem.kind), problem.text) for problem in check_folder(folder)]
-    skeleton = None if base is None else skeleton_of(base, what="check --base")
+    skeleton = None
+    if base is not None:
+        skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
     if all(kind in ("stale", "leftover", "numbers") for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree)]

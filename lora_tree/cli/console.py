@@ -12,8 +12,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -21,19 +22,18 @@ from rich.text import Text
 from ..errors import LoraTreeError
 
 __all__ = [
-    "OTHER_BASE",
     "any_encoding",
     "err",
     "out",
     "print_error",
     "print_json",
     "print_problem",
+    "stdout_is_json",
     "warnings_in_one_line",
 ]
 
 OFF_TERMINAL_WIDTH = 200
 TRACEBACK = "LORA_TREE_TRACEBACK"
-OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
 
 
 def any_encoding() -> None:
@@ -53,15 +53,36 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else OFF_TERMINAL_WIDTH)
 
 
+_document: TextIO | None = None
+"""Where the JSON document goes while other output is kept off stdout."""
+
+
+@contextmanager
+def stdout_is_json() -> Iterator[None]:
+    """Keep stdout for `print_json`: what anything else writes there goes to stderr.
+
+    A library that a command calls may print, and so may a base's own code where the user lets it
+    run. A program that reads the command's answer must get the document and nothing before it.
+    """
+    global _document
+    before, _document = _document, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _document = before
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout, for programs: no colours, no wrapping; a number that is not finite is null."""
+    stdout = _document or sys.stdout
     value = _finite(value)
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # JSON has its own escapes
         text = json.dumps(value, indent=2, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    stdout.write(text + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from ..folder import disk, load
 from ..model import attach
 from ..runs import Matrix, evaluate
 from ..runs.evaluation import BARE
-from .arguments import AsJson, Base, Data, Folder, Length, Nodes
+from .arguments import AsJson, Base, Data, Folder, Length, Nodes, TrustRemoteCode
 from .base import open_model, open_tokenizer
 from .console import out, print_json
 from .progress import steps_done
@@ -31,15 +31,16 @@ def evaluation(
     batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
     max_length: Length = 1024,
     picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """The loss of every node, and of the bare base, on the rows of every path."""
     tree = load(folder)
     for node in nodes or ():
         tree.lineage(node)
-    name, tokenizer = open_tokenizer(tree, folder, base, what="eval")
+    name, tokenizer = open_tokenizer(tree, folder, base, what="eval", trust_remote_code=trust_remote_code)
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
-    model = attach(tree, open_model(name))
+    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=nodes or None, batch=batch, tick=lambda: bar(""))

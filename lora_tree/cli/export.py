@@ -16,7 +16,7 @@ from ..export import MergedCheckpoint, Portable, export_leaves, export_model, po
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
-from .arguments import Folder
+from .arguments import AsJson, Folder, TrustRemoteCode
 from .console import err, out, print_json
 
 __all__ = ["export"]
@@ -72,7 +72,8 @@ def export(
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Leaves at once, with --all.")] = None,
     per_module: Annotated[bool, typer.Option("--per-module", help="Tell every module's error.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a path, a blend or every leaf as one adapter that any engine loads; or merged into a checkpoint."""
     if every == (path is not None):
@@ -82,7 +83,7 @@ def export(
     if kind is As.model:
         if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or incomplete:
             raise SpecError("--as model writes one path as it is, in the base's dtypes", "leave the other options out")
-        _merge(tree, path, to, base, as_json=as_json)
+        _merge(tree, path, to, base, trust_remote_code=trust_remote_code, as_json=as_json)
         return
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is As.peft:
@@ -121,11 +122,21 @@ def export(
             _tell(one, where, per_module=per_module)
 
 
-def _merge(tree: AdapterTree, path: str, to: str, base: str | None, *, as_json: bool) -> None:
+def _merge(
+    tree: AdapterTree,
+    path: str,
+    to: str,
+    base: str | None,
+    *,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
     with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
         task = bar.add_task("merging", total=None)
         told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        made: MergedCheckpoint = export_model(tree, path, to, base=base, progress=told)
+        made: MergedCheckpoint = export_model(
+            tree, path, to, base=base, progress=told, trust_remote_code=trust_remote_code
+        )
     if as_json:
         print_json(
             {

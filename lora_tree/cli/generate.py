@@ -13,7 +13,7 @@ from ..errors import SpecError
 from ..extras import foreign
 from ..folder import load
 from ..model import attach
-from .arguments import Folder
+from .arguments import Folder, TrustRemoteCode
 from .base import open_model, open_tokenizer
 
 __all__ = ["generate"]
@@ -35,16 +35,17 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     mode: Annotated[Mode, typer.Option(help="Written into the weights, or a side path.")] = Mode.merged,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print text that the base writes at a path."""
     tree = load(folder)
     tree.lineage(path) if "+" not in path and ":" not in path else tree.coefficients(path)
-    name, tokenizer = open_tokenizer(tree, folder, base, what="generate")
+    name, tokenizer = open_tokenizer(tree, folder, base, what="generate", trust_remote_code=trust_remote_code)
     with foreign("the tokenizer can't read the prompt"):
         tokens = tokenizer(prompt, return_tensors="pt")
     if tokens["input_ids"].numel() == 0:
         raise SpecError("the prompt has no tokens, so there is nothing to go on from", "give it a word: --prompt TEXT")
-    model = open_model(name)
+    model = open_model(name, trust_remote_code=trust_remote_code)
     attached = attach(tree, model)
     attached.activate(path, mode=mode.value)
     torch.manual_seed(seed)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-import typer
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from ..folder import load
 from ..tree import AdapterTree
-from .arguments import Folder
+from .arguments import AsJson, Folder
 from .console import out, print_json
 
 __all__ = ["show"]
@@ -35,7 +34,7 @@ class Row:
 
 def show(
     folder: Folder,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the tree: ranks, parameters, bytes, weights, and what is stale."""
     tree = load(folder)

@@ -18,7 +18,7 @@ from ..folder.opening import YAML
 from ..model import attach
 from ..runs import Run, Settings
 from ..runs.evaluation import BARE
-from .arguments import AsJson, Base, Data, Folder, Length, Nodes
+from .arguments import AsJson, Base, Data, Folder, Length, Nodes, TrustRemoteCode
 from .base import open_model, open_tokenizer
 from .console import err, out, print_json
 from .progress import steps_done
@@ -57,6 +57,7 @@ def train(
     seed: Annotated[int, typer.Option()] = 0,
     max_length: Length = 1024,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none but the last.")] = 50,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Train many nodes at once, and save the tree. The same command goes on where it was stopped."""
@@ -76,10 +77,10 @@ def train(
         seed=seed,
     )
     tree = load(folder)
-    name, tokenizer = open_tokenizer(tree, folder, base, what="train")
+    name, tokenizer = open_tokenizer(tree, folder, base, what="train", trust_remote_code=trust_remote_code)
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     torch.manual_seed(seed)  # what fresh nodes start from
-    model = attach(tree, open_model(name))
+    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     running = Run(model, rows, settings, _run(folder, run), nodes=nodes or ())
     if running.left_out:
         err().print(f"{running.left_out} of {len(rows)} rows go through no node that trains")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..integrations.vllm import server_args
-from .arguments import Folder
+from .arguments import AsJson, Folder
 from .console import err, out, print_json
 
 __all__ = ["vllm_args"]
@@ -25,7 +25,7 @@ def vllm_args(
     ] = None,
     max_loras: Annotated[int, typer.Option(min=1, help="Different paths in one batch.")] = 8,
     cache_gb: Annotated[float, typer.Option(min=0.001, help="The most that the cache may hold, in GiB.")] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a vLLM server of this tree is started with."""
     made = server_args(folder, cache=cache, max_rank=max_rank, max_loras=max_loras, cache_bytes=int(cache_gb * 2**30))

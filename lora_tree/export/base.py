@@ -8,8 +8,8 @@ a module     itself
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,59 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, FormatError, SpecError
-from ..extras import foreign, need
+from ..extras import foreign, need, opened
 from ..storage import as_path
 from .shards import Checkpoint, Stored, open_checkpoint
 
 __all__ = ["Base", "skeleton"]
 
-OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
 
-
-def skeleton(base: str | os.PathLike[str], *, what: str = "a base's config") -> Any:
+def skeleton(
+    base: str | os.PathLike[str],
+    *,
+    what: str = "a base's config",
+    trust_remote_code: bool = False,
+) -> Any:
     """The model that a base's config.json names, with shapes and no memory.
 
     Args:
         base: a folder or a hub id.
         what: what is being done, for the message.
+        trust_remote_code: run the base's own Python code, where it brings some.
 
     Raises:
         MissingExtra: transformers is not installed.
-        SpecError: transformers can't read the config, or has no such model.
+        SpecError: transformers can't read the config, or has no such model; or the model is code of
+            the base's own, and nobody said that it may run.
     """
     transformers = need("transformers", extra="transformers", what=what)
-    with foreign(f"{base}: transformers can't read its config.json", OTHER_BASE):
-        config = transformers.AutoConfig.from_pretrained(base)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    config = opened(
+        transformers.AutoConfig,
+        base,
+        failed="transformers can't read its config.json",
+        trust_remote_code=trust_remote_code,
+    )
+    architecture = (config.architectures or [""])[0]
+    kind = getattr(transformers, architecture, None)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        make: Callable[[Any], nn.Module] = kind
+    elif trust_remote_code and (own := _own_class(transformers, config, architecture)) is not None:
+        make = partial(own.from_config, trust_remote_code=True)
+    else:
         raise SpecError(f"{base}: its config.json names no architecture that transformers has: {config.architectures}")
-    with foreign(f"{base}: transformers can't make the {kind.__name__} of its config.json"), torch.device("meta"):
-        return kind(config).eval()
+    with (
+        foreign(f"{base}: transformers can't make the {architecture} of its config.json"),
+        torch.device("meta"),
+    ):
+        return make(config).eval()
+
+
+def _own_class(transformers: Any, config: Any, architecture: str) -> Any:
+    """The Auto class under which a base's config files its own class ``architecture``."""
+    for auto, reference in (getattr(config, "auto_map", None) or {}).items():
+        if auto.startswith("AutoModel") and str(reference).rpartition(".")[2] == architecture:
+            return getattr(transformers, auto, None)
+    return None
 
 
 class Base:

@@ -72,6 +72,7 @@ def export_model(
     *,
     base: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> MergedCheckpoint:
     """Write a path or a blend as a checkpoint of its own: the base's, with its increments in the weights.
 
@@ -82,10 +83,12 @@ def export_model(
         folder: made; it must not be there yet, or be empty.
         base: the base's folder with its safetensors files, or its hub id; the tree's own base without it.
         progress: called with (bytes written, bytes to write).
+        trust_remote_code: run the Python code that the base brings along, if its class is in there.
 
     Raises:
         PathError: a node is not there.
-        SpecError: no base is known; or it is quantised; or transformers can't read its config.
+        SpecError: no base is known; or it is quantised; or transformers can't read its config; or it is code of its
+            own, and nobody said that it may run.
         FormatError: the base has no whole safetensors checkpoint.
         BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor in the checkpoint;
             or its tensors' conversion can't be inverted.
@@ -98,7 +101,7 @@ def export_model(
     path = spelled(blend)
     source = _source(tree, base)
     checkpoint = open_checkpoint(source)
-    model = skeleton(source, what="a merged checkpoint")
+    model = skeleton(source, what="a merged checkpoint", trust_remote_code=trust_remote_code)
     _not_quantised(model, source)
     names = Names(model, checkpoint.tensors)
     try:
