@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHS
 from shell import command, save_base
+from torch import nn
 
 import lora_tree as lt
+from lora_tree.errors import FolderError
 
 # ---------------------------------------------------------------- names that clients send
 
 # ---------------------------------------------------------------- patterns: a bounded amount of work
+
 
 # ---------------------------------------------------------------- a base's own code, and what an export copies
 OWN_CODE = """
@@ -102,6 +107,77 @@ def test_the_code_of_a_base_runs_only_on_the_users_own_word(own_code: Path, name
     if "--json" in arguments:  # the base printed; the document stands alone all the same
         json.loads(done.stdout)
         assert "hello from the base" in done.stderr
+
+
+def base_folder(folder: Path) -> nn.Module:
+    """A tiny base on the disk."""
+    base = ARCHS["llama"].base().float()
+    base.save_pretrained(folder)
+    return base
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "extra/vocab.txt", "generation_config.json", "model.safetensors"])
+def test_a_file_outside_the_base_never_reaches_a_checkpoint(name: str, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    link, secret = tmp_path / "base" / name, tmp_path / "id_rsa"
+    link.parent.mkdir(exist_ok=True)
+    if link.exists():
+        link.rename(secret)
+    else:
+        secret.write_text("PRIVATE KEY")
+    link.symlink_to(os.path.relpath(secret, link.parent))
+    tree = ARCHS["llama"].tree(base, factors=torch.float32)
+    with pytest.raises(FolderError, match=f"{name}: is a link to .*id_rsa, which lies outside the base"):
+        lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+    link.unlink()
+    secret.rename(link)
+    lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
+
+
+def test_a_linked_folder_and_a_pipe_in_a_base_are_not_copied(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "id_rsa").write_text("PRIVATE KEY")
+    (tmp_path / "base" / "tokenizer").symlink_to(tmp_path / "home")
+    tree = ARCHS["llama"].tree(base, factors=torch.float32)
+    told = lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
+    assert told.left_out == ("tokenizer",)
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    os.mkfifo(tmp_path / "base" / "merges.txt")
+    with pytest.raises(FolderError, match=r"merges\.txt: is no plain file"):
+        lt.export_model(tree, "a/d", tmp_path / "again", base=tmp_path / "base")
+
+
+def test_links_into_the_hub_s_own_blobs_are_the_base_s(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--org--name"
+    base = base_folder(repository / "snapshots" / "abc")
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted((repository / "snapshots" / "abc").iterdir())):
+        blob = repository / "blobs" / f"{number:040x}"
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{blob.name}")
+    tree = ARCHS["llama"].tree(base, factors=torch.float32)
+    lt.export_model(tree, "a/d", tmp_path / "out", base=repository / "snapshots" / "abc")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    (tmp_path / "hub" / "models--me--private" / "blobs").mkdir(parents=True)
+    other = tmp_path / "hub" / "models--me--private" / "blobs" / "0"
+    other.write_text("of another repository")
+    (repository / "snapshots" / "abc" / "vocab.txt").symlink_to(other)
+    with pytest.raises(FolderError, match=r"vocab\.txt: is a link to .*private"):
+        lt.export_model(tree, "a/d", tmp_path / "again", base=repository / "snapshots" / "abc")
+
+
+def test_code_is_copied_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    (tmp_path / "base" / "modeling_x.py").write_text("print('run')")
+    tree = ARCHS["llama"].tree(base, factors=torch.float32)
+    told = lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
+    assert told.left_out == ("modeling_x.py",)
+    assert not (tmp_path / "out" / "modeling_x.py").exists()
+    told = lt.export_model(tree, "a/d", tmp_path / "with", base=tmp_path / "base", with_code=True)
+    assert told.left_out == ()
+    assert (tmp_path / "with" / "modeling_x.py").read_text() == "print('run')"
 
 
 # ---------------------------------------------------------------- escapes for the terminal

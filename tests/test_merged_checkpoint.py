@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_everything_else_is_the_base_s_byte_for_byte(dtype: str, tmp_path: Path)
         for tensor, entry in json.loads(old[8:start]).items():
             begin, end = (start + n for n in entry.get("data_offsets", (0, 0)))
             assert tensor == "__metadata__" or (old[begin:end] != new[begin:end]) == (tensor in changed)
+
+
+def test_an_adapter_in_the_base_s_folder_is_not_put_on_top_of_the_merged_weights(tmp_path: Path) -> None:
+    base = ARCHS["llama"].base().float()
+    base.save_pretrained(tmp_path / "base")
+    tree = ARCHS["llama"].tree(base, factors=torch.float32)
+    tree.flatten("a").save(tmp_path / "adapter")
+    for file in (tmp_path / "adapter").iterdir():
+        shutil.copy(file, tmp_path / "base")
+    told = lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
+    assert told.left_out == ("adapter_config.json", "adapter_model.safetensors")
+    lt.attach(tree, base).activate("a/d")
+    merged = loaded(tmp_path / "out", torch.float32, base)
+    assert [name for name, _ in merged.named_parameters() if "lora" in name] == []
+    assert all(torch.equal(x, y) for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True))
 
 
 def test_one_file_without_an_index(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def export(
     incomplete: Annotated[
         bool, typer.Option("--incomplete", help="Leave q/k/v and gate/up as they are, for PEFT and vLLM.")
     ] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="With --as model: copy the base's own code (*.py) too.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Leaves at once, with --all.")] = None,
     per_module: Annotated[bool, typer.Option("--per-module", help="Tell every module's error.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -83,8 +86,10 @@ def export(
     if kind is As.model:
         if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or incomplete:
             raise SpecError("--as model writes one path as it is, in the base's dtypes", "leave the other options out")
-        _merge(tree, path, to, base, trust_remote_code=trust_remote_code, as_json=as_json)
+        _merge(tree, path, to, base, with_code=with_code, trust_remote_code=trust_remote_code, as_json=as_json)
         return
+    if with_code:
+        raise SpecError("--with-code copies a base's code, and only --as model copies anything of a base")
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is As.peft:
         if path is None or ceil_rank or base is not None:
@@ -128,6 +133,7 @@ def _merge(
     to: str,
     base: str | None,
     *,
+    with_code: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -135,7 +141,13 @@ def _merge(
         task = bar.add_task("merging", total=None)
         told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         made: MergedCheckpoint = export_model(
-            tree, path, to, base=base, progress=told, trust_remote_code=trust_remote_code
+            tree,
+            path,
+            to,
+            base=base,
+            with_code=with_code,
+            trust_remote_code=trust_remote_code,
+            progress=told,
         )
     if as_json:
         print_json(

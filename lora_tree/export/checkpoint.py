@@ -30,10 +30,11 @@ from ..folder import disk
 from ..storage import as_path
 from ..tree import AdapterTree
 from .base import skeleton
+from .beside import beside_weights
 from .names import Group, Names
 from .portable import spelled
 from .shards import Checkpoint, Stored, open_checkpoint, raw
-from .stage import Stage, beside_weights, staged
+from .stage import Stage, staged
 from .writes import Write, writes
 
 __all__ = ["MergedCheckpoint", "export_model"]
@@ -54,7 +55,8 @@ class MergedCheckpoint:
         folder: the checkpoint.
         changed: names on the disk of the tensors that have other values than the base's.
         nbytes: bytes of all weight files.
-        left_out: files of the base's folder that were not copied: its weights in other formats.
+        left_out: files of the base's folder that were not copied: its weights in other formats, an adapter's files,
+            code, linked folders.
     """
 
     path: str
@@ -71,6 +73,7 @@ def export_model(
     folder: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    with_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> MergedCheckpoint:
@@ -82,6 +85,7 @@ def export_model(
     Args:
         folder: made; it must not be there yet, or be empty.
         base: the base's folder with its safetensors files, or its hub id; the tree's own base without it.
+        with_code: copy the base's own code (``*.py``, …) as well, which loads with ``trust_remote_code`` only.
         progress: called with (bytes written, bytes to write).
         trust_remote_code: run the Python code that the base brings along, if its class is in there.
 
@@ -94,7 +98,8 @@ def export_model(
             or its tensors' conversion can't be inverted.
         TiedWeights: a weight to change is used by a second module.
         UnmergedOnly: a delta can't be written into its weight.
-        FolderError: the folder is there already or can't be written.
+        FolderError: the folder is there already or can't be written; or a file of the base is a link that leads out
+            of it.
 
     See docs/export.md for an example that runs.
     """
@@ -109,14 +114,14 @@ def export_model(
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error
     where = Path(os.path.abspath(as_path(folder)))
-    others, left_out = beside_weights(source, checkpoint)
+    beside = beside_weights(source, checkpoint, with_code=with_code)
     with staged(where, needs_bytes=checkpoint.nbytes) as stage:
         writer = _Writer(checkpoint, stage, names, progress)
         writer.run(jobs)
-        for name in others:
+        for name in beside.copied:
             stage.copy(source / name, name)
     changed = tuple(sorted(stored.name for group, _ in jobs for stored in group.stored))
-    return MergedCheckpoint(path, where, changed, checkpoint.nbytes, tuple(left_out))
+    return MergedCheckpoint(path, where, changed, checkpoint.nbytes, beside.left_out)
 
 
 Job = tuple[Group, list[Write]]

@@ -18,14 +18,10 @@ from pathlib import Path
 from ..errors import FolderError, LoraTreeError
 from ..folder import disk
 from ..folder.alone import make_all
-from .shards import INDEX, SINGLE, Checkpoint
 
-__all__ = ["Stage", "beside_weights", "staged"]
+__all__ = ["Stage", "staged"]
 
-LAST = (INDEX, "config.json")
 _STAGED = r"\.[0-9a-f]{32}\Z"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-_OTHER_INDEX = re.compile(r".*\.(bin|safetensors|h5|msgpack)\.index\.json\Z")
 
 
 class Stage:
@@ -94,23 +90,6 @@ def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
             disk.rename(folder, where)
         undo.pop_all()
         disk.sync(where.parent)
-
-
-def beside_weights(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """(The files of a base's folder to copy beside its weights, those to leave out), relative, in order."""
-    copied: list[str] = []
-    left: list[str] = []
-    for above, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            relative = os.path.relpath(os.path.join(above, name), folder)
-            if relative in checkpoint.files or name.startswith("."):
-                continue
-            other = name.endswith(_WEIGHTS) or (_OTHER_INDEX.match(name) and relative != INDEX)
-            other = other or (relative == INDEX and checkpoint.files == (SINGLE,))
-            (left if other else copied).append(relative)
-    copied.sort(key=lambda name: (LAST.index(name) if name in LAST else -1, name))
-    return copied, left
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""What is copied beside a base's weights into a merged checkpoint, and what stays behind.
+
+    config, tokenizer, templates, …     copied
+    weights in other formats            left out: they would still be the base's
+    an adapter's or a tree's own files  left out: transformers would put the adapter on top of the merged weights
+    code                                left out, unless the caller asks for it
+    a link that leads out of the base   refused: a base from elsewhere could name any file of this machine
+
+Law: what is copied lay in the folder that the user named. A snapshot in the hub's cache consists of links into the
+``blobs`` of the same repository, so those count as its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FolderError
+from .shards import INDEX, SINGLE, Checkpoint
+
+__all__ = ["Beside", "beside_weights"]
+
+LAST = (INDEX, "config.json")  # a folder that was cut off half-way has no config, so nothing takes it for a model
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb")
+_OTHER_INDEX = re.compile(r".*\.(bin|safetensors|h5|msgpack)\.index\.json\Z")
+_OF_AN_ADAPTER = ("adapter_config.json", "tree.yaml", "tree.lock")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The other files of a base's folder, by their paths in it.
+
+    Args:
+        copied: in the order in which they are written.
+        left_out: files, and linked folders, that stay behind.
+    """
+
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = False) -> Beside:
+    """Sort the files of a base's folder; hidden ones are passed over.
+
+    Args:
+        checkpoint: the weights, which are written by other means; their files are looked at for links only.
+        with_code: copy code as well.
+
+    Raises:
+        FolderError: a file that would be written is a link out of the folder, or no plain file; names it.
+    """
+    own = _own(folder)
+    for name in checkpoint.files:
+        _check_inside(folder / name, own)
+    copied: list[str] = []
+    left: list[str] = []
+    for relative, is_linked_folder in _walk(folder):
+        if relative in checkpoint.files:
+            continue
+        name = os.path.basename(relative)
+        code = name.endswith(_CODE) and not with_code
+        if is_linked_folder or code or name in _OF_AN_ADAPTER or _is_other_weights(relative, checkpoint):
+            left.append(relative)
+            continue
+        _check_inside(folder / relative, own)
+        copied.append(relative)
+    copied.sort(key=lambda name: (LAST.index(name) if name in LAST else -1, name))
+    return Beside(tuple(copied), tuple(left))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
+    """(Path in the folder, whether it is a link to a folder), in order; hidden files and folders are passed over."""
+    for above, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            yield os.path.relpath(os.path.join(above, name), folder), False
+        for name in folders:
+            if os.path.islink(os.path.join(above, name)):  # `os.walk` does not follow it
+                yield os.path.relpath(os.path.join(above, name), folder), True
+
+
+def _is_other_weights(relative: str, checkpoint: Checkpoint) -> bool:
+    """The same weights in another format, an adapter's, or an index that says nothing about what is written."""
+    name = os.path.basename(relative)
+    if name.endswith(_WEIGHTS):
+        return True
+    if relative == INDEX:
+        return checkpoint.files == (SINGLE,)
+    return bool(_OTHER_INDEX.match(name))
+
+
+def _own(folder: Path) -> tuple[str, ...]:
+    """The folders in which a base's files may lie: its own, and its repository's blobs in the hub's cache."""
+    real = Path(os.path.realpath(folder))
+    own = [real]
+    # ….cache/huggingface/hub/models--org--name/snapshots/<commit>/config.json → ../../blobs/<hash>
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        own.append(real.parent.parent / "blobs")
+    return tuple(str(each) for each in own)
+
+
+def _check_inside(file: Path, own: Iterable[str]) -> None:
+    real = os.path.realpath(file)
+    if not any(os.path.commonpath((real, each)) == each for each in own):
+        raise FolderError(
+            f"{file}: is a link to {real}, which lies outside the base, and would be copied into the checkpoint",
+            "if you trust it, put the file itself there: cp --remove-destination TARGET LINK; otherwise remove it",
+        )
+    try:
+        plain = stat.S_ISREG(os.stat(real).st_mode)
+    except OSError as error:
+        raise FolderError(f"{file}: can't be read: {error.strerror or error}") from error
+    if not plain:
+        raise FolderError(f"{file}: is no plain file, and can't be copied", "remove it from the base's folder")
