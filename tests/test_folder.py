@@ -313,6 +313,95 @@ def test_links(tmp_path: Path) -> None:
     assert value(lt.load(tmp_path / "zoo"))["fr"] == value(lt.load(nested(tmp_path / "new", "fr")))["fr"]
 
 
+def hub_snapshot(plain: Path, cache: Path) -> Path:
+    """The files of a folder as huggingface_hub keeps them: links into the blobs of their repository."""
+    repository = cache / "models--org--library"
+    snapshot = repository / "snapshots" / ("b" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    for file in sorted(path for path in plain.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        link = snapshot / file.relative_to(plain)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("files", ["the adapters alone", "tree.yaml and tree.lock too"])
+def test_a_snapshot_in_the_hub_s_cache_is_the_tree_that_was_uploaded(tmp_path: Path, files: str) -> None:
+    if files == "the adapters alone":
+        nested(tmp_path / "plain", "answer/lora", "answer/lora/legal", "rewrite")
+    else:
+        tree().save(tmp_path / "plain")
+    snapshot = hub_snapshot(tmp_path / "plain", tmp_path / "hub")
+    for outside in (True, False):
+        assert value(lt.load(snapshot, outside=outside)) == value(lt.load(tmp_path / "plain"))
+    assert lt.check(snapshot) == []
+    one = next(path for path in lt.load(snapshot).paths() if lt.load(snapshot)[path].has_adapter)
+    (tmp_path / "linked").symlink_to(snapshot)
+    assert value(lt.load(tmp_path / "linked")) == value(lt.load(tmp_path / "plain"))
+    below = snapshot / one.partition("/")[0]
+    assert lt.Adapter.load(snapshot / one).numel > 0
+    assert below.is_dir()
+
+
+def test_a_snapshot_does_not_lead_into_another_repository(tmp_path: Path) -> None:
+    snapshot = hub_snapshot(nested(tmp_path / "plain", "fr"), tmp_path / "hub")
+    other = tmp_path / "hub/models--org--private/blobs"
+    other.mkdir(parents=True)
+    (snapshot / "fr" / WEIGHTS).resolve().rename(other / "weights")
+    (snapshot / "fr" / WEIGHTS).unlink()
+    (snapshot / "fr" / WEIGHTS).symlink_to(other / "weights")
+    assert "a link that leads out of" in refused(snapshot, FolderError)
+
+
+def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = r"org/legal: no such folder\n.*huggingface_hub.snapshot_download\('org/legal'\) does"
+    with pytest.raises(FormatError, match=told):
+        lt.Adapter.load("org/legal")
+    with pytest.raises(FormatError, match=told):
+        lt.AdapterTree().add("fr", adapter="org/legal")
+    with pytest.raises(FolderError, match=r"(?s)no such folder.*snapshot_download\('org/zoo'\)"):
+        lt.load("org/zoo")
+    write(tmp_path / "zoo/tree.yaml", "version: 1\ntree:\n  fr:\n    adapter: org/legal\n")
+    text = refused(tmp_path / "zoo", FormatError)
+    assert f"tree.yaml:4:5: node fr: {tmp_path}/zoo/org/legal: no such folder" in text
+    assert "huggingface_hub.snapshot_download('org/legal')" in text
+    for path in (".hidden/legal", "a/b/c", "legal"):
+        with pytest.raises(FormatError, match="no adapter there") as caught:
+            lt.Adapter.load(f"{tmp_path}/{path}" if path == "legal" else path)
+        assert "snapshot_download" not in str(caught.value)
+    (tmp_path / "org").mkdir()  # then it is a folder that was misspelled
+    with pytest.raises(FormatError, match="no adapter there"):
+        lt.Adapter.load("org/legal")
+
+
+@pytest.mark.parametrize(
+    ("named", "todo"),
+    [(f"one/{WEIGHTS}", "name the folder that it lies in: one"), ("x.safetensors", None), ("one/notes/x", None)],
+)
+def test_a_file_where_the_folder_of_an_adapter_is_expected_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, todo: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter(1).save(tmp_path / "one")
+    for file in ("x.safetensors", "one/notes"):
+        (tmp_path / file).write_bytes(b"x")
+    write(tmp_path / "tree.yaml", f"version: 1\ntree:\n  fr:\n    adapter: {named}\n")
+    texts = [refused(tmp_path, FormatError)]
+    assert f"{tmp_path}/tree.yaml:4:5: node fr: {tmp_path}/{named}: " in texts[0]
+    for use in (lt.Adapter.load, lambda folder: lt.AdapterTree().add("fr", adapter=folder)):
+        with pytest.raises(FormatError) as caught:
+            use(named)
+        texts.append(str(caught.value))
+    for text in texts:
+        told = "no adapter there" if named == "one/notes/x" else "an adapter is a folder that holds"
+        assert told in text
+        assert ".lora_tree" not in text
+        assert todo is None or todo in text
+
+
 def test_a_weights_file_that_becomes_a_link_later_is_not_followed(tmp_path: Path) -> None:
     loaded = lt.load(nested(tmp_path / "zoo", "fr"))
     (tmp_path / "zoo/fr" / WEIGHTS).rename(tmp_path / "weights")

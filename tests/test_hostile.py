@@ -11,9 +11,13 @@ import torch
 from architectures import ARCHS
 from shell import command, save_base
 from torch import nn
+from zoo import adapter, value
 
 import lora_tree as lt
-from lora_tree.errors import FolderError
+from lora_tree.errors import FolderError, FormatError
+from lora_tree.folder import survey
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # ---------------------------------------------------------------- names that clients send
 
@@ -190,7 +194,79 @@ def test_code_is_copied_only_where_it_is_asked_for(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- modes
 
+
 # ---------------------------------------------------------------- outside the folder
+@pytest.mark.parametrize("how", ["relative", "absolute", "home", "through a link"])
+def test_an_adapter_outside_of_the_folder_is_refused_where_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    zoo, secret = tmp_path / "zoo", tmp_path / "secret"
+    adapter(1).save(secret)
+    adapter(2).save(zoo / "de")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (zoo / "link").symlink_to(secret)
+    named = {"relative": "../secret", "absolute": secret, "home": "~/secret", "through a link": "link"}
+    (zoo / "tree.yaml").write_text(f"version: 1\ntree:\n  fr:\n    adapter: {named[how]}\n")
+    if how != "through a link":
+        (zoo / "link").unlink()
+    assert lt.load(zoo).paths() == ["de", "fr"]
+    with pytest.raises(FolderError) as caught:
+        lt.load(zoo, outside=False)
+    text = str(caught.value)
+    assert f"{zoo}/tree.yaml:4:5: node fr: adapter: {named[how]} leads out of {zoo}" in text
+    tree, problems = survey(zoo, outside=False)  # a server goes on with the others
+    assert tree.paths() == ["de"]
+    assert [(problem.node, problem.kind) for problem in problems if problem.node == "fr"] == [("fr", "folder")]
+
+
+def test_an_adapter_inside_of_the_folder_is_not_outside(tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "zoo/.kept/one")
+    (tmp_path / "zoo/tree.yaml").write_text("version: 1\ntree: {fr: {adapter: .kept/one}}\n")
+    assert value(lt.load(tmp_path / "zoo", outside=False)) == value(lt.load(tmp_path / "zoo"))
+
+
+@pytest.mark.parametrize("swapped", ["the folder", "the file"])
+def test_a_folder_that_becomes_a_link_out_of_the_tree_after_it_was_opened_is_not_read(
+    tmp_path: Path, swapped: str
+) -> None:
+    zoo = tmp_path / "zoo"
+    for folder in (zoo / "de", zoo / ".kept/one", tmp_path / "secret"):
+        adapter(1).save(folder)
+    (zoo / "tree.yaml").write_text("version: 1\ntree: {fr: {adapter: .kept/one}}\n")
+    tree = lt.load(zoo, outside=False)
+    for folder in (zoo / "de", zoo / ".kept/one"):
+        place = folder if swapped == "the folder" else folder / WEIGHTS
+        place.rename(tmp_path / f"old-{folder.name}")
+        place.symlink_to(tmp_path / "secret" / ("" if swapped == "the folder" else WEIGHTS))
+    for node in ("de", "fr"):
+        with pytest.raises(FormatError, match=r"leads out of|half an adapter"):
+            tree.adapter(node)
+
+
+def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    tree = lt.AdapterTree(base=str(base))
+    tree.add("fr", adapter=adapter(1))
+    tree.save(tmp_path / "zoo")
+
+    looked: list[str] = []
+    real = os.scandir
+
+    def watched(path: str = ".") -> object:
+        looked.append(os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr("os.scandir", watched)
+    assert lt.load(tmp_path / "zoo", outside=False).base == str(base)
+    assert looked
+    assert not [path for path in looked if path.startswith(str(base))]
+    lt.load(tmp_path / "zoo")
+    assert [path for path in looked if path.startswith(str(base))]
+
 
 # ---------------------------------------------------------------- numbers that are not finite
 

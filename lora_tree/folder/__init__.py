@@ -1,8 +1,8 @@
 """The folder is the tree: reading, locking, checking and saving a folder of nested PEFT adapters.
 
-disk ─ commit ─ scan ─┐
-yamlfile ─────────────┼─ resolve ─ source ─ opening ─ memory ─┬─ saving
-lockfile ─────────────┘                              alone ──┴─ api: load, lock, check
+disk ─ commit ─ bounds ─ scan ─┐
+yamlfile ──────────────────────┼─ resolve ─ source ─ opening ─ memory ─┬─ saving
+lockfile ──────────────────────┘                              alone ──┴─ api: load, lock, check
 """
 
 from .api import StaleWarning, check, load, lock, survey

@@ -18,6 +18,7 @@ from ..errors import FolderError, FormatError, LoraTreeError, StaleError, listin
 from ..storage import install
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
+from .bounds import no_folder
 from .commit import leftovers, writing
 from .lockfile import ROOT, NodeLock, TreeLock, dump, lineage
 from .memory import Seen, remember
@@ -34,12 +35,14 @@ class StaleWarning(UserWarning):
     """Nodes were trained on a lineage, or a base, that has changed since; they load, but may not fit any more."""
 
 
-def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
+def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = True) -> AdapterTree:
     """Open a folder of nested PEFT adapters, or a tree.yaml, as a tree. No weights are read.
 
     Args:
         path: the folder, or a YAML file in it.
         strict: raise where a node is stale, instead of warning.
+        outside: whether tree.yaml may name adapters that lie outside of the folder. Pass False for a tree that somebody
+            else wrote: then nothing outside of its folder is read, whatever its tree.yaml and its links say.
 
     Raises:
         SpecError: tree.yaml or tree.lock makes no sense; every mistake with its line and column.
@@ -49,7 +52,7 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
         StaleError: with ``strict``, a node's lineage has changed since it was trained.
     """
     place = place_of(path)
-    opened = inspect(place)
+    opened = inspect(place, outside=outside)
     accept = f"if the files are right, accept them as they are: lora-tree lock {place.spelled}"
     raise_any(opened.problems, accept)
     _there_is_a_tree(opened)
@@ -66,16 +69,20 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> AdapterTree:
     return tree
 
 
-def survey(path: str | os.PathLike[str]) -> tuple[AdapterTree, list[Problem]]:
+def survey(path: str | os.PathLike[str], *, outside: bool = True) -> tuple[AdapterTree, list[Problem]]:
     """A tree as `load` opens it, with what is wrong with single nodes listed instead of raised.
 
-    For a server, which goes on with the nodes that are whole. A node that is listed may fail when it is asked for.
+    For a server, which goes on with the nodes that are whole. A node that is listed may fail when it is asked for, or
+    not be in the tree at all.
+
+    Args:
+        path, outside: as for `load`.
 
     Raises:
         SpecError, FolderError: there is no tree, or what its folder means can't be said.
     """
     place = place_of(path)
-    opened = inspect(place)
+    opened = inspect(place, outside=outside)
     raise_any([problem for problem in opened.problems if not problem.node])
     _there_is_a_tree(opened)
     nodes = (_node(opened, node) for node in opened.entries)
@@ -166,7 +173,8 @@ def _node(opened: Opened, path: str) -> Node:
         return Node(path, entry.weight, fresh=entry.fresh)
     on = trained(known, opened.lock) if known is not None and opened.lock is not None else None
     root = None if entry.named else opened.place.folder
-    source = FolderSource(entry.files.folder, root, entry.files.stamps, opened.contents.get(path), on)
+    within = None if opened.outside else opened.place.folder
+    source = FolderSource(entry.files.folder, root, entry.files.stamps, opened.contents.get(path), on, within)
     home = None if entry.named else entry.files.folder
     return Node(path, entry.weight, source=source, stale=opened.stale.get(path), home=home)
 
@@ -192,18 +200,27 @@ def _relocked(opened: Opened, *, accept_stale: bool) -> TreeLock:
     return TreeLock(base=base, yaml=old.yaml, nodes=nodes)
 
 
+def _adapter_folder(folder: Path) -> str:
+    """The folder of an adapter that a user named; an error where something else has the name."""
+    where = os.path.abspath(folder)
+    wrong = no_folder(where, os.fspath(folder))
+    if wrong is not None:
+        raise FormatError(*wrong)
+    return where
+
+
 @dataclass(frozen=True)
 class _Edge:
     """What the values call for files; see `lora_tree.storage.Storage`."""
 
     def read_adapter(self, folder: Path) -> Adapter:
-        return FolderSource(os.path.abspath(folder)).load()
+        return FolderSource(_adapter_folder(folder)).load()
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:
         save_adapter(adapter, folder)
 
     def source(self, folder: Path) -> FolderSource:
-        where = os.path.abspath(folder)
+        where = _adapter_folder(folder)
         files = look(where)
         if files.flaw is not None:
             raise FormatError(files.flaw)

@@ -253,8 +253,8 @@ def _record(folder: str | Path) -> _Record | None:
         with disk.named("look at it", path):
             try:
                 mode = os.lstat(path).st_mode
-            except FileNotFoundError:
-                return None
+            except (FileNotFoundError, NotADirectoryError):
+                return None  # the folder itself may be a file: its owner says so better
         if not kind(mode):
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:

@@ -15,6 +15,7 @@ from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import TreeSpec
 from ..storage import as_path
 from . import disk
+from .bounds import hub_hint, inside
 from .commit import HIDDEN, RECORD, Pending, pending
 from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
 from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, fingerprint, lineage
@@ -63,6 +64,7 @@ class Opened:
     """What a folder holds.
 
     Args:
+        outside: whether adapters outside of the folder may be named.
         spec, yaml_bytes: the meaning and the bytes of tree.yaml; None where there is none.
         lock, lock_bytes: of tree.lock.
         scan: the adapters below the folder, whether they are nodes or not.
@@ -74,6 +76,7 @@ class Opened:
     """
 
     place: Place
+    outside: bool = True
     spec: TreeSpec | None = None
     yaml_bytes: bytes | None = None
     lock: TreeLock | None = None
@@ -113,18 +116,23 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
     if make:
         return Place(where)
     near = suggest(name, os.listdir(folder)) if os.path.isdir(folder) else f"; nor is there a folder {folder}"
-    raise FolderError(f"{where}: no such folder or tree.yaml{near}")
+    hub = hub_hint(os.fspath(path))
+    raise FolderError(f"{where}: no such folder or tree.yaml{near}", *([hub] if hub else []))
 
 
-def inspect(place: Place) -> Opened:
+def inspect(place: Place, *, outside: bool = True) -> Opened:
     """Everything that can be known of a place without reading weights; what is wrong is listed, not raised.
+
+    Args:
+        outside: whether tree.yaml may name adapters that lie outside of the folder. Where it may not, the files of a
+            base outside are not looked at either.
 
     Raises:
         FolderError: it keeps changing under the eyes of the reader.
     """
     for _ in range(_TRIES):
         before = _version(place)
-        opened = _inspect(place)
+        opened = _inspect(place, outside=outside)
         if _version(place) == before:
             return opened
     raise FolderError(f"{place.folder}: keeps changing while it is read", "wait for the writers to finish")
@@ -165,8 +173,8 @@ def _version(place: Place) -> list[tuple[int, ...] | None]:
     return found
 
 
-def _inspect(place: Place) -> Opened:
-    opened = Opened(place)
+def _inspect(place: Place, *, outside: bool) -> Opened:
+    opened = Opened(place, outside=outside)
     decided, broken = _decided(place.folder)
     if broken is not None:
         opened.problems.append(Problem("", "folder" if isinstance(broken, FolderError) else "record", str(broken)))
@@ -188,7 +196,7 @@ def _inspect(place: Place) -> Opened:
     if opened.problems:
         return opened  # what the folders mean can't be said
     opened.scan = scan(place.folder, decided)
-    opened.entries, wrong = resolve(opened.spec, located, opened.scan, place.folder)
+    opened.entries, wrong = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
     opened.problems.extend(wrong)
     if opened.lock is not None:
         _compare(opened, opened.lock)
@@ -211,8 +219,8 @@ def _bytes(place: Place, name: str, decided: Pending, most: int) -> bytes | None
     file = _resolved(place.folder, name, decided)
     if file is None:
         return None
-    real, root = os.path.realpath(file), os.path.realpath(place.folder)
-    if os.path.commonpath([real, root]) != root:
+    if not inside(file, place.folder):
+        real = os.path.realpath(file)
         raise FolderError(f"{file}: a link that leads out of {place.folder}", f"open {real} itself, or copy it here")
     return disk.read(file, most=most)
 
@@ -232,7 +240,7 @@ def _compare(opened: Opened, lock: TreeLock) -> None:
         gone = opened.entries.get(path, Entry())
         if gone.files is None and not gone.null:
             opened.problems.append(Problem(path, "unlocked", f"{path}: in the lock, but its adapter is gone"))
-    opened.base = base_lock(opened.base_name, opened.spec.base if opened.spec else None, [lock.base])
+    opened.base = base_lock(_base_at_hand(opened), opened.spec.base if opened.spec else None, [lock.base])
     lineages = {"": ROOT}
     for path, entry in opened.entries.items():
         above = lineages[path.rpartition("/")[0]]
@@ -242,6 +250,14 @@ def _compare(opened: Opened, lock: TreeLock) -> None:
             if text is not None:
                 opened.stale[path] = text
                 opened.problems.append(Problem(path, "stale", text))
+
+
+def _base_at_hand(opened: Opened) -> str | None:
+    """The base whose files may be looked at."""
+    name = opened.base_name
+    if name is None or opened.outside or inside(name, opened.place.folder):
+        return name
+    return None
 
 
 def trained(node: NodeLock, lock: TreeLock) -> Trained:

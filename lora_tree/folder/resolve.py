@@ -15,8 +15,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..errors import LoraTreeError, PathError
+from ..errors import FormatError, LoraTreeError, PathError
 from ..spec import LoraSpec, NodeSpec, TreeSpec, check_path
+from .bounds import inside, no_folder
 from .problem import Problem
 from .scan import Files, Scan, look
 from .yamlfile import Located, walk
@@ -46,27 +47,37 @@ class Entry:
 
 
 def resolve(
-    spec: TreeSpec | None, located: Located | None, scan: Scan, folder: str
+    spec: TreeSpec | None,
+    located: Located | None,
+    scan: Scan,
+    folder: str,
+    *,
+    outside: bool = True,
 ) -> tuple[dict[str, Entry], list[Problem]]:
     """Every node, depth-first by name, and what can't be a node.
 
     Args:
         spec, located: what tree.yaml says, and where it says it; None where there is none.
         scan: what lies below ``folder``.
+        outside: whether tree.yaml may name adapters that lie outside of ``folder``.
     """
     entries: dict[str, Entry] = {}
     problems = [Problem("", "folder", text) for text in scan.wrong]
     claimed: set[str] = set()
     for path, node, loc in walk(spec) if spec else ():
+        at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
+        if node.adapter is not None:
+            claimed.add(os.path.relpath(_home(node.adapter, folder), folder))
+        if node.adapter is not None and not outside and not inside(_home(node.adapter, folder), folder):
+            problems.append(Problem(path, "folder", at + _outside(node.adapter, folder)))
+            continue
         try:
             entry = _listed(path, node, spec.defaults if spec else LoraSpec(), scan, folder)
         except LoraTreeError as error:
-            problems.append(Problem(path, "adapter", str(error)))
+            problems.append(Problem(path, "adapter", f"{at}{error}"))
             continue
         entries[path] = entry
         if entry.named and entry.files is not None:
-            claimed.add(os.path.relpath(entry.files.folder, folder))
-            at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
             if entry.files.flaw is not None:
                 problems.append(Problem(path, "adapter", at + entry.files.flaw))
             if path in scan.found and os.path.relpath(entry.files.folder, folder) != path:
@@ -94,9 +105,12 @@ def resolve(
 
 def _listed(path: str, node: NodeSpec, defaults: LoraSpec, scan: Scan, folder: str) -> Entry:
     if node.adapter is not None:
-        home = os.path.normpath(os.path.join(folder, os.path.expanduser(node.adapter)))
-        inside = os.path.relpath(home, folder)
-        files = scan.found.get("" if inside == "." else inside) or look(home)
+        home = _home(node.adapter, folder)
+        wrong = no_folder(home, node.adapter, folder)
+        if wrong is not None:
+            raise FormatError(*wrong)
+        below = os.path.relpath(home, folder)
+        files = scan.found.get("" if below == "." else below) or look(home)
         return Entry(node.weight, files, named=True)
     if "adapter" in node.model_fields_set:
         return Entry(node.weight, null=True)
@@ -105,6 +119,18 @@ def _listed(path: str, node: NodeSpec, defaults: LoraSpec, scan: Scan, folder: s
     own = LoraSpec(**{name: getattr(node, name) for name in LoraSpec.model_fields})
     made = own != LoraSpec() or defaults.has_targets
     return Entry(node.weight, fresh=own if made else None)
+
+
+def _home(named: str, folder: str) -> str:
+    """The folder of an adapter that tree.yaml names."""
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(named)))
+
+
+def _outside(named: str, folder: str) -> str:
+    return (
+        f"adapter: {named} leads out of {folder}, and outside=False allows only what lies in it\n  "
+        f"copy that adapter into the folder; or, where you trust this tree, open it with outside=True"
+    )
 
 
 def _above(path: str) -> Iterator[str]:

@@ -387,7 +387,12 @@ def _write_lock(plan: _Plan) -> list[Node]:
         trained = kept.trained or Trained(above, base)
         locked[path] = node_lock(kept.files, kept.content, trained, base, written=kept.written)
         source = FolderSource(
-            kept.files.folder, None if kept.named else plan.place.folder, kept.files.stamps, kept.content, trained
+            kept.files.folder,
+            None if kept.named else plan.place.folder,
+            kept.files.stamps,
+            kept.content,
+            trained,
+            node.source.within if isinstance(node.source, FolderSource) else None,
         )
         home = None if kept.named else kept.files.folder
         nodes.append(replace(node, source=source, home=home, stale=stale_text(path, trained, above, base)))

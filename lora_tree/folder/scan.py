@@ -16,6 +16,7 @@ from ..formats.peft import CONFIG, WEIGHTS
 from ..formats.peft_read import PICKLE
 from ..spec import MAX_DEPTH
 from . import disk
+from .bounds import leaves
 from .commit import HIDDEN, Pending, pending
 from .disk import Stamp
 
@@ -86,7 +87,7 @@ def look(folder: str, root: str | None = None) -> Files:
             break  # asked only to explain what is missing
         for at in places(name):
             stamp = disk.stamp(at)
-            if stamp is not None and not _leaves(at, root):
+            if stamp is not None and not leaves(at, root):
                 now[name] = at, stamp
                 break
     return Files(folder, now)
@@ -142,7 +143,7 @@ def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stam
                 elif entry.is_symlink() and entry.is_dir():
                     result.links[path] = os.path.realpath(entry.path)
                 elif entry.name in _NAMES and entry.name not in here:
-                    if entry.is_symlink() and _leaves(entry.path, root):
+                    if entry.is_symlink() and leaves(entry.path, root):
                         text = f"{entry.path}: a link that leads out of {root}, to {os.path.realpath(entry.path)}"
                         result.wrong.append(f"{text}; name that folder in tree.yaml, or copy the file here")
                     elif entry.is_file():
@@ -158,11 +159,3 @@ def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stam
 def _replaced(folder: str) -> dict[str, tuple[str, Stamp]]:
     """The files that a cut-off `Adapter.save` into this very folder has decided on."""
     return {name: seen for name, seen in look(folder).now.items() if f"/{HIDDEN}/" in seen[0]}
-
-
-def _leaves(file: str, root: str | None) -> bool:
-    """The file is a link, and leads out of the tree's folder."""
-    if root is None or not os.path.islink(file):
-        return False
-    real = os.path.realpath(root)
-    return os.path.commonpath([real, os.path.realpath(file)]) != real

@@ -19,6 +19,7 @@ from ..errors import FormatError, LoraTreeError, UnlockedError
 from ..formats import peft
 from ..storage import Allocate, Witness
 from . import disk
+from .bounds import inside
 from .disk import Stamp
 from .lockfile import BaseLock, content
 from .scan import FILES, Files, look
@@ -49,6 +50,7 @@ class FolderSource:
         stamps: size and time of the files when the tree was opened.
         content: the hash that the lock gives them; None where there is no lock.
         trained: what the lock says it was trained on.
+        within: the folder that its files may not lead out of, at any read; None where they may.
     """
 
     folder: str
@@ -56,6 +58,7 @@ class FolderSource:
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     content: str | None = None
     trained: Trained | None = None
+    within: str | None = None
     # the files as they were when their hash was found to be right; not a part of the value
     _hashed: int | None = field(default=None, init=False, repr=False)
 
@@ -77,6 +80,8 @@ class FolderSource:
         files = look(self.folder, self.root)
         if files.flaw is not None:
             raise FormatError(files.flaw)
+        if self.within is not None:
+            _check_inside(files, self.within)
         return files
 
     def gone(self) -> bool:
@@ -171,6 +176,16 @@ class _Hashing:
 
     def content(self) -> str:
         return content(*(self._hashes[name].hexdigest() for name in FILES))
+
+
+def _check_inside(files: Files, folder: str) -> None:
+    """Refuse files that links lead out of the folder, whenever those links were made."""
+    for at, _ in files.now.values():
+        if not inside(at, folder):
+            raise FormatError(
+                f"{at}: leads out of {folder}, to {os.path.realpath(at)}",
+                "the tree was opened with outside=False, which refuses that",
+            )
 
 
 def hashed(files: Files) -> str:

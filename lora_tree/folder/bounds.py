@@ -1,0 +1,80 @@
+"""Bounds: which files belong to a folder, and what a user probably meant who named something else.
+
+A tree's folder owns what lies in it. One exception: a snapshot in the model hub's cache holds nothing but links, and
+what they lead to lies beside it, in the ``blobs`` of the same repository.
+
+    hub/models--org--zoo/snapshots/<commit>/fr/adapter_config.json  ->  ../../../blobs/<hash>
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ..formats.peft import CONFIG, WEIGHTS
+
+__all__ = ["blobs", "hub_hint", "inside", "leaves", "no_folder"]
+
+_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--[^/]+\Z")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}\Z")
+
+
+def blobs(folder: str) -> str | None:
+    """Return where a snapshot in the hub's cache keeps its files, or None where ``folder`` is no part of one.
+
+    Args:
+        folder: a real path; the snapshot itself or a folder in it.
+
+    >>> blobs("/hub/models--org--zoo/snapshots/1f/fr"), blobs("/home/zoo")
+    ('/hub/models--org--zoo/blobs', None)
+    """
+    names = folder.split(os.sep)
+    for at in range(1, len(names) - 1):
+        if names[at] == "snapshots" and _REPOSITORY.match(names[at - 1]):
+            return os.sep.join([*names[:at], "blobs"])
+    return None
+
+
+def inside(path: str, folder: str) -> bool:
+    """Whether ``path``, with all links followed, lies in ``folder`` or in the blobs that the folder is made of."""
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    beside = blobs(root)
+    homes = [root] if beside is None else [root, beside]
+    return any(os.path.commonpath([real, home]) == home for home in homes)
+
+
+def leaves(file: str, folder: str | None) -> bool:
+    """Whether a file is a link that leads out of the tree's folder; False where there is no such folder."""
+    return folder is not None and os.path.islink(file) and not inside(file, folder)
+
+
+def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | None:
+    """Say why what a user named can't be the folder of an adapter: the error's lines; None where it is a folder.
+
+    Args:
+        folder: where it would be.
+        spelled: the user's own spelling.
+        above: the folder that the spelling is relative to; the working directory where empty.
+    """
+    if os.path.isdir(folder):
+        return None
+    if os.path.lexists(folder):
+        what = f"{folder}: not a folder; an adapter is a folder that holds {CONFIG} and {WEIGHTS}"
+        whole = all(os.path.isfile(os.path.join(os.path.dirname(folder), name)) for name in (CONFIG, WEIGHTS))
+        todo = f"name the folder that it lies in: {os.path.dirname(spelled) or '.'}"
+        return (what, todo) if whole else (what,)
+    hint = hub_hint(spelled, above)
+    return (f"{folder}: no such folder", hint) if hint else None
+
+
+def hub_hint(spelled: str, above: str = "") -> str | None:
+    """Say how to get a repository of the model hub, where the spelling of a missing folder looks like its id.
+
+    >>> hub_hint("./zoo/fr")
+    """
+    if not _HUB_ID.match(spelled) or os.path.isdir(os.path.join(above, spelled.partition("/")[0])):
+        return None
+    return (
+        f"if {spelled} is a repository of the model hub: nothing is downloaded here; "
+        f"huggingface_hub.snapshot_download({spelled!r}) does, and returns the folder to give"
+    )
