@@ -487,8 +487,12 @@ class TreeModel(nn.Module):
         """From now on a step of ``optimizer`` does to each node what one over that node alone would do.
 
         A node without rows since the last step, in no micro-batch and on no rank, is not moved at all: no momentum, no
-        decay. Where a group has a ``clip_norm``, its gradients are clipped to it, before each step. With several ranks
-        every one of them has to make the step.
+        decay. It had rows where a gradient came back through a side path of its own, whichever module of the base the
+        forward began at. Where a group has a ``clip_norm``, its gradients are clipped to it, before each step. With
+        several ranks every one of them has to make the step.
+
+        The step raises `StateError`, and moves nothing, where a node without rows has a gradient other than zero: the
+        loss took its factors themselves.
 
         Args:
             optimizer: made of the groups that `trainable` returned. Followed until it is collected.
@@ -511,10 +515,17 @@ class TreeModel(nn.Module):
             self._usable()
             if isinstance(self._beside, Prepared):
                 raise StateError("a prepared model can't train", "attach again, and train before prepare()")
-            steps, before = NodeSteps(optimizer, self.factors, self._beside.rows), self._steps.get(optimizer)
+            before = self._steps.get(optimizer)
+            steps = NodeSteps(optimizer, self.factors, self._beside.reached)
             if before is not None:
                 before.remove()
             self._steps[optimizer] = steps
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throw the gradients away, and with them what `follow` knows of the rows that they came from."""
+        super().zero_grad(set_to_none)
+        if isinstance(self._beside, Unmerged):
+            self._beside.reached.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, as it behaves now.

@@ -219,7 +219,7 @@ def test_an_active_path_counts_its_rows_too_and_evaluation_counts_none() -> None
     before = {g["name"]: [p.detach().clone() for p in g["params"]] for g in optimizer.param_groups}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = torch.ones_like(p)
+            p.grad = torch.ones_like(p) if group["name"] == "a" else torch.zeros_like(p)
     optimizer.step()
     moved = {g["name"]: not torch.equal(g["params"][0], before[g["name"]][0]) for g in optimizer.param_groups}
     assert moved == {"a": True, "a/d": False, "e": False}
@@ -274,8 +274,187 @@ def test_a_forward_that_is_refused_counts_no_rows() -> None:
     before = [p.detach().clone() for p in groups[0]["params"]]
     for p in groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    with pytest.raises(StateError, match="a: its factors have gradients, and no row went through it"):
+        optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(groups[0]["params"], before, strict=True))
+
+
+# ---------------------------------------------------------------------- parts of a base, and gradients of other origin
+PARTS: dict[str, tuple[str, ...]] = {
+    "activated": ("a", "a", "a"),
+    "routed": ("a/b", "", "c"),
+}
+
+
+def _encoder(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor], list[str]]:
+    """A real architecture, a call of one part of it that gives (3, …), and the modules adapted in that part."""
+    import transformers as T
+
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(5)
+    if kind == "clip":
+        sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+        vision = dict(**sizes, image_size=4, patch_size=2)
+        config = T.CLIPConfig(text_config=dict(**sizes, vocab_size=20), vision_config=vision, projection_dim=6)
+        pixels = torch.randn(3, 3, 4, 4, generator=g, dtype=torch.float64)
+        clip = T.CLIPModel(config).double()
+        return clip, lambda m: m.get_image_features(pixel_values=pixels).pooler_output, ["vision_model"]  # type: ignore[operator]
+    config = T.LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
+    )
+    ids = torch.randint(0, 20, (3, 5), generator=g)
+    llama = T.LlamaForCausalLM(config).double()
+    return llama, lambda m: m.model(ids).last_hidden_state, ["model"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("paths", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("kind", ["clip", "llama"])
+def test_a_loss_through_a_part_of_the_base_trains_what_it_goes_through(kind: str, paths: tuple[str, ...]) -> None:
+    """Against torch's AdamW for each node, on dense float64 weights, over three steps."""
+    from torch.func import functional_call
+
+    base, part, inside = _encoder(kind)
+    tree, names = lt.AdapterTree(), ("a", "a/b", "c")
+    for i, path in enumerate(names):
+        modules = {}
+        for name, module in base.named_modules():
+            if name.split(".")[0] in inside and name.endswith(("q_proj", "v_proj", "fc1", "down_proj")):
+                out, into = module.weight.shape
+                A, B = torch.randn(i + 1, into).double() * 0.3, torch.randn(out, i + 1).double() * 0.3
+                modules[name] = lt.LowRank(A, B, 0.5 + i)
+        tree.add(path, adapter=lt.Adapter(modules))
+    adapters = {path: tree.adapter(path) for path in names}
+    own = {p: {n: [t.clone().requires_grad_() for t in v.tensors] for n, v in a.modules.items()}
+           for p, a in adapters.items() if a is not None}  # fmt: skip
+    theirs = {p: torch.optim.AdamW([t for pair in of.values() for t in pair], lr=0.02, weight_decay=0.3)
+              for p, of in own.items()}  # fmt: skip
+    target = torch.randn(part(base).shape, dtype=torch.float64)
+
+    class Part(nn.Module):
+        """So that torch can run it on other weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self) -> Tensor:
+            return part(self.base)
+
+    def dense(path: str) -> dict[str, Tensor]:
+        weights = {f"base.{n}.weight": base.get_submodule(n).weight for n in own["a"]}
+        for node in tree.lineage(path):
+            for n, (A, B) in own[node].items():
+                weights[f"base.{n}.weight"] = weights[f"base.{n}.weight"] + adapters[node].modules[n].scale * B @ A  # type: ignore[union-attr]
+        return weights
+
+    wanted_seen = {node for path in paths for node in tree.lineage(path)}
+    model = lt.attach(tree, base)
+    ours = torch.optim.AdamW(model.trainable(*names), lr=0.02, weight_decay=0.3)
+    model.follow(ours)
+    for _ in range(3):
+        model.deactivate()
+        outs = [functional_call(Part(), dense(path), ())[row] for row, path in enumerate(paths)]
+        F.mse_loss(torch.stack(outs), target).backward()
+        for node, optimizer in theirs.items():
+            if node in wanted_seen:
+                optimizer.step()
+            optimizer.zero_grad()
+        if len(set(paths)) == 1:
+            with model.using(paths[0], mode="unmerged"):
+                F.mse_loss(part(base), target).backward()
+        else:
+            with model.route(paths, batch_first=True):
+                F.mse_loss(part(base), target).backward()
+        ours.step()
+        ours.zero_grad(set_to_none=False)
+    for node in names:
+        adapter = tree.adapter(node)
+        assert adapter is not None
+        moved = False
+        for n, value in adapter.modules.items():
+            first = adapters[node].modules[n].tensors  # type: ignore[union-attr]
+            for mine, want, start in zip(value.tensors, own[node][n], first, strict=True):
+                torch.testing.assert_close(mine.detach(), want.detach(), rtol=1e-9, atol=1e-9)
+                moved |= not torch.equal(mine, start)
+        assert moved == (node in wanted_seen)
+
+
+def test_a_gradient_that_came_of_no_row_is_refused_and_nothing_moves() -> None:
+    net, tree = Net().double(), tree_of()
+    model = lt.attach(tree, net)
+    groups = model.trainable("a/d", "e")
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    model.follow(optimizer)
+    with model.route(["a/d", "a/d"]):
+        penalty = torch.stack([p.square().sum() for p in groups[1]["params"]]).sum()
+        (model(torch.randn(2, 3, INTO, dtype=torch.float64)).sum() + penalty).backward()
+    before = [p.detach().clone() for group in groups for p in group["params"]]
+    with pytest.raises(StateError, match=r"^e: its factors have gradients, and no row went through it.*\n.*a penalty"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip([p for g in groups for p in g["params"]], before, strict=True))
+    assert not optimizer.state
+    for p in groups[1]["params"]:
+        p.grad = None
+    optimizer.step()
+    assert not torch.equal(groups[0]["params"][0], before[0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("zeroed", ["by the optimiser", "by the model"])
+def test_a_step_that_a_scaler_skips_leaves_no_rows_to_the_next(fused: bool, zeroed: str) -> None:
+    """Against torch's own optimiser and scaler over each node alone, clipped by itself."""
+    torch.manual_seed(0)
+    net, tree = Net(), tree_of(torch.float32)
+    hand = ByHand(net, tree)
+    model = lt.attach(tree, net)
+    groups = [{**group, "clip_norm": 0.01} for group in model.trainable("a/d", "e")]
+
+    def made(of: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(of, lr=0.01, weight_decay=0.3, fused=fused)
+
+    ours, scaler = made(groups), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model.follow(ours)
+    own = {p: [t.float().requires_grad_() for t in hand.parameters(p)] for p in ("a/d", "e")}
+    for path, tensors in own.items():
+        pairs = iter(tensors)
+        hand.factors[path] = {name: (next(pairs), next(pairs)) for name in hand.factors[path]}
+    theirs = {path: made(tensors) for path, tensors in own.items()}
+    x = torch.randn(2, 3, INTO)
+    for paths, size in ((["a/d", "e"], 1.0), (["e", "e"], math.inf), (["a/d", "a/d"], 1.0)):
+        with model.route(paths, batch_first=True):
+            scaler.scale(model(x).square().mean() * size).backward()
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad(set_to_none=False) if zeroed == "by the optimiser" else model.zero_grad(set_to_none=False)
+        if size == math.inf:
+            continue
+        outs = torch.stack([hand.logits(x[row], path) for row, path in enumerate(paths)])
+        outs.square().mean().backward()
+        for path in set(paths):
+            torch.nn.utils.clip_grad_norm_(own[path], 0.01)
+            theirs[path].step()
+            theirs[path].zero_grad()
+    for group in groups:
+        for mine, want in zip(group["params"], own[group["name"]], strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_may_be_zeroed_between_forward_and_backward() -> None:
+    net, tree = Net().double(), tree_of()
+    model = lt.attach(tree, net)
+    groups = model.trainable("e")
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    model.follow(optimizer)
+    with model.route(["e", "e"]):
+        loss = model(torch.randn(2, 3, INTO, dtype=torch.float64)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+    before = [p.detach().clone() for p in groups[0]["params"]]
+    wanted = [p.detach() - 0.1 * p.grad for p in groups[0]["params"]]
+    optimizer.step()
+    for p, want in zip(groups[0]["params"], wanted, strict=True):
+        torch.testing.assert_close(p.detach(), want, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(groups[0]["params"][1], before[1])
 
 
 def test_factors_that_are_somebody_elses_parameters_are_told_how_to_be_frozen() -> None:

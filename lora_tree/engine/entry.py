@@ -2,8 +2,7 @@
 
 Before it: a key/value cache goes on only under the path that filled it, and a routed batch has the rows that were
 declared. After it: where layers are checkpointed, their forward runs again in backward, with whatever side paths are
-there then; a backward that would meet other ones is refused. And every forward that autograd records counts its rows
-for the nodes that they go through, since a step of training moves none that had no rows.
+there then; a backward that would meet other ones is refused.
 
 What was filled or recorded is known by the mark of its plan or route, a number, which is noted on caches (so that a
 copy of a cache is as good as the cache) and in the backward's hooks.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import types
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,22 +35,19 @@ class Entry:
         self._base = base
         self._handles: list[RemovableHandle] = []
         self._axis: RowAxis | None = None
-        self._nodes: Mapping[str, int] = {}
         self._admitted = False
         self._recording = False
         self._checkpointed = False
         self.number: int | None = None
-        self.rows: Counter[str] = Counter()
 
-    def watch(self, mark: int | None, nodes: Mapping[str, int], axis: RowAxis | None = None) -> None:
+    def watch(self, mark: int | None, axis: RowAxis | None = None) -> None:
         """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch.
 
         Args:
             mark: the plan's or the route's.
-            nodes: its nodes, with how many of the declared rows go through each; 1 where all do.
             axis: how a routed batch lies.
         """
-        self._axis, self._nodes = axis, nodes
+        self._axis = axis
         if mark is None:
             self.number = None
             while self._handles:
@@ -87,15 +82,7 @@ class Entry:
         if self._axis is not None:
             self._axis.begin(inputs)
             self._axis.probe(module, args, kwargs, inputs)
-        if torch.is_grad_enabled():
-            self._count(inputs)
         self._recording, self._checkpointed, self._admitted = torch.is_grad_enabled(), False, True
-
-    def _count(self, inputs: list[Tensor]) -> None:
-        given = next((len(x) for x in inputs if x.ndim), 1)
-        of = self._axis.rows if self._axis is not None else 1
-        for node, rows in self._nodes.items():
-            self.rows[node] += max(rows * given // of, 1)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if self._axis is not None:

@@ -2,13 +2,14 @@
 
 A side path is a forward hook on the site's own module, there while something is active and gone after it. What is laid
 out for a path is kept for the last paths used, as far as there is room; factors that train go through as they are, so
-that autograd sees them.
+that autograd sees them. A node is noted as trained on when a gradient comes back through a side path of its own: a step
+of an optimiser moves no other, and it does not matter which module of the base the forward began at.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -54,6 +55,9 @@ class Unmerged:
         self._ledger.spare(self._kept)
         self._watch = Watch(base)
         self._entry = Entry(base)
+        self._training: dict[str, list[str]] = {}
+        self.reached: set[str] = set()
+        """The nodes that a gradient has come back to; forgotten by whoever reads it."""
 
     def check(self, plan: Plan) -> None:
         """That every site of the plan runs when its module is called.
@@ -81,20 +85,12 @@ class Unmerged:
 
     def switch(self, plan: Plan) -> None:
         """Run one path or blend beside the weights; an empty plan is the bare base."""
-        nodes = {term.node: 1 for terms in plan.terms.values() for term in terms}
-        self._switch(plan, self.sides(plan), nodes, plan.mark if plan.terms else None, None)
+        self._switch(plan, self.sides(plan), plan.mark if plan.terms else None, None)
 
     def switch_to(self, route: Route, axis: RowAxis) -> None:
         """Run a batch of paths beside the weights, its rows lying as ``axis`` says."""
         axis.sites = route.mixed
-        batch = route.batch
-        nodes = {node: len(rows) for node, (rows, _) in zip(batch.nodes, batch.by_node, strict=True)}
-        self._switch(route.plan, route.sides(axis), nodes, route.mark, axis)
-
-    @property
-    def rows(self) -> Counter[str]:
-        """Node → the rows that went through it in forwards that autograd recorded; forgotten by who reads it."""
-        return self._entry.rows
+        self._switch(route.plan, route.sides(axis), route.mark, axis)
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
@@ -120,9 +116,7 @@ class Unmerged:
                 laid.update((name, PathSide(drafts[name], manner, slab)) for name in names)
         return laid
 
-    def _switch(
-        self, plan: Plan, sides: Mapping[str, Side], nodes: Mapping[str, int], mark: int | None, axis: RowAxis | None
-    ) -> None:
+    def _switch(self, plan: Plan, sides: Mapping[str, Side], mark: int | None, axis: RowAxis | None) -> None:
         self._current, self._ready = sides, None
         for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
             self._hooked.pop(name)[1].remove()
@@ -130,8 +124,13 @@ class Unmerged:
             if name not in self._hooked:
                 handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
                 self._hooked[name] = site, handle
+        self._training = {
+            name: training
+            for name, terms in plan.terms.items()
+            if (training := [term.node for term in terms if term.trains])
+        }
         self._watch.expect(plan)
-        self._entry.watch(mark, nodes, axis)
+        self._entry.watch(mark, axis)
 
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired
@@ -148,9 +147,17 @@ class Unmerged:
                 )
             self._entry.side_path_runs()
             spare = site.makes_its_output and len(module._forward_hooks) == 1 and not _global_forward_hooks
-            return self._current[name](out, x, spare)
+            after = self._current[name](out, x, spare)
+            training = self._training.get(name)
+            if training and after.grad_fn is not None and not self._entry.probing:
+                after.grad_fn.register_prehook(partial(self._reach, training))
+            return after
 
         return side_path
+
+    def _reach(self, nodes: Sequence[str], grads: object) -> None:
+        """A backward comes by a side path: the gradients of these nodes are made next."""
+        self.reached.update(nodes)
 
 
 def _portions(drafts: Mapping[str, Draft]) -> Iterator[tuple[torch.device, int, list[str]]]:

@@ -141,6 +141,7 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one step; their tokens are counted path by path, over all ranks."""
+        self.tree_model.zero_grad()  # after a step that a GradScaler skipped, its rows must not count for this one
         batches, items = super().get_batch_samples(*args, **kwargs)
         rows = [(batch["labels"], batch[self.path_column]) for batch in batches if "labels" in batch]
         self._counts = token_counts(self.tree_model.tree, rows, shift=not self._whole_rows)
