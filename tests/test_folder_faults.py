@@ -22,6 +22,7 @@ from zoo import adapter, listing, opened, tree, value
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
 from lora_tree.folder import commit, disk
+from lora_tree.system import durable, locks
 
 WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
@@ -90,8 +91,8 @@ def faults(
         changed = change(folder)
         faulty = FaultyOs(at, kills=kills, interrupts=interrupts)
         with monkeypatch.context() as patched:
-            patched.setattr(disk, "os", faulty)
-            patched.setattr(commit, "os", faulty)
+            for module in (disk, commit, locks, durable):
+                patched.setattr(module, "os", faulty)
             try:
                 changed.save(folder)
             except (LoraTreeError, KeyboardInterrupt, Killed) as error:
@@ -172,8 +173,8 @@ def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp
     for at in range(10_000):
         faulty = FaultyOs(at, kills=False)
         with monkeypatch.context() as patched:
-            patched.setattr(disk, "os", faulty)
-            patched.setattr(commit, "os", faulty)
+            for module in (disk, commit, locks, durable):
+                patched.setattr(module, "os", faulty)
             try:
                 tree().save(target)
             except FolderError as error:
@@ -216,8 +217,8 @@ def test_one_adapter_is_whole_or_as_it_was(
             old.save(folder)
         faulty = FaultyOs(at, kills=kills)
         with monkeypatch.context() as patched:
-            patched.setattr(disk, "os", faulty)
-            patched.setattr(commit, "os", faulty)
+            for module in (disk, commit, locks, durable):
+                patched.setattr(module, "os", faulty)
             with contextlib.suppress(LoraTreeError, Killed):
                 new.save(folder)
         if folder.exists():

@@ -6,7 +6,6 @@ config.json       and the index come last, so that a folder cut off half-way is 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 from ..errors import FolderError, LoraTreeError
 from ..folder import disk
 from ..folder.alone import make_all
+from ..system import locks
+from ..system.durable import sync_file
 
 __all__ = ["Stage", "staged"]
 
@@ -45,7 +46,7 @@ class Stage:
     def sync(self, name: str) -> None:
         """Make a file's bytes last."""
         with disk.named("sync it", self.folder / name), self._file(name, os.O_RDONLY) as file:
-            os.fsync(file)
+            sync_file(file)
 
     def copy(self, source: Path, name: str) -> None:
         """A small file, synced; the folders around it are made."""
@@ -83,7 +84,7 @@ def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
         folder = where.with_name(f".{where.name}.{uuid.uuid4().hex}")
         disk.make(folder)
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        with _held(folder):
+        with locks.holding(folder, make=False):
             yield Stage(folder)
             for inside, _, _ in os.walk(folder, topdown=False):
                 disk.sync(inside)
@@ -92,26 +93,17 @@ def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
         disk.sync(where.parent)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Tell the others that this stage has a writer."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
-
-
 def _sweep(where: Path) -> None:
     """Clear away the stages of this place that nobody writes any more."""
     mine = re.compile(re.escape(f".{where.name}") + _STAGED)
-    for name in [name for name in os.listdir(where.parent) if mine.match(name)]:
-        folder = where.with_name(name)
+    with disk.named("look into it", where.parent):
+        stages = [name for name in os.listdir(where.parent) if mine.match(name)]
+        locks.clear(where.parent, mine)
+    for name in stages:
         with suppress(OSError, LoraTreeError):
-            file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(file)
+            held = locks.attempt(where.with_name(name), make=False)
+            if held is not None:
+                try:
+                    shutil.rmtree(where.with_name(name))
+                finally:
+                    held.release()

@@ -14,8 +14,6 @@ the folder itself, never through a link; what it names is checked before it is u
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -31,10 +29,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..errors import FolderError, FormatError, LoraTreeError, PathError, SpecError
+from ..errors import FolderError, FormatError, LoraTreeError, PathError, SpecError, listing
 from ..formats import strict_json
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import check_path, explain
+from ..system import locks
 from . import disk
 from .disk import Stamp
 
@@ -43,7 +42,6 @@ __all__ = ["HIDDEN", "Pending", "Staged", "Transaction", "leftovers", "pending",
 HIDDEN = ".lora_tree"
 RECORD = "commit.json"
 WAIT_S = 10.0
-_POLL_S = 0.05
 _MAX_RECORD_BYTES = 256 << 20
 _STAGE = re.compile(r"stage-[0-9a-f]{32}\Z")
 _TOP = re.compile(r"[^./\0][^/\0]{0,200}\.(yaml|yml|lock)\Z")
@@ -360,58 +358,35 @@ def _is_folder(path: str | Path) -> bool:
 # ---------------------------------------------------------------------- one writer
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    hidden, lock = folder / HIDDEN, folder / HIDDEN / "lock"
-    file = _acquire(hidden, lock, time.monotonic() + WAIT_S)
+    hidden = folder / HIDDEN
+    held = _acquire(hidden, hidden / "lock", time.monotonic() + WAIT_S)
     try:
         yield
     finally:
         try:
-            with suppress(LoraTreeError):  # still held, so nobody else is inside
-                disk.remove(lock)
-                disk.drop(hidden)
+            held.release(remove=True)
         finally:
-            os.close(file)
+            disk.drop(hidden)
 
 
-def _acquire(hidden: Path, lock: Path, until: float) -> int:
+def _acquire(hidden: Path, lock: Path, until: float) -> locks.Held:
     while True:
-        file = _open_lock(hidden, lock)
-        if file is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _same(file, lock):
-                    return file
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    os.close(file)
-                    raise FolderError(f"{lock}: can't be locked: {error.strerror}") from error
-            except BaseException:  # Ctrl-C: a lock that nobody can let go of would shut this process out
-                os.close(file)
+        disk.make(hidden)
+        try:
+            held = locks.attempt(lock)
+        except FolderError as error:
+            # another writer may just have finished and cleared up
+            if not isinstance(error.__cause__, FileNotFoundError):
+                disk.drop(hidden)
                 raise
-            os.close(file)
+            held = None
+        if held is not None:
+            return held
         if time.monotonic() > until:
+            who = listing(locks.holders(lock), most=3)
             raise FolderError(
-                f"{hidden.parent}: another process has been writing this folder for {WAIT_S:.0f} s",
+                f"{hidden.parent}: another process has been writing this folder for {WAIT_S:.0f} s"
+                + (f": {who}" if who else ""),
                 "wait until it is done, or end it; a lock that nobody holds does not block",
             )
-        time.sleep(_POLL_S)
-
-
-def _open_lock(hidden: Path, lock: Path) -> int | None:
-    disk.make(hidden)
-    with disk.named("lock it", lock):
-        try:
-            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            return None  # another writer has just finished and cleared up
-        except OSError:
-            disk.drop(hidden)
-            raise
-
-
-def _same(file: int, lock: Path) -> bool:
-    """The file that is locked is still the one of that name; its last holder may have removed it meanwhile."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(lock, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+        locks.pause()

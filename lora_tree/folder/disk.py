@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FolderError
+from ..system.durable import sync_file
+from ..system.durable import sync_folder as sync
+from ..system.named import named
 
 __all__ = [
     "Stamp",
@@ -43,18 +46,6 @@ class Stamp:
 
     size: int
     mtime_ns: int
-
-
-@contextmanager
-def named(doing: str, path: str | Path) -> Iterator[None]:
-    """The operating system's refusals as this library's."""
-    try:
-        yield
-    except FolderError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
-        reason = getattr(error, "strerror", None) or error
-        raise FolderError(f"{path}: can't {doing}: {reason}") from error
 
 
 def stamp(path: str | Path) -> Stamp | None:
@@ -157,16 +148,6 @@ def drop(folder: str | Path) -> bool:
     return True
 
 
-def sync(folder: str | Path) -> None:
-    """Make the names in a folder last."""
-    with named("sync it", folder):
-        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-
-
 # ---------------------------------------------------------------------- private
 @contextmanager
 def _opened(path: str | Path) -> Iterator[int]:
@@ -201,6 +182,6 @@ def _write_all(file: int, data: bytes) -> None:
 
 def _fill(file: int, data: bytes) -> Stamp:
     _write_all(file, data)
-    os.fsync(file)
+    sync_file(file)
     seen = os.fstat(file)
     return Stamp(seen.st_size, seen.st_mtime_ns)

@@ -12,7 +12,6 @@ Law: the folder never holds more than its budget. What is served is not taken aw
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from ..export import portable
 from ..folder import Problem, disk, survey
 from ..folder.source import FolderSource
 from ..storage import as_path
+from ..system import locks
 from ..tree import AdapterTree
 
 __all__ = ["FlatCache", "Flattened", "Form", "name_of"]
@@ -118,7 +118,7 @@ class FlatCache:
         self._grace_s = grace_s
         self._let_go = let_go
         self._lock = threading.Lock()
-        self._held: dict[str, int] = {}  # content → the file that holds its lock
+        self._held: dict[str, locks.Held] = {}  # content → its lock, shared
         self._served: OrderedDict[str, str] = OrderedDict()  # path → content, the longest unasked first
         self._asked: Counter[str] = Counter()  # content → requests for it that are under way
         self._released: dict[str, float] = {}  # content → when it was let go; always held
@@ -190,7 +190,7 @@ class FlatCache:
     def _make(self, zoo: str | os.PathLike[str], tree: AdapterTree, path: str, folder: Path) -> float | None:
         """Flatten and write; one process at a time for one content, one writer at a time for the folder."""
         content = folder.name[-32:]
-        with _locked(self.folder / ".locks" / f"{content}.make"):
+        with locks.holding(self.folder / ".locks" / f"{content}.make"):
             if (folder / "adapter_config.json").is_file():
                 return None
             base = self.form.base
@@ -204,7 +204,7 @@ class FlatCache:
             )
             if self.content(*survey(zoo), path)[0] != content:
                 raise FolderError(f"{path}: the tree was changed while it was read", "ask again")
-            with _locked(self.folder / ".locks" / "budget"):
+            with locks.holding(self.folder / ".locks" / "budget"):
                 self._make_room(made.adapter.nbytes + CONFIG_BYTES)
                 made.save(folder)
             return made.error
@@ -235,16 +235,17 @@ class FlatCache:
 
     def _take_away(self, entry: Path) -> bool:
         """Remove an entry that no process holds."""
-        file = os.open(self._lock_file(entry.name[-32:]), os.O_RDWR | os.O_CREAT, 0o666)
+        held = locks.attempt(self._lock_file(entry.name[-32:]))
+        if held is None:
+            return False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             gone = self.folder / f".gone.{entry.name[-32:]}"
             os.rename(entry, gone)
             shutil.rmtree(gone, ignore_errors=True)
         except OSError:
             return False
         finally:
-            os.close(file)
+            held.release()
         return True
 
     @contextmanager
@@ -252,9 +253,9 @@ class FlatCache:
         """No process takes a content away meanwhile; nor afterwards, where it is served by then."""
         with self._lock:
             if content not in self._held:
-                file = os.open(self._lock_file(content), os.O_RDWR | os.O_CREAT, 0o666)
-                fcntl.flock(file, fcntl.LOCK_SH)
-                self._held[content] = file
+                held = locks.acquire(self._lock_file(content), shared=True)
+                assert held is not None  # it waits for ever
+                self._held[content] = held
             self._released.pop(content, None)
             self._asked[content] += 1
         try:
@@ -272,7 +273,7 @@ class FlatCache:
             for content, when in list(self._released.items()):
                 if time.monotonic() - when >= self._grace_s and content not in self._asked:
                     del self._released[content]
-                    os.close(self._held.pop(content))
+                    self._held.pop(content).release()
 
     def _entries(self) -> Iterator[Path]:
         return (self.folder / name for name in sorted(os.listdir(self.folder)) if _ENTRY.match(name))
@@ -297,16 +298,6 @@ class FlatCache:
         if key not in self._hashes:
             self._hashes[key] = source.unchanged(files)
         return self._hashes[key]
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _safe(path: str) -> str:
