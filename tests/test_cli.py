@@ -235,17 +235,42 @@ def test_an_export_that_is_rounded_is_not_called_exact(shell: Shell, zoo: Path, 
 
 
 def test_a_portable_adapter_is_told_with_its_error(shell: Shell, zoo: Path, tmp_path: Path) -> None:
-    told = answer(shell, "export", zoo, "fr/legal", "--out", tmp_path / "flat", "--ceil-rank", "--dtype", "bf16")
+    full = "--complete"
+    told = answer(shell, "export", zoo, "fr/legal", full, "--out", tmp_path / "flat", "--ceil-rank", "--dtype", "bf16")
     q, k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
     assert (told["as"], told["rank"], told["modules"], told["added"]) == ("portable", 8, 3, [k])
     assert told["errors"].keys() == {q, v}
     assert 0 < told["error"] <= told["worst"] == max(told["errors"].values())
-    out = shell("export", zoo, "fr/legal", "--out", tmp_path / "flat", "--rank", "3", "--per-module")[1].splitlines()
+    again = shell("export", zoo, "fr/legal", full, "--out", tmp_path / "flat", "--rank", "3", "--per-module")
+    out = again[1].splitlines()
     assert "3 modules (1 of them zeros), r=3, relative error " in out[0]
     assert [line.split()[1] for line in out[1:]] == [q, v]
-    assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(
+    assert shell("export", zoo, "fr", full, "--out", tmp_path / "one")[1].endswith(
         "3 modules (1 of them zeros), r=2, exact\n"
     )
+
+
+def test_an_adapter_on_q_and_v_is_exported_as_it_is_and_a_line_says_so(
+    shell: Shell, zoo: Path, base: Path, tmp_path: Path
+) -> None:
+    left = "; no node changes k_proj: left as they are"
+    assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(f"2 modules, r=2, exact{left}\n")
+    told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "one")
+    assert (told["modules"], told["added"]) == (2, [])
+    assert told["incomplete"] == ["model.layers.0.self_attn.k_proj"]
+    # what SGLang needs is said only where v is missing beside q
+    fr = adapter(base, 1)
+    alone = lt.AdapterTree()
+    alone.add("fr", adapter=lt.Adapter({name: value for name, value in fr.modules.items() if name.endswith("q_proj")}))
+    alone.save(tmp_path / "q")
+    out = shell("export", tmp_path / "q", "fr", "--out", tmp_path / "two")[1]
+    assert out.endswith(
+        "k_proj, v_proj: left as they are (SGLang needs v_proj where q_proj is: --complete adds zeros)\n"
+    )
+    flags = ("--complete", "--shape", "k_proj=16x32", "--shape", "v_proj=16x32")
+    assert answer(shell, "export", tmp_path / "q", "fr", *flags, "--out", tmp_path / "three")["modules"] == 3
+    code, _, err = shell("export", tmp_path / "q", "fr", "--complete", "--shape", "k_proj:16", "--out", tmp_path / "x")
+    assert (code, "expected NAME=OUTxIN" in err) == (1, True)
 
 
 def test_every_leaf_is_exported_with_progress(shell: Shell, zoo: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_peft_gives_what_the_tree_gives(arch: Arch, tmp_path: Path) -> None:
     base = arch.base()
     tree, inputs = arch.tree(base, factors=torch.float32), arch.inputs()
     for number, (blend, nodes) in enumerate([*((path, along(path)) for path in PATHS), (BLEND, BLENDED)]):
-        made = lt.portable(tree, blend, base=base)
+        made = lt.portable(tree, blend, base=base, complete=True)
         made.save(tmp_path / str(number))
         has_the_form(tmp_path / str(number))
         peft = in_peft(base, tmp_path / str(number))
@@ -73,7 +73,7 @@ def test_every_kind_of_site_goes_through_peft(case: Case, tmp_path: Path) -> Non
     tree = lt.AdapterTree()
     tree.add("one", adapter=saved(made, tmp_path / "peft"))
     torch.manual_seed(0)
-    lt.portable(tree, "one", base=case.model()).save(tmp_path / "out")
+    lt.portable(tree, "one", base=case.model(), complete=True).save(tmp_path / "out")
     has_the_form(tmp_path / "out")
     again = loaded_in_peft(case, tmp_path / "out")
     with torch.no_grad():
@@ -202,15 +202,55 @@ def test_groups_of_a_convolution_share_the_rank(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- q, k, v and gate, up
-def test_missing_siblings_take_their_shape_from_the_tree(tmp_path: Path) -> None:
-    tree = stack(**{"x.q_proj": value(8, 4), "x.v_proj": value(2, 4)})
-    with pytest.raises(FormatError, match=r"fr: x\.k_proj: engines want q, k and v together(?s:.)*--base"):
-        lt.portable(tree, "fr")
-    assert sorted(lt.portable(tree, "fr", complete=False).adapter.modules) == ["x.q_proj", "x.v_proj"]
+def test_an_export_depends_on_its_lineage_not_on_its_neighbours(tmp_path: Path) -> None:
+    """q and v alone, as PEFT targets them in a Llama by default: nothing is added, whoever else is in the folder."""
+    lineage = {"x.q_proj": value(8, 4), "x.v_proj": value(2, 4)}
+    alone = lt.portable(stack(**lineage), "fr/legal")
+    tree = stack(**lineage)
     tree.add("de", adapter=lt.Adapter({"x.k_proj": value(2, 4)}))
-    made = lt.portable(tree, "fr")
-    assert made.added == ("x.k_proj",)
-    assert (made.adapter.modules["x.k_proj"].shape, made.adapter.modules["x.k_proj"].dense().abs().max()) == ((2, 4), 0)
+    beside = lt.portable(tree, "fr/legal")
+    for number, made in enumerate((alone, beside)):
+        assert sorted(made.adapter.modules) == ["x.q_proj", "x.v_proj"]
+        assert (made.added, made.incomplete) == ((), ("x.k_proj",))
+        made.save(tmp_path / str(number))
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes()
+    with pytest.raises(FormatError, match=r"fr: x\.k_proj: no node on the way changes(?s:.)*--base(?s:.)*--shape"):
+        lt.portable(tree, "fr", complete=True)
+
+
+@with_quiet_peft
+def test_q_and_v_alone_are_in_peft_what_they_are_in_the_tree(tmp_path: Path) -> None:
+    arch = ARCHS["llama"]
+    base, inputs = arch.base(), arch.inputs()
+    names = [n for n, _ in base.named_modules() if n.endswith(("q_proj", "v_proj"))]
+    modules = {n: value(*base.get_submodule(n).weight.shape, seed=i) for i, n in enumerate(names)}
+    tree = stack(**modules)
+    made = lt.portable(tree, "fr/legal")
+    made.save(tmp_path / "out")
+    expected = run(dense(base, tree, {"fr": 1.0, "fr/legal": 0.7}), inputs)
+    torch.testing.assert_close(run(in_peft(base, tmp_path / "out"), inputs), expected, rtol=1e-5, atol=1e-5)
+    assert config_of(tmp_path / "out")["target_modules"] != []
+    assert {name.rpartition(".")[2] for name in made.incomplete} == {"k_proj"}
+
+
+def test_missing_siblings_take_their_shape_from_what_is_stated() -> None:
+    tree = stack(**{"x.q_proj": value(8, 4), "x.v_proj": value(2, 4), "y.q_proj": value(8, 4)})
+    made = lt.portable(tree, "fr", complete=True, shapes={"k_proj": (2, 4), "y.v_proj": (3, 4)})
+    assert made.added == ("x.k_proj", "y.k_proj", "y.v_proj")
+    assert made.incomplete == ()
+    shapes = {name: made.adapter.modules[name].shape for name in made.added}
+    assert shapes == {"x.k_proj": (2, 4), "y.k_proj": (2, 4), "y.v_proj": (3, 4)}
+    assert all(made.adapter.modules[name].dense().abs().max() == 0 for name in made.added)
+    with pytest.raises(BaseMismatch, match=r"x\.k_proj: it is said to be \(2, 5\)"):
+        lt.portable(tree, "fr", complete=True, shapes={"k_proj": (2, 5), "v_proj": (2, 4)})
+    for shapes in ({"k_proj": (2,)}, {"k_proj": (0, 4)}, {"k_proj": "2x4"}, {3: (2, 4)}, {"k_proj": (2.0, 4)}):
+        with pytest.raises(SpecError, match=r"shapes: .* expected two positive whole numbers"):
+            lt.portable(tree, "fr", complete=True, shapes=shapes)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="complete=True"):
+        lt.portable(tree, "fr", shapes={"k_proj": (2, 4)})
+    with pytest.raises(BaseMismatch, match=r"fr: k_proj: the base has \(2, 4\) there, and \(3, 4\) was stated"):
+        lt.portable(stack(q_proj=value(8, 4)), "fr", complete=True, base=Attention(), shapes={"k_proj": (3, 4)})
 
 
 class Attention(nn.Module):
@@ -225,14 +265,15 @@ def test_missing_siblings_take_their_shape_from_a_model_or_a_folder(tmp_path: Pa
     base = Attention()
     save_file(base.state_dict(), tmp_path / "model.safetensors")
     for source in (base, tmp_path, str(tmp_path)):
-        made = lt.portable(tree, "fr", base=source)
+        made = lt.portable(tree, "fr", base=source, complete=True)
         assert made.added == ("k_proj", "v_proj")
         assert made.adapter.modules["k_proj"].shape == (2, 4)
         # other.q_proj has the same last name and no factors: the targets are full names
         made.save(tmp_path / "out")
         assert config_of(tmp_path / "out")["target_modules"] == ["k_proj", "q_proj", "v_proj"]
     tree.base = str(tmp_path)
-    assert lt.portable(tree, "fr").added == ("k_proj", "v_proj")
+    assert lt.portable(tree, "fr", complete=True).added == ("k_proj", "v_proj")
+    assert lt.portable(tree, "fr").added == ()
 
 
 def test_targets_are_last_names_only_where_the_base_has_no_others(tmp_path: Path) -> None:
@@ -242,18 +283,18 @@ def test_targets_are_last_names_only_where_the_base_has_no_others(tmp_path: Path
             self.x, self.y = Attention(), Attention()
 
     tree = stack(**{"x.q_proj": value(8, 4), "x.other.q_proj": value(8, 4)})
-    made = lt.portable(tree, "fr", base=Layers(), complete=False)
+    made = lt.portable(tree, "fr", base=Layers())
     made.save(tmp_path / "some")
     assert config_of(tmp_path / "some")["target_modules"] == ["x.other.q_proj", "x.q_proj"]
     tree = stack(**{f"{a}.{b}": value(2, 4) for a in "xy" for b in ("k_proj", "v_proj")})
-    lt.portable(tree, "fr", base=Layers(), complete=False).save(tmp_path / "all")
+    lt.portable(tree, "fr", base=Layers()).save(tmp_path / "all")
     assert config_of(tmp_path / "all")["target_modules"] == ["k_proj", "v_proj"]
 
 
 def test_a_base_of_another_width_is_noticed() -> None:
     tree = stack(q_proj=value(8, 5))
-    with pytest.raises(BaseMismatch, match=r"fr: k_proj: the base has \(2, 4\) there, but q_proj reads 5 numbers"):
-        lt.portable(tree, "fr", base=Attention())
+    with pytest.raises(BaseMismatch, match=r"fr: k_proj: .*\(2, 4\), which reads 4 numbers, but q_proj reads 5"):
+        lt.portable(tree, "fr", base=Attention(), complete=True)
 
 
 # ---------------------------------------------------------------------- what can't be expressed
@@ -274,7 +315,7 @@ def test_a_tensor_that_came_along_must_be_the_base_s() -> None:
     with pytest.raises(BaseMismatch, match=r"other: q_proj\.bias: the adapter carries a bias that is not the base's"):
         lt.portable(tree, "other", base=base)
     with pytest.raises(BaseMismatch, match="no weights are at hand to compare it with"):
-        lt.portable(tree, "same", complete=False)
+        lt.portable(tree, "same")
 
 
 def test_nothing_to_export_is_an_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ from rich.progress import Progress
 from ..adapter import Adapter
 from ..errors import SpecError
 from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
+from ..export.siblings import without_v
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
@@ -51,7 +54,7 @@ def export(
         As,
         typer.Option(
             "--as",
-            help="portable: one rank, alpha = r, q/k/v and gate/up complete, for any engine. peft: ranks as they are. "
+            help="portable: one rank, alpha = r, no patterns, for any engine. peft: ranks as they are. "
             "model: the base's checkpoint with the path merged into it.",
         ),
     ] = As.portable,
@@ -67,9 +70,19 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Round the factors; without it fp32, or narrower where nothing is rounded.")
     ] = None,
-    incomplete: Annotated[
-        bool, typer.Option("--incomplete", help="Leave q/k/v and gate/up as they are, for PEFT and vLLM.")
+    complete: Annotated[
+        bool,
+        typer.Option(
+            "--complete/--incomplete",
+            help="Fill q/k/v and gate/up with zeros where some of them are missing; SGLang needs v where q is.",
+        ),
     ] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --complete and no base: how large a module is, k_proj=1024x4096.", metavar="NAME=OUTxIN"
+        ),
+    ] = None,
     with_code: Annotated[
         bool, typer.Option("--with-code", help="With --as model: copy the base's own code (*.py) too.")
     ] = False,
@@ -84,7 +97,7 @@ def export(
     tree = load(folder)
     _outside(tree, folder, to)
     if kind is As.model:
-        if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or incomplete:
+        if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or complete or shape:
             raise SpecError("--as model writes one path as it is, in the base's dtypes", "leave the other options out")
         _merge(tree, path, to, base, with_code=with_code, trust_remote_code=trust_remote_code, as_json=as_json)
         return
@@ -92,7 +105,7 @@ def export(
         raise SpecError("--with-code copies a base's code, and only --as model copies anything of a base")
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is As.peft:
-        if path is None or ceil_rank or base is not None:
+        if path is None or ceil_rank or base is not None or complete or shape:
             raise SpecError("--as peft writes one path with its ranks as they are", "leave --as peft out")
         flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to)
         flat.save(to)
@@ -104,7 +117,8 @@ def export(
         "ceil_rank": ceil_rank,
         "dtype": rounded_to,
         "base": base,
-        "complete": not incomplete,
+        "complete": complete,
+        "shapes": _shapes(shape or ()),
     }
     if path is not None:
         made = portable(tree, path, **form)  # type: ignore[arg-type]
@@ -170,10 +184,36 @@ def _merge(
 
 def _tell(one: Portable, where: str, *, per_module: bool) -> None:
     added = f" ({len(one.added)} of them zeros)" if one.added else ""
-    what = f"{one.path} → {where}: {len(one.adapter)} modules{added}, r={one.rank}, {_cost(one)}"
+    what = f"{one.path} → {where}: {len(one.adapter)} modules{added}, r={one.rank}, {_cost(one)}{_left(one)}"
     out().print(what, markup=False, soft_wrap=True)
     for name, error in one.errors.items() if per_module else ():
         out().print(f"  {error:.2e}  {name}", markup=False, soft_wrap=True)
+
+
+def _left(one: Portable) -> str:
+    """A word about q/k/v and gate/up; what SGLang needs is said only where it is not there."""
+    if not one.incomplete:
+        return ""
+    kinds = sorted({name.rpartition(".")[2] for name in one.incomplete})
+    words = f"; no node changes {', '.join(kinds)}: left as they are"
+    if without_v(one.adapter.modules):
+        words += " (SGLang needs v_proj where q_proj is: --complete adds zeros)"
+    return words
+
+
+def _shapes(told: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """``k_proj=1024x4096`` → k_proj: (1024, 4096).
+
+    Raises:
+        SpecError: one is written otherwise.
+    """
+    shapes = {}
+    for text in told:
+        found = re.fullmatch(r"([^=]+)=([0-9]{1,9})[x×]([0-9]{1,9})", text)
+        if found is None:
+            raise SpecError(f"--shape {text[:80]!r}: expected NAME=OUTxIN, as in k_proj=1024x4096")
+        shapes[found[1]] = int(found[2]), int(found[3])
+    return shapes
 
 
 def _cost(one: Portable) -> str:
@@ -196,6 +236,7 @@ def _plain(one: Portable, where: str) -> dict[str, Any]:
         "worst": one.worst,
         "errors": dict(one.errors),
         "added": list(one.added),
+        "incomplete": list(one.incomplete),
     }
 
 

@@ -6,8 +6,9 @@ out/fr/legal, out/fr/medical, out/de      the leaves under their own paths: no f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -30,14 +31,15 @@ def export_leaves(
     ceil_rank: bool = False,
     dtype: torch.dtype | None = None,
     base: nn.Module | str | os.PathLike[str] | None = None,
-    complete: bool = True,
+    complete: bool = False,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
     workers: int | None = None,
     progress: Callable[[Portable, int, int], None] | None = None,
 ) -> list[Portable]:
     """Write every leaf that has something to export as ``folder/<path>``, each whole or not at all.
 
     Args:
-        rank, max_error, ceil_rank, dtype, base, complete: as `portable`.
+        rank, max_error, ceil_rank, dtype, base, complete, shapes: as `portable`.
         workers: how many at once; as many as there are cores, at most 4, without it. Each holds one leaf in memory.
         progress: called for each leaf once it is written, in the tree's order, with how many are done and of how many.
 
@@ -75,9 +77,10 @@ def export_leaves(
             dtype=dtype,
             base=base,
             complete=complete,
+            shapes=shapes,
         )
         made.save(out / path)
-        return Portable(made.path, _without_factors(made.adapter), made.rank, made.errors, made.error, made.added)
+        return replace(made, adapter=_without_factors(made.adapter))
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         jobs = {path: pool.submit(one, path) for path in leaves}

@@ -2,9 +2,10 @@
 
     uniform rank        short modules are padded with zeros
     lora_alpha = r      every scale is folded into B, so that alpha/r, alpha/√r and alpha over B's own rank agree
-    complete            q, k and v together, gate and up together, zero factors for the missing ones
     nothing else        no rank or alpha patterns, no rslora, no biases, no tensors of the base
+    on demand           q, k and v together, gate and up together: zero factors for those that no node changes
 
+Law: the form of a path depends on its lineage and on what the caller names, never on what else lies in the tree.
 Law: what the form costs is known. Every module's error is ‖ΔW − ΔW'‖ / ‖ΔW‖, from QR cores in float64, against the
 exact sum of the lineage; it counts truncation, the folding of scales and the rounding to a dtype alike.
 """
@@ -22,11 +23,11 @@ from torch import nn
 
 from ..adapter import Adapter, combine
 from ..blend import Blend, parse_blend
-from ..errors import FormatError, LoraTreeError, SpecError, listing
+from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
 from ..lowrank import LowRank, check_rank, concat
 from ..tree import AdapterTree
 from .base import Base
-from .siblings import completed, shapes_in_tree
+from .siblings import Shapes, completed, missing, stated
 
 __all__ = ["ENGINE_RANKS", "Portable", "ceil_rank_of", "portable", "spelled"]
 
@@ -48,6 +49,7 @@ class Portable:
         errors: module → ‖ΔW − ΔW'‖ / ‖ΔW‖; 0.0 where nothing was cut or rounded.
         error: the same over all modules together.
         added: modules that only have zero factors, there to complete a group.
+        incomplete: modules that q, k, v and gate, up are short of, left as they are.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Portable:
     errors: Mapping[str, float] = field(default_factory=dict)
     error: float = 0.0
     added: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -80,7 +83,8 @@ def portable(
     ceil_rank: bool = False,
     dtype: torch.dtype | None = None,
     base: nn.Module | str | os.PathLike[str] | None = None,
-    complete: bool = True,
+    complete: bool = False,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> Portable:
     """A path or a blend as the one adapter that PEFT and the engines read alike.
 
@@ -91,11 +95,14 @@ def portable(
         dtype: round the factors to it; fp32, or the factors' own where nothing has to be rounded, without it.
         base: the model, its folder or its hub id, for the shapes of modules that no node changes; the tree's own
             folder without it.
-        complete: give q, k, v and gate, up zero factors where some of them have factors.
+        complete: give q, k, v and gate, up zero factors where some of them have factors. Engines fill these by
+            themselves; SGLang can't load q without v.
+        shapes: (out, in) of modules that no node changes, by name or by the end of it, for ``complete`` where no base
+            is at hand.
 
     Raises:
         PathError, ShapeMismatch, BaseMismatch: as `AdapterTree.flatten`.
-        SpecError: the bounds can't be met; names the module.
+        SpecError: the bounds can't be met; names the module. Or a shape makes no sense.
         FormatError: the form has no way to say a module's increment (a bias), or its group can't be completed.
 
     >>> import torch
@@ -107,11 +114,16 @@ def portable(
     >>> made = lt.portable(tree, "fr/legal", ceil_rank=True)
     >>> made.rank, made.adapter.ranks, made.error
     (8, {'mlp.gate_proj': 8, 'mlp.up_proj': 8}, 0.0)
-    >>> alone = lt.portable(tree, "fr")                # no base was named, but fr/legal knows how wide the gate is
-    >>> alone.added, alone.adapter.modules["mlp.gate_proj"].shape
+    >>> lt.portable(tree, "fr").incomplete             # up_proj alone is left as it is
+    ('mlp.gate_proj',)
+    >>> full = lt.portable(tree, "fr", complete=True, shapes={"gate_proj": (6, 4)})
+    >>> full.added, full.adapter.modules["mlp.gate_proj"].shape
     (('mlp.gate_proj',), (6, 4))
     """
     path = spelled(blend)
+    if shapes and not complete:
+        raise SpecError("shapes= says how wide the modules are that complete=True adds", "complete=True, --complete")
+    told = stated(shapes or {})
     flat = tree.flatten(blend)
     terms = tree.terms(blend)
     nodes = [node for node, _, _ in terms]
@@ -131,15 +143,15 @@ def portable(
         rounded = _in_one_dtype(cut, dtype).modules
         errors, error = _errors(exact.modules, rounded)
         _within(errors, max_error, dtype)
-        shapes = shapes_in_tree(tree)
-        full = completed(rounded, lambda name: known.shape(name) or shapes(name)) if complete else rounded
+        full = completed(rounded, lambda name: _shape(name, known, told)) if complete else rounded
     except LoraTreeError as wrong:
         raise wrong.within(path) from wrong
     padded = {name: value.padded(kept // _groups(value)) for name, value in full.items()}
     config = {"task_type": flat.config.get("task_type")}
     made = Adapter(padded, base=flat.base or tree.base, config=config, nesting=flat.nesting, assumed=flat.assumed)
     added = tuple(sorted(set(padded) - set(flat.modules)))
-    return Portable(path, _with_targets(made, known), kept, MappingProxyType(errors), error, added)
+    left = tuple(missing(padded))
+    return Portable(path, _with_targets(made, known), kept, MappingProxyType(errors), error, added, left)
 
 
 def spelled(blend: Blend) -> str:
@@ -189,6 +201,18 @@ def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -
             )
     for name, tensor in flat.unchanged.items():
         base.check_unchanged(name, tensor)
+
+
+def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
+    """What the base says, or else the caller.
+
+    Raises:
+        BaseMismatch: they say different things.
+    """
+    own, told = base.shape(name), stated(name)
+    if own is not None and told is not None and own != told:
+        raise BaseMismatch(f"{name}: the base has {own} there, and {told} was stated", "leave the stated shape out")
+    return own or told
 
 
 def _groups(value: LowRank) -> int:

@@ -1,9 +1,11 @@
-"""Projections that engines fuse, complete: zero factors for those of q, k, v and gate, up that no node changes.
+"""Projections that engines fuse: which of them an adapter leaves alone, and zero factors for those, where asked for.
 
-    q_proj  k_proj  v_proj      one matrix in an engine's memory: SGLang wants v beside q
+    q_proj  k_proj  v_proj      one matrix in an engine's memory
     gate_proj  up_proj          and the same here
 
-A missing module needs a shape. Where the base is not at hand, an adapter elsewhere in the tree that changes it knows.
+An engine fills what an adapter does not change by itself, so nothing has to be added. SGLang is the exception: it can't
+load q without v. A module that is added needs a shape, which the base says, or the caller: what else lies in the tree's
+folder decides nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..errors import BaseMismatch, FormatError, listing
+from ..errors import BaseMismatch, FormatError, SpecError, listing
 from ..lowrank import LINEAR, LowRank
-from ..tree import AdapterTree
 
-__all__ = ["GROUPS", "Shapes", "completed", "missing", "shapes_in_tree"]
+__all__ = ["GROUPS", "Shapes", "completed", "missing", "stated", "without_v"]
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -56,34 +57,67 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
         sibling = next(n for n in _group(name) if n in modules)
         into = modules[sibling].A.shape[-1]
         if shape[1] != into:
-            raise BaseMismatch(f"{name}: the base has {shape} there, but {sibling} reads {into} numbers")
+            raise BaseMismatch(
+                f"{name}: it is said to be {shape}, which reads {shape[1]} numbers, but {sibling} reads {into}"
+            )
         dtype = modules[sibling].dtype
         A, B = (torch.zeros(size, dtype=dtype, device="cpu") for size in ((1, shape[1]), (shape[0], 1)))
         made[name] = LowRank(A, B)
     if unknown:
         raise FormatError(
-            f"{listing(unknown, most=3)}: engines want q, k and v together, and gate and up; no node here changes "
-            "these, so nothing says their shapes",
+            f"{listing(unknown, most=3)}: no node on the way changes these, so nothing says their shapes",
             "name the base, whose config or weights say them: --base FOLDER_OR_ID, base=…",
-            "or leave them out, which PEFT and vLLM accept: --incomplete, complete=False",
+            "or state them: --shape k_proj=1024x4096, shapes={'k_proj': (1024, 4096)}",
+            "or leave them as they are, which is the default: PEFT, vLLM and llama.cpp take them so",
         )
     return made
 
 
-def shapes_in_tree(tree: AdapterTree) -> Shapes:
-    """What the adapters of a tree say about the shapes of its base; only headers are read, and only when asked."""
-    known: dict[str, tuple[int, int]] = {}
-    ahead = iter(tree.paths())
+def without_v(modules: Mapping[str, LowRank]) -> list[str]:
+    """The q projections of these whose v projection is not among them: SGLang can't load such an adapter.
 
-    def shape(name: str) -> tuple[int, int] | None:
-        while name not in known and (path := next(ahead, None)) is not None:
-            outline = tree.outline(path)
-            for module, value in outline.modules.items() if outline is not None else ():
-                if value.layout == LINEAR:
-                    known.setdefault(module, (value.shape[-2], value.shape[-1]))
-        return known.get(name)
+    >>> without_v({"layers.0.q_proj": LowRank(torch.ones(1, 4), torch.ones(4, 1))})
+    ['layers.0.q_proj']
+    """
+    lacking = [name for name in missing(modules) if _leaf(name) == "v_proj"]
+    return sorted(_q_of(name) for name in lacking if _q_of(name) in modules)
 
-    return shape
+
+def stated(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
+    """Shapes that the caller states, by a module's full name or by the end of it; the longest that fits counts.
+
+    Raises:
+        SpecError: one is no (out, in); names it.
+
+    >>> of = stated({"k_proj": (2, 8), "layers.0.k_proj": (4, 8)})
+    >>> of("layers.0.k_proj"), of("layers.1.k_proj"), of("layers.1.v_proj")
+    ((4, 8), (2, 8), None)
+    """
+    for name, shape in shapes.items():
+        sizes: list[object] = list(shape) if isinstance(shape, (tuple, list)) else []
+        whole = [size for size in sizes if type(size) is int and size > 0]
+        if not isinstance(name, str) or not name or len(sizes) != 2 or len(whole) != 2:
+            raise SpecError(
+                f"shapes: {name!r:.80}: got {shape!r:.80}, expected two positive whole numbers, (out, in)",
+                "name a module or the end of its name: shapes={'k_proj': (1024, 4096)}, --shape k_proj=1024x4096",
+            )
+
+    def shape_of(module: str) -> tuple[int, int] | None:
+        fitting = [name for name in shapes if module == name or module.endswith(f".{name}")]
+        if not fitting:
+            return None
+        out, into = shapes[max(fitting, key=len)]
+        return int(out), int(into)
+
+    return shape_of
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _q_of(v_proj: str) -> str:
+    return v_proj.removesuffix("v_proj") + "q_proj"
 
 
 def _group(name: str) -> list[str]:
