@@ -2,6 +2,7 @@
 
     LoraTreeError
     ├── SpecError               a tree.yaml, a lock or an argument says something that makes no sense
+    │   └── NewerFormat         a file was written by a newer lora_tree, in a format that this one does not know
     ├── PathError               a path or a blend names a node that is not there, or is no valid name
     ├── TreeError               the change asked of the tree can't be made
     ├── ShapeMismatch           two values do not have the same (out, in), or two factors do not multiply
@@ -36,6 +37,7 @@ __all__ = [
     "LoraTreeError",
     "MergedOnly",
     "MissingExtra",
+    "NewerFormat",
     "PathError",
     "ShapeMismatch",
     "SpecError",
@@ -69,6 +71,10 @@ class LoraTreeError(Exception):
 
 class SpecError(LoraTreeError, ValueError):
     """A tree.yaml, a lock or an argument says something that makes no sense."""
+
+
+class NewerFormat(SpecError):
+    """A file was written by a newer lora_tree, in a format that this one does not know; upgrade to read it."""
 
 
 class PathError(LoraTreeError, LookupError):

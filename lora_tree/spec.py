@@ -23,9 +23,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from .budget import parse_bytes
-from .errors import PathError, SpecError
+from .errors import NewerFormat, PathError, SpecError
 
-__all__ = ["CacheSpec", "LoraSpec", "NodeSpec", "TreeSpec", "check_name", "check_path"]
+__all__ = ["FORMAT", "CacheSpec", "LoraSpec", "NodeSpec", "TreeSpec", "check_format", "check_name", "check_path"]
+
+FORMAT = 1  # of tree.yaml, of tree.lock and of the commit record: the newest that is read here
 
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 _NAME = re.compile(rf"{NAME}\Z")
@@ -204,6 +206,27 @@ def check_path(path: str) -> tuple[str, ...]:
             "choose another name",
         )
     return names
+
+
+def check_format(data: object, where: str) -> None:
+    """Refuse a file of ours in a format that a later version of this library writes.
+
+    It is asked before anything else about the file: what else looks wrong in it is right there, most likely, and
+    advice to repair or to remove it would destroy what the newer version knows.
+
+    Args:
+        data: the file's content, as far as it is known; its ``version`` is what counts.
+        where: the file, with line and column where it has them.
+
+    Raises:
+        NewerFormat: the version is a number larger than `FORMAT`.
+    """
+    version = data.get("version") if isinstance(data, Mapping) else None
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+        raise NewerFormat(
+            f"{where}: written by a newer lora_tree (format {str(version)[:20]}); this one reads {FORMAT}",
+            "upgrade: pip install --upgrade lora_tree",
+        )
 
 
 def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from architectures import ARCHS
 from shell import command, save_base
 from torch import nn
-from zoo import adapter, value
+from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
-from lora_tree.errors import FolderError, FormatError
+from lora_tree.errors import FolderError, FormatError, NewerFormat
 from lora_tree.folder import survey
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -271,3 +272,48 @@ def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
 # ---------------------------------------------------------------- numbers that are not finite
 
 # ---------------------------------------------------------------- versions of our own files
+NEWER_YAML = {
+    "known keys": "version: 2\nbase: org/model\n",
+    "unknown keys": "tree: {fr: {soul: 1}}\nversion: 2  # of the future\nmoods: {}\n",
+    "no plain YAML": "base: &b org/model\nversion: 3\nother: *b\n",
+    "no YAML at all": "version: 2\ntree: [\n",
+}
+
+
+def newer(folder: Path, file: Path, number: int) -> None:
+    """Every way in says that the file is newer, first and alone, and leaves all files as they are."""
+    before = listing(folder)
+    told = rf"\A{re.escape(str(file))}(:\d+:\d+)?: written by a newer lora_tree \(format {number}\); this one reads 1\n"
+    for use in (lt.load, lt.lock, survey, lambda path: tree().save(path)):
+        with pytest.raises(NewerFormat, match=told) as caught:
+            use(folder)
+        assert "upgrade" in str(caught.value)
+        assert not re.search("remove|restore|lora-tree lock", str(caught.value))
+    problems = lt.check(folder)
+    assert len(problems) == 1
+    assert re.match(told, problems[0].text)
+    assert listing(folder) == before
+
+
+@pytest.mark.parametrize("text", NEWER_YAML.values(), ids=NEWER_YAML)
+def test_a_newer_tree_yaml_is_said_first_and_alone(tmp_path: Path, text: str) -> None:
+    tree().save(tmp_path / "zoo")
+    (tmp_path / "zoo/tree.yaml").write_text(text)
+    (tmp_path / "zoo/tree.lock").write_text("{broken")
+    newer(tmp_path / "zoo", tmp_path / "zoo/tree.yaml", 3 if "3" in text else 2)
+
+
+def test_a_newer_lock_is_said_first_and_alone(tmp_path: Path) -> None:
+    tree().save(tmp_path / "zoo")
+    lock = json.loads((tmp_path / "zoo/tree.lock").read_text())
+    for changed in ({**lock, "version": 2}, {"version": 2, "nodes": [], "souls": {}}):
+        (tmp_path / "zoo/tree.lock").write_text(json.dumps(changed))
+        (tmp_path / "zoo/tree.yaml").write_text("version: 1\nunknown: 1\n")
+        newer(tmp_path / "zoo", tmp_path / "zoo/tree.lock", 2)
+
+
+def test_a_newer_commit_record_is_said_first_and_alone(tmp_path: Path) -> None:
+    tree().save(tmp_path / "zoo")
+    (tmp_path / "zoo/.lora_tree").mkdir()
+    (tmp_path / "zoo/.lora_tree/commit.json").write_text('{"version": 2, "moves": {}}')
+    newer(tmp_path / "zoo", tmp_path / "zoo/.lora_tree/commit.json", 2)

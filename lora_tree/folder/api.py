@@ -126,6 +126,8 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
     except LoraTreeError as error:
         return [Problem("", "folder", str(error))]
     problems = list(opened.problems)
+    if any(problem.kind == "newer" for problem in problems):
+        return problems  # advice about anything else would be a guess
     told = {problem.node for problem in problems if problem.kind in ("adapter", "unlocked")}
     for node, entry in opened.entries.items():
         if entry.files is not None and node not in told:

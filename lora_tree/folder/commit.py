@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ..errors import FolderError, FormatError, LoraTreeError, PathError, SpecError, listing
 from ..formats import strict_json
 from ..formats.peft import CONFIG, WEIGHTS
-from ..spec import check_path, explain
+from ..spec import check_format, check_path, explain
 from ..system import locks
 from . import disk
 from .disk import Stamp
@@ -257,6 +257,7 @@ def _record(folder: str | Path) -> _Record | None:
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
         data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), file)
+        check_format(data, file)
         record = _Record.model_validate(data)
     except ValidationError as error:
         raise SpecError(*(f"{file}: {text}" for _, text in explain(error, data, _Record)[:8])) from error

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
-from ..spec import check_path, explain
+from ..spec import check_format, check_path, explain
 from . import disk
 from .disk import Stamp
 
@@ -90,11 +90,13 @@ def parse(raw: bytes, file: str) -> TreeLock:
     """The meaning of a tree.lock.
 
     Raises:
+        NewerFormat: a newer version of this library wrote it.
         SpecError: it is none.
     """
-    repair = ("restore it, or remove it and run: lora-tree lock",)
+    repair = ("restore it; or remove it and run lora-tree lock, which forgets what the nodes were trained on",)
     try:
         data = strict_json.loads(raw, file)
+        check_format(data, file)
         lock = TreeLock.model_validate(data)
         for path in lock.nodes:
             if not check_path(path):

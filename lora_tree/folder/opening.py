@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..errors import FolderError, LoraTreeError, SpecError, suggest
+from ..errors import FolderError, LoraTreeError, NewerFormat, SpecError, suggest
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import TreeSpec
 from ..storage import as_path
@@ -20,7 +20,7 @@ from .commit import HIDDEN, RECORD, Pending, pending
 from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
 from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, fingerprint, lineage
 from .lockfile import parse as parse_lock
-from .problem import Problem
+from .problem import Kind, Problem
 from .resolve import Entry, resolve
 from .scan import FILES, Files, Scan, scan
 from .source import Trained, hashed
@@ -175,9 +175,10 @@ def _version(place: Place) -> list[tuple[int, ...] | None]:
 
 def _inspect(place: Place, *, outside: bool) -> Opened:
     opened = Opened(place, outside=outside)
+    wrong: list[tuple[Kind, LoraTreeError]] = []
     decided, broken = _decided(place.folder)
     if broken is not None:
-        opened.problems.append(Problem("", "folder" if isinstance(broken, FolderError) else "record", str(broken)))
+        wrong.append(("record", broken))
     located = None
     try:
         opened.yaml_bytes = _bytes(place, place.yaml, decided, MAX_BYTES)
@@ -186,18 +187,23 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
         elif place.yaml == YAML and os.path.exists(os.path.join(place.folder, "tree.yml")):
             raise SpecError(f"{place.folder}/tree.yml: only tree.yaml is looked for", "rename it, or open it by name")
     except LoraTreeError as error:
-        opened.problems.append(Problem("", "folder" if isinstance(error, FolderError) else "yaml", str(error)))
+        wrong.append(("yaml", error))
     try:
         opened.lock_bytes = _bytes(place, place.lock, decided, MAX_LOCK_BYTES)
         if opened.lock_bytes is not None:
             opened.lock = parse_lock(opened.lock_bytes, place.lock_file)
     except LoraTreeError as error:
-        opened.problems.append(Problem("", "folder" if isinstance(error, FolderError) else "lock", str(error)))
+        wrong.append(("lock", error))
+    # Next to a file of a newer version any other complaint, and its advice, would mislead.
+    newer: list[tuple[Kind, LoraTreeError]] = [("newer", said) for _, said in wrong if isinstance(said, NewerFormat)]
+    for kind, said in newer[:1] or wrong:
+        kind = "folder" if isinstance(said, FolderError) else kind
+        opened.problems.append(Problem("", kind, str(said)))
     if opened.problems:
-        return opened  # what the folders mean can't be said
+        return opened  # the meaning of the folders is not known without them
     opened.scan = scan(place.folder, decided)
-    opened.entries, wrong = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
-    opened.problems.extend(wrong)
+    opened.entries, problems = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
+    opened.problems.extend(problems)
     if opened.lock is not None:
         _compare(opened, opened.lock)
     return opened

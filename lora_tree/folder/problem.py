@@ -6,13 +6,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..errors import FolderError, FormatError, LoraTreeError, SpecError, StaleError, UnlockedError
+from ..errors import FolderError, FormatError, LoraTreeError, NewerFormat, SpecError, StaleError, UnlockedError
 
 __all__ = ["Kind", "Problem", "raise_any"]
 
-Kind: TypeAlias = Literal["yaml", "lock", "record", "folder", "adapter", "unlocked", "stale", "leftover", "numbers"]
+Kind: TypeAlias = Literal[
+    "newer",
+    "yaml",
+    "lock",
+    "record",
+    "folder",
+    "adapter",
+    "unlocked",
+    "stale",
+    "leftover",
+    "numbers",
+]
 
 _RAISED: dict[str, type[LoraTreeError]] = {
+    "newer": NewerFormat,
     "record": SpecError,
     "yaml": SpecError,
     "lock": SpecError,
@@ -29,9 +41,10 @@ class Problem:
 
     Args:
         node: the path it concerns; ``""`` where it is no single node.
-        kind: ``yaml``, ``lock`` or ``record``: a file that makes no sense; ``folder``: what lies where it can't;
-            ``adapter``: files that are incomplete, broken or of a kind that does not add up; ``unlocked``, ``stale``;
-            ``leftover``: remains of a save that was cut off, harmless; ``numbers``: factors that are not finite.
+        kind: ``newer``: a file that a later version of this library wrote; ``yaml``, ``lock`` or ``record``: a file
+            that makes no sense; ``folder``: what lies where it can't; ``adapter``: files that are incomplete, broken
+            or of a kind that does not add up; ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut
+            off, harmless; ``numbers``: factors that are not finite.
         text: where, what was found, and what to do.
     """
 

@@ -21,7 +21,7 @@ from ruamel.yaml import events as ev
 from ruamel.yaml.error import MarkedYAMLError
 
 from ..errors import PathError, SpecError
-from ..spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_path, explain
+from ..spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_format, check_path, explain
 
 __all__ = ["MAX_BYTES", "Located", "dump", "json_schema", "parse", "read_spec"]
 
@@ -35,6 +35,7 @@ _BASED = re.compile(r"0o[0-7]{1,300}\Z|0x[0-9a-fA-F]{1,300}\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _SPECIAL = re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
 
+_VERSION = re.compile(rb"^version[ \t]*:[ \t]*([0-9]{1,9})[ \t]*(?:#[^\n]*)?\r?$", re.MULTILINE)
 _LONE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*\Z")
 _ELSEWHERE = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))  # not strings to YAML 1.1
@@ -92,7 +93,12 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
     Raises:
         SpecError: not YAML, not plain data, or not what a tree.yaml may say; every mistake with line and column.
     """
-    found = parse(raw, file)
+    try:
+        found = parse(raw, file)
+    except SpecError:
+        _check_newer(raw, file)  # a later format may well use what plain YAML has not
+        raise
+    check_format(found.data, found.at(("version",)))
     try:
         spec = TreeSpec.model_validate(found.data)
     except ValidationError as error:
@@ -101,6 +107,14 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
     if wrong:
         raise found.refuse(wrong)
     return spec, found
+
+
+def _check_newer(raw: bytes, file: str) -> None:
+    """Refuse a text of a later format that can't be read as YAML here, by its ``version`` line alone."""
+    said = _VERSION.search(raw)
+    if said is not None:
+        line = raw.count(b"\n", 0, said.start()) + 1
+        check_format({"version": int(said[1])}, f"{file}:{line}:1")
 
 
 def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:
