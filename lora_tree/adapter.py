@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .carried import is_same_tensor, widest
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
 from .storage import as_path, storage
@@ -40,7 +41,7 @@ class Adapter:
         base: the base it was made for, as its maker named it.
         config: fields of the maker's ``adapter_config.json`` that do not change the value; kept for a round trip.
         unchanged: tensors of the base that came along (a frozen bias, an embedding saved beside its adapter): parameter
-            name → value. The base's own must be equal, bit for bit, when the adapter is bound to it.
+            name → value. The base's own must be equal when the adapter is bound to it, whatever dtype it is loaded in.
         nesting: module → its raw parameters in the order in which the base registers them; needed only to write two or
             more parameters of one module as PEFT does.
         assumed: the modules in `nesting` whose order a file did not say; `renested` corrects them.
@@ -240,9 +241,10 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
                 same_place(next(iter(mine.values())), mine[i])
         for name, tensor in adapter.unchanged.items():
             j, known_tensor = unchanged.setdefault(name, (i, tensor))
-            if not torch.equal(known_tensor, tensor):
+            if not is_same_tensor(known_tensor, tensor):
                 with _naming(name, names, j, i):
                     raise BaseMismatch("two adapters carry different values of this base tensor")
+            unchanged[name] = j, widest(known_tensor, tensor)
         for module, order in adapter.nesting.items():
             j, known = nesting.get(module, (i, ()))
             both = set(known) & set(order)

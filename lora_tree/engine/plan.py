@@ -15,10 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..carried import check_carried
 from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LowRank
 from ..sites import Site, find_site
@@ -227,12 +227,8 @@ class Binder:
             own = self._base.get_parameter(name)
         except AttributeError:
             raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, this base has none") from None
-        if own.shape != tensor.shape or not torch.equal(own.detach().to(tensor.dtype).cpu(), tensor.cpu()):
-            raise BaseMismatch(
-                f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's, "
-                "and a replaced tensor does not add up",
-                "train without bias= and without resizing embeddings, or attach the base it was trained on",
-            )
+        todo = "train without bias= and without resizing embeddings, or attach the base it was trained on"
+        check_carried(name, tensor, own, todo)
 
 
 def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..carried import check_carried
 from ..errors import BaseMismatch, FormatError, SpecError
 from ..extras import foreign, need, opened
 from ..storage import as_path
@@ -123,7 +124,7 @@ class Base:
         return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
     def check_unchanged(self, name: str, tensor: Tensor) -> None:
-        """That a tensor an adapter carries is this base's own, bit for bit.
+        """Refuse a tensor that an adapter carries and that is not this base's own; see `check_carried`.
 
         Raises:
             BaseMismatch: it is not, or there is no base at hand to compare it with.
@@ -134,12 +135,8 @@ class Base:
                 f"{name}: the adapter carries this tensor of its base, and no weights are at hand to compare it with",
                 "name the base's folder: --base FOLDER, base=…",
             )
-        if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor.cpu()):
-            raise BaseMismatch(
-                f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's, "
-                "and a replaced tensor does not add up",
-                "train without bias= and without resizing embeddings, or name the base it was trained on",
-            )
+        todo = "train without bias= and without resizing embeddings, or name the base it was trained on"
+        check_carried(name, tensor, own, todo)
 
     def _own(self, name: str) -> Tensor | None:
         if self._model is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..blend import Blend
+from ..carried import check_carried
 from ..engine.plan import registered
 from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import LowRank
@@ -134,9 +135,5 @@ def _same(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
     stored = checkpoint.tensors.get(name)
     if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
         raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one")
-    if not torch.equal(stored.read().reshape(tensor.shape).to(tensor.dtype), tensor.cpu()):
-        raise BaseMismatch(
-            f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's, "
-            "and a replaced tensor does not add up",
-            "train without bias= and without resizing embeddings, or name the base it was trained on",
-        )
+    todo = "train without bias= and without resizing embeddings, or name the base it was trained on"
+    check_carried(name, tensor, stored.read().reshape(tensor.shape), todo)
