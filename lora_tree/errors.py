@@ -16,6 +16,7 @@
     │   └── MergedOnly / UnmergedOnly   the site can be changed, but not in the mode that was asked for
     ├── StateError              the call does not fit what the model is doing now
     │   └── ForeignWrite        somebody else wrote to a weight while a path was merged into it
+    ├── DivergedError           training made a factor or a loss that is not finite
     ├── BudgetError             what is in use at once does not fit into the budget
     └── MissingExtra            an optional package is needed and not installed
 
@@ -31,6 +32,7 @@ from collections.abc import Iterable
 __all__ = [
     "BaseMismatch",
     "BudgetError",
+    "DivergedError",
     "FolderError",
     "ForeignWrite",
     "FormatError",
@@ -131,6 +133,10 @@ class StateError(LoraTreeError, RuntimeError):
 
 class ForeignWrite(StateError):
     """Somebody else wrote to a weight, or replaced it, while a path was merged into it."""
+
+
+class DivergedError(LoraTreeError, ArithmeticError):
+    """Training made a factor or a loss that is not finite; nothing of it was saved."""
 
 
 class BudgetError(LoraTreeError, MemoryError):

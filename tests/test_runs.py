@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
-from lora_tree.errors import FolderError, FormatError, PathError, SpecError
+from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError
 from lora_tree.integrations.checkpoint import appearing, put_back
 from lora_tree.runs import Matrix, Run, Settings, evaluate, promote, read_rows
 
@@ -439,11 +440,58 @@ def test_train_eval_and_promote_from_the_shell(
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
 
 
-def test_what_diverged_is_told_and_drawn_all_the_same(
+def test_a_run_that_diverges_stops_with_the_node_the_step_and_the_loss_and_saves_nothing(
     tmp_path: Path, zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lora_tree("train", zoo, "de", "--data", rows, "--steps", 3, "--lr", 1e30, "--json")
-    assert json.loads(capsys.readouterr().out)["losses"] == {"de": None}
+    lora_tree("train", zoo, "de", "--data", rows, "--steps", 1)
+    good = {file: file.read_bytes() for file in zoo.rglob("*") if file.is_file() and ".training" not in str(file)}
+    lora_tree("train", zoo, "de", "--data", rows, "--steps", 5, "--lr", 1e30, "--save-every", 1,
+              "--run", tmp_path / "run", code=1)  # fmt: skip
+    said = capsys.readouterr().err
+    assert re.search(r"error: de: step [2-5]: the (loss is|factors are) not finite; losses of this step: de ", said)
+    assert "a smaller learning rate" in said
+    assert {file: file.read_bytes() for file in good} == good
+    for kept in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(kept).values())
+
+
+def test_a_run_that_diverged_gives_back_what_it_began_with_and_is_over(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run", lr=1e30, warm_up=0)
+    before = factors(run)
+    with pytest.raises(DivergedError, match=r": step \d: the .* not finite; losses of this step: "):
+        list(run.steps(save_every=1))
+    assert same(factors(run), before)
+    for again in (run.save, lambda: list(run.steps())):
+        with pytest.raises(DivergedError, match="this run is over"):
+            again()
+
+
+def test_what_is_not_finite_is_not_promoted(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    next(run.steps())
+    kept = run.save()
+    file = kept / "nodes/de/adapter_model.safetensors"
+    save_file(
+        {n: t * math.nan if "layers.0.mlp" in n else t for n, t in load_file(file).items()}, file, {"format": "pt"}
+    )
+    before = run.model.tree.adapter("de")
+    with pytest.raises(
+        FormatError, match=r"checkpoint-1: de: model.layers.0.mlp.down_proj: the factors are not finite"
+    ):
+        promote(run.model.tree, "de", kept)
+    assert run.model.tree.adapter("de") is before
+
+
+def test_a_node_whose_losses_are_not_finite_is_told_and_drawn_all_the_same(
+    tmp_path: Path, zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_tree("train", zoo, "de", "--data", rows, "--steps", 1)
+    file = zoo / "de/adapter_model.safetensors"
+    save_file({n: torch.full_like(t, 4e18) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    lora_tree("lock", zoo)
+    capsys.readouterr()
     lora_tree("eval", zoo, "--data", rows, "--picture", tmp_path / "matrix.svg", "--json")
     losses = json.loads(capsys.readouterr().out)["losses"]
     assert losses["de"] == {"de": None, "fr/legal": None, "fr/medical": None}

@@ -13,10 +13,11 @@ from typing import Any
 import joint
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, default_data_collator
 
 import lora_tree as lt
-from lora_tree.errors import FolderError, FormatError, PathError, SpecError, StateError
+from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError, StateError
 from lora_tree.integrations.transformers import TreeTrainer
 
 MIXED = ["a/b/c", "d", "a/b/c", "", "a", "a/b", "d", "d", "a/b/c", "a/b", "a", "a", "", "", "", ""]
@@ -344,6 +345,26 @@ def test_a_checkpoint_of_other_nodes_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"torch.float64, the node has .* torch.float32"):
         narrow.train(resume_from_checkpoint=True)
     assert all(torch.equal(x, y) for p in before for x, y in zip(before[p], joint.factors(model.tree)[p], strict=True))
+
+
+def test_a_run_that_diverges_stops_at_its_step_saves_nothing_and_gives_back_what_it_began_with(tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    joint.tree(joint.base()).save(zoo)
+    good = {file: file.read_bytes() for file in zoo.rglob("*") if file.is_file()}
+    more = dict(save_to=zoo)
+    trainer, model = run(tmp_path / "run", "a/b", "d", more=more, save_strategy="steps", save_steps=1)
+    for group in trainer._groups:
+        group["lr"] = 1e200
+    before = joint.factors(model.tree)
+    with pytest.raises(
+        DivergedError, match=r"^(a/b|d|a/b, d|.*): step [23]: the (loss is|factors are) not finite; losses of"
+    ):
+        trainer.train()
+    after = joint.factors(model.tree)
+    assert all(torch.equal(x, y) for path in before for x, y in zip(before[path], after[path], strict=True))
+    assert {file: file.read_bytes() for file in good} == good
+    for kept in (tmp_path / "run").rglob("factors.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(kept).values())
 
 
 # ---------------------------------------------------------------------- what is refused

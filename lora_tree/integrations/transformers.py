@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import MissingExtra, SpecError, listing
+from ..errors import DivergedError, MissingExtra, SpecError, listing
 from ..extras import need
 from ..model import TreeModel
+from ..training.diverged import Start, check_finite_step
 from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
@@ -121,6 +122,7 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
             paths = paths_of(self.train_dataset, path_column, self.tree_model.tree)
             self._sampler = PathSampler(paths, temperature=temperature, seed=seed)
             self.add_callback(_Epochs(self._sampler))
+        self.add_callback(_Finite(self))
         self._paths: list[Any] = []
         self._counts: Mapping[str, int] | None = None
         self._learnt: dict[str, Tensor] = {}
@@ -297,13 +299,23 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ files
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; when it has ended, the tree is saved where ``save_to`` says."""
+        """The Trainer's; when it has ended, the tree is saved where ``save_to`` says.
+
+        Raises:
+            DivergedError: a step made factors or losses that are not finite. Nothing of it was saved, and what trains
+                is again what it was before.
+        """
         named = args[0] if args else kwargs.get("resume_from_checkpoint")
         if self.args.should_save:
             put_back(Path(named).parent if isinstance(named, str | os.PathLike) else Path(self.args.output_dir))
         _meet()
         with standing_in(self.tree_model, bool(getattr(self.args, "activation_checkpointing", False))):
-            out = super().train(*args, **kwargs)
+            start = Start(self.tree_model.factors)
+            try:
+                out = super().train(*args, **kwargs)
+            except DivergedError:
+                start.restore()
+                raise
         if self.save_to is not None:
             self.save_model(os.fspath(self.save_to))
         return out
@@ -372,6 +384,16 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Finite(TrainerCallback):  # type: ignore[misc]
+    """Stops a run that has diverged, before the Trainer logs, evaluates or saves."""
+
+    def __init__(self, trainer: TreeTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_finite_step(self._trainer.tree_model.factors, self._trainer._learnt, step=state.global_step)
 
 
 def _meet() -> None:

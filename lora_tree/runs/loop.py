@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FolderError, FormatError, SpecError, listing
+from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..integrations.checkpoint import appearing, load_factors, put_back, save_factors
 from ..model import TreeModel
 from ..storage import as_path
+from ..training.diverged import Start, check_finite_step
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
 from .rows import Row, padded
@@ -109,12 +110,18 @@ class Run:
             "nodes": self.nodes,
             "rows": _digest(self.rows),
         }
+        self._start = Start(model.factors)
+        self._diverged: DivergedError | None = None
         self.done = self._resume()
 
     def steps(self, *, save_every: int | None = None) -> Iterator[Step]:
         """Take the steps that are left, one for each value asked for.
 
         A checkpoint is written after every ``save_every`` steps; whoever stops early calls `save`.
+
+        Raises:
+            DivergedError: a step made factors or losses that are not finite; names nodes, step and losses. What trains
+                is again what it was when this object was made, and checkpoints of earlier steps stay.
 
         >>> # for step in run.steps(save_every=50): print(step.number, step.losses)
         """
@@ -123,8 +130,14 @@ class Run:
         model.train()
         try:
             while self.done < settings.steps:
+                self._check_sound()
                 start = self.done * settings.rows_a_step
-                step = self._step([self.rows[i] for i in order[start : start + settings.rows_a_step]])
+                try:
+                    step = self._step([self.rows[i] for i in order[start : start + settings.rows_a_step]])
+                except DivergedError as error:
+                    self._diverged = error
+                    self._start.restore()
+                    raise
                 self.done += 1
                 if save_every and self.done % save_every == 0 and self.done < settings.steps:
                     self.save()
@@ -136,9 +149,11 @@ class Run:
         """Write a checkpoint, which appears whole or not at all; older ones of this run go when it is there.
 
         Raises:
+            DivergedError: the run has diverged.
             FolderError: the folder can't be written.
             FormatError: PEFT has no way to write a node.
         """
+        self._check_sound()
         name = f"checkpoint-{self.done}"
         with disk.named("make it", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +168,10 @@ class Run:
         return self.folder / name
 
     # ------------------------------------------------------------------ private
+    def _check_sound(self) -> None:
+        if self._diverged is not None:
+            raise DivergedError(self._diverged.what, "this run is over: make another Run, with other settings")
+
     def _order(self) -> list[int]:
         settings = self.settings
         sampler = PathSampler(
@@ -185,6 +204,7 @@ class Run:
                     losses[path] = losses.get(path, 0.0) + float(part)
             self.optimizer.step()
             self.optimizer.zero_grad()
+        check_finite_step(model.factors, losses, step=self.done + 1)
         return Step(self.done + 1, losses, sum(counts.values()))
 
     def _state(self) -> dict[str, Tensor]:

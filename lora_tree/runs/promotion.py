@@ -6,7 +6,7 @@ import os
 import warnings
 
 from ..adapter import Adapter
-from ..errors import FolderError, PathError, listing, suggest
+from ..errors import FolderError, FormatError, PathError, listing, suggest
 from ..folder import StaleWarning
 from ..integrations.checkpoint import NODES, ancestors_now, ancestors_then
 from ..spec import check_path
@@ -30,7 +30,7 @@ def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *,
     Raises:
         FolderError: it is no checkpoint of a tree.
         PathError: the checkpoint has no such node, or the node above ``path`` is not in the tree.
-        FormatError: its files are broken.
+        FormatError: its files are broken, or its factors are not finite.
         TreeError: an attached model is using the node.
     """
     folder, name = as_path(checkpoint) / NODES, path if node is None else node
@@ -45,6 +45,11 @@ def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *,
     if name not in found:
         raise PathError(f"{checkpoint}: no node {name!r} in it{suggest(name, found)}", f"it has: {listing(found)}")
     adapter = Adapter.load(folder / name)
+    broken = [module for module, value in adapter.modules.items() if not value.is_finite]
+    if broken:
+        raise FormatError(
+            f"{checkpoint}: {name}: {listing(broken)}: the factors are not finite", "promote an earlier checkpoint"
+        )
     then, now = ancestors_then(folder.parent, name), ancestors_now(tree, path)
     if list(then.values()) != list(now.values()):
         others = [above for above, told in now.items() if then.get(above, told) != told]
