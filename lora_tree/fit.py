@@ -12,8 +12,9 @@ from torch import nn
 from .adapter import Adapter
 from .errors import LoraTreeError, ShapeMismatch
 from .lowrank import LowRank, same_place
+from .patterns import Patterns
 from .sites import find_site
-from .sites.targets import target_names
+from .sites.targets import patterns_of_a_tree, target_names
 from .tree import AdapterTree
 
 __all__ = ["clashes", "misfits"]
@@ -31,15 +32,20 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
     >>> misfits(tree, nn.Sequential(nn.Linear(4, 3)))
     [('fr', "fr: target '1' matches nothing in the base\\n  the last parts of its names: none")]
     """
-    return [(path, f"{path}: {error}") for path in tree.paths() for error in _misfits(tree, path, base)]
+    patterns = patterns_of_a_tree()
+    found = []
+    for path in tree.paths():
+        for error in _misfits(tree, path, base, patterns):
+            found.append((path, f"{path}: {error}"))
+    return found
 
 
-def _misfits(tree: AdapterTree, path: str, base: nn.Module) -> Iterator[LoraTreeError]:
+def _misfits(tree: AdapterTree, path: str, base: nn.Module, patterns: Patterns) -> Iterator[LoraTreeError]:
     node = tree[path]
     try:
         adapter = tree.outline(path)
         if adapter is None and node.fresh is not None:
-            for name in target_names(base, node.fresh.over(tree.defaults)):
+            for name in target_names(base, node.fresh.over(tree.defaults), patterns):
                 yield from _unfit(base, name)
     except LoraTreeError as error:
         yield error

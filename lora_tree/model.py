@@ -46,7 +46,7 @@ from .engine.unmerged import Unmerged
 from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
 from .lowrank import LowRank
 from .sites import Site
-from .sites.targets import fresh_adapter
+from .sites.targets import fresh_adapter, patterns_of_a_tree
 from .training.factors import Factors
 from .training.handed import Handed
 from .training.losses import ranks
@@ -675,12 +675,18 @@ class TreeModel(nn.Module):
     def _make(self, paths: Iterable[str]) -> None:
         """Give fresh nodes their adapters: all of them, or on an error none."""
         made = {}
+        patterns = patterns_of_a_tree()
         for path in paths:
             fresh = self.tree[path].fresh
             if fresh is not None:
                 try:
                     with torch.inference_mode(False):  # it may train later
-                        made[path] = fresh_adapter(self.base, fresh.over(self.tree.defaults), base_name=self.tree.base)
+                        made[path] = fresh_adapter(
+                            self.base,
+                            fresh.over(self.tree.defaults),
+                            base_name=self.tree.base,
+                            patterns=patterns,
+                        )
                 except LoraTreeError as error:
                     raise error.within(path) from error
         for path, adapter in made.items():

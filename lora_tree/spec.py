@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from .budget import parse_bytes
 from .errors import NewerFormat, PathError, SpecError
+from .patterns import check_pattern
 
 __all__ = ["FORMAT", "CacheSpec", "LoraSpec", "NodeSpec", "TreeSpec", "check_format", "check_name", "check_path"]
 
@@ -48,12 +49,18 @@ Loc: TypeAlias = tuple[str | int, ...]
 
 
 def _compiles(pattern: str, inside: str = "{}") -> str:
-    """The pattern itself, where it is a regular expression, alone and where it will stand."""
+    """The pattern itself, where it is a regular expression, alone and where it will stand.
+
+    Raises:
+        ValueError: it is none, or it can't be matched in bounded time; says what.
+    """
     try:
-        for whole in (pattern, inside.format(pattern)):
-            re.compile(whole)
+        check_pattern(pattern)
+        re.compile(inside.format(pattern))
     except (re.error, OverflowError, RecursionError) as error:  # a{99999999999} is an OverflowError
         raise ValueError(f"is not a regular expression: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"can't be matched in bounded time: {error}") from error
     return pattern
 
 

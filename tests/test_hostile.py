@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHS
+from safetensors.torch import save_file
 from shell import command, save_base
 from torch import nn
 from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
-from lora_tree.errors import FolderError, FormatError, NewerFormat
+from lora_tree.errors import FolderError, FormatError, NewerFormat, SpecError
 from lora_tree.folder import survey
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,6 +27,85 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # ---------------------------------------------------------------- names that clients send
 
 # ---------------------------------------------------------------- patterns: a bounded amount of work
+SLOW = "((.{0,43}){0,43})X"  # 18 characters, 3,742 steps, nearly all of them alive at every character
+
+
+def stack(layers: int, name: str = "layers") -> nn.Module:
+    """A base with so many Linears, named like a transformer's."""
+    return nn.ModuleDict({name: nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(2, 2)}) for _ in range(layers))})
+
+
+def adapter_folder(folder: Path, names: Iterable[str], **config: Any) -> Path:
+    """A PEFT folder with a pair of rank 1 for every name, and such a config."""
+    folder.mkdir(parents=True)
+    one = torch.ones(1, 2)
+    tensors = {f"base_model.model.{n}.lora_{half}.weight": t for n in names for half, t in (("A", one), ("B", one.mT))}
+    save_file({key: t.clone().contiguous() for key, t in tensors.items()}, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(fields | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [{SLOW: 1}, {f"(.*{i}.*){{9}}X": 1 for i in range(5000)}, {"(?=(.*a)*b)" * 40 + str(i): 1 for i in range(100)}],
+    ids=["one", "thousands", "look-aheads"],
+)
+def test_the_patterns_of_an_adapter_cost_a_bounded_amount_of_work(tmp_path: Path, patterns: dict[str, int]) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj.{'a' * i}" for i in range(1, 101)]
+    folder = adapter_folder(tmp_path / "fr", names, rank_pattern=patterns)
+    with pytest.raises(FormatError, match=r"fr/adapter_config\.json: matching its patterns takes too long: more than"):
+        lt.Adapter.load(folder)
+
+
+def test_a_pattern_for_every_module_is_no_bounded_work_exceeded(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.q_proj" for i in range(40) for j in range(64)]
+    folder = adapter_folder(tmp_path / "fr", names, r=8, rank_pattern=dict.fromkeys(reversed(names), 1))
+    assert set(lt.Adapter.load(folder).ranks.values()) == {1}
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_pattern_that_keeps_re_busy_for_ever_is_matched_at_once(tmp_path: Path, field: str) -> None:
+    said = {"target_modules": "'.*'", "layers_to_transform": "0"} | {field: "'([a-z._0-9]+)+X'"}
+    fields = ", ".join(f"{name}: {value}" for name, value in said.items())
+    (tmp_path / "tree.yaml").write_text(f"version: 1\ntree: {{fr: {{{fields}}}}}\n")
+    with contextlib.suppress(lt.errors.BaseMismatch):  # nothing of that name, or a ModuleList that takes no delta
+        lt.attach(lt.load(tmp_path), stack(40, "layers_of_a_name_that_is_long_enough"))
+
+
+def test_the_patterns_of_a_tree_share_one_budget_of_work(tmp_path: Path) -> None:
+    nodes = "\n".join(f"  n{i}: {{target_modules: '{SLOW}|a{i}'}}" for i in range(20))
+    (tmp_path / "tree.yaml").write_text(f"version: 1\ntree:\n{nodes}\n")
+    tree, base = lt.load(tmp_path), stack(40)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(SpecError, match=r"the tree's fresh nodes: matching its patterns takes too long: more than"):
+        lt.attach(tree, base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert not any(tree[path].has_adapter for path in tree)
+
+
+def test_a_thousand_nodes_with_one_pattern_cost_what_one_does() -> None:
+    tree = lt.AdapterTree(defaults={"r": 1, "target_modules": r".*\.(q|v)_proj", "rank_pattern": {"(0|1).q_proj": 2}})
+    for i in range(1000):
+        tree.add(f"n{i}")
+    assert lt.misfits(tree, stack(40, "layers" * 40)) == []
+
+
+def test_look_aheads_of_a_tree_yaml_go_on_working(tmp_path: Path) -> None:
+    target = r"^(?!.*layers\.0\.).*(?<=layers\.[12])\.(?P<which>q|v)_proj$"
+    (tmp_path / "tree.yaml").write_text(f"version: 1\ntree: {{fr: {{r: 1, target_modules: '{target}'}}}}\n")
+    tree = lt.load(tmp_path)
+    lt.attach(tree, stack(4))
+    made = tree.adapter("fr")
+    assert made is not None
+    assert list(made.modules) == ["layers.1.q_proj", "layers.2.q_proj"]
+
+
+def test_a_pattern_of_a_tree_yaml_that_has_no_bound_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "tree.yaml").write_text("version: 1\ntree:\n  fr: {target_modules: '(a*)\\1+X'}\n")
+    with pytest.raises(SpecError, match=r"tree\.yaml:3:8: node fr: target_modules: .*can't be matched in bounded time"):
+        lt.load(tmp_path)
+
 
 
 # ---------------------------------------------------------------- a base's own code, and what an export copies

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lora_tree import Adapter, LowRank
 from lora_tree.errors import LoraTreeError
 from lora_tree.formats import peft
-from lora_tree.formats.name_pattern import NamePattern
 from lora_tree.lowrank import EMBEDDING, PARAMETER, Layout
+from lora_tree.patterns import ByPattern, NamePattern, Work
 
 CONFIG, WEIGHTS = peft.CONFIG, peft.WEIGHTS
 many = settings(
@@ -179,6 +179,7 @@ patterns = st.recursive(
         st.builds("".join, st.lists(inner, max_size=4)),
         st.builds("({}|{})".format, inner, inner),
         st.builds("{}|{}".format, inner, inner),
+        st.builds("({}{}){}".format, st.sampled_from(["?=", "?!", "?i:"]), inner, inner),
         st.builds(
             "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,}", "{,2}", "{0,2}?", ""])
         ),
@@ -194,6 +195,40 @@ def test_a_pattern_matches_what_re_says(text: str, names: list[str]) -> None:
     for name in names:
         assert pattern.ends(name) == bool(re.match(rf"(.*\.)?({text})$", name)), name
         assert pattern.whole(name) == bool(re.fullmatch(text, name)), name
+
+
+@settings(many, max_examples=1000)
+@given(
+    st.sampled_from(["a", r"a\.", "[ab]", "ab", "."]),
+    st.sampled_from(["?<=", "?<!"]),
+    patterns,
+    st.lists(st.text("ab1.", max_size=7), min_size=1, max_size=8),
+)
+def test_a_look_behind_matches_what_re_says(before: str, kind: str, after: str, names: list[str]) -> None:
+    text = f".*({kind}{before}){after}"
+    pattern = NamePattern(text)
+    for name in names:
+        assert pattern.whole(name) == bool(re.fullmatch(text, name)), name
+
+
+layers = st.builds(".".join, st.lists(st.sampled_from(["a", "b", "ab", "1", "12", "h"]), min_size=1, max_size=6))
+
+
+@settings(many, max_examples=1000)
+@given(st.sampled_from(["a", "[^.]*", "(a|b)", "a?b?", r"\w+", "[ab]{1,2}"]), layers)
+def test_the_layer_of_a_name_is_the_one_that_re_says(text: str, name: str) -> None:
+    match = re.match(rf"(?:^|.*?\.)(?:{text})\.(?P<idx>\d+)\.", name)
+    assert NamePattern(text).layer(name) == (int(match["idx"]) if match else None)
+
+
+spellings = st.sampled_from(["a.b", r"a\.b", "^a.b", r"^a\.b", "b", ".b", "a.", "a.b.1", "^b", r"^a\.b\.1", "a-b"])
+
+
+@settings(many, max_examples=1000)
+@given(st.lists(spellings | patterns, max_size=6), st.text("ab1.-\n", max_size=7))
+def test_the_first_of_several_patterns_counts(texts: list[str], name: str) -> None:
+    wanted = next((i for i, text in enumerate(texts) if re.match(rf"(.*\.)?({text})$", name)), -1)
+    assert ByPattern(((text, i) for i, text in enumerate(texts)), Work("a test")).first(name, -1) == wanted
 
 
 @many

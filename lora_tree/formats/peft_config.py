@@ -4,22 +4,21 @@
 
 ``rank_pattern`` and ``alpha_pattern`` replace r and lora_alpha where ``(.*\\.)?(key)$`` matches the module's name, the
 first key in the file's order winning (``peft.utils.other.get_pattern_key``); a raw parameter goes by
-``module.parameter``. Patterns are somebody else's, and matched in bounded time: see `name_pattern`. Only configs whose
-increment is B·A·scale and nothing else pass.
+``module.parameter``. Patterns are somebody else's, and all those of one file are matched out of one budget of work: see
+`patterns`. Only configs whose increment is B·A·scale and nothing else pass.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import FormatError, UnsupportedAdapter
+from ..patterns import ByPattern, NamePattern, Work
 from . import strict_json
-from .name_pattern import MAX_CHARACTERS, NamePattern
 
 T = TypeVar("T")
 
@@ -75,28 +74,39 @@ class PeftConfig:
     use_rslora: bool
     lora_bias: bool
     bias: str
-    rank_pattern: tuple[tuple[NamePattern, int], ...]
-    alpha_pattern: tuple[tuple[NamePattern, int | float], ...]
+    rank_pattern: ByPattern[int]
+    alpha_pattern: ByPattern[int | float]
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
     base: str | None
     velora: bool
     kept: Mapping[str, Any]
+    work: Work = field(compare=False)
 
     def rank(self, name: str) -> int:
         """r of the module ``name``, or of the raw parameter ``module.parameter``."""
-        return _first(self.rank_pattern, name, self.r)
+        return self.rank_pattern.first(name, self.r)
 
     def scale(self, name: str) -> float:
         """The scale of ``name``, computed as PEFT does."""
-        alpha, r = _first(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        alpha, r = self.alpha_pattern.first(name, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
-    def targets(self, module: str) -> bool:
-        """Whether ``target_modules`` names the module."""
-        if isinstance(self.target_modules, str):
-            return _understood(self.target_modules, self.where, "target_modules").whole(module)
-        return _ends(module, self.target_modules)
+    def targets(self, module: str) -> bool | None:
+        """Whether ``target_modules`` names the module; None where only a base can tell.
+
+        PEFT writes it for its own sake: the keys of the file say what was trained. So it is looked at only where the
+        keys can be read in two ways, and a pattern that can't be matched in bounded time is no reason to refuse a file.
+        """
+        if not isinstance(self.target_modules, str):
+            return _ends(module, self.target_modules)
+        if self.target_modules.lower() == "all-linear":
+            return None
+        try:
+            pattern = NamePattern(self.target_modules, self.work)
+        except (re.error, ValueError, OverflowError, RecursionError):
+            return None
+        return pattern.whole(module)
 
     def parameters(self, module: str) -> tuple[str, ...]:
         """The parameters of ``module`` that ``target_parameters`` names, in the order of `FUSED` or else its own.
@@ -139,6 +149,7 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
         base=check.text("base_model_name_or_path"),
         velora=bool(fields.get("velora_config")),
         kept={key: value for key, value in fields.items() if key not in DERIVED},
+        work=check.work,
     )
     return config
 
@@ -176,6 +187,7 @@ class _Checks:
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
+        self.work = Work(where, FormatError)
 
     def wrong(self, name: str, got: Any, expected: str) -> FormatError:
         return FormatError(f"{self.where}: {name}: got {str(got)[:80]!r}, expected {expected}")
@@ -218,45 +230,29 @@ class _Checks:
 
     def targets(self, name: str) -> tuple[str, ...] | str:
         value = self.fields.get(name)
-        if not isinstance(value, str):
-            return self.names(name)
-        if value.lower() == "all-linear":
-            return ()
-        self.compiles(value, name)
-        return value
+        return value if isinstance(value, str) else self.names(name)
 
-    def patterns(self, name: str, check: Callable[[Any, str], T]) -> tuple[tuple[NamePattern, T], ...]:
+    def patterns(self, name: str, check: Callable[[Any, str], T]) -> ByPattern[T]:
         value = self.fields.get(name)
         if not (value is None or isinstance(value, dict)):
             raise self.wrong(name, value, "an object or null")
-        entries = (value or {}).items()
-        return tuple((_understood(key, self.where, name), check(v, f"{name}[{key!r}]")) for key, v in entries)
+        entries = []
+        for key, given in (value or {}).items():
+            self.understood(key, name)
+            entries.append((key, check(given, f"{name}[{key!r}]")))
+        return ByPattern(entries, self.work)
 
-    def compiles(self, pattern: str, name: str) -> None:
+    def understood(self, pattern: str, name: str) -> None:
         try:
-            if len(pattern) > MAX_CHARACTERS:
-                raise ValueError(f"longer than {MAX_CHARACTERS} characters")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "possible nested set" is no matter of ours
-                re.compile(pattern)
-        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            NamePattern(pattern, self.work)
+            re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it: flags can't stand in the middle
+        except re.error as error:
             raise FormatError(f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}") from error
-
-
-def _understood(pattern: str, where: str, name: str) -> NamePattern:
-    try:
-        return NamePattern(pattern)
-    except re.error as error:
-        raise FormatError(f"{where}: {name}: {pattern[:80]!r} is no regular expression: {error}") from error
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise FormatError(
-            f"{where}: {name}: {pattern[:80]!r}: {error}",
-            r"write it with names, ., \., [0-9], \d, (a|b), *, +, ? and {2,3}: these are matched in bounded time",
-        ) from error
-
-
-def _first(patterns: Iterable[tuple[NamePattern, T]], name: str, default: T) -> T:
-    return next((value for pattern, value in patterns if pattern.ends(name)), default)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise FormatError(
+                f"{self.where}: {name}: {pattern[:80]!r}: {error}",
+                r"write it with names, ., \., [0-9], \d, (a|b), *, +, ? and {2,3}: these are matched in bounded time",
+            ) from error
 
 
 def _ends(name: str, with_one_of: Iterable[str]) -> bool:

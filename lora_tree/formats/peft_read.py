@@ -171,6 +171,7 @@ class _Reader:
         self.config, self.where, self.tensors = config, where, header.tensors
         self.recorded = _recorded(header.metadata, where)
         self.dead: dict[str, Tensor] = {}
+        self.either: set[str] = set()  # modules that may be raw parameters, which only a base can tell
 
     def adapter(self) -> Adapter:
         groups: dict[str, dict[int, _Parts]] = {}  # module → wrappers deep → part → factor
@@ -205,7 +206,7 @@ class _Reader:
                 modules[name] = self.parameter(name, parts)
         for owner in {a for m in groups for a in peft_keys.ancestors(m) if a in groups and not parameters[a]}:
             modules[owner] = self.without_dead_bias(owner, modules[owner])
-        nested = {module: names for module, names in parameters.items() if len(names) > 1}
+        nested = {m: names for m, names in parameters.items() if len(names) > 1 or m in self.either}
         return Adapter(
             modules,
             base=self.config.base,
@@ -238,7 +239,7 @@ class _Reader:
     def parameters(self, module: str, depths: Mapping[int, _Parts]) -> tuple[str, ...]:
         """The raw parameters that the wrappers of ``module`` hold, as registered; none where it is a module."""
         names = self.recorded.get(module) or self.config.parameters(module)
-        if not names or (len(depths) == 1 and module not in self.recorded and self.config.targets(module)):
+        if not names or (len(depths) == 1 and self.is_module(module, names, *depths.values())):
             if set(depths) != {0}:
                 raise FormatError(
                     f"{self.where}: {module}: {len(depths)} nested factors, but target_parameters names none of its "
@@ -263,6 +264,26 @@ class _Reader:
                 + repr(json.dumps({module: names})),
             )
         return names
+
+    def is_module(self, module: str, names: tuple[str, ...], parts: _Parts) -> bool:
+        """Whether factors are the module's own, where ``target_parameters`` names a parameter of it.
+
+        Where a Linear and its raw weight have the same keys, ``target_modules`` says which was trained. Where that
+        can't be read without the base, the parameter is assumed: the adapter is bound to whichever the base has.
+        """
+        if module in self.recorded:
+            return False
+        A = parts.get("lora_A")
+        if A is None or A.ndim != 2:
+            return True  # an embedding or a convolution: a parameter has a matrix, lora_A
+        if A.shape[0] != self.config.rank(module) and len(names) == 1:
+            return False  # the experts of a parameter, one below the other
+        targeted = self.config.targets(module)
+        if targeted is None:
+            if len(names) > 1:
+                return True  # several parameters would have several pairs
+            self.either.add(module)
+        return bool(targeted)
 
     def check_paths(self, module: str, paths: set[str], wrappers: Mapping[str, int]) -> None:
         expected = peft_keys.key_path(module, wrappers)

@@ -10,7 +10,6 @@ Initialisation as in the LoRA paper (arXiv 2106.09685 §4.1): A random, B zero, 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from ..adapter import Adapter
 from ..errors import BaseMismatch, listing, suggest
 from ..lowrank import EMBEDDING, LINEAR, PARAMETER, Layout, LowRank
+from ..patterns import Patterns, Work
 from ..spec import LoraSpec
 from . import find_site
 from .base import Site
@@ -29,7 +29,7 @@ from .embedding import EmbeddingSite
 from .linear import Conv1DSite
 from .parameter import ParameterSite
 
-__all__ = ["fresh_adapter", "target_names"]
+__all__ = ["fresh_adapter", "patterns_of_a_tree", "target_names"]
 
 T = TypeVar("T")
 
@@ -37,12 +37,22 @@ DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8.0
 
 
-def target_names(base: nn.Module, spec: LoraSpec) -> list[str]:
+def patterns_of_a_tree() -> Patterns:
+    """The patterns of one tree's fresh nodes, to be matched out of one budget of work."""
+    return Patterns(Work("the tree's fresh nodes"))
+
+
+def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = None) -> list[str]:
     """The modules and parameters that ``spec`` targets in ``base``, sorted.
+
+    Args:
+        patterns: those of the whole tree; without it, the spec has a budget of its own.
 
     Raises:
         BaseMismatch: a target matches nothing, or the spec has none; with the nearest name.
+        SpecError: the patterns take more work than the budget allows.
     """
+    patterns = patterns or patterns_of_a_tree()
     if not spec.has_targets:
         raise BaseMismatch("nothing to adapt: neither target_modules nor target_parameters is set")
     modules = {name for name, _ in base.named_modules() if name}
@@ -50,16 +60,20 @@ def target_names(base: nn.Module, spec: LoraSpec) -> list[str]:
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         found = _all_linear(base)
     elif isinstance(wanted, str):
-        found = {name for name in modules if re.fullmatch(wanted, name)}
+        found = {name for name in modules if patterns.whole(wanted, name)}
         _matched({wanted: bool(found)}, modules)
     else:
         found = {name for name in modules if _ends_with(name, wanted or ())}
         _matched({t: any(_ends_with(name, (t,)) for name in found) for t in wanted or ()}, modules)
     if spec.exclude_modules:
         out = spec.exclude_modules
-        found -= {n for n in found if (re.fullmatch(out, n) if isinstance(out, str) else _ends_with(n, out))}
+        if isinstance(out, str):
+            found -= {name for name in found if patterns.whole(out, name)}
+        else:
+            found -= {name for name in found if _ends_with(name, out)}
     if spec.layers_to_transform is not None:
-        found = {name for name in found if _layer_of(name, spec) in _as_list(spec.layers_to_transform)}
+        layers = _as_list(spec.layers_to_transform)
+        found = {name for name in found if _layer_of(name, spec, patterns) in layers}
     parameters = {name for name, _ in base.named_parameters()}
     ends = spec.target_parameters or ()
     raw = {name for name in parameters if _ends_with(name, ends)}
@@ -69,25 +83,36 @@ def target_names(base: nn.Module, spec: LoraSpec) -> list[str]:
     return sorted(found | raw)
 
 
-def fresh_adapter(base: nn.Module, spec: LoraSpec, *, base_name: str | None = None) -> Adapter:
+def fresh_adapter(
+    base: nn.Module,
+    spec: LoraSpec,
+    *,
+    base_name: str | None = None,
+    patterns: Patterns | None = None,
+) -> Adapter:
     """An adapter that changes nothing yet: A drawn from torch's global generator, B zero, both fp32 beside the weight.
+
+    Args:
+        patterns: those of the whole tree; without it, the spec has a budget of its own.
 
     Raises:
         BaseMismatch: a target matches nothing, or a module that takes no delta.
+        SpecError: the patterns take more work than the budget allows.
     """
+    patterns = patterns or patterns_of_a_tree()
     modules: dict[str, LowRank] = {}
-    for name in target_names(base, spec):
+    for name in target_names(base, spec, patterns):
         site = find_site(base, name)
-        value = _fresh(site, spec)
+        value = _fresh(site, spec, patterns)
         site.check(value)
         modules[name] = value
     return Adapter(modules, base=base_name, nesting=_nesting(base, modules))
 
 
-def _fresh(site: Site, spec: LoraSpec) -> LowRank:
+def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
     name = site.name
-    r = _pattern(spec.rank_pattern, name, spec.r or DEFAULT_RANK)
-    alpha = _pattern(spec.alpha_pattern, name, spec.lora_alpha or DEFAULT_ALPHA)
+    r = _first(spec.rank_pattern, name, spec.r or DEFAULT_RANK, patterns)
+    alpha = _first(spec.alpha_pattern, name, spec.lora_alpha or DEFAULT_ALPHA, patterns)
     scale = alpha / math.sqrt(r) if spec.use_rslora else alpha / r
     layout, groups = _layout(site)
     if r % groups:
@@ -146,16 +171,20 @@ def _ends_with(name: str, ends: Iterable[str]) -> bool:
     return any(name == end or name.endswith("." + end) for end in ends)
 
 
-def _layer_of(name: str, spec: LoraSpec) -> int | None:
+def _layer_of(name: str, spec: LoraSpec, patterns: Patterns) -> int | None:
     for pattern in _as_list(spec.layers_pattern or r"[^.]*"):
-        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<idx>\d+)\.", name)
-        if match:
-            return int(match["idx"])
+        layer = patterns.layer(pattern, name)
+        if layer is not None:
+            return layer
     return None
 
 
-def _pattern(patterns: dict[str, T] | None, name: str, default: T) -> T:
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def _first(values: dict[str, T] | None, name: str, default: T, patterns: Patterns) -> T:
+    """The value of the first key that matches the name, or its end after a dot."""
+    for key, value in (values or {}).items():
+        if patterns.ends(key, name):
+            return value
+    return default
 
 
 def _as_list(value: T | list[T]) -> list[T]:
