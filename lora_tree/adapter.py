@@ -216,7 +216,8 @@ class Adapter:
 def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()) -> Adapter:
     """Σ coefficient · adapter, module by module, as one adapter of rank Σr.
 
-    ``config`` and ``base`` come from the first term that has them.
+    ``base`` comes from the first term that has one. ``config`` holds the fields on which all terms that have a config
+    agree: what one of them says alone is not true of the sum.
 
     Args:
         terms: each adapter with its coefficient.
@@ -255,7 +256,7 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     return Adapter(
         {name: _named(name, concat, list(values.values())) for name, values in parts.items()},
         base=next((a.base for a, _ in terms if a.base), None),
-        config=next((a.config for a, _ in terms if a.config), {}),
+        config=_agreed([adapter.config for adapter, _ in terms if adapter.config]),
         unchanged={name: tensor for name, (_, tensor) in unchanged.items()},
         nesting={module: order for module, (_, order) in nesting.items()},
         assumed=frozenset().union(*(adapter.assumed for adapter, _ in terms)),
@@ -281,6 +282,25 @@ def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
         return whole[dtype].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     return there
+
+
+def _agreed(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that all of these have, with the same value; lists of names in whatever order."""
+    if not configs:
+        return {}
+    first, *others = configs
+    agreed = dict(first)
+    for other in others:
+        for key in [key for key in agreed if key not in other or not _same_field(agreed[key], other[key])]:
+            del agreed[key]
+    return agreed
+
+
+def _same_field(one: Any, other: Any) -> bool:
+    """Whether two values of a field are one; PEFT writes sets of names as lists, in changing order."""
+    if isinstance(one, list) and isinstance(other, list):
+        return sorted(map(repr, one)) == sorted(map(repr, other))
+    return bool(one == other)
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapter import Adapter
@@ -239,6 +240,8 @@ def _config(
         "lora_bias": lora_bias,
         "bias": _bias(adapter),
     }
+    if "ensure_weight_tying" in fields:
+        fields["ensure_weight_tying"] = fields["ensure_weight_tying"] is True and _tied(modules)
     if fields.get("init_lora_weights") != "gaussian" or lora_bias:
         # the others can't be begun again at every rank, and say nothing about a trained adapter
         fields["init_lora_weights"] = fields.get("init_lora_weights") is not False
@@ -253,6 +256,24 @@ def _config(
         kept = targets if _describes(targets, targets, {*outside, *nested}, fields) else None
     fields["target_modules"] = "|".join(map(re.escape, targets)) if kept is None else sorted(kept)
     return fields
+
+
+def _tied(modules: Mapping[str, LowRank]) -> bool:
+    """Whether every head of an embedding's size has the embedding's factors, transposed.
+
+    With ``ensure_weight_tying`` PEFT reads the factors of the embedding alone and uses them for the head as well. That
+    is true of what it has just trained, but not of a sum with a node that changes one of the two by itself.
+    """
+    embeddings = [value for value in modules.values() if value.layout.kind == "embedding"]
+    linear = [value for value in modules.values() if value.layout.kind == "linear" and value.A.ndim == 2]
+    for one in embeddings:
+        heads = [head for head in linear if head.A.shape == one.B.mT.shape and head.B.shape == one.A.mT.shape]
+        mirrored = [
+            h for h in heads if h.scale == one.scale and torch.equal(h.A, one.B.mT) and torch.equal(h.B, one.A.mT)
+        ]
+        if not heads or len(mirrored) < len(heads):
+            return False
+    return bool(embeddings)
 
 
 def _describes(entries: list[Any], targets: list[str], others: set[str], fields: Mapping[str, Any]) -> bool:
