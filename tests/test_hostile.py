@@ -5,32 +5,150 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from architectures import ARCHS
+from front import front_end
 from safetensors.torch import save_file
 from shell import command, save_base
 from torch import nn
 from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
-from lora_tree.cli import main
 from lora_tree.errors import FolderError, FormatError, NewerFormat, SpecError
 from lora_tree.folder import survey
-from lora_tree.runs.evaluation import Matrix
+from lora_tree.integrations import flatcache, vllm
+from lora_tree.integrations.vllm_settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+
 # ---------------------------------------------------------------- names that clients send
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    """A saved tree: fr, fr/legal, fr/medical, grp/x."""
+    made = lt.AdapterTree(base="org/model")
+    for seed, path in enumerate(("fr", "fr/legal", "fr/medical", "de")):
+        made.add(path, adapter=adapter(seed))
+    made.save(tmp_path / "served")
+    return tmp_path / "served"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_a_refused_name_leaves_no_open_file_no_file_and_no_lock(served: Path, tmp_path: Path) -> None:
+    with front_end(served, tmp_path / "cache", blends="1") as front:
+        assert front.answers("fr", "fr:1e308+de:1") == [front.answers("fr")[0], None]
+        files, before = sorted((tmp_path / "cache" / ".locks").iterdir()), open_files()
+        names = [f"fr:1.{i}e308+de:-1.{i}e308" for i in range(70)]  # no factor of theirs is finite
+        assert front.answers(*names, "gpt-4", "fr/../de", "fr:nan") == [None] * 73
+        assert open_files() == before
+        locks = {file.name for file in (tmp_path / "cache" / ".locks").iterdir()}
+        assert len(locks) <= len(files) + 16  # one for each first digit of a content
+        assert set(front.lora_resolver_lock) == {"fr"}  # vLLM's own, one for each name, for ever
+        assert set(front.lora_requests) == {"fr"}
+
+
+def test_every_spelling_of_a_blend_is_one_adapter_and_one_entry(served: Path, tmp_path: Path) -> None:
+    with front_end(served, tmp_path / "cache", blends="1") as front:
+        spellings = [f"fr:0.5{'0' * i}+de:.5" for i in range(20)] + ["de:5e-1+fr: 0.5", "de:0.5+fr:0.5"]
+        assert len(set(front.answers(*spellings))) == 1
+        assert len(set(front.answers(*(f"fr:1.{'0' * i}" for i in range(20)), "fr"))) == 1
+        assert set(front.lora_requests) == {"de:0.5+fr:0.5", "fr"}
+        assert len(front.loaded) == 2
+        near = front.answers("fr:0.12345671+de:1", "fr:0.12345672+de:1")
+        assert near[0] != near[1]  # they are told apart to the last bit
+        kept = [entry for entry in (tmp_path / "cache").iterdir() if not entry.name.startswith(".")]
+        assert len(kept) == 4
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 60.0])
+def test_a_client_who_makes_up_blends_shuts_no_path_out(
+    served: Path, tmp_path: Path, grace_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "SHORT_GRACE_S", grace_s)
+    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
+    monkeypatch.setattr(flatcache, "CONFIG_BYTES", 4096)
+    room = 32_000  # some ten adapters
+    with front_end(served, tmp_path / "cache", blends="1", cache_bytes=str(room)) as front:
+        tenant = front.answers("fr/legal")
+        for i in range(40):
+            front.answers(f"fr:0.{i + 1}+de:1")
+            assert front.answers("fr/legal") == tenant
+        assert None not in front.answers("fr", "fr/medical", "de")
+        assert len([one for one in front.loaded if one.lora_name.startswith("fr/legal@")]) == 1
+        blends = [name for name in front.lora_requests if ":" in name]
+        assert 1 <= len(blends) < 12
+        there = sum(file.stat().st_size for file in (tmp_path / "cache").glob("[0-9a-f]*/*"))
+        assert room / 4 < there <= room
+
+
+def test_blends_are_refused_unless_they_are_allowed(served: Path, tmp_path: Path) -> None:
+    with front_end(served, tmp_path / "cache") as front:
+        assert front.answers("fr:0.5+de:0.5", "fr:1", "fr+de") == [None] * 3
+        assert None not in front.answers("fr", "de")
+
+
+def test_only_paths_on_the_list_are_served_alone_or_in_a_blend(served: Path, tmp_path: Path) -> None:
+    with front_end(served, tmp_path / "cache", allow="fr/*, de", blends="1") as front:
+        assert None not in front.answers("fr/legal", "fr/medical", "de", "fr/legal:0.5+de:0.5")
+        assert front.answers("fr", "fr/legal+fr:-1", "fr/legal/../..", "gpt-4") == [None] * 4
+    with pytest.raises(SpecError, match=r"LORA_TREE_VLLM_ALLOW: the list of paths .* is empty"):
+        Settings.of({"LORA_TREE_VLLM_ZOO": "z", "LORA_TREE_VLLM_CACHE": "c", "LORA_TREE_VLLM_ALLOW": ""})
+
+
+def test_unknown_names_cost_one_look_at_the_tree_in_an_interval(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[object] = []
+
+    def counted(*args: object, **more: object) -> object:
+        looks.append(args)
+        return survey(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(vllm, "survey", counted)
+    with front_end(served, tmp_path / "cache", poll_s="30") as front:
+        assert front.answers("fr/..", "fr:1", "x" * 10_000, "fr//legal") == [None] * 4
+        assert not looks  # these are no paths, whatever the tree is
+        assert front.answers(*(f"gpt-{i}" for i in range(200))) == [None] * 200
+        assert None not in front.answers("fr", "de", "fr/legal")
+        assert len(looks) == 1
+
+
+def test_a_name_of_any_length_is_one_short_line_in_the_log(
+    served: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["x" * 1_000_000, "fr/" * 300_000, "fr:1+" * 200_000, "gpt-4\nINFO: all is well\x1b[2J", "é" * 9_000]
+    with front_end(served, tmp_path / "cache", blends="1") as front:
+        assert front.answers(*names) == [None] * 5
+    assert len(caplog.messages) == 5
+    assert max(map(len, caplog.messages)) < 400
+    assert all(message.isprintable() for message in caplog.messages)
+
+
+def test_an_adapter_outside_of_the_tree_s_folder_is_served_only_on_the_user_s_word(
+    served: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter(9).save(tmp_path / "elsewhere")
+    (served / "tree.lock").unlink()
+    (served / "tree.yaml").write_text(
+        "version: 1\ntree:\n  away: {adapter: ../elsewhere, children: {below: {r: 4, target_modules: [q_proj]}}}\n"
+    )
+    with front_end(served, tmp_path / "cache") as front:
+        assert front.answers("away", "away/below") == [None, None]
+        assert None not in front.answers("fr", "fr/legal")
+    assert "leads out of" in caplog.messages[0]
+    with front_end(served, tmp_path / "cache", outside="1") as front:
+        assert None not in front.answers("away")
+
 
 # ---------------------------------------------------------------- patterns: a bounded amount of work
 SLOW = "((.{0,43}){0,43})X"  # 18 characters, 3,742 steps, nearly all of them alive at every character
@@ -274,126 +392,6 @@ def test_code_is_copied_only_where_it_is_asked_for(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- escapes for the terminal
-CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
-"""Puts a command into the clipboard of many terminals; the person pastes it later."""
-HOSTILE = f"{CLIPBOARD}\x9b2J\r\u202e[link=file:///etc/passwd]x[/link]"
-
-
-def _hostile_tree(folder: Path) -> Path:
-    """A tree whose base, folder, tensors and config keys drive a terminal."""
-    zoo = folder / f"zoo{HOSTILE.replace('/', '-')}"
-    pair = lt.LowRank(torch.ones(2, 8), torch.ones(8, 2))
-    tree = lt.AdapterTree(base=f"org/model{HOSTILE}")
-    tree.add("fr", adapter=lt.Adapter({f"layers.{HOSTILE}.q_proj": pair}, base=f"org/model{HOSTILE}"))
-    tree.save(zoo)
-    return zoo
-
-
-def _with_config(zoo: Path, **change: object) -> Path:
-    """The same tree, with other words in the config of its node."""
-    config = zoo / "fr" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    (zoo / "tree.lock").unlink()
-    return zoo
-
-
-def _obeyed(shown: str) -> set[str]:
-    """What a terminal would obey in a text: all but line ends, and what rich itself writes."""
-    own = re.compile(r"\x1b\[[0-9;]*[mAKGJ]|\x1b\[\?25[lh]|\r?\n")
-    return {sign for sign in own.sub("", shown) if not sign.isprintable()}
-
-
-def _on_a_terminal(commands: list[list[str]]) -> str:
-    """What a terminal is sent by some commands, each of which may fail."""
-    code = (
-        "import sys, json\n"
-        "from lora_tree.cli import main\n"
-        "for arguments in json.loads(sys.argv[1]):\n"
-        "    try: main(arguments)\n"
-        "    except SystemExit: pass\n"
-    )
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(commands)],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"},
-    )
-    os.close(slave)
-    shown = bytearray()
-    while True:
-        try:
-            read = os.read(master, 1 << 16)
-        except OSError:  # Linux's way to say that nobody holds the other end any more
-            break
-        if not read:
-            break
-        shown += read
-    os.close(master)
-    process.wait(timeout=60)
-    return shown.decode()
-
-
-def test_no_word_of_a_strangers_file_drives_the_terminal(tmp_path: Path) -> None:
-    zoo = str(_hostile_tree(tmp_path / "whole"))
-    base = str(save_base(tmp_path / "base"))
-    other = str(_with_config(_hostile_tree(tmp_path / "config"), **{HOSTILE: 1, "peft_type": HOSTILE}))
-    broken = _hostile_tree(tmp_path / "broken")
-    (broken / "tree.yaml").write_text(f"version: 1\ntree: {{}}\n? {json.dumps(HOSTILE)}\n: 1\n")
-    commands = [
-        ["show", zoo],
-        ["show", zoo, "--json"],
-        ["check", zoo],
-        ["check", zoo, "--json"],
-        ["check", zoo, "--base", base],
-        ["generate", zoo, "fr", "--prompt", "x"],
-        ["export", zoo, "fr", "--out", str(tmp_path / "flat"), "--per-module"],
-        ["export", zoo, "fr", "--out", str(tmp_path / "flat"), "--rank", "1", "--per-module"],
-        ["export", zoo, "fr", "--as", "peft", "--out", str(tmp_path / f"out{CLIPBOARD}")],
-        ["lock", zoo],
-        ["show", other],
-        ["check", other],
-        ["check", str(broken)],
-        ["show", zoo, zoo],
-        [HOSTILE],
-        ["promote", zoo, "fr", "--from", base],
-    ]
-    shown = _on_a_terminal(commands)
-    assert shown.count("\\x1b]52;c;cm0gLXJmIH4=") >= len(commands)  # the names are there, as they are spelled
-    assert _obeyed(shown) == set()
-
-
-def test_an_error_and_a_warning_can_be_printed_anywhere(tmp_path: Path) -> None:
-    hostile = f"org/model{HOSTILE}\nerror: all is well"
-    error = lt.errors.SpecError(f"{hostile}: no such base", f"name another than {hostile}").within(hostile)
-    told = str(error)
-    assert _obeyed(told) == set()
-    assert len(told.splitlines()) == 2  # a name can't pretend to be a line of ours
-    assert "\\x1b]52;c;cm0gLXJmIH4=\\x07\\x9b2J\\r\\u202e" in told
-    assert str(lt.StaleWarning(hostile)).count("\n") == 0
-    with pytest.raises(lt.errors.LoraTreeError) as caught:
-        lt.Adapter.load(_with_config(_hostile_tree(tmp_path), peft_type=HOSTILE) / "fr")
-    assert _obeyed(str(caught.value)) == set()
-
-
-def test_json_holds_hostile_names_whole_and_shows_none_of_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["show", str(_hostile_tree(tmp_path)), "--json"])
-    shown = capsys.readouterr().out
-    assert _obeyed(shown) == set()
-    assert json.loads(shown)["base"] == f"org/model{HOSTILE}"
-
-
-def test_a_picture_with_hostile_names_is_well_formed(tmp_path: Path) -> None:
-    name = f"</text><script>{HOSTILE}"
-    picture = Matrix(("", name), (name,), ((2.0,), (1.0,)), (10,)).picture()
-    assert _obeyed(picture) == set()
-    texts = [element.text or "" for element in ElementTree.fromstring(picture).iter()]
-    assert any(text.startswith("</text><script>\\x1b]52") for text in texts)
-
 
 # ---------------------------------------------------------------- pipes, devices, and swaps between check and open
 

@@ -3,23 +3,31 @@ plugin needs no vLLM."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from front import LoRARequest, front_end
+from zoo import opened
 
 import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import FolderError, FormatError, PathError
 from lora_tree.folder import survey
-from lora_tree.integrations.flatcache import FlatCache, Form
+from lora_tree.integrations import flatcache
+from lora_tree.integrations.client_names import NameRules
+from lora_tree.integrations.flatcache import FlatCache, Form, NoRoom
 from lora_tree.integrations.vllm import register, server_args
+from lora_tree.integrations.vllm_settings import Settings
 
 ROOM = (1 << 20) + 4096  # what one small adapter is counted as while room is made
 
@@ -50,17 +58,21 @@ def there(at: Path) -> set[str]:
     return {entry.name for entry in (at / "cache").iterdir() if not entry.name.startswith(".")}
 
 
+def locks_of(at: Path) -> set[str]:
+    return {entry.name for entry in (at / "cache" / ".locks").iterdir()}
+
+
 def test_a_path_is_what_the_tree_flattens_to(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path)
-    found = kept.get(zoo, "fr/legal")
-    assert found.folder.name == f"fr.legal-{found.content}"
+    found = kept.get(*survey(zoo), "fr/legal")
+    assert found.folder.name == found.content
     assert found.name == f"fr/legal@{found.content[:16]}"
-    wanted, got = lt.load(zoo).flatten("fr/legal"), lt.Adapter.load(found.folder)
+    wanted, got = opened(zoo).flatten("fr/legal"), lt.Adapter.load(found.folder)
     assert torch.equal(got.modules["up"].dense(), wanted.modules["up"].dense())
-    blend = kept.get(zoo, "fr/legal:0.5+de:0.5")
-    dense = lt.load(zoo).flatten({"fr/legal": 0.5, "de": 0.5}).modules["up"].dense()
+    blend = kept.get(*survey(zoo), "fr/legal:0.5+de:0.5")
+    dense = opened(zoo).flatten({"fr/legal": 0.5, "de": 0.5}).modules["up"].dense()
     torch.testing.assert_close(lt.Adapter.load(blend.folder).modules["up"].dense(), dense)
-    again = kept.get(zoo, "fr/legal")
+    again = kept.get(*survey(zoo), "fr/legal")
     assert (again.folder, again.error) == (found.folder, None)  # nothing was made
 
 
@@ -70,7 +82,7 @@ def test_content_follows_what_a_path_is_and_nothing_else(zoo: Path, tmp_path: Pa
     assert len(set(before.values())) == 4
     shutil.copytree(zoo, tmp_path / "copy")
     assert {path: content(kept, tmp_path / "copy", path) for path in before} == before
-    tree = lt.load(zoo)
+    tree = opened(zoo)
     tree.update("fr/legal", adapter=adapter(9))
     tree.save(zoo)
     after = {path: content(kept, zoo, path) for path in before}
@@ -82,20 +94,20 @@ def test_content_follows_what_a_path_is_and_nothing_else(zoo: Path, tmp_path: Pa
 
 
 def test_a_rank_over_the_engine_s_is_recompressed(zoo: Path, tmp_path: Path) -> None:
-    found = cache(tmp_path, form=Form(3)).get(zoo, "fr/legal")
+    found = cache(tmp_path, form=Form(3)).get(*survey(zoo), "fr/legal")
     assert lt.Adapter.load(found.folder).ranks == {"up": 3}
     assert found.error is not None
     assert found.error > 0.01
     with pytest.raises(lt.errors.SpecError, match="needs rank 4"):
-        cache(tmp_path, form=Form(3, max_error=1e-6)).get(zoo, "fr/medical")
+        cache(tmp_path, form=Form(3, max_error=1e-6)).get(*survey(zoo), "fr/medical")
 
 
 def test_what_a_form_refuses_is_refused_whatever_is_there_already(zoo: Path, tmp_path: Path) -> None:
-    found = cache(tmp_path, form=Form(1)).get(zoo, "fr")
+    found = cache(tmp_path, form=Form(1)).get(*survey(zoo), "fr")
     assert found.error is not None
     assert found.error > 0.01
     with pytest.raises(lt.errors.SpecError, match="needs rank 2"):
-        cache(tmp_path, form=Form(1, max_error=0.01)).get(zoo, "fr")
+        cache(tmp_path, form=Form(1, max_error=0.01)).get(*survey(zoo), "fr")
     assert there(tmp_path) == {found.folder.name}
 
 
@@ -105,57 +117,102 @@ def test_what_is_broken_is_refused_and_the_rest_is_served(zoo: Path, tmp_path: P
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     with pytest.raises(FolderError, match=r"unlocked: fr/legal: .* bytes, the lock says"):
-        kept.get(zoo, "fr/legal")
-    assert kept.get(zoo, "fr/medical").folder.is_dir()
+        kept.get(*survey(zoo), "fr/legal")
+    assert kept.get(*survey(zoo), "fr/medical").folder.is_dir()
     lt.lock(zoo, accept_stale=True)
     with pytest.raises(FormatError, match="the header describes"):
-        kept.get(zoo, "fr/legal")
+        kept.get(*survey(zoo), "fr/legal")
     with pytest.raises(PathError, match="did you mean 'fr/legal'"):
-        kept.get(zoo, "fr/legl")
+        kept.get(*survey(zoo), "fr/legl")
     tree = lt.AdapterTree()
     tree.add("grp", group=True)
     tree.save(tmp_path / "empty")
     with pytest.raises(FormatError, match="nothing to serve"):
-        kept.get(tmp_path / "empty", "grp")
+        kept.get(*survey(tmp_path / "empty"), "grp")
 
 
 def test_a_stale_node_is_served_and_said(zoo: Path, tmp_path: Path) -> None:
-    tree = lt.load(zoo)
+    tree = opened(zoo)
     tree.update("fr", adapter=adapter(9))
     tree.save(zoo)
     kept = cache(tmp_path)
-    assert "fr/legal: the lineage of fr has changed" in kept.get(zoo, "fr/legal").stale[0]
-    assert kept.get(zoo, "fr").stale == ()
+    assert "fr/legal: the lineage of fr has changed" in kept.get(*survey(zoo), "fr/legal").stale[0]
+    assert kept.get(*survey(zoo), "fr").stale == ()
 
 
 def test_the_cache_never_holds_more_than_its_budget(zoo: Path, tmp_path: Path) -> None:
     dropped: list[str] = []
-    kept = cache(tmp_path, budget_bytes=ROOM, grace_s=0.2, let_go=dropped.append)
-    first = kept.get(zoo, "fr")
-    tight = cache(tmp_path, budget_bytes=kept.nbytes + ROOM - 4096 - 1, grace_s=0.2, let_go=dropped.append)
-    with pytest.raises(FolderError, match="no room for"):
-        tight.get(zoo, "de")  # kept holds the one, and is asked for nothing
+
+    def let_go(path: str) -> bool:
+        dropped.append(path)
+        return True
+
+    kept = cache(tmp_path, budget_bytes=ROOM, grace_s=0.2)
+    first = kept.get(*survey(zoo), "fr")
+    room_for_one = kept.nbytes + ROOM - 4096 - 1
+    tight = cache(tmp_path, budget_bytes=room_for_one, grace_s=0.2, let_go=let_go)
+    with pytest.raises(NoRoom, match="no room for"):
+        tight.get(*survey(zoo), "de")  # kept uses the one, and is asked for nothing
     kept.forget("fr")
     time.sleep(0.3)
-    kept._close_released()
-    assert tight.get(zoo, "de").folder.is_dir()
+    kept.tend()
+    assert tight.get(*survey(zoo), "de").folder.is_dir()
     assert not first.folder.exists()
     assert len(there(tmp_path)) == 1
-    with pytest.raises(FolderError, match=r"1 adapters that are being served"):
-        tight.get(zoo, "fr/legal")
-    assert dropped == ["de"]  # vLLM is made to ask again, and after the grace there is room
+    with pytest.raises(NoRoom, match=r"1 adapters that are in use"):
+        tight.get(*survey(zoo), "fr/legal")
+    assert not dropped  # it was used a moment ago
     time.sleep(0.3)
-    assert tight.get(zoo, "fr/legal").folder.is_dir()
+    assert tight.get(*survey(zoo), "fr/legal").folder.is_dir()
+    assert dropped == ["de"]
     assert len(there(tmp_path)) == 1
+
+
+def test_what_was_used_longest_ago_makes_room_whenever_it_was_resolved(zoo: Path, tmp_path: Path) -> None:
+    kept = cache(tmp_path, budget_bytes=3 * ROOM, grace_s=0.1)
+    for path in ("fr", "de"):
+        kept.get(*survey(zoo), path)
+    kept.budget_bytes = kept.nbytes + ROOM - 4096 - 1
+    time.sleep(0.15)
+    kept.use("fr")  # the first that was resolved is the last that was used
+    time.sleep(0.15)
+    kept.get(*survey(zoo), "fr/medical")
+    assert set(kept.served) == {"fr", "fr/medical"}
+
+
+def test_what_running_requests_read_is_not_taken_away(zoo: Path, tmp_path: Path) -> None:
+    reading: set[str] = set()
+    kept = cache(tmp_path, budget_bytes=3 * ROOM, grace_s=0.0, is_read=reading.__contains__)
+    long_ago = kept.get(*survey(zoo), "fr")
+    reading.add(long_ago.content)
+    kept.get(*survey(zoo), "de")
+    kept.budget_bytes = kept.nbytes + ROOM - 4096 - 1
+    kept.get(*survey(zoo), "fr/medical")
+    assert set(kept.served) == {"fr", "fr/medical"}
+    kept.forget("fr")  # replaced, say: its requests run on
+    kept.get(*survey(zoo), "de")
+    assert long_ago.folder.is_dir()
+    reading.clear()
+    kept.get(*survey(zoo), "fr/legal")
+    assert not long_ago.folder.exists()
+
+
+def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")], capture_output=True, check=True)
+    kept = cache(tmp_path, form=Form(4), budget_bytes=(1 << 20) + 500)
+    assert not kept._disk.in_use_elsewhere()
+    assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
+    kept.get(*survey(zoo), "fr")
+    assert there(tmp_path) == set(kept.served.values())  # the four made room
 
 
 def test_what_was_replaced_stays_for_requests_on_their_way(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path, budget_bytes=2 * ROOM, grace_s=60)
-    old = kept.get(zoo, "fr")
-    tree = lt.load(zoo)
+    old = kept.get(*survey(zoo), "fr")
+    tree = opened(zoo)
     tree.update("fr", adapter=adapter(9))
     tree.save(zoo)
-    new = kept.get(zoo, "fr")
+    new = kept.get(*survey(zoo), "fr")
     assert old.folder.is_dir()
     assert new.folder.is_dir()
     assert kept.served == {"fr": new.content}
@@ -164,60 +221,62 @@ def test_what_was_replaced_stays_for_requests_on_their_way(zoo: Path, tmp_path: 
 def test_what_one_request_failed_at_stays_held_for_another(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, other, real, asked = cache(tmp_path), cache(tmp_path), FlatCache._make, []
+    kept, other, real = cache(tmp_path, grace_s=0), cache(tmp_path), FlatCache._ensure
+    asked: list[object] = []
 
-    def make(self: FlatCache, *args: Any) -> float | None:
+    def ensure(self: FlatCache, *args: Any) -> float | None:
         asked.append(args)
         if len(asked) == 2:  # while the first is at work
             raise FolderError("no room")
         with pytest.raises(FolderError, match="no room"):
-            kept.get(zoo, "fr")
-        kept._close_released()  # as a third does that makes room
+            kept.get(*survey(zoo), "fr")
+        kept.tend()
         return real(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FlatCache, "_make", make)
-        found = kept.get(zoo, "fr")
+        patched.setattr(FlatCache, "_ensure", ensure)
+        found = kept.get(*survey(zoo), "fr")
     assert kept.served == {"fr": found.content}
-    assert not other._take_away(found.folder)
-    kept._grace_s = 0
+    assert other._disk.in_use_elsewhere() == {found.content: False}
     kept.forget("fr")
-    kept._close_released()
-    assert other._take_away(found.folder)
+    kept.tend()
+    assert other._disk.in_use_elsewhere() == {}
 
 
 def test_what_is_forgotten_while_it_is_asked_for_stays_held(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, other, real = cache(tmp_path, grace_s=0), cache(tmp_path), FlatCache._make
-    kept.get(zoo, "fr")
+    kept, other, real = cache(tmp_path, grace_s=0), cache(tmp_path), FlatCache._ensure
+    kept.get(*survey(zoo), "fr")
 
-    def make(self: FlatCache, *args: Any) -> float | None:
+    def ensure(self: FlatCache, *args: Any) -> float | None:
         kept.forget("fr")
-        kept._close_released()
+        kept.tend()
+        assert other._disk.in_use_elsewhere()
         return real(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FlatCache, "_make", make)
-        found = kept.get(zoo, "fr:1")  # the same content under another name
+        patched.setattr(FlatCache, "_ensure", ensure)
+        found = kept.get(*survey(zoo), "fr:1")  # the same content under another name
     assert kept.served == {"fr:1": found.content}
-    assert not other._take_away(found.folder)
+    assert found.content in other._disk.in_use_elsewhere()
 
 
 def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> None:
-    kept = cache(tmp_path, budget_bytes=1)
+    kept, other = cache(tmp_path, budget_bytes=1), cache(tmp_path)
     with pytest.raises(FolderError, match="no room"):
-        kept.get(zoo, "fr")
-    kept._close_released()
-    assert not kept._held
+        kept.get(*survey(zoo), "fr")
+    kept.tend()
+    assert not other._disk.in_use_elsewhere()
 
 
 MANY = """
 import sys, pathlib
+from lora_tree.folder import survey
 from lora_tree.integrations.flatcache import FlatCache, Form
 kept = FlatCache(sys.argv[2], budget_bytes=1 << 30, form=Form(8))
 for path in ("fr", "fr/legal", "fr/medical", "de"):
-    print(kept.get(sys.argv[1], path).folder)
+    print(kept.get(*survey(sys.argv[1]), path).folder)
 """
 
 
@@ -226,7 +285,7 @@ def test_threads_and_processes_ask_at_once(zoo: Path, tmp_path: Path) -> None:
     code = [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")]
     with ThreadPoolExecutor(12) as pool:
         processes = [pool.submit(subprocess.run, code, capture_output=True, text=True, check=True) for _ in range(3)]
-        found = list(pool.map(lambda _: kept.get(zoo, "fr/legal").folder, range(8)))
+        found = list(pool.map(lambda _: kept.get(*survey(zoo), "fr/legal").folder, range(8)))
         printed = {job.result().stdout for job in processes}
     assert len(set(found)) == 1
     assert len(printed) == 1
@@ -240,7 +299,7 @@ def test_a_killed_writer_s_stage_is_cleared_away(zoo: Path, tmp_path: Path) -> N
     left = tmp_path / "cache" / f".fr-x.{'0' * 32}"
     left.mkdir()
     (left / "half").touch()
-    kept.get(zoo, "fr")
+    kept.get(*survey(zoo), "fr")
     assert not left.exists()
 
 
@@ -256,7 +315,10 @@ def test_the_server_s_arguments(zoo: Path, tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr()
     assert f"export LORA_TREE_VLLM_ZOO={zoo}\n" in printed.out
     assert "--max-lora-rank 1 " in printed.out
-    assert printed.err == "the largest Σr of a path is 4: such paths are recompressed to rank 1\n"
+    assert printed.err == (
+        "the largest Σr of a path is 4: such paths are recompressed to rank 1, "
+        "and refused where that loses more than 0.05 in a module (--max-error)\n"
+    )
     with pytest.raises(SystemExit):
         main(["vllm-args", str(zoo), "--json"])
     assert '"--max-lora-rank"' in capsys.readouterr().out
@@ -268,3 +330,184 @@ def test_the_plugin_does_nothing_where_no_tree_is_named(monkeypatch: pytest.Monk
     monkeypatch.setenv("LORA_TREE_VLLM_ZOO", "zoo")
     with pytest.raises(lt.errors.MissingExtra, match=r"needs vllm\.lora\.resolver, which is not installed"):
         register()
+
+
+# ---------------------------------------------------------------------- the plugin around a front end
+def waits(until: Callable[[], bool], what: str) -> None:
+    ends = time.monotonic() + 20
+    while not until():
+        assert time.monotonic() < ends, what
+        time.sleep(0.05)
+
+
+def rewritten(zoo: Path, path: str, seed: int) -> tuple[bytes, bytes]:
+    """(The weights, the lock) that a node's new adapter of the same size would have in this tree."""
+    copy = zoo.with_name("copy")
+    shutil.copytree(zoo, copy)
+    tree = opened(copy)
+    tree.update(path, adapter=adapter(seed))
+    tree.save(copy)
+    weights, lock = (copy / path / "adapter_model.safetensors").read_bytes(), (copy / "tree.lock").read_bytes()
+    shutil.rmtree(copy)
+    return weights, lock
+
+
+@pytest.mark.parametrize("first", ["the lock", "the weights", "half of the weights"])
+def test_paths_go_on_as_they_were_while_files_do_not_fit_the_lock(
+    first: str, zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    names = ["fr", "fr/legal", "fr/medical"]
+    weights, lock = rewritten(zoo, "fr", 9)
+    file = zoo / "fr" / "adapter_model.safetensors"
+    with front_end(zoo, tmp_path / "cache") as front:
+        before = front.answers(*names)
+        if first == "the lock":
+            (zoo / "tree.lock").write_bytes(lock)
+        else:
+            file.write_bytes(weights if first == "the weights" else weights[: len(weights) // 2])
+        waits(lambda: "'fr/medical' goes on as it was" in caplog.text, "nothing was said")
+        time.sleep(0.5)  # ten more looks
+        assert front.answers(*names) == before
+        assert front.answers("de") != [None]
+        assert len([text for text in caplog.messages if "'fr/legal' goes on as it was" in text]) == 1
+        file.write_bytes(weights)
+        (zoo / "tree.lock").write_bytes(lock)
+        waits(lambda: not set(front.answers(*names)) & set(before), "the whole files were not taken")
+        after = dict(zip(names, front.answers(*names), strict=True))
+    tree = opened(zoo)
+    for path, content in after.items():
+        got = lt.Adapter.load(tmp_path / "cache" / str(content)).modules["up"].dense()
+        assert torch.equal(got, tree.flatten(path).modules["up"].dense())
+
+
+def test_files_that_come_back_as_they_were_are_served_on_without_a_swap(
+    zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    file = zoo / "fr" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    with front_end(zoo, tmp_path / "cache") as front:
+        front.answers("fr")
+        file.write_bytes(whole[:50])
+        waits(lambda: "'fr' goes on as it was" in caplog.text, "nothing was said")
+        file.write_bytes(whole)
+        waits(lambda: "'fr' fits its files again" in caplog.text, "nor this")
+        assert len(front.loaded) == 1
+
+
+def test_a_path_that_left_the_tree_or_is_locked_though_broken_is_no_longer_served(
+    zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with front_end(zoo, tmp_path / "cache") as front:
+        assert None not in front.answers("fr/legal", "de")
+        tree = opened(zoo)
+        tree.remove("de")
+        tree.save(zoo)
+        waits(lambda: front.answers("de") == [None], "a node that is gone was served")
+        assert "'de' is no longer served: no node 'de' in the tree" in caplog.text
+        weights = zoo / "fr" / "legal" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-8])
+        lt.lock(zoo, accept_stale=True)
+        waits(lambda: front.answers("fr/legal") == [None], "a broken node was served")
+        assert front.answers("fr") != [None]
+
+
+def test_clients_see_the_path_they_asked_for_and_engines_never_one_name_twice(zoo: Path, tmp_path: Path) -> None:
+    with front_end(zoo, tmp_path / "cache") as front:
+        front.lora_requests["own@v2"] = LoRARequest("own@v2", 99, str(tmp_path / "own"))
+        front.answers("fr/legal", "fr")
+        for seed in (9, 1, 9):  # there, back and there again
+            old = front.answers("fr/legal")
+            tree = opened(zoo)
+            tree.update("fr", adapter=adapter(seed))
+            tree.save(zoo)
+            waits(lambda old=old: front.answers("fr/legal") != old, "no swap")  # type: ignore[misc]
+        names = [request.lora_name for request in front.loaded]
+        assert len(set(names)) == len(names) >= 5
+        shown = {front.model_name(request) for request in front.lora_requests.values()}
+        listed = asyncio.run_coroutine_threadsafe(front.show_available_models(), front.loop).result(10)
+        assert shown == {"fr", "fr/legal", "own@v2"}
+        assert {card.id for card in listed.data} == shown | {"base"}
+        assert front.model_name(None) == "base"
+
+
+def test_a_recompression_that_loses_more_than_the_bound_is_refused(
+    zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with front_end(zoo, tmp_path / "cache", max_rank="3") as front:
+        assert None not in front.answers("fr", "de")
+        assert front.answers("fr/legal", "fr/legal") == [None, None]
+    exact, cut = opened(zoo).flatten("fr/legal"), lt.load(zoo).flatten("fr/legal", 3)
+    off = (cut.modules["up"].dense() - exact.modules["up"].dense()).norm() / exact.modules["up"].dense().norm()
+    assert off > 0.05
+    assert "needs rank 4" in caplog.text
+    with front_end(zoo, tmp_path / "cache", max_rank="3", max_error=str(float(off) * 1.01)) as front:
+        assert None not in front.answers("fr/legal")
+
+
+def test_what_fits_the_engine_s_rank_is_exact_whatever_may_be_lost(zoo: Path, tmp_path: Path) -> None:
+    with front_end(zoo, tmp_path / "cache", max_rank="8", max_error="0.9") as front:
+        (content,) = front.answers("fr/legal")
+    got = lt.Adapter.load(tmp_path / "cache" / str(content)).modules["up"].dense()
+    assert torch.equal(got, opened(zoo).flatten("fr/legal").modules["up"].dense())
+
+
+def test_a_path_refused_for_its_numbers_is_not_made_again(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more))
+    with front_end(zoo, tmp_path / "cache", max_rank="3") as front:
+        front.answers("fr/legal")
+        once = len(made)
+        assert front.answers(*["fr/legal"] * 20) == [None] * 20
+        assert len(made) == once
+
+
+@pytest.mark.parametrize("saves", range(3))
+def test_a_path_asked_for_right_after_a_save_is_the_saved_one(zoo: Path, tmp_path: Path, saves: int) -> None:
+    with front_end(zoo, tmp_path / "cache", poll_s="1") as front:
+        assert None not in front.answers("de")  # the tree was looked at
+        tree = opened(zoo)
+        tree.update("fr", adapter=adapter(9 + saves))
+        tree.save(zoo)
+        (content,) = front.answers("fr")
+    assert content is not None
+    got = lt.Adapter.load(tmp_path / "cache" / content).modules["up"].dense()
+    assert torch.equal(got, opened(zoo).flatten("fr").modules["up"].dense())
+
+
+def test_settings_that_make_no_sense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = {"LORA_TREE_VLLM_ZOO": "zoo", "LORA_TREE_VLLM_CACHE": "cache"}
+    assert Settings.of(fine).max_error == 0.05
+    assert not Settings.of(fine).names.blends
+    for name, text in (("CACHE_BYTES", "10GiB"), ("MAX_ERROR", "nan"), ("BLENDS", "some"), ("ALLOW", "fr/[a-z]")):
+        with pytest.raises(lt.errors.SpecError, match=f"LORA_TREE_VLLM_{name}"):
+            Settings.of(fine | {f"LORA_TREE_VLLM_{name}": text})
+    with pytest.raises(lt.errors.SpecError, match="LORA_TREE_VLLM_CACHE is not"):
+        Settings.of({"LORA_TREE_VLLM_ZOO": "zoo"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "others"),
+    [
+        ("fr/*", ["fr/legal", "fr/x-1"], ["fr", "fr/legal/eu", "de", "afr/legal"]),
+        ("fr/**", ["fr", "fr/legal", "fr/legal/eu/court"], ["de", "fra", "fra/legal"]),
+        ("**", ["fr", "de/tech"], []),
+        ("**/eu", ["eu", "fr/legal/eu"], ["fr/legal", "fr/eu/x", "fr/neu"]),
+        ("fr/**/eu-*", ["fr/eu-1", "fr/a/b/eu-"], ["fr/eu", "eu-1", "fr/eu-1/x"]),
+        ("cust-?/a*", ["cust-1/a", "cust-x/abc"], ["cust-12/a", "cust-/a", "cust-1/ba"]),
+    ],
+)
+def test_patterns_of_paths(pattern: str, fits: list[str], others: list[str]) -> None:
+    rules = NameRules(allow=("zz", pattern))
+    assert [path for path in fits + others if rules.allows(path)] == fits
+
+
+def test_many_stars_cost_no_more_than_the_lengths_multiplied() -> None:
+    rules = NameRules(allow=("/".join(["**", "a"] * 32), "*a" * 40))
+    began = time.monotonic()
+    assert not rules.allows("/".join(["a"] * 63 + ["b"]))
+    assert not rules.allows("a" * 127 + "b")
+    assert time.monotonic() - began < 1

@@ -1,13 +1,11 @@
-"""Flattened paths in a folder, under a name that says their content: for engines that read adapters from a disk.
+"""Keep flattened paths in a folder for engines that read adapters from a disk.
 
-    cache/fr.legal-<content>/adapter_config.json, adapter_model.safetensors
-    cache/.locks/<content>        held shared by every process that serves it, alone by who takes it away
-    cache/.locks/budget           held by the one who writes or takes away
+The content of a path is a hash over the content and the coefficient of every node on the way, and over the form; it
+names the folder. So another tree is another folder: nothing that was given out ever changes, and an engine's own caches
+never meet a stale one. Two names that mean the same share a folder.
 
-The content is a hash over the content and the coefficient of every node on the way, and over the form. So another tree
-is another folder: nothing that was given out ever changes, and an engine's own caches never meet a stale one.
-
-Law: the folder never holds more than its budget. What is served is not taken away for it; who can't make room is told.
+Law: the folder never holds more than its budget. An adapter that a request may still read is not taken away. A name
+that is refused leaves nothing behind, neither a file nor an open one.
 """
 
 from __future__ import annotations
@@ -15,33 +13,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..blend import Blend, parse_blend
-from ..errors import FolderError, FormatError, SpecError, listing
-from ..export import portable
-from ..folder import Problem, disk, survey
+from ..errors import BudgetError, FolderError, FormatError, LoraTreeError, SpecError, UnlockedError, listing
+from ..export import Portable, portable
+from ..folder import Problem
 from ..folder.source import FolderSource
 from ..storage import as_path
-from ..system import locks
 from ..tree import AdapterTree
+from .shared_folder import SharedFolder
 
-__all__ = ["FlatCache", "Flattened", "Form", "name_of"]
+__all__ = ["FlatCache", "Flattened", "Form", "NoRoom", "name_of"]
 
-VERSION = "lora_tree flattened 1"
+VERSION = "lora_tree flattened 2"
 CONFIG_BYTES = 1 << 20
 """Room for what lies beside the factors: the config, the header."""
+MOST_BLENDS = 64
+"""How many blends a process serves at once: clients make up their names."""
+MOST_REFUSED = 1024
+ROUNDING = 1e-6
+"""An error below it is that of fp32's rounding, not of a recompression."""
 
-_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,80}-[0-9a-f]{32}\Z")
-_STAGED = re.compile(r"\..*\.[0-9a-f]{32}\Z")
+
+class NoRoom(FolderError):
+    """Everything in the cache is in use; there may be room in a moment."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Flattened:
 
     Args:
         path: as it was asked for.
-        content: what the folder's name says.
+        content: the name of the folder.
         folder: where the adapter is.
         stale: what the lock says about nodes that no longer fit their lineage.
         error: the relative error that recompression left; None where the folder was there already.
@@ -84,7 +86,7 @@ class Flattened:
 
 
 def name_of(path: str, content: str) -> str:
-    """What an engine calls a path of one content.
+    """Return the name by which an engine knows a path of one content.
 
     >>> name_of("fr/legal", "1f0c" * 8)
     'fr/legal@1f0c1f0c1f0c1f0c'
@@ -97,10 +99,12 @@ class FlatCache:
 
     Args:
         folder: made where missing; nothing else should live there.
-        budget_bytes: the most that it holds.
+        budget_bytes: the most that it holds. Blends that are in use take at most half of it.
         form: how paths are flattened.
-        grace_s: how long a folder stays after this process has let go of it, for requests on their way.
-        let_go: called with a path that should no longer be served from here, to make room; nothing can be made without.
+        grace_s: how long a folder stays after its last use, for requests that are on their way to the engine.
+        let_go: called with a path whose last use is longer ago than that, when there is no room: stop serving it from
+            here, and say True; or say False, because requests are running.
+        is_read: tells whether running requests use a content.
     """
 
     def __init__(
@@ -110,35 +114,37 @@ class FlatCache:
         budget_bytes: int,
         form: Form,
         grace_s: float = 60.0,
-        let_go: Callable[[str], None] | None = None,
+        let_go: Callable[[str], bool] | None = None,
+        is_read: Callable[[str], bool] | None = None,
     ) -> None:
-        self.folder = Path(os.path.abspath(as_path(folder)))
+        self.folder = Path(os.path.abspath(as_path(folder)))  # engines want an absolute one
         self.budget_bytes = budget_bytes
         self.form = form
         self._grace_s = grace_s
-        self._let_go = let_go
+        self._let_go = let_go or (lambda _: True)
+        self._is_read = is_read or (lambda _: False)
         self._lock = threading.Lock()
-        self._held: dict[str, locks.Held] = {}  # content → its lock, shared
-        self._served: OrderedDict[str, str] = OrderedDict()  # path → content, the longest unasked first
-        self._asked: Counter[str] = Counter()  # content → requests for it that are under way
-        self._released: dict[str, float] = {}  # content → when it was let go; always held
-        self._hashes: dict[tuple[object, ...], str] = {}
-        disk.make(self.folder)
-        disk.make(self.folder / ".locks")
+        self._served: dict[str, str] = {}  # path → content
+        self._used: dict[str, float] = {}  # path → when it was last used, by the monotonic clock
+        self._asked: Counter[tuple[str, bool]] = Counter()  # (content, for a blend) → requests under way
+        self._released: dict[str, float] = {}  # content → when this process stopped serving it
+        self._refused: OrderedDict[str, LoraTreeError] = OrderedDict()  # content → why it can't be served
+        self._hashes: dict[str, tuple[object, str]] = {}  # folder of a node → (its files' stamps, their hash)
+        self._disk = SharedFolder(self.folder)
 
     # ------------------------------------------------------------------ what a path is now
     def content(self, tree: AdapterTree, problems: list[Problem], path: Blend) -> tuple[str, tuple[str, ...]]:
-        """(The content of a path as the tree is now, what is stale on its way), without reading weights.
+        """Return the content of a path as the tree is now, and what is stale on its way, without reading weights.
 
         Raises:
             PathError, SpecError: there is no such path, or it says nothing that can be served.
             FolderError, FormatError: a node on its way is broken, or not what the lock says.
         """
-        coefficients = tree.coefficients(path)
-        on_the_way = {node for one in parse_blend(path) for node in tree.lineage(one)}
+        on_the_way = _on_the_way(path)
         broken = [p for p in problems if p.node in on_the_way and p.kind not in ("stale", "leftover")]
         if broken:
             raise FolderError(listing([str(problem) for problem in broken], most=3))
+        coefficients = tree.coefficients(path)
         parts = [(self._hash(tree, node), c.hex()) for node, c in coefficients.items() if tree[node].has_adapter]
         if not parts:
             raise FormatError("there is nothing to serve: no node on the way has an adapter", "ask for the base itself")
@@ -146,27 +152,28 @@ class FlatCache:
         stale = tuple(p.text for p in problems if p.node in on_the_way and p.kind == "stale")
         return hashlib.sha256(said.encode()).hexdigest()[:32], stale
 
-    def get(self, zoo: str | os.PathLike[str], path: str) -> Flattened:
-        """A path of the tree in ``zoo`` as it is now, flattened, written where it is not there yet, and held.
+    def get(self, tree: AdapterTree, problems: list[Problem], path: str) -> Flattened:
+        """Flatten a path of a tree, write it where it is not there yet, and serve it from now on.
+
+        Args:
+            tree, problems: the tree as `lora_tree.folder.survey` saw it.
+            path: a path, or a blend in its one spelling.
 
         Raises:
-            LoraTreeError: as `content`; or the path can't be flattened; or there is no room for it.
+            NoRoom: everything that is there is in use.
+            UnlockedError: the tree has changed since it was seen.
+            LoraTreeError: as `content`; or the path can't be flattened.
         """
-        tree, problems = survey(zoo)
         content, stale = self.content(tree, problems, path)
-        folder = self.folder / f"{_safe(path)}-{content}"
-        with self._holding(content):
-            error = None if (folder / "adapter_config.json").is_file() else self._make(zoo, tree, path, folder)
-            with self._lock:
-                before = self._served.get(path)
-                self._served[path] = content
-                self._served.move_to_end(path)
-                self._released.pop(content, None)
-                if before is not None and before != content and before not in self._served.values():
-                    self._released[before] = time.monotonic()
-        with suppress(OSError):
-            os.utime(self.folder / ".locks" / content)
-        return Flattened(path, content, folder, stale, error)
+        if content in self._refused:
+            raise _anew(self._refused[content])
+        is_blend = _is_blend(path)
+        if is_blend:
+            self._one_blend_more(path)
+        with self._asking(content, is_blend):
+            error = self._ensure(tree, problems, path, content)
+            self._serve(path, content)
+        return Flattened(path, content, self.folder / content, stale, error)
 
     @property
     def served(self) -> dict[str, str]:
@@ -174,137 +181,254 @@ class FlatCache:
         with self._lock:
             return dict(self._served)
 
+    def use(self, path: str) -> None:
+        """Note that a request for a path came in; takes no lock and no time."""
+        if path in self._served:
+            self._used[path] = time.monotonic()
+
+    def is_idle(self, path: str) -> bool:
+        """Tell whether the last use of a path is longer ago than the grace."""
+        return time.monotonic() - self._used.get(path, 0.0) >= self._grace_s
+
     def forget(self, path: str) -> None:
-        """This process serves a path no longer; its folder may go once the grace is over."""
+        """Stop serving a path; its folder may go once the grace is over."""
         with self._lock:
             content = self._served.pop(path, None)
+            self._used.pop(path, None)
             if content is not None and content not in self._served.values():
                 self._released[content] = time.monotonic()
+
+    def tend(self) -> None:
+        """Tell other processes what this one has used and no longer uses; to be called now and then."""
+        for path, content in self.served.items():
+            self._disk.note_use(content, time.monotonic() - self._used.get(path, 0.0))
+        if self._in_use() != self._disk.told:
+            with self._disk.alone():
+                self._disk.tell(self._in_use())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is there."""
-        return sum(_size(entry) for entry in self._entries())
+        return sum(self._disk.sizes().values())
 
-    # ------------------------------------------------------------------ private
-    def _make(self, zoo: str | os.PathLike[str], tree: AdapterTree, path: str, folder: Path) -> float | None:
-        """Flatten and write; one process at a time for one content, one writer at a time for the folder."""
-        content = folder.name[-32:]
-        with locks.holding(self.folder / ".locks" / f"{content}.make"):
-            if (folder / "adapter_config.json").is_file():
+    # ------------------------------------------------------------------ private: making
+    def _ensure(self, tree: AdapterTree, problems: list[Problem], path: str, content: str) -> float | None:
+        """Have a content in the folder, listed as in use; return its error if it was made here."""
+        if self._is_there(content):
+            return None
+        with self._disk.making(content):
+            if self._is_there(content):  # another thread or process made it meanwhile
                 return None
-            base = self.form.base
-            made = portable(
-                tree,
-                path,
-                rank=self.form.max_rank,
-                max_error=self.form.max_error,
-                base=base,
-                complete=base is not None,
-            )
-            if self.content(*survey(zoo), path)[0] != content:
-                raise FolderError(f"{path}: the tree was changed while it was read", "ask again")
-            with locks.holding(self.folder / ".locks" / "budget"):
-                self._make_room(made.adapter.nbytes + CONFIG_BYTES)
-                made.save(folder)
+            made = self._flattened(tree, problems, path, content)
+            with self._disk.alone():
+                self._make_room(made.adapter.nbytes + CONFIG_BYTES, for_blend=_is_blend(path))
+                made.save(self.folder / content)
+                self._disk.tell(self._in_use())
             return made.error
 
-    def _make_room(self, nbytes: int) -> None:
-        for name in os.listdir(self.folder):
-            if _STAGED.match(name):  # a writer that was killed: the only living one holds the budget
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-        self._close_released()
-        sizes = {entry: _size(entry) for entry in self._entries()}
-        for entry in sorted(sizes, key=self._last_asked):
-            if sum(sizes.values()) + nbytes <= self.budget_bytes:
-                return
-            if self._take_away(entry):
-                del sizes[entry]
-        if sum(sizes.values()) + nbytes <= self.budget_bytes:
-            return
-        if nbytes <= self.budget_bytes:
-            for path in list(self.served)[: max(len(self.served) // 4, 1)]:
-                self.forget(path)
-                if self._let_go is not None:
-                    self._let_go(path)
-        raise FolderError(
-            f"{self.folder}: no room for {nbytes:,} bytes: {len(sizes)} adapters that are being served take "
-            f"{sum(sizes.values()):,} of {self.budget_bytes:,}",
-            f"those asked for longest ago are let go within {self._grace_s:.0f} s; or give the cache more bytes",
-        )
+    def _is_there(self, content: str) -> bool:
+        with self._disk.alone():
+            if not self._disk.has(content):
+                return False
+            self._disk.tell(self._in_use())  # before another process may take it away
+            return True
 
-    def _take_away(self, entry: Path) -> bool:
-        """Remove an entry that no process holds."""
-        held = locks.attempt(self._lock_file(entry.name[-32:]))
-        if held is None:
-            return False
+    def _flattened(self, tree: AdapterTree, problems: list[Problem], path: str, content: str) -> Portable:
+        """Read and flatten. A content that can't be served is remembered: asking again would cost the same.
+
+        Raises:
+            SpecError: it loses more than is allowed, or its numbers are not finite.
+            UnlockedError: the files have changed since the tree was seen.
+            LoraTreeError: as `portable`.
+        """
+        alone = _lineages(tree, path)  # what is read is let go of with it, and nothing depends on its neighbours
         try:
-            gone = self.folder / f".gone.{entry.name[-32:]}"
-            os.rename(entry, gone)
-            shutil.rmtree(gone, ignore_errors=True)
-        except OSError:
+            made = self._in_form(alone, path)
+        except (FolderError, BudgetError):
+            raise  # another time it may succeed
+        except LoraTreeError as error:
+            if self._is_still(content, tree, problems, path):
+                self._refused[content] = _anew(error)  # the error itself has the adapters in its traceback
+                while len(self._refused) > MOST_REFUSED:
+                    self._refused.popitem(last=False)
+            raise
+        if not self._is_still(content, tree, problems, path):
+            raise UnlockedError(f"{path}: the tree was changed while it was read", "ask again")
+        return made
+
+    def _in_form(self, tree: AdapterTree, path: str) -> Portable:
+        form = self.form
+        complete = form.base is not None
+        made = portable(tree, path, rank=form.max_rank, base=form.base, complete=complete)
+        if form.max_error is None or made.worst <= form.max_error + ROUNDING:
+            return made
+        # asked for both, it says which module loses how much, and which rank would do
+        portable(tree, path, rank=form.max_rank, max_error=form.max_error, base=form.base, complete=complete)
+        raise SpecError(f"{path}: relative error {made.worst:.3g} at rank {made.rank}, allowed: {form.max_error:g}")
+
+    def _is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
+        try:
+            return self.content(tree, problems, path)[0] == content
+        except LoraTreeError:
             return False
-        finally:
-            held.release()
-        return True
+
+    def _serve(self, path: str, content: str) -> None:
+        with self._lock:
+            before = self._served.get(path)
+            self._served[path] = content
+            self._used[path] = time.monotonic()
+            self._released.pop(content, None)
+            if before is not None and before != content and before not in self._served.values():
+                self._released[before] = time.monotonic()
 
     @contextmanager
-    def _holding(self, content: str) -> Iterator[None]:
-        """No process takes a content away meanwhile; nor afterwards, where it is served by then."""
+    def _asking(self, content: str, is_blend: bool) -> Iterator[None]:
+        """Let no process take a content away meanwhile."""
         with self._lock:
-            if content not in self._held:
-                held = locks.acquire(self._lock_file(content), shared=True)
-                assert held is not None  # it waits for ever
-                self._held[content] = held
-            self._released.pop(content, None)
-            self._asked[content] += 1
+            self._asked[content, is_blend] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._asked[content] -= 1
-                if not self._asked[content]:
-                    del self._asked[content]
-                    if content not in self._served.values():
-                        self._released.setdefault(content, time.monotonic() - self._grace_s)
+                self._asked[content, is_blend] -= 1
+                if not self._asked[content, is_blend]:
+                    del self._asked[content, is_blend]
 
-    def _close_released(self) -> None:
+    # ------------------------------------------------------------------ private: making room
+    def _make_room(self, nbytes: int, *, for_blend: bool) -> None:
+        """Take away what was used longest ago, until there is room; the caller holds the budget.
+
+        A blend never pushes out a path, and blends in use take at most half of the budget: clients make up blends.
+
+        Raises:
+            NoRoom: everything that is left is in use.
+        """
+        self._disk.sweep()
+        most = self.budget_bytes // 2 if for_blend else self.budget_bytes
+        if nbytes > most:
+            whose = "the half of it that blends may use" if for_blend else "all of it"
+            raise FolderError(
+                f"{self.folder}: no room for {nbytes:,} bytes: {whose} is {most:,}",
+                "give the cache more bytes",
+            )
+        sizes = self._disk.sizes()
+        elsewhere, here = self._disk.in_use_elsewhere(), self._in_use()
+
+        def is_full() -> bool:
+            return sum(sizes.values()) + nbytes > self.budget_bytes
+
+        def has_its_share() -> bool:
+            in_use = elsewhere | here
+            blends = sum(size for content, size in sizes.items() if in_use.get(content))
+            return for_blend and blends + nbytes > most
+
+        for content in sorted(sizes, key=self._unused_s, reverse=True):
+            if not is_full() and not has_its_share():
+                return
+            if content in elsewhere or (for_blend and here.get(content) is False):
+                continue
+            if not is_full() and content not in here:
+                continue  # taking it away would not help: only what blends may have in use is used up
+            if self._give_up(content) and self._disk.remove(content):
+                here.pop(content, None)
+                del sizes[content]
+        if is_full() or has_its_share():
+            raise NoRoom(
+                f"{self.folder}: no room for {nbytes:,} bytes: {len(sizes)} adapters that are in use take "
+                f"{sum(sizes.values()):,} of {self.budget_bytes:,}",
+                f"they stay for {self._grace_s:.0f} s after their last use; or give the cache more bytes",
+            )
+
+    def _give_up(self, content: str) -> bool:
+        """Stop using a content, if no request of this process can need it; True as well where it was not in use."""
+        with self._lock:
+            asked = any(content == one for one, _ in self._asked)
+            names = [path for path, served in self._served.items() if served == content]
+            in_grace = not all(self.is_idle(path) for path in names)
+            if content in self._released:
+                in_grace |= time.monotonic() - self._released[content] < self._grace_s
+        if asked or in_grace or self._is_read(content):
+            return False
+        for path in names:
+            if not self._let_go(path):
+                return False
+            self.forget(path)
+        with self._lock:
+            self._released.pop(content, None)
+        return True
+
+    def _one_blend_more(self, path: str) -> None:
+        """Keep the number of blends that are served within its bound.
+
+        Raises:
+            NoRoom: all are in use.
+        """
+        with self._lock:
+            blends = [one for one in self._served if _is_blend(one)]
+            if path in self._served or len(blends) < MOST_BLENDS:
+                return
+        for one in sorted(blends, key=lambda one: self._used.get(one, 0.0)):
+            if self.is_idle(one) and self._let_go(one):
+                self.forget(one)
+                return
+        raise NoRoom(f"{len(blends)} blends are in use, and no more are served at once", "ask again in a moment")
+
+    # ------------------------------------------------------------------ private: who uses what
+    def _in_use(self) -> dict[str, bool]:
+        """Content → whether it is in use for blends alone, in this process."""
+        now = time.monotonic()
+        found: dict[str, bool] = {}
         with self._lock:
             for content, when in list(self._released.items()):
-                if time.monotonic() - when >= self._grace_s and content not in self._asked:
+                if now - when >= self._grace_s and not self._is_read(content):
                     del self._released[content]
-                    self._held.pop(content).release()
+            held = [(content, is_blend) for content, is_blend in self._asked]
+            held += [(content, _is_blend(path)) for path, content in self._served.items()]
+            held += [(content, True) for content in self._released]
+        for content, is_blend in held:
+            found[content] = found.get(content, True) and is_blend
+        return found
 
-    def _entries(self) -> Iterator[Path]:
-        return (self.folder / name for name in sorted(os.listdir(self.folder)) if _ENTRY.match(name))
-
-    def _lock_file(self, content: str) -> Path:
-        return self.folder / ".locks" / content
-
-    def _last_asked(self, entry: Path) -> float:
-        try:
-            return self._lock_file(entry.name[-32:]).stat().st_mtime
-        except OSError:
-            return 0.0
+    def _unused_s(self, content: str) -> float:
+        """Seconds since the last use of a content, as far as this process knows."""
+        with self._lock:
+            own = [self._used.get(path, 0.0) for path, served in self._served.items() if served == content]
+        return time.monotonic() - max(own) if own else self._disk.unused_s(content)
 
     def _hash(self, tree: AdapterTree, node: str) -> str:
         source = tree[node].source
         if not isinstance(source, FolderSource):
             raise SpecError(f"{node}: it is in memory alone", "save the tree")
         files = source.files()
-        key = (source.folder, *sorted(files.stamps.items()))
         if source.content is not None:
             return source.unchanged(files)
-        if key not in self._hashes:
-            self._hashes[key] = source.unchanged(files)
-        return self._hashes[key]
+        stamps = sorted(files.stamps.items())
+        known = self._hashes.get(source.folder)
+        if known is None or known[0] != stamps:
+            known = self._hashes[source.folder] = stamps, source.unchanged(files)
+        return known[1]
 
 
-def _safe(path: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", ".", path)[:80] or "."
+def _anew(error: LoraTreeError) -> LoraTreeError:
+    """The same error without its traceback."""
+    return type(error)(error.what, *error.todo)
 
 
-def _size(entry: Path) -> int:
-    with suppress(OSError):
-        return sum(file.stat().st_size for file in entry.iterdir())
-    return 0
+def _is_blend(path: str) -> bool:
+    return ":" in path or "+" in path
+
+
+def _on_the_way(path: Blend) -> set[str]:
+    """The nodes from the root to each path, whether they are in a tree or not."""
+    found: set[str] = set()
+    for one in parse_blend(path):
+        names = one.split("/")
+        found.update("/".join(names[:depth]) for depth in range(1, len(names) + 1))
+    return found
+
+
+def _lineages(tree: AdapterTree, path: Blend) -> AdapterTree:
+    """A tree of the nodes on the way alone."""
+    on_the_way = _on_the_way(path)
+    nodes = [tree[node] for node in tree.paths() if node in on_the_way]
+    return AdapterTree.from_nodes(nodes, base=tree.base, home=tree.home)

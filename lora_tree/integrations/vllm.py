@@ -1,14 +1,18 @@
 """vLLM by path name: a request for the model ``fr/legal`` is served by that path of a tree, as the tree is now.
 
-    client ── model="fr/legal" ──▶ vLLM ── resolve_lora ──▶ FlatCache ──▶ cache/fr.legal-<content>/
-                                     ▲                        ▲
-                                     └── swap, once a second ─┴── the tree's folder
+    client ── model="fr/legal" ──▶ vLLM ── resolve_lora ──▶ names ──▶ tree ──▶ FlatCache ──▶ cache/<content>/
+                                     ▲                                            ▲
+                                     └────────── swap, once a second ─────────────┴── the tree's folder
 
 A plugin of vLLM's (entry point ``vllm.general_plugins``), told what to do by the environment; `server_args` says how.
 vLLM asks for a name once and keeps the answer, so a thread looks at the tree and gives vLLM the new adapter of a path
-whose content has changed, under a new name and a new number; or takes a path away that can't be served any more.
+whose content has changed, under a new name and a new number; or takes a path away that is no longer in the tree.
 
-Read: vLLM 0.32, vllm/lora/resolver.py and vllm/entrypoints/openai/models/serving.py.
+Law: a path that was served goes on being served, as it was, while its files are not whole or do not
+fit the lock. A name that is refused costs no look at the tree, no file and no memory, and one short
+line in the log.
+
+Read: vLLM 0.32, vllm/lora/resolver.py; see `vllm_front` for the rest.
 """
 
 from __future__ import annotations
@@ -16,127 +20,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ..errors import LoraTreeError, SpecError
-from ..export import ENGINE_RANKS, ceil_rank_of
+from ..errors import FolderError, FormatError, LoraTreeError, PathError, UnlockedError
 from ..extras import need
-from ..folder import survey
-from ..storage import as_path
+from ..folder import Problem, survey
 from ..tree import AdapterTree
-from .flatcache import FlatCache, Flattened, Form, name_of
+from .client_names import Asked, shown
+from .flatcache import ROUNDING, FlatCache, Flattened, Form, NoRoom
+from .surveyed import Surveyed, View
+from .vllm_front import Front, asking, request_of
+from .vllm_settings import ZOO, ServerArgs, Settings, server_args
 
 __all__ = ["ServerArgs", "register", "server_args"]
 
-ZOO = "LORA_TREE_VLLM_ZOO"
-CACHE = "LORA_TREE_VLLM_CACHE"
-CACHE_BYTES = "LORA_TREE_VLLM_CACHE_BYTES"
-MAX_RANK = "LORA_TREE_VLLM_MAX_RANK"
-MAX_ERROR = "LORA_TREE_VLLM_MAX_ERROR"
-POLL_S = "LORA_TREE_VLLM_POLL_S"
-DEFAULT_BYTES = 10 << 30
-DEFAULT_RANK = 16  # vLLM's own
-ROUNDING = 1e-6
-"""An error below it is that of fp32's rounding, not of a recompression."""
-
 RESOLVER = "lora_tree"
+AT_ONCE = 4
+"""How many paths are flattened at once."""
+GRACE_S = 60.0
+SHORT_GRACE_S = 10.0
+"""How long an adapter stays after its last use; the short one where vLLM shows which requests are running. Between its
+look at the name and the start of the request vLLM only reads the prompt."""
+ROOM_S = 20.0
+"""How long a request waits for room in the cache."""
+MOST_SUGGESTED = 200
+"""The largest tree in which the nearest name is searched for."""
+REASON_CHARACTERS = 1000
 
 log = logging.getLogger("vllm.lora_tree")  # below vLLM's own logger, so that it is shown where vLLM's is
 
 
-@dataclass(frozen=True)
-class ServerArgs:
-    """What a vLLM server of a tree is started with.
-
-    Args:
-        flags: of ``vllm serve`` or ``python -m vllm.entrypoints.openai.api_server``.
-        environment: for the same process.
-        rank: the largest Σr of a path; where it is over the flag's rank such paths are recompressed.
-    """
-
-    flags: tuple[str, ...]
-    environment: Mapping[str, str]
-    rank: int
-
-
-def server_args(
-    folder: str | os.PathLike[str],
-    *,
-    cache: str | os.PathLike[str],
-    max_rank: int | None = None,
-    max_loras: int = 8,
-    cache_bytes: int = DEFAULT_BYTES,
-) -> ServerArgs:
-    """The flags and the environment with which vLLM serves the paths of a tree; only headers are read.
-
-    Args:
-        folder: of the tree, or its tree.yaml.
-        cache: a folder for flattened adapters, on a disk of the machine that serves.
-        max_rank: the largest rank to serve; enough for every path without it, at most 512.
-        max_loras: how many different paths one batch may hold.
-        cache_bytes: the most that the cache folder may hold.
-
-    Raises:
-        SpecError: a number makes no sense.
-        FolderError, FormatError: the tree can't be read.
-
-    >>> import tempfile, torch
-    >>> import lora_tree as lt
-    >>> tree = lt.AdapterTree()
-    >>> for path in ("fr", "fr/legal"):
-    ...     _ = tree.add(path, adapter=lt.Adapter({"up": lt.LowRank(torch.ones(12, 16), torch.ones(16, 12))}))
-    >>> with tempfile.TemporaryDirectory() as zoo:
-    ...     tree.save(zoo)
-    ...     made = server_args(zoo, cache="cache")
-    >>> made.rank, made.flags[:3]
-    (24, ('--enable-lora', '--max-lora-rank', '32'))
-    """
-    if max_loras < 1 or cache_bytes < 1:
-        raise SpecError(f"max_loras and cache_bytes must be at least 1, got {max_loras} and {cache_bytes}")
-    tree, _ = survey(folder)
-    rank = max((_rank(tree, path) for path in tree.paths()), default=1)
-    allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
-    flags = ("--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(max_loras), "--max-cpu-loras",
-             str(max(2 * max_loras, 16)))  # fmt: skip
-    environment = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        ZOO: os.path.abspath(as_path(folder)),
-        CACHE: os.path.abspath(as_path(cache)),
-        CACHE_BYTES: str(cache_bytes),
-        MAX_RANK: str(allowed),
-    }
-    return ServerArgs(flags, environment, rank)
-
-
-def _rank(tree: AdapterTree, path: str) -> int:
-    """The largest Σr of a module on the way to a path."""
-    total: dict[str, int] = {}
-    for node in tree.lineage(path):
-        outline = tree.outline(node)
-        for name, r in outline.ranks.items() if outline is not None else ():
-            total[name] = total.get(name, 0) + r
-    return max(total.values(), default=1)
-
-
-# ---------------------------------------------------------------------- the plugin
 def register() -> None:
-    """vLLM's entry point: put the resolver in place, where the environment names a tree. Called in every process."""
+    """Put the resolver in place where the environment names a tree: vLLM's entry point, called in every process."""
     if not os.environ.get(ZOO):
         return
     resolver = need("vllm.lora.resolver", extra="vllm", what="serving a tree with vLLM")
     if RESOLVER in resolver.LoRAResolverRegistry.get_supported_resolvers():
         return
     try:
-        made = _Resolver(os.environ)
-    except (LoraTreeError, ValueError) as error:
-        log.error("lora_tree: no path will be served: %s", error)
+        made = _Resolver(Settings.of(os.environ))
+    except LoraTreeError as error:
+        log.error("lora_tree: no path will be served: %s", _reason(error))
         return
 
     class TreeResolver(resolver.LoRAResolver):  # type: ignore[misc, name-defined]
@@ -151,134 +78,234 @@ def register() -> None:
 class _Resolver:
     """One process's part: it answers vLLM, and keeps what vLLM has up to date."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        if not environment.get(CACHE):
-            raise SpecError(f"{ZOO} is set and {CACHE} is not", "lora-tree vllm-args prints both")
-        self._zoo = environment[ZOO]
-        error = environment.get(MAX_ERROR)
-        rank = int(environment.get(MAX_RANK, DEFAULT_RANK))
-        self._form = Form(rank, None if error is None else float(error))
-        self._cache_folder = environment[CACHE]
-        self._budget = int(environment.get(CACHE_BYTES, DEFAULT_BYTES))
-        self._poll_s = float(environment.get(POLL_S, "1"))
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._names = settings.names
+        self._seen = Surveyed(self._survey, every_s=settings.poll_s)
+        self._fronts: list[Front] = []
         self._cache: FlatCache | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._models: list[Any] = []
+        self._watcher: threading.Thread | None = None
+        self._opening = threading.Lock()
         self._said: dict[str, str] = {}
-        self._starting = threading.Lock()
+        self._makers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora_tree")
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")  # never waits for the makers
+        self._closed = threading.Event()
 
+    def _survey(self) -> tuple[AdapterTree, list[Problem]]:
+        return survey(self._settings.zoo, outside=self._settings.outside)
+
+    def close(self) -> None:
+        """Stop the threads; vLLM never does, its process ends with them."""
+        self._closed.set()
+        self._makers.shutdown()
+        self._looker.shutdown()
+        if self._watcher is not None:
+            self._watcher.join()
+
+    # ------------------------------------------------------------------ vLLM asks, on its event loop
     async def resolve(self, base_model_name: str, name: str) -> Any:
-        """vLLM's question: the adapter of a path, or None, with the reason in the log."""
-        self._loop = asyncio.get_running_loop()
-        models = _asking()
+        """Answer vLLM's question with the adapter of a path, or with None and the reason in the log."""
+        front = self._front()
+        found = None
+        try:
+            asked = self._names.admit(name)
+            found = await self._find(base_model_name, asked)
+            self._tell(found)
+            return request_of(found)
+        except (LoraTreeError, OSError, ValueError) as error:
+            log.error("lora_tree: '%s' is refused: %s", shown(name), _reason(error))
+        except Exception:
+            log.exception("lora_tree: '%s' is refused", shown(name))
+        finally:
+            if front is not None and (found is None or found.path != name):
+                front.refused(name)
+        return None
+
+    async def _find(self, base: str, asked: Asked) -> Flattened:
+        """Find a name's adapter, with no thread where the tree has no such path.
+
+        Raises:
+            LoraTreeError: it can't be served.
+        """
+        loop = asyncio.get_running_loop()
+        view = self._seen.recent()
+        if view is None:
+            view = await loop.run_in_executor(self._looker, self._seen.now)
+        _there(view, asked)
+        until = loop.time() + ROOM_S
+        while True:
+            try:
+                return await loop.run_in_executor(self._makers, self._make, base, asked.name, view)
+            except NoRoom:
+                if loop.time() > until:
+                    raise
+            await asyncio.sleep(0.5)  # without a thread: others may need one to make room
+            view = self._seen.recent() or view
+
+    def _front(self) -> Front | None:
+        """Find who asks; it is asked and changed on its own event loop alone."""
+        models = asking()
         if models is None:
             self._say("models", "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart")
-        elif not any(known is models for known in self._models):
-            self._models.append(models)
-        try:
-            found = await asyncio.to_thread(self._get, base_model_name, name)
-        except (LoraTreeError, OSError, ValueError) as error:
-            log.error("lora_tree: %r is refused: %s", name, error)
             return None
-        except Exception:
-            log.exception("lora_tree: %r is refused", name)
-            return None
-        self._tell(found)
-        request = need("vllm.lora.request", extra="vllm", what="serving a tree with vLLM")
-        return request.LoRARequest(lora_name=found.name, lora_int_id=1, lora_path=str(found.folder))  # vLLM numbers it
+        for front in self._fronts:
+            if front.models is models:
+                return front
+        front = Front(
+            models,
+            asyncio.get_running_loop(),
+            cache=Path(os.path.abspath(self._settings.cache)),
+            one_spelling=self._names.one_spelling,
+            used=self._use,
+        )
+        self._fronts.append(front)
+        return front
 
-    def _get(self, base: str, name: str) -> Flattened:
-        return self._opened(base).get(self._zoo, name)
+    def _use(self, path: str) -> None:
+        if self._cache is not None:
+            self._cache.use(path)
+
+    # ------------------------------------------------------------------ in a thread
+    def _make(self, base: str, path: str, view: View) -> Flattened:
+        cache = self._opened(base)
+        try:
+            return cache.get(view.tree, view.problems, path)
+        except UnlockedError:  # the tree was saved since it was looked at
+            view = self._seen.newer(view)
+            return cache.get(view.tree, view.problems, path)
 
     def _opened(self, base: str) -> FlatCache:
-        with self._starting:
+        with self._opening:
             if self._cache is None:
-                shapes = _base_folder(base)
-                form = Form(self._form.max_rank, self._form.max_error, shapes)
-                self._cache = FlatCache(self._cache_folder, budget_bytes=self._budget, form=form, let_go=self._drop)
-                threading.Thread(target=self._watch, args=(self._cache,), name="lora_tree", daemon=True).start()
+                settings = self._settings
+                exact = bool(self._fronts) and all(front.shows_requests for front in self._fronts)
+                self._cache = FlatCache(
+                    settings.cache,
+                    budget_bytes=settings.cache_bytes,
+                    form=Form(settings.max_rank, settings.max_error, _base_folder(base)),
+                    grace_s=SHORT_GRACE_S if exact else GRACE_S,
+                    let_go=self._let_go,
+                    is_read=self._is_read,
+                )
+                self._watcher = threading.Thread(target=self._watch, args=(self._cache,), name="lora_tree", daemon=True)
+                self._watcher.start()
             return self._cache
 
-    def _tell(self, found: Flattened) -> None:
-        for text in found.stale:
-            log.warning("lora_tree: %r is served though it is stale: %s", found.path, text)
-        if found.error is not None and found.error > ROUNDING:
-            log.info("lora_tree: %r was recompressed, relative error %.2g", found.path, found.error)
+    def _is_read(self, content: str) -> bool:
+        return any(front.is_read(content) for front in self._fronts)
 
-    # ------------------------------------------------------------------ changes of the tree
+    def _let_go(self, path: str) -> bool:
+        """Have vLLM ask for a path again, unless a request for it has come in meanwhile."""
+        cache = self._cache
+        if cache is None:
+            return False
+        content = cache.served.get(path, "")
+
+        def is_needed() -> bool:
+            return not cache.is_idle(path) or self._is_read(content)
+
+        return all(front.drop(path, unless=is_needed) for front in self._fronts)
+
+    # ------------------------------------------------------------------ changes of the tree, in a thread of their own
     def _watch(self, cache: FlatCache) -> None:
-        while True:
-            time.sleep(self._poll_s)
+        while not self._closed.wait(self._settings.poll_s):
             try:
                 self._look(cache)
             except Exception as error:
-                self._say("", f"lora_tree: can't look at {self._zoo}: {error}")
+                self._say("", f"lora_tree: can't look at {self._settings.zoo}: {_reason(error)}")
 
     def _look(self, cache: FlatCache) -> None:
         served = cache.served
         if not served:
             return
+        cache.tend()
         try:
-            tree, problems = survey(self._zoo)
+            view = self._seen.now()
         except LoraTreeError as error:
-            self._say("", f"lora_tree: the tree can't be read, its paths go on as they were: {error}")
+            self._say("", f"lora_tree: the tree can't be read, its paths go on as they were: {_reason(error)}")
             return
         self._said.pop("", None)
         for path, content in served.items():
             try:
-                now = cache.content(tree, problems, path)[0]
-                if now != content or self._behind(path, now):
-                    self._swap(cache.get(self._zoo, path))
-                self._said.pop(path, None)
+                now = cache.content(view.tree, view.problems, path)[0]
+            except (FolderError, FormatError) as error:  # the files are not whole, or are being replaced
+                self._say(path, f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}")
+                continue
             except LoraTreeError as error:
-                self._say(path, f"lora_tree: {path!r} is no longer served: {error}")
-                cache.forget(path)
-                self._drop(path)
+                self._no_longer(cache, path, error)
+                continue
+            self._follow(cache, view, path, content, now)
 
-    def _behind(self, path: str, content: str) -> bool:
-        """vLLM took another content of a path: it was changed between its question and our answer."""
-        known = [models.lora_requests.get(path) for models in self._models]
-        return any(request is not None and request.lora_name != name_of(path, content) for request in known)
+    def _follow(self, cache: FlatCache, view: View, path: str, content: str, now: str) -> None:
+        """Serve a path with its content as it is now."""
+        if now == content and not self._is_behind(path, now):
+            if self._said.pop(path, None) is not None:
+                log.info("lora_tree: '%s' fits its files again", shown(path))
+            return
+        try:
+            found = cache.get(view.tree, view.problems, path)
+        except FolderError as error:  # there is no room now, or the tree has changed once more
+            self._say(path, f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}")
+            return
+        except LoraTreeError as error:
+            if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
+                # nothing says whether the files are whole
+                self._say(path, f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}")
+            else:
+                self._no_longer(cache, path, error)
+            return
+        self._tell(found)
+        swapped = [front.swap(found) for front in self._fronts]
+        self._said.pop(path, None)
+        if any(swapped):
+            log.info("lora_tree: '%s' has changed, and is now served as %s", shown(path), shown(found.name))
+
+    def _is_behind(self, path: str, content: str) -> bool:
+        """Tell whether vLLM took another content: it was changed between vLLM's question and the answer."""
+        return any(front.serves(path) not in (None, content) for front in self._fronts)
+
+    def _no_longer(self, cache: FlatCache, path: str, error: LoraTreeError) -> None:
+        log.error("lora_tree: '%s' is no longer served: %s", shown(path), _reason(error))
+        for front in self._fronts:
+            front.drop(path)
+        cache.forget(path)
+        self._said.pop(path, None)
+
+    # ------------------------------------------------------------------ the log
+    def _tell(self, found: Flattened) -> None:
+        for text in found.stale:
+            log.warning("lora_tree: '%s' is served though it is stale: %s", shown(found.path), text)
+        if found.error is not None and found.error > ROUNDING:
+            log.info("lora_tree: '%s' was recompressed, relative error %.2g", shown(found.path), found.error)
 
     def _say(self, about: str, text: str) -> None:
+        """Log once for each change."""
         if self._said.get(about) != text:
             self._said[about] = text
             log.error("%s", text)
 
-    def _swap(self, found: Flattened) -> None:
-        """Give vLLM the new adapter of a path that it serves, and wait until it has it."""
-        self._tell(found)
-        for models in self._models:
-            if self._loop is not None and found.path in models.lora_requests:
-                asyncio.run_coroutine_threadsafe(_replace(models, found), self._loop).result(timeout=120)
-                log.info("lora_tree: %r has changed, and is now served as %s", found.path, found.name)
 
-    def _drop(self, path: str) -> None:
-        """Make vLLM ask for a path again."""
-        for models in self._models:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(models.lora_requests.pop, path, None)
-
-
-async def _replace(models: Any, found: Flattened) -> None:
-    request = need("vllm.lora.request", extra="vllm", what="serving a tree with vLLM")
-    number = models.lora_id_counter.inc(1)
-    new = request.LoRARequest(lora_name=found.name, lora_int_id=number, lora_path=str(found.folder))
-    await models.engine_client.add_lora(new)
-    if found.path in models.lora_requests:
-        models.lora_requests[found.path] = new
+def _there(view: View, asked: Asked) -> None:
+    """Refuse paths that are not in the tree. The nearest name is looked up only where that costs little."""
+    for path in asked.paths:
+        if path in view.tree:
+            continue
+        for problem in view.problems:  # it may have been left out of the tree
+            if f"{path}/".startswith(f"{problem.node}/"):
+                raise FolderError(str(problem))
+        if len(view.tree) <= MOST_SUGGESTED and len(path) <= 128:
+            view.tree.lineage(path)
+        raise PathError(f"no node {shown(path)!r} in the tree")
 
 
-def _asking() -> Any:
-    """vLLM's record of the adapters it was given, which asks its resolvers and hands them no way back; None where it
-    is not among the callers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        who = frame.f_locals.get("self")
-        if isinstance(getattr(who, "lora_requests", None), dict):
-            return who
-        frame = frame.f_back
-    return None
+def _locked(tree: AdapterTree, asked: Asked) -> bool:
+    """Tell whether a lock says what the files of all nodes on the way are."""
+    sources = [tree[node].source for path in asked.paths for node in tree.lineage(path)]
+    return all(source is None or source.key is not None for source in sources)
+
+
+def _reason(error: Exception) -> str:
+    return shown(" ".join(str(error).split("\n  ")), REASON_CHARACTERS)
 
 
 def _base_folder(base: str) -> str | None:

@@ -1,0 +1,183 @@
+"""Decide which names of a client are asked of the tree, and give each the one spelling by which it is known.
+
+    "fr/legal"                          a path
+    "de:0.50+fr:1."  →  "de:0.5+fr:1.0" a blend: paths in order, weights as Python writes a float, no zeros
+
+Anybody may send any name, so all of this is done before the tree is looked at.
+
+Law: refusing a name costs no more than reading it. Two names that mean one blend have one spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from ..blend import parse_blend
+from ..errors import LoraTreeError, PathError, SpecError
+from ..spec import MAX_DEPTH
+
+__all__ = ["Asked", "NameRules", "shown"]
+
+MOST_CHARACTERS = 128 * MAX_DEPTH
+"""The longest path that a tree can have."""
+MOST_PATHS = 16
+"""How many paths a blend may name."""
+SHOWN_CHARACTERS = 120
+
+_PATTERN = re.compile(r"[A-Za-z0-9_.*?-]+(/[A-Za-z0-9_.*?-]+)*\Z")
+_ANY_DEPTH = "**"
+
+
+def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    r"""Return a text as a log may show it: one line, only printable characters, cut where it is long.
+
+    >>> shown("gpt-4\nINFO: forged")
+    'gpt-4\\nINFO: forged'
+    >>> shown("x" * 1_000_000, most=4)
+    'xxxx… (1,000,000 characters)'
+    """
+    text = str(text)
+    head = text[:most].encode("unicode_escape").decode() if not text[:most].isprintable() else text[:most]
+    return head if len(text) <= most else f"{head}… ({len(text):,} characters)"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A name that may be asked of the tree.
+
+    Args:
+        name: its one spelling.
+        paths: the nodes that it names.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether it is more than one path with the weight 1."""
+        return self.name not in self.paths
+
+
+@dataclass(frozen=True)
+class NameRules:
+    """The rules by which names are admitted.
+
+    Args:
+        blends: admit blends, not only paths.
+        allow: the paths that may be asked for, alone or in a blend: paths themselves, or patterns in which ``*`` and
+            ``?`` stand for a part of one name and ``**`` for any number of names. None allows every path.
+
+    Raises:
+        SpecError: ``allow`` is empty, or holds no pattern.
+
+    >>> rules = NameRules(allow=("de", "fr/*"))
+    >>> rules.admit("fr/legal").name
+    'fr/legal'
+    >>> rules.admit("fr")
+    Traceback (most recent call last):
+    lora_tree.errors.PathError: 'fr' is not on the list of paths that clients may ask for
+    >>> NameRules(blends=True).admit("fr:0.50+de:1").name
+    'de:1.0+fr:0.5'
+    """
+
+    blends: bool = False
+    allow: tuple[str, ...] | None = None
+    _exact: frozenset[str] = field(init=False, repr=False, default=frozenset())
+    _patterns: tuple[tuple[str, ...], ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        if self.allow is None:
+            return
+        if not self.allow:
+            raise SpecError("the list of paths that clients may ask for is empty", "name paths or patterns, or no list")
+        for pattern in self.allow:
+            if not _PATTERN.match(pattern):
+                raise SpecError(
+                    f"{shown(pattern)!r} is neither a path nor a pattern of paths",
+                    "write fr/legal, fr/* (one name) or fr/** (everything below fr)",
+                )
+        exact = frozenset(pattern for pattern in self.allow if not set(pattern) & set("*?"))
+        patterns = tuple(tuple(pattern.split("/")) for pattern in self.allow if pattern not in exact)
+        object.__setattr__(self, "_exact", exact)
+        object.__setattr__(self, "_patterns", patterns)
+
+    def admit(self, name: str) -> Asked:
+        """Return what a client asks for, without looking at the tree.
+
+        Raises:
+            PathError: it is no path, or one that may not be asked for.
+            SpecError: it is a blend, and blends are off; or a weight makes no sense.
+        """
+        asked = self.read(name)
+        for path in asked.paths:
+            if not self.allows(path):
+                raise PathError(f"{shown(path)!r} is not on the list of paths that clients may ask for")
+        return asked
+
+    def read(self, name: str) -> Asked:
+        """Return what a name says, in its one spelling.
+
+        Raises:
+            PathError, SpecError: see `admit`.
+        """
+        if len(name) > MOST_CHARACTERS:
+            raise PathError(f"a name of {len(name):,} characters; the longest path has {MOST_CHARACTERS:,}")
+        if not name.isascii():
+            raise PathError("a name with other characters than those of paths")
+        is_blend = ":" in name or "+" in name
+        if is_blend and not self.blends:
+            raise SpecError("blends are not served by name", "LORA_TREE_VLLM_BLENDS=1 allows them")
+        if name.count("+") >= MOST_PATHS:
+            raise SpecError(f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served")
+        parts = {path: weight for path, weight in sorted(parse_blend(name).items()) if weight}
+        if not parts or "" in parts:
+            raise PathError("nothing to serve", "the bare base is served under its own name")
+        if list(parts.values()) == [1.0]:
+            return Asked(next(iter(parts)), tuple(parts))
+        # a plus sign separates the parts, so 1e+22 is written 1e22
+        spelled = [f"{path}:{weight!r}".replace("e+", "e") for path, weight in parts.items()]
+        return Asked("+".join(spelled), tuple(parts))
+
+    def one_spelling(self, name: str) -> str:
+        """Return the one spelling of a name, or the name as it is where it says no blend that is admitted."""
+        if len(name) > MOST_CHARACTERS or not (":" in name or "+" in name):
+            return name
+        try:
+            return self.read(name).name
+        except LoraTreeError:
+            return name
+
+    def allows(self, path: str) -> bool:
+        """Tell whether a path may be asked for."""
+        if self.allow is None or path in self._exact:
+            return True
+        names = path.split("/")
+        return any(_fits(names, pattern) for pattern in self._patterns)
+
+
+def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
+    """Match name by name. The set holds how many parts of the pattern may be used up so far."""
+    used = _passed({0}, pattern)
+    for name in names:
+        after = set()
+        for i in used:
+            if i < len(pattern) and pattern[i] == _ANY_DEPTH:
+                after.add(i)
+            elif i < len(pattern) and fnmatchcase(name, pattern[i]):
+                after.add(i + 1)
+        used = _passed(after, pattern)
+    return len(pattern) in used
+
+
+def _passed(used: Iterable[int], pattern: tuple[str, ...]) -> set[int]:
+    """Add what may be passed over: ``**`` may stand for no name at all."""
+    found = set(used)
+    for i in sorted(found):
+        while i < len(pattern) and pattern[i] == _ANY_DEPTH:
+            i += 1
+            found.add(i)
+    return found

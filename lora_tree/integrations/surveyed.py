@@ -1,0 +1,88 @@
+"""See a tree's folder as it was a moment ago: one look serves everybody who asks within an interval.
+
+A look costs about 0.1 ms a node, and a server is asked for names that clients make up.
+
+Law: whatever is asked, and however often, the folder is looked at once in an interval, and for at most a fifth of the
+time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import LoraTreeError
+from ..folder import Problem
+from ..tree import AdapterTree
+
+__all__ = ["Surveyed", "View"]
+
+Look = Callable[[], tuple[AdapterTree, list[Problem]]]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A tree as it was seen, with what is wrong with single nodes."""
+
+    tree: AdapterTree
+    problems: list[Problem]
+
+
+class Surveyed:
+    """A folder that is looked at when somebody asks and the last look is too old; thread-safe.
+
+    Args:
+        look: looks at it; its errors are the answer for an interval, too.
+        every_s: how old a view may be.
+    """
+
+    def __init__(self, look: Look, *, every_s: float) -> None:
+        self._look = look
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._view: View | LoraTreeError | None = None
+        self._old_at = 0.0  # when the view is too old
+
+    def recent(self) -> View | None:
+        """Return the view if it is recent, without waiting; None means that `now` has to look.
+
+        Raises:
+            LoraTreeError: the recent look failed.
+        """
+        view = self._view if time.monotonic() < self._old_at else None
+        return _or_raise(view) if view is not None else None
+
+    def now(self) -> View:
+        """Return a recent view; of several threads one looks and the others wait for it.
+
+        Raises:
+            LoraTreeError: there is no tree, or what its folder means can't be said.
+        """
+        with self._lock:
+            if self._view is None or time.monotonic() >= self._old_at:
+                began = time.monotonic()
+                try:
+                    self._view = View(*self._look())
+                except LoraTreeError as error:
+                    self._view = error
+                took_s = time.monotonic() - began
+                self._old_at = time.monotonic() + max(self._every_s, 4 * took_s)
+            return _or_raise(self._view)
+
+    def newer(self, view: View) -> View:
+        """Return a later view than ``view``, after waiting until there may be one.
+
+        Raises:
+            LoraTreeError: see `now`.
+        """
+        if self._view is view:
+            time.sleep(max(self._old_at - time.monotonic(), 0.0))
+        return self.now()
+
+
+def _or_raise(view: View | LoraTreeError) -> View:
+    if isinstance(view, LoraTreeError):
+        raise type(view)(view.what, *view.todo)  # each thread its own: raising writes into an error
+    return view

@@ -1,0 +1,207 @@
+"""Reach the objects of vLLM's own by which its front end knows adapters.
+
+vLLM asks a resolver for a name and gives it no way to take the answer back. So the plugin finds the object that asked,
+`OpenAIServingModels`, among its callers. From then on
+- ``lora_requests``, the dict in which vLLM looks up every request's model, notes each use, and takes any spelling;
+- ``model_name`` and ``show_available_models`` tell clients the path, not the name with a content;
+- ``engine_client.output_processor.request_states`` says which adapters running requests use.
+
+Read: vLLM 0.32, vllm/entrypoints/openai/models/serving.py and vllm/v1/engine/output_processor.py. What another version
+lacks is passed over: the plugin serves on, and knows less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..extras import need
+from .flatcache import Flattened
+
+__all__ = ["Front", "asking"]
+
+WAIT_S = 120.0
+"""How long vLLM may take to load an adapter."""
+
+_numbers = itertools.count(1)
+
+
+def asking() -> Any:
+    """Return vLLM's record of its adapters, which is among the callers; None where this version keeps it elsewhere."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        who = frame.f_locals.get("self")
+        if isinstance(getattr(who, "lora_requests", None), dict):
+            return who
+        frame = frame.f_back
+    return None
+
+
+def request_of(found: Flattened) -> Any:
+    """Return vLLM's request for an adapter; it must give it a number of its own before the engine sees it.
+
+    The engine takes requests of one name for one adapter, in a batch and in its caches. So a name is never given
+    twice, not even to a content that comes back while requests for it are still running.
+    """
+    request = need("vllm.lora.request", extra="vllm", what="serving a tree with vLLM")
+    name = f"{found.name}.{next(_numbers)}"
+    return request.LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(found.folder))
+
+
+class Front:
+    """One front end of vLLM: what it serves, what is in use of it, and how both change.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        loop: the event loop on which it runs; nothing of it is changed elsewhere.
+        cache: the folder of flattened adapters: what lies in it is the plugin's.
+        one_spelling: the name under which a client's name is known.
+        used: is told of each request for a name.
+    """
+
+    def __init__(
+        self,
+        models: Any,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        cache: Path,
+        one_spelling: Callable[[str], str],
+        used: Callable[[str], None],
+    ) -> None:
+        self.models = models
+        self._loop = loop
+        self._within = f"{cache}{os.sep}"
+        models.lora_requests = _Requests(models.lora_requests, one_spelling, used)
+        self._tell_paths()
+
+    # ------------------------------------------------------------------ asked from any thread
+    def serves(self, path: str) -> str | None:
+        """Return the content that vLLM has for a path."""
+        request = dict.get(self.models.lora_requests, path)
+        return None if request is None else Path(request.lora_path).name
+
+    @property
+    def shows_requests(self) -> bool:
+        """Whether this vLLM shows its running requests."""
+        return self._states() is not None
+
+    def is_read(self, content: str) -> bool:
+        """Tell whether a running request uses a content."""
+        states = self._states() or {}
+        folder = self._within + content
+        requests = [getattr(state, "lora_request", None) for state in list(states.values())]
+        return any(request is not None and request.lora_path == folder for request in requests)
+
+    def swap(self, found: Flattened) -> bool:
+        """Give vLLM the new content of a path that it serves, and wait until it has it; False where it serves it not.
+
+        Raises:
+            Exception: as vLLM, which can't load it.
+        """
+        if found.path not in self.models.lora_requests:
+            return False
+        asyncio.run_coroutine_threadsafe(self._replace(found), self._loop).result(timeout=WAIT_S)
+        return True
+
+    def drop(self, path: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Make vLLM ask for a path again from now on.
+
+        Args:
+            unless: asked on the event loop, between two requests; True keeps it.
+        """
+        return asyncio.run_coroutine_threadsafe(self._drop(path, unless), self._loop).result(timeout=WAIT_S)
+
+    # ------------------------------------------------------------------ asked on the event loop
+    def refused(self, name: str) -> None:
+        """Have vLLM forget a name that it was asked for: it keeps a lock for each, for ever."""
+        kept = getattr(self.models, "lora_resolver_lock", None)
+        if isinstance(kept, dict):
+            kept.pop(name, None)
+
+    # ------------------------------------------------------------------ private
+    def _states(self) -> dict[str, Any] | None:
+        engine = getattr(self.models, "engine_client", None)
+        states = getattr(getattr(engine, "output_processor", None), "request_states", None)
+        return states if isinstance(states, dict) else None
+
+    async def _replace(self, found: Flattened) -> None:
+        new = request_of(found)
+        new.lora_int_id = self.models.lora_id_counter.inc(1)
+        await self.models.engine_client.add_lora(new)
+        if dict.__contains__(self.models.lora_requests, found.path):
+            self.models.lora_requests[found.path] = new
+
+    async def _drop(self, path: str, unless: Callable[[], bool]) -> bool:
+        if unless():
+            return False
+        dict.pop(self.models.lora_requests, path, None)
+        self.refused(path)
+        return True
+
+    def _tell_paths(self) -> None:
+        """Tell clients the path that they asked for, in answers and in /v1/models."""
+        models = self.models
+        own_name, own_list = getattr(models, "model_name", None), getattr(models, "show_available_models", None)
+        if own_name is not None:
+
+            def model_name(lora_request: Any = None) -> Any:
+                name = own_name(lora_request)
+                ours = getattr(lora_request, "lora_path", "").startswith(self._within)
+                return name.partition("@")[0] if ours else name
+
+            models.model_name = model_name
+        if own_list is not None:
+
+            async def show_available_models() -> Any:
+                told = await own_list()
+                for card in told.data:
+                    if str(card.root).startswith(self._within):
+                        card.id = card.id.partition("@")[0]
+                return told
+
+            models.show_available_models = show_available_models
+
+
+class _Requests(dict[str, Any]):
+    """vLLM's dict of adapters by name: takes every spelling of a name, and tells who is looked up.
+
+    vLLM looks a model up twice for each request: whether it is there, and after its prompt was read.
+    """
+
+    def __init__(self, given: dict[str, Any], one_spelling: Callable[[str], str], used: Callable[[str], None]) -> None:
+        super().__init__(given)
+        self._one_spelling = one_spelling
+        self._used = used
+
+    def _known(self, name: str) -> str:
+        return name if super().__contains__(name) else self._one_spelling(name)
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        known = self._known(name)
+        self._used(known)
+        return super().__contains__(known)
+
+    def __getitem__(self, name: str) -> Any:
+        known = self._known(name)
+        self._used(known)
+        return super().__getitem__(known)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(self._known(name), default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return super().pop(self._known(name), *default)
+
+    def __setitem__(self, name: str, request: Any) -> None:
+        super().__setitem__(self._known(name), request)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(self._known(name))

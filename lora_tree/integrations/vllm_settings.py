@@ -1,0 +1,196 @@
+"""Tell a vLLM server of a tree how to run: flags and environment variables, written here and read here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import SpecError
+from ..export import ENGINE_RANKS, ceil_rank_of
+from ..folder import survey
+from ..storage import as_path
+from ..tree import AdapterTree
+from .client_names import NameRules
+
+__all__ = ["ZOO", "ServerArgs", "Settings", "server_args"]
+
+ZOO = "LORA_TREE_VLLM_ZOO"
+CACHE = "LORA_TREE_VLLM_CACHE"
+CACHE_BYTES = "LORA_TREE_VLLM_CACHE_BYTES"
+MAX_RANK = "LORA_TREE_VLLM_MAX_RANK"
+MAX_ERROR = "LORA_TREE_VLLM_MAX_ERROR"
+POLL_S = "LORA_TREE_VLLM_POLL_S"
+BLENDS = "LORA_TREE_VLLM_BLENDS"
+ALLOW = "LORA_TREE_VLLM_ALLOW"
+OUTSIDE = "LORA_TREE_VLLM_OUTSIDE"
+
+DEFAULT_BYTES = 10 << 30
+DEFAULT_RANK = 16  # vLLM's own
+DEFAULT_ERROR = 0.05
+DEFAULT_POLL_S = 1.0
+
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plugin was told by its environment."""
+
+    zoo: str
+    cache: str
+    cache_bytes: int
+    max_rank: int
+    max_error: float
+    poll_s: float
+    names: NameRules
+    outside: bool
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings:
+        """Read the environment.
+
+        Raises:
+            SpecError: a variable is missing or makes no sense; names it.
+
+        >>> Settings.of({ZOO: "zoo", CACHE: "cache", ALLOW: "fr/** de"}).names.allow
+        ('fr/**', 'de')
+        """
+        if not environment.get(CACHE):
+            raise SpecError(f"{ZOO} is set and {CACHE} is not", "lora-tree vllm-args prints both")
+        allow = environment.get(ALLOW)
+        patterns = None if allow is None else tuple(filter(None, re.split(r"[,\s]+", allow)))
+        blends = _switch(environment, BLENDS)
+        try:
+            names = NameRules(blends=blends, allow=patterns)
+        except SpecError as error:
+            raise error.within(ALLOW) from None
+        return cls(
+            zoo=environment[ZOO],
+            cache=environment[CACHE],
+            cache_bytes=_number(environment, CACHE_BYTES, DEFAULT_BYTES, least=1),
+            max_rank=_number(environment, MAX_RANK, DEFAULT_RANK, least=1),
+            max_error=_number(environment, MAX_ERROR, DEFAULT_ERROR, least=0.0),
+            poll_s=_number(environment, POLL_S, DEFAULT_POLL_S, least=0.01),
+            names=names,
+            outside=_switch(environment, OUTSIDE),
+        )
+
+
+def _number(environment: Mapping[str, str], name: str, default: N, *, least: N) -> N:
+    text = environment.get(name)
+    if text is None:
+        return default
+    try:
+        value = type(default)(text)
+    except ValueError:
+        value = None
+    if value is None or not value >= least:
+        raise SpecError(f"{name}={text!r}: expected a number, at least {least}")
+    return value
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name, "0").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    raise SpecError(f"{name}={text!r}: expected 1 or 0")
+
+
+# ---------------------------------------------------------------------- what a server is started with
+@dataclass(frozen=True)
+class ServerArgs:
+    """What a vLLM server of a tree is started with.
+
+    Args:
+        flags: of ``vllm serve`` or ``python -m vllm.entrypoints.openai.api_server``.
+        environment: for the same process.
+        rank: the largest Σr of a path; where it is over the flag's rank such paths are recompressed.
+        base: the tree's base, for ``--model``; None where the tree names none.
+    """
+
+    flags: tuple[str, ...]
+    environment: Mapping[str, str]
+    rank: int
+    base: str | None = None
+
+
+def server_args(
+    folder: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str],
+    max_rank: int | None = None,
+    max_error: float = DEFAULT_ERROR,
+    max_loras: int = 8,
+    cache_bytes: int = DEFAULT_BYTES,
+    allow: Sequence[str] | None = None,
+    blends: bool = False,
+    outside: bool = False,
+) -> ServerArgs:
+    """Return the flags and the environment with which vLLM serves the paths of a tree; only headers are read.
+
+    Args:
+        folder: of the tree, or its tree.yaml.
+        cache: a folder for flattened adapters, on a disk of the machine that serves.
+        max_rank: the largest rank to serve; enough for every path without it, at most 512.
+        max_error: a path that is recompressed to that rank, and loses more in a module by that, is refused.
+        max_loras: how many different paths one batch may hold.
+        cache_bytes: the most that the cache folder may hold.
+        allow: the paths that clients may ask for, or patterns: ``fr/*``, ``fr/**``; every path without it.
+        blends: let clients ask for blends, like ``fr/legal:0.5+fr/medical:0.5``.
+        outside: serve adapters, too, that tree.yaml names outside of its folder.
+
+    Raises:
+        SpecError: a number or a pattern makes no sense.
+        FolderError, FormatError: the tree can't be read.
+
+    >>> import tempfile, torch
+    >>> import lora_tree as lt
+    >>> tree = lt.AdapterTree()
+    >>> for path in ("fr", "fr/legal"):
+    ...     _ = tree.add(path, adapter=lt.Adapter({"up": lt.LowRank(torch.ones(12, 16), torch.ones(16, 12))}))
+    >>> with tempfile.TemporaryDirectory() as zoo:
+    ...     tree.save(zoo)
+    ...     made = server_args(zoo, cache="cache")
+    >>> made.rank, made.flags[:3]
+    (24, ('--enable-lora', '--max-lora-rank', '32'))
+    """
+    if max_loras < 1 or cache_bytes < 1:
+        raise SpecError(f"max_loras and cache_bytes must be at least 1, got {max_loras} and {cache_bytes}")
+    if not max_error >= 0:
+        raise SpecError(f"max_error must be at least 0, got {max_error}")
+    rules = NameRules(blends=blends, allow=None if allow is None else tuple(allow))
+    tree, _ = survey(folder, outside=outside)
+    rank = max((_rank(tree, path) for path in tree.paths() if rules.allows(path)), default=1)
+    allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
+    flags = ("--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(max_loras), "--max-cpu-loras",
+             str(max(2 * max_loras, 16)))  # fmt: skip
+    environment = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        ZOO: os.path.abspath(as_path(folder)),
+        CACHE: os.path.abspath(as_path(cache)),
+        CACHE_BYTES: str(cache_bytes),
+        MAX_RANK: str(allowed),
+        MAX_ERROR: repr(float(max_error)),
+    }
+    if rules.allow is not None:
+        environment[ALLOW] = ",".join(rules.allow)
+    if blends:
+        environment[BLENDS] = "1"
+    if outside:
+        environment[OUTSIDE] = "1"
+    return ServerArgs(flags, environment, rank, tree.base)
+
+
+def _rank(tree: AdapterTree, path: str) -> int:
+    """The largest Σr of a module on the way to a path."""
+    total: dict[str, int] = {}
+    for node in tree.lineage(path):
+        outline = tree.outline(node)
+        for name, r in outline.ranks.items() if outline is not None else ():
+            total[name] = total.get(name, 0) + r
+    return max(total.values(), default=1)

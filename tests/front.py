@@ -1,0 +1,119 @@
+"""A front end that does with a model's name what vLLM 0.32 does, step by step, around the plugin's resolver.
+
+Read: vllm/entrypoints/serve/engine/serving.py (`_check_model`, `_maybe_get_adapters`) and openai/models/serving.py. The
+tests in engines/ ask the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_tree.integrations import vllm_front
+from lora_tree.integrations.vllm import _Resolver
+from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO, Settings
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+@dataclass
+class Models:
+    """vLLM's OpenAIServingModels."""
+
+    resolver: _Resolver
+    base: str = "base"
+    lora_requests: dict[str, Any] = field(default_factory=dict)
+    lora_resolver_lock: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    running: dict[str, Any] = field(default_factory=dict)
+    loaded: list[LoRARequest] = field(default_factory=list)
+    number: int = 0
+
+    @property
+    def engine_client(self) -> Any:
+        return SimpleNamespace(add_lora=self.add_lora, output_processor=SimpleNamespace(request_states=self.running))
+
+    @property
+    def lora_id_counter(self) -> Any:
+        return SimpleNamespace(inc=self.inc)
+
+    def inc(self, by: int) -> int:
+        self.number += by
+        return self.number
+
+    async def add_lora(self, request: LoRARequest) -> None:
+        assert (Path(request.lora_path) / "adapter_model.safetensors").is_file()
+        self.loaded.append(request)
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        return self.base if lora_request is None else lora_request.lora_name
+
+    async def show_available_models(self) -> Any:
+        cards = [SimpleNamespace(id=r.lora_name, root=r.lora_path) for r in self.lora_requests.values()]
+        return SimpleNamespace(data=[SimpleNamespace(id=self.base, root="/models/base"), *cards])
+
+    async def resolve_lora(self, name: str) -> LoRARequest | None:
+        async with self.lora_resolver_lock[name]:
+            if name in self.lora_requests:
+                return self.lora_requests[name]
+            number = self.inc(1)
+            request = await self.resolver.resolve("base", name)
+            if request is not None:
+                request.lora_int_id = number
+                await self.add_lora(request)
+                self.lora_requests[name] = request
+            return request
+
+    async def ask(self, name: str) -> LoRARequest | None:
+        """The adapter with which a client's request is run; None is 404."""
+        if name in self.lora_requests or await self.resolve_lora(name):
+            return self.lora_requests[name]
+        return None
+
+    def answers(self, *names: str) -> list[str | None]:
+        """The folder that each of several requests, one after the other, is answered from."""
+
+        async def every() -> list[str | None]:
+            found = [await self.ask(name) for name in names]
+            return [None if request is None else Path(request.lora_path).name for request in found]
+
+        return asyncio.run_coroutine_threadsafe(every(), self.loop).result(60)
+
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+
+
+@contextmanager
+def front_end(zoo: Path, cache: Path, **more: str) -> Iterator[Models]:
+    """A front end on an event loop in a thread; ``more`` is environment, as ``blends="1"``."""
+    environment: Mapping[str, str] = {
+        ZOO: str(zoo),
+        CACHE: str(cache),
+        CACHE_BYTES: str(1 << 30),
+        POLL_S: "0.05",
+        **{f"LORA_TREE_VLLM_{name.upper()}": value for name, value in more.items()},
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vllm_front, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest))
+        models = Models(_Resolver(Settings.of(environment)))
+        thread = threading.Thread(target=models.loop.run_forever, daemon=True)
+        thread.start()
+        try:
+            yield models
+        finally:
+            models.resolver.close()
+            models.loop.call_soon_threadsafe(models.loop.stop)
+            thread.join(30)
+            models.loop.close()
