@@ -4,6 +4,9 @@
 
 A path is the blend with one entry of weight 1. Half-way between two siblings, ``{"fr/legal": 0.5, "fr/medical": 0.5}``,
 their parent keeps its full weight.
+
+A blend has one spelling, by which losses, counts, files and servers know it: two blends have the same one where they
+name the same paths with the same weights, to the last bit, and only there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import TypeAlias
 from .errors import PathError, SpecError
 from .spec import check_path
 
-__all__ = ["Blend", "check_finite", "depth_first", "parse_blend", "total"]
+__all__ = ["Blend", "check_finite", "depth_first", "parse_blend", "spelled", "total"]
 
 Blend: TypeAlias = str | Mapping[str, float]
 """A path, ``"fr/legal"``; or a blend, as a mapping or as ``"fr/legal:0.5+fr/medical:0.5"``."""
@@ -61,6 +64,31 @@ def parse_blend(blend: Blend) -> dict[str, float]:
             raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
         entries[path] = value
     return parse_blend(entries)
+
+
+def spelled(blend: Blend) -> str:
+    """Return a path or a blend in its one spelling, which `parse_blend` reads back to the same weights.
+
+    Paths come by name, weights as the shortest decimals that read back to the same float. Entries that add nothing (a
+    weight of 0, the bare base) are left out; one path with a weight of 1 is that path.
+
+    Raises:
+        PathError, SpecError: as `parse_blend`.
+
+    >>> spelled({"fr/medical": 0.5, "fr/legal": 0.25}), spelled("fr/legal:1"), spelled({"fr": 0.0})
+    ('fr/legal:0.25+fr/medical:0.5', 'fr/legal', '')
+    """
+    parts = {path: weight for path, weight in sorted(parse_blend(blend).items()) if path and weight}
+    if not parts:
+        return ""
+    if list(parts.values()) == [1.0]:
+        return next(iter(parts))
+    return "+".join(f"{path}:{_decimal(weight)}" for path, weight in parts.items())
+
+
+def _decimal(weight: float) -> str:
+    """A weight without a plus of its own, which would begin another entry."""
+    return repr(weight).replace("e+", "e")
 
 
 def total(path: str, shares: Sequence[float], weight: float) -> float:

@@ -21,7 +21,8 @@
     └── MissingExtra            an optional package is needed and not installed
 
 The first line says what failed and where (node, module, file, line), with what was found and what was expected; the
-lines after it say what to do.
+lines after it say what to do. Names and keys come out of files that strangers wrote, so what a terminal would not show
+but obey is escaped here, once, for every error and warning.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ __all__ = [
     "ForeignWrite",
     "FormatError",
     "LoraTreeError",
+    "LoraTreeWarning",
     "MergedOnly",
     "MissingExtra",
     "NewerFormat",
@@ -53,6 +55,27 @@ __all__ = [
 ]
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """Return ``text`` with every character escaped that is no visible sign and no space.
+
+    Control characters drive a terminal: they write to its clipboard, move its cursor, hide text. Signs that
+    turn the direction of text show another order than the one that is there. Both are shown as Python would.
+
+    Args:
+        keep: characters that stay as they are: ``"\\n"`` where lines are meant.
+
+    >>> printable("org/model\\x1b]52;c;cm0gLXJm\\a")
+    'org/model\\\\x1b]52;c;cm0gLXJm\\\\x07'
+    """
+    if text.isprintable():
+        return text
+    shown = []
+    for sign in text:
+        visible = sign.isprintable() or sign in keep
+        shown.append(sign if visible else sign.encode("unicode_escape").decode("ascii"))
+    return "".join(shown)
+
+
 class LoraTreeError(Exception):
     """The root: ``except LoraTreeError`` catches everything that this library raises on purpose.
 
@@ -62,13 +85,24 @@ class LoraTreeError(Exception):
     """
 
     def __init__(self, what: str, *todo: str) -> None:
-        super().__init__("\n  ".join((what, *todo)))
-        self.what = what
-        self.todo = todo
+        self.what = printable(what)
+        self.todo = tuple(printable(line) for line in todo)
+        super().__init__("\n  ".join((self.what, *self.todo)))
 
     def within(self, where: str) -> LoraTreeError:
         """The same error, with ``where`` (a node, a file) put before its first line."""
         return type(self)(f"{where}: {self.what}", *self.todo)
+
+
+class LoraTreeWarning(UserWarning):
+    """The root of the warnings that name something out of a file.
+
+    Args:
+        what, todo: as for `LoraTreeError`.
+    """
+
+    def __init__(self, what: str, *todo: str) -> None:
+        super().__init__("\n  ".join(printable(line) for line in (what, *todo)))
 
 
 class SpecError(LoraTreeError, ValueError):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,10 +24,12 @@ from torch import nn
 from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
+from lora_tree.cli import main
 from lora_tree.errors import FolderError, FormatError, NewerFormat, SpecError
 from lora_tree.folder import survey
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.vllm_settings import Settings
+from lora_tree.runs.evaluation import Matrix
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -392,6 +398,126 @@ def test_code_is_copied_only_where_it_is_asked_for(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- escapes for the terminal
+CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
+"""Puts a command into the clipboard of many terminals; the person pastes it later."""
+HOSTILE = f"{CLIPBOARD}\x9b2J\r\u202e[link=file:///etc/passwd]x[/link]"
+
+
+def _hostile_tree(folder: Path) -> Path:
+    """A tree whose base, folder, tensors and config keys drive a terminal."""
+    zoo = folder / f"zoo{HOSTILE.replace('/', '-')}"
+    pair = lt.LowRank(torch.ones(2, 8), torch.ones(8, 2))
+    tree = lt.AdapterTree(base=f"org/model{HOSTILE}")
+    tree.add("fr", adapter=lt.Adapter({f"layers.{HOSTILE}.q_proj": pair}, base=f"org/model{HOSTILE}"))
+    tree.save(zoo)
+    return zoo
+
+
+def _with_config(zoo: Path, **change: object) -> Path:
+    """The same tree, with other words in the config of its node."""
+    config = zoo / "fr" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    (zoo / "tree.lock").unlink()
+    return zoo
+
+
+def _obeyed(shown: str) -> set[str]:
+    """What a terminal would obey in a text: all but line ends, and what rich itself writes."""
+    own = re.compile(r"\x1b\[[0-9;]*[mAKGJ]|\x1b\[\?25[lh]|\r?\n")
+    return {sign for sign in own.sub("", shown) if not sign.isprintable()}
+
+
+def _on_a_terminal(commands: list[list[str]]) -> str:
+    """What a terminal is sent by some commands, each of which may fail."""
+    code = (
+        "import sys, json\n"
+        "from lora_tree.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit: pass\n"
+    )
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"},
+    )
+    os.close(slave)
+    shown = bytearray()
+    while True:
+        try:
+            read = os.read(master, 1 << 16)
+        except OSError:  # Linux's way to say that nobody holds the other end any more
+            break
+        if not read:
+            break
+        shown += read
+    os.close(master)
+    process.wait(timeout=60)
+    return shown.decode()
+
+
+def test_no_word_of_a_strangers_file_drives_the_terminal(tmp_path: Path) -> None:
+    zoo = str(_hostile_tree(tmp_path / "whole"))
+    base = str(save_base(tmp_path / "base"))
+    other = str(_with_config(_hostile_tree(tmp_path / "config"), **{HOSTILE: 1, "peft_type": HOSTILE}))
+    broken = _hostile_tree(tmp_path / "broken")
+    (broken / "tree.yaml").write_text(f"version: 1\ntree: {{}}\n? {json.dumps(HOSTILE)}\n: 1\n")
+    commands = [
+        ["show", zoo],
+        ["show", zoo, "--json"],
+        ["check", zoo],
+        ["check", zoo, "--json"],
+        ["check", zoo, "--base", base],
+        ["generate", zoo, "fr", "--prompt", "x"],
+        ["export", zoo, "fr", "--out", str(tmp_path / "flat"), "--per-module"],
+        ["export", zoo, "fr", "--out", str(tmp_path / "flat"), "--rank", "1", "--per-module"],
+        ["export", zoo, "fr", "--as", "peft", "--out", str(tmp_path / f"out{CLIPBOARD}")],
+        ["lock", zoo],
+        ["show", other],
+        ["check", other],
+        ["check", str(broken)],
+        ["show", zoo, zoo],
+        [HOSTILE],
+        ["promote", zoo, "fr", "--from", base],
+    ]
+    shown = _on_a_terminal(commands)
+    assert shown.count("\\x1b]52;c;cm0gLXJmIH4=") >= len(commands)  # the names are there, as they are spelled
+    assert _obeyed(shown) == set()
+
+
+def test_an_error_and_a_warning_can_be_printed_anywhere(tmp_path: Path) -> None:
+    hostile = f"org/model{HOSTILE}\nerror: all is well"
+    error = lt.errors.SpecError(f"{hostile}: no such base", f"name another than {hostile}").within(hostile)
+    told = str(error)
+    assert _obeyed(told) == set()
+    assert len(told.splitlines()) == 2  # a name can't pretend to be a line of ours
+    assert "\\x1b]52;c;cm0gLXJmIH4=\\x07\\x9b2J\\r\\u202e" in told
+    assert str(lt.StaleWarning(hostile)).count("\n") == 0
+    with pytest.raises(lt.errors.LoraTreeError) as caught:
+        lt.Adapter.load(_with_config(_hostile_tree(tmp_path), peft_type=HOSTILE) / "fr")
+    assert _obeyed(str(caught.value)) == set()
+
+
+def test_json_holds_hostile_names_whole_and_shows_none_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", str(_hostile_tree(tmp_path)), "--json"])
+    shown = capsys.readouterr().out
+    assert _obeyed(shown) == set()
+    assert json.loads(shown)["base"] == f"org/model{HOSTILE}"
+
+
+def test_a_picture_with_hostile_names_is_well_formed(tmp_path: Path) -> None:
+    name = f"</text><script>{HOSTILE}"
+    picture = Matrix(("", name), (name,), ((2.0,), (1.0,)), (10,)).picture()
+    assert _obeyed(picture) == set()
+    texts = [element.text or "" for element in ElementTree.fromstring(picture).iter()]
+    assert any(text.startswith("</text><script>\\x1b]52") for text in texts)
+
 
 # ---------------------------------------------------------------- pipes, devices, and swaps between check and open
 

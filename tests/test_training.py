@@ -598,6 +598,23 @@ def test_the_loss_is_the_weighted_sum_of_each_paths_mean() -> None:
     assert float(unshifted) == pytest.approx(float(F.cross_entropy(logits[1], labels[1])), rel=1e-6)
 
 
+def test_blends_that_differ_in_the_last_bit_have_losses_and_counts_of_their_own() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(0, 7, (3, 5))
+    near: list[lt.Blend] = [{"a": 0.12345671, "b": 0.5}, "b:0.5+a:0.12345672", {"b": 0.5, "a": 0.12345671}]
+    tree = lt.AdapterTree()
+    for path in "ab":
+        tree.add(path)
+    assert lt.token_counts(tree, [(labels, near)]) == {"a:0.12345671+b:0.5": 8, "a:0.12345672+b:0.5": 4}
+    loss = lt.path_loss(logits, labels, near, weights={"a:0.12345672 + b:.5": 3.0})
+    rows = [float(F.cross_entropy(logits[row, :-1], labels[row, 1:])) for row in range(3)]
+    assert list(map(float, loss.by_path.values())) == pytest.approx([(rows[0] + rows[2]) / 2, rows[1]])
+    assert float(loss.total) == pytest.approx((rows[0] + rows[2]) / 2 + 3 * rows[1])
+    assert set(lt.path_loss(logits[:1], labels[:1], [{"a": 1.0, "b": 0.0}]).by_path) == {"a"}
+    with pytest.raises(SpecError, match=r"weights: 'a:1\.0' is 'a', which stands there already"):
+        lt.path_loss(logits[:1], labels[:1], ["a"], weights={"a": 1.0, "a:1.0": 2.0})
+
+
 def test_losses_that_make_no_sense_are_refused() -> None:
     logits, labels = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(SpecError, match="1 paths do not fit together"):

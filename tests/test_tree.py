@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_tree as lt
+from lora_tree.blend import spelled
 from lora_tree.errors import BaseMismatch, FolderError, PathError, ShapeMismatch, SpecError, TreeError
 from lora_tree.folder.scan import FILES
 from lora_tree.formats.peft_read import PICKLE
@@ -110,6 +112,37 @@ def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
 def test_a_blend_that_makes_no_sense_is_refused(blend: lt.Blend, message: str) -> None:
     with pytest.raises((PathError, SpecError), match=message):
         family().coefficients(blend)
+
+
+WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
+BLENDS = st.dictionaries(st.sampled_from(["", "fr", "fr/legal", "fr-x", "de"]), WEIGHTS, min_size=1)
+
+
+@given(BLENDS)
+def test_the_one_spelling_of_a_blend_reads_back_to_the_same_weights_to_the_bit(blend: dict[str, float]) -> None:
+    meant = {path: weight for path, weight in blend.items() if path and weight}
+    read = {path: weight for path, weight in lt.parse_blend(spelled(blend)).items() if path}
+    assert read == meant  # plain Python floats, which are equal only to themselves
+    assert spelled(spelled(blend)) == spelled(blend)
+    assert spelled(dict(reversed(blend.items()))) == spelled(blend)
+
+
+@given(BLENDS, BLENDS)
+def test_two_blends_are_spelled_alike_exactly_where_they_mean_the_same(
+    one: dict[str, float], other: dict[str, float]
+) -> None:
+    meant = [{path: weight for path, weight in blend.items() if path and weight} for blend in (one, other)]
+    assert (spelled(one) == spelled(other)) == (meant[0] == meant[1])
+    near = {path: math.nextafter(weight, 0.0) for path, weight in one.items()}
+    for path, weight in near.items():
+        if path and weight and weight != one[path]:
+            assert spelled(near) != spelled(one)
+
+
+def test_weights_of_one_value_have_one_spelling_however_they_are_written() -> None:
+    assert {spelled(f"fr:{written}") for written in ("1", "1.", "1.0", "1.00", "1e0")} == {"fr"}
+    assert {spelled(f"fr:{written}+de:.5") for written in ("2", "2.0", "20e-1")} == {"de:0.5+fr:2.0"}
+    assert lt.parse_blend(spelled({"fr": 1e22, "de": 1e-7})) == {"fr": 1e22, "de": 1e-7}
 
 
 @pytest.mark.parametrize("blend", ["fr/legal/seven", "fr", {"fr/legal/seven": 0.3, "fr/medical": 0.7}, "de:2"])

@@ -11,10 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from ..errors import printable
 from .check import check
 from .console import any_encoding, print_error, warnings_in_one_line
 from .demo import demo
@@ -30,7 +32,22 @@ from .vllm_args import vllm_args
 
 __all__ = ["app", "main"]
 
+
+class _Group(TyperGroup):
+    """The commands. A wrong use of one is told with the command line in it, which may hold names out of a glob."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            said = getattr(error, "message", None)  # typer's own kinds, whichever click they are built on
+            if isinstance(said, str):
+                error.message = printable(said)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
+    cls=_Group,
     name="lora-tree",
     help="LoRA adapters as a tree over one base model.",
     no_args_is_help=True,

@@ -1,6 +1,8 @@
 """The two consoles: results on stdout, everything else on stderr. Off a terminal nothing is wrapped or cut.
 
-What a stream's encoding can't hold is escaped: a command that has done its work never dies of telling so.
+What a stream's encoding can't hold is escaped: a command that has done its work never dies of telling so. So is what
+a terminal would obey instead of showing it. Names of bases, folders, tensors and config keys are strangers' words, and
+all that a command says goes through here.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
 from rich.text import Text
 
-from ..errors import LoraTreeError
+from ..errors import LoraTreeError, printable
 
 __all__ = [
     "any_encoding",
@@ -28,11 +31,13 @@ __all__ = [
     "print_error",
     "print_json",
     "print_problem",
+    "print_text",
     "stdout_is_json",
     "warnings_in_one_line",
 ]
 
 OFF_TERMINAL_WIDTH = 200
+LINES = "\n\t"
 TRACEBACK = "LORA_TREE_TRACEBACK"
 
 
@@ -43,14 +48,45 @@ def any_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class _Console(Console):
+    """A console on which no text is a command: not to the terminal, and not to rich."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        super().__init__(
+            stderr=stderr,
+            highlight=False,
+            markup=False,  # a name in [brackets] is a name
+            emoji=False,
+            width=None if stream.isatty() else OFF_TERMINAL_WIDTH,
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape before rich measures the text, and before it drops some control characters."""
+        return super().render_str(printable(text, keep=LINES), **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Escape in what is about to be written, whatever it was made of."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable(segment.text, keep=LINES), segment.style)
+
+
 def out() -> Console:
     """Where results go."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else OFF_TERMINAL_WIDTH)
+    return _Console(stderr=False)
 
 
 def err() -> Console:
     """Where errors, warnings and progress go."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else OFF_TERMINAL_WIDTH)
+    return _Console(stderr=True)
+
+
+def print_text(text: str) -> None:
+    """Text that a model wrote, on stdout: as it is for a program, escaped for a person's terminal."""
+    sys.stdout.write((printable(text, keep=LINES) if sys.stdout.isatty() else text) + "\n")
 
 
 _document: TextIO | None = None
@@ -77,12 +113,19 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout, for programs: no colours, no wrapping; a number that is not finite is null."""
     stdout = _document or sys.stdout
     value = _finite(value)
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = _escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     try:
         text.encode(stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # JSON has its own escapes
         text = json.dumps(value, indent=2, allow_nan=False)
     stdout.write(text + "\n")
+
+
+def _escaped(document: str) -> str:
+    """The same JSON, with its own escapes for what is not printable; some of that JSON would let through."""
+    if document.replace("\n", "").isprintable():
+        return document
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document)
 
 
 def _finite(value: Any) -> Any:
@@ -98,14 +141,15 @@ def print_error(error: Exception) -> None:
     """``error: …`` on stderr, for any exception; with its traceback before it where the environment asks for that."""
     ours = isinstance(error, (LoraTreeError, OSError))
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-        traceback.print_exception(error)
+        for lines in traceback.format_exception(error):
+            sys.stderr.write(printable(lines, keep=LINES))
     hint = f"this should not happen; {TRACEBACK}=1 in the environment shows where it did"
     print_problem("error", str(error) if ours else f"{type(error).__name__}: {error}\n  {hint}", "bold red")
 
 
 def print_problem(kind: str, message: str, style: str) -> None:
     """``error: …`` or ``warning: …`` on stderr."""
-    err().print(Text.assemble((f"{kind}: ", style), message), soft_wrap=True)
+    err().print(Text.assemble((f"{kind}: ", style), printable(message, keep=LINES)), soft_wrap=True)
 
 
 def warnings_in_one_line() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ..folder import disk, load
 from ..model import attach
@@ -61,6 +62,6 @@ def _table(matrix: Matrix) -> Table:
         table.add_column(domain or BARE, justify="right")
     best = [min((x for x in column if math.isfinite(x)), default=None) for column in zip(*matrix.losses, strict=True)]
     for path, losses in zip(matrix.paths, matrix.losses, strict=True):
-        cells = [f"[bold]{x:.3f}[/bold]" if x == low else f"{x:.3f}" for x, low in zip(losses, best, strict=True)]
+        cells = [Text(f"{x:.3f}", "bold" if x == low else "") for x, low in zip(losses, best, strict=True)]
         table.add_row(path or BARE, *cells)
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from ..folder import load
 from ..model import attach
 from .arguments import Folder, TrustRemoteCode
 from .base import open_model, open_tokenizer
+from .console import print_text
 
 __all__ = ["generate"]
 
@@ -51,7 +51,7 @@ def generate(
     torch.manual_seed(seed)
     with foreign(f"{name}: the model can't go on from the prompt"):
         text = _continue(model, tokenizer, tokens, max_new_tokens, temperature)
-    sys.stdout.write(text + "\n")
+    print_text(text)
 
 
 def _continue(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int, temperature: float) -> str:

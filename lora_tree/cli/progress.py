@@ -16,8 +16,8 @@ __all__ = ["steps_done"]
 @contextmanager
 def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], None]]:
     """A function to call after every step, with what to say beside the bar."""
-    said = TextColumn("{task.description}")
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said
+    said = TextColumn("{task.description}", markup=False)
+    columns = TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said
     with Progress(*columns, console=err(), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda text: bar.update(task, advance=1, description=text)

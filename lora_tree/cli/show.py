@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..folder import load
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder
@@ -55,7 +56,7 @@ def _row(tree: AdapterTree, path: str) -> Row:
 
 def _table(tree: AdapterTree, rows: list[Row], title: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    table.add_column(Text(title, "bold"), no_wrap=True)
+    table.add_column(Text(printable(title), "bold"), no_wrap=True)
     for heading in ("weight", "r", "modules", "parameters", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
@@ -64,7 +65,7 @@ def _table(tree: AdapterTree, rows: list[Row], title: str) -> Table:
         ranks = "/".join(map(str, row.ranks))
         sizes = (ranks, str(row.modules), f"{row.parameters:,}", decimal(row.bytes)) if row.ranks else ("", "", "", "")
         table.add_row(guides[row.path], f"{row.weight:g}", *sizes, _remark(row))
-    total = f"{len(rows)} nodes over {tree.base or 'an unnamed base'}"
+    total = printable(f"{len(rows)} nodes over {tree.base or 'an unnamed base'}")
     table.add_row(
         Text(total, "dim"), "", "", "", f"{sum(r.parameters for r in rows):,}", decimal(sum(r.bytes for r in rows))
     )
@@ -73,7 +74,7 @@ def _table(tree: AdapterTree, rows: list[Row], title: str) -> Table:
 
 def _remark(row: Row) -> Text:
     if row.stale:
-        return Text(f"stale: {row.stale}", "yellow")
+        return Text(printable(f"stale: {row.stale}"), "yellow")
     return Text({"adapter": "", "fresh": "fresh: made when attached", "group": "group"}[row.kind], "dim")
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SpecError, StateError
+from ..errors import LoraTreeWarning, SpecError, StateError
 
 __all__ = ["CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
 
 
-class MergedWarning(UserWarning):
+class MergedWarning(LoraTreeWarning):
     """A base is about to be saved with a path merged into it, or drifts because it was asked to."""
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..blend import Blend
+from ..blend import Blend, spelled
 from ..engine.arithmetic import Scratch, exact_mode
 from ..engine.merged import add_bias, add_weight
 from ..errors import FolderError, LoraTreeError, SpecError
@@ -32,7 +32,6 @@ from ..tree import AdapterTree
 from .base import skeleton
 from .beside import beside_weights
 from .names import Group, Names
-from .portable import spelled
 from .shards import Checkpoint, Stored, open_checkpoint, raw
 from .stage import Stage, staged
 from .writes import Write, writes

@@ -22,14 +22,14 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter, combine
-from ..blend import Blend, parse_blend
+from ..blend import Blend, spelled
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
 from ..lowrank import LowRank, check_rank, concat
 from ..tree import AdapterTree
 from .base import Base
 from .siblings import Shapes, completed, missing, stated
 
-__all__ = ["ENGINE_RANKS", "Portable", "ceil_rank_of", "portable", "spelled"]
+__all__ = ["ENGINE_RANKS", "Portable", "ceil_rank_of", "portable"]
 
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``max_lora_rank`` may be (0.32): an adapter costs as much as the next of them."""
@@ -43,7 +43,7 @@ class Portable:
     """A path or a blend in the portable form, and what that cost.
 
     Args:
-        path: the path or blend, as it is spelled.
+        path: the path or blend in its one spelling.
         adapter: the adapter to save.
         rank: the one rank of all its modules, as PEFT counts it.
         errors: module → ‖ΔW − ΔW'‖ / ‖ΔW‖; 0.0 where nothing was cut or rounded.
@@ -152,18 +152,6 @@ def portable(
     added = tuple(sorted(set(padded) - set(flat.modules)))
     left = tuple(missing(padded))
     return Portable(path, _with_targets(made, known), kept, MappingProxyType(errors), error, added, left)
-
-
-def spelled(blend: Blend) -> str:
-    """A blend in one line, as `parse_blend` reads it.
-
-    >>> spelled({"fr/legal": 0.5, "fr/medical": 0.5})
-    'fr/legal:0.5+fr/medical:0.5'
-    """
-    parts = parse_blend(blend)
-    if isinstance(blend, str) or list(parts.values()) == [1.0]:
-        return blend if isinstance(blend, str) else next(iter(parts))
-    return "+".join(f"{path}:{weight!r}" for path, weight in parts.items())
 
 
 def ceil_rank_of(rank: int) -> int:

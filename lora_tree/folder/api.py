@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..errors import FolderError, FormatError, LoraTreeError, StaleError, listing
+from ..errors import (
+    FolderError,
+    FormatError,
+    LoraTreeError,
+    LoraTreeWarning,
+    StaleError,
+    listing,
+)
 from ..storage import install
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
@@ -31,7 +38,7 @@ from .source import FolderSource, Trained, hashed
 __all__ = ["Problem", "StaleWarning", "check", "load", "lock", "survey"]
 
 
-class StaleWarning(UserWarning):
+class StaleWarning(LoraTreeWarning):
     """Nodes were trained on a lineage, or a base, that has changed since; they load, but may not fit any more."""
 
 
@@ -60,7 +67,7 @@ def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = 
         todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.spelled}"
         if strict:
             raise StaleError(*opened.stale.values(), todo)
-        warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(opened.stale.values()), todo))), stacklevel=2)
+        warnings.warn(StaleWarning("stale: " + "; ".join(opened.stale.values()), todo), stacklevel=2)
     nodes = (_node(opened, node) for node in opened.entries)
     defaults, cache = (opened.spec.defaults, opened.spec.cache) if opened.spec else (None, None)
     home = Path(place.yaml_file)

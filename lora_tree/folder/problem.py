@@ -62,4 +62,6 @@ def raise_any(problems: Iterable[Problem], *todo: str, but: Iterable[Kind] = ("s
     for kind, error in _RAISED.items():
         texts = [problem.text for problem in problems if problem.kind == kind]
         if texts and kind not in set(but):
-            raise error(*texts, *(todo if kind == "unlocked" else ()))
+            # A text is an error's own: its advice stands on lines of its own.
+            lines = [line for text in texts for line in text.split("\n  ")]
+            raise error(*lines, *(todo if kind == "unlocked" else ()))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blend import Blend
+from ..blend import Blend, spelled
 from ..errors import SpecError, listing
-from ..training.losses import name_of, ranks, row_losses
+from ..training.losses import ranks, row_losses
 from ..tree import AdapterTree
 
 __all__ = ["PathCollator", "PathTotals", "paths_of"]
@@ -64,7 +64,7 @@ class PathTotals:
             SpecError: a row has a blend, and several ranks evaluate, which have no common order of blends.
         """
         sums, tokens = row_losses(logits, labels, shift=shift)
-        which = sums.new_tensor([self._place(name_of(path)) for path in paths], dtype=torch.float64)
+        which = sums.new_tensor([self._place(spelled(path)) for path in paths], dtype=torch.float64)
         return torch.stack([which, sums.double(), tokens.double()], dim=1)
 
     def add(self, table: Tensor) -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..blend import spelled
 from ..errors import DivergedError, MissingExtra, SpecError, listing
 from ..extras import need
 from ..model import TreeModel
@@ -96,9 +97,9 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         self.tree_model = checked_model(model)
         self._groups = whole_groups(self.tree_model, groups, needed=trainer.get("train_dataset") is not None)
         self.path_column, self.save_to = path_column, save_to
-        self.path_weights = dict(path_weights or {})
-        for path in self.path_weights:
+        for path in path_weights or ():
             self.tree_model.tree.coefficients(path)
+        self.path_weights = {spelled(path): weight for path, weight in (path_weights or {}).items()}
         refuse(args, trainer)
         if self.tree_model.factors.sharded:  # by its owner: Accelerate must not wrap or shard it again
             owner: Any = self.tree_model

@@ -8,16 +8,16 @@ fr/legal    2.84    2.61       3.20       mean loss in nats over a domain's lear
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Literal
 
 import torch
 
 from ..blend import depth_first
-from ..errors import SpecError
+from ..errors import SpecError, printable
 from ..model import TreeModel
 from ..training.losses import row_losses
 from .rows import Row, padded
@@ -58,11 +58,11 @@ class Matrix:
         ]
         for j, domain in enumerate(self.domains):
             short = _short(domain or BARE)
-            told = f"<title>{escape(domain or BARE)}</title>{escape(short)}"
+            told = f"<title>{_escaped(domain or BARE)}</title>{_escaped(short)}"
             parts.append(f'<text x="{left + wide * j + wide // 2}" y="{top - 10}" text-anchor="middle">{told}</text>')
         for i, path in enumerate(self.paths):
             y = top + high * i
-            parts.append(f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{escape(path or BARE)}</text>')
+            parts.append(f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{_escaped(path or BARE)}</text>')
             for j in range(len(self.domains)):
                 x, (fill, ink) = left + wide * j, _shade(self.losses[i][j], [row[j] for row in self.losses])
                 parts.append(
@@ -141,6 +141,11 @@ def _shade(loss: float, column: Sequence[float]) -> tuple[str, str]:
     good = 1 - (loss - low) / spread if spread > 0 else 1.0
     red, green, blue = (round(255 - good * (255 - dark)) for dark in (33, 102, 172))
     return f"rgb({red},{green},{blue})", "#fff" if good > 0.55 else "#000"
+
+
+def _escaped(name: str) -> str:
+    """A name as XML can hold it: there is no way to write most control characters in it."""
+    return html.escape(printable(name))
 
 
 def _short(name: str, most: int = 10) -> str:

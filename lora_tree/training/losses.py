@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blend import Blend, parse_blend
+from ..blend import Blend, spelled
 from ..errors import SpecError, StateError
 from ..tree import AdapterTree
 
-__all__ = ["IGNORED", "PathLoss", "name_of", "path_loss", "ranks", "row_losses", "token_counts"]
+__all__ = ["IGNORED", "PathLoss", "path_loss", "ranks", "row_losses", "token_counts"]
+
+T = TypeVar("T")
 
 IGNORED = -100
 """The label of a token that is not learnt, as in torch and transformers."""
@@ -53,7 +56,7 @@ def path_loss(
     Args:
         logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider where they are.
         labels: (rows, tokens), int64; −100 where nothing is learnt.
-        paths: one path or blend a row, as given to `TreeModel.route`.
+        paths: one path or blend a row, as given to `TreeModel.route`; losses know each by its one spelling.
         counts: path → tokens that are learnt in the whole step, over micro-batches and ranks: `token_counts`. None:
             this batch is the whole step.
         weights: path → its weight in the sum; 1 where it is not named.
@@ -68,7 +71,7 @@ def path_loss(
     >>> round(loss.total.item(), 4), {path: round(part.item(), 4) for path, part in loss.by_path.items()}
     (1.3863, {'fr': 1.3863, 'de': 0.0})
     """
-    names = [name_of(path) for path in paths]
+    names = [spelled(path) for path in paths]
     if len(names) != len(logits) or logits.shape[:2] != labels.shape:
         raise SpecError(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths do not fit together",
@@ -78,11 +81,12 @@ def path_loss(
         if ranks() > 1:
             raise StateError("several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)")
         counts = _counted([(labels, names)], shift)
-    _known_paths(names, counts, weights or {})
+    counts, weights = _by_spelling(counts, "counts"), _by_spelling(weights or {}, "weights")
+    _known_paths(names, counts, weights)
     sums, _ = row_losses(logits, labels, shift=shift)
     of_row = sums.new_tensor([1 / max(counts[name], 1) for name in names])
     means = sums * of_row
-    weigh = means.new_tensor([(weights or {}).get(name, 1.0) for name in names])
+    weigh = means.new_tensor([weights.get(name, 1.0) for name in names])
     parts = means.detach()
     places = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
     by_path = {name: parts[rows].sum() for name, rows in places.items()}
@@ -130,7 +134,7 @@ def token_counts(
     >>> token_counts(tree, [(torch.tensor([[0, 1, 2]]), ["fr"]), (torch.tensor([[0, 1, -100]]), ["fr"])])
     {'fr': 3}
     """
-    named = [(labels, [name_of(path) for path in paths]) for labels, paths in batches]
+    named = [(labels, [spelled(path) for path in paths]) for labels, paths in batches]
     for labels, names in named:
         if len(labels) != len(names):
             raise SpecError(f"labels of {len(labels)} rows, and {len(names)} paths", "give one path for every row")
@@ -152,17 +156,6 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def name_of(path: Blend) -> str:
-    """One name for a path or a blend, by which losses and counts know it.
-
-    >>> name_of("fr/legal"), name_of({"fr": 0.5, "de": 0.5})
-    ('fr/legal', 'de:0.5+fr:0.5')
-    """
-    if isinstance(path, str) and ":" not in path and "+" not in path:
-        return path
-    return "+".join(f"{node}:{weight:g}" for node, weight in sorted(parse_blend(path).items()))
-
-
 def _counted(batches: Iterable[tuple[Tensor, Sequence[str]]], shift: bool) -> dict[str, int]:
     counts: dict[str, int] = {}
     for labels, names in batches:
@@ -170,6 +163,21 @@ def _counted(batches: Iterable[tuple[Tensor, Sequence[str]]], shift: bool) -> di
         for name, count in zip(names, learnt, strict=True):
             counts[name] = counts.get(name, 0) + count
     return counts
+
+
+def _by_spelling(numbers: Mapping[str, T], what: str) -> dict[str, T]:
+    """The same, with every path or blend in its one spelling.
+
+    Raises:
+        SpecError: two of them are the same blend.
+    """
+    found: dict[str, T] = {}
+    for blend, number in numbers.items():
+        name = spelled(blend)
+        if name in found:
+            raise SpecError(f"{what}: {blend!r} is {name!r}, which stands there already", "name each blend once")
+        found[name] = number
+    return found
 
 
 def _known_paths(names: Iterable[str], counts: Mapping[str, int], weights: Mapping[str, float]) -> None:
