@@ -200,6 +200,27 @@ def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path
     assert shell("lock", zoo, "--accept-stale")[0] == 0
 
 
+def test_lock_says_what_it_accepts_and_what_was_moved(shell: Shell, zoo: Path, base: Path) -> None:
+    assert answer(shell, "lock", zoo) == {
+        "folder": str(zoo), "nodes": 3, "accepted": [], "moved": {}, "gone": [], "stale": {}
+    }  # fmt: skip
+    (zoo / "fr/medical").rename(zoo / "medical")
+    adapter(base, 5).save(zoo / "it")
+    expected = {"accepted": ["it", "medical"], "moved": {"medical": "fr/medical"}, "gone": ["fr/medical"]}
+    told = json.loads(shell("lock", zoo, "--json")[1])
+    assert {key: told[key] for key in expected} == expected
+    assert list(told["stale"]) == ["medical"]
+    assert "fr is no longer above it" in told["stale"]["medical"]
+    (zoo / "medical").rename(zoo / "fr/medical")
+    code, out, _ = shell("lock", zoo)
+    assert code == 0
+    assert out.splitlines()[1:] == [
+        "accepted: fr/medical",
+        "moved: fr/medical has the files that medical had, and what they were trained on",
+        "gone: medical",
+    ]
+
+
 # ---------------------------------------------------------------------- export
 def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     told = answer(shell, "export", zoo, "fr/legal", "--as", "peft", "--out", tmp_path / "flat")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -530,6 +531,156 @@ def test_a_weight_on_the_way_counts_and_a_name_does_not(zoo: Path) -> None:
     assert {(p.node, p.kind) for p in lt.check(zoo)} == {("french/legal", "stale"), ("french/medical", "stale")}
 
 
+def stale(folder: Path) -> dict[str, str]:
+    """Node → what its staleness is put down to."""
+    problems = [problem for problem in lt.check(folder) if problem.kind == "stale"]
+    return {problem.node: problem.text.partition(" trained: ")[2] for problem in problems}
+
+
+def content_of(folder: Path) -> str:
+    """The hash of an adapter's content, by the page."""
+    parts = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def test_a_stale_node_says_which_ancestor_changed_and_how(tmp_path: Path) -> None:
+    made = lt.AdapterTree()
+    for seed, path in enumerate(("fr", "fr/law", "fr/law/eu", "de")):
+        made.add(path, adapter=adapter(seed))
+    made.save(tmp_path / "zoo")
+    was = content_of(tmp_path / "zoo/fr")
+
+    def change(**changes: Callable[[lt.AdapterTree], object]) -> dict[str, str]:
+        (change,) = changes.values()
+        shutil.copytree(tmp_path / "zoo", tmp_path / "changed")
+        loaded = lt.load(tmp_path / "changed", strict=True)
+        change(loaded)
+        loaded.save(tmp_path / "changed")
+        found = stale(tmp_path / "changed")
+        assert found == {
+            path: str(loaded[path].stale).partition(" trained: ")[2] for path in loaded if loaded[path].stale
+        }
+        assert stale(tmp_path / "changed") == found
+        now[0] = content_of(tmp_path / "changed/fr") if (tmp_path / "changed/fr").exists() else ""
+        shutil.rmtree(tmp_path / "changed")
+        return found
+
+    now = [""]
+    found = change(content=lambda tree: tree.update("fr", adapter=adapter(9)))
+    content = f"the content of fr (was {was[:12]}…, now {now[0][:12]}…)"
+    assert found == {"fr/law": content, "fr/law/eu": content}
+
+    weight = "the weight of fr/law (was 1.0, now 0.12345671)"
+    assert change(weight=lambda tree: tree.update("fr/law", weight=0.12345671)) == {"fr/law/eu": weight}
+
+    def both(tree: lt.AdapterTree) -> None:
+        tree.update("fr", adapter=adapter(9), weight=0.5)
+        tree.update("fr/law", weight=2.0)
+
+    found = change(both=both)
+    content = f"the content of fr (was {was[:12]}…, now {now[0][:12]}…); the weight of fr (was 1.0, now 0.5)"
+    assert found == {"fr/law": content, "fr/law/eu": f"the weight of fr/law (was 1.0, now 2.0); {content}"}
+
+    assert change(top=lambda tree: tree.move("fr/law", "law")) == {
+        "law": "fr is no longer above it",
+        "law/eu": "fr is no longer above it",
+    }
+    assert change(other=lambda tree: tree.move("fr/law/eu", "de/eu")) == {
+        "de/eu": "de is above it now; fr is no longer above it; fr/law is no longer above it"
+    }
+    assert change(renamed=lambda tree: tree.rename("fr", "french")) == {}
+
+
+def test_what_changed_is_told_after_saves_copies_and_locks_too(zoo: Path, tmp_path: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.update("fr", adapter=adapter(9))
+    loaded.save(zoo)
+    expected = stale(zoo)
+    assert set(expected) == {"fr/legal", "fr/medical"}
+    assert all(text.startswith("the content of fr (was ") for text in expected.values())
+    lt.lock(zoo)
+    assert stale(zoo) == expected
+    again = opened(zoo)
+    again.update("grp/x", adapter=adapter(10))
+    again.save(zoo)
+    again.save(tmp_path / "other")
+    assert stale(zoo) == stale(tmp_path / "other") == expected
+
+
+def test_a_lock_that_tells_another_lineage_than_its_hash_is_not_believed(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.update("fr", weight=0.5)
+    loaded.save(zoo)
+    assert set(stale(zoo).values()) == {"the weight of fr (was 1.0, now 0.5)"}
+    lock = json.loads((zoo / "tree.lock").read_text())
+    for step in lock["lineages"].values():
+        step["weight"] = 0.75
+    write(zoo / "tree.lock", json.dumps(lock))
+    assert set(stale(zoo).values()) == {""}  # the hashes alone
+    assert all("(on " in problem.text for problem in lt.check(zoo))
+
+
+def test_a_fresh_node_that_never_trained_is_not_stale(tmp_path: Path) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    made = lt.AdapterTree(base="one", defaults=dict(r=2, target_modules=["0"]))
+    for path in ("fr", "fr/law", "fr/old"):
+        made.add(path)
+    model = lt.attach(made, base)
+    made.save(tmp_path)
+
+    def train(path: str) -> None:
+        for parameter in model.trainable(path)[0]["params"]:
+            with torch.no_grad():
+                parameter.add_(1.0)
+        model.trainable()
+
+    train("fr/old")
+    made.save(tmp_path)
+    train("fr")
+    made.save(tmp_path)
+    assert set(stale(tmp_path)) == {"fr/old"}
+    assert made["fr/law"].stale is None
+    write(tmp_path / "tree.yaml", (tmp_path / "tree.yaml").read_text().replace("base: one", "base: two"))
+    assert set(stale(tmp_path)) == {"fr", "fr/old"}
+    lt.lock(tmp_path)
+    assert set(stale(tmp_path)) == {"fr", "fr/old"}
+    train("fr/law")
+    made.save(tmp_path / "other")
+    train("fr")
+    made.save(tmp_path / "other")
+    assert set(stale(tmp_path / "other")) == {"fr/law", "fr/old"}
+    (tmp_path / "tree.lock").unlink()
+    lt.lock(tmp_path)  # of files that no lock knew: they are read
+    train("fr")
+    opened(tmp_path).save(tmp_path / "third")
+    again = lt.load(tmp_path / "third")
+    again.update("fr", weight=3.0)
+    again.save(tmp_path / "third")
+    assert set(stale(tmp_path / "third")) == {"fr/old"}
+
+
+def test_what_a_node_was_trained_on_goes_with_its_files_when_they_are_moved_on_the_disk(zoo: Path) -> None:
+    loaded = lt.load(zoo)
+    loaded.update("fr", adapter=adapter(9))
+    loaded.save(zoo)
+    was = stale(zoo)
+    (zoo / "fr/legal").rename(zoo / "fr/law")
+    (zoo / "grp/x").rename(zoo / "fr/x")
+    write(zoo / "tree.yaml", (zoo / "tree.yaml").read_text().replace("legal:", "law:"))
+    lt.lock(zoo)
+    assert stale(zoo) == {"fr/law": was["fr/legal"], "fr/medical": was["fr/medical"], "fr/x": "fr is above it now"}
+    lt.lock(zoo, accept_stale=True)
+    assert stale(zoo) == {}
+
+
+def test_two_nodes_that_changed_places_on_the_disk_keep_what_they_were_trained_on(zoo: Path) -> None:
+    (zoo / "fr/legal").rename(zoo / "other")
+    (zoo / "grp/x").rename(zoo / "fr/legal")
+    (zoo / "other").rename(zoo / "grp/x")
+    lt.lock(zoo)
+    assert stale(zoo) == {"fr/legal": "fr is above it now", "grp/x": "fr is no longer above it"}
+
+
 def test_moved_below_another_parent_is_stale(zoo: Path) -> None:
     loaded = lt.load(zoo)
     loaded.move("fr/legal", "legal")
@@ -696,6 +847,74 @@ def test_lock_accepts_the_files_as_they_are(zoo: Path) -> None:
     before = listing(zoo)
     lt.lock(zoo)
     assert listing(zoo) == before
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
+BROKEN = {
+    "a Git LFS pointer": (WEIGHTS, lambda data: POINTER, "is a Git LFS pointer, not the file itself"),
+    "a config as a Git LFS pointer": (CONFIG, lambda data: POINTER, "is a Git LFS pointer, not the file itself"),
+    "cut short": (WEIGHTS, lambda data: data[:-5], "the header describes"),
+    "cut in its header": (WEIGHTS, lambda data: data[:40], "not a whole safetensors file"),
+    "empty": (WEIGHTS, lambda data: b"", "not a whole safetensors file"),
+    "too long": (WEIGHTS, lambda data: data + b"\0", "the header describes"),
+    "a header of another rank": (CONFIG, lambda data: data.replace(b'"r": 2', b'"r": 4'), "expected (4, in)"),
+    "a config that is none": (CONFIG, lambda data: b"{", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize(("file", "broken", "cause"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_told_as_that_and_never_locked(
+    zoo: Path, file: str, broken: Callable[[bytes], bytes], cause: str
+) -> None:
+    fr = zoo / "fr" / file
+    fr.write_bytes(broken(fr.read_bytes()))
+    before = listing(zoo)
+    text = refused(zoo, UnlockedError)
+    assert cause in text
+    assert "lora-tree lock" not in text
+    assert "git lfs pull" in text or "LFS" not in cause
+    with pytest.raises(FormatError, match=re.escape(cause)):
+        lt.lock(zoo)
+    assert listing(zoo) == before
+    with (zoo / "grp/x" / CONFIG).open("a") as whole:
+        whole.write(" ")
+    text = refused(zoo, UnlockedError)
+    assert text.index(cause) < text.index("put the files of fr right first; if the files are right, accept them")
+    (zoo / "grp/x" / CONFIG).write_bytes(before[f"grp/x/{CONFIG}"] or b"")
+    (zoo / "tree.lock").unlink()  # without a lock to compare with
+    with pytest.raises(FormatError, match=re.escape(cause)):
+        lt.lock(zoo)
+    assert not (zoo / "tree.lock").exists()
+
+
+@pytest.mark.parametrize(("file", "broken", "cause"), BROKEN.values(), ids=BROKEN)
+def test_files_that_broke_after_the_opening_are_told_as_that(
+    zoo: Path, file: str, broken: Callable[[bytes], bytes], cause: str
+) -> None:
+    loaded = lt.load(zoo)
+    fr = zoo / "fr" / file
+    fr.write_bytes(broken(fr.read_bytes()))
+    with pytest.raises(UnlockedError) as caught:
+        loaded.adapter("fr")
+    assert cause in str(caught.value)
+    assert "lora-tree lock" not in str(caught.value)
+
+
+def test_every_broken_node_is_named_and_an_unknown_kind_is_not_broken(tmp_path: Path) -> None:
+    nested(tmp_path, "fr", "de", "it", "es")
+    for path in ("fr", "it"):
+        (tmp_path / path / WEIGHTS).write_bytes(POINTER)
+    with pytest.raises(FormatError, match=r"(?s)^fr: .*\n  it: "):
+        lt.lock(tmp_path)
+    for path in ("fr", "it"):
+        adapter(1).save(tmp_path / path)
+    config = json.loads((tmp_path / "es" / CONFIG).read_text())
+    write(tmp_path / "es" / CONFIG, json.dumps({**config, "use_dora": True}))
+    lt.lock(tmp_path)
+    assert [(problem.node, problem.kind) for problem in lt.check(tmp_path)] == [("es", "adapter")]
+    (tmp_path / "es" / WEIGHTS).write_bytes(POINTER)
+    with pytest.raises(FormatError, match="Git LFS pointer"):
+        lt.lock(tmp_path)
 
 
 def test_a_folder_without_a_tree_is_not_locked(tmp_path: Path) -> None:
@@ -957,10 +1176,10 @@ class Training:
     """A tree over a base of one layer, whose node fr trains."""
 
     def __init__(self, folder: Path) -> None:
-        value = lt.LowRank(torch.ones(2, 4), torch.zeros(3, 2))
+        fresh, old = (lt.LowRank(torch.ones(2, 4), B) for B in (torch.zeros(3, 2), torch.ones(3, 2)))
         self.tree, self.folder = lt.AdapterTree(), folder
-        self.tree.add("fr", adapter=lt.Adapter({"0": value}))
-        self.tree.add("fr/legal", adapter=lt.Adapter({"0": value}))
+        self.tree.add("fr", adapter=lt.Adapter({"0": fresh}))
+        self.tree.add("fr/legal", adapter=lt.Adapter({"0": old}))
         self.model = lt.attach(self.tree, torch.nn.Sequential(torch.nn.Linear(4, 3)))
         self.parameters = self.model.trainable("fr")[0]["params"]
         self.model.activate("fr", mode="unmerged")

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ..folder import lock as lock_folder
-from .arguments import Folder
-from .console import out
+from ..errors import listing
+from ..folder import relock
+from .arguments import AsJson, Folder
+from .console import out, print_json
 
 __all__ = ["lock"]
 
@@ -18,7 +19,29 @@ def lock(
     accept_stale: Annotated[
         bool, typer.Option("--accept-stale", help="Also accept nodes trained on a lineage that has changed since.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write tree.lock for the files as they are now."""
-    lock_folder(folder, accept_stale=accept_stale)
-    out().print(f"locked {folder}", markup=False, soft_wrap=True)
+    """Write tree.lock for the files as they are now; say what it accepts that the old one did not."""
+    found = relock(folder, accept_stale=accept_stale)
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "nodes": len(found.lock.nodes),
+                "accepted": found.accepted,
+                "moved": found.moved,
+                "gone": found.gone,
+                "stale": found.stale,
+            }
+        )
+        return
+    lines = [f"locked {folder}"]
+    if found.accepted:
+        lines.append(f"accepted: {listing(found.accepted)}")
+    for node, before in found.moved.items():
+        lines.append(f"moved: {node} has the files that {before} had, and what they were trained on")
+    if found.gone:
+        lines.append(f"gone: {listing(found.gone)}")
+    lines += [f"stale: {text}" for text in found.stale.values()]
+    for line in lines:
+        out().print(line, markup=False, soft_wrap=True)

@@ -1,12 +1,12 @@
 """The folder is the tree: reading, locking, checking and saving a folder of nested PEFT adapters.
 
 disk ─ commit ─ bounds ─ scan ─┐
-yamlfile ──────────────────────┼─ resolve ─ source ─ opening ─ memory ─┬─ saving
-lockfile ──────────────────────┘                              alone ──┴─ api: load, lock, check
+yamlfile ──────────────────────┼─ resolve ─ source ─ opening ─ memory ─┬─ saving ─ relock
+lockfile ─ trained ────────────┘                              alone ──┴─ api: load, lock, check
 """
 
-from .api import StaleWarning, check, load, lock, survey
+from .api import StaleWarning, check, load, lock, relock, survey
 from .problem import Problem
 from .yamlfile import json_schema
 
-__all__ = ["Problem", "StaleWarning", "check", "json_schema", "load", "lock", "survey"]
+__all__ = ["Problem", "StaleWarning", "check", "json_schema", "load", "lock", "relock", "survey"]

@@ -27,15 +27,17 @@ from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
 from .bounds import no_folder
 from .commit import leftovers, writing
-from .lockfile import ROOT, NodeLock, TreeLock, dump, lineage
+from .lockfile import dump
 from .memory import Seen, remember
-from .opening import Opened, base_lock, inspect, place_of, trained
+from .opening import Opened, inspect, place_of
 from .problem import Kind, Problem, raise_any
-from .saving import node_lock, save_tree
+from .relock import Relocked, relocked
+from .saving import save_tree
 from .scan import look
-from .source import FolderSource, Trained, hashed
+from .source import FolderSource
+from .trained import trained
 
-__all__ = ["Problem", "StaleWarning", "check", "load", "lock", "survey"]
+__all__ = ["Problem", "StaleWarning", "check", "load", "lock", "relock", "survey"]
 
 
 class StaleWarning(LoraTreeWarning):
@@ -60,8 +62,7 @@ def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = 
     """
     place = place_of(path)
     opened = inspect(place, outside=outside)
-    accept = f"if the files are right, accept them as they are: lora-tree lock {place.spelled}"
-    raise_any(opened.problems, accept)
+    raise_any(opened.problems, *_accept(opened))
     _there_is_a_tree(opened)
     if opened.stale:
         todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.spelled}"
@@ -74,6 +75,16 @@ def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = 
     tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, cache=cache, home=home)
     remember(tree, place, Seen.of(opened))
     return tree
+
+
+def _accept(opened: Opened) -> list[str]:
+    """The offer to lock files as they are: made only where that could be right."""
+    unlocked = [problem for problem in opened.problems if problem.kind == "unlocked"]
+    broken = [problem.node for problem in unlocked if problem.broken]
+    if len(broken) == len(unlocked):
+        return []
+    offer = f"if the files are right, accept them as they are: lora-tree lock {opened.place.spelled}"
+    return [f"put the files of {listing(broken)} right first; {offer}" if broken else offer]
 
 
 def survey(path: str | os.PathLike[str], *, outside: bool = True) -> tuple[AdapterTree, list[Problem]]:
@@ -100,25 +111,35 @@ def survey(path: str | os.PathLike[str], *, outside: bool = True) -> tuple[Adapt
 def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
     """Accept the files of a tree as they are: write its tree.lock anew.
 
-    A node whose content has changed counts as trained on its lineage as it is now.
+    Every file that the old lock does not vouch for is read whole first. What a node was trained on goes with its
+    content: a folder that was moved on the disk is known again. A node whose content is new counts as trained on its
+    lineage as it is now.
 
     Args:
         path: the folder, or a YAML file in it.
         accept_stale: so does every other node.
 
     Raises:
-        SpecError, FolderError, FormatError: as `load`, or the folder can't be written.
+        SpecError, FolderError: as `load`, or the folder can't be written.
+        FormatError: as `load`, or a file is broken: cut short, a Git LFS pointer, a header that does not fit.
     """
+    relock(path, accept_stale=accept_stale)
+
+
+def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Relocked:
+    """Do what `lock` does, and say what the new lock accepts that the old one did not."""
     place = place_of(path)
     with writing(Path(place.folder)) as transaction:
         finish_nodes(place.folder)
         opened = inspect(place)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
         _there_is_a_tree(opened)
-        data = dump(_relocked(opened, accept_stale=accept_stale))
+        result = relocked(opened, accept_stale=accept_stale)
+        data = dump(result.lock)
         if data != opened.lock_bytes:
             transaction.put(place.lock, data)
             transaction.commit()
+    return result
 
 
 def check(path: str | os.PathLike[str]) -> list[Problem]:
@@ -186,27 +207,6 @@ def _node(opened: Opened, path: str) -> Node:
     source = FolderSource(entry.files.folder, root, entry.files.stamps, opened.contents.get(path), on, within)
     home = None if entry.named else entry.files.folder
     return Node(path, entry.weight, source=source, stale=opened.stale.get(path), home=home)
-
-
-def _relocked(opened: Opened, *, accept_stale: bool) -> TreeLock:
-    """The lock that says what is there now."""
-    old = opened.lock or TreeLock()
-    spelled = opened.spec.base if opened.spec else None
-    base = base_lock(opened.base_name, spelled, [old.base])
-    lineages = {"": ROOT}
-    nodes: dict[str, NodeLock] = {}
-    for path, entry in opened.entries.items():
-        above = lineages[path.rpartition("/")[0]]
-        content = None
-        if entry.files is not None:
-            content = opened.contents.get(path) or hashed(entry.files)
-            known = old.nodes.get(path)
-            same = known is not None and known.content == content
-            on = trained(known, old) if known is not None and same and not accept_stale else Trained(above, base)
-            written = known is not None and same and known.written
-            nodes[path] = node_lock(entry.files, content, on, base, written=written)
-        lineages[path] = lineage(above, content, entry.weight)
-    return TreeLock(base=base, yaml=old.yaml, nodes=nodes)
 
 
 def _adapter_folder(folder: Path) -> str:

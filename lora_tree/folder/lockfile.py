@@ -25,7 +25,19 @@ from ..spec import check_format, check_path, explain
 from . import disk
 from .disk import Stamp
 
-__all__ = ["ROOT", "BaseLock", "FileLock", "NodeLock", "TreeLock", "content", "dump", "fingerprint", "lineage", "parse"]
+__all__ = [
+    "ROOT",
+    "BaseLock",
+    "FileLock",
+    "LineageLock",
+    "NodeLock",
+    "TreeLock",
+    "content",
+    "dump",
+    "fingerprint",
+    "lineage",
+    "parse",
+]
 
 MAX_BYTES = 256 << 20
 ROOT = hashlib.sha256(b"lora_tree lineage 1").hexdigest()
@@ -67,7 +79,10 @@ class BaseLock(_Strict):
 
 
 class NodeLock(_Strict):
-    """One node's files, and what it was trained on; ``base`` only where that is not the lock's own."""
+    """One node's files, and what it was trained on; ``base`` only where that is not the lock's own.
+
+    ``untrained``: its increments are zero, so it fits whatever lies above it.
+    """
 
     content: Digest
     config: FileLock
@@ -75,15 +90,29 @@ class NodeLock(_Strict):
     trained_on: Digest
     base: BaseLock | None = None
     written: bool = False
+    untrained: bool = False
+
+
+class LineageLock(_Strict):
+    """The last step of a lineage: an adapter, below the lineage ``above``; ``node`` was its name then."""
+
+    above: Digest
+    content: Digest
+    weight: Annotated[float, Field(allow_inf_nan=False)]
+    node: str
 
 
 class TreeLock(_Strict):
-    """A whole tree.lock; ``yaml`` is the SHA-256 of the tree.yaml, where save wrote it."""
+    """A whole tree.lock; ``yaml`` is the SHA-256 of the tree.yaml, where save wrote it.
+
+    ``lineages`` describes those that ``trained_on`` mentions: hash → its last step.
+    """
 
     version: Literal[1] = 1
     base: BaseLock = BaseLock()
     yaml: Digest | None = None
     nodes: dict[str, NodeLock] = Field(default_factory=dict)
+    lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
 
 
 def parse(raw: bytes, file: str) -> TreeLock:

@@ -18,15 +18,16 @@ from . import disk
 from .bounds import hub_hint, inside
 from .commit import HIDDEN, RECORD, Pending, pending
 from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
-from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, fingerprint, lineage
+from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, fingerprint
 from .lockfile import parse as parse_lock
 from .problem import Kind, Problem
 from .resolve import Entry, resolve
 from .scan import FILES, Files, Scan, scan
-from .source import Trained, hashed
+from .source import broken_text, hashed
+from .trained import TOP, stale_text, trained
 from .yamlfile import MAX_BYTES, read_spec
 
-__all__ = ["Opened", "Place", "inspect", "local_base", "place_of", "stale_text"]
+__all__ = ["Opened", "Place", "base_at_hand", "base_lock", "inspect", "local_base", "place_of"]
 
 YAML = "tree.yaml"
 _TRIES = 50
@@ -89,6 +90,11 @@ class Opened:
     problems: list[Problem] = field(default_factory=list)
 
     @property
+    def base_spelled(self) -> str | None:
+        """The base as tree.yaml spells it."""
+        return self.spec.base if self.spec else None
+
+    @property
     def base_name(self) -> str | None:
         """The base as the tree names it: a local folder as an absolute path."""
         name = self.spec.base if self.spec else None
@@ -144,20 +150,6 @@ def local_base(name: str | None, folder: str) -> str | None:
         return None
     path = os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
     return path if os.path.isdir(path) else None
-
-
-def stale_text(path: str, trained: Trained, above: str, base: BaseLock) -> str | None:
-    """Why a node is stale, or None: what it was trained on against the lineage of its parent and the base now."""
-    if trained.base.differs(base):
-        was, now = trained.base.name, base.name
-        if was != now:
-            return f"{path}: it was trained on {was}, the tree names {now}"
-        return f"{path}: the files of the base {now} have changed since it was trained"
-    if trained.on != above:
-        parent = path.rpartition("/")[0]
-        since = f"the lineage of {parent} has changed" if parent else "it was moved to the top"
-        return f"{path}: {since} since it was trained (on {trained.on[:12]}…, now {above[:12]}…)"
-    return None
 
 
 # ---------------------------------------------------------------------- private
@@ -239,36 +231,34 @@ def _compare(opened: Opened, lock: TreeLock) -> None:
         known = lock.nodes.get(path)
         why = "not in the lock" if known is None else _changed(entry.files, known)
         if why is not None:
-            opened.problems.append(Problem(path, "unlocked", f"{path}: {entry.files.folder}: {why}"))
+            text = f"{path}: {entry.files.folder}: {why}"
+            cause = broken_text(entry.files)
+            whole = text if cause is None else f"{text}: {cause}"
+            opened.problems.append(Problem(path, "unlocked", whole, broken=cause is not None))
         elif known is not None:
             opened.contents[path] = known.content
     for path in lock.nodes:
         gone = opened.entries.get(path, Entry())
         if gone.files is None and not gone.null:
             opened.problems.append(Problem(path, "unlocked", f"{path}: in the lock, but its adapter is gone"))
-    opened.base = base_lock(_base_at_hand(opened), opened.spec.base if opened.spec else None, [lock.base])
-    lineages = {"": ROOT}
+    opened.base = base_lock(base_at_hand(opened), opened.base_spelled, [lock.base])
+    lineages = {"": TOP}
     for path, entry in opened.entries.items():
         above = lineages[path.rpartition("/")[0]]
-        lineages[path] = lineage(above, opened.contents.get(path), entry.weight)
+        lineages[path] = above.below(opened.contents.get(path), entry.weight, path)
         if path in opened.contents:
-            text = stale_text(path, trained(lock.nodes[path], lock), above, opened.base)
-            if text is not None:
-                opened.stale[path] = text
-                opened.problems.append(Problem(path, "stale", text))
+            stale = stale_text(path, trained(lock.nodes[path], lock), above, opened.base)
+            if stale is not None:
+                opened.stale[path] = stale
+                opened.problems.append(Problem(path, "stale", stale))
 
 
-def _base_at_hand(opened: Opened) -> str | None:
+def base_at_hand(opened: Opened) -> str | None:
     """The base whose files may be looked at."""
     name = opened.base_name
     if name is None or opened.outside or inside(name, opened.place.folder):
         return name
     return None
-
-
-def trained(node: NodeLock, lock: TreeLock) -> Trained:
-    """What a lock says that a node was trained on."""
-    return Trained(node.trained_on, node.base or lock.base)
 
 
 def base_lock(name: str | None, spelled: str | None, before: list[BaseLock]) -> BaseLock:

@@ -46,11 +46,13 @@ class Problem:
             or of a kind that does not add up; ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut
             off, harmless; ``numbers``: factors that are not finite.
         text: where, what was found, and what to do.
+        broken: of ``unlocked``: the files can't be used either, so to accept them would be no help.
     """
 
     node: str
     kind: Kind
     text: str
+    broken: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.text}"

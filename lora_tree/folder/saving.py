@@ -35,14 +35,15 @@ from ..tree import AdapterTree, Node
 from .alone import finish_nodes, make_all
 from .commit import Transaction, writing
 from .disk import Stamp
-from .lockfile import ROOT, BaseLock, FileLock, NodeLock, TreeLock, content, lineage
+from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, content
 from .lockfile import dump as dump_lock
 from .memory import Seen, digest, recall, remember
-from .opening import Opened, Place, base_lock, inspect, local_base, place_of, stale_text, trained
+from .opening import Opened, Place, base_lock, inspect, local_base, place_of
 from .problem import raise_any
 from .resolve import is_step, resolve
 from .scan import FILES, Files, Scan
-from .source import FolderSource, Trained, hashed
+from .source import FolderSource, adds_nothing, examine, hashed
+from .trained import TOP, Trained, lineage_locks, stale_text, trained
 from .yamlfile import dump as dump_yaml
 
 __all__ = ["node_lock", "save_tree"]
@@ -55,6 +56,7 @@ class _Kept:
     files: Files
     content: str
     trained: Trained | None
+    untrained: bool = False
     named: bool = False
     written: bool = False
 
@@ -114,9 +116,9 @@ def _settle_files(plan: _Plan, path: str) -> None:
     node = plan.tree[path]
     try:
         _still_in(plan, node)
-        rendered = _rendered(node)
-        if rendered is not None:
-            plan.kept[path] = _from_memory(plan, node, rendered)
+        found = _rendered(node)
+        if found is not None:
+            plan.kept[path] = _from_memory(plan, node, *found)
         elif isinstance(node.source, FolderSource):
             plan.kept[path] = _from_files(plan, path, node.source)
     except LoraTreeError as error:
@@ -131,16 +133,17 @@ def _still_in(plan: _Plan, node: Node) -> None:
         raise _undoes(plan, [plan.folder_of(path)], "taken out")
 
 
-def _rendered(node: Node) -> Mapping[str, bytes] | None:
-    """The files of an adapter that memory has and its own files have not, or not any more."""
+def _rendered(node: Node) -> tuple[Adapter, Mapping[str, bytes]] | None:
+    """An adapter that memory has and its own files have not, or not any more; and the files that it makes."""
     source, adapter = node.source, node.loaded
     if not isinstance(source, FolderSource):
         adapter = source.load() if adapter is None and source is not None else adapter
-        return peft.render(adapter) if adapter is not None else None
+        return (adapter, peft.render(adapter)) if adapter is not None else None
     if adapter is None or not (_trains(adapter) or source.gone()):
         return None
     rendered = peft.render(adapter)
-    return rendered if source.gone() or _content(rendered) != source.content else None
+    changed = source.gone() or _content(rendered) != source.content
+    return (adapter, rendered) if changed else None
 
 
 def _trains(adapter: Adapter) -> bool:
@@ -152,36 +155,52 @@ def _content(rendered: Mapping[str, bytes]) -> str:
     return content(*(hashlib.sha256(rendered[name]).hexdigest() for name in FILES))
 
 
-def _from_memory(plan: _Plan, node: Node, rendered: Mapping[str, bytes]) -> _Kept:
+def _from_memory(plan: _Plan, node: Node, adapter: Adapter, rendered: Mapping[str, bytes]) -> _Kept:
     whole, source = _content(rendered), node.source
     _may_replace(plan, node, whole)
     stamps = {name: plan.transaction.put(f"{node.path}/{name}", rendered[name]).stamp for name in sorted(rendered)}
     # what was trained since was trained on the lineage of today; what only lost its files was not
     since = node.loaded is not None and _trains(node.loaded)
     old = source if isinstance(source, FolderSource) and (source.content == whole or not since) else None
-    return _Kept(_placed(plan, node.path, stamps), whole, old.trained if old else None, written=True)
+    return _Kept(
+        _placed(plan, node.path, stamps),
+        whole,
+        old.trained if old else None,
+        untrained=adds_nothing(adapter),
+        written=True,
+    )
 
 
 def _from_files(plan: _Plan, path: str, source: FolderSource) -> _Kept:
     files = source.files()
     home = plan.folder_of(path)
     if os.path.realpath(source.folder) == os.path.realpath(home):
-        whole = source.unchanged(files)
+        whole, untrained = _examined(source, files)
         known = plan.target.lock.nodes.get(path) if plan.target.lock else None
         if known is None or plan.target.lock is None or known.content != whole:
-            return _Kept(_placed(plan, path, files.stamps), whole, source.trained)
+            return _Kept(_placed(plan, path, files.stamps), whole, source.trained, untrained)
         # `lora-tree lock` may have accepted it on another lineage since the tree was opened
         now = trained(known, plan.target.lock)
         return _Kept(_placed(plan, path, files.stamps), whole, now, written=known.written)
     if source.root is None and not plan.copy:
-        return _Kept(files, source.unchanged(files), source.trained, named=True)
+        whole, untrained = _examined(source, files)
+        return _Kept(files, whole, source.trained, untrained, named=True)
     _may_replace(plan, plan.tree[path], source.content)
     staged = {name: plan.transaction.copy(f"{path}/{name}", files.now[name][0]) for name in FILES}
     whole = content(*(staged[name].sha256 for name in FILES))
     if source.content not in (None, whole):
         raise FolderError(f"{source.folder}: its files have changed since the tree was opened", "open the tree again")
     stamps = {name: staged[name].stamp for name in FILES}
-    return _Kept(_placed(plan, path, stamps), whole, source.trained, written=True)
+    untrained = source.trained is None and examine(files).untrained
+    return _Kept(_placed(plan, path, stamps), whole, source.trained, untrained, written=True)
+
+
+def _examined(source: FolderSource, files: Files) -> tuple[str, bool]:
+    """The hash of files that stay where they are; and whether their increments are zero, where no lock says so."""
+    if source.trained is not None:
+        return source.unchanged(files), source.trained.untrained
+    found = examine(files)
+    return found.content, found.untrained
 
 
 def _placed(plan: _Plan, path: str, stamps: Mapping[str, Stamp]) -> Files:
@@ -374,17 +393,19 @@ def _write_lock(plan: _Plan) -> list[Node]:
     spelled = _spelled_base(plan)
     before = [*([old.base] if old else []), *(kept.trained.base for kept in plan.kept.values() if kept.trained)]
     base = base_lock(local_base(tree.base, "") or tree.base, spelled, before)
-    lineages = {"": ROOT}
+    lineages = {"": TOP}
     locked: dict[str, NodeLock] = {}
+    mentioned: list[Trained] = []
     nodes: list[Node] = []
     for path in tree.paths():
         node, kept = tree[path], plan.kept.get(path)
         above = lineages[path.rpartition("/")[0]]
-        lineages[path] = lineage(above, kept.content if kept else None, node.weight)
+        lineages[path] = above.below(kept.content if kept else None, node.weight, path)
         if kept is None:
             nodes.append(replace(node, home=None))
             continue
-        trained = kept.trained or Trained(above, base)
+        trained = kept.trained or Trained(above, base, kept.untrained)
+        mentioned.append(trained)
         locked[path] = node_lock(kept.files, kept.content, trained, base, written=kept.written)
         source = FolderSource(
             kept.files.folder,
@@ -396,7 +417,9 @@ def _write_lock(plan: _Plan) -> list[Node]:
         )
         home = None if kept.named else kept.files.folder
         nodes.append(replace(node, source=source, home=home, stale=stale_text(path, trained, above, base)))
-    data = dump_lock(TreeLock(base=base, yaml=_yaml_hash(plan), nodes=locked))
+    lineage_table = lineage_locks(mentioned)
+    lock = TreeLock(base=base, yaml=_yaml_hash(plan), nodes=locked, lineages=lineage_table)
+    data = dump_lock(lock)
     if data != plan.target.lock_bytes:
         plan.transaction.put(plan.place.lock, data)
     return nodes
@@ -408,9 +431,10 @@ def node_lock(files: Files, whole: str, trained: Trained, base: BaseLock, *, wri
         content=whole,
         config=FileLock.of(files.stamps[CONFIG]),
         weights=FileLock.of(files.stamps[WEIGHTS]),
-        trained_on=trained.on,
+        trained_on=trained.on.digest,
         base=trained.base if trained.base.differs(base) else None,
         written=written,
+        untrained=trained.untrained,
     )
 
 

@@ -14,30 +14,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..adapter import Adapter
-from ..errors import FormatError, LoraTreeError, UnlockedError
+from ..errors import FormatError, LoraTreeError, UnlockedError, UnsupportedAdapter
 from ..formats import peft
+from ..formats.peft import WEIGHTS
+from ..formats.safetensors import read_tensors
 from ..storage import Allocate, Witness
 from . import disk
 from .bounds import inside
 from .disk import Stamp
-from .lockfile import BaseLock, content
+from .lockfile import content
 from .scan import FILES, Files, look
+from .trained import Trained
 
-__all__ = ["FolderSource", "Trained", "hashed"]
+__all__ = ["Examined", "FolderSource", "adds_nothing", "broken_text", "examine", "hashed"]
 
 _TRIES = 5
 _TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
 
 _Identity = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a node was trained on: the lineage of its parent at the time, and the base."""
-
-    on: str
-    base: BaseLock
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +104,11 @@ class FolderSource:
                 adapter = self._parse(files, allocate=allocate, witness=hashing)
                 found = self.content if hashing is None else hashing.content()
                 after = _identity(files)
-            except (LoraTreeError, OSError):
+            except (LoraTreeError, OSError) as error:
                 if look(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
-                if hashing is not None:
-                    self._locked(hashed(files))  # before any other complaint
+                if hashing is not None and hashed(files) != self.content:
+                    raise _not_even_whole(self.folder, error) from error
                 raise
             if before != after:
                 continue
@@ -178,6 +175,12 @@ class _Hashing:
         return content(*(self._hashes[name].hexdigest() for name in FILES))
 
 
+def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
+    """The complaint about files that are not what the lock says, and broken: to accept them would be no help."""
+    what, todo = (error.what, error.todo) if isinstance(error, LoraTreeError) else (str(error), ())
+    return UnlockedError(f"{folder}: not the files that tree.lock speaks of, and they can't be used: {what}", *todo)
+
+
 def _check_inside(files: Files, folder: str) -> None:
     """Refuse files that links lead out of the folder, whenever those links were made."""
     for at, _ in files.now.values():
@@ -191,6 +194,60 @@ def _check_inside(files: Files, folder: str) -> None:
 def hashed(files: Files) -> str:
     """The hash of an adapter's content, from its files."""
     return content(*(disk.digest(files.now[name][0]) for name in FILES))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found in an adapter's files.
+
+    Args:
+        content: the hash of their content.
+        untrained: the increments are zero.
+    """
+
+    content: str
+    untrained: bool
+
+
+def examine(files: Files) -> Examined:
+    """Read an adapter's files whole, as a lock has to before it vouches for them.
+
+    An adapter of a kind that this library can't add up passes: its files are whole, and it is refused by its name
+    where it is used.
+
+    Raises:
+        FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
+    """
+    config, weights = (files.now[name][0] for name in FILES)
+    hashing = _Hashing()
+    try:
+        adapter = peft.read(config, weights, where=files.folder, witness=hashing)
+    except UnsupportedAdapter:
+        read_tensors(weights, os.path.join(files.folder, WEIGHTS), outline=True)
+        return Examined(hashed(files), untrained=False)
+    return Examined(hashing.content(), adds_nothing(adapter))
+
+
+def broken_text(files: Files) -> str | None:
+    """Say why an adapter's files are broken, as far as their headers and sizes show it; None where they are whole."""
+    config, weights = (files.now[name][0] for name in FILES)
+    try:
+        peft.read(config, weights, where=files.folder, outline=True)
+    except UnsupportedAdapter:
+        return None  # whole, and refused by its name where it is used
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+def adds_nothing(adapter: Adapter) -> bool:
+    """Whether all increments are zero, as those of a fresh adapter are: A is drawn, B is zero."""
+    for value in adapter.modules.values():
+        if value.bias is not None and torch.count_nonzero(value.bias):
+            return False
+        if torch.count_nonzero(value.B) and torch.count_nonzero(value.A):
+            return False
+    return True
 
 
 def _identity(files: Files) -> _Identity:

@@ -35,6 +35,7 @@ from ..storage import Allocate, Witness
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
+from .pointer import check_pointer
 from .safetensors import Header, opened, parse_header
 
 __all__ = ["read", "read_folder"]
@@ -111,7 +112,9 @@ def _bytes(file: str | Path, where: str) -> bytes:
             size = os.fstat(stream.fileno()).st_size
             if size > MAX_CONFIG_BYTES:
                 raise FormatError(f"{where}: more than {MAX_CONFIG_BYTES >> 20} MiB, which no adapter config is")
-            return stream.read(size)  # no more than that: what is asked for is allocated
+            data = stream.read(size)  # no more than that: what is asked for is allocated
+            check_pointer(data, where, "JSON")
+            return data
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 

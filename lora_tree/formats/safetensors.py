@@ -28,6 +28,7 @@ from ..adapter import over
 from ..errors import FormatError
 from ..storage import Allocate
 from . import strict_json
+from .pointer import check_pointer
 
 __all__ = ["Header", "Opened", "header_fields", "opened", "parse_header", "read_tensors", "render_tensors"]
 
@@ -212,10 +213,11 @@ def _head(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] 
     """The header's bytes, and the size of the file; the stream is where the tensors begin."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(first := stream.read(8), "little")
+    check_pointer(first, where, "safetensors")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise FormatError(
             f"{where}: not a whole safetensors file: {size} bytes, of which the header should take {length}",
-            "download or save it again; a Git LFS pointer or an unfinished download looks like this",
+            "download or save it again: an unfinished download looks like this",
         )
     head = stream.read(length)
     if len(head) != length:

@@ -1,0 +1,150 @@
+"""Trained: on which lineage and base a node was trained, and what has changed there since.
+
+A lineage is known by one hash, which says whether anything has changed. To say what has changed, tree.lock also keeps
+the steps of every lineage that it mentions: for each adapter on the way down its content, its weight and its name.
+
+    trained on   fr (content a, weight 1.0)  >  fr/legal (content b, weight 0.8)
+    now          fr (content c, weight 1.0)  >  fr/legal (content b, weight 0.5)
+    so           the content of fr, the weight of fr/legal (was 0.8, now 0.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .lockfile import ROOT, BaseLock, LineageLock, NodeLock, TreeLock, lineage
+
+__all__ = ["TOP", "Lineage", "Step", "Trained", "lineage_locks", "stale_text", "trained"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter on the way down a lineage; its name is for messages and counts for nothing."""
+
+    content: str
+    weight: float
+    node: str
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A lineage: its hash, and the adapters on the way down; None where nobody has written down which."""
+
+    digest: str
+    steps: tuple[Step, ...] | None = None
+
+    def below(self, content: str | None, weight: float, node: str) -> Lineage:
+        """Return the lineage of a node from that of its parent; the same where it has no adapter."""
+        if content is None:
+            return self
+        digest = lineage(self.digest, content, weight)
+        steps = None if self.steps is None else (*self.steps, Step(content, weight, node))
+        return Lineage(digest, steps)
+
+
+TOP = Lineage(ROOT, ())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a node was trained on.
+
+    Args:
+        on: the lineage of its parent at the time.
+        base: the base at the time.
+        untrained: its increments are zero, so they fit any lineage and any base.
+    """
+
+    on: Lineage
+    base: BaseLock
+    untrained: bool = False
+
+
+# ---------------------------------------------------------------------- in and out of the lock
+def trained(node: NodeLock, lock: TreeLock) -> Trained:
+    """Return what a lock says that a node was trained on."""
+    on = Lineage(node.trained_on, _steps(node.trained_on, lock))
+    return Trained(on, node.base or lock.base, node.untrained)
+
+
+def _steps(digest: str, lock: TreeLock) -> tuple[Step, ...] | None:
+    """The steps of a lineage as the lock tells them; None where it does not, or tells others."""
+    found: list[Step] = []
+    while digest != ROOT:
+        told = lock.lineages.get(digest)
+        if told is None or lineage(told.above, told.content, told.weight) != digest:
+            return None
+        found.append(Step(told.content, told.weight, told.node))
+        digest = told.above
+    return tuple(reversed(found))
+
+
+def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
+    """Return the lock's entries for every lineage that its nodes mention, each step once."""
+    found: dict[str, LineageLock] = {}
+    for one in mentioned:
+        above = ROOT
+        for step in one.on.steps or ():
+            digest = lineage(above, step.content, step.weight)
+            entry = LineageLock(above=above, content=step.content, weight=step.weight, node=step.node)
+            found.setdefault(digest, entry)
+            above = digest
+    return found
+
+
+# ---------------------------------------------------------------------- stale
+def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str | None:
+    """Say why a node is stale, or return None where it is not.
+
+    Args:
+        path: the node.
+        was: what it was trained on.
+        above: the lineage of its parent now.
+        base: what is known of the base now.
+    """
+    if was.untrained:
+        return None
+    if was.base.differs(base):
+        if was.base.name != base.name:
+            return f"{path}: it was trained on {was.base.name}, the tree names {base.name}"
+        return f"{path}: the files of the base {base.name} have changed since it was trained"
+    if was.on.digest == above.digest:
+        return None
+    parent = path.rpartition("/")[0]
+    since = f"the lineage of {parent} has changed" if parent else "it was moved to the top"
+    text = f"{path}: {since} since it was trained"
+    if was.on.steps is None or above.steps is None:
+        return f"{text} (on {was.on.digest[:12]}…, now {above.digest[:12]}…)"
+    return f"{text}: {'; '.join(_changes(was.on.steps, above.steps))}"
+
+
+def _changes(was: tuple[Step, ...], now: tuple[Step, ...]) -> list[str]:
+    """What is different on the way down: contents and weights of ancestors, and which there are."""
+    old = list(was)
+    texts: list[str] = []
+    new: list[Step] = []
+    for step in now:
+        # The same content under another name is the same node, renamed: so contents come first.
+        same = next((one for one in old if one.content == step.content), None)
+        if same is None:
+            new.append(step)
+            continue
+        old.remove(same)
+        if same.weight != step.weight:
+            texts.append(_weight(step.node, same, step))
+    for step in new:
+        same = next((one for one in old if one.node == step.node), None)
+        if same is None:
+            texts.append(f"{step.node} is above it now")
+            continue
+        old.remove(same)
+        texts.append(f"the content of {step.node} (was {same.content[:12]}…, now {step.content[:12]}…)")
+        if same.weight != step.weight:
+            texts.append(_weight(step.node, same, step))
+    texts.extend(f"{step.node} is no longer above it" for step in old)
+    return texts or ["the order of the nodes above it"]
+
+
+def _weight(node: str, was: Step, now: Step) -> str:
+    return f"the weight of {node} (was {was.weight!r}, now {now.weight!r})"

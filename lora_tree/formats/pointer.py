@@ -1,0 +1,30 @@
+"""Git LFS pointers: the three lines that stand in a clone for a file that was never fetched."""
+
+from __future__ import annotations
+
+from ..errors import FormatError
+
+__all__ = ["check_pointer"]
+
+_START = b"version https://git-lfs.github.com/spec/"
+_ENOUGH = 8  # characters that no other file of an adapter begins with
+
+
+def check_pointer(first: bytes, where: str, kind: str) -> None:
+    """Refuse a file that begins like a pointer.
+
+    Args:
+        first: its first bytes; eight are enough.
+        where: names the file in the error.
+        kind: what the file should have been.
+
+    Raises:
+        FormatError: it is one, and says how to fetch the file itself.
+
+    >>> check_pointer(b'{"r": 8}', "adapter_config.json", "JSON")
+    """
+    if len(first) >= _ENOUGH and (first.startswith(_START) or _START.startswith(first)):
+        raise FormatError(
+            f"{where}: not a whole {kind} file",
+            "it is a Git LFS pointer, not the file itself: run git lfs pull in that repository",
+        )
