@@ -215,7 +215,7 @@ def check_path(path: str) -> tuple[str, ...]:
     return names
 
 
-def check_format(data: object, where: str) -> None:
+def check_format(data: object, where: str, reads: int = FORMAT) -> None:
     """Refuse a file of ours in a format that a later version of this library writes.
 
     It is asked before anything else about the file: what else looks wrong in it is right there, most likely, and
@@ -224,14 +224,15 @@ def check_format(data: object, where: str) -> None:
     Args:
         data: the file's content, as far as it is known; its ``version`` is what counts.
         where: the file, with line and column where it has them.
+        reads: the latest version that is known here.
 
     Raises:
-        NewerFormat: the version is a number larger than `FORMAT`.
+        NewerFormat: the version is a number larger than that.
     """
     version = data.get("version") if isinstance(data, Mapping) else None
-    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+    if isinstance(version, int) and not isinstance(version, bool) and version > reads:
         raise NewerFormat(
-            f"{where}: written by a newer lora_tree (format {str(version)[:20]}); this one reads {FORMAT}",
+            f"{where}: written by a newer lora_tree (format {str(version)[:20]}); this one reads {reads}",
             "upgrade: pip install --upgrade lora_tree",
         )
 

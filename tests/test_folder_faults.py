@@ -191,12 +191,12 @@ def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp
 def test_ctrl_c_leaves_no_new_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real, left = disk.write, 5
 
-    def write(*args: Any) -> Any:
+    def write(*args: Any, **more: Any) -> Any:
         nonlocal left
         left -= 1
         if not left:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(disk, "write", write)
     with pytest.raises(KeyboardInterrupt):

@@ -177,18 +177,21 @@ PLACES = st.sampled_from(
     ]
 )
 STAGES = st.sampled_from([f"stage-{'0' * 32}", "..", "../../secret", "stage-x", f"stage-{'1' * 32}", ""])
+WAS = st.sampled_from([None, None, {"size": 1, "mtime_ns": 1}, {"size": "1"}, "there"])
 MOVES = st.builds(
-    lambda to, size, digest: {"to": to, "size": size, "sha256": digest},
+    lambda to, size, digest, was: {"to": to, "size": size, "sha256": digest, "was": was},
     PLACES,
     st.integers(-1, 9) | st.just("1"),
     st.sampled_from(["0" * 64, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881", "x"]),
+    WAS,
 )
+DELETES = st.builds(lambda at, was: {"at": at, "was": was}, PLACES, WAS) | PLACES
 RECORDS = st.builds(
     lambda stage, moves, deletes, version: {"version": version, "stage": stage, "moves": moves, "deletes": deletes},
     STAGES,
     st.lists(MOVES, max_size=3),
-    st.lists(PLACES, max_size=3),
-    st.sampled_from([1, 1, 1, 2, True]),
+    st.lists(DELETES, max_size=3),
+    st.sampled_from([2, 2, 2, 1, 3, True]),
 )
 
 
@@ -226,6 +229,54 @@ def test_records_that_nobody_should_trust(
         shutil.rmtree(folder)
 
 
+OWN = {  # of whoever lives in the folder, beside the tree; none of it is known to a save of that tree
+    "uv.lock": b"# not JSON",
+    "docker-compose.yml": b"services: {}\n",
+    "notes.txt": b"x",
+    f"mine/{CONFIG}": b"{}",
+    f"mine/{WEIGHTS}": b"mine",
+    f".lora_tree/stage-{'0' * 32}/notes": b"x",
+}
+
+
+@st.composite
+def seemly(draw: st.DrawFn, places: tuple[str, ...] = (*OWN, "tree.yaml", "tree.lock", f"fr/{CONFIG}")) -> Any:
+    """A record that is well-formed, and of one tree more often than not; it guesses what it can't know."""
+    place = st.sampled_from(places)
+    was = st.none() | st.builds(lambda size, ns: {"size": size, "mtime_ns": ns}, st.integers(0, 20), st.integers())
+    digest = hashlib.sha256(b"x").hexdigest()
+    moves = draw(st.lists(st.tuples(place, was), max_size=2, unique_by=lambda move: move[0]))
+    taken = [to for to, _ in moves]
+    deletes = draw(st.lists(st.tuples(place, was), max_size=3, unique_by=lambda gone: gone[0]))
+    return {
+        "version": 2,
+        "stage": f"stage-{'0' * 32}",
+        "moves": [{"to": to, "size": 1, "sha256": digest, "was": was} for to, was in moves],
+        "deletes": [{"at": at, "was": was} for at, was in deletes if at not in taken],
+    }
+
+
+@DEAR
+@given(record=seemly())
+def test_a_record_touches_nothing_that_no_save_has_seen(zoo: Path, watch: None, record: Any) -> None:
+    folder = zoo / "inner"
+    shutil.copytree(zoo / "fr", folder / "fr")
+    for name, data in {**OWN, f".lora_tree/stage-{'0' * 32}/0": b"x", f".lora_tree/stage-{'0' * 32}/1": b"x"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / ".lora_tree/commit.json").write_text(json.dumps(record))
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    try:
+        survives(folder, write=True)
+        for name, data in OWN.items():
+            assert (folder / name).read_bytes() == data
+        for file, data in files.items():
+            if "fr" in file.relative_to(folder).parts:
+                assert file.read_bytes() == data, "it was there, and the record does not know it"
+    finally:
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(
     ("how", "place"),
     [
@@ -245,9 +296,9 @@ def test_a_record_that_is_right_but_for_one_thing(zoo: Path, watch: None, how: s
     stage, real = f"stage-{'0' * 32}", folder / "real"
     (real / stage).mkdir(parents=True)
     (real / stage / "0").write_bytes(data)
-    move = {"to": place, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    deletes = [place] if how == "delete" else []
-    record = {"version": 1, "stage": stage, "moves": [] if deletes else [move], "deletes": deletes}
+    move = {"to": place, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "was": None}
+    deletes = [{"at": place, "was": None}] if how == "delete" else []
+    record = {"version": 2, "stage": stage, "moves": [] if deletes else [move], "deletes": deletes}
     (real / "commit.json").write_text(json.dumps(record))
     hidden = folder / commit.HIDDEN
     if how == "hidden is a link":

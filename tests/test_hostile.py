@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
 import re
+import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,8 +28,8 @@ from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.errors import FolderError, FormatError, NewerFormat, SpecError
-from lora_tree.folder import survey
+from lora_tree.errors import FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
+from lora_tree.folder import commit, disk, survey
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.vllm_settings import Settings
 from lora_tree.runs.evaluation import Matrix
@@ -524,8 +527,183 @@ def test_a_picture_with_hostile_names_is_well_formed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- sizes
 
 # ---------------------------------------------------------------- commit records
+STAGED = f"stage-{'0' * 32}"
+
+
+def plant(folder: Path, *, moves: dict[str, object] | None = None, deletes: dict[str, object] | None = None) -> None:
+    """A commit record as somebody's download may hold it: place → what it says lay there."""
+    stage = folder / ".lora_tree" / STAGED
+    stage.mkdir(parents=True)
+    data = b"planted"
+    told = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    record = {
+        "version": 2,
+        "stage": STAGED,
+        "moves": [{"to": place, "was": was, **told} for place, was in (moves or {}).items()],
+        "deletes": [{"at": place, "was": was} for place, was in (deletes or {}).items()],
+    }
+    for i in range(len(moves or {})):
+        (stage / str(i)).write_bytes(data)
+    (stage.parent / "commit.json").write_text(json.dumps(record))
+
+
+def told(file: Path) -> dict[str, int]:
+    return {"size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a tree in it, and with files of whoever lives there."""
+    adapter(1).save(tmp_path / "fr")
+    lt.lock(tmp_path)
+    adapter(2).save(tmp_path / "mine")
+    for name in ("uv.lock", "docker-compose.yml", "mkdocs.yaml"):
+        (tmp_path / name).write_text("mine")
+    return tmp_path
+
+
+def untouched(folder: Path, match: str) -> None:
+    """The next writer says what is wrong, and changes nothing."""
+    before = listing(folder)
+    with pytest.raises(LoraTreeError, match=match):
+        adapter(3).save(folder / "fr")
+        lt.lock(folder)
+    after = listing(folder)
+    own = {name for name in before if not name.startswith("fr/")}
+    assert {name: after.get(name) for name in own} == {name: before[name] for name in own}
+
+
+def test_a_record_deletes_no_file_but_of_a_node(project: Path) -> None:
+    plant(project, deletes={"uv.lock": told(project / "uv.lock")})
+    untouched(project, r"'uv\.lock' is no file that a save deletes\n  remove the record")
+
+
+def test_the_record_of_an_earlier_version_is_not_carried_out(project: Path) -> None:
+    plant(project)
+    record = {"version": 1, "stage": STAGED, "moves": [], "deletes": ["uv.lock"]}
+    (project / ".lora_tree/commit.json").write_text(json.dumps(record))
+    untouched(project, r"an earlier lora_tree \(format 1\).*\n  let that version finish it: lora-tree lock")
+
+
+@pytest.mark.parametrize("guess", [None, {"size": 4, "mtime_ns": 0}], ids=["nothing", "its size"])
+def test_a_record_replaces_and_deletes_nothing_that_it_does_not_know(project: Path, guess: object) -> None:
+    plant(project, moves={"docker-compose.yml": guess})
+    untouched(project, "docker-compose.yml: not the file that a cut-off save was to replace or delete")
+    shutil.rmtree(project / ".lora_tree")
+    plant(project, deletes={f"mine/{name}": guess for name in (CONFIG, WEIGHTS)})
+    untouched(project, f"mine/{CONFIG}: not the file that a cut-off save")
+    shutil.rmtree(project / ".lora_tree")
+    plant(project, moves={"new/adapter_config.json": None, f"mine/{WEIGHTS}": guess})
+    untouched(project, f"mine/{WEIGHTS}: not the file that a cut-off save")
+    assert not (project / "new").exists(), "all is compared before anything is done"
+
+
+@pytest.mark.parametrize(
+    "places", [("tree.yaml", "mkdocs.yaml"), ("tree.lock", "uv.lock"), ("tree.yaml", "uv.lock")], ids=str
+)
+def test_a_record_writes_one_yaml_and_its_own_lock(project: Path, places: tuple[str, ...]) -> None:
+    plant(
+        project,
+        moves={place: told(project / place) for place in places if (project / place).exists()}
+        | {place: None for place in places if not (project / place).exists()},
+    )
+    untouched(project, "of more than one tree, and a save writes one")
+
+
+def test_what_no_save_staged_stays_where_it_is(project: Path) -> None:
+    stage = project / ".lora_tree" / STAGED
+    (stage / "0").mkdir(parents=True)
+    (stage / "1").write_text("staged by a save that was cut off")
+    (stage / "notes.txt").write_text("mine")
+    lt.lock(project)
+    assert sorted(file.name for file in stage.iterdir()) == ["0", "notes.txt"]
+
+
+def test_a_cut_off_save_does_not_undo_what_came_after_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    lt.lock(project)
+    tree = lt.load(project)
+    tree.update("fr", adapter=adapter(4))
+    with monkeypatch.context() as patched:
+        patched.setattr(commit, "_carry_out", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tree.save(project)
+    (project / f"fr/{CONFIG}").write_text("edited since")
+    with pytest.raises(FolderError, match=f"fr/{CONFIG}: not the file that a cut-off save was to replace"):
+        lt.lock(project)
+    assert (project / f"fr/{CONFIG}").read_text() == "edited since"
+    (project / f"fr/{CONFIG}").unlink()
+    lt.lock(project)
+    assert value(lt.load(project)) == value(tree)
+
 
 # ---------------------------------------------------------------- modes
+def mode(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o000], ids=oct)
+def mask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mask: int) -> None:
+    tree = lt.AdapterTree(base="org/model")
+    tree.add("fr", adapter=adapter(1), weight=0.5)
+    tree.save(tmp_path / "zoo")
+    files = [tmp_path / "zoo" / name for name in (f"fr/{CONFIG}", f"fr/{WEIGHTS}", "tree.yaml", "tree.lock")]
+    for file, bits in zip(files, (0o600, 0o640, 0o604, 0o660), strict=True):
+        file.chmod(bits)
+    before = [(file.read_bytes(), mode(file)) for file in files]
+    scaled = lt.Adapter({name: lt.LowRank(m.A, m.B, 0.5) for name, m in adapter(2).modules.items()})
+    tree.update("fr", adapter=scaled, weight=0.25)
+    tree.save(tmp_path / "zoo")
+    for file, (data, bits) in zip(files, before, strict=True):
+        assert file.read_bytes() != data
+        assert oct(mode(file)) == oct(bits)
+    adapter(3).save(tmp_path / "zoo/fr")
+    assert (mode(files[0]), mode(files[1])) == (0o600, 0o640)
+    disk.replace(files[2], b"another")
+    assert mode(files[2]) == 0o604
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "folders"), [(0o700, 0o600, 0o700), (0o750, 0o640, 0o750), (0o2770, 0o660, 0o2770)], ids=str
+)
+def test_new_files_follow_their_folder(tmp_path: Path, mask: int, folder: int, files: int, folders: int) -> None:
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    zoo.chmod(folder)
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=adapter(1))
+    tree.add("fr/legal", adapter=adapter(2))
+    tree.save(zoo)
+    found = {oct(mode(file)) for file in zoo.rglob("*") if file.is_file()}
+    assert found == {oct(files)}
+    assert {oct(mode(file)) for file in zoo.rglob("*") if file.is_dir()} == {oct(folders)}
+
+
+def test_new_folders_follow_the_mask_and_a_staged_file_is_never_readable_by_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: int
+) -> None:
+    adapter(1).save(tmp_path / "one")
+    assert mode(tmp_path / "one") == 0o777 & ~mask
+    weights = tmp_path / "one" / WEIGHTS
+    assert mode(weights) == 0o666 & ~mask & ~0o002
+    weights.chmod(0o600)
+    seen, real = [], disk.sync_file
+
+    def sync(file: int) -> None:
+        seen.append(stat.S_IMODE(os.fstat(file).st_mode))
+        real(file)
+
+    monkeypatch.setattr(disk, "sync_file", sync)
+    adapter(2).save(tmp_path / "one")
+    assert seen[1] == 0o600
 
 
 # ---------------------------------------------------------------- outside the folder
@@ -612,10 +790,11 @@ NEWER_YAML = {
 }
 
 
-def newer(folder: Path, file: Path, number: int) -> None:
+def newer(folder: Path, file: Path, number: int, reads: int = 1) -> None:
     """Every way in says that the file is newer, first and alone, and leaves all files as they are."""
     before = listing(folder)
-    told = rf"\A{re.escape(str(file))}(:\d+:\d+)?: written by a newer lora_tree \(format {number}\); this one reads 1\n"
+    told = rf"\A{re.escape(str(file))}(:\d+:\d+)?: written by a newer lora_tree \(format {number}\)"
+    told += rf"; this one reads {reads}\n"
     for use in (lt.load, lt.lock, survey, lambda path: tree().save(path)):
         with pytest.raises(NewerFormat, match=told) as caught:
             use(folder)
@@ -647,5 +826,5 @@ def test_a_newer_lock_is_said_first_and_alone(tmp_path: Path) -> None:
 def test_a_newer_commit_record_is_said_first_and_alone(tmp_path: Path) -> None:
     tree().save(tmp_path / "zoo")
     (tmp_path / "zoo/.lora_tree").mkdir()
-    (tmp_path / "zoo/.lora_tree/commit.json").write_text('{"version": 2, "moves": {}}')
-    newer(tmp_path / "zoo", tmp_path / "zoo/.lora_tree/commit.json", 2)
+    (tmp_path / "zoo/.lora_tree/commit.json").write_text('{"version": 3, "moves": {}}')
+    newer(tmp_path / "zoo", tmp_path / "zoo/.lora_tree/commit.json", 3, reads=2)

@@ -8,8 +8,10 @@ Until the record has its name nothing has happened; from then on everything has.
 it: a staged file stands for its place, a deleted one is not there. The next writer carries out what a killed one left,
 and sweeps up stages that were never decided on. When all is done none of these files remain.
 
-Law: a record is data that anybody may have written. It can name only the files that this library writes, at places in
-the folder itself, never through a link; what it names is checked before it is used.
+Law: a record is data that anybody may have written. It can name only the files that one save writes (adapters in nodes'
+folders, one YAML and its lock), at places in the folder itself, never through a link. And it tells what lay at each
+place when it was decided. Whoever carries it out compares that first, so a record that came with somebody's download,
+or with a folder that was changed since, replaces and deletes nothing else.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -41,29 +43,49 @@ __all__ = ["HIDDEN", "Pending", "Staged", "Transaction", "leftovers", "pending",
 
 HIDDEN = ".lora_tree"
 RECORD = "commit.json"
+VERSION: Literal[2] = 2
 WAIT_S = 10.0
 _MAX_RECORD_BYTES = 256 << 20
 _STAGE = re.compile(r"stage-[0-9a-f]{32}\Z")
+_STAGED = re.compile(r"(?:[0-9]+|record)\Z")
 _TOP = re.compile(r"[^./\0][^/\0]{0,200}\.(yaml|yml|lock)\Z")
 
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class _Was(_Strict):
+    """What lay at a place when the record was decided; a time in nanoseconds is nobody's guess."""
+
+    size: Size
+    mtime_ns: int
+
+
 class _Move(_Strict):
     to: str
-    size: Annotated[int, Field(ge=0, lt=2**63)]
+    size: Size
     sha256: Digest
+    was: _Was | None
+
+
+class _Delete(_Strict):
+    at: str
+    was: _Was | None
 
 
 class _Record(_Strict):
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
     stage: Annotated[str, StringConstraints(pattern="^stage-[0-9a-f]{32}$")]
     moves: list[_Move]
-    deletes: list[str]
+    deletes: list[_Delete]
+
+    @property
+    def places(self) -> list[str]:
+        return [move.to for move in self.moves] + [gone.at for gone in self.deletes]
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,7 @@ def pending(folder: str | Path) -> Pending:
     stage = os.path.join(folder, HIDDEN, record.stage)
     real = _is_folder(stage)
     staged = {move.to: os.path.join(stage, str(i)) for i, move in enumerate(record.moves)} if real else {}
-    return Pending(staged, frozenset(record.deletes))
+    return Pending(staged, frozenset(gone.at for gone in record.deletes))
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -156,12 +178,13 @@ class Transaction:
     def put(self, to: str, data: bytes) -> Staged:
         """Stage a file for the place ``to``, from bytes."""
         path = self._next()
-        return self._staged(to, path, disk.write(path, data), hashlib.sha256(data).hexdigest())
+        stamp = disk.write(path, data, mode=disk.mode_of(self.folder / to))
+        return self._staged(to, path, stamp, hashlib.sha256(data).hexdigest())
 
     def copy(self, to: str, source: str | Path) -> Staged:
         """Stage a file for the place ``to``, from another file."""
         path = self._next()
-        stamp, digest = disk.copy(source, path)
+        stamp, digest = disk.copy(source, path, mode=disk.mode_of(self.folder / to))
         return self._staged(to, path, stamp, digest)
 
     def delete(self, place: str) -> None:
@@ -186,7 +209,7 @@ class Transaction:
         data = (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
         draft = hidden / self._stage / "record"
         if not self.staged:
-            disk.make(hidden / self._stage)
+            disk.make_inside(hidden / self._stage)
         disk.write(draft, data)
         try:
             disk.rename(draft, hidden / RECORD)
@@ -213,7 +236,7 @@ class Transaction:
 
     def _next(self) -> str:
         if not self.staged:
-            disk.make(self.folder / HIDDEN / self._stage)
+            disk.make_inside(self.folder / HIDDEN / self._stage)
         return str(self.folder / HIDDEN / self._stage / str(len(self.staged)))
 
     def _staged(self, to: str, path: str, stamp: Stamp, digest: str) -> Staged:
@@ -221,11 +244,15 @@ class Transaction:
         return self.staged[-1]
 
     def _as_record(self) -> _Record:
-        moves = [_Move(to=file.to, size=file.stamp.size, sha256=file.sha256) for file in self.staged]
-        deletes = sorted(self.deletes - {move.to for move in moves})
+        moves = [
+            _Move(to=file.to, size=file.stamp.size, sha256=file.sha256, was=_there(self.folder / file.to))
+            for file in self.staged
+        ]
+        places = sorted(self.deletes - {move.to for move in moves})
+        deletes = [_Delete(at=place, was=_there(self.folder / place)) for place in places]
         record = _Record(stage=self._stage, moves=moves, deletes=deletes)
         _check(record, self.folder)
-        for place in [*(move.to for move in moves), *deletes]:
+        for place in record.places:
             if _is_folder(self.folder / place):
                 raise FolderError(f"{self.folder / place}: a folder lies where a file belongs", "move it away")
         return record
@@ -237,7 +264,7 @@ class Transaction:
             folder = folder / name
             if not os.path.lexists(folder):
                 self._made.append(folder)  # before it is made: nothing may come between
-            if disk.make(folder):
+            if disk.make_inside(folder):
                 disk.sync(folder.parent)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise FolderError(f"{folder}: can't be written: no permission")
@@ -257,7 +284,8 @@ def _record(folder: str | Path) -> _Record | None:
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
         data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), file)
-        check_format(data, file)
+        check_format(data, file, VERSION)
+        _no_earlier(data, file)
         record = _Record.model_validate(data)
     except ValidationError as error:
         raise SpecError(*(f"{file}: {text}" for _, text in explain(error, data, _Record)[:8])) from error
@@ -271,24 +299,56 @@ def _record(folder: str | Path) -> _Record | None:
     return record
 
 
+def _no_earlier(data: Mapping[str, Any], file: str) -> None:
+    version = data.get("version")
+    if type(version) is int and version < VERSION:
+        raise SpecError(
+            f"{file}: a save by an earlier lora_tree (format {version}) was cut off; this one reads {VERSION}",
+            "let that version finish it: lora-tree lock; or forget that save: remove the file",
+        )
+
+
 def _check(record: _Record, folder: Path) -> None:
     """Every place is one that a save may write, at most once, and no link lies on the way to it."""
-    places = [move.to for move in record.moves] + record.deletes
+    file = folder / HIDDEN / RECORD
+    places = record.places
     if len({place.casefold() for place in places}) != len(places):
-        raise SpecError(f"{folder / HIDDEN / RECORD}: names a file twice")
+        raise SpecError(f"{file}: names a file twice")
     clear: set[str] = set()
     for place in places:
         above, _, name = place.rpartition("/")
-        try:
-            known = name in (CONFIG, WEIGHTS) if check_path(above) else name in (CONFIG, WEIGHTS) or _TOP.match(name)
-        except PathError:
-            known = False
-        if not known:
-            text = f"{folder / HIDDEN / RECORD}: {place[:200]!r} is no file that a save writes"
-            raise SpecError(text, "remove the record")
+        if not _may_be_written(above, name):
+            raise SpecError(f"{file}: {place[:200]!r} is no file that a save writes", "remove the record")
         if above not in clear:
             _no_link(folder, above)
             clear.add(above)
+    for gone in record.deletes:
+        if "/" not in gone.at:
+            raise SpecError(f"{file}: {gone.at[:200]!r} is no file that a save deletes", "remove the record")
+    top = sorted(place for place in places if _TOP.match(place))
+    # a tree has one YAML; its lock has its name with another ending (see `Place`)
+    pair = [name for name in top if not name.endswith(".lock")]
+    locks_of = {f"{name}.lock" for name in pair} | {f"{name.removesuffix('.yaml')}.lock" for name in pair}
+    if len(pair) > 1 or len(top) - len(pair) > 1 or (len(top) == 2 and not locks_of & set(top)):
+        raise SpecError(f"{file}: {listing(top)}: of more than one tree, and a save writes one", "remove the record")
+
+
+def _may_be_written(above: str, name: str) -> bool:
+    try:
+        node = check_path(above)
+    except PathError:
+        return False
+    return name in (CONFIG, WEIGHTS) or (not node and _TOP.match(name) is not None)
+
+
+def _there(place: Path) -> _Was | None:
+    """What lies at a place, as a record tells it; a link is told as it is."""
+    with disk.named("look at it", place):
+        try:
+            seen = os.lstat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return _Was(size=seen.st_size, mtime_ns=seen.st_mtime_ns)
 
 
 def _no_link(folder: Path, above: str) -> None:
@@ -303,21 +363,20 @@ def _carry_out(folder: Path, record: _Record, *, trusted: bool = False) -> None:
     stage = folder / HIDDEN / record.stage
     if os.path.lexists(stage) and not _is_folder(stage):
         raise SpecError(f"{stage}: a link, or no folder; a save makes neither", "remove it")
+    if not trusted:
+        _verify(folder, record)
     touched = {folder / HIDDEN}
     for i, move in enumerate(record.moves):
         staged, place = stage / str(i), folder / move.to
-        waiting = disk.exists(staged)
-        if not trusted:
-            _whole(staged if waiting else place, move, folder)
-        if waiting:
+        if disk.exists(staged):
             for part in [*place.relative_to(folder).parents][-2::-1]:
-                disk.make(folder / part)
+                disk.make_inside(folder / part)
             disk.rename(staged, place)
             touched.add(place.parent)
     emptied = set()
     for gone in record.deletes:
-        disk.remove(folder / gone)
-        emptied.add((folder / gone).parent)
+        disk.remove(folder / gone.at)
+        emptied.add((folder / gone.at).parent)
     for parent in sorted(touched | emptied):
         if parent.is_dir():
             disk.sync(parent)
@@ -326,6 +385,27 @@ def _carry_out(folder: Path, record: _Record, *, trusted: bool = False) -> None:
     for parent in sorted(emptied, reverse=True):
         while parent != folder and disk.drop(parent):
             parent = parent.parent
+
+
+def _verify(folder: Path, record: _Record) -> None:
+    """Every staged file is what was decided on, and every place holds what it held then, or what was to come there."""
+    stage = folder / HIDDEN / record.stage
+    for i, move in enumerate(record.moves):
+        waiting = disk.exists(stage / str(i))
+        _whole(stage / str(i) if waiting else folder / move.to, move, folder)
+        if waiting:
+            _unchanged(folder, move.to, move.was)
+    for gone in record.deletes:
+        _unchanged(folder, gone.at, gone.was)
+
+
+def _unchanged(folder: Path, place: str, was: _Was | None) -> None:
+    now = _there(folder / place)
+    if now is not None and now != was:
+        raise FolderError(
+            f"{folder / place}: not the file that a cut-off save was to replace or delete",
+            f"move it away or put the old one back; or forget that save: remove {folder / HIDDEN}",
+        )
 
 
 def _whole(file: Path, move: _Move, folder: Path) -> None:
@@ -338,11 +418,14 @@ def _whole(file: Path, move: _Move, folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove stages without a record; nothing else is ours to remove."""
+    """Remove stages without a record, and in them what a save stages; nothing else is ours to remove."""
     hidden = folder / HIDDEN
+    files: list[Path] = []
     with disk.named("sweep it up", hidden):
         stages = [hidden / name for name in os.listdir(hidden) if _STAGE.match(name)]
-        files = [stage / file for stage in stages if _is_folder(stage) for file in os.listdir(stage)]
+        for stage in filter(_is_folder, stages):
+            names = [name for name in os.listdir(stage) if _STAGED.match(name)]
+            files += [stage / name for name in names if not _is_folder(stage / name)]
     for file in files:
         disk.remove(file)
     for stage in stages:
@@ -372,7 +455,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 def _acquire(hidden: Path, lock: Path, until: float) -> locks.Held:
     while True:
-        disk.make(hidden)
+        disk.make_inside(hidden)
         try:
             held = locks.attempt(lock)
         except FolderError as error:

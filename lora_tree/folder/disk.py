@@ -27,6 +27,8 @@ __all__ = [
     "digest",
     "exists",
     "make",
+    "make_inside",
+    "mode_of",
     "named",
     "read",
     "remove",
@@ -83,9 +85,25 @@ def digest(path: str | Path) -> str:
     return found.hexdigest()
 
 
-def write(path: str | Path, data: bytes) -> Stamp:
-    """Make a new file, whole and synced."""
-    with named("write it", path), _created(path) as file:
+def mode_of(path: str | Path) -> int:
+    """Return the mode that a file of this name has, or will have: it follows the folder that it comes into.
+
+    Where the folder is not there yet, the next one above it that is there counts. Nobody else may write a new file
+    but the owner and, where the folder allows it, the group.
+    """
+    with suppress(OSError, ValueError):
+        seen = os.lstat(path).st_mode
+        if stat.S_ISREG(seen):
+            return stat.S_IMODE(seen) & 0o777
+    for above in Path(os.path.abspath(path)).parents:
+        with suppress(OSError, ValueError):
+            return stat.S_IMODE(os.stat(above).st_mode) & 0o664 | 0o600
+    return 0o600
+
+
+def write(path: str | Path, data: bytes, *, mode: int | None = None) -> Stamp:
+    """Make a new file, whole and synced; with the mode that follows its folder, where none is named."""
+    with named("write it", path), _created(path, mode) as file:
         return _fill(file, data)
 
 
@@ -93,7 +111,7 @@ def replace(path: str | Path, data: bytes) -> None:
     """Make a file, or another of its name, whole: its bytes are there and synced before it has the name."""
     beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
     try:
-        write(beside, data)
+        write(beside, data, mode=mode_of(path))
         rename(beside, path)
     except BaseException:
         with suppress(OSError):
@@ -102,10 +120,10 @@ def replace(path: str | Path, data: bytes) -> None:
     sync(Path(path).absolute().parent)
 
 
-def copy(source: str | Path, path: str | Path) -> tuple[Stamp, str]:
-    """Make a new file from another's bytes, synced; with the SHA-256 of what was written."""
+def copy(source: str | Path, path: str | Path, *, mode: int | None = None) -> tuple[Stamp, str]:
+    """Make a new file from another's bytes, synced, and return the SHA-256 of them too. For ``mode`` see `write`."""
     found = hashlib.sha256()
-    with named(f"copy {source} to it", path), _opened(source) as origin, _created(path) as file:
+    with named(f"copy {source} to it", path), _opened(source) as origin, _created(path, mode) as file:
         for block in _blocks(origin):
             found.update(block)
             _write_all(file, block)
@@ -129,9 +147,25 @@ def remove(path: str | Path) -> None:
 
 def make(folder: str | Path) -> bool:
     """Make one folder; False where it is there already."""
+    return _make(folder, 0o777)
+
+
+def make_inside(folder: str | Path) -> bool:
+    """Make one folder that nobody may enter who may not enter the one around it; False where it is there already."""
+    made = _make(folder, 0o700)
+    if made:
+        with suppress(OSError):  # a file system without modes
+            around = stat.S_IMODE(os.stat(Path(folder).parent).st_mode)
+            # the bit by which what is made in it takes its group from it stays
+            special = stat.S_IMODE(os.stat(folder).st_mode) & ~0o777
+            os.chmod(folder, special | around & 0o775 | 0o700)
+    return made
+
+
+def _make(folder: str | Path, mode: int) -> bool:
     with named("make the folder", folder):
         try:
-            os.mkdir(folder)
+            os.mkdir(folder, mode)
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
                 raise FolderError(f"{folder}: a file or a link lies where a folder belongs", "move it away") from None
@@ -161,9 +195,13 @@ def _opened(path: str | Path) -> Iterator[int]:
 
 
 @contextmanager
-def _created(path: str | Path) -> Iterator[int]:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+def _created(path: str | Path, mode: int | None) -> Iterator[int]:
+    mode = mode_of(path) if mode is None else mode
+    # nobody else reads it before it has its mode
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
+        with suppress(OSError, AttributeError):  # a file system, or a Windows, without modes
+            os.fchmod(file, mode)
         yield file
     finally:
         os.close(file)
