@@ -27,7 +27,7 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError
-from lora_tree.integrations.checkpoint import appearing, put_back
+from lora_tree.integrations.checkpoint import appearing, put_back, retire
 from lora_tree.runs import Matrix, Run, Settings, evaluate, promote, read_rows
 
 END = 256
@@ -241,6 +241,48 @@ def test_a_checkpoint_that_is_replaced_is_the_old_or_the_new_one_wherever_it_is_
     assert len(outcomes) > 5
 
 
+def test_a_checkpoint_that_is_deleted_has_no_name_from_the_first_file_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"optimizer.pt", "nodes/fr/adapter_config.json", "nodes/fr/adapter_model.safetensors"}
+
+    def there(checkpoint: Path) -> set[str]:
+        return {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+
+    for at in range(100):
+        parent = tmp_path / str(at)
+        for step in (1, 2):
+            for file in files:
+                (parent / f"checkpoint-{step}" / file).parent.mkdir(parents=True, exist_ok=True)
+                (parent / f"checkpoint-{step}" / file).write_text("x")
+        turns = iter([False] * at)
+
+        def killing(real: Any, *args: Any, turns: Iterator[bool] = turns, **more: Any) -> Any:
+            if next(turns, True):
+                raise Killed
+            return real(*args, **more)
+
+        with monkeypatch.context() as patched:
+            for operation in ("rename", "unlink", "rmdir"):
+                patched.setattr(os, operation, partial(killing, getattr(os, operation)))
+            try:
+                retire(parent / "checkpoint-1")
+            except Killed:
+                killed = True
+            else:
+                killed = False
+        assert there(parent / "checkpoint-2") == files
+        assert there(parent / "checkpoint-1") in (set(), files)
+        assert not (killed and at and (parent / "checkpoint-1").exists())
+        with appearing(parent, "checkpoint-3", writes=True, meet=lambda: None) as stage:
+            (stage / "checkpoint-3").mkdir()
+        wanted = ["checkpoint-2", "checkpoint-3"] if at else ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        assert sorted(p.name for p in parent.iterdir()) == wanted
+        if not killed:
+            break
+    assert at > 5
+
+
 def test_a_run_goes_on_from_a_checkpoint_that_it_was_killed_at_replacing(
     tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
 ) -> None:
@@ -373,6 +415,25 @@ def test_a_checkpoint_of_a_run_becomes_a_node(tmp_path: Path, zoo: Path, rows: P
         promote(tree, "x", kept, node="fr/leagl")
     with pytest.raises(FolderError, match="no folder nodes/ in it"):
         promote(tree, "x", tmp_path)
+
+
+def test_a_node_comes_from_a_checkpoint_that_its_run_was_killed_at_replacing(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    next(run.steps())
+    kept = run.save()
+    want = lt.Adapter.load(kept / "nodes/de").modules
+    aside = tmp_path / "run/.unfinished" / f"{kept.name}.replaced"
+    aside.parent.mkdir()
+    kept.rename(aside)
+    tree = lt.AdapterTree()
+    promote(tree, "de", kept)
+    got = tree.adapter("de")
+    assert got is not None
+    assert got.modules.keys() == want.keys()
+    assert all(torch.equal(got.modules[name].B, value.B) for name, value in want.items())
+    assert aside.is_dir(), "the run itself, which may be at work, finds it as it was"
 
 
 def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(

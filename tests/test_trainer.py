@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,36 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     again.args.save_total_limit = 2
     again.train(resume_from_checkpoint=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_checkpoint_over_the_limit_loses_its_name_before_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    class Killed(BaseException):
+        """What no cleanup may survive."""
+
+    real = shutil.rmtree
+
+    def remove(folder: Any, *args: Any, **more: Any) -> None:
+        if "checkpoint-" in Path(folder).name:
+            assert Path(folder).parent.name == ".unfinished"
+            if killed:
+                (Path(folder) / "factors.safetensors").unlink()
+                raise Killed
+        real(folder, *args, **more)
+
+    trainer, _ = resumable(tmp_path, None)
+    trainer.args.save_total_limit = 2
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    if killed:
+        with pytest.raises(Killed):
+            trainer.train()
+    else:
+        trainer.train()
+    there = sorted(p.name for p in tmp_path.iterdir() if p.name != ".unfinished")
+    assert there == (["checkpoint-4", "checkpoint-6"] if killed else ["checkpoint-10", "checkpoint-12"])
+    assert all((tmp_path / name / "factors.safetensors").is_file() for name in there)
 
 
 @pytest.mark.parametrize("named", [True, False])

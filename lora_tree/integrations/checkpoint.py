@@ -9,7 +9,8 @@
 All of it is written below ``.unfinished/`` first, synced, and then has its name at once. A run that was killed while it
 wrote leaves only that folder, which nobody takes for a checkpoint and the next save clears. A checkpoint that is
 replaced lies there as ``checkpoint-120.replaced`` between two renames: where a run was killed just then its place is
-empty, and whoever resumes or saves puts it back first.
+empty. Whoever resumes or saves puts it back first; whoever only reads it reads it there. A checkpoint that is deleted
+goes there first too, so that nothing half deleted has a checkpoint's name.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
 from ..spec import check_path
+from ..system.durable import sync_file
 from ..training.factors import path_of
 from ..training.sharded import full, is_sharded
 from ..tree import AdapterTree
@@ -46,7 +49,9 @@ __all__ = [
     "appearing",
     "load_factors",
     "put_back",
+    "retire",
     "save_factors",
+    "where_it_lies",
 ]
 
 FACTORS = "factors.safetensors"
@@ -72,7 +77,8 @@ def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None
         tensors = {name: full(t.detach()).cpu().contiguous() for name, t in _trained(model).items()}
         if not writes:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk.named("make the folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
         disk.write(
             folder / FACTORS, render_tensors(tensors, {"format": "pt", "stands_on": json.dumps(_stands_on(model))})
         )
@@ -165,6 +171,26 @@ def put_back(parent: Path) -> None:
             disk.rename(stage / name, place)
 
 
+def where_it_lies(checkpoint: Path) -> Path:
+    """Return where to read a checkpoint: at its place, or where a run had put it aside when it was killed."""
+    aside = checkpoint.parent / UNFINISHED / f"{checkpoint.name}{REPLACED}"
+    return aside if not os.path.lexists(checkpoint) and aside.is_dir() else checkpoint
+
+
+def retire(checkpoint: Path) -> None:
+    """Delete a checkpoint. It loses its name first: a run that is killed meanwhile leaves none that is torn.
+
+    What can't be deleted is left for the next save, which clears it.
+    """
+    stage = checkpoint.parent / UNFINISHED
+    gone = stage / f"{checkpoint.name}.{uuid.uuid4().hex}"
+    with suppress(OSError):
+        stage.mkdir(exist_ok=True)
+        os.rename(checkpoint, gone)
+        shutil.rmtree(gone)
+        os.rmdir(stage)
+
+
 @contextmanager
 def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]) -> Iterator[Path]:
     """A folder to fill, which appears as ``parent/name`` when the block ends, whole, in place of one that was there.
@@ -209,7 +235,7 @@ def _sync_all(folder: Path) -> None:
             with disk.named("sync it", path):
                 handle = os.open(path, os.O_RDONLY)
                 try:
-                    os.fsync(handle)
+                    sync_file(handle)
                 finally:
                     os.close(handle)
         disk.sync(root)

@@ -37,7 +37,7 @@ from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
 from ..training.together import joined
-from .checkpoint import appearing, load_factors, put_back, save_factors
+from .checkpoint import appearing, load_factors, put_back, retire, save_factors
 from .given import checked_model, refuse, standing_in, whole_groups
 from .rows import PathCollator, PathTotals, paths_of
 
@@ -45,7 +45,7 @@ for _needed in ("transformers", "accelerate"):
     need(_needed, extra="train", what="TreeTrainer")
 
 from transformers import Trainer, TrainerCallback  # noqa: E402
-from transformers.trainer_utils import rotate_checkpoints  # noqa: E402
+from transformers.trainer_utils import sort_checkpoints  # noqa: E402
 from transformers.utils import find_labels  # noqa: E402
 
 if not hasattr(Trainer, "_clip_grad_norm"):  # an older one would clip all nodes together, whatever is said here
@@ -360,12 +360,20 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
                 if self.args.should_save:
                     self.state.save_to_json(str(stage / name / "trainer_state.json"))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._retire_all_but_some(parent)
+
+    def _retire_all_but_some(self, parent: Path) -> None:
+        """Delete what the Trainer would delete; its own way leaves the name on what is half deleted."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        there = sort_checkpoints(str(parent), use_mtime=True)
+        kept = {there[-1]}  # to resume from
+        if self.state.best_model_checkpoint is not None:
+            kept.add(str(Path(self.state.best_model_checkpoint)))
+        may_go = [checkpoint for checkpoint in there if checkpoint not in kept]
+        for checkpoint in may_go[: max(len(there) - max(limit, len(kept)), 0)]:
+            retire(Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage) if self._stage is not None else str(super()._get_output_dir(trial))

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
-from ..integrations.checkpoint import appearing, load_factors, put_back, save_factors
+from ..integrations.checkpoint import appearing, load_factors, put_back, retire, save_factors
 from ..model import TreeModel
 from ..storage import as_path
 from ..training.diverged import Start, check_finite_step
@@ -164,7 +163,7 @@ class Run:
             disk.write(stage / name / ABOUT, about.encode())
         for step, old in _checkpoints(self.folder):
             if step < self.done:
-                shutil.rmtree(old, ignore_errors=True)
+                retire(old)
         return self.folder / name
 
     # ------------------------------------------------------------------ private

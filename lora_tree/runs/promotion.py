@@ -8,7 +8,7 @@ import warnings
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, PathError, listing, suggest
 from ..folder import StaleWarning
-from ..integrations.checkpoint import NODES, ancestors_now, ancestors_then
+from ..integrations.checkpoint import NODES, ancestors_now, ancestors_then, where_it_lies
 from ..spec import check_path
 from ..storage import as_path
 from ..tree import AdapterTree, Node
@@ -33,7 +33,7 @@ def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *,
         FormatError: its files are broken, or its factors are not finite.
         TreeError: an attached model is using the node.
     """
-    folder, name = as_path(checkpoint) / NODES, path if node is None else node
+    folder, name = where_it_lies(as_path(checkpoint)) / NODES, path if node is None else node
     check_path(name)
     if not folder.is_dir():
         raise FolderError(f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree")
