@@ -7,7 +7,8 @@
 A node is loaded by one thread at a time, and whoever else needs it waits for that one. Nothing is read while the lock
 is held. Room is reserved before the first number is read; what fails gives it back, and is nowhere to be found.
 
-Without budgets a cache keeps nothing itself: what it loads is the tree's, for good.
+Without budgets what is loaded from files is the tree's, for good. A device that has memory of its own gets a copy of
+every adapter that it needs: of those that lie in the tree too, once, and as long as these live.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +29,8 @@ from ..adapter import Adapter
 from ..budget import Budgets, format_bytes
 from ..engine.kept import Kept, Lender, ordinary
 from ..errors import BudgetError, LoraTreeError, StateError, listing
-from ..storage import Source
-from ..tree import AdapterTree
+from ..storage import Allocate, Source
+from ..tree import AdapterTree, Node
 from .background import Background
 from .link import Arrived, Link
 from .pack import held_bytes, pack, tensors
@@ -62,18 +65,13 @@ class Cache:
         budgets = budgets or Budgets()
         self._tree = tree
         self._lock = threading.Condition()
-        self._link = link if budgets.bounded else None
+        self._budgets, self._policy = budgets, policy
+        self._link = link
         self._shelf = Shelf()
-        if self._link is None:
-            known = [("host", budgets.host_bytes), ("device", budgets.device_bytes)]
-            given = [(nbytes, name) for name, nbytes in known if nbytes is not None]
-            nbytes, name = min(given, default=(None, "host"))
-            self._tiers = [Tier("host", nbytes, policy(), self._lock, budget_name=f"{name}_budget", shelf=self._shelf)]
-        else:
-            self._tiers = [
-                Tier("host", budgets.host_bytes, policy(), self._lock),
-                Tier("device", budgets.device_bytes, policy(), self._lock),
-            ]
+        self._tiers = self._new_tiers()
+        # What lies in the tree itself and is sent to the device from there; None: it is used where it lies.
+        self._own: weakref.WeakKeyDictionary[Adapter, _Own | None] = weakref.WeakKeyDictionary()
+        self._gone: deque[Hashable] = deque()  # finalizers append, in whichever thread they run
         self._loading: set[tuple[int, Hashable]] = set()
         self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
         self._background = Background()
@@ -94,12 +92,21 @@ class Cache:
             BudgetError: they do not fit in beside what is in use already; says how much is needed.
         """
         start = time.perf_counter()
+        paths = list(paths)
         nodes = [self._tree[path] for path in paths]
         files = {node.path: node.source for node in nodes if node.source is not None}
-        needed = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
-        top, pinned, missing = len(self._tiers) - 1, [], []
+        lacking = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
+        waited = False
+        if not self.bounded and lacking:
+            waited = self._into_tree(lacking)
+            nodes = [self._tree[path] for path in paths]
+        needed = self._needed(nodes)
+        top = len(self._tiers) - 1
+        pinned: list[Hashable] = []
+        missing: list[str] = []
         tier = self._tiers[top]
         with self._lock:
+            self._drop_gone()
             for path, source in needed.items():
                 if tier.find(_key(source)) is None:
                     missing.append(path)
@@ -118,30 +125,23 @@ class Cache:
                 raise self._too_small(needed, error) from error
             raise
         keys = [_key(source) for source in needed.values()]
+        waited = waited or bool(missing)
         with self._lock:
             entries = {path: tier.find(_key(source)) for path, source in needed.items()}
             tier.used(keys)
             self._requests += bool(files)
-            self._served += bool(files) and not missing
-            self._waited_s += time.perf_counter() - start if missing else 0.0
+            self._served += bool(files) and not waited
+            self._waited_s += time.perf_counter() - start if waited else 0.0
         adapters = {node.path: node.loaded for node in nodes if node.loaded is not None}
         for path, entry in entries.items():
             assert entry is not None, "what is pinned stays"
             adapters[path] = entry.arrived.adapter
             if self._link is not None:
                 self._link.wait(entry.arrived)
-        if self.bounded:
-            if tier.churn_bytes > CHURN_BYTES:
-                tier.churn_bytes = 0
-                trim()
-            return Hold(self, keys, adapters)
-        for path, source in needed.items():
-            self._tree.loaded(path, source, adapters[path])
-        self._release(keys)
-        with self._lock:
-            for path in files:
-                tier.discard(_key(files[path]))
-        return Hold(self, [], adapters)
+        if self.bounded and tier.churn_bytes > CHURN_BYTES:
+            tier.churn_bytes = 0
+            trim()
+        return Hold(self, keys, adapters)
 
     def read(self, path: str, source: Source) -> Adapter:
         """One node's adapter in host memory; how long it stays cached is up to the policy.
@@ -154,8 +154,7 @@ class Cache:
 
     def prefetch(self, paths: Iterable[str]) -> None:
         """Load some nodes in the background, in this order."""
-        nodes = [self._tree[path] for path in paths]
-        needed = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
+        needed = self._needed([self._tree[path] for path in paths])
         self._background.add([partial(self._try, path, source) for path, source in needed.items()])
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -163,6 +162,13 @@ class Cache:
         return self._background.wait(timeout_s)
 
     # ------------------------------------------------------------------ for the model
+    def follow(self, link: Link | None) -> None:
+        """Send adapters another way from now on: the base was moved. What was held for it before is let go of."""
+        with self._lock:
+            self._link = link
+            self._own.clear()
+            self._tiers = self._new_tiers()
+
     def origin(self, adapter: Adapter) -> Hashable:
         """What an adapter is known by: the content of its files where the lock says it, or else itself."""
         return self._origins.get(adapter) or weakref.ref(adapter)
@@ -210,6 +216,82 @@ class Cache:
         self._shelf.close()
 
     # ------------------------------------------------------------------ private
+    def _new_tiers(self) -> list[Tier]:
+        """Empty ones; where the host's memory is the device's, one for both, with the smaller budget."""
+        budgets = self._budgets
+        if self._link is not None:
+            return [
+                Tier("host", budgets.host_bytes, self._policy(), self._lock),
+                Tier("device", budgets.device_bytes, self._policy(), self._lock),
+            ]
+        known = [("host", budgets.host_bytes), ("device", budgets.device_bytes)]
+        given = [(nbytes, name) for name, nbytes in known if nbytes is not None]
+        nbytes, name = min(given, default=(None, "host"))
+        policy = self._policy()
+        return [Tier("host", nbytes, policy, self._lock, budget_name=f"{name}_budget", shelf=self._shelf)]
+
+    def _into_tree(self, lacking: Mapping[str, Source]) -> bool:
+        """Give the tree what some nodes' files hold: all of it, or on an error none. True if any had to be read."""
+        host = self._tiers[0]
+        with self._lock:
+            absent = any(host.find(_key(source)) is None for source in lacking.values())
+        pinned: list[Hashable] = []
+        read: dict[str, Adapter] = {}
+        try:
+            for path, source in lacking.items():
+                read[path] = self._get(0, path, source, pinned=True).arrived.adapter
+                pinned.append(_key(source))
+        except BaseException:
+            with self._lock:
+                host.used(pinned)  # what came in is known to the policy, and may go
+            raise
+        finally:
+            with self._lock:
+                for key in pinned:
+                    host.unpin(key)
+        for path, source in lacking.items():
+            self._tree.loaded(path, source, read[path])
+        with self._lock:
+            for source in lacking.values():
+                host.let_go(_key(source))  # another thread that reads the same files lets go of it later
+        return absent
+
+    def _needed(self, nodes: Iterable[Node]) -> dict[str, Source]:
+        """Where to get, for the last tier, what some nodes have and is not used where it lies."""
+        needed: dict[str, Source] = {}
+        for node in nodes:
+            source = node.source if node.loaded is None else self._sent_from_tree(node)
+            if source is not None:
+                needed[node.path] = source
+        return needed
+
+    def _sent_from_tree(self, node: Node) -> _Own | None:
+        """A loaded node's adapter as a source for the device; None where it is used as it is.
+
+        Parameters are: they train where they are, and a copy would not follow what is written to them.
+        """
+        adapter, link = node.loaded, self._link
+        if link is None or adapter is None:
+            return None
+        if adapter in self._own:
+            return self._own[adapter]
+        live = any(isinstance(t, torch.nn.Parameter) or t.requires_grad for t in tensors(adapter))
+        if live or link.holds(adapter):
+            self._own[adapter] = None
+            return None
+        own = _Own(adapter, None if node.source is None else node.source.key)
+        self._own[adapter] = own
+        # The copy goes when what it was made of is gone.
+        weakref.finalize(adapter, self._gone.append, _key(own)).atexit = False
+        return own
+
+    def _drop_gone(self) -> None:
+        """Let go of the copies whose adapters are gone, but of those in use only later."""
+        for _ in range(len(self._gone)):
+            key = self._gone.popleft()
+            if not self._tiers[-1].let_go(key):
+                self._gone.append(key)
+
     def _get(self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True) -> Entry:
         """A node's entry in a tier, loaded where it is not there; ``wait`` for room that others are about to give."""
         tier, key, loading = self._tiers[level], _key(source), False
@@ -271,6 +353,8 @@ class Cache:
     def _sent(self, level: int, path: str, source: Source, room: _Room) -> Arrived:
         """From the host to the device; it is in use there until the transfer has begun."""
         assert self._link is not None
+        if isinstance(source, _Own):
+            return self._sent_on(source, self._link, room)
         below, key = self._tiers[level - 1], _key(source)
         entry = self._get(level - 1, path, source, pinned=True, wait=room.wait)
         with self._lock:
@@ -285,6 +369,15 @@ class Cache:
                 below.unpin(key)
         if (origin := self._origins.get(entry.arrived.adapter)) is not None:
             self._origins[arrived.adapter] = origin
+        return arrived
+
+    def _sent_on(self, source: _Own, link: Link, room: _Room) -> Arrived:
+        """From the tree to the device, without a place in the host's tier: it lies in the tree anyway."""
+        adapter = source.load(link.allocate)
+        room.exactly(held_bytes(adapter))
+        with torch.inference_mode(False), torch.no_grad():
+            arrived = link.send(adapter)
+        self._origins[arrived.adapter] = self.origin(source.adapter)
         return arrived
 
     def _allocate(self, nbytes: int) -> Tensor:
@@ -325,11 +418,12 @@ class Cache:
             return error  # its size can't be known any more
         sizes = {path: sum(t.numel() * t.element_size() for t in tensors(of)) for path, of in outlines.items()}
         keys = [_key(source) for source in needed.values()]
+        passing = [nbytes for path, nbytes in sizes.items() if not isinstance(needed[path], _Own)]
         for tier in self._tiers:
             with self._lock:
                 others = tier.in_use_bytes(keys) + tier.laid_out_bytes
             passes = tier is not self._tiers[-1]  # one adapter after the other
-            whole = max(sizes.values(), default=0) if passes else sum(sizes.values()) + others
+            whole = max(passing, default=0) if passes else sum(sizes.values()) + others
             if tier.budget_bytes is None or whole <= tier.budget_bytes:
                 continue
             parts = listing(f"{path} {format_bytes(nbytes)}" for path, nbytes in sizes.items())
@@ -359,6 +453,44 @@ class Hold:
         """Not in use by this hold any more."""
         self._cache._release(self._keys)
         self._keys, self.adapters = [], {}
+
+
+class _Own:
+    """An adapter that lies in the tree itself, as a source for the device.
+
+    Args:
+        adapter: held weakly; whoever asks for its copy holds it.
+        key: what its files are known by, if it was read from some; None: it is known by itself.
+    """
+
+    def __init__(self, adapter: Adapter, key: Hashable | None) -> None:
+        self._adapter = weakref.ref(adapter)
+        self.key = key
+
+    @property
+    def where(self) -> Path:
+        return Path()
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter.
+
+        Raises:
+            StateError: the tree let go of it meanwhile.
+        """
+        adapter = self._adapter()
+        if adapter is None:
+            raise StateError("the node was changed while it was sent to the device", "ask for it again")
+        return adapter
+
+    def load(self, allocate: Allocate | None = None) -> Adapter:
+        """The adapter in one buffer: its own, or a new one."""
+        assert allocate is not None
+        with torch.inference_mode(False), torch.no_grad():
+            return pack(self.adapter, allocate)
+
+    def outline(self) -> Adapter:
+        return self.adapter
 
 
 class _Room:

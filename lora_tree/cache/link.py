@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter, over
-from .pack import buffer_of
+from .pack import buffer_of, tensors
 
 __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
 
@@ -33,6 +33,10 @@ class Arrived:
 
 class Link(Protocol):
     """How adapters get to a device that has memory of its own."""
+
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether an adapter's numbers lie on the device already."""
+        ...
 
     def allocate(self, nbytes: int) -> Tensor:
         """Host memory for an adapter that is to be sent: (nbytes,) uint8."""
@@ -54,12 +58,17 @@ class CudaLink:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def holds(self, adapter: Adapter) -> bool:
+        return all(tensor.device == self._device for tensor in tensors(adapter))
+
     def allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def send(self, adapter: Adapter) -> Arrived:
         host = buffer_of(adapter)
         assert host is not None, "only packed adapters are sent"
+        if not host.is_pinned():
+            host = host.pin_memory()  # a caller's own buffer: a copy from it would make the host wait
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             there = torch.empty(host.shape, dtype=torch.uint8, device=self._device)
             there.copy_(host, non_blocking=True)

@@ -92,6 +92,13 @@ class Tier:
             self._in_use -= entry.nbytes if key in self._pins else 0
             self.policy.gone(key)
 
+    def let_go(self, key: Hashable) -> bool:
+        """`discard` where nobody uses it; False where somebody does."""
+        if key in self._pins:
+            return False
+        self.discard(key)
+        return True
+
     def used(self, keys: Sequence[Hashable]) -> None:
         """A request uses these, from the root down."""
         self.policy.used([(key, self._entries[key].nbytes) for key in keys if key in self._entries])

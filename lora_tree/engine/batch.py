@@ -23,6 +23,7 @@ from torch import Tensor
 from ..blend import Blend, depth_first, parse_blend
 from ..errors import LoraTreeError, SpecError
 from ..tree import AdapterTree
+from .upload import uploaded
 
 __all__ = ["Batch"]
 
@@ -124,6 +125,19 @@ class Batch:
     def coefficients(self, rows: Sequence[int]) -> Tensor:
         """(rows, nodes), float64."""
         return torch.tensor([self.kinds[self.of_row[row]] for row in rows], dtype=torch.float64, device="cpu")
+
+    def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        """(rows,) int64: some of the rows, where a device reads them; the same tensor for all sites."""
+        found = self._indices.get((rows, device))
+        if found is None:
+            numbers = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            found = self._indices[rows, device] = uploaded(numbers, device)
+        return found
+
+    @cached_property
+    def _indices(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor]:
+        """What `index` has sent so far."""
+        return {}
 
 
 def _distinct(nodes: tuple[str, ...], owed: Sequence[tuple[float, ...]], of_row: Sequence[int]) -> Batch:

@@ -31,6 +31,7 @@ from ..sites.base import recorded
 from ..sites.linear import LinearSite
 from .cost import Work
 from .owed import Owed, Rows
+from .upload import uploaded
 
 __all__ = ["FORMS", "Form"]
 
@@ -254,9 +255,10 @@ class Grouped(Form):
         of = [owed.batch.by_node[node] for node in nodes]
         alone = [[float(i == node) for i in range(len(owed.values))] for node in nodes]
         coefficients = [c for _, each in of for c in each]
+        ends = list(accumulate(len(rows) for rows, _ in of))
         return _Layer(
             owed.rows([row for rows, _ in of for row in rows]),
-            torch.tensor(list(accumulate(len(rows) for rows, _ in of)), dtype=torch.int32, device=owed.device),
+            uploaded(torch.tensor(ends, dtype=torch.int32, device="cpu"), owed.device),
             owed.held(lambda: _side_by_side(owed, alone, multiple=multiple)),
             None if set(coefficients) == {1.0} else owed.numbers(coefficients),
         )
@@ -296,7 +298,7 @@ class Matrix(Form):
         column = [i for i, value in enumerate(owed.values) for _ in range(value.rank)]
         coefficients = owed.batch.coefficients(owed.batch.adapted)[:, column]  # (rows, Σr)
         coefficients = coefficients.repeat(1, math.prod(owed.values[0].shape[:-2]))  # once for each group
-        self._mine = (coefficients != 0).to(owed.device)
+        self._mine = uploaded(coefficients != 0, owed.device)
         plain = bool(((coefficients == 0) | (coefficients == 1)).all())
         self._coefficients = None if plain else owed.numbers(coefficients)
 

@@ -14,6 +14,7 @@ from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .batch import Batch
 from .cost import Work
+from .upload import uploaded
 
 __all__ = ["Owed", "Rows"]
 
@@ -25,16 +26,16 @@ class Rows:
 
     Args:
         rows: which, in the order wanted; no row twice.
-        count: of the whole batch.
-        device: of the batch.
+        batch: the whole batch.
+        device: where it is computed.
     """
 
-    def __init__(self, rows: Sequence[int], count: int, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[int], batch: Batch, device: torch.device) -> None:
         self.rows = tuple(rows)
-        self.whole = self.rows == tuple(range(count))
+        self.whole = self.rows == tuple(range(len(batch)))
         start = self.rows[0]
         self.slice = slice(start, start + len(rows)) if self.rows == tuple(range(start, start + len(rows))) else None
-        self.index = torch.tensor(self.rows, device=device)
+        self.index = batch.index(self.rows, device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,11 +102,12 @@ class Owed:
 
     def rows(self, rows: Sequence[int]) -> Rows:
         """Some of the rows."""
-        return Rows(rows, len(self.batch), self.device)
+        return Rows(rows, self.batch, self.device)
 
     def numbers(self, of: Sequence[float] | Tensor) -> Tensor:
         """Coefficients, where and as what the factors are."""
-        return torch.as_tensor(of, dtype=torch.float64, device=self.device).to(self.dtype)
+        numbers = torch.as_tensor(of, dtype=torch.float64, device="cpu").to(self.dtype)
+        return uploaded(numbers, self.device)
 
     def stacked(self, coefficients: Sequence[float]) -> LowRank:
         """Σ coefficient · value as one value of scale 1."""

@@ -32,6 +32,7 @@ from .batch import Batch
 from .plan import Plan, Terms
 from .routed import Route
 from .side import check_own, side_dtype, widened
+from .upload import uploaded
 
 __all__ = ["Prepared"]
 
@@ -174,13 +175,15 @@ class _Fixed:
             if rows is None:
                 return _Numbers(value)
             owed = rows.coefficients(range(len(rows)))  # (rows, nodes)
+            there = uploaded(owed, device)
             column = [i for i, v in enumerate(values) for _ in range(v.rank)]
             wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank)).repeat(1, self._groups)
             bias = torch.zeros(len(rows), len(self.bias), dtype=torch.float64, device=device)
             for i, v in enumerate(values):
                 if v.bias is not None:
-                    bias += owed[:, i].to(bias)[:, None] * (v.bias.to(bias) * v.scale)
-            return _Numbers(value, wide.to(device, self.dtype), bias.to(self.dtype), rows.is_uniform, batch_first)
+                    bias += there[:, i, None] * (v.bias.to(bias) * v.scale)
+            wide = uploaded(wide.to(self.dtype), device)
+            return _Numbers(value, wide, bias.to(self.dtype), rows.is_uniform, batch_first)
 
     def write(self, numbers: _Numbers, mode: int) -> None:
         """Rewrite the buffers in place; those of the rows are made anew only for another number of rows."""

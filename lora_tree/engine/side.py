@@ -22,7 +22,7 @@ from .arithmetic import product_dtype
 from .plan import Terms
 from .slab import Slab
 
-__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "check_own", "side_dtype", "widened"]
+__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "check_own", "side_device", "side_dtype", "widened"]
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Draft:
             (self.live if term.trains else self.frozen).append(term.value.scaled(term.coefficient))
         self.site = site
         self.dtype = side_dtype(site, [term.value for term in terms], asked)
-        self.device = side_device(site, terms)
+        self.device = side_device(site, terms[0].value)
         self.nbytes = sum(value.numel for value in self.frozen) * self.dtype.itemsize
         """What laying it out takes: a copy of what does not train."""
 
@@ -158,9 +158,9 @@ def side_dtype(site: Site, values: Sequence[LowRank], asked: torch.dtype | None)
     return dtype
 
 
-def side_device(site: Site, terms: Terms) -> torch.device:
-    """Where a site's side path computes: where its weight is."""
-    return site.weight.device if site.weight is not None else terms[0].value.device
+def side_device(site: Site, value: LowRank) -> torch.device:
+    """Where a site's side path computes: where its weight is; without one, where ``value``, its increment, is."""
+    return site.weight.device if site.weight is not None else value.device
 
 
 def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..blend import Blend, spelled
+from ..engine.upload import uploaded
 from ..errors import SpecError, listing
 from ..training.losses import ranks, row_losses
 from ..tree import AdapterTree
@@ -64,7 +65,8 @@ class PathTotals:
             SpecError: a row has a blend, and several ranks evaluate, which have no common order of blends.
         """
         sums, tokens = row_losses(logits, labels, shift=shift)
-        which = sums.new_tensor([self._place(spelled(path)) for path in paths], dtype=torch.float64)
+        places = [self._place(spelled(path)) for path in paths]
+        which = uploaded(torch.tensor(places, dtype=torch.float64, device="cpu"), sums.device)
         return torch.stack([which, sums.double(), tokens.double()], dim=1)
 
     def add(self, table: Tensor) -> None:

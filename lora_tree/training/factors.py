@@ -1,6 +1,6 @@
 """The factors that train, as parameters of one module, so that optimisers and checkpoints see them.
 
-    factors./fr.<module with / for dots>/A       (r, in), fp32 or wider, or as asked
+    factors./fr.<module with / for dots>/A       (r, in), fp32 or wider, or as asked; where the module's weight is
     factors./fr/legal.…                          a node each, under its path
 
 Law: what stands here under a path is what the tree holds for it. A node may have been renamed, replaced or removed
@@ -9,7 +9,7 @@ since it trained last; before anybody trains again, its parameters go along with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -42,23 +42,40 @@ class Factors(nn.ModuleDict):
             if len(owners) == 1 and (owner := next(iter(owners.values()))) is not None:
                 self[_key(path)] = owner
 
-    def own(self, path: str, adapter: Adapter, dtype: torch.dtype | None = torch.float32) -> Adapter:
+    def own(
+        self,
+        path: str,
+        adapter: Adapter,
+        dtype: torch.dtype | None = torch.float32,
+        places: Mapping[str, torch.device] | None = None,
+    ) -> Adapter:
         """The node's adapter with its factors copied into parameters of this module; the same one if they are.
 
         Args:
             path: the node.
             adapter: what the tree holds for it.
             dtype: of the parameters, or wider where the factors are; None: as the factors are.
+            places: module → where its factors compute; None: they stay where they are.
         """
+        places = places or {}
         if _key(path) in self and _as_asked(adapter, dtype):
+            self._move(adapter, places)
             return adapter
         node = _Node(dtype)
-        owned = replace(
-            adapter, modules={n: node.take(n, v) for n, v in adapter.modules.items()}, errors={}, rounded=frozenset()
-        )
+        modules = {n: node.take(n, v, places.get(n, v.device)) for n, v in adapter.modules.items()}
+        owned = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         node.adapter = owned
         self[_key(path)] = node
         return owned
+
+    def _move(self, adapter: Adapter, places: Mapping[str, torch.device]) -> None:
+        """Let parameters follow a base that was moved. They stay the same objects, for optimisers have them."""
+        for name, value in adapter.modules.items():
+            for tensor in value.tensors:
+                if tensor.device != places.get(name, tensor.device) and not is_sharded(tensor):
+                    gradient, tensor.grad = tensor.grad, None
+                    tensor.data = tensor.data.to(places[name])
+                    tensor.grad = None if gradient is None else gradient.to(places[name])
 
     # ------------------------------------------------------------------ where they are sharded
     def shown(self, path: str, adapter: Adapter) -> Adapter:
@@ -146,13 +163,13 @@ class _Node(nn.Module):
         self.adapter: Adapter | None = None
         self.used: Adapter | None = None
 
-    def take(self, name: str, value: LowRank) -> LowRank:
-        """Copies of ``value``'s factors as parameters of this module, and the value made of them."""
+    def take(self, name: str, value: LowRank, device: torch.device) -> LowRank:
+        """Copies of ``value``'s factors on ``device``, as parameters of this module, and the value made of them."""
         dtype = _dtype(value, self._dtype)
         name = _slashed(name)
 
         def parameter(part: str, tensor: Tensor) -> nn.Parameter:
-            made = nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
+            made = nn.Parameter(tensor.detach().to(device, dtype, copy=True), requires_grad=False)
             self.register_parameter(f"{name}/{part}", made)
             return made
 

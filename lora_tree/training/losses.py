@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blend import Blend, spelled
+from ..engine.upload import uploaded
 from ..errors import SpecError, StateError
 from ..tree import AdapterTree
 
@@ -77,19 +78,26 @@ def path_loss(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths do not fit together",
             "labels are (rows, tokens), logits (rows, tokens, vocabulary), and every row has one path",
         )
+    if counts is None and ranks() > 1:
+        raise StateError("several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)")
+    counts = None if counts is None else _by_spelling(counts, "counts")
+    weights = _by_spelling(weights or {}, "weights")
+    _known_paths(names, dict.fromkeys(names, 0) if counts is None else counts, weights)
+    sums, tokens = row_losses(logits, labels, shift=shift)
+    places: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        places.setdefault(name, []).append(row)
     if counts is None:
-        if ranks() > 1:
-            raise StateError("several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)")
-        counts = _counted([(labels, names)], shift)
-    counts, weights = _by_spelling(counts, "counts"), _by_spelling(weights or {}, "weights")
-    _known_paths(names, counts, weights)
-    sums, _ = row_losses(logits, labels, shift=shift)
-    of_row = sums.new_tensor([1 / max(counts[name], 1) for name in names])
+        of_row = _shares(names, places, tokens).to(sums.dtype)
+    else:
+        of_row = _like(sums, [1 / max(counts[name], 1) for name in names])
     means = sums * of_row
-    weigh = means.new_tensor([weights.get(name, 1.0) for name in names])
-    parts = means.detach()
-    places = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
-    by_path = {name: parts[rows].sum() for name, rows in places.items()}
+    weigh = _like(means, [weights.get(name, 1.0) for name in names])
+    # The rows of each path side by side: one list of indices goes to the device for all of them.
+    in_order = [row for rows in places.values() for row in rows]
+    parts = means.detach().index_select(0, _like(tokens, in_order))
+    each = torch.split(parts, [len(rows) for rows in places.values()])
+    by_path = {name: part.sum() for name, part in zip(places, each, strict=True)}
     return PathLoss((means * weigh).sum() * ranks(), by_path)  # data parallelism takes the mean over ranks
 
 
@@ -154,6 +162,20 @@ def token_counts(
 def ranks() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _shares(names: Sequence[str], places: Mapping[str, Sequence[int]], tokens: Tensor) -> Tensor:
+    """(rows,) float64: one over the tokens of the row's path, counted where the labels are."""
+    order = {name: place for place, name in enumerate(places)}
+    which = _like(tokens, [order[name] for name in names])
+    of_path = tokens.new_zeros(len(order)).index_add(0, which, tokens)
+    return 1 / of_path.clamp(min=1).double().index_select(0, which)
+
+
+def _like(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Some numbers where ``tensor`` is and in its dtype; the host does not wait for them."""
+    made = torch.tensor(numbers, dtype=tensor.dtype, device="cpu")
+    return uploaded(made, tensor.device)
 
 
 def _counted(batches: Iterable[tuple[Tensor, Sequence[str]]], shift: bool) -> dict[str, int]:
