@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -40,10 +40,11 @@ from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, 
 from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
 from .engine.prepared import Prepared
+from .engine.pristine import Copies, Place
 from .engine.routed import Router, Strategy
-from .engine.side import Manner
+from .engine.side import Manner, side_device
 from .engine.unmerged import Unmerged
-from .errors import LoraTreeError, PathError, SpecError, StateError, suggest
+from .errors import LoraTreeError, PathError, SpecError, StateError, listing, suggest
 from .lowrank import LowRank
 from .sites import Site
 from .sites.targets import fresh_adapter, patterns_of_a_tree
@@ -85,7 +86,7 @@ def attach(
     tree: AdapterTree,
     base: nn.Module,
     *,
-    pristine: Literal["host", "none"] = "host",
+    pristine: Place = "auto",
     compute_dtype: torch.dtype | None = None,
     host_budget: int | str | None = None,
     device_budget: int | str | None = None,
@@ -96,9 +97,12 @@ def attach(
     Args:
         tree: fresh nodes get their adapters now.
         base: any ``torch.nn.Module``; ``torch.compile`` and DDP wrappers are looked through.
-        pristine: where the base's own weights are kept while a path is merged: ``host``, a copy of the weights that
-            adapters touch, made when first needed, pinned on CUDA; ``none``, nowhere: paths are added and subtracted
-            in place, and the weights drift by a rounding with every switch.
+        pristine: where the base's own weights are kept while a path is merged: a copy of the weights that adapters
+            touch, made when first needed. ``device``: beside the weights; ``host``: in host memory, pinned on CUDA;
+            ``auto``: on the device where it has room for them and an eighth of its memory stays free, else on the
+            host. Where memory runs out on the device a warning says so, and the host is taken. ``none``: nowhere;
+            paths are added and subtracted in place, and the weights drift by a rounding with every switch. See
+            `TreeModel.pristine`.
         compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the weight's own.
         host_budget, device_budget: how much memory adapters that come from files may take, in RAM and on the base's
             device: bytes, or ``"8GiB"``. None: what ``LORA_TREE_HOST_BUDGET`` and ``LORA_TREE_DEVICE_BUDGET`` say, or
@@ -126,9 +130,10 @@ def attach(
         first = "the tree comes first: attach(tree, base)" if isinstance(given, nn.Module) else ""
         opened = "a folder is opened as one by lora_tree.load: attach(lora_tree.load('zoo/'), base)"
         raise SpecError(f"expected an AdapterTree, got {type(given).__name__}", first or opened)
-    if pristine not in ("host", "none"):
+    if pristine not in get_args(Place):
+        known = get_args(Place)
         raise SpecError(
-            f"pristine must be 'host' or 'none', got {pristine!r}{suggest(str(pristine), ['host', 'none'])}"
+            f"pristine must be {listing(map(repr, known))}, got {pristine!r}{suggest(str(pristine), known)}"
         )
     maker: object = eviction
     if not callable(maker):
@@ -149,7 +154,7 @@ class TreeModel(nn.Module):
         tree: AdapterTree,
         base: nn.Module,
         *,
-        pristine: str = "host",
+        pristine: Place = "auto",
         compute_dtype: torch.dtype | None = None,
         budgets: Budgets | None = None,
         eviction: Callable[[], Policy] = Frequency,
@@ -169,7 +174,7 @@ class TreeModel(nn.Module):
         self._blocks: list[_Block] = []
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
-        self._merged = Merged(inner, in_place=pristine == "none")
+        self._merged = Merged(inner, place=pristine)
         self._manner = Manner(compute_dtype)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps] = weakref.WeakKeyDictionary()
         self._compile_watch = CompileWatch()
@@ -177,7 +182,7 @@ class TreeModel(nn.Module):
         self._save_hook: RemovableHandle | None = None
         self._handed = Handed(inner, TreeModel.forward)
         self._layers: list[RemovableHandle] = []
-        link = link_to(inner)
+        link, self._home = link_to(inner), _home(inner)
         self._mark = claim(inner, self)
         try:
             self._make(tree.paths())
@@ -201,6 +206,20 @@ class TreeModel(nn.Module):
             )
 
     # ------------------------------------------------------------------ switching
+    @property
+    def pristine(self) -> Copies:
+        """Where the base's own weights are kept now, and the bytes that this takes.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> _ = tree.add("fr")
+        >>> model = attach(tree, base)
+        >>> with model.using("fr"):
+        ...     model.pristine
+        Copies(asked='auto', device_bytes=0, host_bytes=48)
+        """
+        return self._merged.pristine.copies
+
     @property
     def active(self) -> Blend | tuple[Blend, ...]:
         """The path or blend that the base behaves as now; ``""`` is the bare base; one for each row while routed."""
@@ -626,6 +645,10 @@ class TreeModel(nn.Module):
     def _needing(self, coefficients: Mapping[str, float]) -> Iterator[list[tuple[str, float, Adapter]]]:
         """The terms of some nodes, in use from now on; what was in use before no longer is, unless the block fails."""
         self._make(coefficients)
+        home = _home(self.base)
+        if home != self._home:  # the base was moved: adapters go where it is now
+            self.cache.follow(link_to(self.base))
+            self._home = home
         held = self.cache.hold(coefficients)
         try:
             here = held.adapters
@@ -705,7 +728,8 @@ class TreeModel(nn.Module):
             bound[path] = self._binder.bind(path, adapter)
         self.factors.follow(self.tree)
         for path, adapter in bound.items():
-            owned = self.factors.own(path, adapter, dtype)
+            places = {name: side_device(self._binder.site(name), value) for name, value in adapter.modules.items()}
+            owned = self.factors.own(path, adapter, dtype, places)
             if owned is not adapter:
                 self.tree.settle(path, owned)
 
@@ -739,3 +763,9 @@ class TreeModel(nn.Module):
                 raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")
             chosen |= hits
         return [path for path in self.tree.paths() if path in chosen]
+
+
+def _home(base: nn.Module) -> torch.device | None:
+    """Where a base's first parameter is: cheap to ask, and another one after the base was moved."""
+    first = next(base.parameters(), None)
+    return None if first is None else first.device

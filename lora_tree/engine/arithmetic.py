@@ -24,6 +24,9 @@ __all__ = ["Scratch", "compute_dtype", "exact_mode", "product_dtype", "write_sum
 BLOCK = 1 << 21
 """Numbers in a block: 8 MiB of fp32, which stays in a cache, and large enough to pay for the calls."""
 
+LARGE_BLOCK = 1 << 24
+"""The same on a device with memory of its own, where a call costs more and caches help less."""
+
 
 def _slow_on_cpu() -> frozenset[torch.dtype]:
     """The narrow dtypes for which this machine's torch has no product but a plain loop.
@@ -99,13 +102,14 @@ def _fused(pristine: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
 def _blocks(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one matrix."""
     batch, rows, cols = weight.shape
-    several = BLOCK // max(rows * cols, 1)
+    numbers = BLOCK if weight.device.type == "cpu" else LARGE_BLOCK
+    several = numbers // max(rows * cols, 1)
     if batch > 1 and several > 1:
         for i in range(0, batch, several):
             part = slice(i, i + several)
             yield weight[part], pristine[part], left[part], right[part]
         return
-    step = max(BLOCK // max(cols, 1), 1)
+    step = max(numbers // max(cols, 1), 1)
     for b in range(batch):
         for i in range(0, rows, step):
             part = slice(i, i + step)

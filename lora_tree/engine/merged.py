@@ -1,6 +1,6 @@
 """Merged: a path written into the weights, each from pristine, each rounded once, and only where the plan changed.
 
-    changed sites ─→ check all ─→ keep pristine of all ─→ write one by one ─→ on any failure, write the old ones again
+    changed sites ─→ check all ─→ keep pristine of all ─→ write all ─→ on any failure, write the old ones again
 
 Addresses stay what they were, no hook is left, and the forward is the plain base's.
 """
@@ -18,8 +18,9 @@ from ..errors import StateError, TiedWeights, listing
 from ..lowrank import LowRank, concat, stacked
 from ..sites import Site
 from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
+from .kernels import Part, Term, can_merge, merge, usable
 from .plan import BARE, Plan, Terms, same_terms
-from .pristine import Pristine
+from .pristine import Place, Pristine
 
 __all__ = ["Merged", "add_bias", "add_weight"]
 
@@ -29,16 +30,17 @@ class Merged:
 
     Args:
         base: the model.
-        in_place: add to and subtract from the weights instead of keeping copies of them; drifts with every switch.
+        place: where the base's own weights are kept; ``none``: nowhere, paths are added to and subtracted from the
+            weights in place, which drifts with every switch.
     """
 
-    def __init__(self, base: nn.Module, *, in_place: bool) -> None:
+    def __init__(self, base: nn.Module, *, place: Place) -> None:
         self._base = base
-        self._in_place = in_place
+        self._in_place = place == "none"
         self._untied: set[tuple[str, str]] = set()
         self._addresses: list[int] = []
         self._scratch = Scratch()
-        self.pristine = Pristine()
+        self.pristine = Pristine(place)
         self.plan = BARE
 
     def check(self, plan: Plan) -> None:
@@ -82,23 +84,28 @@ class Merged:
             for name in sorted(sites, key=lambda name: (name in plan.terms, name))
             if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
         ]
-        started: list[_Job] = []
         before = self.plan
         with exact_mode(*(site.weight.device for site in sites.values() if site.weight is not None)):
             if not self._in_place:
-                for job in jobs:
-                    for attribute in job.attributes:
-                        self.pristine.keep(job.site.module_name, job.site.module, attribute)
+                self.pristine.keep(
+                    (job.site.module_name, job.site.module, attribute) for job in jobs for attribute in job.attributes
+                )
+            begun: list[_Job] = []
+            done: list[_Job] = []
             try:
-                for job in jobs:
-                    started.append(job)
-                    self._write(job)
+                self._write(jobs, begun, done)
                 self.plan = plan
             except BaseException:
                 self.plan = before
-                for job in reversed(started[:-1] if self._in_place else started):
-                    self._write(_Job(job.site, job.old, job.new))
+                # From pristine a weight can be written anew whatever stands in it; in place, what is half
+                # written can't be taken back, and what was not begun must not be.
+                undone = done if self._in_place else begun
+                back = [_Job(job.site, job.old, job.new) for job in reversed(undone)]
+                self._write(back, [], [])
                 raise
+            finally:
+                if not self._in_place:
+                    self.pristine.look()
 
     def restore(self) -> None:
         """Put the base's own values back, whatever stands in its weights now.
@@ -125,19 +132,71 @@ class Merged:
         sites = self.plan.sites.values()
         return [f"{site.module_name}.{site.weight_name}" for site in sites if not site.is_in(self._base)]
 
-    def _write(self, job: _Job) -> None:
-        site, weight = job.site, job.site.weight
-        assert weight is not None
-        new = [t.value.scaled(t.coefficient).to(device=weight.device) for t in job.new]
-        old = [t.value.scaled(-t.coefficient).to(device=weight.device) for t in job.old] if self._in_place else []
-        for attribute in job.attributes:
-            target: Tensor = getattr(site.module, attribute)
-            if self._in_place:
-                _add(site, target, target.detach(), [*new, *old], self._scratch)
-            else:
-                pristine = self.pristine.keep(site.module_name, site.module, attribute)
-                _add(site, target, pristine, new, self._scratch)
-                self.pristine.wrote(site.module, attribute, merged=bool(new))
+    def _write(self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job]) -> None:
+        """Write some sites' weights and biases.
+
+        Args:
+            jobs: in the order in which they are written.
+            begun: gets every job before anything of it is written.
+            done: gets every job when it is written.
+        """
+        later: list[_Job] = []
+        parts: list[Part] = []
+        # What goes bare comes first, because the same weight may be written under a second name.
+        bare = [job for job in jobs if not job.new and not self._in_place]
+        begun += bare
+        self._write_bare(bare)
+        done += bare
+        for job in jobs:
+            if not job.new and not self._in_place:
+                continue
+            begun.append(job)
+            waiting = len(parts)
+            for attribute in job.attributes:
+                part = self._written(job, attribute)
+                if part is not None:
+                    parts.append(part)
+            (done if len(parts) == waiting else later).append(job)
+        if parts:
+            merge(parts)
+        done += later
+
+    def _write_bare(self, jobs: Sequence[_Job]) -> None:
+        """Put the base's own values back at some sites."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for job in jobs:
+            site = job.site
+            for attribute in job.attributes:
+                target: Tensor = getattr(site.module, attribute)
+                source = self.pristine.of(site.module, attribute)
+                self.pristine.wrote(site.module, attribute, merged=False)
+                if target.device.type == "cuda":
+                    targets.append(target)
+                    sources.append(source)
+                else:
+                    _add(site, target, source, [], self._scratch)
+        if targets:
+            torch._foreach_copy_(targets, sources, non_blocking=True)  # a few launches for all
+
+    def _written(self, job: _Job, attribute: str) -> Part | None:
+        """Write a site's weight or bias now, or return what a kernel writes together with others."""
+        site = job.site
+        target: Tensor = getattr(site.module, attribute)
+        terms = [(t.value, t.coefficient) for t in job.new]
+        if self._in_place:
+            source = target.detach()
+            terms += [(t.value, -t.coefficient) for t in job.old]
+        else:
+            source = self.pristine.of(site.module, attribute)
+            self.pristine.wrote(site.module, attribute, merged=bool(terms))
+        if attribute == site.weight_name and usable(target.device):
+            part = _part(site, target, source, terms)
+            if part is not None:
+                return part
+        values = [value.scaled(c).to(device=target.device) for value, c in terms]
+        _add(site, target, source, values, self._scratch)
+        return None
 
     def _check_ties(self, written: Sequence[tuple[_Job, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
@@ -171,6 +230,19 @@ class _Job:
         """The tensors it writes: the weight, and the bias where a term has one or had."""
         biased = any(t.value.bias is not None for t in (*self.new, *self.old))
         return [self.site.weight_name, self.site.bias_name] if biased else [self.site.weight_name]
+
+
+def _part(site: Site, target: Tensor, source: Tensor, terms: Sequence[tuple[LowRank, float]]) -> Part | None:
+    """A site's weight as kernels take it; None where they don't cover it."""
+    rows = site.rows(target)
+    if rows.data_ptr() != target.data_ptr():
+        return None  # not laid out row by row
+    found = []
+    for value, coefficient in terms:
+        left, right = site.sides_of(value.to(device=target.device))
+        found.append(Term(left, right, value.scale * coefficient))
+    part = Part(rows, site.rows(source), found)
+    return part if can_merge(part) else None
 
 
 def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch) -> None:

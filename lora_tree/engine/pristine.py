@@ -1,61 +1,110 @@
 """Pristine: the base's own weights, from which every merged weight is computed, and the watch over them.
 
-A copy is taken of a weight when a path is first merged into it, on the host, pinned where the weight is on CUDA. It is
-trusted only while nobody but us has written to the weight: the parameter object, its version counter and a sample of
-its numbers are compared before every switch.
+A copy is taken of a weight when a path is first merged into it:
+
+    device    beside the weight: a switch reads and writes at the speed of the device's memory
+    host      in host memory, pinned where the weight is on CUDA: a switch is as fast as the bus
+
+A copy is trusted only while nobody but us has written to the weight: the parameter object, its version counter and a
+sample of its numbers are compared before every switch. The samples of all weights are gathered into one buffer, so
+that the host waits for a device once a switch, not once a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..budget import format_bytes
 from ..errors import ForeignWrite, listing
 
-__all__ = ["Pristine"]
+__all__ = ["Copies", "Place", "Pristine"]
+
+Place: TypeAlias = Literal["auto", "device", "host", "none"]
 
 SAMPLES = 64
+
+MARGIN = 8
+"""One part in so many of a device's memory stays free for activations when ``auto`` puts copies there."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Where the base's own weights are kept now.
+
+    Args:
+        asked: what `attach` was told: ``auto``, ``device``, ``host`` or ``none``.
+        device_bytes: bytes of copies beside the weights, on a device that has memory of its own.
+        host_bytes: bytes of copies in host memory.
+
+    >>> Copies("auto", host_bytes=64).kind
+    'host'
+    """
+
+    asked: Place
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def kind(self) -> str:
+        """``device``, ``host``, ``device+host``, or ``none`` where nothing is kept, as before the first merge."""
+        parts = {"device": self.device_bytes, "host": self.host_bytes}
+        return "+".join(name for name, nbytes in parts.items() if nbytes) or "none"
+
+    @property
+    def nbytes(self) -> int:
+        """All of them."""
+        return self.device_bytes + self.host_bytes
 
 
 @dataclass(eq=False)
 class _Kept:
     """One parameter: where it is, the base's own value, and how it looked when we last wrote it."""
 
+    name: str
     module: nn.Module
     attribute: str
     parameter: Tensor
     copy: Tensor
+    on_device: bool
     merged: bool = False
     version: int = -1
-    sample: Tensor | None = None
 
-    def look(self) -> None:
-        self.version, self.sample = self.parameter._version, _sample(self.parameter)
+    @property
+    def nbytes(self) -> int:
+        return self.copy.numel() * self.copy.element_size()
 
     def fits(self) -> bool:
         """Whether the copy can be put back, whatever else was done to the weight."""
         now = getattr(self.module, self.attribute, None)
         return isinstance(now, Tensor) and now.shape == self.copy.shape
 
-    def untouched(self) -> bool:
-        """Nobody else wrote to it. A move to another device alone is no write; the numbers are the same there."""
+    def same_object(self) -> bool:
+        """No write was counted, and no other parameter put here. A move to another device alone is no write."""
         now = getattr(self.module, self.attribute, None)
-        p, sample = self.parameter, self.sample
-        assert sample is not None
-        if now is not p or p.dtype != self.copy.dtype or p.shape != self.copy.shape or p._version != self.version:
+        p = self.parameter
+        if now is not p or p.dtype != self.copy.dtype or p.shape != self.copy.shape:
             return False
-        return torch.equal(_bits(_sample(p)), _bits(sample))
+        return bool(p._version == self.version)
 
 
 class Pristine:
-    """The kept copies, by (module, attribute)."""
+    """The kept copies, by (module, attribute).
 
-    def __init__(self) -> None:
+    Args:
+        place: where copies go: ``device``, ``host``, or ``auto``, which takes the device where there is room. A base in
+            host memory has its copies there, whatever it is.
+    """
+
+    def __init__(self, place: Place = "auto") -> None:
+        self._place = place
         self._kept: dict[tuple[int, str], _Kept] = {}
-        self._names: dict[tuple[int, str], str] = {}
+        self._looked: _Look | None = None
 
     def verify(self, replaced: Iterable[str] = ()) -> None:
         """That every kept copy is still what it was taken from; copies of weights that are bare now are retaken later.
@@ -66,8 +115,8 @@ class Pristine:
         Raises:
             ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into it.
         """
-        changed = [key for key, kept in self._kept.items() if not kept.untouched()]
-        lost = [*replaced, *(self._names[key] for key in changed if self._kept[key].merged)]
+        changed = self._changed()
+        lost = [*replaced, *(kept.name for kept in changed.values() if kept.merged)]
         if lost:
             raise ForeignWrite(
                 f"{listing(dict.fromkeys(lost))}: written or replaced by somebody else while a path was merged",
@@ -78,25 +127,47 @@ class Pristine:
         for key in changed:
             del self._kept[key]
 
-    def keep(self, name: str, module: nn.Module, attribute: str) -> Tensor:
-        """The base's own value of ``module.attribute``, copied now if it was not kept yet. On the host."""
-        key = (id(module), attribute)
-        kept = self._kept.get(key)
-        if kept is None:
-            parameter = getattr(module, attribute)
-            pinned = parameter.device.type == "cuda"
-            copy = torch.empty_like(parameter, device="cpu", pin_memory=pinned, requires_grad=False)
-            copy.copy_(parameter)
-            kept = self._kept[key] = _Kept(module, attribute, parameter, copy)
-            self._names[key] = f"{name}.{attribute}"
-            kept.look()
-        return kept.copy
+    def keep(self, wanted: Iterable[tuple[str, nn.Module, str]]) -> None:
+        """Copy what is not kept yet, before anything of it is written: all of it, or on an error none.
+
+        Args:
+            wanted: (the module's name, the module, which of its tensors), of everything that a switch will write.
+
+        Raises:
+            MemoryError, RuntimeError: no memory for the copies, neither on the device nor on the host.
+        """
+        missing = []
+        for name, module, attribute in wanted:
+            if (id(module), attribute) not in self._kept:
+                missing.append((name, module, attribute, getattr(module, attribute)))
+        parameters = [parameter for *_, parameter in missing]
+        if not parameters:
+            return
+        on_device = self._goes_beside(parameters)
+        copies = _beside(parameters) if on_device else None
+        if copies is None:
+            on_device = False
+            copies = [_on_host(parameter) for parameter in parameters]
+        for (name, module, attribute, parameter), copy in zip(missing, copies, strict=True):
+            beside = on_device and _is_apart(parameter.device)
+            kept = _Kept(f"{name}.{attribute}", module, attribute, parameter, copy, beside)
+            self._kept[id(module), attribute] = kept
+        self.look()
+
+    def of(self, module: nn.Module, attribute: str) -> Tensor:
+        """The base's own value of ``module.attribute``, which is kept."""
+        return self._kept[id(module), attribute].copy
 
     def wrote(self, module: nn.Module, attribute: str, *, merged: bool) -> None:
-        """We wrote to it, and this is how it looks now."""
-        kept = self._kept[(id(module), attribute)]
-        kept.merged = merged
-        kept.look()
+        """We write to it; once everything is written, `look` notes how it looks."""
+        self._kept[id(module), attribute].merged = merged
+
+    def look(self) -> None:
+        """Note how every kept weight looks now, so that `verify` knows it again."""
+        kept = list(self._kept.values())
+        for each in kept:
+            each.version = each.parameter._version
+        self._looked = _Look(kept)
 
     def restore(self, replaced: Iterable[str] = ()) -> None:
         """Put the base's own values back wherever a path is merged, whatever stands there now.
@@ -107,8 +178,8 @@ class Pristine:
         Raises:
             ForeignWrite: a weight was replaced or resized, and its copy fits no more; nothing was written.
         """
-        merged = {key: kept for key, kept in self._kept.items() if kept.merged}
-        lost = [*replaced, *(self._names[key] for key, kept in merged.items() if not kept.fits())]
+        merged = [kept for kept in self._kept.values() if kept.merged]
+        lost = [*replaced, *(kept.name for kept in merged if not kept.fits())]
         if lost:
             raise ForeignWrite(
                 f"{listing(dict.fromkeys(lost))}: replaced or resized while a path was merged: "
@@ -116,27 +187,134 @@ class Pristine:
                 "put the old module back and call this again, or load the base again",
                 'model.trust("weights") takes the weights as they are now, the path in them, for the base',
             )
-        for kept in merged.values():
+        for kept in merged:
             getattr(kept.module, kept.attribute).copy_(kept.copy)
         self.forget()
 
     def forget(self) -> None:
         """Drop every copy; the weights as they are now are the base's own."""
         self._kept.clear()
-        self._names.clear()
+        self._looked = None
+
+    @property
+    def copies(self) -> Copies:
+        """Where they are, and how large."""
+        beside = sum(kept.nbytes for kept in self._kept.values() if kept.on_device)
+        return Copies(self._place, beside, sum(kept.nbytes for kept in self._kept.values()) - beside)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the host."""
-        return sum(kept.copy.numel() * kept.copy.element_size() for kept in self._kept.values())
+        """Bytes of all copies."""
+        return self.copies.nbytes
+
+    # ------------------------------------------------------------------ private
+    def _changed(self) -> dict[tuple[int, str], _Kept]:
+        """The weights that somebody else wrote to or replaced."""
+        changed = {key: kept for key, kept in self._kept.items() if not kept.same_object()}
+        others = {kept: key for key, kept in self._kept.items() if key not in changed}
+        if others and self._looked is not None:
+            for kept in _Look(list(others)).differing(self._looked):
+                changed[others[kept]] = kept
+        return changed
+
+    def _goes_beside(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the copies of some weights go where these are."""
+        if self._place in ("host", "none"):
+            return False
+        taken: dict[torch.device, int] = {}
+        for parameter in parameters:
+            nbytes = parameter.numel() * parameter.element_size()
+            taken[parameter.device] = taken.get(parameter.device, 0) + nbytes
+        cards = [device for device in taken if _is_apart(device)]
+        if self._place == "device":
+            return bool(cards)
+        return bool(cards) and all(taken[device] <= _room_bytes(device) for device in cards)
+
+
+# ---------------------------------------------------------------------- where copies go
+def _is_apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own, of which we can ask how much is free."""
+    return device.type == "cuda"
+
+
+def _room_bytes(device: torch.device) -> int:
+    """Bytes that copies may take on a device: what is free there, without a margin for what the base computes."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached - total // MARGIN
+
+
+def _beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    """Copies where the parameters are; None, with a warning, where there is no room for all of them."""
+    try:
+        return [_copy(parameter, parameter.device) for parameter in parameters]
+    except torch.OutOfMemoryError as error:
+        nbytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        reason = str(error).partition("\n")[0]
+    # Here the exception, whose traceback holds the copies made so far, is gone.
+    warnings.warn(
+        f"no room on the device for {format_bytes(nbytes)} of copies of the base's own weights ({reason:.200}): "
+        'they are kept on the host, and switches are slower; pristine="host" asks for that',
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    return _copy(parameter, torch.device("cpu"))
+
+
+def _copy(parameter: Tensor, device: torch.device) -> Tensor:
+    pinned = device.type == "cpu" and parameter.device.type == "cuda"
+    copy = torch.empty_like(parameter, device=device, pin_memory=pinned, requires_grad=False)
+    return copy.copy_(parameter)
+
+
+# ---------------------------------------------------------------------- how a weight looks
+class _Look:
+    """How some weights look: a sample of each, in one buffer for every device and dtype."""
+
+    def __init__(self, kept: Sequence[_Kept]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[_Kept]] = {}
+        for each in kept:
+            groups.setdefault((each.parameter.device, each.parameter.dtype), []).append(each)
+        self._groups = list(groups.values())
+        self._buffers: list[Tensor] = []
+        self._lengths: list[list[int]] = []
+        for group in self._groups:
+            # views, which are not kept: they would hold a weight's memory, also where the weight goes elsewhere
+            views = [_sample(each.parameter) for each in group]
+            self._buffers.append(_bits(torch.cat(views)))
+            self._lengths.append([len(view) for view in views])
+
+    def differing(self, before: _Look) -> list[_Kept]:
+        """The weights of this look that looked otherwise before."""
+        if self._groups == before._groups and self._lengths == before._lengths:
+            pairs = zip(self._buffers, before._buffers, strict=True)
+            if all(a.device == b.device and torch.equal(a, b) for a, b in pairs):
+                return []  # the host waited once for each buffer
+        now, then = self._pieces(), before._pieces()
+        return [kept for kept, sample in now.items() if not _same(sample, then.get(kept))]
+
+    def _pieces(self) -> dict[_Kept, Tensor]:
+        """Each weight's own sample, on the host."""
+        found: dict[_Kept, Tensor] = {}
+        for group, buffer, lengths in zip(self._groups, self._buffers, self._lengths, strict=True):
+            found.update(zip(group, torch.split(buffer.cpu(), lengths), strict=True))
+        return found
+
+
+def _same(now: Tensor, then: Tensor | None) -> bool:
+    return then is not None and now.dtype == then.dtype and torch.equal(now, then)
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """About `SAMPLES` of its numbers, copied; an odd step, so that they do not all lie in the first column."""
+    """About `SAMPLES` of its numbers; an odd step, so that they do not all lie in the first column."""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    return flat[:: max(flat.numel() // SAMPLES, 1) | 1].to("cpu", copy=True)
+    return flat[:: max(flat.numel() // SAMPLES, 1) | 1]
 
 
 def _bits(tensor: Tensor) -> Tensor:
     """The same numbers as integers, so that NaN equals NaN and 0 differs from −0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

@@ -1,0 +1,273 @@
+"""The kernels, run by Triton's interpreter on the CPU, against float64 and against a dense model.
+
+The interpreter multiplies no bf16, and rounds to it by cutting off: so weights here are fp32 and fp16, and bf16 factors
+are widened on the way. What a GPU does with bf16 is tested on one (`make test-gpu`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_tree as lt
+from lora_tree.engine.kernels import Part, Term, can_merge
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+SOURCE = Path(lt.__file__).parent / "engine/kernels/merge.py"
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """The kernel's module, loaded once more for the interpreter: Triton looks at the variable when it decorates."""
+    name = "lora_tree.engine.kernels._interpreted"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec = importlib.util.spec_from_file_location(name, SOURCE)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def part(
+    weight: torch.dtype,
+    factor: torch.dtype,
+    shape: tuple[int, int, int],
+    ranks: tuple[int, ...],
+    *,
+    turned: bool = False,
+    scales: tuple[float, ...] = (0.3, -1.7, 2.0),
+) -> Part:
+    """Random numbers; the weight that is to be written is NaN all over."""
+    draw = torch.Generator().manual_seed(sum(shape) + sum(ranks))
+    batch, rows, cols = shape
+
+    def factors(a: int, b: int) -> Tensor:
+        made = torch.randn((batch, b, a) if turned else (batch, a, b), generator=draw).to(factor)
+        return made.mT if turned else made
+
+    pristine = torch.randn(shape, generator=draw).to(weight)
+    terms = [Term(factors(rows, r), factors(r, cols), s) for r, s in zip(ranks, scales, strict=False)]
+    return Part(torch.full_like(pristine, float("nan")), pristine, terms)
+
+
+def exact(of: Part) -> Tensor:
+    total = of.pristine.double()
+    for term in of.terms:
+        total = total + term.left.double() @ term.right.double() * term.scale
+    return total
+
+
+SHAPES = [
+    ((1, 64, 128), (16,), False),  # one tile
+    ((1, 70, 130), (3, 20), False),  # tiles that stick out, and two rounds of ranks
+    ((3, 65, 64), (8, 8, 8), False),  # experts
+    ((1, 10, 600), (1, 2, 3), True),  # several tiles for one program
+    ((2, 129, 33), (17,), True),
+    ((1, 1, 1), (1,), False),
+]
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_launch_writes_every_weight_to_one_rounding_of_the_exact_sum(
+    kernel: Any, weight: torch.dtype, factor: torch.dtype
+) -> None:
+    parts = [part(weight, factor, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
+    assert all(can_merge(each) for each in parts)
+    versions = [each.weight._version for each in parts]
+    kernel.merge(parts, interpreted=True)
+    for each, version in zip(parts, versions, strict=True):
+        wanted = exact(each)
+        # half a unit of the weight's dtype, and what a sum of so many fp32 products may be off
+        bound = wanted.abs() * EPS[weight] + 1e-5 * (1 + wanted.abs())
+        assert ((each.weight.double() - wanted).abs() <= bound).all()
+        torch.testing.assert_close(each.weight, kernel.merged_plainly(each), rtol=4 * EPS[weight], atol=1e-5)
+        assert each.weight._version > version, "autograd has to hear of what a kernel wrote"
+
+
+def test_nearly_all_entries_are_the_rounded_float64(kernel: Any) -> None:
+    each = part(torch.float16, torch.float16, (1, 256, 256), (16, 16, 16))
+    kernel.merge([each], interpreted=True)
+    wrong = int((each.weight != exact(each).half()).sum())
+    assert wrong <= each.weight.numel() // 1000
+
+
+def test_the_bits_do_not_depend_on_what_shares_a_launch(kernel: Any) -> None:
+    alone = [part(torch.float16, torch.float16, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
+    together = [part(torch.float16, torch.float16, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
+    for each in alone:
+        kernel.merge([each], interpreted=True)
+    kernel.merge(together[::-1], interpreted=True)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_weight_may_be_its_own_source(kernel: Any) -> None:
+    apart, in_place = (part(torch.float32, torch.float32, (2, 70, 140), (5, 6)) for _ in range(2))
+    in_place.weight.copy_(in_place.pristine)
+    kernel.merge([apart, Part(in_place.weight, in_place.weight, in_place.terms)], interpreted=True)
+    assert torch.equal(apart.weight, in_place.weight)
+
+
+def test_factors_of_several_dtypes_are_widened_and_none_is_rounded(kernel: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    each = part(torch.float32, torch.float32, (1, 40, 50), (4,))
+    narrow = Term(torch.randn(1, 40, 8, generator=draw).bfloat16(), torch.randn(1, 8, 50, generator=draw).half(), 1.0)
+    mixed = Part(each.weight, each.pristine, [*each.terms, narrow])
+    kernel.merge([mixed], interpreted=True)
+    torch.testing.assert_close(mixed.weight.double(), exact(mixed), rtol=1e-6, atol=1e-5)
+
+
+def test_what_a_kernel_does_not_cover_is_known_from_the_values_alone() -> None:
+    good = part(torch.float16, torch.float16, (1, 8, 16), (2, 2))
+    assert can_merge(good)
+    zero = Term(good.terms[0].left, good.terms[0].right, 0.0)
+    tiny = Term(good.terms[0].left, good.terms[0].right, 1e-30)
+    wide = Term(good.terms[0].left.double(), good.terms[0].right, 1.0)
+    columns_first = torch.zeros(1, 16, 8, dtype=torch.float16).mT
+    for bad in (
+        Part(good.weight.double(), good.pristine.double(), good.terms),
+        Part(columns_first, good.pristine, good.terms),
+        *(Part(good.weight, good.pristine, [*good.terms, term]) for term in (zero, tiny, wide)),
+    ):
+        assert not can_merge(bad)
+
+
+# ---------------------------------------------------------------------- a whole model
+@pytest.fixture
+def merging(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Merged switches take the kernel, as they do on CUDA; the number of parts of every launch."""
+    launched: list[int] = []
+
+    def merge(parts: list[Part]) -> None:
+        launched.append(len(parts))
+        kernel.merge(parts, interpreted=True)
+
+    monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.merged.merge", merge)
+    return launched
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 20, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...o", x, self.up)
+
+
+def forest() -> tuple[lt.AdapterTree, nn.Module]:
+    torch.manual_seed(0)
+    base = nn.Module()
+    base.linear, base.words, base.conv, base.experts = (
+        nn.Linear(70, 66),
+        nn.Embedding(40, 24),
+        nn.Conv2d(3, 8, 3),
+        Experts(),
+    )
+    spec = dict(r=4, target_modules=["linear", "words", "conv"], target_parameters=["experts.up"])
+    tree = lt.AdapterTree(defaults=spec)
+    for path in ("a", "a/b", "a/c", "d"):
+        tree.add(path)
+    lt.attach(tree, base).detach()
+    for path in tree.paths():
+        adapter = tree.adapter(path)
+        assert adapter is not None
+        for value in adapter.modules.values():
+            value.B.normal_(std=0.1)
+    return tree, base.requires_grad_(False)
+
+
+def bits(base: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in base.state_dict().items()}
+
+
+def same(x: dict[str, Tensor], y: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value.view(torch.uint8), y[name].view(torch.uint8)) for name, value in x.items())
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_every_history_of_switches_ends_in_the_same_bits(merging: list[int], half: bool) -> None:
+    tree, base = forest()
+    base = base.half() if half else base
+    bare = bits(base)
+    model = lt.attach(tree, base)
+    first = {}
+    for path in tree.paths():
+        with model.using(path):
+            first[path] = bits(base)
+        assert same(bits(base), bare)
+    for before, path in itertools.permutations(["", "a", "a/b", "a/c", "d"], 2):
+        model.activate(before)
+        model.activate(path)
+        assert same(bits(base), first[path] if path else bare)
+    assert max(merging) == 4, "one launch for all sites"
+
+
+def test_it_writes_what_stock_operations_write_up_to_rounding(
+    merging: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, base = forest()
+    model = lt.attach(tree, base)
+    model.activate("a/b")
+    by_kernel = bits(base)
+    assert merging == [4]
+    model.activate("")
+    monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: False)
+    model.activate("a/b")
+    for name, value in bits(base).items():
+        torch.testing.assert_close(value, by_kernel[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_launch_that_fails_leaves_the_path_before(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, base = forest()
+    model = lt.attach(tree, base)
+    model.activate("a/b")
+    before = bits(base)
+    good: Any = importlib.import_module("lora_tree.engine.merged").merge
+    calls = iter([True])
+
+    def failing(parts: list[Part]) -> None:
+        if next(calls, False):
+            raise RuntimeError("no launch")
+        good(parts)
+
+    monkeypatch.setattr("lora_tree.engine.merged.merge", failing)
+    with pytest.raises(RuntimeError, match="no launch"):
+        model.activate("d")
+    assert model.active == "a/b"
+    assert same(bits(base), before)
+    model.activate("d")
+    model.activate("a/b")
+    assert same(bits(base), before)
+
+
+def test_in_place_a_launch_that_fails_takes_nothing_back(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, base = forest()
+    with pytest.warns(lt.MergedWarning):
+        model = lt.attach(tree, base, pristine="none")
+    model.activate("a/b")
+    before = bits(base)
+    monkeypatch.setattr("lora_tree.engine.merged.merge", functools.partial(_fail, "no launch"))
+    with pytest.raises(RuntimeError, match="no launch"):
+        model.activate("d")
+    assert same(bits(base), before)
+
+
+def _fail(what: str, *args: object) -> None:
+    raise RuntimeError(what)
