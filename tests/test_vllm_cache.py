@@ -4,6 +4,7 @@ plugin needs no vLLM."""
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import shutil
 import subprocess
@@ -398,7 +399,7 @@ def test_files_that_come_back_as_they_were_are_served_on_without_a_swap(
         assert len(front.loaded) == 1
 
 
-def test_a_path_that_left_the_tree_or_is_locked_though_broken_is_no_longer_served(
+def test_a_path_that_left_the_tree_or_is_locked_though_it_is_a_dora_is_no_longer_served(
     zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with front_end(zoo, tmp_path / "cache") as front:
@@ -408,8 +409,8 @@ def test_a_path_that_left_the_tree_or_is_locked_though_broken_is_no_longer_serve
         tree.save(zoo)
         waits(lambda: front.answers("de") == [None], "a node that is gone was served")
         assert "'de' is no longer served: no node 'de' in the tree" in caplog.text
-        weights = zoo / "fr" / "legal" / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-8])
+        config = zoo / "fr" / "legal" / "adapter_config.json"  # whole, and of a kind that is no sum
+        config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
         lt.lock(zoo, accept_stale=True)
         waits(lambda: front.answers("fr/legal") == [None], "a broken node was served")
         assert front.answers("fr") != [None]
