@@ -407,6 +407,25 @@ class TreeModel(nn.Module):
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
         return sorted(lineages | {path for path in self.factors.training_paths if path in self.tree})
 
+    def matching(self, patterns: Iterable[str]) -> list[str]:
+        """The nodes that paths or patterns like ``"fr/*"`` name, in the order of the sum.
+
+        Raises:
+            PathError: one matches no node.
+        """
+        chosen: set[str] = set()
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise PathError(
+                    f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
+                    "several are given one by one: trainable('fr', 'de')",
+                )
+            hits = {pattern} if pattern in self.tree else set(fnmatch.filter(self.tree.paths(), pattern))
+            if not hits:
+                raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")
+            chosen |= hits
+        return [path for path in self.tree.paths() if path in chosen]
+
     def prepare(self, *, max_rank: int) -> None:
         """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they stay until `detach`.
 
@@ -483,7 +502,7 @@ class TreeModel(nn.Module):
             asked: object = dropout
             if not isinstance(asked, Real) or not 0 <= dropout < 1:
                 raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
-            chosen = self._matching(paths)
+            chosen = self.matching(paths)
             merged = [p for p in chosen if self.state is State.MERGED and p in self.nodes_in_use()]
             if merged:
                 raise StateError(
@@ -749,20 +768,6 @@ class TreeModel(nn.Module):
             self._layers.pop().remove()
         if wanted:
             self._layers = every_layer(self.base)
-
-    def _matching(self, patterns: tuple[str, ...]) -> list[str]:
-        chosen: set[str] = set()
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise PathError(
-                    f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
-                    "several are given one by one: trainable('fr', 'de')",
-                )
-            hits = {pattern} if pattern in self.tree else set(fnmatch.filter(self.tree.paths(), pattern))
-            if not hits:
-                raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")
-            chosen |= hits
-        return [path for path in self.tree.paths() if path in chosen]
 
 
 def _home(base: nn.Module) -> torch.device | None:

@@ -153,9 +153,9 @@ def started(zoo: Path, rows: Path, tokenizer: Any, folder: Path, **settings: Any
     tree = lt.load(zoo)
     torch.manual_seed(0)
     model = lt.attach(tree, transformers.LlamaForCausalLM.from_pretrained(tree.base))
-    nodes = settings.pop("nodes", ())
+    which = dict(nodes=settings.pop("nodes", ()), with_ancestors=settings.pop("with_ancestors", False))
     chosen = dict(steps=6, batch=2, accumulate=2, lr=1e-2, dropout=0.2, warm_up=2, temperature=2.0) | settings
-    return Run(model, read_rows([rows], tree, tokenizer), Settings(**chosen), folder, nodes=nodes)
+    return Run(model, read_rows([rows], tree, tokenizer), Settings(**chosen), folder, **which)
 
 
 def factors(run: Run) -> dict[str, torch.Tensor]:
@@ -350,14 +350,121 @@ def test_rows_that_train_nothing_are_left_out_and_told(tmp_path: Path, zoo: Path
     assert (run.nodes, run.left_out, len(run.rows)) == (["fr/legal", "fr/medical"], 4, 8)
     run.model.detach()
     everything = started(zoo, rows, tokenizer, tmp_path / "run")
-    assert everything.nodes == ["de", "fr", "fr/legal", "fr/medical"]
+    assert everything.nodes == ["de", "fr/legal", "fr/medical"]
+    assert everything.left_out == 0
     only = data(tmp_path, {"path": "", "text": "abc"}, name="only.jsonl")
     with pytest.raises(SpecError, match="no row goes through de"):
         started(zoo, only, tokenizer, tmp_path / "run", nodes=["de"])
-    with pytest.raises(SpecError, match="the rows go through no node with an adapter"):
+    with pytest.raises(SpecError, match="the rows name no node with an adapter: they are all for the bare base"):
         started(zoo, only, tokenizer, tmp_path / "run")
     with pytest.raises(SpecError, match="lr_of names 'fr'; what trains: de"):
         started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"], lr_of={"fr": 1.0})
+
+
+def test_the_nodes_that_rows_name_train_and_those_above_them_on_request_alone(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run", dropout=0.0)
+    before = {path: run.model.tree.adapter(path) for path in run.model.tree.paths()}
+    told = [str(trained) for trained in run.trained]
+    assert told == [
+        "de: from new factors, on the bare base; 4 rows",
+        "fr/legal: from new factors, on fr as it is; 4 rows",
+        "fr/medical: from new factors, on fr as it is; 4 rows",
+    ]
+    start = {p: [t.detach().clone() for v in a.modules.values() for t in v.tensors] for p, a in before.items() if a}
+    list(run.steps())
+    for path in run.model.tree.paths():
+        now = [t for v in run.model.tree.adapter(path).modules.values() for t in v.tensors]  # type: ignore[union-attr]
+        unmoved = all(torch.equal(x, y) for x, y in zip(now, start[path], strict=True))
+        assert unmoved == (path == "fr")
+    run.model.detach()
+    with_them = started(zoo, rows, tokenizer, tmp_path / "with", with_ancestors=True)
+    assert with_them.nodes == ["de", "fr", "fr/legal", "fr/medical"]
+    assert str(with_them.trained[2]) == "fr/legal: from new factors, on fr, which trains; 4 rows"
+    with_them.model.detach()
+    named = started(zoo, rows, tokenizer, tmp_path / "named", nodes=["fr/legal"], with_ancestors=True)
+    assert named.nodes == ["fr", "fr/legal"]
+
+
+def test_the_first_and_last_loss_of_a_node_are_those_of_the_paths_through_it(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run", with_ancestors=True)
+    steps = run.steps()
+    told = [next(steps), next(steps)]
+    run.save()
+    run.model.detach()
+    again = started(zoo, rows, tokenizer, tmp_path / "run", with_ancestors=True)
+    told += again.steps()
+    of_path = {path: [s.losses[path] for s in told if path in s.losses] for path in ("de", "fr/legal", "fr/medical")}
+    found = again.losses()
+    for path, losses in of_path.items():
+        assert found[path] == (losses[0], losses[-1])
+    below = of_path["fr/legal"], of_path["fr/medical"]
+    assert found["fr"] == pytest.approx(tuple(sum(x[at] for x in below) / 2 for at in (0, -1)))
+
+
+def test_a_finished_run_makes_room_for_the_next_and_an_unfinished_one_is_gone_on_with(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    place = tmp_path / "run"
+    first = started(zoo, rows, tokenizer, place, nodes=["de"])
+    list(first.steps())
+    first.save()
+    first.model.trainable()
+    first.model.tree.save(zoo)
+    first.finish()
+    left = factors(first)
+    first.model.detach()
+
+    same_again = started(zoo, rows, tokenizer, place, nodes=["de"])  # the very same, and nothing has changed since
+    assert (same_again.was_over, same_again.done, list(same_again.steps())) == (True, 6, [])
+    assert same(factors(same_again), left)
+    assert same_again.losses() == first.losses()
+    same_again.model.detach()
+
+    second = started(zoo, rows, tokenizer, place, nodes=["fr/legal"])
+    assert (second.done, second.was_over) == (0, False)
+    assert second.aside is not None
+    assert second.aside.folder == place / "finished-1" / "checkpoint-6"
+    next(second.steps())
+    second.save()
+    assert sorted(p.name for p in place.iterdir()) == ["checkpoint-1", "finished-1"]
+    second.model.detach()
+    with pytest.raises(SpecError, match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  it is unfinished"):
+        started(zoo, rows, tokenizer, place, nodes=["de"])
+    assert started(zoo, rows, tokenizer, place, nodes=["fr/legal"]).done == 1
+    tree = lt.load(zoo)
+    promote(tree, "de", place / "finished-1" / "checkpoint-6")
+
+
+def test_a_run_begins_anew_where_its_nodes_or_those_above_have_changed_since(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    def finished() -> Run:
+        run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["fr/legal"])
+        list(run.steps())
+        run.save()
+        run.model.trainable()
+        run.model.tree.save(zoo)
+        run.finish()
+        run.model.detach()
+        return run
+
+    finished()
+    for path in ("fr/legal", "fr"):
+        tree = lt.load(zoo)
+        adapter = tree.adapter(path)
+        assert adapter is not None
+        tree.update(path, adapter=adapter.map(lambda value: lt.LowRank(value.A + 1, value.B, value.scale)))
+        tree.save(zoo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lt.StaleWarning)
+            run = finished()
+        assert run.aside is not None
+        assert not run.was_over
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-6", "finished-1", "finished-2"]
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
@@ -396,7 +503,7 @@ def test_the_matrix_is_the_mean_loss_of_every_node_on_every_paths_rows(
 
 
 def test_a_checkpoint_of_a_run_becomes_a_node(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
-    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    run = started(zoo, rows, tokenizer, tmp_path / "run", with_ancestors=True)
     next(run.steps())
     kept = run.save()
     tree = lt.AdapterTree()
@@ -439,7 +546,7 @@ def test_a_node_comes_from_a_checkpoint_that_its_run_was_killed_at_replacing(
 def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(
     tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
 ) -> None:
-    run = started(zoo, rows, tokenizer, tmp_path / "run")
+    run = started(zoo, rows, tokenizer, tmp_path / "run", with_ancestors=True)
     steps = run.steps()
     next(steps), next(steps)
     kept = run.save()
@@ -499,6 +606,34 @@ def test_train_eval_and_promote_from_the_shell(
     assert f"lies in {zoo}, where folders of adapters are nodes" in capsys.readouterr().err
     lora_tree("train", zoo, "--data", rows, "--lr-of", "de", code=1)
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
+
+
+def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and_afterwards_what_is(
+    zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_tree("train", zoo, "--data", rows, "--steps", 3, "--lr", 0.01)
+    said = capsys.readouterr()
+    assert "becomes stale" not in said.err  # fr is new, and stays so
+    before, after = said.err.split("training 1/3 ")
+    assert "fr/legal: from new factors, on fr as it is; 4 rows" in before
+    assert "de: from new factors, on the bare base; 4 rows" in before
+    assert re.search(r"training 3/3 .*fr/legal \d\.\d{3}", after)
+    assert re.search(r"^fr/legal: loss (\d\.\d{3}) at first, (\d\.\d{3}) at last$", said.out, re.MULTILINE)
+    assert "stale now" not in said.out
+    lora_tree("train", zoo, "--data", rows, "--steps", 3, "--lr", 0.01)
+    said = capsys.readouterr()
+    assert "this run has finished, and the tree has what it came to" in said.err
+    assert "what trains" not in said.err
+
+    lora_tree("train", zoo, "fr", "--data", rows, "--steps", 2, "--lr", 0.01)
+    said = capsys.readouterr()
+    assert "the run before this one, of de, fr/legal, fr/medical, is finished and lies in" in said.err
+    assert "fr: from new factors, on the bare base; 8 rows" in said.err
+    assert "becomes stale: fr/legal, fr/medical" in said.err.split("training 1/2 ")[0]
+    assert "stale now: fr/legal, fr/medical" in said.out
+    with pytest.warns(lt.StaleWarning):
+        stale = [path for path, node in ((p, lt.load(zoo)[p]) for p in ("de", "fr", "fr/legal")) if node.stale]
+    assert stale == ["fr/legal"]
 
 
 def test_a_run_that_diverges_stops_with_the_node_the_step_and_the_loss_and_saves_nothing(
@@ -599,8 +734,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     tmp_path: Path, zoo: Path, rows: Path, how: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command(folder: Path, run: Path) -> list[str]:
-        words = ("train", folder, "--data", rows, "--steps", 120, "--batch", 4, "--lr", 0.01, "--dropout", 0.1,
-                 "--save-every", 3, "--run", run)  # fmt: skip
+        words = ("train", folder, "--data", rows, "--with-ancestors", "--steps", 120, "--batch", 4,
+                 "--lr", 0.01, "--dropout", 0.1, "--save-every", 3, "--run", run)  # fmt: skip
         return [str(word) for word in words]
 
     spare = tmp_path / "spare"

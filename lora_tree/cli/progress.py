@@ -1,4 +1,4 @@
-"""A bar on a terminal; nothing elsewhere."""
+"""A bar on a terminal; elsewhere a line now and then, for logs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,33 @@ from .console import err
 __all__ = ["steps_done"]
 
 
+LINES = 20
+"""How many lines a whole run writes where there is no terminal."""
+
+
 @contextmanager
 def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], None]]:
-    """A function to call after every step, with what to say beside the bar."""
+    """A function to call after every step, with what to say beside the bar.
+
+    Where stderr is no terminal, the first step, the last one and some between are a line each, if they say anything.
+    """
+    if not sys.stderr.isatty():
+        yield _in_lines(what, total, done)
+        return
     said = TextColumn("{task.description}", markup=False)
     columns = TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said
-    with Progress(*columns, console=err(), disable=not sys.stderr.isatty(), transient=True) as bar:
+    with Progress(*columns, console=err(), transient=True) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def _in_lines(what: str, total: int, done: int) -> Callable[[str], None]:
+    began, every = done, max(total // LINES, 1)
+
+    def tell(text: str) -> None:
+        nonlocal done
+        done += 1
+        if text and (done in (began + 1, total) or done % every == 0):
+            err().print(f"{what} {done}/{total} {text}", soft_wrap=True)
+
+    return tell

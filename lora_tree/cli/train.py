@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -40,6 +41,7 @@ def train(
     nodes: Nodes = None,
     *,
     data: Data,
+    with_ancestors: Annotated[bool, typer.Option("--with-ancestors", help="Train the nodes above those, too.")] = False,
     base: Base = None,
     run: Annotated[Path | None, typer.Option(help="Where checkpoints go; FOLDER/.training without it.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 200,
@@ -81,32 +83,77 @@ def train(
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     torch.manual_seed(seed)  # what fresh nodes start from
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
-    running = Run(model, rows, settings, _run(folder, run), nodes=nodes or ())
-    if running.left_out:
-        err().print(f"{running.left_out} of {len(rows)} rows go through no node that trains")
-    if running.done:
-        err().print(f"going on after step {running.done}")
+    where = _run(folder, run)
+    running = Run(model, rows, settings, where, nodes=nodes or (), with_ancestors=with_ancestors)
+    _foretell(running, len(rows))
     resumed = running.done
-    losses: Mapping[str, float] = {}
     with steps_done("training", steps, running.done) as bar, _interrupts() as interrupted:
         for step in running.steps(save_every=save_every or None):
-            losses = step.losses
-            bar(" ".join(f"{path or BARE} {loss:.3f}" for path, loss in losses.items()))
+            bar(" ".join(f"{path or BARE} {loss:.3f}" for path, loss in step.losses.items()))
             if interrupted() and step.number < steps:
                 kept = running.save()
                 err().print(f"stopped after {step.number} of {steps} steps; the same command goes on from {kept}")
                 raise typer.Exit(130)
-    kept = running.save()
-    model.trainable()
-    tree.save(folder)
-    told = {"nodes": running.nodes, "steps": running.done, "resumed_at": resumed, "checkpoint": str(kept)}
-    if as_json:
-        print_json({**told, "rows": len(running.rows), "left_out": running.left_out, "losses": losses})
+    if running.was_over:
+        kept = where / f"checkpoint-{running.done}"
     else:
-        out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
+        kept = running.save()
+        model.trainable()
+        tree.save(folder)
+        running.finish()
+    stale = [path for path in tree.paths() if tree[path].stale]
+    losses = running.losses()
+    if as_json:
+        print_json(
+            {
+                "nodes": running.nodes,
+                "steps": running.done,
+                "resumed_at": resumed,
+                "checkpoint": str(kept),
+                "rows": len(running.rows),
+                "left_out": running.left_out,
+                "losses": running.last,
+                "first": {node: first for node, (first, _) in losses.items()},
+                "last": {node: last for node, (_, last) in losses.items()},
+                "stale": stale,
+            }
+        )
+        return
+    for node in running.nodes:
+        first, last = losses.get(node, (math.nan, math.nan))
+        out().print(f"{node}: loss {first:.3f} at first, {last:.3f} at last")
+    out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
+    if stale:
+        out().print(f"stale now: {', '.join(stale)}")
 
 
 # ---------------------------------------------------------------------- helpers
+def _foretell(running: Run, rows: int) -> None:
+    """Say what is about to happen, before anything does."""
+    told = err()
+    if running.aside is not None:
+        tree = running.model.tree
+        nodes = ", ".join(path for path in tree.paths() if path in running.aside.about.get("nodes", ()))
+        told.print(f"the run before this one, of {nodes}, is finished and lies in {running.aside.folder} now")
+        if not running.aside.is_saved:
+            told.print("  it did not save the tree: lora-tree promote takes its nodes from there")
+    if running.left_out:
+        told.print(f"{running.left_out} of {rows} rows go through no node that trains")
+    if running.was_over:
+        told.print(
+            f"this run has finished, and the tree has what it came to: {running.folder}\n"
+            "  nothing is left to do; with any other setting (--steps, --seed, …) another run begins from there"
+        )
+        return
+    told.print("what trains:")
+    for trained in running.trained:
+        told.print(f"  {trained}")
+    if running.outdated:
+        told.print(f"becomes stale: {', '.join(running.outdated)}")
+    if running.done:
+        told.print(f"going on after step {running.done}")
+
+
 def _run(folder: Path, run: Path | None) -> Path:
     """Where checkpoints go, so that they are not taken for nodes of the tree."""
     zoo = folder if folder.is_dir() else folder.parent

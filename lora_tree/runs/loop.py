@@ -10,7 +10,9 @@ So a checkpoint is factors and the optimiser's state, and nothing that is random
     run/checkpoint-40/factors.safetensors      what trains, bit for bit
                       nodes/fr/legal/…         the same as PEFT adapters, to be promoted
                       optimizer.safetensors
-                      run.json                 step, settings, nodes, and a hash of the rows
+                      run.json                 step, settings, nodes, losses, and a hash of the rows
+
+Which checkpoint is gone on from, and what becomes of a finished run: `place.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +30,29 @@ from torch import Tensor
 
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
-from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
-from ..integrations.checkpoint import appearing, load_factors, put_back, retire, save_factors
+from ..integrations.checkpoint import (
+    FACTORS,
+    ancestors_now,
+    ancestors_then,
+    appearing,
+    load_factors,
+    retire,
+    save_factors,
+)
 from ..model import TreeModel
 from ..storage import as_path
 from ..training.diverged import Start, check_finite_step
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
+from .foretold import Trained, becoming_stale, chosen, losses_of, what_trains
+from .place import ABOUT, Before, checkpoints, differing, last_of, refuse_other, render_about, set_aside
 from .rows import Row, padded
 from .settings import Settings
 
 __all__ = ["Run", "Step"]
 
-STATE, ABOUT = "optimizer.safetensors", "run.json"
-_NAME = re.compile(r"checkpoint-([0-9]+)\Z")
+STATE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,20 @@ class Run:
         rows: see `read_rows`. Those that go through no node that trains are left out.
         settings: how it trains.
         folder: of this run's checkpoints; made where missing.
-        nodes: paths or patterns of what trains; none: every node with an adapter that a row goes through.
+        nodes: paths or patterns of what trains; none: the nodes that rows name.
+        with_ancestors: the nodes above those train as well.
+
+    Attributes:
+        nodes: what trains, in the order of the tree.
+        trained: the same, with what each begins from and stands on.
+        outdated: the nodes that become stale, since they were trained on what is about to change.
+        first, last: path → its loss in the first and the last step that had rows of it, resumed ones included.
+        was_over: the run had finished before, and the tree has its nodes: no step is left.
+        aside: where the finished run is now that was there before this one; None: there was none.
 
     Raises:
-        SpecError: no row goes through what trains; or the folder's checkpoint is of other settings, nodes or rows.
+        SpecError: no row goes through what trains; or the folder has the checkpoint of an unfinished run with other
+            settings, nodes or rows.
         FolderError, FormatError: the folder or its checkpoint can't be read.
         PathError: a path or pattern matches no node.
     """
@@ -86,9 +105,11 @@ class Run:
         folder: str | os.PathLike[str],
         *,
         nodes: Sequence[str] = (),
+        with_ancestors: bool = False,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
-        groups = model.trainable(*(nodes or _gone_through(model, rows)), dropout=settings.dropout)
+        training_nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
+        groups = model.trainable(*training_nodes, dropout=settings.dropout)
         self.nodes = [group["name"] for group in groups]
         for what, named in (("lr_of", settings.lr_of), ("weights", settings.weights)):
             strange = [path for path in named if path not in (self.nodes if what == "lr_of" else ["", *model.tree])]
@@ -109,8 +130,14 @@ class Run:
             "nodes": self.nodes,
             "rows": _digest(self.rows),
         }
+        self.trained: list[Trained] = what_trains(model.tree, self.nodes, self.rows)
+        self.outdated = becoming_stale(model.tree, self.nodes)
         self._start = Start(model.factors)
         self._diverged: DivergedError | None = None
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.was_over = False
+        self.aside: Before | None = None
         self.done = self._resume()
 
     def steps(self, *, save_every: int | None = None) -> Iterator[Step]:
@@ -138,6 +165,8 @@ class Run:
                     self._start.restore()
                     raise
                 self.done += 1
+                self.first = {**step.losses, **self.first}
+                self.last.update(step.losses)
                 if save_every and self.done % save_every == 0 and self.done < settings.steps:
                     self.save()
                 yield step
@@ -159,14 +188,35 @@ class Run:
         with appearing(self.folder, name, writes=True, meet=lambda: None) as stage:
             save_factors(self.model, stage / name)
             disk.write(stage / name / STATE, render_tensors(self._state(), {"format": "pt"}))
-            about = json.dumps({**self._about, "step": self.done}, indent=2, sort_keys=True)
-            disk.write(stage / name / ABOUT, about.encode())
-        for step, old in _checkpoints(self.folder):
+            disk.write(stage / name / ABOUT, render_about(self._told(saved=False)))
+        for step, old in checkpoints(self.folder):
             if step < self.done:
                 retire(old)
         return self.folder / name
 
+    def finish(self) -> None:
+        """Note that the tree was saved with what this run came to: the next run in this folder begins anew.
+
+        Raises:
+            FolderError: the folder can't be written, or has no checkpoint of the last step.
+        """
+        file = self.folder / f"checkpoint-{self.done}" / ABOUT
+        if not file.is_file():
+            raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
+        disk.replace(file, render_about(self._told(saved=True)))
+
+    def losses(self) -> dict[str, tuple[float, float]]:
+        """Node → its first and last loss: the mean over the paths that go through it, in nats per token."""
+        tree = self.model.tree
+        first, last = (losses_of(tree, self.nodes, by_path) for by_path in (self.first, self.last))
+        return {node: (first[node], last[node]) for node in first}
+
     # ------------------------------------------------------------------ private
+    def _told(self, *, saved: bool) -> dict[str, Any]:
+        """What run.json says."""
+        losses = {"first": self.first, "last": self.last}
+        return {**self._about, "step": self.done, "losses": losses, "saved": saved}
+
     def _check_sound(self) -> None:
         if self._diverged is not None:
             raise DivergedError(self._diverged.what, "this run is over: make another Run, with other settings")
@@ -211,52 +261,62 @@ class Run:
         return {f"{i}.{name}": t.detach().cpu() for i, of in state.items() for name, t in of.items()}
 
     def _resume(self) -> int:
-        put_back(self.folder)
-        found = _checkpoints(self.folder)
-        if not found:
+        """Go on where the folder has an unfinished run; return how many steps are done."""
+        before = last_of(self.folder)
+        if before is None:
             return 0
-        _, newest = found[-1]
-        about = strict_json.loads(disk.read(newest / ABOUT), str(newest / ABOUT))
-        for what, mine in self._about.items():
-            if about.get(what) != mine:
-                raise SpecError(
-                    f"{newest}: of a run with other {what}: {_differing(about.get(what), mine)}",
-                    "go on with what it was, or name another folder for this run",
-                )
-        step = about.get("step")
-        if not isinstance(step, int) or not 0 <= step <= self.settings.steps:
-            raise FormatError(f"{newest / ABOUT}: step is {step!r}, expected a number up to {self.settings.steps}")
-        state, _ = read_tensors(newest / STATE, str(newest / STATE))
+        is_same = differing(before.about, self._about) is None
+        if is_same and before.is_saved and self._is_what_it_left(before):
+            self._remember(before)
+            self.was_over = True
+            return before.step
+        if before.is_finished and (before.is_saved or not is_same):
+            folder = set_aside(before)
+            self.aside = Before(folder, before.about, before.step)
+            return 0
+        refuse_other(before, self._about)
+        if before.step > self.settings.steps:
+            raise FormatError(
+                f"{before.folder / ABOUT}: step is {before.step}, expected a number up to {self.settings.steps}"
+            )
+        self._take(before)
+        return before.step
+
+    def _take(self, before: Before) -> None:
+        """Put a checkpoint's numbers into the factors and the optimiser."""
+        file = before.folder / STATE
+        state, _ = read_tensors(file, str(file))
         known: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
             index, _, part = name.partition(".")
             known.setdefault(int(index), {})[part] = tensor
-        load_factors(self.model, newest)
+        load_factors(self.model, before.folder)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": known, "param_groups": groups})
         self.model.follow(self.optimizer)
-        return step
+        self._remember(before)
 
+    def _remember(self, before: Before) -> None:
+        """Take over the losses that a checkpoint tells of."""
+        losses = before.about.get("losses")
+        for name, mine in (("first", self.first), ("last", self.last)):
+            told = losses.get(name) if isinstance(losses, Mapping) else None
+            for path, loss in told.items() if isinstance(told, Mapping) else ():
+                if path in ("", *self.model.tree) and isinstance(loss, (int, float)):
+                    mine[path] = float(loss)
 
-def _gone_through(model: TreeModel, rows: Sequence[Row]) -> list[str]:
-    """The nodes with an adapter, or one to be made, that rows go through."""
-    tree = model.tree
-    nodes = {node for path in {row.path for row in rows} for node in tree.lineage(path)}
-    chosen = [node for node in tree.paths() if node in nodes and (tree[node].has_adapter or tree[node].fresh)]
-    if not chosen:
-        raise SpecError("the rows go through no node with an adapter", 'give rows a path: "path": "fr"')
-    return chosen
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints in a run's folder, in order."""
-    if not folder.is_dir():
-        if folder.exists():
-            raise FolderError(f"{folder}: is no folder", "name a folder for the run's checkpoints")
-        return []
-    with disk.named("list it", folder):
-        names = [(match, folder / name) for name in os.listdir(folder) if (match := _NAME.match(name))]
-    return sorted((int(match[1]), path) for match, path in names)
+    def _is_what_it_left(self, before: Before) -> bool:
+        """The nodes, and those above them, are what they were when the run that finished was saved."""
+        file = before.folder / FACTORS
+        left, _ = read_tensors(file, str(file))
+        now = {name: p.detach().cpu() for name, p in self.model.factors.named_parameters() if p.requires_grad}
+        if left.keys() != now.keys() or not all(torch.equal(tensor, now[name]) for name, tensor in left.items()):
+            return False
+        for node in self.nodes:
+            then, above = ancestors_then(before.folder, node), ancestors_now(self.model.tree, node)
+            if list(then.values()) != list(above.values()):
+                return False
+        return True
 
 
 def _digest(rows: Sequence[Row]) -> str:
@@ -265,13 +325,6 @@ def _digest(rows: Sequence[Row]) -> str:
     for row in rows:
         hashed.update(json.dumps([row.path, row.ids, row.labels]).encode())
     return hashed.hexdigest()
-
-
-def _differing(theirs: Any, mine: Any) -> str:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
-        return "; ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in keys)
-    return f"was {theirs!r} and is {mine!r}"
 
 
 def _mixed(seed: int, step: int) -> int:
