@@ -12,7 +12,7 @@ from .export import (
     portable,
 )
 from .fit import clashes, misfits
-from .folder import Problem, StaleWarning, check, load, lock
+from .folder import Problem, SkippedWarning, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .spec import LoraSpec
@@ -35,6 +35,7 @@ __all__ = [
     "PathSampler",
     "Portable",
     "Problem",
+    "SkippedWarning",
     "StaleWarning",
     "State",
     "TreeModel",

@@ -130,7 +130,7 @@ def test_a_stale_node_is_shown_and_warned_of_in_one_line(shell: Shell, zoo: Path
 # ---------------------------------------------------------------------- check and lock
 def test_check_of_a_sound_tree_is_quiet(shell: Shell, zoo: Path, base: Path) -> None:
     assert shell("check", zoo, "--base", base)[:2] == (0, f"{zoo}: all is well\n")
-    assert answer(shell, "check", zoo) == {"folder": str(zoo), "problems": []}
+    assert answer(shell, "check", zoo) == {"folder": str(zoo), "problems": [], "notes": []}
 
 
 def test_check_lists_every_problem_and_exits_with_1(shell: Shell, zoo: Path) -> None:
@@ -198,6 +198,51 @@ def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path
     assert shell("lock", zoo)[0] == 0
     assert shell("show", zoo)[0] == 0
     assert shell("lock", zoo, "--accept-stale")[0] == 0
+
+
+def test_show_lists_what_cannot_be_used_in_red_beside_the_others(
+    shell: Shell, zoo: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(base, 5).save(zoo / "my adapter")
+    adapter(base, 6).save(zoo / "it")
+    config = json.loads((zoo / "it/adapter_config.json").read_text())
+    (zoo / "it/adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (zoo / "tree.lock").unlink()
+    code, out, err = shell("show", zoo)
+    assert code == 1
+    assert "'my adapter' is not a valid node name" in err
+    rows = {line.partition("── ")[2].split()[0]: line for line in out.splitlines() if "──" in line}
+    assert list(rows) == ["fr", "legal", "medical", "it", "misc", "my"]
+    assert "use_dora" in rows["it"]
+    assert "is not a valid node name" in rows["my"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, coloured, _ = shell("show", zoo)
+    red = [line for line in coloured.splitlines() if "\x1b[31m" in line]
+    assert [("my adapter" in line, "use_dora" in line) for line in red[:2]] == [(False, True), (True, False)]
+    monkeypatch.delenv("FORCE_COLOR")
+    code, out, _ = shell("show", zoo, "--json")
+    told = json.loads(out)
+    assert code == 1
+    assert [(row["path"], row["kind"]) for row in told["nodes"] if row["kind"] == "broken"] == [
+        ("it", "broken"), ("my adapter", "broken")
+    ]  # fmt: skip
+    assert {(problem["node"], problem["kind"]) for problem in told["problems"]} == {
+        ("it", "adapter"), ("my adapter", "folder")
+    }  # fmt: skip
+    assert len(told["nodes"]) == 6
+
+
+def test_show_and_check_say_in_a_line_that_steps_of_a_run_are_passed_over(
+    shell: Shell, base: Path, tmp_path: Path
+) -> None:
+    for step in ("", "checkpoint-10", "checkpoint-20"):
+        adapter(base, 1).save(tmp_path / "runs/fr" / step)
+    line = "note: fr: passed over fr/checkpoint-10, fr/checkpoint-20: a step of its training run, not a node"
+    for command in ("show", "check"):
+        code, out, _ = shell(command, tmp_path / "runs")
+        assert code == 0
+        assert line in out.splitlines()
+        assert answer(shell, command, tmp_path / "runs")["notes"] == [line.removeprefix("note: ")]
 
 
 def test_lock_says_what_it_accepts_and_what_was_moved(shell: Shell, zoo: Path, base: Path) -> None:

@@ -25,7 +25,7 @@ from lora_tree.errors import (
     UnlockedError,
     UnsupportedAdapter,
 )
-from lora_tree.folder import commit, lockfile
+from lora_tree.folder import commit, lockfile, notes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -266,6 +266,128 @@ def test_a_checkpoint_below_one_that_is_listed_is_refused(tmp_path: Path) -> Non
     nested(tmp_path, "checkpoint-1", "checkpoint-1/checkpoint-2")
     write(tmp_path / "tree.yaml", "version: 1\ntree: {checkpoint-1: {}}\n")
     assert "checkpoint-2 looks like a step of a Trainer's run" in refused(tmp_path, FolderError)
+
+
+def finished_runs(folder: Path, *runs: str) -> dict[str, lt.Adapter]:
+    """What trainers leave: the final adapter of each run on top, its checkpoints with other files below."""
+    final = {}
+    for seed, run in enumerate(runs):
+        for number, step in enumerate(("", "checkpoint-500", "checkpoint-1000", "checkpoint-1000/old")):
+            adapter(10 * seed + number).save(folder / run / step)
+            for other in ("optimizer.pt", "trainer_state.json", "tokenizer.json"):
+                write(folder / run / step / other, "x")
+        final[run] = adapter(10 * seed)
+    return final
+
+
+def test_a_folder_of_finished_runs_is_the_tree_of_their_final_adapters(tmp_path: Path) -> None:
+    final = finished_runs(tmp_path / "runs", "french", "german", "german/legal")
+    loaded = lt.load(tmp_path / "runs")
+    assert loaded.paths() == ["french", "german", "german/legal"]
+    for run, expected in final.items():
+        got = loaded.adapter(run)
+        assert got is not None
+        for name, value_ in expected.modules.items():
+            assert torch.equal(got.modules[name].dense(), value_.dense())
+    assert lt.check(tmp_path / "runs") == []
+    told = notes(tmp_path / "runs")
+    assert [line.partition(":")[0] for line in told] == ["french", "german", "german/legal"]
+    assert "french/checkpoint-500" in told[0]
+    lt.lock(tmp_path / "runs")
+    before = listing(tmp_path / "runs")
+    again = lt.load(tmp_path / "runs", strict=True)
+    again.save(tmp_path / "runs")
+    assert listing(tmp_path / "runs") == before
+    again.update("german/legal", weight=0.5)
+    again.save(tmp_path / "runs")
+    assert lt.load(tmp_path / "runs", strict=True).paths() == ["french", "german", "german/legal"]
+    assert {name for name in before if "checkpoint" in name} <= set(listing(tmp_path / "runs"))
+
+
+def test_a_step_without_the_final_adapter_above_it_is_still_refused(tmp_path: Path) -> None:
+    finished_runs(tmp_path, "french")
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / "french" / name).unlink()
+    assert "checkpoint-500 looks like a step of a Trainer's run" in refused(tmp_path, FolderError)
+
+
+def test_a_save_that_would_leave_steps_without_their_run_is_refused(tmp_path: Path) -> None:
+    made = lt.AdapterTree()
+    for seed, path in enumerate(("french", "german")):
+        made.add(path, adapter=adapter(seed))
+    made.save(tmp_path)
+    adapter(7).save(tmp_path / "french/checkpoint-500")
+    loaded = lt.load(tmp_path)
+    loaded.remove("french")
+    untouched(tmp_path, lambda: loaded.save(tmp_path), match="french/checkpoint-500: no node's any more")
+
+
+def test_a_step_that_tree_yaml_lists_is_a_node_and_the_others_are_passed_over(tmp_path: Path) -> None:
+    finished_runs(tmp_path, "french")
+    shutil.rmtree(tmp_path / "french/checkpoint-1000/old")
+    write(tmp_path / "tree.yaml", "version: 1\ntree: {french: {children: {checkpoint-500: {}}}}\n")
+    assert lt.load(tmp_path).paths() == ["french", "french/checkpoint-500"]
+    assert [line.split(":")[1] for line in notes(tmp_path)] == [" passed over french/checkpoint-1000"]
+
+
+def broken_zoo(folder: Path) -> dict[str, str]:
+    """A folder with every kind of broken node beside whole ones: node → a word of its reason."""
+    nested(folder, "fr", "fr/law", "fr/law/eu", "de", "de/x", "it", "es", "a b", "half", "lfs", "lfs/below")
+    config = json.loads((folder / "es" / CONFIG).read_text())
+    write(folder / "es" / CONFIG, json.dumps({**config, "use_dora": True}))
+    (folder / "half" / CONFIG).unlink()
+    (folder / "lfs" / WEIGHTS).write_bytes(POINTER)
+    (folder / "latest").symlink_to("fr")
+    write(folder / "tree.yaml", "version: 1\nbase: org/model\ntree: {named: {adapter: gone, children: {x: {r: 2}}}}\n")
+    adapter(12).save(folder / "named/y")
+    return {
+        "es": "use_dora", "a b": "not a valid node name", "half": "half an adapter", "lfs": "Git LFS pointer",
+        "lfs/below": "lies below lfs", "latest": "a link to", "named": "no adapter there",
+        "named/x": "lies below named", "named/y": "lies below named",
+    }  # fmt: skip
+
+
+def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
+    reasons = broken_zoo(tmp_path)
+    with pytest.raises(LoraTreeError) as caught:
+        lt.load(tmp_path)
+    assert str(caught.value).splitlines()[-1] == (
+        f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or --skip-broken"
+    )
+    with pytest.warns(lt.SkippedWarning) as warned:
+        loaded = lt.load(tmp_path, skip_broken=True)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert loaded.paths() == ["de", "de/x", "fr", "fr/law", "fr/law/eu", "it"]
+    whole = nested(tmp_path / "whole", "fr", "fr/law", "fr/law/eu", "de", "de/x", "it")
+    assert {**value(loaded), "": 0} == {**value(lt.load(whole)), "": 0}
+    assert loaded.base == "org/model"
+    for node, reason in reasons.items():
+        assert re.search(rf"{node}[^;]*{reason}", str(warned[0].message)), node
+
+
+def test_nodes_that_are_unlocked_are_left_out_too_and_the_root_s_own_files_never_are(zoo: Path) -> None:
+    nudge(zoo / "fr" / WEIGHTS)
+    with pytest.warns(lt.SkippedWarning, match=r"fr: .*other contents than the lock says.*fr/legal: lies below fr"):
+        loaded = lt.load(zoo, skip_broken=True)
+    assert loaded.paths() == ["de", "grp", "grp/x"]
+    assert lt.load(nested(zoo.parent / "sound", "fr"), skip_broken=True).paths() == ["fr"]
+    write(zoo / "tree.yaml", "version: [")
+    with pytest.raises(SpecError) as caught:
+        lt.load(zoo, skip_broken=True)
+    assert "skip_broken" not in str(caught.value)
+
+
+def test_a_tree_with_nodes_left_out_does_not_save_over_the_whole_one(tmp_path: Path) -> None:
+    broken_zoo(tmp_path / "zoo")
+    with pytest.warns(lt.SkippedWarning):
+        loaded = lt.load(tmp_path / "zoo", skip_broken=True)
+    before = listing(tmp_path / "zoo")
+    with pytest.raises(LoraTreeError):
+        loaded.save(tmp_path / "zoo")
+    assert listing(tmp_path / "zoo") == before
+    loaded.save(tmp_path / "other")
+    assert lt.load(tmp_path / "other").paths() == loaded.paths()
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -13,7 +13,7 @@ import typer
 
 from ..export.base import skeleton as skeleton_of
 from ..fit import clashes, misfits
-from ..folder import StaleWarning, load
+from ..folder import StaleWarning, load, notes
 from ..folder import check as check_folder
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
@@ -38,11 +38,15 @@ def check(
         problems += [(path, "shape", text) for path, text in clashes(tree)]
         if skeleton is not None:
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
+    remarks = notes(folder)
     if as_json:
-        print_json({"folder": str(folder), "problems": [{"node": n, "kind": k, "text": t} for n, k, t in problems]})
+        told = [{"node": n, "kind": k, "text": t} for n, k, t in problems]
+        print_json({"folder": str(folder), "problems": told, "notes": remarks})
     else:
         for _, kind, text in problems:
             out().print(f"{kind}: {text}", markup=False, soft_wrap=True)
+        for note in remarks:
+            out().print(f"note: {note}", markup=False, soft_wrap=True)
         total = f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else f"{folder}: all is well"
         out().print(total, markup=False, soft_wrap=True)
     if problems:

@@ -5,8 +5,19 @@ yamlfile ──────────────────────┼�
 lockfile ─ trained ────────────┘                              alone ──┴─ api: load, lock, check
 """
 
-from .api import StaleWarning, check, load, lock, relock, survey
+from .api import SkippedWarning, StaleWarning, check, load, lock, notes, relock, survey
 from .problem import Problem
 from .yamlfile import json_schema
 
-__all__ = ["Problem", "StaleWarning", "check", "json_schema", "load", "lock", "relock", "survey"]
+__all__ = [
+    "Problem",
+    "SkippedWarning",
+    "StaleWarning",
+    "check",
+    "json_schema",
+    "load",
+    "lock",
+    "notes",
+    "relock",
+    "survey",
+]

@@ -29,22 +29,33 @@ from .bounds import no_folder
 from .commit import leftovers, writing
 from .lockfile import dump
 from .memory import Seen, remember
-from .opening import Opened, inspect, place_of
-from .problem import Kind, Problem, raise_any
+from .opening import Opened, inspect, place_of, unusable
+from .problem import HARMLESS, Kind, Problem, raise_any
 from .relock import Relocked, relocked
+from .resolve import step_of
 from .saving import save_tree
 from .scan import look
 from .source import FolderSource
 from .trained import trained
 
-__all__ = ["Problem", "StaleWarning", "check", "load", "lock", "relock", "survey"]
+__all__ = ["Problem", "SkippedWarning", "StaleWarning", "check", "load", "lock", "notes", "relock", "survey"]
 
 
 class StaleWarning(LoraTreeWarning):
     """Nodes were trained on a lineage, or a base, that has changed since; they load, but may not fit any more."""
 
 
-def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = True) -> AdapterTree:
+class SkippedWarning(UserWarning):
+    """Nodes were left out of a tree that was opened with ``skip_broken=True``, each with its reason."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    outside: bool = True,
+    skip_broken: bool = False,
+) -> AdapterTree:
     """Open a folder of nested PEFT adapters, or a tree.yaml, as a tree. No weights are read.
 
     Args:
@@ -52,8 +63,11 @@ def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = 
         strict: raise where a node is stale, instead of warning.
         outside: whether tree.yaml may name adapters that lie outside of the folder. Pass False for a tree that somebody
             else wrote: then nothing outside of its folder is read, whatever its tree.yaml and its links say.
+        skip_broken: leave out the nodes that can't be used, and all below them, and warn of each with its reason. For
+            this the headers of all adapters are read.
 
     Raises:
+        NewerFormat: a newer version of this library wrote tree.yaml or tree.lock.
         SpecError: tree.yaml or tree.lock makes no sense; every mistake with its line and column.
         FolderError: there is no tree, or something lies where it can't.
         FormatError: an adapter is incomplete.
@@ -62,19 +76,37 @@ def load(path: str | os.PathLike[str], *, strict: bool = False, outside: bool = 
     """
     place = place_of(path)
     opened = inspect(place, outside=outside)
-    raise_any(opened.problems, *_accept(opened))
+    skipped: dict[str, str] = {}
+    if skip_broken:
+        raise_any([problem for problem in opened.problems if not problem.node])
+        skipped = unusable(opened)
+    else:
+        raise_any(opened.problems, *_accept(opened), after=_go_on(opened))
     _there_is_a_tree(opened)
-    if opened.stale:
+    if skipped:
+        text = "; ".join(skipped.values())
+        warnings.warn(SkippedWarning(f"left out: {text}"), stacklevel=2)
+    stale = [text for node, text in opened.stale.items() if node not in skipped]
+    if stale:
         todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.spelled}"
         if strict:
-            raise StaleError(*opened.stale.values(), todo)
-        warnings.warn(StaleWarning("stale: " + "; ".join(opened.stale.values()), todo), stacklevel=2)
-    nodes = (_node(opened, node) for node in opened.entries)
+            raise StaleError(*stale, todo)
+        warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(stale), todo))), stacklevel=2)
+    nodes = (_node(opened, node) for node in opened.entries if node not in skipped)
     defaults, cache = (opened.spec.defaults, opened.spec.cache) if opened.spec else (None, None)
     home = Path(place.yaml_file)
     tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, cache=cache, home=home)
     remember(tree, place, Seen.of(opened))
     return tree
+
+
+def _go_on(opened: Opened) -> str | None:
+    """How to open the tree without the nodes that can't be used, where only nodes stand in the way."""
+    wrong = [problem for problem in opened.problems if problem.kind not in HARMLESS]
+    if any(not problem.node for problem in wrong):
+        return None
+    folder = opened.place.spelled
+    return f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"
 
 
 def _accept(opened: Opened) -> list[str]:
@@ -103,9 +135,16 @@ def survey(path: str | os.PathLike[str], *, outside: bool = True) -> tuple[Adapt
     opened = inspect(place, outside=outside)
     raise_any([problem for problem in opened.problems if not problem.node])
     _there_is_a_tree(opened)
-    nodes = (_node(opened, node) for node in opened.entries)
-    tree = AdapterTree.from_nodes(nodes, base=opened.base_name, home=Path(place.yaml_file))
-    return tree, [problem for problem in opened.problems if problem.node]
+    problems = [problem for problem in opened.problems if problem.node]
+    present: dict[str, Node] = {}
+    for node in opened.entries:
+        above = node.rpartition("/")[0]
+        if above and above not in present:
+            problems.append(Problem(node, "folder", f"{node}: lies below {above}, which can't be used"))
+        else:
+            present[node] = _node(opened, node)
+    tree = AdapterTree.from_nodes(present.values(), base=opened.base_name, home=Path(place.yaml_file))
+    return tree, problems
 
 
 def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
@@ -177,6 +216,21 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
         except FolderError as error:
             problems.append(Problem(path, "folder", str(error)))
     return problems
+
+
+def notes(path: str | os.PathLike[str]) -> list[str]:
+    """Say what is no problem, and worth a line: the steps of training runs that are passed over.
+
+    Raises:
+        FolderError: there is no such folder or file.
+    """
+    opened = inspect(place_of(path))
+    runs: dict[str, list[str]] = {}
+    for step in opened.passed:
+        runs.setdefault(step_of(step) or "", []).append(step)
+    return [
+        f"{run}: passed over {listing(steps)}: a step of its training run, not a node" for run, steps in runs.items()
+    ]
 
 
 def _numbers(node: str, adapter: Adapter) -> list[Problem]:

@@ -20,14 +20,14 @@ from .commit import HIDDEN, RECORD, Pending, pending
 from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
 from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, fingerprint
 from .lockfile import parse as parse_lock
-from .problem import Kind, Problem
+from .problem import HARMLESS, Kind, Problem
 from .resolve import Entry, resolve
 from .scan import FILES, Files, Scan, scan
 from .source import broken_text, hashed
 from .trained import TOP, stale_text, trained
 from .yamlfile import MAX_BYTES, read_spec
 
-__all__ = ["Opened", "Place", "base_at_hand", "base_lock", "inspect", "local_base", "place_of"]
+__all__ = ["Opened", "Place", "base_at_hand", "base_lock", "inspect", "local_base", "place_of", "unusable"]
 
 YAML = "tree.yaml"
 _TRIES = 50
@@ -70,6 +70,7 @@ class Opened:
         lock, lock_bytes: of tree.lock.
         scan: the adapters below the folder, whether they are nodes or not.
         entries: the nodes, depth-first.
+        passed: the paths of adapters that are steps of a node's own training run, and no nodes.
         contents: node → hash of its files, as far as the lock gives it and they agree.
         base: what is known of the base now; looked at only where there is a lock.
         stale: node → why.
@@ -84,6 +85,7 @@ class Opened:
     lock_bytes: bytes | None = None
     scan: Scan = field(default_factory=Scan)
     entries: dict[str, Entry] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
     contents: dict[str, str] = field(default_factory=dict)
     base: BaseLock = field(default_factory=BaseLock)
     stale: dict[str, str] = field(default_factory=dict)
@@ -194,8 +196,9 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
     if opened.problems:
         return opened  # the meaning of the folders is not known without them
     opened.scan = scan(place.folder, decided)
-    opened.entries, problems = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
-    opened.problems.extend(problems)
+    resolved = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
+    opened.entries, opened.passed = resolved.entries, resolved.passed
+    opened.problems.extend(resolved.problems)
     if opened.lock is not None:
         _compare(opened, opened.lock)
     return opened
@@ -251,6 +254,29 @@ def _compare(opened: Opened, lock: TreeLock) -> None:
             if stale is not None:
                 opened.stale[path] = stale
                 opened.problems.append(Problem(path, "stale", stale))
+
+
+def unusable(opened: Opened) -> dict[str, str]:
+    """Find what can't be used in a folder: path → why, in one line or several.
+
+    That is what a problem is known of, what lies below such a node, and, since headers are looked at here, adapters
+    that are broken or of a kind that does not add up.
+    """
+    found: dict[str, str] = {}
+    for problem in opened.problems:
+        if problem.node and problem.kind not in HARMLESS:
+            found.setdefault(problem.node, problem.text)
+    for path, entry in opened.entries.items():
+        above = path.rpartition("/")[0]
+        if path in found:
+            continue
+        if above in found:
+            found[path] = f"{path}: lies below {above}, which can't be used"
+        elif entry.files is not None:
+            reason = broken_text(entry.files, unknown_kinds=True)
+            if reason is not None:
+                found[path] = f"{path}: {reason}"
+    return found
 
 
 def base_at_hand(opened: Opened) -> str | None:

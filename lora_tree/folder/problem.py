@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from ..errors import FolderError, FormatError, LoraTreeError, NewerFormat, SpecError, StaleError, UnlockedError
 
-__all__ = ["Kind", "Problem", "raise_any"]
+__all__ = ["HARMLESS", "Kind", "Problem", "raise_any"]
 
 Kind: TypeAlias = Literal[
     "newer",
@@ -58,12 +58,29 @@ class Problem:
         return f"{self.kind}: {self.text}"
 
 
-def raise_any(problems: Iterable[Problem], *todo: str, but: Iterable[Kind] = ("stale", "leftover")) -> None:
-    """Raise the first kind of problem there is, with all of that kind; kinds in ``but`` pass."""
+HARMLESS: frozenset[Kind] = frozenset(("stale", "leftover", "numbers"))
+"""Kinds that do not keep a node from being opened."""
+
+
+def raise_any(
+    problems: Iterable[Problem],
+    *todo: str,
+    but: Iterable[Kind] = ("stale", "leftover"),
+    after: str | None = None,
+) -> None:
+    """Raise the first kind of problem there is, with all of that kind.
+
+    Args:
+        problems: in any order.
+        todo: advice about files that are not what the lock says.
+        but: the kinds that pass.
+        after: the last line of the error, whatever its kind.
+    """
     problems = list(problems)
     for kind, error in _RAISED.items():
         texts = [problem.text for problem in problems if problem.kind == kind]
         if texts and kind not in set(but):
             # A text is an error's own: its advice stands on lines of its own.
             lines = [line for text in texts for line in text.split("\n  ")]
-            raise error(*lines, *(todo if kind == "unlocked" else ()))
+            lines += todo if kind == "unlocked" else ()
+            raise error(*lines, *([after] if after else ()))

@@ -22,7 +22,7 @@ from .problem import Problem
 from .scan import Files, Scan, look
 from .yamlfile import Located, walk
 
-__all__ = ["Entry", "is_step", "resolve"]
+__all__ = ["Entry", "Resolved", "is_step", "resolve", "step_of"]
 
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+\Z")
 
@@ -46,6 +46,21 @@ class Entry:
     null: bool = False
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """What tree.yaml and the folders mean together.
+
+    Args:
+        entries: the nodes, depth-first by name.
+        problems: what can't be a node.
+        passed: the paths of adapters that are steps of a node's own training run, which are passed over.
+    """
+
+    entries: dict[str, Entry]
+    problems: list[Problem]
+    passed: list[str]
+
+
 def resolve(
     spec: TreeSpec | None,
     located: Located | None,
@@ -53,8 +68,8 @@ def resolve(
     folder: str,
     *,
     outside: bool = True,
-) -> tuple[dict[str, Entry], list[Problem]]:
-    """Every node, depth-first by name, and what can't be a node.
+) -> Resolved:
+    """Find every node, and what can't be one.
 
     Args:
         spec, located: what tree.yaml says, and where it says it; None where there is none.
@@ -62,7 +77,8 @@ def resolve(
         outside: whether tree.yaml may name adapters that lie outside of ``folder``.
     """
     entries: dict[str, Entry] = {}
-    problems = [Problem("", "folder", text) for text in scan.wrong]
+    problems = [Problem(path, "folder", text) for path, text in scan.wrong]
+    passed: list[str] = []
     claimed: set[str] = set()
     for path, node, loc in walk(spec) if spec else ():
         at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
@@ -87,10 +103,13 @@ def resolve(
         if path not in claimed:
             text = f"{os.path.join(folder, path)}: a link to {target}; a tree's folders are its own"
             todo = f"name it in tree.yaml ({{adapter: {target}}}), or move it away"
-            problems.append(Problem("", "folder", f"{text}: {todo}"))
+            problems.append(Problem(path, "folder", f"{text}: {todo}"))
     for path, files in scan.found.items():
         key = path or "."
         if key in claimed or (path in entries and (entries[path].null or entries[path].named)):
+            continue
+        if _of_a_run(path, entries, claimed):
+            passed.append(path)
             continue
         wrong = _misplaced(path, files, scan, entries)
         if wrong is not None:
@@ -100,7 +119,7 @@ def resolve(
                 entries.setdefault(above, Entry())
             entries[path] = Entry(files=files)
     ordered = {path: entries[path] for path in sorted(entries, key=lambda path: path.split("/"))}
-    return ordered, [*problems, *_twins(ordered, folder)]
+    return Resolved(ordered, [*problems, *_twins(ordered, folder)], passed)
 
 
 def _listed(path: str, node: NodeSpec, defaults: LoraSpec, scan: Scan, folder: str) -> Entry:
@@ -143,6 +162,27 @@ def is_step(path: str) -> bool:
     return _CHECKPOINT.match(path.rpartition("/")[2]) is not None
 
 
+def step_of(path: str) -> str | None:
+    """Return the run that an adapter in a folder like ``run/checkpoint-500`` is a step of; None where it is none.
+
+    >>> step_of("fr/run/checkpoint-500"), step_of("checkpoint-500"), step_of("fr/run")
+    ('fr/run', None, None)
+    """
+    step = next((on for on in (*_above(path), path) if is_step(on)), "")
+    return step.rpartition("/")[0] or None
+
+
+def _of_a_run(path: str, entries: Mapping[str, Entry], claimed: set[str]) -> bool:
+    """A step of the run that left the adapter of a node: ``french`` is the node, and ``french/checkpoint-500`` is not.
+
+    A step that tree.yaml lists is a node like any other, and what lies in its folder is not its steps.
+    """
+    run = step_of(path)
+    if run is None or any(on in entries for on in (*_above(path), path) if is_step(on)):
+        return False
+    return run in claimed or (run in entries and entries[run].files is not None)
+
+
 def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]) -> Problem | None:
     """Why the adapter in a folder can't be the node of that path; a step among ``entries`` is listed in tree.yaml."""
     if not path:
@@ -152,11 +192,11 @@ def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]
     if step is not None:
         text = f"{files.folder}: {step.rpartition('/')[2]} looks like a step of a Trainer's run, not like a node"
         todo = f"name the one you want in tree.yaml ({{adapter: {path}}}), and move the others away"
-        return Problem("", "folder", f"{text}; {todo}")
+        return Problem(path, "folder", f"{text}; {todo}")
     try:
         check_path(path)
     except PathError as error:
-        return Problem("", "folder", f"{files.folder}: {error}")
+        return Problem(path, "folder", f"{files.folder}: {error}")
     if files.flaw is not None:
         return Problem(path, "adapter", files.flaw)
     return None

@@ -40,7 +40,7 @@ from .lockfile import dump as dump_lock
 from .memory import Seen, digest, recall, remember
 from .opening import Opened, Place, base_lock, inspect, local_base, place_of
 from .problem import raise_any
-from .resolve import is_step, resolve
+from .resolve import is_step, resolve, step_of
 from .scan import FILES, Files, Scan
 from .source import FolderSource, adds_nothing, examine, hashed
 from .trained import TOP, Trained, lineage_locks, stale_text, trained
@@ -253,6 +253,9 @@ def _clear(plan: _Plan) -> None:
     for path, files in plan.target.scan.found.items():
         if (path or ".") in claimed or (path in plan.kept and not plan.kept[path].named):
             continue
+        run = step_of(path) if path in plan.target.passed else None
+        if run is not None and (run in claimed or run in plan.kept):
+            continue  # a step of a run whose node stays is passed over again
         ours = _ours(plan, path, files)
         if ours and not plan.seen.knows(path, files):
             unseen.append(files.folder)
@@ -312,10 +315,10 @@ def _says_the_same(plan: _Plan) -> bool:
     found = {path: kept.files for path, kept in plan.kept.items() if not kept.named}
     gone = {place.rpartition("/")[0] for place in plan.transaction.deletes}
     stays = {path: files for path, files in plan.target.scan.found.items() if path not in gone}
-    entries, wrong = resolve(spec, None, Scan(stays | found), plan.place.folder)
-    if wrong or list(entries) != plan.tree.paths():
+    resolved = resolve(spec, None, Scan(stays | found), plan.place.folder)
+    if resolved.problems or list(resolved.entries) != plan.tree.paths():
         return False
-    for path, entry in entries.items():
+    for path, entry in resolved.entries.items():
         node, kept = plan.tree[path], plan.kept.get(path)
         there = os.path.realpath(entry.files.folder) if entry.files else None
         here = os.path.realpath(kept.files.folder) if kept else None

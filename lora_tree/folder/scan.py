@@ -55,11 +55,11 @@ class Files:
 
 @dataclass(frozen=True)
 class Scan:
-    """What lies below a folder: relative path → its adapter's files; folder links; and what is wrong."""
+    """What lies below a folder: relative path → its adapter's files; folder links; and what is wrong, with its path."""
 
     found: dict[str, Files] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
+    wrong: list[tuple[str, str]] = field(default_factory=list)
 
 
 def look(folder: str, root: str | None = None) -> Files:
@@ -104,7 +104,8 @@ def scan(root: str, decided: Pending) -> Scan:
         seen += 1
         if depth > MAX_DEPTH or seen > _MOST_FOLDERS:
             limit = f"deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {_MOST_FOLDERS} folders"
-            result.wrong.append(f"{os.path.join(root, above)}: {limit}; is this the folder of a tree?")
+            text = f"{os.path.join(root, above)}: {limit}; is this the folder of a tree?"
+            result.wrong.append((above if seen <= _MOST_FOLDERS else "", text))
             if seen > _MOST_FOLDERS:
                 break
             continue
@@ -145,14 +146,15 @@ def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stam
                 elif entry.name in _NAMES and entry.name not in here:
                     if entry.is_symlink() and leaves(entry.path, root):
                         text = f"{entry.path}: a link that leads out of {root}, to {os.path.realpath(entry.path)}"
-                        result.wrong.append(f"{text}; name that folder in tree.yaml, or copy the file here")
+                        todo = "name that folder in tree.yaml, or copy the file here"
+                        result.wrong.append((above, f"{text}; {todo}"))
                     elif entry.is_file():
                         stat = entry.stat()
                         here[entry.name] = entry.path, Stamp(stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        result.wrong.append(f"{folder}: can't be read: {error.strerror or error}")
+        result.wrong.append((above, f"{folder}: can't be read: {error.strerror or error}"))
     except LoraTreeError as error:
-        result.wrong.append(str(error))
+        result.wrong.append((above, str(error)))
     return here, below
 
 

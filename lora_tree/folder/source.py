@@ -228,13 +228,18 @@ def examine(files: Files) -> Examined:
     return Examined(hashing.content(), adds_nothing(adapter))
 
 
-def broken_text(files: Files) -> str | None:
-    """Say why an adapter's files are broken, as far as their headers and sizes show it; None where they are whole."""
+def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
+    """Say why an adapter's files are broken, as far as their headers and sizes show it; None where they are whole.
+
+    Args:
+        files: both of them.
+        unknown_kinds: whether an adapter of a kind that this library can't add up counts as well.
+    """
     config, weights = (files.now[name][0] for name in FILES)
     try:
         peft.read(config, weights, where=files.folder, outline=True)
-    except UnsupportedAdapter:
-        return None  # whole, and refused by its name where it is used
+    except UnsupportedAdapter as error:
+        return str(error) if unknown_kinds else None
     except FormatError as error:
         return str(error)
     return None
