@@ -232,6 +232,24 @@ def test_show_lists_what_cannot_be_used_in_red_beside_the_others(
     assert len(told["nodes"]) == 6
 
 
+def test_a_path_is_exported_though_another_node_is_broken(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    expected = lt.load(zoo).flatten("fr/legal")
+    (zoo / "fr/medical/adapter_model.safetensors").write_bytes(b"x")
+    arguments = ("export", zoo, "fr/legal", "--out", tmp_path / "out", "--as", "peft")
+    code, _, err = shell(*arguments)
+    assert code == 1
+    assert "--skip-broken" in err
+    code, _, err = shell(*arguments, "--skip-broken")
+    assert code == 0
+    assert "left out: fr/medical" in err
+    got = lt.Adapter.load(tmp_path / "out")
+    for name, value in expected.modules.items():
+        torch.testing.assert_close(got.modules[name].dense(), value.dense())
+    code, _, err = shell("export", zoo, "fr/medical", "--out", tmp_path / "no", "--skip-broken")
+    assert code == 1
+    assert "no node 'fr/medical' in the tree" in err
+
+
 def test_show_and_check_say_in_a_line_that_steps_of_a_run_are_passed_over(
     shell: Shell, base: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from .console import stdout_is_json
 
-__all__ = ["AsJson", "Base", "Data", "Folder", "Length", "Nodes", "TrustRemoteCode"]
+__all__ = ["AsJson", "Base", "Data", "Folder", "Length", "Nodes", "SkipBroken", "TrustRemoteCode"]
 
 
 def _only_json(context: typer.Context, wanted: bool) -> bool:
@@ -27,5 +27,9 @@ Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base; th
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code that the base brings along."),
+]
+SkipBroken = Annotated[
+    bool,
+    typer.Option("--skip-broken", help="Leave out nodes that can't be used, and all below them."),
 ]
 Length = Annotated[int, typer.Option(min=2, help="Tokens to keep of a row.")]

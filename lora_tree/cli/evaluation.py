@@ -14,7 +14,7 @@ from ..folder import disk, load
 from ..model import attach
 from ..runs import Matrix, evaluate
 from ..runs.evaluation import BARE
-from .arguments import AsJson, Base, Data, Folder, Length, Nodes, TrustRemoteCode
+from .arguments import AsJson, Base, Data, Folder, Length, Nodes, SkipBroken, TrustRemoteCode
 from .base import open_model, open_tokenizer
 from .console import out, print_json
 from .progress import steps_done
@@ -33,10 +33,11 @@ def evaluation(
     max_length: Length = 1024,
     picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    skip_broken: SkipBroken = False,
     as_json: AsJson = False,
 ) -> None:
     """The loss of every node, and of the bare base, on the rows of every path."""
-    tree = load(folder)
+    tree = load(folder, skip_broken=skip_broken)
     for node in nodes or ():
         tree.lineage(node)
     name, tokenizer = open_tokenizer(tree, folder, base, what="eval", trust_remote_code=trust_remote_code)

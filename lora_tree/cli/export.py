@@ -19,7 +19,7 @@ from ..export.siblings import without_v
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
-from .arguments import AsJson, Folder, TrustRemoteCode
+from .arguments import AsJson, Folder, SkipBroken, TrustRemoteCode
 from .console import err, out, print_json
 
 __all__ = ["export"]
@@ -89,12 +89,13 @@ def export(
     workers: Annotated[int | None, typer.Option(min=1, help="Leaves at once, with --all.")] = None,
     per_module: Annotated[bool, typer.Option("--per-module", help="Tell every module's error.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    skip_broken: SkipBroken = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a path, a blend or every leaf as one adapter that any engine loads; or merged into a checkpoint."""
     if every == (path is not None):
         raise SpecError("name one path or blend, or every leaf: lora-tree export FOLDER PATH --out DIR, or --all")
-    tree = load(folder)
+    tree = load(folder, skip_broken=skip_broken)
     _outside(tree, folder, to)
     if kind is As.model:
         if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or complete or shape:

@@ -12,7 +12,7 @@ from ..errors import SpecError
 from ..extras import foreign
 from ..folder import load
 from ..model import attach
-from .arguments import Folder, TrustRemoteCode
+from .arguments import Folder, SkipBroken, TrustRemoteCode
 from .base import open_model, open_tokenizer
 from .console import print_text
 
@@ -36,9 +36,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     mode: Annotated[Mode, typer.Option(help="Written into the weights, or a side path.")] = Mode.merged,
     trust_remote_code: TrustRemoteCode = False,
+    skip_broken: SkipBroken = False,
 ) -> None:
     """Print text that the base writes at a path."""
-    tree = load(folder)
+    tree = load(folder, skip_broken=skip_broken)
     tree.lineage(path) if "+" not in path and ":" not in path else tree.coefficients(path)
     name, tokenizer = open_tokenizer(tree, folder, base, what="generate", trust_remote_code=trust_remote_code)
     with foreign("the tokenizer can't read the prompt"):

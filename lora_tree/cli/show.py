@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from .arguments import AsJson, Folder
 from .console import out, print_json
 
 __all__ = ["show"]
+
+NEVER_WRAPPED = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ def show(
             }
         )
     else:
-        out().print(_table(tree, rows, broken, str(folder)))
+        console = out()
+        if not sys.stdout.isatty():
+            console.width = NEVER_WRAPPED  # a reason is one line, for grep
+        console.print(_table(tree, rows, broken, str(folder)))
         for note in remarks:
             out().print(f"note: {note}", markup=False, soft_wrap=True)
     if error is not None:
