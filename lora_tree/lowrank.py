@@ -161,6 +161,22 @@ class LowRank:
         """No number in A, B or the bias is NaN or infinite."""
         return all(bool((t if t.element_size() > 1 else t.float()).isfinite().all()) for t in self.tensors)
 
+    def fits(self, dtype: torch.dtype | None = None) -> bool:
+        """Whether ΔW, and scale · B on the way to it, are finite in ``dtype``; fp32 or the factors' own, if wider.
+
+        >>> LowRank(torch.ones(1, 2), torch.ones(2, 1), scale=1e5).fits(torch.float16)
+        False
+        """
+        most = torch.finfo(dtype or torch.promote_types(self.dtype, torch.float32)).max
+        a, b, *bias = (_largest(t) for t in self.tensors)
+        scale = abs(self.scale)
+        if not all(scale * size <= most for size in (b, *bias)) or not math.isfinite(a):
+            return False
+        if scale * self.rank * a * b <= most:
+            return True
+        # the bound is coarse: the product itself decides
+        return all(bool((block.abs() <= most).all()) for block in self.dense_blocks(dtype=torch.float64))
+
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.shape))
         return f"LowRank({shape}, r={self.rank}, scale={self.scale:g}, {self.layout}, {str(self.dtype)[6:]})"
@@ -408,6 +424,13 @@ def same_place(x: LowRank, y: LowRank) -> None:
 def _check_error(bound: object) -> None:
     if not isinstance(bound, Real) or not float(bound) >= 0:
         raise SpecError(f"max_error must be 0 or more (a part of the norm), got {bound!r}")
+
+
+def _largest(t: Tensor) -> float:
+    """max |x|; NaN where there is one."""
+    plain = t.detach() if t.element_size() > 1 else t.detach().float()
+    least, most = torch.aminmax(plain)
+    return float(torch.maximum(least.abs(), most.abs()))
 
 
 def _beside(parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:

@@ -36,6 +36,7 @@ from .cache.link import link_to
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
+from .engine.finite import check_beside
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, warn_on_save
 from .engine.merged import Merged
 from .engine.plan import BARE, Binder, Plan
@@ -236,7 +237,8 @@ class TreeModel(nn.Module):
 
         Raises:
             PathError, SpecError: not a path of the tree, or not a blend.
-            BaseMismatch: an adapter on the way does not fit this base, or can't be applied in this mode.
+            BaseMismatch: an adapter on the way does not fit this base, or can't be applied in this mode, or its scale
+                times its factors is not finite in the base's dtype.
             FolderError, FormatError: an adapter's files can't be read.
             BudgetError: the path does not fit into a budget; says how much is needed.
             StateError: detached, or a node that trains was to be merged, or somebody else wrote to a merged weight.
@@ -682,7 +684,7 @@ class TreeModel(nn.Module):
         self._usable()
         with self._needing(dict.fromkeys(batch.nodes, 1.0)) as terms:
             plan = self._binder.plan(terms)
-            self._check_side_paths(plan)
+            self._check_side_paths(plan, batch.largest)
             route = self._router.route(batch, plan, strategy)
             self._beside.ready_for(route, axis)
             self._merged.switch(BARE)
@@ -690,10 +692,11 @@ class TreeModel(nn.Module):
             self._plan = plan
         self._became(paths, State.ROUTED, lambda self: self._route(paths, batch, axis, strategy))
 
-    def _check_side_paths(self, plan: Plan) -> None:
+    def _check_side_paths(self, plan: Plan, owed: Mapping[str, float] | None = None) -> None:
         if plan.terms and not isinstance(self._beside, Prepared):
             self._check_uncompiled()
         self._beside.check(plan)
+        check_beside(plan, self._manner.dtype, owed)
 
     def _check_uncompiled(self) -> None:
         if self._compiled or self.base._compiled_call_impl is not None or self._compile_watch.sees(self.base):

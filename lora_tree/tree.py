@@ -566,12 +566,13 @@ def _source(path: str, folder: object) -> Source:
 
 
 def _all_finite(flat: Adapter, terms: list[tuple[str, float, Adapter]]) -> None:
-    """Refuse a sum in which a scale, folded into finite factors, made one that is not."""
-    broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.is_finite)]
+    """Refuse a sum in which scales make of finite factors what is not: scale · B, or the product with A."""
+    broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.fits())]
     if broken and all(_is_finite(adapter) for _, _, adapter in terms):
         nodes = [node for node, _, adapter in terms if broken[0] in adapter.modules]
         raise SpecError(
-            f"{listing(nodes)}: {broken[0]}: the factors are finite, but not their scales times B, in fp32",
+            f"{listing(nodes)}: {broken[0]}: the factors are finite, but not their scales times B, "
+            "or the product with A, in fp32",
             f"coefficients: {', '.join(f'{node} {c:g}' for node, c, _ in terms)}",
         )
 

@@ -28,7 +28,7 @@ from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.errors import FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
+from lora_tree.errors import BaseMismatch, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
 from lora_tree.folder import commit, disk, survey
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.vllm_settings import Settings
@@ -780,6 +780,96 @@ def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
 
 
 # ---------------------------------------------------------------- numbers that are not finite
+def llama_zoo(folder: Path, *, weight: float = 1.0, **config: object) -> tuple[nn.Module, lt.AdapterTree]:
+    """fr → legal over a tiny Llama, as files; ``config`` is put into legal's adapter_config.json."""
+    base = base_folder(folder / "base")
+    legal = ARCHS["llama"].tree(base).flatten("a", dtype=torch.float32).scaled(0.01)
+    tree = lt.AdapterTree(base=str(folder / "base"))
+    tree.add("fr", adapter=legal)
+    tree.add("fr/legal", adapter=legal, weight=weight)
+    tree.save(folder / "zoo")
+    written = json.loads((folder / "zoo" / "fr" / "legal" / "adapter_config.json").read_text())
+    (folder / "zoo" / "fr" / "legal" / "adapter_config.json").write_text(json.dumps(written | config))
+    (folder / "zoo" / "tree.lock").unlink()
+    return base, lt.load(folder / "zoo")
+
+
+@pytest.mark.parametrize("how", ["lora_alpha", "weight", "both"])
+def test_a_scale_that_leaves_no_finite_number_is_refused_before_the_first_write(how: str, tmp_path: Path) -> None:
+    alpha = {"lora_alpha": 10**300, "use_rslora": False} if how != "weight" else {}
+    base, tree = llama_zoo(tmp_path, weight=1e300 if how != "lora_alpha" else 1.0, **alpha)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    problems = [(p.node, p.kind) for p in lt.check(tmp_path / "zoo")]
+    assert problems == [("fr/legal", "numbers")]
+    model = lt.attach(tree, base)
+    q_proj = r"fr/legal: .*model\.layers\.\d\.[a-z_.]+: .*"
+    for mode in ("merged", "unmerged"):
+        with pytest.raises(BaseMismatch, match=q_proj):
+            model.activate("fr/legal", mode=mode)
+    with pytest.raises(BaseMismatch, match=q_proj), model.route(["fr", "fr/legal"]):
+        pass
+    assert (model.active, model.state.value) == ("", "bare")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+    model.activate("fr")
+    model.detach()
+    for call in (
+        lambda: tree.flatten("fr/legal"),
+        lambda: lt.portable(tree, "fr/legal"),
+        lambda: lt.export_model(tree, "fr/legal", tmp_path / "out"),
+    ):
+        with pytest.raises(LoraTreeError, match="fr/legal"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("delta", "fits"), [(5503.0, True), (5535.0, False), (-125530.0, False), (-125515.0, True)])
+def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
+    delta: float, fits: bool, tmp_path: Path
+) -> None:
+    """Against W + ΔW in float64, rounded once."""
+    base = base_folder(tmp_path / "base").half()
+    name = "model.layers.0.self_attn.q_proj"
+    weight = base.get_submodule(name).weight
+    with torch.no_grad():
+        weight[3, 5] = 60000.0
+    base.save_pretrained(tmp_path / "base")
+    A, B = torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1)
+    A[0, 5], B[3, 0] = 1.0, delta
+    tree = lt.AdapterTree(base=str(tmp_path / "base"))
+    tree.add("fr", adapter=lt.Adapter({name: lt.LowRank(A, B)}))
+    dense = (weight.double() + B.double() @ A.double()).half()
+    assert bool(dense.isfinite().all()) is fits
+    model = lt.attach(tree, base)
+    if fits:
+        model.activate("fr")
+        assert torch.equal(weight, dense)
+        lt.export_model(tree, "fr", tmp_path / "out")
+        return
+    with pytest.raises(
+        BaseMismatch, match=rf"^fr: {name}: its scale .* goes over 65504, the largest number of float16"
+    ):
+        model.activate("fr")
+    assert weight[3, 5] == 60000.0
+    with pytest.raises(BaseMismatch, match=rf"^fr: fr: {name}: its scale .* goes over 65504"):
+        lt.export_model(tree, "fr", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.activate("fr", mode="unmerged")  # nothing is written there
+
+
+def test_a_factor_that_is_nan_never_reaches_a_base(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    before = base[0].weight.detach().clone()
+    tree = lt.AdapterTree()
+    for path, number in (("nan", float("nan")), ("inf", float("inf")), ("fine", 1.0)):
+        tree.add(path, adapter=lt.Adapter({"0": lt.LowRank(torch.full((2, 4), number), torch.ones(3, 2))}))
+    model = lt.attach(tree, base)
+    for path in ("nan", "inf", {"fine": 0.5, "nan": 0.5}):
+        for mode in ("merged", "unmerged"):
+            with pytest.raises(BaseMismatch, match=r"^(nan|inf): 0: a factor holds NaN or an infinity"):
+                model.activate(path, mode=mode)
+    model.activate("fine")
+    assert torch.equal(base[0].weight, before + 2.0)
+
 
 # ---------------------------------------------------------------- versions of our own files
 NEWER_YAML = {

@@ -244,3 +244,18 @@ def test_a_caller_s_tensors_are_never_changed() -> None:
     _ = x.folded(), x.norm(), x.padded(4), x.to(dtype=torch.bfloat16)
     assert torch.equal(A, before[0])
     assert torch.equal(B, before[1])
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(-20, 140), st.integers(-20, 140), st.sampled_from([1.0, -3.5, 1e30, 1e200])
+)
+def test_a_value_fits_where_every_number_on_its_way_is_finite(seed: int, a: int, b: int, scale: float) -> None:
+    """Against the products written out in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    x = lt.LowRank(torch.randn(2, 5, generator=draw) * 2.0**a, torch.randn(3, 2, generator=draw) * 2.0**b, scale)
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        folded, product = x.B.double() * scale, (x.B.double() @ x.A.double()) * scale
+        numbers = torch.cat([folded.flatten(), product.flatten(), x.A.flatten().double()])
+        assert x.fits(dtype) is bool(
+            (numbers[: folded.numel() + product.numel()].abs() <= torch.finfo(dtype).max).all()
+        )

@@ -118,6 +118,11 @@ class Batch:
         return found
 
     @cached_property
+    def largest(self) -> dict[str, float]:
+        """Node → the largest coefficient that any row owes to it, without its sign."""
+        return {node: max(abs(kind[i]) for kind in self.kinds) for i, node in enumerate(self.nodes)}
+
+    @cached_property
     def adapted(self) -> tuple[int, ...]:
         """The rows that owe anything."""
         return tuple(row for row, kind in enumerate(self.of_row) if any(self.kinds[kind]))

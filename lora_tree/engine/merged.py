@@ -7,6 +7,7 @@ Addresses stay what they were, no hook is left, and the forward is the plain bas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,12 @@ from ..errors import StateError, TiedWeights, listing
 from ..lowrank import LowRank, concat, stacked
 from ..sites import Site
 from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
+from .finite import not_finite, suspects
 from .kernels import Part, Term, can_merge, merge, usable
 from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Place, Pristine
 
-__all__ = ["Merged", "add_bias", "add_weight"]
+__all__ = ["Merged", "add_bias", "add_weight", "check_sum"]
 
 
 class Merged:
@@ -48,6 +50,7 @@ class Merged:
 
         Raises:
             UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
+            BaseMismatch: a weight would get a number that is not finite; names the node and the module.
         """
         names: dict[tuple[int, str], str] = {}
         for name, terms in plan.terms.items():
@@ -66,6 +69,7 @@ class Merged:
             self._addresses = addresses
         jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
         self._check_ties([(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
+        self._check_finite(plan)
 
     def switch(self, plan: Plan) -> None:
         """Make the weights those of ``plan``; an empty plan is the bare base.
@@ -198,6 +202,25 @@ class Merged:
         _add(site, target, source, values, self._scratch)
         return None
 
+    def _check_finite(self, plan: Plan) -> None:
+        """That no finite number of a weight becomes one that is not; tried out only where a bound can't tell."""
+        for name in suspects(plan):
+            job = _Job(plan.sites[name], plan.terms[name], ())
+            parts = [(term.node, term.value, term.coefficient) for term in job.new]
+            for attribute in job.attributes:
+                target: Tensor = getattr(job.site.module, attribute)
+                with exact_mode(target.device):
+                    own = self._own_value(job.site, attribute).to(target.device)
+                    check_sum(job.site, name, own, parts, self._scratch, is_bias=attribute == job.site.bias_name)
+
+    def _own_value(self, site: Site, attribute: str) -> Tensor:
+        """The base's own numbers: the copy, or what stands there while nothing is merged (in place: as it stands)."""
+        kept = self.pristine.known(site.module, attribute)
+        if kept is not None:
+            return kept
+        own: Tensor = getattr(site.module, attribute)
+        return own.detach()
+
     def _check_ties(self, written: Sequence[tuple[_Job, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
         spans = list(_spans(self._base)) if written else []
@@ -251,6 +274,38 @@ def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scra
         add_bias(target, source, values)
     else:
         add_weight(site, target, source, values, scratch)
+
+
+def check_sum(
+    site: Site,
+    name: str,
+    source: Tensor,
+    parts: Sequence[tuple[str, LowRank, float]],
+    scratch: Scratch,
+    *,
+    is_bias: bool,
+) -> None:
+    """Refuse a sum that is not finite where ``source`` is; it is computed as it would be written, and dropped.
+
+    Args:
+        site: says how a delta lies in such a weight.
+        name: of the site, for the message.
+        source: (as the weight), on the device on which to compute.
+        parts: node, value and its coefficient.
+
+    Raises:
+        BaseMismatch: it is not; names the node that adds the most.
+    """
+    if all(math.isfinite(value.scale * coefficient) for _, value, coefficient in parts):
+        values = [value.scaled(coefficient).to(device=source.device) for _, value, coefficient in parts]
+        trial = torch.empty_like(source, requires_grad=False)
+        if is_bias:
+            add_bias(trial, source, values)
+        else:
+            add_weight(site, trial, source, values, scratch)
+        if bool((trial.isfinite() | ~source.isfinite()).all()):
+            return
+    raise not_finite(name, parts, source.dtype)
 
 
 def add_bias(target: Tensor, source: Tensor, values: Sequence[LowRank]) -> None:

@@ -158,6 +158,11 @@ class Pristine:
         """The base's own value of ``module.attribute``, which is kept."""
         return self._kept[id(module), attribute].copy
 
+    def known(self, module: nn.Module, attribute: str) -> Tensor | None:
+        """The base's own value of ``module.attribute``, where it is kept."""
+        kept = self._kept.get((id(module), attribute))
+        return None if kept is None else kept.copy
+
     def wrote(self, module: nn.Module, attribute: str, *, merged: bool) -> None:
         """We write to it; once everything is written, `look` notes how it looks."""
         self._kept[id(module), attribute].merged = merged

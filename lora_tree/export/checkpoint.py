@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def export_model(
             own, and nobody said that it may run.
         FormatError: the base has no whole safetensors checkpoint.
         BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor in the checkpoint;
-            or its tensors' conversion can't be inverted.
+            or its tensors' conversion can't be inverted; or a weight would get a number that is not finite.
         TiedWeights: a weight to change is used by a second module.
         UnmergedOnly: a delta can't be written into its weight.
         FolderError: the folder is there already or can't be written; or a file of the base is a link that leads out
@@ -110,6 +111,7 @@ def export_model(
     names = Names(model, checkpoint.tensors)
     try:
         jobs = _jobs(writes(tree, blend, model, checkpoint), names)
+        _check_finite(jobs, names)
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error
     where = Path(os.path.abspath(as_path(folder)))
@@ -144,6 +146,26 @@ def _jobs(found: Sequence[Write], names: Names) -> list[Job]:
             write.check_dtype(stored)
         jobs.setdefault(group.first, (group, []))[1].append(write)
     return list(jobs.values())
+
+
+def _check_finite(jobs: Sequence[Job], names: Names) -> None:
+    """That no weight gets a number that is not finite, asked before anything is written.
+
+    Raises:
+        BaseMismatch: one would; names the node and the module.
+    """
+
+    def parameter(group: Group, name: str) -> Tensor:
+        if group.converter is None:
+            return group.stored[0].read()
+        return names.together(group, Stored.read)[name].contiguous()
+
+    with exact_mode(torch.device("cpu")):
+        for group, found in jobs:
+            for write in found:
+                dtype = group.stored[0].dtype
+                assert dtype is not None  # `check_dtype` was there before
+                write.check_finite(dtype, partial(parameter, group, write.parameter))
 
 
 class _Writer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 
 from ..blend import Blend
 from ..carried import check_carried
+from ..engine.arithmetic import Scratch
+from ..engine.finite import harmless
+from ..engine.merged import check_sum
 from ..engine.plan import registered
 from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import LowRank
@@ -27,7 +30,7 @@ class Write:
 
     Args:
         node, module: who changes it, for messages: the first node that does, and its name for the place.
-        values: in the order of the sum, with their coefficients.
+        values: in the order of the sum, with their coefficients; nodes: whose each of them is.
         is_bias: their biases go into it, not their products.
     """
 
@@ -36,6 +39,7 @@ class Write:
     parameter: str
     site: Site
     values: Sequence[LowRank]
+    nodes: Sequence[str]
     is_bias: bool = False
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
@@ -50,6 +54,21 @@ class Write:
             raise BaseMismatch(
                 f"{self.node}: {self.module}: the checkpoint's tensor is {tuple(shape)}, its config says {expected}"
             )
+
+    def check_finite(self, dtype: torch.dtype, own: Callable[[], torch.Tensor]) -> None:
+        """That no number of the parameter becomes one that is not finite.
+
+        Args:
+            dtype: of the tensors in the checkpoint.
+            own: reads the parameter; called only where a bound on the factors can't tell.
+
+        Raises:
+            BaseMismatch: one would; names the node that adds the most.
+        """
+        if harmless([(value, 1.0) for value in self.values], dtype):
+            return
+        parts = [(node, value, 1.0) for node, value in zip(self.nodes, self.values, strict=True)]
+        check_sum(self.site, self.module, own(), parts, Scratch(), is_bias=self.is_bias)
 
     def check_dtype(self, stored: Stored) -> None:
         """That something can be added to a tensor of the checkpoint.
@@ -101,10 +120,10 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, checkpoint: Checkpoint) 
 
 def _writes(name: str, site: Site, values: list[tuple[str, LowRank]]) -> list[Write]:
     prefix = f"{site.module_name}." if site.module_name else ""
-    node, own = values[0][0], [value for _, value in values]
-    made = [Write(node, name, f"{prefix}{site.weight_name}", site, own)]
+    nodes, own = [node for node, _ in values], [value for _, value in values]
+    made = [Write(nodes[0], name, f"{prefix}{site.weight_name}", site, own, nodes)]
     if any(value.bias is not None for value in own):
-        made.append(Write(node, name, f"{prefix}{site.bias_name}", site, own, is_bias=True))
+        made.append(Write(nodes[0], name, f"{prefix}{site.bias_name}", site, own, nodes, is_bias=True))
     return made
 
 

@@ -8,10 +8,13 @@ zoo/fr/legal/adapter_config.json     nesting is stacking
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..adapter import Adapter
 from ..errors import (
@@ -22,6 +25,7 @@ from ..errors import (
     StaleError,
     listing,
 )
+from ..lowrank import LowRank
 from ..storage import install
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
@@ -201,7 +205,7 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
             try:
                 source = _node(opened, node).source
                 if source is not None:
-                    problems += _numbers(node, source.load())
+                    problems += _numbers(node, source.load(), entry.weight)
             except LoraTreeError as error:
                 kind: Kind = "adapter" if isinstance(error, FormatError) else "unlocked"
                 problems.append(Problem(node, kind, f"{node}: {error}"))
@@ -233,13 +237,27 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
     ]
 
 
-def _numbers(node: str, adapter: Adapter) -> list[Problem]:
+def _numbers(node: str, adapter: Adapter, weight: float) -> list[Problem]:
     """Factors that would make a base's every output NaN, though they can be opened, added up and served."""
-    bad = [name for name, value in adapter.modules.items() if not value.is_finite]
-    if not bad:
-        return []
-    text = f"{node}: {listing(bad)}: a factor holds NaN or an infinity, as a training that diverged leaves it"
-    return [Problem(node, "numbers", text)]
+    problems = []
+    broken = [name for name, value in adapter.modules.items() if not value.is_finite]
+    if broken:
+        text = f"{node}: {listing(broken)}: a factor holds NaN or an infinity, as a training that diverged leaves it"
+        problems.append(Problem(node, "numbers", text))
+    huge = [name for name, value in adapter.modules.items() if name not in broken and not _fits(value, weight)]
+    if huge:
+        scale = max(abs(adapter.modules[name].scale) for name in huge)
+        text = (
+            f"{node}: {listing(huge)}: the scale ({scale:.3g}) and the node's weight ({weight:.3g}) times its factors "
+            "are not finite; look at lora_alpha and r in its adapter_config.json"
+        )
+        problems.append(Problem(node, "numbers", text))
+    return problems
+
+
+def _fits(value: LowRank, weight: float) -> bool:
+    """In fp32, the widest dtype that bases are loaded in."""
+    return math.isfinite(value.scale * weight) and value.scaled(weight).fits(torch.float32)
 
 
 def _there_is_a_tree(opened: Opened) -> None:

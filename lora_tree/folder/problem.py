@@ -44,7 +44,7 @@ class Problem:
         kind: ``newer``: a file that a later version of this library wrote; ``yaml``, ``lock`` or ``record``: a file
             that makes no sense; ``folder``: what lies where it can't; ``adapter``: files that are incomplete, broken
             or of a kind that does not add up; ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut
-            off, harmless; ``numbers``: factors that are not finite.
+            off, harmless; ``numbers``: factors, or their products, that are not finite.
         text: where, what was found, and what to do.
         broken: of ``unlocked``: the files can't be used either, so to accept them would be no help.
     """
