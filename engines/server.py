@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,34 @@ ASK_S = 60.0
 class Server:
     """What can be asked of it."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, group: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
         self._log = log
+        self._group = group
 
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    @property
+    def open_files(self) -> int:
+        """Of all its processes."""
+        return sum(len(os.listdir(f"/proc/{process}/fd")) for process in self._processes())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of all its processes."""
+        pages = [Path(f"/proc/{process}/statm").read_text().split()[1] for process in self._processes()]
+        return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
+
+    def _processes(self) -> list[int]:
+        """Its process and the ones that it started, which are of its group."""
+        found = []
+        for entry in os.listdir("/proc"):
+            with suppress(ProcessLookupError):
+                if entry.isdigit() and os.getpgid(int(entry)) == self._group:
+                    found.append(int(entry))
+        return found
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
         """(HTTP status, answer)."""
@@ -65,7 +86,7 @@ def serving(base: Path, flags: Sequence[str], environment: Mapping[str, str], lo
             start_new_session=True,
         )  # fmt: skip
     try:
-        server = Server(port, log)
+        server = Server(port, log, process.pid)
         _wait(server, process)
         yield server
         assert process.poll() is None, f"the server died:\n{server.log[-4000:]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,35 +16,15 @@ import pytest
 import torch
 import transformers
 from server import Server, serving
+from tiny import HIDDEN, SHAPES, adapter, save_base
 
 import lora_tree as lt
-from lora_tree.demo import bytelevel
 from lora_tree.integrations.vllm import server_args
 
 TOLERANCE = 1e-5
 PROMPTS = [[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100], [9, 250, 3, 3, 17], list(range(40, 100))]
 PATHS = ("fr", "fr/legal", "fr/legal/eu", "fr/legal/eu/court", "fr/medical", "de", "de/tech")
 COLD = tuple(f"cold/n{i}" for i in range(8))
-HIDDEN, WIDE = 128, 224
-SHAPES = {
-    "q_proj": (HIDDEN, HIDDEN), "k_proj": (64, HIDDEN), "v_proj": (64, HIDDEN), "o_proj": (HIDDEN, HIDDEN),
-    "gate_proj": (WIDE, HIDDEN), "up_proj": (WIDE, HIDDEN), "down_proj": (HIDDEN, WIDE),
-}  # fmt: skip
-
-
-def adapter(seed: int, targets: dict[str, tuple[int, float]], *, rslora: bool = False) -> lt.Adapter:
-    """Targets → (r, alpha), in both layers; ΔW about half as large as W."""
-    g = torch.Generator().manual_seed(seed)
-    modules = {}
-    for layer in range(2):
-        for name, (r, alpha) in targets.items():
-            out, into = SHAPES[name]
-            scale = alpha / math.sqrt(r) if rslora else alpha / r
-            A = torch.randn(r, into, generator=g) / into**0.5
-            B = torch.randn(out, r, generator=g) * 0.3 / (scale * r**0.5)
-            place = "self_attn" if name[0] in "qkvo" else "mlp"
-            modules[f"model.layers.{layer}.{place}.{name}"] = lt.LowRank(A, B, scale)
-    return lt.Adapter(modules, config={"use_rslora": rslora, "task_type": "CAUSAL_LM"})
 
 
 def zoo(base: Path) -> lt.AdapterTree:
@@ -121,13 +102,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     at = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=bytelevel.VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.08,
-        bos_token_id=bytelevel.END, eos_token_id=bytelevel.END,
-    )  # fmt: skip
-    bytelevel.save_base(transformers.LlamaForCausalLM(config), at / "base")
+    save_base(at / "base")
     zoo(at / "base").save(at / "zoo")
     args = server_args(at / "zoo", cache=at / "cache", blends=True)
     flags, exported = list(args.flags), {}
@@ -206,6 +181,68 @@ def test_a_node_that_is_replaced_gives_new_answers_and_a_stale_one_a_warning(wor
     )
 
 
+def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(world: World, tmp_path: Path) -> None:
+    """As a copy in place does it: half of the weights, the other half, and the lock at the end."""
+    copy = tmp_path / "zoo"
+    shutil.copytree(world.zoo, copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lt.StaleWarning)
+        was, tree = Own(lt.load(world.zoo), world.base), lt.load(copy)
+        tree.update("de", adapter=adapter(60, dict.fromkeys(SHAPES, (4, 4)), rslora=True))
+        tree.save(copy)
+        now = Own(lt.load(copy), world.base)
+    file = world.zoo / "de" / "adapter_model.safetensors"
+    whole = (copy / "de" / "adapter_model.safetensors").read_bytes()
+    assert len(whole) == file.stat().st_size
+    paths, prompt = ("de", "de/tech", "fr"), PROMPTS[1]
+    old, new = ({path: float(own(path, prompt)[-1]) for path in paths} for own in (was, now))
+    assert abs(old["de"] - new["de"]) > 0.01
+    assert abs(old["de/tech"] - new["de/tech"]) > 0.01
+    answers: list[tuple[str, int, float]] = []
+    done = threading.Event()
+
+    def client(path: str) -> None:
+        while not done.is_set():
+            status, answer = world.server.complete(path, prompt, logprobs=1)
+            value = answer["choices"][0]["logprobs"]["token_logprobs"][0] if status == 200 else math.nan
+            answers.append((path, status, value))
+
+    def answered(times: int) -> None:
+        before = {path: [one[0] for one in answers].count(path) for path in paths}
+        enough = lambda: all([one[0] for one in answers].count(path) >= before[path] + times for path in paths)  # noqa: E731
+        world.waits(enough, "a client gets no answers")
+
+    def half(at: int, data: bytes) -> None:
+        with file.open("r+b") as stream:  # the same file, while the server may be reading it
+            stream.seek(at)
+            stream.write(data)
+
+    with ThreadPoolExecutor(len(paths)) as clients:
+        running = [clients.submit(client, path) for path in paths]
+        try:
+            answered(3)
+            half(0, whole[: len(whole) // 2])
+            world.waits(lambda: "'de/tech' goes on as it was" in world.server.log, "nothing was said")
+            answered(5)
+            half(len(whole) // 2, whole[len(whole) // 2 :])
+            answered(5)
+            assert all(abs(value - old[path]) < TOLERANCE for path, _, value in answers)
+            (world.zoo / "tree.lock").write_bytes((copy / "tree.lock").read_bytes())
+            world.waits(lambda: abs(answers[-1][2] - new[answers[-1][0]]) < TOLERANCE, "the whole file was not taken")
+            answered(5)
+        finally:
+            done.set()
+        for job in running:
+            job.result()
+    assert {status for _, status, _ in answers} == {200}
+    for path in paths:
+        values = [value for one, _, value in answers if one == path]
+        switched = next(i for i, value in enumerate(values) if abs(value - new[path]) < TOLERANCE)
+        assert all(abs(value - old[path]) < TOLERANCE for value in values[:switched])
+        assert all(abs(value - new[path]) < TOLERANCE for value in values[switched:])
+    print(f"answers while the file was replaced: {len(answers)}")
+
+
 def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_on(world: World) -> None:
     server = world.server
     status, answer = server.complete("fr/legol", PROMPTS[0])
@@ -219,12 +256,20 @@ def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_
     assert server.complete("fr/medical:0.5", PROMPTS[0])[0] == 404  # it was never served, so there is no good copy
     assert furthest(server, world.own, "fr/medical") < TOLERANCE
     assert furthest(server, world.own, "de") < TOLERANCE
-    weights.write_bytes(whole[:-100])
-    lt.lock(world.zoo, accept_stale=True)
-    world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 404, "a broken node was served")
-    assert "not a whole safetensors file" in server.log or "the header describes" in server.log
-    assert furthest(server, world.own, "de") < TOLERANCE
     weights.write_bytes(whole)
-    lt.lock(world.zoo, accept_stale=True)
+    world.waits(lambda: "'fr/medical' fits its files again" in server.log, "nor that it is whole again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lt.StaleWarning)
+        tree = lt.load(world.zoo)
+    good = tree.adapter("fr/medical")
+    nan = lt.LowRank(torch.full((2, HIDDEN), torch.nan), torch.ones(HIDDEN, 2))
+    tree.update("fr/medical", adapter=lt.Adapter({"model.layers.0.self_attn.q_proj": nan}))
+    tree.save(world.zoo)
+    world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 404, "a broken node was served")
+    assert "'fr/medical' is no longer served: fr/medical:" in server.log
+    assert "the factors are not finite" in server.log
+    assert furthest(server, world.own, "de") < TOLERANCE
+    tree.update("fr/medical", adapter=good)
+    tree.save(world.zoo)
     world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 200, "the repaired node was not served")
     assert furthest(server, world.own, "fr/medical") < TOLERANCE

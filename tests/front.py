@@ -41,6 +41,7 @@ class Models:
     running: dict[str, Any] = field(default_factory=dict)
     loaded: list[LoRARequest] = field(default_factory=list)
     number: int = 0
+    fails: bool = False
 
     @property
     def engine_client(self) -> Any:
@@ -56,6 +57,8 @@ class Models:
 
     async def add_lora(self, request: LoRARequest) -> None:
         assert (Path(request.lora_path) / "adapter_model.safetensors").is_file()
+        if self.fails:
+            raise RuntimeError("the engine can't load it")
         self.loaded.append(request)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:

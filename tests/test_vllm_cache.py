@@ -399,6 +399,27 @@ def test_files_that_come_back_as_they_were_are_served_on_without_a_swap(
         assert len(front.loaded) == 1
 
 
+def test_what_an_engine_can_not_load_leaves_what_it_has_in_use(
+    zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with front_end(zoo, tmp_path / "cache") as front:
+        before = front.answers("fr", "de")
+        front.fails = True
+        tree = opened(zoo)
+        tree.update("fr", adapter=adapter(9))
+        tree.update("de", weight=0.5)
+        tree.save(zoo)
+        for path in ("de", "fr"):  # the one's failure does not keep the other from being tried
+            said = f"'{path}' goes on as it was: the engine can't load it"
+            waits(lambda said=said: said in caplog.text, said)  # type: ignore[misc]
+        assert front.answers("fr", "de") == before
+        kept = front.resolver._cache
+        assert kept is not None
+        assert set(before) <= kept._in_use().keys()  # no other path may take their place
+        front.fails = False
+        waits(lambda: not set(front.answers("fr", "de")) & set(before), "they were not taken later")
+
+
 def test_a_path_that_left_the_tree_or_is_locked_though_it_is_a_dora_is_no_longer_served(
     zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -413,6 +434,7 @@ def test_a_path_that_left_the_tree_or_is_locked_though_it_is_a_dora_is_no_longer
         config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
         lt.lock(zoo, accept_stale=True)
         waits(lambda: front.answers("fr/legal") == [None], "a broken node was served")
+        assert "'fr/legal' is no longer served" in caplog.text
         assert front.answers("fr") != [None]
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from ..blend import parse_blend
-from ..errors import LoraTreeError, PathError, SpecError
+from ..blend import parse_blend, spelled
+from ..errors import LoraTreeError, PathError, SpecError, printable
 from ..spec import MAX_DEPTH
 
 __all__ = ["Asked", "NameRules", "shown"]
@@ -40,7 +40,7 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
     'xxxx… (1,000,000 characters)'
     """
     text = str(text)
-    head = text[:most].encode("unicode_escape").decode() if not text[:most].isprintable() else text[:most]
+    head = printable(text[:most])
     return head if len(text) <= most else f"{head}… ({len(text):,} characters)"
 
 
@@ -55,11 +55,6 @@ class Asked:
 
     name: str
     paths: tuple[str, ...]
-
-    @property
-    def is_blend(self) -> bool:
-        """Whether it is more than one path with the weight 1."""
-        return self.name not in self.paths
 
 
 @dataclass(frozen=True)
@@ -133,14 +128,10 @@ class NameRules:
             raise SpecError("blends are not served by name", "LORA_TREE_VLLM_BLENDS=1 allows them")
         if name.count("+") >= MOST_PATHS:
             raise SpecError(f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served")
-        parts = {path: weight for path, weight in sorted(parse_blend(name).items()) if weight}
-        if not parts or "" in parts:
+        one = spelled(name)
+        if not one:
             raise PathError("nothing to serve", "the bare base is served under its own name")
-        if list(parts.values()) == [1.0]:
-            return Asked(next(iter(parts)), tuple(parts))
-        # a plus sign separates the parts, so 1e+22 is written 1e22
-        spelled = [f"{path}:{weight!r}".replace("e+", "e") for path, weight in parts.items()]
-        return Asked("+".join(spelled), tuple(parts))
+        return Asked(one, tuple(parse_blend(one)))
 
     def one_spelling(self, name: str) -> str:
         """Return the one spelling of a name, or the name as it is where it says no blend that is admitted."""

@@ -53,7 +53,7 @@ class Form:
     Args:
         max_rank: the engine's; a lineage of more is recompressed to it.
         max_error: refuse a path that loses more in any module by that.
-        base: a folder with the base's weights, for shapes; q, k, v and gate, up are completed only with it.
+        base: a folder with the base's weights, to compare with tensors of the base that an adapter carries.
     """
 
     max_rank: int
@@ -148,7 +148,7 @@ class FlatCache:
         parts = [(self._hash(tree, node), c.hex()) for node, c in coefficients.items() if tree[node].has_adapter]
         if not parts:
             raise FormatError("there is nothing to serve: no node on the way has an adapter", "ask for the base itself")
-        said = json.dumps([VERSION, parts, self.form.max_rank, self.form.max_error, self.form.base is not None])
+        said = json.dumps([VERSION, parts, self.form.max_rank, self.form.max_error])
         stale = tuple(p.text for p in problems if p.node in on_the_way and p.kind == "stale")
         return hashlib.sha256(said.encode()).hexdigest()[:32], stale
 
@@ -172,8 +172,18 @@ class FlatCache:
             self._one_blend_more(path)
         with self._asking(content, is_blend):
             error = self._ensure(tree, problems, path, content)
-            self._serve(path, content)
+            self.serve(path, content)
         return Flattened(path, content, self.folder / content, stale, error)
+
+    def serve(self, path: str, content: str) -> None:
+        """Serve a path with a content that is in use in the folder; the one before may go after the grace."""
+        with self._lock:
+            before = self._served.get(path)
+            self._served[path] = content
+            self._used[path] = time.monotonic()
+            self._released.pop(content, None)
+            if before is not None and before != content and before not in self._served.values():
+                self._released[before] = time.monotonic()
 
     @property
     def served(self) -> dict[str, str]:
@@ -258,12 +268,11 @@ class FlatCache:
 
     def _in_form(self, tree: AdapterTree, path: str) -> Portable:
         form = self.form
-        complete = form.base is not None
-        made = portable(tree, path, rank=form.max_rank, base=form.base, complete=complete)
+        made = portable(tree, path, rank=form.max_rank, base=form.base)
         if form.max_error is None or made.worst <= form.max_error + ROUNDING:
             return made
         # asked for both, it says which module loses how much, and which rank would do
-        portable(tree, path, rank=form.max_rank, max_error=form.max_error, base=form.base, complete=complete)
+        portable(tree, path, rank=form.max_rank, max_error=form.max_error, base=form.base)
         raise SpecError(f"{path}: relative error {made.worst:.3g} at rank {made.rank}, allowed: {form.max_error:g}")
 
     def _is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
@@ -271,15 +280,6 @@ class FlatCache:
             return self.content(tree, problems, path)[0] == content
         except LoraTreeError:
             return False
-
-    def _serve(self, path: str, content: str) -> None:
-        with self._lock:
-            before = self._served.get(path)
-            self._served[path] = content
-            self._used[path] = time.monotonic()
-            self._released.pop(content, None)
-            if before is not None and before != content and before not in self._served.values():
-                self._released[before] = time.monotonic()
 
     @contextmanager
     def _asking(self, content: str, is_blend: bool) -> Iterator[None]:

@@ -38,6 +38,7 @@ from .vllm_settings import ZOO, ServerArgs, Settings, server_args
 __all__ = ["ServerArgs", "register", "server_args"]
 
 RESOLVER = "lora_tree"
+MODELS = " models"  # no path
 AT_ONCE = 4
 """How many paths are flattened at once."""
 GRACE_S = 60.0
@@ -146,7 +147,7 @@ class _Resolver:
         """Find who asks; it is asked and changed on its own event loop alone."""
         models = asking()
         if models is None:
-            self._say("models", "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart")
+            self._say(MODELS, "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart")
             return None
         for front in self._fronts:
             if front.models is models:
@@ -224,38 +225,53 @@ class _Resolver:
         except LoraTreeError as error:
             self._say("", f"lora_tree: the tree can't be read, its paths go on as they were: {_reason(error)}")
             return
-        self._said.pop("", None)
-        for path, content in served.items():
+        self._said = {about: text for about, text in self._said.items() if about in (MODELS, *served)}
+        for path in served:
             try:
-                now = cache.content(view.tree, view.problems, path)[0]
-            except (FolderError, FormatError) as error:  # the files are not whole, or are being replaced
-                self._say(path, f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}")
-                continue
-            except LoraTreeError as error:
-                self._no_longer(cache, path, error)
-                continue
-            self._follow(cache, view, path, content, now)
+                self._look_at(cache, view, path)
+            except Exception as error:  # vLLM's; the other paths go on
+                text = f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}"
+                # a file that grows has another reason at every look
+                same = FolderError if isinstance(error, FolderError) else type(error)
+                self._say(path, text, told_as=same.__name__)
 
-    def _follow(self, cache: FlatCache, view: View, path: str, content: str, now: str) -> None:
-        """Serve a path with its content as it is now."""
-        if now == content and not self._is_behind(path, now):
-            if self._said.pop(path, None) is not None:
-                log.info("lora_tree: '%s' fits its files again", shown(path))
+    def _look_at(self, cache: FlatCache, view: View, path: str) -> None:
+        content = cache.served.get(path)
+        if content is None:
+            return  # it was let go of while another was made
+        try:
+            now = cache.content(view.tree, view.problems, path)[0]
+        except (FolderError, FormatError):
+            raise  # the files are not whole, or are being replaced
+        except LoraTreeError as error:
+            self._no_longer(cache, path, error)
             return
+        if now != content or self._is_behind(path, now):
+            self._follow(cache, view, path, content)
+        elif self._said.pop(path, None) is not None:
+            log.info("lora_tree: '%s' fits its files again", shown(path))
+
+    def _follow(self, cache: FlatCache, view: View, path: str, content: str) -> None:
+        """Serve a path with what it is now instead of ``content``.
+
+        Raises:
+            Exception: it can't be at the moment, and is served on as it was.
+        """
         try:
             found = cache.get(view.tree, view.problems, path)
-        except FolderError as error:  # there is no room now, or the tree has changed once more
-            self._say(path, f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}")
-            return
+        except FolderError:
+            raise  # there is no room now, or the tree has changed once more
         except LoraTreeError as error:
             if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
-                # nothing says whether the files are whole
-                self._say(path, f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}")
-            else:
-                self._no_longer(cache, path, error)
+                raise  # nothing says whether the files are whole
+            self._no_longer(cache, path, error)
             return
         self._tell(found)
-        swapped = [front.swap(found) for front in self._fronts]
+        try:
+            swapped = [front.swap(found) for front in self._fronts]
+        except BaseException:
+            cache.serve(path, content)  # vLLM still has this one
+            raise
         self._said.pop(path, None)
         if any(swapped):
             log.info("lora_tree: '%s' has changed, and is now served as %s", shown(path), shown(found.name))
@@ -278,10 +294,11 @@ class _Resolver:
         if found.error is not None and found.error > ROUNDING:
             log.info("lora_tree: '%s' was recompressed, relative error %.2g", shown(found.path), found.error)
 
-    def _say(self, about: str, text: str) -> None:
-        """Log once for each change."""
-        if self._said.get(about) != text:
-            self._said[about] = text
+    def _say(self, about: str, text: str, *, told_as: str | None = None) -> None:
+        """Log once for each change of the text, or of what it is ``told_as``."""
+        told_as = text if told_as is None else told_as
+        if self._said.get(about) != told_as:
+            self._said[about] = told_as
             log.error("%s", text)
 
 
