@@ -1,12 +1,13 @@
 """Where the values ask for files, without knowing how files look.
 
 `Adapter.load` and `AdapterTree.save` belong on the values, where users look for them; the formats belong at the edge.
-The edge (``folder.py``) puts itself into this one slot when the package is imported, and the values call through it,
-so that imports go on pointing inward.
+The edge (``folder/``) puts itself into this one slot when it is imported, and the values call through it, so that
+imports go on pointing inward.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -83,7 +84,9 @@ def install(edge: Storage) -> None:
 
 
 def storage() -> Storage:
-    """The edge that ``import lora_tree`` put in place."""
+    """The edge, which is imported now if a program has imported nothing but values so far."""
+    if not _slot:
+        importlib.import_module(".folder", __package__)
     return _slot[0]
 
 

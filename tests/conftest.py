@@ -4,10 +4,16 @@ every run (`make fuzz` draws new ones)."""
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background with SIGINT ignored, and every process that a test
+    # starts would inherit that, and never be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 from hypothesis import settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from zoo import listing
 import lora_tree as lt
 from lora_tree import extras
 from lora_tree.cli import main
+from lora_tree.cli.commands import COMMANDS
 from lora_tree.demo import bytelevel
 
 TARGETS = ["q_proj", "v_proj"]
@@ -566,7 +568,7 @@ def test_a_failing_file_operation_is_a_message(shell: Shell, monkeypatch: pytest
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", full)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", full)
     code, _, err = shell("lock", "zoo")
     assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
 
@@ -575,7 +577,7 @@ def test_an_error_that_nobody_foresaw_is_a_message_too(shell: Shell, monkeypatch
     def odd(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", odd)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", odd)
     monkeypatch.delenv("LORA_TREE_TRACEBACK", raising=False)
     assert shell("lock", "zoo") == (
         1,
@@ -602,7 +604,7 @@ def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["lora_tree.cli.lock"], "lock_folder", interrupted)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", interrupted)
     code, out, err = shell("lock", "zoo")
     assert (code, out, err) == (130, "", "")
 
@@ -685,9 +687,61 @@ def test_a_folder_whose_name_is_no_text_can_be_told_of(
 
 # ---------------------------------------------------------------------- small things
 def test_the_version_is_that_of_the_package(shell: Shell) -> None:
-    code, out, _ = shell("--version")
-    assert code == 0
-    assert out.startswith("lora-tree 0.")
+    assert shell("--version") == (0, f"lora-tree {lt.__version__}\n", "")
+
+
+@pytest.mark.parametrize("asked", ["--version", "--help"])
+def test_what_needs_no_torch_does_not_wait_for_it(asked: str) -> None:
+    code = (
+        "import sys\nfrom lora_tree.cli import main\n"
+        "try: main([sys.argv[1]])\nexcept SystemExit: assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lora-tree" in done.stdout or "generate" in done.stdout
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself(shell: Shell) -> None:
+    listed = " ".join(shell("--help")[1].replace("│", " ").split())
+    for name, place in COMMANDS.items():
+        module, _, function = place.partition(":")
+        own = getattr(importlib.import_module(f"lora_tree.cli.{module}"), function).__doc__
+        assert f"{name} {' '.join(own.split())}" in listed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_tree", "show", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+
+
+def test_a_run_in_the_background_can_be_tested_too(tmp_path: Path) -> None:
+    """A shell starts it with SIGINT ignored; conftest.py takes that back for what the tests start."""
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(
+        "import signal, subprocess, sys\n"
+        "def test_it():\n"
+        "    code = 'import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)'\n"
+        "    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'True\\n'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_schema_accepts_what_the_library_does(shell: Shell) -> None:

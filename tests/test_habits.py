@@ -32,6 +32,7 @@ RINGS = {
     "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
 }
 SEES = {"values": [], "files": ["values"], "binding": ["values"], "edges": ["values", "files", "binding"]}
+MAP = {"__init__", "__main__", "surface"}
 OPTIONAL = {"cli", "demo", "integrations"}  # where an import inside a function is how an extra stays optional
 
 
@@ -75,7 +76,7 @@ def declared() -> set[str]:
 
 # ---------------------------------------------------------------------- layering
 def test_every_room_has_its_place() -> None:
-    rooms = {room(source) for source in SOURCES} - {"__init__"}
+    rooms = {room(source) for source in SOURCES} - MAP
     unknown = rooms - {name for ring in RINGS.values() for name in ring}
     assert not unknown, f"give {sorted(unknown)} a place in RINGS"
 
@@ -83,7 +84,7 @@ def test_every_room_has_its_place() -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
 def test_imports_point_inward(source: Path) -> None:
     mine = room(source)
-    if mine == "__init__":
+    if mine in MAP:
         return  # the map imports every room
     ring = next(ring for ring, rooms in RINGS.items() if mine in rooms)
     inner = RINGS[ring][: RINGS[ring].index(mine) + 1]
@@ -117,11 +118,28 @@ def test_every_third_party_import_is_declared() -> None:
             assert named & declared(), f"{source.relative_to(ROOT)}:{line}: {top} is not in pyproject.toml"
 
 
+def loaded_after(code: str) -> set[str]:
+    """The top-level packages that a new process has imported after some code."""
+    code = f"import sys\n{code}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
 def test_importing_the_package_stays_light() -> None:
-    code = "import sys, lora_tree; print(*{m.split('.')[0] for m in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     heavy = {"transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "typer", "rich"}
-    assert not heavy & set(loaded.stdout.split())
+    assert not (heavy | {"torch"}) & loaded_after("import lora_tree; lora_tree.__version__")
+    used = loaded_after("import lora_tree as lt; lt.AdapterTree(); lt.errors.SpecError('x')")
+    assert "torch" in used
+    assert not heavy & used
+
+
+def test_a_value_that_is_imported_alone_finds_its_files() -> None:
+    code = "from lora_tree.tree import AdapterTree; from lora_tree.errors import FolderError\n"
+    loaded_after(code + "import tempfile; AdapterTree().save(tempfile.mkdtemp() + '/zoo')")
+
+
+def test_the_version_is_said_once() -> None:
+    assert importlib.metadata.version("lora_tree") == lora_tree.__version__
 
 
 # ---------------------------------------------------------------------- the map
@@ -133,11 +151,16 @@ def in_order(names: list[str]) -> list[str]:
 def test_the_map_is_complete_and_sorted() -> None:
     public = {
         name
-        for name, value in vars(lora_tree).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+        for name in dir(lora_tree)
+        if not name.startswith("_") and not isinstance(getattr(lora_tree, name), types.ModuleType)
     }
-    assert set(lora_tree.__all__) == public
+    assert set(lora_tree.__all__) == public - {"Any", "TYPE_CHECKING"}
     assert lora_tree.__all__ == in_order(lora_tree.__all__)
+    everything: dict[str, object] = {}
+    exec("from lora_tree import *", everything)
+    assert public - {"Any", "TYPE_CHECKING"} <= set(everything)
+    with pytest.raises(AttributeError, match="module 'lora_tree' has no attribute 'lode'"):
+        lora_tree.lode  # noqa: B018
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))

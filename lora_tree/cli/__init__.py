@@ -8,82 +8,14 @@ LORA_TREE_TRACEBACK=1 in the environment shows where an error came from.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from typing import Annotated, Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
-import typer
-from typer.core import TyperGroup
-
-from ..errors import printable
-from .check import check
-from .console import any_encoding, print_error, warnings_in_one_line
-from .demo import demo
-from .evaluation import evaluation
-from .export import export
-from .generate import generate
-from .lock import lock
-from .promote import promotion
-from .schema import schema
-from .show import show
-from .train import train
-from .vllm_args import vllm_args
-
-__all__ = ["app", "main"]
-
-
-class _Group(TyperGroup):
-    """The commands. A wrong use of one is told with the command line in it, which may hold names out of a glob."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            said = getattr(error, "message", None)  # typer's own kinds, whichever click they are built on
-            if isinstance(said, str):
-                error.message = printable(said)  # type: ignore[attr-defined]
-            raise
-
-
-app = typer.Typer(
-    cls=_Group,
-    name="lora-tree",
-    help="LoRA adapters as a tree over one base model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-COMMANDS: dict[str, Callable[..., None]] = {
-    "show": show,
-    "check": check,
-    "lock": lock,
-    "export": export,
-    "generate": generate,
-    "train": train,
-    "eval": evaluation,
-    "promote": promotion,
-    "vllm-args": vllm_args,
-    "schema": schema,
-    "demo": demo,
-}
-for name, command in COMMANDS.items():
-    app.command(name)(command)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"lora-tree {version('lora_tree')}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """LoRA adapters as a tree over one base model."""
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,12 +24,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: those of the process where None.
     """
-    any_encoding()
-    warnings_in_one_line()
+    own_process = arguments is None
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(arguments)
+        _run(given, own_process=own_process)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run(given: list[str], *, own_process: bool) -> None:
+    with _interrupts_end_it() if own_process else nullcontext():
+        from .console import any_encoding, print_error, warnings_in_one_line
+
+        any_encoding()
+        warnings_in_one_line()
+    try:
+        with _interrupts_end_it() if own_process else nullcontext():
+            from .commands import application
+
+            app = application(given)
+        app(given)
     except Exception as error:  # the last resort: whoever uses a shell is not who reads a traceback
         print_error(error)
         sys.exit(1)
+
+
+@contextmanager
+def _interrupts_end_it() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while modules are imported.
+
+    Nothing has begun that would have to be put back. An exception would fare worse: it is raised
+    somewhere inside torch or numpy, which may swallow it, or turn it into an error of their own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # the caller has a mind of its own about interrupts
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,59 @@
+"""The map: every name that ``lora_tree`` offers. It is read at the first use of one, see ``__init__.py``."""
+
+from .adapter import Adapter, combine
+from .blend import Blend, parse_blend
+from .export import (
+    ENGINE_RANKS,
+    MergedCheckpoint,
+    Portable,
+    ceil_rank_of,
+    export_leaves,
+    export_model,
+    portable,
+)
+from .fit import clashes, misfits
+from .folder import Problem, SkippedWarning, StaleWarning, check, load, lock
+from .lowrank import Layout, LowRank, Truncated, concat, inner
+from .model import MergedWarning, State, TreeModel, attach
+from .spec import LoraSpec
+from .training.losses import PathLoss, path_loss, token_counts
+from .training.sampling import PathSampler
+from .tree import AdapterTree, Node
+
+__all__ = [
+    "ENGINE_RANKS",
+    "Adapter",
+    "AdapterTree",
+    "Blend",
+    "Layout",
+    "LoraSpec",
+    "LowRank",
+    "MergedCheckpoint",
+    "MergedWarning",
+    "Node",
+    "PathLoss",
+    "PathSampler",
+    "Portable",
+    "Problem",
+    "SkippedWarning",
+    "StaleWarning",
+    "State",
+    "TreeModel",
+    "Truncated",
+    "attach",
+    "ceil_rank_of",
+    "check",
+    "clashes",
+    "combine",
+    "concat",
+    "export_leaves",
+    "export_model",
+    "inner",
+    "load",
+    "lock",
+    "misfits",
+    "parse_blend",
+    "path_loss",
+    "portable",
+    "token_counts",
+]
