@@ -49,7 +49,7 @@ class StaleWarning(LoraTreeWarning):
     """Nodes were trained on a lineage, or a base, that has changed since; they load, but may not fit any more."""
 
 
-class SkippedWarning(UserWarning):
+class SkippedWarning(LoraTreeWarning):
     """Nodes were left out of a tree that was opened with ``skip_broken=True``, each with its reason."""
 
 
