@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -72,8 +73,37 @@ class Adapter:
                 raise SpecError(f"an adapter's modules are named by non-empty strings, got {name!r}")
             if not isinstance(value, LowRank):
                 raise SpecError(f"{name}: expected a LowRank, got {type(value).__name__}")
+        self._check_beside()
         for attribute in ("modules", "config", "unchanged", "nesting", "errors"):
             object.__setattr__(self, attribute, _frozen(getattr(self, attribute)))
+
+    def _check_beside(self) -> None:
+        """What stands beside the modules: of the kinds that are said above.
+
+        Raises:
+            SpecError: something is not.
+        """
+        base: object = self.base
+        if base is not None and not isinstance(base, str):
+            raise SpecError(f"an adapter's base: expected a name or None, got {base!r:.80}")
+        for attribute in ("config", "unchanged", "nesting", "errors"):
+            given: object = getattr(self, attribute)
+            if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+                raise SpecError(f"an adapter's {attribute}: expected a mapping from strings, got {given!r:.80}")
+        for name, tensor in self.unchanged.items():
+            if not isinstance(tensor, Tensor):
+                raise SpecError(f"{name}: unchanged: expected a tensor, got {type(tensor).__name__}")
+        for name, order in self.nesting.items():
+            if not isinstance(order, tuple) or not all(isinstance(parameter, str) for parameter in order):
+                raise SpecError(f"{name}: nesting: expected a tuple of names, got {order!r:.80}")
+        for name, error in self.errors.items():
+            number: object = error
+            if not isinstance(number, Real):
+                raise SpecError(f"{name}: errors: expected a number, got {number!r:.80}")
+        for attribute in ("assumed", "rounded"):
+            names: object = getattr(self, attribute)
+            if not isinstance(names, (set, frozenset)):
+                raise SpecError(f"an adapter's {attribute}: expected a set of names, got {names!r:.80}")
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -174,6 +204,12 @@ class Adapter:
         True
         """
         names = {name: name for name in self.modules}
+        given: object = order
+        if not isinstance(given, Mapping) or isinstance(given, str):
+            raise SpecError(f"expected a mapping from modules to their parameters in order, got {given!r:.80}")
+        for module, registered in order.items():
+            if isinstance(registered, str) or not isinstance(registered, Sequence):
+                raise SpecError(f"{module}: expected its parameters in order, got {registered!r:.80}")
         nesting, assumed = dict(self.nesting), set(self.assumed)
         for module, registered in order.items():
             mine = tuple(p for p in registered if f"{module}.{p}" in self.modules)
@@ -228,6 +264,13 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
         BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
         SpecError: a coefficient times a scale is not finite.
     """
+    given: object = terms
+    pairs: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], Adapter) for p in pairs):
+        raise SpecError(
+            f"combine takes (adapter, coefficient) pairs, got {given!r:.80}", "combine([(x, 1.0), (y, 0.5)])"
+        )
+    terms = pairs
     certain = {m: order for a, _ in terms for m, order in a.nesting.items() if m not in a.assumed}
     terms = [(adapter.renested(certain), coefficient) for adapter, coefficient in terms]
     parts: dict[str, dict[int, LowRank]] = {}

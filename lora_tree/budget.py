@@ -40,10 +40,19 @@ class Budgets:
     Args:
         host_bytes: in RAM.
         device_bytes: on the device that the base is on. Of a base on the CPU that is RAM too, and the smaller counts.
+
+    Raises:
+        SpecError: one is no positive whole number.
     """
 
     host_bytes: int | None = None
     device_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, nbytes in (("host_bytes", self.host_bytes), ("device_bytes", self.device_bytes)):
+            given: object = nbytes
+            if given is not None and (type(given) is not int or not 0 < given <= MOST):
+                raise SpecError(f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got {_spelled(given)}")
 
     @staticmethod
     def of(
@@ -107,7 +116,7 @@ def parse_bytes(size: int | str) -> int:
     factor = UNITS[unit or "B"]
     nbytes = -1 if number.startswith("-") else int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
     if not 0 < nbytes <= MOST:
-        raise SpecError(f"got {str(size)[:60]!r}; a budget is at least 1 byte and at most 4 EiB", todo)
+        raise SpecError(f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo)
     return nbytes
 
 
@@ -123,6 +132,13 @@ def format_bytes(nbytes: int) -> str:
             return f"{size:.1f} {unit}" if unit != "B" else f"{nbytes} B"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _spelled(size: object) -> str:
+    """A size in a message; Python may refuse to write out an integer that is too large."""
+    if isinstance(size, int) and size.bit_length() > 1024:
+        return "a huge integer"
+    return repr(str(size)[:60])
 
 
 def _named(size: int | str, where: str) -> int:

@@ -15,7 +15,7 @@ rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Literal, NamedTuple
@@ -23,9 +23,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ShapeMismatch, SpecError
+from .errors import ShapeMismatch, SpecError, suggest
 
 __all__ = ["EMBEDDING", "LINEAR", "PARAMETER", "Layout", "LowRank", "Truncated", "concat", "inner"]
+
+
+KINDS = ("linear", "embedding", "conv", "parameter")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class Layout:
 
     kind: Literal["linear", "embedding", "conv", "parameter"]
     kernel: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        kind: object = self.kind
+        if kind not in KINDS:
+            raise SpecError(
+                f"a layout's kind is one of {', '.join(KINDS)}, got {kind!r:.80}{suggest(str(kind), KINDS)}"
+            )
+        kernel: object = self.kernel
+        whole = isinstance(kernel, tuple) and all(type(size) is int and size > 0 for size in kernel)
+        if not whole or bool(kernel) != (kind == "conv"):
+            raise SpecError(
+                f"a {kind}'s kernel: got {kernel!r:.80}, expected "
+                + ("a tuple of whole numbers, (3, 3)" if kind == "conv" else "none"),
+            )
 
     def __str__(self) -> str:
         return self.kind + ("×".join(map(str, self.kernel)) and f" {'×'.join(map(str, self.kernel))}")
@@ -69,7 +86,8 @@ class LowRank:
 
     Raises:
         ShapeMismatch: A, B and bias do not fit together, or are empty.
-        SpecError: a factor is not a floating point tensor, or they are on several devices; or the scale is not finite.
+        SpecError: a factor is not a floating point tensor, or they are on several devices; or the scale is no finite
+            number, or ``layout`` no `Layout`.
 
     >>> import torch
     >>> x = LowRank(torch.ones(2, 5), torch.ones(3, 2), scale=0.5)
@@ -93,12 +111,14 @@ class LowRank:
             )
         if not (A.is_floating_point() and B.is_floating_point()):
             raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
-        try:
-            finite = math.isfinite(self.scale)
-        except (TypeError, OverflowError):  # no number, or too large for a float
-            finite = False
-        if not finite:
-            raise SpecError(f"scale must be finite, got {self.scale!r:.80}")
+        if bias is not None and not bias.is_floating_point():
+            raise SpecError(f"factors must be floating point, got a bias of {bias.dtype}")
+        if type(self.scale) is not float or not math.isfinite(self.scale):
+            object.__setattr__(self, "scale", _finite_number(self.scale, "scale"))
+        layout: object = self.layout
+        if not isinstance(layout, Layout):
+            hint = ("LINEAR, EMBEDDING and PARAMETER are the plain ones: layout=LINEAR",)
+            raise SpecError(f"layout must be a Layout, got {layout!r:.80}", *hint)
         a, b = A.shape, B.shape
         if len(a) < 2 or len(a) != len(b) or a[-2] != b[-1] or (len(a) > 2 and a[:-2] != b[:-2]):
             raise ShapeMismatch(
@@ -158,7 +178,12 @@ class LowRank:
 
     @property
     def is_finite(self) -> bool:
-        """No number in A, B or the bias is NaN or infinite."""
+        """No number in A, B or the bias is NaN or infinite.
+
+        Raises:
+            SpecError: the factors have no numbers (the meta device).
+        """
+        self._has_numbers()
         return all(bool((t if t.element_size() > 1 else t.float()).isfinite().all()) for t in self.tensors)
 
     def fits(self, dtype: torch.dtype | None = None) -> bool:
@@ -167,6 +192,8 @@ class LowRank:
         >>> LowRank(torch.ones(1, 2), torch.ones(2, 1), scale=1e5).fits(torch.float16)
         False
         """
+        _check_dtype(dtype)
+        self._has_numbers()
         most = torch.finfo(dtype or torch.promote_types(self.dtype, torch.float32)).max
         a, b, *bias = (_largest(t) for t in self.tensors)
         scale = abs(self.scale)
@@ -183,7 +210,13 @@ class LowRank:
 
     # ------------------------------------------------------------------ the algebra
     def scaled(self, by: float) -> LowRank:
-        """``by`` · ΔW; the factors are shared, nothing is rounded."""
+        """``by`` · ΔW; the factors are shared, nothing is rounded.
+
+        Raises:
+            SpecError: ``by`` is no finite number, or makes the scale one that is not finite.
+        """
+        if type(by) is not float:
+            by = _finite_number(by, "the factor")
         return self if by == 1.0 else replace(self, scale=self.scale * by)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LowRank:
@@ -192,7 +225,13 @@ class LowRank:
         return LowRank(change(self.A), change(self.B), self.scale, bias, self.layout)
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
-        """The same value elsewhere, or rounded to another dtype (only where ``dtype`` says so)."""
+        """The same value elsewhere, or rounded to another dtype (only where ``dtype`` says so).
+
+        Raises:
+            SpecError: ``device`` or ``dtype`` is none, or not a floating one.
+        """
+        _check_dtype(dtype)
+        _check_device(device)
         moved = [t.to(device=device, dtype=dtype) for t in self.tensors]
         if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
             return self
@@ -207,11 +246,14 @@ class LowRank:
 
     def dense(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW itself, (\\*batch, out, in). For answers and tests; in blocks of rows see `dense_blocks`."""
+        _check_dtype(dtype)
         dtype = dtype or self.dtype
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
     def dense_blocks(self, rows: int = 256, *, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """ΔW in blocks of at most ``rows`` of its rows, (\\*batch, ≤ rows, in), top to bottom."""
+        check_whole_number(rows, "rows")
+        _check_dtype(dtype)
         dtype = dtype or self.dtype
         A = self.A.to(dtype)
         for start in range(0, self.B.shape[-2], rows):
@@ -223,6 +265,7 @@ class LowRank:
         Raises:
             SpecError: a factor, or the product, is not finite.
         """
+        self._has_numbers()
         Qb, Rb = torch.linalg.qr(self.B.detach().double())  # (out, k) (k, r)
         Qa, Ra = torch.linalg.qr(self.A.detach().double().mT)  # (in, l) (l, r)
         M = (Rb @ Ra.mT) * self.scale
@@ -297,7 +340,12 @@ class LowRank:
         return Truncated(value, error, error / total if total else 0.0)
 
     def padded(self, rank: int) -> LowRank:
-        """The same value with zero rows and columns up to ``rank``, for engines that want one rank everywhere."""
+        """The same value with zero rows and columns up to ``rank``, for engines that want one rank everywhere.
+
+        Raises:
+            SpecError: ``rank`` is no whole number, or smaller than the value's own.
+        """
+        check_rank(rank)
         extra = rank - self.rank
         if extra < 0:
             raise SpecError(f"can't pad rank {self.rank} down to {rank}; truncate it")
@@ -305,6 +353,10 @@ class LowRank:
             return self
         A = torch.nn.functional.pad(self.A, (0, 0, 0, extra))
         return replace(self, A=A, B=torch.nn.functional.pad(self.B, (0, extra)))
+
+    def _has_numbers(self) -> None:
+        if self.A.is_meta:
+            raise SpecError("the factors have no numbers: they are on the meta device", "load the adapter itself first")
 
 
 def concat(terms: Sequence[LowRank]) -> LowRank:
@@ -315,7 +367,7 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     where the base is, its parent where it was read to) are brought to the first one's.
 
     Raises:
-        SpecError: no terms.
+        SpecError: no terms, or one is no `LowRank`, or they are on several devices.
         ShapeMismatch: the terms differ in (\\*batch, out, in) or in layout.
 
     >>> import torch
@@ -324,13 +376,17 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     >>> both.rank, both.dense()[0, 0].item()
     (2, 3.0)
     """
+    if isinstance(terms, LowRank) or not isinstance(terms, Iterable):
+        raise SpecError(f"concat takes several terms, got {terms!r:.80}", "concat([x, y])")
+    terms = list(terms)
     if not terms:
         raise SpecError("concat needs at least one term")
     first = terms[0]
+    for other in terms:
+        same_place(first, other)
     if len(terms) == 1:
         return first
-    for other in terms[1:]:
-        same_place(first, other)
+    _one_device(terms)
     terms = [t.to(device=first.device) for t in terms]
     if any(t.scale != first.scale for t in terms):
         terms = [t.folded() for t in terms]
@@ -386,6 +442,7 @@ def inner(x: LowRank, y: LowRank) -> float:
 
     Raises:
         ShapeMismatch: the two do not have the same (out, in) or layout.
+        SpecError: they are no `LowRank`, or on different devices.
 
     >>> import torch
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
@@ -393,6 +450,8 @@ def inner(x: LowRank, y: LowRank) -> float:
     8.0
     """
     same_place(x, y)
+    _one_device([x, y])
+    x._has_numbers()
     y = y.to(device=x.device)
     left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
     right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
@@ -400,15 +459,27 @@ def inner(x: LowRank, y: LowRank) -> float:
 
 
 def check_rank(rank: object) -> None:
-    """That a rank is a whole number, and one at least.
+    """Refuse a rank that is no whole number, or less than 1.
 
     Raises:
         SpecError: it is not.
     """
-    if isinstance(rank, bool) or not isinstance(rank, Integral):
-        raise SpecError(f"rank must be a whole number, got {rank!r}")
-    if rank < 1:
-        raise SpecError(f"rank must be at least 1, got {rank}")
+    check_whole_number(rank, "rank")
+
+
+def check_whole_number(number: object, what: str) -> None:
+    """Refuse what is no whole number, or less than 1, or too large for any size.
+
+    Raises:
+        SpecError: it is; says ``what`` it should have been.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise SpecError(f"{what} must be a whole number, got {number!r:.80}")
+    whole = int(number)
+    if whole < 1:
+        raise SpecError(f"{what} must be at least 1, got {whole if whole > -(2**63) else 'a huge negative one'}")
+    if whole >= 2**31:
+        raise SpecError(f"{what} must be less than 2^31, got a larger number")
 
 
 def same_place(x: LowRank, y: LowRank) -> None:
@@ -416,13 +487,61 @@ def same_place(x: LowRank, y: LowRank) -> None:
 
     Raises:
         ShapeMismatch: they do not have the same (\\*batch, out, in) or layout.
+        SpecError: one is no `LowRank`.
     """
+    for value in (x, y):
+        given: object = value
+        if not isinstance(given, LowRank):
+            raise SpecError(f"expected a LowRank, got {type(given).__name__}")
     if x.shape != y.shape or x.layout != y.layout:
         raise ShapeMismatch(f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight")
 
 
+def _one_device(terms: Sequence[LowRank]) -> None:
+    devices = {str(term.device) for term in terms}
+    if len(devices) > 1:
+        raise SpecError(
+            f"the terms are on {' and '.join(sorted(devices))}: expected one device", "x.to(device=…) moves one"
+        )
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype must be one of torch's floating dtypes, got {dtype!r:.80}", "dtype=torch.bfloat16")
+
+
+def _check_device(device: object) -> None:
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise SpecError(f"device must be one that torch knows, got {device!r:.80}", 'device="cpu", "cuda:0"') from error
+
+
+def _finite_number(value: object, what: str) -> float:
+    """A number of any kind as a float.
+
+    Raises:
+        SpecError: it is none, or not finite; says ``what`` it should have been.
+    """
+    is_number = isinstance(value, Real)
+    number = math.nan
+    if is_number and value is not True and value is not False:
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except OverflowError:
+            number = math.inf
+    if not math.isfinite(number):
+        huge = isinstance(value, int) and value.bit_length() > 1024  # Python may refuse to write it out
+        raise SpecError(
+            f"{what} must be finite, got {'an integer too large for a float' if huge else f'{value!r:.80}'}"
+        )
+    return number
+
+
 def _check_error(bound: object) -> None:
-    if not isinstance(bound, Real) or not float(bound) >= 0:
+    if isinstance(bound, bool) or not isinstance(bound, Real) or not float(bound) >= 0:
         raise SpecError(f"max_error must be 0 or more (a part of the norm), got {bound!r}")
 
 

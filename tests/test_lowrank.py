@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_tree as lt
+from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.errors import ShapeMismatch, SpecError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -259,3 +262,70 @@ def test_a_value_fits_where_every_number_on_its_way_is_finite(seed: int, a: int,
         assert x.fits(dtype) is bool(
             (numbers[: folded.numel() + product.numel()].abs() <= torch.finfo(dtype).max).all()
         )
+
+
+# ---------------------------------------------------------------------- what is no value
+X = lt.LowRank(torch.ones(2, 4), torch.ones(3, 2))
+NO_VALUE = {
+    "a layout's name": lambda: lt.LowRank(X.A, X.B, layout="linear"),  # type: ignore[arg-type]
+    "no layout": lambda: lt.LowRank(X.A, X.B, layout=None),  # type: ignore[arg-type]
+    "an unknown kind": lambda: lt.Layout("conf", (3,)),  # type: ignore[arg-type]
+    "a kernel that is a list": lambda: lt.Layout("conv", [3, 3]),  # type: ignore[arg-type]
+    "a kernel of nothing": lambda: lt.Layout("conv", (0,)),
+    "a kernel of a linear": lambda: lt.Layout("linear", (3,)),
+    "no kernel of a convolution": lambda: lt.Layout("conv"),
+    "a scale that is a decimal": lambda: lt.LowRank(X.A, X.B, Decimal(1)),  # type: ignore[arg-type]
+    "a scale that is a tensor": lambda: lt.LowRank(X.A, X.B, torch.ones(2)),  # type: ignore[arg-type]
+    "a scale that is a truth": lambda: lt.LowRank(X.A, X.B, True),
+    "a bias of integers": lambda: lt.LowRank(X.A, X.B, bias=torch.ones(3, dtype=torch.int32)),
+    "a rank of 2.5": lambda: X.padded(2.5),  # type: ignore[arg-type]
+    "a rank of '3'": lambda: X.padded("3"),  # type: ignore[arg-type]
+    "a rank of True": lambda: X.padded(True),
+    "a rank beyond any size": lambda: X.padded(10**30),
+    "a huge negative rank": lambda: X.truncate(-(10**5000)),
+    "a bound of True": lambda: X.truncate(max_error=True),
+    "a word for a factor": lambda: X.scaled("2"),  # type: ignore[arg-type]
+    "no factor": lambda: lt.Adapter({"q": X}).scaled(None),  # type: ignore[arg-type]
+    "a factor that is too large": lambda: X.scaled(10**400),
+    "a dtype's name": lambda: X.to(dtype="float32"),  # type: ignore[arg-type]
+    "a dtype of integers": lambda: X.dense(dtype=torch.int8),
+    "a word for a dtype": lambda: X.dense(dtype="x"),  # type: ignore[arg-type]
+    "an unknown device": lambda: X.to(device="nope"),
+    "a device of 3.5": lambda: lt.Adapter({"q": X}).to(device=3.5),  # type: ignore[arg-type]
+    "no rows": lambda: list(X.dense_blocks(0)),
+    "rows of 2.5": lambda: list(X.dense_blocks(2.5)),  # type: ignore[arg-type]
+    "one term alone": lambda: lt.concat(X),  # type: ignore[arg-type]
+    "a term that is none": lambda: lt.concat([X, 1]),  # type: ignore[list-item]
+    "the only term is none": lambda: lt.concat([1]),  # type: ignore[list-item]
+    "terms on two devices": lambda: lt.concat([X, X.to(device="meta")]),
+    "a product with none": lambda: lt.inner(X, 1),  # type: ignore[arg-type]
+    "a product over two devices": lambda: lt.inner(X, X.to(device="meta")),
+    "the norm of an outline": lambda: X.to(device="meta").norm(),
+    "an outline's numbers": lambda: X.to(device="meta").is_finite,
+    "an outline cut": lambda: X.to(device="meta").truncate(1),
+    "a base of 3": lambda: lt.Adapter({"q": X}, base=3),  # type: ignore[arg-type]
+    "no config": lambda: lt.Adapter({"q": X}, config=None),  # type: ignore[arg-type]
+    "a config of numbers": lambda: lt.Adapter({"q": X}, config={1: 2, "a": 3}),  # type: ignore[dict-item]
+    "a list for a tensor": lambda: lt.Adapter({"q": X}, unchanged={"b": [1.0]}),  # type: ignore[dict-item]
+    "a list of tensors": lambda: lt.Adapter({"q": X}, unchanged=[X.A]),  # type: ignore[arg-type]
+    "an order of 3": lambda: lt.Adapter({"q": X}, nesting={"m": 3}),  # type: ignore[dict-item]
+    "an order that is a word": lambda: lt.Adapter({"q": X}, nesting={"m": "ab"}),  # type: ignore[dict-item]
+    "assumed is a number": lambda: lt.Adapter({"q": X}, assumed=3),  # type: ignore[arg-type]
+    "rounded is None": lambda: lt.Adapter({"q": X}, rounded=None),  # type: ignore[arg-type]
+    "errors are words": lambda: lt.Adapter({"q": X}, errors={"q": "small"}),  # type: ignore[dict-item]
+    "an order of nothing": lambda: lt.Adapter({"q": X}).renested(3),  # type: ignore[arg-type]
+    "an order of a number": lambda: lt.Adapter({"q": X}).renested({"m": 3}),  # type: ignore[dict-item]
+    "a sum of adapters": lambda: lt.combine([lt.Adapter({"q": X})]),  # type: ignore[list-item]
+    "a sum of None": lambda: lt.combine(None),  # type: ignore[arg-type]
+    "a word for a coefficient": lambda: lt.combine([(lt.Adapter({"q": X}), "x")]),  # type: ignore[list-item]
+    "a weight that is a word": lambda: lt.parse_blend({"a": "x"}),  # type: ignore[dict-item]
+    "a budget of words": lambda: Budgets("x"),  # type: ignore[arg-type]
+    "a budget of nothing": lambda: Budgets(0),
+    "a budget beyond any size": lambda: parse_bytes(10**5000),
+}
+
+
+@pytest.mark.parametrize("call", NO_VALUE.values(), ids=NO_VALUE)
+def test_what_makes_no_sense_is_an_error_of_ours(call: Callable[[], object]) -> None:
+    with pytest.raises(SpecError, match=r"expected|must be|takes|is one of|are on|no numbers|at most"):
+        call()
