@@ -1,7 +1,8 @@
-"""A front end that does with a model's name what vLLM 0.32 does, step by step, around the plugin's resolver.
+"""A front end that does with a model's name what vLLM 0.32 does, step by step, around the plugin's
+resolver.
 
-Read: vllm/entrypoints/serve/engine/serving.py (`_check_model`, `_maybe_get_adapters`) and openai/models/serving.py. The
-tests in engines/ ask the real one.
+Read: vllm/entrypoints/serve/engine/serving.py (`_check_model`, `_maybe_get_adapters`) and
+openai/models/serving.py. The tests in engines/ ask the real one.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@ plugin needs no vLLM."""
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +27,7 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import FolderError, FormatError, PathError
 from lora_tree.folder import survey
-from lora_tree.integrations import flatcache
+from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.client_names import NameRules
 from lora_tree.integrations.flatcache import FlatCache, Form, NoRoom
 from lora_tree.integrations.vllm import register, server_args
@@ -202,6 +205,7 @@ def test_what_running_requests_read_is_not_taken_away(zoo: Path, tmp_path: Path)
 
 def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")], capture_output=True, check=True)
+    assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
     kept = cache(tmp_path, form=Form(4), budget_bytes=(1 << 20) + 500)
     assert not kept._disk.in_use_elsewhere()
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
@@ -297,6 +301,92 @@ def test_threads_and_processes_ask_at_once(zoo: Path, tmp_path: Path) -> None:
         lt.Adapter.load(tmp_path / "cache" / entry)
 
 
+@pytest.fixture(params=[0, errno.ENOSYS], ids=["flock", "no flock"])
+def flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What flock answers: nothing, or that the file system has none."""
+    code: int = request.param
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if code:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    return code
+
+
+REFUSED = """
+import fcntl, os, warnings
+warnings.simplefilter("ignore")
+def refuse(file, operation):
+    raise OSError({code}, os.strerror({code}))
+if {code}:
+    fcntl.flock = refuse
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*this file system has no flock:RuntimeWarning")
+def test_processes_share_a_cache_with_and_without_flock(flock: int, zoo: Path, tmp_path: Path) -> None:
+    code = REFUSED.format(code=flock) + MANY + "input()\n"
+    argv = [sys.executable, "-c", code, str(zoo), str(tmp_path / "cache")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            theirs = {Path(other.stdout.readline().strip()) for _ in range(4)}
+            kept = cache(tmp_path, form=Form(4), budget_bytes=(1 << 20) + 500)  # room for one
+            with pytest.raises(NoRoom, match="4 adapters that are in use"):
+                kept.get(*survey(zoo), "fr")  # in another form
+            assert all(folder.is_dir() for folder in theirs)
+        finally:
+            other.kill()
+    assert kept.get(*survey(zoo), "fr").folder.is_dir()
+    assert not any(folder.exists() for folder in theirs)
+    kept.close()
+    assert {name for name in locks_of(tmp_path) if ".held" in name} == set()
+
+
+def test_servers_that_were_started_over_and_over_leave_one_list(zoo: Path, tmp_path: Path) -> None:
+    code = [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")]
+    for _ in range(2):
+        subprocess.run(code, capture_output=True, check=True)
+    assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
+
+
+@pytest.mark.parametrize("operation", ["flock", "fsync", "rename", "mkdir"])
+def test_what_the_disk_refuses_while_a_path_is_added_names_a_file_and_harms_nothing(
+    operation: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = cache(tmp_path)
+    kept.get(*survey(zoo), "de")
+    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    module = fcntl if operation == "flock" else os
+    real, calls = getattr(module, operation), [0]
+
+    def refuse(*args: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **more)
+
+    monkeypatch.setattr(module, operation, refuse)
+    failed = 0
+    for failing in range(1, 30):  # noqa: B007, `refuse` reads it
+        calls[0] = 0
+        try:
+            kept.get(*survey(zoo), "fr/legal")
+        except FolderError as error:
+            assert str(tmp_path / "cache") in str(error)
+            failed += 1
+        else:
+            break
+        assert kept.served.keys() == {"de"}
+        for entry in there(tmp_path):  # nothing is there by half
+            lt.Adapter.load(tmp_path / "cache" / entry)
+    assert failed >= 1
+    assert lt.Adapter.load(kept.folder / kept.served["fr/legal"]).ranks == {"up": 4}
+    if files:
+        assert len(os.listdir("/proc/self/fd")) == files
+
+
 def test_a_killed_writer_s_stage_is_cleared_away(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path)
     left = tmp_path / "cache" / f".fr-x.{'0' * 32}"
@@ -325,6 +415,32 @@ def test_the_server_s_arguments(zoo: Path, tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["vllm-args", str(zoo), "--json"])
     assert '"--max-lora-rank"' in capsys.readouterr().out
+
+
+def test_the_server_s_arguments_name_the_base_and_the_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = lt.AdapterTree(base="org/model")
+    tree.add("fr", adapter=adapter(1))
+    tree.save(tmp_path / "zoo")
+    asked = ["vllm-args", str(tmp_path / "zoo"), "--max-error", "0.2", "--allow", "fr/**", "--allow", "de"]
+    with pytest.raises(SystemExit):
+        main([*asked, "--blends", "--outside", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["base"] == "org/model"
+    settings = Settings.of(said["environment"])
+    assert (settings.max_error, settings.outside) == (0.2, True)
+    assert settings.names == NameRules(blends=True, allow=("fr/**", "de"))
+    with pytest.raises(SystemExit):
+        main(asked)
+    printed = capsys.readouterr()
+    assert " --model org/model --enable-lora " in printed.out
+    assert "export LORA_TREE_VLLM_MAX_ERROR=0.2\n" in printed.out
+    assert "BLENDS" not in printed.out
+    assert printed.err == "no path of the tree fits --allow de\n"
+    with pytest.raises(SystemExit):
+        main(["vllm-args", str(tmp_path / "zoo"), "--allow", "[a-z]*"])
+    assert "'[a-z]*' is neither a path nor a pattern" in capsys.readouterr().err
 
 
 def test_the_plugin_does_nothing_where_no_tree_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,6 +604,16 @@ def test_a_path_refused_for_its_numbers_is_not_made_again(
         once = len(made)
         assert front.answers(*["fr/legal"] * 20) == [None] * 20
         assert len(made) == once
+
+
+def test_a_path_that_waits_for_room_is_made_once(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more))
+    monkeypatch.setattr(vllm, "SHORT_GRACE_S", 3.0)
+    one = str((1 << 20) + 500)
+    with front_end(zoo, tmp_path / "cache", cache_bytes=one) as front:
+        assert None not in front.answers("fr", "de")  # it waits until the first is idle
+        assert len(made) == 3  # for the first, in vain, and when there was room
 
 
 @pytest.mark.parametrize("saves", range(3))

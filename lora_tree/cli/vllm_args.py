@@ -63,6 +63,8 @@ def vllm_args(
     base = "BASE" if made.base is None else shlex.quote(made.base)
     lines.append(f"python -m vllm.entrypoints.openai.api_server --model {base} {shlex.join(made.flags)}")
     out().print("\n".join(lines), markup=False, soft_wrap=True)
+    for pattern in made.unmatched:
+        err().print(f"no path of the tree fits --allow {pattern}", markup=False, soft_wrap=True)
     allowed = int(made.flags[2])
     if made.rank > allowed:
         note = (

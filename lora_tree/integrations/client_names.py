@@ -1,4 +1,5 @@
-"""Decide which names of a client are asked of the tree, and give each the one spelling by which it is known.
+"""Decide which names of a client are asked of the tree, and give each the one spelling by which it
+is known.
 
     "fr/legal"                          a path
     "de:0.50+fr:1."  →  "de:0.5+fr:1.0" a blend: paths in order, weights as Python writes a float, no zeros
@@ -32,7 +33,8 @@ _ANY_DEPTH = "**"
 
 
 def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
-    r"""Return a text as a log may show it: one line, only printable characters, cut where it is long.
+    r"""Return a text as a log may show it: one line, only printable characters, cut where it is
+    long.
 
     >>> shown("gpt-4\nINFO: forged")
     'gpt-4\\nINFO: forged'
@@ -63,8 +65,9 @@ class NameRules:
 
     Args:
         blends: admit blends, not only paths.
-        allow: the paths that may be asked for, alone or in a blend: paths themselves, or patterns in which ``*`` and
-            ``?`` stand for a part of one name and ``**`` for any number of names. None allows every path.
+        allow: the paths that may be asked for, alone or in a blend: paths themselves, or patterns
+            in which ``*`` and ``?`` stand for a part of one name and ``**`` for any number of
+            names. None allows every path.
 
     Raises:
         SpecError: ``allow`` is empty, or holds no pattern.
@@ -88,7 +91,10 @@ class NameRules:
         if self.allow is None:
             return
         if not self.allow:
-            raise SpecError("the list of paths that clients may ask for is empty", "name paths or patterns, or no list")
+            raise SpecError(
+                "the list of paths that clients may ask for is empty",
+                "name paths or patterns, or no list",
+            )
         for pattern in self.allow:
             if not _PATTERN.match(pattern):
                 raise SpecError(

@@ -1,11 +1,12 @@
 """Keep flattened paths in a folder for engines that read adapters from a disk.
 
-The content of a path is a hash over the content and the coefficient of every node on the way, and over the form; it
-names the folder. So another tree is another folder: nothing that was given out ever changes, and an engine's own caches
-never meet a stale one. Two names that mean the same share a folder.
+The content of a path is a hash over the content and the coefficient of every node on the way, and
+over the form; it names the folder. So another tree is another folder: nothing that was given out
+ever changes, and an engine's own caches never meet a stale one. Two names that mean the same share
+a folder.
 
-Law: the folder never holds more than its budget. An adapter that a request may still read is not taken away. A name
-that is refused leaves nothing behind, neither a file nor an open one.
+Law: the folder never holds more than its budget. An adapter that a request may still read is not
+taken away. A name that is refused leaves nothing behind, neither a file nor an open one.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..blend import Blend, parse_blend
-from ..errors import BudgetError, FolderError, FormatError, LoraTreeError, SpecError, UnlockedError, listing
+from ..errors import (
+    BudgetError,
+    FolderError,
+    FormatError,
+    LoraTreeError,
+    SpecError,
+    UnlockedError,
+    listing,
+)
 from ..export import Portable, portable
 from ..folder import Problem
 from ..folder.source import FolderSource
@@ -32,12 +42,14 @@ from .shared_folder import SharedFolder
 
 __all__ = ["FlatCache", "Flattened", "Form", "NoRoom", "name_of"]
 
+V = TypeVar("V")
+
 VERSION = "lora_tree flattened 2"
 CONFIG_BYTES = 1 << 20
 """Room for what lies beside the factors: the config, the header."""
 MOST_BLENDS = 64
 """How many blends a process serves at once: clients make up their names."""
-MOST_REFUSED = 1024
+MOST_REMEMBERED = 1024
 ROUNDING = 1e-6
 """An error below it is that of fp32's rounding, not of a recompression."""
 
@@ -53,7 +65,8 @@ class Form:
     Args:
         max_rank: the engine's; a lineage of more is recompressed to it.
         max_error: refuse a path that loses more in any module by that.
-        base: a folder with the base's weights, to compare with tensors of the base that an adapter carries.
+        base: a folder with the base's weights, to compare with tensors of the base that an adapter
+            carries.
     """
 
     max_rank: int
@@ -101,9 +114,10 @@ class FlatCache:
         folder: made where missing; nothing else should live there.
         budget_bytes: the most that it holds. Blends that are in use take at most half of it.
         form: how paths are flattened.
-        grace_s: how long a folder stays after its last use, for requests that are on their way to the engine.
-        let_go: called with a path whose last use is longer ago than that, when there is no room: stop serving it from
-            here, and say True; or say False, because requests are running.
+        grace_s: how long a folder stays after its last use, for requests that are on their way to
+            the engine.
+        let_go: called with a path whose last use is longer ago than that, when there is no room:
+            stop serving it from here, and say True; or say False, because requests are running.
         is_read: tells whether running requests use a content.
     """
 
@@ -128,13 +142,15 @@ class FlatCache:
         self._used: dict[str, float] = {}  # path → when it was last used, by the monotonic clock
         self._asked: Counter[tuple[str, bool]] = Counter()  # (content, for a blend) → requests under way
         self._released: dict[str, float] = {}  # content → when this process stopped serving it
-        self._refused: OrderedDict[str, LoraTreeError] = OrderedDict()  # content → why it can't be served
+        self._refused: OrderedDict[str, LoraTreeError] = OrderedDict()  # content → why
+        self._needs: OrderedDict[str, int] = OrderedDict()  # content → bytes, as far as it was made
         self._hashes: dict[str, tuple[object, str]] = {}  # folder of a node → (its files' stamps, their hash)
         self._disk = SharedFolder(self.folder)
 
     # ------------------------------------------------------------------ what a path is now
     def content(self, tree: AdapterTree, problems: list[Problem], path: Blend) -> tuple[str, tuple[str, ...]]:
-        """Return the content of a path as the tree is now, and what is stale on its way, without reading weights.
+        """Return the content of a path as the tree is now, and what is stale on its way, without
+        reading weights.
 
         Raises:
             PathError, SpecError: there is no such path, or it says nothing that can be served.
@@ -147,7 +163,10 @@ class FlatCache:
         coefficients = tree.coefficients(path)
         parts = [(self._hash(tree, node), c.hex()) for node, c in coefficients.items() if tree[node].has_adapter]
         if not parts:
-            raise FormatError("there is nothing to serve: no node on the way has an adapter", "ask for the base itself")
+            raise FormatError(
+                "there is nothing to serve: no node on the way has an adapter",
+                "ask for the base itself",
+            )
         said = json.dumps([VERSION, parts, self.form.max_rank, self.form.max_error])
         stale = tuple(p.text for p in problems if p.node in on_the_way and p.kind == "stale")
         return hashlib.sha256(said.encode()).hexdigest()[:32], stale
@@ -216,6 +235,10 @@ class FlatCache:
             with self._disk.alone():
                 self._disk.tell(self._in_use())
 
+    def close(self) -> None:
+        """Hold nothing any more; the cache is not to be used afterwards."""
+        self._disk.close()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all that is there."""
@@ -229,9 +252,14 @@ class FlatCache:
         with self._disk.making(content):
             if self._is_there(content):  # another thread or process made it meanwhile
                 return None
+            if content in self._needs:  # there was no room for it a moment ago: don't make it in vain
+                with self._disk.alone():
+                    self._make_room(self._needs[content], for_blend=_is_blend(path))
             made = self._flattened(tree, problems, path, content)
+            needs = made.adapter.nbytes + CONFIG_BYTES
+            _remember(self._needs, content, needs)
             with self._disk.alone():
-                self._make_room(made.adapter.nbytes + CONFIG_BYTES, for_blend=_is_blend(path))
+                self._make_room(needs, for_blend=_is_blend(path))
                 made.save(self.folder / content)
                 self._disk.tell(self._in_use())
             return made.error
@@ -244,7 +272,8 @@ class FlatCache:
             return True
 
     def _flattened(self, tree: AdapterTree, problems: list[Problem], path: str, content: str) -> Portable:
-        """Read and flatten. A content that can't be served is remembered: asking again would cost the same.
+        """Read and flatten. A content that can't be served is remembered: asking again would cost
+        the same.
 
         Raises:
             SpecError: it loses more than is allowed, or its numbers are not finite.
@@ -258,9 +287,8 @@ class FlatCache:
             raise  # another time it may succeed
         except LoraTreeError as error:
             if self._is_still(content, tree, problems, path):
-                self._refused[content] = _anew(error)  # the error itself has the adapters in its traceback
-                while len(self._refused) > MOST_REFUSED:
-                    self._refused.popitem(last=False)
+                # without its traceback, in which the adapters are
+                _remember(self._refused, content, _anew(error))
             raise
         if not self._is_still(content, tree, problems, path):
             raise UnlockedError(f"{path}: the tree was changed while it was read", "ask again")
@@ -298,7 +326,8 @@ class FlatCache:
     def _make_room(self, nbytes: int, *, for_blend: bool) -> None:
         """Take away what was used longest ago, until there is room; the caller holds the budget.
 
-        A blend never pushes out a path, and blends in use take at most half of the budget: clients make up blends.
+        A blend never pushes out a path, and blends in use take at most half of the budget: clients
+        make up blends.
 
         Raises:
             NoRoom: everything that is left is in use.
@@ -371,7 +400,10 @@ class FlatCache:
             if self.is_idle(one) and self._let_go(one):
                 self.forget(one)
                 return
-        raise NoRoom(f"{len(blends)} blends are in use, and no more are served at once", "ask again in a moment")
+        raise NoRoom(
+            f"{len(blends)} blends are in use, and no more are served at once",
+            "ask again in a moment",
+        )
 
     # ------------------------------------------------------------------ private: who uses what
     def _in_use(self) -> dict[str, bool]:
@@ -407,6 +439,12 @@ class FlatCache:
         if known is None or known[0] != stamps:
             known = self._hashes[source.folder] = stamps, source.unchanged(files)
         return known[1]
+
+
+def _remember(known: OrderedDict[str, V], content: str, value: V) -> None:
+    known[content] = value
+    while len(known) > MOST_REMEMBERED:
+        known.popitem(last=False)
 
 
 def _anew(error: LoraTreeError) -> LoraTreeError:

@@ -1,12 +1,13 @@
 """Share a folder of entries between processes that add, use and take away.
 
-    cache/1f0c…/                  an entry, named by its content; its time says when it was last used
-    cache/.locks/budget           held by the one process that adds, takes away or puts into use
-    cache/.locks/make-0 … make-f  held while an entry whose name begins like that is made
+    cache/1f0c…/                  an entry, named by its content; its time says when it was last
+    used cache/.locks/budget           held by the one process that adds, takes away or puts into
+    use cache/.locks/make-0 … make-f  held while an entry whose name begins like that is made
     cache/.locks/<id>.held        one for each process: locked while it lives; lists what it uses
 
-A process that is killed leaves its list behind and the lock on it ends, so the others see that its list counts no more.
-The number of files and of open files depends on the number of processes, not on what is asked for.
+A process that is killed leaves its list behind and the lock on it ends, so the others see that its
+list counts no more. The number of files and of open files depends on the number of processes, not
+on what is asked for.
 """
 
 from __future__ import annotations
@@ -54,10 +55,15 @@ class SharedFolder:
         self._list = self._locks / f"{uuid.uuid4().hex}.held"
         with self.alone():  # another process would take a list that nobody has locked yet for one that was left over
             self.sweep()
+            self.in_use_elsewhere()  # for the lists that go: a server may be started over and over
             held = locks.attempt(self._list)
             if held is None:
                 raise FolderError(f"{self._list}: can't lock it")
-            self._held = held  # until this process ends
+            self._held = held
+
+    def close(self) -> None:
+        """Use nothing any more; the end of the process does as well."""
+        self._held.release(remove=True)
 
     # ------------------------------------------------------------------ locks
     @contextmanager

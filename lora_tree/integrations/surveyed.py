@@ -1,9 +1,10 @@
-"""See a tree's folder as it was a moment ago: one look serves everybody who asks within an interval.
+"""See a tree's folder as it was a moment ago: one look serves everybody who asks within an
+interval.
 
 A look costs about 0.1 ms a node, and a server is asked for names that clients make up.
 
-Law: whatever is asked, and however often, the folder is looked at once in an interval, and for at most a fifth of the
-time.
+Law: whatever is asked, and however often, the folder is looked at once in an interval, and for at
+most a fifth of the time.
 """
 
 from __future__ import annotations

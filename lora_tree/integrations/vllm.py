@@ -1,12 +1,14 @@
-"""vLLM by path name: a request for the model ``fr/legal`` is served by that path of a tree, as the tree is now.
+"""vLLM by path name: a request for the model ``fr/legal`` is served by that path of a tree, as the
+tree is now.
 
     client ── model="fr/legal" ──▶ vLLM ── resolve_lora ──▶ names ──▶ tree ──▶ FlatCache ──▶ cache/<content>/
                                      ▲                                            ▲
                                      └────────── swap, once a second ─────────────┴── the tree's folder
 
-A plugin of vLLM's (entry point ``vllm.general_plugins``), told what to do by the environment; `server_args` says how.
-vLLM asks for a name once and keeps the answer, so a thread looks at the tree and gives vLLM the new adapter of a path
-whose content has changed, under a new name and a new number; or takes a path away that is no longer in the tree.
+A plugin of vLLM's (entry point ``vllm.general_plugins``), told what to do by the environment;
+`server_args` says how. vLLM asks for a name once and keeps the answer, so a thread looks at the
+tree and gives vLLM the new adapter of a path whose content has changed, under a new name and a new
+number; or takes a path away that is no longer in the tree.
 
 Law: a path that was served goes on being served, as it was, while its files are not whole or do not
 fit the lock. A name that is refused costs no look at the tree, no file and no memory, and one short
@@ -43,8 +45,8 @@ AT_ONCE = 4
 """How many paths are flattened at once."""
 GRACE_S = 60.0
 SHORT_GRACE_S = 10.0
-"""How long an adapter stays after its last use; the short one where vLLM shows which requests are running. Between its
-look at the name and the start of the request vLLM only reads the prompt."""
+"""How long an adapter stays after its last use; the short one where vLLM shows which requests are
+running. Between its look at the name and the start of the request vLLM only reads the prompt."""
 ROOM_S = 20.0
 """How long a request waits for room in the cache."""
 MOST_SUGGESTED = 200
@@ -89,6 +91,7 @@ class _Resolver:
         self._opening = threading.Lock()
         self._said: dict[str, str] = {}
         self._makers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora_tree")
+        self._blenders = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-blend")  # never in a path's way
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")  # never waits for the makers
         self._closed = threading.Event()
 
@@ -99,9 +102,12 @@ class _Resolver:
         """Stop the threads; vLLM never does, its process ends with them."""
         self._closed.set()
         self._makers.shutdown()
+        self._blenders.shutdown()
         self._looker.shutdown()
         if self._watcher is not None:
             self._watcher.join()
+        if self._cache is not None:
+            self._cache.close()
 
     # ------------------------------------------------------------------ vLLM asks, on its event loop
     async def resolve(self, base_model_name: str, name: str) -> Any:
@@ -133,10 +139,11 @@ class _Resolver:
         if view is None:
             view = await loop.run_in_executor(self._looker, self._seen.now)
         _there(view, asked)
+        makers = self._makers if asked.name in asked.paths else self._blenders
         until = loop.time() + ROOM_S
         while True:
             try:
-                return await loop.run_in_executor(self._makers, self._make, base, asked.name, view)
+                return await loop.run_in_executor(makers, self._make, base, asked.name, view)
             except NoRoom:
                 if loop.time() > until:
                     raise
@@ -147,7 +154,10 @@ class _Resolver:
         """Find who asks; it is asked and changed on its own event loop alone."""
         models = asking()
         if models is None:
-            self._say(MODELS, "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart")
+            self._say(
+                MODELS,
+                "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart",
+            )
             return None
         for front in self._fronts:
             if front.models is models:
@@ -223,7 +233,10 @@ class _Resolver:
         try:
             view = self._seen.now()
         except LoraTreeError as error:
-            self._say("", f"lora_tree: the tree can't be read, its paths go on as they were: {_reason(error)}")
+            self._say(
+                "",
+                f"lora_tree: the tree can't be read, its paths go on as they were: {_reason(error)}",
+            )
             return
         self._said = {about: text for about, text in self._said.items() if about in (MODELS, *served)}
         for path in served:
@@ -274,7 +287,11 @@ class _Resolver:
             raise
         self._said.pop(path, None)
         if any(swapped):
-            log.info("lora_tree: '%s' has changed, and is now served as %s", shown(path), shown(found.name))
+            log.info(
+                "lora_tree: '%s' has changed, and is now served as %s",
+                shown(path),
+                shown(found.name),
+            )
 
     def _is_behind(self, path: str, content: str) -> bool:
         """Tell whether vLLM took another content: it was changed between vLLM's question and the answer."""
@@ -292,7 +309,11 @@ class _Resolver:
         for text in found.stale:
             log.warning("lora_tree: '%s' is served though it is stale: %s", shown(found.path), text)
         if found.error is not None and found.error > ROUNDING:
-            log.info("lora_tree: '%s' was recompressed, relative error %.2g", shown(found.path), found.error)
+            log.info(
+                "lora_tree: '%s' was recompressed, relative error %.2g",
+                shown(found.path),
+                found.error,
+            )
 
     def _say(self, about: str, text: str, *, told_as: str | None = None) -> None:
         """Log once for each change of the text, or of what it is ``told_as``."""

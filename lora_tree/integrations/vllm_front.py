@@ -1,12 +1,14 @@
 """Reach the objects of vLLM's own by which its front end knows adapters.
 
-vLLM asks a resolver for a name and gives it no way to take the answer back. So the plugin finds the object that asked,
-`OpenAIServingModels`, among its callers. From then on
-- ``lora_requests``, the dict in which vLLM looks up every request's model, notes each use, and takes any spelling;
+vLLM asks a resolver for a name and gives it no way to take the answer back. So the plugin finds the
+object that asked, `OpenAIServingModels`, among its callers. From then on
+- ``lora_requests``, the dict in which vLLM looks up every request's model, notes each use, and
+  takes any spelling;
 - ``model_name`` and ``show_available_models`` tell clients the path, not the name with a content;
 - ``engine_client.output_processor.request_states`` says which adapters running requests use.
 
-Read: vLLM 0.32, vllm/entrypoints/openai/models/serving.py and vllm/v1/engine/output_processor.py. What another version
+Read: vLLM 0.32, vllm/entrypoints/openai/models/serving.py and vllm/v1/engine/output_processor.py.
+What another version
 lacks is passed over: the plugin serves on, and knows less.
 """
 
@@ -44,10 +46,12 @@ def asking() -> Any:
 
 
 def request_of(found: Flattened) -> Any:
-    """Return vLLM's request for an adapter; it must give it a number of its own before the engine sees it.
+    """Return vLLM's request for an adapter; it must give it a number of its own before the engine
+    sees it.
 
-    The engine takes requests of one name for one adapter, in a batch and in its caches. So a name is never given
-    twice, not even to a content that comes back while requests for it are still running.
+    The engine takes requests of one name for one adapter, in a batch and in its caches. So a name
+    is never given twice, not even to a content that comes back while requests for it are still
+    running.
     """
     request = need("vllm.lora.request", extra="vllm", what="serving a tree with vLLM")
     name = f"{found.name}.{next(_numbers)}"
@@ -99,7 +103,8 @@ class Front:
         return any(request is not None and request.lora_path == folder for request in requests)
 
     def swap(self, found: Flattened) -> bool:
-        """Give vLLM the new content of a path that it serves, and wait until it has it; False where it serves it not.
+        """Give vLLM the new content of a path that it serves, and wait until it has it; False where
+        it serves it not.
 
         Raises:
             Exception: as vLLM, which can't load it.
@@ -147,7 +152,10 @@ class Front:
     def _tell_paths(self) -> None:
         """Tell clients the path that they asked for, in answers and in /v1/models."""
         models = self.models
-        own_name, own_list = getattr(models, "model_name", None), getattr(models, "show_available_models", None)
+        own_name, own_list = (
+            getattr(models, "model_name", None),
+            getattr(models, "show_available_models", None),
+        )
         if own_name is not None:
 
             def model_name(lora_request: Any = None) -> Any:
@@ -171,7 +179,8 @@ class Front:
 class _Requests(dict[str, Any]):
     """vLLM's dict of adapters by name: takes every spelling of a name, and tells who is looked up.
 
-    vLLM looks a model up twice for each request: whether it is there, and after its prompt was read.
+    vLLM looks a model up twice for each request: whether it is there, and after its prompt was
+    read.
     """
 
     def __init__(self, given: dict[str, Any], one_spelling: Callable[[str], str], used: Callable[[str], None]) -> None:

@@ -109,14 +109,17 @@ class ServerArgs:
     Args:
         flags: of ``vllm serve`` or ``python -m vllm.entrypoints.openai.api_server``.
         environment: for the same process.
-        rank: the largest Σr of a path; where it is over the flag's rank such paths are recompressed.
+        rank: the largest Σr of a path; where it is over the flag's rank such paths are
+            recompressed.
         base: the tree's base, for ``--model``; None where the tree names none.
+        unmatched: patterns of the list of allowed paths that no path of the tree fits.
     """
 
     flags: tuple[str, ...]
     environment: Mapping[str, str]
     rank: int
     base: str | None = None
+    unmatched: tuple[str, ...] = ()
 
 
 def server_args(
@@ -131,16 +134,19 @@ def server_args(
     blends: bool = False,
     outside: bool = False,
 ) -> ServerArgs:
-    """Return the flags and the environment with which vLLM serves the paths of a tree; only headers are read.
+    """Return the flags and the environment with which vLLM serves the paths of a tree; only headers
+    are read.
 
     Args:
         folder: of the tree, or its tree.yaml.
         cache: a folder for flattened adapters, on a disk of the machine that serves.
         max_rank: the largest rank to serve; enough for every path without it, at most 512.
-        max_error: a path that is recompressed to that rank, and loses more in a module by that, is refused.
+        max_error: a path that is recompressed to that rank, and loses more in a module by that, is
+            refused.
         max_loras: how many different paths one batch may hold.
         cache_bytes: the most that the cache folder may hold.
-        allow: the paths that clients may ask for, or patterns: ``fr/*``, ``fr/**``; every path without it.
+        allow: the paths that clients may ask for, or patterns: ``fr/*``, ``fr/**``; every path
+            without it.
         blends: let clients ask for blends, like ``fr/legal:0.5+fr/medical:0.5``.
         outside: serve adapters, too, that tree.yaml names outside of its folder.
 
@@ -165,7 +171,8 @@ def server_args(
         raise SpecError(f"max_error must be at least 0, got {max_error}")
     rules = NameRules(blends=blends, allow=None if allow is None else tuple(allow))
     tree, _ = survey(folder, outside=outside)
-    rank = max((_rank(tree, path) for path in tree.paths() if rules.allows(path)), default=1)
+    paths = [path for path in tree.paths() if rules.allows(path)]
+    rank = max((_rank(tree, path) for path in paths), default=1)
     allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
     flags = ("--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(max_loras), "--max-cpu-loras",
              str(max(2 * max_loras, 16)))  # fmt: skip
@@ -183,7 +190,12 @@ def server_args(
         environment[BLENDS] = "1"
     if outside:
         environment[OUTSIDE] = "1"
-    return ServerArgs(flags, environment, rank, tree.base)
+    return ServerArgs(flags, environment, rank, tree.base, _unmatched(rules, paths))
+
+
+def _unmatched(rules: NameRules, paths: list[str]) -> tuple[str, ...]:
+    each = {pattern: NameRules(allow=(pattern,)) for pattern in rules.allow or ()}
+    return tuple(pattern for pattern, rule in each.items() if not any(map(rule.allows, paths)))
 
 
 def _rank(tree: AdapterTree, path: str) -> int:
