@@ -33,6 +33,7 @@ from .blend import Blend, parse_blend
 from .budget import Budgets
 from .cache import Cache, Frequency, Policy
 from .cache.link import link_to
+from .engine import answers
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
 from .engine.expansion import expansions
@@ -148,7 +149,16 @@ def attach(
 
 
 class TreeModel(nn.Module):
-    """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys stay bare."""
+    """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys stay bare.
+
+    What is no attribute of a `TreeModel` is its base's, to read and to set, as trainers expect (``config``,
+    ``get_input_embeddings``, ``dtype``, …). A few names by which the base alone would be saved or changed are refused.
+
+    >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> base.config = "the base's own"
+    >>> attach(AdapterTree(), base).config
+    "the base's own"
+    """
 
     def __init__(
         self,
@@ -205,6 +215,38 @@ class TreeModel(nn.Module):
                 MergedWarning,
                 stacklevel=3,
             )
+        self._answers = True
+
+    # ------------------------------------------------------------------ answering for the base
+    def __getattr__(self, name: str) -> Any:
+        """What is no attribute of ours: the base's.
+
+        Raises:
+            AttributeError: the base has none either, or it is one of those that must not pass (then a `StateError`,
+                too).
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self._answering_base is None or (name.startswith("__") and name.endswith("__")):
+                raise
+        return answers.read(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of ours, or else the base's where it has one of that name."""
+        if not self._is_own(name) and answers.is_answered(self._answering_base, name):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _answering_base(self) -> nn.Module | None:
+        """The base, once this object is made; until then every attribute is ours."""
+        return self._modules["base"] if "_answers" in self.__dict__ else None
+
+    def _is_own(self, name: str) -> bool:
+        held = self.__dict__, self._parameters, self._buffers, self._modules
+        return hasattr(type(self), name) or any(name in of for of in held)
 
     # ------------------------------------------------------------------ switching
     @property

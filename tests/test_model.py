@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_tree as lt
+from lora_tree.engine import answers
 from lora_tree.engine import merged as merged_engine
 from lora_tree.errors import PathError, SpecError, StateError, TreeError
 
@@ -761,3 +762,77 @@ def test_autocast_inference_mode_and_low_precision_products_do_not_touch_the_bit
     with torch.inference_mode():
         model.activate("a", mode="unmerged")
     base(torch.ones(1, 512)).sum().backward()
+
+
+# ---------------------------------------------------------------------- answering for the base
+def test_what_is_no_attribute_of_ours_is_the_bases_to_read_and_to_set() -> None:
+    import joint
+
+    base = joint.base()
+    base.warnings_issued = {}
+    model = lt.attach(joint.tree(base), base)
+    for name in (
+        "config",
+        "generation_config",
+        "dtype",
+        "device",
+        "main_input_name",
+        "warnings_issued",
+        "name_or_path",
+    ):
+        assert getattr(model, name) is getattr(base, name) or getattr(model, name) == getattr(base, name), name
+    assert model.get_input_embeddings() is base.get_input_embeddings()
+    assert model.can_generate() is base.can_generate()
+    model.add_model_tags(["ours"])
+    model.warnings_issued["estimate_tokens"] = True
+    assert base.model_tags == ["ours"]
+    assert base.warnings_issued["estimate_tokens"]
+    model.enable_input_require_grads()
+    assert base.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.int64)).requires_grad
+    model.disable_input_require_grads()
+    model.activation_checkpointing_enable()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+    other = type(base.generation_config)(max_new_tokens=3)
+    model.generation_config = other
+    assert base.generation_config is other
+    assert "generation_config" not in vars(model)
+    model.note_of_mine = 1  # the base has none
+    assert "note_of_mine" not in vars(base)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model.generate(ids, do_sample=False), base.generate(ids, do_sample=False))
+    assert model.tree is not None
+    assert hasattr(model, "base")
+    assert not hasattr(model, "no_such_thing")
+    with pytest.raises(AttributeError, match="neither TreeModel nor its base has 'no_such_thing'"):
+        model.no_such_thing  # noqa: B018
+
+
+def test_what_would_save_or_change_the_base_alone_is_refused_by_name_and_hasattr_says_no() -> None:
+    import joint
+    from transformers import PreTrainedModel
+
+    base = joint.base()
+    model = lt.attach(joint.tree(base), base)
+    refused = [name for name in answers.REFUSED if hasattr(base, name)]
+    assert {"save_pretrained", "push_to_hub", "add_adapter", "resize_token_embeddings"} <= set(refused)
+    for name in refused:
+        assert not hasattr(model, name)
+        with pytest.raises(StateError, match=f"^a TreeModel does not answer '{name}' for its LlamaForCausalLM\n"):
+            getattr(model, name)
+    merges = [n for n in dir(PreTrainedModel) if n.endswith(("_adapter", "_adapters")) and not n.startswith("_")]
+    assert set(merges) <= set(answers.REFUSED)  # whatever transformers may add
+
+
+def test_a_model_that_is_not_made_yet_or_no_longer_attached_answers_what_it_can() -> None:
+    bare = lt.TreeModel.__new__(lt.TreeModel)
+    torch.nn.Module.__init__(bare)
+    with pytest.raises(AttributeError):
+        bare.config  # noqa: B018
+    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    base.config = {"a": 1}
+    model = lt.attach(lt.AdapterTree(), base)
+    model.detach()
+    assert model.config == {"a": 1}
+    with pytest.raises(StateError, match="can't be copied"):
+        copy.deepcopy(model)

@@ -141,6 +141,54 @@ def test_it_mixes_with_other_trainers(tmp_path: Path) -> None:
     assert both.steps == 2
 
 
+@pytest.mark.parametrize("alpha", [1e-9, 5.0])
+def test_neftune_adds_its_noise_to_the_embeddings_of_training_steps_alone(tmp_path: Path, alpha: float) -> None:
+    """Uniform, of magnitude alpha / sqrt(tokens · width): https://arxiv.org/abs/2310.05914 §2."""
+    rows = joint.rows(MIXED)
+    trainer, model = run(tmp_path, "a", "d", neftune_noise_alpha=alpha, more=dict(eval_dataset=rows))
+    table, far = model.base.get_input_embeddings(), {True: 0.0, False: 0.0}
+
+    def decoder_sees(module: Any, args: Any, kwargs: Any) -> None:
+        embeds = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        clean = table.weight[seen[-1]]
+        far[module.training] = max(far[module.training], float((embeds - clean).abs().max().detach()))
+
+    seen: list[torch.Tensor] = []
+    hooks = [
+        table.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+        model.base.model.layers[0].register_forward_pre_hook(decoder_sees, with_kwargs=True),
+    ]
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    trainer.evaluate()
+    for hook in hooks:
+        hook.remove()
+    most = alpha / (joint.TOKENS * table.weight.shape[1]) ** 0.5
+    assert 0.5 * most < far[True] <= most * (1 + 1e-6)
+    assert far[False] == 0.0
+    assert not table._forward_hooks
+    hand = joint.ByHand(("a", "d"))
+    for start in range(0, len(rows), 4):
+        hand.step(rows[start : start + 4])
+    off = max(
+        float((x - y.detach()).abs().max())
+        for path in ("a", "d")
+        for x, y in zip(joint.factors(model.tree)[path], hand.factors[path], strict=True)
+    )
+    assert (off < 1e-6) == (alpha < 1)  # noise that vanishes trains as none does
+
+
+def test_an_argument_that_asks_the_base_for_what_it_lacks_is_refused(tmp_path: Path) -> None:
+    for argument, value in (("neftune_noise_alpha", 5.0), ("activation_checkpointing", True)):
+        base = torch.nn.Sequential(torch.nn.Embedding(joint.VOCABULARY, 8), torch.nn.Linear(8, joint.VOCABULARY))
+        tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["1"]))
+        tree.add("a")
+        model = lt.attach(tree, base)
+        model.trainable("a")
+        with pytest.raises(SpecError, match=f"{argument}: Sequential has no "):
+            TreeTrainer(model, joint.arguments(tmp_path, **{argument: value}), train_dataset=joint.rows(["a"]))
+
+
 # ---------------------------------------------------------------------- checkpoints
 SETTING: dict[str, Any] = dict(
     num_train_epochs=3,

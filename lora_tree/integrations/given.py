@@ -1,15 +1,14 @@
-"""What a trainer is given, checked before anything is made of it; and what it asks of its model."""
+"""What a trainer is given, checked before anything is made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SpecError, StateError, listing
 from ..model import TreeModel
 
-__all__ = ["checked_model", "refuse", "standing_in", "whole_groups"]
+__all__ = ["check_asked", "checked_model", "refuse", "whole_groups"]
 
 
 def checked_model(model: Any) -> TreeModel:
@@ -51,16 +50,21 @@ def refuse(args: Any, trainer: Mapping[str, Any]) -> None:
         )
 
 
-@contextmanager
-def standing_in(model: TreeModel, checkpointing: bool) -> Iterator[None]:
-    """The Trainer asks its model to checkpoint layers: the base does."""
-    names = [n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(model.base, n)]
-    if checkpointing and not names:
-        raise SpecError(f"{type(model.base).__name__} can't checkpoint its layers", "gradient_checkpointing=False")
-    for name in names:
-        object.__setattr__(model, name, getattr(model.base, name))
-    try:
-        yield
-    finally:
-        for name in names:
-            object.__delattr__(model, name)
+def check_asked(model: TreeModel, args: Any) -> None:
+    """That the base has what the arguments will ask of it.
+
+    Raises:
+        SpecError: names the argument.
+    """
+    checkpointing = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    needed = {
+        "activation_checkpointing": checkpointing,
+        "gradient_checkpointing": checkpointing,
+        "neftune_noise_alpha": ("get_input_embeddings",),
+    }
+    for argument, names in needed.items():
+        if getattr(args, argument, None) and not any(hasattr(model, name) for name in names):
+            raise SpecError(
+                f"{argument}: {type(model.base).__name__} has no {' or '.join(names)}",
+                f"leave {argument} out, or give the base that method",
+            )

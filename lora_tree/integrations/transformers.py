@@ -38,7 +38,7 @@ from ..training.sampling import PathSampler
 from ..training.sharded import full
 from ..training.together import joined
 from .checkpoint import appearing, load_factors, put_back, retire, save_factors
-from .given import checked_model, refuse, standing_in, whole_groups
+from .given import check_asked, checked_model, refuse, whole_groups
 from .rows import PathCollator, PathTotals, paths_of
 
 for _needed in ("transformers", "accelerate"):
@@ -101,15 +101,17 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
             self.tree_model.tree.coefficients(path)
         self.path_weights = {spelled(path): weight for path, weight in (path_weights or {}).items()}
         refuse(args, trainer)
+        check_asked(self.tree_model, args)
         if self.tree_model.factors.sharded:  # by its owner: Accelerate must not wrap or shard it again
-            owner: Any = self.tree_model
-            owner.is_distributed_loading_by_transformers = True
+            # its own attribute, since the base's says whether the base was sharded as it was loaded
+            object.__setattr__(self.tree_model, "is_distributed_loading_by_transformers", True)
         super().__init__(model=model, args=args, **trainer)
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SpecError(
                 "TreeTrainer trains on one device a process; not under DataParallel, Accelerate's FSDP or DeepSpeed",
                 "start a process for each GPU: torchrun --nproc-per-node=…; fully_shard the TreeModel before for FSDP2",
             )
+        self.model_accepts_loss_kwargs = True  # whatever the base says: the loss is taken, and scaled, here
         base: Any = self.tree_model.base
         if self.args.label_names is None:
             self.label_names = find_labels(type(base)) or ["labels"]
@@ -310,13 +312,12 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             put_back(Path(named).parent if isinstance(named, str | os.PathLike) else Path(self.args.output_dir))
         _meet()
-        with standing_in(self.tree_model, bool(getattr(self.args, "activation_checkpointing", False))):
-            start = Start(self.tree_model.factors)
-            try:
-                out = super().train(*args, **kwargs)
-            except DivergedError:
-                start.restore()
-                raise
+        start = Start(self.tree_model.factors)
+        try:
+            out = super().train(*args, **kwargs)
+        except DivergedError:
+            start.restore()
+            raise
         if self.save_to is not None:
             self.save_model(os.fspath(self.save_to))
         return out

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import DivergedError, listing
 from .factors import Factors
 from .losses import ranks
-from .sharded import full, is_sharded
+from .sharded import is_sharded
 
 __all__ = ["Start", "check_finite_step"]
 
@@ -55,7 +55,7 @@ def check_finite_step(factors: Factors, losses: Mapping[str, float] | Mapping[st
         DivergedError: names the nodes, the step and the losses.
     """
     nodes = factors.training_paths
-    norms = [full(nn.utils.get_total_norm(factors.of(node), math.inf)) for node in nodes]
+    norms = [nn.utils.get_total_norm([_here(p) for p in factors.of(node)], math.inf) for node in nodes]
     device = norms[0].device if norms else torch.device("cpu")
     found = [torch.as_tensor(x).detach().to(device, torch.float64) for x in (*norms, *losses.values())]
     numbers = torch.stack(found).tolist() if found else []
@@ -81,6 +81,13 @@ def _refuse(broken: list[str], losses: Mapping[str, float], step: int) -> NoRetu
         "nothing of it was saved, and what trained is again what it was when the run began",
         "train with a smaller learning rate or clip norm; its checkpoints of the steps before are good",
     )
+
+
+def _here(parameter: Tensor) -> Tensor:
+    """The part of a factor that this rank holds; one number where that is nothing, since nothing has no norm."""
+    local: Tensor = parameter.to_local() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+    local = local.detach()
+    return local if local.numel() else local.new_zeros(1)
 
 
 def _copy(tensor: Tensor) -> Tensor:
