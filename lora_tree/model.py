@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapter import Adapter
+from .base_names import warn_of_base
 from .blend import Blend, parse_blend
 from .budget import Budgets
 from .cache import Cache, Frequency, Policy
@@ -205,7 +206,12 @@ class TreeModel(nn.Module):
         self._held = self.cache.hold([])
         self._plan = BARE
         kept = {"kept": 0} if self.cache.bounded else {}
-        self._binder = Binder(inner, tree.base, origin=self.cache.origin, **kept)
+        name = getattr(inner, "name_or_path", None)
+        own_name = name if isinstance(name, str) and name else None
+        warn_of_base("the tree", tree.base, own_name, stacklevel=3)
+        self._binder = Binder(
+            inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept
+        )
         self._beside: Unmerged | Prepared = Unmerged(inner, self._manner, ledger=self.cache)
         self._router = Router(self._manner, ledger=self.cache)
         if pristine == "none":

@@ -1,6 +1,7 @@
 """The map: every name that ``lora_tree`` offers. It is read at the first use of one, see ``__init__.py``."""
 
 from .adapter import Adapter, combine
+from .base_names import BaseWarning
 from .blend import Blend, parse_blend
 from .export import (
     ENGINE_RANKS,
@@ -24,6 +25,7 @@ __all__ = [
     "ENGINE_RANKS",
     "Adapter",
     "AdapterTree",
+    "BaseWarning",
     "Blend",
     "Layout",
     "LoraSpec",

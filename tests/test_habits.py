@@ -26,7 +26,19 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the inside out. A module may import what stands before it in its own ring, and what its ring may see.
 RINGS = {
-    "values": ["errors", "budget", "patterns", "lowrank", "storage", "carried", "adapter", "spec", "blend", "tree"],
+    "values": [
+        "errors",
+        "base_names",
+        "budget",
+        "patterns",
+        "lowrank",
+        "storage",
+        "carried",
+        "adapter",
+        "spec",
+        "blend",
+        "tree",
+    ],
     "files": ["system", "formats", "folder"],
     "binding": ["sites", "engine", "training", "cache", "model", "fit"],
     "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..base_names import warn_of_base
 from ..carried import check_carried
 from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LowRank
@@ -104,6 +105,7 @@ class Binder:
     Args:
         base: the model.
         base_name: what the tree calls it.
+        own_name: what the model calls itself, where it does.
         kept: how many plans stay, with their adapters, though nobody uses them.
         origin: what an adapter is known by: itself, held weakly, or something that outlives it and stands for the same
             numbers.
@@ -114,11 +116,14 @@ class Binder:
         base: nn.Module,
         base_name: str | None,
         *,
+        own_name: str | None = None,
         kept: int = KEPT_PLANS,
         origin: Callable[[Adapter], Hashable] = weakref.ref,
     ) -> None:
         self._base = base
         self._base_name = base_name
+        self._own_name = own_name or base_name
+        self._said: set[str] = set()  # the bases that adapters named and a warning told of
         self._origin = origin
         self._sites: dict[str, Site] = {}
         # an adapter that needs no change stands for itself: a value here must not hold its own key
@@ -194,6 +199,9 @@ class Binder:
             made_for = adapter.base and self._base_name and adapter.base != self._base_name
             hint = (f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}",)
             raise type(error)(where.what, *where.todo, *(hint if made_for else ())) from error
+        if adapter.base and adapter.base not in self._said:
+            self._said.add(adapter.base)
+            warn_of_base(node, adapter.base, self._own_name, stacklevel=2)
         self._bound[adapter] = None if bound is adapter else bound, sites
         return bound
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
+from ..base_names import other_base
 from ..errors import (
     FolderError,
     FormatError,
@@ -33,7 +34,7 @@ from .bounds import no_folder
 from .commit import leftovers, writing
 from .lockfile import dump
 from .memory import Seen, remember
-from .opening import Opened, inspect, place_of, unusable
+from .opening import Opened, inspect, named_bases, place_of, unusable
 from .problem import HARMLESS, Kind, Problem, raise_any
 from .relock import Relocked, relocked
 from .resolve import step_of
@@ -88,14 +89,14 @@ def load(
         raise_any(opened.problems, *_accept(opened), after=_go_on(opened))
     _there_is_a_tree(opened)
     if skipped:
-        text = "; ".join(skipped.values())
-        warnings.warn(SkippedWarning(f"left out: {text}"), stacklevel=2)
+        reasons = [line for text in skipped.values() for line in text.split("\n  ")]
+        warnings.warn(SkippedWarning(f"left out: {listing(skipped)}", *reasons), stacklevel=2)
     stale = [text for node, text in opened.stale.items() if node not in skipped]
     if stale:
         todo = f"train them again, or accept them as they are: lora-tree lock --accept-stale {place.spelled}"
         if strict:
             raise StaleError(*stale, todo)
-        warnings.warn(StaleWarning("\n  ".join(("stale: " + "; ".join(stale), todo))), stacklevel=2)
+        warnings.warn(StaleWarning("stale: " + "; ".join(stale), todo), stacklevel=2)
     nodes = (_node(opened, node) for node in opened.entries if node not in skipped)
     defaults, cache = (opened.spec.defaults, opened.spec.cache) if opened.spec else (None, None)
     home = Path(place.yaml_file)
@@ -223,18 +224,38 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
 
 
 def notes(path: str | os.PathLike[str]) -> list[str]:
-    """Say what is no problem, and worth a line: the steps of training runs that are passed over.
+    """Say what is no problem, and worth a line: steps of training runs that are passed over, and bases' names.
 
     Raises:
         FolderError: there is no such folder or file.
     """
     opened = inspect(place_of(path))
+    return [*_passed_over(opened), *_bases(opened)]
+
+
+def _passed_over(opened: Opened) -> list[str]:
     runs: dict[str, list[str]] = {}
     for step in opened.passed:
         runs.setdefault(step_of(step) or "", []).append(step)
     return [
         f"{run}: passed over {listing(steps)}: a step of its training run, not a node" for run, steps in runs.items()
     ]
+
+
+def _bases(opened: Opened) -> list[str]:
+    """Which adapters name another base than the tree; or, where the tree names none, that they do not agree."""
+    by_name: dict[str, list[str]] = {}
+    for node, name in named_bases(opened).items():
+        by_name.setdefault(name, []).append(node)
+    tree = opened.base_name
+    if tree is not None:
+        others = {name: nodes for name, nodes in by_name.items() if other_base(name, tree)}
+        what = "the tree is over" if opened.spec is None else "the tree names"
+        return [f"{listing(nodes)}: made for the base {name!r}, {what} {tree!r}" for name, nodes in others.items()]
+    if len(by_name) > 1 and opened.spec is None:
+        told = "; ".join(f"{name!r} ({listing(nodes)})" for name, nodes in by_name.items())
+        return [f"the adapters name different bases: {told}; name the tree's own in a tree.yaml"]
+    return []
 
 
 def _numbers(node: str, adapter: Adapter, weight: float) -> list[Problem]:

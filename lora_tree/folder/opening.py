@@ -7,11 +7,14 @@ time is not. Where a save happens meanwhile the folder is looked at again, so wh
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..base_names import other_base
 from ..errors import FolderError, LoraTreeError, NewerFormat, SpecError, suggest
+from ..formats import strict_json
 from ..formats.peft import CONFIG, WEIGHTS
+from ..formats.peft_read import MAX_CONFIG_BYTES
 from ..spec import TreeSpec
 from ..storage import as_path
 from . import disk
@@ -27,7 +30,17 @@ from .source import broken_text, hashed
 from .trained import TOP, stale_text, trained
 from .yamlfile import MAX_BYTES, read_spec
 
-__all__ = ["Opened", "Place", "base_at_hand", "base_lock", "inspect", "local_base", "place_of", "unusable"]
+__all__ = [
+    "Opened",
+    "Place",
+    "base_at_hand",
+    "base_lock",
+    "inspect",
+    "local_base",
+    "named_bases",
+    "place_of",
+    "unusable",
+]
 
 YAML = "tree.yaml"
 _TRIES = 50
@@ -71,6 +84,7 @@ class Opened:
         scan: the adapters below the folder, whether they are nodes or not.
         entries: the nodes, depth-first.
         passed: the paths of adapters that are steps of a node's own training run, and no nodes.
+        agreed: the base that the adapters name, where there is no tree.yaml and they agree.
         contents: node → hash of its files, as far as the lock gives it and they agree.
         base: what is known of the base now; looked at only where there is a lock.
         stale: node → why.
@@ -86,6 +100,7 @@ class Opened:
     scan: Scan = field(default_factory=Scan)
     entries: dict[str, Entry] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
+    agreed: str | None = None
     contents: dict[str, str] = field(default_factory=dict)
     base: BaseLock = field(default_factory=BaseLock)
     stale: dict[str, str] = field(default_factory=dict)
@@ -93,14 +108,15 @@ class Opened:
 
     @property
     def base_spelled(self) -> str | None:
-        """The base as tree.yaml spells it."""
-        return self.spec.base if self.spec else None
+        """The base as tree.yaml spells it; without a tree.yaml the one that the adapters name, where they agree."""
+        return self.spec.base if self.spec is not None else self.agreed
 
     @property
     def base_name(self) -> str | None:
         """The base as the tree names it: a local folder as an absolute path."""
-        name = self.spec.base if self.spec else None
-        return local_base(name, self.place.folder) or name
+        if self.spec is None:
+            return self.agreed
+        return local_base(self.spec.base, self.place.folder) or self.spec.base
 
 
 def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
@@ -199,6 +215,9 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
     resolved = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
     opened.entries, opened.passed = resolved.entries, resolved.passed
     opened.problems.extend(resolved.problems)
+    if opened.spec is None:
+        known = opened.lock.base.name if opened.lock is not None else None
+        opened.agreed = known or _agreed(named_bases(opened).values())
     if opened.lock is not None:
         _compare(opened, opened.lock)
     return opened
@@ -254,6 +273,31 @@ def _compare(opened: Opened, lock: TreeLock) -> None:
             if stale is not None:
                 opened.stale[path] = stale
                 opened.problems.append(Problem(path, "stale", stale))
+
+
+def named_bases(opened: Opened) -> dict[str, str]:
+    """Read which base each adapter names in its config: node → base; a config that can't be read names none."""
+    found: dict[str, str] = {}
+    for path, entry in opened.entries.items():
+        at = entry.files.now.get(CONFIG) if entry.files is not None else None
+        if at is None:
+            continue
+        try:
+            config = strict_json.loads(disk.read(at[0], most=MAX_CONFIG_BYTES), at[0])
+        except LoraTreeError:
+            continue
+        named = config.get("base_model_name_or_path")
+        if isinstance(named, str) and named:
+            found[path] = named
+    return found
+
+
+def _agreed(names: Iterable[str]) -> str | None:
+    """The base that all of them mean, as the first one spells it; None where they do not agree."""
+    names = list(dict.fromkeys(names))
+    if not names or any(other_base(names[0], name) for name in names[1:]):
+        return None
+    return names[0]
 
 
 def unusable(opened: Opened) -> dict[str, str]:

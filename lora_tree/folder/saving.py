@@ -307,7 +307,10 @@ def _says_the_same(plan: _Plan) -> bool:
     spec = plan.target.spec
     if spec is None and not any(not kept.named for kept in plan.kept.values()):
         return False  # without a single adapter in it, only a tree.yaml makes a folder a tree
-    if _base_of(spec.base if spec else None, plan.place.folder) != _base_of(plan.tree.base, ""):
+    if spec is None and plan.tree.base is not None and (plan.transaction.staged or plan.transaction.deletes):
+        return False  # other adapters may name another base, or agree no more
+    there = _base_of(plan.target.base_spelled, plan.place.folder if spec is not None else "")
+    if there != _base_of(plan.tree.base, ""):
         return False
     said = spec or TreeSpec(version=1)
     if (said.defaults, said.cache) != (plan.tree.defaults, plan.tree.cache):
@@ -360,6 +363,8 @@ def _yaml_of(plan: _Plan) -> dict[str, Any]:
 
 def _spelled_base(plan: _Plan) -> str | None:
     """The base as tree.yaml spells it: a local folder as seen from there."""
+    if plan.target.spec is None and plan.tree.base == plan.target.base_name:
+        return plan.target.base_spelled
     local = local_base(plan.tree.base, "")
     return os.path.relpath(local, plan.place.folder) if local else plan.tree.base
 

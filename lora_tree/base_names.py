@@ -1,0 +1,67 @@
+"""Names of bases: whether two of them mean the same model, as far as names can tell.
+
+    org/model                                        a hub id
+    /models/model                                    a folder
+    ~/.cache/…/models--org--model/snapshots/1f…      a snapshot in the hub's cache: org/model
+
+A folder and a hub id are taken for the same where they end alike: a model that was downloaded keeps its name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+
+from .errors import LoraTreeWarning
+
+__all__ = ["BaseWarning", "other_base", "warn_of_base"]
+
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?\Z")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+
+
+class BaseWarning(LoraTreeWarning):
+    """An adapter or a tree names another base than the model that it is attached to."""
+
+
+def other_base(one: str | None, other: str | None) -> bool:
+    """Whether two names are known to mean different bases; a name that is not there means any.
+
+    >>> other_base("org/model-8b", "org/model-1b"), other_base("org/model-8b", "/models/model-8b")
+    (True, False)
+    >>> other_base("org/model", "else/model"), other_base("org/model", None)
+    (True, False)
+    """
+    if not one or not other or one == other:
+        return False
+    if os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other):
+        return False
+    first, second = _id(one), _id(other)
+    if _HUB_ID.match(first) and _HUB_ID.match(second):
+        return first.casefold() != second.casefold()
+    return _last(first) != _last(second)
+
+
+def warn_of_base(what: str, named: str | None, base: str | None, *, stacklevel: int) -> None:
+    """Warn where ``what`` (a node, the tree) names another base than that of the model.
+
+    Args:
+        what: said first in the warning.
+        named: the base that it names.
+        base: the model's own name.
+        stacklevel: as for `warnings.warn`, seen from the caller.
+    """
+    if other_base(named, base):
+        text = f"{what} names the base {named!r}, but the model attached is {base!r}"
+        warnings.warn(BaseWarning(text), stacklevel=stacklevel + 1)
+
+
+def _id(name: str) -> str:
+    """The hub id of a snapshot in the hub's cache; any other name as it is, without slashes at its end."""
+    snapshot = _SNAPSHOT.search(name)
+    return f"{snapshot[1]}/{snapshot[2]}" if snapshot is not None else name.rstrip("/")
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2].casefold()
