@@ -217,6 +217,19 @@ def test_folders_that_plainly_mean_something_else(tmp_path: Path, paths: tuple[s
     assert message in refused(nested(tmp_path / "zoo", *paths), FolderError)
 
 
+def test_a_node_of_a_tree_is_told_as_that_and_no_advice_would_break_the_tree(zoo: Path) -> None:
+    for node in ("fr", "fr/legal"):
+        text = refused(zoo / node, FolderError)
+        assert f"this is the node {node} of the tree {zoo}; open that tree" in text
+        assert "move" not in text
+        assert "copy" not in text
+    assert notes(zoo / "grp") == [f"{zoo}/grp: grp of the tree {zoo}; what lies above it there is not counted here"]
+    assert notes(zoo) == []
+    for name in ("tree.yaml", "tree.lock"):
+        (zoo / name).unlink()
+    assert "where this is a node of a tree, open the folder above it" in refused(zoo / "fr", FolderError)
+
+
 def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     nested(tmp_path, "run/checkpoint-500")
     write(tmp_path / "tree.yaml", "version: 1\ntree: {fr: {adapter: run/checkpoint-500}}\n")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import listing
-from ..folder import relock
+from ..folder import relock as lock_folder
 from .arguments import AsJson, Folder
 from .console import out, print_json
 
@@ -22,7 +22,7 @@ def lock(
     as_json: AsJson = False,
 ) -> None:
     """Write tree.lock for the files as they are now; say what it accepts that the old one did not."""
-    found = relock(folder, accept_stale=accept_stale)
+    found = lock_folder(folder, accept_stale=accept_stale)
     if as_json:
         print_json(
             {

@@ -30,7 +30,7 @@ from ..lowrank import LowRank
 from ..storage import install
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
-from .bounds import no_folder
+from .bounds import no_folder, tree_above
 from .commit import leftovers, writing
 from .lockfile import dump
 from .memory import Seen, remember
@@ -230,7 +230,16 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
         FolderError: there is no such folder or file.
     """
     opened = inspect(place_of(path))
-    return [*_passed_over(opened), *_bases(opened)]
+    return [*_part(opened), *_passed_over(opened), *_bases(opened)]
+
+
+def _part(opened: Opened) -> list[str]:
+    """That the folder is a part of a tree, of which it shows what lies below alone."""
+    folder = opened.place.folder
+    part = tree_above(folder) if opened.spec is None and opened.lock is None else None
+    if part is None:
+        return []
+    return [f"{folder}: {part[1]} of the tree {part[0]}; what lies above it there is not counted here"]
 
 
 def _passed_over(opened: Opened) -> list[str]:

@@ -12,8 +12,9 @@ import os
 import re
 
 from ..formats.peft import CONFIG, WEIGHTS
+from ..spec import MAX_DEPTH
 
-__all__ = ["blobs", "hub_hint", "inside", "leaves", "no_folder"]
+__all__ = ["blobs", "hub_hint", "inside", "leaves", "no_folder", "tree_above"]
 
 _REPOSITORY = re.compile(r"(?:models|datasets|spaces)--[^/]+\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}\Z")
@@ -65,6 +66,22 @@ def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | N
         return (what, todo) if whole else (what,)
     hint = hub_hint(spelled, above)
     return (f"{folder}: no such folder", hint) if hint else None
+
+
+def tree_above(folder: str) -> tuple[str, str] | None:
+    """Find the tree that a folder is a part of: the nearest folder above with a tree.yaml or tree.lock.
+
+    Returns:
+        That folder, and the path of the node that ``folder`` is there; None where there is no such folder.
+    """
+    above = os.path.dirname(folder)
+    for _ in range(MAX_DEPTH):
+        if any(os.path.isfile(os.path.join(above, name)) for name in ("tree.yaml", "tree.lock")):
+            return above, os.path.relpath(folder, above)
+        if above == os.path.dirname(above):
+            break
+        above = os.path.dirname(above)
+    return None
 
 
 def hub_hint(spelled: str, above: str = "") -> str | None:

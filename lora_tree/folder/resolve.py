@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..errors import FormatError, LoraTreeError, PathError
 from ..spec import LoraSpec, NodeSpec, TreeSpec, check_path
-from .bounds import inside, no_folder
+from .bounds import inside, no_folder, tree_above
 from .problem import Problem
 from .scan import Files, Scan, look
 from .yamlfile import Located, walk
@@ -187,7 +187,7 @@ def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]
     """Why the adapter in a folder can't be the node of that path; a step among ``entries`` is listed in tree.yaml."""
     if not path:
         text = f"{files.folder}: an adapter in the top folder, but the root of a tree is the bare base"
-        return Problem("", "folder", f"{text}: {_top(scan)}")
+        return Problem("", "folder", f"{text}: {_top(scan, files.folder)}")
     step = next((on for on in (*_above(path), path) if is_step(on) and on not in entries), None)
     if step is not None:
         text = f"{files.folder}: {step.rpartition('/')[2]} looks like a step of a Trainer's run, not like a node"
@@ -202,14 +202,17 @@ def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]
     return None
 
 
-def _top(scan: Scan) -> str:
+def _top(scan: Scan, folder: str) -> str:
     """What a folder with an adapter of its own probably is, and what to do."""
+    part = tree_above(folder)
+    if part is not None:
+        return f"this is the node {part[1]} of the tree {part[0]}; open that tree"
     if any(is_step(path.split("/")[0]) for path in scan.found):
-        return "this looks like the output of a Trainer; move what you want to keep into a folder of its own below"
+        return "this looks like the output of a Trainer; open the folder above it, in which this run is a node"
     if len(scan.found) > 1:
         return (
-            "this looks like PEFT's save of several adapters, whose 'default' lies in the top folder; move its two "
-            "files into a folder of their own below"
+            "where this is a node of a tree, open the folder above it; where it is PEFT's save of several adapters, "
+            "whose 'default' lies in the top folder, copy its two files into a folder of their own below"
         )
     return "this is one adapter: open it with Adapter.load, open the folder above it, or name it in a tree.yaml"
 
