@@ -21,7 +21,7 @@ import lora_tree as lt
 from lora_tree.integrations.vllm_settings import server_args
 
 NAMES, CLIENTS = 10_000, 8
-BUDGET = 2_400_000  # room for some ten blends in use, while one is added
+BUDGET = 2_800_000  # room for some twenty blends in use, while one is added
 PROMPT = [9, 250, 3, 3, 17]
 TOLERANCE = 1e-5
 PATHS = (
@@ -164,7 +164,7 @@ def test_ten_thousand_names_of_eight_clients_stay_within_the_bounds(world: World
     assert served_blends > 10
     assert off < TOLERANCE
     assert server.open_files <= files + 2 * CLIENTS  # connections that are being closed
-    assert grown < 64 << 20
+    assert grown < 32 << 20
     assert most <= BUDGET + (64 << 10)  # besides the adapters there are lists of what is in use
     assert len(os.listdir(world.cache / ".locks")) <= 18
     assert len(server.log) - log < 600 * NAMES

@@ -54,6 +54,10 @@ __all__ = [
     "UnsupportedAdapter",
 ]
 
+MOST_CHARACTERS = 4000
+"""Of a line of a message."""
+_MOST_SUGGESTED = 1000
+
 
 def printable(text: str, *, keep: str = "") -> str:
     """Return ``text`` with every character escaped that is no visible sign and no space.
@@ -76,6 +80,14 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(shown)
 
 
+def _line(text: str) -> str:
+    """One line of a message: printable, and cut in the middle where a name in it has no end."""
+    if len(text) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        text = f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
+    return printable(text)
+
+
 class LoraTreeError(Exception):
     """The root: ``except LoraTreeError`` catches everything that this library raises on purpose.
 
@@ -85,8 +97,8 @@ class LoraTreeError(Exception):
     """
 
     def __init__(self, what: str, *todo: str) -> None:
-        self.what = printable(what)
-        self.todo = tuple(printable(line) for line in todo)
+        self.what = _line(what)
+        self.todo = tuple(_line(line) for line in todo)
         super().__init__("\n  ".join((self.what, *self.todo)))
 
     def within(self, where: str) -> LoraTreeError:
@@ -102,7 +114,7 @@ class LoraTreeWarning(UserWarning):
     """
 
     def __init__(self, what: str, *todo: str) -> None:
-        super().__init__("\n  ".join(printable(line) for line in (what, *todo)))
+        super().__init__("\n  ".join(_line(line) for line in (what, *todo)))
 
 
 class SpecError(LoraTreeError, ValueError):
@@ -187,6 +199,8 @@ def suggest(name: str, known: Iterable[str], *, prefix: str = "; did you mean ")
     >>> suggest("rnak", ["rank", "weight"])
     "; did you mean 'rank'?"
     """
+    if len(name) > _MOST_SUGGESTED:
+        return ""  # comparing costs the product of the lengths
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"{prefix}{near[0]!r}?" if near else ""
 

@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lora_tree.cli import main
 from lora_tree.errors import BaseMismatch, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
 from lora_tree.folder import commit, disk, survey
 from lora_tree.integrations import flatcache, vllm
-from lora_tree.integrations.vllm_settings import Settings
+from lora_tree.integrations.vllm_settings import Settings, server_args
 from lora_tree.runs.evaluation import Matrix
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -145,6 +146,17 @@ def test_a_name_of_any_length_is_one_short_line_in_the_log(
     assert all(message.isprintable() for message in caplog.messages)
 
 
+def test_an_error_about_a_name_of_any_length_is_short(served: Path) -> None:
+    loaded, began = lt.load(served), time.monotonic()
+    for name in ("x" * 1_000_000, "fr/" * 300_000, "fr:1+" * 200_000, f"fr:{'9' * 1_000_000}"):
+        for ask in (loaded.lineage, loaded.flatten, loaded.add, lambda name: loaded.move("de", name)):
+            with pytest.raises(lt.errors.LoraTreeError) as raised:
+                ask(name)
+            assert len(str(raised.value)) < 10_000
+    assert time.monotonic() - began < 20
+    assert loaded.paths() == ["de", "fr", "fr/legal", "fr/medical"]
+
+
 def test_an_adapter_outside_of_the_tree_s_folder_is_served_only_on_the_user_s_word(
     served: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +169,9 @@ def test_an_adapter_outside_of_the_tree_s_folder_is_served_only_on_the_user_s_wo
         assert front.answers("away", "away/below") == [None, None]
         assert None not in front.answers("fr", "fr/legal")
     assert "leads out of" in caplog.messages[0]
+    kept = server_args(served, cache="c").problems
+    assert {problem.node for problem in kept} == {"away", "away/below"}
+    assert not server_args(served, cache="c", outside=True).problems
     with front_end(served, tmp_path / "cache", outside="1") as front:
         assert None not in front.answers("away")
 

@@ -14,6 +14,8 @@ from .console import err, out, print_json
 
 __all__ = ["vllm_args"]
 
+MOST_PROBLEMS = 8
+
 
 def vllm_args(
     folder: Folder,
@@ -65,6 +67,11 @@ def vllm_args(
     out().print("\n".join(lines), markup=False, soft_wrap=True)
     for pattern in made.unmatched:
         err().print(f"no path of the tree fits --allow {pattern}", markup=False, soft_wrap=True)
+    for problem in made.problems[:MOST_PROBLEMS]:
+        err().print(f"not served as it is now: {problem.text}", markup=False, soft_wrap=True)
+    if len(made.problems) > MOST_PROBLEMS:
+        more = len(made.problems) - MOST_PROBLEMS
+        err().print(f"and {more} more: lora-tree check", markup=False, soft_wrap=True)
     allowed = int(made.flags[2])
     if made.rank > allowed:
         note = (

@@ -35,6 +35,7 @@ from ..errors import (
 )
 from ..export import Portable, portable
 from ..folder import Problem
+from ..folder.problem import HARMLESS
 from ..folder.source import FolderSource
 from ..storage import as_path
 from ..tree import AdapterTree
@@ -157,7 +158,7 @@ class FlatCache:
             FolderError, FormatError: a node on its way is broken, or not what the lock says.
         """
         on_the_way = _on_the_way(path)
-        broken = [p for p in problems if p.node in on_the_way and p.kind not in ("stale", "leftover")]
+        broken = [p for p in problems if p.node in on_the_way and p.kind not in HARMLESS]
         if broken:
             raise FolderError(listing([str(problem) for problem in broken], most=3))
         coefficients = tree.coefficients(path)

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from ..errors import SpecError
 from ..export import ENGINE_RANKS, ceil_rank_of
-from ..folder import survey
+from ..folder import Problem, survey
+from ..folder.problem import HARMLESS
 from ..storage import as_path
 from ..tree import AdapterTree
 from .client_names import NameRules
@@ -113,6 +114,7 @@ class ServerArgs:
             recompressed.
         base: the tree's base, for ``--model``; None where the tree names none.
         unmatched: patterns of the list of allowed paths that no path of the tree fits.
+        problems: nodes that can't be served as they are now, and why.
     """
 
     flags: tuple[str, ...]
@@ -120,6 +122,7 @@ class ServerArgs:
     rank: int
     base: str | None = None
     unmatched: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 def server_args(
@@ -170,7 +173,8 @@ def server_args(
     if not max_error >= 0:
         raise SpecError(f"max_error must be at least 0, got {max_error}")
     rules = NameRules(blends=blends, allow=None if allow is None else tuple(allow))
-    tree, _ = survey(folder, outside=outside)
+    tree, problems = survey(folder, outside=outside)
+    broken = tuple(problem for problem in problems if problem.kind not in HARMLESS)
     paths = [path for path in tree.paths() if rules.allows(path)]
     rank = max((_rank(tree, path) for path in paths), default=1)
     allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
@@ -190,7 +194,7 @@ def server_args(
         environment[BLENDS] = "1"
     if outside:
         environment[OUTSIDE] = "1"
-    return ServerArgs(flags, environment, rank, tree.base, _unmatched(rules, paths))
+    return ServerArgs(flags, environment, rank, tree.base, _unmatched(rules, paths), broken)
 
 
 def _unmatched(rules: NameRules, paths: list[str]) -> tuple[str, ...]:
