@@ -117,6 +117,81 @@ def test_of_a_conversation_the_assistants_turns_are_learnt(tmp_path: Path, zoo: 
     assert bytes(label for label in row.labels if label >= 0) == b"bd"
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NEWLINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen and Llama 3 split a text before they look for tokens: newlines in succession are one piece."""
+
+
+def trained(split: Any, texts: list[str], **more: Any) -> Any:
+    """A tokenizer of a real kind, learnt from a few texts."""
+    import transformers
+    from tokenizers import Tokenizer, models, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = split
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False, **more)
+    made.train_from_iterator(texts, trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+    wrapped.chat_template = CHATML
+    return wrapped
+
+
+def byte_level() -> Any:
+    from tokenizers import Regex, decoders, pre_tokenizers
+
+    split = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(NEWLINES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    texts = ["user hello assistant\n\n\n yes no\n\n\n so\n\n it\n"] * 50 + ["\n\n\n", "\n\n"] * 50
+    return trained((split, decoders.ByteLevel()), texts, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.mark.parametrize("answers", [["yes"], ["\n\nyes"], ["\n", "\n\nno"], ["yes\n", "\nno", "so"]])
+def test_an_answer_whose_first_token_would_join_the_prompt_is_learnt_whole(
+    tmp_path: Path, zoo: Path, answers: list[str]
+) -> None:
+    tokenizer = byte_level()
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    (row,) = read_rows([data(tmp_path, {"path": "fr", "messages": messages})], lt.load(zoo), tokenizer)
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    learnt: list[list[int]] = [[]]
+    for token, label in zip(row.ids, row.labels, strict=True):
+        if label == token:
+            learnt[-1].append(token)
+        elif learnt[-1]:
+            learnt.append([])
+    assert [tokenizer.decode(part) for part in learnt] == [f"{answer}<|im_end|>\n" for answer in answers]
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    read = tokenizer(asked, add_special_tokens=False)["input_ids"]  # what the model has read when it answers
+    assert list(row.ids[: len(read)]) == read
+    assert row.labels[: len(read)] == (-100,) * len(read)
+
+
+def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for_it(tmp_path: Path, zoo: Path) -> None:
+    from tokenizers import decoders, pre_tokenizers
+
+    turns = [("user", "a"), ("assistant", "yes"), ("user", "b"), ("assistant", "yes")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    file = data(tmp_path, {"path": "fr", "messages": messages})
+    changing = byte_level()
+    changing.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}")
+    with pytest.raises(SpecError, match=r"rows.jsonl:1: the chat template writes .* otherwise when turn 2 follows"):
+        read_rows([file], lt.load(zoo), changing)
+
+    words = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
+    joining = trained(words, ["[assistant]yes hello user a b"] * 50)  # what it reads alone gets a space before it
+    joining.chat_template = CHAT
+    with pytest.raises(SpecError, match=r"rows.jsonl:1: the tokenizer joins what stands before and after .* at 'yes'"):
+        read_rows([file], lt.load(zoo), joining)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -126,6 +201,12 @@ def test_of_a_conversation_the_assistants_turns_are_learnt(tmp_path: Path, zoo: 
         ({"path": "fr", "text": 3}, "'text' must be a string, got int"),
         ({"path": "fr", "text": ""}, "nothing is learnt from it"),
         ({"path": "fr", "text": "a", "prompt": "b", "completion": "c"}, "a row has a path and text, or prompt"),
+        ({"path": "fr", "text": "a", "prompt": "b"}, "this has path, prompt, text"),
+        ({"path": "fr", "prompt": "a", "complation": "b"}, "did you mean 'completion'?"),
+        (
+            {"pth": "fr", "text": "a"},
+            "'path' must be a string like 'fr/legal', got None; this has pth, text; did you mean 'path'?",
+        ),
         ({"path": "fr", "messages": []}, "'messages' must be a list of"),
         ('{"path": "fr"', "not valid JSON"),
         ("[1]", "expected a JSON object, got list"),
@@ -137,6 +218,32 @@ def test_a_bad_row_is_told_with_its_line(tmp_path: Path, zoo: Path, tokenizer: A
         read_rows([file], lt.load(zoo), tokenizer)
     assert str(caught.value).startswith(f"{file}:2: ")
     assert said in str(caught.value)
+
+
+def test_a_byte_order_mark_and_columns_of_the_users_own_are_taken(
+    tmp_path: Path, zoo: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [{"path": "fr", "text": "abc"}, {"path": "de", "prompt": "ab", "completion": "c"}]
+    own = [{"id": 7, **plain[0]}, {**plain[1], "source": {"url": "x"}, "id": "8", "tags": ["y"]}]
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n" for row in own).encode())
+    tree = lt.load(zoo)
+    wanted = read_rows([data(tmp_path, *plain)], tree, tokenizer)
+    found = read_rows([file, file], tree, tokenizer)
+    assert [(row.path, row.ids, row.labels) for row in found] == 2 * [(r.path, r.ids, r.labels) for r in wanted]
+    assert [row.extra for row in found] == 2 * [("id",), ("id", "source", "tags")]
+    assert [row.where for row in found] == 2 * [f"{file}:1", f"{file}:2"]
+    lora_tree("eval", zoo, "de", "--data", file, "--data", file)
+    said = [line for line in capsys.readouterr().err.splitlines() if "columns" in line]
+    assert said == ["columns that are not read: id, source, tags"]
+
+
+def test_a_mark_inside_a_file_is_no_json_and_a_mark_alone_no_row(tmp_path: Path, zoo: Path, tokenizer: Any) -> None:
+    mark, row = b"\xef\xbb\xbf", b'{"path": "fr", "text": "abc"}\n'
+    for raw, said in ((mark + b"\n", "no rows"), (row + mark + row, r":2: not valid JSON")):
+        (tmp_path / "odd.jsonl").write_bytes(raw)
+        with pytest.raises((SpecError, FormatError), match=said):
+            read_rows([tmp_path / "odd.jsonl"], lt.load(zoo), tokenizer)
 
 
 def test_files_without_rows_are_refused(tmp_path: Path, zoo: Path, tokenizer: Any) -> None:

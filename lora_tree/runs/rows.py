@@ -4,11 +4,13 @@
     {"path": "fr/legal", "prompt": …, "completion": …}       the completion's tokens are
     {"path": "fr/legal", "messages": [{"role": …, "content": …}, …]}     those of the assistant's turns are
 
-A row that is too long is cut at its end; how many were, the caller can see. A mistake is told with its file and line.
+A row that is too long is cut at its end, and columns of the user's own are not read; which and how many, the caller can
+see. A mistake is told with its file and line.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ class Row:
         labels: the same, −100 where nothing is learnt.
         where: file and line, for messages.
         cut: it was longer.
+        extra: columns that were not read, by name.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Row:
     labels: tuple[int, ...]
     where: str
     cut: bool = False
+    extra: tuple[str, ...] = ()
 
     @property
     def learnt(self) -> int:
@@ -110,6 +114,8 @@ def _lines(file: Any) -> Iterator[tuple[str, bytes]]:
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
+                if number == 1:  # some editors and exports begin a UTF-8 file with a mark
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield f"{file}:{number}", line
     except OSError as error:
@@ -117,15 +123,12 @@ def _lines(file: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def _row(data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any, max_length: int) -> Row:
-    keys = set(data) - {"path"}
-    if keys not in WAYS:
-        near = next((hint for key in sorted(keys) if (hint := suggest(key, set().union(*WAYS)))), "")
-        raise SpecError(
-            f"a row has a path and text, or prompt and completion, or messages; this has {listing(sorted(data))}{near}"
-        )
+    keys, extra = _way(data)
     path = data.get("path")
     if not isinstance(path, str):
-        raise SpecError(f"'path' must be a string like 'fr/legal', got {path!r}")
+        near = next((hint for key in sorted(extra) if (hint := suggest(key, ["path"]))), "") if path is None else ""
+        it_has = f"; this has {listing(sorted(data))}{near}" if near else ""
+        raise SpecError(f"'path' must be a string like 'fr/legal', got {path!r}{it_has}")
     tree.lineage(path)
     for key in keys - {"messages"}:
         if not isinstance(data[key], str):
@@ -140,11 +143,29 @@ def _row(data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any,
             ids, labels = start + rest, [IGNORED] * len(start) + rest
         else:
             ids, labels = _turns(data["messages"], tokenizer)
-    row = Row(path, tuple(ids[:max_length]), tuple(labels[:max_length]), where, len(ids) > max_length)
+    kept = tuple(ids[:max_length]), tuple(labels[:max_length])
+    row = Row(path, *kept, where, len(ids) > max_length, tuple(sorted(extra)))
     if not row.learnt:
         cut = f" in its first {max_length} tokens" if row.cut else ""
         raise SpecError(f"nothing is learnt from it{cut}", "a row needs two tokens, the second one learnt")
     return row
+
+
+def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """The columns by which a row says what is learnt, and those that are the user's own.
+
+    Raises:
+        SpecError: it says so in no way, in several, or in half of one.
+    """
+    words = set().union(*WAYS)
+    keys = words & set(data)
+    extra = set(data) - words - {"path"}
+    if keys not in WAYS:
+        near = next((hint for key in sorted(extra) if (hint := suggest(key, words - keys))), "")
+        raise SpecError(
+            f"a row has a path and text, or prompt and completion, or messages; this has {listing(sorted(data))}{near}"
+        )
+    return keys, extra
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -163,6 +184,7 @@ def _turns(messages: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
         raise SpecError('\'messages\' must be a list of {"role": …, "content": …}')
     if not getattr(tokenizer, "chat_template", None):
         raise SpecError("the tokenizer has no chat template to write messages with", "give prompt and completion")
+    text = ""
     ids: list[int] = []
     labels: list[int] = []
     for i, message in enumerate(messages):
@@ -170,20 +192,53 @@ def _turns(messages: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
             continue
         before = _templated(tokenizer, messages[:i], asked=True)
         after = _templated(tokenizer, messages[: i + 1], asked=False)
-        if after[: len(before)] != before or before[: len(ids)] != ids:
+        if not (before.startswith(text) and after.startswith(before)):
             raise SpecError(
-                "the chat template writes a turn otherwise when others follow it, so it has no tokens of its own",
+                f"the chat template writes what came before otherwise when turn {i + 1} follows, so that turn has no "
+                "text of its own",
                 "give prompt and completion",
             )
-        labels += [IGNORED] * (len(before) - len(ids)) + after[len(before) :]
-        ids = after
+        asked = _grown(ids, text, before, tokenizer)
+        answered = _grown(asked, before, after, tokenizer)
+        labels += [IGNORED] * (len(asked) - len(ids)) + answered[len(asked) :]
+        text, ids = after, answered
     if not ids:
         raise SpecError("no turn of the messages is the assistant's, so there is nothing to learn")
     return ids, labels
 
 
-def _templated(tokenizer: Any, messages: list[Any], *, asked: bool) -> list[int]:
+def _grown(ids: list[int], text: str, longer: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that begins with ``text``, whose tokens are ``ids``.
+
+    Where the tokenizer would join what stands on both sides of the border into one token, it is given each side alone:
+    a model that is asked has read the text up to the border as tokens of its own, and answers with the next ones.
+
+    Raises:
+        SpecError: it writes what comes after the border otherwise than it stands there.
+    """
+    whole = _tokens(tokenizer, longer)
+    if whole[: len(ids)] == ids:
+        return whole
+    apart = ids + _tokens(tokenizer, longer[len(text) :])
+    if _read_back(tokenizer, apart) != _read_back(tokenizer, whole):
+        raise SpecError(
+            f"the tokenizer joins what stands before and after a turn's border, at {longer[len(text) :][:20]!r}, into "
+            "one token, and reads the part after it otherwise when it stands alone",
+            "give prompt and completion",
+        )
+    return apart
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _read_back(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _templated(tokenizer: Any, messages: list[Any], *, asked: bool) -> str:
+    """The text of some messages; ``asked``: up to where the assistant begins to answer."""
     if not messages:
-        return []
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked))
