@@ -9,11 +9,12 @@ import os
 import pty
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,7 +23,7 @@ import pytest
 import torch
 from architectures import ARCHS
 from front import front_end
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from shell import command, save_base
 from torch import nn
 from zoo import adapter, listing, tree, value
@@ -30,9 +31,11 @@ from zoo import adapter, listing, tree, value
 import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import BaseMismatch, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
+from lora_tree.export.shards import open_checkpoint
 from lora_tree.folder import commit, disk, survey
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.vllm_settings import Settings, server_args
+from lora_tree.runs import promote
 from lora_tree.runs.evaluation import Matrix
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -540,6 +543,109 @@ def test_a_picture_with_hostile_names_is_well_formed(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- pipes, devices, and swaps between check and open
+@pytest.fixture
+def soon() -> Iterator[None]:
+    """Whatever waits for a pipe that nobody writes to is ended."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def swapped(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, swap: Callable[[], object]) -> None:
+    """Call ``swap`` right after the first answer of a function that looks at files."""
+    real, todo = getattr(module, name), [swap]
+
+    def looks(*args: Any, **more: Any) -> Any:
+        answer = real(*args, **more)
+        if answer and todo:
+            todo.pop()()
+        return answer
+
+    monkeypatch.setattr(module, name, looks)
+
+
+def pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def test_a_shard_of_a_base_that_is_a_pipe_is_refused(soon: None, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "one.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    pipe(base / "one.safetensors")
+    with pytest.raises(FormatError, match=r"one.safetensors: can't be read: not a plain file"):
+        open_checkpoint(base)
+
+
+def test_a_shard_is_read_from_the_file_whose_header_was_read(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    norm = open_checkpoint(base).tensors["model.norm.weight"]
+    assert torch.equal(norm.read(), load_file(base / "model.safetensors")["model.norm.weight"])
+    other = {name: tensor * 2 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(other, tmp_path / "other", {"format": "pt"})
+    os.replace(tmp_path / "other", base / "model.safetensors")
+    with pytest.raises(FormatError, match=r"model.safetensors: has changed since its header was read"):
+        norm.read()
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_an_adapter_s_file_that_becomes_a_pipe_is_refused(
+    soon: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    adapter(1).save(tmp_path / "one")
+    swapped(monkeypatch, os.path, "isfile", lambda: pipe(tmp_path / "one" / name))
+    with pytest.raises(FormatError, match=f"one: half an adapter: .* without {name}"):  # as it is by now
+        lt.Adapter.load(tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_file_that_becomes_a_link_out_of_the_tree_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    adapter(1).save(tmp_path / "zoo/fr")
+    adapter(2).save(tmp_path / "secret")
+    loaded = lt.load(tmp_path / "zoo")
+    file = tmp_path / "zoo/fr" / name
+
+    def link() -> None:
+        file.unlink()
+        file.symlink_to(tmp_path / "secret" / name)
+
+    swapped(monkeypatch, os.path, "isfile", link)
+    with pytest.raises(LoraTreeError, match="zoo/fr"):
+        loaded.adapter("fr")
+
+
+def test_a_checkpoint_with_a_pipe_in_it_is_not_promoted(soon: None, tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "checkpoint-1/nodes/fr")
+    pipe(tmp_path / "checkpoint-1/factors.safetensors")
+    with pytest.raises(FormatError, match=r"factors.safetensors: can't be read: not a plain file"):
+        promote(lt.AdapterTree(), "fr", tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["tree.yaml", "tree.lock"])
+def test_a_yaml_and_a_lock_that_are_pipes_are_refused(soon: None, tmp_path: Path, name: str) -> None:
+    tree().save(tmp_path)
+    pipe(tmp_path / name)
+    with pytest.raises(LoraTreeError, match=name):
+        lt.load(tmp_path)
+
+
+def test_lock_files_in_a_cache_are_opened_without_following_links(tmp_path: Path) -> None:
+    (tmp_path / "cache/.locks").mkdir(parents=True)
+    (tmp_path / "cache/.locks/budget").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FolderError, match=r"\.locks/budget: can't lock it"):
+        flatcache.FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=flatcache.Form(8))
+    assert not (tmp_path / "elsewhere").exists()
+
 
 # ---------------------------------------------------------------- sizes
 

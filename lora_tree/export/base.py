@@ -20,6 +20,7 @@ from ..carried import check_carried
 from ..errors import BaseMismatch, FormatError, SpecError
 from ..extras import foreign, need, opened
 from ..storage import as_path
+from ..system.reading import is_file, is_folder
 from .shards import Checkpoint, Stored, open_checkpoint
 
 __all__ = ["Base", "skeleton"]
@@ -86,7 +87,7 @@ class Base:
         self._name = None if base is None or isinstance(base, nn.Module) else os.fspath(base)
         self._asked = asked
         folder = as_path(self._name) if self._name else None
-        self._folder: Path | None = folder if folder is not None and folder.is_dir() else None
+        self._folder: Path | None = folder if folder is not None and is_folder(folder) else None
 
     @property
     def known(self) -> bool:
@@ -115,7 +116,7 @@ class Base:
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
-        if not self.known or (self._folder is not None and not (self._folder / "config.json").is_file()):
+        if not self.known or (self._folder is not None and not is_file(self._folder / "config.json")):
             return None
         try:
             weight = self.model.get_submodule(module).weight

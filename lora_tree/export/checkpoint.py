@@ -25,10 +25,12 @@ from torch import Tensor
 from ..blend import Blend, spelled
 from ..engine.arithmetic import Scratch, exact_mode
 from ..engine.merged import add_bias, add_weight
-from ..errors import FolderError, LoraTreeError, SpecError
+from ..errors import LoraTreeError, SpecError
 from ..extras import foreign, need
 from ..folder import disk
 from ..storage import as_path
+from ..system.reading import is_folder
+from ..system.reading import stream as stream_of
 from ..tree import AdapterTree
 from .base import skeleton
 from .beside import beside_weights
@@ -43,6 +45,7 @@ KERNEL_BYTES = 64 << 20
 """How much is copied at once inside the kernel, so that progress is told in between."""
 
 PLAIN_BYTES = 8 << 20
+_MOST_AT_ONCE = 1 << 30
 """And at once through this process, where the two file systems don't let the kernel do it."""
 
 
@@ -209,8 +212,9 @@ class _Writer:
     def _copy_rest(self, name: str, out: int, changing: set[str]) -> None:
         """The header and every run of tensors that stay, inside the kernel."""
         source = self._checkpoint.folder / name
-        size = source.stat().st_size
-        with disk.named(f"copy {source}", source), source.open("rb") as stream:
+        first = next(iter(self._of(name)), None)
+        with disk.named("copy it", source), first.open() if first else stream_of(source) as stream:
+            size = os.fstat(stream.fileno()).st_size
             os.ftruncate(out, size)
             at = 0
             for stored in [s for s in self._of(name) if s.name in changing]:
@@ -224,7 +228,7 @@ class _Writer:
             while done < size:
                 got = _copied(source, out, at + done, size - done)
                 if not got:
-                    raise FolderError("a weight file was cut short while it was copied")
+                    raise OSError(errno.EIO, "it was cut short meanwhile")
                 done += got
             self._tell(size)
 
@@ -256,9 +260,10 @@ class _Writer:
         assert values.dtype == stored.dtype
         assert values.numel() * values.element_size() == stored.nbytes
         view, at = raw(values), stored.begin
-        with disk.named("write it", stored.file.name):
+        with disk.named("write it", self._stage.folder / stored.file.name):
             while view:
-                wrote = os.pwrite(out, view, at)
+                # macOS refuses to write more than 2 GiB at once
+                wrote = os.pwrite(out, view[:_MOST_AT_ONCE], at)
                 view, at = view[wrote:], at + wrote
         self._tell(stored.nbytes)
 
@@ -295,8 +300,9 @@ def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
     if name is None:
         raise SpecError("the tree names no base", "name its folder or its hub id: --base FOLDER_OR_ID, base=…")
     folder = as_path(name)
-    if folder.is_dir():
-        return folder.resolve()
+    if is_folder(folder):
+        with disk.named("look at it", folder):
+            return folder.resolve()
     hub = need("huggingface_hub", extra="hub", what=f"fetching the base {name}")
     with foreign(f"{name}: no folder of that name, and the hub can't give it", "name its folder: --base FOLDER"):
         return Path(hub.snapshot_download(os.fspath(name), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))

@@ -23,12 +23,18 @@ from torch import Tensor
 from ..errors import FormatError, listing
 from ..formats import strict_json
 from ..formats.safetensors import DTYPES, header_fields
+from ..system.named import named
+from ..system.reading import is_file
+from ..system.reading import stream as stream_of
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "Stored", "open_checkpoint", "raw"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, size and time of a file."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Stored:
         file: the file that holds it; begin, end: its bytes, counted from the start of the file.
         dtype: None for one that this library does not compute with.
         spelled: the dtype as the file has it.
+        seen: the file whose header was read. No other of its name is read.
     """
 
     name: str
@@ -48,10 +55,26 @@ class Stored:
     dtype: torch.dtype | None
     spelled: str
     shape: tuple[int, ...]
+    seen: Identity
 
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    def open(self) -> BinaryIO:
+        """Return the file that holds it, to be closed by the caller.
+
+        Raises:
+            FormatError: it is another file by now.
+            OSError: it can't be opened.
+        """
+        stream = stream_of(self.file, buffering=0)
+        if _identity(stream) != self.seen:
+            stream.close()
+            raise FormatError(
+                f"{self.file}: has changed since its header was read", "wait for the writer, and try again"
+            )
+        return stream
 
     def read(self, into: Tensor | None = None) -> Tensor:
         """The numbers, in memory of their own; or at the start of ``into``, bytes (uint8) that are enough.
@@ -65,16 +88,21 @@ class Stored:
         tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
         view = raw(tensor)
         try:
-            with self.file.open("rb", buffering=0) as stream:
+            with self.open() as stream:
                 stream.seek(self.begin)
                 while view:
-                    got = stream.readinto(view)
+                    got = stream.readinto(view)  # type: ignore[attr-defined]
                     if not got:
                         raise FormatError(f"{self.file}: {self.name}: the file was cut short while it was read")
                     view = view[got:]
         except OSError as error:
             raise FormatError(f"{self.file}: can't be read: {error.strerror or error}") from error
         return tensor
+
+
+def _identity(stream: BinaryIO) -> Identity:
+    seen = os.fstat(stream.fileno())
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -99,7 +127,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all its weight files."""
-        return sum((self.folder / name).stat().st_size for name in self.files)
+        sizes = 0
+        for name in self.files:
+            with named("look at it", self.folder / name):
+                sizes += (self.folder / name).stat().st_size
+        return sizes
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -108,10 +140,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         FormatError: there is none, or a file is missing, broken, or not what the index says.
     """
-    if (folder / SINGLE).is_file():  # before the index, as transformers looks for them
+    if is_file(folder / SINGLE):  # before the index, as transformers looks for them
         tensors = {stored.name: stored for stored in _tensors(folder / SINGLE)}
         return Checkpoint(folder, (SINGLE,), tensors)
-    if not (folder / INDEX).is_file():
+    if not is_file(folder / INDEX):
         raise FormatError(
             f"{folder}: no {SINGLE} and no {INDEX}",
             "give the folder of a transformers model saved as safetensors: model.save_pretrained(folder)",
@@ -131,9 +163,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _index(file: Path) -> dict[str, str]:
-    if file.stat().st_size > MAX_INDEX_BYTES:
+    try:
+        with stream_of(file) as stream:
+            data = stream.read(MAX_INDEX_BYTES + 1)
+    except OSError as error:
+        raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
+    if len(data) > MAX_INDEX_BYTES:
         raise FormatError(f"{file}: too large for an index")
-    placed = strict_json.loads(file.read_bytes(), str(file)).get("weight_map")
+    placed = strict_json.loads(data, str(file)).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise FormatError(f"{file}: no weight_map")
     for tensor, name in placed.items():
@@ -145,7 +182,7 @@ def _index(file: Path) -> dict[str, str]:
 
 def _tensors(file: Path) -> list[Stored]:
     try:
-        with file.open("rb") as stream:
+        with stream_of(file) as stream:
             return _header(stream, file)
     except OSError as error:
         raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
@@ -154,7 +191,10 @@ def _tensors(file: Path) -> list[Stored]:
 def _header(stream: BinaryIO, file: Path) -> list[Stored]:
     fields, position, size = header_fields(stream, str(file))
     fields.pop("__metadata__", None)
-    found = sorted((_stored(name, value, file, position) for name, value in fields.items()), key=lambda s: s.begin)
+    seen = _identity(stream)
+    found = sorted(
+        (_stored(name, value, file, position, seen) for name, value in fields.items()), key=lambda s: s.begin
+    )
     for stored in found:
         if stored.begin != position:
             raise FormatError(f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}")
@@ -164,7 +204,7 @@ def _header(stream: BinaryIO, file: Path) -> list[Stored]:
     return found
 
 
-def _stored(name: str, value: Any, file: Path, start: int) -> Stored:
+def _stored(name: str, value: Any, file: Path, start: int, seen: Identity) -> Stored:
     try:
         spelled, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end
@@ -175,4 +215,4 @@ def _stored(name: str, value: Any, file: Path, start: int) -> Stored:
     dtype = DTYPES.get(spelled)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
         raise FormatError(f"{file}: {name}: {spelled} {shape} does not fill its bytes {begin} to {end}")
-    return Stored(name, file, start + begin, start + end, dtype, spelled, shape)
+    return Stored(name, file, start + begin, start + end, dtype, spelled, shape, seen)

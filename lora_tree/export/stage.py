@@ -73,12 +73,15 @@ def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
     Raises:
         FolderError: ``where`` is there and not empty, or can't be written, or the disk is too small.
     """
-    if os.path.lexists(where) and (where.is_symlink() or not where.is_dir() or any(where.iterdir())):
+    with disk.named("look into it", where):
+        there = os.path.lexists(where) and (where.is_symlink() or not where.is_dir() or any(where.iterdir()))
+    if there:
         raise FolderError(f"{where}: is there already", "name a new folder, or remove it first")
     with ExitStack() as undo:
         make_all(where.parent, undo)
         _sweep(where)
-        free = shutil.disk_usage(where.parent).free
+        with disk.named("ask for its disk's room", where.parent):
+            free = shutil.disk_usage(where.parent).free
         if free < needs_bytes:
             raise FolderError(f"{where}: needs {needs_bytes:,} bytes, the disk has {free:,} left")
         folder = where.with_name(f".{where.name}.{uuid.uuid4().hex}")

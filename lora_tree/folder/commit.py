@@ -36,6 +36,7 @@ from ..formats import strict_json
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import check_format, check_path, explain
 from ..system import locks
+from ..system.reading import is_folder
 from . import disk
 from .disk import Stamp
 
@@ -126,7 +127,7 @@ def pending(folder: str | Path) -> Pending:
     if record is None:
         return Pending()
     stage = os.path.join(folder, HIDDEN, record.stage)
-    real = _is_folder(stage)
+    real = is_folder(stage, follow=False)
     staged = {move.to: os.path.join(stage, str(i)) for i, move in enumerate(record.moves)} if real else {}
     return Pending(staged, frozenset(gone.at for gone in record.deletes))
 
@@ -139,7 +140,7 @@ def leftovers(folder: Path) -> list[str]:
     """
     hidden = folder / HIDDEN
     with disk.named("look into it", hidden):
-        names = os.listdir(hidden) if _is_folder(hidden) else []
+        names = os.listdir(hidden) if is_folder(hidden, follow=False) else []
     return sorted(f"{HIDDEN}/{name}" for name in names if name == RECORD or _STAGE.match(name))
 
 
@@ -213,8 +214,10 @@ class Transaction:
         disk.write(draft, data)
         try:
             disk.rename(draft, hidden / RECORD)
-        finally:  # the disk knows, whatever came between
+            self.decided = True
+        except BaseException:  # the disk knows, whatever came between
             self.decided = disk.exists(hidden / RECORD)
+            raise
         try:
             disk.sync(hidden)
             _carry_out(self.folder, record, trusted=True)
@@ -227,8 +230,11 @@ class Transaction:
 
     def abandon(self) -> None:
         """Take back everything that was not decided; nothing here may hide the error that led to it."""
-        if disk.exists(self.folder / HIDDEN / RECORD):
-            return  # the decision stands, and the next writer carries it out
+        try:
+            if disk.exists(self.folder / HIDDEN / RECORD):
+                return  # the decision stands, and the next writer carries it out
+        except LoraTreeError:
+            return  # it may stand
         with suppress(LoraTreeError, OSError):
             _sweep(self.folder)
         for folder in reversed(self._made if not self.decided else ()):
@@ -253,7 +259,7 @@ class Transaction:
         record = _Record(stage=self._stage, moves=moves, deletes=deletes)
         _check(record, self.folder)
         for place in record.places:
-            if _is_folder(self.folder / place):
+            if is_folder(self.folder / place, follow=False):
                 raise FolderError(f"{self.folder / place}: a folder lies where a file belongs", "move it away")
         return record
 
@@ -283,7 +289,7 @@ def _record(folder: str | Path) -> _Record | None:
         if not kind(mode):
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
-        data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES), file)
+        data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES, follow=False), file)
         check_format(data, file, VERSION)
         _no_earlier(data, file)
         record = _Record.model_validate(data)
@@ -361,7 +367,7 @@ def _no_link(folder: Path, above: str) -> None:
 def _carry_out(folder: Path, record: _Record, *, trusted: bool = False) -> None:
     """Put everything in its place; what is there already is left, so it can be done again after a kill."""
     stage = folder / HIDDEN / record.stage
-    if os.path.lexists(stage) and not _is_folder(stage):
+    if os.path.lexists(stage) and not is_folder(stage, follow=False):
         raise SpecError(f"{stage}: a link, or no folder; a save makes neither", "remove it")
     if not trusted:
         _verify(folder, record)
@@ -378,7 +384,7 @@ def _carry_out(folder: Path, record: _Record, *, trusted: bool = False) -> None:
         disk.remove(folder / gone.at)
         emptied.add((folder / gone.at).parent)
     for parent in sorted(touched | emptied):
-        if parent.is_dir():
+        if is_folder(parent):
             disk.sync(parent)
     disk.remove(folder / HIDDEN / RECORD)
     disk.sync(folder / HIDDEN)
@@ -410,7 +416,7 @@ def _unchanged(folder: Path, place: str, was: _Was | None) -> None:
 
 def _whole(file: Path, move: _Move, folder: Path) -> None:
     seen = disk.stamp(file) if disk.exists(file) else None
-    if seen is None or seen.size != move.size or disk.digest(file) != move.sha256:
+    if seen is None or seen.size != move.size or disk.digest(file, follow=False) != move.sha256:
         raise FolderError(
             f"{file}: not the file that {HIDDEN}/{RECORD} speaks of: expected {move.size} bytes for {move.to}",
             f"a save was cut off and its files were changed since; restore them, or remove {folder / HIDDEN}",
@@ -423,20 +429,13 @@ def _sweep(folder: Path) -> None:
     files: list[Path] = []
     with disk.named("sweep it up", hidden):
         stages = [hidden / name for name in os.listdir(hidden) if _STAGE.match(name)]
-        for stage in filter(_is_folder, stages):
+        for stage in (stage for stage in stages if is_folder(stage, follow=False)):
             names = [name for name in os.listdir(stage) if _STAGED.match(name)]
-            files += [stage / name for name in names if not _is_folder(stage / name)]
+            files += [stage / name for name in names if not is_folder(stage / name, follow=False)]
     for file in files:
         disk.remove(file)
     for stage in stages:
         disk.drop(stage)
-
-
-def _is_folder(path: str | Path) -> bool:
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
 
 
 # ---------------------------------------------------------------------- one writer

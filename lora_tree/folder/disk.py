@@ -20,6 +20,7 @@ from ..errors import FolderError
 from ..system.durable import sync_file
 from ..system.durable import sync_folder as sync
 from ..system.named import named
+from ..system.reading import is_file, look, opened
 
 __all__ = [
     "Stamp",
@@ -51,35 +52,33 @@ class Stamp:
 
 
 def stamp(path: str | Path) -> Stamp | None:
-    """Size and time of a plain file, links followed; None where there is none."""
-    try:
-        seen = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return Stamp(seen.st_size, seen.st_mtime_ns) if stat.S_ISREG(seen.st_mode) else None
+    """Size and time of a plain file, links followed; None where there is none.
+
+    Raises:
+        FolderError: the system does not tell.
+    """
+    seen = look(path)
+    return Stamp(seen.st_size, seen.st_mtime_ns) if seen is not None and stat.S_ISREG(seen.st_mode) else None
 
 
 def exists(path: str | Path) -> bool:
-    """There is a plain file of this name: not a link, a folder or a device."""
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except (OSError, ValueError):
-        return False
+    """There is a plain file of this name: not a link, a folder or a device; raises like `stamp`."""
+    return is_file(path, follow=False)
 
 
-def read(path: str | Path, *, most: int | None = None) -> bytes:
-    """A file's bytes; refused where there are more than ``most``."""
-    with named("read it", path), _opened(path) as file:
+def read(path: str | Path, *, most: int | None = None, follow: bool = True) -> bytes:
+    """A file's bytes; refused where there are more than ``most``, and where it is a link that is not to be followed."""
+    with named("read it", path), opened(path, follow=follow) as file:
         size = os.fstat(file).st_size
         if most is not None and size > most:
             raise FolderError(f"{path}: {size} bytes; the most is {most}")
         return b"".join(_blocks(file))
 
 
-def digest(path: str | Path) -> str:
+def digest(path: str | Path, *, follow: bool = True) -> str:
     """SHA-256 of a file's bytes."""
     found = hashlib.sha256()
-    with named("read it", path), _opened(path) as file:
+    with named("read it", path), opened(path, follow=follow) as file:
         for block in _blocks(file):
             found.update(block)
     return found.hexdigest()
@@ -123,7 +122,7 @@ def replace(path: str | Path, data: bytes) -> None:
 def copy(source: str | Path, path: str | Path, *, mode: int | None = None) -> tuple[Stamp, str]:
     """Make a new file from another's bytes, synced, and return the SHA-256 of them too. For ``mode`` see `write`."""
     found = hashlib.sha256()
-    with named(f"copy {source} to it", path), _opened(source) as origin, _created(path, mode) as file:
+    with named(f"copy {source} to it", path), opened(source) as origin, _created(path, mode) as file:
         for block in _blocks(origin):
             found.update(block)
             _write_all(file, block)
@@ -183,17 +182,6 @@ def drop(folder: str | Path) -> bool:
 
 
 # ---------------------------------------------------------------------- private
-@contextmanager
-def _opened(path: str | Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name must not hang
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise FolderError(f"{path}: not a plain file")
-        yield file
-    finally:
-        os.close(file)
-
-
 @contextmanager
 def _created(path: str | Path, mode: int | None) -> Iterator[int]:
     mode = mode_of(path) if mode is None else mode

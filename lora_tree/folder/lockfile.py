@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..spec import check_format, check_path, explain
+from ..system.reading import is_folder
+from ..system.reading import stream as stream_of
 from . import disk
 from .disk import Stamp
 
@@ -167,7 +169,8 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
         return None
     found = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
+        with disk.named("read the base", file):
+            size = file.stat().st_size
         if file.name.endswith(_WEIGHTS):
             found.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
             found.update(_sampled(file, size))
@@ -179,14 +182,14 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
 
 def _files(folder: Path) -> list[Path]:
     """The plain files in a folder and one level below it (a diffusers pipeline); links followed."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     with disk.named("read the base", folder):
         return [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
 
 
 def _sampled(file: Path, size: int) -> bytes:
-    with disk.named("read the base", file), file.open("rb") as stream:
+    with disk.named("read the base", file), stream_of(file) as stream:
         header = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else 0
         start = 8 + header if 0 < header <= min(size - 8, 100_000_000) else 0
         found = hashlib.sha256()

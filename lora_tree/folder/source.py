@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -159,7 +160,15 @@ class FolderSource:
         witness: Witness | None = None,
     ) -> Adapter:
         config, weights = (files.now[name][0] for name in FILES)
-        return peft.read(config, weights, where=self.folder, outline=outline, allocate=allocate, witness=witness)
+        return peft.read(
+            config,
+            weights,
+            where=self.folder,
+            outline=outline,
+            allocate=allocate,
+            witness=witness,
+            inside=None if self.root is None else partial(inside, folder=self.root),
+        )
 
 
 class _Hashing:
@@ -256,5 +265,8 @@ def adds_nothing(adapter: Adapter) -> bool:
 
 
 def _identity(files: Files) -> _Identity:
-    seen = [os.stat(files.now[name][0]) for name in FILES]
+    seen = []
+    for name in FILES:
+        with disk.named("look at it", files.now[name][0]):
+            seen.append(os.stat(files.now[name][0]))
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen)

@@ -32,6 +32,8 @@ from ..adapter import Adapter, over
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
 from ..storage import Allocate, Witness
+from ..system.reading import Inside
+from ..system.reading import stream as stream_of
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_keys import CONFIG, NESTING, WEIGHTS
@@ -70,6 +72,7 @@ def read(
     outline: bool = False,
     allocate: Allocate | None = None,
     witness: Witness | None = None,
+    inside: Inside | None = None,
 ) -> Adapter:
     """Read a PEFT adapter from its two files; the factors are copies in memory, in the dtypes of the file.
 
@@ -79,6 +82,7 @@ def read(
         outline: read headers only; the factors have shapes and dtypes, and no numbers (the meta device).
         allocate: makes the one buffer in which they lie; None: ordinary memory.
         witness: is shown every byte of the two files that is read.
+        inside: where the files may lie, all links followed; None: anywhere.
 
     Raises:
         FormatError: a file is missing, broken, or not what the other one says; names the file and the key.
@@ -95,20 +99,20 @@ def read(
     if missing:
         raise FormatError(f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files")
     config_named, weights_named = os.path.join(where, CONFIG), os.path.join(where, WEIGHTS)
-    data = _bytes(config_file, config_named)
+    data = _bytes(config_file, config_named, inside)
     if witness:
         witness(CONFIG, memoryview(data))
     shown = partial(witness, WEIGHTS) if witness else None
     # read under inference_mode, it may be trained on top of later
-    with opened(weights_file, weights_named, shown) as weights, torch.inference_mode(False):
+    with opened(weights_file, weights_named, shown, inside) as weights, torch.inference_mode(False):
         texts = _Texts(data, weights.head, weights.nbytes, config_named, weights_named)
         found = _outline(texts) if len(data) + len(weights.head) <= MAX_KEPT_BYTES else _outline.__wrapped__(texts)
         return found.adapter if outline else found.filled(weights.numbers(found.header, allocate), weights_named)
 
 
-def _bytes(file: str | Path, where: str) -> bytes:
+def _bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:
     try:
-        with open(file, "rb") as stream:
+        with stream_of(file, inside=inside) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > MAX_CONFIG_BYTES:
                 raise FormatError(f"{where}: more than {MAX_CONFIG_BYTES >> 20} MiB, which no adapter config is")

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -27,6 +28,8 @@ from torch import Tensor
 from ..adapter import over
 from ..errors import FormatError
 from ..storage import Allocate
+from ..system.reading import Inside
+from ..system.reading import stream as stream_of
 from . import strict_json
 from .pointer import check_pointer
 
@@ -99,7 +102,10 @@ class Opened:
 
 @contextmanager
 def opened(
-    file: str | os.PathLike[str], where: str, witness: Callable[[memoryview], object] | None = None
+    file: str | Path,
+    where: str,
+    witness: Callable[[memoryview], object] | None = None,
+    inside: Inside | None = None,
 ) -> Iterator[Opened]:
     """``file`` while it is read; ``where`` names it in errors. See `Opened`.
 
@@ -107,7 +113,7 @@ def opened(
         FormatError: it can't be read, or is cut short; also for what goes wrong inside.
     """
     try:
-        with open(file, "rb") as stream:
+        with stream_of(file, inside=inside) as stream:
             yield Opened(stream, where, witness)
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
@@ -147,9 +153,7 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
     return Header(tensors, metadata, tuple(spans))
 
 
-def read_tensors(
-    file: str | os.PathLike[str], where: str, *, outline: bool = False
-) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_tensors(file: str | Path, where: str, *, outline: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Every tensor of ``file``, all in one buffer, and the file's metadata; ``where`` names the file in errors.
 
     Args:

@@ -36,6 +36,7 @@ from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
 from ..spec import check_path
 from ..system.durable import sync_file
+from ..system.reading import is_file, is_folder, look
 from ..training.factors import path_of
 from ..training.sharded import full, is_sharded
 from ..tree import AdapterTree
@@ -96,7 +97,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         FormatError: its file is broken, or is not of the nodes that train now; names them.
     """
     file = folder / FACTORS
-    if not file.is_file():
+    if not is_file(file):
         raise FolderError(f"{folder}: no {FACTORS}, so no checkpoint of a tree", "name a checkpoint-N of a TreeTrainer")
     saved, said = read_tensors(file, str(file))
     model.factors.refresh(model.tree, model)
@@ -164,17 +165,17 @@ def put_back(parent: Path) -> None:
     """
     stage = parent / UNFINISHED
     with disk.named("look into it", stage):
-        names = os.listdir(stage) if stage.is_dir() else []
+        names = os.listdir(stage) if is_folder(stage) else []
     for name in names:
         place = parent / name.removesuffix(REPLACED)
-        if name.endswith(REPLACED) and not place.exists():
+        if name.endswith(REPLACED) and look(place, follow=False) is None:
             disk.rename(stage / name, place)
 
 
 def where_it_lies(checkpoint: Path) -> Path:
     """Return where to read a checkpoint: at its place, or where a run had put it aside when it was killed."""
     aside = checkpoint.parent / UNFINISHED / f"{checkpoint.name}{REPLACED}"
-    return aside if not os.path.lexists(checkpoint) and aside.is_dir() else checkpoint
+    return aside if look(checkpoint, follow=False) is None and is_folder(aside) else checkpoint
 
 
 def retire(checkpoint: Path) -> None:
@@ -216,7 +217,7 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     if writes:
         _sync_all(stage / name)
         old = stage / f"{name}{REPLACED}"
-        replaces = (parent / name).exists()
+        replaces = look(parent / name) is not None
         if replaces:
             disk.rename(parent / name, old)
         disk.rename(stage / name, parent / name)
@@ -228,8 +229,12 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     meet()
 
 
+def _refuse(error: OSError) -> None:
+    raise FolderError(f"{error.filename}: can't look into it: {error.strerror}") from error
+
+
 def _sync_all(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
+    for root, _, files in os.walk(folder, onerror=_refuse):
         for file in files:
             path = os.path.join(root, file)
             with disk.named("sync it", path):

@@ -25,6 +25,7 @@ from pathlib import Path
 from ..errors import FolderError, LoraTreeError
 from ..folder import disk
 from ..system import locks
+from ..system.reading import is_file
 
 __all__ = ["SharedFolder"]
 
@@ -125,7 +126,7 @@ class SharedFolder:
     # ------------------------------------------------------------------ entries
     def has(self, name: str) -> bool:
         """Tell whether there is an entry of this name, whole."""
-        return (self.folder / name / _CONFIG).is_file()
+        return is_file(self.folder / name / _CONFIG)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each entry."""

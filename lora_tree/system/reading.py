@@ -1,0 +1,121 @@
+"""Open files to read: plain files only, without waiting, and what was checked is what is read.
+
+A name can lead to a pipe, which would make its reader wait for ever, to a device, or through a link to somewhere else;
+and it can be given to another file between a look at it and the opening. So the file is opened first, in a way that
+waits for nothing, and the open file itself is checked.
+
+A file is missing only where the system says so. Any other answer (no permission, a broken disk) is an error: whoever
+takes it for "not there" deletes or overwrites what is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import FolderError
+
+__all__ = ["Inside", "is_file", "is_folder", "look", "opened", "plain_file", "stream"]
+
+Inside = Callable[[str], bool]
+"""Whether a real path, all links followed, lies where a file may lie."""
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def look(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
+    """Return what the system tells of a path, or None where nothing is there.
+
+    Args:
+        follow: tell of what a link leads to, not of the link.
+
+    Raises:
+        FolderError: the system does not tell.
+    """
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except ValueError:  # a name with a NUL in it
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise FolderError(f"{path}: can't look at it: {error.strerror or error}") from error
+
+
+def is_file(path: str | Path, *, follow: bool = True) -> bool:
+    """Tell whether there is a plain file of this name; see `look`."""
+    seen = look(path, follow=follow)
+    return seen is not None and stat.S_ISREG(seen.st_mode)
+
+
+def is_folder(path: str | Path, *, follow: bool = True) -> bool:
+    """Tell whether there is a folder of this name; see `look`."""
+    seen = look(path, follow=follow)
+    return seen is not None and stat.S_ISDIR(seen.st_mode)
+
+
+def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None = None) -> int:
+    """Open a plain file to read, and return its descriptor.
+
+    Args:
+        follow: follow a link; without it a link is refused.
+        inside: where the file may lie.
+
+    Raises:
+        OSError: it can't be opened, is no plain file, or lies where it may not. The caller puts the name to it.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):  # not every system has all of them
+        flags |= getattr(os, name, 0)
+    if not follow:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    try:
+        file = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "a link") from error
+        raise
+    try:
+        seen = os.fstat(file)
+        if not stat.S_ISREG(seen.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        if inside is not None:
+            _check_inside(path, seen, inside)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_inside(path: str | Path, seen: os.stat_result, inside: Inside) -> None:
+    real = os.path.realpath(path)
+    # the name may lead elsewhere since it was opened: then the open file is not the one at the real path
+    if not inside(real) or not os.path.samestat(seen, os.lstat(real)):
+        raise OSError(errno.EXDEV, f"leads to {real}, which is not where it may lie")
+
+
+@contextmanager
+def opened(path: str | Path, *, follow: bool = True, inside: Inside | None = None) -> Iterator[int]:
+    """Have a plain file open to read while the block runs; see `plain_file`."""
+    file = plain_file(path, follow=follow, inside=inside)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def stream(path: str | Path, *, follow: bool = True, inside: Inside | None = None, buffering: int = -1) -> BinaryIO:
+    """Return a plain file as a binary stream, to be closed by the caller; see `plain_file`.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as made, stream(made.name) as reading:
+    ...     reading.read()
+    b''
+    """
+    file = plain_file(path, follow=follow, inside=inside)
+    return os.fdopen(file, "rb", buffering=buffering)

@@ -1,0 +1,335 @@
+"""File systems that lack something, or fail: what was to be written is there, or one error names the file.
+
+Each call of the operating system that a save, an export or a served cache makes fails in turn, with each answer that
+real file systems give.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import fcntl
+import io
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shell import save_base
+from zoo import listing
+
+import lora_tree as lt
+from lora_tree.errors import LoraTreeError
+from lora_tree.folder import survey
+from lora_tree.folder.commit import writing
+from lora_tree.integrations.flatcache import FlatCache, Form
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no flock:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning"),
+]
+Q = "model.layers.0.self_attn.q_proj"
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+BROKEN = errno.EIO
+
+
+def adapter(seed: int) -> lt.Adapter:
+    g = torch.Generator().manual_seed(seed)
+    return lt.Adapter({Q: lt.LowRank(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 0.5)})
+
+
+def dense(*seeds: int) -> torch.Tensor:
+    """ΔW of a lineage, in float64."""
+    factors = [adapter(seed).modules[Q] for seed in seeds]
+    return sum((f.B.double() @ f.A.double() * f.scale for f in factors), torch.zeros(32, 32, dtype=torch.float64))
+
+
+def tree(*seeds: int) -> lt.AdapterTree:
+    made = lt.AdapterTree()
+    made.add("fr", adapter=adapter(seeds[0]))
+    made.add("fr/legal", adapter=adapter(seeds[1]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that writes into a folder, and what must be there afterwards.
+
+    Args:
+        before: makes what is there already.
+        do: writes.
+        delta: what is there, as one ΔW; None where it has not been written.
+        old, new: the ΔW before and after.
+    """
+
+    before: Callable[[Path], object]
+    do: Callable[[Path, Path], object]
+    delta: Callable[[Path, Path], torch.Tensor | None]
+    old: torch.Tensor | None
+    new: torch.Tensor
+
+
+def _saved(folder: Path, base: Path) -> torch.Tensor:
+    return lt.load(folder / "zoo").flatten("fr/legal").modules[Q].dense().double()
+
+
+def _save(folder: Path, base: Path) -> None:
+    opened = lt.load(folder / "zoo")
+    opened.update("fr/legal", adapter=adapter(3))
+    opened.save(folder / "zoo")
+
+
+def _one(folder: Path, base: Path) -> torch.Tensor | None:
+    there = folder / "one"
+    return lt.Adapter.load(there).modules[Q].dense().double() if there.exists() else None
+
+
+def _flat(folder: Path, base: Path) -> torch.Tensor | None:
+    found = sorted(folder.glob("cache/*/adapter_config.json"))
+    return lt.Adapter.load(found[0].parent).modules[Q].dense().double() if found else None
+
+
+def _serve(folder: Path, base: Path) -> None:
+    kept = FlatCache(folder / "cache", budget_bytes=1 << 30, form=Form(8))
+    try:
+        kept.get(*survey(folder / "zoo"), "fr/legal")
+    finally:
+        kept._disk._held.release()
+
+
+def _merged(folder: Path, base: Path) -> torch.Tensor | None:
+    file = folder / "merged/model.safetensors"
+    if not file.exists():
+        assert not (folder / "merged").exists()
+        return None
+    return (load_file(file)[f"{Q}.weight"] - load_file(base / "model.safetensors")[f"{Q}.weight"]).double()
+
+
+def _zoo(folder: Path) -> None:
+    tree(1, 2).save(folder / "zoo")
+
+
+WORKS = {
+    "a save": Work(_zoo, _save, _saved, dense(1, 2), dense(1, 3)),
+    "a new tree": Work(
+        lambda folder: None,
+        lambda folder, base: tree(1, 2).save(folder / "zoo"),
+        lambda folder, base: _saved(folder, base) if (folder / "zoo").exists() else None,
+        None,
+        dense(1, 2),
+    ),
+    "one adapter": Work(
+        lambda folder: adapter(1).save(folder / "one"),
+        lambda folder, base: adapter(2).save(folder / "one"),
+        _one,
+        dense(1),
+        dense(2),
+    ),
+    "a portable export": Work(
+        _zoo,
+        lambda folder, base: lt.portable(lt.load(folder / "zoo"), "fr/legal").save(folder / "one"),
+        _one,
+        None,
+        dense(1, 2),
+    ),
+    "an export as a model": Work(
+        _zoo,
+        lambda folder, base: lt.export_model(lt.load(folder / "zoo"), "fr/legal", folder / "merged", base=base),
+        _merged,
+        None,
+        dense(1, 2),
+    ),
+    "a served cache": Work(_zoo, _serve, _flat, None, dense(1, 2)),
+}
+
+
+class Failing:
+    """Calls that go through, but for one or all of them.
+
+    Args:
+        at: the number of the call that fails; None: all do.
+        counts: whether a call is one of those that are counted.
+    """
+
+    def __init__(self, at: int | None, code: int, counts: Callable[..., bool] = lambda *_: True) -> None:
+        self.at, self.code, self.counts, self.seen = at, code, counts, 0
+
+    def __call__(self, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        if self.counts(*args):
+            self.seen += 1
+            if self.at is None or self.seen == self.at + 1:
+                raise OSError(self.code, os.strerror(self.code))
+        return real(*args, **more)
+
+    @property
+    def fired(self) -> bool:
+        return self.seen > (self.at or 0)
+
+
+def faults(
+    work: Work,
+    base: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[tuple[Any, str]],
+    code: int,
+    counts: Callable[..., bool] = lambda *_: True,
+    *,
+    at_once: bool = False,
+    each: int = 1,
+) -> Iterator[tuple[Path, dict[str, bytes | None], LoraTreeError | None]]:
+    """(Folder, what was in it, the error) of the same work, where its first call fails, its second, …; or all.
+
+    ``each``: every so many calls are passed over, others for each kind of work.
+    """
+    start = len(str(work)) % each
+    for at in [None] if at_once else range(start, 10_000, each):
+        folder = scratch / "at"
+        folder.mkdir()
+        work.before(folder)
+        before = listing(folder)
+        failing = Failing(at, code, counts)
+        error = None
+        with monkeypatch.context() as patched:
+            for module, name in calls:
+                patched.setattr(module, name, partial(failing, getattr(module, name)))
+            try:
+                work.do(folder, base)
+            except LoraTreeError as raised:  # anything else, and a bare OSError above all, is a fault
+                error = raised
+        if failing.fired:
+            yield folder, before, error
+        shutil.rmtree(folder)
+        if not failing.fired:
+            assert at, "the faults did not reach the work"
+            return
+
+
+def close(got: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
+    """The same ΔW; a merged one is the difference of two rounded weights."""
+    if got is None or wanted is None:
+        return got is wanted
+    return torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def left_of(folder: Path, before: dict[str, bytes | None]) -> set[str]:
+    """What is in the folder that was not there, apart from a cache's own empty files."""
+    own = re.compile(r"cache(/\.locks(/(budget|make-.|[0-9a-f]{32}\.held))?)?\Z")
+    return {name for name in listing(folder).keys() - before.keys() if not own.match(name)}
+
+
+def came_true_or_named(
+    work: Work, base: Path, folder: Path, before: dict[str, bytes | None], error: LoraTreeError | None
+) -> None:
+    """The right numbers; or an error that names a file in there, and nothing left behind."""
+    found = work.delta(folder, base)
+    if error is None:
+        assert close(found, work.new)
+        assert not [name for name in left_of(folder, before) if re.search(r"\.lora_tree|\.(alone|shared)\.", name)]
+        return
+    assert str(folder) in str(error).splitlines()[0], error
+    if "the folder opens as the new tree" in str(error) or close(found, work.new):
+        assert close(found, work.new)
+        for place in (folder / "zoo", folder / "one"):
+            if place.exists():
+                with writing(place):  # the next writer carries out the rest
+                    pass
+            assert not (place / ".lora_tree").exists()
+        return
+    assert close(found, work.old)
+    assert left_of(folder, before) == set()
+    assert {name: data for name, data in listing(folder).items() if name in before} == before
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["each in turn", "all"])
+@pytest.mark.parametrize("name", WORKS)
+def test_without_flock_everything_is_written_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, at_once: bool
+) -> None:
+    work = WORKS[name]
+    if name == "a portable export":
+        pytest.skip("a new folder needs no lock")
+    for code in NO_FLOCK:
+        for folder, before, error in faults(
+            work, base, tmp_path, monkeypatch, [(fcntl, "flock")], code, at_once=at_once
+        ):
+            assert error is None
+            came_true_or_named(work, base, folder, before, error)
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_lock_that_fails_is_told_with_its_file_and_nothing_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str
+) -> None:
+    if name == "a portable export":
+        pytest.skip("a new folder needs no lock")
+    work = WORKS[name]
+    for folder, before, error in faults(work, base, tmp_path, monkeypatch, [(fcntl, "flock")], BROKEN):
+        assert error is None or "lock it" in str(error)
+        came_true_or_named(work, base, folder, before, error)
+
+
+def is_folder(file: int) -> bool:
+    return stat.S_ISDIR(os.fstat(file).st_mode)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["each in turn", "all"])
+@pytest.mark.parametrize("name", WORKS)
+def test_without_fsync_of_folders_everything_is_written_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, at_once: bool
+) -> None:
+    work = WORKS[name]
+    for code in NO_FOLDER_SYNC:
+        calls = [(os, "fsync")]
+        for folder, before, error in faults(work, base, tmp_path, monkeypatch, calls, code, is_folder, at_once=at_once):
+            assert error is None
+            came_true_or_named(work, base, folder, before, error)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", WORKS)
+def test_an_fsync_that_fails_is_told_with_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, code: int
+) -> None:
+    work, told = WORKS[name], 0
+    for folder, before, error in faults(work, base, tmp_path, monkeypatch, [(os, "fsync")], code):
+        came_true_or_named(work, base, folder, before, error)
+        told += error is not None
+    assert told > 1
+
+
+READS = [(builtins, "open"), (io, "open"), *((os, name) for name in ("open", "stat", "lstat", "listdir", "scandir"))]
+WRITES = [
+    *((os, name) for name in ("mkdir", "rename", "unlink", "rmdir", "write", "pwrite", "ftruncate", "utime")),
+    *((os, name) for name in ("copy_file_range", "fchmod", "chmod") if hasattr(os, name)),
+]
+
+
+@pytest.mark.parametrize("calls", [READS, WRITES], ids=["reads", "writes"])
+@pytest.mark.parametrize("name", WORKS)
+def test_no_error_of_the_system_comes_out_bare(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, calls: list[tuple[Any, str]]
+) -> None:
+    def ours(first: object, *_: object) -> bool:
+        return isinstance(first, int) or str(tmp_path) in os.fsdecode(first)  # type: ignore[arg-type]
+
+    work, each = WORKS[name], 5 if calls is READS else 1
+    for folder, _, error in faults(work, base, tmp_path, monkeypatch, calls, errno.EIO, ours, each=each):
+        if error is not None:
+            assert re.search(f"{folder}|{base}|fr/legal", str(error)), error
+        found = work.delta(folder, base)
+        assert close(found, work.old) or close(found, work.new)
