@@ -25,7 +25,7 @@ from torch import Tensor
 from ..blend import Blend, spelled
 from ..engine.arithmetic import Scratch, exact_mode
 from ..engine.merged import add_bias, add_weight
-from ..errors import LoraTreeError, SpecError
+from ..errors import FolderError, LoraTreeError, SpecError
 from ..extras import foreign, need
 from ..folder import disk
 from ..storage import as_path
@@ -106,6 +106,11 @@ def export_model(
 
     See docs/export.md for an example that runs.
     """
+    if not hasattr(os, "pwrite"):
+        raise FolderError(
+            "a merged checkpoint can't be written on this operating system, which has no pwrite",
+            "run it under Linux, WSL or macOS; or export one adapter: lora-tree export --as portable",
+        )
     path = spelled(blend)
     source = _source(tree, base)
     checkpoint = open_checkpoint(source)

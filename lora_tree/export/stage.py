@@ -19,6 +19,7 @@ from ..folder import disk
 from ..folder.alone import make_all
 from ..system import locks
 from ..system.durable import sync_file
+from ..system.flags import NO_FOLLOW, PLAIN
 
 __all__ = ["Stage", "staged"]
 
@@ -59,7 +60,7 @@ class Stage:
     @contextmanager
     def _file(self, name: str, flags: int) -> Iterator[int]:
         with disk.named("open it", self.folder / name):
-            file = os.open(self.folder / name, flags | os.O_NOFOLLOW, 0o666)
+            file = os.open(self.folder / name, flags | PLAIN | NO_FOLLOW, 0o666)
         try:
             yield file
         finally:

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..errors import FolderError
 from ..system.durable import sync_file
 from ..system.durable import sync_folder as sync
+from ..system.flags import NO_FOLLOW, PLAIN
 from ..system.named import named
 from ..system.reading import is_file, look, opened
 
@@ -132,7 +133,10 @@ def copy(source: str | Path, path: str | Path, *, mode: int | None = None) -> tu
 def rename(path: str | Path, to: str | Path) -> None:
     """Give a file or folder another name, over a file that has it."""
     with named(f"rename {path} to it", to):
-        os.rename(path, to)
+        if os.name == "nt":  # whose rename refuses a name that is taken
+            os.replace(path, to)
+        else:
+            os.rename(path, to)
 
 
 def remove(path: str | Path) -> None:
@@ -186,7 +190,7 @@ def drop(folder: str | Path) -> bool:
 def _created(path: str | Path, mode: int | None) -> Iterator[int]:
     mode = mode_of(path) if mode is None else mode
     # nobody else reads it before it has its mode
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN | NO_FOLLOW, 0o600)
     try:
         with suppress(OSError, AttributeError):  # a file system, or a Windows, without modes
             os.fchmod(file, mode)

@@ -238,7 +238,8 @@ def _sync_all(folder: Path) -> None:
         for file in files:
             path = os.path.join(root, file)
             with disk.named("sync it", path):
-                handle = os.open(path, os.O_RDONLY)
+                # Windows syncs only what may be written
+                handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
                 try:
                     sync_file(handle)
                 finally:

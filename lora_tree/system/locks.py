@@ -36,7 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FolderError
+from .flags import NO_FOLLOW, NO_WAIT, PLAIN
 from .named import named
+from .reading import opened
 
 __all__ = ["Held", "acquire", "attempt", "clear", "holders", "holding", "pause"]
 
@@ -194,13 +196,11 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
 
 
 def _open(path: Path, make: bool) -> int:
-    nofollow = getattr(os, "O_NOFOLLOW", 0)
-    nonblock = getattr(os, "O_NONBLOCK", 0)
     if _is_folder(path):
         if not hasattr(os, "O_DIRECTORY"):
             raise _NoFlock  # Windows opens no folders
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | nofollow)
-    file = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | nofollow | nonblock, 0o666)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | PLAIN | NO_FOLLOW)
+    file = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | PLAIN | NO_FOLLOW | NO_WAIT, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise FolderError(f"{path}: not a plain file", "move it away")
@@ -288,8 +288,7 @@ def _create(claim: Path, token: str) -> None:
         "since": int(time.time()),
     }
     data = json.dumps(owner).encode()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    file = os.open(claim, flags, 0o644)
+    file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN | NO_FOLLOW, 0o644)
     try:
         os.write(file, data)
     finally:
@@ -303,15 +302,9 @@ def _claims(path: Path) -> list[Path]:
 
 def _owner(claim: Path) -> dict[str, Any]:
     """What a claim says of its owner; anybody may have written it, so it counts only where it is well-formed."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        file = os.open(claim, flags)
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                return {}
+        with opened(claim, follow=False) as file:
             said = json.loads(os.read(file, _MOST_BYTES))
-        finally:
-            os.close(file)
     except (OSError, ValueError, RecursionError):
         return {}  # gone, or not written to its end yet
     kinds = {"token": str, "host": str, "machine": str, "pid": int, "started": str, "since": int}
@@ -414,7 +407,7 @@ def _touch_all() -> None:
 
 def _touch(claim: Path) -> None:
     """Write the first byte of a claim again: some file systems have no utime, and all note a write."""
-    file = os.open(claim, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    file = os.open(claim, os.O_RDWR | PLAIN | NO_FOLLOW)
     try:
         first = os.read(file, 1)
         os.lseek(file, 0, os.SEEK_SET)

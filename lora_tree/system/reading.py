@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import FolderError
+from .flags import NO_FOLLOW, NO_WAIT, PLAIN
 
 __all__ = ["Inside", "is_file", "is_folder", "look", "opened", "plain_file", "stream"]
 
@@ -69,13 +70,8 @@ def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None =
     Raises:
         OSError: it can't be opened, is no plain file, or lies where it may not. The caller puts the name to it.
     """
-    flags = os.O_RDONLY
-    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):  # not every system has all of them
-        flags |= getattr(os, name, 0)
-    if not follow:
-        flags |= getattr(os, "O_NOFOLLOW", 0)
     try:
-        file = os.open(path, flags)
+        file = os.open(path, os.O_RDONLY | PLAIN | NO_WAIT | (0 if follow else NO_FOLLOW))
     except OSError as error:
         if error.errno == errno.ELOOP and not follow:
             raise OSError(errno.ELOOP, "a link") from error
