@@ -1,11 +1,16 @@
-"""safetensors files: read into memory of our own, and written to the same bytes every time.
+"""safetensors files: written and read with the package of that name, and by a reader of our own where speed counts.
 
     8 bytes: n, little-endian │ n bytes: a JSON header, padded with spaces │ the tensors, back to back
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
 
-The package of that name maps the file into memory, so a file that is cut short later takes the process with it
-(SIGBUS), and it writes metadata in a changing order. Here all tensors are read into one buffer of our own, in which
-they lie as in the file, by one read; and every size is checked against the file's before anything is allocated.
+The package writes (`render_tensors`); since it writes metadata in a changing order, that is put in order afterwards. It
+also reads what nobody waits for (`read_tensors`). An adapter is read by `Opened`: all tensors into one buffer of our
+own, in which they lie as in the file, by one read from a descriptor that was checked, which a hash sees on the way.
+The package offers none of that: it opens a file by its name and maps it into memory, where a file that is cut short
+later takes the process with it (SIGBUS), or wants its bytes in memory already, to copy each tensor out of them.
+
+Law: what `parse_header` accepts the package accepts, and reads to the same bits. It refuses more: a key that occurs
+twice, fields that the format does not have, dtypes that no adapter has, tensors without numbers.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -16,16 +21,18 @@ import ctypes
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..adapter import over
 from ..errors import FormatError
 from ..storage import Allocate
 from ..system.reading import Inside
@@ -79,6 +86,17 @@ class Opened:
         self.head, size = _head(stream, where, witness)
         self.nbytes = size - stream.tell()
 
+    def whole(self) -> bytes:
+        """The whole file, its header too; to be asked once, instead of `numbers`.
+
+        Raises:
+            FormatError: the file was cut short meanwhile.
+        """
+        data = len(self.head).to_bytes(8, "little") + self.head + self._stream.read(self.nbytes)
+        if len(data) != 8 + len(self.head) + self.nbytes:
+            raise _cut_short(self._where)
+        return data
+
     def numbers(self, header: Header, allocate: Allocate | None = None) -> Tensor:
         """(header.nbytes,) uint8: the storage of the header's tensors, filled from the file; to be asked once.
 
@@ -126,6 +144,8 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
         FormatError: it is malformed, or the file is not what it says.
     """
     fields = strict_json.loads(head, f"{where}: header")
+    if b"-0" in head and _minus_zero(head):
+        raise FormatError(f"{where}: header: -0 is no size and no place")
     metadata = fields.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")
@@ -154,7 +174,7 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
 
 
 def read_tensors(file: str | Path, where: str, *, outline: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Every tensor of ``file``, all in one buffer, and the file's metadata; ``where`` names the file in errors.
+    """Every tensor of ``file``, and the file's metadata; ``where`` names the file in errors.
 
     Args:
         outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta device).
@@ -166,37 +186,71 @@ def read_tensors(file: str | Path, where: str, *, outline: bool = False) -> tupl
         header = parse_header(reading.head, reading.nbytes, where)
         if outline:
             return dict(header.tensors), header.metadata
-        there = over(reading.numbers(header))
-        return {name: there(tensor) for name, tensor in header.tensors.items()}, header.metadata
+        data = reading.whole()
+        try:
+            return safetensors.torch.load(data), header.metadata
+        except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise FormatError(f"{where}: safetensors can't read it: {error}", "download or save it again") from error
 
 
 def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a file; they depend on names and values alone.
 
-    Wide dtypes come first and names are sorted, as the safetensors package does it, so every tensor is aligned.
+    Wide dtypes come first and names are sorted, as the package does it, so every tensor is aligned.
+
+    Raises:
+        FormatError: a name or a dtype can't be written; names the tensor.
 
     >>> data = render_tensors({"x": torch.ones(2)}, {"format": "pt"})
     >>> len(data) % 8, data[-4:].hex()
     (0, '0000803f')
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), NAMES[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
-    size = 0
-    for name in names:
-        t = tensors[name]
-        end = size + t.numel() * t.element_size()
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [size, end]}
-        size = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    held = {}
+    for name in sorted(tensors):
+        if tensors[name].dtype not in NAMES:
+            raise FormatError(f"{name[:200]}: dtype {tensors[name].dtype} is not written, expected {', '.join(DTYPES)}")
+        held[name] = tensors[name].detach().cpu().contiguous()  # kept until the package has read their memory
+    try:
+        entries: Any = {name: _spec(tensor) for name, tensor in held.items()}
+        data: bytes = safetensors.serialize(entries, dict(metadata)) if entries else _of_nothing(metadata)
+    except (safetensors.SafetensorError, UnicodeError, ValueError) as error:
+        raise FormatError(f"safetensors can't write it: {error}") from error
+    return _in_order(data, metadata)
+
+
+def _spec(tensor: Tensor) -> Any:
+    """A contiguous tensor as the package takes it: by its place in memory, or before 0.8 as bytes.
+
+    `safetensors.torch.save` would do the same by way of numpy, and refuses two tensors that share memory.
+    """
+    dtype, shape, nbytes = str(tensor.dtype)[6:], list(tensor.shape), tensor.numel() * tensor.element_size()
+    spec = getattr(safetensors, "TensorSpec", None)
+    if spec is not None:
+        return spec(dtype=dtype, shape=shape, data_ptr=tensor.data_ptr(), data_len=nbytes)
+    return {"dtype": dtype, "shape": shape, "data": ctypes.string_at(tensor.data_ptr(), nbytes) if nbytes else b""}
+
+
+def _of_nothing(metadata: Mapping[str, str]) -> bytes:
+    """A file without tensors, of which the package makes no JSON."""
+    fields = {"__metadata__": dict(metadata)} if metadata else {}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    data = bytearray(start + size)
-    data[:start] = len(text).to_bytes(8, "little") + text
-    for name in names:
-        t = tensors[name].detach()
-        begin = start + header[name]["data_offsets"][0]
-        torch.frombuffer(data, dtype=t.dtype, count=t.numel(), offset=begin).copy_(t.reshape(-1))
-    return bytes(data)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _in_order(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The same file with its metadata sorted; the package writes it in the order of a hash table."""
+    if len(metadata) < 2:
+        return data
+    start = 8 + int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8:start])
+    fields["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(start - 8)
+    if len(text) != start - 8:
+        raise FormatError(
+            "safetensors wrote a header that is not in its shortest form, which this version does not know"
+        )
+    return b"".join((data[:8], text, memoryview(data)[start:]))
 
 
 def _ordinary(nbytes: int) -> Tensor:
@@ -230,6 +284,12 @@ def _head(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] 
         witness(memoryview(first))
         witness(memoryview(head))
     return head, size
+
+
+def _minus_zero(head: bytes) -> bool:
+    """Whether a number of a header is -0, which is a fraction to the package; names may well hold these two letters."""
+    outside_of_strings = re.sub(rb'"(?:[^"\\]|\\.)*"', b'""', head, flags=re.DOTALL)
+    return re.search(rb"-0(?![0-9])", outside_of_strings) is not None
 
 
 def _cut_short(where: str) -> FormatError:
