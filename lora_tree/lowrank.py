@@ -192,7 +192,7 @@ class LowRank:
         >>> LowRank(torch.ones(1, 2), torch.ones(2, 1), scale=1e5).fits(torch.float16)
         False
         """
-        _check_dtype(dtype)
+        check_dtype(dtype)
         self._has_numbers()
         most = torch.finfo(dtype or torch.promote_types(self.dtype, torch.float32)).max
         a, b, *bias = (_largest(t) for t in self.tensors)
@@ -230,7 +230,7 @@ class LowRank:
         Raises:
             SpecError: ``device`` or ``dtype`` is none, or not a floating one.
         """
-        _check_dtype(dtype)
+        check_dtype(dtype)
         _check_device(device)
         moved = [t.to(device=device, dtype=dtype) for t in self.tensors]
         if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
@@ -246,14 +246,14 @@ class LowRank:
 
     def dense(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW itself, (\\*batch, out, in). For answers and tests; in blocks of rows see `dense_blocks`."""
-        _check_dtype(dtype)
+        check_dtype(dtype)
         dtype = dtype or self.dtype
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
     def dense_blocks(self, rows: int = 256, *, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """ΔW in blocks of at most ``rows`` of its rows, (\\*batch, ≤ rows, in), top to bottom."""
         check_whole_number(rows, "rows")
-        _check_dtype(dtype)
+        check_dtype(dtype)
         dtype = dtype or self.dtype
         A = self.A.to(dtype)
         for start in range(0, self.B.shape[-2], rows):
@@ -505,9 +505,14 @@ def _one_device(terms: Sequence[LowRank]) -> None:
         )
 
 
-def _check_dtype(dtype: object) -> None:
+def check_dtype(dtype: object, what: str = "dtype") -> None:
+    """That an argument is a floating dtype of torch's, or None.
+
+    Raises:
+        SpecError: it is something else; says ``what`` it was given for.
+    """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise SpecError(f"dtype must be one of torch's floating dtypes, got {dtype!r:.80}", "dtype=torch.bfloat16")
+        raise SpecError(f"{what} must be one of torch's floating dtypes, got {dtype!r:.80}", f"{what}=torch.bfloat16")
 
 
 def _check_device(device: object) -> None:

@@ -48,7 +48,7 @@ from .engine.routed import Router, Strategy
 from .engine.side import Manner, side_device
 from .engine.unmerged import Unmerged
 from .errors import LoraTreeError, PathError, SpecError, StateError, listing, suggest
-from .lowrank import LowRank
+from .lowrank import LowRank, check_dtype
 from .sites import Site
 from .sites.targets import fresh_adapter, patterns_of_a_tree
 from .training.factors import Factors
@@ -114,7 +114,8 @@ def attach(
             memory.
 
     Raises:
-        SpecError: ``tree`` or ``base`` is something else, a budget makes no sense, or ``eviction`` is no such maker.
+        SpecError: ``tree`` or ``base`` is something else, a budget or a dtype makes no sense, or ``eviction`` is no
+            such maker.
         StateError: the base is attached already, or wrapped by PEFT or FSDP.
         BaseMismatch: a fresh node targets nothing in this base; names the node.
 
@@ -172,6 +173,7 @@ class TreeModel(nn.Module):
         eviction: Callable[[], Policy] = Frequency,
     ) -> None:
         super().__init__()
+        check_dtype(compute_dtype, "compute_dtype")
         inner, self._compiled = unwrapped(base)
         if isinstance(inner, TreeModel):
             raise StateError("the base is a TreeModel already", "attach to its .base after detach()")
@@ -209,9 +211,7 @@ class TreeModel(nn.Module):
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
         warn_of_base("the tree", tree.base, own_name, stacklevel=3)
-        self._binder = Binder(
-            inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept
-        )
+        self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
         self._beside: Unmerged | Prepared = Unmerged(inner, self._manner, ledger=self.cache)
         self._router = Router(self._manner, ledger=self.cache)
         if pristine == "none":
@@ -296,7 +296,8 @@ class TreeModel(nn.Module):
         with self._lock:
             self._usable()
             if mode not in ("merged", "unmerged"):
-                raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}")
+                near = suggest(str(mode), ["merged", "unmerged"])
+                raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}{near}")
             with self._needing(self.tree.coefficients(blend)) as terms:
                 plan = self._binder.plan(terms)
                 if mode == "merged":
@@ -314,7 +315,7 @@ class TreeModel(nn.Module):
                     state = State.UNMERGED
                 self._plan = plan
             kept = blend if isinstance(blend, str) else dict(blend)
-            state = state if parse_blend(kept) != {"": 1.0} else State.BARE
+            state = state if plan.terms else State.BARE  # groups, and weights of 0, change nothing
             self._became(kept, state, lambda self: self.activate(kept, mode=mode))
 
     def deactivate(self) -> None:
@@ -536,9 +537,12 @@ class TreeModel(nn.Module):
 
         Raises:
             PathError: a path or pattern matches no node.
-            SpecError: ``dropout`` is not from 0 to below 1.
+            SpecError: ``dropout`` is not from 0 to below 1, or ``dtype`` is none that factors can train in.
+            BudgetError: what is active does not fit into a budget once other nodes train.
             StateError: a node is merged into the weights now; or the factors are sharded, and others train, or in
                 another dtype.
+
+        On an error everything is as it was: what trains, in which parameters, and what is frozen.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -552,6 +556,9 @@ class TreeModel(nn.Module):
             asked: object = dropout
             if not isinstance(asked, Real) or not 0 <= dropout < 1:
                 raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
+            check_dtype(dtype)
+            if dtype is not None and dtype.itemsize == 1:
+                raise SpecError(f"dtype: factors can't train in {dtype}", "dtype=torch.float32")
             chosen = self.matching(paths)
             merged = [p for p in chosen if self.state is State.MERGED and p in self.nodes_in_use()]
             if merged:
@@ -559,16 +566,17 @@ class TreeModel(nn.Module):
                     f"{merged[0]} is merged into the weights and can't train",
                     'activate(…, mode="unmerged") first',
                 )
-            self._own(chosen, dtype)
-            self._handed.look(bool(chosen))
-            self._sharded_together(self.factors.sharded)
-            self._manner.dropout = dropout
-            if self._flags is None:
-                self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
-            self.base.requires_grad_(False)
-            self.factors.train_only(chosen)
-            if self.state in (State.UNMERGED, State.ROUTED):
-                self._again(self)
+            with self._training_as_before():
+                self._own(chosen, dtype)
+                self._handed.look(bool(chosen))
+                self._sharded_together(self.factors.sharded)
+                self._manner.dropout = dropout
+                if self._flags is None:
+                    self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+                self.base.requires_grad_(False)
+                self.factors.train_only(chosen)
+                if self.state in (State.UNMERGED, State.ROUTED):
+                    self._again(self)
             return [{"name": path, "params": self.factors.of(path)} for path in chosen]
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -802,6 +810,28 @@ class TreeModel(nn.Module):
             owned = self.factors.own(path, adapter, dtype, places)
             if owned is not adapter:
                 self.tree.settle(path, owned)
+
+    @contextlib.contextmanager
+    def _training_as_before(self) -> Iterator[None]:
+        """Where the block fails, what trains, and in which parameters, is what it was."""
+        nodes = [self.tree[path] for path in self.tree.paths()]
+        owned = dict(self.factors.items())
+        flags = [(p, p.requires_grad) for p in (*self.base.parameters(), *self.factors.parameters())]
+        dropout, base_flags, looked = self._manner.dropout, self._flags, self._handed.looks
+        try:
+            yield
+        except BaseException:
+            for node in nodes:
+                if self.tree[node.path] is not node:
+                    self.tree.take_back(node)
+            self.factors.clear()
+            self.factors.update(owned)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            self._manner.dropout, self._flags = dropout, base_flags
+            self._handed.look(looked)
+            self._sharded_together(self.factors.sharded)
+            raise
 
     def _check_trainable(self, plan: Plan) -> None:
         for name, terms in plan.terms.items():

@@ -523,6 +523,10 @@ class AdapterTree:
         """A fresh node's adapter was made, or a node's factors went into training: this is its adapter from now on."""
         self._put(replace(self[path], loaded=adapter, source=None, fresh=None, stale=None))
 
+    def take_back(self, node: Node) -> None:
+        """A change of a node failed half-way: it is again what it was."""
+        self._put(node)
+
     def exchange(self, path: str, adapter: Adapter) -> None:
         """The node's adapter is held in other tensors from now on; its files, if it has any, are what they were."""
         self._put(replace(self[path], loaded=adapter))

@@ -764,6 +764,31 @@ def test_autocast_inference_mode_and_low_precision_products_do_not_touch_the_bit
     base(torch.ones(1, 512)).sum().backward()
 
 
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+@pytest.mark.parametrize("nothing", [{"x": 0.0}, {"": 0.5}, "x:0+:3", "group", {"x": 1.0, "": 2.0, "group": 0.0}])
+def test_a_blend_of_nothing_leaves_the_base_bare(nothing: lt.Blend, mode: Any) -> None:
+    base = nn.Sequential(nn.Linear(3, 3))
+    tree = lt.AdapterTree()
+    tree.add("x", adapter=lt.Adapter({"0": lt.LowRank(torch.ones(1, 3), torch.ones(3, 1))}))
+    tree.add("group", group=True)
+    model = lt.attach(tree, base)
+    bare = {name: t.clone() for name, t in base.state_dict().items()}
+    model.activate("x", mode=mode)
+    model.activate(nothing, mode=mode)
+    changes = lt.parse_blend(nothing).get("x", 0.0) != 0.0
+    assert model.state is (lt.State(mode) if changes else lt.State.BARE)
+    if not changes:
+        assert all(torch.equal(t, bare[name]) for name, t in base.state_dict().items())
+        assert not base._forward_hooks
+        model.prepare(max_rank=1)  # which wants a bare model
+
+
+def test_a_mistyped_mode_gets_a_suggestion() -> None:
+    model = lt.attach(lt.AdapterTree(), nn.Linear(2, 2))
+    with pytest.raises(SpecError, match=r"^mode must be 'merged' or 'unmerged', got 'mergd'; did you mean 'merged'\?$"):
+        model.activate("", mode="mergd")  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------- answering for the base
 def test_what_is_no_attribute_of_ours_is_the_bases_to_read_and_to_set() -> None:
     import joint

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
+from lora_tree.errors import BaseMismatch, BudgetError, PathError, SpecError, StateError
 from lora_tree.integrations.checkpoint import load_factors, save_factors
 from lora_tree.training.factors import Factors, path_of
 
@@ -575,6 +575,76 @@ def test_being_active_or_leaving_a_context_makes_nothing_train_and_nothing_stop(
     with pytest.raises(PathError, match="'a/x' matches no node"):
         model.trainable("a/x")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("wrong", ["x", torch.int8, 16, torch.float8_e4m3fn])
+def test_a_dtype_in_which_nothing_can_train_is_refused_and_changes_nothing(wrong: Any) -> None:
+    net, tree = Net(), tree_of(torch.float32)
+    model = lt.attach(tree, net)
+    model.trainable("e")
+    before = _what_trains(model)
+    with pytest.raises(SpecError, match="dtype"):
+        model.trainable("a", dtype=wrong)
+    assert _what_trains(model) == before
+    if wrong != torch.float8_e4m3fn:
+        with pytest.raises(SpecError, match=r"^compute_dtype must be one of torch's floating dtypes"):
+            lt.attach(tree_of(), Net(), compute_dtype=wrong)
+
+
+def test_factors_of_eight_bits_train_in_the_dtype_asked_for() -> None:
+    tree = lt.AdapterTree()
+    A, B = torch.ones(1, INTO).to(torch.float8_e4m3fn), torch.ones(HIDDEN, 1).to(torch.float8_e4m3fn)
+    tree.add("x", adapter=lt.Adapter({"up": lt.LowRank(A, B)}))
+    (group,) = lt.attach(tree, Net()).trainable("x")
+    assert [(p.dtype, float(p.detach().sum())) for p in group["params"]] == [
+        (torch.float32, INTO),
+        (torch.float32, HIDDEN),
+    ]
+
+
+def _what_trains(model: lt.TreeModel) -> Any:
+    """Everything that `trainable` sets: parameters and their flags, adapters, dropout, hooks."""
+    parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    nodes = [id(model.tree[path]) for path in model.tree.paths()]
+    hooks = [len(module._forward_pre_hooks) for module in model.base.modules()]
+    return parameters, nodes, hooks, model._manner.dropout, model.state, model.active
+
+
+@pytest.mark.parametrize("already", [(), ("e",)])
+def test_trainable_that_fails_half_way_leaves_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, already: tuple[str, ...]
+) -> None:
+    net, tree = Net(), tree_of(torch.float32)
+    model = lt.attach(tree, net)
+    if already:
+        model.trainable(*already, dropout=0.25)
+    before = _what_trains(model)
+    real, calls = Factors.own, iter([False, True])
+
+    def fails_at_the_second(self: Factors, *args: Any) -> Any:
+        if next(calls):
+            raise torch.cuda.OutOfMemoryError("no room")
+        return real(self, *args)
+
+    monkeypatch.setattr(Factors, "own", fails_at_the_second)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        model.trainable("a", "a/b", dtype=torch.float64)
+    monkeypatch.undo()
+    assert _what_trains(model) == before
+    assert [g["name"] for g in model.trainable("a", "a/b")] == ["a", "a/b"]
+
+
+def test_what_is_active_and_fits_no_budget_once_it_is_frozen_goes_on_training() -> None:
+    net, tree = Net(), tree_of(torch.float32)
+    model = lt.attach(tree, net, host_budget=64)
+    model.trainable("a", "e")
+    model.activate("e", mode="unmerged")  # what trains is run as it is, and laid out nowhere
+    out = net(torch.ones(1, 2, INTO))
+    before = _what_trains(model)
+    with pytest.raises(BudgetError, match="e: laid out beside the weights"):
+        model.trainable("a")
+    assert _what_trains(model) == before
+    assert torch.equal(net(torch.ones(1, 2, INTO)), out)
 
 
 # ---------------------------------------------------------------------- losses

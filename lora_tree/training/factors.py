@@ -210,7 +210,11 @@ def _slashed(name: str) -> str:
 
 
 def _dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
-    return value.dtype if asked is None else torch.promote_types(value.dtype, asked)
+    if asked is None:
+        return value.dtype
+    if value.dtype.itemsize == 1:  # an 8-bit float, which torch promotes to nothing; any other holds its numbers
+        return asked
+    return torch.promote_types(value.dtype, asked)
 
 
 def _as_asked(adapter: Adapter, dtype: torch.dtype | None) -> bool:

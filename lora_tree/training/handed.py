@@ -36,6 +36,11 @@ class Handed:
         self._base, self._through = base, through
         self._handle: RemovableHandle | None = None
 
+    @property
+    def looks(self) -> bool:
+        """It looks at the next forward."""
+        return self._handle is not None
+
     def look(self, wanted: bool) -> None:
         """From now on, look at the next forward; or don't."""
         if self._handle is not None:
