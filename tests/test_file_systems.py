@@ -24,12 +24,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shell import save_base
+from torch import nn
 from zoo import listing
 
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError
 from lora_tree.folder import survey
 from lora_tree.folder.commit import writing
+from lora_tree.integrations.checkpoint import appearing, load_factors, put_back, save_factors
 from lora_tree.integrations.flatcache import FlatCache, Form
 
 pytestmark = [
@@ -123,6 +125,36 @@ def _zoo(folder: Path) -> None:
     tree(1, 2).save(folder / "zoo")
 
 
+def _model(*seeds: int) -> lt.TreeModel:
+    """A model with a node that trains, named as the base's."""
+    top = here = nn.Module()
+    *above, name = Q.split(".")
+    for part in above:
+        here.add_module(part, nn.Module())
+        here = here.get_submodule(part)
+    here.add_module(name, nn.Linear(32, 32, bias=False))
+    model = lt.attach(tree(*seeds), top)
+    model.trainable("fr")
+    return model
+
+
+def _checkpoint(folder: Path, seed: int) -> None:
+    with appearing(folder / "run", "checkpoint-1", writes=True, meet=lambda: None) as stage:
+        save_factors(_model(seed, 2), stage / "checkpoint-1")
+
+
+def _trained(folder: Path, base: Path) -> torch.Tensor | None:
+    put_back(folder / "run")
+    there = folder / "run/checkpoint-1"
+    if not there.exists():
+        return None
+    load_factors(model := _model(9, 2), there)
+    model.tree.adapter("fr")
+    kept = lt.Adapter.load(there / "nodes/fr").modules[Q].dense().double()
+    assert torch.equal(model.tree.flatten("fr").modules[Q].dense().double().detach(), kept)
+    return kept
+
+
 WORKS = {
     "a save": Work(_zoo, _save, _saved, dense(1, 2), dense(1, 3)),
     "a new tree": Work(
@@ -153,6 +185,13 @@ WORKS = {
         None,
         dense(1, 2),
     ),
+    "a training checkpoint": Work(
+        lambda folder: ((folder / "run").mkdir(), _checkpoint(folder, 1)),
+        lambda folder, base: _checkpoint(folder, 3),
+        _trained,
+        dense(1),
+        dense(3),
+    ),
     "a served cache": Work(_zoo, _serve, _flat, None, dense(1, 2)),
 }
 
@@ -172,7 +211,8 @@ class Failing:
         if self.counts(*args):
             self.seen += 1
             if self.at is None or self.seen == self.at + 1:
-                raise OSError(self.code, os.strerror(self.code))
+                file = [] if isinstance(args[0], int) else [args[0]]  # as the system tells it
+                raise OSError(self.code, os.strerror(self.code), *file)
         return real(*args, **more)
 
     @property
@@ -228,7 +268,7 @@ def close(got: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
 
 def left_of(folder: Path, before: dict[str, bytes | None]) -> set[str]:
     """What is in the folder that was not there, apart from a cache's own empty files."""
-    own = re.compile(r"cache(/\.locks(/(budget|make-.|[0-9a-f]{32}\.held))?)?\Z")
+    own = re.compile(r"run/\.unfinished(/.*)?\Z|cache(/\.locks(/(budget|make-.|[0-9a-f]{32}\.held))?)?\Z")
     return {name for name in listing(folder).keys() - before.keys() if not own.match(name)}
 
 
@@ -261,8 +301,8 @@ def test_without_flock_everything_is_written_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, at_once: bool
 ) -> None:
     work = WORKS[name]
-    if name == "a portable export":
-        pytest.skip("a new folder needs no lock")
+    if name in ("a portable export", "a training checkpoint"):
+        pytest.skip("new folders need no lock")
     for code in NO_FLOCK:
         for folder, before, error in faults(
             work, base, tmp_path, monkeypatch, [(fcntl, "flock")], code, at_once=at_once
@@ -275,8 +315,8 @@ def test_without_flock_everything_is_written_all_the_same(
 def test_a_lock_that_fails_is_told_with_its_file_and_nothing_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str
 ) -> None:
-    if name == "a portable export":
-        pytest.skip("a new folder needs no lock")
+    if name in ("a portable export", "a training checkpoint"):
+        pytest.skip("new folders need no lock")
     work = WORKS[name]
     for folder, before, error in faults(work, base, tmp_path, monkeypatch, [(fcntl, "flock")], BROKEN):
         assert error is None or "lock it" in str(error)

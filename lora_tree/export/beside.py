@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FolderError
+from ..folder import disk
 from .shards import INDEX, SINGLE, Checkpoint
 
 __all__ = ["Beside", "beside_weights"]
@@ -74,13 +75,9 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
     return Beside(tuple(copied), tuple(left))
 
 
-def _refuse(error: OSError) -> None:
-    raise FolderError(f"{error.filename}: can't look into it: {error.strerror}") from error
-
-
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
     """(Path in the folder, whether it is a link to a folder), in order; hidden files and folders are passed over."""
-    for above, folders, files in os.walk(folder, onerror=_refuse):
+    for above, folders, files in os.walk(folder, onerror=disk.refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             yield os.path.relpath(os.path.join(above, name), folder), False

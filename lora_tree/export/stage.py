@@ -90,7 +90,7 @@ def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         with locks.holding(folder, make=False):
             yield Stage(folder)
-            for inside, _, _ in os.walk(folder, topdown=False):
+            for inside, _, _ in os.walk(folder, topdown=False, onerror=disk.refuse):
                 disk.sync(inside)
             disk.rename(folder, where)
         undo.pop_all()

@@ -33,6 +33,7 @@ __all__ = [
     "mode_of",
     "named",
     "read",
+    "refuse",
     "remove",
     "rename",
     "replace",
@@ -50,6 +51,15 @@ class Stamp:
 
     size: int
     mtime_ns: int
+
+
+def refuse(error: OSError) -> None:
+    """Raise what `os.walk` passes over when it is not told otherwise: a folder that can't be looked into.
+
+    Raises:
+        FolderError: always.
+    """
+    raise FolderError(f"{error.filename}: can't look into it: {error.strerror}") from error
 
 
 def stamp(path: str | Path) -> Stamp | None:

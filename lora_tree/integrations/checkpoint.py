@@ -229,12 +229,8 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     meet()
 
 
-def _refuse(error: OSError) -> None:
-    raise FolderError(f"{error.filename}: can't look into it: {error.strerror}") from error
-
-
 def _sync_all(folder: Path) -> None:
-    for root, _, files in os.walk(folder, onerror=_refuse):
+    for root, _, files in os.walk(folder, onerror=disk.refuse):
         for file in files:
             path = os.path.join(root, file)
             with disk.named("sync it", path):

@@ -42,6 +42,7 @@ from ..integrations.checkpoint import (
 )
 from ..model import TreeModel
 from ..storage import as_path
+from ..system.reading import is_file
 from ..training.diverged import Start, check_finite_step
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
@@ -201,7 +202,7 @@ class Run:
             FolderError: the folder can't be written, or has no checkpoint of the last step.
         """
         file = self.folder / f"checkpoint-{self.done}" / ABOUT
-        if not file.is_file():
+        if not is_file(file):
             raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
         disk.replace(file, render_about(self._told(saved=True)))
 

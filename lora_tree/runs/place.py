@@ -25,6 +25,7 @@ from ..errors import FolderError, FormatError, SpecError
 from ..folder import disk
 from ..formats import strict_json
 from ..integrations.checkpoint import put_back
+from ..system.reading import is_folder, look
 
 __all__ = ["ABOUT", "Before", "checkpoints", "differing", "last_of", "refuse_other", "render_about", "set_aside"]
 
@@ -83,8 +84,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     Raises:
         FolderError: it is no folder, or can't be read.
     """
-    if not folder.is_dir():
-        if folder.exists():
+    if not is_folder(folder):
+        if look(folder) is not None:
             raise FolderError(f"{folder}: is no folder", "name a folder for the run's checkpoints")
         return []
     with disk.named("list it", folder):

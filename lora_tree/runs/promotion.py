@@ -7,10 +7,11 @@ import warnings
 
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, PathError, listing, suggest
-from ..folder import StaleWarning
+from ..folder import StaleWarning, disk
 from ..integrations.checkpoint import NODES, ancestors_now, ancestors_then, where_it_lies
 from ..spec import check_path
 from ..storage import as_path
+from ..system.reading import is_folder
 from ..tree import AdapterTree, Node
 
 __all__ = ["promote"]
@@ -35,11 +36,11 @@ def promote(tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *,
     """
     folder, name = where_it_lies(as_path(checkpoint)) / NODES, path if node is None else node
     check_path(name)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FolderError(f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree")
     found = sorted(
         os.path.relpath(where, folder).replace(os.sep, "/")
-        for where, _, files in os.walk(folder)
+        for where, _, files in os.walk(folder, onerror=disk.refuse)
         if "adapter_config.json" in files
     )
     if name not in found:
