@@ -47,6 +47,7 @@ from .engine.pristine import Copies, Place
 from .engine.routed import Router, Strategy
 from .engine.side import Manner, side_device
 from .engine.unmerged import Unmerged
+from .engine.unpromised import is_compiled
 from .errors import LoraTreeError, PathError, SpecError, StateError, listing, suggest
 from .lowrank import LowRank, check_dtype
 from .sites import Site
@@ -755,7 +756,7 @@ class TreeModel(nn.Module):
         check_beside(plan, self._manner.dtype, owed)
 
     def _check_uncompiled(self) -> None:
-        if self._compiled or self.base._compiled_call_impl is not None or self._compile_watch.sees(self.base):
+        if self._compiled or is_compiled(self.base) or self._compile_watch.sees(self.base):
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
                 'activate(…, mode="merged") works under torch.compile as it is',

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .unpromised import slow_on_cpu
+
 __all__ = ["Scratch", "compute_dtype", "exact_mode", "product_dtype", "write_sum"]
 
 BLOCK = 1 << 21
@@ -28,19 +30,7 @@ LARGE_BLOCK = 1 << 24
 """The same on a device with memory of its own, where a call costs more and caches help less."""
 
 
-def _slow_on_cpu() -> frozenset[torch.dtype]:
-    """The narrow dtypes for which this machine's torch has no product but a plain loop.
-
-    Without AVX-512 or its like that loop is far slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
-    """
-    if not torch._C._has_mkldnn:
-        return frozenset((torch.bfloat16, torch.float16))
-    known = torch.ops.mkldnn
-    fast = {torch.bfloat16: known._is_mkldnn_bf16_supported(), torch.float16: known._is_mkldnn_fp16_supported()}
-    return frozenset(dtype for dtype, is_fast in fast.items() if not is_fast)
-
-
-SLOW_ON_CPU = _slow_on_cpu()
+SLOW_ON_CPU = slow_on_cpu()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import StateError
 from .axis import RowAxis
+from .unpromised import any_saved_tensor_hook
 
 __all__ = ["Entry"]
 
@@ -110,8 +111,7 @@ class Entry:
 
 def _in_checkpoint() -> bool:
     """Whether the layer that runs now will run again in backward."""
-    saving: object = torch._C._autograd._top_saved_tensors_default_hooks(False)  # declared to be there; often is not
-    if torch.is_grad_enabled() and saving is None:
+    if torch.is_grad_enabled() and not any_saved_tensor_hook():
         return False
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:

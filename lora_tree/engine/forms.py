@@ -23,7 +23,6 @@ from itertools import accumulate
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..lowrank import LowRank
@@ -31,6 +30,7 @@ from ..sites.base import recorded
 from ..sites.linear import LinearSite
 from .cost import Work
 from .owed import Owed, Rows
+from .unpromised import grouped_product
 from .upload import uploaded
 
 __all__ = ["FORMS", "Form"]
@@ -241,7 +241,8 @@ class Grouped(Form):
         on_cpu = owed.device.type == "cpu"
         dtypes = (torch.float32, torch.bfloat16, torch.float16) if on_cpu else (torch.bfloat16,)
         aligned = all(n * owed.dtype.itemsize % STRIDE_BYTES == 0 for n in owed.values[0].shape[-2:])
-        return isinstance(owed.site, LinearSite) and owed.dtype in dtypes and aligned
+        able = grouped_product() is not None
+        return able and isinstance(owed.site, LinearSite) and owed.dtype in dtypes and aligned
 
     @classmethod
     def work(cls, owed: Owed, tokens: int) -> Work:
@@ -264,14 +265,16 @@ class Grouped(Form):
         )
 
     def _add(self, out: Tensor, x: Tensor, *, spare: bool = False) -> Tensor:
+        product = grouped_product()
+        assert product is not None  # or this form does not suit
         for layer in self._layers:
             taken = layer.rows.of(x)
             offsets = layer.ends * (taken.numel() // (len(layer.rows) * taken.shape[-1]))
             A, B = (factor.to(x.dtype) for factor in layer.factors())
-            low = F.grouped_mm(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
+            low = product(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
             if layer.each is not None:
                 low = (low.view(len(layer.rows), -1) * layer.each.to(low.dtype)[:, None]).view(low.shape)
-            out = layer.rows.added(out, F.grouped_mm(low, B, offs=offsets), spare=spare)
+            out = layer.rows.added(out, product(low, B, offs=offsets), spare=spare)
         return out
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:

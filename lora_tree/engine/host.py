@@ -6,11 +6,11 @@ import gc
 import sys
 import warnings
 import weakref
-from typing import Any
 
 from torch import nn
 
 from ..errors import LoraTreeWarning, SpecError, StateError
+from .unpromised import compiled_frames, is_compiled
 
 __all__ = ["CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
 
@@ -30,13 +30,12 @@ class CompileWatch:
 
     def sees(self, base: nn.Module) -> bool:
         """Whether a compiled wrapper of ``base`` is there."""
-        compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
-        frames = getattr(compiler, "FRAME_COUNTER", 0)
-        if frames == self._frames:
+        frames = compiled_frames()
+        if frames is not None and frames == self._frames:
             return False
         if any(isinstance(held, dict) and held.get("_orig_mod") is base for held in gc.get_referrers(base)):
             return True
-        self._frames = frames
+        self._frames = frames or 0
         return False
 
 
@@ -100,7 +99,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
             )
         if ".fsdp" in name.lower():
             raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
-        compiled = compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        compiled = compiled or is_compiled(module) or "_orig_mod" in module._modules
     return base, compiled
 
 

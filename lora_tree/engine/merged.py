@@ -23,6 +23,7 @@ from .finite import not_finite, suspects
 from .kernels import Part, Term, can_merge, merge, usable
 from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Place, Pristine
+from .unpromised import copy_all
 
 __all__ = ["Merged", "add_bias", "add_weight", "check_sum"]
 
@@ -181,7 +182,7 @@ class Merged:
                 else:
                     _add(site, target, source, [], self._scratch)
         if targets:
-            torch._foreach_copy_(targets, sources, non_blocking=True)  # a few launches for all
+            copy_all(targets, sources)  # a few launches for all
 
     def _written(self, job: _Job, attribute: str) -> Part | None:
         """Write a site's weight or bias now, or return what a kernel writes together with others."""

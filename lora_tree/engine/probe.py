@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from .unpromised import fake_tensors
 
 __all__ = ["grown", "is_square"]
 
@@ -29,6 +30,10 @@ def grown(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: 
     Args:
         rows: how long the first axis is of those that have rows.
     """
+    modes = fake_tensors()
+    if modes is None:
+        return
+    FakeTensorMode, FakeCopyMode = modes
     for least in (2, 1):  # a tensor of one axis may be labels, one a row, or positions, one a token
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import BaseMismatch, BudgetError, listing
@@ -28,6 +27,7 @@ from .plan import Plan
 from .routed import Route
 from .side import Draft, Laid, Manner, PathSide, Side, check_own
 from .slab import Slab
+from .unpromised import any_global_hook
 from .watch import Watch
 
 __all__ = ["Unmerged"]
@@ -146,7 +146,7 @@ class Unmerged:
                     'use activate(…, mode="merged")',
                 )
             self._entry.side_path_runs()
-            spare = site.makes_its_output and len(module._forward_hooks) == 1 and not _global_forward_hooks
+            spare = site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
             after = self._current[name](out, x, spare)
             training = self._training.get(name)
             if training and after.grad_fn is not None and not self._entry.probing:

@@ -17,29 +17,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
+
+from ..engine.unpromised import pytree
 
 __all__ = ["every_layer", "joined"]
 
 
 def joined(out: Any, parameters: Sequence[Tensor]) -> Any:
     """``out`` with every floating tensor in it depending on all of ``parameters``, which get zeros for gradients."""
-    leaves, shape = _pytree.tree_flatten(out)
+    leaves, shape = pytree.tree_flatten(out)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not places or not parameters:
         return out
     tied = _Tie.apply(len(places), *(leaves[i] for i in places), *parameters)  # type: ignore[no-untyped-call]
     for i, leaf in zip(places, tied, strict=True):
         leaves[i] = leaf
-    return _pytree.tree_unflatten(leaves, shape)
+    return pytree.tree_unflatten(leaves, shape)
 
 
 def every_layer(base: nn.Module) -> list[RemovableHandle]:
     """Hooks that put each module of ``base`` that FSDP2 shards by itself into every recorded forward's backward."""
 
     def after(module: nn.Module, args: Any, out: Any) -> Any:
-        tensors = [t for t in _pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
         if not tensors or not torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
             return out
         return joined(out, [torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device, requires_grad=True)])

@@ -1,0 +1,108 @@
+"""What torch does not promise: private names, and public ones younger than the oldest torch we support.
+
+Every such name is asked for here and nowhere else, with what is right in its absence: a slower way
+to the same result, or an answer on the safe side. So a torch that drops or renames one costs time,
+not correctness. The tests take each of them away (tests/test_versions.py).
+
+    name                                         since    without it
+    F.grouped_mm                                 2.10     batches are added up node by node
+    _C._autograd._top_saved_tensors_default_hooks  2.8    every recorded side path looks for checkpointing itself
+    ops.mkldnn._is_mkldnn_{bf16,fp16}_supported  2.0      narrow products on a CPU are widened to fp32
+    _subclasses.fake_tensor                      2.0      a batch with as many tokens as rows is not probed
+    nn.modules.module._global_forward_hooks      1.8      no output is written to in place
+    _dynamo.convert_frame.FRAME_COUNTER          2.0      a compiled wrapper is looked for at every switch
+    nn.Module._compiled_call_impl                2.2      base.compile() is not seen, the compiled wrapper still is
+    _foreach_copy_                               2.1      weights are copied one by one
+    utils._pytree                                1.8      nothing: training over FSDP2 takes outputs apart with it
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "any_global_hook",
+    "any_saved_tensor_hook",
+    "compiled_frames",
+    "copy_all",
+    "fake_tensors",
+    "grouped_product",
+    "is_compiled",
+    "pytree",
+    "slow_on_cpu",
+]
+
+
+def grouped_product() -> Callable[..., Tensor] | None:
+    """`torch.nn.functional.grouped_mm`, where there is one."""
+    found: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)
+    return found
+
+
+def any_saved_tensor_hook() -> bool:
+    """Whether something packs the tensors that autograd saves, as checkpointing does; True where nobody can tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return True if top is None else top(False) is not None
+
+
+def slow_on_cpu() -> frozenset[torch.dtype]:
+    """The narrow dtypes for which this machine's torch has no product but a plain loop, as far as it tells.
+
+    Without AVX-512 or its like that loop is far slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
+    """
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if not getattr(torch._C, "_has_mkldnn", False):
+        return frozenset(asked)
+    slow = set()
+    for dtype, name in asked.items():
+        is_fast: Callable[[], bool] | None = getattr(torch.ops.mkldnn, name, None)
+        if is_fast is None or not is_fast():
+            slow.add(dtype)
+    return frozenset(slow)
+
+
+def fake_tensors() -> tuple[Any, Any] | None:
+    """(FakeTensorMode, FakeCopyMode), with which a module runs on shapes alone; None where they are not to be had."""
+    try:
+        from torch._subclasses import fake_tensor
+    except ImportError:
+        return None
+    modes = getattr(fake_tensor, "FakeTensorMode", None), getattr(fake_tensor, "FakeCopyMode", None)
+    return None if None in modes else modes
+
+
+def any_global_hook() -> bool:
+    """Whether a forward hook is set on all modules at once; True where nobody can tell."""
+    return bool(getattr(nn_module, "_global_forward_hooks", True))
+
+
+def compiled_frames() -> int | None:
+    """How many frames torch.compile has compiled in this process; None where nobody can tell."""
+    compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if compiler is None:
+        return 0
+    count: int | None = getattr(compiler, "FRAME_COUNTER", None)
+    return count
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, in a few launches for all."""
+    together: Callable[..., None] | None = getattr(torch, "_foreach_copy_", None)
+    if together is not None:
+        together(list(targets), list(sources), non_blocking=True)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)

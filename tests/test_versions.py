@@ -1,0 +1,222 @@
+"""Versions: what torch does not promise may be gone, other packages older, and everything is right all the same.
+
+`make test-lowest` and `make test-newest` run this file, and the others that they name, on the oldest and on the newest
+packages that pyproject.toml allows.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_tree as lt
+from lora_tree.engine import arithmetic, unpromised
+from lora_tree.engine.host import CompileWatch
+from lora_tree.errors import StateError
+
+PACKAGE = Path(lt.__file__).parent
+
+
+# ---------------------------------------------------------------------- what torch does not promise
+def gone(owner: str, name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Take a name of torch away, for the length of a test."""
+
+    def take(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(importlib.import_module(owner), name)
+
+    return take
+
+
+def no_mkldnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch whose CPU library can't be asked; what was found out at import is found out again."""
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", unpromised.slow_on_cpu())
+
+
+ABSENT = {
+    "grouped_mm": gone("torch.nn.functional", "grouped_mm"),
+    "saved tensor hooks": gone("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    "mkldnn": no_mkldnn,
+    "FakeCopyMode": gone("torch._subclasses.fake_tensor", "FakeCopyMode"),
+    "global hooks": gone("torch.nn.modules.module", "_global_forward_hooks"),
+    "frame counter": gone("torch._dynamo.convert_frame", "FRAME_COUNTER"),
+    "foreach copy": gone("torch", "_foreach_copy_"),
+}
+
+
+@pytest.fixture(params=[*ABSENT, "all of them", "none of them"])
+def absent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, take in ABSENT.items():
+        if request.param in (name, "all of them"):
+            if name == "global hooks":  # torch's own forward reads it: only our module sees another one
+                monkeypatch.setattr(unpromised, "nn_module", types.SimpleNamespace())
+            else:
+                take(monkeypatch)
+    return str(request.param)
+
+
+class Net(nn.Module):
+    """Two Linears, the first one checkpointed where that is asked for."""
+
+    def __init__(self, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            middle: Tensor = checkpoint(self.one, x, use_reentrant=False)
+        else:
+            middle = self.one(x)
+        out: Tensor = self.two(torch.tanh(middle))
+        return out
+
+
+def grown(dtype: torch.dtype = torch.float32) -> lt.AdapterTree:
+    """a → a/b, and c, each on both Linears."""
+    made, draw = lt.AdapterTree(), torch.Generator().manual_seed(1)
+    for path in ("a", "a/b", "c"):
+        pairs = {}
+        for name in ("one", "two"):
+            A, B = torch.randn(8, 16, generator=draw), torch.randn(16, 8, generator=draw)
+            pairs[name] = lt.LowRank((A / 4).to(dtype), (B / 4).to(dtype))
+        made.add(path, adapter=lt.Adapter(pairs))
+    return made
+
+
+def dense(base: Net, tree: lt.AdapterTree, path: str) -> Net:
+    """The base in float64, with the sum of a lineage's B·A in its weights."""
+    made = Net().double()
+    made.load_state_dict({name: value.double() for name, value in base.state_dict().items()})
+    for end in range(1, path.count("/") + 2) if path else ():
+        node = "/".join(path.split("/")[:end])
+        for name, value in tree.adapter(node).modules.items():  # type: ignore[union-attr]
+            made.get_submodule(name).weight.data += value.B.double() @ value.A.double()
+    return made
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "nodes", "paths", "grouped", "matrix"])
+def test_a_routed_batch_is_right_whatever_torch_lacks(absent: str, strategy: Any) -> None:
+    base, tree = Net(), grown()
+    rows = ["a/b", "", "c", "a"]
+    x = torch.randn(4, 7, 16)
+    wanted = torch.stack([dense(base, tree, path)(x[i].double()) for i, path in enumerate(rows)])
+    model = lt.attach(tree, base)
+    with torch.no_grad(), model.route(rows, strategy=strategy):
+        for _ in range(2):  # the first forward is watched
+            close(base(x), wanted)
+    with model.route(rows, strategy=strategy):
+        close(base(x), wanted)
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_path_is_right_whatever_torch_lacks(absent: str, mode: Any, dtype: torch.dtype) -> None:
+    base, tree = Net().to(dtype), grown(dtype)
+    bare = {name: value.clone() for name, value in base.state_dict().items()}
+    wanted = dense(base, tree, "a/b")
+    model = lt.attach(tree, base)
+    model.activate("a/b", mode=mode)
+    if mode == "merged":  # the exact sum, rounded once
+        for name in ("one", "two"):
+            exact = wanted.get_submodule(name).weight
+            got = base.get_submodule(name).weight
+            assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * 2 * exact.abs().max()
+    x = torch.randn(3, 16).to(dtype)
+    torch.testing.assert_close(base(x).double(), wanted(x.double()), rtol=0, atol=16 * torch.finfo(dtype).eps * 4)
+    model.deactivate()
+    assert all(torch.equal(value, bare[name]) for name, value in base.state_dict().items())
+
+
+def test_a_checkpointed_backward_under_another_path_is_refused_whatever_torch_lacks(absent: str) -> None:
+    base, tree = Net(checkpointed=True), grown()
+    model = lt.attach(tree, base)
+    x = torch.randn(2, 16, requires_grad=True)
+    with model.using("a", mode="unmerged"):
+        base(x).sum().backward()  # the path is still there
+        out = base(x)
+    with pytest.raises(StateError, match="backward through checkpointed layers after their path was left"):
+        out.sum().backward()
+
+
+def test_a_plain_backward_needs_no_path_whatever_torch_lacks(absent: str) -> None:
+    base, tree = Net(), grown()
+    wanted = dense(base, tree, "a")
+    model = lt.attach(tree, base)
+    x = torch.randn(2, 16, requires_grad=True)
+    with model.using("a", mode="unmerged"):
+        out = base(x)
+    out.sum().backward()
+    again = x.detach().double().requires_grad_()
+    wanted(again).sum().backward()
+    close(x.grad, again.grad)  # type: ignore[arg-type]
+
+
+def test_a_compiled_wrapper_is_seen_whatever_torch_lacks(absent: str) -> None:
+    importlib.import_module("torch._dynamo.convert_frame")
+    base = Net()
+    wrapper = torch.compile(base, backend="eager")
+    if absent in ("frame counter", "all of them"):
+        assert CompileWatch().sees(base)
+    del wrapper
+    assert not CompileWatch().sees(Net())
+
+
+def test_narrow_products_are_widened_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {torch.bfloat16, torch.float16}
+    assert unpromised.slow_on_cpu() <= narrow
+    no_mkldnn(monkeypatch)
+    assert unpromised.slow_on_cpu() == narrow
+
+
+def test_copies_are_the_same_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [torch.randn(3), torch.randn(2, 2)]
+    for take in (lambda: None, lambda: ABSENT["foreach copy"](monkeypatch)):
+        take()
+        targets = [torch.zeros(3), torch.zeros(2, 2)]
+        unpromised.copy_all(targets, sources)
+        assert all(map(torch.equal, targets, sources))
+
+
+def dotted(node: ast.expr) -> list[str]:
+    """``torch.nn.Linear`` → its parts; none where the expression is more than names and dots."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [s for s in sorted(PACKAGE.rglob("*.py")) if s.name != "unpromised.py"],
+    ids=lambda source: str(source.relative_to(PACKAGE)),
+)
+def test_private_names_of_torch_are_asked_for_in_one_file(source: Path) -> None:
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            parts = [] if isinstance(node.ctx, ast.Store) else dotted(node)
+            parts = parts if parts[:1] and parts[0] in ("torch", "nn", "F") else []
+        else:
+            continue
+        private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
+        if private:
+            found.append(f"line {node.lineno}: {'.'.join(parts)}")
+    assert not found, f"{found}: ask for it in engine/unpromised.py, which says what is right without it"
