@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from zoo import adapter
 
 import lora_tree as lt
 from lora_tree.engine import arithmetic, unpromised
@@ -220,3 +223,85 @@ def test_private_names_of_torch_are_asked_for_in_one_file(source: Path) -> None:
         if private:
             found.append(f"line {node.lineno}: {'.'.join(parts)}")
     assert not found, f"{found}: ask for it in engine/unpromised.py, which says what is right without it"
+
+
+# ---------------------------------------------------------------------- what an older PEFT wrote
+class Experts(nn.Module):
+    """A square fused parameter, whose factors look the same either way round, and a flat one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused, self.flat = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.einsum("eoi,bi->bo", self.fused, x) + x @ self.flat.T
+        return out
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.experts(x)
+        return out
+
+
+def trained_by_peft(folder: Path, parameter: str) -> tuple[nn.Module, Path]:
+    """A model with an adapter on a raw parameter, as the PEFT that is installed makes it, and the adapter's folder."""
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{parameter}"])
+    model = peft.get_peft_model(Around(), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.normal_()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def with_version(folder: Path, version: str | None) -> Path:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config.pop("peft_version")
+    if version is not None:
+        config["peft_version"] = version
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("version", [None, "0.17.1", "0.18.1", "0.19.0", "nonsense"])
+def test_fused_factors_of_a_peft_before_they_were_turned_are_warned_of(tmp_path: Path, version: str | None) -> None:
+    folder = with_version(trained_by_peft(tmp_path / "one", "fused")[1], version)
+    told = r"it has target_parameters, and its peft_version is .*: PEFT before 0\.19\.1 wrote the factors of fused"
+    with pytest.warns(lt.errors.LoraTreeWarning, match=told):
+        lt.Adapter.load(folder)
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.19.2.dev0@UNKNOWN", "0.21", "1.0.0rc1", "9" * 5000])
+def test_fused_factors_are_read_as_the_installed_peft_reads_them(tmp_path: Path, version: str) -> None:
+    theirs, folder = trained_by_peft(tmp_path / "one", "fused")
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=with_version(folder, version))  # no warning
+    base, x = Around(), torch.randn(2, 8)
+    lt.attach(tree, base).activate("a")
+    torch.testing.assert_close(base(x), theirs(x))
+
+
+def test_what_is_no_matter_of_turning_is_not_warned_of(tmp_path: Path) -> None:
+    flat = with_version(trained_by_peft(tmp_path / "flat", "flat")[1], None)
+    lt.Adapter.load(flat)
+    adapter(1).save(tmp_path / "plain")
+    lt.Adapter.load(tmp_path / "plain")
+
+
+def test_a_file_of_ours_says_which_way_its_factors_lie(tmp_path: Path) -> None:
+    old = with_version(trained_by_peft(tmp_path / "one", "fused")[1], "0.18.1")
+    with pytest.warns(lt.errors.LoraTreeWarning):
+        value = lt.Adapter.load(old)
+    value.save(tmp_path / "again")
+    again = lt.Adapter.load(tmp_path / "again")  # no warning: what is in memory lies as PEFT writes it now
+    assert again.config["peft_version"] == "0.19.1"
+    new = lt.Adapter.load(trained_by_peft(tmp_path / "new", "fused")[1])
+    new.save(tmp_path / "newer")
+    assert lt.Adapter.load(tmp_path / "newer").config["peft_version"] == peft.__version__

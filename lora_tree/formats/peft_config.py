@@ -63,6 +63,9 @@ DERIVED = {
 # what only the start or the course of a training needs; not written
 TRAINING = {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config"}
 
+TURNED = (0, 19, 1)
+"""Since this PEFT, a parameter (experts, out, in) has its A for in and B for out. Before it was the other way round."""
+
 
 @dataclass(frozen=True)
 class PeftConfig:
@@ -152,6 +155,12 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
         work=check.work,
     )
     return config
+
+
+def says_which_way(config: Mapping[str, Any]) -> bool:
+    """Whether a config's ``peft_version`` says that a fused parameter's factors lie as in PEFT since `TURNED`."""
+    said = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
+    return said is not None and tuple(map(int, said[0].split("."))) >= TURNED
 
 
 def mutates_base(init: Any) -> str | None:

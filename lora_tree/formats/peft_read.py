@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -29,13 +30,13 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, over
-from ..errors import FormatError, UnsupportedAdapter
+from ..errors import FormatError, LoraTreeWarning, UnsupportedAdapter, listing
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
 from ..storage import Allocate, Witness
 from ..system.reading import Inside
 from ..system.reading import stream as stream_of
 from . import peft_keys, strict_json
-from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
+from .peft_config import FUSED, TURNED, VARIANTS, PeftConfig, parse_config, says_which_way
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 from .pointer import check_pointer
 from .safetensors import Header, opened, parse_header
@@ -107,7 +108,30 @@ def read(
     with opened(weights_file, weights_named, shown, inside) as weights, torch.inference_mode(False):
         texts = _Texts(data, weights.head, weights.nbytes, config_named, weights_named)
         found = _outline(texts) if len(data) + len(weights.head) <= MAX_KEPT_BYTES else _outline.__wrapped__(texts)
-        return found.adapter if outline else found.filled(weights.numbers(found.header, allocate), weights_named)
+        if outline:
+            return found.adapter
+        adapter = found.filled(weights.numbers(found.header, allocate), weights_named)
+    _warn_if_turned(adapter, config_named)
+    return adapter
+
+
+def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
+    """Warn where factors of fused experts may lie the other way round, which only shapes that differ would show."""
+    fused = [name for name, v in adapter.modules.items() if v.layout == PARAMETER and v.A.shape[0] > 1]
+    if not fused or says_which_way(adapter.config):
+        return
+    said = adapter.config.get("peft_version")
+    turned = ".".join(map(str, TURNED))
+    warnings.warn(
+        LoraTreeWarning(
+            f"{config_named}: it has target_parameters, and its peft_version is {said!r:.40}: "
+            f"PEFT before {turned} wrote the factors of fused experts the other way round; "
+            f"{listing(fused, most=2)} are read as PEFT reads them since then",
+            f"where such a PEFT trained it, train it again with {turned} or newer; "
+            f'otherwise put "peft_version": "{turned}" into the file',
+        ),
+        stacklevel=2,
+    )
 
 
 def _bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:

@@ -22,7 +22,7 @@ from ..adapter import Adapter
 from ..errors import FormatError
 from ..lowrank import LowRank
 from . import peft_keys, safetensors
-from .peft_config import DERIVED, FUSED, TRAINING, parse_config
+from .peft_config import DERIVED, FUSED, TRAINING, TURNED, parse_config, says_which_way
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 
 __all__ = ["render"]
@@ -248,6 +248,8 @@ def _config(
     if nested:  # PEFT refuses both of these beside a raw parameter; neither changes the value
         fields |= {"lora_dropout": 0.0, "fan_in_fan_out": False}
         fields["target_parameters"] = [name for module in sorted(nested) for name in _names(module, nested)]
+        if not says_which_way(fields):  # the factors lie as PEFT writes them since then, whoever trained them
+            fields["peft_version"] = ".".join(map(str, TURNED))
     targets = sorted(n for n, v in modules.items() if v.layout.kind != "parameter" and n not in outside)
     kept = fields.get("target_modules")
     if not (isinstance(kept, list) and _describes(kept, targets, {*outside, *nested}, fields)):
