@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import SpecError
+from ..export.base import class_of
 from ..extras import need, opened
 from ..tree import AdapterTree
 
@@ -50,16 +51,20 @@ def open_tokenizer(
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model, on a GPU where there is one.
+    """The model, in the class that its config.json names, on a GPU where there is one.
+
+    A config that names none is opened as a language model.
 
     Raises:
         SpecError: it can't be opened.
     """
     transformers = need("transformers", extra="transformers", what="a base")
+    failed = "transformers can't open the model"
+    _, kind = class_of(name, transformers, failed=failed, trust_remote_code=trust_remote_code)
     model = opened(
-        transformers.AutoModelForCausalLM,
+        kind or transformers.AutoModelForCausalLM,
         name,
-        failed="transformers can't open the model",
+        failed=failed,
         trust_remote_code=trust_remote_code,
     ).eval()
     return model.to("cuda") if torch.cuda.is_available() else model

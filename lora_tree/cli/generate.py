@@ -47,6 +47,11 @@ def generate(
     if tokens["input_ids"].numel() == 0:
         raise SpecError("the prompt has no tokens, so there is nothing to go on from", "give it a word: --prompt TEXT")
     model = open_model(name, trust_remote_code=trust_remote_code)
+    if not model.can_generate():
+        raise SpecError(
+            f"{name}: its config.json names {type(model).__name__}, which writes no text",
+            "name a base with a language model's head: --base MODEL",
+        )
     attached = attach(tree, model)
     attached.activate(path, mode=mode.value)
     torch.manual_seed(seed)

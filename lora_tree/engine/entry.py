@@ -74,7 +74,7 @@ class Entry:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._admitted = False
         for cache in _caches((args, kwargs)):
-            if getattr(cache, _NOTE, None) != self.number and bool(cache.get_seq_length() > 0):
+            if getattr(cache, _NOTE, None) != self.number and _is_filled(cache):
                 raise StateError(
                     "this key/value cache was filled under another path, or before this one was activated",
                     "start with an empty cache, or fill it again under what is active now",
@@ -133,6 +133,25 @@ def _tensors(of: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif isinstance(of, Mapping):
         yield from _tensors(list(of.values()))
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache holds something of an earlier forward.
+
+    A recurrent layer keeps a state and no tokens, so it has no length; a cache without attention layers has none either
+    (transformers raises where it is asked for one).
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, (list, tuple)):
+        return bool(cache.get_seq_length() > 0)
+    for layer in layers:
+        length = getattr(layer, "get_seq_length", None)
+        if callable(length) and bool(length() > 0):
+            return True
+        states = getattr(layer, "has_previous_state", False)
+        if any(states.values()) if isinstance(states, Mapping) else bool(states):
+            return True
+    return False
 
 
 def _caches(of: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from ..blend import depth_first
 from ..errors import SpecError, printable
 from ..model import TreeModel
-from ..training.losses import row_losses
+from ..training.losses import IGNORED, row_losses
 from .rows import Row, padded
 
 __all__ = ["BARE", "Matrix", "evaluate"]
@@ -126,10 +126,38 @@ def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
     ordered = sorted(rows, key=lambda row: len(row.ids))  # rows of a length together: less to fill up
     sums = []
     for i in range(0, len(ordered), batch):
-        inputs: dict[str, Any] = padded(ordered[i : i + batch], device=device)
-        labels = inputs.pop("labels")
-        sums.append(float(row_losses(model(**inputs).logits, labels)[0].sum()))
+        some = ordered[i : i + batch]
+        if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
+            inputs: dict[str, Any] = _read_and_written(some, device)
+            labels = inputs["labels"]  # the base puts them before its decoder, one token later
+            logits = model(**inputs).logits
+        else:
+            inputs = padded(some, device=device)
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits[:, :-1]
+            labels = labels[:, 1:]
+        sums.append(float(row_losses(logits, labels, shift=False)[0].sum()))
     return math.fsum(sums) / sum(row.learnt for row in rows)
+
+
+def _read_and_written(rows: Sequence[Row], device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows for an encoder, which reads what is not learnt, and a decoder, which writes what is.
+
+    Raises:
+        SpecError: a row has nothing to read; names its file and line.
+    """
+    read, written = [], []
+    for row in rows:
+        start = next(at for at, label in enumerate(row.labels) if label != IGNORED)
+        if start == 0:
+            raise SpecError(
+                f"{row.where}: the base has an encoder, and this row has nothing for it to read",
+                'give it a prompt: {"prompt": …, "completion": …}',
+            )
+        read.append(replace(row, ids=row.ids[:start], labels=row.ids[:start]))
+        written.append(replace(row, ids=row.ids[start:], labels=row.labels[start:]))
+    inputs = padded(read, device=device)
+    return {**inputs, "labels": padded(written, device=device)["labels"]}
 
 
 def _shade(loss: float, column: Sequence[float]) -> tuple[str, str]:
