@@ -13,8 +13,10 @@ from .adapter import Adapter
 from .errors import LoraTreeError, ShapeMismatch
 from .lowrank import LowRank, same_place
 from .patterns import Patterns
+from .renaming import Renaming
 from .sites import find_site
 from .sites.targets import patterns_of_a_tree, target_names
+from .spelling import spelled_twice
 from .tree import AdapterTree
 
 __all__ = ["clashes", "misfits"]
@@ -32,19 +34,23 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
     >>> misfits(tree, nn.Sequential(nn.Linear(4, 3)))
     [('fr', "fr: target '1' matches nothing in the base\\n  the last parts of its names: none")]
     """
-    patterns = patterns_of_a_tree()
+    patterns, renaming = patterns_of_a_tree(), Renaming(base)
     found = []
     for path in tree.paths():
-        for error in _misfits(tree, path, base, patterns):
+        for error in _misfits(tree, path, base, patterns, renaming):
             found.append((path, f"{path}: {error}"))
     return found
 
 
-def _misfits(tree: AdapterTree, path: str, base: nn.Module, patterns: Patterns) -> Iterator[LoraTreeError]:
+def _misfits(
+    tree: AdapterTree, path: str, base: nn.Module, patterns: Patterns, renaming: Renaming
+) -> Iterator[LoraTreeError]:
     node = tree[path]
     try:
         adapter = tree.outline(path)
-        if adapter is None and node.fresh is not None:
+        if adapter is not None:
+            adapter = renaming.bound(adapter)
+        elif node.fresh is not None:
             for name in target_names(base, node.fresh.over(tree.defaults), patterns):
                 yield from _unfit(base, name)
     except LoraTreeError as error:
@@ -63,8 +69,13 @@ def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator
         yield error
 
 
-def clashes(tree: AdapterTree) -> list[tuple[str, str]]:
+def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str, str]]:
     """Every module in which a node does not add up with the nearest node above it that changes the same: (node, what).
+
+    Two names that look like one module's, as an earlier transformers named it and as today's does, are told as well.
+
+    Args:
+        base: says how the modules are named today, so that two names of one module are one; on the meta device as well.
 
     Raises:
         FormatError: the files of a node are gone or broken.
@@ -77,8 +88,44 @@ def clashes(tree: AdapterTree) -> list[tuple[str, str]]:
     >>> clashes(tree)
     [('fr/legal', 'fr/legal: q_proj: (4, 6) (linear) here and (4, 5) (linear) in fr do not add up')]
     """
-    outlines = {path: outline for path in tree.paths() if (outline := tree.outline(path)) is not None}
-    return [(path, text) for path in outlines for text in _clashes(tree, path, outlines)]
+    outlines = {}
+    renaming = None if base is None else Renaming(base)
+    for path in tree.paths():
+        outline = tree.outline(path)
+        if outline is not None:
+            outlines[path] = outline if renaming is None else _bound(renaming, outline)
+    found = []
+    for path in outlines:
+        found += [(path, text) for text in _clashes(tree, path, outlines)]
+        if base is None:
+            found += [(path, text) for text in _two_names(tree, path, outlines)]
+    return found
+
+
+def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
+    """The outline in the base's names; as it is where it does not fit, which `misfits` tells."""
+    try:
+        return renaming.bound(outline)
+    except LoraTreeError:
+        return outline
+
+
+def _two_names(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> Iterator[str]:
+    """One module under two names, of which this node has at least one; told once, where the second comes in."""
+    lineage = [above for above in tree.lineage(path) if above in outlines]
+    names = [name for above in lineage for name in outlines[above].modules]
+    twice = spelled_twice(names)
+    if twice is None:
+        return
+    mine = [name for name in twice if name in outlines[path].modules]
+    if not mine:
+        return  # told of a node above
+    other = twice[0] if mine[0] == twice[1] else twice[1]
+    whose = next((above for above in reversed(lineage) if other in outlines[above].modules), path)
+    yield (
+        f"{path}: {mine[0]} here and {other} in {whose} look like two names of one module: "
+        "a base says which counts (lora-tree check --base FOLDER_OR_ID)"
+    )
 
 
 def _clashes(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Where the values ask for files, without knowing how files look.
+"""Where the values ask for files, and for a base's names, without knowing how either is found.
 
 `Adapter.load` and `AdapterTree.save` belong on the values, where users look for them; the formats belong at the edge.
-The edge (``folder/``) puts itself into this one slot when it is imported, and the values call through it, so that
-imports go on pointing inward.
+The edge (``folder/``) puts itself into a slot when it is imported, and the values call through it, so that imports go
+on pointing inward. `AdapterTree.flatten` asks how a base names its modules in the same way (``renaming``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import FolderError
 
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .tree import AdapterTree
 
-__all__ = ["Allocate", "Source", "Storage", "Witness", "install", "storage"]
+__all__ = [
+    "Allocate",
+    "Names",
+    "Source",
+    "Storage",
+    "Witness",
+    "install",
+    "install_names",
+    "names_of",
+    "storage",
+]
 
 Allocate: TypeAlias = Callable[[int], Tensor]
 """Memory for the numbers of one adapter: bytes → a uint8 tensor of that length; may raise where there is no room."""
@@ -75,7 +85,16 @@ class Storage(Protocol):
     def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool) -> None: ...
 
 
+class Names(Protocol):
+    """How a base names the modules of an adapter."""
+
+    def bound(self, adapter: Adapter) -> Adapter:
+        """The adapter in the base's names; itself where it has them already."""
+        ...
+
+
 _slot: list[Storage] = []
+_names: list[Callable[[nn.Module], Names]] = []
 
 
 def install(edge: Storage) -> None:
@@ -88,6 +107,18 @@ def storage() -> Storage:
     if not _slot:
         importlib.import_module(".folder", __package__)
     return _slot[0]
+
+
+def install_names(of: Callable[[nn.Module], Names]) -> None:
+    """Put in place what finds out how a base names modules; the last one wins."""
+    _names[:] = [of]
+
+
+def names_of(base: nn.Module) -> Names:
+    """How a base names modules; what finds it out is imported now if nothing has needed it so far."""
+    if not _names:
+        importlib.import_module(".renaming", __package__)
+    return _names[0](base)
 
 
 def as_path(folder: str | os.PathLike[str]) -> Path:

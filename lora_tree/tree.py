@@ -17,13 +17,15 @@ from typing import Any, Protocol
 
 import networkx as nx
 import torch
+from torch import nn
 
 from .adapter import Adapter, combine
 from .blend import Blend, check_finite, depth_first, parse_blend, total
-from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
+from .errors import BaseMismatch, LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .lowrank import LowRank
 from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec
-from .storage import Source, as_path, storage
+from .spelling import spelled_twice
+from .storage import Source, as_path, names_of, storage
 
 __all__ = ["AdapterTree", "Node"]
 
@@ -392,15 +394,20 @@ class AdapterTree:
         except LoraTreeError as error:
             raise error.within(path) from error
 
-    def terms(self, blend: Blend) -> list[tuple[str, float, Adapter]]:
+    def terms(self, blend: Blend, *, base: nn.Module | None = None) -> list[tuple[str, float, Adapter]]:
         """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out.
+
+        Args:
+            base: give every adapter the names that its modules have in this model today.
 
         Raises:
             PathError, SpecError: as `coefficients`.
             FolderError, FormatError: a node's files are gone, broken, or not what the lock says; names the node.
+            BaseMismatch: an adapter can't be put into the base's names; names the node and the module.
         """
         found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())
-        return [(path, c, adapter) for path, c, adapter in found if adapter is not None]
+        terms = [(path, c, adapter) for path, c, adapter in found if adapter is not None]
+        return terms if base is None else [(path, c, _named(path, adapter, base)) for path, c, adapter in terms]
 
     def flatten(
         self,
@@ -409,6 +416,7 @@ class AdapterTree:
         *,
         max_error: float | None = None,
         dtype: torch.dtype | None = None,
+        base: nn.Module | None = None,
     ) -> Adapter:
         """One ordinary adapter equal to a whole lineage or blend.
 
@@ -417,6 +425,9 @@ class AdapterTree:
             rank: the largest rank to keep in any module; None keeps the sum exact, at rank Σr.
             max_error: the largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in any module.
             dtype: round the factors to it; None keeps them in fp32, or narrower where nothing has to be rounded.
+            base: a model, also one on the meta device: the adapter gets the names that its modules have there today.
+                It is needed where nodes name one module in two ways, because an earlier transformers named it
+                otherwise.
 
         Returns:
             the adapter; its ``errors`` say what a truncation cost, and ``rounded`` which modules ``dtype`` rounded.
@@ -424,7 +435,8 @@ class AdapterTree:
         Raises:
             PathError: a node is not there.
             ShapeMismatch: two nodes change one module in different shapes; names both and the module.
-            BaseMismatch: two nodes were made for bases that differ.
+            BaseMismatch: two nodes were made for bases that differ; or name one module in two ways, and no base was
+                given; or don't fit it.
             SpecError: ``rank`` and ``max_error`` can't both be met; or factors that are finite give some that are not.
 
         >>> import lora_tree as lt
@@ -438,7 +450,9 @@ class AdapterTree:
         >>> short.ranks, round(short.error, 6)
         ({'q_proj': 1}, 0.0)
         """
-        terms = self.terms(blend)
+        terms = self.terms(blend, base=base)
+        if base is None:
+            _spelled_once(terms)
         for node, _, adapter in terms:
             if any(value.is_sharded for value in adapter.modules.values()):
                 raise SpecError(
@@ -560,6 +574,28 @@ class AdapterTree:
     def _put(self, node: Node) -> None:
         self._graph.add_node(node.path, node=node)
         self._graph.add_edge(node.path.rpartition("/")[0], node.path)
+
+
+def _named(path: str, adapter: Adapter, base: nn.Module) -> Adapter:
+    try:
+        return names_of(base).bound(adapter)
+    except LoraTreeError as error:
+        raise error.within(path) from error
+
+
+def _spelled_once(terms: list[tuple[str, float, Adapter]]) -> None:
+    """Refuse a sum that would hold one module under two names."""
+    whose = {name: node for node, _, adapter in reversed(terms) for name in adapter.modules}
+    twice = spelled_twice(whose)
+    if twice is None:
+        return
+    one, other = twice
+    nodes = listing(dict.fromkeys((whose[one], whose[other])))
+    raise BaseMismatch(
+        f"{nodes}: {one} and {other} look like two names of one module, which an earlier transformers named "
+        "otherwise; written side by side, one of them would be lost",
+        "say which model's names count: tree.flatten(…, base=model), lora-tree export --base FOLDER_OR_ID",
+    )
 
 
 def _source(path: str, folder: object) -> Source:

@@ -37,10 +37,11 @@ RINGS = {
         "adapter",
         "spec",
         "blend",
+        "spelling",
         "tree",
     ],
     "files": ["system", "formats", "folder"],
-    "binding": ["sites", "engine", "training", "cache", "model", "fit"],
+    "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],
     "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
 }
 SEES = {"values": [], "files": ["values"], "binding": ["values"], "edges": ["values", "files", "binding"]}

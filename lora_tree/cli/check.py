@@ -35,7 +35,7 @@ def check(
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
     if all(kind in ("stale", "leftover", "numbers") for _, kind, _ in problems):
         tree = _opened(folder)
-        problems += [(path, "shape", text) for path, text in clashes(tree)]
+        problems += [(path, "shape", text) for path, text in clashes(tree, skeleton)]
         if skeleton is not None:
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
     remarks = notes(folder)

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from ..adapter import Adapter
 from ..errors import SpecError
 from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
+from ..export.base import skeleton
 from ..export.siblings import without_v
 from ..folder import load
 from ..storage import as_path
@@ -106,9 +107,11 @@ def export(
         raise SpecError("--with-code copies a base's code, and only --as model copies anything of a base")
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is As.peft:
-        if path is None or ceil_rank or base is not None or complete or shape:
+        if path is None or ceil_rank or complete or shape:
             raise SpecError("--as peft writes one path with its ranks as they are", "leave --as peft out")
-        flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to)
+        what = "export --as peft --base"
+        model = None if base is None else skeleton(base, what=what, trust_remote_code=trust_remote_code)
+        flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
         flat.save(to)
         _tell_flat(path, to, flat, dtype, as_json=as_json)
         return

@@ -22,10 +22,11 @@ from ..base_names import warn_of_base
 from ..carried import check_carried
 from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LowRank
+from ..renaming import Renaming
 from ..sites import Site, find_site
 from .kept import Kept
 
-__all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "registered", "same_terms"]
+__all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "same_terms"]
 
 KEPT_PLANS = 256
 KEPT_MARKS = 1024
@@ -125,6 +126,7 @@ class Binder:
         self._own_name = own_name or base_name
         self._said: set[str] = set()  # the bases that adapters named and a warning told of
         self._origin = origin
+        self._renaming = Renaming(base)
         self._sites: dict[str, Site] = {}
         # an adapter that needs no change stands for itself: a value here must not hold its own key
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
@@ -188,7 +190,7 @@ class Binder:
         if known is not None and all(site.is_in(self._base) for site in known[1]):
             return known[0] or adapter
         try:
-            bound = adapter.renested(registered(self._base, adapter)) if adapter.nesting else adapter
+            bound = self._renaming.bound(adapter)
             sites = [self.site(name) for name in bound.modules]
             for site, value in zip(sites, bound.modules.values(), strict=True):
                 site.check(value)
@@ -237,22 +239,6 @@ class Binder:
             raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, this base has none") from None
         todo = "train without bias= and without resizing embeddings, or attach the base it was trained on"
         check_carried(name, tensor, own, todo)
-
-
-def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
-    """Each nested module's adapted parameters in the order in which a base registers them.
-
-    Raises:
-        BaseMismatch: the base has no such module.
-    """
-    order = {}
-    for module, parameters in adapter.nesting.items():
-        try:
-            holder = base.get_submodule(module)
-        except AttributeError:
-            raise BaseMismatch(f"{module}: the base has no such module") from None
-        order[module] = tuple(name for name, _ in holder.named_parameters(recurse=False) if name in parameters)
-    return order
 
 
 def _alike(x: Plan, y: Plan) -> bool:

@@ -8,7 +8,7 @@ a module     itself
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..carried import check_carried
-from ..errors import BaseMismatch, FormatError, SpecError
+from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError
 from ..extras import foreign, need, opened
+from ..spelling import spelled_twice
 from ..storage import as_path
 from ..system.reading import is_file, is_folder
 from .shards import Checkpoint, Stored, open_checkpoint
 
-__all__ = ["Base", "skeleton"]
+__all__ = ["Base", "class_of", "skeleton"]
 
 
 def skeleton(
@@ -45,25 +46,50 @@ def skeleton(
             the base's own, and nobody said that it may run.
     """
     transformers = need("transformers", extra="transformers", what=what)
-    config = opened(
-        transformers.AutoConfig,
+    config, kind = class_of(
         base,
+        transformers,
         failed="transformers can't read its config.json",
         trust_remote_code=trust_remote_code,
     )
-    architecture = (config.architectures or [""])[0]
-    kind = getattr(transformers, architecture, None)
-    if isinstance(kind, type) and issubclass(kind, nn.Module):
-        make: Callable[[Any], nn.Module] = kind
-    elif trust_remote_code and (own := _own_class(transformers, config, architecture)) is not None:
-        make = partial(own.from_config, trust_remote_code=True)
-    else:
-        raise SpecError(f"{base}: its config.json names no architecture that transformers has: {config.architectures}")
+    if kind is None:
+        named = getattr(config, "architectures", None)
+        raise SpecError(f"{base}: its config.json names no architecture that transformers has: {named}")
+    make: Callable[[Any], nn.Module] = kind
+    if not issubclass(kind, nn.Module):  # an Auto class, for code of the base's own
+        make = partial(kind.from_config, trust_remote_code=True)
     with (
-        foreign(f"{base}: transformers can't make the {architecture} of its config.json"),
+        foreign(f"{base}: transformers can't make the {config.architectures[0]} of its config.json"),
         torch.device("meta"),
     ):
         return make(config).eval()
+
+
+def class_of(
+    base: str | os.PathLike[str], transformers: Any, *, failed: str, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """A base's config, and the class that its config.json names; None where transformers has none.
+
+    Args:
+        base: a folder or a hub id.
+        transformers: the package.
+        failed: the message where its config can't be read.
+        trust_remote_code: the class may be in the base's own Python code: then an Auto class that opens it.
+
+    Raises:
+        SpecError: transformers can't read the config, or it needs code that may not run.
+    """
+    config = opened(
+        transformers.AutoConfig,
+        base,
+        failed=failed,
+        trust_remote_code=trust_remote_code,
+    )
+    architecture = next(iter(getattr(config, "architectures", None) or ()), "")
+    kind = getattr(transformers, architecture, None)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return config, kind
+    return config, _own_class(transformers, config, architecture) if trust_remote_code else None
 
 
 def _own_class(transformers: Any, config: Any, architecture: str) -> Any:
@@ -123,6 +149,31 @@ class Base:
         except AttributeError:
             return None
         return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+    def renamer(self, names: Iterable[str]) -> nn.Module | None:
+        """The model whose names an adapter is to be written in; None where its own names do.
+
+        They do where the checkpoint has a tensor for each of them, or where nobody can tell. Where two of them look
+        like one module's, the model is needed.
+
+        Raises:
+            SpecError, MissingExtra: it is needed and can't be had.
+        """
+        names = list(names)
+        twice = spelled_twice(names) is not None
+        if self._model is not None:
+            return self._model
+        if not self.known or not (twice or self._asked):
+            return None
+        if not twice and all(f"{name}.weight" in self._stored for name in names):
+            return None
+        try:
+            model: nn.Module = self.model
+        except LoraTreeError:
+            if twice:
+                raise
+            return None  # the shapes of the checkpoint will do
+        return model
 
     def check_unchanged(self, name: str, tensor: Tensor) -> None:
         """Refuse a tensor that an adapter carries and that is not this base's own; see `check_carried`.

@@ -118,7 +118,7 @@ def export_model(
     _not_quantised(model, source)
     names = Names(model, checkpoint.tensors)
     try:
-        jobs = _jobs(writes(tree, blend, model, checkpoint), names)
+        jobs = _jobs(writes(tree, blend, model, names), names)
         _check_finite(jobs, names)
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error

@@ -13,8 +13,7 @@ and must give the very bits that it was made of.
 from __future__ import annotations
 
 import copy
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +22,10 @@ from torch import Tensor
 
 from ..errors import BaseMismatch, LoraTreeError, suggest
 from ..extras import foreign
+from ..renaming import Loading, loading_module
 from .shards import Stored
 
 __all__ = ["Group", "Names"]
-
-MAPPING = "transformers.conversion_mapping"
-LOADING = "transformers.core_model_loading"
 
 
 @dataclass
@@ -61,20 +58,17 @@ class Names:
     def __init__(self, model: Any, tensors: Mapping[str, Stored]) -> None:
         self._model = model
         self._groups: dict[str, Group] = {}
-        keys = model.state_dict()
-        conversions = _conversions(model)
-        rename, converters = _renaming(model, conversions, keys)
-        order: Callable[[str], Any] = getattr(
-            _module(LOADING), "dot_natural_key", str
-        )  # expert 10 comes after expert 9
+        loading = Loading(model)
+        # expert 10 comes after expert 9
+        order: Callable[[str], Any] = getattr(loading_module(), "dot_natural_key", str)
         for name in sorted(tensors, key=order):
-            renamed, pattern = rename(name)
+            renamed, pattern, _ = loading.renamed(name)
             group = self._groups.setdefault(renamed, Group(renamed))
             group.parts.append((tensors[name], pattern or name))
             if pattern is not None:
-                group.converter = converters[pattern]
+                group.converter = loading.converters[pattern]
         # what revert_weight_conversion goes by: those that renamed something
-        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+        model._weight_conversions = [each for each in loading.conversions if each.was_used()]
         self._by_parameter = {name: group for group in self._groups.values() for name in self._made_of(group)}
 
     def group(self, parameter: str) -> Group:
@@ -111,7 +105,7 @@ class Names:
             SpecError: transformers can't take them apart.
             BaseMismatch: what comes of it are not the tensors that they were made of.
         """
-        loading: Any = _module(LOADING)
+        loading = loading_module()
         with foreign(f"{group.first}: transformers can't take it apart into the tensors of the checkpoint"):
             parts = loading.revert_weight_conversion(self._model, dict(parameters))
         wanted = {stored.name: stored for stored in group.stored}
@@ -148,44 +142,3 @@ class Names:
             return self.together(group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
         except LoraTreeError:
             return (group.first,)  # told when somebody wants to change it
-
-
-def _conversions(model: Any) -> list[Any]:
-    """transformers' mapping for a model; empty before 5, when a checkpoint's names were the model's."""
-    mapping = _module(MAPPING)
-    if mapping is None:
-        return []
-    with foreign(f"transformers can't tell how {type(model).__name__} is loaded"):
-        return list(mapping.get_model_conversion_mapping(model))
-
-
-def _renaming(
-    model: Any, conversions: Sequence[Any], keys: Mapping[str, Tensor]
-) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any]]:
-    """(A name on the disk → the parameter it is filed under and the converter's pattern, pattern → converter)."""
-    prefix, loading = model.base_model_prefix, _module(LOADING)
-    if loading is None:
-        return lambda name: (_prefixed(name, prefix, keys), None), {}
-    renamings = [c for c in conversions if isinstance(c, loading.WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, loading.WeightConverter)]
-
-    def rename(name: str) -> tuple[str, str | None]:
-        renamed, pattern = loading.rename_source_key(name, renamings, converters, prefix, keys)
-        if renamed not in keys and name in keys:
-            return name, None
-        return renamed, pattern
-
-    return rename, {pattern: c for c in converters for pattern in c.source_patterns}
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def _prefixed(name: str, prefix: str, keys: Mapping[str, Tensor]) -> str:
-    """A name with or without the base model's prefix, whichever the model has."""
-    bare = name.removeprefix(f"{prefix}.")
-    return next((n for n in (name, bare, f"{prefix}.{name}") if n in keys), name)

@@ -93,8 +93,8 @@ def portable(
         max_error: the largest error allowed in any module; the smallest rank that reaches it everywhere is taken.
         ceil_rank: take the next of `ENGINE_RANKS`, which costs an engine no more and loses less.
         dtype: round the factors to it; fp32, or the factors' own where nothing has to be rounded, without it.
-        base: the model, its folder or its hub id, for the shapes of modules that no node changes; the tree's own
-            folder without it.
+        base: the model, its folder or its hub id, for the names that modules have in it today and for the shapes of
+            modules that no node changes; the tree's own folder without it.
         complete: give q, k, v and gate, up zero factors where some of them have factors. Engines fill these by
             themselves; SGLang can't load q without v.
         shapes: (out, in) of modules that no node changes, by name or by the end of it, for ``complete`` where no base
@@ -124,12 +124,13 @@ def portable(
     if shapes and not complete:
         raise SpecError("shapes= says how wide the modules are that complete=True adds", "complete=True, --complete")
     told = stated(shapes or {})
-    flat = tree.flatten(blend)
-    terms = tree.terms(blend)
+    known = Base(tree.base if base is None else base, asked=base is not None)
+    names = known.renamer(name for _, _, adapter in tree.terms(blend) for name in adapter.modules)
+    flat = tree.flatten(blend, base=names)
+    terms = tree.terms(blend, base=names)
     nodes = [node for node, _, _ in terms]
     if not flat.modules:
         raise FormatError(f"{path or 'the bare base'}: there is nothing to export, no node on the way has an adapter")
-    known = Base(tree.base if base is None else base, asked=base is not None)
     try:
         _plain(flat, terms, known)
         exact = combine([(adapter.to(dtype=torch.float64), c) for _, c, adapter in terms], names=nodes)

@@ -14,12 +14,13 @@ from ..carried import check_carried
 from ..engine.arithmetic import Scratch
 from ..engine.finite import harmless
 from ..engine.merged import check_sum
-from ..engine.plan import registered
 from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import LowRank
+from ..renaming import Renaming
 from ..sites import Site, find_site
 from ..tree import AdapterTree
-from .shards import Checkpoint, Stored
+from .names import Names
+from .shards import Stored
 
 __all__ = ["Write", "writes"]
 
@@ -83,12 +84,12 @@ class Write:
             )
 
 
-def writes(tree: AdapterTree, blend: Blend, model: Any, checkpoint: Checkpoint) -> list[Write]:
+def writes(tree: AdapterTree, blend: Blend, model: Any, names: Names) -> list[Write]:
     """Everything that a path writes into a model of these shapes.
 
     Args:
         model: on the meta device, or anywhere.
-        checkpoint: what its weights are, for tensors that adapters carry.
+        names: the tensors that its parameters are made of, for those that adapters carry.
 
     Raises:
         BaseMismatch: a module is not there, or of another kind or shape, or carries a tensor that is not the base's.
@@ -97,9 +98,10 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, checkpoint: Checkpoint) 
     """
     found: dict[str, list[tuple[str, LowRank]]] = {}
     sites: dict[str, Site] = {}
+    renaming = Renaming(model)
     for node, coefficient, adapter in tree.terms(blend):
         try:
-            bound = adapter.renested(registered(model, adapter)) if adapter.nesting else adapter
+            bound = renaming.bound(adapter)
             for name, value in bound.modules.items():
                 site = sites.setdefault(name, find_site(model, name))
                 site.check_shape(value)
@@ -110,7 +112,7 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, checkpoint: Checkpoint) 
                     raise BaseMismatch(f"{name}: the factors are not finite, and would leave no finite weight")
                 found.setdefault(name, []).append((node, value.scaled(coefficient)))
             for name, tensor in bound.unchanged.items():
-                _same(name, tensor, checkpoint)
+                _same(name, tensor, names)
         except LoraTreeError as error:
             raise error.within(node) from error
     made = [write for name, values in found.items() for write in _writes(name, sites[name], values)]
@@ -150,8 +152,9 @@ def _one_owner(made: Sequence[Write], model: Any) -> None:
             )
 
 
-def _same(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
-    stored = checkpoint.tensors.get(name)
+def _same(name: str, tensor: torch.Tensor, names: Names) -> None:
+    group = names.group(name)
+    stored = group.stored[0] if group.converter is None else None
     if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
         raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one")
     todo = "train without bias= and without resizing embeddings, or name the base it was trained on"

@@ -15,7 +15,7 @@ from .embedding import EmbeddingSite
 from .linear import Conv1DSite, LinearSite
 from .parameter import ParameterSite
 
-__all__ = ["KINDS", "Site", "find_site", "supports"]
+__all__ = ["KINDS", "ParameterSite", "Site", "find_site", "is_there", "supports", "takes_delta"]
 
 KINDS = (InProjectionSite, EmbeddingSite, ConvSite, Conv1DSite, LinearSite)
 """The first kind that claims a module takes it; raw parameters are found by name."""
@@ -26,6 +26,20 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 def supports(module: nn.Module) -> bool:
     """Whether some kind of site claims this module."""
     return any(kind.claims(module) for kind in KINDS)
+
+
+def is_there(base: nn.Module, name: str) -> bool:
+    """Whether the base has a module, or a raw parameter, of that name."""
+    holder, leaf, module = _walk(base, name)
+    if module is not None:
+        return True
+    return holder is not None and isinstance(holder._parameters.get(leaf), nn.Parameter)
+
+
+def takes_delta(base: nn.Module, name: str) -> bool:
+    """Whether the base has a module of that name that some kind of site claims."""
+    _, _, module = _walk(base, name)
+    return module is not None and supports(module)
 
 
 def find_site(base: nn.Module, name: str) -> Site:

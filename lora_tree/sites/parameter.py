@@ -22,7 +22,8 @@ class ParameterSite(Site):
         self.module_name = module_name
 
     @property
-    def _transposed(self) -> bool:
+    def is_transposed(self) -> bool:
+        """Whether the module stores it as (E, in, out)."""
         assert self.weight is not None
         return self.weight.ndim == 3 and bool(getattr(self.module, "is_transposed", False))
 
@@ -32,7 +33,7 @@ class ParameterSite(Site):
     def expected(self, value: LowRank) -> tuple[int, ...]:
         assert self.weight is not None
         experts, a, b = self.rows(self.weight).shape
-        return (experts, b, a) if self._transposed else (experts, a, b)
+        return (experts, b, a) if self.is_transposed else (experts, a, b)
 
     @property
     def why_merged_only(self) -> str | None:
@@ -42,4 +43,4 @@ class ParameterSite(Site):
         return weight if weight.ndim == 3 else weight[None]
 
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
-        return (value.A.mT, value.B.mT) if self._transposed else (value.B, value.A)
+        return (value.A.mT, value.B.mT) if self.is_transposed else (value.B, value.A)
