@@ -36,6 +36,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNOR
 _OF_A_NODE = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
 _OF_A_TREE = (".yaml", ".yml", ".lock")
 MAX_DEPTH = 64
+_MOST_HINTS = 50  # a spelling is compared with every word there is, which takes its time
 _WORDS = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -258,11 +259,15 @@ def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
 def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
     """What pydantic found, in this library's words: (the way to the value or key, the message), one for each place."""
     found: dict[tuple[Loc, str], list[str]] = {}
+    hints = 0
     for e in error.errors(include_url=False, include_context=False):
         loc, value = _within(e["loc"], data)
         match e["type"], e["loc"][-1:]:
             case "extra_forbidden", _:
-                head, text = f"unknown key {loc[-1]!r}{_place(loc[:-1])}", _nearest(str(loc[-1]), loc, top)
+                head, text = f"unknown key {loc[-1]!r}{_place(loc[:-1])}", ""
+                hints += 1
+                if hints <= _MOST_HINTS:
+                    text = _nearest(str(loc[-1]), loc, top)
             case "missing", last:
                 head, text = f"{last[0]!r} is missing{_place(loc)}", ""
             case _, ("[key]",) if loc[-2] not in ("tree", "children"):

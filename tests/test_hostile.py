@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import gc
 import hashlib
 import json
 import os
@@ -30,13 +32,16 @@ from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.errors import BaseMismatch, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
+from lora_tree.errors import BaseMismatch, BudgetError, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
 from lora_tree.export.shards import open_checkpoint
-from lora_tree.folder import commit, disk, survey
+from lora_tree.folder import commit, disk, lockfile, survey, yamlfile
+from lora_tree.formats import limits, strict_json
+from lora_tree.formats.safetensors import _ordinary, parse_header
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.vllm_settings import Settings, server_args
 from lora_tree.runs import promote
 from lora_tree.runs.evaluation import Matrix
+from lora_tree.system import memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -648,6 +653,194 @@ def test_lock_files_in_a_cache_are_opened_without_following_links(tmp_path: Path
 
 
 # ---------------------------------------------------------------- sizes
+HUGE = 1 << 40  # more than this machine has; a sparse file of that length takes no room
+
+
+def refuse_to_work(real: Callable[..., Any] | None = None, only: Callable[[Any], bool] = bool) -> Any:
+    """Return a function to put in the place of one that a refusal must come before."""
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        assert real is not None, "the work was done all the same"
+        assert not (arguments and only(arguments[0])), "the work was done all the same"
+        return real(*arguments, **options)
+
+    return function
+
+
+def huge_adapter(folder: Path) -> None:
+    """A whole adapter by its header, with 1 TiB of zeros behind it."""
+    wide, middle = HUGE // 64, HUGE // 2
+    tensors = {
+        "base_model.model.q.lora_A.weight": {"dtype": "F32", "shape": [8, wide], "data_offsets": [0, middle]},
+        "base_model.model.q.lora_B.weight": {"dtype": "F32", "shape": [wide, 8], "data_offsets": [middle, HUGE]},
+    }
+    head = json.dumps(tensors).encode()
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(len(head).to_bytes(8, "little") + head)
+    os.truncate(folder / WEIGHTS, 8 + len(head) + HUGE)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}))
+
+
+def test_an_adapter_larger_than_memory_is_refused_before_it_is_read_or_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge_adapter(tmp_path / "zoo/fr")
+    adapter(1).save(tmp_path / "zoo/de")
+    loaded = lt.load(tmp_path / "zoo")
+    assert loaded["fr"].source is not None
+    assert loaded["fr"].source.outline().numel == HUGE // 4
+    monkeypatch.setattr("lora_tree.formats.safetensors._ordinary", refuse_to_work(_ordinary, lambda n: n >= HUGE))
+    monkeypatch.setattr("lora_tree.folder.disk.digest", refuse_to_work())
+    for use in (
+        lambda: lt.Adapter.load(tmp_path / "zoo/fr"),
+        lambda: loaded.adapter("fr"),
+        lambda: lt.lock(tmp_path / "zoo"),
+    ):
+        with pytest.raises(BudgetError, match=r"fr.*takes 1,099,511,627,776 bytes of memory, and [\d,]+ are free"):
+            use()
+    assert [(problem.node, problem.kind) for problem in lt.check(tmp_path / "zoo")] == [("fr", "adapter")]
+    assert loaded.adapter("de") is not None
+
+
+def test_memory_is_compared_with_what_is_free_and_a_pool_with_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, total = memory.free_bytes(), memory.total_bytes()
+    assert free is not None
+    assert total is not None
+    assert 0 < free <= total < HUGE
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "total_bytes", lambda: 1 << 31)
+    memory.check_fits(1 << 30, "x")
+    memory.check_fits(1 << 31, "x", free=False)
+    with pytest.raises(BudgetError, match=r"1,073,741,824 are free"):
+        memory.check_fits((1 << 30) + 1, "x")
+    with pytest.raises(BudgetError, match=r"2,147,483,648 is all there is"):
+        memory.check_fits((1 << 31) + 1, "x", free=False)
+    monkeypatch.setattr(memory, "free_bytes", lambda: None)  # a system that does not say
+    memory.check_fits(HUGE, "x")
+
+
+TOO_MANY = {
+    "brackets": b'{"a": [' + b"[]," * 1_000_000 + b"[]]}",
+    "keys": b'{"a": {}' + b',"b":0' * 2_000_001 + b"}",
+    "depth": b'{"a": ' + b"[" * 2_000_001,
+}
+
+
+@pytest.mark.parametrize("data", TOO_MANY.values(), ids=TOO_MANY)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(json, "loads", refuse_to_work())
+    with pytest.raises(FormatError, match=r"tree.lock: some 2,000,\d+ values; the most is 2,000,000"):
+        strict_json.loads(data, "tree.lock")
+
+
+@pytest.mark.parametrize("depth", [33, 500, 100_000, 1_900_000])
+def test_json_that_is_nested_deeply_is_refused_by_its_depth(depth: int) -> None:
+    for text in (b'{"a":' + b"[" * depth + b"]" * depth + b"}", b'{"a":' * depth + b"1" + b"}" * depth):
+        with pytest.raises(FormatError, match="nested"):
+            strict_json.loads(text, "tree.lock")
+
+
+def test_files_over_their_limits_are_refused_by_their_size(tmp_path: Path) -> None:
+    tree().save(tmp_path)
+    for name, most in (("tree.lock", limits.LOCK_BYTES), ("tree.yaml", limits.YAML_BYTES)):
+        whole = (tmp_path / name).read_bytes()
+        os.truncate(tmp_path / name, most + 1)
+        with pytest.raises(LoraTreeError, match=rf"{name}: {most + 1} bytes; the most is {most}"):
+            lt.load(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    os.truncate(tmp_path / "fr" / CONFIG, limits.CONFIG_BYTES + 1)
+    with pytest.raises(FormatError, match="more than 16 MiB"):
+        lt.Adapter.load(tmp_path / "fr")
+
+
+def test_ten_thousand_nodes_are_far_below_the_limits() -> None:
+    digest, file = "0" * 64, lockfile.FileLock(size=1, mtime_ns=2**60)
+    node = lockfile.NodeLock(content=digest, config=file, weights=file, trained_on=digest)
+    step = lockfile.LineageLock(above=digest, content=digest, weight=0.123456789, node="language/domain/customer-1234")
+    paths = [f"language-{i % 10}/domain-{i % 100}/customer-{i}" for i in range(10_000)]
+    lineages = {f"{i:064x}": step for i in range(10_000)}
+    lock = lockfile.TreeLock(nodes=dict.fromkeys(paths, node), lineages=lineages)
+    data = lockfile.dump(lock)
+    assert len(data) < limits.LOCK_BYTES / 4
+    assert lockfile.parse(data, "tree.lock") == lock
+    nodes = {path.replace("/", "."): {"weight": 0.8} for path in paths}
+    text = yamlfile.dump({"version": 1, "tree": nodes})
+    assert len(text) < limits.YAML_BYTES / 2
+    assert len(yamlfile.read_spec(text, "tree.yaml")[0].tree) == 10_000
+
+
+def test_a_tree_yaml_of_keys_alone_is_refused_where_they_are_too_many() -> None:
+    text = b"version: 1\n" + b"".join(b"k%d:\n" % i for i in range(150_000))
+    assert len(text) < limits.YAML_BYTES
+    with pytest.raises(SpecError, match=r"tree.yaml:\d+:\d+: more than 200,000 keys and values"):
+        yamlfile.read_spec(text, "tree.yaml")
+
+
+def test_thousands_of_mistakes_are_not_all_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = difflib.get_close_matches
+
+    def counted(word: str, *arguments: Any, **options: Any) -> list[str]:
+        asked.append(word)
+        return real(word, *arguments, **options)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
+    text = b"version: 1\n" + b"".join(b"versoin%d: 1\n" % i for i in range(1_000))
+    with pytest.raises(SpecError) as caught:
+        yamlfile.read_spec(text, "tree.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "tree.yaml:2:1: unknown key 'versoin0'; did you mean 'version'?"
+    assert lines[-1] == "  and 950 more"
+    assert len(lines) == 51
+    assert len(asked) <= 50
+
+
+def test_a_header_of_too_many_tensors_is_refused_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_tree.formats.safetensors._entry", refuse_to_work())
+    head = b"{" + b",".join(b'"t%d":0' % i for i in range(limits.TENSORS + 1)) + b"}"
+    with pytest.raises(FormatError, match="200,001 tensors; the most is 200,000"):
+        parse_header(head, 0, "adapter_model.safetensors")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The least time of this process that it took, of three tries; Python's collector has a rhythm of its own."""
+    found = []
+    for _ in range(3):
+        gc.disable()
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+        gc.enable()
+    return min(found)
+
+
+def many_tensors(n: int) -> Callable[[], object]:
+    names = {f"t{i}": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(n)}
+    head = json.dumps(names).encode()
+    return lambda: parse_header(head, 2 * n, "f")
+
+
+def many_nodes(n: int) -> Callable[[], object]:
+    text = b"version: 1\ntree:\n" + b"".join(b"  n%d: {weight: 0.5}\n" % i for i in range(n))
+    return lambda: yamlfile.read_spec(text, "tree.yaml")
+
+
+def many_locked(n: int) -> Callable[[], object]:
+    digest, file = "0" * 64, lockfile.FileLock(size=1, mtime_ns=1)
+    node = lockfile.NodeLock(content=digest, config=file, weights=file, trained_on=digest)
+    data = lockfile.dump(lockfile.TreeLock(nodes={f"n{i}": node for i in range(n)}))
+    return lambda: lockfile.parse(data, "tree.lock")
+
+
+MANY = {"tensors": (many_tensors, 1_000), "yaml": (many_nodes, 100), "lock": (many_locked, 500)}
+
+
+@pytest.mark.parametrize(("made", "n"), MANY.values(), ids=MANY)
+def test_the_parsers_take_time_in_proportion_to_what_they_read(
+    made: Callable[[int], Callable[[], object]], n: int
+) -> None:
+    assert seconds(made(8 * n)) < 8 * 3 * seconds(made(n))  # a square would be 64 times as long
+
 
 # ---------------------------------------------------------------- commit records
 STAGED = f"stage-{'0' * 32}"

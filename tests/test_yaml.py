@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_tree.errors import SpecError
-from lora_tree.folder.yamlfile import MAX_BYTES, dump, json_schema, parse, read_spec
+from lora_tree.folder.yamlfile import dump, json_schema, parse, read_spec
+from lora_tree.formats.limits import YAML_BYTES
 from lora_tree.sites.targets import fresh_adapter
 from lora_tree.spec import MAX_DEPTH, LoraSpec, lora_spec
 
@@ -132,7 +133,7 @@ def test_bytes_that_are_no_text_have_a_place() -> None:
 def test_depth_and_size_are_bounded() -> None:
     assert "deep" in wrong("[" * 100_000)
     assert "deep" in wrong("{a: " * 100_000)
-    assert str(MAX_BYTES) in wrong(b" " * (MAX_BYTES + 1))
+    assert str(YAML_BYTES) in wrong(b" " * (YAML_BYTES + 1))
     deep: dict[str, Any] = {}
     for _ in range(MAX_DEPTH):
         deep = {"children": {"a": deep}}

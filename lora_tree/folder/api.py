@@ -24,6 +24,7 @@ from ..errors import (
     LoraTreeError,
     LoraTreeWarning,
     StaleError,
+    UnlockedError,
     listing,
 )
 from ..lowrank import LowRank
@@ -208,7 +209,7 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
                 if source is not None:
                     problems += _numbers(node, source.load(), entry.weight)
             except LoraTreeError as error:
-                kind: Kind = "adapter" if isinstance(error, FormatError) else "unlocked"
+                kind: Kind = "unlocked" if isinstance(error, UnlockedError) else "adapter"
                 problems.append(Problem(node, kind, f"{node}: {error}"))
     if opened.spec is None and opened.lock is None and not opened.entries and not problems:
         problems.append(Problem("", "folder", f"{place.folder}: no tree.yaml, and no folder below with an adapter"))

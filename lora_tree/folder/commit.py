@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ..errors import FolderError, FormatError, LoraTreeError, PathError, SpecError, listing
 from ..formats import strict_json
+from ..formats.limits import LOCK_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import check_format, check_path, explain
 from ..system import locks
@@ -46,7 +47,6 @@ HIDDEN = ".lora_tree"
 RECORD = "commit.json"
 VERSION: Literal[2] = 2
 WAIT_S = 10.0
-_MAX_RECORD_BYTES = 256 << 20
 _STAGE = re.compile(r"stage-[0-9a-f]{32}\Z")
 _STAGED = re.compile(r"(?:[0-9]+|record)\Z")
 _TOP = re.compile(r"[^./\0][^/\0]{0,200}\.(yaml|yml|lock)\Z")
@@ -289,7 +289,7 @@ def _record(folder: str | Path) -> _Record | None:
         if not kind(mode):
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
-        data = strict_json.loads(disk.read(file, most=_MAX_RECORD_BYTES, follow=False), file)
+        data = strict_json.loads(disk.read(file, most=LOCK_BYTES, follow=False), file)
         check_format(data, file, VERSION)
         _no_earlier(data, file)
         record = _Record.model_validate(data)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
+from ..formats.limits import LOCK_BYTES
 from ..spec import check_format, check_path, explain
 from ..system.reading import is_folder
 from ..system.reading import stream as stream_of
@@ -41,7 +42,6 @@ __all__ = [
     "parse",
 ]
 
-MAX_BYTES = 256 << 20
 ROOT = hashlib.sha256(b"lora_tree lineage 1").hexdigest()
 
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -176,7 +176,7 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
             found.update(_sampled(file, size))
         elif file.name == "config.json" or file.name.endswith(".index.json"):
             found.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-            found.update(disk.read(file, most=MAX_BYTES))
+            found.update(disk.read(file, most=LOCK_BYTES))
     return found.hexdigest()
 
 

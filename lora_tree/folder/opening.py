@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from ..base_names import other_base
 from ..errors import FolderError, LoraTreeError, NewerFormat, SpecError, suggest
 from ..formats import strict_json
+from ..formats.limits import CONFIG_BYTES, LOCK_BYTES, YAML_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
-from ..formats.peft_read import MAX_CONFIG_BYTES
 from ..spec import TreeSpec
 from ..storage import as_path
 from . import disk
 from .bounds import hub_hint, inside
 from .commit import HIDDEN, RECORD, Pending, pending
-from .lockfile import MAX_BYTES as MAX_LOCK_BYTES
 from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, fingerprint
 from .lockfile import parse as parse_lock
 from .problem import HARMLESS, Kind, Problem
@@ -28,7 +27,7 @@ from .resolve import Entry, resolve
 from .scan import FILES, Files, Scan, scan
 from .source import broken_text, hashed
 from .trained import TOP, stale_text, trained
-from .yamlfile import MAX_BYTES, read_spec
+from .yamlfile import read_spec
 
 __all__ = [
     "Opened",
@@ -191,7 +190,7 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
         wrong.append(("record", broken))
     located = None
     try:
-        opened.yaml_bytes = _bytes(place, place.yaml, decided, MAX_BYTES)
+        opened.yaml_bytes = _bytes(place, place.yaml, decided, YAML_BYTES)
         if opened.yaml_bytes is not None:
             opened.spec, located = read_spec(opened.yaml_bytes, place.yaml_file)
         elif place.yaml == YAML and os.path.exists(os.path.join(place.folder, "tree.yml")):
@@ -199,7 +198,7 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
     except LoraTreeError as error:
         wrong.append(("yaml", error))
     try:
-        opened.lock_bytes = _bytes(place, place.lock, decided, MAX_LOCK_BYTES)
+        opened.lock_bytes = _bytes(place, place.lock, decided, LOCK_BYTES)
         if opened.lock_bytes is not None:
             opened.lock = parse_lock(opened.lock_bytes, place.lock_file)
     except LoraTreeError as error:
@@ -283,7 +282,7 @@ def named_bases(opened: Opened) -> dict[str, str]:
         if at is None:
             continue
         try:
-            config = strict_json.loads(disk.read(at[0], most=MAX_CONFIG_BYTES), at[0])
+            config = strict_json.loads(disk.read(at[0], most=CONFIG_BYTES), at[0])
         except LoraTreeError:
             continue
         named = config.get("base_model_name_or_path")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..errors import FormatError, LoraTreeError
+from ..errors import BudgetError, FormatError, LoraTreeError
 from .lockfile import NodeLock, TreeLock
 from .opening import Opened, base_at_hand, base_lock
 from .saving import node_lock
@@ -47,6 +47,7 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
 
     Raises:
         FormatError: files are broken; names every node whose files are.
+        BudgetError: files are larger than the memory that is free.
     """
     old = opened.lock or TreeLock()
     examined = _examined(opened)
@@ -93,10 +94,11 @@ def _examined(opened: Opened) -> dict[str, Examined]:
             continue
         try:
             found[path] = examine(entry.files)
-        except FormatError as error:
+        except (BudgetError, FormatError) as error:
             broken.append(error.within(path))
     if broken:
-        raise FormatError(*_lines(broken))
+        kind = FormatError if any(isinstance(error, FormatError) for error in broken) else BudgetError
+        raise kind(*_lines(broken))
     return found
 
 

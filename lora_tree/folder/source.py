@@ -23,6 +23,7 @@ from ..formats import peft
 from ..formats.peft import WEIGHTS
 from ..formats.safetensors import read_tensors
 from ..storage import Allocate, Witness
+from ..system.memory import check_fits
 from . import disk
 from .bounds import inside
 from .disk import Stamp
@@ -201,7 +202,14 @@ def _check_inside(files: Files, folder: str) -> None:
 
 
 def hashed(files: Files) -> str:
-    """The hash of an adapter's content, from its files."""
+    """The hash of an adapter's content, from its files.
+
+    Raises:
+        FolderError: a file can't be read.
+        BudgetError: it is larger than all memory, so it could not be used, and is not worth hashing.
+    """
+    for name in FILES:
+        check_fits(files.now[name][1].size, os.path.join(files.folder, name), free=False)
     return content(*(disk.digest(files.now[name][0]) for name in FILES))
 
 

@@ -21,11 +21,12 @@ from ruamel.yaml import events as ev
 from ruamel.yaml.error import MarkedYAMLError
 
 from ..errors import PathError, SpecError
+from ..formats.limits import YAML_BYTES, YAML_VALUES
 from ..spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_format, check_path, explain
 
-__all__ = ["MAX_BYTES", "Located", "dump", "json_schema", "parse", "read_spec"]
+__all__ = ["Located", "dump", "json_schema", "parse", "read_spec"]
 
-MAX_BYTES = 16 << 20
+_MOST_MISTAKES = 50  # that one error lists
 _MAX_NESTING = 2 * MAX_DEPTH + 4  # a node and its children are two levels; then a pattern or a list inside
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
@@ -75,7 +76,11 @@ class Located:
     def refuse(self, wrong: Iterable[tuple[Loc, str]]) -> SpecError:
         """The error that lists what is wrong, in the order of the lines."""
         ordered = sorted((self.position(loc), text) for loc, text in wrong)
-        return SpecError(*(f"{self.file}:{line}:{column}: {text}" for (line, column), text in ordered))
+        shown = ordered[:_MOST_MISTAKES]
+        lines = [f"{self.file}:{line}:{column}: {text}" for (line, column), text in shown]
+        if len(ordered) > len(shown):
+            lines.append(f"and {len(ordered) - len(shown)} more")
+        return SpecError(*lines)
 
 
 @dataclass
@@ -134,8 +139,8 @@ def parse(raw: bytes, file: str) -> Located:
     Raises:
         SpecError: not YAML 1.2, or more than plain data; with line and column.
     """
-    if len(raw) > MAX_BYTES:
-        raise SpecError(f"{file}: {len(raw)} bytes; the most is {MAX_BYTES}")
+    if len(raw) > YAML_BYTES:
+        raise SpecError(f"{file}: {len(raw)} bytes; the most is {YAML_BYTES}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -143,8 +148,10 @@ def parse(raw: bytes, file: str) -> Located:
         raise SpecError(f"{file}:{len(before)}:{len(before[-1]) + 1}: not UTF-8") from error
     stack: list[_Open] = []
     top = _Open([], _Spot(1, 1))
-    for event in _events(text, file):
+    for number, event in enumerate(_events(text, file)):
         place = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        if number > YAML_VALUES:
+            raise SpecError(f"{place}: more than {YAML_VALUES:,} keys and values, which no tree has")
         if isinstance(event, ev.DocumentStartEvent):
             if top.value:
                 raise SpecError(f"{place}: a second document; one file holds one tree")

@@ -36,6 +36,7 @@ from ..storage import Allocate, Witness
 from ..system.reading import Inside
 from ..system.reading import stream as stream_of
 from . import peft_keys, strict_json
+from .limits import CONFIG_BYTES
 from .peft_config import FUSED, TURNED, VARIANTS, PeftConfig, parse_config, says_which_way
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 from .pointer import check_pointer
@@ -44,7 +45,6 @@ from .safetensors import Header, opened, parse_header
 __all__ = ["read", "read_folder"]
 
 PICKLE = "adapter_model.bin"
-MAX_CONFIG_BYTES = 16 << 20
 KEPT_OUTLINES = 8
 MAX_KEPT_BYTES = 256 << 10  # of config and header; what is made of them takes some ten times as much
 
@@ -138,8 +138,8 @@ def _bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:
     try:
         with stream_of(file, inside=inside) as stream:
             size = os.fstat(stream.fileno()).st_size
-            if size > MAX_CONFIG_BYTES:
-                raise FormatError(f"{where}: more than {MAX_CONFIG_BYTES >> 20} MiB, which no adapter config is")
+            if size > CONFIG_BYTES:
+                raise FormatError(f"{where}: more than {CONFIG_BYTES >> 20} MiB, which no adapter config is")
             data = stream.read(size)  # no more than that: what is asked for is allocated
             check_pointer(data, where, "JSON")
             return data

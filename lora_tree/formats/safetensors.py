@@ -35,16 +35,17 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..storage import Allocate
+from ..system.memory import check_fits
 from ..system.reading import Inside
 from ..system.reading import stream as stream_of
 from . import strict_json
+from .limits import HEADER_BYTES, TENSORS
 from .pointer import check_pointer
 
 __all__ = ["Header", "Opened", "header_fields", "opened", "parse_header", "read_tensors", "render_tensors"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ class Opened:
 
         Raises:
             FormatError: the file was cut short meanwhile.
+            BudgetError: there is not so much memory.
         """
+        # Memory that is handed in may come from a pool, which is taken already.
+        check_fits(header.nbytes, self._where, free=allocate is None)
         memory = (allocate or _ordinary)(header.nbytes)
         start = memory.data_ptr()
         for place, nbytes in header.spans:
@@ -149,6 +153,8 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")
+    if len(fields) > TENSORS:
+        raise FormatError(f"{where}: header: {len(fields):,} tensors; the most is {TENSORS:,}")
     entries = {name: _entry(value, f"{where}: {name[:200]}") for name, value in fields.items()}
     read = place = 0  # bytes of the file, and of the storage, that are spoken for
     places: dict[str, int] = {}
@@ -272,7 +278,7 @@ def _head(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] 
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(first := stream.read(8), "little")
     check_pointer(first, where, "safetensors")
-    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+    if size < 8 or length > min(HEADER_BYTES, size - 8):
         raise FormatError(
             f"{where}: not a whole safetensors file: {size} bytes, of which the header should take {length}",
             "download or save it again: an unfinished download looks like this",

@@ -6,21 +6,21 @@ import json
 from typing import Any
 
 from ..errors import FormatError
+from .limits import JSON_DEPTH, JSON_VALUES
 
 __all__ = ["loads"]
-
-MAX_DEPTH = 32
 
 
 def loads(data: bytes, where: str) -> dict[str, Any]:
     """The object that ``data`` spells.
 
     Raises:
-        FormatError: it is not UTF-8, not JSON, nested too deeply, not an object, or says one key twice.
+        FormatError: it is not UTF-8, not JSON, too large, nested too deeply, not an object, or says one key twice.
 
     >>> loads(b'{"r": 8}', "adapter_config.json")
     {'r': 8}
     """
+    _check_size(data, where)
     try:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
@@ -34,21 +34,28 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    if text.count("{") + text.count("[") > MAX_DEPTH:  # with fewer it can't be nested so deeply
+    if text.count("{") + text.count("[") > JSON_DEPTH:  # with fewer it can't be nested so deeply
         _check_depth(value, where)
     return value
 
 
+def _check_size(data: bytes, where: str) -> None:
+    """Refuse what would take minutes and gigabytes to parse: every value costs a comma or a bracket."""
+    values = sum(data.count(sign) for sign in (b",", b"[", b"{"))
+    if values > JSON_VALUES:
+        raise FormatError(f"{where}: some {values:,} values; the most is {JSON_VALUES:,}")
+
+
 def _check_depth(value: Any, where: str) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(JSON_DEPTH):
         inner: list[Any] = []
         for item in level:
             inner.extend(item.values() if isinstance(item, dict) else item)
         level = [item for item in inner if isinstance(item, (dict, list))]
         if not level:
             return
-    raise FormatError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+    raise FormatError(f"{where}: nested more than {JSON_DEPTH} levels deep")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
