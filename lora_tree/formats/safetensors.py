@@ -192,6 +192,7 @@ def read_tensors(file: str | Path, where: str, *, outline: bool = False) -> tupl
         header = parse_header(reading.head, reading.nbytes, where)
         if outline:
             return dict(header.tensors), header.metadata
+        check_fits(reading.nbytes, where)
         data = reading.whole()
         try:
             return safetensors.torch.load(data), header.metadata
