@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class Models:
     loaded: list[LoRARequest] = field(default_factory=list)
     number: int = 0
     fails: bool = False
+    is_slow: bool = False
 
     @property
     def engine_client(self) -> Any:
@@ -58,6 +60,8 @@ class Models:
 
     async def add_lora(self, request: LoRARequest) -> None:
         assert (Path(request.lora_path) / "adapter_model.safetensors").is_file()
+        while self.is_slow:
+            await asyncio.sleep(0.01)
         if self.fails:
             raise RuntimeError("the engine can't load it")
         self.loaded.append(request)
@@ -86,6 +90,10 @@ class Models:
         if name in self.lora_requests or await self.resolve_lora(name):
             return self.lora_requests[name]
         return None
+
+    def start(self, name: str) -> Future[LoRARequest | None]:
+        """A request that goes on while others are made."""
+        return asyncio.run_coroutine_threadsafe(self.ask(name), self.loop)
 
     def answers(self, *names: str) -> list[str | None]:
         """The folder that each of several requests, one after the other, is answered from."""
@@ -117,6 +125,7 @@ def front_end(zoo: Path, cache: Path, **more: str) -> Iterator[Models]:
         try:
             yield models
         finally:
+            models.is_slow = False
             models.resolver.close()
             models.loop.call_soon_threadsafe(models.loop.stop)
             thread.join(30)

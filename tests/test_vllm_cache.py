@@ -606,6 +606,53 @@ def test_a_path_refused_for_its_numbers_is_not_made_again(
         assert len(made) == once
 
 
+def test_what_an_engine_is_loading_and_what_it_still_has_meanwhile_stay(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is in use but for that: no grace, no running requests, and no room for another."""
+    monkeypatch.setattr(vllm, "SHORT_GRACE_S", 0.0)
+    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
+    with front_end(zoo, tmp_path / "cache") as front:
+        (had,) = front.answers("fr")
+        kept = front.resolver._cache
+        assert kept is not None
+        front.is_slow = True
+        tree = opened(zoo)
+        tree.update("fr", adapter=adapter(9))
+        tree.save(zoo)
+        waits(lambda: set(kept.served.values()) != {had}, "no swap began")
+        loading = front.start("de")
+        waits(lambda: len(kept.served) == 2, "nothing is loaded")
+        kept.budget_bytes = kept.nbytes + (1 << 20)  # one more does not fit
+        assert front.answers("fr") == [had]
+        other = front.start("fr/legal")
+        assert other.result(30) is None
+        assert (tmp_path / "cache" / str(had)).is_dir()
+        front.is_slow = False
+        request = loading.result(30)
+        assert request is not None
+        assert Path(request.lora_path).is_dir()
+        waits(lambda: front.answers("fr") != [had], "no swap")
+        assert front.answers("fr/legal") != [None]  # now there is something to let go of
+
+
+def test_a_front_end_that_can_not_be_told_keeps_what_it_has(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "GRACE_S", 0.0)
+    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
+    monkeypatch.setattr(vllm, "asking", lambda: None)
+    with front_end(zoo, tmp_path / "cache", cache_bytes=str((1 << 20) + 500)) as front:
+        (first,) = front.answers("fr")
+        assert front.answers("de", "fr") == [None, first]
+        tree = opened(zoo)
+        tree.remove("fr", recursive=True)
+        tree.save(zoo)
+        time.sleep(0.5)
+        assert front.answers("fr") == [first]
+        assert (tmp_path / "cache" / str(first)).is_dir()
+
+
 def test_a_path_that_waits_for_room_is_made_once(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     monkeypatch.setattr(flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more))

@@ -192,24 +192,38 @@ class FlatCache:
             self._one_blend_more(path)
         with self._asking(content, is_blend):
             error = self._ensure(tree, problems, path, content)
-            self.serve(path, content)
+            self._serve(path, content)
         return Flattened(path, content, self.folder / content, stale, error)
-
-    def serve(self, path: str, content: str) -> None:
-        """Serve a path with a content that is in use in the folder; the one before may go after the grace."""
-        with self._lock:
-            before = self._served.get(path)
-            self._served[path] = content
-            self._used[path] = time.monotonic()
-            self._released.pop(content, None)
-            if before is not None and before != content and before not in self._served.values():
-                self._released[before] = time.monotonic()
 
     @property
     def served(self) -> dict[str, str]:
         """Path → the content that this process serves it with."""
         with self._lock:
             return dict(self._served)
+
+    @contextmanager
+    def replacing(self, path: str) -> Iterator[None]:
+        """Keep what a path is served with until the block ends, and for the grace from then on.
+
+        If the block fails, the path goes on being served with it.
+        """
+        with self._lock:
+            before = self._served.get(path)
+        if before is None:
+            yield
+            return
+        with self._asking(before, _is_blend(path)):
+            try:
+                yield
+            except BaseException:
+                with self._lock:
+                    if path in self._served:
+                        self._served[path] = before
+                        self._released.pop(before, None)
+                raise
+            with self._lock:
+                if before in self._released:
+                    self._released[before] = time.monotonic()
 
     def use(self, path: str) -> None:
         """Note that a request for a path came in; takes no lock and no time."""
@@ -309,6 +323,15 @@ class FlatCache:
             return self.content(tree, problems, path)[0] == content
         except LoraTreeError:
             return False
+
+    def _serve(self, path: str, content: str) -> None:
+        with self._lock:
+            before = self._served.get(path)
+            self._served[path] = content
+            self._used[path] = time.monotonic()
+            self._released.pop(content, None)
+            if before is not None and before != content and before not in self._served.values():
+                self._released[before] = time.monotonic()
 
     @contextmanager
     def _asking(self, content: str, is_blend: bool) -> Iterator[None]:

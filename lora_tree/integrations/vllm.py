@@ -118,6 +118,8 @@ class _Resolver:
             asked = self._names.admit(name)
             found = await self._find(base_model_name, asked)
             self._tell(found)
+            if front is not None:
+                front.awaits(found.path)
             return request_of(found)
         except (LoraTreeError, OSError, ValueError) as error:
             log.error("lora_tree: '%s' is refused: %s", shown(name), _reason(error))
@@ -208,7 +210,7 @@ class _Resolver:
     def _let_go(self, path: str) -> bool:
         """Have vLLM ask for a path again, unless a request for it has come in meanwhile."""
         cache = self._cache
-        if cache is None:
+        if cache is None or not self._fronts:  # a front end that can't be told keeps what it has for ever
             return False
         content = cache.served.get(path, "")
 
@@ -227,9 +229,9 @@ class _Resolver:
 
     def _look(self, cache: FlatCache) -> None:
         served = cache.served
-        if not served:
-            return
         cache.tend()
+        if not served or not self._fronts:
+            return
         try:
             view = self._seen.now()
         except LoraTreeError as error:
@@ -260,18 +262,21 @@ class _Resolver:
             self._no_longer(cache, path, error)
             return
         if now != content or self._is_behind(path, now):
-            self._follow(cache, view, path, content)
+            self._follow(cache, view, path)
         elif self._said.pop(path, None) is not None:
             log.info("lora_tree: '%s' fits its files again", shown(path))
 
-    def _follow(self, cache: FlatCache, view: View, path: str, content: str) -> None:
-        """Serve a path with what it is now instead of ``content``.
+    def _follow(self, cache: FlatCache, view: View, path: str) -> None:
+        """Serve a path with what it is now.
 
         Raises:
             Exception: it can't be at the moment, and is served on as it was.
         """
         try:
-            found = cache.get(view.tree, view.problems, path)
+            with cache.replacing(path):
+                found = cache.get(view.tree, view.problems, path)
+                self._tell(found)
+                swapped = [front.swap(found) for front in self._fronts]
         except FolderError:
             raise  # there is no room now, or the tree has changed once more
         except LoraTreeError as error:
@@ -279,12 +284,6 @@ class _Resolver:
                 raise  # nothing says whether the files are whole
             self._no_longer(cache, path, error)
             return
-        self._tell(found)
-        try:
-            swapped = [front.swap(found) for front in self._fronts]
-        except BaseException:
-            cache.serve(path, content)  # vLLM still has this one
-            raise
         self._said.pop(path, None)
         if any(swapped):
             log.info(
@@ -298,9 +297,10 @@ class _Resolver:
         return any(front.serves(path) not in (None, content) for front in self._fronts)
 
     def _no_longer(self, cache: FlatCache, path: str, error: LoraTreeError) -> None:
+        dropped = [front.drop(path) for front in self._fronts]
+        if not all(dropped):
+            return  # vLLM is loading it just now; at the next look it has it
         log.error("lora_tree: '%s' is no longer served: %s", shown(path), _reason(error))
-        for front in self._fronts:
-            front.drop(path)
         cache.forget(path)
         self._said.pop(path, None)
 

@@ -18,6 +18,7 @@ import asyncio
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -81,7 +82,9 @@ class Front:
         self.models = models
         self._loop = loop
         self._within = f"{cache}{os.sep}"
-        models.lora_requests = _Requests(models.lora_requests, one_spelling, used)
+        self._awaited: dict[str, float] = {}  # path → until when vLLM may still be loading it
+        taken = self._awaited.pop
+        models.lora_requests = _Requests(models.lora_requests, one_spelling, used, lambda path: taken(path, None))
         self._tell_paths()
 
     # ------------------------------------------------------------------ asked from any thread
@@ -115,7 +118,7 @@ class Front:
         return True
 
     def drop(self, path: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Make vLLM ask for a path again from now on.
+        """Make vLLM ask for a path again from now on; False where it is loading it, or ``unless`` says so.
 
         Args:
             unless: asked on the event loop, between two requests; True keeps it.
@@ -123,6 +126,10 @@ class Front:
         return asyncio.run_coroutine_threadsafe(self._drop(path, unless), self._loop).result(timeout=WAIT_S)
 
     # ------------------------------------------------------------------ asked on the event loop
+    def awaits(self, path: str) -> None:
+        """Note that vLLM is being given an adapter: it loads it first, and only then it has the path."""
+        self._awaited[path] = time.monotonic() + WAIT_S
+
     def refused(self, name: str) -> None:
         """Have vLLM forget a name that it was asked for: it keeps a lock for each, for ever."""
         kept = getattr(self.models, "lora_resolver_lock", None)
@@ -138,12 +145,16 @@ class Front:
     async def _replace(self, found: Flattened) -> None:
         new = request_of(found)
         new.lora_int_id = self.models.lora_id_counter.inc(1)
-        await self.models.engine_client.add_lora(new)
+        self.awaits(found.path)
+        try:
+            await self.models.engine_client.add_lora(new)
+        finally:
+            self._awaited.pop(found.path, None)
         if dict.__contains__(self.models.lora_requests, found.path):
             self.models.lora_requests[found.path] = new
 
     async def _drop(self, path: str, unless: Callable[[], bool]) -> bool:
-        if unless():
+        if unless() or time.monotonic() < self._awaited.get(path, 0.0):
             return False
         dict.pop(self.models.lora_requests, path, None)
         self.refused(path)
@@ -183,10 +194,17 @@ class _Requests(dict[str, Any]):
     read.
     """
 
-    def __init__(self, given: dict[str, Any], one_spelling: Callable[[str], str], used: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        given: dict[str, Any],
+        one_spelling: Callable[[str], str],
+        used: Callable[[str], None],
+        taken: Callable[[str], object],
+    ) -> None:
         super().__init__(given)
         self._one_spelling = one_spelling
         self._used = used
+        self._taken = taken
 
     def _known(self, name: str) -> str:
         return name if super().__contains__(name) else self._one_spelling(name)
@@ -210,7 +228,9 @@ class _Requests(dict[str, Any]):
         return super().pop(self._known(name), *default)
 
     def __setitem__(self, name: str, request: Any) -> None:
-        super().__setitem__(self._known(name), request)
+        known = self._known(name)
+        super().__setitem__(known, request)
+        self._taken(known)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(self._known(name))
