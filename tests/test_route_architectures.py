@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import ARCHS, BLEND, BLENDED, VOCAB, Arch, along, assert_close, bits, dense, run, same_bits
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import DynamicCache, SwinConfig, SwinModel, XLNetConfig, XLNetModel
 
 import lora_tree as lt
@@ -364,6 +364,40 @@ def test_a_transformers_model_with_checkpointing_trains_routed(reentrant: bool) 
         with model.route(["a/d", "", "a/b/c"]):
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
         found.append(gradients(model))
+    assert len(found[0]) == len(found[1]) > 20
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_through_a_part_of_a_base_checkpointed_layers_train_as_plain_ones_or_not_at_all() -> None:
+    arch = ARCHS["llama"]
+    found = []
+    for checkpointing in (False, True):
+        base: Any = arch.base().train()
+        tree = arch.tree(base)
+        if checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        ids = batch_of(arch, 3)["input_ids"]
+        model = lt.attach(tree, base)
+        model.trainable("a", "a/d")
+        with model.route(["a/d", "", "a/b/c"]):
+            base.model(ids).last_hidden_state.square().sum().backward()
+        found.append(gradients(model))
+        if checkpointing:
+            for first, then in (("a/d", "a"), ("a", "a/d")):
+                with model.using(first, mode="unmerged"):
+                    loss = base.model(ids).last_hidden_state.square().sum()
+                with model.using(then, mode="unmerged"), pytest.raises((StateError, CheckpointError)):
+                    loss.backward()
+                assert not gradients(model)
+            same = tree.adapter("a/d")
+            assert same is not None
+            tree.add("a/like-d", adapter=same.with_tensors(lambda t: t.detach() * 2))
+            model.trainable("a/d", "a/like-d")
+            with model.using("a/d", mode="unmerged"):
+                loss = base.model(ids).last_hidden_state.square().sum()
+            with model.using("a/like-d", mode="unmerged"), pytest.raises(StateError, match="after their path was left"):
+                loss.backward()  # of the same shapes, which torch itself would not notice
     assert len(found[0]) == len(found[1]) > 20
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-12)

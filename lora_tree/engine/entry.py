@@ -65,6 +65,15 @@ class Entry:
         if self._recording and not self._checkpointed:
             self._checkpointed = _in_checkpoint()
 
+    def guard(self, out: Tensor) -> None:
+        """Watch over a side path that ran outside of the base's own forward: a loss may be taken through a part of it.
+
+        Args:
+            out: what the side path returned. Its layer may run again in backward.
+        """
+        if not self._recording and out.grad_fn is not None and _in_checkpoint():
+            out.grad_fn.register_prehook(self._guard(self.number))
+
     @property
     def probing(self) -> bool:
         """A copy of the base runs on shapes, to see where the rows are."""

@@ -148,9 +148,11 @@ class Unmerged:
             self._entry.side_path_runs()
             spare = site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
             after = self._current[name](out, x, spare)
-            training = self._training.get(name)
-            if training and after.grad_fn is not None and not self._entry.probing:
-                after.grad_fn.register_prehook(partial(self._reach, training))
+            if after.grad_fn is not None and not self._entry.probing:
+                self._entry.guard(after)
+                training = self._training.get(name)
+                if training:
+                    after.grad_fn.register_prehook(partial(self._reach, training))
             return after
 
         return side_path
