@@ -15,13 +15,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FolderError
 from ..folder import disk
-from .shards import INDEX, SINGLE, Checkpoint
+from ..system.reading import Inside
+from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
 
 __all__ = ["Beside", "beside_weights"]
 
@@ -56,9 +57,9 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
     Raises:
         FolderError: a file that would be written is a link out of the folder, or no plain file; names it.
     """
-    own = _own(folder)
+    inside = own_files(folder)
     for name in checkpoint.files:
-        _check_inside(folder / name, own)
+        _check_inside(folder / name, inside)
     copied: list[str] = []
     left: list[str] = []
     for relative, is_linked_folder in _walk(folder):
@@ -69,7 +70,7 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
         if is_linked_folder or code or name in _OF_AN_ADAPTER or _is_other_weights(relative, checkpoint):
             left.append(relative)
             continue
-        _check_inside(folder / relative, own)
+        _check_inside(folder / relative, inside)
         copied.append(relative)
     copied.sort(key=lambda name: (LAST.index(name) if name in LAST else -1, name))
     return Beside(tuple(copied), tuple(left))
@@ -96,23 +97,10 @@ def _is_other_weights(relative: str, checkpoint: Checkpoint) -> bool:
     return bool(_OTHER_INDEX.match(name))
 
 
-def _own(folder: Path) -> tuple[str, ...]:
-    """The folders in which a base's files may lie: its own, and its repository's blobs in the hub's cache."""
-    real = Path(os.path.realpath(folder))
-    own = [real]
-    # ….cache/huggingface/hub/models--org--name/snapshots/<commit>/config.json → ../../blobs/<hash>
-    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-        own.append(real.parent.parent / "blobs")
-    return tuple(str(each) for each in own)
-
-
-def _check_inside(file: Path, own: Iterable[str]) -> None:
+def _check_inside(file: Path, inside: Inside) -> None:
     real = os.path.realpath(file)
-    if not any(os.path.commonpath((real, each)) == each for each in own):
-        raise FolderError(
-            f"{file}: is a link to {real}, which lies outside the base, and would be copied into the checkpoint",
-            "if you trust it, put the file itself there: cp --remove-destination TARGET LINK; otherwise remove it",
-        )
+    if not inside(real):
+        raise leads_outside(file)
     try:
         plain = stat.S_ISREG(os.stat(real).st_mode)
     except OSError as error:

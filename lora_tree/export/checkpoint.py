@@ -35,7 +35,7 @@ from ..tree import AdapterTree
 from .base import skeleton
 from .beside import beside_weights
 from .names import Group, Names
-from .shards import Checkpoint, Stored, open_checkpoint, raw
+from .shards import Checkpoint, Stored, open_checkpoint, own_files, raw
 from .stage import Stage, staged
 from .writes import Write, writes
 
@@ -113,7 +113,9 @@ def export_model(
         )
     path = spelled(blend)
     source = _source(tree, base)
-    checkpoint = open_checkpoint(source)
+    inside = own_files(source)
+    checkpoint = open_checkpoint(source, inside=inside)
+    beside = beside_weights(source, checkpoint, with_code=with_code)
     model = skeleton(source, what="a merged checkpoint", trust_remote_code=trust_remote_code)
     _not_quantised(model, source)
     names = Names(model, checkpoint.tensors)
@@ -123,12 +125,11 @@ def export_model(
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error
     where = Path(os.path.abspath(as_path(folder)))
-    beside = beside_weights(source, checkpoint, with_code=with_code)
     with staged(where, needs_bytes=checkpoint.nbytes) as stage:
         writer = _Writer(checkpoint, stage, names, progress)
         writer.run(jobs)
         for name in beside.copied:
-            stage.copy(source / name, name)
+            stage.copy(source / name, name, inside=inside)
     changed = tuple(sorted(stored.name for group, _ in jobs for stored in group.stored))
     return MergedCheckpoint(path, where, changed, checkpoint.nbytes, beside.left_out)
 

@@ -9,6 +9,7 @@ Tensors of any dtype are known by place and size; numbers are read only of those
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -20,14 +21,23 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, listing
+from ..errors import FolderError, FormatError, listing
 from ..formats import strict_json
 from ..formats.safetensors import DTYPES, header_fields
 from ..system.named import named
-from ..system.reading import is_file
+from ..system.reading import Inside, is_file
 from ..system.reading import stream as stream_of
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "Stored", "open_checkpoint", "raw"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "Stored",
+    "leads_outside",
+    "open_checkpoint",
+    "own_files",
+    "raw",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -134,25 +144,48 @@ class Checkpoint:
         return sizes
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def own_files(folder: Path) -> Inside:
+    """Where the files of a base may lie: in its folder, and in its repository's blobs in the hub's cache."""
+    real = Path(os.path.realpath(folder))
+    own = [str(real)]
+    # …/huggingface/hub/models--org--name/snapshots/<commit>/config.json → ../../blobs/<hash>
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        own.append(str(real.parent.parent / "blobs"))
+    return lambda file: any(os.path.commonpath((file, each)) == each for each in own)
+
+
+def leads_outside(file: Path) -> FolderError:
+    """The error for a file of a base that would be copied, and lies elsewhere."""
+    return FolderError(
+        f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be copied into the "
+        "checkpoint",
+        "if you trust it, put the file itself there: cp --remove-destination TARGET LINK; otherwise remove it",
+    )
+
+
+def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint:
     """The safetensors checkpoint in a folder, headers only.
+
+    Args:
+        inside: where its files may lie; None: wherever links lead.
 
     Raises:
         FormatError: there is none, or a file is missing, broken, or not what the index says.
+        FolderError: a file lies where it may not.
     """
     if is_file(folder / SINGLE):  # before the index, as transformers looks for them
-        tensors = {stored.name: stored for stored in _tensors(folder / SINGLE)}
+        tensors = {stored.name: stored for stored in _tensors(folder / SINGLE, inside)}
         return Checkpoint(folder, (SINGLE,), tensors)
     if not is_file(folder / INDEX):
         raise FormatError(
             f"{folder}: no {SINGLE} and no {INDEX}",
             "give the folder of a transformers model saved as safetensors: model.save_pretrained(folder)",
         )
-    placed = _index(folder / INDEX)
+    placed = _index(folder / INDEX, inside)
     files = tuple(sorted(set(placed.values())))
     tensors = {}
     for name in files:
-        for stored in _tensors(folder / name):
+        for stored in _tensors(folder / name, inside):
             if placed.get(stored.name) != name:
                 raise FormatError(f"{folder / name}: {stored.name} is in the file, but not there in {INDEX}")
             tensors[stored.name] = stored
@@ -162,11 +195,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, files, tensors)
 
 
-def _index(file: Path) -> dict[str, str]:
+def _reading(file: Path, inside: Inside | None) -> BinaryIO:
+    """A file of a base, open to read; one that lies where it may not is not even opened."""
+    if inside is not None and not inside(os.path.realpath(file)):
+        raise leads_outside(file)
+    return stream_of(file, inside=inside)  # and the one that was opened is looked at again
+
+
+def _index(file: Path, inside: Inside | None) -> dict[str, str]:
     try:
-        with stream_of(file) as stream:
+        with _reading(file, inside) as stream:
             data = stream.read(MAX_INDEX_BYTES + 1)
+    except FolderError:
+        raise
     except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise leads_outside(file) from error
         raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
     if len(data) > MAX_INDEX_BYTES:
         raise FormatError(f"{file}: too large for an index")
@@ -180,11 +224,15 @@ def _index(file: Path) -> dict[str, str]:
     return placed
 
 
-def _tensors(file: Path) -> list[Stored]:
+def _tensors(file: Path, inside: Inside | None) -> list[Stored]:
     try:
-        with stream_of(file) as stream:
+        with _reading(file, inside) as stream:
             return _header(stream, file)
+    except FolderError:
+        raise
     except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise leads_outside(file) from error
         raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
 
 

@@ -20,6 +20,7 @@ from ..folder.alone import make_all
 from ..system import locks
 from ..system.durable import sync_file
 from ..system.flags import NO_FOLLOW, PLAIN
+from ..system.reading import Inside
 
 __all__ = ["Stage", "staged"]
 
@@ -49,13 +50,17 @@ class Stage:
         with disk.named("sync it", self.folder / name), self._file(name, os.O_RDONLY) as file:
             sync_file(file)
 
-    def copy(self, source: Path, name: str) -> None:
-        """A small file, synced; the folders around it are made."""
+    def copy(self, source: Path, name: str, *, inside: Inside | None = None) -> None:
+        """A small file, synced; the folders around it are made.
+
+        Args:
+            inside: where ``source`` may lie when it is opened.
+        """
         above = Path(name).parent
         for part in [*reversed(above.parents), above]:
             if part != Path():
                 disk.make(self.folder / part)
-        disk.copy(source, self.folder / name)
+        disk.copy(source, self.folder / name, inside=inside)
 
     @contextmanager
     def _file(self, name: str, flags: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ from ..system.durable import sync_file
 from ..system.durable import sync_folder as sync
 from ..system.flags import NO_FOLLOW, PLAIN
 from ..system.named import named
-from ..system.reading import is_file, look, opened
+from ..system.reading import Inside, is_file, look, opened
 
 __all__ = [
     "Stamp",
@@ -130,10 +130,21 @@ def replace(path: str | Path, data: bytes) -> None:
     sync(Path(path).absolute().parent)
 
 
-def copy(source: str | Path, path: str | Path, *, mode: int | None = None) -> tuple[Stamp, str]:
-    """Make a new file from another's bytes, synced, and return the SHA-256 of them too. For ``mode`` see `write`."""
+def copy(
+    source: str | Path,
+    path: str | Path,
+    *,
+    mode: int | None = None,
+    inside: Inside | None = None,
+) -> tuple[Stamp, str]:
+    """Make a new file from another's bytes, synced, and return the SHA-256 of them too.
+
+    Args:
+        mode: see `write`.
+        inside: where ``source`` may lie when it is opened.
+    """
     found = hashlib.sha256()
-    with named(f"copy {source} to it", path), opened(source) as origin, _created(path, mode) as file:
+    with named(f"copy {source} to it", path), opened(source, inside=inside) as origin, _created(path, mode) as file:
         for block in _blocks(origin):
             found.update(block)
             _write_all(file, block)
