@@ -26,10 +26,11 @@ from zoo import opened
 import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import FolderError, FormatError, PathError
-from lora_tree.folder import survey
+from lora_tree.folder import Problem, survey
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.client_names import NameRules
 from lora_tree.integrations.flatcache import FlatCache, Form, NoRoom
+from lora_tree.integrations.surveyed import Surveyed
 from lora_tree.integrations.vllm import register, server_args
 from lora_tree.integrations.vllm_settings import Settings
 
@@ -342,6 +343,40 @@ def test_processes_share_a_cache_with_and_without_flock(flock: int, zoo: Path, t
     assert not any(folder.exists() for folder in theirs)
     kept.close()
     assert {name for name in locks_of(tmp_path) if ".held" in name} == set()
+
+
+def test_what_version_1_left_counts_and_goes_first(zoo: Path, tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    kept.get(*survey(zoo), "fr")
+    earlier = tmp_path / "cache" / f"fr.legal-{'1f0c' * 8}"
+    shutil.copytree(kept.folder / kept.served["fr"], earlier)
+    os.utime(earlier, (0, 0))
+    for name in ("1f0c" * 8, "1f0c" * 8 + ".make"):  # its locks, one or two for each name
+        (tmp_path / "cache" / ".locks" / name).touch()
+    kept.budget_bytes = kept.nbytes + ROOM - 4096 - 1
+    kept.get(*survey(zoo), "de")
+    assert not earlier.exists()
+    assert kept.served.keys() == {"fr", "de"}
+    assert not any(name.startswith("1f0c") for name in locks_of(tmp_path))
+
+
+def test_a_folder_that_can_not_be_looked_at_is_asked_once_in_an_interval(tmp_path: Path) -> None:
+    looks: list[int] = []
+
+    def look() -> tuple[lt.AdapterTree, list[Problem]]:
+        looks.append(len(looks))
+        raise (OSError("stale file handle") if len(looks) == 1 else FolderError("no such folder"))
+
+    seen = Surveyed(look, every_s=0.2)
+    for said in ("can't be looked at: OSError: stale file handle", "no such folder"):
+        with pytest.raises(lt.errors.LoraTreeError, match=said):
+            seen.now()
+        for ask in (seen.now, seen.recent):
+            with pytest.raises(lt.errors.LoraTreeError, match=said):
+                ask()
+        time.sleep(0.25)
+    assert seen.recent() is None
+    assert len(looks) == 2
 
 
 def test_servers_that_were_started_over_and_over_leave_one_list(zoo: Path, tmp_path: Path) -> None:
