@@ -22,7 +22,7 @@ from zoo import adapter, listing, opened, tree, value
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
 from lora_tree.folder import commit, disk
-from lora_tree.system import durable, locks
+from lora_tree.system import claims, durable, locks, reading
 
 WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
@@ -91,7 +91,7 @@ def faults(
         changed = change(folder)
         faulty = FaultyOs(at, kills=kills, interrupts=interrupts)
         with monkeypatch.context() as patched:
-            for module in (disk, commit, locks, durable):
+            for module in (disk, commit, locks, claims, durable, reading):
                 patched.setattr(module, "os", faulty)
             try:
                 changed.save(folder)
@@ -173,7 +173,7 @@ def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp
     for at in range(10_000):
         faulty = FaultyOs(at, kills=False)
         with monkeypatch.context() as patched:
-            for module in (disk, commit, locks, durable):
+            for module in (disk, commit, locks, claims, durable, reading):
                 patched.setattr(module, "os", faulty)
             try:
                 tree().save(target)
@@ -217,7 +217,7 @@ def test_one_adapter_is_whole_or_as_it_was(
             old.save(folder)
         faulty = FaultyOs(at, kills=kills)
         with monkeypatch.context() as patched:
-            for module in (disk, commit, locks, durable):
+            for module in (disk, commit, locks, claims, durable, reading):
                 patched.setattr(module, "os", faulty)
             with contextlib.suppress(LoraTreeError, Killed):
                 new.save(folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from lora_tree.errors import FolderError
-from lora_tree.system import locks
+from lora_tree.system import claims, locks
 
 ROOT = Path(__file__).parent.parent
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -54,7 +54,7 @@ def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param:
         without_flock(monkeypatch, request.param)
     yield request.param
-    assert not locks._mine
+    assert not claims._mine
 
 
 def start(code: int, body: str) -> subprocess.Popen[bytes]:
@@ -152,7 +152,7 @@ time.sleep(60)
     assert holder.stdout.readline() == b"held\n"
     assert locks.attempt(lock) is None
     if code:
-        assert re.fullmatch(rf"process {holder.pid} on '.*', for \d+ s", locks.holders(lock)[0])
+        assert re.fullmatch(rf"process {holder.pid} on '.*', for \d+ s", claims.owners(lock)[0])
     holder.send_signal(signal.SIGSTOP)  # it can touch nothing, and holds its lock
     assert locks.attempt(lock) is None
     holder.send_signal(signal.SIGKILL)
@@ -188,7 +188,7 @@ held.release()
 def claim(folder: Path, *, age_s: float = 0, **said: object) -> Path:
     """A claim on ``lock`` by another process than this one; it tells what this process would, but for ``said``."""
     token = "ab" * 16
-    me = {"host": "here", "machine": locks._machine(), "pid": os.getpid(), "started": locks._started(os.getpid())}
+    me = {"host": "here", "machine": claims._machine(), "pid": os.getpid(), "started": claims._started(os.getpid())}
     file = folder / f"lock.alone.{token}"
     file.write_text(json.dumps({"token": token, **me, "since": 0, **said}))
     times = time.time() - age_s
@@ -215,24 +215,24 @@ def test_whose_claim_is_left_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert taken(tmp_path), "another process has its number now"
     claim(tmp_path)
     assert taken(tmp_path), "this process knows nothing of it"
-    claim(tmp_path, pid=os.getppid(), started=locks._started(os.getppid()), age_s=10 * locks.STALE_S)
+    claim(tmp_path, pid=os.getppid(), started=claims._started(os.getppid()), age_s=10 * claims.STALE_S)
     assert not taken(tmp_path), "its process runs, however long ago it was touched"
     claim(tmp_path, machine="elsewhere")
     assert not taken(tmp_path), "a process of another machine that was there just now"
-    claim(tmp_path, machine="elsewhere", age_s=locks.STALE_S + 60)
+    claim(tmp_path, machine="elsewhere", age_s=claims.STALE_S + 60)
     assert taken(tmp_path)
-    claim(tmp_path, machine="elsewhere", age_s=-locks.STALE_S - 60)
+    claim(tmp_path, machine="elsewhere", age_s=-claims.STALE_S - 60)
     assert taken(tmp_path), "copied with a time that no holder writes"
     for broken in ({"pid": "7"}, {"more": 1}, {"started": None}):
         claim(tmp_path, **broken)
         assert not taken(tmp_path), "it may not be written to its end yet"
-        claim(tmp_path, age_s=locks.STALE_S + 60, **broken)
+        claim(tmp_path, age_s=claims.STALE_S + 60, **broken)
         assert taken(tmp_path)
 
 
 def test_a_claim_is_touched_while_it_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without_flock(monkeypatch)
-    monkeypatch.setattr(locks, "BEAT_S", 0.02)
+    monkeypatch.setattr(claims, "BEAT_S", 0.02)
     with locks.holding(tmp_path / "lock"):
         file = next(tmp_path.glob("lock.alone.*"))
         said = file.read_bytes()
@@ -243,9 +243,9 @@ def test_a_claim_is_touched_while_it_is_held(monkeypatch: pytest.MonkeyPatch, tm
         assert file.stat().st_mtime > time.time() - 60
         assert file.read_bytes() == said
     until = time.monotonic() + 20
-    while locks._beating and time.monotonic() < until:
+    while claims._beating and time.monotonic() < until:
         time.sleep(0.01)
-    assert not locks._beating, "no thread stays for locks that nobody holds"
+    assert not claims._beating, "no thread stays for locks that nobody holds"
 
 
 def test_a_claim_that_is_a_link_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,12 +261,12 @@ def test_a_claim_that_is_a_link_is_refused_by_name(monkeypatch: pytest.MonkeyPat
 def test_claims_of_what_is_not_there_any_more_are_cleared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mine = re.compile(r"lock\Z")
     file = claim(tmp_path)
-    locks.clear(tmp_path, re.compile("other"))
+    claims.clear(tmp_path, re.compile("other"))
     assert file.exists()
-    locks.clear(tmp_path, mine)
+    claims.clear(tmp_path, mine)
     assert not file.exists()
     file = claim(tmp_path, machine="elsewhere")
-    locks.clear(tmp_path, mine)
+    claims.clear(tmp_path, mine)
     assert file.exists(), "it may be held"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import FolderError, LoraTreeError
 from ..folder import disk
 from ..folder.alone import make_all
-from ..system import locks
+from ..system import claims, locks
 from ..system.durable import sync_file
 from ..system.flags import NO_FOLLOW, PLAIN
 from ..system.reading import Inside
@@ -107,7 +107,7 @@ def _sweep(where: Path) -> None:
     mine = re.compile(re.escape(f".{where.name}") + _STAGED)
     with disk.named("look into it", where.parent):
         stages = [name for name in os.listdir(where.parent) if mine.match(name)]
-        locks.clear(where.parent, mine)
+        claims.clear(where.parent, mine)
     for name in stages:
         with suppress(OSError, LoraTreeError):
             held = locks.attempt(where.with_name(name), make=False)

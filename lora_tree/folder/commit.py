@@ -36,7 +36,7 @@ from ..formats import strict_json
 from ..formats.limits import LOCK_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import check_format, check_path, explain
-from ..system import locks
+from ..system import claims, locks
 from ..system.reading import is_folder
 from . import disk
 from .disk import Stamp
@@ -466,7 +466,7 @@ def _acquire(hidden: Path, lock: Path, until: float) -> locks.Held:
         if held is not None:
             return held
         if time.monotonic() > until:
-            who = listing(locks.holders(lock), most=3)
+            who = listing(claims.owners(lock), most=3)
             raise FolderError(
                 f"{hidden.parent}: another process has been writing this folder for {WAIT_S:.0f} s"
                 + (f": {who}" if who else ""),

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import FolderError, LoraTreeError
 from ..folder import disk
-from ..system import locks
+from ..system import claims, locks
 from ..system.reading import is_file
 
 __all__ = ["SharedFolder"]
@@ -111,7 +111,7 @@ class SharedFolder:
             if _EARLIER_LOCK.match(name):
                 disk.remove(self._locks / name)
         with disk.named("look into it", self._locks):
-            locks.clear(self._locks, _LIST)
+            claims.clear(self._locks, _LIST)
 
     def remove(self, name: str) -> bool:
         """Take an entry away, and first its name, so that nobody finds half of it."""

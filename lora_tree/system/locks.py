@@ -1,54 +1,33 @@
 """Lock a path between processes, on every file system.
 
-    .lora_tree/lock                      flock, where the file system has it: the lock ends with its process
-    .lora_tree/lock.alone.<token>        where it has not (ENOSYS, EOPNOTSUPP, ENOLCK; Windows): a claim
-    .locks/1f0c….shared.<token>          a claim of one of several holders
-
-A claim is a file that its holder made (O_EXCL) and that tells its owner. A process makes its claim first and looks for
-others afterwards. So of two that come at once, at least one sees the other, takes its own claim back and tries later.
-A claim is left over when its process has ended, where that can be asked: same machine, same start. A claim from
-another machine is left over when its holder has not touched it for `STALE_S`; a holder touches its claims all the time.
-
-Law: no claim's name is ever used twice. So a process that removes a claim that was left over can't hit a newer one.
+flock is used where the file system has it: the lock ends with its process. Where it has not (ENOSYS, EOPNOTSUPP,
+ENOLCK; Windows), each holder makes a file that tells its owner (see `claims`).
 
 A mount with flock and a mount without it do not see each other's locks.
 """
 
 from __future__ import annotations
 
-import atexit
 import errno
-import json
 import os
 import random
-import re
-import socket
 import stat
-import sys
-import threading
 import time
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from ..errors import FolderError
+from . import claims
 from .flags import NO_FOLLOW, NO_WAIT, PLAIN
 from .named import named
-from .reading import opened
 
-__all__ = ["Held", "acquire", "attempt", "clear", "holders", "holding", "pause"]
+__all__ = ["Held", "acquire", "attempt", "holding", "pause"]
 
 POLL_S = 0.05
-BEAT_S = 20.0
-STALE_S = 300.0
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 _BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
-_MOST_BYTES = 4096
-_CLAIM = re.compile(r"(.+)\.(alone|shared)\.[0-9a-f]{32}\Z")
 
 
 class Held:
@@ -75,7 +54,7 @@ class Held:
                 os.close(file)
             claim, self._claim = self._claim, None
             if claim is not None:
-                _drop(claim)
+                claims.drop(claim)
 
 
 def attempt(path: str | Path, *, shared: bool = False, make: bool = True) -> Held | None:
@@ -133,32 +112,6 @@ def holding(path: str | Path, *, shared: bool = False, make: bool = True) -> Ite
         held.release()
 
 
-def holders(path: str | Path) -> list[str]:
-    """Describe the holders of a lock, as far as their claims tell: ``["process 7 on host, for 30 s"]``."""
-    path = Path(path)
-    with suppress(OSError):
-        return [_describe(claim) for claim in _claims(path)]
-    return []
-
-
-def clear(folder: Path, name: re.Pattern[str]) -> None:
-    """Remove the claims that were left over in ``folder`` of paths that are not there any more.
-
-    Args:
-        name: matches the names of those paths.
-
-    Raises:
-        OSError: the folder can't be read.
-    """
-    for entry in os.listdir(folder):
-        of = _CLAIM.match(entry)
-        if of is None or not name.match(of[1]) or os.path.lexists(folder / of[1]):
-            continue
-        with suppress(OSError):
-            if _left_over(folder / entry, time.time()):
-                os.unlink(folder / entry)
-
-
 # ---------------------------------------------------------------------- flock
 class _NoFlock(Exception):
     """The operating system, or this file system, has no flock."""
@@ -169,7 +122,8 @@ def _attempt(path: Path, shared: bool, make: bool, *, wait: bool) -> Held | None
         try:
             return _by_flock(path, shared, make, wait)
         except _NoFlock:
-            return _by_claim(path, shared)
+            claim = claims.make(path, shared)
+            return None if claim is None else Held(path, None, claim)
 
 
 def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
@@ -187,7 +141,7 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         if code in _NO_FLOCK:
             _say(path, str(error))
             raise _NoFlock from error
-        if not there and not isinstance(error, _NoFlock):
+        if code is not None and not there:  # not after Ctrl-C: whoever was waited for holds it
             with suppress(OSError):
                 os.unlink(path)
         raise
@@ -246,191 +200,3 @@ def _say(path: Path, reason: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-# ---------------------------------------------------------------------- claims
-_mine: dict[str, Path] = {}  # token → claim; whoever changes it holds the condition
-_changed = threading.Condition()
-_beating = False
-
-
-def _by_claim(path: Path, shared: bool) -> Held | None:
-    """Make a claim, and take it back if another stands against it."""
-    token = uuid.uuid4().hex
-    claim = path.with_name(f"{path.name}.{'shared' if shared else 'alone'}.{token}")
-    with _changed:
-        _mine[token] = claim  # before the file is there: a claim of this process without an entry is left over
-    try:
-        _create(claim, token)
-        now_s = os.lstat(claim).st_mtime  # the clock of the file system, which all its machines share
-        for other in _claims(path):
-            if other == claim or (shared and ".shared." in other.name):
-                continue
-            if not _left_over(other, now_s):
-                _drop(claim)
-                return None
-            with suppress(FileNotFoundError):
-                os.unlink(other)
-    except BaseException:
-        _drop(claim)
-        raise
-    _keep_touching()
-    return Held(path, None, claim)
-
-
-def _create(claim: Path, token: str) -> None:
-    owner = {
-        "token": token,
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "since": int(time.time()),
-    }
-    data = json.dumps(owner).encode()
-    file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN | NO_FOLLOW, 0o644)
-    try:
-        os.write(file, data)
-    finally:
-        os.close(file)
-
-
-def _claims(path: Path) -> list[Path]:
-    mine = re.compile(re.escape(path.name) + r"\.(alone|shared)\.[0-9a-f]{32}\Z")
-    return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if mine.match(name)]
-
-
-def _owner(claim: Path) -> dict[str, Any]:
-    """What a claim says of its owner; anybody may have written it, so it counts only where it is well-formed."""
-    try:
-        with opened(claim, follow=False) as file:
-            said = json.loads(os.read(file, _MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}  # gone, or not written to its end yet
-    kinds = {"token": str, "host": str, "machine": str, "pid": int, "started": str, "since": int}
-    if not isinstance(said, dict) or said.keys() != kinds.keys():
-        return {}
-    return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else {}
-
-
-def _left_over(claim: Path, now_s: float) -> bool:
-    """Nobody holds this claim any more."""
-    try:
-        seen = os.lstat(claim)
-    except FileNotFoundError:
-        return True
-    if not stat.S_ISREG(seen.st_mode):
-        raise FolderError(f"{claim}: a link, or not what a lock makes there", "remove it")
-    owner = _owner(claim)
-    if owner and owner["machine"] == _machine() and os.name == "posix":
-        if owner["pid"] == os.getpid() and owner["started"] == _started(os.getpid()):
-            with _changed:
-                return owner["token"] not in _mine
-        return not _lives(owner["pid"], owner["started"])
-    # a time far ahead comes from a copied file, not from a holder
-    return abs(now_s - seen.st_mtime) > STALE_S
-
-
-def _lives(pid: int, started: str) -> bool:
-    """The process that told its start runs still; another one may have its number by now."""
-    if pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)  # asks, and sends nothing
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True  # another user's
-    return _started(pid) == started
-
-
-@cache
-def _machine() -> str:
-    """Name the set of processes among which a process id means something."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))  # containers count their processes anew
-    return " ".join(parts)
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty where the system does not tell."""
-    if not sys.platform.startswith("linux"):
-        return ""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _describe(claim: Path) -> str:
-    owner = _owner(claim)
-    if not owner:
-        return "an unknown process"
-    age_s = max(time.time() - owner["since"], 0)
-    return f"process {owner['pid']} on {owner['host'][:80]!r}, for {age_s:.0f} s"
-
-
-def _drop(claim: Path) -> None:
-    """Take a claim of this process back."""
-    with suppress(OSError):
-        os.unlink(claim)
-    with _changed:
-        _mine.pop(claim.name[-32:], None)
-        _changed.notify_all()
-
-
-def _keep_touching() -> None:
-    """See to it that this process's claims are touched while it has some."""
-    global _beating
-    with _changed:
-        if not _beating:
-            _beating = True
-            threading.Thread(target=_touch_all, name="lora_tree locks", daemon=True).start()
-
-
-def _touch_all() -> None:
-    global _beating
-    while True:
-        with _changed:
-            _changed.wait(BEAT_S)
-            if not _mine:
-                _beating = False
-                return
-            claims = list(_mine.values())
-        for claim in claims:
-            with suppress(OSError):
-                _touch(claim)
-
-
-def _touch(claim: Path) -> None:
-    """Write the first byte of a claim again: some file systems have no utime, and all note a write."""
-    file = os.open(claim, os.O_RDWR | PLAIN | NO_FOLLOW)
-    try:
-        first = os.read(file, 1)
-        os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, first)
-    finally:
-        os.close(file)
-
-
-@atexit.register
-def _drop_all() -> None:
-    """A process that ends leaves no claims, as it leaves no flocks."""
-    for claim in list(_mine.values()):
-        with suppress(OSError):
-            os.unlink(claim)
-
-
-def _forget_all() -> None:
-    """The child of a fork holds no claims: they tell of its parent, who still does."""
-    global _beating, _changed
-    _mine.clear()
-    _changed = threading.Condition()
-    _beating = False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)

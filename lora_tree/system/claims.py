@@ -1,0 +1,259 @@
+"""Claims: lock files that tell their owner, for file systems without flock.
+
+    lock.alone.<token>      the claim of the one holder
+    lock.shared.<token>     the claim of one of several holders
+
+A claim is a file that its holder made (O_EXCL). A process makes its claim first and looks for others afterwards. So of
+two that come at once, at least one sees the other, takes its own claim back and tries later.
+
+A claim is left over when its process has ended, where that can be asked: same machine, same start. A claim from another
+machine is left over when its holder has not touched it for `STALE_S`; a holder touches its claims all the time.
+
+Law: no claim's name is ever used twice. So a process that removes a claim that was left over can't hit a newer one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import socket
+import stat
+import sys
+import threading
+import time
+import uuid
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import FolderError
+from .flags import NO_FOLLOW, PLAIN
+from .reading import opened
+
+__all__ = ["clear", "drop", "make", "owners"]
+
+BEAT_S = 20.0
+STALE_S = 300.0
+_MOST_BYTES = 4096
+_CLAIM = re.compile(r"(.+)\.(alone|shared)\.[0-9a-f]{32}\Z")
+
+_mine: dict[str, Path] = {}  # token → claim; whoever changes it holds the condition
+_changed = threading.Condition()
+_beating = False
+
+
+def make(path: Path, shared: bool) -> Path | None:
+    """Make a claim on a path and return it, or take it back and return None if another stands against it.
+
+    Raises:
+        OSError: it can't be made.
+        FolderError: another claim is no plain file.
+    """
+    token = uuid.uuid4().hex
+    claim = path.with_name(f"{path.name}.{'shared' if shared else 'alone'}.{token}")
+    with _changed:
+        _mine[token] = claim  # before the file is there: a claim of this process without an entry is left over
+    try:
+        _create(claim, token)
+        now_s = os.lstat(claim).st_mtime  # the clock of the file system, which all its machines share
+        for other in _claims(path):
+            if other == claim or (shared and ".shared." in other.name):
+                continue
+            if not _left_over(other, now_s):
+                drop(claim)
+                return None
+            with suppress(FileNotFoundError):
+                os.unlink(other)
+    except BaseException:
+        drop(claim)
+        raise
+    _keep_touching()
+    return claim
+
+
+def drop(claim: Path) -> None:
+    """Take a claim of this process back; never raises."""
+    with suppress(OSError):
+        os.unlink(claim)
+    with _changed:
+        _mine.pop(claim.name[-32:], None)
+        _changed.notify_all()
+
+
+def owners(path: Path) -> list[str]:
+    """Describe the holders of a lock, as far as their claims tell: ``["process 7 on 'host', for 30 s"]``."""
+    with suppress(OSError):
+        return [_describe(claim) for claim in _claims(path)]
+    return []
+
+
+def clear(folder: Path, name: re.Pattern[str]) -> None:
+    """Remove the claims that were left over in ``folder`` of paths that are not there any more.
+
+    Args:
+        name: matches the names of those paths.
+
+    Raises:
+        OSError: the folder can't be read.
+    """
+    for entry in os.listdir(folder):
+        of = _CLAIM.match(entry)
+        if of is None or not name.match(of[1]) or os.path.lexists(folder / of[1]):
+            continue
+        with suppress(OSError):
+            if _left_over(folder / entry, time.time()):
+                os.unlink(folder / entry)
+
+
+# ---------------------------------------------------------------------- whose, and whether left over
+def _create(claim: Path, token: str) -> None:
+    owner = {
+        "token": token,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": int(time.time()),
+    }
+    data = json.dumps(owner).encode()
+    file = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN | NO_FOLLOW, 0o644)
+    try:
+        os.write(file, data)
+    finally:
+        os.close(file)
+
+
+def _claims(path: Path) -> list[Path]:
+    mine = re.compile(re.escape(path.name) + r"\.(alone|shared)\.[0-9a-f]{32}\Z")
+    return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if mine.match(name)]
+
+
+def _owner(claim: Path) -> dict[str, Any]:
+    """What a claim says of its owner; anybody may have written it, so it counts only where it is well-formed."""
+    try:
+        with opened(claim, follow=False) as file:
+            said = json.loads(os.read(file, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}  # gone, or not written to its end yet
+    kinds = {"token": str, "host": str, "machine": str, "pid": int, "started": str, "since": int}
+    if not isinstance(said, dict) or said.keys() != kinds.keys():
+        return {}
+    return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else {}
+
+
+def _left_over(claim: Path, now_s: float) -> bool:
+    """Nobody holds this claim any more."""
+    try:
+        seen = os.lstat(claim)
+    except FileNotFoundError:
+        return True
+    if not stat.S_ISREG(seen.st_mode):
+        raise FolderError(f"{claim}: a link, or not what a lock makes there", "remove it")
+    owner = _owner(claim)
+    if owner and owner["machine"] == _machine():
+        if owner["pid"] == os.getpid() and owner["started"] == _started(os.getpid()):
+            with _changed:
+                return owner["token"] not in _mine
+        if os.name == "posix":  # on Windows, to ask for a process would end it
+            return not _lives(owner["pid"], owner["started"])
+    # a time far ahead comes from a copied file, not from a holder
+    return abs(now_s - seen.st_mtime) > STALE_S
+
+
+def _lives(pid: int, started: str) -> bool:
+    """The process that told its start runs still; another one may have its number by now."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # another user's
+    return _started(pid) == started
+
+
+@cache
+def _machine() -> str:
+    """Name the set of processes among which a process id means something."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))  # containers count their processes anew
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks; empty where the system does not tell."""
+    if not sys.platform.startswith("linux"):
+        return ""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _describe(claim: Path) -> str:
+    owner = _owner(claim)
+    if not owner:
+        return "an unknown process"
+    age_s = max(time.time() - owner["since"], 0)
+    return f"process {owner['pid']} on {owner['host'][:80]!r}, for {age_s:.0f} s"
+
+
+def _keep_touching() -> None:
+    """See to it that this process's claims are touched while it has some."""
+    global _beating
+    with _changed:
+        if not _beating:
+            _beating = True
+            threading.Thread(target=_touch_all, name="lora_tree locks", daemon=True).start()
+
+
+def _touch_all() -> None:
+    global _beating
+    while True:
+        with _changed:
+            _changed.wait(BEAT_S)
+            if not _mine:
+                _beating = False
+                return
+            claims = list(_mine.values())
+        for claim in claims:
+            with suppress(OSError):
+                _touch(claim)
+
+
+def _touch(claim: Path) -> None:
+    """Write the first byte of a claim again: some file systems have no utime, and all note a write."""
+    file = os.open(claim, os.O_RDWR | PLAIN | NO_FOLLOW)
+    try:
+        first = os.read(file, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+        os.write(file, first)
+    finally:
+        os.close(file)
+
+
+@atexit.register
+def _drop_all() -> None:
+    """A process that ends leaves no claims, as it leaves no flocks."""
+    for claim in list(_mine.values()):
+        with suppress(OSError):
+            os.unlink(claim)
+
+
+def _forget_all() -> None:
+    """The child of a fork holds no claims: they tell of its parent, who still does."""
+    global _beating, _changed
+    _mine.clear()
+    _changed = threading.Condition()
+    _beating = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
