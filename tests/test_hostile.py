@@ -34,7 +34,7 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import BaseMismatch, BudgetError, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
 from lora_tree.export.shards import open_checkpoint
-from lora_tree.folder import commit, disk, lockfile, survey, yamlfile
+from lora_tree.folder import commit, disk, lockfile, opening, source, survey, yamlfile
 from lora_tree.formats import limits, strict_json
 from lora_tree.formats.safetensors import _ordinary, parse_header
 from lora_tree.integrations import flatcache, vllm
@@ -1023,6 +1023,45 @@ def test_new_folders_follow_the_mask_and_a_staged_file_is_never_readable_by_more
 
 
 # ---------------------------------------------------------------- outside the folder
+@pytest.mark.parametrize("name", ["tree.yaml", "tree.lock"])
+def test_a_tree_s_own_file_that_becomes_a_link_out_of_the_folder_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tree().save(tmp_path / "zoo")
+    lt.AdapterTree(base="secret").save(tmp_path / "other")
+    real = opening.inside
+
+    def looks(path: str, folder: str) -> bool:
+        answer = real(path, folder)
+        if path.endswith(name):  # right after the look that finds it inside
+            os.unlink(tmp_path / "zoo" / name)
+            os.symlink(tmp_path / "other" / name, tmp_path / "zoo" / name)
+            monkeypatch.setattr(opening, "inside", real)
+        return answer
+
+    monkeypatch.setattr(opening, "inside", looks)
+    with pytest.raises(FolderError, match=rf"zoo/{name}: .*which is not where it may lie|a link that leads out"):
+        lt.load(tmp_path / "zoo")
+
+
+def test_a_named_adapter_s_file_that_becomes_a_link_while_it_is_read_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(1).save(tmp_path / "zoo/.kept/one")
+    adapter(2).save(tmp_path / "secret")
+    (tmp_path / "zoo/tree.yaml").write_text("version: 1\ntree: {fr: {adapter: .kept/one}}\n")
+    loaded = lt.load(tmp_path / "zoo", outside=False)
+    file = tmp_path / "zoo/.kept/one" / WEIGHTS
+
+    def link() -> None:
+        file.unlink()
+        file.symlink_to(tmp_path / "secret" / WEIGHTS)
+
+    swapped(monkeypatch, source, "look", link)
+    with pytest.raises(FormatError, match="one"):
+        loaded.adapter("fr")
+
+
 @pytest.mark.parametrize("how", ["relative", "absolute", "home", "through a link"])
 def test_an_adapter_outside_of_the_folder_is_refused_where_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

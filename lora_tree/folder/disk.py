@@ -77,9 +77,13 @@ def exists(path: str | Path) -> bool:
     return is_file(path, follow=False)
 
 
-def read(path: str | Path, *, most: int | None = None, follow: bool = True) -> bytes:
-    """A file's bytes; refused where there are more than ``most``, and where it is a link that is not to be followed."""
-    with named("read it", path), opened(path, follow=follow) as file:
+def read(path: str | Path, *, most: int | None = None, follow: bool = True, inside: Inside | None = None) -> bytes:
+    """Return a file's bytes.
+
+    It is refused where there are more than ``most``, where it is a link that is not to be followed, and where it does
+    not lie ``inside``.
+    """
+    with named("read it", path), opened(path, follow=follow, inside=inside) as file:
         size = os.fstat(file).st_size
         if most is not None and size > most:
             raise FolderError(f"{path}: {size} bytes; the most is {most}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..base_names import other_base
 from ..errors import FolderError, LoraTreeError, NewerFormat, SpecError, suggest
@@ -241,7 +242,7 @@ def _bytes(place: Place, name: str, decided: Pending, most: int) -> bytes | None
     if not inside(file, place.folder):
         real = os.path.realpath(file)
         raise FolderError(f"{file}: a link that leads out of {place.folder}", f"open {real} itself, or copy it here")
-    return disk.read(file, most=most)
+    return disk.read(file, most=most, inside=partial(inside, folder=place.folder))
 
 
 def _compare(opened: Opened, lock: TreeLock) -> None:

@@ -161,6 +161,7 @@ class FolderSource:
         witness: Witness | None = None,
     ) -> Adapter:
         config, weights = (files.now[name][0] for name in FILES)
+        home = self.within or self.root
         return peft.read(
             config,
             weights,
@@ -168,7 +169,7 @@ class FolderSource:
             outline=outline,
             allocate=allocate,
             witness=witness,
-            inside=None if self.root is None else partial(inside, folder=self.root),
+            inside=None if home is None else partial(inside, folder=home),
         )
 
 
