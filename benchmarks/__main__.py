@@ -15,6 +15,7 @@ from . import (
     decode,
     first_use,
     flatten,
+    gpu,
     opening,
     policies,
     routed,
@@ -41,6 +42,7 @@ class Name(StrEnum):
     first_use = "first-use"
     thousands = "thousands"
     policies = "policies"
+    gpu = "gpu"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -55,6 +57,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.first_use: first_use.run,
     Name.thousands: thousands.run,
     Name.policies: policies.run,
+    Name.gpu: gpu.run,
 }
 
 

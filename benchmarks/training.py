@@ -23,7 +23,7 @@ from .common import Case, Result, interleaved
 from .memory import keep_memory, peak_bytes
 from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
 
-__all__ = ["run"]
+__all__ = ["joint", "run"]
 
 LEAVES = 8
 PARTS = 4
@@ -38,10 +38,11 @@ def run(size: Size = FULL) -> list[Result]:
     if torch.cuda.is_available() and size.hidden == FULL.hidden:
         size, dtype = replace(size, hidden=4096), torch.bfloat16
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [*_joint(size, dtype, device), _ancestors(size, dtype, device)]
+    return [*joint(size, dtype, device), _ancestors(size, dtype, device)]
 
 
-def _joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
+def joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
+    """A table for each number of rows a leaf."""
     tree = lt.AdapterTree()
     for i in range(LEAVES):
         tree.add(f"leaf{i}", adapter=adapter(base(size, dtype), size, seed=i, dtype=torch.float32))

@@ -436,7 +436,7 @@ class TreeModel(nn.Module):
                 parameter.requires_grad_(flag)
             self._handed.look(False)
             self._sharded_together(False)
-            self._merged.pristine.forget()
+            self._merged.forget()
             self._beside.forget()
             self._router.forget()
             self._binder.forget()
@@ -835,6 +835,8 @@ class TreeModel(nn.Module):
             raise
 
     def _check_trainable(self, plan: Plan) -> None:
+        if not plan.trains:
+            return
         for name, terms in plan.terms.items():
             for term in terms:
                 if any(t.requires_grad for t in term.value.tensors):

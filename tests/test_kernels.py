@@ -24,23 +24,31 @@ from lora_tree.engine.kernels import Part, Term, can_merge
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-SOURCE = Path(lt.__file__).parent / "engine/kernels/merge.py"
+SOURCES = Path(lt.__file__).parent / "engine/kernels"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
+
+
+def interpreted(name: str) -> Iterator[Any]:
+    """A kernel's module, loaded once more for the interpreter: Triton looks at the variable when it decorates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec = importlib.util.spec_from_file_location(f"lora_tree.engine.kernels._{name}", SOURCES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Any]:
-    """The kernel's module, loaded once more for the interpreter: Triton looks at the variable when it decorates."""
-    name = "lora_tree.engine.kernels._interpreted"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.spec_from_file_location(name, SOURCE)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        yield module
+    yield from interpreted("merge")
+
+
+@pytest.fixture(scope="module")
+def sample() -> Iterator[Any]:
+    yield from interpreted("sample")
 
 
 def part(
@@ -62,7 +70,7 @@ def part(
 
     pristine = torch.randn(shape, generator=draw).to(weight)
     terms = [Term(factors(rows, r), factors(r, cols), s) for r, s in zip(ranks, scales, strict=False)]
-    return Part(torch.full_like(pristine, float("nan")), pristine, terms)
+    return Part.of(torch.full_like(pristine, float("nan")), pristine, terms)
 
 
 def exact(of: Part) -> Tensor:
@@ -88,21 +96,19 @@ def test_a_launch_writes_every_weight_to_one_rounding_of_the_exact_sum(
     kernel: Any, weight: torch.dtype, factor: torch.dtype
 ) -> None:
     parts = [part(weight, factor, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
-    assert all(can_merge(each) for each in parts)
-    versions = [each.weight._version for each in parts]
-    kernel.merge(parts, interpreted=True)
-    for each, version in zip(parts, versions, strict=True):
+    assert all(can_merge(each.weight, each.pristine, each.terms) for each in parts)
+    kernel.laid_out(parts, interpreted=True).run()
+    for each in parts:
         wanted = exact(each)
         # half a unit of the weight's dtype, and what a sum of so many fp32 products may be off
         bound = wanted.abs() * EPS[weight] + 1e-5 * (1 + wanted.abs())
         assert ((each.weight.double() - wanted).abs() <= bound).all()
         torch.testing.assert_close(each.weight, kernel.merged_plainly(each), rtol=4 * EPS[weight], atol=1e-5)
-        assert each.weight._version > version, "autograd has to hear of what a kernel wrote"
 
 
 def test_nearly_all_entries_are_the_rounded_float64(kernel: Any) -> None:
     each = part(torch.float16, torch.float16, (1, 256, 256), (16, 16, 16))
-    kernel.merge([each], interpreted=True)
+    kernel.laid_out([each], interpreted=True).run()
     wrong = int((each.weight != exact(each).half()).sum())
     assert wrong <= each.weight.numel() // 1000
 
@@ -111,15 +117,15 @@ def test_the_bits_do_not_depend_on_what_shares_a_launch(kernel: Any) -> None:
     alone = [part(torch.float16, torch.float16, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
     together = [part(torch.float16, torch.float16, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
     for each in alone:
-        kernel.merge([each], interpreted=True)
-    kernel.merge(together[::-1], interpreted=True)
+        kernel.laid_out([each], interpreted=True).run()
+    kernel.laid_out(together[::-1], interpreted=True).run()
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, together, strict=True))
 
 
 def test_a_weight_may_be_its_own_source(kernel: Any) -> None:
     apart, in_place = (part(torch.float32, torch.float32, (2, 70, 140), (5, 6)) for _ in range(2))
     in_place.weight.copy_(in_place.pristine)
-    kernel.merge([apart, Part(in_place.weight, in_place.weight, in_place.terms)], interpreted=True)
+    kernel.laid_out([apart, Part(in_place.weight, in_place.weight, in_place.terms)], interpreted=True).run()
     assert torch.equal(apart.weight, in_place.weight)
 
 
@@ -127,14 +133,14 @@ def test_factors_of_several_dtypes_are_widened_and_none_is_rounded(kernel: Any) 
     draw = torch.Generator().manual_seed(0)
     each = part(torch.float32, torch.float32, (1, 40, 50), (4,))
     narrow = Term(torch.randn(1, 40, 8, generator=draw).bfloat16(), torch.randn(1, 8, 50, generator=draw).half(), 1.0)
-    mixed = Part(each.weight, each.pristine, [*each.terms, narrow])
-    kernel.merge([mixed], interpreted=True)
+    mixed = Part.of(each.weight, each.pristine, [*each.terms, narrow])
+    kernel.laid_out([mixed], interpreted=True).run()
     torch.testing.assert_close(mixed.weight.double(), exact(mixed), rtol=1e-6, atol=1e-5)
 
 
 def test_what_a_kernel_does_not_cover_is_known_from_the_values_alone() -> None:
     good = part(torch.float16, torch.float16, (1, 8, 16), (2, 2))
-    assert can_merge(good)
+    assert can_merge(good.weight, good.pristine, good.terms)
     zero = Term(good.terms[0].left, good.terms[0].right, 0.0)
     tiny = Term(good.terms[0].left, good.terms[0].right, 1e-30)
     wide = Term(good.terms[0].left.double(), good.terms[0].right, 1.0)
@@ -144,7 +150,26 @@ def test_what_a_kernel_does_not_cover_is_known_from_the_values_alone() -> None:
         Part(columns_first, good.pristine, good.terms),
         *(Part(good.weight, good.pristine, [*good.terms, term]) for term in (zero, tiny, wide)),
     ):
-        assert not can_merge(bad)
+        assert not can_merge(bad.weight, bad.pristine, bad.terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sample_has_the_bits_of_every_so_manieth_number(sample: Any, dtype: torch.dtype) -> None:
+    tensors = [torch.randn(shape).to(dtype) for shape in ((1,), (7, 5), (40, 301), (3, 20, 12))]
+    tensors[1][0, 0] = float("nan")
+    steps = [1, 2, 189, 11]
+    taken = sample.sampler(tensors, steps)()
+    wanted = torch.cat([tensor.flatten()[::step] for tensor, step in zip(tensors, steps, strict=True)])
+    assert torch.equal(taken, wanted.view(taken.dtype))
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.float16], ids=str)
+def test_a_sum_of_many_slots_takes_one_after_the_other(kernel: Any, weight: torch.dtype) -> None:
+    each = part(weight, weight, (1, 70, 130), (40, 33, 5))
+    assert sum(-(-t.left.shape[-1] // kernel.RANKS) for t in each.terms) > kernel.UNROLLED
+    kernel.laid_out([each], interpreted=True).run()
+    wanted = exact(each)
+    assert ((each.weight.double() - wanted).abs() <= wanted.abs() * EPS[weight] + 2e-5 * (1 + wanted.abs())).all()
 
 
 # ---------------------------------------------------------------------- a whole model
@@ -153,12 +178,16 @@ def merging(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Merged switches take the kernel, as they do on CUDA; the number of parts of every launch."""
     launched: list[int] = []
 
-    def merge(parts: list[Part]) -> None:
-        launched.append(len(parts))
-        kernel.merge(parts, interpreted=True)
+    class Counted:
+        def __init__(self, parts: list[Part]) -> None:
+            self._launch, self._count = kernel.laid_out(parts, interpreted=True), len(parts)
+
+        def run(self) -> None:
+            launched.append(self._count)
+            self._launch.run()
 
     monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.merged.merge", merge)
+    monkeypatch.setattr("lora_tree.engine.merged.laid_out", Counted)
     return launched
 
 
@@ -239,15 +268,15 @@ def test_a_launch_that_fails_leaves_the_path_before(merging: list[int], monkeypa
     model = lt.attach(tree, base)
     model.activate("a/b")
     before = bits(base)
-    good: Any = importlib.import_module("lora_tree.engine.merged").merge
+    good: Any = importlib.import_module("lora_tree.engine.merged").laid_out
     calls = iter([True])
 
-    def failing(parts: list[Part]) -> None:
+    def failing(parts: list[Part]) -> Any:
         if next(calls, False):
             raise RuntimeError("no launch")
-        good(parts)
+        return good(parts)
 
-    monkeypatch.setattr("lora_tree.engine.merged.merge", failing)
+    monkeypatch.setattr("lora_tree.engine.merged.laid_out", failing)
     with pytest.raises(RuntimeError, match="no launch"):
         model.activate("d")
     assert model.active == "a/b"
@@ -263,7 +292,7 @@ def test_in_place_a_launch_that_fails_takes_nothing_back(merging: list[int], mon
         model = lt.attach(tree, base, pristine="none")
     model.activate("a/b")
     before = bits(base)
-    monkeypatch.setattr("lora_tree.engine.merged.merge", functools.partial(_fail, "no launch"))
+    monkeypatch.setattr("lora_tree.engine.merged.laid_out", functools.partial(_fail, "no launch"))
     with pytest.raises(RuntimeError, match="no launch"):
         model.activate("d")
     assert same(bits(base), before)
@@ -271,3 +300,75 @@ def test_in_place_a_launch_that_fails_takes_nothing_back(merging: list[int], mon
 
 def _fail(what: str, *args: object) -> None:
     raise RuntimeError(what)
+
+
+# ---------------------------------------------------------------------- launches that are kept
+@pytest.fixture
+def made(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of parts of every launch that was laid out."""
+    found: list[int] = []
+    good: Any = importlib.import_module("lora_tree.engine.merged").laid_out
+
+    def counted(parts: list[Part]) -> Any:
+        found.append(len(parts))
+        return good(parts)
+
+    monkeypatch.setattr("lora_tree.engine.merged.laid_out", counted)
+    return found
+
+
+def test_a_switch_made_before_lays_nothing_out_and_writes_the_same_bits(made: list[int], merging: list[int]) -> None:
+    tree, base = forest()
+    model = lt.attach(tree, base)
+    seen: dict[str, dict[str, Tensor]] = {}
+    for path in ("a/b", "a/c", "a/b", "a/c", "a/b"):
+        versions = {name: value._version for name, value in base.named_parameters()}
+        model.activate(path)
+        assert all(value._version > versions[n] for n, value in base.named_parameters() if "bias" not in n)
+        assert same(bits(base), seen.setdefault(path, bits(base)))
+    assert len(merging) == 5
+    assert len(made) == 2, "one for each path"
+
+
+def test_a_weight_that_lies_elsewhere_is_laid_out_anew(made: list[int]) -> None:
+    tree, base = forest()
+    model = lt.attach(tree, base)
+    model.activate("a/b")
+    expected = bits(base)
+    model.activate("")
+    weight: Any = base.linear.weight  # type: ignore[union-attr]
+    weight.data = weight.data.clone()  # as a move to another device and back does
+    count = len(made)
+    model.activate("a/b")
+    assert len(made) == count + 1
+    assert same(bits(base), expected)
+
+
+def test_another_pristine_copy_is_laid_out_anew(made: list[int]) -> None:
+    tree, base = forest()
+    model = lt.attach(tree, base)
+    model.activate("a/b")
+    model.activate("")
+    with torch.no_grad():
+        base.linear.weight.mul_(2)  # type: ignore[union-attr, operator]
+    model.activate("a/b")
+    written = bits(base)
+    model.detach()
+    lt.attach(tree, base).activate("a/b")
+    assert same(bits(base), written)
+
+
+def test_what_trained_is_laid_out_for_each_use(made: list[int]) -> None:
+    tree, base = forest()
+    model = lt.attach(tree, base)
+    factors = model.trainable("a/b")[0]["params"]
+    model.trainable()
+    model.activate("a/b")
+    model.activate("")
+    before = bits(base)
+    with torch.no_grad():
+        for factor in factors:
+            factor.data = factor.data * 2  # other memory, behind our back
+    model.activate("a/b")
+    assert len(made) == 2
+    assert not same(bits(base), before)

@@ -25,10 +25,11 @@ __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
 
 @dataclass(frozen=True, eq=False)
 class Arrived:
-    """An adapter on the device, and what says that its numbers are there; None: they are."""
+    """An adapter on the device, what says that its numbers are there (None: they are), and the buffer they lie in."""
 
     adapter: Adapter
     event: Any = None
+    buffer: Tensor | None = None
 
 
 class Link(Protocol):
@@ -74,14 +75,13 @@ class CudaLink:
             there.copy_(host, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        return Arrived(adapter.with_tensors(over(there)), event)
+        return Arrived(adapter.with_tensors(over(there)), event, there)
 
     def wait(self, arrived: Arrived) -> None:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(arrived.event)
-        buffer = buffer_of(arrived.adapter)
-        if buffer is not None:
-            buffer.record_stream(stream)
+        if arrived.buffer is not None:
+            arrived.buffer.record_stream(stream)
 
 
 def link_to(base: nn.Module) -> Link | None:

@@ -28,7 +28,9 @@ from .side import side_dtype
 
 __all__ = ["check_beside", "harmless", "not_finite", "suspects"]
 
-_LARGEST: weakref.WeakKeyDictionary[Adapter, float] = weakref.WeakKeyDictionary()
+_LARGEST: weakref.WeakKeyDictionary[Adapter, tuple[int, float]] = weakref.WeakKeyDictionary()
+"""Adapter → how often its parameters had been written to, and its largest number then."""
+
 _FINE: weakref.WeakKeyDictionary[Plan, set[tuple[bool, tuple[torch.dtype, ...]]]] = weakref.WeakKeyDictionary()
 
 Part = tuple[str, LowRank, float]
@@ -169,15 +171,16 @@ def _most(plan: Plan) -> float:
 
 
 def _largest_in(adapter: Adapter) -> float:
-    known = _LARGEST.get(adapter)
-    if known is not None:
-        return known
     tensors = [tensor for value in adapter.modules.values() for tensor in value.tensors]
+    # Parameters may be written to in place; nothing else is. A look at their numbers waits for a device.
+    writes = sum(tensor._version for tensor in tensors if isinstance(tensor, nn.Parameter))
+    known = _LARGEST.get(adapter)
+    if known is not None and known[0] == writes:
+        return known[1]
     if any(hasattr(tensor, "full_tensor") for tensor in tensors):
         return 0.0  # every rank has a part; `check_whole` keeps these from being merged
     found = max(_largest(_runs(tensors)), default=0.0, key=_badness)
-    if not any(isinstance(tensor, nn.Parameter) for tensor in tensors):  # parameters may be written to in place
-        _LARGEST[adapter] = found
+    _LARGEST[adapter] = writes, found
     return found
 
 

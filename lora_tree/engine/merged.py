@@ -8,8 +8,10 @@ Addresses stay what they were, no hook is left, and the forward is the plain bas
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,10 @@ from ..lowrank import LowRank, concat, stacked
 from ..sites import Site
 from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
 from .finite import not_finite, suspects
-from .kernels import Part, Term, can_merge, merge, usable
+from .kernels import Part, laid_out, usable
 from .plan import BARE, Plan, Terms, same_terms
 from .pristine import Place, Pristine
-from .unpromised import copy_all
+from .together import Known, Launches, part_of
 
 __all__ = ["Merged", "add_bias", "add_weight", "check_sum"]
 
@@ -41,8 +43,10 @@ class Merged:
         self._base = base
         self._in_place = place == "none"
         self._untied: set[tuple[str, str]] = set()
+        self._checked: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._addresses: list[int] = []
         self._scratch = Scratch()
+        self._launches = Launches()
         self.pristine = Pristine(place)
         self.plan = BARE
 
@@ -53,23 +57,16 @@ class Merged:
             UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
             BaseMismatch: a weight would get a number that is not finite; names the node and the module.
         """
-        names: dict[tuple[int, str], str] = {}
-        for name, terms in plan.terms.items():
-            site = plan.sites[name]
-            for term in terms:
-                site.check_mode(term.value, merged=True, node=term.node)
-            other = names.setdefault((id(site.module), site.weight_name), name)
-            if other != name:
-                raise TiedWeights(
-                    f"{terms[0].node}: {other} and {name} are two names of one weight: "
-                    "written one after the other, one would be lost",
-                    "call it by the same name in every adapter on the path",
-                )
-        if plan.terms and (addresses := _addresses(self._base)) != self._addresses:
-            self._untied.clear()  # a weight was replaced, and may be tied since
+        if not plan.terms:
+            return
+        addresses = _addresses(self._base)
+        if addresses != self._addresses:  # a weight was replaced, and may be tied, or of another kind, since
+            self._untied.clear()
+            self._checked.clear()
             self._addresses = addresses
-        jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
-        self._check_ties([(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
+        if plan not in self._checked:
+            self._check_sites(plan)
+            self._checked.add(plan)
         self._check_finite(plan)
 
     def switch(self, plan: Plan) -> None:
@@ -90,7 +87,8 @@ class Merged:
             if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
         ]
         before = self.plan
-        with exact_mode(*(site.weight.device for site in sites.values() if site.weight is not None)):
+        weights = [job.site.weight for job in jobs]
+        with exact_mode(*{weight.device for weight in weights if weight is not None}):
             if not self._in_place:
                 self.pristine.keep(
                     (job.site.module_name, job.site.module, attribute) for job in jobs for attribute in job.attributes
@@ -98,7 +96,7 @@ class Merged:
             begun: list[_Job] = []
             done: list[_Job] = []
             try:
-                self._write(jobs, begun, done)
+                self._write(jobs, begun, done, plan if plan.fixed and not self._in_place else None)
                 self.plan = plan
             except BaseException:
                 self.plan = before
@@ -125,11 +123,13 @@ class Merged:
                 'model.trust("weights") takes the weights as they are now for the base, or load the base again',
             )
         self.pristine.restore(self._replaced())
+        self._launches.forget()
         self.plan = BARE
 
     def forget(self) -> None:
         """Take the weights as they are now for the base's own."""
         self.pristine.forget()
+        self._launches.forget()
         self.plan = BARE
 
     def _replaced(self) -> list[str]:
@@ -137,71 +137,88 @@ class Merged:
         sites = self.plan.sites.values()
         return [f"{site.module_name}.{site.weight_name}" for site in sites if not site.is_in(self._base)]
 
-    def _write(self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job]) -> None:
+    def _write(self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job], plan: Plan | None = None) -> None:
         """Write some sites' weights and biases.
 
         Args:
             jobs: in the order in which they are written.
             begun: gets every job before anything of it is written.
             done: gets every job when it is written.
+            plan: what the jobs write, where a launch may be kept for it.
         """
-        later: list[_Job] = []
-        parts: list[Part] = []
         # What goes bare comes first, because the same weight may be written under a second name.
         bare = [job for job in jobs if not job.new and not self._in_place]
+        rest = [job for job in jobs if job.new or self._in_place]
         begun += bare
         self._write_bare(bare)
         done += bare
-        for job in jobs:
-            if not job.new and not self._in_place:
-                continue
+        sites = [job.site for job in rest]
+        known = None if plan is None else self._launches.find(plan, sites, self.pristine.number)
+        parts: dict[str, Part] = {}
+        targets: list[Tensor] = []
+        waiting: list[_Job] = []
+        keeps = plan is not None
+        for job in rest:
+            site = job.site
             begun.append(job)
-            waiting = len(parts)
             for attribute in job.attributes:
-                part = self._written(job, attribute)
-                if part is not None:
-                    parts.append(part)
-            (done if len(parts) == waiting else later).append(job)
-        if parts:
-            merge(parts)
-        done += later
+                target: Tensor = getattr(site.module, attribute)
+                source = self._source(job, attribute)
+                if attribute != site.weight_name or not usable(target.device):
+                    self._write_now(job, target, source)
+                    continue
+                if known is None:
+                    found = part_of(site, target, source, self._terms(job))
+                    if found is None:
+                        self._write_now(job, target, source)
+                        continue
+                    parts[site.name] = found[0]
+                    keeps = keeps and not found[1]
+                elif site.name not in known.addresses:
+                    self._write_now(job, target, source)
+                    continue
+                if source.device != target.device:
+                    target.copy_(source, non_blocking=True)  # the launch reads it there
+                targets.append(target)
+            (waiting if targets and targets[-1] is site.weight else done).append(job)
+        if targets:
+            if known is None:
+                addresses = {name: part.weight.data_ptr() for name, part in parts.items()}
+                known = Known(laid_out(list(parts.values())), addresses)
+                if keeps and plan is not None:
+                    self._launches.keep(plan, sites, known)
+            known.launch.run()
+            # A kernel writes without autograd's knowledge: whoever saved a weight for a backward must hear of it.
+            torch.autograd.graph.increment_version(targets)
+        done += waiting
 
     def _write_bare(self, jobs: Sequence[_Job]) -> None:
         """Put the base's own values back at some sites."""
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
         for job in jobs:
             site = job.site
             for attribute in job.attributes:
                 target: Tensor = getattr(site.module, attribute)
                 source = self.pristine.of(site.module, attribute)
                 self.pristine.wrote(site.module, attribute, merged=False)
-                if target.device.type == "cuda":
-                    targets.append(target)
-                    sources.append(source)
-                else:
-                    _add(site, target, source, [], self._scratch)
-        if targets:
-            copy_all(targets, sources)  # a few launches for all
+                _add(site, target, source, [], self._scratch)
 
-    def _written(self, job: _Job, attribute: str) -> Part | None:
-        """Write a site's weight or bias now, or return what a kernel writes together with others."""
-        site = job.site
-        target: Tensor = getattr(site.module, attribute)
-        terms = [(t.value, t.coefficient) for t in job.new]
+    def _source(self, job: _Job, attribute: str) -> Tensor:
+        """What a site's weight or bias is computed from; it counts as written from now on."""
         if self._in_place:
-            source = target.detach()
-            terms += [(t.value, -t.coefficient) for t in job.old]
-        else:
-            source = self.pristine.of(site.module, attribute)
-            self.pristine.wrote(site.module, attribute, merged=bool(terms))
-        if attribute == site.weight_name and usable(target.device):
-            part = _part(site, target, source, terms)
-            if part is not None:
-                return part
-        values = [value.scaled(c).to(device=target.device) for value, c in terms]
-        _add(site, target, source, values, self._scratch)
-        return None
+            tensor: Tensor = getattr(job.site.module, attribute)
+            return tensor.detach()
+        self.pristine.wrote(job.site.module, attribute, merged=bool(job.new))
+        return self.pristine.of(job.site.module, attribute)
+
+    def _terms(self, job: _Job) -> list[tuple[LowRank, float]]:
+        """Values and their coefficients; in place what was written before is taken back too."""
+        terms = [(t.value, t.coefficient) for t in job.new]
+        return terms + [(t.value, -t.coefficient) for t in job.old] if self._in_place else terms
+
+    def _write_now(self, job: _Job, target: Tensor, source: Tensor) -> None:
+        """With stock operations, on the weight's device."""
+        values = [value.scaled(c).to(device=target.device) for value, c in self._terms(job)]
+        _add(job.site, target, source, values, self._scratch)
 
     def _check_finite(self, plan: Plan) -> None:
         """That no finite number of a weight becomes one that is not; tried out only where a bound can't tell."""
@@ -221,6 +238,23 @@ class Merged:
             return kept
         own: Tensor = getattr(site.module, attribute)
         return own.detach()
+
+    def _check_sites(self, plan: Plan) -> None:
+        """That each site takes a write, under one name, and shares its memory with no other module."""
+        names: dict[tuple[int, str], str] = {}
+        for name, terms in plan.terms.items():
+            site = plan.sites[name]
+            for term in terms:
+                site.check_mode(term.value, merged=True, node=term.node)
+            other = names.setdefault((id(site.module), site.weight_name), name)
+            if other != name:
+                raise TiedWeights(
+                    f"{terms[0].node}: {other} and {name} are two names of one weight: "
+                    "written one after the other, one would be lost",
+                    "call it by the same name in every adapter on the path",
+                )
+        jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
+        self._check_ties([(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
 
     def _check_ties(self, written: Sequence[tuple[_Job, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
@@ -249,24 +283,15 @@ class _Job:
     new: Terms
     old: Terms
 
-    @property
+    @cached_property
     def attributes(self) -> list[str]:
         """The tensors it writes: the weight, and the bias where a term has one or had."""
-        biased = any(t.value.bias is not None for t in (*self.new, *self.old))
-        return [self.site.weight_name, self.site.bias_name] if biased else [self.site.weight_name]
-
-
-def _part(site: Site, target: Tensor, source: Tensor, terms: Sequence[tuple[LowRank, float]]) -> Part | None:
-    """A site's weight as kernels take it; None where they don't cover it."""
-    rows = site.rows(target)
-    if rows.data_ptr() != target.data_ptr():
-        return None  # not laid out row by row
-    found = []
-    for value, coefficient in terms:
-        left, right = site.sides_of(value.to(device=target.device))
-        found.append(Term(left, right, value.scale * coefficient))
-    part = Part(rows, site.rows(source), found)
-    return part if can_merge(part) else None
+        names = [self.site.weight_name]
+        for term in (*self.new, *self.old):
+            if term.value.bias is not None:
+                names.append(self.site.bias_name)
+                break
+        return names
 
 
 def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch) -> None:
@@ -325,7 +350,7 @@ def add_weight(site: Site, target: Tensor, source: Tensor, values: Sequence[LowR
         site: says how a delta lies in such a weight; its own may be another one, on the meta device for example.
     """
     if not values:
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)  # from pinned memory the host need not wait
         return
     wide = compute_dtype(target.dtype, *(value.dtype for value in values))
     if target.dtype != wide and all(value.dtype == target.dtype for value in values):
@@ -340,7 +365,17 @@ def add_weight(site: Site, target: Tensor, source: Tensor, values: Sequence[LowR
 
 def _addresses(base: nn.Module) -> list[int]:
     """Where every tensor of every module lies, shared ones each time."""
-    return [tensor.data_ptr() for module in base.modules() for _, tensor in _own(module)]
+    found: list[int] = []
+    # By hand, as this is asked at every switch. A module under two names comes twice; each time alike.
+    waiting = [base]
+    while waiting:
+        module = waiting.pop()
+        for held in (module._parameters, module._buffers):
+            for tensor in held.values():
+                if tensor is not None and tensor.layout is torch.strided and not is_lazy(tensor):
+                    found.append(tensor.data_ptr())
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ __all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "same_terms"]
 
 KEPT_PLANS = 256
 KEPT_MARKS = 1024
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 _MARKS = itertools.count(1)
 
@@ -68,6 +72,15 @@ class Plan:
     live: frozenset[tuple[str, str]] = frozenset()
     fixed: bool = True
 
+    @property
+    def trains(self) -> bool:
+        """Autograd follows a factor or a bias of it now."""
+        return any(map(_requires_grad, self._tensors))
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for terms in self.terms.values() for term in terms for t in term.value.tensors)
+
 
 BARE = Plan({}, {})
 
@@ -94,10 +107,12 @@ class Marks:
 
 def same_terms(x: Terms, y: Terms) -> bool:
     """Whether two sites' plans write the same bits: the same values, as they are, with the same coefficients."""
-    return len(x) == len(y) and all(
-        a.value is b.value and a.coefficient == b.coefficient and a.version == b.version
-        for a, b in zip(x, y, strict=True)
-    )
+    if len(x) != len(y):
+        return False
+    for a, b in zip(x, y, strict=True):  # a loop: this is asked of every site at every switch
+        if a.value is not b.value or a.coefficient != b.coefficient or a.version != b.version:
+            return False
+    return True
 
 
 class Binder:

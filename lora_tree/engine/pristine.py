@@ -13,7 +13,7 @@ that the host waits for a device once a switch, not once a weight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..budget import format_bytes
 from ..errors import ForeignWrite, listing
+from .kernels import sampler, usable
 
 __all__ = ["Copies", "Place", "Pristine"]
 
@@ -105,6 +106,8 @@ class Pristine:
         self._place = place
         self._kept: dict[tuple[int, str], _Kept] = {}
         self._looked: _Look | None = None
+        self.number = 0
+        """Another one whenever a copy was made or dropped."""
 
     def verify(self, replaced: Iterable[str] = ()) -> None:
         """That every kept copy is still what it was taken from; copies of weights that are bare now are retaken later.
@@ -126,6 +129,7 @@ class Pristine:
             )
         for key in changed:
             del self._kept[key]
+            self.number += 1
 
     def keep(self, wanted: Iterable[tuple[str, nn.Module, str]]) -> None:
         """Copy what is not kept yet, before anything of it is written: all of it, or on an error none.
@@ -152,6 +156,7 @@ class Pristine:
             beside = on_device and _is_apart(parameter.device)
             kept = _Kept(f"{name}.{attribute}", module, attribute, parameter, copy, beside)
             self._kept[id(module), attribute] = kept
+        self.number += 1
         self.look()
 
     def of(self, module: nn.Module, attribute: str) -> Tensor:
@@ -172,7 +177,7 @@ class Pristine:
         kept = list(self._kept.values())
         for each in kept:
             each.version = each.parameter._version
-        self._looked = _Look(kept)
+        self._looked = _Look(kept, self._looked)
 
     def restore(self, replaced: Iterable[str] = ()) -> None:
         """Put the base's own values back wherever a path is merged, whatever stands there now.
@@ -200,6 +205,7 @@ class Pristine:
         """Drop every copy; the weights as they are now are the base's own."""
         self._kept.clear()
         self._looked = None
+        self.number += 1
 
     @property
     def copies(self) -> Copies:
@@ -218,7 +224,7 @@ class Pristine:
         changed = {key: kept for key, kept in self._kept.items() if not kept.same_object()}
         others = {kept: key for key, kept in self._kept.items() if key not in changed}
         if others and self._looked is not None:
-            for kept in _Look(list(others)).differing(self._looked):
+            for kept in _Look(list(others), self._looked).differing(self._looked):
                 changed[others[kept]] = kept
         return changed
 
@@ -278,36 +284,64 @@ def _copy(parameter: Tensor, device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------------- how a weight looks
 class _Look:
-    """How some weights look: a sample of each, in one buffer for every device and dtype."""
+    """How some weights look: a sample of each, in one buffer for every device and dtype.
 
-    def __init__(self, kept: Sequence[_Kept]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[_Kept]] = {}
-        for each in kept:
-            groups.setdefault((each.parameter.device, each.parameter.dtype), []).append(each)
-        self._groups = list(groups.values())
-        self._buffers: list[Tensor] = []
-        self._lengths: list[list[int]] = []
-        for group in self._groups:
-            # views, which are not kept: they would hold a weight's memory, also where the weight goes elsewhere
-            views = [_sample(each.parameter) for each in group]
-            self._buffers.append(_bits(torch.cat(views)))
-            self._lengths.append([len(view) for view in views])
+    Args:
+        kept: the weights.
+        before: an earlier look, whose tables serve again where it was at the same weights in the same places.
+    """
+
+    def __init__(self, kept: Sequence[_Kept], before: _Look | None = None) -> None:
+        self._kept = kept
+        self._places = [each.parameter.data_ptr() for each in kept]
+        alike = before is not None and before._kept == kept and before._places == self._places
+        self._groups: list[_Group] = before._groups if before is not None and alike else _grouped(kept)
+        self._buffers = [group.take() for group in self._groups]
 
     def differing(self, before: _Look) -> list[_Kept]:
         """The weights of this look that looked otherwise before."""
-        if self._groups == before._groups and self._lengths == before._lengths:
-            pairs = zip(self._buffers, before._buffers, strict=True)
-            if all(a.device == b.device and torch.equal(a, b) for a, b in pairs):
-                return []  # the host waited once for each buffer
+        if self._groups is before._groups and all(map(torch.equal, self._buffers, before._buffers)):
+            return []  # the host waited once for each buffer
         now, then = self._pieces(), before._pieces()
         return [kept for kept, sample in now.items() if not _same(sample, then.get(kept))]
 
     def _pieces(self) -> dict[_Kept, Tensor]:
         """Each weight's own sample, on the host."""
         found: dict[_Kept, Tensor] = {}
-        for group, buffer, lengths in zip(self._groups, self._buffers, self._lengths, strict=True):
-            found.update(zip(group, torch.split(buffer.cpu(), lengths), strict=True))
+        for group, buffer in zip(self._groups, self._buffers, strict=True):
+            found.update(zip(group.kept, torch.split(buffer.cpu(), group.lengths), strict=True))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Weights of one dtype on one device, and what samples them: a launch, or None for a view of each."""
+
+    kept: Sequence[_Kept]
+    lengths: list[int]
+    sampler: Callable[[], Tensor] | None
+
+    def take(self) -> Tensor:
+        """The samples of all of them, as integers, one after the other."""
+        if self.sampler is not None:
+            return self.sampler()
+        # The views are not kept: they would hold a weight's memory, also where the weight goes elsewhere.
+        return _bits(torch.cat([_sample(each.parameter) for each in self.kept]))
+
+
+def _grouped(kept: Sequence[_Kept]) -> list[_Group]:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[_Kept]] = {}
+    for each in kept:
+        by_kind.setdefault((each.parameter.device, each.parameter.dtype), []).append(each)
+    groups = []
+    for (device, dtype), group in by_kind.items():
+        weights = [each.parameter for each in group]
+        steps = [_step(weight) for weight in weights]
+        lengths = [-(-weight.numel() // step) for weight, step in zip(weights, steps, strict=True)]
+        plain = all(weight.is_contiguous() and weight.numel() for weight in weights)
+        launched = plain and dtype.itemsize in (2, 4) and usable(device)
+        groups.append(_Group(group, lengths, sampler(weights, steps) if launched else None))
+    return groups
 
 
 def _same(now: Tensor, then: Tensor | None) -> bool:
@@ -317,7 +351,11 @@ def _same(now: Tensor, then: Tensor | None) -> bool:
 def _sample(tensor: Tensor) -> Tensor:
     """About `SAMPLES` of its numbers; an odd step, so that they do not all lie in the first column."""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    return flat[:: max(flat.numel() // SAMPLES, 1) | 1]
+    return flat[:: _step(tensor)]
+
+
+def _step(tensor: Tensor) -> int:
+    return max(tensor.numel() // SAMPLES, 1) | 1
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Site(ABC):
         self.module_name = name
         self.module = module
         self.parent = parent
+        self._way: tuple[str, tuple[str, ...]] = ("", ())
         self._shape = self._shape_now()
 
     weight_name: str = "weight"
@@ -101,7 +102,8 @@ class Site(ABC):
     @property
     def weight(self) -> Tensor | None:
         """The stored weight, whatever it is; None where the module has none by that name."""
-        return _tensor(self.module, self.weight_name)
+        found = self.module._parameters.get(self.weight_name)
+        return _tensor(self.module, self.weight_name) if found is None else found
 
     @property
     def bias(self) -> Tensor | None:
@@ -127,7 +129,11 @@ class Site(ABC):
     def is_in(self, base: nn.Module) -> bool:
         """Whether the base still has this very module under this name; it may have been replaced or resized since."""
         holder: nn.Module | None = base
-        for part in self.module_name.split(".") if self.module_name else ():
+        name, way = self._way
+        if name != self.module_name:  # split once: this is asked of every site at every switch
+            way = tuple(self.module_name.split("."))
+            self._way = self.module_name, way
+        for part in way:
             holder = holder._modules.get(part) if holder is not None else None
         return holder is self.module and self._shape_now() == self._shape
 

@@ -46,7 +46,8 @@ def check_whole(plan: Plan) -> None:
         StateError: a site's weight is sharded; names the site.
     """
     for name, site in plan.sites.items():
-        if site.weight is not None and is_sharded(site.weight):
+        weight = site.weight
+        if weight is not None and is_sharded(weight):
             raise StateError(
                 f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
                 'activate(…, mode="unmerged")',

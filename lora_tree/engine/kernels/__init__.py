@@ -11,13 +11,23 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .part import Part, Term, can_merge
 
-__all__ = ["Part", "Term", "can_merge", "merge", "usable"]
+__all__ = ["Launch", "Part", "Term", "can_merge", "laid_out", "sampler", "usable"]
+
+
+class Launch(Protocol):
+    """Many weights laid out for a kernel: addresses, and none of the memory that they lead to."""
+
+    def run(self) -> None:
+        """Write all of them; the device works on while this returns."""
+        ...
 
 
 def usable(device: torch.device) -> bool:
@@ -25,13 +35,20 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and _tried(device)
 
 
-def merge(parts: Sequence[Part]) -> None:
-    """Write every part, ``weight ← round_once(pristine + Σ scale · left @ right)``, in one launch a kind of part.
+def laid_out(parts: Sequence[Part]) -> Launch:
+    """Lay out ``weight ← round_once(pristine + Σ scale · left @ right)`` of many weights for one launch a kind of part.
 
     Args:
-        parts: of devices for which `usable` is true.
+        parts: of devices for which `usable` is true; `can_merge` says yes to each.
     """
-    importlib.import_module(f"{__name__}.merge").merge(parts)
+    launch: Launch = importlib.import_module(f"{__name__}.merge").laid_out(parts)
+    return launch
+
+
+def sampler(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
+    """Lay out a sample of some tensors, the bits of a number every few numbers; calling it takes it in one launch."""
+    made: Callable[[], Tensor] = importlib.import_module(f"{__name__}.sample").sampler(tensors, steps)
+    return made
 
 
 @functools.cache

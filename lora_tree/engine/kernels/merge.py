@@ -2,9 +2,9 @@
 
     parts ──▶ one table: addresses, shapes, factors ──▶ a program for every few tiles of every weight
 
-    a tile (64 rows, 128 columns):   load W0 ─┐
-       for each term, for 16 of its ranks:    ├─▶ + acc · scale ─▶ round ─▶ store W
-          acc += left (64, 16) @ right (16, 128)   in fp32
+    a tile (64 rows, 128 columns):   load W0 ────┐
+       for each slot, 16 ranks of a term:        ├─▶ + acc · scale ─▶ round ─▶ store W
+          acc += left (64, 16) @ right (16, 128)    in fp32
 
 The weights are read once and written once, and so nearly all the time goes into moving them; how large the ranks are
 hardly matters. Factors are read from where they are: nothing is stacked.
@@ -18,8 +18,8 @@ into three tf32 products (an error of about 2⁻²²); over fp32 weights they ar
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,42 +28,83 @@ import triton.language as tl
 from torch import Tensor
 
 from ..upload import uploaded
-from .part import Part, Term
+from .part import Part, Term, on
 
-__all__ = ["is_right_on", "merge", "merged_plainly"]
+__all__ = ["Launch", "is_right_on", "laid_out", "merged_plainly"]
 
-ROWS, COLUMNS, RANKS = 64, 128, 16
-"""Of a tile. They decide the bits."""
+COLUMNS, RANKS = 128, 16
+ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
+"""Of a tile, its rows by the factors' dtype: wide factors need more registers. They decide the bits."""
 
-TILES = 4
-"""Tiles that a program does one after the other."""
+UNROLLED = 4
+"""Slots whose loads are in flight together; with more, one comes after the other. It changes no bits."""
 
-WARPS = 4
+TILES = 8
+"""Tiles, side by side in the same rows, that a program does one after the other."""
 
-PART_FIELDS, TERM_FIELDS = 9, 7
+WARPS, STAGES = 4, 2
+
+POLICY = "evict_first"
+"""Of weights in the cache: each is read once, and the factors many times."""
+
+PART_FIELDS, SLOT_FIELDS = 8, 7
 """Numbers that the table has for each."""
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _left(  # type: ignore[no-untyped-def]
+    fields, batch, r, rows, FACTOR: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, RANKS: tl.constexpr
+):
+    """A slot's left tile (rows, ranks), zeros outside; and its right factor: address, stride and ranks."""
+    left = tl.load(fields).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 5)
+    right = tl.load(fields + 1).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 6)
+    ranks = tl.load(fields + 2).to(tl.int32)
+    stride = tl.load(fields + 3).to(tl.int32)
+    right_stride = tl.load(fields + 4).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+        right = tl.multiple_of(right, 16)
+        stride = tl.multiple_of(stride, 8)
+        right_stride = tl.multiple_of(right_stride, 8)
+    k = tl.arange(0, RANKS)
+    # where it is turned, a column of it lies in one piece
+    at = r[:, None] + k[None, :] * stride if TURNED else r[:, None] * stride + k[None, :]
+    x = tl.load(left + at, mask=(r[:, None] < rows) & (k[None, :] < ranks), other=0.0)
+    return x, right, right_stride, ranks
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _right(  # type: ignore[no-untyped-def]
+    right, stride, ranks, c, cols, TURNED: tl.constexpr, RANKS: tl.constexpr
+):
+    """A slot's right tile (ranks, columns), zeros outside."""
+    k = tl.arange(0, RANKS)
+    at = k[:, None] + c[None, :] * stride if TURNED else k[:, None] * stride + c[None, :]
+    return tl.load(right + at, mask=(k[:, None] < ranks) & (c[None, :] < cols), other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    table,  # int64: programs before each part; then PART_FIELDS numbers a part; then TERM_FIELDS numbers a term
-    scales,  # fp32: for each part its last term's scale; then for each term the one before's over its own
+    table,  # int64: programs before each part; then PART_FIELDS numbers a part; then SLOT_FIELDS numbers a slot
+    scales,  # fp32: for each part its last slot's scale; then for each slot the one before's over its own
     parts,
     WEIGHT: tl.constexpr,
     FACTOR: tl.constexpr,
     TURNED: tl.constexpr,
     WEIGHTS_ALIGNED: tl.constexpr,
     FACTORS_ALIGNED: tl.constexpr,
+    SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
     TILES: tl.constexpr,
+    POLICY: tl.constexpr,
     PART_FIELDS: tl.constexpr,
-    TERM_FIELDS: tl.constexpr,
+    SLOT_FIELDS: tl.constexpr,
 ):
     program = tl.program_id(0)
     # The part that this program belongs to: the last one that begins at or before it.
@@ -80,100 +121,135 @@ def _kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(fields + 1).to(tl.pointer_type(WEIGHT))
     rows = tl.load(fields + 2).to(tl.int32)
     cols = tl.load(fields + 3).to(tl.int32)
-    across = tl.load(fields + 4).to(tl.int32)
-    tiles_of_matrix = tl.load(fields + 5).to(tl.int32)
-    tiles = tl.load(fields + 6).to(tl.int32)
-    first_term = tl.load(fields + 7).to(tl.int32)
-    terms = tl.load(fields + 8).to(tl.int32)
+    groups = tl.load(fields + 4).to(tl.int32)
+    of_matrix = tl.load(fields + 5).to(tl.int32)
+    first_slot = tl.load(fields + 6).to(tl.int32)
+    slots = tl.load(fields + 7).to(tl.int32)
     scale = tl.load(scales + low)
+    slot_table = table + parts + parts * PART_FIELDS + first_slot * SLOT_FIELDS
+    ratios = scales + parts + first_slot
     if WEIGHTS_ALIGNED:
         pristine = tl.multiple_of(pristine, 16)
         weight = tl.multiple_of(weight, 16)
         cols = tl.multiple_of(cols, 16)
-    first = (program - tl.load(table + low).to(tl.int32)) * TILES
-    for tile in range(first, tl.minimum(first + TILES, tiles)):
-        batch = tile // tiles_of_matrix
-        within = tile % tiles_of_matrix
-        r = (within // across) * ROWS + tl.arange(0, ROWS)
-        c = (within % across) * COLUMNS + tl.arange(0, COLUMNS)
+    mine = program - tl.load(table + low).to(tl.int32)
+    batch = mine // of_matrix
+    within = mine % of_matrix
+    matrix = batch.to(tl.int64) * rows * cols
+    r = (within // groups) * ROWS + tl.arange(0, ROWS)
+    start = (within % groups) * TILES * COLUMNS
+    if SLOTS > 0:  # few: their left tiles, and where their right ones are, serve for all tiles of this program
+        xs = ()
+        rights = ()
+        strides = ()
+        counts = ()
+        factors = ()
+        for i in tl.static_range(SLOTS):
+            here = slot_table + i * SLOT_FIELDS
+            x, right, stride, count = _left(here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS)
+            if WIDEN:
+                x = x.to(tl.float32)
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple into another)
+            rights = rights + (right,)  # type: ignore[assignment]  # noqa: RUF005
+            strides = strides + (stride,)  # type: ignore[assignment]  # noqa: RUF005
+            counts = counts + (count,)  # type: ignore[assignment]  # noqa: RUF005
+            factors = factors + (tl.load(ratios + i),)  # type: ignore[assignment]  # noqa: RUF005
+    for begin in range(start, tl.minimum(start + TILES * COLUMNS, cols), COLUMNS):
+        c = begin + tl.arange(0, COLUMNS)
         inside = (r[:, None] < rows) & (c[None, :] < cols)
         offsets = r[:, None] * cols + c[None, :]
-        matrix = batch.to(tl.int64) * rows * cols
-        base = tl.load(pristine + matrix + offsets, mask=inside, other=0.0)
+        base = tl.load(pristine + matrix + offsets, mask=inside, other=0.0, eviction_policy=POLICY)
         total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-        for term in range(first_term, first_term + terms):
-            field = table + parts + parts * PART_FIELDS + term * TERM_FIELDS
-            left = tl.load(field).to(tl.pointer_type(FACTOR))
-            right = tl.load(field + 1).to(tl.pointer_type(FACTOR))
-            rank = tl.load(field + 2).to(tl.int32)
-            left_stride = tl.load(field + 3).to(tl.int32)
-            right_stride = tl.load(field + 4).to(tl.int32)
-            left += batch * tl.load(field + 5)
-            right += batch * tl.load(field + 6)
-            if FACTORS_ALIGNED:
-                left = tl.multiple_of(left, 16)
-                right = tl.multiple_of(right, 16)
-                left_stride = tl.multiple_of(left_stride, 8)
-                right_stride = tl.multiple_of(right_stride, 8)
-            total *= tl.load(scales + parts + term)
-            for begin in range(0, rank, RANKS):
-                k = begin + tl.arange(0, RANKS)
-                if TURNED:  # left is (rows, r) with its columns in one piece, right (r, cols) too
-                    left_at = r[:, None] + k[None, :] * left_stride
-                    right_at = k[:, None] + c[None, :] * right_stride
-                else:
-                    left_at = r[:, None] * left_stride + k[None, :]
-                    right_at = k[:, None] * right_stride + c[None, :]
-                x = tl.load(left + left_at, mask=(r[:, None] < rows) & (k[None, :] < rank), other=0.0)
-                y = tl.load(right + right_at, mask=(k[:, None] < rank) & (c[None, :] < cols), other=0.0)
+        if SLOTS > 0:
+            # All are loaded before the first is multiplied, so that their latencies overlap.
+            ys = ()
+            for i in tl.static_range(SLOTS):
+                y = _right(rights[i], strides[i], counts[i], c, cols, TURNED, RANKS)
+                if WIDEN:
+                    y = y.to(tl.float32)
+                ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005
+            for i in tl.static_range(SLOTS):
+                if i > 0:
+                    total *= factors[i]
+                total = tl.dot(xs[i], ys[i], total, input_precision=PRECISION)
+        else:
+            for slot in range(slots):
+                here = slot_table + slot * SLOT_FIELDS
+                x, right, stride, count = _left(here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS)
+                y = _right(right, stride, count, c, cols, TURNED, RANKS)
                 if WIDEN:
                     x = x.to(tl.float32)
                     y = y.to(tl.float32)
+                total *= tl.load(ratios + slot)
                 total = tl.dot(x, y, total, input_precision=PRECISION)
         result = base.to(tl.float32) + total * scale
-        tl.store(weight + matrix + offsets, result.to(WEIGHT), mask=inside)
+        tl.store(weight + matrix + offsets, result.to(WEIGHT), mask=inside, eviction_policy=POLICY)
 
 
-def merge(parts: Sequence[Part], *, interpreted: bool = False) -> None:
-    """Write every part; one launch for all parts that lie alike on one device.
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Parts laid out for the kernel: a table on the device, for each kind of part.
+
+    It holds addresses, and none of the memory that they lead to: whoever runs it makes sure that the
+    weights, their pristine values and the factors are still where they were.
+    """
+
+    calls: tuple[Callable[[], object], ...]
+
+    def run(self) -> None:
+        """Write all of them; the device works on while this returns."""
+        for call in self.calls:
+            call()
+
+
+def laid_out(parts: Sequence[Part], *, interpreted: bool = False) -> Launch:
+    """Lay parts out: one launch for all that lie alike on one device.
 
     Args:
-        parts: `can_merge` says yes to each.
+        parts: `can_merge` says yes to each; their pristine values are on their weights' devices.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
     alike: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
-        part = _prepared(part)
         alike.setdefault(_kind(part), []).append(part)
-    for (device, weight, factor, turned, weights_aligned, factors_aligned), group in alike.items():
-        table, scales, programs = _table(group, device)
-        exact = weight == torch.float32 or interpreted
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    return Launch(tuple(_call(kind, group, interpreted) for kind, group in alike.items()))
+
+
+def _call(kind: tuple[Any, ...], parts: Sequence[Part], interpreted: bool) -> Callable[[], object]:
+    device, weight, factor, turned, weights_aligned, factors_aligned, slots = kind
+    table, scales, programs = _table(parts, device)
+    count, exact = len(parts), weight == torch.float32 or interpreted
+
+    def call() -> None:
+        with on(device):
             _kernel[(programs,)](
                 table,
                 scales,
-                len(group),
+                count,
                 WEIGHT=TYPES[weight],
                 FACTOR=TYPES[factor],
                 TURNED=turned,
                 WEIGHTS_ALIGNED=weights_aligned,
                 FACTORS_ALIGNED=factors_aligned,
+                SLOTS=slots,
                 PRECISION="ieee" if exact else "tf32x3",
                 WIDEN=interpreted,
-                ROWS=ROWS,
+                ROWS=ROWS[factor],
                 COLUMNS=COLUMNS,
                 RANKS=RANKS,
                 TILES=TILES,
+                POLICY=POLICY,
                 PART_FIELDS=PART_FIELDS,
-                TERM_FIELDS=TERM_FIELDS,
+                SLOT_FIELDS=SLOT_FIELDS,
                 num_warps=WARPS,
+                num_stages=STAGES,
             )
-    # A kernel writes without autograd's knowledge: whoever saved a weight for a backward must hear of it.
-    torch.autograd.graph.increment_version([part.weight for part in parts])
+
+    return call
 
 
 def merged_plainly(part: Part) -> Tensor:
-    """What `merge` writes, from stock operations: the sum in fp32, rounded once; (batch, rows, cols)."""
+    """What a launch writes, from stock operations: the sum in fp32, rounded once; (batch, rows, cols)."""
     total = part.pristine.to(part.weight.device).float()
     for term in part.terms:
         total = total + (term.left.float() @ term.right.float()) * term.scale
@@ -182,45 +258,30 @@ def merged_plainly(part: Part) -> Tensor:
 
 def is_right_on(device: torch.device) -> bool:
     """Whether a small problem comes out right on a device: the compiler is there, and sums are kept in fp32."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     base, left, right = (
-        torch.randn(shape, generator=draw).to(torch.bfloat16) for shape in ((1, 96, 160), (1, 96, 24), (1, 24, 160))
+        torch.randn(shape, generator=draw, device="cpu").to(torch.bfloat16)
+        for shape in ((1, 96, 160), (1, 96, 24), (1, 24, 160))
     )
     exact = (base.double() + left.double() @ right.double()).to(torch.bfloat16)
     weight = base.to(device)
-    merge([Part(weight, weight, [Term(left.to(device), right.to(device), 1.0)])])
+    laid_out([Part(weight, weight, [Term(left.to(device), right.to(device), 1.0)])]).run()
     wrong = int((weight.cpu() != exact).sum())
     return wrong <= exact.numel() // 1000
 
 
 # ---------------------------------------------------------------------- the table
-def _prepared(part: Part) -> Part:
-    """A part whose pristine values are where its weight is, and whose factors are all of one kind."""
-    pristine = part.pristine
-    if pristine.device != part.weight.device:
-        pristine = part.weight.copy_(pristine, non_blocking=True)
-    dtype, turned = part.factor_dtype, part.turned
-    terms = [Term(_laid(t.left, dtype, turned), _laid(t.right, dtype, turned), t.scale) for t in part.terms]
-    return Part(part.weight, pristine, terms)
-
-
-def _laid(factor: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
-    """A factor in ``dtype``, with its rows, or where it is turned its columns, in one piece."""
-    factor = factor.to(dtype)
-    if turned:
-        return factor if factor.stride(-2) == 1 else factor.mT.contiguous().mT
-    return factor if factor.stride(-1) == 1 else factor.contiguous()
-
-
 def _kind(part: Part) -> tuple[Any, ...]:
     """Parts of one kind share a launch."""
     weight, pristine = part.weight, part.pristine
-    first = part.terms[0].left
+    factor = part.terms[0].left.dtype
     addresses = weight.data_ptr() | pristine.data_ptr()
     weights_aligned = addresses % 16 == 0 and weight.shape[-1] % 16 == 0
     turned = part.turned
     factors_aligned = all(_is_aligned(f, turned) for t in part.terms for f in (t.left, t.right))
-    return weight.device, weight.dtype, first.dtype, turned, weights_aligned, factors_aligned
+    slots = sum(-(-term.left.shape[-1] // RANKS) for term in part.terms)
+    unrolled = slots if slots <= UNROLLED else 0
+    return weight.device, weight.dtype, factor, turned, weights_aligned, factors_aligned, unrolled
 
 
 def _is_aligned(factor: Tensor, turned: bool) -> bool:
@@ -232,30 +293,36 @@ def _table(parts: Sequence[Part], device: torch.device) -> tuple[Tensor, Tensor,
     """The kernel's table and scales on the device, and how many programs there are."""
     starts: list[int] = []
     fields: list[int] = []
-    terms: list[int] = []
+    slots: list[int] = []
     last: list[float] = []
     ratios: list[float] = []
     programs = 0
+    height = ROWS[parts[0].terms[0].left.dtype]
     for part in parts:
         batch, rows, cols = part.weight.shape
-        across = -(-cols // COLUMNS)
-        of_matrix = across * -(-rows // ROWS)
-        tiles = of_matrix * batch
+        groups = -(-cols // (COLUMNS * TILES))
+        of_matrix = groups * -(-rows // height)
         starts.append(programs)
-        programs += -(-tiles // TILES)
+        programs += of_matrix * batch
         begin = len(ratios)
-        address = part.pristine.data_ptr(), part.weight.data_ptr()
-        fields += [*address, rows, cols, across, of_matrix, tiles, begin, len(part.terms)]
         along = -1 if part.turned else -2
         before = part.terms[0].scale
         for term in part.terms:
-            left, right = term.left, term.right
-            terms += [left.data_ptr(), right.data_ptr(), left.shape[-1], left.stride(along), right.stride(along)]
-            terms += [left.stride(0) if batch > 1 else 0, right.stride(0) if batch > 1 else 0]
-            ratios.append(before / term.scale)
-            before = term.scale
+            left, right, rank = term.left, term.right, term.left.shape[-1]
+            strides = left.stride(along), right.stride(along)
+            apart = (left.stride(0), right.stride(0)) if batch > 1 else (0, 0)
+            # from one slot to the next: so many bytes along the ranks
+            steps = RANKS * left.stride(-1) * left.itemsize, RANKS * right.stride(-2) * right.itemsize
+            start = left.data_ptr(), right.data_ptr()
+            for i in range(-(-rank // RANKS)):
+                slots += [start[0] + i * steps[0], start[1] + i * steps[1], min(rank - i * RANKS, RANKS)]
+                slots += [*strides, *apart]
+                ratios.append(before / term.scale)
+                before = term.scale
         last.append(before)
-    numbers = torch.tensor([*starts, *fields, *terms], dtype=torch.int64, device="cpu")
+        address = part.pristine.data_ptr(), part.weight.data_ptr()
+        fields += [*address, rows, cols, groups, of_matrix, begin, len(ratios) - begin]
+    numbers = torch.tensor([*starts, *fields, *slots], dtype=torch.int64, device="cpu")
     pad = [0.0] * ((len(last) + len(ratios)) % 2)
     scales = torch.tensor([*last, *ratios, *pad], dtype=torch.float32, device="cpu")
     whole = uploaded(torch.cat([numbers, scales.view(torch.int64)]), device)

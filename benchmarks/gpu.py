@@ -1,0 +1,336 @@
+"""On one GPU, in bf16: switches, forwards, mixed batches, training and loads, each beside PEFT and the bytes' floor.
+
+The base is a Llama of random weights: 32 layers of hidden 4096 with 8 key/value heads (8B, 224 linear sites) for
+switches and unmerged forwards; a few layers of the same for the rest. A floor is a copy, in the same run, of the
+bytes that have to be moved. All times end when the device is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+from torch import Tensor
+
+import lora_tree as lt
+from lora_tree.engine.routed import Strategy
+
+from .common import Case, Result, Stage, cycle, interleaved
+from .routed import grown
+from .setting import FULL, SIBLING, START, Size, name_in_peft, tree, with_peft
+from .training import joint
+
+__all__ = ["run"]
+
+DTYPE = torch.bfloat16
+ROUTED = (1, 16, 128)  # tokens a row
+LEAVES, MIDDLE = 64, 8
+NO_DEVICE = "no CUDA device here: benchmarks gpu was skipped"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the base."""
+
+    hidden: int
+    layers: int
+    inner: int
+    heads: int
+    groups: int
+
+
+def run(size: Size = FULL) -> list[Result]:
+    """All tables; none, and one line on stderr, where there is no GPU."""
+    if not torch.cuda.is_available():
+        warnings.warn(NO_DEVICE, RuntimeWarning, stacklevel=2)
+        return []
+    full = size.hidden == FULL.hidden
+    large = Shape(4096, 32, 14336, 32, 8) if full else Shape(size.hidden, size.layers, 2 * size.hidden, 2, 1)
+    size = replace(size, hidden=large.hidden, layers=large.layers, repeats=min(size.repeats, 9))
+    results = []
+    for table in (_switches, _routed, _training, _loads):
+        results += table(large, size)
+        gc.collect()
+        torch.cuda.empty_cache()
+    where = torch.cuda.get_device_name()
+    for result in results:
+        result.title += f"; {where}"
+    return results
+
+
+def llama(shape: Shape) -> Any:
+    """Random weights, made on the device; a small vocabulary, so that the layers are what is timed."""
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        max_position_embeddings=4096,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device("cuda"):
+            torch.manual_seed(0)
+            return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+# ---------------------------------------------------------------------- switches and unmerged forwards
+@torch.no_grad()
+def _switches(shape: Shape, size: Size) -> list[Result]:
+    model = llama(shape)
+    adapters = tree(model, size, dtype=DTYPE)
+    one = torch.randint(256, (1, 1), device="cuda")
+    many = torch.randint(256, (8, size.tokens), device="cuda")
+    bare = {
+        "bare, 1 token": Case(_waited(lambda: model(input_ids=one, use_cache=False))),
+        f"bare, 8 × {size.tokens}": Case(_waited(lambda: model(input_ids=many, use_cache=False))),
+    }
+    attached = lt.attach(adapters, model)
+    first_ms = _once(lambda: attached.activate(START))
+    following = cycle(SIBLING, START)
+    switching = {
+        "merged, siblings": Case(_waited(lambda: attached.activate(following()))),
+        "merged, deactivate": Case(_waited(attached.deactivate), lambda: attached.activate(START)),
+        "floor: copy of the weights": Case(_waited(_copied(model, adapters))),
+    }
+    switched = Result(f"merged switch; {size}, bf16, depth 3", interleaved(switching, size.repeats))
+    switched.facts["first merge, ms"] = first_ms
+    switched.facts[f"pristine on the {attached.pristine.kind}, GB"] = attached.pristine.nbytes / 1e9
+    attached.deactivate()
+    attached.activate(START, mode="unmerged")
+    beside = {
+        "unmerged, 1 token": bare["bare, 1 token"],
+        f"unmerged, 8 × {size.tokens}": bare[f"bare, 8 × {size.tokens}"],
+    }
+    forward = Result(f"unmerged forward of a path of three; {size}, bf16", interleaved(beside, size.repeats))
+    hops = cycle(SIBLING, START)
+    used = {"unmerged switch, used before": Case(_waited(lambda: attached.activate(hops(), mode="unmerged")))}
+    forward.timings |= interleaved(used, size.repeats)
+    attached.deactivate()
+    forward.timings |= interleaved(bare, size.repeats)
+    captured = _captured(attached, model, one, size)
+    attached.detach()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = with_peft(model, adapters, Path(folder) / "tree").to("cuda")
+    _peft_active(theirs, adapters, START)
+    peft = {
+        "PEFT, 1 token": Case(_waited(lambda: theirs(input_ids=one, use_cache=False))),
+        f"PEFT, 8 × {size.tokens}": Case(_waited(lambda: theirs(input_ids=many, use_cache=False))),
+    }
+    forward.timings |= interleaved(peft, size.repeats)
+    turns = cycle(SIBLING, START)
+    theirs.base_model.merge_adapter(adapter_names=[name_in_peft(n) for n in adapters.lineage(START)])
+
+    def unmerge_and_merge() -> None:
+        theirs.base_model.unmerge_adapter()
+        path = turns()
+        _peft_active(theirs, adapters, path)
+        theirs.base_model.merge_adapter(adapter_names=[name_in_peft(n) for n in adapters.lineage(path)])
+
+    times = switched.timings
+    times |= interleaved({"PEFT, siblings": Case(_waited(unmerge_and_merge))}, size.repeats)
+    floor = times["floor: copy of the weights"].ms
+    switched.aim("siblings / floor", times["merged, siblings"].ms / floor, at_most=1.2)
+    switched.aim("PEFT / ours, siblings", times["PEFT, siblings"].ms / times["merged, siblings"].ms, at_least=12)
+    switched.aim("first merge, s", first_ms / 1e3, at_most=0.3, unit="s")
+    times = forward.timings
+    for what, aim in (("1 token", 6.0), (f"8 × {size.tokens}", None)):
+        added = times[f"unmerged, {what}"].ms - times[f"bare, {what}"].ms
+        if aim is None:
+            forward.facts[f"added, {what}, ms"] = added
+        else:
+            forward.aim(f"added, {what}", added, at_most=aim, unit="ms")
+        forward.facts[f"added by PEFT, {what}, ms"] = times[f"PEFT, {what}"].ms - times[f"bare, {what}"].ms
+    return [switched, forward, captured]
+
+
+def _captured(attached: lt.TreeModel, model: Any, ids: Tensor, size: Size) -> Result:
+    """Forwards of one token as CUDA graphs: bare, beside the weights, and merged under the bare one's graph."""
+
+    def capture() -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(input_ids=ids, use_cache=False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(input_ids=ids, use_cache=False)
+        return graph
+
+    attached.deactivate()
+    bare = capture()
+    attached.activate(START, mode="unmerged")
+    beside = capture()
+    cases = {"bare": Case(_waited(bare.replay)), "unmerged": Case(_waited(beside.replay))}
+    result = Result(f"forward of 1 token captured in a CUDA graph; {size}, bf16", interleaved(cases, size.repeats))
+    result.aim("unmerged / bare", result.timings["unmerged"].ms / result.timings["bare"].ms, at_most=1.08)
+    attached.deactivate()
+    return result
+
+
+def _copied(model: Any, adapters: lt.AdapterTree) -> Callable[[], None]:
+    """A copy of every touched weight from memory beside it."""
+    adapter = adapters.adapter(START)
+    assert adapter is not None
+    weights = [model.get_submodule(name).weight for name in adapter.modules]
+    copies = [weight.clone() for weight in weights]
+    return lambda: torch._foreach_copy_(weights, copies)
+
+
+def _peft_active(wrapped: Any, adapters: lt.AdapterTree, path: str) -> None:
+    wrapped.base_model.set_adapter([name_in_peft(node) for node in adapters.lineage(path)])
+
+
+# ---------------------------------------------------------------------- a path for every row
+@torch.no_grad()
+def _routed(shape: Shape, size: Size) -> list[Result]:
+    size = replace(size, layers=min(shape.layers, 4))
+    model = llama(replace(shape, layers=size.layers))
+    paths = LEAVES if size.hidden >= FULL.hidden else 4
+    nodes = grown(model, size, paths, MIDDLE if paths == LEAVES else 2, dtype=DTYPE)
+    attached = lt.attach(nodes, model)
+    leaves = nodes.leaves()
+    rng = random.Random(0)
+    order = rng.sample(leaves, len(leaves))
+    stage, results = Stage(), []
+    for tokens in ROUTED:
+        ids = torch.randint(256, (len(order), tokens), device="cuda")
+        call = _waited(partial(model, input_ids=ids, use_cache=False))
+
+        def enter(strategy: Strategy, call: Callable[[], None] = call) -> None:
+            stage.enter(attached.route(order, strategy=strategy, batch_first=True))
+            call()
+
+        def another(call: Callable[[], None] = call) -> None:
+            with attached.route(rng.sample(leaves, len(leaves)), batch_first=True):
+                call()
+
+        cases = {"bare": Case(call, stage.leave)}
+        for strategy in get_args(Strategy):
+            cases[strategy] = Case(call, partial(enter, strategy))
+        cases["another batch each time"] = Case(another, stage.leave)
+        what = (
+            f"{len(order)} rows over {paths} paths (1 → {MIDDLE} → {paths} nodes), {tokens} tokens a row; {size}, bf16"
+        )
+        result = Result(what, interleaved(cases, min(size.repeats, 7)))
+        stage.leave()
+        bare = result.timings["bare"].ms
+        added = result.timings["auto"].ms - bare
+        result.aim("added", added, at_most=dict(zip(ROUTED, (1.2, 2.0, 3.0), strict=True))[tokens], unit="ms")
+        new = result.timings["another batch each time"].ms
+        result.aim("another batch − the same", new - result.timings["auto"].ms, at_most=1.0, unit="ms")
+        results.append(result)
+    attached.detach()
+    return results + _peft_mixed(model, nodes, order, size, results)
+
+
+def _peft_mixed(model: Any, nodes: lt.AdapterTree, order: list[str], size: Size, results: list[Result]) -> list[Result]:
+    """PEFT's mixed batch over the same paths, flattened: put into the tables that are there already."""
+    flat = lt.AdapterTree()
+    for i, leaf in enumerate(order):
+        flat.add(f"leaf{i}", adapter=nodes.flatten(leaf, dtype=DTYPE).to(device="cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = with_peft(model, flat, Path(folder) / "flat").to("cuda")
+    named = [name_in_peft(f"leaf{i}") for i in range(len(order))]
+    for tokens, result in zip(ROUTED, results, strict=True):
+        ids = torch.randint(256, (len(order), tokens), device="cuda")
+        call = _waited(partial(theirs, input_ids=ids, adapter_names=named, use_cache=False))
+        result.timings |= interleaved({"PEFT's mixed batch": Case(call)}, 2)
+    return []
+
+
+# ---------------------------------------------------------------------- training
+def _training(shape: Shape, size: Size) -> list[Result]:
+    """A joint step over eight leaves beside eight steps in PEFT: the benchmark of training, at this size."""
+    return joint(replace(size, layers=min(shape.layers, 2), repeats=min(size.repeats, 7)), DTYPE, torch.device("cuda"))
+
+
+# ---------------------------------------------------------------------- loads
+@torch.no_grad()
+def _loads(shape: Shape, size: Size) -> list[Result]:
+    model = llama(shape)
+    adapters = lt.AdapterTree()
+    names = [f"n{i}" for i in range(4 * (size.repeats + 2))]
+    with tempfile.TemporaryDirectory() as folder:
+        one = tree(model, size, dtype=DTYPE).adapter(START)
+        assert one is not None
+        shown = {name: value.to(device="cuda") for name, value in one.modules.items()}
+        for name in names[: size.repeats + 2]:
+            drawn = {n: v.with_tensors(lambda t: torch.randn_like(t).mul_(0.01).cpu()) for n, v in shown.items()}
+            adapters.add(name, adapter=lt.Adapter(drawn))
+        adapters.save(Path(folder) / "zoo")
+        nbytes = one.nbytes
+        count = len(adapters.paths())
+        opened = lt.load(Path(folder) / "zoo")
+        attached = lt.attach(opened, model, host_budget=(count + 1) * nbytes, device_budget=3 * nbytes)
+        fresh = iter(opened.paths())
+        times = {"first use, page cache": Case(_waited(lambda: attached.activate(next(fresh), mode="unmerged")))}
+        result = Result(f"loads of an adapter of {nbytes / 1e6:.0f} MB; {size}, bf16", interleaved(times, count - 2))
+        again = itertools.cycle(opened.paths())  # more than the device tier holds: each comes from the host
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        ids = torch.randint(256, (1, 512), device="cuda")
+
+        def ready() -> None:
+            attached.deactivate()
+            path = next(again)
+            attached.prefetch([path])
+            model(input_ids=ids, use_cache=False)
+            attached.cache.wait(10)
+            torch.cuda.synchronize()
+            prefetched.append(path)
+
+        prefetched: list[str] = []
+        result.timings |= interleaved(
+            {
+                "host tier → active": Case(_waited(lambda: attached.activate(next(again), mode="unmerged"))),
+                "floor: one pinned copy": Case(_waited(lambda: there.copy_(host, non_blocking=True))),
+                "prefetched, then activated": Case(
+                    _waited(lambda: attached.activate(prefetched[-1], mode="unmerged")), ready
+                ),
+            },
+            size.repeats,
+        )
+        times_now = result.timings
+        ratio = times_now["host tier → active"].ms / times_now["floor: one pinned copy"].ms
+        result.aim("host tier → active / one copy", ratio, at_most=1.25)
+        result.aim("first use", times_now["first use, page cache"].ms, at_most=40, unit="ms")
+        attached.detach()
+    return [result]
+
+
+# ---------------------------------------------------------------------- helpers
+def _waited(call: Callable[[], object]) -> Callable[[], None]:
+    """``call``, and until the device is done."""
+
+    def waited() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return waited
+
+
+def _once(call: Callable[[], object]) -> float:
+    """Milliseconds of a call, kernels compiled on the way included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)

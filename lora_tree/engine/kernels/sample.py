@@ -1,0 +1,66 @@
+"""A sample of many tensors in one launch: what the watch over written weights compares.
+
+    addresses ──▶ a program for each tensor ──▶ some of its numbers, at fixed steps, as integers in one buffer
+
+The plain way cuts a view of each tensor and puts them side by side; on a GPU these are a thousand small calls a switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..upload import uploaded
+from .part import on
+
+__all__ = ["sampler"]
+
+INTEGERS = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
+"""By a number's size in bytes: how its bits are read."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kernel(table, out, NUMBER: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program a tensor; the table has its address, its step, how many samples, and where they go."""
+    fields = table + tl.program_id(0) * 4
+    address = tl.load(fields).to(tl.pointer_type(NUMBER))
+    step = tl.load(fields + 1)
+    i = tl.arange(0, MOST)
+    mine = i < tl.load(fields + 2)
+    numbers = tl.load(address + i * step, mask=mine, other=0)
+    tl.store(out + tl.load(fields + 3) + i, numbers, mask=mine)
+
+
+def sampler(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
+    """Lay out a sample of some tensors; calling it takes it, as long as they lie where they lie now.
+
+    Args:
+        tensors: on one device, of 2 or 4 bytes a number, each laid out row by row and not empty.
+        steps: how far the samples of each lie apart, in numbers.
+
+    Returns:
+        what makes a new buffer of integers, the samples of all tensors one after the other.
+    """
+    fields: list[int] = []
+    total = most = 0
+    for tensor, step in zip(tensors, steps, strict=True):
+        count = -(-tensor.numel() // step)
+        fields += [tensor.data_ptr(), step, count, total]
+        total += count
+        most = max(most, count)
+    device = tensors[0].device
+    table = uploaded(torch.tensor(fields, dtype=torch.int64, device="cpu"), device)
+    dtype, number = INTEGERS[tensors[0].element_size()]
+    programs, width = len(tensors), 1 << (most - 1).bit_length()
+
+    def take() -> Tensor:
+        out = torch.empty(total, dtype=dtype, device=device)
+        with on(device):
+            _kernel[(programs,)](table, out, NUMBER=number, MOST=width, num_warps=1)
+        return out
+
+    return take

@@ -1,0 +1,106 @@
+"""Together: the weights that a kernel writes in one launch, and the launches of the last switches.
+
+A launch is a table of addresses. To make it, hundreds of tensors are asked where they are and how they lie, which takes
+about as long as the launch itself; from switch to switch it comes out the same. So it is kept with its plan, and run
+again while everything is where it was:
+
+    weights     their addresses are compared
+    pristine    its copies have a number; where another copy was made or dropped, no launch is known any more
+    factors     the plan holds them; where a factor trains, or had to be copied for the launch, none is kept
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..lowrank import LowRank
+from ..sites import Site
+from .kernels import Launch, Part, Term, can_merge
+from .plan import Plan
+
+__all__ = ["Known", "Launches", "part_of"]
+
+KEPT = 4
+"""Launches of one plan: which of its sites a switch changes depends on the path before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A launch, and where its weights are: site → address."""
+
+    launch: Launch
+    addresses: Mapping[str, int]
+
+
+class Launches:
+    """The launches of the last switches."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[Plan, dict[tuple[str, ...], Known]]
+        self._of = weakref.WeakKeyDictionary()
+        self._number = 0
+
+    def find(self, plan: Plan, sites: Sequence[Site], number: int) -> Known | None:
+        """The launch that writes ``plan`` to some of its sites, where everything is where it was.
+
+        Args:
+            plan: what is written.
+            sites: those that change, in order.
+            number: of the pristine copies.
+        """
+        if number != self._number:
+            self._of.clear()
+            self._number = number
+        known = self._of.get(plan, {}).get(tuple(site.name for site in sites))
+        if known is None:
+            return None
+        for site in sites:
+            address, weight = known.addresses.get(site.name), site.weight
+            if address is not None and (weight is None or weight.data_ptr() != address):
+                return None
+        return known
+
+    def keep(self, plan: Plan, sites: Sequence[Site], known: Known) -> None:
+        """Remember what `find` shall find."""
+        kept = self._of.setdefault(plan, {})
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[tuple(site.name for site in sites)] = known
+
+    def forget(self) -> None:
+        """Drop all."""
+        self._of.clear()
+
+
+def part_of(
+    site: Site, target: Tensor, source: Tensor, terms: Sequence[tuple[LowRank, float]]
+) -> tuple[Part, bool] | None:
+    """A site's weight as kernels take it, and whether its factors lie in memory of their own; None: they can't.
+
+    Args:
+        site: where.
+        target: its weight.
+        source: what it is computed from; where that is on another device, it is the weight itself, to
+            which the caller copies it first.
+        terms: values with their coefficients; not empty.
+    """
+    rows = site.rows(target)
+    if rows.data_ptr() != target.data_ptr():
+        return None  # not laid out row by row
+    found: list[Term] = []
+    own = False
+    for value, coefficient in terms:
+        here = value.to(device=target.device)
+        own = own or here is not value
+        left, right = site.sides_of(here)
+        found.append(Term(left, right, value.scale * coefficient))
+    pristine = rows if source.device != target.device else site.rows(source)
+    if not can_merge(rows, pristine, found):
+        return None
+    part = Part.of(rows, pristine, found)
+    copied = any(a.left is not b.left or a.right is not b.right for a, b in zip(found, part.terms, strict=True))
+    return part, own or copied
