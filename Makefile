@@ -9,6 +9,7 @@ STAMP   := $(VENV)/.lora_tree-installed
 ENGINES := .venv-engines
 ENGINED := $(ENGINES)/.lora_tree-installed
 WORKERS ?= 2
+GPU_WORKERS ?= 4
 ARGS    ?=
 # Small steps on every core: where another program wants one of them too, threads that spin make all wait.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -17,7 +18,7 @@ PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-engines fuzz lint bench compare clean
+.PHONY: help venv demo test test-gpu test-engines fuzz lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -48,6 +49,9 @@ $(ENGINED): pyproject.toml
 
 test-engines: $(ENGINED)  ## the same answers from a real vLLM server on this CPU (its own environment; under 10 minutes)
 	cd engines && timeout --signal=INT --kill-after=60 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
+
+test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line says that it was skipped)
+	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)
 
 fuzz: $(STAMP)  ## the property tests with new random examples; run it over and over to find what they missed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \

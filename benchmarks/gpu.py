@@ -103,9 +103,8 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
     }
     attached = lt.attach(adapters, model)
     first_ms = _once(lambda: attached.activate(START))
-    following = cycle(SIBLING, START)
     switching = {
-        "merged, siblings": Case(_waited(lambda: attached.activate(following()))),
+        "merged, siblings": Case(_waited(lambda: attached.activate(SIBLING)), lambda: attached.activate(START)),
         "merged, deactivate": Case(_waited(attached.deactivate), lambda: attached.activate(START)),
         "floor: copy of the weights": Case(_waited(_copied(model, adapters))),
     }
@@ -186,12 +185,17 @@ def _captured(attached: lt.TreeModel, model: Any, ids: Tensor, size: Size) -> Re
 
 
 def _copied(model: Any, adapters: lt.AdapterTree) -> Callable[[], None]:
-    """A copy of every touched weight from memory beside it."""
+    """A copy of every touched weight into memory beside it."""
     adapter = adapters.adapter(START)
     assert adapter is not None
     weights = [model.get_submodule(name).weight for name in adapter.modules]
-    copies = [weight.clone() for weight in weights]
-    return lambda: torch._foreach_copy_(weights, copies)
+    copies = [torch.empty_like(weight) for weight in weights]
+
+    def copy() -> None:
+        for copy, weight in zip(copies, weights, strict=True):  # in one call for all it takes a fifth longer
+            copy.copy_(weight)
+
+    return copy
 
 
 def _peft_active(wrapped: Any, adapters: lt.AdapterTree, path: str) -> None:
@@ -279,7 +283,7 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         nbytes = one.nbytes
         count = len(adapters.paths())
         opened = lt.load(Path(folder) / "zoo")
-        attached = lt.attach(opened, model, host_budget=(count + 1) * nbytes, device_budget=3 * nbytes)
+        attached = lt.attach(opened, model, host_budget=(count + 1) * nbytes, device_budget=6 * nbytes)
         fresh = iter(opened.paths())
         times = {"first use, page cache": Case(_waited(lambda: attached.activate(next(fresh), mode="unmerged")))}
         result = Result(f"loads of an adapter of {nbytes / 1e6:.0f} MB; {size}, bf16", interleaved(times, count - 2))

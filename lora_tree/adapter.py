@@ -253,7 +253,8 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     """Σ coefficient · adapter, module by module, as one adapter of rank Σr.
 
     ``base`` comes from the first term that has one. ``config`` holds the fields on which all terms that have a config
-    agree: what one of them says alone is not true of the sum.
+    agree: what one of them says alone is not true of the sum. Terms on several devices are brought to the first one's:
+    a node that trains is where the base is, its parent where it was read to.
 
     Args:
         terms: each adapter with its coefficient.
@@ -297,13 +298,18 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
                     raise ShapeMismatch(f"two adapters order its parameters differently: {known} and {order}")
             nesting[module] = (j, known) if len(known) >= len(order) else (i, order)
     return Adapter(
-        {name: _named(name, concat, list(values.values())) for name, values in parts.items()},
+        {name: _named(name, _sum, list(values.values())) for name, values in parts.items()},
         base=next((a.base for a, _ in terms if a.base), None),
         config=_agreed([adapter.config for adapter, _ in terms if adapter.config]),
         unchanged={name: tensor for name, (_, tensor) in unchanged.items()},
         nesting={module: order for module, (_, order) in nesting.items()},
         assumed=frozenset().union(*(adapter.assumed for adapter, _ in terms)),
     )
+
+
+def _sum(values: list[LowRank]) -> LowRank:
+    """Σ of some values, on the first one's device."""
+    return concat([value.to(device=values[0].device) for value in values])
 
 
 def over(memory: Tensor) -> Callable[[Tensor], Tensor]:

@@ -363,8 +363,7 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     """Σ of the terms as one value: A's rows stacked, B's columns side by side, rank Σr.
 
     A common scale is kept; otherwise every scale is folded into its B. The sum is exact but for that rounding (see
-    `LowRank.folded`), and the result has the widest dtype of its terms. Terms on several devices (a node that trains is
-    where the base is, its parent where it was read to) are brought to the first one's.
+    `LowRank.folded`), and the result has the widest dtype of its terms.
 
     Raises:
         SpecError: no terms, or one is no `LowRank`, or they are on several devices.
@@ -387,7 +386,6 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     if len(terms) == 1:
         return first
     _one_device(terms)
-    terms = [t.to(device=first.device) for t in terms]
     if any(t.scale != first.scale for t in terms):
         terms = [t.folded() for t in terms]
     scale = terms[0].scale
@@ -438,8 +436,6 @@ def inner(x: LowRank, y: LowRank) -> float:
 
     tr(ΔW_xᵀ ΔW_y) = Σ (B_xᵀ B_y) ∘ (A_x A_yᵀ): two (r_x, r_y) products, never (out, in).
 
-    Where the two are on different devices, y is brought to x's.
-
     Raises:
         ShapeMismatch: the two do not have the same (out, in) or layout.
         SpecError: they are no `LowRank`, or on different devices.
@@ -452,7 +448,6 @@ def inner(x: LowRank, y: LowRank) -> float:
     same_place(x, y)
     _one_device([x, y])
     x._has_numbers()
-    y = y.to(device=x.device)
     left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
     right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
     return float((left * right).sum()) * x.scale * y.scale

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.adapter import over
+from lora_tree.adapter import combine, over
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import buffer_of
 from lora_tree.engine import batch as batch_module
 from lora_tree.engine import pristine as pristine_module
 from lora_tree.errors import BudgetError, SpecError
-from lora_tree.lowrank import concat, inner
 from lora_tree.training.factors import Factors
 
 PATHS = ("a", "a/b", "a/c", "d")
@@ -181,12 +180,12 @@ def test_factors_that_train_follow_their_module_and_stay_the_same_parameters() -
 
 
 def test_a_sum_over_devices_lies_where_its_first_term_does() -> None:
-    x = adapter(0).modules["0"]
-    elsewhere = x.to(device="meta")
-    assert concat([elsewhere, x]).device.type == "meta"
-    assert concat([elsewhere, x.scaled(2.0)]).device.type == "meta"
-    with pytest.raises(NotImplementedError):
-        inner(x, elsewhere)  # brought here, where nothing can be had of it; not refused for its device
+    here = adapter(0)
+    there = here.to(device="meta")
+    for scale in (1.0, 2.0):
+        both = combine([(there, 1.0), (here, scale)])
+        assert {value.device.type for value in both.modules.values()} == {"meta"}
+        assert both.ranks == {"0": 4, "2": 4}
 
 
 # ---------------------------------------------------------------------- a new batch

@@ -42,7 +42,7 @@ def suspects(plan: Plan) -> list[str]:
     dtypes = tuple(site.dtype or torch.float32 for site in plan.sites.values())
     if _known(plan, False, dtypes):
         return []
-    most = _most(plan)
+    most = _most(plan.adapters)
     found = []
     for (name, terms), dtype in zip(plan.terms.items(), dtypes, strict=True):
         total = folded = 0.0
@@ -92,7 +92,8 @@ def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float
     ordinary = all(abs(coefficient) <= 1.0 for coefficient in owed.values())
     if ordinary and _known(plan, True, dtypes):
         return
-    most = _most(plan)
+    # Of what trains nothing is asked: its numbers change at every step, and a look waits for a device.
+    most = _most([adapter for adapter in plan.adapters if not _all_train(adapter)])
     for (name, terms), dtype in zip(plan.terms.items(), dtypes, strict=True):
         limit = _limit(dtype)
         for term in terms:
@@ -164,10 +165,14 @@ def _limit(dtype: torch.dtype) -> float:
     return info.max * (1 + info.eps / 4)
 
 
-def _most(plan: Plan) -> float:
-    """The largest number in any factor of a plan; NaN or infinite where one is."""
-    found = [_largest_in(adapter) for adapter in plan.adapters]
+def _most(adapters: Iterable[Adapter]) -> float:
+    """The largest number in any factor of some adapters; NaN or infinite where one is."""
+    found = [_largest_in(adapter) for adapter in adapters]
     return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def _all_train(adapter: Adapter) -> bool:
+    return all(tensor.requires_grad for value in adapter.modules.values() for tensor in value.tensors)
 
 
 def _largest_in(adapter: Adapter) -> float:
