@@ -52,7 +52,6 @@ ABSENT = {
     "FakeCopyMode": gone("torch._subclasses.fake_tensor", "FakeCopyMode"),
     "global hooks": gone("torch.nn.modules.module", "_global_forward_hooks"),
     "frame counter": gone("torch._dynamo.convert_frame", "FRAME_COUNTER"),
-    "foreach copy": gone("torch", "_foreach_copy_"),
 }
 
 
@@ -184,15 +183,6 @@ def test_narrow_products_are_widened_where_nobody_can_tell(monkeypatch: pytest.M
     assert unpromised.slow_on_cpu() <= narrow
     no_mkldnn(monkeypatch)
     assert unpromised.slow_on_cpu() == narrow
-
-
-def test_copies_are_the_same_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = [torch.randn(3), torch.randn(2, 2)]
-    for take in (lambda: None, lambda: ABSENT["foreach copy"](monkeypatch)):
-        take()
-        targets = [torch.zeros(3), torch.zeros(2, 2)]
-        unpromised.copy_all(targets, sources)
-        assert all(map(torch.equal, targets, sources))
 
 
 def dotted(node: ast.expr) -> list[str]:

@@ -12,14 +12,13 @@ not correctness. The tests take each of them away (tests/test_versions.py).
     nn.modules.module._global_forward_hooks      1.8      no output is written to in place
     _dynamo.convert_frame.FRAME_COUNTER          2.0      a compiled wrapper is looked for at every switch
     nn.Module._compiled_call_impl                2.2      base.compile() is not seen, the compiled wrapper still is
-    _foreach_copy_                               2.1      weights are copied one by one
     utils._pytree                                1.8      nothing: training over FSDP2 takes outputs apart with it
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ __all__ = [
     "any_global_hook",
     "any_saved_tensor_hook",
     "compiled_frames",
-    "copy_all",
     "fake_tensors",
     "grouped_product",
     "is_compiled",
@@ -96,13 +94,3 @@ def compiled_frames() -> int | None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called."""
     return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target, in a few launches for all."""
-    together: Callable[..., None] | None = getattr(torch, "_foreach_copy_", None)
-    if together is not None:
-        together(list(targets), list(sources), non_blocking=True)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source, non_blocking=True)
