@@ -317,6 +317,16 @@ def test_a_folder_of_finished_runs_is_the_tree_of_their_final_adapters(tmp_path:
     assert {name for name in before if "checkpoint" in name} <= set(listing(tmp_path / "runs"))
 
 
+def test_a_link_to_a_run_s_last_step_is_passed_over_with_it(tmp_path: Path) -> None:
+    finished_runs(tmp_path, "french")
+    (tmp_path / "french/latest").symlink_to("checkpoint-1000")
+    (tmp_path / "french/checkpoint-500/base").symlink_to(tmp_path)
+    assert lt.load(tmp_path).paths() == ["french"]
+    (tmp_path / "french/latest").unlink()
+    (tmp_path / "french/latest").symlink_to(tmp_path / "french")
+    assert "latest: a link to" in refused(tmp_path, FolderError)
+
+
 def test_a_step_without_the_final_adapter_above_it_is_still_refused(tmp_path: Path) -> None:
     finished_runs(tmp_path, "french")
     for name in (CONFIG, WEIGHTS):

@@ -99,11 +99,6 @@ def resolve(
             if path in scan.found and os.path.relpath(entry.files.folder, folder) != path:
                 text = f"{entry.files.folder} is named, but {scan.found[path].folder} holds an adapter too; remove one"
                 problems.append(Problem(path, "adapter", at + text))
-    for path, target in scan.links.items():
-        if path not in claimed:
-            text = f"{os.path.join(folder, path)}: a link to {target}; a tree's folders are its own"
-            todo = f"name it in tree.yaml ({{adapter: {target}}}), or move it away"
-            problems.append(Problem(path, "folder", f"{text}: {todo}"))
     for path, files in scan.found.items():
         key = path or "."
         if key in claimed or (path in entries and (entries[path].null or entries[path].named)):
@@ -118,6 +113,15 @@ def resolve(
             for above in _above(path):
                 entries.setdefault(above, Entry())
             entries[path] = Entry(files=files)
+    root = os.path.realpath(folder)
+    for path, target in scan.links.items():
+        within = os.path.relpath(target, root)
+        steps = (path, within)  # a run may hold a link to its last step, and a step may hold links
+        if path in claimed or any(_of_a_run(step, entries, claimed) for step in steps):
+            continue
+        text = f"{os.path.join(folder, path)}: a link to {target}; a tree's folders are its own"
+        todo = f"name it in tree.yaml ({{adapter: {target}}}), or move it away"
+        problems.append(Problem(path, "folder", f"{text}: {todo}"))
     ordered = {path: entries[path] for path in sorted(entries, key=lambda path: path.split("/"))}
     return Resolved(ordered, [*problems, *_twins(ordered, folder)], passed)
 
