@@ -494,6 +494,25 @@ def test_the_nodes_that_rows_name_train_and_those_above_them_on_request_alone(
     assert named.nodes == ["fr", "fr/legal"]
 
 
+def test_a_run_that_is_refused_makes_nothing_train(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+    run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"])
+    next(run.steps())
+    run.save()
+    model, of_de = run.model, run.rows
+    everything = read_rows([rows], model.tree, tokenizer)
+    wrong: list[tuple[list[str], Any, dict[str, Any]]] = [
+        (["fr/legal"], of_de, {}),  # no row goes through it
+        (["nobody"], everything, {}),
+        (["fr/legal"], everything, {"lr_of": {"fr": 1.0}}),
+        (["fr/legal"], everything, {"weights": {"x": 1.0}}),
+        (["fr/legal"], everything, {}),  # another run is unfinished
+    ]
+    for nodes, read, settings in wrong:
+        with pytest.raises((SpecError, PathError)):
+            Run(model, read, Settings(**settings), tmp_path / "run", nodes=nodes)
+        assert model.factors.training_paths == ["de"]
+
+
 def test_the_first_and_last_loss_of_a_node_are_those_of_the_paths_through_it(
     tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
 ) -> None:

@@ -7,6 +7,7 @@ stale     fr/legal/contracts                it was trained on what fr/legal is n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,9 +75,11 @@ def chosen(model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_
 def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[Trained]:
     """The nodes of a run, as they are before its first step."""
     told = []
+    counts = Counter(row.path for row in rows)
+    lineages = {path: tree.lineage(path) for path in counts}
     for node in nodes:
         above = [path for path in tree.lineage(node)[:-1] if tree[path].has_adapter]
-        through = sum(node in tree.lineage(row.path) for row in rows)
+        through = sum(count for path, count in counts.items() if node in lineages[path])
         together = tuple(path for path in above if path in nodes)
         frozen = tuple(path for path in above if path not in nodes)
         told.append(Trained(node, _is_new(tree, node), together, frozen, through))

@@ -109,37 +109,40 @@ class Run:
         with_ancestors: bool = False,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
-        training_nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
-        groups = model.trainable(*training_nodes, dropout=settings.dropout)
-        self.nodes = [group["name"] for group in groups]
+        tree = model.tree
+        self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
         for what, named in (("lr_of", settings.lr_of), ("weights", settings.weights)):
-            strange = [path for path in named if path not in (self.nodes if what == "lr_of" else ["", *model.tree])]
+            strange = [path for path in named if path not in (self.nodes if what == "lr_of" else ["", *tree])]
             if strange:
                 raise SpecError(f"{what} names {strange[0]!r}; what trains: {listing(self.nodes)}")
-        training = set(self.nodes)
-        self.rows = [row for row in rows if training & set(model.tree.lineage(row.path))]
+        through = {path for path in {row.path for row in rows} if not set(self.nodes).isdisjoint(tree.lineage(path))}
+        self.rows = [row for row in rows if row.path in through]
         self.left_out = len(rows) - len(self.rows)
         if not self.rows:
             raise SpecError(f"no row goes through {listing(self.nodes)}", "the path of a row is the node it is for")
-        self._rates = {path: settings.lr_of.get(path, settings.lr) for path in self.nodes}
-        options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
-        self.optimizer = torch.optim.AdamW([{**group, **options} for group in groups], lr=settings.lr)
-        model.follow(self.optimizer)
         self._about = {
             "version": 1,
             "settings": settings.plain(),
             "nodes": self.nodes,
             "rows": _digest(self.rows),
         }
-        self.trained: list[Trained] = what_trains(model.tree, self.nodes, self.rows)
-        self.outdated = becoming_stale(model.tree, self.nodes)
+        before = last_of(self.folder)
+        if before is not None and not before.is_finished:
+            refuse_other(before, self._about)
+        groups = model.trainable(*self.nodes, dropout=settings.dropout)
+        self._rates = {path: settings.lr_of.get(path, settings.lr) for path in self.nodes}
+        options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+        self.optimizer = torch.optim.AdamW([{**group, **options} for group in groups], lr=settings.lr)
+        model.follow(self.optimizer)
+        self.trained: list[Trained] = what_trains(tree, self.nodes, self.rows)
+        self.outdated = becoming_stale(tree, self.nodes)
         self._start = Start(model.factors)
         self._diverged: DivergedError | None = None
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.was_over = False
         self.aside: Before | None = None
-        self.done = self._resume()
+        self.done = 0 if before is None else self._resume(before)
 
     def steps(self, *, save_every: int | None = None) -> Iterator[Step]:
         """Take the steps that are left, one for each value asked for.
@@ -261,11 +264,8 @@ class Run:
         state: dict[int, dict[str, Any]] = self.optimizer.state_dict()["state"]
         return {f"{i}.{name}": t.detach().cpu() for i, of in state.items() for name, t in of.items()}
 
-    def _resume(self) -> int:
-        """Go on where the folder has an unfinished run; return how many steps are done."""
-        before = last_of(self.folder)
-        if before is None:
-            return 0
+    def _resume(self, before: Before) -> int:
+        """Go on from a checkpoint, or set it aside; return how many steps are done."""
         is_same = differing(before.about, self._about) is None
         if is_same and before.is_saved and self._is_what_it_left(before):
             self._remember(before)
@@ -275,7 +275,6 @@ class Run:
             folder = set_aside(before)
             self.aside = Before(folder, before.about, before.step)
             return 0
-        refuse_other(before, self._about)
         if before.step > self.settings.steps:
             raise FormatError(
                 f"{before.folder / ABOUT}: step is {before.step}, expected a number up to {self.settings.steps}"
