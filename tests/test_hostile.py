@@ -1216,6 +1216,24 @@ def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
     model.activate("fr", mode="unmerged")  # nothing is written there
 
 
+def test_check_looks_at_increments_in_the_dtype_of_the_base(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj"
+    out, into = base.get_submodule(name).weight.shape
+    for path, size in (("fine", 60000.0), ("huge", 70000.0)):
+        tree = lt.AdapterTree()
+        tree.add(
+            "fr", adapter=lt.Adapter({name: lt.LowRank(torch.full((1, into), size / 100), torch.full((out, 1), 100.0))})
+        )
+        tree.save(tmp_path / path)
+    for dtype, path, code in ((torch.bfloat16, "huge", 0), (torch.float16, "huge", 1), (torch.float16, "fine", 0)):
+        base.to(dtype).save_pretrained(tmp_path / "base")
+        ran = command("check", tmp_path / path, "--base", tmp_path / "base")
+        assert ran.returncode == code, ran.stdout + ran.stderr
+        assert ("the largest number of float16" in ran.stdout) is bool(code)
+    assert lt.check(tmp_path / "huge") == []
+
+
 def test_a_factor_that_is_nan_never_reaches_a_base(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
     before = base[0].weight.detach().clone()

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..export.base import skeleton as skeleton_of
@@ -29,10 +30,14 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """List every problem; exit with 1 where there are any."""
-    problems = [(problem.node, str(problem.kind), problem.text) for problem in check_folder(folder)]
     skeleton = None
+    dtype = torch.float32
     if base is not None:
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
+        named = getattr(skeleton.config, "dtype", None)  # what transformers loads it in
+        dtype = named if isinstance(named, torch.dtype) else dtype
+    found = check_folder(folder, dtype=dtype)
+    problems = [(problem.node, str(problem.kind), problem.text) for problem in found]
     if all(kind in ("stale", "leftover", "numbers") for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree, skeleton)]

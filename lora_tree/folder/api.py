@@ -187,8 +187,12 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
     return result
 
 
-def check(path: str | os.PathLike[str]) -> list[Problem]:
+def check(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> list[Problem]:
     """Everything that can be wrong with a folder or a tree.yaml; every adapter is read once.
+
+    Args:
+        path: the folder, or a YAML file in it.
+        dtype: the base's. Factors times their scale must be finite in it, and fp16 ends at 65504.
 
     Raises:
         FolderError: there is no such folder or file.
@@ -207,7 +211,7 @@ def check(path: str | os.PathLike[str]) -> list[Problem]:
             try:
                 source = _node(opened, node).source
                 if source is not None:
-                    problems += _numbers(node, source.load(), entry.weight)
+                    problems += _numbers(node, source.load(), entry.weight, dtype)
             except LoraTreeError as error:
                 kind: Kind = "unlocked" if isinstance(error, UnlockedError) else "adapter"
                 problems.append(Problem(node, kind, f"{node}: {error}"))
@@ -268,27 +272,28 @@ def _bases(opened: Opened) -> list[str]:
     return []
 
 
-def _numbers(node: str, adapter: Adapter, weight: float) -> list[Problem]:
+def _numbers(node: str, adapter: Adapter, weight: float, dtype: torch.dtype) -> list[Problem]:
     """Factors that would make a base's every output NaN, though they can be opened, added up and served."""
     problems = []
     broken = [name for name, value in adapter.modules.items() if not value.is_finite]
     if broken:
         text = f"{node}: {listing(broken)}: a factor holds NaN or an infinity, as a training that diverged leaves it"
         problems.append(Problem(node, "numbers", text))
-    huge = [name for name, value in adapter.modules.items() if name not in broken and not _fits(value, weight)]
+    huge = [name for name, value in adapter.modules.items() if name not in broken and not _fits(value, weight, dtype)]
     if huge:
         scale = max(abs(adapter.modules[name].scale) for name in huge)
         text = (
             f"{node}: {listing(huge)}: the scale ({scale:.3g}) and the node's weight ({weight:.3g}) times its factors "
-            "are not finite; look at lora_alpha and r in its adapter_config.json"
+            f"go over {torch.finfo(dtype).max:.5g}, the largest number of {str(dtype)[6:]}; "
+            "look at lora_alpha and r in its adapter_config.json"
         )
         problems.append(Problem(node, "numbers", text))
     return problems
 
 
-def _fits(value: LowRank, weight: float) -> bool:
-    """In fp32, the widest dtype that bases are loaded in."""
-    return math.isfinite(value.scale * weight) and value.scaled(weight).fits(torch.float32)
+def _fits(value: LowRank, weight: float, dtype: torch.dtype) -> bool:
+    """Whether a node's increment is finite in a base's dtype; the base's own numbers come on top."""
+    return math.isfinite(value.scale * weight) and value.scaled(weight).fits(dtype)
 
 
 def _there_is_a_tree(opened: Opened) -> None:
