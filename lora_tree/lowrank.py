@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .errors import ShapeMismatch, SpecError, suggest
 
-__all__ = ["EMBEDDING", "LINEAR", "PARAMETER", "Layout", "LowRank", "Truncated", "concat", "inner"]
+__all__ = ["EMBEDDING", "LINEAR", "PARAMETER", "Layout", "LowRank", "Truncated", "concat", "inner", "is_sharded"]
 
 
 KINDS = ("linear", "embedding", "conv", "parameter")
@@ -174,7 +174,7 @@ class LowRank:
     @property
     def is_sharded(self) -> bool:
         """Every rank of a run holds a part of the factors (FSDP2); reading them would wait for all ranks."""
-        return any(hasattr(t, "full_tensor") for t in self.tensors)
+        return any(is_sharded(t) for t in self.tensors)
 
     @property
     def is_finite(self) -> bool:
@@ -429,6 +429,11 @@ def stacked(
     biases = [there(t.bias) * t.scale for t in terms if t.bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
     return LowRank(A, B, 1.0, bias, terms[0].layout)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether every rank of a run holds only a part of a tensor, as FSDP2 leaves it."""
+    return hasattr(tensor, "full_tensor")
 
 
 def inner(x: LowRank, y: LowRank) -> float:

@@ -13,77 +13,50 @@ threads from switching the base under it.
 from __future__ import annotations
 
 import contextlib
-import enum
 import fnmatch
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapter import Adapter
 from .base_names import warn_of_base
 from .blend import Blend, parse_blend
 from .budget import Budgets
-from .cache import Cache, Frequency, Policy
+from .cache import Cache, Frequency, Hold, Policy
 from .cache.link import link_to
 from .engine import answers
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
+from .engine.behaviour import Mode, Request, Rows, State
 from .engine.expansion import expansions
-from .engine.finite import check_beside
-from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped, warn_on_save
+from .engine.fresh import settle_fresh
+from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import Merged
-from .engine.plan import BARE, Binder, Plan
+from .engine.plan import Binder
 from .engine.prepared import Prepared
 from .engine.pristine import Copies, Place
 from .engine.routed import Router, Strategy
 from .engine.side import Manner, side_device
+from .engine.stage import Stage
 from .engine.unmerged import Unmerged
-from .engine.unpromised import is_compiled
-from .errors import LoraTreeError, PathError, SpecError, StateError, listing, suggest
+from .errors import PathError, SpecError, StateError, listing, suggest
 from .lowrank import LowRank, check_dtype
 from .sites import Site
-from .sites.targets import fresh_adapter, patterns_of_a_tree
 from .training.factors import Factors
 from .training.handed import Handed
 from .training.losses import ranks
-from .training.sharded import check_whole, whole
+from .training.sharded import whole
 from .training.steps import NodeSteps
 from .training.together import every_layer, joined
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
-
-Mode: TypeAlias = Literal["merged", "unmerged"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """A ``with`` that is open, and what comes back when it is left."""
-
-    before: Blend | tuple[Blend, ...]
-
-
-_INSIDE: ContextVar[tuple[_Block, ...]] = ContextVar("lora_tree blocks", default=())
-"""The blocks around the code that runs now. An asyncio task has those that were open where it was made, and its own."""
-
-
-class State(enum.Enum):
-    """What the base is doing."""
-
-    BARE = "bare"  # the base alone
-    MERGED = "merged"  # a path is written into the weights
-    UNMERGED = "unmerged"  # a path runs beside them
-    ROUTED = "routed"  # a path for every row of a batch runs beside them
-    DETACHED = "detached"  # given back
 
 
 def attach(
@@ -175,46 +148,51 @@ class TreeModel(nn.Module):
     ) -> None:
         super().__init__()
         check_dtype(compute_dtype, "compute_dtype")
-        inner, self._compiled = unwrapped(base)
+        inner, compiled = unwrapped(base)
         if isinstance(inner, TreeModel):
             raise StateError("the base is a TreeModel already", "attach to its .base after detach()")
         self.tree = tree
         self.base = inner
         self.training = inner.training
         self.factors = Factors()
-        self.state = State.BARE
-        self.epoch = 0
-        self._active: Blend | tuple[Blend, ...] = ""
-        self._again: Callable[[TreeModel], None] = TreeModel.deactivate
-        self._blocks: list[_Block] = []
+        self._detached = False
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
         self._merged = Merged(inner, place=pristine)
         self._manner = Manner(compute_dtype)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps] = weakref.WeakKeyDictionary()
-        self._compile_watch = CompileWatch()
+        self._compiled = CompileWatch(compiled)
         self._known = Known()
-        self._save_hook: RemovableHandle | None = None
         self._handed = Handed(inner, TreeModel.forward)
         self._layers: list[RemovableHandle] = []
-        link, self._home = link_to(inner), _home(inner)
-        self._mark = claim(inner, self)
+        link = link_to(inner)
+        mark = claim(inner, self)
         try:
-            self._make(tree.paths())
+            settle_fresh(tree, inner, tree.paths())
         except BaseException:  # its traceback may keep this model, and so its claim, for long
             let_go(inner)
             raise
         tree.guard(self)
         self.cache = Cache(tree, budgets, policy=eviction, link=link)
-        self._held = self.cache.hold([])
-        self._plan = BARE
         kept = {"kept": 0} if self.cache.bounded else {}
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
         warn_of_base("the tree", tree.base, own_name, stacklevel=3)
         self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
-        self._beside: Unmerged | Prepared = Unmerged(inner, self._manner, ledger=self.cache)
         self._router = Router(self._manner, ledger=self.cache)
+        self._stage = Stage(
+            inner,
+            tree,
+            mark,
+            merged=self._merged,
+            beside=Unmerged(inner, self._manner, ledger=self.cache),
+            router=self._router,
+            binder=self._binder,
+            manner=self._manner,
+            compiled=self._compiled,
+            pin=_Pinning(self.cache, inner),
+            factors=self.factors,
+        )
         if pristine == "none":
             warnings.warn(
                 'pristine="none": paths are added to and subtracted from the weights in place, '
@@ -273,7 +251,17 @@ class TreeModel(nn.Module):
     @property
     def active(self) -> Blend | tuple[Blend, ...]:
         """The path or blend that the base behaves as now; ``""`` is the bare base; one for each row while routed."""
-        return self._active
+        return self._stage.current.request.asked
+
+    @property
+    def state(self) -> State:
+        """What the base is doing, as a word."""
+        return State.DETACHED if self._detached else self._stage.current.state
+
+    @property
+    def epoch(self) -> int:
+        """A number that grows with every switch; it stays where a switch failed."""
+        return self._stage.epoch
 
     def activate(self, blend: Blend, *, mode: Mode = "merged") -> None:
         """Make a path or a blend the base's behaviour.
@@ -296,28 +284,11 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
-            if mode not in ("merged", "unmerged"):
-                near = suggest(str(mode), ["merged", "unmerged"])
+            if mode not in get_args(Mode):
+                near = suggest(str(mode), get_args(Mode))
                 raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}{near}")
-            with self._needing(self.tree.coefficients(blend)) as terms:
-                plan = self._binder.plan(terms)
-                if mode == "merged":
-                    check_whole(plan)
-                    self._check_trainable(plan)
-                    self._merged.check(plan)
-                    self._merged.switch(plan)
-                    self._beside.switch(BARE)
-                    state = State.MERGED
-                else:
-                    self._check_side_paths(plan)
-                    self._beside.ready(plan)
-                    self._merged.switch(BARE)
-                    self._beside.switch(plan)
-                    state = State.UNMERGED
-                self._plan = plan
-            kept = blend if isinstance(blend, str) else dict(blend)
-            state = state if plan.terms else State.BARE  # groups, and weights of 0, change nothing
-            self._became(kept, state, lambda self: self.activate(kept, mode=mode))
+            asked = dict(blend) if isinstance(blend, Mapping) else blend
+            self._stage.become(Request(asked, mode))
 
     def deactivate(self) -> None:
         """Make the base bare again: weights, buffers, hooks and flags are what they were before `attach`."""
@@ -329,9 +300,11 @@ class TreeModel(nn.Module):
 
         Other threads that switch this base wait until the block is left.
         """
-        with self._lock, self._coming_back():
-            self.activate(blend, mode=mode)
-            yield self
+        with self._lock:
+            self._usable()
+            with self._stage.coming_back():
+                self.activate(blend, mode=mode)
+                yield self
 
     @contextlib.contextmanager
     def route(
@@ -376,8 +349,9 @@ class TreeModel(nn.Module):
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
             axis = RowAxis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first, known=self._known)
-            with self._coming_back():
-                self._route(tuple(paths), batch, axis, strategy)
+            self._usable()
+            with self._stage.coming_back():
+                self._stage.become(Request(tuple(paths), "unmerged", Rows(batch, axis, strategy)))
                 with expansions(self.base, axis):
                     yield self
 
@@ -415,46 +389,38 @@ class TreeModel(nn.Module):
         with self._lock:
             self._usable()
             if what == "pristine":
-                with torch.no_grad():
-                    self._merged.restore()
+                self._stage.start_over(self._merged.restore)
             elif what == "weights":
-                self._merged.forget()
+                self._stage.start_over(self._merged.forget)
             else:
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
-            self._beside.switch(BARE)
-            self._plan = BARE
-            self._held.release()
-            self._became("", State.BARE, TreeModel.deactivate)
 
     def detach(self) -> None:
         """Make the base bare and let go of it; what `trainable` froze of it is as it was. This object is spent then."""
         with self._lock:
-            if self.state is State.DETACHED:
+            if self._detached:
                 return
-            self.deactivate()
+            self._usable()
+            self._stage.close()
             for parameter, flag in self._flags or ():
                 parameter.requires_grad_(flag)
             self._handed.look(False)
             self._sharded_together(False)
             self._merged.forget()
-            self._beside.forget()
+            self._stage.beside.forget()
             self._router.forget()
             self._binder.forget()
             self.cache.close()
             self.tree.release(self)
             let_go(self.base)
-            self.state = State.DETACHED
+            self._detached = True
 
     def nodes_in_use(self) -> list[str]:
         """The nodes that the base's behaviour depends on, or will again when a ``with`` is left, and those that train.
 
         The tree refuses to change them.
         """
-        blends = [
-            b
-            for what in (self._active, *(block.before for block in self._blocks))
-            for b in (what if isinstance(what, tuple) else (what,))
-        ]
+        blends = [blend for request in self._stage.requests() for blend in request.blends]
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
         return sorted(lineages | {path for path in self.factors.training_paths if path in self.tree})
@@ -505,19 +471,18 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
-            if self.state is not State.BARE or isinstance(self._beside, Prepared):
+            if self.state is not State.BARE or self._stage.beside.permanent:
                 raise StateError("prepare needs a bare model that is not prepared yet", "deactivate(), or detach()")
-            self._check_uncompiled()
+            self._compiled.check(self.base)
             values: dict[Site, list[LowRank]] = {}
-            self._make(self.tree.paths())
+            settle_fresh(self.tree, self.base, self.tree.paths())
             for path in self.tree.paths():
                 outline = self.tree.outline(path)
                 for name, value in outline.modules.items() if outline is not None else ():
                     site = self._binder.site_for(path, name, value)
                     if site.why_merged_only is None:
                         values.setdefault(site, []).append(value)
-            self._beside = Prepared(values, max_rank=max_rank, dtype=self._manner.dtype)
-            self._mark.bare = False
+            self._stage.prepare(Prepared(values, max_rank=max_rank, dtype=self._manner.dtype))
 
     # ------------------------------------------------------------------ training
     def trainable(
@@ -561,10 +526,11 @@ class TreeModel(nn.Module):
             if dtype is not None and dtype.itemsize == 1:
                 raise SpecError(f"dtype: factors can't train in {dtype}", "dtype=torch.float32")
             chosen = self.matching(paths)
-            merged = [p for p in chosen if self.state is State.MERGED and p in self.nodes_in_use()]
+            merged = [path for path in chosen if path in self._stage.merged_nodes()]
             if merged:
+                later = "" if merged[0] in self._stage.current.adapters else ", or will be when a `with` is left,"
                 raise StateError(
-                    f"{merged[0]} is merged into the weights and can't train",
+                    f"{merged[0]} is merged into the weights{later} and can't train",
                     'activate(…, mode="unmerged") first',
                 )
             with self._training_as_before():
@@ -577,7 +543,7 @@ class TreeModel(nn.Module):
                 self.base.requires_grad_(False)
                 self.factors.train_only(chosen)
                 if self.state in (State.UNMERGED, State.ROUTED):
-                    self._again(self)
+                    self._stage.renew()
             return [{"name": path, "params": self.factors.of(path)} for path in chosen]
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
@@ -610,10 +576,10 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
-            if isinstance(self._beside, Prepared):
+            if self._stage.beside.permanent:
                 raise StateError("a prepared model can't train", "attach again, and train before prepare()")
             before = self._steps.get(optimizer)
-            steps = NodeSteps(optimizer, self.factors, self._beside.reached)
+            steps = NodeSteps(optimizer, self.factors, self._stage.beside.reached)
             if before is not None:
                 before.remove()
             self._steps[optimizer] = steps
@@ -621,8 +587,7 @@ class TreeModel(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them what `follow` knows of the rows that they came from."""
         super().zero_grad(set_to_none)
-        if isinstance(self._beside, Unmerged):
-            self._beside.reached.clear()
+        self._stage.beside.reached.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, as it behaves now.
@@ -631,7 +596,7 @@ class TreeModel(nn.Module):
         have rows on one rank only.
         """
         if self.factors.moved and self.state in (State.UNMERGED, State.ROUTED):
-            self._again(self)
+            self._stage.renew()
         out = self.base(*args, **kwargs)
         if torch.is_grad_enabled() and ranks() > 1:
             out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
@@ -680,123 +645,17 @@ class TreeModel(nn.Module):
 
     # ------------------------------------------------------------------ private
     def _attached(self) -> None:
-        if self.state is State.DETACHED:
+        if self._detached:
             raise StateError("this model was detached", "attach the tree again: lora_tree.attach(tree, base)")
 
     def _usable(self) -> None:
         """The caller, who holds the lock, may switch: other threads are outside, but not other tasks of this one."""
         self._attached()
-        if self._blocks and self._blocks[-1] not in _INSIDE.get():
-            raise StateError(
-                "another asyncio task of this thread is inside a `using` or `route` of this base",
-                "hold an asyncio.Lock around each block, or give all requests to one route()",
-            )
-
-    @contextlib.contextmanager
-    def _coming_back(self) -> Iterator[None]:
-        """What is active now is active again afterwards; until then its nodes can't be changed."""
-        self._usable()
-        before, epoch, held, running = self._again, self.epoch, self._held.again(), self._beside.current
-        plan, mine = self._plan, _Block(self._active)
-        self._blocks.append(mine)
-        _INSIDE.set((*_INSIDE.get(), mine))
-        try:
-            yield
-        finally:
-            last = self._blocks[-1]
-            self._blocks.remove(mine)
-            _INSIDE.set(tuple(block for block in _INSIDE.get() if block is not mine))
-            try:
-                if last is not mine:
-                    raise StateError(
-                        "a `using` or `route` was left while one that was entered after it is still open",
-                        "leave them in reverse order; model.deactivate() makes the base bare again",
-                    )
-                if self.state is not State.DETACHED and self.epoch != epoch:
-                    with self._binder.expecting(plan):
-                        before(self)
-            finally:
-                held.release()
-                del running  # what was laid out was found again
-
-    @contextlib.contextmanager
-    def _needing(self, coefficients: Mapping[str, float]) -> Iterator[list[tuple[str, float, Adapter]]]:
-        """The terms of some nodes, in use from now on; what was in use before no longer is, unless the block fails."""
-        self._make(coefficients)
-        home = _home(self.base)
-        if home != self._home:  # the base was moved: adapters go where it is now
-            self.cache.follow(link_to(self.base))
-            self._home = home
-        held = self.cache.hold(coefficients)
-        try:
-            here = held.adapters
-            yield [(node, c, self.factors.shown(node, here[node])) for node, c in coefficients.items() if node in here]
-        except BaseException:
-            held.release()
-            raise
-        self._held.release()
-        self._held = held
-
-    def _route(self, paths: tuple[Blend, ...], batch: Batch, axis: RowAxis, strategy: Strategy) -> None:
-        self._usable()
-        with self._needing(dict.fromkeys(batch.nodes, 1.0)) as terms:
-            plan = self._binder.plan(terms)
-            self._check_side_paths(plan, batch.largest)
-            route = self._router.route(batch, plan, strategy)
-            self._beside.ready_for(route, axis)
-            self._merged.switch(BARE)
-            self._beside.switch_to(route, axis)
-            self._plan = plan
-        self._became(paths, State.ROUTED, lambda self: self._route(paths, batch, axis, strategy))
-
-    def _check_side_paths(self, plan: Plan, owed: Mapping[str, float] | None = None) -> None:
-        if plan.terms and not isinstance(self._beside, Prepared):
-            self._check_uncompiled()
-        self._beside.check(plan)
-        check_beside(plan, self._manner.dtype, owed)
-
-    def _check_uncompiled(self) -> None:
-        if self._compiled or is_compiled(self.base) or self._compile_watch.sees(self.base):
-            raise StateError(
-                "the base is compiled, and a compiled forward ignores hooks that come later",
-                'activate(…, mode="merged") works under torch.compile as it is',
-                "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
-            )
-
-    def _became(self, what: Blend | tuple[Blend, ...], state: State, again: Callable[[TreeModel], None]) -> None:
-        self._active, self._again = what, again
-        self.state = state
-        self.epoch += 1
-        self._mark.bare = state is State.BARE and not isinstance(self._beside, Prepared)
-        if state is State.MERGED and self._save_hook is None and hasattr(self.base, "save_pretrained"):
-            self._save_hook = self.base.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
-        elif state is not State.MERGED and self._save_hook is not None:
-            self._save_hook.remove()
-            self._save_hook = None
-
-    def _make(self, paths: Iterable[str]) -> None:
-        """Give fresh nodes their adapters: all of them, or on an error none."""
-        made = {}
-        patterns = patterns_of_a_tree()
-        for path in paths:
-            fresh = self.tree[path].fresh
-            if fresh is not None:
-                try:
-                    with torch.inference_mode(False):  # it may train later
-                        made[path] = fresh_adapter(
-                            self.base,
-                            fresh.over(self.tree.defaults),
-                            base_name=self.tree.base,
-                            patterns=patterns,
-                        )
-                except LoraTreeError as error:
-                    raise error.within(path) from error
-        for path, adapter in made.items():
-            self.tree.settle(path, adapter)
+        self._stage.blocks.check_mine()
 
     def _own(self, paths: list[str], dtype: torch.dtype | None) -> None:
         """Make nodes' factors parameters of this module: all of them, or on an error none."""
-        self._make(paths)
+        settle_fresh(self.tree, self.base, paths)
         self.factors.refresh(self.tree, self)
         self.factors.check_sharded(paths, dtype)
         bound = {}
@@ -834,24 +693,26 @@ class TreeModel(nn.Module):
             self._sharded_together(self.factors.sharded)
             raise
 
-    def _check_trainable(self, plan: Plan) -> None:
-        if not plan.trains:
-            return
-        for name, terms in plan.terms.items():
-            for term in terms:
-                if any(t.requires_grad for t in term.value.tensors):
-                    ours = term.node in self.factors.paths
-                    freeze = "model.trainable()" if ours else "adapter.with_tensors(torch.Tensor.detach)"
-                    raise StateError(
-                        f"{term.node}: {name}: trains, and can't be merged while it does",
-                        f'activate(…, mode="unmerged"), or {freeze} first',
-                    )
-
     def _sharded_together(self, wanted: bool) -> None:
         while self._layers:
             self._layers.pop().remove()
         if wanted:
             self._layers = every_layer(self.base)
+
+
+class _Pinning:
+    """Holds adapters in the cache, where the base is now. It knows no model, which has to go when nobody uses it."""
+
+    def __init__(self, cache: Cache, base: nn.Module) -> None:
+        self._cache, self._base = cache, base
+        self._home = _home(base)
+
+    def __call__(self, paths: Iterable[str]) -> Hold:
+        home = _home(self._base)
+        if home != self._home:  # the base was moved
+            self._cache.follow(link_to(self._base))
+            self._home = home
+        return self._cache.hold(paths)
 
 
 def _home(base: nn.Module) -> torch.device | None:

@@ -477,7 +477,7 @@ def test_a_base_is_free_again_after_an_attach_that_failed_in_any_way(monkeypatch
     base, tree = net(), lt.AdapterTree(defaults={"r": 2, "target_modules": ["head"]})
     tree.add("fresh")
     with monkeypatch.context() as patch, pytest.raises(Boom) as kept:
-        patch.setattr("lora_tree.model.fresh_adapter", lambda *args, **kwargs: (_ for _ in ()).throw(Boom()))
+        patch.setattr("lora_tree.engine.fresh.fresh_adapter", lambda *args, **kwargs: (_ for _ in ()).throw(Boom()))
         lt.attach(tree, base)
     assert kept.tb is not None  # which holds the model that came to nothing
     lt.attach(tree, base).detach()

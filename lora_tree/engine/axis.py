@@ -60,7 +60,6 @@ class RowAxis:
         self.rows, self.repeat, self.tile = rows, repeat, tile
         self.batch_first = batch_first
         self.expansion = 1
-        self.sites: Sequence[Site] = ()
         self._known = known
         self._given: int | None = None
         self._vectors = False
@@ -93,11 +92,22 @@ class RowAxis:
                 DECLARE,
             )
 
-    def probe(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
-        """Where the batch is square and a site is not known yet: ask the base with shapes alone."""
+    def probe(
+        self,
+        base: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: list[Tensor],
+        sites: Sequence[Site],
+    ) -> None:
+        """Where the batch is square and a site is not known yet: ask the base with shapes alone.
+
+        Args:
+            sites: the ones at which it matters which row is which.
+        """
         rows = self._given
         known = self._known
-        unknown = [site for site in self.sites if site not in known.rows_first and site not in known.asked]
+        unknown = [site for site in sites if site not in known.rows_first and site not in known.asked]
         if rows is None or rows == 1 or self.batch_first or not unknown or not is_square(inputs, rows):
             return
         known.asked.update(unknown)

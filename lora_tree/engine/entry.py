@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import StateError
+from ..sites import Site
 from .axis import RowAxis
 from .unpromised import any_saved_tensor_hook
 
@@ -36,19 +37,21 @@ class Entry:
         self._base = base
         self._handles: list[RemovableHandle] = []
         self._axis: RowAxis | None = None
+        self._mixed: Sequence[Site] = ()
         self._admitted = False
         self._recording = False
         self._checkpointed = False
         self.number: int | None = None
 
-    def watch(self, mark: int | None, axis: RowAxis | None = None) -> None:
+    def watch(self, mark: int | None, axis: RowAxis | None = None, mixed: Sequence[Site] = ()) -> None:
         """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch.
 
         Args:
             mark: the plan's or the route's.
             axis: how a routed batch lies.
+            mixed: the sites where its rows do not all owe the same.
         """
-        self._axis = axis
+        self._axis, self._mixed = axis, mixed
         if mark is None:
             self.number = None
             while self._handles:
@@ -56,9 +59,10 @@ class Entry:
             return
         self.number = mark
         if not self._handles:
-            before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
+            # One after the other into the list, so that a failure between them leaves no hook unknown.
+            self._handles += [self._base.register_forward_pre_hook(self._before, with_kwargs=True)]
             after = self._base.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-            self._handles = [before, after]
+            self._handles += [after]
 
     def side_path_runs(self) -> None:
         """A side path runs now: note whether it will run again in backward."""
@@ -91,7 +95,7 @@ class Entry:
         inputs = list(_tensors(_main_first(module, args, kwargs)))
         if self._axis is not None:
             self._axis.begin(inputs)
-            self._axis.probe(module, args, kwargs, inputs)
+            self._axis.probe(module, args, kwargs, inputs, self._mixed)
         self._recording, self._checkpointed, self._admitted = torch.is_grad_enabled(), False, True
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

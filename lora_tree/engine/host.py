@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import LoraTreeWarning, SpecError, StateError
 from .unpromised import compiled_frames, is_compiled
 
-__all__ = ["CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
+__all__ = ["CompileWatch", "Mark", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
 
 
 class MergedWarning(LoraTreeWarning):
@@ -23,10 +23,27 @@ class CompileWatch:
     """Whether ``torch.compile`` wraps a base. Nothing on the base says so, and finding out takes a while.
 
     So it is looked for only when torch has compiled something since the last look.
+
+    Args:
+        compiled: it was compiled before the tree was attached.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
+        self._compiled = compiled
         self._frames = 0
+
+    def check(self, base: nn.Module) -> None:
+        """Raise where hooks that come now would be ignored.
+
+        Raises:
+            StateError: the base, or something around it, is compiled.
+        """
+        if self._compiled or is_compiled(base) or self.sees(base):
+            raise StateError(
+                "the base is compiled, and a compiled forward ignores hooks that come later",
+                'activate(…, mode="merged") works under torch.compile as it is',
+                "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
+            )
 
     def sees(self, base: nn.Module) -> bool:
         """Whether a compiled wrapper of ``base`` is there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import StateError, TiedWeights, listing
-from ..lowrank import LowRank, concat, stacked
+from ..lowrank import LowRank, concat, is_sharded, stacked
 from ..sites import Site
 from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
 from .finite import not_finite, suspects
@@ -50,15 +50,21 @@ class Merged:
         self.pristine = Pristine(place)
         self.plan = BARE
 
-    def check(self, plan: Plan) -> None:
-        """That every site of the plan can be written to.
+    def check(self, plan: Plan, *, owned: Collection[str] = ()) -> None:
+        """Check that every site of the plan can be written to.
+
+        Args:
+            owned: the nodes whose factors the model has made parameters.
 
         Raises:
             UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
             BaseMismatch: a weight would get a number that is not finite; names the node and the module.
+            StateError: a node trains, or the base is sharded; names the node or the site.
         """
         if not plan.terms:
             return
+        if plan.trains:
+            _refuse_training(plan, owned)
         addresses = _addresses(self._base)
         if addresses != self._addresses:  # a weight was replaced, and may be tied, or of another kind, since
             self._untied.clear()
@@ -69,16 +75,27 @@ class Merged:
             self._checked.add(plan)
         self._check_finite(plan)
 
-    def switch(self, plan: Plan) -> None:
-        """Make the weights those of ``plan``; an empty plan is the bare base.
+    def verify(self, plan: Plan) -> None:
+        """Check that nobody else wrote to a weight since the last switch, before the switch to ``plan``.
 
         Raises:
-            ForeignWrite: somebody else wrote to a weight while a path was merged.
+            ForeignWrite: somebody did while a path was merged into it; names the weight.
+        """
+        if plan.terms or self.plan.terms:
+            self.pristine.verify(self._replaced())
+
+    def switch(self, plan: Plan, *, after_failure: bool = False) -> None:
+        """Make the weights those of ``plan``; an empty plan is the bare base.
+
+        Args:
+            after_failure: a call of ours failed: how the weights look has to be noted anew, also where they are
+                those of ``plan`` already.
+
+        Raises:
             MemoryError, RuntimeError: what torch raised; the weights are as they were before the call.
         """
         if not (plan.terms or self.plan.terms):
             return
-        self.pristine.verify(self._replaced())
         sites = {**self.plan.sites, **plan.sites}
         jobs = [
             _Job(sites[name], plan.terms.get(name, ()), self.plan.terms.get(name, ()))
@@ -244,6 +261,12 @@ class Merged:
         names: dict[tuple[int, str], str] = {}
         for name, terms in plan.terms.items():
             site = plan.sites[name]
+            weight = site.weight
+            if weight is not None and is_sharded(weight):
+                raise StateError(
+                    f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
+                    'activate(…, mode="unmerged")',
+                )
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
             other = names.setdefault((id(site.module), site.weight_name), name)
@@ -273,6 +296,18 @@ class Merged:
                     "or leave the module out of the adapter",
                 )
             self._untied.add((site.name, attribute))
+
+
+def _refuse_training(plan: Plan, owned: Collection[str]) -> None:
+    """Raise for the first node of a plan that trains."""
+    for name, terms in plan.terms.items():
+        for term in terms:
+            if any(tensor.requires_grad for tensor in term.value.tensors):
+                freeze = "model.trainable()" if term.node in owned else "adapter.with_tensors(torch.Tensor.detach)"
+                raise StateError(
+                    f"{term.node}: {name}: trains, and can't be merged while it does",
+                    f'activate(…, mode="unmerged"), or {freeze} first',
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,11 @@ the same for a plan that was dropped and made again from the same factors, also 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +80,18 @@ class Plan:
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for terms in self.terms.values() for term in terms for t in term.value.tensors)
 
+    def is_as_it_was(self) -> bool:
+        """Whether its factors have the numbers that they had, and those train that did."""
+        if self.fixed:
+            return True
+        for name, terms in self.terms.items():
+            for term in terms:
+                if term.version != _version(term.value):
+                    return False
+                if term.trains != ((name, term.node) in self.live):
+                    return False
+        return True
+
 
 BARE = Plan({}, {})
 
@@ -147,7 +158,6 @@ class Binder:
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
         self._bound = weakref.WeakKeyDictionary()
         self._plans: Kept[Plan] = Kept(kept)
-        self._expected: Plan | None = None
         self._marks = Marks()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
@@ -170,8 +180,7 @@ class Binder:
             for name, value in self.bind(node, adapter).modules.items():
                 trained = _trains(value)
                 fixed = fixed and not trained
-                version = value.A._version + value.B._version if trained else 0
-                found.setdefault(name, []).append(Term(node, coefficient, value, version))
+                found.setdefault(name, []).append(Term(node, coefficient, value, _version(value)))
         origins = tuple((self._origin(adapter), coefficient) for _, coefficient, adapter in terms)
         plan = Plan(
             {name: tuple(ts) for name, ts in found.items()},
@@ -183,17 +192,7 @@ class Binder:
         )
         if fixed:
             return self._plans.get(key, lambda: plan)
-        expected = self._expected
-        return expected if expected is not None and _alike(expected, plan) else plan
-
-    @contextlib.contextmanager
-    def expecting(self, plan: Plan) -> Iterator[None]:
-        """Inside, what behaves as ``plan`` is that plan again, also where it has factors that once trained."""
-        self._expected = plan
-        try:
-            yield
-        finally:
-            self._expected = None
+        return plan
 
     def bind(self, node: str, adapter: Adapter) -> Adapter:
         """``adapter`` with its names as this base has them, checked.
@@ -256,16 +255,11 @@ class Binder:
         check_carried(name, tensor, own, todo)
 
 
-def _alike(x: Plan, y: Plan) -> bool:
-    """Whether one was made of what the other is made of, and its factors are as they were."""
-    return (
-        x.live == y.live
-        and x.sites == y.sites
-        and x.terms.keys() == y.terms.keys()
-        and all(same_terms(terms, y.terms[name]) for name, terms in x.terms.items())
-    )
-
-
 def _trains(value: LowRank) -> bool:
     """Whether its factors are parameters, which training may write to in place."""
     return isinstance(value.A, nn.Parameter) or isinstance(value.B, nn.Parameter)
+
+
+def _version(value: LowRank) -> int:
+    """How often factors that train, or did, were written to; 0 for the others, which nobody may write to."""
+    return value.A._version + value.B._version if _trains(value) else 0

@@ -34,9 +34,28 @@ from .routed import Route
 from .side import check_own, side_dtype, widened
 from .upload import uploaded
 
-__all__ = ["Prepared"]
+__all__ = ["Numbers", "Prepared"]
 
 OFF, PATH, ROWS = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """What goes into the buffers, for one path or for a batch.
+
+    Args:
+        of: whose buffers.
+        mode: `OFF`, `PATH` or `ROWS`.
+        at_site: site → what is written there.
+    """
+
+    of: Prepared
+    mode: int
+    at_site: Mapping[str, _SiteNumbers]
+
+    def install(self) -> None:
+        """Make these the numbers that the side paths read."""
+        self.of.write(self)
 
 
 class Prepared:
@@ -53,13 +72,21 @@ class Prepared:
             raise SpecError(f"max_rank must be a whole number from 1, got {max_rank!r}")
         made = [_Fixed(site, values, max_rank, side_dtype(site, values, dtype)) for site, values in sites.items()]
         self._fixed = {fixed.site.name: fixed for fixed in made}
-        self._ready: dict[str, _Numbers] = {}
-        self._handles: list[RemovableHandle] = [
-            fixed.site.module.register_forward_hook(fixed.hook(), with_kwargs=True) for fixed in made
-        ]
+        self._handles: list[RemovableHandle] = []
+        self.reached: set[str] = set()
+        """Nothing that is prepared trains, so no gradient comes back to a node."""
+        try:
+            for fixed in made:
+                hook = fixed.site.module.register_forward_hook(fixed.hook(), with_kwargs=True)
+                self._handles.append(hook)
+        except BaseException:
+            self.forget()
+            raise
+
+    permanent = True
 
     def check(self, plan: Plan) -> None:
-        """That every site of the plan has buffers, and that nothing of it trains.
+        """Check that every site of the plan has buffers, and that nothing of it trains.
 
         Raises:
             MergedOnly: a site's module is never called.
@@ -77,16 +104,19 @@ class Prepared:
             if training is not None:
                 raise StateError(f"{training}: trains, which a prepared model can't do", "model.trainable() first")
 
-    def ready(self, plan: Plan) -> None:
-        """Lay out what `switch` will write: all that can fail.
+    def lay_out(self, plan: Plan) -> Numbers:
+        """Return the numbers of one path or blend; of an empty plan none, and side paths that are off.
 
         Raises:
             StateError: the path's rank is larger than what was prepared for; names the site.
         """
-        self._ready = {name: fixed.numbers(plan.terms.get(name, ())) for name, fixed in self._fixed.items()}
+        if not plan.terms:
+            return Numbers(self, OFF, {})
+        made = {name: fixed.numbers(plan.terms.get(name, ())) for name, fixed in self._fixed.items()}
+        return Numbers(self, PATH, made)
 
-    def ready_for(self, route: Route, axis: RowAxis) -> None:
-        """Lay out what `switch_to` will write: all that can fail.
+    def lay_out_rows(self, route: Route, axis: RowAxis) -> Numbers:
+        """Return the numbers of a batch whose rows lie as ``axis`` says.
 
         Raises:
             SpecError: a strategy that can't be prepared.
@@ -94,44 +124,31 @@ class Prepared:
         """
         if route.strategy not in ("auto", "matrix"):
             raise SpecError(f"a prepared model adds up as 'matrix' does, got strategy {route.strategy!r}")
-        self._ready = {}
+        made: dict[str, _SiteNumbers] = {}
         for name, fixed in self._fixed.items():
             terms = route.plan.terms.get(name, ())
             rows = route.batch.at([term.node for term in terms]).spread(axis.repeat, axis.tile)
-            self._ready[name] = fixed.numbers(terms, rows, batch_first=axis.batch_first)
+            made[name] = fixed.numbers(terms, rows, batch_first=axis.batch_first)
+        return Numbers(self, ROWS, made)
 
-    def switch(self, plan: Plan) -> None:
-        """Run one path or blend, as laid out; an empty plan is the bare base."""
-        if plan.terms:
-            self._write(PATH)
-        else:
+    def write(self, numbers: Numbers) -> None:
+        """Rewrite the buffers. All sites are in one mode, active or not: each mode is one trace."""
+        if numbers.mode == OFF:
             for fixed in self._fixed.values():
                 fixed.mode = OFF
-
-    def switch_to(self, route: Route, axis: RowAxis) -> None:
-        """Run a batch of paths, as laid out."""
-        self._write(ROWS)
-
-    @property
-    def current(self) -> object:
-        """Nothing that anybody would have to hold: the numbers are in the buffers."""
-        return None
+            return
+        with torch.no_grad(), torch.inference_mode(False):
+            for name, made in numbers.at_site.items():
+                self._fixed[name].write(made, numbers.mode)
 
     def forget(self) -> None:
         """Take the hooks out."""
         while self._handles:
             self._handles.pop().remove()
 
-    def _write(self, mode: int) -> None:
-        """All sites are in one mode, whether or not anything is active there: each mode is one trace."""
-        with torch.no_grad(), torch.inference_mode(False):
-            for name, numbers in self._ready.items():
-                self._fixed[name].write(numbers, mode)
-        self._ready = {}
-
 
 @dataclass(frozen=True, eq=False)
-class _Numbers:
+class _SiteNumbers:
     """What goes into one site's buffers: a value of any rank; and for a batch what each row owes of it."""
 
     value: LowRank | None
@@ -156,7 +173,7 @@ class _Fixed:
             self.rows = self.row_bias = self.adapted = torch.zeros(0, device=device)
         self.mode, self.uniform, self.batch_first = OFF, False, False
 
-    def numbers(self, terms: Terms, rows: Batch | None = None, *, batch_first: bool = False) -> _Numbers:
+    def numbers(self, terms: Terms, rows: Batch | None = None, *, batch_first: bool = False) -> _SiteNumbers:
         """The numbers for some terms; ``rows``: what each row owes to them, whose coefficients then are 1.
 
         Raises:
@@ -173,7 +190,7 @@ class _Fixed:
         with exact_mode(device):
             value = stacked(values, dtype=self.dtype, device=device) if values else None
             if rows is None:
-                return _Numbers(value)
+                return _SiteNumbers(value)
             owed = rows.coefficients(range(len(rows)))  # (rows, nodes)
             there = uploaded(owed, device)
             column = [i for i, v in enumerate(values) for _ in range(v.rank)]
@@ -183,9 +200,9 @@ class _Fixed:
                 if v.bias is not None:
                     bias += there[:, i, None] * (v.bias.to(bias) * v.scale)
             wide = uploaded(wide.to(self.dtype), device)
-            return _Numbers(value, wide, bias.to(self.dtype), rows.is_uniform, batch_first)
+            return _SiteNumbers(value, wide, bias.to(self.dtype), rows.is_uniform, batch_first)
 
-    def write(self, numbers: _Numbers, mode: int) -> None:
+    def write(self, numbers: _SiteNumbers, mode: int) -> None:
         """Rewrite the buffers in place; those of the rows are made anew only for another number of rows."""
         self.mode, self.uniform, self.batch_first = mode, numbers.uniform, numbers.batch_first
         value, rank = numbers.value, 0 if numbers.value is None else numbers.value.rank

@@ -28,7 +28,7 @@ from .forms import FORMS, Form
 from .kept import Kept, Ledger, Unbounded
 from .owed import Owed
 from .plan import Marks, Plan, Terms
-from .side import Draft, Laid, Manner, PathSide, Side, side_dtype, widened
+from .side import Draft, Manner, PathSide, Side, Sides, side_dtype, widened
 
 __all__ = ["Route", "Router", "Strategy"]
 
@@ -99,9 +99,9 @@ class Route:
         self._whole: dict[str, Side] = {}
         self._picked: dict[Hashable, str] = {}
 
-    def sides(self, axis: RowAxis) -> Laid:
+    def sides(self, axis: RowAxis) -> Sides:
         """The side path of every site, for rows that lie as ``axis`` says."""
-        sides = Laid()
+        sides = Sides()
         for name, site in self.plan.sites.items():
             alike = self._alike(site)
             sides[name] = _RoutedSide(self, site, axis) if alike is None else alike

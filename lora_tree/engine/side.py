@@ -22,7 +22,17 @@ from .arithmetic import product_dtype
 from .plan import Terms
 from .slab import Slab
 
-__all__ = ["Draft", "Laid", "Manner", "PathSide", "Side", "check_own", "side_device", "side_dtype", "widened"]
+__all__ = [
+    "Draft",
+    "Manner",
+    "PathSide",
+    "Side",
+    "Sides",
+    "check_own",
+    "side_device",
+    "side_dtype",
+    "widened",
+]
 
 
 @dataclass
@@ -58,7 +68,7 @@ class Side(Protocol):
         ...
 
 
-class Laid(dict[str, Side]):
+class Sides(dict[str, Side]):
     """Site → its side path, for everything that is active; one object, that can be known to be alive."""
 
 

@@ -9,7 +9,8 @@ of an optimiser moves no other, and it does not matter which module of the base 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -23,17 +24,50 @@ from .arithmetic import exact_mode
 from .axis import RowAxis
 from .entry import Entry
 from .kept import Kept, Ledger, Unbounded
-from .plan import Plan
+from .plan import BARE, Plan
 from .routed import Route
-from .side import Draft, Laid, Manner, PathSide, Side, check_own
+from .side import Draft, Manner, PathSide, Side, Sides, check_own
 from .slab import Slab
 from .unpromised import any_global_hook
 from .watch import Watch
 
-__all__ = ["Unmerged"]
+__all__ = ["SidePaths", "Unmerged"]
 
 KEPT_PATHS = 64
 PORTION = 1 << 20  # bytes that are taken at once for what is laid out
+
+
+@dataclass(frozen=True, eq=False)
+class SidePaths:
+    """What runs beside the weights, for one path or for a batch.
+
+    Args:
+        of: whose hooks run it.
+        plan: its sites and terms.
+        sides: site → its side path.
+        mark: what key/value caches and recorded backwards know it by; None: nothing to watch.
+        axis: how the rows of a batch lie.
+        mixed: the sites where the rows of a batch do not all owe the same.
+    """
+
+    of: Unmerged
+    plan: Plan
+    sides: Mapping[str, Side]
+    mark: int | None
+    axis: RowAxis | None = None
+    mixed: Sequence[Site] = ()
+
+    @cached_property
+    def training(self) -> dict[str, list[str]]:
+        """Site → the nodes that train there."""
+        found: dict[str, list[str]] = {}
+        for name, node in self.plan.live:
+            found.setdefault(name, []).append(node)
+        return found
+
+    def install(self) -> None:
+        """Make these the side paths that run."""
+        self.of.run(self)
 
 
 class Unmerged:
@@ -49,18 +83,18 @@ class Unmerged:
         self._manner = manner
         self._ledger = ledger or Unbounded()
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
-        self._current: Mapping[str, Side] = {}
-        self._ready: Laid | None = None
-        self._kept: Kept[Laid] = Kept(KEPT_PATHS)
+        self._kept: Kept[Sides] = Kept(KEPT_PATHS)
         self._ledger.spare(self._kept)
         self._watch = Watch(base)
         self._entry = Entry(base)
-        self._training: dict[str, list[str]] = {}
+        self._running = SidePaths(self, BARE, {}, None)
         self.reached: set[str] = set()
         """The nodes that a gradient has come back to; forgotten by whoever reads it."""
 
+    permanent = False
+
     def check(self, plan: Plan) -> None:
-        """That every site of the plan runs when its module is called.
+        """Check that every site of the plan runs when its module is called.
 
         Raises:
             MergedOnly: one does not; says which and why.
@@ -68,42 +102,42 @@ class Unmerged:
         for name, terms in plan.terms.items():
             plan.sites[name].check_mode(terms[0].value, merged=False, node=terms[0].node)
 
-    def sides(self, plan: Plan) -> Laid:
-        """The side paths of one path or blend; the same object for a plan that was used before."""
+    def lay_out(self, plan: Plan) -> SidePaths:
+        """Return the side paths of one path or blend; what is laid out is kept for the last plans.
+
+        Raises:
+            BudgetError: there is no room for them; names the nodes.
+        """
         key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
-        return self._kept.get(key, lambda: self._laid_out(plan), keep=plan.fixed)
+        sides = self._kept.get(key, lambda: self._laid_out(plan), keep=plan.fixed)
+        return SidePaths(self, plan, sides, plan.mark if plan.terms else None)
 
-    def ready(self, plan: Plan) -> None:
-        """Lay out what `switch` will run: all that can fail."""
-        self._ready = None
-        self._ready = self.sides(plan)
+    def lay_out_rows(self, route: Route, axis: RowAxis) -> SidePaths:
+        """Return the side paths of a batch whose rows lie as ``axis`` says."""
+        return SidePaths(self, route.plan, route.sides(axis), route.mark, axis, route.mixed)
 
-    def ready_for(self, route: Route, axis: RowAxis) -> None:
-        """Lay out what `switch_to` will run: all that can fail."""
-        self._ready = None
-        route.sides(axis)
-
-    def switch(self, plan: Plan) -> None:
-        """Run one path or blend beside the weights; an empty plan is the bare base."""
-        self._switch(plan, self.sides(plan), plan.mark if plan.terms else None, None)
-
-    def switch_to(self, route: Route, axis: RowAxis) -> None:
-        """Run a batch of paths beside the weights, its rows lying as ``axis`` says."""
-        axis.sites = route.mixed
-        self._switch(route.plan, route.sides(axis), route.mark, axis)
+    def run(self, paths: SidePaths) -> None:
+        """Let the base run these, and no others. Called again, it mends what a call that failed left half done."""
+        self._running = paths
+        sites = paths.plan.sites
+        gone = [name for name, (site, _) in self._hooked.items() if sites.get(name) is not site]
+        for name in gone:
+            self._hooked[name][1].remove()
+            del self._hooked[name]
+        for name, site in sites.items():
+            if name not in self._hooked:
+                handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
+                self._hooked[name] = site, handle
+        self._watch.expect(paths.plan)
+        self._entry.watch(paths.mark, paths.axis, paths.mixed)
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
         self._kept.forget()
 
-    @property
-    def current(self) -> object:
-        """What is laid out for what runs now; whoever holds it will find it again."""
-        return self._current
-
     # ------------------------------------------------------------------ private
-    def _laid_out(self, plan: Plan) -> Laid:
-        laid, sites, manner = Laid(), plan.sites, self._manner
+    def _laid_out(self, plan: Plan) -> Sides:
+        laid, sites, manner = Sides(), plan.sites, self._manner
         drafts = {name: Draft(sites[name], terms, manner.dtype) for name, terms in plan.terms.items()}
         try:
             lend = self._ledger.lend(laid, sum(draft.nbytes for draft in drafts.values()))
@@ -115,22 +149,6 @@ class Unmerged:
                 slab = Slab(lend(nbytes, device))
                 laid.update((name, PathSide(drafts[name], manner, slab)) for name in names)
         return laid
-
-    def _switch(self, plan: Plan, sides: Mapping[str, Side], mark: int | None, axis: RowAxis | None) -> None:
-        self._current, self._ready = sides, None
-        for name in [n for n, (site, _) in self._hooked.items() if plan.sites.get(n) is not site]:
-            self._hooked.pop(name)[1].remove()
-        for name, site in plan.sites.items():
-            if name not in self._hooked:
-                handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
-                self._hooked[name] = site, handle
-        self._training = {
-            name: training
-            for name, terms in plan.terms.items()
-            if (training := [term.node for term in terms if term.trains])
-        }
-        self._watch.expect(plan)
-        self._entry.watch(mark, axis)
 
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired
@@ -147,10 +165,10 @@ class Unmerged:
                 )
             self._entry.side_path_runs()
             spare = site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
-            after = self._current[name](out, x, spare)
+            after = self._running.sides[name](out, x, spare)
             if after.grad_fn is not None and not self._entry.probing:
                 self._entry.guard(after)
-                training = self._training.get(name)
+                training = self._running.training.get(name)
                 if training:
                     after.grad_fn.register_prehook(partial(self._reach, training))
             return after

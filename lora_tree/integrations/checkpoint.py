@@ -33,12 +33,13 @@ from ..errors import FolderError, FormatError, listing
 from ..folder import disk
 from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
+from ..lowrank import is_sharded
 from ..model import TreeModel
 from ..spec import check_path
 from ..system.durable import sync_file
 from ..system.reading import is_file, is_folder, look
 from ..training.factors import path_of
-from ..training.sharded import full, is_sharded
+from ..training.sharded import full
 from ..tree import AdapterTree
 
 __all__ = [

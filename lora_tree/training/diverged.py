@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import DivergedError, listing
+from ..lowrank import is_sharded
 from .factors import Factors
 from .losses import ranks
-from .sharded import is_sharded
 
 __all__ = ["Start", "check_finite_step"]
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import StateError, listing
-from ..lowrank import LowRank
+from ..lowrank import LowRank, is_sharded
 from ..tree import AdapterTree
-from .sharded import is_sharded
 
 __all__ = ["Factors", "path_of"]
 

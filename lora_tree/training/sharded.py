@@ -7,16 +7,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..engine.plan import Plan
-from ..errors import StateError
-from ..lowrank import LowRank
+from ..lowrank import LowRank, is_sharded
 
-__all__ = ["check_whole", "full", "is_sharded", "whole"]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Every rank holds a part of it."""
-    return hasattr(tensor, "full_tensor")
+__all__ = ["full", "whole"]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -37,18 +30,3 @@ def whole(adapter: Adapter) -> Adapter:
         return replace(value, A=one(value.A), B=one(value.B), bias=None if value.bias is None else one(value.bias))
 
     return adapter.map(all_of) if any(value.is_sharded for value in adapter.modules.values()) else adapter
-
-
-def check_whole(plan: Plan) -> None:
-    """That a path can be merged: nobody has the whole of a sharded weight to write to.
-
-    Raises:
-        StateError: a site's weight is sharded; names the site.
-    """
-    for name, site in plan.sites.items():
-        weight = site.weight
-        if weight is not None and is_sharded(weight):
-            raise StateError(
-                f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
-                'activate(…, mode="unmerged")',
-            )

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SpecError, StateError
+from ..lowrank import is_sharded
 from .factors import Factors
 from .losses import ranks
-from .sharded import is_sharded
 
 __all__ = ["NodeSteps"]
 

@@ -1,0 +1,158 @@
+"""Behaviour: what a base is doing, as one value.
+
+    Request      a path or blend in a mode, or a path for every row of a batch
+       │ compose    everything that can fail: checks, pins, lays out          (stage.py)
+    Behaviour    the request with its plan, its side paths and its pins
+       │ install    the only writer to the base; puts the old one back if it fails
+    the base
+
+Nothing about a base's state is kept anywhere else, so to go back to an earlier state is to install an earlier value.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+
+from ..adapter import Adapter
+from ..blend import Blend
+from .axis import RowAxis
+from .batch import Batch
+from .plan import BARE, Plan
+from .routed import Route, Strategy
+
+__all__ = ["Behaviour", "Beside", "Laid", "Mode", "Pins", "Request", "Rows", "State", "Trained"]
+
+Mode: TypeAlias = Literal["merged", "unmerged"]
+
+
+class State(enum.Enum):
+    """What the base is doing."""
+
+    BARE = "bare"  # the base alone
+    MERGED = "merged"  # a path is written into the weights
+    UNMERGED = "unmerged"  # a path runs beside them
+    ROUTED = "routed"  # a path for every row of a batch runs beside them
+    DETACHED = "detached"  # given back
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a routed batch: what each owes, how they lie, and how their sums are added up."""
+
+    batch: Batch
+    axis: RowAxis
+    strategy: Strategy
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What was asked of a base.
+
+    Args:
+        asked: a path or a blend, or one for every row.
+        mode: into the weights or beside them; a batch always runs beside them.
+        rows: of a routed batch; None: one path or blend for everything.
+    """
+
+    asked: Blend | tuple[Blend, ...]
+    mode: Mode = "merged"
+    rows: Rows | None = None
+
+    @property
+    def blends(self) -> tuple[Blend, ...]:
+        """The paths and blends that it names."""
+        return self.asked if isinstance(self.asked, tuple) else (self.asked,)
+
+
+class Laid(Protocol):
+    """Side paths, ready to run. A value: it can be installed again after others were."""
+
+    def install(self) -> None:
+        """Make them the ones that run. What fails half-way is mended by installing any of them anew."""
+
+
+class Beside(Protocol):
+    """The side paths of one base: hooks that come and go (`Unmerged`), or permanent ones (`Prepared`)."""
+
+    @property
+    def permanent(self) -> bool:
+        """The hooks stay in the base while it is bare."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise if a site of the plan can't have a side path."""
+
+    def lay_out(self, plan: Plan) -> Laid:
+        """Return the side paths of one path or blend; of an empty plan, none."""
+
+    def lay_out_rows(self, route: Route, axis: RowAxis) -> Laid:
+        """Return the side paths of a batch whose rows lie as ``axis`` says."""
+
+    @property
+    def reached(self) -> set[str]:
+        """The nodes that a gradient has come back to; forgotten by whoever reads it."""
+
+    def forget(self) -> None:
+        """Drop what is kept for paths used before; take permanent hooks out."""
+
+
+class Pins(Protocol):
+    """Adapters that the cache may not evict until they are released."""
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Node → its adapter."""
+
+    def release(self) -> None:
+        """Let the cache evict them. Does nothing the second time."""
+
+
+class Trained(Protocol):
+    """The factors that a model has made parameters."""
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The nodes that have some."""
+
+    def shown(self, path: str, adapter: Adapter) -> Adapter:
+        """Return what the tree holds for a node, in the parameters that train now."""
+
+
+@dataclass(frozen=True, eq=False)
+class Behaviour:
+    """A request, and everything that is needed to make the base do it.
+
+    Args:
+        request: what was asked.
+        plan: what every site gets.
+        beside: the side paths; none where the plan is written into the weights.
+        pins: the adapters that the plan was made of.
+        adapters: the same ones as the plan has them: with the parameters that train now.
+        dtypes: of the sites' weights when the side paths were laid out.
+    """
+
+    request: Request
+    plan: Plan
+    beside: Laid
+    pins: Pins
+    adapters: Mapping[str, Adapter]
+    dtypes: tuple[torch.dtype | None, ...]
+
+    @property
+    def weights(self) -> Plan:
+        """What is written into the weights."""
+        merged = self.request.rows is None and self.request.mode == "merged"
+        return self.plan if merged else BARE
+
+    @property
+    def state(self) -> State:
+        """What the base is doing, as a word."""
+        if self.request.rows is not None:
+            return State.ROUTED
+        if not self.plan.terms:
+            return State.BARE
+        return State.MERGED if self.request.mode == "merged" else State.UNMERGED
