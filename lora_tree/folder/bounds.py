@@ -14,7 +14,7 @@ import re
 from ..formats.peft import CONFIG, WEIGHTS
 from ..spec import MAX_DEPTH
 
-__all__ = ["blobs", "hub_hint", "inside", "leaves", "no_folder", "tree_above"]
+__all__ = ["blobs", "homes", "hub_hint", "inside", "leaves", "lies_in", "no_folder", "tree_above"]
 
 _REPOSITORY = re.compile(r"(?:models|datasets|spaces)--[^/]+\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}\Z")
@@ -38,10 +38,23 @@ def blobs(folder: str) -> str | None:
 
 def inside(path: str, folder: str) -> bool:
     """Whether ``path``, with all links followed, lies in ``folder`` or in the blobs that the folder is made of."""
-    real, root = os.path.realpath(path), os.path.realpath(folder)
+    return lies_in(os.path.realpath(path), homes(folder))
+
+
+def homes(folder: str) -> tuple[str, ...]:
+    """Return where files of a folder may lie, all links followed: in it, or in the blobs that it is made of."""
+    root = os.path.realpath(folder)
     beside = blobs(root)
-    homes = [root] if beside is None else [root, beside]
-    return any(os.path.commonpath([real, home]) == home for home in homes)
+    return (root,) if beside is None else (root, beside)
+
+
+def lies_in(real: str, homes: tuple[str, ...]) -> bool:
+    """Tell whether a real path lies in one of some real folders, or is one.
+
+    >>> lies_in("/zoo/fr", ("/zoo",)), lies_in("/zoos", ("/zoo",)), lies_in("/zoo", ("/",))
+    (True, False, True)
+    """
+    return any(real == home or real.startswith(os.path.join(home, "")) for home in homes)
 
 
 def leaves(file: str, folder: str | None) -> bool:

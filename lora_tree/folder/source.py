@@ -12,20 +12,20 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from ..adapter import Adapter
-from ..errors import FormatError, LoraTreeError, UnlockedError, UnsupportedAdapter
+from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError, UnsupportedAdapter
 from ..formats import peft
 from ..formats.peft import WEIGHTS
 from ..formats.safetensors import read_tensors
 from ..storage import Allocate, Witness
 from ..system.memory import check_fits
 from . import disk
-from .bounds import inside
+from .bounds import homes, inside, lies_in
 from .disk import Stamp
 from .lockfile import content
 from .scan import FILES, Files, look
@@ -169,8 +169,16 @@ class FolderSource:
             outline=outline,
             allocate=allocate,
             witness=witness,
-            inside=None if home is None else partial(inside, folder=home),
+            inside=None if home is None else partial(_belongs, home),
         )
+
+
+def _belongs(root: str, real: str) -> bool:
+    """A real path lies in the tree's folder; where that is a link, it may lead elsewhere than it did."""
+    return lies_in(real, _homes(root)) or lies_in(real, homes(root))
+
+
+_homes = lru_cache(maxsize=64)(homes)  # asked for each file that is read
 
 
 class _Hashing:
@@ -274,8 +282,8 @@ def adds_nothing(adapter: Adapter) -> bool:
 
 
 def _identity(files: Files) -> _Identity:
-    seen = []
-    for name in FILES:
-        with disk.named("look at it", files.now[name][0]):
-            seen.append(os.stat(files.now[name][0]))
+    try:
+        seen = [os.stat(files.now[name][0]) for name in FILES]
+    except OSError as error:  # by hand: every load comes by here twice
+        raise FolderError(f"{error.filename}: can't look at it: {error.strerror or error}") from error
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen)

@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,18 +81,27 @@ def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None =
         if not stat.S_ISREG(seen.st_mode):
             raise OSError(errno.EINVAL, "not a plain file")
         if inside is not None:
-            _check_inside(path, seen, inside)
+            _check_inside(file, path, inside)
     except BaseException:
         os.close(file)
         raise
     return file
 
 
-def _check_inside(path: str | Path, seen: os.stat_result, inside: Inside) -> None:
-    real = os.path.realpath(path)
-    # the name may lead elsewhere since it was opened: then the open file is not the one at the real path
-    if not inside(real) or not os.path.samestat(seen, os.lstat(real)):
+def _check_inside(file: int, path: str | Path, inside: Inside) -> None:
+    real = _real_path(file, path)
+    if not inside(real):
         raise OSError(errno.EXDEV, f"leads to {real}, which is not where it may lie")
+
+
+def _real_path(file: int, path: str | Path) -> str:
+    """Where an open file lies; its name may lead elsewhere since it was opened."""
+    with suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{file}")  # Linux: one call, and it tells of the open file itself
+    real = os.path.realpath(path)
+    if not os.path.samestat(os.fstat(file), os.lstat(real)):
+        raise OSError(errno.EXDEV, "became another file while it was opened")
+    return real
 
 
 @contextmanager
@@ -113,5 +122,8 @@ def stream(path: str | Path, *, follow: bool = True, inside: Inside | None = Non
     ...     reading.read()
     b''
     """
-    file = plain_file(path, follow=follow, inside=inside)
-    return os.fdopen(file, "rb", buffering=buffering)
+
+    def opener(_: str, __: int) -> int:
+        return plain_file(path, follow=follow, inside=inside)
+
+    return open(path, "rb", buffering=buffering, opener=opener)
