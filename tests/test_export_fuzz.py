@@ -175,6 +175,14 @@ def _put(file: Path, data: bytes) -> Iterator[None]:
         file.write_bytes(whole)
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_index_names_files_of_its_folder_only(home: Path, name: str) -> None:
+    fields = json.loads((home / "base" / INDEX).read_bytes())
+    fields["weight_map"][f"{Q}.weight"] = name
+    with _put(home / "base" / INDEX, json.dumps(fields).encode()), pytest.raises(LoraTreeError):
+        open_checkpoint(home / "base")
+
+
 # ---------------------------------------------------------------------- whole exports
 @DEAR
 @given(st.sampled_from(["index", "shard", "link", "named"]), edits, names)

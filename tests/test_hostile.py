@@ -27,6 +27,7 @@ from architectures import ARCHS
 from front import front_end
 from safetensors.torch import load_file, save_file
 from shell import command, save_base
+from test_renaming import CASES
 from torch import nn
 from zoo import adapter, listing, tree, value
 
@@ -1214,6 +1215,28 @@ def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
         lt.export_model(tree, "fr", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     model.activate("fr", mode="unmerged")  # nothing is written there
+
+
+def test_scales_that_fused_experts_have_in_their_factors_count_as_well(tmp_path: Path) -> None:
+    """One pair for each expert under an earlier transformers: the fused parameter has the scales in its B."""
+    case = CASES["mixtral"]
+    model: Any = case.base().half()
+    modules = {
+        name: lt.LowRank(torch.full((2, into), 0.01), torch.full((out, 2), 0.01))
+        for name, (out, into) in case.old.items()
+        if ".experts." in name
+    }
+    tree = lt.AdapterTree()
+    tree.add("fine", adapter=lt.Adapter(modules))
+    first = min(modules)
+    tree.add("huge", adapter=lt.Adapter({**modules, first: modules[first].scaled(1e9)}))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    attached = lt.attach(tree, model)
+    with pytest.raises(BaseMismatch, match=r"huge: .*experts.* goes over 65504"):
+        attached.activate("huge")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    attached.activate("fine")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_check_looks_at_increments_in_the_dtype_of_the_base(tmp_path: Path) -> None:

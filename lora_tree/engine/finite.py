@@ -42,7 +42,7 @@ def suspects(plan: Plan) -> list[str]:
     dtypes = tuple(site.dtype or torch.float32 for site in plan.sites.values())
     if _known(plan, False, dtypes):
         return []
-    most = _most(plan.adapters)
+    most = _most(plan, plan.adapters)
     found = []
     for (name, terms), dtype in zip(plan.terms.items(), dtypes, strict=True):
         total = folded = 0.0
@@ -93,7 +93,7 @@ def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float
     if ordinary and _known(plan, True, dtypes):
         return
     # Of what trains nothing is asked: its numbers change at every step, and a look waits for a device.
-    most = _most([adapter for adapter in plan.adapters if not _all_train(adapter)])
+    most = _most(plan, [adapter for adapter in plan.adapters if not _all_train(adapter)])
     for (name, terms), dtype in zip(plan.terms.items(), dtypes, strict=True):
         limit = _limit(dtype)
         for term in terms:
@@ -165,9 +165,14 @@ def _limit(dtype: torch.dtype) -> float:
     return info.max * (1 + info.eps / 4)
 
 
-def _most(adapters: Iterable[Adapter]) -> float:
-    """The largest number in any factor of some adapters; NaN or infinite where one is."""
+def _most(plan: Plan, adapters: Iterable[Adapter]) -> float:
+    """The largest number in any factor of some adapters, as they are bound; NaN or infinite where one is."""
     found = [_largest_in(adapter) for adapter in adapters]
+    # Where a base fuses what an adapter has apart, the bound factors are others, with scales folded into them.
+    own = {id(value) for adapter in plan.adapters for value in adapter.modules.values()}
+    values = [term.value for terms in plan.terms.values() for term in terms if not term.trains]
+    made = [tensor for value in values if id(value) not in own for tensor in value.tensors]
+    found += _largest(_runs(made))
     return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 

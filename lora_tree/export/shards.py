@@ -219,7 +219,7 @@ def _index(file: Path, inside: Inside | None) -> dict[str, str]:
         raise FormatError(f"{file}: no weight_map")
     for tensor, name in placed.items():
         plain = isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
-        if not plain:
+        if not plain or "\0" in name:
             raise FormatError(f"{file}: {tensor}: {str(name)[:80]!r} is no safetensors file of this folder")
     return placed
 

@@ -76,6 +76,8 @@ def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None =
         if error.errno == errno.ELOOP and not follow:
             raise OSError(errno.ELOOP, "a link") from error
         raise
+    except ValueError as error:  # a name with a NUL in it, or with what no file system can spell
+        raise OSError(errno.EINVAL, f"no name of a file: {error}") from error
     try:
         seen = os.fstat(file)
         if not stat.S_ISREG(seen.st_mode):
