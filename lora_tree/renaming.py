@@ -213,7 +213,7 @@ class _Move:
         if counted:
             if target is None or target.ndim != 3:
                 raise BaseMismatch(f"this base has no parameter {first} that holds its experts")
-            experts = target.shape[0]
+            experts = target.shape[0] * len(converter.target_patterns)  # some are shared out between several
         values = {}
         for source, numbered in group.values.items():
             values[source] = _stack(numbered, experts) if counted else concat(numbered[0])
@@ -221,18 +221,21 @@ class _Move:
         for source, value in values.items():
             *batch, _, rank = value.B.shape
             parts: dict[str, Iterable[Tensor]] = {}
-            numbers: dict[str, Iterable[Tensor]] = {}
+            trial: dict[str, Iterable[Tensor]] = {}
             for other in converter.source_patterns:
                 own = value.B if other == source else value.B.new_zeros(*batch, rows[other], rank)
-                numbered_columns = _COLUMNS.expand(*batch, rows[other], len(_COLUMNS))
+                probe = _numbered(experts if counted else 1, rows[other])
+                probe = probe if counted else probe[0].expand(*batch, rows[other], len(_COLUMNS))
                 parts[other] = own if counted else [own]
-                numbers[other] = numbered_columns if counted else [numbered_columns]
-            turned = self._turns(first, converter, numbers)
+                trial[other] = probe if counted else [probe]
+            where = self._where(first, converter, trial)
             for parameter, made in self._loading.convert(first, converter, parts).items():
+                which, turned = where[parameter]
+                A = value.A if which is None else value.A[which.to(value.A.device)]
                 if turned:
-                    yield parameter, value.A.mT, made, value.scale
+                    yield parameter, A.mT, made, value.scale
                 else:
-                    yield parameter, made, value.A, value.scale
+                    yield parameter, made, A, value.scale
 
     def _rows(self, converter: Any, values: Mapping[str, LowRank], target: Tensor | None) -> dict[str, int]:
         """Source → how many rows its weight has; of one without factors, an equal share of the target's."""
@@ -244,17 +247,29 @@ class _Move:
             rows.setdefault(source, next(iter(same)) if len(same) == 1 else share)
         return rows
 
-    def _turns(self, first: str, converter: Any, numbers: Mapping[str, Iterable[Tensor]]) -> bool:
-        """Whether a conversion transposes; tried out on weights of a few columns, which are numbered.
+    def _where(
+        self, first: str, converter: Any, trial: Mapping[str, Iterable[Tensor]]
+    ) -> dict[str, tuple[Tensor | None, bool]]:
+        """Parameter → which experts a conversion puts there (None where it counts none), and whether it transposes.
+
+        It is tried out on weights of a few columns, numbered together with their experts.
 
         Raises:
             BaseMismatch: it mixes columns: then what it makes of B says nothing about what it makes of B·A.
         """
-        made = list(self._loading.convert(first, converter, numbers).values())
-        if all(_is_numbered(each) for each in made):
-            return False
-        if all(_is_numbered(each.mT) for each in made):
-            return True
+        found = {}
+        for parameter, made in self._loading.convert(first, converter, trial).items():
+            for turned in (False, True):
+                order = _order(made.mT if turned else made)
+                if order is not None:
+                    counted = any("*" in source for source in converter.source_patterns)
+                    found[parameter] = (order if counted else None, turned)
+                    break
+            else:
+                self._refuse(first, converter)
+        return found
+
+    def _refuse(self, first: str, converter: Any) -> None:
         said = " and ".join(type(operation).__name__ for operation in converter.operations)
         raise BaseMismatch(
             f"transformers makes {first} of it by {said}, which has no low-rank form",
@@ -399,12 +414,23 @@ def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
     return order
 
 
-_COLUMNS = torch.arange(1.0, 4.0, device="cpu")
+_COLUMNS = torch.arange(3.0, device="cpu")
 
 
-def _is_numbered(tensor: Tensor) -> bool:
-    """Whether the columns are those of `_COLUMNS`, in their order."""
-    return tensor.shape[-1] == len(_COLUMNS) and bool((tensor == _COLUMNS).all())
+def _numbered(experts: int, rows: int) -> Tensor:
+    """(experts, rows, 3): every number says of which expert and in which column it is."""
+    each_expert = torch.arange(float(experts), device="cpu").mul(len(_COLUMNS)).reshape(-1, 1, 1)
+    return (each_expert + _COLUMNS).expand(experts, rows, len(_COLUMNS))
+
+
+def _order(made: Tensor) -> Tensor | None:
+    """The experts in a batch of such numbers; None where the columns are not in their order."""
+    made = made if made.ndim == 3 else made[None]
+    if made.shape[-1] != len(_COLUMNS):
+        return None
+    order = made[:, 0, 0].div(len(_COLUMNS)).long()
+    wanted = order.reshape(-1, 1, 1) * len(_COLUMNS) + _COLUMNS
+    return order if bool((made == wanted).all()) else None
 
 
 def _either(adapter: Adapter) -> set[str]:

@@ -16,7 +16,7 @@ import transformers as T
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shell import command
 from torch import Tensor, nn
 
@@ -472,6 +472,97 @@ def test_a_checkpoint_of_old_and_new_names_has_the_bits_of_activate(
     loaded = type(base).from_pretrained(tmp_path / "out")  # type: ignore[attr-defined]
     wanted = base.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+
+
+# ---------------------------------------------------------------------- beside transformers' own loader
+SMALL = {**TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ENCODER = {name: n for name, n in SMALL.items() if name not in ("num_key_value_heads", "vocab_size")}
+PICTURES = {"image_size": 16, "patch_size": 8}
+ROUTED = {"num_experts": EXPERTS, "num_experts_per_tok": 2}
+
+
+def with_eyes(kind: Any, config: Any, text: dict[str, Any], tower: str, **more: Any) -> nn.Module:
+    vision = {"model_type": tower, "projection_dim": HIDDEN, **ENCODER, **PICTURES}
+    made: nn.Module = kind(config(text_config={**SMALL, **text}, vision_config=vision, image_token_index=60, **more))
+    return made
+
+
+def deepseek_v3() -> nn.Module:
+    low = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    groups = {"n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    size = {**SMALL, "num_key_value_heads": 4, "moe_intermediate_size": WIDE, "first_k_dense_replace": 1}
+    return T.DeepseekV3ForCausalLM(T.DeepseekV3Config(**size, **groups, **low))
+
+
+def ernie_vl() -> nn.Module:
+    text = {**SMALL, "hidden_size": 256, "num_attention_heads": 2, "moe_num_experts": EXPERTS, "moe_k": 2}
+    vision = {"hidden_size": 16, "intermediate_size": WIDE, "depth": 1, "num_heads": 4, "patch_size": 4}
+    config = T.Ernie4_5_VLMoeConfig(
+        text_config={**text, "moe_intermediate_size": [WIDE, WIDE]}, vision_config={**vision, "text_hidden_size": 256}
+    )
+    return T.Ernie4_5_VLMoeForConditionalGeneration(config)
+
+
+LOADED: dict[str, Callable[[], nn.Module]] = {
+    "olmoe": lambda: T.OlmoeForCausalLM(T.OlmoeConfig(**SMALL, **ROUTED)),
+    "qwen2_moe": lambda: T.Qwen2MoeForCausalLM(
+        T.Qwen2MoeConfig(**SMALL, **ROUTED, moe_intermediate_size=WIDE, shared_expert_intermediate_size=WIDE)
+    ),
+    "deepseek_v3": deepseek_v3,
+    "granitemoe": lambda: T.GraniteMoeForCausalLM(
+        T.GraniteMoeConfig(**SMALL, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    ),
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "ernie_vl": ernie_vl,  # experts of one list shared out between two parameters, and transposed routers
+    "llava_next": lambda: with_eyes(
+        T.LlavaNextForConditionalGeneration, T.LlavaNextConfig, {"model_type": "llama"}, "clip_vision_model"
+    ),
+    "gemma3": lambda: with_eyes(
+        T.Gemma3ForConditionalGeneration,
+        T.Gemma3Config,
+        {"model_type": "gemma3_text", "head_dim": 4},
+        "siglip_vision_model",
+        mm_tokens_per_image=4,
+    ),
+    "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**ENCODER, **PICTURES)),
+    "nomic_bert": lambda: T.NomicBertModel(T.NomicBertConfig(**ENCODER, vocab_size=64)),  # q, k and v were one Linear
+}
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_what_an_adapter_adds_by_a_checkpoint_s_names_is_where_the_checkpoint_s_tensors_go(
+    name: str, tmp_path: Path
+) -> None:
+    """The names that transformers writes on the disk are the old ones; it is asked to load W + B·A under them."""
+    torch.manual_seed(0)
+    base: Any = LOADED[name]().eval()
+    base.save_pretrained(tmp_path / "base")
+    disk = load_file(tmp_path / "base" / "model.safetensors")
+    g = torch.Generator().manual_seed(1)
+    modules = {}
+    for key, tensor in disk.items():
+        if key.endswith(".weight") and tensor.ndim == 2 and not re.search(r"embed|position|lm_head|token_type", key):
+            A, B = 0.1 * torch.randn(2, tensor.shape[1], generator=g), torch.randn(tensor.shape[0], 2, generator=g)
+            modules[key.removesuffix(".weight")] = lt.LowRank(A, B)
+            disk[key] = tensor + B @ A
+    assert any(not has_module(base, key) for key in modules)
+    save_file(disk, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    wanted = dict(type(base).from_pretrained(tmp_path / "base").named_parameters())
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=lt.Adapter(modules))
+    assert lt.misfits(tree, base) == []
+    lt.attach(tree, base).activate("fr")
+    for parameter, tensor in base.named_parameters():
+        torch.testing.assert_close(tensor, wanted[parameter], rtol=1e-6, atol=1e-6, msg=parameter)
+
+
+def has_module(base: nn.Module, name: str) -> bool:
+    try:
+        base.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------- beside PEFT's own conversion
