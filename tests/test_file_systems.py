@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -373,3 +375,106 @@ def test_no_error_of_the_system_comes_out_bare(
             assert re.search(f"{folder}|{base}|fr/legal", str(error)), error
         found = work.delta(folder, base)
         assert close(found, work.old) or close(found, work.new)
+
+
+# ---------------------------------------------------------------------- several processes, without flock
+ALONE = """
+import errno, fcntl, os, sys, time, warnings
+def refuse(file, operation):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = refuse
+warnings.simplefilter("ignore")
+sys.path[:0] = [{tests!r}]
+import lora_tree as lt
+from test_file_systems import adapter
+folder = {folder!r}
+"""
+
+
+def without_flock(folder: Path, body: str) -> subprocess.Popen[str]:
+    code = ALONE.format(tests=str(Path(__file__).parent), folder=str(folder)) + body
+    root = Path(__file__).parent.parent
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_without_flock_processes_that_save_into_one_folder_lose_nothing(tmp_path: Path) -> None:
+    _zoo(tmp_path)
+    body = """
+for i in range(4):
+    while True:
+        tree = lt.load(folder + "/zoo")
+        tree.add(f"{me}{i}", adapter=adapter(i))
+        try:
+            tree.save(folder + "/zoo")
+            break
+        except lt.errors.FolderError as error:
+            assert "somebody else" in str(error), error  # it was saved meanwhile: open it again
+"""
+    savers = [without_flock(tmp_path, f"me = {name!r}\n{body}") for name in "abc"]
+    assert [(saver.communicate(timeout=300), saver.returncode)[1] for saver in savers] == [0, 0, 0]
+    found = lt.load(tmp_path / "zoo", strict=True)
+    assert set(found.paths()) == {"fr", "fr/legal", *(f"{name}{i}" for name in "abc" for i in range(4))}
+    for name in "abc":
+        for i in range(4):
+            assert close(found.flatten(f"{name}{i}").modules[Q].dense().double(), dense(i))
+    assert not (tmp_path / "zoo/.lora_tree").exists()
+
+
+def test_without_flock_what_another_process_serves_stays_until_it_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _zoo(tmp_path)
+    body = """
+from lora_tree.folder import survey
+from lora_tree.integrations.flatcache import FlatCache, Form
+kept = FlatCache(folder + "/cache", budget_bytes=1 << 30, form=Form(8))
+print(kept.get(*survey(folder + "/zoo"), "fr").content, flush=True)
+time.sleep(600)
+"""
+    server = without_flock(tmp_path, body)
+    assert server.stdout is not None
+    content = server.stdout.readline().strip()
+    refused(monkeypatch)
+    other = FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=Form(8))
+    try:
+        assert content in other._disk.in_use_elsewhere()
+        server.kill()
+        server.wait()
+        server.stdout.close()
+        assert content not in other._disk.in_use_elsewhere()
+    finally:
+        other._disk._held.release()
+
+
+def test_without_flock_the_stage_of_a_killed_export_is_cleared_and_that_of_a_living_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path
+) -> None:
+    _zoo(tmp_path)
+    body = """
+from lora_tree.export.stage import staged
+from pathlib import Path
+with staged(Path(folder) / "merged", needs_bytes=0) as stage:
+    print(stage.folder.name, flush=True)
+    time.sleep(600)
+"""
+    writer = without_flock(tmp_path, body)
+    assert writer.stdout is not None
+    stage = tmp_path / writer.stdout.readline().strip()
+    refused(monkeypatch)
+    export = WORKS["an export as a model"]
+    export.do(tmp_path, base)
+    assert stage.is_dir()
+    writer.kill()
+    writer.wait()
+    writer.stdout.close()
+    shutil.rmtree(tmp_path / "merged")
+    export.do(tmp_path, base)
+    assert close(export.delta(tmp_path, base), export.new)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["merged", "zoo"]
