@@ -720,6 +720,20 @@ def test_memory_is_compared_with_what_is_free_and_a_pool_with_all_there_is(monke
     memory.check_fits(HUGE, "x")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_s_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    names = {1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
+             2: ("memory.max", "memory.current", "memory.stat", "file")}[version]  # fmt: skip
+    monkeypatch.setattr(memory, "_GROUP", str(tmp_path))
+    without = memory.total_bytes()
+    (tmp_path / "memory").mkdir()
+    for name, text in zip(names, ("1000\n", "700\n", f"anon 1\n{names[3]} 250\nother 3\n"), strict=False):
+        (tmp_path / name).write_text(text)
+    assert (memory.total_bytes(), memory.free_bytes()) == (1000, 550)
+    (tmp_path / names[0]).write_text("max\n" if version == 2 else "9223372036854771712\n")
+    assert memory.total_bytes() == without
+
+
 TOO_MANY = {
     "brackets": b'{"a": [' + b"[]," * 1_000_000 + b"[]]}",
     "keys": b'{"a": {}' + b',"b":0' * 2_000_001 + b"}",

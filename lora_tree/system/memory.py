@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from ..errors import BudgetError
 
@@ -16,9 +17,11 @@ _SMALL = 256 << 20  # not worth a look
 def total_bytes() -> int | None:
     """Return the memory that this process could have at most; None where the system does not say."""
     told = _meminfo()
-    known = [told["MemTotal"] + told.get("SwapTotal", 0)] if "MemTotal" in told else _pages("SC_PHYS_PAGES")
-    limit = _number(f"{_GROUP}/memory.max")
-    return min([*known, *([limit] if limit is not None else [])], default=None)
+    known = _pages("SC_PHYS_PAGES")
+    if "MemTotal" in told:
+        known = [told["MemTotal"] + told.get("SwapTotal", 0)]
+    known += [group.limit for group in _groups()]
+    return min(known, default=None)
 
 
 def free_bytes() -> int | None:
@@ -27,10 +30,8 @@ def free_bytes() -> int | None:
     known = _pages("SC_AVPHYS_PAGES")
     if "MemAvailable" in told:  # counts what the page cache would give back, which the pages do not
         known = [told["MemAvailable"] + told.get("SwapFree", 0)]
-    limit, used = _number(f"{_GROUP}/memory.max"), _number(f"{_GROUP}/memory.current")
-    if limit is not None and used is not None:
-        # What files take of a container's memory is given back when somebody needs it.
-        known.append(limit - used + _stat("file"))
+    # What files take of a container's memory is given back when somebody needs it.
+    known += [max(group.limit - group.used + group.files, 0) for group in _groups()]
     return min(known, default=None)
 
 
@@ -74,8 +75,30 @@ def _pages(name: str) -> list[int]:
     return [pages * os.sysconf("SC_PAGE_SIZE")] if pages > 0 else []
 
 
-def _stat(name: str) -> int:
-    for line in _lines(f"{_GROUP}/memory.stat"):
+@dataclass(frozen=True)
+class _Group:
+    """The memory of a container: its limit, what is used of it, and how much of that are files' pages."""
+
+    limit: int
+    used: int
+    files: int
+
+
+def _groups() -> list[_Group]:
+    """The container that this process runs in, as either version of Linux's control groups tells of it."""
+    found: list[_Group] = []
+    for limit_file, used_file, stat_file, files in (
+        ("memory.max", "memory.current", "memory.stat", "file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
+    ):
+        limit, used = _number(f"{_GROUP}/{limit_file}"), _number(f"{_GROUP}/{used_file}")
+        if limit is not None and used is not None:
+            found.append(_Group(limit, used, _stat(f"{_GROUP}/{stat_file}", files)))
+    return found
+
+
+def _stat(file: str, name: str) -> int:
+    for line in _lines(file):
         if line.startswith(f"{name} "):
             return int(line.split()[1])
     return 0
