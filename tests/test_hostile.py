@@ -930,7 +930,14 @@ def test_a_record_replaces_and_deletes_nothing_that_it_does_not_know(project: Pa
 
 
 @pytest.mark.parametrize(
-    "places", [("tree.yaml", "mkdocs.yaml"), ("tree.lock", "uv.lock"), ("tree.yaml", "uv.lock")], ids=str
+    "places",
+    [
+        ("tree.yaml", "mkdocs.yaml"),
+        ("tree.lock", "uv.lock"),
+        ("tree.yaml", "uv.lock"),
+        ("mkdocs.yaml", "mkdocs.yaml.lock"),
+    ],
+    ids=str,
 )
 def test_a_record_writes_one_yaml_and_its_own_lock(project: Path, places: tuple[str, ...]) -> None:
     plant(

@@ -332,10 +332,11 @@ def _check(record: _Record, folder: Path) -> None:
         if "/" not in gone.at:
             raise SpecError(f"{file}: {gone.at[:200]!r} is no file that a save deletes", "remove the record")
     top = sorted(place for place in places if _TOP.match(place))
-    # a tree has one YAML; its lock has its name with another ending (see `Place`)
-    pair = [name for name in top if not name.endswith(".lock")]
-    locks_of = {f"{name}.lock" for name in pair} | {f"{name.removesuffix('.yaml')}.lock" for name in pair}
-    if len(pair) > 1 or len(top) - len(pair) > 1 or (len(top) == 2 and not locks_of & set(top)):
+    yamls = [name for name in top if not name.endswith(".lock")]
+    # other.lock is of other.yaml, other.yml.lock of other.yml (see `Place`)
+    own = {f"{name.removesuffix('.yaml')}.lock" for name in yamls} or set(top)
+    locked = set(top) - set(yamls)
+    if len(yamls) > 1 or len(locked) > 1 or not locked <= own:
         raise SpecError(f"{file}: {listing(top)}: of more than one tree, and a save writes one", "remove the record")
 
 
