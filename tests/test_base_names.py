@@ -113,6 +113,21 @@ def test_the_base_of_a_folder_is_a_folder_s_own_path(tmp_path: Path) -> None:
     assert (again.base, again["fr"].weight) == (str(base), 0.5)
 
 
+def test_a_base_that_the_lock_knows_is_found_without_the_tree_yaml(tmp_path: Path) -> None:
+    base = tmp_path / "models/base"
+    small_llama("x").save_pretrained(base)
+    trained_by_peft(tmp_path / "fr", "else/model")
+    tree = lt.AdapterTree(base=str(base))
+    tree.add("fr", adapter=lt.Adapter.load(tmp_path / "fr"))
+    tree.save(tmp_path / "zoo")
+    (tmp_path / "zoo/tree.yaml").unlink()
+    again = lt.load(tmp_path / "zoo", strict=True)
+    assert again.base == str(base)
+    again.save(tmp_path / "zoo")
+    assert lt.load(tmp_path / "zoo", strict=True).base == str(base)
+    assert not (tmp_path / "zoo/tree.yaml").exists()
+
+
 # ---------------------------------------------------------------------- where names differ
 def test_an_adapter_that_names_another_base_than_the_tree_is_said(tmp_path: Path) -> None:
     trained_by_peft(tmp_path / "fr", "org/model-8b")

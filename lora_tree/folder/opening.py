@@ -115,7 +115,9 @@ class Opened:
     def base_name(self) -> str | None:
         """The base as the tree names it: a local folder as an absolute path."""
         if self.spec is None:
-            return self.agreed
+            # A name like ../base is one that a tree.yaml had, and the lock still has.
+            relative = self.agreed is not None and self.agreed.startswith(".")
+            return (local_base(self.agreed, self.place.folder) if relative else None) or self.agreed
         return local_base(self.spec.base, self.place.folder) or self.spec.base
 
 

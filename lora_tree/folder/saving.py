@@ -309,8 +309,7 @@ def _says_the_same(plan: _Plan) -> bool:
         return False  # without a single adapter in it, only a tree.yaml makes a folder a tree
     if spec is None and plan.tree.base is not None and (plan.transaction.staged or plan.transaction.deletes):
         return False  # other adapters may name another base, or agree no more
-    there = _base_of(plan.target.base_spelled, plan.place.folder if spec is not None else "")
-    if there != _base_of(plan.tree.base, ""):
+    if _base_of(plan.target.base_name, "") != _base_of(plan.tree.base, ""):
         return False
     said = spec or TreeSpec(version=1)
     if (said.defaults, said.cache) != (plan.tree.defaults, plan.tree.cache):
