@@ -377,6 +377,7 @@ def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
     assert str(caught.value).splitlines()[-1] == (
         f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or --skip-broken"
     )
+    assert str(caught.value).splitlines()[-2] == f"  these and all other problems: lora-tree check {tmp_path}"
     with pytest.warns(lt.SkippedWarning) as warned:
         loaded = lt.load(tmp_path, skip_broken=True)
     assert len(warned) == 1

@@ -106,13 +106,15 @@ def load(
     return tree
 
 
-def _go_on(opened: Opened) -> str | None:
-    """How to open the tree without the nodes that can't be used, where only nodes stand in the way."""
+def _go_on(opened: Opened) -> list[str]:
+    """Say how to see all that is wrong, and how to open the tree without the nodes that can't be used."""
     wrong = [problem for problem in opened.problems if problem.kind not in HARMLESS]
     if any(not problem.node for problem in wrong):
-        return None
+        return []
     folder = opened.place.spelled
-    return f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"
+    kinds = {problem.kind for problem in wrong}
+    more = [f"these and all other problems: lora-tree check {folder}"] if len(kinds) > 1 else []
+    return [*more, f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"]
 
 
 def _accept(opened: Opened) -> list[str]:

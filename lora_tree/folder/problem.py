@@ -66,7 +66,7 @@ def raise_any(
     problems: Iterable[Problem],
     *todo: str,
     but: Iterable[Kind] = ("stale", "leftover"),
-    after: str | None = None,
+    after: Iterable[str] = (),
 ) -> None:
     """Raise the first kind of problem there is, with all of that kind.
 
@@ -74,7 +74,7 @@ def raise_any(
         problems: in any order.
         todo: advice about files that are not what the lock says.
         but: the kinds that pass.
-        after: the last line of the error, whatever its kind.
+        after: the last lines of the error, whatever its kind.
     """
     problems = list(problems)
     for kind, error in _RAISED.items():
@@ -83,4 +83,4 @@ def raise_any(
             # A text is an error's own: its advice stands on lines of its own.
             lines = [line for text in texts for line in text.split("\n  ")]
             lines += todo if kind == "unlocked" else ()
-            raise error(*lines, *([after] if after else ()))
+            raise error(*lines, *after)
