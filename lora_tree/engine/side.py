@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
+from ..sites.base import in_dtype, wider_of
 from .arithmetic import product_dtype
 from .plan import Terms
 from .slab import Slab
@@ -131,14 +132,14 @@ class PathSide:
         """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
         site, dtype = self._site, out.dtype
         if x.is_floating_point():
-            x = x.to(product_dtype(torch.promote_types(piece.A.dtype, x.dtype), x.device))
-            A, B = piece.A.to(x.dtype), piece.B.to(x.dtype)
+            x = in_dtype(x, product_dtype(wider_of(piece.A.dtype, x.dtype), x.device))
+            A, B = in_dtype(piece.A, x.dtype), in_dtype(piece.B, x.dtype)
         else:
             A, B = piece.A, piece.B
         out = site.onto(out, site.down(x, A), B, scale=piece.scale, spare=spare)
         if piece.bias is not None:
             out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
-        return out.to(dtype)
+        return in_dtype(out, dtype)
 
 
 def check_own(module: nn.Module, site: Site) -> None:

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import BaseMismatch, MergedOnly, UnmergedOnly
 from ..lowrank import Layout, LowRank
 
-__all__ = ["Site", "recorded"]
+__all__ = ["Site", "in_dtype", "recorded", "wider_of"]
 
 
 class Site(ABC):
@@ -209,6 +209,16 @@ class Site(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``. Where it is in that already nothing is called: side paths ask for every site."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def wider_of(x: torch.dtype, y: torch.dtype) -> torch.dtype:
+    """The dtype that holds both."""
+    return x if x == y else torch.promote_types(x, y)
 
 
 def recorded(*tensors: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lowrank import LINEAR, Layout, LowRank
-from .base import Site, recorded
+from .base import Site, in_dtype, recorded, wider_of
 
 __all__ = ["Conv1DSite", "LinearSite"]
 
@@ -47,10 +47,10 @@ class LinearSite(Site):
     def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
         """The product adds itself to ``out`` and rounds once: no delta of out's size is made, nor a sum of it."""
         low = low.reshape(-1, low.shape[-1])  # (rows, r); autocast may have made it narrower
-        dtype = torch.promote_types(out.dtype, low.dtype)
+        dtype = wider_of(out.dtype, low.dtype)
         if out.dtype != dtype:
             out, spare = out.to(dtype), True
-        low, right = low.to(dtype), B.to(dtype).mT
+        low, right = in_dtype(low, dtype), in_dtype(B, dtype).mT
         if spare and not recorded(out, low, right) and out.is_contiguous():
             out.view(-1, out.shape[-1]).addmm_(low, right, alpha=scale)
             return out
