@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ class Merged:
             ForeignWrite: somebody did while a path was merged into it; names the weight.
         """
         if plan.terms or self.plan.terms:
-            self.pristine.verify(self._replaced(but=plan.sites))
+            self.pristine.verify(self._replaced())
 
     def switch(self, plan: Plan, *, after_failure: bool = False) -> None:
         """Make the weights those of ``plan``; an empty plan is the bare base.
@@ -150,17 +149,10 @@ class Merged:
         self._launches.forget()
         self.plan = BARE
 
-    def _replaced(self, but: Mapping[str, Site] = MappingProxyType({})) -> list[str]:
-        """The weights with a path merged into them whose module is not in the base any more, as it was.
-
-        Args:
-            but: sites of a plan that was made just now, and so are in the base.
-        """
-        found = []
-        for name, site in self.plan.sites.items():
-            if but.get(name) is not site and not site.is_in(self._base):
-                found.append(f"{site.module_name}.{site.weight_name}")
-        return found
+    def _replaced(self) -> list[str]:
+        """The weights with a path merged into them whose module is not in the base any more, as it was."""
+        sites = self.plan.sites.values()
+        return [f"{site.module_name}.{site.weight_name}" for site in sites if not site.is_in(self._base)]
 
     def _write(self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job], plan: Plan | None = None) -> None:
         """Write some sites' weights and biases.
