@@ -7,6 +7,8 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.lora_tree-installed
 ENGINES := .venv-engines
+LOWEST  := .venv-lowest
+NEWEST  := .venv-newest
 ENGINED := $(ENGINES)/.lora_tree-installed
 WORKERS ?= 2
 GPU_WORKERS ?= 4
@@ -18,7 +20,7 @@ PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-engines fuzz lint bench compare clean
+.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines fuzz lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -52,6 +54,31 @@ test-engines: $(ENGINED)  ## the same answers from a real vLLM server on this CP
 
 test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line says that it was skipped)
 	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)
+
+# What uses private or recent names of other packages: torch's, in routed, compiled, checkpointed and merged bases;
+# transformers', in exports; typer's and rich's, in the command line. Old packages warn of what came after them.
+VERSIONED := tests/test_versions.py tests/test_merged_checkpoint.py tests/test_prepared.py tests/test_cli.py
+TRAINER   := tests/test_trainer.py -k 'by_itself or every_path or best_checkpoint or bf16'
+ON_OTHERS := -n $(WORKERS) --dist worksteal -q -o filterwarnings=default $(ARGS)
+INSTALL   := -m pip install --quiet --disable-pip-version-check
+
+test-lowest:  ## what depends on versions, on the oldest packages allowed (its own environment; under 8 minutes)
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	test -x $(LOWEST)/bin/python || '$(PYTHON)' -m venv $(LOWEST)
+	$(LOWEST)/bin/python $(INSTALL) -c constraints-lowest.txt -e '.[transformers,peft,hub]' \
+		hypothesis pytest pytest-xdist 'setuptools>=77'
+	$(LOWEST)/bin/python -m pytest $(VERSIONED) $(ON_OTHERS)
+	sed 's/^transformers==.*/transformers==5.23.0/' constraints-lowest.txt > $(LOWEST)/train.txt
+	$(LOWEST)/bin/python $(INSTALL) -c $(LOWEST)/train.txt -e '.[train,peft,hub]'
+	$(LOWEST)/bin/python -m pytest $(TRAINER) $(ON_OTHERS)
+
+test-newest:  ## the same on the newest packages there are (its own environment; under 8 minutes)
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	test -x $(NEWEST)/bin/python || '$(PYTHON)' -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e '.[transformers,train,peft,hub]' \
+		hypothesis pytest pytest-xdist 'setuptools>=77'
+	$(NEWEST)/bin/python -m pytest $(VERSIONED) $(ON_OTHERS)
+	$(NEWEST)/bin/python -m pytest $(TRAINER) $(ON_OTHERS)
 
 fuzz: $(STAMP)  ## the property tests with new random examples; run it over and over to find what they missed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \

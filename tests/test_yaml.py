@@ -210,8 +210,8 @@ def test_a_long_key_survives() -> None:
 
 # ---------------------------------------------------------------------- the schema, and errors in Python
 def test_the_committed_schema_is_current() -> None:
-    committed = Path(__file__).parent.parent / "docs" / "tree.schema.json"
-    assert json.loads(committed.read_text()) == json_schema(), "write json_schema() to docs/tree.schema.json again"
+    committed = Path(__file__).parent.parent / "lora_tree" / "tree.schema.json"
+    assert json.loads(committed.read_text()) == json_schema(), "write json_schema() to lora_tree/tree.schema.json again"
 
 
 def test_the_schema_knows_the_words() -> None:
