@@ -8,16 +8,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .errors import LoraTreeError, MissingExtra, SpecError
 
-__all__ = ["OTHER_BASE", "foreign", "need", "opened"]
+__all__ = ["OTHER_BASE", "foreign", "hub_answers", "need", "opened"]
 
 MOST_CHARACTERS = 300
 """Of a foreign message; transformers lists every model it knows."""
+
+CONNECT_TIMEOUT_S = 5.0
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
 
@@ -74,6 +82,26 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
         raise SpecError(f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo) from error
 
 
+def hub_answers() -> bool:
+    """Whether the model hub can be reached; one try of a few seconds.
+
+    Its own client tries six times, with pauses that add up to half a minute, before it looks into its
+    cache. Through a proxy only that client can tell, so True is returned.
+    """
+    constants = importlib.import_module("huggingface_hub.constants")
+    if constants.HF_HUB_OFFLINE:  # the user's own word
+        return False
+    endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    if endpoint.hostname is None or endpoint.scheme in urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((endpoint.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
 def opened(
     kind: Any,
     base: str | os.PathLike[str],
@@ -98,8 +126,12 @@ def opened(
     Raises:
         SpecError: transformers can't open it, or it needs code of its own.
     """
+    todo = [OTHER_BASE]
+    if not os.path.isdir(base) and HUB_ID.fullmatch(os.fspath(base)) and not hub_answers():
+        options["local_files_only"] = True
+        todo.insert(0, "the hub does not answer, so a hub id opens only what was fetched before")
     try:
-        with foreign(f"{base}: {failed}", OTHER_BASE):
+        with foreign(f"{base}: {failed}", *todo):
             return kind.from_pretrained(base, trust_remote_code=trust_remote_code, **options)
     except SpecError as error:
         if trust_remote_code or "trust_remote_code" not in str(error.__cause__):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shell as processes
 import torch
 import transformers
 from zoo import listing
@@ -546,6 +547,27 @@ def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) 
     code, _, err = shell("generate", zoo, "fr", "--prompt", "x", "--temperature", "1e-45")
     assert code == 1
     assert "the model can't go on from the prompt: " in err
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(zoo: Path, base: Path, tmp_path: Path, cached: bool) -> None:
+    """Its client would ask six times, with pauses, before it looks into its cache: nothing of that is on stderr."""
+    home = tmp_path / "hf"
+    if cached:
+        repository = home / "hub" / "models--org--model"
+        shutil.copytree(base, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    asked = processes.command(
+        *("check", zoo, "--base", "org/model"),
+        env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home), "no_proxy": "*"},
+    )
+    assert "Retry" not in asked.stderr
+    if cached:
+        assert asked.stdout.splitlines()[-1].endswith("all is well")
+    else:
+        assert asked.returncode == 1
+        assert "the hub does not answer, so a hub id opens only what was fetched before\n" in asked.stderr
 
 
 # ---------------------------------------------------------------------- errors

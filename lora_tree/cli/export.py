@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import Progress
 
 from ..adapter import Adapter
 from ..errors import SpecError
@@ -21,7 +20,8 @@ from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder, SkipBroken, TrustRemoteCode
-from .console import err, out, print_json
+from .console import out, print_json
+from .progress import Bar
 
 __all__ = ["export"]
 
@@ -129,7 +129,7 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
+        with Bar() as bar:
             task = bar.add_task("exporting", total=None)
 
             def show(one: Portable, done: int, leaves: int) -> None:
@@ -155,7 +155,7 @@ def _merge(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    with Progress(console=err(), disable=not err().is_terminal, transient=True) as bar:
+    with Bar() as bar:
         task = bar.add_task("merging", total=None)
         told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         made: MergedCheckpoint = export_model(

@@ -6,15 +6,35 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from .console import err
 
-__all__ = ["steps_done"]
+__all__ = ["Bar", "steps_done"]
 
 
 LINES = 20
 """How many lines a whole run writes where there is no terminal."""
+
+
+class Bar(Progress):
+    """A bar on stderr, or nothing where that is no terminal."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        console = err()
+        super().__init__(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+    def stop(self) -> None:
+        """Leave no trace where nothing was shown: older versions of rich end it with an empty line."""
+        if not self.disable:
+            super().stop()
 
 
 @contextmanager
@@ -28,7 +48,7 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
         return
     said = TextColumn("{task.description}", markup=False)
     columns = TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said
-    with Progress(*columns, console=err(), transient=True) as bar:
+    with Bar(*columns) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda text: bar.update(task, advance=1, description=text)
 

@@ -26,7 +26,7 @@ from ..blend import Blend, spelled
 from ..engine.arithmetic import Scratch, exact_mode
 from ..engine.merged import add_bias, add_weight
 from ..errors import FolderError, LoraTreeError, SpecError
-from ..extras import foreign, need
+from ..extras import foreign, hub_answers, need
 from ..folder import disk
 from ..storage import as_path
 from ..system.reading import is_folder
@@ -311,7 +311,12 @@ def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
             return folder.resolve()
     hub = need("huggingface_hub", extra="hub", what=f"fetching the base {name}")
     with foreign(f"{name}: no folder of that name, and the hub can't give it", "name its folder: --base FOLDER"):
-        return Path(hub.snapshot_download(os.fspath(name), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        fetched = hub.snapshot_download(
+            os.fspath(name),
+            ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"],
+            local_files_only=not hub_answers(),
+        )
+        return Path(fetched)
 
 
 def _not_quantised(model: object, source: Path) -> None:
