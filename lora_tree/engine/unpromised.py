@@ -38,6 +38,8 @@ __all__ = [
     "slow_on_cpu",
 ]
 
+autograd: Any = torch._C._autograd
+
 
 def grouped_product() -> Callable[..., Tensor] | None:
     """`torch.nn.functional.grouped_mm`, where there is one."""
@@ -47,7 +49,7 @@ def grouped_product() -> Callable[..., Tensor] | None:
 
 def any_saved_tensor_hook() -> bool:
     """Whether something packs the tensors that autograd saves, as checkpointing does; True where nobody can tell."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return True if top is None else top(False) is not None
 
 
