@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor, nn
+from zoo import listing
 
 import lora_tree as lt
 from lora_tree.cli import main
@@ -142,6 +143,18 @@ def test_an_encoder_with_nothing_to_read_is_told_with_the_row(
     code = told("eval", tmp_path / "zoo", "--data", tmp_path / "rows.jsonl")
     assert code == 1
     assert "rows.jsonl:1: the base has an encoder, and this row has nothing for it to read" in capsys.readouterr().err
+
+
+def test_training_a_base_with_an_encoder_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_disk(*BASES["t5"], tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"path": "fr", "prompt": "abc", "completion": "defg"}))
+    before = listing(tmp_path)
+    code = told("train", tmp_path / "zoo", "fr", "--data", tmp_path / "rows.jsonl", "--steps", "1")
+    assert code == 1
+    assert "error: T5ForConditionalGeneration has an encoder and a decoder; a run trains" in capsys.readouterr().err
+    assert listing(tmp_path) == before
 
 
 # ---------------------------------------------------------------------- recurrent bases

@@ -93,7 +93,7 @@ class Run:
 
     Raises:
         SpecError: no row goes through what trains; or the folder has the checkpoint of an unfinished run with other
-            settings, nodes or rows.
+            settings, nodes or rows; or the base has an encoder.
         FolderError, FormatError: the folder or its checkpoint can't be read.
         PathError: a path or pattern matches no node.
     """
@@ -110,6 +110,12 @@ class Run:
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
         tree = model.tree
+        if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
+            raise SpecError(
+                f"{type(model.base).__name__} has an encoder and a decoder; "
+                "a run trains models that go on from what they read",
+                "train it with lora_tree.integrations.transformers.TreeTrainer and a collator for such models",
+            )
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
         for what, named in (("lr_of", settings.lr_of), ("weights", settings.weights)):
             strange = [path for path in named if path not in (self.nodes if what == "lr_of" else ["", *tree])]
