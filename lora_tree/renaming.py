@@ -71,10 +71,14 @@ class Renaming:
         """
         found = adapter
         if any(self._moves(adapter, name, value) for name, value in adapter.modules.items()) or any(
-            not self._has(name) for name in adapter.unchanged
+            not self._has_parameter(name) for name in adapter.unchanged
         ):
             found = _Move(self._base, adapter).made()
         return found.renested(registered(self._base, found)) if found.nesting else found
+
+    def has(self, name: str) -> bool:
+        """Whether the base has a module, or a raw parameter, of that name."""
+        return is_there(self._base, name)
 
     def _moves(self, adapter: Adapter, name: str, value: LowRank) -> bool:
         """Whether a name, or the kind of its factors, may be another one in this base."""
@@ -84,7 +88,7 @@ class Renaming:
             return name.rpartition(".")[0] in _either(adapter)
         return value.layout == LINEAR and not takes_delta(self._base, name)
 
-    def _has(self, parameter: str) -> bool:
+    def _has_parameter(self, parameter: str) -> bool:
         module, _, leaf = parameter.rpartition(".")
         try:
             return leaf in self._base.get_submodule(module)._parameters
@@ -202,7 +206,8 @@ class _Move:
         for parameter, left, right, scale in made:
             name, value = self._as_site_has_it(parameter, left, right)
             self._parts.setdefault(name, []).append(value.scaled(scale))
-            self._from[name] = list(group.names)
+            sources = self._from.setdefault(name, [])
+            sources += [source for source in group.names if source not in sources]
 
     def _converted(self, first: str, group: _Group) -> Iterator[tuple[str, Tensor, Tensor, float]]:
         """Parameter, left, right and scale for each source: the stored parameter gets scale · left @ right."""

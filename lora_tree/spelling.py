@@ -13,7 +13,7 @@ two missing. So such a sum is not made without a base: a base says which name co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = ["spelled_twice"]
 
@@ -23,8 +23,12 @@ _OF_AN_EXPERT = re.compile(r"(?P<holder>.*\bexperts)\.[0-9]+\.[^.]+\Z")
 _OF_ALL_EXPERTS = re.compile(r"(?P<holder>.*\bexperts)\.[^.]+\Z")
 
 
-def spelled_twice(names: Iterable[str]) -> tuple[str, str] | None:
+def spelled_twice(names: Iterable[str], has: Callable[[str], bool] = lambda name: False) -> tuple[str, str] | None:
     """The first two names that look like two spellings of one module; None where none do.
+
+    Args:
+        names: of modules and raw parameters.
+        has: whether a base is known to have one of that name; two that it has are two modules.
 
     >>> spelled_twice(["model.layers.0.q_proj", "model.language_model.layers.0.q_proj"])
     ('model.layers.0.q_proj', 'model.language_model.layers.0.q_proj')
@@ -36,7 +40,7 @@ def spelled_twice(names: Iterable[str]) -> tuple[str, str] | None:
     for name in sorted(names):
         place, spelling = _place(name)
         other, spelled = known.setdefault(place, (name, spelling))
-        if spelled != spelling:
+        if spelled != spelling and not (has(other) and has(name)):
             return other, name
     return None
 

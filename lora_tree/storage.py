@@ -92,6 +92,10 @@ class Names(Protocol):
         """The adapter in the base's names; itself where it has them already."""
         ...
 
+    def has(self, name: str) -> bool:
+        """Whether the base has a module, or a raw parameter, of that name."""
+        ...
+
 
 _slot: list[Storage] = []
 _names: list[Callable[[nn.Module], Names]] = []

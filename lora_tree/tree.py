@@ -451,8 +451,7 @@ class AdapterTree:
         ({'q_proj': 1}, 0.0)
         """
         terms = self.terms(blend, base=base)
-        if base is None:
-            _spelled_once(terms)
+        _spelled_once(terms, base)
         for node, _, adapter in terms:
             if any(value.is_sharded for value in adapter.modules.values()):
                 raise SpecError(
@@ -583,17 +582,18 @@ def _named(path: str, adapter: Adapter, base: nn.Module) -> Adapter:
         raise error.within(path) from error
 
 
-def _spelled_once(terms: list[tuple[str, float, Adapter]]) -> None:
+def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | None) -> None:
     """Refuse a sum that would hold one module under two names."""
     whose = {name: node for node, _, adapter in reversed(terms) for name in adapter.modules}
-    twice = spelled_twice(whose)
+    twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
     if twice is None:
         return
     one, other = twice
     nodes = listing(dict.fromkeys((whose[one], whose[other])))
     raise BaseMismatch(
         f"{nodes}: {one} and {other} look like two names of one module, which an earlier transformers named "
-        "otherwise; written side by side, one of them would be lost",
+        "otherwise; written side by side, one of them would be lost"
+        + ("" if base is None else f"; the {type(base).__name__} given does not have both"),
         "say which model's names count: tree.flatten(…, base=model), lora-tree export --base FOLDER_OR_ID",
     )
 

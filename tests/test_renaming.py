@@ -413,6 +413,24 @@ def test_two_names_of_a_module_are_not_written_side_by_side(case: Case, parent_i
     assert "look like two names of one module" in found[0][1]
 
 
+def test_a_base_that_has_neither_name_does_not_hide_that_there_are_two() -> None:
+    case = CASES["llava"]
+    tree, _ = lineage(case, parent_is_old=True)
+    model = lt.attach(tree, case.base())
+    with pytest.raises(
+        BaseMismatch, match=r"look like two names of one module.*the TreeModel given does not have both"
+    ):
+        tree.flatten("fr/legal", base=model)
+
+
+def test_two_modules_of_a_base_are_two_though_their_names_look_like_one_s() -> None:
+    base = nn.ModuleDict({"q": nn.Linear(4, 4), "model": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    tree = lt.AdapterTree()
+    for path, name in (("fr", "q"), ("fr/legal", "model.q")):
+        tree.add(path, adapter=lt.Adapter({name: lt.LowRank(torch.ones(1, 4), torch.ones(4, 1))}))
+    assert set(tree.flatten("fr/legal", base=base).modules) == {"q", "model.q"}
+
+
 @each
 def test_a_lineage_that_names_its_modules_in_one_way_needs_no_base(case: Case) -> None:
     for shapes in (case.old, case.new):
