@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import lora_tree as lt
 from lora_tree.engine import forms
 from lora_tree.engine.batch import Batch
+from lora_tree.engine.cost import machine
 from lora_tree.engine.owed import Owed
 from lora_tree.engine.routed import Strategy
 from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
@@ -680,3 +681,39 @@ def test_a_base_that_compiles_itself_is_refused() -> None:
     with pytest.raises(StateError, match="a compiled forward ignores hooks that come later"), model.route(["a", "b"]):
         pass
     assert model.state is lt.State.BARE
+
+
+# ---------------------------------------------------------------------- what it costs on a GPU
+MEASURED_MS = {  # docs/benchmarks.md, "On a GPU": what each form added to a forward of four layers
+    1: {"nodes": 120.0, "paths": 2.5, "grouped": 9.5, "matrix": 4.0},
+    16: {"nodes": 125.6, "paths": 2.1, "grouped": 14.6, "matrix": 5.1},
+    128: {"nodes": 101.9, "paths": 4.4, "grouped": 37.9, "matrix": 10.1},
+}
+
+
+@pytest.mark.parametrize("tokens", MEASURED_MS)
+def test_on_a_gpu_the_forms_are_estimated_in_the_order_that_was_measured(tokens: int) -> None:
+    tree = lt.AdapterTree()
+    tree.add("r", group=True)
+    for i in range(8):
+        tree.add(f"r/m{i}", group=True)
+    leaves = [f"r/m{i // 8}/l{i:02}" for i in range(64)]
+    for leaf in leaves:
+        tree.add(leaf, group=True)
+    batch = Batch.of(tree, random.Random(0).sample(leaves, len(leaves)))
+    hidden, inner = 4096, 14336
+    shapes = [(hidden, hidden)] * 2 + [(1024, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    estimated = dict.fromkeys(MEASURED_MS[tokens], 0.0)
+    for out, into in shapes:
+        with torch.device("meta"):
+            base = nn.Sequential(nn.Linear(into, out, dtype=torch.bfloat16))
+            pair = torch.empty(16, into, dtype=torch.bfloat16), torch.empty(out, 16, dtype=torch.bfloat16)
+        values = [lt.LowRank(*pair) for _ in batch.nodes]
+        owed = Owed(find_site(base, "0"), values, batch, torch.bfloat16, torch.device("cuda"))
+        for name in estimated:
+            way = next(way for way in forms.FORMS[name] if way.suits(owed, tokens))
+            estimated[name] += 4e3 * way.work(owed, tokens).seconds(machine(owed.device))
+    in_order = sorted(estimated, key=lambda name: estimated[name])
+    assert in_order == sorted(MEASURED_MS[tokens], key=lambda name: MEASURED_MS[tokens][name])
+    for name, measured in MEASURED_MS[tokens].items():
+        assert measured / 2 < estimated[name] < measured * 2

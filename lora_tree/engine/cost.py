@@ -3,7 +3,8 @@
     time = calls · call_s + max(bytes / bytes_per_s, flops / flops_per_s)
 
 A machine's numbers decide only which form runs, never what comes of it beyond rounding, so they are constants: the
-CPU's were fitted to two AVX2 cores (`python -m benchmarks routed`), the GPU's are a guess at a large one, not measured.
+CPU's were fitted to two AVX2 cores (`python -m benchmarks routed`), the GPU's to one H100 whose host launches slowly
+(`python -m benchmarks gpu`, 64 rows over 64 paths).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Machine:
 
 
 CPU = Machine(call_s=8e-6, bytes_per_s=1.5e10, flops_per_s=1.2e11)
-GPU = Machine(call_s=6e-6, bytes_per_s=2e12, flops_per_s=2e14)
+GPU = Machine(call_s=2e-5, bytes_per_s=2.9e12, flops_per_s=6e14)
 
 
 def machine(device: torch.device) -> Machine:
