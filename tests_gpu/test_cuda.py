@@ -24,6 +24,13 @@ PATHS = ("a", "a/b", "a/b/c", "a/d", "e", "e/f")
 RANKS = {"a": 4, "a/b": 16, "a/b/c": 3, "a/d": 24, "e": 1, "e/f": 8}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
+pytestmark = [
+    # what torch says of its own tools: the debug mode is a prototype, the compiler would rather use TF32
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),
+]
+
 
 class Conv1D(nn.Module):
     """Stands for transformers' class of this name: (in, out)."""
