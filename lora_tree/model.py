@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapter import Adapter
 from .base_names import warn_of_base
 from .blend import Blend, parse_blend
 from .budget import Budgets
@@ -533,8 +534,9 @@ class TreeModel(nn.Module):
                     f"{merged[0]} is merged into the weights{later} and can't train",
                     'activate(…, mode="unmerged") first',
                 )
+            bound = self._bound(chosen, dtype)
             with self._training_as_before():
-                self._own(chosen, dtype)
+                self._own(bound, dtype)
                 self._handed.look(bool(chosen))
                 self._sharded_together(self.factors.sharded)
                 self._manner.dropout = dropout
@@ -653,8 +655,12 @@ class TreeModel(nn.Module):
         self._attached()
         self._stage.blocks.check_mine()
 
-    def _own(self, paths: list[str], dtype: torch.dtype | None) -> None:
-        """Make nodes' factors parameters of this module: all of them, or on an error none."""
+    def _bound(self, paths: list[str], dtype: torch.dtype | None) -> dict[str, Adapter]:
+        """The adapters of some nodes, each found to fit the base and free to train.
+
+        What changes here is only told anew: fresh nodes are made, and the tree holds the parts of sharded factors that
+        this rank has.
+        """
         settle_fresh(self.tree, self.base, paths)
         self.factors.refresh(self.tree, self)
         self.factors.check_sharded(paths, dtype)
@@ -664,6 +670,10 @@ class TreeModel(nn.Module):
             if adapter is None:
                 raise StateError(f"{path} is a group without an adapter, nothing in it can train")
             bound[path] = self._binder.bind(path, adapter)
+        return bound
+
+    def _own(self, bound: Mapping[str, Adapter], dtype: torch.dtype | None) -> None:
+        """Make nodes' factors parameters of this module."""
         self.factors.follow(self.tree)
         for path, adapter in bound.items():
             places = {name: side_device(self._binder.site(name), value) for name, value in adapter.modules.items()}

@@ -64,6 +64,7 @@ class Merged:
         if not plan.terms:
             return
         if plan.trains:
+            _refuse_sharded(plan)  # first: freezing the node would not help
             _refuse_training(plan, owned)
         addresses = _addresses(self._base)
         if addresses != self._addresses:  # a weight was replaced, and may be tied, or of another kind, since
@@ -258,15 +259,10 @@ class Merged:
 
     def _check_sites(self, plan: Plan) -> None:
         """That each site takes a write, under one name, and shares its memory with no other module."""
+        _refuse_sharded(plan)
         names: dict[tuple[int, str], str] = {}
         for name, terms in plan.terms.items():
             site = plan.sites[name]
-            weight = site.weight
-            if weight is not None and is_sharded(weight):
-                raise StateError(
-                    f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
-                    'activate(…, mode="unmerged")',
-                )
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
             other = names.setdefault((id(site.module), site.weight_name), name)
@@ -296,6 +292,17 @@ class Merged:
                     "or leave the module out of the adapter",
                 )
             self._untied.add((site.name, attribute))
+
+
+def _refuse_sharded(plan: Plan) -> None:
+    """Raise for the first site of a plan of whose weight every rank has a part."""
+    for name, site in plan.sites.items():
+        weight = site.weight
+        if weight is not None and is_sharded(weight):
+            raise StateError(
+                f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
+                'activate(…, mode="unmerged")',
+            )
 
 
 def _refuse_training(plan: Plan, owned: Collection[str]) -> None:

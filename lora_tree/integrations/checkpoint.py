@@ -123,8 +123,8 @@ def load_factors(model: TreeModel, folder: Path) -> None:
             "resume on the tree with which the run began; or take its nodes: tree.update(path, adapter='…/nodes/…')",
         )
     with torch.no_grad():
-        for name, new in saved.items():
-            own = now[name]
+        for name, own in now.items():  # the same order on every rank, for they meet
+            new = saved[name]
             own.copy_(distribute_tensor(new, own.device_mesh, own.placements) if is_sharded(own) else new)
 
 
