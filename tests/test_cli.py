@@ -590,7 +590,7 @@ def test_a_failing_file_operation_is_a_message(shell: Shell, monkeypatch: pytest
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", full)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "lock_folder", full)
     code, _, err = shell("lock", "zoo")
     assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
 
@@ -599,7 +599,7 @@ def test_an_error_that_nobody_foresaw_is_a_message_too(shell: Shell, monkeypatch
     def odd(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", odd)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "lock_folder", odd)
     monkeypatch.delenv("LORA_TREE_TRACEBACK", raising=False)
     assert shell("lock", "zoo") == (
         1,
@@ -626,7 +626,7 @@ def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", interrupted)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "lock_folder", interrupted)
     code, out, err = shell("lock", "zoo")
     assert (code, out, err) == (130, "", "")
 
