@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -372,3 +373,20 @@ def test_what_trained_is_laid_out_for_each_use(made: list[int]) -> None:
     model.activate("a/b")
     assert len(made) == 2
     assert not same(bits(base), before)
+
+
+# ---------------------------------------------------------------------- where there is no GPU
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["benchmarks", "gpu"], "no CUDA device here: benchmarks gpu was skipped"),
+        (["pytest", "-q", "tests_gpu"], "no CUDA device here: the tests of tests_gpu need one, and were skipped"),
+    ],
+    ids=["benchmarks", "tests"],
+)
+def test_without_a_gpu_one_line_says_what_was_skipped(command: list[str], line: str) -> None:
+    root = Path(__file__).parent.parent
+    ran = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=root, check=False)
+    assert ran.returncode == 0
+    assert (ran.stdout + ran.stderr).count(line) == 1
