@@ -319,3 +319,13 @@ def test_the_watch_compares_all_weights_at_once(monkeypatch: pytest.MonkeyPatch)
 def test_log_is_refused_by_name() -> None:
     with pytest.raises(SpecError, match=r"'auto', 'device', 'host', 'none', got 'log'"):
         lt.attach(forest(), base(), pristine="log")  # type: ignore[arg-type]
+
+
+def test_a_module_that_refers_to_the_one_around_it_is_looked_at_once() -> None:
+    own = base()
+    own[1].around = own  # type: ignore[assignment]  # a cycle, which torch's own walk over modules allows
+    model = lt.attach(forest(), own)
+    plain = base()
+    model.activate("a")
+    lt.attach(forest(), plain).activate("a")
+    assert torch.equal(own[0].weight, plain[0].weight)

@@ -408,10 +408,14 @@ def add_weight(site: Site, target: Tensor, source: Tensor, values: Sequence[LowR
 def _addresses(base: nn.Module) -> list[int]:
     """Where every tensor of every module lies, shared ones each time."""
     found: list[int] = []
-    # By hand, as this is asked at every switch. A module under two names comes twice; each time alike.
+    # By hand, because this is asked at every switch, and `modules()` takes several times as long.
     waiting = [base]
+    seen: set[int] = set()
     while waiting:
         module = waiting.pop()
+        if id(module) in seen:  # under a second name, or a child that refers to its parent
+            continue
+        seen.add(id(module))
         for held in (module._parameters, module._buffers):
             for tensor in held.values():
                 if tensor is not None and tensor.layout is torch.strided and not is_lazy(tensor):
