@@ -60,6 +60,7 @@ test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line
 VERSIONED := tests/test_versions.py tests/test_merged_checkpoint.py tests/test_prepared.py tests/test_cli.py
 TRAINER   := tests/test_trainer.py -k 'by_itself or every_path or best_checkpoint or bf16'
 ON_OTHERS := -n $(WORKERS) --dist worksteal -q -o filterwarnings=default $(ARGS)
+LOWEST_TRAIN := 5.23.0
 INSTALL   := -m pip install --quiet --disable-pip-version-check
 
 test-lowest:  ## what depends on versions, on the oldest packages allowed (its own environment; under 8 minutes)
@@ -68,8 +69,8 @@ test-lowest:  ## what depends on versions, on the oldest packages allowed (its o
 	$(LOWEST)/bin/python $(INSTALL) -c constraints-lowest.txt -e '.[transformers,peft,hub]' \
 		hypothesis pytest pytest-xdist 'setuptools>=77'
 	$(LOWEST)/bin/python -m pytest $(VERSIONED) $(ON_OTHERS)
-	sed 's/^transformers==.*/transformers==5.23.0/' constraints-lowest.txt > $(LOWEST)/train.txt
-	$(LOWEST)/bin/python $(INSTALL) -c $(LOWEST)/train.txt -e '.[train,peft,hub]'
+	grep -E '^(accelerate|peft|torch)=' constraints-lowest.txt > $(LOWEST)/train.txt
+	$(LOWEST)/bin/python $(INSTALL) -c $(LOWEST)/train.txt 'transformers==$(LOWEST_TRAIN)' -e '.[train,peft,hub]'
 	$(LOWEST)/bin/python -m pytest $(TRAINER) $(ON_OTHERS)
 
 test-newest:  ## the same on the newest packages there are (its own environment; under 8 minutes)
