@@ -157,7 +157,16 @@ def _trained(folder: Path, base: Path) -> torch.Tensor | None:
     return kept
 
 
+def _look_through(folder: Path, base: Path) -> None:
+    opened = lt.load(folder / "zoo")
+    for path in opened.paths():
+        opened.adapter(path)
+    lt.check(folder / "zoo")
+    lt.lock(folder / "zoo", accept_stale=True)
+
+
 WORKS = {
+    "a look through a tree": Work(_zoo, _look_through, _saved, dense(1, 2), dense(1, 2)),
     "a save": Work(_zoo, _save, _saved, dense(1, 2), dense(1, 3)),
     "a new tree": Work(
         lambda folder: None,
@@ -297,14 +306,16 @@ def came_true_or_named(
     assert {name: data for name, data in listing(folder).items() if name in before} == before
 
 
+LOCKED = [name for name in WORKS if name not in ("a portable export", "a training checkpoint")]  # new folders need none
+WRITTEN = [name for name in WORKS if name != "a look through a tree"]
+
+
 @pytest.mark.parametrize("at_once", [False, True], ids=["each in turn", "all"])
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", LOCKED)
 def test_without_flock_everything_is_written_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, at_once: bool
 ) -> None:
     work = WORKS[name]
-    if name in ("a portable export", "a training checkpoint"):
-        pytest.skip("new folders need no lock")
     for code in NO_FLOCK:
         for folder, before, error in faults(
             work, base, tmp_path, monkeypatch, [(fcntl, "flock")], code, at_once=at_once
@@ -313,12 +324,10 @@ def test_without_flock_everything_is_written_all_the_same(
             came_true_or_named(work, base, folder, before, error)
 
 
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", LOCKED)
 def test_a_lock_that_fails_is_told_with_its_file_and_nothing_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str
 ) -> None:
-    if name in ("a portable export", "a training checkpoint"):
-        pytest.skip("new folders need no lock")
     work = WORKS[name]
     for folder, before, error in faults(work, base, tmp_path, monkeypatch, [(fcntl, "flock")], BROKEN):
         assert error is None or "lock it" in str(error)
@@ -330,7 +339,7 @@ def is_folder(file: int) -> bool:
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["each in turn", "all"])
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_without_fsync_of_folders_everything_is_written_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, at_once: bool
 ) -> None:
@@ -343,7 +352,7 @@ def test_without_fsync_of_folders_everything_is_written_all_the_same(
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL], ids=errno.errorcode.get)
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_an_fsync_that_fails_is_told_with_its_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, code: int
 ) -> None:
@@ -354,6 +363,7 @@ def test_an_fsync_that_fails_is_told_with_its_file(
     assert told > 1
 
 
+EACH = 5
 READS = [(builtins, "open"), (io, "open"), *((os, name) for name in ("open", "stat", "lstat", "listdir", "scandir"))]
 WRITES = [
     *((os, name) for name in ("mkdir", "rename", "unlink", "rmdir", "write", "pwrite", "ftruncate", "utime")),
@@ -369,7 +379,7 @@ def test_no_error_of_the_system_comes_out_bare(
     def ours(first: object, *_: object) -> bool:
         return isinstance(first, int) or str(tmp_path) in os.fsdecode(first)  # type: ignore[arg-type]
 
-    work, each = WORKS[name], 5 if calls is READS else 1
+    work, each = WORKS[name], EACH if calls is READS else 1
     for folder, _, error in faults(work, base, tmp_path, monkeypatch, calls, errno.EIO, ours, each=each):
         if error is not None:
             assert re.search(f"{folder}|{base}|fr/legal", str(error)), error
