@@ -747,6 +747,24 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path: Path) -> No
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_training_in_the_background_goes_on_through_the_ctrl_c_of_another(ignored: bool) -> None:
+    code = (
+        "import os, signal\n"
+        "from lora_tree.cli.train import _interrupts\n"
+        "with _interrupts() as interrupted:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print(interrupted())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None,
+    )
+    assert (done.stdout, done.returncode) == (f"{not ignored}\n", 0)
+
+
 def test_a_run_in_the_background_can_be_tested_too(tmp_path: Path) -> None:
     """A shell starts it with SIGINT ignored; conftest.py takes that back for what the tests start."""
     (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())

@@ -78,6 +78,13 @@ def test_the_wheel_says_what_it_is(built: Path) -> None:
     assert all(link.startswith("https://") for link in links), "a link that leads nowhere outside the repository"
 
 
+def test_the_page_of_the_package_says_what_the_readme_says() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "package.md").read_text()
+    for start, end in (("```python\nimport lora_tree as lt", "\n```"), ("```\n      ", "\n```")):
+        begin = page.index(start)
+        assert page[begin : page.index(end, begin)] in readme
+
+
 def test_the_tests_run_from_the_sdist(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -192,7 +192,11 @@ def _interrupts() -> Iterator[Any]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell ignores Ctrl-C for what it runs in the background, nohup does the same: it is not meant for this run.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
     try:
         yield lambda: bool(noted)
     finally:
