@@ -13,24 +13,20 @@ threads from switching the base under it.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Real
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from .adapter import Adapter
 from .base_names import warn_of_base
 from .blend import Blend, parse_blend
 from .budget import Budgets
-from .cache import Cache, Frequency, Hold, Policy
+from .cache import Cache, Frequency, Policy
 from .cache.link import link_to
+from .cache.pinning import Pinning
 from .engine import answers
 from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
@@ -43,18 +39,17 @@ from .engine.plan import Binder
 from .engine.prepared import Prepared
 from .engine.pristine import Copies, Place
 from .engine.routed import Router, Strategy
-from .engine.side import Manner, side_device
+from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
-from .errors import PathError, SpecError, StateError, listing, suggest
+from .errors import SpecError, StateError, listing, suggest
 from .lowrank import LowRank, check_dtype
 from .sites import Site
 from .training.factors import Factors
 from .training.handed import Handed
 from .training.losses import ranks
-from .training.sharded import whole
-from .training.steps import NodeSteps
-from .training.together import every_layer, joined
+from .training.session import Training
+from .training.together import joined
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
@@ -157,15 +152,11 @@ class TreeModel(nn.Module):
         self.training = inner.training
         self.factors = Factors()
         self._detached = False
-        self._flags: list[tuple[nn.Parameter, bool]] | None = None
         self._lock = threading.RLock()
         self._merged = Merged(inner, place=pristine)
         self._manner = Manner(compute_dtype)
-        self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps] = weakref.WeakKeyDictionary()
         self._compiled = CompileWatch(compiled)
         self._known = Known()
-        self._handed = Handed(inner, TreeModel.forward)
-        self._layers: list[RemovableHandle] = []
         link = link_to(inner)
         mark = claim(inner, self)
         try:
@@ -191,8 +182,17 @@ class TreeModel(nn.Module):
             binder=self._binder,
             manner=self._manner,
             compiled=self._compiled,
-            pin=_Pinning(self.cache, inner),
+            pin=Pinning(self.cache, inner),
             factors=self.factors,
+        )
+        self._training = Training(
+            inner,
+            tree,
+            self.factors,
+            stage=self._stage,
+            binder=self._binder,
+            manner=self._manner,
+            handed=Handed(inner, TreeModel.forward),
         )
         if pristine == "none":
             warnings.warn(
@@ -403,10 +403,7 @@ class TreeModel(nn.Module):
                 return
             self._usable()
             self._stage.close()
-            for parameter, flag in self._flags or ():
-                parameter.requires_grad_(flag)
-            self._handed.look(False)
-            self._sharded_together(False)
+            self._training.close()
             self._merged.forget()
             self._stage.beside.forget()
             self._router.forget()
@@ -425,25 +422,6 @@ class TreeModel(nn.Module):
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
         return sorted(lineages | {path for path in self.factors.training_paths if path in self.tree})
-
-    def matching(self, patterns: Iterable[str]) -> list[str]:
-        """The nodes that paths or patterns like ``"fr/*"`` name, in the order of the sum.
-
-        Raises:
-            PathError: one matches no node.
-        """
-        chosen: set[str] = set()
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise PathError(
-                    f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
-                    "several are given one by one: trainable('fr', 'de')",
-                )
-            hits = {pattern} if pattern in self.tree else set(fnmatch.filter(self.tree.paths(), pattern))
-            if not hits:
-                raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.tree.paths())}")
-            chosen |= hits
-        return [path for path in self.tree.paths() if path in chosen]
 
     def prepare(self, *, max_rank: int) -> None:
         """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they stay until `detach`.
@@ -518,35 +496,10 @@ class TreeModel(nn.Module):
         >>> [(group["name"], [tuple(p.shape) for p in group["params"]]) for group in groups]
         [('fr/legal', [(2, 4), (3, 2)])]
         """
-        with self._lock, torch.inference_mode(False):
+        with self._lock:
             self._usable()
-            asked: object = dropout
-            if not isinstance(asked, Real) or not 0 <= dropout < 1:
-                raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
-            check_dtype(dtype)
-            if dtype is not None and dtype.itemsize == 1:
-                raise SpecError(f"dtype: factors can't train in {dtype}", "dtype=torch.float32")
-            chosen = self.matching(paths)
-            merged = [path for path in chosen if path in self._stage.merged_nodes()]
-            if merged:
-                later = "" if merged[0] in self._stage.current.adapters else ", or will be when a `with` is left,"
-                raise StateError(
-                    f"{merged[0]} is merged into the weights{later} and can't train",
-                    'activate(…, mode="unmerged") first',
-                )
-            bound = self._bound(chosen, dtype)
-            with self._training_as_before():
-                self._own(bound, dtype)
-                self._handed.look(bool(chosen))
-                self._sharded_together(self.factors.sharded)
-                self._manner.dropout = dropout
-                if self._flags is None:
-                    self._flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
-                self.base.requires_grad_(False)
-                self.factors.train_only(chosen)
-                if self.state in (State.UNMERGED, State.ROUTED):
-                    self._stage.renew()
-            return [{"name": path, "params": self.factors.of(path)} for path in chosen]
+            chosen = self.tree.matching(paths)
+            return self._training.train(chosen, dtype, dropout, within=self)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on a step of ``optimizer`` does to each node what one over that node alone would do.
@@ -578,18 +531,12 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
-            if self._stage.beside.permanent:
-                raise StateError("a prepared model can't train", "attach again, and train before prepare()")
-            before = self._steps.get(optimizer)
-            steps = NodeSteps(optimizer, self.factors, self._stage.beside.reached)
-            if before is not None:
-                before.remove()
-            self._steps[optimizer] = steps
+            self._training.follow(optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw the gradients away, and with them what `follow` knows of the rows that they came from."""
         super().zero_grad(set_to_none)
-        self._stage.beside.reached.clear()
+        self._training.forget_rows()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, as it behaves now.
@@ -597,8 +544,7 @@ class TreeModel(nn.Module):
         Where several ranks train together, every factor that trains is in every rank's backward, so that a node may
         have rows on one rank only.
         """
-        if self.factors.moved and self.state in (State.UNMERGED, State.ROUTED):
-            self._stage.renew()
+        self._training.renew_if_moved()
         out = self.base(*args, **kwargs)
         if torch.is_grad_enabled() and ranks() > 1:
             out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
@@ -620,17 +566,8 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
-            self.factors.refresh(self.tree, self)
-            adapters = {path: self.tree.adapter(path) for path in self.factors.paths if path in self.tree}
-            parts = {path: adapter for path, adapter in adapters.items() if adapter is not None}
-            full = {path: whole(adapter) for path, adapter in parts.items()}
-            try:
-                for path, adapter in full.items():
-                    self.tree.exchange(path, adapter)
+            with self._training.gathered(self):
                 yield self.tree
-            finally:
-                for path, adapter in parts.items():
-                    self.tree.exchange(path, adapter)
 
     def __reduce__(self) -> NoReturn:
         """For copies and pickles.
@@ -654,78 +591,3 @@ class TreeModel(nn.Module):
         """The caller, who holds the lock, may switch: other threads are outside, but not other tasks of this one."""
         self._attached()
         self._stage.blocks.check_mine()
-
-    def _bound(self, paths: list[str], dtype: torch.dtype | None) -> dict[str, Adapter]:
-        """The adapters of some nodes, each found to fit the base and free to train.
-
-        What changes here is only told anew: fresh nodes are made, and the tree holds the parts of sharded factors that
-        this rank has.
-        """
-        settle_fresh(self.tree, self.base, paths)
-        self.factors.refresh(self.tree, self)
-        self.factors.check_sharded(paths, dtype)
-        bound = {}
-        for path in paths:
-            adapter = self.tree.adapter(path)
-            if adapter is None:
-                raise StateError(f"{path} is a group without an adapter, nothing in it can train")
-            bound[path] = self._binder.bind(path, adapter)
-        return bound
-
-    def _own(self, bound: Mapping[str, Adapter], dtype: torch.dtype | None) -> None:
-        """Make nodes' factors parameters of this module."""
-        self.factors.follow(self.tree)
-        for path, adapter in bound.items():
-            places = {name: side_device(self._binder.site(name), value) for name, value in adapter.modules.items()}
-            owned = self.factors.own(path, adapter, dtype, places)
-            if owned is not adapter:
-                self.tree.settle(path, owned)
-
-    @contextlib.contextmanager
-    def _training_as_before(self) -> Iterator[None]:
-        """Where the block fails, what trains, and in which parameters, is what it was."""
-        nodes = [self.tree[path] for path in self.tree.paths()]
-        owned = dict(self.factors.items())
-        flags = [(p, p.requires_grad) for p in (*self.base.parameters(), *self.factors.parameters())]
-        dropout, base_flags, looked = self._manner.dropout, self._flags, self._handed.looks
-        try:
-            yield
-        except BaseException:
-            for node in nodes:
-                if self.tree[node.path] is not node:
-                    self.tree.take_back(node)
-            self.factors.clear()
-            self.factors.update(owned)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            self._manner.dropout, self._flags = dropout, base_flags
-            self._handed.look(looked)
-            self._sharded_together(self.factors.sharded)
-            raise
-
-    def _sharded_together(self, wanted: bool) -> None:
-        while self._layers:
-            self._layers.pop().remove()
-        if wanted:
-            self._layers = every_layer(self.base)
-
-
-class _Pinning:
-    """Holds adapters in the cache, where the base is now. It knows no model, which has to go when nobody uses it."""
-
-    def __init__(self, cache: Cache, base: nn.Module) -> None:
-        self._cache, self._base = cache, base
-        self._home = _home(base)
-
-    def __call__(self, paths: Iterable[str]) -> Hold:
-        home = _home(self._base)
-        if home != self._home:  # the base was moved
-            self._cache.follow(link_to(self._base))
-            self._home = home
-        return self._cache.hold(paths)
-
-
-def _home(base: nn.Module) -> torch.device | None:
-    """Where a base's first parameter is: cheap to ask, and another one after the base was moved."""
-    first = next(base.parameters(), None)
-    return None if first is None else first.device

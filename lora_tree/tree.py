@@ -8,6 +8,7 @@ taken in the order of their names, parents before children. That order (`Adapter
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -221,6 +222,30 @@ class AdapterTree:
                 shares.setdefault(ancestor, []).append(weight)
         totals = {path: total(path, shares[path], self[path].weight) for path in sorted(shares, key=depth_first)}
         return {path: share for path, share in totals.items() if share != 0.0}
+
+    def matching(self, patterns: Iterable[str]) -> list[str]:
+        """Return the nodes that paths or patterns like ``"fr/*"`` name, in the order of the sum.
+
+        Raises:
+            PathError: one matches no node.
+
+        >>> tree = AdapterTree()
+        >>> for path in ("fr", "fr/legal", "de"): _ = tree.add(path)
+        >>> tree.matching(["fr/*", "de"])
+        ['de', 'fr/legal']
+        """
+        chosen: set[str] = set()
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise PathError(
+                    f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
+                    "several are given one by one: trainable('fr', 'de')",
+                )
+            hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))
+            if not hits:
+                raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.paths())}")
+            chosen |= hits
+        return [path for path in self.paths() if path in chosen]
 
     # ------------------------------------------------------------------ changing
     def add(

@@ -188,7 +188,7 @@ def _largest_in(adapter: Adapter) -> float:
     if known is not None and known[0] == writes:
         return known[1]
     if any(hasattr(tensor, "full_tensor") for tensor in tensors):
-        return 0.0  # every rank has a part; `check_whole` keeps these from being merged
+        return 0.0  # every rank has a part; `Merged.check` keeps these from being merged
     found = max(_largest(_runs(tensors)), default=0.0, key=_badness)
     _LARGEST[adapter] = writes, found
     return found

@@ -59,7 +59,7 @@ def chosen(model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_
         PathError: a path or pattern matches no node.
     """
     tree = model.tree
-    named = set(model.matching(nodes)) if nodes else {row.path for row in rows if row.path}
+    named = set(model.tree.matching(nodes)) if nodes else {row.path for row in rows if row.path}
     found = {path for path in named if nodes or _can_train(tree, path)}
     if with_ancestors:
         found |= {above for path in named for above in tree.lineage(path) if _can_train(tree, above)}

@@ -1,0 +1,261 @@
+"""What trains over one base: the factors as parameters, the flags of the base, and the optimisers that are followed.
+
+    train(paths)    check everything; then the nodes' factors become parameters, the rest is frozen
+    follow(opt)     each node is stepped as by an optimiser over it alone (steps.py)
+    gathered()      whole factors in the tree, where FSDP2 shards them
+
+Law: a call that fails leaves what trains, and in which parameters, as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..adapter import Adapter
+from ..engine.behaviour import State
+from ..engine.fresh import settle_fresh
+from ..engine.plan import Binder
+from ..engine.side import Manner, side_device
+from ..engine.stage import Stage
+from ..errors import SpecError, StateError
+from ..lowrank import check_dtype
+from ..tree import AdapterTree, Node
+from .factors import Factors
+from .handed import Handed
+from .sharded import whole
+from .steps import NodeSteps
+from .together import every_layer
+
+__all__ = ["Training"]
+
+
+class Training:
+    """What trains over one base.
+
+    Args:
+        base: the model; frozen while anything trains.
+        tree: whose nodes.
+        factors: where their parameters are.
+        stage: laid out anew when what trains has changed.
+        binder: checks a node's adapter against the base.
+        manner: gets the dropout.
+        handed: looks whether a trainer was given the bare base.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        tree: AdapterTree,
+        factors: Factors,
+        *,
+        stage: Stage,
+        binder: Binder,
+        manner: Manner,
+        handed: Handed,
+    ) -> None:
+        self._base, self._tree, self._factors = base, tree, factors
+        self._stage, self._binder, self._manner = stage, binder, manner
+        self._handed = handed
+        self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
+        self._steps = weakref.WeakKeyDictionary()
+        self._flags: list[tuple[nn.Parameter, bool]] | None = None
+        """Of the base's parameters, before anything trained."""
+        self._layers: list[RemovableHandle] = []
+
+    def train(
+        self,
+        chosen: list[str],
+        dtype: torch.dtype | None,
+        dropout: float,
+        *,
+        within: nn.Module,
+    ) -> list[dict[str, Any]]:
+        """Let exactly these nodes train; see `TreeModel.trainable`.
+
+        Args:
+            within: the module that holds the base and the factors, which FSDP2 may have sharded.
+
+        Raises:
+            SpecError: ``dropout`` or ``dtype`` makes no sense.
+            StateError: a node is merged into the weights, or has no adapter; or the factors are sharded, and others
+                train, or in another dtype.
+        """
+        _check_dropout(dropout)
+        check_dtype(dtype)
+        if dtype is not None and dtype.itemsize == 1:
+            raise SpecError(f"dtype: factors can't train in {dtype}", "dtype=torch.float32")
+        self._check_unmerged(chosen)
+        with torch.inference_mode(False):
+            bound = self._bound(chosen, dtype, within)
+            with self._as_before_on_failure():
+                self._own(bound, dtype)
+                self._handed.look(bool(chosen))
+                self._sharded_together(self._factors.sharded)
+                self._manner.dropout = dropout
+                if self._flags is None:
+                    self._flags = _flags_of(self._base)
+                self._base.requires_grad_(False)
+                self._factors.train_only(chosen)
+                self._renew()
+        return [{"name": path, "params": self._factors.of(path)} for path in chosen]
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step each node as an optimiser over that node alone would; see `TreeModel.follow`.
+
+        Raises:
+            SpecError: a group is not that of a node that trains.
+            StateError: the model is prepared for ``torch.compile``.
+        """
+        if self._stage.beside.permanent:
+            raise StateError("a prepared model can't train", "attach again, and train before prepare()")
+        before = self._steps.get(optimizer)
+        steps = NodeSteps(optimizer, self._factors, self._stage.beside.reached)
+        if before is not None:
+            before.remove()
+        self._steps[optimizer] = steps
+
+    def forget_rows(self) -> None:
+        """Forget which nodes a gradient came back to, because the gradients were thrown away."""
+        self._stage.beside.reached.clear()
+
+    def renew_if_moved(self) -> None:
+        """Lay out anew where other parameters stand in the factors' places: FSDP2 swaps them around a forward."""
+        if self._factors.moved:
+            self._renew()
+
+    @contextlib.contextmanager
+    def gathered(self, within: nn.Module) -> Iterator[None]:
+        """Let the tree hold whole factors, for the length of a ``with``; see `TreeModel.gathered`.
+
+        Args:
+            within: the module that holds the base and the factors, which FSDP2 may have sharded.
+        """
+        self._factors.refresh(self._tree, within)
+        parts: dict[str, Adapter] = {}
+        for path in self._factors.paths:
+            adapter = self._tree.adapter(path) if path in self._tree else None
+            if adapter is not None:
+                parts[path] = adapter
+        full = {path: whole(adapter) for path, adapter in parts.items()}
+        try:
+            for path, adapter in full.items():
+                self._tree.exchange(path, adapter)
+            yield
+        finally:
+            for path, adapter in parts.items():
+                self._tree.exchange(path, adapter)
+
+    def close(self) -> None:
+        """Give the base its flags back, and take every hook out."""
+        for parameter, flag in self._flags or ():
+            parameter.requires_grad_(flag)
+        self._handed.look(False)
+        self._sharded_together(False)
+
+    # ------------------------------------------------------------------ private
+    def _check_unmerged(self, chosen: list[str]) -> None:
+        in_weights = self._stage.merged_nodes()
+        merged = next((path for path in chosen if path in in_weights), None)
+        if merged is None:
+            return
+        later = "" if merged in self._stage.current.adapters else ", or will be when a `with` is left,"
+        raise StateError(
+            f"{merged} is merged into the weights{later} and can't train",
+            'activate(…, mode="unmerged") first',
+        )
+
+    def _bound(self, paths: list[str], dtype: torch.dtype | None, within: nn.Module) -> dict[str, Adapter]:
+        """Return the adapters of some nodes, each found to fit the base and free to train.
+
+        Fresh nodes are made here, and the tree gets the parts of sharded factors that this rank has: both would be
+        done again by the next call, so nothing has to be undone.
+        """
+        settle_fresh(self._tree, self._base, paths)
+        self._factors.refresh(self._tree, within)
+        self._factors.check_sharded(paths, dtype)
+        bound = {}
+        for path in paths:
+            adapter = self._tree.adapter(path)
+            if adapter is None:
+                raise StateError(f"{path} is a group without an adapter, nothing in it can train")
+            bound[path] = self._binder.bind(path, adapter)
+        return bound
+
+    def _own(self, bound: Mapping[str, Adapter], dtype: torch.dtype | None) -> None:
+        """Make nodes' factors parameters of the model."""
+        self._factors.follow(self._tree)
+        for path, adapter in bound.items():
+            places = {}
+            for name, value in adapter.modules.items():
+                places[name] = side_device(self._binder.site(name), value)
+            owned = self._factors.own(path, adapter, dtype, places)
+            if owned is not adapter:
+                self._tree.settle(path, owned)
+
+    @contextlib.contextmanager
+    def _as_before_on_failure(self) -> Iterator[None]:
+        before = _Before(
+            nodes=[self._tree[path] for path in self._tree.paths()],
+            factors=dict(self._factors.items()),
+            flags=[*_flags_of(self._base), *_flags_of(self._factors)],
+            dropout=self._manner.dropout,
+            base_flags=self._flags,
+            looks=self._handed.looks,
+        )
+        try:
+            yield
+        except BaseException:
+            self._put_back(before)
+            raise
+
+    def _put_back(self, before: _Before) -> None:
+        for node in before.nodes:
+            if self._tree[node.path] is not node:
+                self._tree.take_back(node)
+        self._factors.clear()
+        self._factors.update(before.factors)
+        for parameter, flag in before.flags:
+            parameter.requires_grad_(flag)
+        self._manner.dropout, self._flags = before.dropout, before.base_flags
+        self._handed.look(before.looks)
+        self._sharded_together(self._factors.sharded)
+
+    def _renew(self) -> None:
+        if self._stage.current.state in (State.UNMERGED, State.ROUTED):
+            self._stage.renew()
+
+    def _sharded_together(self, wanted: bool) -> None:
+        while self._layers:
+            self._layers.pop().remove()
+        if wanted:
+            self._layers = every_layer(self._base)
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """What trained before a call that may fail."""
+
+    nodes: list[Node]
+    factors: dict[str, nn.Module]
+    flags: list[tuple[nn.Parameter, bool]]
+    dropout: float
+    base_flags: list[tuple[nn.Parameter, bool]] | None
+    looks: bool
+
+
+def _flags_of(module: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+
+
+def _check_dropout(dropout: object) -> None:
+    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+        raise SpecError(f"dropout must be from 0 to below 1, got {dropout!r}")
