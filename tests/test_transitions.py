@@ -224,6 +224,16 @@ def test_leaving_a_block_brings_back_what_was_active_before(start: str) -> None:
     check_that_everything_works_after_it(made)
 
 
+def test_a_block_in_which_the_base_was_prepared_is_left_bare() -> None:
+    made = scene("bare")
+    made.enter(made.model.using(""))
+    made.model.prepare(max_rank=6)
+    made.model.activate("a/b", mode="unmerged")
+    made.leave()
+    assert told(made) == BARE
+    check_that_the_base_does_what_the_model_says(made)
+
+
 # ---------------------------------------------------------------------- failing at every point in turn
 @contextmanager
 def failing_at(point: int) -> Iterator[list[str]]:

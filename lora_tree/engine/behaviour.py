@@ -72,6 +72,10 @@ class Request:
 class Laid(Protocol):
     """Side paths, ready to run. A value: it can be installed again after others were."""
 
+    @property
+    def of(self) -> object:
+        """Whose side paths they are: the `Beside` that laid them out."""
+
     def install(self) -> None:
         """Make them the ones that run. What fails half-way is mended by installing any of them anew."""
 

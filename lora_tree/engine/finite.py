@@ -31,7 +31,7 @@ __all__ = ["check_beside", "harmless", "not_finite", "suspects"]
 _LARGEST: weakref.WeakKeyDictionary[Adapter, tuple[int, float]] = weakref.WeakKeyDictionary()
 """Adapter → how often its parameters had been written to, and its largest number then."""
 
-_FINE: weakref.WeakKeyDictionary[Plan, set[tuple[bool, tuple[torch.dtype, ...]]]] = weakref.WeakKeyDictionary()
+_FINE: weakref.WeakKeyDictionary[Plan, set[tuple[bool, tuple[torch.dtype | None, ...]]]] = weakref.WeakKeyDictionary()
 
 Part = tuple[str, LowRank, float]
 """A node's part at a site: its name, its value and the coefficient of that."""
@@ -85,13 +85,15 @@ def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float
     Raises:
         BaseMismatch: one would; names the node and the module.
     """
+    owed = owed or {}
+    ordinary = all(abs(coefficient) <= 1.0 for coefficient in owed.values())
+    # What a side path computes in follows from the plan and these, and these are quick to ask for.
+    given = (asked, *[site.dtype for site in plan.sites.values()])
+    if ordinary and _known(plan, True, given):
+        return
     dtypes = tuple(
         side_dtype(plan.sites[name], [term.value for term in terms], asked) for name, terms in plan.terms.items()
     )
-    owed = owed or {}
-    ordinary = all(abs(coefficient) <= 1.0 for coefficient in owed.values())
-    if ordinary and _known(plan, True, dtypes):
-        return
     # Of what trains nothing is asked: its numbers change at every step, and a look waits for a device.
     most = _most(plan, [adapter for adapter in plan.adapters if not _all_train(adapter)])
     for (name, terms), dtype in zip(plan.terms.items(), dtypes, strict=True):
@@ -105,7 +107,7 @@ def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float
             if not (a <= limit and scale * b <= limit and scale * bias <= limit):
                 raise not_finite(name, [(term.node, term.value, coefficient)], dtype)
     if ordinary:
-        _remember(plan, True, dtypes)
+        _remember(plan, True, given)
 
 
 def not_finite(name: str, parts: Sequence[Part], dtype: torch.dtype) -> BaseMismatch:
@@ -149,12 +151,12 @@ def _is_harmless(total: float, biases: float, folded: float, dtype: torch.dtype)
     return total < half_step and biases < half_step and folded < torch.finfo(torch.float32).max / 2  # NaN is not
 
 
-def _known(plan: Plan, beside: bool, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _known(plan: Plan, beside: bool, dtypes: tuple[torch.dtype | None, ...]) -> bool:
     """Whether a plan of these dtypes was found to be fine before, and can't have changed."""
     return plan.fixed and (beside, dtypes) in _FINE.get(plan, ())
 
 
-def _remember(plan: Plan, beside: bool, dtypes: tuple[torch.dtype, ...]) -> None:
+def _remember(plan: Plan, beside: bool, dtypes: tuple[torch.dtype | None, ...]) -> None:
     if plan.fixed:
         _FINE.setdefault(plan, set()).add((beside, dtypes))
 

@@ -105,6 +105,8 @@ class Stage:
     def is_current(self, behaviour: Behaviour) -> bool:
         """Whether composing its request anew would give the same: its sites, adapters and factors are as they were."""
         plan = behaviour.plan
+        if behaviour.beside.of is not self.beside:
+            return False  # the base was prepared meanwhile
         if not all(site.is_in(self._base) for site in plan.sites.values()):
             return False
         if behaviour.dtypes != tuple([site.dtype for site in plan.sites.values()]):
