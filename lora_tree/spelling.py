@@ -31,7 +31,7 @@ def spelled_twice(names: Iterable[str], has: Callable[[str], bool] = lambda name
         has: whether a base is known to have one of that name; two that it has are two modules.
 
     >>> spelled_twice(["model.layers.0.q_proj", "model.language_model.layers.0.q_proj"])
-    ('model.layers.0.q_proj', 'model.language_model.layers.0.q_proj')
+    ('model.language_model.layers.0.q_proj', 'model.layers.0.q_proj')
     >>> spelled_twice(["vision_tower.layers.0.q_proj", "model.language_model.layers.0.q_proj"])
     >>> spelled_twice(["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.experts.down_proj"])
     ('mlp.experts.0.up_proj', 'mlp.experts.down_proj')

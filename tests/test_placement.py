@@ -152,7 +152,7 @@ def test_after_a_move_of_the_base_adapters_go_where_it_is_now(monkeypatch: pytes
         return links[-1]
 
     monkeypatch.setattr("lora_tree.model.link_to", link_to)
-    monkeypatch.setattr("lora_tree.model._home", lambda base: home[0])
+    monkeypatch.setattr("lora_tree.cache.pinning._home", lambda base: home[0])
     model = lt.attach(forest(), base())
     model.activate("a")
     home[0] = "there"
