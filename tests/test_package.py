@@ -113,8 +113,7 @@ def test_the_oldest_packages_that_are_tested_are_the_oldest_that_are_allowed() -
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     for name, bound in bounds.items():
-        if name != "torch":  # docs/versions.md says why
-            assert f"{tested[name]}.0.0".startswith(f"{bound}."), name
+        assert f"{tested[name]}.0.0".startswith(f"{bound}."), name
 
 
 def test_the_package_is_a_program() -> None:
