@@ -41,7 +41,7 @@ NO_DEVICE = "no CUDA device here: benchmarks gpu was skipped"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the base."""
+    """Numbers of the base."""
 
     hidden: int
     layers: int

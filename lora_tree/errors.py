@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 MOST_CHARACTERS = 4000
-"""Of a line of a message."""
+"""Characters in a line of a message; longer lines are cut."""
 _MOST_SUGGESTED = 1000
 
 

@@ -506,7 +506,7 @@ def _one_device(terms: Sequence[LowRank]) -> None:
 
 
 def check_dtype(dtype: object, what: str = "dtype") -> None:
-    """That an argument is a floating dtype of torch's, or None.
+    """Check that an argument is a floating dtype of torch, or None.
 
     Raises:
         SpecError: it is something else; says ``what`` it was given for.

@@ -205,7 +205,7 @@ class TreeModel(nn.Module):
 
     # ------------------------------------------------------------------ answering for the base
     def __getattr__(self, name: str) -> Any:
-        """What is no attribute of ours: the base's.
+        """Return an attribute of the base, where it is none of ours.
 
         Raises:
             AttributeError: the base has none either, or it is one of those that must not pass (then a `StateError`,
@@ -256,7 +256,7 @@ class TreeModel(nn.Module):
 
     @property
     def state(self) -> State:
-        """What the base is doing, as a word."""
+        """The state of the base now."""
         return State.DETACHED if self._detached else self._stage.current.state
 
     @property

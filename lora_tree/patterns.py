@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 MAX_CHARACTERS = 2000  # of one pattern
 STEPS_OF_WORK = 8_000_000
-"""What all patterns of one adapter, or of one tree, may cost together: a second or three."""
+"""Steps that all patterns of one adapter, or of one tree, may take together: one to three seconds."""
 
 _MAX_STEPS = 4000
 _MAX_NESTING = 50
@@ -58,7 +58,7 @@ _WIDE = re.compile(r"\\[uUN]|[^\x00-\x7f]")
 
 
 class Work:
-    """What the patterns of one adapter, or of one tree, may cost together.
+    """The budget of work for all patterns of one adapter, or of one tree.
 
     Args:
         whose: the file or the tree, for the error.

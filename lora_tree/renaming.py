@@ -40,7 +40,7 @@ __all__ = ["Loading", "Renaming", "loading_module", "registered"]
 MAPPING = "transformers.conversion_mapping"
 LOADING = "transformers.core_model_loading"
 MAX_CHARACTERS = 1000
-"""Of a name that is looked up in the mapping; transformers' patterns are no match for a hostile one."""
+"""Characters in a name that is looked up in the mapping: transformers' patterns can be slow on a hostile one."""
 
 
 class Renaming:

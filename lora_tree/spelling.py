@@ -46,7 +46,7 @@ def spelled_twice(names: Iterable[str], has: Callable[[str], bool] = lambda name
 
 
 def _place(name: str) -> tuple[str, str]:
-    """What two spellings of a module have in common, and what tells them apart."""
+    """Return what two spellings of a module have in common, and what tells them apart."""
     one = _OF_AN_EXPERT.match(name)
     every = _OF_ALL_EXPERTS.match(name)
     if one is not None:

@@ -69,7 +69,7 @@ class Cache:
         self._link = link
         self._shelf = Shelf()
         self._tiers = self._new_tiers()
-        # What lies in the tree itself and is sent to the device from there; None: it is used where it lies.
+        # The device copies of adapters that lie in the tree itself; None: those are used where they lie.
         self._own: weakref.WeakKeyDictionary[Adapter, _Own | None] = weakref.WeakKeyDictionary()
         self._gone: deque[Hashable] = deque()  # finalizers append, in whichever thread they run
         self._loading: set[tuple[int, Hashable]] = set()
@@ -459,7 +459,7 @@ class _Own:
     """An adapter that lies in the tree itself, as a source for the device.
 
     Args:
-        adapter: held weakly; whoever asks for its copy holds it.
+        adapter: held weakly; the caller holds its copy.
         key: what its files are known by, if it was read from some; None: it is known by itself.
     """
 

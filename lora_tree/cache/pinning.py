@@ -16,7 +16,7 @@ __all__ = ["Pinning"]
 class Pinning:
     """Hold adapters in a cache, which follows the base when that was moved.
 
-    It knows no model: a model that nobody uses has to go at once.
+    It holds no reference to the model, so that an unused model is freed at once.
     """
 
     def __init__(self, cache: Cache, base: nn.Module) -> None:

@@ -93,7 +93,7 @@ class Tier:
             self.policy.gone(key)
 
     def let_go(self, key: Hashable) -> bool:
-        """`discard` where nobody uses it; False where somebody does."""
+        """`discard` it unless it is pinned; return whether it was discarded."""
         if key in self._pins:
             return False
         self.discard(key)

@@ -1,4 +1,4 @@
-"""What a tree's model answers in its base's name, and what it does not.
+"""The attributes that a `TreeModel` answers for its base, and those that it refuses.
 
 One rule: what is no attribute of ours is the base's, to read and to set. Trainers, pipelines and loops ask a model for
 ``config``, ``generation_config``, ``get_input_embeddings``, ``dtype``, ``device``, … and the base knows.

@@ -141,7 +141,7 @@ class Batch:
 
     @cached_property
     def _indices(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor]:
-        """What `index` has sent so far."""
+        """The index lists that `index` has sent so far."""
         return {}
 
 

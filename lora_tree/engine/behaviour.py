@@ -31,7 +31,7 @@ Mode: TypeAlias = Literal["merged", "unmerged"]
 
 
 class State(enum.Enum):
-    """What the base is doing."""
+    """The states of a base."""
 
     BARE = "bare"  # the base alone
     MERGED = "merged"  # a path is written into the weights
@@ -51,7 +51,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What was asked of a base.
+    """A request to a base.
 
     Args:
         asked: a path or a blend, or one for every row.
@@ -98,7 +98,7 @@ class Beside(Protocol):
 
     @property
     def reached(self) -> set[str]:
-        """The nodes that a gradient has come back to; forgotten by whoever reads it."""
+        """The nodes that a gradient has come back to; the reader clears it."""
 
     def forget(self) -> None:
         """Drop what is kept for paths used before; take permanent hooks out."""
@@ -148,13 +148,13 @@ class Behaviour:
 
     @property
     def weights(self) -> Plan:
-        """What is written into the weights."""
+        """The plan that is written into the weights: all of it, or nothing."""
         merged = self.request.rows is None and self.request.mode == "merged"
         return self.plan if merged else BARE
 
     @property
     def state(self) -> State:
-        """What the base is doing, as a word."""
+        """The state that this behaviour puts the base in."""
         if self.request.rows is not None:
             return State.ROUTED
         if not self.plan.terms:

@@ -87,14 +87,14 @@ def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float
     """
     owed = owed or {}
     ordinary = all(abs(coefficient) <= 1.0 for coefficient in owed.values())
-    # What a side path computes in follows from the plan and these, and these are quick to ask for.
+    # The dtype of a side path follows from the plan and from these, which are quick to read.
     given = (asked, *[site.dtype for site in plan.sites.values()])
     if ordinary and _known(plan, True, given):
         return
     dtypes = tuple(
         side_dtype(plan.sites[name], [term.value for term in terms], asked) for name, terms in plan.terms.items()
     )
-    # Of what trains nothing is asked: its numbers change at every step, and a look waits for a device.
+    # Factors that train are not checked: they change at every step, and reading them waits for the device.
     most = _most(plan, [adapter for adapter in plan.adapters if not _all_train(adapter)])
     for (name, terms), dtype in zip(plan.terms.items(), dtypes, strict=True):
         limit = _limit(dtype)
@@ -162,7 +162,7 @@ def _remember(plan: Plan, beside: bool, dtypes: tuple[torch.dtype | None, ...]) 
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """What still rounds to a finite number."""
+    """The largest size that still rounds to a finite number."""
     info = torch.finfo(dtype)
     return info.max * (1 + info.eps / 4)
 
@@ -218,7 +218,7 @@ def _largest(tensors: Iterable[Tensor]) -> list[float]:
 
 
 def _sizes(ends: Sequence[Tensor]) -> list[float]:
-    """Of the least and the most of each tensor: the larger in size. Without numbers (meta) it is 0."""
+    """Return the larger in size of each tensor's least and most number; 0 on the meta device."""
     if ends[0].is_meta:
         return [0.0] * (len(ends) // 2)
     found: list[float] = torch.stack(list(ends)).abs().view(-1, 2).amax(1).tolist()

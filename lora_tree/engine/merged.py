@@ -118,7 +118,7 @@ class Merged:
                 self.plan = plan
             except BaseException:
                 self.plan = before
-                # From pristine a weight can be written anew whatever stands in it; in place, what is half
+                # From pristine any weight can be written anew, whatever it holds now. In place, what is half
                 # written can't be taken back, and what was not begun must not be.
                 undone = done if self._in_place else begun
                 back = [_Job(job.site, job.old, job.new) for job in reversed(undone)]
@@ -206,7 +206,7 @@ class Merged:
                 if keeps and plan is not None:
                     self._launches.keep(plan, sites, known)
             known.launch.run()
-            # A kernel writes without autograd's knowledge: whoever saved a weight for a backward must hear of it.
+            # Autograd does not see a kernel's write: a backward that saved this weight must be told.
             torch.autograd.graph.increment_version(targets)
         done += waiting
 
@@ -221,7 +221,7 @@ class Merged:
                 _add(site, target, source, [], self._scratch)
 
     def _source(self, job: _Job, attribute: str) -> Tensor:
-        """What a site's weight or bias is computed from; it counts as written from now on."""
+        """Return the tensor that a site's weight or bias is computed from, and count the weight as written."""
         if self._in_place:
             tensor: Tensor = getattr(job.site.module, attribute)
             return tensor.detach()
@@ -239,7 +239,7 @@ class Merged:
         _add(job.site, target, source, values, self._scratch)
 
     def _check_finite(self, plan: Plan) -> None:
-        """That no finite number of a weight becomes one that is not; tried out only where a bound can't tell."""
+        """Check that every number of a weight stays finite; the sum is computed only where a bound can't tell."""
         for name in suspects(plan):
             job = _Job(plan.sites[name], plan.terms[name], ())
             parts = [(term.node, term.value, term.coefficient) for term in job.new]
@@ -258,7 +258,7 @@ class Merged:
         return own.detach()
 
     def _check_sites(self, plan: Plan) -> None:
-        """That each site takes a write, under one name, and shares its memory with no other module."""
+        """Check that each site takes a write, under one name, and shares its memory with no other module."""
         _refuse_sharded(plan)
         names: dict[tuple[int, str], str] = {}
         for name, terms in plan.terms.items():

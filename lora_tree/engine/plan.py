@@ -261,5 +261,5 @@ def _trains(value: LowRank) -> bool:
 
 
 def _version(value: LowRank) -> int:
-    """How often factors that train, or did, were written to; 0 for the others, which nobody may write to."""
+    """Return how often factors that train, or did, were written to; 0 for the others, which are never written to."""
     return value.A._version + value.B._version if _trains(value) else 0

@@ -41,7 +41,7 @@ OFF, PATH, ROWS = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """What goes into the buffers, for one path or for a batch.
+    """The numbers that go into the buffers, for one path or for a batch.
 
     Args:
         of: whose buffers.

@@ -33,7 +33,7 @@ __all__ = ["Stage"]
 
 
 class Stage:
-    """What one base does now, and the blocks that will bring something else back.
+    """The current behaviour of one base, and the blocks that will bring back earlier ones.
 
     Args:
         base: the model.

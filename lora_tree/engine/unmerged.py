@@ -39,7 +39,7 @@ PORTION = 1 << 20  # bytes that are taken at once for what is laid out
 
 @dataclass(frozen=True, eq=False)
 class SidePaths:
-    """What runs beside the weights, for one path or for a batch.
+    """The side paths that run, for one path or for a batch.
 
     Args:
         of: whose hooks run it.
@@ -89,7 +89,7 @@ class Unmerged:
         self._entry = Entry(base)
         self._running = SidePaths(self, BARE, {}, None)
         self.reached: set[str] = set()
-        """The nodes that a gradient has come back to; forgotten by whoever reads it."""
+        """The nodes that a gradient has come back to; the reader clears it."""
 
     permanent = False
 

@@ -1,4 +1,4 @@
-"""What torch does not promise: private names, and public ones younger than the oldest torch we support.
+"""Names of torch that may be missing: private ones, and public ones younger than the oldest torch we support.
 
 Every such name is asked for here and nowhere else, with what is right in its absence: a slower way
 to the same result, or an answer on the safe side. So a torch that drops or renames one costs time,
@@ -48,7 +48,7 @@ def grouped_product() -> Callable[..., Tensor] | None:
 
 
 def any_saved_tensor_hook() -> bool:
-    """Whether something packs the tensors that autograd saves, as checkpointing does; True where nobody can tell."""
+    """Return whether something packs the tensors that autograd saves, as checkpointing does; True if torch does not say."""
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return True if top is None else top(False) is not None
 
@@ -80,12 +80,12 @@ def fake_tensors() -> tuple[Any, Any] | None:
 
 
 def any_global_hook() -> bool:
-    """Whether a forward hook is set on all modules at once; True where nobody can tell."""
+    """Return whether a forward hook is set on all modules at once; True if torch does not say."""
     return bool(getattr(nn_module, "_global_forward_hooks", True))
 
 
 def compiled_frames() -> int | None:
-    """How many frames torch.compile has compiled in this process; None where nobody can tell."""
+    """Return how many frames torch.compile has compiled in this process; None if torch does not say."""
     compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
     if compiler is None:
         return 0

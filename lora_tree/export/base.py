@@ -43,7 +43,7 @@ def skeleton(
     Raises:
         MissingExtra: transformers is not installed.
         SpecError: transformers can't read the config, or has no such model; or the model is code of
-            the base's own, and nobody said that it may run.
+            the base's own, and the caller did not allow it to run.
     """
     transformers = need("transformers", extra="transformers", what=what)
     config, kind = class_of(
@@ -153,7 +153,7 @@ class Base:
     def renamer(self, names: Iterable[str]) -> nn.Module | None:
         """The model whose names an adapter is to be written in; None where its own names do.
 
-        They do where the checkpoint has a tensor for each of them, or where nobody can tell. Where two of them look
+        They do where the checkpoint has a tensor for each of them, or where that can't be known. Where two of them look
         like one module's, the model is needed.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What is copied beside a base's weights into a merged checkpoint, and what stays behind.
+"""The files beside a base's weights: which are copied into a merged checkpoint, and which stay behind.
 
     config, tokenizer, templates, …     copied
     weights in other formats            left out: they would still be the base's

@@ -95,7 +95,7 @@ def export_model(
     Raises:
         PathError: a node is not there.
         SpecError: no base is known; or it is quantised; or transformers can't read its config; or it is code of its
-            own, and nobody said that it may run.
+            own, and the caller did not allow it to run.
         FormatError: the base has no whole safetensors checkpoint.
         BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor in the checkpoint;
             or its tensors' conversion can't be inverted; or a weight would get a number that is not finite.
@@ -158,7 +158,7 @@ def _jobs(found: Sequence[Write], names: Names) -> list[Job]:
 
 
 def _check_finite(jobs: Sequence[Job], names: Names) -> None:
-    """That no weight gets a number that is not finite, asked before anything is written.
+    """Check, before anything is written, that every weight stays finite.
 
     Raises:
         BaseMismatch: one would; names the node and the module.

@@ -193,7 +193,7 @@ def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -
 
 
 def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
-    """What the base says, or else the caller.
+    """Return the shape that the base has, or else the one that the caller stated.
 
     Raises:
         BaseMismatch: they say different things.

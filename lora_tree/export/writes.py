@@ -57,7 +57,7 @@ class Write:
             )
 
     def check_finite(self, dtype: torch.dtype, own: Callable[[], torch.Tensor]) -> None:
-        """That no number of the parameter becomes one that is not finite.
+        """Check that every number of the parameter stays finite.
 
         Args:
             dtype: of the tensors in the checkpoint.

@@ -241,7 +241,7 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _part(opened: Opened) -> list[str]:
-    """That the folder is a part of a tree, of which it shows what lies below alone."""
+    """Return a note if the folder is a part of a tree: only the nodes below it are shown."""
     folder = opened.place.folder
     part = tree_above(folder) if opened.spec is None and opened.lock is None else None
     if part is None:

@@ -60,7 +60,7 @@ class _Strict(BaseModel):
 
 
 class _Was(_Strict):
-    """What lay at a place when the record was decided; a time in nanoseconds is nobody's guess."""
+    """Size and time of the file that lay at a place when the record was made; the time is in nanoseconds, so that it can't be guessed."""
 
     size: Size
     mtime_ns: int
@@ -349,7 +349,7 @@ def _may_be_written(above: str, name: str) -> bool:
 
 
 def _there(place: Path) -> _Was | None:
-    """What lies at a place, as a record tells it; a link is told as it is."""
+    """Return what lies at a place as a record tells it; a link is told as a link."""
     with disk.named("look at it", place):
         try:
             seen = os.lstat(place)

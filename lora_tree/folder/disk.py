@@ -179,7 +179,7 @@ def make(folder: str | Path) -> bool:
 
 
 def make_inside(folder: str | Path) -> bool:
-    """Make one folder that nobody may enter who may not enter the one around it; False where it is there already."""
+    """Make one folder with no more permissions than the folder around it; False if it exists already."""
     made = _make(folder, 0o700)
     if made:
         with suppress(OSError):  # a file system without modes
@@ -214,7 +214,7 @@ def drop(folder: str | Path) -> bool:
 @contextmanager
 def _created(path: str | Path, mode: int | None) -> Iterator[int]:
     mode = mode_of(path) if mode is None else mode
-    # nobody else reads it before it has its mode
+    # no other user reads it before it has its mode
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN | NO_FOLLOW, 0o600)
     try:
         with suppress(OSError, AttributeError):  # a file system, or a Windows, without modes

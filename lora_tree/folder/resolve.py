@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What tree.yaml and the folders mean together.
+    """The nodes that tree.yaml and the folders describe together.
 
     Args:
         entries: the nodes, depth-first by name.

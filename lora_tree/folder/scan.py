@@ -55,7 +55,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Scan:
-    """What lies below a folder: relative path → its adapter's files; folder links; and what is wrong, with its path."""
+    """The findings below a folder: relative path → its adapter's files; folder links; and problems with their paths."""
 
     found: dict[str, Files] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)

@@ -224,7 +224,7 @@ def hashed(files: Files) -> str:
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found in an adapter's files.
+    """The findings in an adapter's files.
 
     Args:
         content: the hash of their content.

@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A lineage: its hash, and the adapters on the way down; None where nobody has written down which."""
+    """A lineage: its hash, and the adapters on the way down; None if the lock does not list them."""
 
     digest: str
     steps: tuple[Step, ...] | None = None
@@ -48,7 +48,7 @@ TOP = Lineage(ROOT, ())
 
 @dataclass(frozen=True)
 class Trained:
-    """What a node was trained on.
+    """The lineage and base that a node was trained on.
 
     Args:
         on: the lineage of its parent at the time.
@@ -120,7 +120,7 @@ def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str |
 
 
 def _changes(was: tuple[Step, ...], now: tuple[Step, ...]) -> list[str]:
-    """What is different on the way down: contents and weights of ancestors, and which there are."""
+    """Return what differs on the way down: contents and weights of ancestors, and which ancestors there are."""
     old = list(was)
     texts: list[str] = []
     new: list[Step] = []

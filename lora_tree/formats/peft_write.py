@@ -248,7 +248,7 @@ def _config(
     if nested:  # PEFT refuses both of these beside a raw parameter; neither changes the value
         fields |= {"lora_dropout": 0.0, "fan_in_fan_out": False}
         fields["target_parameters"] = [name for module in sorted(nested) for name in _names(module, nested)]
-        if not says_which_way(fields):  # the factors lie as PEFT writes them since then, whoever trained them
+        if not says_which_way(fields):  # the factors lie as PEFT writes them since then
             fields["peft_version"] = ".".join(map(str, TURNED))
     targets = sorted(n for n, v in modules.items() if v.layout.kind != "parameter" and n not in outside)
     kept = fields.get("target_modules")

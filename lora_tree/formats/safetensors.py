@@ -4,7 +4,7 @@
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
 
 The package writes (`render_tensors`); since it writes metadata in a changing order, that is put in order afterwards. It
-also reads what nobody waits for (`read_tensors`). An adapter is read by `Opened`: all tensors into one buffer of our
+also reads where speed does not matter (`read_tensors`). An adapter is read by `Opened`: all tensors into one buffer of our
 own, in which they lie as in the file, by one read from a descriptor that was checked, which a hash sees on the way.
 The package offers none of that: it opens a file by its name and maps it into memory, where a file that is cut short
 later takes the process with it (SIGBUS), or wants its bytes in memory already, to copy each tensor out of them.

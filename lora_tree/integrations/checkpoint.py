@@ -9,7 +9,7 @@
 All of it is written below ``.unfinished/`` first, synced, and then has its name at once. A run that was killed while it
 wrote leaves only that folder, which nobody takes for a checkpoint and the next save clears. A checkpoint that is
 replaced lies there as ``checkpoint-120.replaced`` between two renames: where a run was killed just then its place is
-empty. Whoever resumes or saves puts it back first; whoever only reads it reads it there. A checkpoint that is deleted
+empty. Resuming and saving put it back first; reading reads it there. A checkpoint that is deleted
 goes there first too, so that nothing half deleted has a checkpoint's name.
 """
 

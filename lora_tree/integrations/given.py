@@ -1,4 +1,4 @@
-"""What a trainer is given, checked before anything is made of it."""
+"""Checks of a trainer's arguments, before anything is made of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse(args: Any, trainer: Mapping[str, Any]) -> None:
 
 
 def check_asked(model: TreeModel, args: Any) -> None:
-    """That the base has what the arguments will ask of it.
+    """Check that the base has what the arguments will ask of it.
 
     Raises:
         SpecError: names the argument.

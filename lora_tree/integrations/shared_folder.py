@@ -54,7 +54,7 @@ class SharedFolder:
         disk.make(folder)
         disk.make(self._locks)
         self._list = self._locks / f"{uuid.uuid4().hex}.held"
-        with self.alone():  # another process would take a list that nobody has locked yet for one that was left over
+        with self.alone():  # another process would take a list that is not locked yet for one that was left over
             self.sweep()
             self.in_use_elsewhere()  # for the lists that go: a server may be started over and over
             held = locks.attempt(self._list)
@@ -114,7 +114,7 @@ class SharedFolder:
             claims.clear(self._locks, _LIST)
 
     def remove(self, name: str) -> bool:
-        """Take an entry away, and first its name, so that nobody finds half of it."""
+        """Remove an entry, its name first, so that no process finds half of it."""
         gone = self.folder / f".gone.{uuid.uuid4().hex}"
         try:
             os.rename(self.folder / name, gone)
@@ -152,7 +152,7 @@ class SharedFolder:
 
 
 def _read(file: Path) -> Mapping[str, bool]:
-    """What another process says it uses; anything else that somebody wrote there counts for nothing."""
+    """Return the contents that another process lists as used; anything else in the file is ignored."""
     try:
         said = json.loads(disk.read(file, most=_MOST_BYTES))
     except (LoraTreeError, ValueError, RecursionError):

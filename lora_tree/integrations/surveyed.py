@@ -1,4 +1,4 @@
-"""See a tree's folder as it was a moment ago: one look serves everybody who asks within an
+"""See a tree's folder as it was a moment ago: one look serves all requests within an
 interval.
 
 A look costs about 0.1 ms a node, and a server is asked for names that clients make up.

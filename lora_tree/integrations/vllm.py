@@ -153,7 +153,7 @@ class _Resolver:
             view = self._seen.recent() or view
 
     def _front(self) -> Front | None:
-        """Find who asks; it is asked and changed on its own event loop alone."""
+        """Find the server that asks. It is read and changed on its own event loop alone."""
         models = asking()
         if models is None:
             self._say(

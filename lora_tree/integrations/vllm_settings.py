@@ -38,7 +38,7 @@ N = TypeVar("N", int, float)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the plugin was told by its environment."""
+    """The plugin's settings, as its environment gives them."""
 
     zoo: str
     cache: str
@@ -105,7 +105,7 @@ def _switch(environment: Mapping[str, str], name: str) -> bool:
 # ---------------------------------------------------------------------- what a server is started with
 @dataclass(frozen=True)
 class ServerArgs:
-    """What a vLLM server of a tree is started with.
+    """The flags and the environment that start a vLLM server of a tree.
 
     Args:
         flags: of ``vllm serve`` or ``python -m vllm.entrypoints.openai.api_server``.

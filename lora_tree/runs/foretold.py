@@ -1,4 +1,4 @@
-"""What a run trains, from what, and which nodes it makes stale: said before its first step.
+"""The forecast of a run, told before its first step: which nodes train, from what, and which become stale.
 
 rows      fr/legal  fr/legal  de            the nodes that rows name train; those above them only on request
 trains    fr/legal  (on fr, as it is now), de

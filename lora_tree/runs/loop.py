@@ -223,7 +223,7 @@ class Run:
 
     # ------------------------------------------------------------------ private
     def _told(self, *, saved: bool) -> dict[str, Any]:
-        """What run.json says."""
+        """The content of run.json."""
         losses = {"first": self.first, "last": self.last}
         return {**self._about, "step": self.done, "losses": losses, "saved": saved}
 

@@ -40,7 +40,7 @@ STALE_S = 300.0
 _MOST_BYTES = 4096
 _CLAIM = re.compile(r"(.+)\.(alone|shared)\.[0-9a-f]{32}\Z")
 
-_mine: dict[str, Path] = {}  # token → claim; whoever changes it holds the condition
+_mine: dict[str, Path] = {}  # token → claim; hold the condition to change it
 _changed = threading.Condition()
 _beating = False
 
@@ -132,7 +132,7 @@ def _claims(path: Path) -> list[Path]:
 
 
 def _owner(claim: Path) -> dict[str, Any]:
-    """What a claim says of its owner; anybody may have written it, so it counts only where it is well-formed."""
+    """The owner that a claim names. Any process may have written it, so it counts only if it is well-formed."""
     try:
         with opened(claim, follow=False) as file:
             said = json.loads(os.read(file, _MOST_BYTES))

@@ -133,7 +133,7 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         _flock(file, shared, wait)
         if _same(file, path):
             return Held(path, file, None)
-    except BaseException as error:  # Ctrl-C too: a lock that nobody can let go of would shut this process out
+    except BaseException as error:  # Ctrl-C too: a lock without an owner would shut this process out
         os.close(file)
         code = error.errno if isinstance(error, OSError) else None
         if code in _BUSY:
@@ -141,7 +141,7 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         if code in _NO_FLOCK:
             _say(path, str(error))
             raise _NoFlock from error
-        if code is not None and not there:  # not after Ctrl-C: whoever was waited for holds it
+        if code is not None and not there:  # not after Ctrl-C: the process that was waited for holds it
             with suppress(OSError):
                 os.unlink(path)
         raise

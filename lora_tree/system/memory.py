@@ -30,7 +30,7 @@ def free_bytes() -> int | None:
     known = _pages("SC_AVPHYS_PAGES")
     if "MemAvailable" in told:  # counts what the page cache would give back, which the pages do not
         known = [told["MemAvailable"] + told.get("SwapFree", 0)]
-    # What files take of a container's memory is given back when somebody needs it.
+    # The page cache's part of a container's memory is given back when a process needs it.
     known += [max(group.limit - group.used + group.files, 0) for group in _groups()]
     return min(known, default=None)
 

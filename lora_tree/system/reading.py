@@ -4,7 +4,7 @@ A name can lead to a pipe, which would make its reader wait for ever, to a devic
 and it can be given to another file between a look at it and the opening. So the file is opened first, in a way that
 waits for nothing, and the open file itself is checked.
 
-A file is missing only where the system says so. Any other answer (no permission, a broken disk) is an error: whoever
+A file is missing only where the system says so. Any other answer (no permission, a broken disk) is an error: a caller that
 takes it for "not there" deletes or overwrites what is.
 """
 

@@ -1,4 +1,4 @@
-"""What trains over one base: the factors as parameters, the flags of the base, and the optimisers that are followed.
+"""Training over one base: the factors as parameters, the flags of the base, and the optimisers that are followed.
 
     train(paths)    check everything; then the nodes' factors become parameters, the rest is frozen
     follow(opt)     each node is stepped as by an optimiser over it alone (steps.py)
@@ -39,7 +39,7 @@ __all__ = ["Training"]
 
 
 class Training:
-    """What trains over one base.
+    """The nodes that train over one base, and everything that goes with that.
 
     Args:
         base: the model; frozen while anything trains.
@@ -68,7 +68,7 @@ class Training:
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
         self._steps = weakref.WeakKeyDictionary()
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
-        """Of the base's parameters, before anything trained."""
+        """The flags of the base's parameters, before anything trained."""
         self._layers: list[RemovableHandle] = []
 
     def train(
@@ -242,7 +242,7 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class _Before:
-    """What trained before a call that may fail."""
+    """The state of training before a call that may fail."""
 
     nodes: list[Node]
     factors: dict[str, nn.Module]

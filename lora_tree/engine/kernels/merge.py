@@ -34,7 +34,7 @@ __all__ = ["Launch", "is_right_on", "laid_out", "merged_plainly"]
 
 COLUMNS, RANKS = 128, 16
 ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
-"""Of a tile, its rows by the factors' dtype: wide factors need more registers. They decide the bits."""
+"""Rows of a tile, by the factors' dtype: wide factors need more registers. These constants decide the bits."""
 
 UNROLLED = 4
 """Slots whose loads are in flight together; with more, one comes after the other. It changes no bits."""
@@ -45,7 +45,7 @@ TILES = 8
 WARPS, STAGES = 4, 2
 
 POLICY = "evict_first"
-"""Of weights in the cache: each is read once, and the factors many times."""
+"""Cache hint for weights: each is read once, and the factors many times."""
 
 PART_FIELDS, SLOT_FIELDS = 8, 7
 """Numbers that the table has for each."""
@@ -190,7 +190,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 class Launch:
     """Parts laid out for the kernel: a table on the device, for each kind of part.
 
-    It holds addresses, and none of the memory that they lead to: whoever runs it makes sure that the
+    It holds addresses, and none of the memory that they lead to: the caller makes sure that the
     weights, their pristine values and the factors are still where they were.
     """
 
@@ -249,7 +249,7 @@ def _call(kind: tuple[Any, ...], parts: Sequence[Part], interpreted: bool) -> Ca
 
 
 def merged_plainly(part: Part) -> Tensor:
-    """What a launch writes, from stock operations: the sum in fp32, rounded once; (batch, rows, cols)."""
+    """Compute with stock operations what a launch writes: the sum in fp32, rounded once; (batch, rows, cols)."""
     total = part.pristine.to(part.weight.device).float()
     for term in part.terms:
         total = total + (term.left.float() @ term.right.float()) * term.scale
