@@ -64,7 +64,9 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
 def main(
     names: Annotated[list[Name] | None, typer.Argument(help="Which ones; all without it.")] = None,
     form: Annotated[Form, typer.Option(help="What to print.")] = Form.table,
-    small: Annotated[bool, typer.Option("--small", help="A toy size: that it runs, not how fast.")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="A toy size: that it runs, not how fast.")
+    ] = False,
     repeats: Annotated[int | None, typer.Option(min=2, help="Counted rounds.")] = None,
 ) -> None:
     """Time lora_tree against PEFT and against stock operations, in this process, interleaved."""

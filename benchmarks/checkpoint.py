@@ -41,24 +41,34 @@ SPARE_BYTES = 200_000_000
 
 def run(size: Size = FULL) -> list[Result]:
     """Seven projections of every layer, a lineage of two; a shard for each layer."""
-    hidden, layers = (2 * size.hidden, 10) if size.hidden >= FULL.hidden else (size.hidden, size.layers)
+    hidden, layers = (
+        (2 * size.hidden, 10) if size.hidden >= FULL.hidden else (size.hidden, size.layers)
+    )
     with tempfile.TemporaryDirectory(prefix="lora_tree-") as folder:
         at = Path(folder)
         nbytes, largest = _base(at / "base", hidden, layers)
         _tree(hidden, layers, size.r).save(at / "zoo")
         rounds = str(max(2, min(size.repeats, 3)))
         printed = subprocess.run(
-            [sys.executable, "-m", "benchmarks.checkpoint", folder, rounds], check=True, capture_output=True, text=True
+            [sys.executable, "-m", "benchmarks.checkpoint", folder, rounds],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     told = json.loads(printed.splitlines()[-1])
     timings = {name: Timing(tuple(took)) for name, took in told["timings"].items()}
-    result = Result(f"merge into a checkpoint of {nbytes / 1e9:.2f} GB, {layers + 1} shards, bf16, r={size.r}", timings)
+    result = Result(
+        f"merge into a checkpoint of {nbytes / 1e9:.2f} GB, {layers + 1} shards, bf16, r={size.r}",
+        timings,
+    )
     result.facts["largest tensor, MB"] = largest / 1e6
     result.facts["growth of anonymous memory, MB"] = told["growth_bytes"] / 1e6
     result.facts["merged, MB/s"] = nbytes / 1e3 / timings["merged"].ms
     bound = (3 * largest + SPARE_BYTES) / 1e6
     result.aim("growth of anonymous memory", told["growth_bytes"] / 1e6, at_most=bound, unit="MB")
-    result.aim("speed, of copying", timings["copied, with fsync"].ms / timings["merged"].ms, at_least=0.5)
+    result.aim(
+        "speed, of copying", timings["copied, with fsync"].ms / timings["merged"].ms, at_least=0.5
+    )
     return [result]
 
 
@@ -136,7 +146,10 @@ def _measure(folder: Path, rounds: int) -> None:
         "merged": Case(merged, clear),
     }
     timings = interleaved(cases, rounds)
-    told = {"timings": {name: t.rounds_ms for name, t in timings.items()}, "growth_bytes": max(grown)}
+    told = {
+        "timings": {name: t.rounds_ms for name, t in timings.items()},
+        "growth_bytes": max(grown),
+    }
     sys.stdout.write(json.dumps(told) + "\n")
 
 

@@ -89,7 +89,13 @@ class Result:
     facts: dict[str, float] = field(default_factory=dict)
 
     def aim(
-        self, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None, unit: str = "×"
+        self,
+        what: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        unit: str = "×",
     ) -> None:
         """Add a figure that is aimed at."""
         bound = at_least if at_least is not None else at_most
@@ -149,7 +155,11 @@ def tell(results: list[Result], form: Form = Form.table) -> None:
 
 def _plain(result: Result) -> dict[str, object]:
     timings = {
-        name: dict(zip(("first_quartile_ms", "median_ms", "third_quartile_ms"), t.quartiles_ms, strict=True))
+        name: dict(
+            zip(
+                ("first_quartile_ms", "median_ms", "third_quartile_ms"), t.quartiles_ms, strict=True
+            )
+        )
         | {"rounds": len(t.rounds_ms)}
         for name, t in result.timings.items()
     }

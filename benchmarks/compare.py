@@ -34,7 +34,17 @@ from lora_tree.demo.bytelevel import TARGETS, new_base
 from lora_tree.demo.corpus import Domain, find_corpus
 from lora_tree.demo.learning import bits_per_byte, spread, stream, train_base, train_tree
 
-__all__ = ["FULL", "SMALL", "SYSTEMS", "Outcome", "Size", "System", "compare", "markdown", "tree_of"]
+__all__ = [
+    "FULL",
+    "SMALL",
+    "SYSTEMS",
+    "Outcome",
+    "Size",
+    "System",
+    "compare",
+    "markdown",
+    "tree_of",
+]
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,19 @@ class Size:
     base_batch: int = 8
 
 
-FULL = Size(hidden=192, layers=4, base_steps=480, steps=120, batch=8, windows=16, seeds=3, rates=(3e-3, 8e-3))
-SMALL = Size(hidden=32, layers=1, base_steps=2, steps=2, batch=4, windows=1, seeds=2, rates=(5e-3,), leaves=4)
+FULL = Size(
+    hidden=192,
+    layers=4,
+    base_steps=480,
+    steps=120,
+    batch=8,
+    windows=16,
+    seeds=3,
+    rates=(3e-3, 8e-3),
+)
+SMALL = Size(
+    hidden=32, layers=1, base_steps=2, steps=2, batch=4, windows=1, seeds=2, rates=(5e-3,), leaves=4
+)
 
 
 @dataclass(frozen=True)
@@ -108,14 +129,18 @@ class Outcome:
     of_leaves: list[list[float]] = field(default_factory=list)  # seed → leaf
 
 
-def compare(size: Size = FULL, *, say: Callable[[str], object] = lambda text: None) -> tuple[list[str], list[Outcome]]:
+def compare(
+    size: Size = FULL, *, say: Callable[[str], object] = lambda text: None
+) -> tuple[list[str], list[Outcome]]:
     """The leaves, and what came out; the bare base first."""
     _, leaves = find_corpus(children=3)
     crowded = {g for g in map(_group, leaves) if sum(_group(leaf) == g for leaf in leaves) > 1}
     leaves = [leaf for leaf in leaves if _group(leaf) in crowded][: size.leaves]
     base = _base(size)
     say("base trained")
-    held_out = {d.path: spread(stream(d.held_out), windows=size.windows, length=size.length) for d in leaves}
+    held_out = {
+        d.path: spread(stream(d.held_out), windows=size.windows, length=size.length) for d in leaves
+    }
     bare = [bits_per_byte(base, rows) for rows in held_out.values()]
     outcomes = [Outcome("", "", System("bare", 0, 0, 0), 0.0, 0, [mean(bare)], [bare])]
     known: dict[tuple[System, str], Outcome] = {}
@@ -130,14 +155,23 @@ def compare(size: Size = FULL, *, say: Callable[[str], object] = lambda text: No
                 made = Outcome(comparison, data, system, rate, 0)
                 for seed in range(1, size.seeds + 1):
                     tree = tree_of(system, [leaf.path for leaf in leaves])
-                    streams = {leaf.path: stream(_some(leaf.train, DATA[data], i)) for i, leaf in enumerate(leaves)}
+                    streams = {
+                        leaf.path: stream(_some(leaf.train, DATA[data], i))
+                        for i, leaf in enumerate(leaves)
+                    }
                     bits = _run(base, tree, streams, held_out, rate, seed, size)
                     made.bits.append(mean(bits))
                     made.of_leaves.append(bits)
-                made.parameters = sum(a.numel for p in tree.paths() if (a := tree.adapter(p)) is not None)
+                made.parameters = sum(
+                    a.numel for p in tree.paths() if (a := tree.adapter(p)) is not None
+                )
                 known[system, data] = made
                 say(f"{comparison}, {data}: {system.name}: {mean(made.bits):.3f} at {rate:g}")
-            outcomes.append(Outcome(comparison, data, system, made.rate, made.parameters, made.bits, made.of_leaves))
+            outcomes.append(
+                Outcome(
+                    comparison, data, system, made.rate, made.parameters, made.bits, made.of_leaves
+                )
+            )
     return [leaf.path for leaf in leaves], outcomes
 
 
@@ -155,7 +189,9 @@ def tree_of(system: System, leaves: Sequence[str]) -> lt.AdapterTree:
 def markdown(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     """A table for each comparison and amount of data."""
     bare, *others = outcomes
-    text = [f"{len(leaves)} leaves: {', '.join(leaves)}. The bare base: {bare.bits[0]:.3f} bits per byte.\n"]
+    text = [
+        f"{len(leaves)} leaves: {', '.join(leaves)}. The bare base: {bare.bits[0]:.3f} bits per byte.\n"
+    ]
     seen = dict.fromkeys((o.comparison, o.data) for o in others)
     for comparison, data in seen:
         text.append(f"\n### {comparison}, {data}\n\n")
@@ -182,7 +218,15 @@ def _base(size: Size) -> Any:
     corpus, _ = find_corpus()
     base = new_base(hidden=size.hidden, layers=size.layers, window=size.length)
     tokens = stream(corpus.train)
-    train_base(base, tokens, steps=size.base_steps, batch=size.base_batch, length=size.length, lr=3e-3, seed=0)
+    train_base(
+        base,
+        tokens,
+        steps=size.base_steps,
+        batch=size.base_batch,
+        length=size.length,
+        lr=3e-3,
+        seed=0,
+    )
     return base
 
 
@@ -198,7 +242,9 @@ def _run(
     """Bits per byte of every leaf after training."""
     torch.manual_seed(seed)
     model = lt.attach(tree, base)
-    path_of = {leaf: next(p for p in tree.leaves() if p in ("all", f"all/{leaf}")) for leaf in streams}
+    path_of = {
+        leaf: next(p for p in tree.leaves() if p in ("all", f"all/{leaf}")) for leaf in streams
+    }
     train_tree(
         model,
         [path for path in tree.paths() if tree.adapter(path) is not None],
@@ -228,7 +274,9 @@ def _rate(base: Any, system: System, leaves: Sequence[Domain], size: Size) -> fl
         streams[leaf.path] = tokens[:cut]
         kept[leaf.path] = spread(tokens[cut:], windows=size.windows // 2, length=size.length)
     paths = [leaf.path for leaf in leaves]
-    tried = {r: mean(_run(base, tree_of(system, paths), streams, kept, r, 0, size)) for r in size.rates}
+    tried = {
+        r: mean(_run(base, tree_of(system, paths), streams, kept, r, 0, size)) for r in size.rates
+    }
     return min(tried, key=tried.__getitem__)
 
 
@@ -250,14 +298,20 @@ def _some(documents: Sequence[bytes], part: int, leaf: int) -> Sequence[bytes]:
 
 
 def main(
-    small: Annotated[bool, typer.Option("--small", help="A toy size: that it runs, not what comes out.")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="A toy size: that it runs, not what comes out.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Every seed and leaf.")] = False,
 ) -> None:
     """Train everything and print the tables; about half an hour on two cores."""
     transformers.utils.logging.disable_progress_bar()
     console = Console(stderr=True, highlight=False)
     leaves, outcomes = compare(SMALL if small else FULL, say=console.print)
-    told = json.dumps([asdict(o) for o in outcomes], indent=2) if as_json else markdown(leaves, outcomes)
+    told = (
+        json.dumps([asdict(o) for o in outcomes], indent=2)
+        if as_json
+        else markdown(leaves, outcomes)
+    )
     sys.stdout.write(told + "\n")
 
 

@@ -29,8 +29,13 @@ ROWS, MIDDLE = 64, 8
 def run(size: Size = FULL) -> list[Result]:
     """One table; where there is a GPU hidden is doubled."""
     cuda = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    size = replace(size, hidden=2 * size.hidden if cuda else size.hidden // 2, layers=min(size.layers, 2))
+    device, dtype = (
+        torch.device("cuda" if cuda else "cpu"),
+        torch.bfloat16 if cuda else torch.float32,
+    )
+    size = replace(
+        size, hidden=2 * size.hidden if cuda else size.hidden // 2, layers=min(size.layers, 2)
+    )
     tree, twin = (grown(base(size, dtype), size, ROWS, MIDDLE, dtype=dtype) for _ in range(2))
     flat = lt.AdapterTree()
     for i, leaf in enumerate(tree.leaves()):
@@ -43,7 +48,9 @@ def run(size: Size = FULL) -> list[Result]:
     compiled: Any = torch.compile(models[2].base) if cuda else models[2].base
     stage = Stage()
 
-    def enter(model: lt.TreeModel, paths: list[str], call: Any, strategy: Strategy = "auto") -> None:
+    def enter(
+        model: lt.TreeModel, paths: list[str], call: Any, strategy: Strategy = "auto"
+    ) -> None:
         stage.enter(model.route(paths, strategy=strategy, batch_first=True))
         step(call)  # lays the batch out, and compiles
 
@@ -56,10 +63,14 @@ def run(size: Size = FULL) -> list[Result]:
     for strategy in get_args(Strategy):
         inside = lambda s=strategy: enter(models[0], routed, models[0].base, s)  # noqa: E731
         cases[strategy] = Case(lambda: step(models[0].base), inside)
-    cases["flattened"] = Case(lambda: step(models[1].base), lambda: enter(models[1], flattened, models[1].base))
+    cases["flattened"] = Case(
+        lambda: step(models[1].base), lambda: enter(models[1], flattened, models[1].base)
+    )
     how = "compiled" if cuda else "prepared, not compiled"
     cases[f"bare, {how}"] = Case(lambda: step(compiled), stage.leave)
-    cases[f"matrix, {how}"] = Case(lambda: step(compiled), lambda: enter(models[2], routed, compiled))
+    cases[f"matrix, {how}"] = Case(
+        lambda: step(compiled), lambda: enter(models[2], routed, compiled)
+    )
     where = torch.cuda.get_device_name() if cuda else "CPU"
     title = f"a decode step, {ROWS} rows over 1 → {MIDDLE} → {ROWS} nodes; {size}, {str(dtype)[6:]}, {where}"
     result = Result(title, interleaved(cases, size.repeats))

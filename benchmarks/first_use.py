@@ -34,7 +34,9 @@ ROOM = 4  # times a lineage's bytes: one in use, one that was, both laid out
 def run(size: Size = FULL) -> list[Result]:
     """A lineage that nobody used before, every round another one."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # PEFT reads an attribute that transformers has renamed
         zoo, flat = _written(Path(folder), size)
         return [_timed(zoo, flat, size, keeping=keeping) for keeping in (False, True)]
 
@@ -57,10 +59,18 @@ def _written(folder: Path, size: Size) -> tuple[Path, Path]:
 
 def _timed(zoo: Path, flat: Path, size: Size, *, keeping: bool) -> Result:
     tree = lt.load(zoo)
-    nbytes = sum(outline.nbytes for n in tree.lineage(tree.leaves()[0]) if (outline := tree.outline(n)) is not None)
-    model = lt.attach(tree, base(size, torch.bfloat16), host_budget="8GiB" if keeping else ROOM * nbytes)
+    nbytes = sum(
+        outline.nbytes
+        for n in tree.lineage(tree.leaves()[0])
+        if (outline := tree.outline(n)) is not None
+    )
+    model = lt.attach(
+        tree, base(size, torch.bfloat16), host_budget="8GiB" if keeping else ROOM * nbytes
+    )
     leaves = iter(tree.leaves())
-    nodes = ({name_in_peft(node): zoo / node for node in tree.lineage(path)} for path in tree.leaves())
+    nodes = (
+        {name_in_peft(node): zoo / node for node in tree.lineage(path)} for path in tree.leaves()
+    )
     whole = ({folder.name: folder} for folder in sorted(flat.iterdir()))
     cases = {
         "first use": Case(lambda: model.activate(next(leaves), mode="unmerged"), model.deactivate),

@@ -33,7 +33,9 @@ def run(size: Size = FULL) -> list[Result]:
     names = [name_in_peft(path) for path in LINEAGE]
     bare = nn.Sequential()
     bare.add_module(MODULE, nn.Linear(size.hidden, size.hidden, bias=False))
-    wrapped = peft.PeftModel(bare, peft.LoraConfig(r=size.r, lora_alpha=size.r, target_modules=[MODULE]), names[0])
+    wrapped = peft.PeftModel(
+        bare, peft.LoraConfig(r=size.r, lora_alpha=size.r, target_modules=[MODULE]), names[0]
+    )
     with tempfile.TemporaryDirectory() as folder:
         tree.save(Path(folder) / "tree")
         wrapped.delete_adapter(names[0])
@@ -41,7 +43,9 @@ def run(size: Size = FULL) -> list[Result]:
             wrapped.load_adapter(Path(folder) / "tree" / path, adapter_name=name)
 
     def theirs() -> None:
-        wrapped.add_weighted_adapter(names, [1.0] * 3, "flat", combination_type="svd", svd_rank=size.r)
+        wrapped.add_weighted_adapter(
+            names, [1.0] * 3, "flat", combination_type="svd", svd_rank=size.r
+        )
 
     def forget() -> None:
         with warnings.catch_warnings():
@@ -49,10 +53,15 @@ def run(size: Size = FULL) -> list[Result]:
             if "flat" in wrapped.peft_config:
                 wrapped.delete_adapter("flat")
 
-    cases = {"ours": Case(lambda: tree.flatten(LINEAGE[-1], size.r)), "PEFT, svd": Case(theirs, forget)}
+    cases = {
+        "ours": Case(lambda: tree.flatten(LINEAGE[-1], size.r)),
+        "PEFT, svd": Case(theirs, forget),
+    }
     title = f"flatten 3 × r{size.r} to r{size.r} at {size.hidden}²"
     result = Result(title, interleaved(cases, max(2, size.repeats // 2)))
-    result.aim("PEFT / ours", result.timings["PEFT, svd"].ms / result.timings["ours"].ms, at_least=200.0)
+    result.aim(
+        "PEFT / ours", result.timings["PEFT, svd"].ms / result.timings["ours"].ms, at_least=200.0
+    )
     exact = tree.flatten(LINEAGE[-1]).modules[MODULE].dense(dtype=torch.float64)
     ours = tree.flatten(LINEAGE[-1], size.r).modules[MODULE].dense(dtype=torch.float64)
     layer = wrapped.base_model.model.get_submodule(MODULE)

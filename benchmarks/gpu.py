@@ -56,7 +56,11 @@ def run(size: Size = FULL) -> list[Result]:
         sys.stderr.write(NO_DEVICE + "\n")
         return []
     full = size.hidden == FULL.hidden
-    large = Shape(4096, 32, 14336, 32, 8) if full else Shape(size.hidden, size.layers, 2 * size.hidden, 2, 1)
+    large = (
+        Shape(4096, 32, 14336, 32, 8)
+        if full
+        else Shape(size.hidden, size.layers, 2 * size.hidden, 2, 1)
+    )
     size = replace(size, hidden=large.hidden, layers=large.layers, repeats=min(size.repeats, 9))
     results = []
     for table in (_switches, _routed, _training, _loads):
@@ -103,7 +107,9 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
     }
     attached = lt.attach(adapters, model)
     first_ms = _once(lambda: attached.activate(START))
-    start = _waited(lambda: attached.activate(START))  # or its work on the device would count as the next case's
+    start = _waited(
+        lambda: attached.activate(START)
+    )  # or its work on the device would count as the next case's
     switching = {
         "merged, siblings": Case(_waited(lambda: attached.activate(SIBLING)), start),
         "merged, deactivate": Case(_waited(attached.deactivate), start),
@@ -118,9 +124,15 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
         "unmerged, 1 token": bare["bare, 1 token"],
         f"unmerged, 8 × {size.tokens}": bare[f"bare, 8 × {size.tokens}"],
     }
-    forward = Result(f"unmerged forward of a path of three; {size}, bf16", interleaved(beside, size.repeats))
+    forward = Result(
+        f"unmerged forward of a path of three; {size}, bf16", interleaved(beside, size.repeats)
+    )
     hops = cycle(SIBLING, START)
-    used = {"unmerged switch, used before": Case(_waited(lambda: attached.activate(hops(), mode="unmerged")))}
+    used = {
+        "unmerged switch, used before": Case(
+            _waited(lambda: attached.activate(hops(), mode="unmerged"))
+        )
+    }
     forward.timings |= interleaved(used, size.repeats)
     attached.deactivate()
     forward.timings |= interleaved(bare, size.repeats)
@@ -135,19 +147,27 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
     }
     forward.timings |= interleaved(peft, size.repeats)
     turns = cycle(SIBLING, START)
-    theirs.base_model.merge_adapter(adapter_names=[name_in_peft(n) for n in adapters.lineage(START)])
+    theirs.base_model.merge_adapter(
+        adapter_names=[name_in_peft(n) for n in adapters.lineage(START)]
+    )
 
     def unmerge_and_merge() -> None:
         theirs.base_model.unmerge_adapter()
         path = turns()
         _peft_active(theirs, adapters, path)
-        theirs.base_model.merge_adapter(adapter_names=[name_in_peft(n) for n in adapters.lineage(path)])
+        theirs.base_model.merge_adapter(
+            adapter_names=[name_in_peft(n) for n in adapters.lineage(path)]
+        )
 
     times = switched.timings
     times |= interleaved({"PEFT, siblings": Case(_waited(unmerge_and_merge))}, size.repeats)
     floor = times["floor: copy of the weights"].ms
     switched.aim("siblings / floor", times["merged, siblings"].ms / floor, at_most=1.2)
-    switched.aim("PEFT / ours, siblings", times["PEFT, siblings"].ms / times["merged, siblings"].ms, at_least=12)
+    switched.aim(
+        "PEFT / ours, siblings",
+        times["PEFT, siblings"].ms / times["merged, siblings"].ms,
+        at_least=12,
+    )
     switched.aim("first merge, s", first_ms / 1e3, at_most=0.3, unit="s")
     times = forward.timings
     for what, aim in (("1 token", 6.0), (f"8 × {size.tokens}", None)):
@@ -156,7 +176,9 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
             forward.facts[f"added, {what}, ms"] = added
         else:
             forward.aim(f"added, {what}", added, at_most=aim, unit="ms")
-        forward.facts[f"added by PEFT, {what}, ms"] = times[f"PEFT, {what}"].ms - times[f"bare, {what}"].ms
+        forward.facts[f"added by PEFT, {what}, ms"] = (
+            times[f"PEFT, {what}"].ms - times[f"bare, {what}"].ms
+        )
     return [switched, forward, captured]
 
 
@@ -179,8 +201,13 @@ def _captured(attached: lt.TreeModel, model: Any, ids: Tensor, size: Size) -> Re
     attached.activate(START, mode="unmerged")
     beside = capture()
     cases = {"bare": Case(_waited(bare.replay)), "unmerged": Case(_waited(beside.replay))}
-    result = Result(f"forward of 1 token captured in a CUDA graph; {size}, bf16", interleaved(cases, size.repeats))
-    result.aim("unmerged / bare", result.timings["unmerged"].ms / result.timings["bare"].ms, at_most=1.08)
+    result = Result(
+        f"forward of 1 token captured in a CUDA graph; {size}, bf16",
+        interleaved(cases, size.repeats),
+    )
+    result.aim(
+        "unmerged / bare", result.timings["unmerged"].ms / result.timings["bare"].ms, at_most=1.08
+    )
     attached.deactivate()
     return result
 
@@ -193,7 +220,9 @@ def _copied(model: Any, adapters: lt.AdapterTree) -> Callable[[], None]:
     copies = [torch.empty_like(weight) for weight in weights]
 
     def copy() -> None:
-        for copy, weight in zip(copies, weights, strict=True):  # in one call for all it takes a fifth longer
+        for copy, weight in zip(
+            copies, weights, strict=True
+        ):  # in one call for all it takes a fifth longer
             copy.copy_(weight)
 
     return copy
@@ -231,22 +260,30 @@ def _routed(shape: Shape, size: Size) -> list[Result]:
         for strategy in get_args(Strategy):
             cases[strategy] = Case(call, partial(enter, strategy))
         cases["another batch each time"] = Case(another, stage.leave)
-        what = (
-            f"{len(order)} rows over {paths} paths (1 → {MIDDLE} → {paths} nodes), {tokens} tokens a row; {size}, bf16"
-        )
+        layers = f"(1 → {MIDDLE} → {paths} nodes)"
+        what = f"{len(order)} rows over {paths} paths {layers}, {tokens} tokens a row; {size}, bf16"
         result = Result(what, interleaved(cases, min(size.repeats, 7)))
         stage.leave()
         bare = result.timings["bare"].ms
         added = result.timings["auto"].ms - bare
-        result.aim("added", added, at_most=dict(zip(ROUTED, (1.2, 2.0, 3.0), strict=True))[tokens], unit="ms")
+        result.aim(
+            "added",
+            added,
+            at_most=dict(zip(ROUTED, (1.2, 2.0, 3.0), strict=True))[tokens],
+            unit="ms",
+        )
         new = result.timings["another batch each time"].ms
-        result.aim("another batch − the same", new - result.timings["auto"].ms, at_most=1.0, unit="ms")
+        result.aim(
+            "another batch − the same", new - result.timings["auto"].ms, at_most=1.0, unit="ms"
+        )
         results.append(result)
     attached.detach()
     return results + _peft_mixed(model, nodes, order, size, results)
 
 
-def _peft_mixed(model: Any, nodes: lt.AdapterTree, order: list[str], size: Size, results: list[Result]) -> list[Result]:
+def _peft_mixed(
+    model: Any, nodes: lt.AdapterTree, order: list[str], size: Size, results: list[Result]
+) -> list[Result]:
     """PEFT's mixed batch over the same paths, flattened: put into the tables that are there already."""
     flat = lt.AdapterTree()
     for i, leaf in enumerate(order):
@@ -264,7 +301,11 @@ def _peft_mixed(model: Any, nodes: lt.AdapterTree, order: list[str], size: Size,
 # ---------------------------------------------------------------------- training
 def _training(shape: Shape, size: Size) -> list[Result]:
     """A joint step over eight leaves beside eight steps in PEFT: the benchmark of training, at this size."""
-    return joint(replace(size, layers=min(shape.layers, 2), repeats=min(size.repeats, 7)), DTYPE, torch.device("cuda"))
+    return joint(
+        replace(size, layers=min(shape.layers, 2), repeats=min(size.repeats, 7)),
+        DTYPE,
+        torch.device("cuda"),
+    )
 
 
 # ---------------------------------------------------------------------- loads
@@ -278,17 +319,31 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         assert one is not None
         shown = {name: value.to(device="cuda") for name, value in one.modules.items()}
         for name in names[: size.repeats + 2]:
-            drawn = {n: v.with_tensors(lambda t: torch.randn_like(t).mul_(0.01).cpu()) for n, v in shown.items()}
+            drawn = {
+                n: v.with_tensors(lambda t: torch.randn_like(t).mul_(0.01).cpu())
+                for n, v in shown.items()
+            }
             adapters.add(name, adapter=lt.Adapter(drawn))
         adapters.save(Path(folder) / "zoo")
         nbytes = one.nbytes
         count = len(adapters.paths())
         opened = lt.load(Path(folder) / "zoo")
-        attached = lt.attach(opened, model, host_budget=(count + 1) * nbytes, device_budget=6 * nbytes)
+        attached = lt.attach(
+            opened, model, host_budget=(count + 1) * nbytes, device_budget=6 * nbytes
+        )
         fresh = iter(opened.paths())
-        times = {"first use, page cache": Case(_waited(lambda: attached.activate(next(fresh), mode="unmerged")))}
-        result = Result(f"loads of an adapter of {nbytes / 1e6:.0f} MB; {size}, bf16", interleaved(times, count - 2))
-        again = itertools.cycle(opened.paths())  # more than the device tier holds: each comes from the host
+        times = {
+            "first use, page cache": Case(
+                _waited(lambda: attached.activate(next(fresh), mode="unmerged"))
+            )
+        }
+        result = Result(
+            f"loads of an adapter of {nbytes / 1e6:.0f} MB; {size}, bf16",
+            interleaved(times, count - 2),
+        )
+        again = itertools.cycle(
+            opened.paths()
+        )  # more than the device tier holds: each comes from the host
         host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
         ids = torch.randint(256, (1, 512), device="cuda")
@@ -305,8 +360,12 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         prefetched: list[str] = []
         result.timings |= interleaved(
             {
-                "host tier → active": Case(_waited(lambda: attached.activate(next(again), mode="unmerged"))),
-                "floor: one pinned copy": Case(_waited(lambda: there.copy_(host, non_blocking=True))),
+                "host tier → active": Case(
+                    _waited(lambda: attached.activate(next(again), mode="unmerged"))
+                ),
+                "floor: one pinned copy": Case(
+                    _waited(lambda: there.copy_(host, non_blocking=True))
+                ),
                 "prefetched, then activated": Case(
                     _waited(lambda: attached.activate(prefetched[-1], mode="unmerged")), ready
                 ),

@@ -24,7 +24,9 @@ def keep_memory() -> bool:
     glibc maps large tensors anew at every use, and the system clears every page of them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and bool(
+        mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    )
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -58,7 +60,10 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._given.add(tensor.untyped_storage().data_ptr())
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._given:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.untyped_storage().data_ptr() not in self._given
+            ):
                 self._take(tensor.untyped_storage())
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +28,15 @@ def run(size: Size = FULL) -> list[Result]:
             _grow(size.nodes).save(zoo)
         (plain / "tree.lock").unlink()
         (plain / "tree.yaml").unlink(missing_ok=True)
-        opening = {"with tree.lock": Case(lambda: load(locked)), "bare folders": Case(lambda: load(plain))}
+        opening = {
+            "with tree.lock": Case(lambda: load(locked)),
+            "bare folders": Case(lambda: load(plain)),
+        }
         result = Result(f"open a folder of {size.nodes:,} nodes", interleaved(opening, repeats))
     for name, timing in list(result.timings.items()):
         result.aim(name, timing.ms / 1e3, at_most=1.5, unit="s")
-    imports = {f"import {name}": Case(lambda name=name: _import(name)) for name in ("torch", "lora_tree")}  # type: ignore[misc]
+    modules = ("torch", "lora_tree")
+    imports = {f"import {name}": Case(partial(_import, name)) for name in modules}
     second = Result("import in a fresh process", interleaved(imports, repeats))
     torch_ms, ours_ms = (timing.ms for timing in second.timings.values())
     second.aim("import lora_tree / import torch", ours_ms / torch_ms, at_most=1.5)

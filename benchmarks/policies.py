@@ -95,22 +95,39 @@ def run(size: Size = FULL) -> list[Result]:
     )
     for skew in SKEWS:
         asked = zipf(paths, skew, size.nodes * 50)
-        found = {n: replay(make, flat, asked, ranks, total * PART) for n, (make, flat) in POLICIES.items()}
+        found = {
+            n: replay(make, flat, asked, ranks, total * PART)
+            for n, (make, flat) in POLICIES.items()
+        }
         where = f"skew {skew}"
         for name, (served, loaded) in found.items():
             result.facts[f"{where}: {name}: served"] = served
             result.facts[f"{where}: {name}: loaded"] = loaded / total
-        lru, mine, best = (found[name] for name in ("nodes, LRU", "nodes, frequency", "nodes, offline"))
+        lru, mine, best = (
+            found[name] for name in ("nodes, LRU", "nodes, frequency", "nodes, offline")
+        )
         if best[0] > lru[0]:
             gap = (mine[0] - lru[0]) / (best[0] - lru[0])
-            result.aim(f"{where}: part of the gap in lineages served that is closed", gap, at_least=0.2, unit="")
+            result.aim(
+                f"{where}: part of the gap in lineages served that is closed",
+                gap,
+                at_least=0.2,
+                unit="",
+            )
         if best[1] < lru[1]:
             gap = (lru[1] - mine[1]) / (lru[1] - best[1])
-            result.aim(f"{where}: part of the gap in bytes loaded that is closed", gap, at_least=0.2, unit="")
+            result.aim(
+                f"{where}: part of the gap in bytes loaded that is closed",
+                gap,
+                at_least=0.2,
+                unit="",
+            )
     return [result]
 
 
-def replay(make: Make, flat: bool, asked: Sequence[str], sizes: dict[str, int], budget: float) -> tuple[float, int]:
+def replay(
+    make: Make, flat: bool, asked: Sequence[str], sizes: dict[str, int], budget: float
+) -> tuple[float, int]:
     """The part of the requests that was served whole, and the bytes loaded."""
     requests = [_request(path, sizes, flat) for path in asked]
     policy, used, served, loaded = make(requests), 0, 0, 0

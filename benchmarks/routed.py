@@ -37,12 +37,21 @@ def run(size: Size = FULL) -> list[Result]:
         result
         for hidden in (size.hidden // 2, size.hidden)
         for rows, paths, middle, tokens, aim in BATCHES
-        for result in _batch(replace(size, hidden=hidden, layers=min(size.layers, 2)), rows, paths, middle, tokens, aim)
+        for result in _batch(
+            replace(size, hidden=hidden, layers=min(size.layers, 2)),
+            rows,
+            paths,
+            middle,
+            tokens,
+            aim,
+        )
     ]
 
 
 @torch.no_grad()
-def _batch(size: Size, rows: int, paths: int, middle: int, tokens: tuple[int, ...], aim: float | None) -> list[Result]:
+def _batch(
+    size: Size, rows: int, paths: int, middle: int, tokens: tuple[int, ...], aim: float | None
+) -> list[Result]:
     model = base(size, torch.float32)
     tree = grown(model, size, paths, middle)
     flat = lt.AdapterTree()
@@ -56,7 +65,17 @@ def _batch(size: Size, rows: int, paths: int, middle: int, tokens: tuple[int, ..
     named = [name_in_peft(f"leaf{i}") for i in order]
     attached = lt.attach(tree, model)
     results = [
-        _one(size, model, theirs, attached, routed, named, middle, count, aim if count in tokens else None)
+        _one(
+            size,
+            model,
+            theirs,
+            attached,
+            routed,
+            named,
+            middle,
+            count,
+            aim if count in tokens else None,
+        )
         for count in tokens
     ]
     attached.detach()
@@ -91,7 +110,9 @@ def _one(
     result = Result(what, interleaved(cases, size.repeats))
     stage.leave()
     times = result.timings
-    added = {name: timing.over(times["bare"]) for name, timing in list(times.items()) if name != "bare"}
+    added = {
+        name: timing.over(times["bare"]) for name, timing in list(times.items()) if name != "bare"
+    }
     for name, timing in added.items():
         times[f"added, {name}"] = timing
         if name == "auto" and aim is not None:
@@ -101,7 +122,9 @@ def _one(
     return result
 
 
-def grown(model: Any, size: Size, leaves: int, middle: int, *, dtype: torch.dtype = torch.float32) -> lt.AdapterTree:
+def grown(
+    model: Any, size: Size, leaves: int, middle: int, *, dtype: torch.dtype = torch.float32
+) -> lt.AdapterTree:
     """A tree 1 → middle → leaves over a base."""
     tree = lt.AdapterTree()
     tree.add("r", adapter=adapter(model, size, seed=0, dtype=dtype))

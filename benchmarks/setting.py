@@ -70,7 +70,9 @@ def base(size: Size, dtype: torch.dtype) -> Any:
     return transformers.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-def adapter(model: Any, size: Size, *, seed: int, dtype: torch.dtype, scale: float = 1.0) -> lt.Adapter:
+def adapter(
+    model: Any, size: Size, *, seed: int, dtype: torch.dtype, scale: float = 1.0
+) -> lt.Adapter:
     """Random factors; ΔW a hundredth of the weights or so."""
     draw = torch.Generator().manual_seed(seed)
     modules = {}
@@ -103,10 +105,14 @@ def with_peft(model: Any, adapters: lt.AdapterTree, folder: Path) -> Any:
     adapters.save(folder)
     first, *others = adapters.paths()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # PEFT reads an attribute that transformers has renamed
         wrapped = peft.PeftModel.from_pretrained(
             model, folder / first, adapter_name=name_in_peft(first), autocast_adapter_dtype=False
         )
         for path in others:
-            wrapped.load_adapter(folder / path, adapter_name=name_in_peft(path), autocast_adapter_dtype=False)
+            wrapped.load_adapter(
+                folder / path, adapter_name=name_in_peft(path), autocast_adapter_dtype=False
+            )
     return wrapped.eval()

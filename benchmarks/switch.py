@@ -66,7 +66,9 @@ def _one(
     times["floor"] = times["floor: copy"].plus(times["floor: rank-Σr product in place"])
     for kin in ("siblings", "cousins"):
         if faster is not None:
-            result.aim(f"PEFT / ours, {kin}", times[f"PEFT, {kin}"].ms / times[kin].ms, at_least=faster)
+            result.aim(
+                f"PEFT / ours, {kin}", times[f"PEFT, {kin}"].ms / times[kin].ms, at_least=faster
+            )
         result.aim(f"ours / floor, {kin}", times[kin].ms / times["floor"].ms, at_most=over_floor)
     attached.detach()
     return result

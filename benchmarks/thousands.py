@@ -54,9 +54,16 @@ def run(size: Size = FULL) -> list[Result]:
                 name = f"{nodes:,} nodes, memory {memory}"
                 result.timings[f"first use, {name}"] = mine
                 result.timings[f"reading and hashing its files, {name}"] = floor
-                result.aim(f"first use − reading and hashing, {name}", mine.over(floor).ms, at_most=5.0, unit="ms")
+                result.aim(
+                    f"first use − reading and hashing, {name}",
+                    mine.over(floor).ms,
+                    at_most=5.0,
+                    unit="ms",
+                )
         traffic = _child("traffic", str(zoo), size.nodes * 50)
-    second = Result(f"{size.nodes * 50:,} requests, Zipf {SKEW}, budget {PART:.0%} of all nodes' bytes; unmerged")
+    second = Result(
+        f"{size.nodes * 50:,} requests, Zipf {SKEW}, budget {PART:.0%} of all nodes' bytes; unmerged"
+    )
     second.facts["budget, MB"] = traffic["budget_bytes"] / 1e6
     for key in ("served", "requests_per_s", "loaded_bytes", "evictions"):
         second.facts[key.replace("_", " ")] = traffic[key]
@@ -81,7 +88,10 @@ def first_uses(folder: str) -> dict[str, Any]:
 
     In memory that is new to the process; and in that of the path before, as in a full cache.
     """
-    return {"new": _first_uses(folder, handed_on=False), "handed on": _first_uses(folder, handed_on=True)}
+    return {
+        "new": _first_uses(folder, handed_on=False),
+        "handed on": _first_uses(folder, handed_on=True),
+    }
 
 
 def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
@@ -163,7 +173,10 @@ def _bytes_of_a_node() -> int:
 def _grow(folder: Path, nodes: int) -> None:
     """A folder of so many nodes, all with the same numbers: what they are is nothing to what is measured."""
     value = lt.Adapter(
-        {str(i): lt.LowRank(torch.randn(R, WIDTH) * 0.01, torch.randn(WIDTH, R) * 0.01) for i in range(SITES)}
+        {
+            str(i): lt.LowRank(torch.randn(R, WIDTH) * 0.01, torch.randn(WIDTH, R) * 0.01)
+            for i in range(SITES)
+        }
     )
     tree = lt.AdapterTree()
     for path in tree_of(nodes):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,21 @@ def joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
 
         what = f"a step of {LEAVES} leaves, {rows} rows each, {tokens} tokens a row; {size}, {str(dtype)[6:]} base"
         what += ", memory kept" * kept
-        cases = {"together": Case(_waited(ours, device)), f"PEFT, {LEAVES} steps": Case(_waited(peft, device))}
+        cases = {
+            "together": Case(_waited(ours, device)),
+            f"PEFT, {LEAVES} steps": Case(_waited(peft, device)),
+        }
         if rows >= PARTS:
             cases[f"together, in {PARTS} micro-batches"] = Case(_waited(in_parts, device))
         result = Result(what, interleaved(cases, size.repeats))
         times = result.timings
-        result.aim("PEFT / ours", times[f"PEFT, {LEAVES} steps"].ms / times["together"].ms, at_least=faster)
+        result.aim(
+            "PEFT / ours", times[f"PEFT, {LEAVES} steps"].ms / times["together"].ms, at_least=faster
+        )
         for name in list(cases)[2:]:
-            result.facts[f"PEFT / ours, {name}"] = times[f"PEFT, {LEAVES} steps"].ms / times[name].ms
+            result.facts[f"PEFT / ours, {name}"] = (
+                times[f"PEFT, {LEAVES} steps"].ms / times[name].ms
+            )
             result.facts[f"most memory, {name}, MiB"] = peak_bytes(cases[name].run) / 2**20
         result.facts["most memory, together, MiB"] = peak_bytes(ours) / 2**20
         result.facts["most memory, PEFT, MiB"] = peak_bytes(peft) / 2**20
@@ -106,7 +114,7 @@ def _ancestors(size: Size, dtype: torch.dtype, device: torch.device) -> Result:
 
     for path in ("a/shallow", "a/b/c/deep"):
         runs[path] = lambda path=path: _step(model, optimizers[path], ids, None)  # type: ignore[misc]
-    cases = {path: Case(_waited(runs[path], device), lambda path=path: prepare(path)) for path in runs}  # type: ignore[misc]
+    cases = {path: Case(_waited(runs[path], device), partial(prepare, path)) for path in runs}
     what = f"a step of a leaf on one frozen ancestor (shallow) and on three (deep), 4 rows of 32 tokens; {size}"
     result = Result(what, interleaved(cases, size.repeats))
     peaks = {}
@@ -115,12 +123,16 @@ def _ancestors(size: Size, dtype: torch.dtype, device: torch.device) -> Result:
         peaks[path] = peak_bytes(runs[path])
         result.facts[f"most memory, {path}, MiB"] = peaks[path] / 2**20
     result.aim("most memory, deep / shallow", peaks["a/b/c/deep"] / peaks["a/shallow"], at_most=1.0)
-    result.facts["time, deep / shallow"] = result.timings["a/b/c/deep"].ms / result.timings["a/shallow"].ms
+    result.facts["time, deep / shallow"] = (
+        result.timings["a/b/c/deep"].ms / result.timings["a/shallow"].ms
+    )
     model.detach()
     return result
 
 
-def _step(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str] | None) -> None:
+def _step(
+    model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str] | None
+) -> None:
     if paths is None:
         _loss(model(input_ids=ids, use_cache=False).logits, ids).backward()  # type: ignore[no-untyped-call]
     else:
@@ -131,7 +143,9 @@ def _step(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, pa
     optimizer.zero_grad()
 
 
-def _step_in_parts(model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str]) -> None:
+def _step_in_parts(
+    model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str]
+) -> None:
     """The same step, its rows in micro-batches of every leaf."""
     counts = lt.token_counts(model.tree, [(ids, paths)])
     for start in range(PARTS):

@@ -26,18 +26,27 @@ def run(size: Size = FULL) -> list[Result]:
 @torch.no_grad()
 def _switches(size: Size) -> Result:
     dtype = torch.bfloat16
-    model, shared = base(size, dtype), [adapter(base(size, dtype), size, seed=s, dtype=dtype) for s in range(3)]
+    model, shared = (
+        base(size, dtype),
+        [adapter(base(size, dtype), size, seed=s, dtype=dtype) for s in range(3)],
+    )
     few, many = _wide_tree(FEW, shared), _wide_tree(size.nodes, shared)
     with tempfile.TemporaryDirectory() as folder:
         theirs = with_peft(base(size, dtype), _wide_tree(FEW, shared), Path(folder) / "tree")
     small, large = lt.attach(few, model), lt.attach(many, base(size, dtype))
     few_pair, many_pair = cycle(*few.leaves()[:2]), cycle(*many.leaves()[:2])
     new, names = iter(many.leaves()[2:]), cycle(*map(name_in_peft, few.paths()))
-    factors = [t for _, _, a in many.terms(many.leaves()[0]) for v in a.modules.values() for t in v.tensors]
-    copies: list[list[torch.Tensor]] = []  # kept, as a path's stacks are: fresh memory is what both have to fill
+    factors = [
+        t for _, _, a in many.terms(many.leaves()[0]) for v in a.modules.values() for t in v.tensors
+    ]
+    copies: list[
+        list[torch.Tensor]
+    ] = []  # kept, as a path's stacks are: fresh memory is what both have to fill
     cases = {
         f"used before, {FEW} nodes": Case(lambda: small.activate(few_pair(), mode="unmerged")),
-        f"used before, {size.nodes} nodes": Case(lambda: large.activate(many_pair(), mode="unmerged")),
+        f"used before, {size.nodes} nodes": Case(
+            lambda: large.activate(many_pair(), mode="unmerged")
+        ),
         "new path": Case(lambda: large.activate(next(new), mode="unmerged")),
         "copy of a lineage's factors": Case(lambda: copies.append([t.clone() for t in factors])),
         f"PEFT set_adapter, {FEW} adapters": Case(lambda: theirs.set_adapter(names())),
@@ -72,7 +81,9 @@ def _forward(size: Size, dtype: torch.dtype) -> Result:
     cases = {
         "bare": Case(lambda: _call(model, ids), attached.deactivate),
         "merged": Case(lambda: _call(model, ids), lambda: attached.activate(START)),
-        "unmerged": Case(lambda: _call(model, ids), lambda: attached.activate(START, mode="unmerged")),
+        "unmerged": Case(
+            lambda: _call(model, ids), lambda: attached.activate(START, mode="unmerged")
+        ),
         "PEFT, three active": Case(lambda: _call(theirs, ids)),
     }
     what = f"forward, {size.rows} × {size.tokens} tokens; {size}, depth 3; {str(dtype)[6:]}"
@@ -80,7 +91,9 @@ def _forward(size: Size, dtype: torch.dtype) -> Result:
     times = result.timings
     times["added, unmerged"] = times["unmerged"].over(times["bare"])
     times["added, PEFT"] = times["PEFT, three active"].over(times["bare"])
-    result.aim("added, unmerged / PEFT", times["added, unmerged"].ms / times["added, PEFT"].ms, at_most=0.4)
+    result.aim(
+        "added, unmerged / PEFT", times["added, unmerged"].ms / times["added, PEFT"].ms, at_most=0.4
+    )
     result.facts["merged / bare"] = times["merged"].ms / times["bare"].ms
     attached.activate(START)
     result.facts["hooks left while merged"] = sum(len(m._forward_hooks) for m in model.modules())

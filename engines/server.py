@@ -40,7 +40,9 @@ class Server:
     @property
     def resident_bytes(self) -> int:
         """Memory of all its processes."""
-        pages = [Path(f"/proc/{process}/statm").read_text().split()[1] for process in self._processes()]
+        pages = [
+            Path(f"/proc/{process}/statm").read_text().split()[1] for process in self._processes()
+        ]
         return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
 
     def _processes(self) -> list[int]:
@@ -55,7 +57,9 @@ class Server:
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
         """(HTTP status, answer)."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self._url + path, data, {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=ASK_S) as answer:
                 text = answer.read()
@@ -69,17 +73,32 @@ class Server:
 
 
 @contextmanager
-def serving(base: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Server]:
+def serving(
+    base: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Iterator[Server]:
     """A server of ``base``, ready to answer; gone when the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
+        *(
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ),
         *("--model", str(base), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--served-model-name", "base", "--max-num-seqs", "16", *flags),
     ]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    own = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own, **environment},

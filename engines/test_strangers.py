@@ -137,7 +137,10 @@ def test_ten_thousand_names_of_eight_clients_stay_within_the_bounds(world: World
     def all_clients(first: int, names: int) -> None:
         nonlocal valid, blends, served_blends, off, most
         with ThreadPoolExecutor(CLIENTS) as clients:
-            jobs = [clients.submit(client, first + number, names // CLIENTS) for number in range(CLIENTS)]
+            jobs = [
+                clients.submit(client, first + number, names // CLIENTS)
+                for number in range(CLIENTS)
+            ]
             for job in jobs:
                 found = job.result()
                 valid, blends, served_blends = (
@@ -168,7 +171,9 @@ def test_ten_thousand_names_of_eight_clients_stay_within_the_bounds(world: World
     assert most <= BUDGET + (64 << 10)  # besides the adapters there are lists of what is in use
     assert len(os.listdir(world.cache / ".locks")) <= 18
     assert len(server.log) - log < 600 * NAMES
-    assert not any(HIDDEN_ONE in entry.read_text() for entry in world.cache.glob("*/adapter_config.json"))
+    assert not any(
+        HIDDEN_ONE in entry.read_text() for entry in world.cache.glob("*/adapter_config.json")
+    )
     names = {card["id"] for card in server.ask("/v1/models")[1]["data"]}
     assert set(PATHS) <= names
     assert len(names) <= 1 + len(PATHS) + 64

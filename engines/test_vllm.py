@@ -22,7 +22,11 @@ import lora_tree as lt
 from lora_tree.integrations.vllm import server_args
 
 TOLERANCE = 1e-5
-PROMPTS = [[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100], [9, 250, 3, 3, 17], list(range(40, 100))]
+PROMPTS = [
+    [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100],
+    [9, 250, 3, 3, 17],
+    list(range(40, 100)),
+]
 PATHS = ("fr", "fr/legal", "fr/legal/eu", "fr/legal/eu/court", "fr/medical", "de", "de/tech")
 COLD = tuple(f"cold/n{i}" for i in range(8))
 
@@ -31,9 +35,19 @@ def zoo(base: Path) -> lt.AdapterTree:
     """Mixed ranks, rslora, alpha patterns, node weights, other targets; depth 1 to 4."""
     tree = lt.AdapterTree(base=str(base))
     tree.add("fr", adapter=adapter(1, {"q_proj": (4, 8), "v_proj": (4, 8)}))
-    tree.add("fr/legal", adapter=adapter(2, {"q_proj": (3, 5), "down_proj": (3, 5)}, rslora=True), weight=0.8)
-    tree.add("fr/legal/eu", adapter=adapter(3, {"k_proj": (2, 3), "up_proj": (5, 1), "o_proj": (2, 7)}))
-    tree.add("fr/legal/eu/court", adapter=adapter(4, {"gate_proj": (6, 6), "q_proj": (2, 1)}), weight=-0.5)
+    tree.add(
+        "fr/legal",
+        adapter=adapter(2, {"q_proj": (3, 5), "down_proj": (3, 5)}, rslora=True),
+        weight=0.8,
+    )
+    tree.add(
+        "fr/legal/eu", adapter=adapter(3, {"k_proj": (2, 3), "up_proj": (5, 1), "o_proj": (2, 7)})
+    )
+    tree.add(
+        "fr/legal/eu/court",
+        adapter=adapter(4, {"gate_proj": (6, 6), "q_proj": (2, 1)}),
+        weight=-0.5,
+    )
     tree.add("fr/medical", adapter=adapter(5, {"v_proj": (1, 2), "gate_proj": (8, 4)}), weight=1.3)
     tree.add("de", adapter=adapter(6, dict.fromkeys(SHAPES, (4, 4)), rslora=True))
     tree.add("de/tech", adapter=adapter(7, {"o_proj": (2, 3)}))
@@ -81,7 +95,9 @@ def theirs(server: Server, model: str, prompt: list[int]) -> torch.Tensor:
 
 def furthest(server: Server, own: Own, path: str, model: str | None = None) -> float:
     """The largest difference of a log-probability over all prompts."""
-    return max(float((theirs(server, model or path, p) - own(path, p)).abs().max()) for p in PROMPTS)
+    return max(
+        float((theirs(server, model or path, p) - own(path, p)).abs().max()) for p in PROMPTS
+    )
 
 
 @dataclass
@@ -112,11 +128,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         lt.portable(tree, path, ceil_rank=True).save(at / "out" / path)
     flags += ["--lora-modules", *(f"{name}={at / 'out' / path}" for path, name in exported.items())]
     with serving(at / "base", flags, args.environment, at / "server.log") as server:
-        yield World(server, Own(lt.load(at / "zoo"), at / "base"), at / "zoo", at / "base", exported)
+        yield World(
+            server, Own(lt.load(at / "zoo"), at / "base"), at / "zoo", at / "base", exported
+        )
 
 
 def test_exported_folders_give_the_tree_s_log_probabilities(world: World) -> None:
-    off = {path: furthest(world.server, world.own, path, name) for path, name in world.exported.items()}
+    off = {
+        path: furthest(world.server, world.own, path, name) for path, name in world.exported.items()
+    }
     print("exported:", {path: f"{value:.1e}" for path, value in off.items()})
     assert max(off.values()) < TOLERANCE
     prompt = PROMPTS[0]
@@ -142,7 +162,9 @@ def test_eight_clients_ask_for_eight_cold_paths_at_once(world: World) -> None:
 
     def client(number: int) -> float:
         mine = COLD[number:] + COLD[:number]
-        return max(abs(x - y) for path in mine for x, y in zip(asked(path), wanted[path], strict=True))
+        return max(
+            abs(x - y) for path in mine for x, y in zip(asked(path), wanted[path], strict=True)
+        )
 
     wanted = {path: world.own.greedy(path, PROMPTS[1], 4) for path in COLD}
     assert not any(path in world.server.log for path in COLD)
@@ -173,7 +195,10 @@ def test_a_node_that_is_replaced_gives_new_answers_and_a_stale_one_a_warning(wor
     world.waits(is_new, "the new node was not picked up")
     assert furthest(world.server, now, "fr/legal") < TOLERANCE
     world.waits(lambda: furthest(world.server, now, "fr/legal/eu") < TOLERANCE, "nor was its child")
-    world.waits(lambda: furthest(world.server, now, "fr/legal/eu/court") < TOLERANCE, "nor was its grandchild")
+    world.waits(
+        lambda: furthest(world.server, now, "fr/legal/eu/court") < TOLERANCE,
+        "nor was its grandchild",
+    )
     assert furthest(world.server, now, "de") < TOLERANCE
     assert (
         "'fr/legal/eu' is served though it is stale: fr/legal/eu: the lineage of fr/legal has changed"
@@ -181,7 +206,9 @@ def test_a_node_that_is_replaced_gives_new_answers_and_a_stale_one_a_warning(wor
     )
 
 
-def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(world: World, tmp_path: Path) -> None:
+def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(
+    world: World, tmp_path: Path
+) -> None:
     """As a copy in place does it: half of the weights, the other half, and the lock at the end."""
     copy = tmp_path / "zoo"
     shutil.copytree(world.zoo, copy)
@@ -204,12 +231,18 @@ def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(wor
     def client(path: str) -> None:
         while not done.is_set():
             status, answer = world.server.complete(path, prompt, logprobs=1)
-            value = answer["choices"][0]["logprobs"]["token_logprobs"][0] if status == 200 else math.nan
+            value = (
+                answer["choices"][0]["logprobs"]["token_logprobs"][0] if status == 200 else math.nan
+            )
             answers.append((path, status, value))
 
     def answered(times: int) -> None:
         before = {path: [one[0] for one in answers].count(path) for path in paths}
-        enough = lambda: all([one[0] for one in answers].count(path) >= before[path] + times for path in paths)  # noqa: E731
+
+        def enough() -> bool:
+            paths_seen = [one[0] for one in answers]
+            return all(paths_seen.count(path) >= before[path] + times for path in paths)
+
         world.waits(enough, "a client gets no answers")
 
     def is_new(path: str) -> bool:
@@ -226,7 +259,9 @@ def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(wor
         try:
             answered(3)
             half(0, whole[: len(whole) // 2])
-            world.waits(lambda: "'de/tech' goes on as it was" in world.server.log, "nothing was said")
+            world.waits(
+                lambda: "'de/tech' goes on as it was" in world.server.log, "nothing was said"
+            )
             answered(5)
             half(len(whole) // 2, whole[len(whole) // 2 :])
             answered(5)
@@ -247,21 +282,33 @@ def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(wor
     print(f"answers while the file was replaced: {len(answers)}")
 
 
-def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_on(world: World) -> None:
+def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_on(
+    world: World,
+) -> None:
     server = world.server
     status, answer = server.complete("fr/legol", PROMPTS[0])
     assert status == 404, answer
-    assert "'fr/legol' is refused: no node 'fr/legol' in the tree; did you mean 'fr/legal'?" in server.log
+    assert (
+        "'fr/legol' is refused: no node 'fr/legol' in the tree; did you mean 'fr/legal'?"
+        in server.log
+    )
     weights = world.zoo / "fr" / "medical" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     assert furthest(server, world.own, "fr/medical") < TOLERANCE
     shutil.copy(world.zoo / "de" / "tech" / "adapter_model.safetensors", weights)
-    world.waits(lambda: "'fr/medical' goes on as it was: unlocked: fr/medical:" in server.log, "nothing was said")
-    assert server.complete("fr/medical:0.5", PROMPTS[0])[0] == 404  # it was never served, so there is no good copy
+    world.waits(
+        lambda: "'fr/medical' goes on as it was: unlocked: fr/medical:" in server.log,
+        "nothing was said",
+    )
+    assert (
+        server.complete("fr/medical:0.5", PROMPTS[0])[0] == 404
+    )  # it was never served, so there is no good copy
     assert furthest(server, world.own, "fr/medical") < TOLERANCE
     assert furthest(server, world.own, "fr") < TOLERANCE
     weights.write_bytes(whole)
-    world.waits(lambda: "'fr/medical' fits its files again" in server.log, "nor that it is whole again")
+    world.waits(
+        lambda: "'fr/medical' fits its files again" in server.log, "nor that it is whole again"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lt.StaleWarning)
         tree = lt.load(world.zoo)
@@ -269,11 +316,16 @@ def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_
     nan = lt.LowRank(torch.full((2, HIDDEN), torch.nan), torch.ones(HIDDEN, 2))
     tree.update("fr/medical", adapter=lt.Adapter({"model.layers.0.self_attn.q_proj": nan}))
     tree.save(world.zoo)
-    world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 404, "a broken node was served")
+    world.waits(
+        lambda: server.complete("fr/medical", PROMPTS[0])[0] == 404, "a broken node was served"
+    )
     assert "'fr/medical' is no longer served: fr/medical:" in server.log
     assert "the factors are not finite" in server.log
     assert furthest(server, world.own, "fr") < TOLERANCE
     tree.update("fr/medical", adapter=good)
     tree.save(world.zoo)
-    world.waits(lambda: server.complete("fr/medical", PROMPTS[0])[0] == 200, "the repaired node was not served")
+    world.waits(
+        lambda: server.complete("fr/medical", PROMPTS[0])[0] == 200,
+        "the repaired node was not served",
+    )
     assert furthest(server, world.own, "fr/medical") < TOLERANCE

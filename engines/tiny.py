@@ -18,7 +18,9 @@ SHAPES = {
 }  # fmt: skip
 
 
-def adapter(seed: int, targets: dict[str, tuple[int, float]], *, rslora: bool = False) -> lt.Adapter:
+def adapter(
+    seed: int, targets: dict[str, tuple[int, float]], *, rslora: bool = False
+) -> lt.Adapter:
     """Targets → (r, alpha), in both layers; ΔW about half as large as W."""
     g = torch.Generator().manual_seed(seed)
     modules = {}

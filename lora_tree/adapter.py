@@ -67,10 +67,14 @@ class Adapter:
     def __post_init__(self) -> None:
         given: object = self.modules
         if not isinstance(given, Mapping):
-            raise SpecError(f"an adapter's modules are a mapping from names to LowRanks, got {type(given).__name__}")
+            raise SpecError(
+                f"an adapter's modules are a mapping from names to LowRanks, got {type(given).__name__}"
+            )
         for name, value in self.modules.items():
             if not isinstance(name, str) or not name:
-                raise SpecError(f"an adapter's modules are named by non-empty strings, got {name!r}")
+                raise SpecError(
+                    f"an adapter's modules are named by non-empty strings, got {name!r}"
+                )
             if not isinstance(value, LowRank):
                 raise SpecError(f"{name}: expected a LowRank, got {type(value).__name__}")
         self._check_beside()
@@ -89,12 +93,18 @@ class Adapter:
         for attribute in ("config", "unchanged", "nesting", "errors"):
             given: object = getattr(self, attribute)
             if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-                raise SpecError(f"an adapter's {attribute}: expected a mapping from strings, got {given!r:.80}")
+                raise SpecError(
+                    f"an adapter's {attribute}: expected a mapping from strings, got {given!r:.80}"
+                )
         for name, tensor in self.unchanged.items():
             if not isinstance(tensor, Tensor):
-                raise SpecError(f"{name}: unchanged: expected a tensor, got {type(tensor).__name__}")
+                raise SpecError(
+                    f"{name}: unchanged: expected a tensor, got {type(tensor).__name__}"
+                )
         for name, order in self.nesting.items():
-            if not isinstance(order, tuple) or not all(isinstance(parameter, str) for parameter in order):
+            if not isinstance(order, tuple) or not all(
+                isinstance(parameter, str) for parameter in order
+            ):
                 raise SpecError(f"{name}: nesting: expected a tuple of names, got {order!r:.80}")
         for name, error in self.errors.items():
             number: object = error
@@ -103,7 +113,9 @@ class Adapter:
         for attribute in ("assumed", "rounded"):
             names: object = getattr(self, attribute)
             if not isinstance(names, (set, frozenset)):
-                raise SpecError(f"an adapter's {attribute}: expected a set of names, got {names!r:.80}")
+                raise SpecError(
+                    f"an adapter's {attribute}: expected a set of names, got {names!r:.80}"
+                )
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -149,7 +161,10 @@ class Adapter:
     # ------------------------------------------------------------------ the algebra
     def map(self, change: Callable[[LowRank], LowRank]) -> Adapter:
         """The same adapter with every module's value changed; an error names the module."""
-        return replace(self, modules={name: _named(name, change, value) for name, value in self.modules.items()})
+        return replace(
+            self,
+            modules={name: _named(name, change, value) for name, value in self.modules.items()},
+        )
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Adapter:
         """The same adapter with other tensors, of the same shapes, in the place of its own: elsewhere, or filled."""
@@ -163,7 +178,9 @@ class Adapter:
         """``by`` times every increment."""
         return self.map(lambda value: value.scaled(by))
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
+    def to(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Adapter:
         """The same adapter on another device, or rounded to another dtype; `rounded` says which modules that changed.
 
         Raises:
@@ -175,7 +192,9 @@ class Adapter:
         frozenset({'q'})
         """
         moved = self.map(lambda value: _cast(value, device, dtype))
-        changed = {name for name, value in moved.modules.items() if _differs(self.modules[name], value)}
+        changed = {
+            name for name, value in moved.modules.items() if _differs(self.modules[name], value)
+        }
         return replace(moved, rounded=self.rounded | changed)
 
     def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Adapter:
@@ -184,7 +203,10 @@ class Adapter:
         Raises:
             SpecError: a bound makes no sense, or both can't be met; names the module.
         """
-        cut = {n: _named(n, lambda v: v.truncate(rank, max_error=max_error), v) for n, v in self.modules.items()}
+        cut = {
+            n: _named(n, lambda v: v.truncate(rank, max_error=max_error), v)
+            for n, v in self.modules.items()
+        }
         errors = {name: c.relative_error for name, c in cut.items() if c.relative_error}
         return replace(self, modules={name: c.value for name, c in cut.items()}, errors=errors)
 
@@ -206,16 +228,25 @@ class Adapter:
         names = {name: name for name in self.modules}
         given: object = order
         if not isinstance(given, Mapping) or isinstance(given, str):
-            raise SpecError(f"expected a mapping from modules to their parameters in order, got {given!r:.80}")
+            raise SpecError(
+                f"expected a mapping from modules to their parameters in order, got {given!r:.80}"
+            )
         for module, registered in order.items():
             if isinstance(registered, str) or not isinstance(registered, Sequence):
-                raise SpecError(f"{module}: expected its parameters in order, got {registered!r:.80}")
+                raise SpecError(
+                    f"{module}: expected its parameters in order, got {registered!r:.80}"
+                )
         nesting, assumed = dict(self.nesting), set(self.assumed)
         for module, registered in order.items():
             mine = tuple(p for p in registered if f"{module}.{p}" in self.modules)
             old = self.nesting.get(module, ())
             if module in assumed and set(mine) == set(old):
-                names.update({f"{module}.{was}": f"{module}.{is_}" for was, is_ in zip(old, mine, strict=True)})
+                names.update(
+                    {
+                        f"{module}.{was}": f"{module}.{is_}"
+                        for was, is_ in zip(old, mine, strict=True)
+                    }
+                )
                 assumed.discard(module)
             if len(mine) > 1 and module not in assumed:
                 nesting[module] = mine
@@ -269,7 +300,8 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     pairs: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], Adapter) for p in pairs):
         raise SpecError(
-            f"combine takes (adapter, coefficient) pairs, got {given!r:.80}", "combine([(x, 1.0), (y, 0.5)])"
+            f"combine takes (adapter, coefficient) pairs, got {given!r:.80}",
+            "combine([(x, 1.0), (y, 0.5)])",
         )
     terms = pairs
     certain = {m: order for a, _ in terms for m, order in a.nesting.items() if m not in a.assumed}
@@ -295,7 +327,9 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
             both = set(known) & set(order)
             if [p for p in known if p in both] != [p for p in order if p in both]:
                 with _naming(module, names, j, i):
-                    raise ShapeMismatch(f"two adapters order its parameters differently: {known} and {order}")
+                    raise ShapeMismatch(
+                        f"two adapters order its parameters differently: {known} and {order}"
+                    )
             nesting[module] = (j, known) if len(known) >= len(order) else (i, order)
     return Adapter(
         {name: _named(name, _sum, list(values.values())) for name, values in parts.items()},
@@ -322,7 +356,9 @@ def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
     >>> over(torch.arange(4.0).view(torch.uint8))(outline)
     tensor([2., 3.])
     """
-    whole: dict[torch.dtype, Tensor] = {}  # one call a tensor instead of three: an adapter has hundreds
+    whole: dict[
+        torch.dtype, Tensor
+    ] = {}  # one call a tensor instead of three: an adapter has hundreds
 
     def there(tensor: Tensor) -> Tensor:
         dtype = tensor.dtype
@@ -340,7 +376,9 @@ def _agreed(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, *others = configs
     agreed = dict(first)
     for other in others:
-        for key in [key for key in agreed if key not in other or not _same_field(agreed[key], other[key])]:
+        for key in [
+            key for key in agreed if key not in other or not _same_field(agreed[key], other[key])
+        ]:
             del agreed[key]
     return agreed
 
@@ -383,7 +421,9 @@ def _cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype 
     if _loses(value, moved):
         largest = max(float(t.abs().max()) for t in value.tensors if t.numel())
         most = torch.finfo(moved.dtype).max
-        if largest > most and value.is_finite:  # some dtypes make it infinite, some their own largest
+        if (
+            largest > most and value.is_finite
+        ):  # some dtypes make it infinite, some their own largest
             raise SpecError(
                 f"a factor goes up to {largest:.5g}, {str(dtype)[6:]} to {most:.5g}",
                 "keep it in another dtype: bfloat16 and float32 go up to 3e38",
@@ -394,10 +434,17 @@ def _cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype 
 def _differs(old: LowRank, new: LowRank) -> bool:
     """The cast changed a number."""
     pairs = zip(old.tensors, new.tensors, strict=True)
-    return _loses(old, new) and not all(torch.equal(n.to(device=o.device, dtype=o.dtype), o) for o, n in pairs)
+    return _loses(old, new) and not all(
+        torch.equal(n.to(device=o.device, dtype=o.dtype), o) for o, n in pairs
+    )
 
 
 def _loses(old: LowRank, new: LowRank) -> bool:
     """Some dtype can't hold what the one before could; numbers that are not there (meta) are not lost."""
-    pairs = [(torch.finfo(o.dtype), torch.finfo(n.dtype)) for o, n in zip(old.tensors, new.tensors, strict=True)]
-    return any(n.max < o.max or n.eps > o.eps for o, n in pairs) and not (old.A.is_meta or new.A.is_meta)
+    pairs = [
+        (torch.finfo(o.dtype), torch.finfo(n.dtype))
+        for o, n in zip(old.tensors, new.tensors, strict=True)
+    ]
+    return any(n.max < o.max or n.eps > o.eps for o, n in pairs) and not (
+        old.A.is_meta or new.A.is_meta
+    )

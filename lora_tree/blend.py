@@ -45,7 +45,9 @@ def parse_blend(blend: Blend) -> dict[str, float]:
             check_finite(weight, f"blend: weight of {path!r}")
         return {path: float(weight) for path, weight in blend.items()}
     if not isinstance(blend, str):
-        raise PathError(f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}")
+        raise PathError(
+            f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}"
+        )
     if ":" not in blend and "+" not in blend:
         check_path(blend)
         return {blend: 1.0}
@@ -98,7 +100,9 @@ def total(path: str, shares: Sequence[float], weight: float) -> float:
         SpecError: it is too large for a float; names the node.
     """
     try:
-        found = math.fsum(shares) * weight  # fsum: the total does not depend on the order of the entries
+        found = (
+            math.fsum(shares) * weight
+        )  # fsum: the total does not depend on the order of the entries
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
@@ -118,8 +122,14 @@ def check_finite(value: object, what: str) -> None:
     Raises:
         SpecError: it is not; says ``what`` it should have been.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        huge = isinstance(value, int) and value.bit_length() > 1024  # Python may refuse to write it out
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not abs(value) <= sys.float_info.max
+    ):
+        huge = (
+            isinstance(value, int) and value.bit_length() > 1024
+        )  # Python may refuse to write it out
         raise SpecError(
             f"{what} must be a finite number, got {'an integer too large for one' if huge else repr(value)}"
         )

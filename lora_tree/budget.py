@@ -52,7 +52,9 @@ class Budgets:
         for name, nbytes in (("host_bytes", self.host_bytes), ("device_bytes", self.device_bytes)):
             given: object = nbytes
             if given is not None and (type(given) is not int or not 0 < given <= MOST):
-                raise SpecError(f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got {_spelled(given)}")
+                raise SpecError(
+                    f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got {_spelled(given)}"
+                )
 
     @staticmethod
     def of(
@@ -114,9 +116,15 @@ def parse_bytes(size: int | str) -> int:
         raise SpecError(f"got {str(size)[:60]!r}: no unit {unit[:20]!r}{_unit_like(unit)}", todo)
     whole, _, part = number.partition(".")
     factor = UNITS[unit or "B"]
-    nbytes = -1 if number.startswith("-") else int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
+    nbytes = (
+        -1
+        if number.startswith("-")
+        else int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
+    )
     if not 0 < nbytes <= MOST:
-        raise SpecError(f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo)
+        raise SpecError(
+            f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo
+        )
     return nbytes
 
 

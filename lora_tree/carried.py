@@ -41,10 +41,14 @@ def check_carried(name: str, carried: Tensor, own: Tensor, *todo: str) -> None:
         BaseMismatch: they differ in shape or in a number; or the base's has no numbers (the meta device).
     """
     if own.is_meta:
-        raise BaseMismatch(f"{name}: the adapter carries this tensor, and the base's own has no numbers here", *todo)
+        raise BaseMismatch(
+            f"{name}: the adapter carries this tensor, and the base's own has no numbers here",
+            *todo,
+        )
     if own.shape != carried.shape:
         raise BaseMismatch(
-            f"{name}: the adapter carries it as {tuple(carried.shape)}, the base has it as {tuple(own.shape)}", *todo
+            f"{name}: the adapter carries it as {tuple(carried.shape)}, the base has it as {tuple(own.shape)}",
+            *todo,
         )
     if not is_same_tensor(own, carried):
         raise BaseMismatch(
@@ -87,14 +91,18 @@ def _agree(x: Tensor, y: Tensor) -> bool:
         return torch.equal(x.to(narrow), y.to(narrow))
     apart = (x.double() - y.double()).abs()
     near = apart <= _half_step(x) + _half_step(y)
-    return bool((near | (x.double() == y.double())).all())  # infinities are equal, and have no distance
+    return bool(
+        (near | (x.double() == y.double())).all()
+    )  # infinities are equal, and have no distance
 
 
 def _half_step(t: Tensor) -> Tensor:
     """The most that rounding to ``t`` can have changed each of its numbers, in float64."""
     info = torch.finfo(t.dtype)
     _, exponent = torch.frexp(t.double().abs())  # |t| lies in [2^(e-1), 2^e)
-    least = round(math.log2(info.smallest_normal))  # below it the numbers lie no nearer to each other
+    least = round(
+        math.log2(info.smallest_normal)
+    )  # below it the numbers lie no nearer to each other
     exponent = torch.where(t == 0, least, (exponent - 1).clamp(min=least))
     step = exponent + round(math.log2(info.eps))
     return torch.ldexp(torch.ones_like(step, dtype=torch.float64), step - 1)

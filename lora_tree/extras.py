@@ -51,7 +51,9 @@ def need(module: str, *, extra: str, what: str) -> Any:
     except ModuleNotFoundError:  # nor is the package that it is a part of
         found = None
     if found is None:
-        raise MissingExtra(f"{what} needs {module}, which is not installed", f"pip install 'lora_tree[{extra}]'")
+        raise MissingExtra(
+            f"{what} needs {module}, which is not installed", f"pip install 'lora_tree[{extra}]'"
+        )
     return importlib.import_module(module)
 
 
@@ -79,7 +81,9 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
     except Exception as error:
         said = next(iter(str(error).strip().splitlines()), "")
         said = said if len(said) <= MOST_CHARACTERS else f"{said[:MOST_CHARACTERS]}…"
-        raise SpecError(f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo) from error
+        raise SpecError(
+            f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo
+        ) from error
 
 
 def hub_answers() -> bool:

@@ -130,8 +130,15 @@ def _two_names(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> It
 
 def _clashes(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> Iterator[str]:
     lineage = [above for above in tree.lineage(path) if above in outlines]
-    certain = {m: o for n in lineage for m, o in outlines[n].nesting.items() if m not in outlines[n].assumed}
-    mine, *above = ((n, outlines[n].renested(certain).modules) for n in reversed(lineage))  # as `combine` adds them up
+    certain = {
+        m: o
+        for n in lineage
+        for m, o in outlines[n].nesting.items()
+        if m not in outlines[n].assumed
+    }
+    mine, *above = (
+        (n, outlines[n].renested(certain).modules) for n in reversed(lineage)
+    )  # as `combine` adds them up
     for module, value in mine[1].items():
         theirs = next(((n, modules[module]) for n, modules in above if module in modules), None)
         if theirs is None:

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from .errors import ShapeMismatch, SpecError, suggest
 
-__all__ = ["EMBEDDING", "LINEAR", "PARAMETER", "Layout", "LowRank", "Truncated", "concat", "inner", "is_sharded"]
+__all__ = [
+    "EMBEDDING",
+    "LINEAR",
+    "PARAMETER",
+    "Layout",
+    "LowRank",
+    "Truncated",
+    "concat",
+    "inner",
+    "is_sharded",
+]
 
 
 KINDS = ("linear", "embedding", "conv", "parameter")
@@ -58,7 +68,9 @@ class Layout:
             )
 
     def __str__(self) -> str:
-        return self.kind + ("×".join(map(str, self.kernel)) and f" {'×'.join(map(str, self.kernel))}")
+        return self.kind + (
+            "×".join(map(str, self.kernel)) and f" {'×'.join(map(str, self.kernel))}"
+        )
 
 
 LINEAR, EMBEDDING, PARAMETER = Layout("linear"), Layout("embedding"), Layout("parameter")
@@ -103,7 +115,11 @@ class LowRank:
 
     def __post_init__(self) -> None:
         A, B, bias = self.A, self.B, self.bias
-        if not (isinstance(A, Tensor) and isinstance(B, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        if not (
+            isinstance(A, Tensor)
+            and isinstance(B, Tensor)
+            and (bias is None or isinstance(bias, Tensor))
+        ):
             raise SpecError(
                 f"factors must be torch tensors, got A {type(A).__name__}, B {type(B).__name__}"
                 f", bias {type(bias).__name__}",
@@ -133,8 +149,12 @@ class LowRank:
         if bias is not None and bias.shape != (math.prod(b[:-1]),):
             raise ShapeMismatch(f"bias is {tuple(bias.shape)}, expected ({math.prod(b[:-1])},)")
         if A.device != B.device or (bias is not None and bias.device != A.device):
-            where = f"A is on {A.device}, B on {B.device}" + ("" if bias is None else f", the bias on {bias.device}")
-            raise SpecError(f"{where}: expected one device for all", "move them first: B.to(A.device)")
+            where = f"A is on {A.device}, B on {B.device}" + (
+                "" if bias is None else f", the bias on {bias.device}"
+            )
+            raise SpecError(
+                f"{where}: expected one device for all", "move them first: B.to(A.device)"
+            )
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -184,7 +204,9 @@ class LowRank:
             SpecError: the factors have no numbers (the meta device).
         """
         self._has_numbers()
-        return all(bool((t if t.element_size() > 1 else t.float()).isfinite().all()) for t in self.tensors)
+        return all(
+            bool((t if t.element_size() > 1 else t.float()).isfinite().all()) for t in self.tensors
+        )
 
     def fits(self, dtype: torch.dtype | None = None) -> bool:
         """Whether ΔW, and scale · B on the way to it, are finite in ``dtype``; fp32 or the factors' own, if wider.
@@ -202,7 +224,9 @@ class LowRank:
         if scale * self.rank * a * b <= most:
             return True
         # the bound is coarse: the product itself decides
-        return all(bool((block.abs() <= most).all()) for block in self.dense_blocks(dtype=torch.float64))
+        return all(
+            bool((block.abs() <= most).all()) for block in self.dense_blocks(dtype=torch.float64)
+        )
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.shape))
@@ -224,7 +248,9 @@ class LowRank:
         bias = None if self.bias is None else change(self.bias)
         return LowRank(change(self.A), change(self.B), self.scale, bias, self.layout)
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
+    def to(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LowRank:
         """The same value elsewhere, or rounded to another dtype (only where ``dtype`` says so).
 
         Raises:
@@ -250,7 +276,9 @@ class LowRank:
         dtype = dtype or self.dtype
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
-    def dense_blocks(self, rows: int = 256, *, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    def dense_blocks(
+        self, rows: int = 256, *, dtype: torch.dtype | None = None
+    ) -> Iterator[Tensor]:
         """ΔW in blocks of at most ``rows`` of its rows, (\\*batch, ≤ rows, in), top to bottom."""
         check_whole_number(rows, "rows")
         check_dtype(dtype)
@@ -269,8 +297,14 @@ class LowRank:
         Qb, Rb = torch.linalg.qr(self.B.detach().double())  # (out, k) (k, r)
         Qa, Ra = torch.linalg.qr(self.A.detach().double().mT)  # (in, l) (l, r)
         M = (Rb @ Ra.mT) * self.scale
-        if not M.isfinite().all():  # a NaN or inf in a factor is in its R, and so in M: no pass over the factors
-            what = "their product is too large for float64" if self.is_finite else "the factors are not finite"
+        if (
+            not M.isfinite().all()
+        ):  # a NaN or inf in a factor is in its R, and so in M: no pass over the factors
+            what = (
+                "their product is too large for float64"
+                if self.is_finite
+                else "the factors are not finite"
+            )
             raise SpecError(f"{what}: it has no norm, and no nearest value of a smaller rank")
         return Qb, M, Qa
 
@@ -314,7 +348,9 @@ class LowRank:
         Qb, M, Qa = self.core()
         U, S, Vh = torch.linalg.svd(M)  # (k, k) (min,) (l, l)
         squares = S.square().reshape(-1, S.shape[-1]).sum(0)  # (min,): over the batch
-        tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]).sqrt()  # tails[k]: error of rank k
+        tails = torch.cat(
+            [squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]
+        ).sqrt()  # tails[k]: error of rank k
         total = float(tails[0])
         keep = min(rank, self.rank) if rank is not None else self.rank
         if max_error is not None:
@@ -335,7 +371,9 @@ class LowRank:
         bias = None if self.bias is None else _times(self.bias, self.scale)
         value = LowRank(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0, bias, self.layout)
         if not value.is_finite:
-            raise SpecError(f"the factors of the nearest value of rank {keep} are too large for {str(dtype)[6:]}")
+            raise SpecError(
+                f"the factors of the nearest value of rank {keep} are too large for {str(dtype)[6:]}"
+            )
         error = float(tails[keep])
         return Truncated(value, error, error / total if total else 0.0)
 
@@ -356,7 +394,10 @@ class LowRank:
 
     def _has_numbers(self) -> None:
         if self.A.is_meta:
-            raise SpecError("the factors have no numbers: they are on the meta device", "load the adapter itself first")
+            raise SpecError(
+                "the factors have no numbers: they are on the meta device",
+                "load the adapter itself first",
+            )
 
 
 def concat(terms: Sequence[LowRank]) -> LowRank:
@@ -477,7 +518,9 @@ def check_whole_number(number: object, what: str) -> None:
         raise SpecError(f"{what} must be a whole number, got {number!r:.80}")
     whole = int(number)
     if whole < 1:
-        raise SpecError(f"{what} must be at least 1, got {whole if whole > -(2**63) else 'a huge negative one'}")
+        raise SpecError(
+            f"{what} must be at least 1, got {whole if whole > -(2**63) else 'a huge negative one'}"
+        )
     if whole >= 2**31:
         raise SpecError(f"{what} must be less than 2^31, got a larger number")
 
@@ -494,14 +537,17 @@ def same_place(x: LowRank, y: LowRank) -> None:
         if not isinstance(given, LowRank):
             raise SpecError(f"expected a LowRank, got {type(given).__name__}")
     if x.shape != y.shape or x.layout != y.layout:
-        raise ShapeMismatch(f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight")
+        raise ShapeMismatch(
+            f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight"
+        )
 
 
 def _one_device(terms: Sequence[LowRank]) -> None:
     devices = {str(term.device) for term in terms}
     if len(devices) > 1:
         raise SpecError(
-            f"the terms are on {' and '.join(sorted(devices))}: expected one device", "x.to(device=…) moves one"
+            f"the terms are on {' and '.join(sorted(devices))}: expected one device",
+            "x.to(device=…) moves one",
         )
 
 
@@ -512,7 +558,10 @@ def check_dtype(dtype: object, what: str = "dtype") -> None:
         SpecError: it is something else; says ``what`` it was given for.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise SpecError(f"{what} must be one of torch's floating dtypes, got {dtype!r:.80}", f"{what}=torch.bfloat16")
+        raise SpecError(
+            f"{what} must be one of torch's floating dtypes, got {dtype!r:.80}",
+            f"{what}=torch.bfloat16",
+        )
 
 
 def _check_device(device: object) -> None:
@@ -521,7 +570,9 @@ def _check_device(device: object) -> None:
     try:
         torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise SpecError(f"device must be one that torch knows, got {device!r:.80}", 'device="cpu", "cuda:0"') from error
+        raise SpecError(
+            f"device must be one that torch knows, got {device!r:.80}", 'device="cpu", "cuda:0"'
+        ) from error
 
 
 def _finite_number(value: object, what: str) -> float:
@@ -538,7 +589,9 @@ def _finite_number(value: object, what: str) -> float:
         except OverflowError:
             number = math.inf
     if not math.isfinite(number):
-        huge = isinstance(value, int) and value.bit_length() > 1024  # Python may refuse to write it out
+        huge = (
+            isinstance(value, int) and value.bit_length() > 1024
+        )  # Python may refuse to write it out
         raise SpecError(
             f"{what} must be finite, got {'an integer too large for a float' if huge else f'{value!r:.80}'}"
         )
@@ -557,7 +610,9 @@ def _largest(t: Tensor) -> float:
     return float(torch.maximum(least.abs(), most.abs()))
 
 
-def _beside(parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+def _beside(
+    parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None
+) -> Tensor:
     """The parts one beside the other, where ``into`` says."""
     if into is None:
         return torch.cat(parts, dim=dim)  # type: ignore[arg-type]

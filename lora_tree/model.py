@@ -113,11 +113,19 @@ def attach(
     if not callable(maker):
         what = type(maker).__name__
         raise SpecError(
-            f"eviction: got {what} itself, expected what makes one for each kind of memory", f"eviction={what}"
+            f"eviction: got {what} itself, expected what makes one for each kind of memory",
+            f"eviction={what}",
         )
     said = (tree.cache.host_budget, tree.cache.device_budget)
     budgets = Budgets.of(host_budget, device_budget, spec=said)
-    return TreeModel(tree, base, pristine=pristine, compute_dtype=compute_dtype, budgets=budgets, eviction=eviction)
+    return TreeModel(
+        tree,
+        base,
+        pristine=pristine,
+        compute_dtype=compute_dtype,
+        budgets=budgets,
+        eviction=eviction,
+    )
 
 
 class TreeModel(nn.Module):
@@ -146,7 +154,9 @@ class TreeModel(nn.Module):
         check_dtype(compute_dtype, "compute_dtype")
         inner, compiled = unwrapped(base)
         if isinstance(inner, TreeModel):
-            raise StateError("the base is a TreeModel already", "attach to its .base after detach()")
+            raise StateError(
+                "the base is a TreeModel already", "attach to its .base after detach()"
+            )
         self.tree = tree
         self.base = inner
         self.training = inner.training
@@ -349,7 +359,9 @@ class TreeModel(nn.Module):
         with self._lock:
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
-            axis = RowAxis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first, known=self._known)
+            axis = RowAxis(
+                len(batch), repeat=repeat, tile=tile, batch_first=batch_first, known=self._known
+            )
             self._usable()
             with self._stage.coming_back():
                 self._stage.become(Request(tuple(paths), "unmerged", Rows(batch, axis, strategy)))
@@ -375,7 +387,9 @@ class TreeModel(nn.Module):
         """
         self._attached()
         blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
-        self.cache.prefetch(dict.fromkeys(node for blend in blends for node in self.tree.coefficients(blend)))
+        self.cache.prefetch(
+            dict.fromkeys(node for blend in blends for node in self.tree.coefficients(blend))
+        )
 
     def trust(self, what: Literal["pristine", "weights"]) -> None:
         """After somebody else wrote to merged weights: say which are the base's own, and be bare.
@@ -421,7 +435,9 @@ class TreeModel(nn.Module):
         blends = [blend for request in self._stage.requests() for blend in request.blends]
         names = {entry for blend in blends for entry in parse_blend(blend) if entry}
         lineages = {node for entry in names for node in self.tree.lineage(entry)}
-        return sorted(lineages | {path for path in self.factors.training_paths if path in self.tree})
+        return sorted(
+            lineages | {path for path in self.factors.training_paths if path in self.tree}
+        )
 
     def prepare(self, *, max_rank: int) -> None:
         """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they stay until `detach`.
@@ -451,7 +467,10 @@ class TreeModel(nn.Module):
         with self._lock:
             self._usable()
             if self.state is not State.BARE or self._stage.beside.permanent:
-                raise StateError("prepare needs a bare model that is not prepared yet", "deactivate(), or detach()")
+                raise StateError(
+                    "prepare needs a bare model that is not prepared yet",
+                    "deactivate(), or detach()",
+                )
             self._compiled.check(self.base)
             values: dict[Site, list[LowRank]] = {}
             settle_fresh(self.tree, self.base, self.tree.paths())
@@ -585,7 +604,9 @@ class TreeModel(nn.Module):
     # ------------------------------------------------------------------ private
     def _attached(self) -> None:
         if self._detached:
-            raise StateError("this model was detached", "attach the tree again: lora_tree.attach(tree, base)")
+            raise StateError(
+                "this model was detached", "attach the tree again: lora_tree.attach(tree, base)"
+            )
 
     def _usable(self) -> None:
         """The caller, who holds the lock, may switch: other threads are outside, but not other tasks of this one."""

@@ -47,7 +47,9 @@ _HERE = r"\^|\$|\\[AZbB]"
 _CHARACTER = r"\\[afnrtv]|\\x[0-9a-fA-F]{2}|\\[^0-9A-Za-z]|[^\\\[\](){}*+?|^$.]"
 _ONE = rf"\.|\\[dDwWsS]|\[\^?\]?(?:\\.|[^\]\\])*\]|{_CHARACTER}"
 _ATOM = re.compile(rf"(?P<here>{_HERE})|(?P<one>{_ONE})", re.DOTALL)
-_TIMES = re.compile(r"(?:(?P<sign>[*+?])|\{(?P<least>[0-9]{0,5})(?P<comma>,?)(?P<most>[0-9]{0,5})\})\??(?![*+?{])")
+_TIMES = re.compile(
+    r"(?:(?P<sign>[*+?])|\{(?P<least>[0-9]{0,5})(?P<comma>,?)(?P<most>[0-9]{0,5})\})\??(?![*+?{])"
+)
 _GROUP = re.compile(
     r"\((?:\?(?:P<[A-Za-z_][A-Za-z0-9_]*>|(?P<look><?[=!])|(?P<on>[ims]*)(?:-(?P<off>[ims]+))?:)|(?!\?))"
 )
@@ -71,7 +73,9 @@ class Work:
       write them with less repetition, or name the modules instead of describing them
     """
 
-    def __init__(self, whose: str, error: type[LoraTreeError] = SpecError, steps: int = STEPS_OF_WORK) -> None:
+    def __init__(
+        self, whose: str, error: type[LoraTreeError] = SpecError, steps: int = STEPS_OF_WORK
+    ) -> None:
         self._whose, self._error, self._most = whose, error, steps
         self.left = steps
 
@@ -196,7 +200,9 @@ class NamePattern:
             if not now and at >= last:
                 return
 
-    def _move(self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int) -> tuple[bool, frozenset[int]]:
+    def _move(
+        self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int
+    ) -> tuple[bool, frozenset[int]]:
         """Whether the steps can end at this place, and where its character leads."""
         self._work.spend(1, self.text)
         if not self._looks_near:
@@ -219,7 +225,9 @@ class NamePattern:
         after = {i + 1 for i in seen if i < len(steps) and self._takes(steps[i], name, at)}
         return len(steps) in seen, frozenset(after), len(seen) + len(after) + 1
 
-    def _spread(self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int) -> set[int]:
+    def _spread(
+        self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int
+    ) -> set[int]:
         """Those steps, and all that can be reached from them without taking a character."""
         stack, seen = list(now), set(now)
         while stack:
@@ -381,7 +389,9 @@ def check_pattern(text: str) -> tuple[_Step, ...]:
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS} characters")
-    if "[" in text and _WIDE.search(text):  # a set of a million characters takes re a while to compile
+    if "[" in text and _WIDE.search(
+        text
+    ):  # a set of a million characters takes re a while to compile
         raise ValueError("characters beyond ASCII beside a [set] are not understood here")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "possible nested set" is not the caller's concern

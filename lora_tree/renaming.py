@@ -132,7 +132,9 @@ class _Move:
             self._take(name, value, may_be_module=name.rpartition(".")[0] in either)
         for first, group in self._groups.items():
             self._take_group(first, group)
-        modules = {name: _sum(name, self._from[name], values) for name, values in self._parts.items()}
+        modules = {
+            name: _sum(name, self._from[name], values) for name, values in self._parts.items()
+        }
         old = self._adapter
         errors: dict[str, float] = {}
         for name, sources in self._from.items():
@@ -186,7 +188,9 @@ class _Move:
         if _is_weight(self._base, module, leaf):
             return module, value
         if value.layout == LINEAR and self._loading.parameters[parameter].ndim == 2:
-            return parameter, _as_parameter(value)  # a router: a Linear once, its weight a parameter now
+            return parameter, _as_parameter(
+                value
+            )  # a router: a Linear once, its weight a parameter now
         return None
 
     # ------------------------------------------------------------------ several that became one
@@ -218,7 +222,9 @@ class _Move:
         if counted:
             if target is None or target.ndim != 3:
                 raise BaseMismatch(f"this base has no parameter {first} that holds its experts")
-            experts = target.shape[0] * len(converter.target_patterns)  # some are shared out between several
+            experts = target.shape[0] * len(
+                converter.target_patterns
+            )  # some are shared out between several
         values = {}
         for source, numbered in group.values.items():
             values[source] = _stack(numbered, experts) if counted else concat(numbered[0])
@@ -242,7 +248,9 @@ class _Move:
                 else:
                     yield parameter, made, A, value.scale
 
-    def _rows(self, converter: Any, values: Mapping[str, LowRank], target: Tensor | None) -> dict[str, int]:
+    def _rows(
+        self, converter: Any, values: Mapping[str, LowRank], target: Tensor | None
+    ) -> dict[str, int]:
         """Source → how many rows its weight has; of one without factors, an equal share of the target's."""
         rows = {source: value.B.shape[-2] for source, value in values.items()}
         sources = converter.source_patterns
@@ -288,7 +296,9 @@ class _Move:
             return module, LowRank(right, left)
         left, right = (left, right) if left.ndim == 3 else (left[None], right[None])
         if not is_there(self._base, parameter):
-            raise BaseMismatch(f"{parameter}: the base has no such parameter, which transformers names")
+            raise BaseMismatch(
+                f"{parameter}: the base has no such parameter, which transformers names"
+            )
         site = find_site(self._base, parameter)
         if isinstance(site, ParameterSite) and site.is_transposed:
             return parameter, LowRank(left.mT, right.mT, layout=PARAMETER)
@@ -304,14 +314,18 @@ class _Move:
             found.setdefault(new, tensor)
         return found
 
-    def _nesting(self, modules: Mapping[str, LowRank]) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    def _nesting(
+        self, modules: Mapping[str, LowRank]
+    ) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
         """Module → its raw parameters as the base registers them, and of which modules a file left that open."""
         old = self._adapter
         today = {sources[0]: name for name, sources in self._from.items() if len(sources) == 1}
         nesting: dict[str, tuple[str, ...]] = {}
         assumed = set()
         for module, parameters in old.nesting.items():
-            new = [today.get(f"{module}.{p}", "") for p in parameters if f"{module}.{p}" in old.modules]
+            new = [
+                today.get(f"{module}.{p}", "") for p in parameters if f"{module}.{p}" in old.modules
+            ]
             holders = {name.rpartition(".")[0] for name in new}
             if len(holders) == 1 and is_there(self._base, holder := holders.pop()):
                 nesting[holder] = tuple(name.rpartition(".")[2] for name in new)
@@ -365,7 +379,9 @@ class Loading:
         self.converters = {source: c for c in converters for source in c.source_patterns}
 
         def rename(name: str) -> tuple[str, str | None]:
-            renamed, source = loading.rename_source_key(name, self._renamings, converters, prefix, keys)
+            renamed, source = loading.rename_source_key(
+                name, self._renamings, converters, prefix, keys
+            )
             if renamed not in keys and name in keys:
                 return name, None
             return renamed, source
@@ -385,7 +401,9 @@ class Loading:
         number = re.search(source.replace("*.", r"(\d{1,6})\."), key)
         return (renamed, source, int(number[1])) if number else (name, None, 0)
 
-    def convert(self, first: str, converter: Any, parts: Mapping[str, Iterable[Tensor]]) -> dict[str, Tensor]:
+    def convert(
+        self, first: str, converter: Any, parts: Mapping[str, Iterable[Tensor]]
+    ) -> dict[str, Tensor]:
         """Parameter → what transformers makes of these tensors, by source.
 
         Raises:
@@ -398,8 +416,12 @@ class Loading:
         try:
             made = own.convert(first, model=self._model, config=self._model.config)
         except Exception as error:  # whatever it raises: it is another library's
-            raise BaseMismatch(f"transformers can't make {first} of it: {type(error).__name__}: {error}") from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+            raise BaseMismatch(
+                f"transformers can't make {first} of it: {type(error).__name__}: {error}"
+            ) from error
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
 
 def registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
@@ -489,7 +511,9 @@ def _stack(numbered: Mapping[int, list[LowRank]], experts: int) -> LowRank:
         BaseMismatch: there is an expert too many, or two differ in shape.
     """
     if max(numbered) >= experts:
-        raise BaseMismatch(f"it is of expert {max(numbered)}, and this base has {experts}, counted from 0")
+        raise BaseMismatch(
+            f"it is of expert {max(numbered)}, and this base has {experts}, counted from 0"
+        )
     summed = {number: concat(values) for number, values in numbered.items()}
     scales = {value.scale for value in summed.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0

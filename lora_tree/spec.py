@@ -20,13 +20,30 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from .budget import parse_bytes
 from .errors import NewerFormat, PathError, SpecError
 from .patterns import check_pattern
 
-__all__ = ["FORMAT", "CacheSpec", "LoraSpec", "NodeSpec", "TreeSpec", "check_format", "check_name", "check_path"]
+__all__ = [
+    "FORMAT",
+    "CacheSpec",
+    "LoraSpec",
+    "NodeSpec",
+    "TreeSpec",
+    "check_format",
+    "check_name",
+    "check_path",
+]
 
 FORMAT = 1  # of tree.yaml, of tree.lock and of the commit record: the newest that is read here
 
@@ -95,19 +112,28 @@ class LoraSpec(_Strict):
 
     r: Rank | None = Field(default=None, description="rank; 8 where nothing says otherwise")
     lora_alpha: Alpha | None = Field(
-        default=None, description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise"
+        default=None,
+        description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise",
     )
-    use_rslora: bool | None = Field(default=None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
+    use_rslora: bool | None = Field(
+        default=None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)"
+    )
     lora_bias: bool | None = Field(default=None, description="a trained bias on B")
     target_modules: list[str] | str | None = Field(
         default=None, description="suffixes of module names, or one regex, or 'all-linear'"
     )
-    exclude_modules: list[str] | str | None = Field(default=None, description="suffixes, or one regex, to leave out")
-    layers_to_transform: list[int] | int | None = Field(default=None, description="layer indices to adapt")
+    exclude_modules: list[str] | str | None = Field(
+        default=None, description="suffixes, or one regex, to leave out"
+    )
+    layers_to_transform: list[int] | int | None = Field(
+        default=None, description="layer indices to adapt"
+    )
     layers_pattern: list[str] | str | None = Field(
         default=None, description="name of the module list that holds the layers"
     )
-    target_parameters: list[str] | None = Field(default=None, description="suffixes of raw parameters (fused experts)")
+    target_parameters: list[str] | None = Field(
+        default=None, description="suffixes of raw parameters (fused experts)"
+    )
     rank_pattern: dict[Pattern, Rank] | None = Field(
         default=None, description="regex on the end of a module name → its r"
     )
@@ -115,7 +141,8 @@ class LoraSpec(_Strict):
         default=None, description="regex on the end of a module name → its alpha"
     )
     init_lora_weights: Literal["kaiming", "gaussian"] | None = Field(
-        default=None, description="how A is drawn (B is zero): Kaiming uniform, or normal with deviation 1/r"
+        default=None,
+        description="how A is drawn (B is zero): Kaiming uniform, or normal with deviation 1/r",
     )
 
     @field_validator("target_modules", "exclude_modules")
@@ -130,14 +157,20 @@ class LoraSpec(_Strict):
             try:
                 _compiles(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
             except ValueError as error:
-                raise error if isinstance(value, str) else ValueError(f"holds {pattern!r}, which {error}") from error
+                raise (
+                    error
+                    if isinstance(value, str)
+                    else ValueError(f"holds {pattern!r}, which {error}")
+                ) from error
         return value
 
     def over(self, other: LoraSpec) -> LoraSpec:
         """This spec, with what it leaves open taken from ``other``."""
         mine = {name: getattr(self, name) for name in LoraSpec.model_fields}
         theirs = {name: getattr(other, name) for name in LoraSpec.model_fields}
-        return LoraSpec(**{name: theirs[name] if mine[name] is None else mine[name] for name in mine})
+        return LoraSpec(
+            **{name: theirs[name] if mine[name] is None else mine[name] for name in mine}
+        )
 
     @property
     def has_targets(self) -> bool:
@@ -151,25 +184,41 @@ class NodeSpec(LoraSpec):
         default=None,
         description="folder of a PEFT adapter, relative to tree.yaml; null: a node without an adapter of its own",
     )
-    weight: Weight = Field(default=1.0, description="factor on this node's increments, on every path through it")
-    children: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below, by name")
+    weight: Weight = Field(
+        default=1.0, description="factor on this node's increments, on every path through it"
+    )
+    children: dict[Name, NodeSpec] = Field(
+        default_factory=dict, description="the nodes below, by name"
+    )
 
 
 class CacheSpec(_Strict):
     """How many bytes of adapters an attached tree may hold; see ``budget.py``."""
 
-    host_budget: Size | None = Field(default=None, description="bytes in RAM: a number, or 512MiB, 8GiB, 8GB")
-    device_budget: Size | None = Field(default=None, description="bytes on the device that the base is on, likewise")
+    host_budget: Size | None = Field(
+        default=None, description="bytes in RAM: a number, or 512MiB, 8GiB, 8GB"
+    )
+    device_budget: Size | None = Field(
+        default=None, description="bytes on the device that the base is on, likewise"
+    )
 
 
 class TreeSpec(_Strict):
     """A whole tree.yaml."""
 
     version: Literal[1] = Field(description="version of this format")
-    base: str | None = Field(default=None, description="the base model: a hub id, or a folder relative to tree.yaml")
-    defaults: LoraSpec = Field(default_factory=LoraSpec, description="for fresh adapters that do not say otherwise")
-    cache: CacheSpec = Field(default_factory=CacheSpec, description="budgets, where the caller does not give others")
-    tree: dict[Name, NodeSpec] = Field(default_factory=dict, description="the nodes below the root, by name")
+    base: str | None = Field(
+        default=None, description="the base model: a hub id, or a folder relative to tree.yaml"
+    )
+    defaults: LoraSpec = Field(
+        default_factory=LoraSpec, description="for fresh adapters that do not say otherwise"
+    )
+    cache: CacheSpec = Field(
+        default_factory=CacheSpec, description="budgets, where the caller does not give others"
+    )
+    tree: dict[Name, NodeSpec] = Field(
+        default_factory=dict, description="the nodes below the root, by name"
+    )
 
 
 def check_name(name: str) -> str:
@@ -178,7 +227,12 @@ def check_name(name: str) -> str:
     Raises:
         PathError: it is not.
     """
-    if not isinstance(name, str) or not _NAME.match(name) or name.endswith(".") or _RESERVED.match(name):
+    if (
+        not isinstance(name, str)
+        or not _NAME.match(name)
+        or name.endswith(".")
+        or _RESERVED.match(name)
+    ):
         raise PathError(
             f"{name!r} is not a valid node name",
             "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no device name like 'con'",
@@ -248,12 +302,16 @@ def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
         return source
     given: object = {} if source is None else source
     if not isinstance(given, Mapping):
-        raise SpecError(f"{where}: expected a mapping like dict(r=16, lora_alpha=32), got {given!r:.80}")
+        raise SpecError(
+            f"{where}: expected a mapping like dict(r=16, lora_alpha=32), got {given!r:.80}"
+        )
     data = dict(given)
     try:
         return LoraSpec.model_validate(data)
     except ValidationError as error:
-        raise SpecError(*(f"{where}: {text}" for _, text in explain(error, data, LoraSpec))) from error
+        raise SpecError(
+            *(f"{where}: {text}" for _, text in explain(error, data, LoraSpec))
+        ) from error
 
 
 def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
@@ -276,8 +334,16 @@ def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tup
                 head = f"{str(loc[-1])!r} is not a valid node name"
                 text = ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
             case kind, _:
-                hint = "; write {} where there is nothing to say" if value is None and kind == "model_type" else ""
-                text = "should be a mapping" if kind in ("model_type", "dict_type") else _plain(e["msg"])
+                hint = (
+                    "; write {} where there is nothing to say"
+                    if value is None and kind == "model_type"
+                    else ""
+                )
+                text = (
+                    "should be a mapping"
+                    if kind in ("model_type", "dict_type")
+                    else _plain(e["msg"])
+                )
                 head, text = f"{_name(loc)}: got {_short(value)}, which ", text + hint
         texts = found.setdefault((loc, head), [])  # the members of a union share a place and a head
         if text not in texts:
@@ -311,7 +377,10 @@ def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:
     if top is TreeSpec and len(loc) > 1:
         models: dict[object, type[BaseModel]] = {"defaults": LoraSpec, "cache": CacheSpec}
         model = models.get(loc[0], NodeSpec)
-    words = {**{field: field for field in model.model_fields}, **(_WORDS if "r" in model.model_fields else {})}
+    words = {
+        **{field: field for field in model.model_fields},
+        **(_WORDS if "r" in model.model_fields else {}),
+    }
     near = difflib.get_close_matches(key, list(words), n=1, cutoff=0.6)
     return f"; did you mean {words[near[0]]!r}?" if near else ""
 
@@ -335,5 +404,9 @@ def _plain(text: str) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = repr(value) if isinstance(value, (str, float)) else str(value).lower().replace("none", "null")
+    text = (
+        repr(value)
+        if isinstance(value, (str, float))
+        else str(value).lower().replace("none", "null")
+    )
     return text if len(text) <= 80 else f"{text[:77]}…"

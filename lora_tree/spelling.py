@@ -23,7 +23,9 @@ _OF_AN_EXPERT = re.compile(r"(?P<holder>.*\bexperts)\.[0-9]+\.[^.]+\Z")
 _OF_ALL_EXPERTS = re.compile(r"(?P<holder>.*\bexperts)\.[^.]+\Z")
 
 
-def spelled_twice(names: Iterable[str], has: Callable[[str], bool] = lambda name: False) -> tuple[str, str] | None:
+def spelled_twice(
+    names: Iterable[str], has: Callable[[str], bool] = lambda name: False
+) -> tuple[str, str] | None:
     """The first two names that look like two spellings of one module; None where none do.
 
     Args:

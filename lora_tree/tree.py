@@ -93,7 +93,9 @@ class AdapterTree:
     """
 
     def __init__(
-        self, base: str | os.PathLike[str] | None = None, defaults: LoraSpec | dict[str, Any] | None = None
+        self,
+        base: str | os.PathLike[str] | None = None,
+        defaults: LoraSpec | dict[str, Any] | None = None,
     ) -> None:
         self.base = _base_name(base)
         self.defaults = lora_spec(defaults, "defaults")
@@ -137,7 +139,12 @@ class AdapterTree:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: no model is attached to those, so none has a say over their nodes."""
         read = [node.loaded for path in self if (node := self[path]).loaded in self._read]
-        return vars(self) | {"_graph": self._graph.copy(), "_read": read, "_keepers": [], "_guards": ()}
+        return vars(self) | {
+            "_graph": self._graph.copy(),
+            "_read": read,
+            "_keepers": [],
+            "_guards": (),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         weak = {name: weakref.WeakSet(state[name]) for name in ("_read", "_guards")}
@@ -220,7 +227,10 @@ class AdapterTree:
         for path, weight in parse_blend(blend).items():
             for ancestor in self.lineage(path):
                 shares.setdefault(ancestor, []).append(weight)
-        totals = {path: total(path, shares[path], self[path].weight) for path in sorted(shares, key=depth_first)}
+        totals = {
+            path: total(path, shares[path], self[path].weight)
+            for path in sorted(shares, key=depth_first)
+        }
         return {path: share for path, share in totals.items() if share != 0.0}
 
     def matching(self, patterns: Iterable[str]) -> list[str]:
@@ -358,7 +368,11 @@ class AdapterTree:
         self.move(path, f"{parent}/{check_name(name)}" if parent else check_name(name))
 
     def update(
-        self, path: str, *, adapter: Adapter | str | os.PathLike[str] | None = None, weight: float | None = None
+        self,
+        path: str,
+        *,
+        adapter: Adapter | str | os.PathLike[str] | None = None,
+        weight: float | None = None,
     ) -> Node:
         """Give a node another adapter or another weight.
 
@@ -394,7 +408,9 @@ class AdapterTree:
         node = self[path]
         if node.loaded is not None or node.source is None:
             return node.loaded
-        keeper = next((keeper for keeper in (ref() for ref in self._keepers) if keeper is not None), None)
+        keeper = next(
+            (keeper for keeper in (ref() for ref in self._keepers) if keeper is not None), None
+        )
         if keeper is not None:
             return keeper.read(path, node.source)
         try:
@@ -419,7 +435,9 @@ class AdapterTree:
         except LoraTreeError as error:
             raise error.within(path) from error
 
-    def terms(self, blend: Blend, *, base: nn.Module | None = None) -> list[tuple[str, float, Adapter]]:
+    def terms(
+        self, blend: Blend, *, base: nn.Module | None = None
+    ) -> list[tuple[str, float, Adapter]]:
         """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out.
 
         Args:
@@ -432,7 +450,11 @@ class AdapterTree:
         """
         found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())
         terms = [(path, c, adapter) for path, c, adapter in found if adapter is not None]
-        return terms if base is None else [(path, c, _named(path, adapter, base)) for path, c, adapter in terms]
+        return (
+            terms
+            if base is None
+            else [(path, c, _named(path, adapter, base)) for path, c, adapter in terms]
+        )
 
     def flatten(
         self,
@@ -480,9 +502,12 @@ class AdapterTree:
         for node, _, adapter in terms:
             if any(value.is_sharded for value in adapter.modules.values()):
                 raise SpecError(
-                    f"{node}: every rank has a part of its factors", "flatten inside with model.gathered() as tree:"
+                    f"{node}: every rank has a part of its factors",
+                    "flatten inside with model.gathered() as tree:",
                 )
-        flat = combine([(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms])
+        flat = combine(
+            [(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms]
+        )
         _all_finite(flat, terms)
         try:
             if rank is not None or max_error is not None:
@@ -583,7 +608,9 @@ class AdapterTree:
         parent, folded = path.rpartition("/")[0], path.casefold()
         for sibling in self._graph.successors(parent):
             if sibling != but and sibling.casefold() == folded:
-                detail = "exists already" if sibling == path else f"differs from {sibling} only by case"
+                detail = (
+                    "exists already" if sibling == path else f"differs from {sibling} only by case"
+                )
                 raise TreeError(f"{path} {detail}", "remove or rename the other one first")
 
     def _unused(self, paths: Iterable[str], verb: str) -> None:
@@ -625,8 +652,14 @@ def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | Non
 
 def _source(path: str, folder: object) -> Source:
     if not isinstance(folder, (str, os.PathLike)):
-        hint = ("lora_tree.Adapter({module: …}) is one",) if isinstance(folder, (LowRank, Mapping)) else ()
-        raise SpecError(f"{path}: expected an Adapter or the folder of one, got {type(folder).__name__}", *hint)
+        hint = (
+            ("lora_tree.Adapter({module: …}) is one",)
+            if isinstance(folder, (LowRank, Mapping))
+            else ()
+        )
+        raise SpecError(
+            f"{path}: expected an Adapter or the folder of one, got {type(folder).__name__}", *hint
+        )
     return storage().source(as_path(folder))
 
 

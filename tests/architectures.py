@@ -67,7 +67,11 @@ class Arch:
         base = self.make().eval()
         with torch.no_grad():
             for p in base.parameters():
-                p.copy_(torch.randn_like(p) / p.shape[-1] ** 0.5 if p.ndim > 1 else p + 0.1 * torch.randn_like(p))
+                p.copy_(
+                    torch.randn_like(p) / p.shape[-1] ** 0.5
+                    if p.ndim > 1
+                    else p + 0.1 * torch.randn_like(p)
+                )
         return base.double()
 
     def tree(self, base: nn.Module, *, factors: torch.dtype = torch.float64) -> lt.AdapterTree:
@@ -87,7 +91,9 @@ class Arch:
 def _random(value: lt.LowRank, dtype: torch.dtype) -> lt.LowRank:
     into, r = value.shape[-1], value.rank
     A = torch.randn(value.A.shape, dtype=torch.float64) / (into * r) ** 0.5
-    return replace(value, A=A.to(dtype), B=torch.randn(value.B.shape, dtype=torch.float64).to(dtype))
+    return replace(
+        value, A=A.to(dtype), B=torch.randn(value.B.shape, dtype=torch.float64).to(dtype)
+    )
 
 
 # ---------------------------------------------------------------------- the dense model, by hand
@@ -96,7 +102,9 @@ def along(path: str) -> dict[str, float]:
     return {node: WEIGHTS[node] for node in PATHS if (path + "/").startswith(node + "/")}
 
 
-def deltas(tree: lt.AdapterTree, nodes: Mapping[str, float]) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+def deltas(
+    tree: lt.AdapterTree, nodes: Mapping[str, float]
+) -> Iterator[tuple[str, Tensor, Tensor, int]]:
     """For each adapted name: ΔW and Σ|s||B||A| as (*batch, out, in) in float64, and Σr."""
     found: dict[str, tuple[Tensor, Tensor, int]] = {}
     for node, coefficient in nodes.items():
@@ -104,7 +112,9 @@ def deltas(tree: lt.AdapterTree, nodes: Mapping[str, float]) -> Iterator[tuple[s
         assert adapter is not None
         for name, v in adapter.modules.items():
             s, A, B = coefficient * v.scale, v.A.double(), v.B.double()
-            delta, size, rank = found.get(name, (torch.zeros(v.shape).double(), torch.zeros(v.shape).double(), 0))
+            delta, size, rank = found.get(
+                name, (torch.zeros(v.shape).double(), torch.zeros(v.shape).double(), 0)
+            )
             found[name] = delta + s * (B @ A), size + abs(s) * (B.abs() @ A.abs()), rank + v.rank
     for name, (delta, size, rank) in found.items():
         yield name, delta, size, rank
@@ -129,7 +139,11 @@ def dense(base: nn.Module, tree: lt.AdapterTree, nodes: Mapping[str, float]) -> 
         holder, _, leaf = where.rpartition(".")
         parameter = made.get_parameter(where)
         exact = (parameter.detach().double() + placed).to(parameter.dtype)
-        setattr(made.get_submodule(holder), leaf, nn.Parameter(exact, requires_grad=parameter.requires_grad))
+        setattr(
+            made.get_submodule(holder),
+            leaf,
+            nn.Parameter(exact, requires_grad=parameter.requires_grad),
+        )
     return made
 
 
@@ -183,7 +197,9 @@ def _llama(*, tied: bool) -> LlamaForCausalLM:
 
 
 def _gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=DIM, n_layer=2, n_head=4, **TOKENS))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=DIM, n_layer=2, n_head=4, **TOKENS)
+    )
 
 
 def _bert() -> BertForMaskedLM:
@@ -237,13 +253,23 @@ def _spoken() -> dict[str, Tensor]:
 
 _LLAMA = {
     "a": dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "a/b": dict(r=2, lora_alpha=3, use_rslora=True, target_modules=["gate_proj", "up_proj", "down_proj", "v_proj"]),
-    "a/b/c": dict(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 5}),
+    "a/b": dict(
+        r=2,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=["gate_proj", "up_proj", "down_proj", "v_proj"],
+    ),
+    "a/b/c": dict(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 5}
+    ),
     "a/d": dict(target_modules="all-linear", exclude_modules=["o_proj"], lora_alpha=2),
 }
 _HEADS = {
     "a/b/c": dict(
-        r=3, lora_alpha=5, target_modules=["q_proj", "embed_tokens", "lm_head"], alpha_pattern={"lm_head": 1}
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj", "embed_tokens", "lm_head"],
+        alpha_pattern={"lm_head": 1},
     ),
     "a/d": dict(target_modules=["embed_tokens", "up_proj"], lora_alpha=2),
 }

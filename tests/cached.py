@@ -27,7 +27,9 @@ def adapter(path: str, seed: int = 0) -> lt.Adapter:
     shapes = {"0": (6, 5), "2": (4, 6)}
     return lt.Adapter(
         {
-            name: lt.LowRank(torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw), 0.5)
+            name: lt.LowRank(
+                torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw), 0.5
+            )
             for name, (out, into) in shapes.items()
         }
     )

@@ -39,7 +39,9 @@ class Models:
     resolver: _Resolver
     base: str = "base"
     lora_requests: dict[str, Any] = field(default_factory=dict)
-    lora_resolver_lock: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    lora_resolver_lock: dict[str, asyncio.Lock] = field(
+        default_factory=lambda: defaultdict(asyncio.Lock)
+    )
     running: dict[str, Any] = field(default_factory=dict)
     loaded: list[LoRARequest] = field(default_factory=list)
     number: int = 0
@@ -48,7 +50,9 @@ class Models:
 
     @property
     def engine_client(self) -> Any:
-        return SimpleNamespace(add_lora=self.add_lora, output_processor=SimpleNamespace(request_states=self.running))
+        return SimpleNamespace(
+            add_lora=self.add_lora, output_processor=SimpleNamespace(request_states=self.running)
+        )
 
     @property
     def lora_id_counter(self) -> Any:
@@ -70,7 +74,9 @@ class Models:
         return self.base if lora_request is None else lora_request.lora_name
 
     async def show_available_models(self) -> Any:
-        cards = [SimpleNamespace(id=r.lora_name, root=r.lora_path) for r in self.lora_requests.values()]
+        cards = [
+            SimpleNamespace(id=r.lora_name, root=r.lora_path) for r in self.lora_requests.values()
+        ]
         return SimpleNamespace(data=[SimpleNamespace(id=self.base, root="/models/base"), *cards])
 
     async def resolve_lora(self, name: str) -> LoRARequest | None:
@@ -118,7 +124,9 @@ def front_end(zoo: Path, cache: Path, **more: str) -> Iterator[Models]:
         **{f"LORA_TREE_VLLM_{name.upper()}": value for name, value in more.items()},
     }
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(vllm_front, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest))
+        patched.setattr(
+            vllm_front, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest)
+        )
         models = Models(_Resolver(Settings.of(environment)))
         thread = threading.Thread(target=models.loop.run_forever, daemon=True)
         thread.start()

@@ -25,7 +25,9 @@ RATES = {"a": 0.02, "a/b": 0.01, "a/b/c": 0.03, "d": 0.01}
 
 def base(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
     torch.manual_seed(1)
-    sizes: dict[str, Any] = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1)
+    sizes: dict[str, Any] = dict(
+        hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1
+    )
     config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)
     config._attn_implementation = "eager"
     return LlamaForCausalLM(config).to(dtype)
@@ -66,7 +68,11 @@ def groups(model: lt.TreeModel, *training: str) -> list[dict[str, Any]]:
 def factors(of: lt.AdapterTree) -> dict[str, list[Tensor]]:
     """Node → A and B of every module, by the modules' names."""
     held = {path: of.adapter(path) for path in of.paths()}
-    return {p: [t.detach().clone() for v in a.modules.values() for t in v.tensors] for p, a in held.items() if a}
+    return {
+        p: [t.detach().clone() for v in a.modules.values() for t in v.tensors]
+        for p, a in held.items()
+        if a
+    }
 
 
 class ByHand:
@@ -85,7 +91,9 @@ class ByHand:
         for path in training:
             for t in self.factors[path]:
                 t.requires_grad_()
-        self.optimizers = {p: make(self.factors[p], lr=RATES[p], weight_decay=DECAY) for p in training}
+        self.optimizers = {
+            p: make(self.factors[p], lr=RATES[p], weight_decay=DECAY) for p in training
+        }
         self.losses: list[dict[str, float]] = []
 
     def losses_of(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -93,7 +101,9 @@ class ByHand:
         each: dict[str, list[Tensor]] = {}
         for row in batch:
             logits = functional_call(
-                self.model, self.dense(row["path"]), kwargs=dict(input_ids=torch.tensor([row["input_ids"]]))
+                self.model,
+                self.dense(row["path"]),
+                kwargs=dict(input_ids=torch.tensor([row["input_ids"]])),
             ).logits[0]
             logp = logits.log_softmax(-1)
             for t in range(1, TOKENS):
@@ -105,7 +115,9 @@ class ByHand:
         """One step over all rows of all micro-batches and ranks."""
         losses = self.losses_of(batch)
         self.losses.append({path: float(loss.detach()) for path, loss in losses.items()})
-        total = torch.stack([self.weights.get(path, 1.0) * loss for path, loss in losses.items()]).sum()
+        total = torch.stack(
+            [self.weights.get(path, 1.0) * loss for path, loss in losses.items()]
+        ).sum()
         if total.requires_grad:
             total.backward()
         seen = {node for row in batch for node in self.tree.lineage(row["path"])}
@@ -129,7 +141,9 @@ class ByHand:
     def same_as(self, got: Mapping[str, Sequence[Tensor]]) -> None:
         for path, wanted in self.factors.items():
             for mine, want in zip(got[path], wanted, strict=True):
-                torch.testing.assert_close(mine, want.detach(), rtol=1e-9, atol=1e-9, msg=lambda m, p=path: f"{p}: {m}")
+                torch.testing.assert_close(
+                    mine, want.detach(), rtol=1e-9, atol=1e-9, msg=lambda m, p=path: f"{p}: {m}"
+                )
 
 
 def arguments(folder: Any, **more: Any) -> Any:

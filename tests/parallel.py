@@ -31,8 +31,14 @@ from lora_tree.integrations.transformers import TreeTrainer
 TRAINING = ("a", "a/b/c", "d")
 # steps → micro-batches → one batch for each of two ranks
 STEPS: list[list[tuple[list[str], list[str]]]] = [
-    [(["a/b/c", "d"], ["", ""]), (["a", "a/b"], ["a/b/c", "a/b/c"])],  # d on one rank only; one of bare rows
-    [(["d", "d"], ["", "d"]), (["", ""], ["", ""])],  # a and a/b/c have no rows on any rank; a batch of bare rows
+    [
+        (["a/b/c", "d"], ["", ""]),
+        (["a", "a/b"], ["a/b/c", "a/b/c"]),
+    ],  # d on one rank only; one of bare rows
+    [
+        (["d", "d"], ["", "d"]),
+        (["", ""], ["", ""]),
+    ],  # a and a/b/c have no rows on any rank; a batch of bare rows
     [(["a/b", ""], ["a", "a/b/c"]), (["d", "d"], ["a", "a"])],
     [(["", ""], ["", ""]), (["", ""], ["", ""])],  # nothing has rows
     [(["a/b/c", "a/b/c"], ["d", "d"]), (["a", "a"], ["d", "a"])],  # each on one rank
@@ -41,9 +47,13 @@ STEPS: list[list[tuple[list[str], list[str]]]] = [
 
 def rows() -> list[list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]]:
     """`STEPS` with a row for every path."""
-    made = joint.rows([path for step in STEPS for micro in step for batch in micro for path in batch])
+    made = joint.rows(
+        [path for step in STEPS for micro in step for batch in micro for path in batch]
+    )
     taken = iter(made)
-    return [[tuple([next(taken) for _ in batch] for batch in micro) for micro in step] for step in STEPS]  # type: ignore[misc]
+    return [
+        [tuple([next(taken) for _ in batch] for batch in micro) for micro in step] for step in STEPS
+    ]  # type: ignore[misc]
 
 
 def columns(batch: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -64,7 +74,9 @@ def train(
         counts = lt.token_counts(model.tree, [(labels, paths) for _, labels, paths in mine])
         for i, (ids, labels, paths) in enumerate(mine):
             with waits(i + 1 < len(mine)), model.route(paths):
-                loss = lt.path_loss(called(input_ids=ids, use_cache=False).logits, labels, paths, counts=counts)
+                loss = lt.path_loss(
+                    called(input_ids=ids, use_cache=False).logits, labels, paths, counts=counts
+                )
                 loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,7 +88,12 @@ def ddp(folder: Path) -> dict[str, list[Tensor]]:
     optimizer = torch.optim.AdamW(joint.groups(model, *TRAINING))
     model.follow(optimizer)
     called = DistributedDataParallel(model)
-    train(model, called, optimizer, lambda later: called.no_sync() if later else contextlib.nullcontext())
+    train(
+        model,
+        called,
+        optimizer,
+        lambda later: called.no_sync() if later else contextlib.nullcontext(),
+    )
     return joint.factors(model.tree)
 
 
@@ -117,7 +134,11 @@ def fsdp(folder: Path) -> dict[str, list[Tensor]]:
         whole = joint.factors(tree)
         if dist.get_rank() == 0:
             tree.save(folder / "zoo")
-    assert all(hasattr(t, "full_tensor") for v in model.tree.adapter("a").modules.values() for t in v.tensors)
+    assert all(
+        hasattr(t, "full_tensor")
+        for v in model.tree.adapter("a").modules.values()
+        for t in v.tensors
+    )
     return whole
 
 
@@ -134,29 +155,49 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
         ddp_backend="gloo",
         per_device_eval_batch_size=2,
     )
-    made = TreeTrainer(model, args, groups=groups, train_dataset=in_order, eval_dataset=joint.rows(["a", "d", "a"], 8))
+    made = TreeTrainer(
+        model,
+        args,
+        groups=groups,
+        train_dataset=in_order,
+        eval_dataset=joint.rows(["a", "d", "a"], 8),
+    )
     made.train()
     assert isinstance(made.model_wrapped, DistributedDataParallel)
-    logs = [{k: v for k, v in log.items() if k.startswith("loss")} for log in made.state.log_history if "loss" in log]
+    logs = [
+        {k: v for k, v in log.items() if k.startswith("loss")}
+        for log in made.state.log_history
+        if "loss" in log
+    ]
     found = made.evaluate()
     base = joint.base()
     again = lt.attach(joint.tree(base), base)
-    resumed = TreeTrainer(again, args, groups=joint.groups(again, *TRAINING), train_dataset=in_order)
+    resumed = TreeTrainer(
+        again, args, groups=joint.groups(again, *TRAINING), train_dataset=in_order
+    )
     resumed.train(resume_from_checkpoint=str(folder / "run/checkpoint-2"))
     one, other = joint.factors(model.tree), joint.factors(again.tree)
-    assert all(torch.equal(x, y) for path in one for x, y in zip(one[path], other[path], strict=True))
+    assert all(
+        torch.equal(x, y) for path in one for x, y in zip(one[path], other[path], strict=True)
+    )
     drawn = {}
     for start in ("", "checkpoint-8"):  # in the middle of the second epoch of a sampler's own order
         base = joint.base()
         again = lt.attach(joint.tree(base), base)
-        more: dict[str, Any] = dict(num_train_epochs=2, save_strategy="steps", save_steps=8, ddp_backend="gloo")
+        more: dict[str, Any] = dict(
+            num_train_epochs=2, save_strategy="steps", save_steps=8, ddp_backend="gloo"
+        )
         args = joint.arguments(folder / "drawn", **more)
         data: dict[str, Any] = dict(train_dataset=in_order, temperature=2.0)
         TreeTrainer(again, args, groups=joint.groups(again, *TRAINING), **data).train(
             resume_from_checkpoint=str(folder / "drawn" / start) if start else None
         )
         drawn[start] = joint.factors(again.tree)
-    assert all(torch.equal(x, y) for p in one for x, y in zip(*(run[p] for run in drawn.values()), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for p in one
+        for x, y in zip(*(run[p] for run in drawn.values()), strict=True)
+    )
     if dist.get_rank() == 0:
         told = {"logs": logs, "eval": {k: v for k, v in found.items() if k.startswith("eval_loss")}}
         (folder / "told.json").write_text(json.dumps(told))
@@ -172,7 +213,9 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     in_order = [row for step in rows() for micro in step for batch in micro for row in batch]
-    evaluated = dict(eval_dataset=joint.rows(["a", "d", "a"], 8), eval_strategy="steps", eval_steps=1)
+    evaluated = dict(
+        eval_dataset=joint.rows(["a", "d", "a"], 8), eval_strategy="steps", eval_steps=1
+    )
     args = joint.arguments(
         folder / "run",
         num_train_epochs=1,
@@ -183,7 +226,9 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
         **{key: value for key, value in evaluated.items() if key != "eval_dataset"},
     )
     data = dict(train_dataset=in_order, eval_dataset=evaluated["eval_dataset"])
-    made = TreeTrainer(model, args, groups=joint.groups(model, *TRAINING), **data, save_to=folder / "zoo")
+    made = TreeTrainer(
+        model, args, groups=joint.groups(model, *TRAINING), **data, save_to=folder / "zoo"
+    )
     made.train()
     with model.gathered() as tree:
         whole = joint.factors(tree)
@@ -203,7 +248,9 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
             raise AssertionError(message)
     with model.gathered() as tree:
         again = joint.factors(tree)
-    assert all(torch.equal(x, y) for path in whole for x, y in zip(whole[path], again[path], strict=True))
+    assert all(
+        torch.equal(x, y) for path in whole for x, y in zip(whole[path], again[path], strict=True)
+    )
     return whole
 
 
@@ -228,7 +275,11 @@ def main() -> None:
             print(f"scenario {name}, rank {rank}", file=sys.stderr)
             raise
         if int(rank) == 0:
-            flat = {f"{path} {i}": t.contiguous() for path, tensors in found.items() for i, t in enumerate(tensors)}
+            flat = {
+                f"{path} {i}": t.contiguous()
+                for path, tensors in found.items()
+                for i, t in enumerate(tensors)
+            }
             save_file(flat, folder / name / "factors.safetensors")
         dist.barrier()
     dist.destroy_process_group()

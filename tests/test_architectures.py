@@ -36,18 +36,28 @@ from torch import Tensor, nn
 import lora_tree as lt
 from lora_tree.errors import MergedOnly, TiedWeights
 
-BLENDS: list[tuple[lt.Blend, dict[str, float]]] = [*((path, along(path)) for path in PATHS), (BLEND, BLENDED)]
+BLENDS: list[tuple[lt.Blend, dict[str, float]]] = [
+    *((path, along(path)) for path in PATHS),
+    (BLEND, BLENDED),
+]
 EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 every_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 unmerged_too = pytest.mark.parametrize(
-    "arch", [a for a in ARCHS.values() if not a.merged_only], ids=[n for n, a in ARCHS.items() if not a.merged_only]
+    "arch",
+    [a for a in ARCHS.values() if not a.merged_only],
+    ids=[n for n, a in ARCHS.items() if not a.merged_only],
 )
 
 
 def forward_hooks(base: nn.Module) -> list[str]:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [f"{name}{kind}" for name, module in base.named_modules() for kind in kinds if getattr(module, kind)]
+    return [
+        f"{name}{kind}"
+        for name, module in base.named_modules()
+        for kind in kinds
+        if getattr(module, kind)
+    ]
 
 
 # ---------------------------------------------------------------------- merged and unmerged
@@ -64,13 +74,17 @@ def test_merged_is_the_dense_model(arch: Arch) -> None:
         assert not forward_hooks(base)
         out = run(base, inputs)
         assert_close(out, run(dense(pristine, tree, nodes), inputs))
-        assert all((out - other).abs().max() > 0.01 for other in seen), "every path should change the outputs"
+        assert all((out - other).abs().max() > 0.01 for other in seen), (
+            "every path should change the outputs"
+        )
         seen.append(out)
     model.deactivate()
     assert torch.equal(run(base, inputs), bare)
 
 
-def assert_weights_are_the_sum(base: nn.Module, before: dict[str, Tensor], tree: lt.AdapterTree, nodes: Any) -> None:
+def assert_weights_are_the_sum(
+    base: nn.Module, before: dict[str, Tensor], tree: lt.AdapterTree, nodes: Any
+) -> None:
     """Each weight on the path within ½ ulp of the exact sum and what R + 2 additions may lose; others bit for bit."""
     now = dict(base.state_dict())
     for name, delta, size, rank in deltas(tree, nodes):
@@ -78,7 +92,9 @@ def assert_weights_are_the_sum(base: nn.Module, before: dict[str, Tensor], tree:
         was, got = before[where].double(), now.pop(where)
         exact, sizes = was + placed, was.abs() + place(base, name, size)[1]
         u, wide = EPS[got.dtype], min(EPS[got.dtype], 2.0**-24)
-        assert ((got.double() - exact).abs() <= u * exact.abs() + (rank + 2) * wide * sizes).all(), where
+        assert (
+            (got.double() - exact).abs() <= u * exact.abs() + (rank + 2) * wide * sizes
+        ).all(), where
         assert (got != before[where]).any()
     assert all(torch.equal(tensor, before[name]) for name, tensor in now.items())
 
@@ -101,7 +117,9 @@ def test_a_path_through_fused_experts_is_merged_only() -> None:
     arch = ARCHS["mixtral, experts"]
     base = arch.base()
     model = lt.attach(arch.tree(base), base)
-    with pytest.raises(MergedOnly, match=r"down_proj: can't run unmerged: MixtralExperts reads this parameter"):
+    with pytest.raises(
+        MergedOnly, match=r"down_proj: can't run unmerged: MixtralExperts reads this parameter"
+    ):
         model.activate("a", mode="unmerged")
     assert (model.active, model.state) == ("", lt.State.BARE)
 
@@ -116,7 +134,9 @@ def test_an_embedding_with_a_forward_of_its_own_is_merged_only() -> None:
     tree.add("at", adapter=lt.Adapter({"model.decoder.embed_positions": value}))
     wanted = run(dense(base, tree, {"at": 1.0}), inputs)
     model = lt.attach(tree, base)
-    with pytest.raises(MergedOnly, match="can't run unmerged: WhisperPositionalEmbedding has a forward of its own"):
+    with pytest.raises(
+        MergedOnly, match="can't run unmerged: WhisperPositionalEmbedding has a forward of its own"
+    ):
         model.activate("at", mode="unmerged")
     model.activate("at")
     assert_close(run(base, inputs), wanted)
@@ -136,20 +156,27 @@ def _redrawn(arch: Arch, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def run_all(model: Any, asked: list[dict[str, Tensor]]) -> Tensor:
     """The logits of every draw, in float64; a float64 model is given the same numbers, widened."""
     wide = next(model.parameters()).dtype == torch.float64
-    given = [{k: v.double() if wide and v.is_floating_point() else v for k, v in x.items()} for x in asked]
+    given = [
+        {k: v.double() if wide and v.is_floating_point() else v for k, v in x.items()}
+        for x in asked
+    ]
     return torch.stack([run(model, x).double() for x in given])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "vit", "whisper"])
-def test_in_narrow_dtypes_no_mode_is_twice_as_wrong_as_the_dense_model(name: str, dtype: torch.dtype) -> None:
+def test_in_narrow_dtypes_no_mode_is_twice_as_wrong_as_the_dense_model(
+    name: str, dtype: torch.dtype
+) -> None:
     arch = ARCHS[name]
     base = arch.base().to(dtype)
     tree = arch.tree(base, factors=torch.float32)
     before, nodes = bits(base), along("a/b/c")
     asked = [_redrawn(arch, seed, dtype) for seed in range(16)]
     exact = run_all(dense(copy.deepcopy(base).double(), tree, nodes), asked)
-    error = (run_all(dense(base, tree, nodes), asked) - exact).norm()  # the dense model's own, in this dtype
+    error = (
+        run_all(dense(base, tree, nodes), asked) - exact
+    ).norm()  # the dense model's own, in this dtype
     model = lt.attach(tree, base)
     with model.using("a/b/c"):
         assert_weights_are_the_sum(base, before, tree, nodes)
@@ -168,13 +195,17 @@ def greedy(model: Any, arch: Arch, **options: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
 @pytest.mark.parametrize("name", [n for n, a in ARCHS.items() if a.generates])
-def test_generate_gives_the_tokens_of_the_dense_model_and_the_bare_ones_after(name: str, mode: Any) -> None:
+def test_generate_gives_the_tokens_of_the_dense_model_and_the_bare_ones_after(
+    name: str, mode: Any
+) -> None:
     arch = ARCHS[name]
     if arch.merged_only and mode == "unmerged":
         return  # refused: test_a_path_through_fused_experts_is_merged_only
     base = arch.base()
     tree = arch.tree(base)
-    bare, inner, outer = (greedy(dense(base, tree, n), arch) for n in ({}, along("a/b/c"), along("a/d")))
+    bare, inner, outer = (
+        greedy(dense(base, tree, n), arch) for n in ({}, along("a/b/c"), along("a/d"))
+    )
     assert bare != inner != outer != bare
     model = lt.attach(tree, base)
     with model.using("a/d", mode=mode):
@@ -199,7 +230,9 @@ def test_beams_and_several_sequences_are_those_of_the_dense_model(mode: Any) -> 
 
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
-def test_a_decoder_that_starts_from_a_finished_cache_is_not_taken_for_a_silent_one(name: str) -> None:
+def test_a_decoder_that_starts_from_a_finished_cache_is_not_taken_for_a_silent_one(
+    name: str,
+) -> None:
     """Cross-attention's k and v are called once and read from the cache afterwards, as in every step of generate."""
     arch = ARCHS[name]
     base, inputs = arch.base(), arch.inputs()
@@ -216,10 +249,16 @@ def test_a_decoder_that_starts_from_a_finished_cache_is_not_taken_for_a_silent_o
 
 # ---------------------------------------------------------------------- flattened, in PEFT
 quiet_peft = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
+    ),
     # said of raw parameters, whose patterns PEFT does use
-    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning:peft"),
+    pytest.mark.filterwarnings(
+        r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning:peft"
+    ),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft"),
 ]
 
@@ -231,7 +270,11 @@ def with_quiet_peft(test: Any) -> Any:
 
 
 def in_peft(base: nn.Module, folder: Path) -> Any:
-    return PeftModel.from_pretrained(copy.deepcopy(base), folder).to(next(base.parameters()).dtype).eval()
+    return (
+        PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        .to(next(base.parameters()).dtype)
+        .eval()
+    )
 
 
 @with_quiet_peft
@@ -260,7 +303,9 @@ def test_a_flattened_path_generates_the_same_tokens_in_peft(name: str, tmp_path:
     base = arch.base()
     tree = arch.tree(base, factors=torch.float32)
     tree.flatten("a/b/c").save(tmp_path / "flat")
-    assert greedy(in_peft(base, tmp_path / "flat"), arch) == greedy(dense(base, tree, along("a/b/c")), arch)
+    assert greedy(in_peft(base, tmp_path / "flat"), arch) == greedy(
+        dense(base, tree, along("a/b/c")), arch
+    )
 
 
 # ---------------------------------------------------------------------- bare means bare
@@ -268,7 +313,10 @@ def state(base: nn.Module) -> dict[str, Any]:
     """Everything about a base that is not the numbers: identities, addresses, flags, hooks, attributes."""
     parameters = list(base.named_parameters(remove_duplicate=False))
     return {
-        "parameters": [(n, id(p), p.data_ptr(), p.requires_grad, p.dtype, p.stride(), p.grad) for n, p in parameters],
+        "parameters": [
+            (n, id(p), p.data_ptr(), p.requires_grad, p.dtype, p.stride(), p.grad)
+            for n, p in parameters
+        ],
         "buffers": [(n, id(b), b.data_ptr()) for n, b in base.named_buffers()],
         "keys": list(base.state_dict()),
         "flags": [(n, m.training, type(m)) for n, m in base.named_modules()],
@@ -319,7 +367,9 @@ def one_module(base: nn.Module, name: str) -> lt.AdapterTree:
     module = base.get_submodule(name)
     out, into = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
     layout = lt.Layout("linear" if isinstance(module, nn.Linear) else "embedding")
-    value = lt.LowRank(torch.randn(2, into).double() / 8, torch.randn(out, 2).double(), 1.5, layout=layout)
+    value = lt.LowRank(
+        torch.randn(2, into).double() / 8, torch.randn(out, 2).double(), 1.5, layout=layout
+    )
     tree = lt.AdapterTree()
     tree.add("one", adapter=lt.Adapter({name: value}))
     return tree
@@ -327,8 +377,12 @@ def one_module(base: nn.Module, name: str) -> lt.AdapterTree:
 
 @with_quiet_peft
 @pytest.mark.parametrize("side", [0, 1], ids=["head", "embedding"])
-@pytest.mark.parametrize("arch", [a for a in ARCHS.values() if a.tied], ids=[n for n, a in ARCHS.items() if a.tied])
-def test_a_tied_weight_is_refused_merged_and_changed_alone_unmerged(arch: Arch, side: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arch", [a for a in ARCHS.values() if a.tied], ids=[n for n, a in ARCHS.items() if a.tied]
+)
+def test_a_tied_weight_is_refused_merged_and_changed_alone_unmerged(
+    arch: Arch, side: int, tmp_path: Path
+) -> None:
     assert arch.tied
     base, inputs, name, other = arch.base(), arch.inputs(), arch.tied[side], arch.tied[1 - side]
     assert base.get_submodule(name).weight is base.get_submodule(other).weight
@@ -366,7 +420,9 @@ def test_a_weight_tied_after_it_was_merged_once_is_refused() -> None:
     with model.using("one"):
         pass
     base.model.embed_tokens.weight = base.lm_head.weight
-    with pytest.raises(TiedWeights, match=r"lm_head: its weight is tied to model\.embed_tokens\.weight"):
+    with pytest.raises(
+        TiedWeights, match=r"lm_head: its weight is tied to model\.embed_tokens\.weight"
+    ):
         model.activate("one")
 
 
@@ -378,7 +434,9 @@ def test_a_shared_embedding_that_is_never_called_names_those_that_are() -> None:
     with pytest.raises(TiedWeights, match=r"shared: its weight is tied to .*encoder\.embed_tokens"):
         model.activate("one")
     model.activate("one", mode="unmerged")
-    with pytest.raises(MergedOnly, match=r"(?s)shared: T5.* without calling it.*decoder\.embed_tokens.* instead"):
+    with pytest.raises(
+        MergedOnly, match=r"(?s)shared: T5.* without calling it.*decoder\.embed_tokens.* instead"
+    ):
         run(base, arch.inputs())
 
 
@@ -396,6 +454,8 @@ def test_a_tied_bias_that_no_adapter_adds_to_is_no_hindrance() -> None:
         assert_close(run(base, inputs), wanted)
     adapter = tree.adapter("one")
     assert adapter is not None
-    tree.update("one", adapter=adapter.map(lambda v: replace(v, bias=torch.ones(v.shape[0]).double())))
+    tree.update(
+        "one", adapter=adapter.map(lambda v: replace(v, bias=torch.ones(v.shape[0]).double()))
+    )
     with pytest.raises(TiedWeights, match=r"decoder: its bias is tied to cls\.predictions\.bias"):
         model.activate("one")

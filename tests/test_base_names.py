@@ -23,7 +23,11 @@ def small_llama(name: str) -> transformers.LlamaForCausalLM:
     """A tiny Llama that calls itself ``name``, as `from_pretrained` would have it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     model = transformers.LlamaForCausalLM(config)
     model.name_or_path = model.config._name_or_path = name
@@ -33,7 +37,9 @@ def small_llama(name: str) -> transformers.LlamaForCausalLM:
 def trained_by_peft(folder: Path, base: str) -> None:
     """Save what PEFT saves of an adapter over a model of that name."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(small_llama(base), config).save_pretrained(folder, save_embedding_layers=False)
+    peft.get_peft_model(small_llama(base), config).save_pretrained(
+        folder, save_embedding_layers=False
+    )
     assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == base
 
 
@@ -53,7 +59,9 @@ def trained_by_peft(folder: Path, base: str) -> None:
         ("", "org/model", False),
     ],
 )
-def test_two_names_differ_only_where_that_is_known(one: str, other: str | None, different: bool) -> None:
+def test_two_names_differ_only_where_that_is_known(
+    one: str, other: str | None, different: bool
+) -> None:
     assert other_base(one, other) is different
     assert other_base(other, one) is different
 
@@ -66,7 +74,9 @@ def test_one_folder_by_two_names_is_one_base(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- a folder without tree.yaml
-def test_a_folder_without_tree_yaml_takes_its_base_from_its_adapters_where_they_agree(tmp_path: Path) -> None:
+def test_a_folder_without_tree_yaml_takes_its_base_from_its_adapters_where_they_agree(
+    tmp_path: Path,
+) -> None:
     trained_by_peft(tmp_path / "fr", "org/model")
     trained_by_peft(tmp_path / "fr/legal", "/models/model")
     assert lt.load(tmp_path).base == "org/model"
@@ -86,7 +96,9 @@ def test_adapters_that_do_not_agree_name_no_base(tmp_path: Path) -> None:
     assert lt.load(tmp_path).base is None
     told = "the adapters name different bases: 'org/other' (de); 'org/model' (fr); name the tree's own in a tree.yaml"
     assert notes(tmp_path) == [told]
-    (tmp_path / "tree.yaml").write_text("version: 1\n")  # and where there is a tree.yaml it alone counts
+    (tmp_path / "tree.yaml").write_text(
+        "version: 1\n"
+    )  # and where there is a tree.yaml it alone counts
     shutil.rmtree(tmp_path / "de")
     assert lt.load(tmp_path).base is None
 
@@ -133,11 +145,15 @@ def test_an_adapter_that_names_another_base_than_the_tree_is_said(tmp_path: Path
     trained_by_peft(tmp_path / "fr", "org/model-8b")
     trained_by_peft(tmp_path / "de", "org/model-1b")
     (tmp_path / "tree.yaml").write_text("version: 1\nbase: org/model-8b\n")
-    assert notes(tmp_path) == ["de: made for the base 'org/model-1b', the tree names 'org/model-8b'"]
+    assert notes(tmp_path) == [
+        "de: made for the base 'org/model-1b', the tree names 'org/model-8b'"
+    ]
     assert lt.check(tmp_path) == []
 
 
-def test_attaching_to_another_model_than_the_tree_or_an_adapter_names_is_said(tmp_path: Path) -> None:
+def test_attaching_to_another_model_than_the_tree_or_an_adapter_names_is_said(
+    tmp_path: Path,
+) -> None:
     trained_by_peft(tmp_path / "zoo/fr", "org/model-8b")
     trained_by_peft(tmp_path / "zoo/de", "org/model-1b")
     (tmp_path / "zoo/tree.yaml").write_text("version: 1\nbase: org/model-8b\n")

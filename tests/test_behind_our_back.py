@@ -63,7 +63,9 @@ every_deed = pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
 
 # ---------------------------------------------------------------------- weights
 @every_deed
-def test_a_base_changed_while_bare_is_what_the_next_activation_starts_from(deed: Callable[[Any], Any]) -> None:
+def test_a_base_changed_while_bare_is_what_the_next_activation_starts_from(
+    deed: Callable[[Any], Any],
+) -> None:
     base = ARCH.base()
     tree = ARCH.tree(base)
     model = lt.attach(tree, base)
@@ -91,7 +93,9 @@ def test_a_base_changed_while_bare_is_what_the_next_activation_starts_from(deed:
 
 
 @every_deed
-def test_a_base_changed_while_merged_is_refused_with_the_choices(deed: Callable[[Any], Any]) -> None:
+def test_a_base_changed_while_merged_is_refused_with_the_choices(
+    deed: Callable[[Any], Any],
+) -> None:
     base = ARCH.base()
     model = lt.attach(ARCH.tree(base), base)
     model.activate("a/b/c")
@@ -109,7 +113,11 @@ def test_a_base_changed_while_merged_is_refused_with_the_choices(deed: Callable[
             attempt()
         message = str(refused.value)
         assert f"{Q}.weight" in message
-        for choice in ('model.trust("pristine")', 'model.trust("weights")', "model.deactivate() before loading"):
+        for choice in (
+            'model.trust("pristine")',
+            'model.trust("weights")',
+            "model.deactivate() before loading",
+        ):
             assert choice in message
         assert same_bits(base, now)
         assert (model.active, model.state) == ("a/b/c", lt.State.MERGED)
@@ -163,9 +171,15 @@ def test_a_resized_vocabulary_is_noticed(new: int) -> None:
     now = bits(base)
     for _ in range(2):  # a refusal must not be forgotten
         for mode in MODES:
-            with pytest.raises(BaseMismatch, match=rf"a/b/c: (lm_head|model\.embed_tokens): .*\(61.*needs .*\b{new}\b"):
+            with pytest.raises(
+                BaseMismatch,
+                match=rf"a/b/c: (lm_head|model\.embed_tokens): .*\(61.*needs .*\b{new}\b",
+            ):
                 model.activate("a/b/c", mode=mode)
-    wanted, inputs = dense(base, model.tree, along("a/b")), {"input_ids": torch.arange(3, new)[None]}
+    wanted, inputs = (
+        dense(base, model.tree, along("a/b")),
+        {"input_ids": torch.arange(3, new)[None]},
+    )
     with model.using("a/b"):  # changes no vocabulary
         assert_close(run(base, inputs), run(wanted, inputs))
     assert same_bits(base, now)
@@ -183,7 +197,9 @@ def test_an_embedding_resized_in_its_place_is_noticed(mode: Any) -> None:
         pass
     base.resize_token_embeddings(70, mean_resizing=False)
     assert base.model.embed_tokens is module
-    with pytest.raises(BaseMismatch, match=r"words: model\.embed_tokens: .*\(2, 61\).*needs \(2, 70\)"):
+    with pytest.raises(
+        BaseMismatch, match=r"words: model\.embed_tokens: .*\(2, 61\).*needs \(2, 70\)"
+    ):
         model.activate("words", mode=mode)
 
 
@@ -193,10 +209,13 @@ def test_a_vocabulary_resized_while_merged_can_not_be_put_back() -> None:
     model.activate("a/b/c")
     base.resize_token_embeddings(70, mean_resizing=False)
     now = bits(base)
-    with pytest.raises(ForeignWrite, match=r"^lm_head\.weight, model\.embed_tokens\.weight: written or replaced"):
+    with pytest.raises(
+        ForeignWrite, match=r"^lm_head\.weight, model\.embed_tokens\.weight: written or replaced"
+    ):
         model.deactivate()
     with pytest.raises(
-        ForeignWrite, match=r"(?s)lm_head\.weight, model\.embed_tokens\.weight: .*resized.*trust\(\"weights"
+        ForeignWrite,
+        match=r"(?s)lm_head\.weight, model\.embed_tokens\.weight: .*resized.*trust\(\"weights",
     ):
         model.trust("pristine")
     assert same_bits(base, now)
@@ -213,7 +232,9 @@ def test_a_module_replaced_while_merged_can_come_back() -> None:
     model.activate("a/b/c")
     old = base.get_submodule(Q)
     replace_module(base)
-    with pytest.raises(ForeignWrite, match=r"q_proj\.weight: replaced or resized .*\n  put the old module back"):
+    with pytest.raises(
+        ForeignWrite, match=r"q_proj\.weight: replaced or resized .*\n  put the old module back"
+    ):
         model.trust("pristine")
     base.model.layers[0].self_attn.q_proj = old
     model.deactivate()
@@ -245,7 +266,9 @@ def test_one_weight_under_two_names_is_written_by_one_of_them_at_a_time() -> Non
     was = base.get_parameter(f"{Q}.weight").detach().clone()
     for path, scale in (("module", 1), ("raw", 2), ("module", 1), ("raw", 2), ("", 0)):
         model.activate(path)
-        torch.testing.assert_close(base.get_parameter(f"{Q}.weight").detach(), was + scale * (B @ A))
+        torch.testing.assert_close(
+            base.get_parameter(f"{Q}.weight").detach(), was + scale * (B @ A)
+        )
     assert torch.equal(base.get_parameter(f"{Q}.weight"), was)
 
 
@@ -254,7 +277,9 @@ def test_a_raw_parameter_written_while_merged_is_named_as_it_is() -> None:
     model = lt.attach(ARCHS["mixtral, experts"].tree(base), base)
     model.activate("a")
     base.model.layers[1].mlp.experts.down_proj.data.zero_()
-    with pytest.raises(ForeignWrite, match=r"^model\.layers\.1\.mlp\.experts\.down_proj: written or replaced"):
+    with pytest.raises(
+        ForeignWrite, match=r"^model\.layers\.1\.mlp\.experts\.down_proj: written or replaced"
+    ):
         model.deactivate()
 
 
@@ -321,8 +346,14 @@ def test_a_base_wrapped_by_peft_is_refused_by_name() -> None:
     base = ARCH.base()
     tree = ARCH.tree(base)
     wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
-    for found in (wrapped, wrapped.base_model, base):  # PEFT has put its layers into the base itself
-        with pytest.raises(StateError, match=r"the base is wrapped by PEFT \(peft\.\S+\)\n  peft_model\.unload\(\)"):
+    for found in (
+        wrapped,
+        wrapped.base_model,
+        base,
+    ):  # PEFT has put its layers into the base itself
+        with pytest.raises(
+            StateError, match=r"the base is wrapped by PEFT \(peft\.\S+\)\n  peft_model\.unload\(\)"
+        ):
             lt.attach(tree, found)
     bare = wrapped.unload()
     wanted = run(dense(bare, tree, along("a")), ARCH.inputs())

@@ -31,7 +31,16 @@ SIZE = replace(SMALL, hidden=32, layers=1)
     ("module", "tables", "timed"),
     [
         (switch, 3, {"siblings", "cousins", "PEFT, siblings", "PEFT, cousins", "floor"}),
-        (unmerged, 3, {"new path", "used before, 10 nodes", "used before, 20 nodes", "PEFT set_adapter, 10 adapters"}),
+        (
+            unmerged,
+            3,
+            {
+                "new path",
+                "used before, 10 nodes",
+                "used before, 20 nodes",
+                "PEFT set_adapter, 10 adapters",
+            },
+        ),
         (flatten, 1, {"ours", "PEFT, svd"}),
         (opening, 2, {"with tree.lock", "bare folders"}),
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
@@ -39,7 +48,15 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (training, 5, {"together", "PEFT, 8 steps"}),
         (checkpoint, 1, {"merged", "copied, with fsync"}),
         (first_use, 2, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
-        (thousands, 2, {"opening", "first use, 200 nodes, memory new", "first use, 10 nodes, memory handed on"}),
+        (
+            thousands,
+            2,
+            {
+                "opening",
+                "first use, 200 nodes, memory new",
+                "first use, 10 nodes, memory handed on",
+            },
+        ),
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
@@ -50,7 +67,9 @@ def test_a_benchmark_times_what_it_names(
     assert len(results) == tables
     assert timed <= set(results[0].timings)
     tell(results, Form.json)
-    assert [table["title"] for table in json.loads(capsys.readouterr().out)] == [result.title for result in results]
+    assert [table["title"] for table in json.loads(capsys.readouterr().out)] == [
+        result.title for result in results
+    ]
 
 
 def test_no_hook_is_left_while_merged_and_flattening_is_no_worse_than_peft() -> None:
@@ -87,7 +106,9 @@ def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table
     assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree", "tree + root"))
 
 
-def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_and_no_clock_is_involved() -> None:
+def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_and_no_clock_is_involved() -> (
+    None
+):
     (table,) = policies.run(SIZE)
     assert policies.run(SIZE)[0].facts == table.facts
     for skew in policies.SKEWS:

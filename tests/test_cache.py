@@ -22,7 +22,15 @@ from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import buffer_of, held_bytes, pack
-from lora_tree.errors import BudgetError, FormatError, LoraTreeError, PathError, SpecError, StateError, UnlockedError
+from lora_tree.errors import (
+    BudgetError,
+    FormatError,
+    LoraTreeError,
+    PathError,
+    SpecError,
+    StateError,
+    UnlockedError,
+)
 from lora_tree.folder import source as source_room
 
 
@@ -47,9 +55,15 @@ def need(*paths: str) -> int:
 
 
 # ---------------------------------------------------------------------- budgets are said
-def test_the_nearest_place_that_says_a_budget_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_place_that_says_a_budget_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "tree.yaml").write_text("version: 1\ncache: {host_budget: 3kB, device_budget: 5kB}\n")
-    for argument, variable, expected in ((None, None, 3000), (None, "4000", 4000), ("2KiB", "4000", 2048)):
+    for argument, variable, expected in (
+        (None, None, 3000),
+        (None, "4000", 4000),
+        ("2KiB", "4000", 2048),
+    ):
         monkeypatch.setenv("LORA_TREE_HOST_BUDGET", variable or " ")
         model = attached(folder, argument)
         assert model.cache.stats().tiers[0].budget_bytes == expected
@@ -68,21 +82,31 @@ def test_of_a_base_on_the_cpu_the_smaller_of_two_budgets_bounds_one_tier(folder:
         model.activate("a/b")
 
 
-@pytest.mark.parametrize("bad", ["", "GiB", "-1", -1, 0, "0.0001B", True, 1.5, None, "1 2", "9" * 30, 10**400, "1e9"])
+@pytest.mark.parametrize(
+    "bad", ["", "GiB", "-1", -1, 0, "0.0001B", True, 1.5, None, "1 2", "9" * 30, 10**400, "1e9"]
+)
 def test_what_is_no_size_is_refused(bad: object) -> None:
     with pytest.raises(SpecError, match="write a number of bytes"):
         parse_bytes(bad)  # type: ignore[arg-type]
 
 
-def test_budgets_in_yaml_survive_a_save_and_mistakes_are_located(folder: Path, tmp_path: Path) -> None:
+def test_budgets_in_yaml_survive_a_save_and_mistakes_are_located(
+    folder: Path, tmp_path: Path
+) -> None:
     yaml = folder / "tree.yaml"
     yaml.write_text("version: 1\ncache: {host_budget: 3kB}\n")
     tree = lt.load(folder)
     tree.save(tmp_path / "copy")
     assert lt.load(tmp_path / "copy").cache.host_budget == "3kB"
     for line, text in (
-        ("{host_budge: 3kB}", r"tree.yaml:2:9: unknown key 'host_budge' in cache; did you mean 'host_budget'"),
-        ("{host_budget: 3kb}", r"tree.yaml:2:9: cache.host_budget: got '3kb', which is no size: no unit 'kb'"),
+        (
+            "{host_budge: 3kB}",
+            r"tree.yaml:2:9: unknown key 'host_budge' in cache; did you mean 'host_budget'",
+        ),
+        (
+            "{host_budget: 3kb}",
+            r"tree.yaml:2:9: cache.host_budget: got '3kb', which is no size: no unit 'kb'",
+        ),
         ("{host_budget: 0}", r"tree.yaml:2:9: cache.host_budget: got 0, which is no size"),
     ):
         yaml.write_text(f"version: 1\ncache: {line}\n")
@@ -103,7 +127,12 @@ def test_without_a_budget_the_tree_keeps_what_is_read(folder: Path) -> None:
     model.detach()
     assert model.tree["a/b"].loaded is kept
     stats = model.cache.stats()
-    assert (stats.requests, stats.served, stats.tiers[0].budget_bytes, stats.tiers[0].held_bytes) == (2, 1, None, 0)
+    assert (
+        stats.requests,
+        stats.served,
+        stats.tiers[0].budget_bytes,
+        stats.tiers[0].held_bytes,
+    ) == (2, 1, None, 0)
 
 
 def test_without_a_budget_a_prefetched_node_becomes_the_trees_when_it_is_used(folder: Path) -> None:
@@ -127,7 +156,9 @@ def test_any_traffic_stays_inside_the_budget_and_means_what_it_means_without(
     evicted = poison(monkeypatch)
     budget = 2 * need("a/b/c")
     model, rng = attached(folder, budget, eviction=eviction), random.Random(0)
-    expected = {p: value(folder, p, mode="merged" if mode == "merged" else "unmerged") for p in RANKS}
+    expected = {
+        p: value(folder, p, mode="merged" if mode == "merged" else "unmerged") for p in RANKS
+    }
     for _ in range(120):
         path = rng.choice(sorted(RANKS))
         model.deactivate()
@@ -146,7 +177,9 @@ def test_any_traffic_stays_inside_the_budget_and_means_what_it_means_without(
     assert 0 < stats.hit_rate < 1
 
 
-def test_a_mixed_batch_under_a_budget_is_the_batch_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixed_batch_under_a_budget_is_the_batch_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch)
     free, tight = attached(folder, None), attached(folder, 2150)
     rng = random.Random(1)
@@ -189,10 +222,14 @@ def test_a_budget_smaller_than_one_lineage_says_how_much_is_needed(folder: Path)
     model.activate("e/f")  # what was loaded for the request that failed can go
     enough = attached(folder, need("a/b/c"))
     enough.activate("a/b/c")
-    with pytest.raises(BudgetError, match=r"e: 168 B .*\(e 168 B\) beside 504 B that are in use(.|\n)*deactivate"):
+    with pytest.raises(
+        BudgetError, match=r"e: 168 B .*\(e 168 B\) beside 504 B that are in use(.|\n)*deactivate"
+    ):
         enough.activate("e")
     assert torch.equal(enough.base(inputs()), value(folder, "a/b/c"))
-    with pytest.raises(BudgetError, match=r"^a, a/b, a/b/c: laid out beside the weights: 504 B more are needed"):
+    with pytest.raises(
+        BudgetError, match=r"^a, a/b, a/b/c: laid out beside the weights: 504 B more are needed"
+    ):
         enough.activate("a/b/c", mode="unmerged")
     assert enough.state is lt.State.MERGED
 
@@ -216,14 +253,18 @@ def test_what_a_with_goes_back_to_stays(folder: Path, monkeypatch: pytest.Monkey
     assert model.cache.stats().tiers[0].in_use_bytes == 0
 
 
-def test_what_was_read_before_comes_under_the_budget_and_the_tree_reads_through_the_cache(folder: Path) -> None:
+def test_what_was_read_before_comes_under_the_budget_and_the_tree_reads_through_the_cache(
+    folder: Path,
+) -> None:
     tree = lt.load(folder)
     flat = tree.flatten("a/b/c")
     assert tree["a/b/c"].loaded is not None
     model = lt.attach(tree, base(), host_budget=need("a/b/c"))
     assert tree["a/b/c"].loaded is None
     for path in RANKS:
-        assert torch.equal(tree.flatten(path).modules["0"].A, lt.load(folder).flatten(path).modules["0"].A)
+        assert torch.equal(
+            tree.flatten(path).modules["0"].A, lt.load(folder).flatten(path).modules["0"].A
+        )
         assert tree[path].loaded is None
         assert model.cache.stats().tiers[0].held_bytes <= need("a/b/c")
     assert flat.modules["0"].A.isfinite().all()
@@ -245,7 +286,9 @@ def test_values_that_only_memory_has_are_the_trees_and_never_dropped(folder: Pat
     assert tree.adapter("e") is e
 
 
-def test_trained_factors_are_never_dropped_saved_or_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_factors_are_never_dropped_saved_or_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch)
     model = attached(folder, need("a/b") * 2 + 200)
     (group,) = model.trainable("a/b")
@@ -371,7 +414,9 @@ def test_what_a_prefetch_could_not_load_is_told_by_the_call_that_needs_it(folder
     assert model.cache.stats().tiers[0].failures == 2
 
 
-def test_a_prefetch_evicts_nothing_that_is_in_use_and_leaves_out_what_has_no_room(folder: Path) -> None:
+def test_a_prefetch_evicts_nothing_that_is_in_use_and_leaves_out_what_has_no_room(
+    folder: Path,
+) -> None:
     model = attached(folder, need("a/b/c") + BYTES["a/d"])
     model.activate("a/b/c")
     model.prefetch(["a/d", "e/g"])
@@ -379,7 +424,9 @@ def test_a_prefetch_evicts_nothing_that_is_in_use_and_leaves_out_what_has_no_roo
     assert cached(model) == {"a", "a/b", "a/b/c", "a/d"}
 
 
-def test_a_request_waits_for_a_prefetch_that_is_under_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_waits_for_a_prefetch_that_is_under_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[str] = []
     begun, go_on = threading.Event(), threading.Event()
 
@@ -445,7 +492,9 @@ def test_a_broken_load_is_not_cached_and_nothing_of_it_is_used(folder: Path, dam
         os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     else:
         file.unlink()
-    refused = FormatError if "gone" in damage else UnlockedError  # not what the lock speaks of: said first
+    refused = (
+        FormatError if "gone" in damage else UnlockedError
+    )  # not what the lock speaks of: said first
     for _ in range(2):
         with pytest.raises(refused, match=r"^a/b: .*zoo/a/b"):
             model.activate("a/b/c")
@@ -481,7 +530,9 @@ def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwi
 ) -> None:
     hashes: list[str] = []
     plain = source_room.content
-    monkeypatch.setattr(source_room, "content", lambda *of: hashes.append(found := plain(*of)) or found)
+    monkeypatch.setattr(
+        source_room, "content", lambda *of: hashes.append(found := plain(*of)) or found
+    )
     monkeypatch.setattr(
         source_room, "_TICK_NS", -(10**18)
     )  # files of a moment ago may change within one tick of the clock
@@ -500,7 +551,9 @@ def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwi
     assert len(hashes) == 2
 
 
-def test_files_of_a_moment_ago_are_hashed_every_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_moment_ago_are_hashed_every_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two writes within one tick of a coarse clock leave one time."""
     now = time.time_ns()
     monkeypatch.setattr(source_room, "_identity", lambda files: ((1, 1, 1, now, now),) * 2)
@@ -531,7 +584,9 @@ def test_read_only_media_serve(folder: Path) -> None:
 
 def test_a_policy_itself_is_refused_where_its_maker_is_asked_for(folder: Path) -> None:
     with pytest.raises(SpecError, match=r"(?s)eviction: got Lru itself.*eviction=Lru"):
-        lt.attach(lt.load(folder), nn.Sequential(nn.Linear(4, 3)), host_budget="1MiB", eviction=Lru())  # type: ignore[arg-type]
+        lt.attach(
+            lt.load(folder), nn.Sequential(nn.Linear(4, 3)), host_budget="1MiB", eviction=Lru()
+        )  # type: ignore[arg-type]
 
 
 def test_an_interrupt_at_the_beginning_of_a_load_leaves_the_node_to_be_loaded(
@@ -539,7 +594,9 @@ def test_an_interrupt_at_the_beginning_of_a_load_leaves_the_node_to_be_loaded(
 ) -> None:
     model = attached(folder, "1MiB")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lora_tree.cache.cache._Room", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            "lora_tree.cache.cache._Room", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         model.activate("a")
     done = threading.Thread(target=lambda: model.activate("a"), daemon=True)
     done.start()
@@ -565,7 +622,11 @@ def test_packing_and_moving_change_no_number() -> None:
         layout=lt.Layout("parameter"),
     )
     plain = lt.LowRank(
-        torch.randn(2, 5).to(torch.bfloat16), torch.randn(4, 2), 0.5, torch.randn(4), lt.Layout("linear")
+        torch.randn(2, 5).to(torch.bfloat16),
+        torch.randn(4, 2),
+        0.5,
+        torch.randn(4),
+        lt.Layout("linear"),
     )
     mine = lt.Adapter({"x": experts, "y": plain}, unchanged={"y.bias": torch.randn(4)})
     assert buffer_of(mine) is None
@@ -600,7 +661,11 @@ def test_the_caller_makes_the_one_buffer_that_is_read_into(folder: Path) -> None
         for name in plain.modules
         for a, b in zip(mine.modules[name].tensors, plain.modules[name].tensors, strict=True)
     )
-    assert all(t.untyped_storage().data_ptr() == made[0].data_ptr() for v in mine.modules.values() for t in v.tensors)
+    assert all(
+        t.untyped_storage().data_ptr() == made[0].data_ptr()
+        for v in mine.modules.values()
+        for t in v.tensors
+    )
 
 
 # ---------------------------------------------------------------------- a device with memory of its own
@@ -654,7 +719,9 @@ def test_two_tiers_keep_their_own_budgets_and_the_host_serves_what_left_the_devi
     assert device.in_use_bytes == need(path)
 
 
-def test_a_host_smaller_than_one_node_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_smaller_than_one_node_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lora_tree.model.link_to", lambda base: Elsewhere())
     model = lt.attach(lt.load(folder), base(), host_budget=BYTES["a/b"] - 1, device_budget=4000)
     model.activate("a/d")
@@ -698,7 +765,9 @@ def test_an_ancestor_never_goes_before_what_lies_below_it(policy: type[Lru]) -> 
         while len(held) > 4:
             victim = order.victim(lambda key, mine=nodes: key not in mine)  # type: ignore[misc]
             assert isinstance(victim, str)
-            assert not [node for node in held if node.startswith(f"{victim}/")], f"{victim} before what is below it"
+            assert not [node for node in held if node.startswith(f"{victim}/")], (
+                f"{victim} before what is below it"
+            )
             order.gone(victim)
             held.discard(victim)
 

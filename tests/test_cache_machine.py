@@ -37,7 +37,9 @@ class Caching(RuleBasedStateMachine):
         self.undo = ExitStack()
         patch = self.undo.enter_context(pytest.MonkeyPatch.context())
         if shelved:
-            patch.setattr(shelf, "PAGED", 1)  # memory goes from hand to hand, as that of large adapters does
+            patch.setattr(
+                shelf, "PAGED", 1
+            )  # memory goes from hand to hand, as that of large adapters does
         self.evicted = poison(patch)
         self.folder = zoo(Path(self.undo.enter_context(tempfile.TemporaryDirectory())) / "zoo")
         self.budget = budget
@@ -60,7 +62,10 @@ class Caching(RuleBasedStateMachine):
     def both(self, needed: set[str], call: object, *, laid: int) -> bool:
         """Do the same to both models; False where the one with a budget had a reason not to."""
         assert callable(call)
-        before, unread = self.model.active, needed & self.broken.keys() - cached(self.model) - self.trained
+        before, unread = (
+            self.model.active,
+            needed & self.broken.keys() - cached(self.model) - self.trained,
+        )
         used = set(self.model.nodes_in_use()) | needed
         try:
             call(self.model)
@@ -123,7 +128,9 @@ class Caching(RuleBasedStateMachine):
     def flatten(self, path: str, rank: int | None) -> None:
         assert self.model.cache.wait(10)
         if not set(lineage(path)) & self.broken.keys():
-            self.evicted.spared = True  # flatten holds what it reads until it is done, in the cache or not
+            self.evicted.spared = (
+                True  # flatten holds what it reads until it is done, in the cache or not
+            )
             try:
                 mine = self.model.tree.flatten(path, rank).modules["0"]
             except BudgetError:
@@ -190,7 +197,9 @@ class Caching(RuleBasedStateMachine):
         try:
             mine = self.model.base(inputs())
         except BudgetError:
-            assert self.model.state is lt.State.ROUTED  # what a batch lays out is known only when it runs
+            assert (
+                self.model.state is lt.State.ROUTED
+            )  # what a batch lays out is known only when it runs
             return
         assert torch.equal(mine, self.free.base(inputs()))
 

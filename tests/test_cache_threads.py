@@ -40,7 +40,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lt.TreeModel:
 
     tree = lt.load(zoo(tmp_path / "zoo"))
     monkeypatch.setattr(FolderSource, "load", load)
-    monkeypatch.setattr(shelf, "PAGED", 1)  # memory goes from hand to hand, as that of large adapters does
+    monkeypatch.setattr(
+        shelf, "PAGED", 1
+    )  # memory goes from hand to hand, as that of large adapters does
     largest = sum(BYTES[node] for node in lineage("a/b/c"))
     return lt.attach(tree, base(), host_budget=3 * largest)
 
@@ -55,7 +57,11 @@ def test_threads_that_request_prefetch_and_release(model: lt.TreeModel) -> None:
     for path in RANKS:
         free.activate(path, mode="unmerged")
         expected[path] = free.base(inputs())
-    until, wrong, done = time.monotonic() + SECONDS, [], dict.fromkeys(("request", "read", "prefetch", "failed"), 0)
+    until, wrong, done = (
+        time.monotonic() + SECONDS,
+        [],
+        dict.fromkeys(("request", "read", "prefetch", "failed"), 0),
+    )
 
     def work(seed: int, kind: str) -> None:
         rng = random.Random(seed)
@@ -104,7 +110,9 @@ def test_threads_that_request_prefetch_and_release(model: lt.TreeModel) -> None:
     )
 
 
-def test_many_threads_that_need_one_node_read_it_once(model: lt.TreeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_that_need_one_node_read_it_once(
+    model: lt.TreeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[str] = []
 
     def load(self: FolderSource, allocate: object = None) -> lt.Adapter:
@@ -114,7 +122,9 @@ def test_many_threads_that_need_one_node_read_it_once(model: lt.TreeModel, monke
 
     monkeypatch.setattr(FolderSource, "load", load)
     found: list[lt.Adapter | None] = []
-    threads = [threading.Thread(target=lambda: found.append(model.tree.adapter("e/g"))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(model.tree.adapter("e/g"))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

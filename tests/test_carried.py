@@ -17,15 +17,24 @@ import lora_tree as lt
 from lora_tree.carried import check_carried, is_same_tensor
 from lora_tree.errors import BaseMismatch
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 IDS = torch.arange(16).reshape(2, 8) * 7
 
 
 # ---------------------------------------------------------------------- the comparison
 @given(st.integers(0, 2**32 - 1), st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES)))
-def test_the_same_numbers_loaded_in_two_dtypes_are_the_same(seed: int, one: str, other: str) -> None:
+def test_the_same_numbers_loaded_in_two_dtypes_are_the_same(
+    seed: int, one: str, other: str
+) -> None:
     g = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(-30, 15, (4000,), generator=g, dtype=torch.int32)  # subnormal in fp16, up to its largest
+    exponents = torch.randint(
+        -30, 15, (4000,), generator=g, dtype=torch.int32
+    )  # subnormal in fp16, up to its largest
     stored = torch.ldexp(torch.randn(4000, generator=g).clamp(-1.9, 1.9), exponents)
     stored[:3] = torch.tensor([0.0, -0.0, 60000.0])
     assert is_same_tensor(stored.to(DTYPES[one]), stored.to(DTYPES[other]))
@@ -47,7 +56,8 @@ def test_two_steps_of_the_coarser_dtype_are_a_difference(one: str, other: str) -
 def test_what_has_no_numbers_or_another_shape_is_refused_by_name() -> None:
     own = torch.ones(2, 3)
     with pytest.raises(
-        BaseMismatch, match=r"head\.weight: the adapter carries it as \(3, 2\), the base has .*\(2, 3\)"
+        BaseMismatch,
+        match=r"head\.weight: the adapter carries it as \(3, 2\), the base has .*\(2, 3\)",
     ):
         check_carried("head.weight", own.mT, own)
     with pytest.raises(BaseMismatch, match=r"head\.weight: .* no numbers here"):
@@ -62,10 +72,16 @@ def test_adapters_that_carry_one_tensor_in_two_dtypes_add_up() -> None:
     factors = lt.LowRank(torch.ones(1, 3), torch.ones(4, 1))
     tree = lt.AdapterTree()
     for path, dtype in (("a", "bf16"), ("a/b", "fp32"), ("a/b/c", "fp16")):
-        tree.add(path, adapter=lt.Adapter({"x": factors}, unchanged={"x.bias": stored.to(DTYPES[dtype])}))
-    assert torch.equal(tree.flatten("a/b/c").unchanged["x.bias"], stored)  # in the dtype that holds the others
+        tree.add(
+            path, adapter=lt.Adapter({"x": factors}, unchanged={"x.bias": stored.to(DTYPES[dtype])})
+        )
+    assert torch.equal(
+        tree.flatten("a/b/c").unchanged["x.bias"], stored
+    )  # in the dtype that holds the others
     tree.add("a/d", adapter=lt.Adapter({"x": factors}, unchanged={"x.bias": stored.half() + 1}))
-    with pytest.raises(BaseMismatch, match=r"a and a/d: x\.bias: two adapters carry different values"):
+    with pytest.raises(
+        BaseMismatch, match=r"a and a/d: x\.bias: two adapters carry different values"
+    ):
         tree.flatten("a/d")
 
 
@@ -77,26 +93,45 @@ def llama(folder: Path, dtype: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("stored", "train", "serve"),
-    [("fp32", "fp32", "bf16"), ("fp32", "bf16", "fp16"), ("bf16", "bf16", "fp16"), ("bf16", "fp16", "bf16")],
+    [
+        ("fp32", "fp32", "bf16"),
+        ("fp32", "bf16", "fp16"),
+        ("bf16", "bf16", "fp16"),
+        ("bf16", "fp16", "bf16"),
+    ],
 )
-def test_a_head_that_came_along_fits_the_base_in_any_dtype(stored: str, train: str, serve: str, tmp_path: Path) -> None:
+def test_a_head_that_came_along_fits_the_base_in_any_dtype(
+    stored: str, train: str, serve: str, tmp_path: Path
+) -> None:
     """As PEFT has it, which loads the same folder over the same base."""
     transformers.utils.logging.disable_progress_bar()
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=400
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=400,
     )
     torch.manual_seed(1)
     transformers.LlamaForCausalLM(config).to(DTYPES[stored]).save_pretrained(tmp_path / "base")
     torch.manual_seed(2)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], bias="all", init_lora_weights=False)
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], bias="all", init_lora_weights=False
+    )
     get_peft_model(llama(tmp_path / "base", train), lora).save_pretrained(tmp_path / "peft")
-    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(
+        tmp_path / "peft" / "adapter_model.safetensors"
+    )
     tree = lt.AdapterTree()
     tree.add("a", adapter=tmp_path / "peft")
     base = llama(tmp_path / "base", serve)
     lt.attach(tree, base).activate("a", mode="unmerged")
     with torch.no_grad():
-        wanted = PeftModel.from_pretrained(llama(tmp_path / "base", serve), tmp_path / "peft").eval()(IDS).logits
+        wanted = (
+            PeftModel.from_pretrained(llama(tmp_path / "base", serve), tmp_path / "peft")
+            .eval()(IDS)
+            .logits
+        )
         torch.testing.assert_close(base(IDS).logits.float(), wanted.float(), rtol=3e-2, atol=3e-2)
     # the two ways out compare with the numbers on the disk
     assert lt.portable(tree, "a", base=tmp_path / "base").adapter.unchanged == {}
@@ -111,5 +146,7 @@ def test_a_head_that_came_along_fits_the_base_in_any_dtype(stored: str, train: s
         lambda: lt.portable(tree, "b", base=tmp_path / "base"),
         lambda: lt.export_model(tree, "b", tmp_path / "other", base=tmp_path / "base"),
     ):
-        with pytest.raises(BaseMismatch, match=r"b: lm_head\.weight: the adapter carries a weight that is not"):
+        with pytest.raises(
+            BaseMismatch, match=r"b: lm_head\.weight: the adapter carries a weight that is not"
+        ):
             call()

@@ -119,7 +119,9 @@ def test_show_tells_programs_the_same(shell: Shell, zoo: Path, base: Path) -> No
     assert (misc["kind"], misc["parameters"]) == ("group", 0)
 
 
-def test_a_stale_node_is_shown_and_warned_of_in_one_line(shell: Shell, zoo: Path, base: Path) -> None:
+def test_a_stale_node_is_shown_and_warned_of_in_one_line(
+    shell: Shell, zoo: Path, base: Path
+) -> None:
     tree = lt.load(zoo)
     tree.update("fr", adapter=adapter(base, 9))
     tree.save(zoo)
@@ -153,11 +155,16 @@ def test_check_of_a_base_names_the_module_that_does_not_fit(
     bytelevel.save_base(bytelevel.new_base(hidden=64, layers=1, window=32), other)
     code, out, _ = shell("check", zoo, "--base", other)
     assert code == 1
-    assert "fr: model.layers.0.self_attn.q_proj: A is (2, 32) and B (32, 2), this base needs (2, 64)" in out
+    assert (
+        "fr: model.layers.0.self_attn.q_proj: A is (2, 32) and B (32, 2), this base needs (2, 64)"
+        in out
+    )
     assert "6 problems" in out
 
 
-def test_check_of_a_base_names_the_target_that_takes_no_delta(shell: Shell, base: Path, tmp_path: Path) -> None:
+def test_check_of_a_base_names_the_target_that_takes_no_delta(
+    shell: Shell, base: Path, tmp_path: Path
+) -> None:
     tree = lt.AdapterTree()
     tree.add("fr", target_modules=["q_proj", "input_layernorm"])
     tree.save(tmp_path / "zoo")
@@ -173,15 +180,22 @@ def test_check_names_the_nodes_that_do_not_add_up(shell: Shell, base: Path, tmp_
     tree = lt.AdapterTree(base=str(base))
     tree.add("fr", adapter=adapter(base, 1))
     tree.add("fr/grp", adapter=lt.Adapter({v: lt.LowRank(torch.ones(1, 32), torch.ones(32, 1))}))
-    tree.add("fr/grp/odd", adapter=lt.Adapter({q: lt.LowRank(torch.ones(1, 16), torch.ones(32, 1))}))
-    tree.add("de", adapter=lt.Adapter({q: lt.LowRank(torch.ones(1, 16), torch.ones(32, 1))}))  # alone it is right
+    tree.add(
+        "fr/grp/odd", adapter=lt.Adapter({q: lt.LowRank(torch.ones(1, 16), torch.ones(32, 1))})
+    )
+    tree.add(
+        "de", adapter=lt.Adapter({q: lt.LowRank(torch.ones(1, 16), torch.ones(32, 1))})
+    )  # alone it is right
     tree.save(tmp_path / "zoo")
     told = f"fr/grp/odd: {q}: (32, 16) (linear) here and (32, 32) (linear) in fr do not add up"
     assert shell("check", tmp_path / "zoo")[:2] == (1, f"shape: {told}\n1 problem\n")
     code, out, _ = shell("check", tmp_path / "zoo", "--base", base, "--json")
     problems = json.loads(out)["problems"]
     assert (code, problems[0]) == (1, {"node": "fr/grp/odd", "kind": "shape", "text": told})
-    assert [(p["node"], p["kind"]) for p in problems[1:]] == [("de", "base"), ("fr/grp/odd", "base")]
+    assert [(p["node"], p["kind"]) for p in problems[1:]] == [
+        ("de", "base"),
+        ("fr/grp/odd", "base"),
+    ]
 
 
 def test_check_of_a_stale_tree_says_so_once(shell: Shell, zoo: Path, base: Path) -> None:
@@ -193,7 +207,9 @@ def test_check_of_a_stale_tree_says_so_once(shell: Shell, zoo: Path, base: Path)
     assert out.count("fr/legal") == 1
 
 
-def test_changed_files_are_refused_until_they_are_locked(shell: Shell, zoo: Path, base: Path) -> None:
+def test_changed_files_are_refused_until_they_are_locked(
+    shell: Shell, zoo: Path, base: Path
+) -> None:
     adapter(base, 7).save(zoo / "fr" / "medical")
     code, _, err = shell("show", zoo)
     assert code == 1
@@ -221,7 +237,10 @@ def test_show_lists_what_cannot_be_used_in_red_beside_the_others(
     monkeypatch.setenv("FORCE_COLOR", "1")
     _, coloured, _ = shell("show", zoo)
     red = [line for line in coloured.splitlines() if "\x1b[31m" in line]
-    assert [("my adapter" in line, "use_dora" in line) for line in red[:2]] == [(False, True), (True, False)]
+    assert [("my adapter" in line, "use_dora" in line) for line in red[:2]] == [
+        (False, True),
+        (True, False),
+    ]
     monkeypatch.delenv("FORCE_COLOR")
     code, out, _ = shell("show", zoo, "--json")
     told = json.loads(out)
@@ -235,7 +254,9 @@ def test_show_lists_what_cannot_be_used_in_red_beside_the_others(
     assert len(told["nodes"]) == 6
 
 
-def test_a_path_is_exported_though_another_node_is_broken(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+def test_a_path_is_exported_though_another_node_is_broken(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
     expected = lt.load(zoo).flatten("fr/legal")
     (zoo / "fr/medical/adapter_model.safetensors").write_bytes(b"x")
     arguments = ("export", zoo, "fr/legal", "--out", tmp_path / "out", "--as", "peft")
@@ -272,7 +293,11 @@ def test_lock_says_what_it_accepts_and_what_was_moved(shell: Shell, zoo: Path, b
     }  # fmt: skip
     (zoo / "fr/medical").rename(zoo / "medical")
     adapter(base, 5).save(zoo / "it")
-    expected = {"accepted": ["it", "medical"], "moved": {"medical": "fr/medical"}, "gone": ["fr/medical"]}
+    expected = {
+        "accepted": ["it", "medical"],
+        "moved": {"medical": "fr/medical"},
+        "gone": ["fr/medical"],
+    }
     told = json.loads(shell("lock", zoo, "--json")[1])
     assert {key: told[key] for key in expected} == expected
     assert list(told["stale"]) == ["medical"]
@@ -288,7 +313,9 @@ def test_lock_says_what_it_accepts_and_what_was_moved(shell: Shell, zoo: Path, b
 
 
 # ---------------------------------------------------------------------- export
-def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+def test_an_exported_path_is_what_the_tree_flattens_to(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
     told = answer(shell, "export", zoo, "fr/legal", "--as", "peft", "--out", tmp_path / "flat")
     assert (told["ranks"], told["error"], told["modules"]) == ([5], 0.0, 2)
     assert (told["dtype"], told["rounded"]) == (None, False)
@@ -297,10 +324,22 @@ def test_an_exported_path_is_what_the_tree_flattens_to(shell: Shell, zoo: Path, 
         assert torch.equal(value.dense(), theirs.modules[name].dense())
 
 
-def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+def test_a_blend_is_truncated_and_rounded_when_asked(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
     flat = tmp_path / "flat"
     code, out, _ = shell(
-        "export", zoo, "fr/legal:0.5+fr/medical:0.5", "--as", "peft", "--out", flat, "--rank", "3", "--dtype", "bf16"
+        "export",
+        zoo,
+        "fr/legal:0.5+fr/medical:0.5",
+        "--as",
+        "peft",
+        "--out",
+        flat,
+        "--rank",
+        "3",
+        "--dtype",
+        "bf16",
     )
     assert code == 0
     assert "r=3, relative error at most" in out
@@ -310,25 +349,52 @@ def test_a_blend_is_truncated_and_rounded_when_asked(shell: Shell, zoo: Path, tm
     assert {value.dtype for value in read.modules.values()} == {torch.bfloat16}
 
 
-def test_an_export_that_is_rounded_is_not_called_exact(shell: Shell, zoo: Path, tmp_path: Path) -> None:
-    code, out, _ = shell("export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "bf16")
+def test_an_export_that_is_rounded_is_not_called_exact(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    code, out, _ = shell(
+        "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "bf16"
+    )
     assert (code, out) == (0, f"fr → {tmp_path}/flat: 2 modules, r=2, rounded to bf16\n")
-    told = answer(shell, "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "fp16")
+    told = answer(
+        shell, "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "fp16"
+    )
     assert (told["error"], told["dtype"], told["rounded"]) == (0.0, "fp16", True)
     lt.Adapter.load(tmp_path / "flat").save(tmp_path / "narrow" / "fr")
-    assert shell("export", tmp_path / "narrow", "fr", "--as", "peft", "--out", tmp_path / "again", "--dtype", "fp16")[
-        1
-    ].endswith(", exact\n")  # it was fp16 before
+    assert shell(
+        "export",
+        tmp_path / "narrow",
+        "fr",
+        "--as",
+        "peft",
+        "--out",
+        tmp_path / "again",
+        "--dtype",
+        "fp16",
+    )[1].endswith(", exact\n")  # it was fp16 before
 
 
 def test_a_portable_adapter_is_told_with_its_error(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     full = "--complete"
-    told = answer(shell, "export", zoo, "fr/legal", full, "--out", tmp_path / "flat", "--ceil-rank", "--dtype", "bf16")
+    told = answer(
+        shell,
+        "export",
+        zoo,
+        "fr/legal",
+        full,
+        "--out",
+        tmp_path / "flat",
+        "--ceil-rank",
+        "--dtype",
+        "bf16",
+    )
     q, k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
     assert (told["as"], told["rank"], told["modules"], told["added"]) == ("portable", 8, 3, [k])
     assert told["errors"].keys() == {q, v}
     assert 0 < told["error"] <= told["worst"] == max(told["errors"].values())
-    again = shell("export", zoo, "fr/legal", full, "--out", tmp_path / "flat", "--rank", "3", "--per-module")
+    again = shell(
+        "export", zoo, "fr/legal", full, "--out", tmp_path / "flat", "--rank", "3", "--per-module"
+    )
     out = again[1].splitlines()
     assert "3 modules (1 of them zeros), r=3, relative error " in out[0]
     assert [line.split()[1] for line in out[1:]] == [q, v]
@@ -341,22 +407,43 @@ def test_an_adapter_on_q_and_v_is_exported_as_it_is_and_a_line_says_so(
     shell: Shell, zoo: Path, base: Path, tmp_path: Path
 ) -> None:
     left = "; no node changes k_proj: left as they are"
-    assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(f"2 modules, r=2, exact{left}\n")
+    assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(
+        f"2 modules, r=2, exact{left}\n"
+    )
     told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "one")
     assert (told["modules"], told["added"]) == (2, [])
     assert told["incomplete"] == ["model.layers.0.self_attn.k_proj"]
     # what SGLang needs is said only where v is missing beside q
     fr = adapter(base, 1)
     alone = lt.AdapterTree()
-    alone.add("fr", adapter=lt.Adapter({name: value for name, value in fr.modules.items() if name.endswith("q_proj")}))
+    alone.add(
+        "fr",
+        adapter=lt.Adapter(
+            {name: value for name, value in fr.modules.items() if name.endswith("q_proj")}
+        ),
+    )
     alone.save(tmp_path / "q")
     out = shell("export", tmp_path / "q", "fr", "--out", tmp_path / "two")[1]
     assert out.endswith(
         "k_proj, v_proj: left as they are (SGLang needs v_proj where q_proj is: --complete adds zeros)\n"
     )
     flags = ("--complete", "--shape", "k_proj=16x32", "--shape", "v_proj=16x32")
-    assert answer(shell, "export", tmp_path / "q", "fr", *flags, "--out", tmp_path / "three")["modules"] == 3
-    code, _, err = shell("export", tmp_path / "q", "fr", "--complete", "--shape", "k_proj:16", "--out", tmp_path / "x")
+    assert (
+        answer(shell, "export", tmp_path / "q", "fr", *flags, "--out", tmp_path / "three")[
+            "modules"
+        ]
+        == 3
+    )
+    code, _, err = shell(
+        "export",
+        tmp_path / "q",
+        "fr",
+        "--complete",
+        "--shape",
+        "k_proj:16",
+        "--out",
+        tmp_path / "x",
+    )
     assert (code, "expected NAME=OUTxIN" in err) == (1, True)
 
 
@@ -369,32 +456,58 @@ def test_every_leaf_is_exported_with_progress(shell: Shell, zoo: Path, tmp_path:
         assert shell("export", zoo, *wrong, "--out", tmp_path / "x")[0] == 1
 
 
-def test_a_merged_checkpoint_from_the_shell(shell: Shell, zoo: Path, base: Path, tmp_path: Path) -> None:
+def test_a_merged_checkpoint_from_the_shell(
+    shell: Shell, zoo: Path, base: Path, tmp_path: Path
+) -> None:
     told = answer(shell, "export", zoo, "fr/legal", "--as", "model", "--out", tmp_path / "model")
     model = bytelevel.open_base(base)
     lt.attach(lt.load(zoo), model).activate("fr/legal")
     merged = bytelevel.open_base(tmp_path / "model")
     assert len(told["changed"]) == 2
     assert all(torch.equal(t, merged.state_dict()[name]) for name, t in model.state_dict().items())
-    code, out, _ = shell("export", zoo, "fr", "--as", "model", "--base", base, "--out", tmp_path / "other")
+    code, out, _ = shell(
+        "export", zoo, "fr", "--as", "model", "--base", base, "--out", tmp_path / "other"
+    )
     assert (code, "2 tensors changed" in out) == (0, True)
-    assert "is there already" in shell("export", zoo, "fr", "--as", "model", "--out", tmp_path / "other")[2]
+    assert (
+        "is there already"
+        in shell("export", zoo, "fr", "--as", "model", "--out", tmp_path / "other")[2]
+    )
 
 
 @pytest.mark.parametrize(
     ("number", "arguments", "message"),
     [
-        (1e6, ("fr", "--dtype", "fp16"), "error: fr: {q}: a factor goes up to 1e+06, float16 to 65504\n"),
-        (float("nan"), ("fr", "--rank", "1"), "error: fr: {q}: the factors are not finite: it has no norm"),
-        (1.0, ("fr:1e308+fr/legal:1.7e308",), "error: fr: its coefficient (1e+308 + 1.7e+308) · 1 is too large"),
+        (
+            1e6,
+            ("fr", "--dtype", "fp16"),
+            "error: fr: {q}: a factor goes up to 1e+06, float16 to 65504\n",
+        ),
+        (
+            float("nan"),
+            ("fr", "--rank", "1"),
+            "error: fr: {q}: the factors are not finite: it has no norm",
+        ),
+        (
+            1.0,
+            ("fr:1e308+fr/legal:1.7e308",),
+            "error: fr: its coefficient (1e+308 + 1.7e+308) · 1 is too large",
+        ),
     ],
 )
 def test_an_export_that_is_not_finite_is_refused(
-    shell: Shell, base: Path, tmp_path: Path, number: float, arguments: tuple[str, ...], message: str
+    shell: Shell,
+    base: Path,
+    tmp_path: Path,
+    number: float,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     q = "model.layers.0.self_attn.q_proj"
     tree = lt.AdapterTree()
-    tree.add("fr", adapter=lt.Adapter({q: lt.LowRank(torch.full((2, 32), number), torch.ones(32, 2))}))
+    tree.add(
+        "fr", adapter=lt.Adapter({q: lt.LowRank(torch.full((2, 32), number), torch.ones(32, 2))})
+    )
     tree.add("fr/legal", adapter=adapter(base, 1))
     tree.save(tmp_path / "zoo")
     code, out, err = shell("export", tmp_path / "zoo", *arguments, "--out", tmp_path / "flat")
@@ -411,7 +524,9 @@ def test_bounds_that_make_no_sense_are_refused(shell: Shell, zoo: Path, tmp_path
     assert not (tmp_path / "flat").exists()
 
 
-@pytest.mark.parametrize("out", ["zoo", "zoo/", "zoo/fr", "zoo/new/one", "zoo/../zoo/x", "linked", "linked/x"])
+@pytest.mark.parametrize(
+    "out", ["zoo", "zoo/", "zoo/fr", "zoo/new/one", "zoo/../zoo/x", "linked", "linked/x"]
+)
 def test_an_export_into_the_tree_s_own_folder_is_refused(
     shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
@@ -421,22 +536,39 @@ def test_an_export_into_the_tree_s_own_folder_is_refused(
     for tree in ("zoo", "zoo/tree.yaml", "linked"):
         code, _, err = shell("export", tree, "fr/legal", "--out", out)
         assert code == 1
-        assert err.startswith(f"error: --out {out} is in the tree's own folder, where an adapter is a node\n")
+        assert err.startswith(
+            f"error: --out {out} is in the tree's own folder, where an adapter is a node\n"
+        )
     assert listing(zoo) == before
     assert shell("check", zoo)[0] == 0
 
 
-def test_an_export_over_an_adapter_that_lives_elsewhere_is_refused(shell: Shell, base: Path, tmp_path: Path) -> None:
+def test_an_export_over_an_adapter_that_lives_elsewhere_is_refused(
+    shell: Shell, base: Path, tmp_path: Path
+) -> None:
     adapter(base, 1).save(tmp_path / "elsewhere" / "fr")
     tree = lt.AdapterTree()
     tree.add("fr", adapter=tmp_path / "elsewhere" / "fr")
     tree.save(tmp_path / "zoo")
     before = listing(tmp_path)
-    code, _, err = shell("export", tmp_path / "zoo", "fr", "--out", tmp_path / "elsewhere" / "fr", "--rank", "1")
+    code, _, err = shell(
+        "export", tmp_path / "zoo", "fr", "--out", tmp_path / "elsewhere" / "fr", "--rank", "1"
+    )
     assert code == 1
     assert "would write over the files of fr, " in err
     assert listing(tmp_path) == before
-    assert shell("export", tmp_path / "zoo", "fr", "--as", "peft", "--out", tmp_path / "elsewhere" / "flat")[0] == 0
+    assert (
+        shell(
+            "export",
+            tmp_path / "zoo",
+            "fr",
+            "--as",
+            "peft",
+            "--out",
+            tmp_path / "elsewhere" / "flat",
+        )[0]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("out", ["", " "])
@@ -452,21 +584,49 @@ def test_an_export_to_nowhere_is_refused(
 
 # ---------------------------------------------------------------------- generate
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
-def test_generate_writes_what_the_model_writes_at_the_path(shell: Shell, zoo: Path, base: Path, mode: str) -> None:
+def test_generate_writes_what_the_model_writes_at_the_path(
+    shell: Shell, zoo: Path, base: Path, mode: str
+) -> None:
     model = bytelevel.open_base(base).eval()
     attached = lt.attach(lt.load(zoo), model)
     attached.activate("fr/legal")
     ids = torch.tensor([list(b"def ")])
-    expected = model.generate(input_ids=ids, attention_mask=ids != -1, max_new_tokens=8, do_sample=False)
+    expected = model.generate(
+        input_ids=ids, attention_mask=ids != -1, max_new_tokens=8, do_sample=False
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    told = ("generate", zoo, "fr/legal", "--base", base, "--prompt", "def ", "--max-new-tokens", "8", "--mode", mode)
+    told = (
+        "generate",
+        zoo,
+        "fr/legal",
+        "--base",
+        base,
+        "--prompt",
+        "def ",
+        "--max-new-tokens",
+        "8",
+        "--mode",
+        mode,
+    )
     code, out, _ = shell(*told)
     assert code == 0
     assert out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
 
 
 def test_generate_knows_the_base_of_the_tree(shell: Shell, zoo: Path) -> None:
-    told = ("generate", zoo, "", "--prompt", "def ", "--max-new-tokens", "1", "--temperature", "1", "--seed", "3")
+    told = (
+        "generate",
+        zoo,
+        "",
+        "--prompt",
+        "def ",
+        "--max-new-tokens",
+        "1",
+        "--temperature",
+        "1",
+        "--seed",
+        "3",
+    )
     first, second = shell(*told), shell(*told)
     assert first == second
     assert first[0] == 0
@@ -478,7 +638,9 @@ def test_a_typo_in_a_path_is_told_before_a_model_is_loaded(shell: Shell, zoo: Pa
     assert "did you mean 'fr/legal'?" in err
 
 
-def test_a_prompt_without_tokens_is_told_before_a_model_is_loaded(shell: Shell, zoo: Path, broken: Path) -> None:
+def test_a_prompt_without_tokens_is_told_before_a_model_is_loaded(
+    shell: Shell, zoo: Path, broken: Path
+) -> None:
     code, out, err = shell("generate", zoo, "fr", "--base", broken / "weights", "--prompt", "")
     assert (code, out) == (1, "")
     assert err.startswith("error: the prompt has no tokens")
@@ -532,7 +694,10 @@ def test_generate_over_a_base_that_is_none_is_one_message(
         ("empty", "transformers can't read its config.json: "),
         ("kind", "transformers can't read its config.json: "),
         ("heads", "transformers can't "),
-        ("architecture", "its config.json names no architecture that transformers has: ['pipeline']"),
+        (
+            "architecture",
+            "its config.json names no architecture that transformers has: ['pipeline']",
+        ),
     ],
 )
 def test_check_of_a_base_that_is_none_is_one_message(
@@ -550,7 +715,9 @@ def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) 
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_hub_that_does_not_answer_is_asked_once(zoo: Path, base: Path, tmp_path: Path, cached: bool) -> None:
+def test_a_hub_that_does_not_answer_is_asked_once(
+    zoo: Path, base: Path, tmp_path: Path, cached: bool
+) -> None:
     """Its client would ask six times, with pauses, before it looks into its cache: nothing of that is on stderr."""
     home = tmp_path / "hf"
     if cached:
@@ -560,14 +727,22 @@ def test_a_hub_that_does_not_answer_is_asked_once(zoo: Path, base: Path, tmp_pat
         (repository / "refs" / "main").write_text("a" * 40)
     asked = processes.command(
         *("check", zoo, "--base", "org/model"),
-        env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home), "no_proxy": "*"},
+        env={
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(home),
+            "no_proxy": "*",
+        },
     )
     assert "Retry" not in asked.stderr
     if cached:
         assert asked.stdout.splitlines()[-1].endswith("all is well")
     else:
         assert asked.returncode == 1
-        assert "the hub does not answer, so a hub id opens only what was fetched before\n" in asked.stderr
+        assert (
+            "the hub does not answer, so a hub id opens only what was fetched before\n"
+            in asked.stderr
+        )
 
 
 # ---------------------------------------------------------------------- errors
@@ -577,7 +752,9 @@ def test_a_missing_folder_is_one_clear_message(shell: Shell, tmp_path: Path) -> 
     assert err == f"error: {tmp_path}/nowhere: no such folder or tree.yaml\n"
 
 
-def test_a_missing_extra_is_told_with_its_pip_line(shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_told_with_its_pip_line(
+    shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     code, _, err = shell("generate", zoo, "fr", "--prompt", "x")
     assert code == 1
@@ -586,7 +763,9 @@ def test_a_missing_extra_is_told_with_its_pip_line(shell: Shell, zoo: Path, monk
     )
 
 
-def test_a_failing_file_operation_is_a_message(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_file_operation_is_a_message(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -595,7 +774,9 @@ def test_a_failing_file_operation_is_a_message(shell: Shell, monkeypatch: pytest
     assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
 
 
-def test_an_error_that_nobody_foresaw_is_a_message_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_nobody_foresaw_is_a_message_too(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def odd(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of all things")
 
@@ -611,14 +792,20 @@ def test_an_error_that_nobody_foresaw_is_a_message_too(shell: Shell, monkeypatch
 
 @pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
 def test_a_traceback_is_shown_to_who_asks_for_it(
-    zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str, shown: bool
+    zoo: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    shown: bool,
 ) -> None:
     monkeypatch.setenv("LORA_TREE_TRACEBACK", value)
     with pytest.raises(SystemExit) as exit_:
         main(["export", str(zoo), "fr:x", "--out", "flat"])
     err = capsys.readouterr().err
     assert exit_.value.code == 1
-    assert ("Traceback" in err and "ValueError: could not convert" not in err and "SpecError" in err) is shown
+    assert (
+        "Traceback" in err and "ValueError: could not convert" not in err and "SpecError" in err
+    ) is shown
     assert "error: blend 'fr:x': 'x' is not a number" in err
 
 
@@ -662,7 +849,9 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., str
 
     def told(encoding: str) -> Callable[..., str]:
         raw = io.BytesIO()
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
+        monkeypatch.setattr(
+            sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict")
+        )
 
         def run(*arguments: str | Path) -> str:
             with pytest.raises(SystemExit) as exit_:
@@ -686,7 +875,9 @@ def test_a_stdout_that_holds_only_ascii_gets_the_rest_escaped(
     assert "\\u251c\\u2500\\u2500 fr " in run("show", zoo)
     assert run("export", zoo, "fr", "--out", tmp_path / "flat").startswith("fr \\u2192 ")
     assert lt.Adapter.load(tmp_path / "flat").ranks
-    assert "→" in json.dumps(json.loads(run("schema")), ensure_ascii=False)  # still JSON, and the same
+    assert "→" in json.dumps(
+        json.loads(run("schema")), ensure_ascii=False
+    )  # still JSON, and the same
     assert run("generate", zoo, "", "--prompt", "é", "--max-new-tokens", "1").startswith("\\xe9")
 
 

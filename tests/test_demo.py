@@ -29,11 +29,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
     return report, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_every_node_is_measured_on_every_domain_and_beats_the_base_on_its_own(demo: tuple[Report, str]) -> None:
+def test_every_node_is_measured_on_every_domain_and_beats_the_base_on_its_own(
+    demo: tuple[Report, str],
+) -> None:
     report, _ = demo
     tree = load(report.folders[0])
     assert list(report.bits) == ["base", *tree.paths()]
-    assert all(len(row) == len(report.domains) and all(map(math.isfinite, row)) for row in report.bits.values())
+    assert all(
+        len(row) == len(report.domains) and all(map(math.isfinite, row))
+        for row in report.bits.values()
+    )
     for column, domain in enumerate(report.domains):
         if domain in tree:
             assert report.bits[domain][column] < report.bits["base"][column]
@@ -54,13 +59,21 @@ def test_what_is_printed_is_what_was_measured(demo: tuple[Report, str]) -> None:
 
 def test_a_run_leaves_its_three_folders_and_nothing_else(demo: tuple[Report, str]) -> None:
     report, _ = demo
-    assert sorted(p.name for p in report.folders[0].parent.iterdir()) == ["zoo", "zoo-base", "zoo-export"]
+    assert sorted(p.name for p in report.folders[0].parent.iterdir()) == [
+        "zoo",
+        "zoo-base",
+        "zoo-export",
+    ]
 
 
 def test_every_node_learned_something(demo: tuple[Report, str]) -> None:
     zoo = demo[0].folders[0]
     for path in load(zoo).paths():
-        B = [v for k, v in load_file(zoo / path / "adapter_model.safetensors").items() if "lora_B" in k]
+        B = [
+            v
+            for k, v in load_file(zoo / path / "adapter_model.safetensors").items()
+            if "lora_B" in k
+        ]
         assert B
         assert all(tensor.abs().max() > 0 for tensor in B)
 
@@ -77,12 +90,19 @@ def test_byte_b_is_token_b_and_text_comes_back(demo: tuple[Report, str]) -> None
 
 
 def test_the_same_seed_trains_the_same_adapters(tmp_path: Path) -> None:
-    size = QUICK.__class__(hidden=32, layers=1, r=2, base_steps=2, tree_steps=2, windows=1, leaves=2)
+    size = QUICK.__class__(
+        hidden=32, layers=1, r=2, base_steps=2, tree_steps=2, windows=1, leaves=2
+    )
     before = torch.random.get_rng_state()
-    reports = [run(tmp_path / name, size=size, console=Console(file=io.StringIO()), seed=3) for name in ("a", "b")]
+    reports = [
+        run(tmp_path / name, size=size, console=Console(file=io.StringIO()), seed=3)
+        for name in ("a", "b")
+    ]
     assert torch.equal(before, torch.random.get_rng_state())
     assert reports[0].bits == reports[1].bits
-    factors = [load_file(tmp_path / name / "docs" / "adapter_model.safetensors") for name in ("a", "b")]
+    factors = [
+        load_file(tmp_path / name / "docs" / "adapter_model.safetensors") for name in ("a", "b")
+    ]
     assert all(torch.equal(factors[0][key], factors[1][key]) for key in factors[0])
 
 
@@ -108,7 +128,9 @@ def test_bits_per_byte_of_a_model_that_knows_nothing_is_the_entropy_of_its_vocab
 
     windows = spread(stream([b"abc" * 50, b"xyz" * 50]), windows=5, length=16)
     assert windows.shape == (5, 16)
-    assert bits_per_byte(Uniform(), windows, at_once=2) == pytest.approx(math.log2(bytelevel.VOCABULARY))
+    assert bits_per_byte(Uniform(), windows, at_once=2) == pytest.approx(
+        math.log2(bytelevel.VOCABULARY)
+    )
 
 
 # ---------------------------------------------------------------------- whole or not at all

@@ -42,7 +42,11 @@ def has_the_form(folder: Path) -> None:
             if leaf in group:
                 assert {f"{before}.{other}" for other in group} <= names
     if not config.get("target_parameters"):
-        ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith((".lora_A.weight", "embedding_A"))}
+        ranks = {
+            tensor.shape[0]
+            for key, tensor in tensors.items()
+            if key.endswith((".lora_A.weight", "embedding_A"))
+        }
         assert ranks == {r}
 
 
@@ -52,12 +56,16 @@ def has_the_form(folder: Path) -> None:
 def test_peft_gives_what_the_tree_gives(arch: Arch, tmp_path: Path) -> None:
     base = arch.base()
     tree, inputs = arch.tree(base, factors=torch.float32), arch.inputs()
-    for number, (blend, nodes) in enumerate([*((path, along(path)) for path in PATHS), (BLEND, BLENDED)]):
+    for number, (blend, nodes) in enumerate(
+        [*((path, along(path)) for path in PATHS), (BLEND, BLENDED)]
+    ):
         made = lt.portable(tree, blend, base=base, complete=True)
         made.save(tmp_path / str(number))
         has_the_form(tmp_path / str(number))
         peft = in_peft(base, tmp_path / str(number))
-        if "whisper" in str(type(base)).lower():  # PEFT wraps the convolutions, and Whisper reads their stride
+        if (
+            "whisper" in str(type(base)).lower()
+        ):  # PEFT wraps the convolutions, and Whisper reads their stride
             peft = peft.merge_and_unload()
         expected = run(dense(base, tree, nodes), inputs)
         torch.testing.assert_close(run(peft, inputs), expected, rtol=1e-5, atol=1e-5)
@@ -77,13 +85,18 @@ def test_every_kind_of_site_goes_through_peft(case: Case, tmp_path: Path) -> Non
     has_the_form(tmp_path / "out")
     again = loaded_in_peft(case, tmp_path / "out")
     with torch.no_grad():
-        ours, theirs = (found if isinstance(found := model(IDS), list) else [found.logits] for model in (again, made))
+        ours, theirs = (
+            found if isinstance(found := model(IDS), list) else [found.logits]
+            for model in (again, made)
+        )
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["attention", "grouped", "conv2d", "three_parameters", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["attention", "grouped", "conv2d", "three_parameters", "embedding"]
+)
 def test_what_peft_may_get_wrong_is_the_dense_sum(name: str, tmp_path: Path) -> None:
     """An attention's out-projection, a grouped kernel, …: the factors on the disk, multiplied out by hand."""
     tree = lt.AdapterTree()
@@ -111,7 +124,9 @@ def stack(**modules: lt.LowRank) -> lt.AdapterTree:
     """fr → legal, both over the same modules."""
     tree = lt.AdapterTree(base="org/model")
     tree.add("fr", adapter=lt.Adapter(modules))
-    tree.add("fr/legal", adapter=lt.Adapter({n: v.scaled(0.3) for n, v in modules.items()}), weight=0.7)
+    tree.add(
+        "fr/legal", adapter=lt.Adapter({n: v.scaled(0.3) for n, v in modules.items()}), weight=0.7
+    )
     return tree
 
 
@@ -122,7 +137,9 @@ def off(tree: lt.AdapterTree, made: lt.Portable) -> tuple[dict[str, float], floa
         for n, v in adapter.modules.items():
             sums[n] = sums.get(n, 0) + c * v.scale * (v.B.double() @ v.A.double())
     kept = {n: made.adapter.modules[n] for n in sums}
-    lost = {n: torch.linalg.norm(v.B.double() @ v.A.double() - sums[n]).item() for n, v in kept.items()}
+    lost = {
+        n: torch.linalg.norm(v.B.double() @ v.A.double() - sums[n]).item() for n, v in kept.items()
+    }
     whole = {n: torch.linalg.norm(w).item() for n, w in sums.items()}
     total = sum(x * x for x in lost.values()) ** 0.5 / sum(x * x for x in whole.values()) ** 0.5
     return {n: lost[n] / whole[n] for n in sums}, total
@@ -159,12 +176,15 @@ def test_rounding_counts_in_the_error_and_against_its_bound() -> None:
     tree = stack(a=value())
     assert lt.portable(tree, "fr").worst == 0.0
     assert 1e-4 < lt.portable(tree, "fr", dtype=torch.bfloat16).worst < 0.02
-    with pytest.raises(SpecError, match=r"fr/legal: a: relative error 0\.00\d+ once the factors are"):
+    with pytest.raises(
+        SpecError, match=r"fr/legal: a: relative error 0\.00\d+ once the factors are"
+    ):
         lt.portable(tree, "fr/legal", max_error=1e-4, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("r", "rank", "wanted"), [(2, None, 8), (9, None, 16), (9, 3, 8), (40, 33, 64), (200, None, 256)]
+    ("r", "rank", "wanted"),
+    [(2, None, 8), (9, None, 16), (9, 3, 8), (40, 33, 64), (200, None, 256)],
 )
 def test_the_rank_is_the_next_that_an_engine_allows(r: int, rank: int | None, wanted: int) -> None:
     tree = lt.AdapterTree()
@@ -176,7 +196,9 @@ def test_the_rank_is_the_next_that_an_engine_allows(r: int, rank: int | None, wa
 
 def test_a_rank_that_no_engine_allows_is_refused() -> None:
     tree = stack(a=value(600, 600, 300))
-    with pytest.raises(SpecError, match="fr/legal: rank 600 is over the largest that vLLM serves, 512"):
+    with pytest.raises(
+        SpecError, match="fr/legal: rank 600 is over the largest that vLLM serves, 512"
+    ):
         lt.portable(tree, "fr/legal", ceil_rank=True)
     assert lt.portable(tree, "fr/legal").rank == 600
 
@@ -192,11 +214,16 @@ def test_a_bound_that_is_not_met_names_the_module() -> None:
 def test_groups_of_a_convolution_share_the_rank(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
     conv = lt.LowRank(
-        torch.randn(2, 3, 12, generator=g), torch.randn(2, 5, 3, generator=g), layout=lt.Layout("conv", (3,))
+        torch.randn(2, 3, 12, generator=g),
+        torch.randn(2, 5, 3, generator=g),
+        layout=lt.Layout("conv", (3,)),
     )
     made = lt.portable(stack(conv=conv, lin=value(r=4)), "fr")
     assert (made.rank, made.adapter.ranks) == (6, {"conv": 3, "lin": 6})
-    assert lt.portable(stack(conv=conv, lin=value(r=4)), "fr", rank=5).adapter.ranks == {"conv": 2, "lin": 4}
+    assert lt.portable(stack(conv=conv, lin=value(r=4)), "fr", rank=5).adapter.ranks == {
+        "conv": 2,
+        "lin": 4,
+    }
     with pytest.raises(SpecError, match="rank 1 is less than the 2 groups of a convolution"):
         lt.portable(stack(conv=conv), "fr", rank=1)
 
@@ -215,7 +242,9 @@ def test_an_export_depends_on_its_lineage_not_on_its_neighbours(tmp_path: Path) 
         made.save(tmp_path / str(number))
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes()
-    with pytest.raises(FormatError, match=r"fr: x\.k_proj: no node on the way changes(?s:.)*--base(?s:.)*--shape"):
+    with pytest.raises(
+        FormatError, match=r"fr: x\.k_proj: no node on the way changes(?s:.)*--base(?s:.)*--shape"
+    ):
         lt.portable(tree, "fr", complete=True)
 
 
@@ -229,7 +258,9 @@ def test_q_and_v_alone_are_in_peft_what_they_are_in_the_tree(tmp_path: Path) -> 
     made = lt.portable(tree, "fr/legal")
     made.save(tmp_path / "out")
     expected = run(dense(base, tree, {"fr": 1.0, "fr/legal": 0.7}), inputs)
-    torch.testing.assert_close(run(in_peft(base, tmp_path / "out"), inputs), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        run(in_peft(base, tmp_path / "out"), inputs), expected, rtol=1e-5, atol=1e-5
+    )
     assert config_of(tmp_path / "out")["target_modules"] != []
     assert {name.rpartition(".")[2] for name in made.incomplete} == {"k_proj"}
 
@@ -244,13 +275,27 @@ def test_missing_siblings_take_their_shape_from_what_is_stated() -> None:
     assert all(made.adapter.modules[name].dense().abs().max() == 0 for name in made.added)
     with pytest.raises(BaseMismatch, match=r"x\.k_proj: it is said to be \(2, 5\)"):
         lt.portable(tree, "fr", complete=True, shapes={"k_proj": (2, 5), "v_proj": (2, 4)})
-    for shapes in ({"k_proj": (2,)}, {"k_proj": (0, 4)}, {"k_proj": "2x4"}, {3: (2, 4)}, {"k_proj": (2.0, 4)}):
+    for shapes in (
+        {"k_proj": (2,)},
+        {"k_proj": (0, 4)},
+        {"k_proj": "2x4"},
+        {3: (2, 4)},
+        {"k_proj": (2.0, 4)},
+    ):
         with pytest.raises(SpecError, match=r"shapes: .* expected two positive whole numbers"):
             lt.portable(tree, "fr", complete=True, shapes=shapes)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="complete=True"):
         lt.portable(tree, "fr", shapes={"k_proj": (2, 4)})
-    with pytest.raises(BaseMismatch, match=r"fr: k_proj: the base has \(2, 4\) there, and \(3, 4\) was stated"):
-        lt.portable(stack(q_proj=value(8, 4)), "fr", complete=True, base=Attention(), shapes={"k_proj": (3, 4)})
+    with pytest.raises(
+        BaseMismatch, match=r"fr: k_proj: the base has \(2, 4\) there, and \(3, 4\) was stated"
+    ):
+        lt.portable(
+            stack(q_proj=value(8, 4)),
+            "fr",
+            complete=True,
+            base=Attention(),
+            shapes={"k_proj": (3, 4)},
+        )
 
 
 class Attention(nn.Module):
@@ -293,7 +338,9 @@ def test_targets_are_last_names_only_where_the_base_has_no_others(tmp_path: Path
 
 def test_a_base_of_another_width_is_noticed() -> None:
     tree = stack(q_proj=value(8, 5))
-    with pytest.raises(BaseMismatch, match=r"fr: k_proj: .*\(2, 4\), which reads 4 numbers, but q_proj reads 5"):
+    with pytest.raises(
+        BaseMismatch, match=r"fr: k_proj: .*\(2, 4\), which reads 4 numbers, but q_proj reads 5"
+    ):
         lt.portable(tree, "fr", base=Attention(), complete=True)
 
 
@@ -301,7 +348,9 @@ def test_a_base_of_another_width_is_noticed() -> None:
 def test_a_bias_is_refused_with_its_node_and_module() -> None:
     tree = stack(a=value())
     tree.add("fr/legal/x", adapter=lt.Adapter({"b": value(bias=torch.ones(6))}))
-    with pytest.raises(FormatError, match=r"fr/legal/x: b: it adds a bias \(lora_bias\), which vLLM"):
+    with pytest.raises(
+        FormatError, match=r"fr/legal/x: b: it adds a bias \(lora_bias\), which vLLM"
+    ):
         lt.portable(tree, "fr/legal/x")
 
 
@@ -312,7 +361,10 @@ def test_a_tensor_that_came_along_must_be_the_base_s() -> None:
     for path, bias in (("same", own), ("other", own + 1)):
         tree.add(path, adapter=lt.Adapter({"q_proj": value(8, 4)}, unchanged={"q_proj.bias": bias}))
     assert lt.portable(tree, "same", base=base).adapter.unchanged == {}
-    with pytest.raises(BaseMismatch, match=r"other: q_proj\.bias: the adapter carries a bias that is not the base's"):
+    with pytest.raises(
+        BaseMismatch,
+        match=r"other: q_proj\.bias: the adapter carries a bias that is not the base's",
+    ):
         lt.portable(tree, "other", base=base)
     with pytest.raises(BaseMismatch, match="no weights are at hand to compare it with"):
         lt.portable(tree, "same")
@@ -333,7 +385,9 @@ def test_every_leaf_is_exported_and_told(tmp_path: Path) -> None:
     tree.add("grp", group=True)
     tree.add("de", adapter=lt.Adapter({"a": value(seed=6)}))
     told: list[str] = []
-    written = lt.export_leaves(tree, tmp_path / "out", workers=3, progress=lambda one, *_: told.append(one.path))
+    written = lt.export_leaves(
+        tree, tmp_path / "out", workers=3, progress=lambda one, *_: told.append(one.path)
+    )
     assert told == [one.path for one in written] == ["de", "fr/legal", "fr/medical"]
     for path in told:
         wanted, got = lt.portable(tree, path).adapter, lt.Adapter.load(tmp_path / "out" / path)

@@ -33,7 +33,9 @@ edits = st.lists(
         st.integers(0, 10**6),
         st.integers(0, 3),
         st.binary(max_size=3)
-        | st.sampled_from([b"0", b"-", b"9" * 20, b'"', b"{", b"[[", b"}", b"\\ud800", b"\x00", b"null", b"../"]),
+        | st.sampled_from(
+            [b"0", b"-", b"9" * 20, b'"', b"{", b"[[", b"}", b"\\ud800", b"\x00", b"null", b"../"]
+        ),
     ),
     min_size=1,
     max_size=4,
@@ -79,7 +81,9 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         _OPENED.append(os.path.realpath(os.fsdecode(args[0])))
 
 
-sys.addaudithook(_audit)  # every way to open a file by its name passes here; it can only be ignored again
+sys.addaudithook(
+    _audit
+)  # every way to open a file by its name passes here; it can only be ignored again
 
 
 @pytest.fixture
@@ -129,8 +133,21 @@ def test_an_index_with_other_bytes(home: Path, changes: list[tuple[int, int, byt
 
 
 HOSTILE = [
-    *("../secret/model.safetensors", "/etc/passwd", "a/../../secret/model.safetensors", "", ".", ".."),
-    *("x\0.safetensors", "\ud800.safetensors", "/dev/zero.safetensors", "config.json", "model.safetensors"),
+    *(
+        "../secret/model.safetensors",
+        "/etc/passwd",
+        "a/../../secret/model.safetensors",
+        "",
+        ".",
+        "..",
+    ),
+    *(
+        "x\0.safetensors",
+        "\ud800.safetensors",
+        "/dev/zero.safetensors",
+        "config.json",
+        "model.safetensors",
+    ),
     "a" * 5000 + ".safetensors",
 ]
 names = st.sampled_from(HOSTILE) | st.text(max_size=8)
@@ -142,9 +159,15 @@ anything = st.recursive(
 
 
 @MANY
-@given(st.dictionaries(names | st.just(f"{Q}.weight"), names | anything, max_size=4), st.booleans(), anything)
+@given(
+    st.dictionaries(names | st.just(f"{Q}.weight"), names | anything, max_size=4),
+    st.booleans(),
+    anything,
+)
 @pytest.mark.usefixtures("watch")
-def test_an_index_that_names_other_files(home: Path, named: dict[str, Any], added: bool, map_: Any) -> None:
+def test_an_index_that_names_other_files(
+    home: Path, named: dict[str, Any], added: bool, map_: Any
+) -> None:
     fields = json.loads((home / "base" / INDEX).read_bytes())
     fields["weight_map"] = (fields["weight_map"] | named) if added else (named or map_)
     data = json.dumps(fields).encode()
@@ -155,7 +178,9 @@ def test_an_index_that_names_other_files(home: Path, named: dict[str, Any], adde
 @MANY
 @given(st.integers(0, 9), edits, st.booleans())
 @pytest.mark.usefixtures("watch")
-def test_a_shard_with_another_header(home: Path, which: int, changes: list[tuple[int, int, bytes]], cut: bool) -> None:
+def test_a_shard_with_another_header(
+    home: Path, which: int, changes: list[tuple[int, int, bytes]], cut: bool
+) -> None:
     shards = sorted((home / "base").glob("*.safetensors"))
     shard = shards[which % len(shards)]
     whole = shard.read_bytes()
@@ -197,7 +222,9 @@ def test_an_export_is_whole_or_not_there(
             (base / INDEX).write_bytes(edited((base / INDEX).read_bytes(), changes))
         elif what == "shard":
             whole = shard.read_bytes()
-            shard.write_bytes(edited(whole, changes, within=8 + int.from_bytes(whole[:8], "little")))
+            shard.write_bytes(
+                edited(whole, changes, within=8 + int.from_bytes(whole[:8], "little"))
+            )
         elif what == "link":
             target = [shard, base / INDEX, base / "vocab.txt"][len(changes) % 3]
             target.unlink(missing_ok=True)
@@ -219,12 +246,16 @@ def test_an_export_is_whole_or_not_there(
 @MANY
 @given(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]), edits)
 @pytest.mark.usefixtures("watch")
-def test_an_exported_adapter_with_other_bytes(home: Path, name: str, changes: list[tuple[int, int, bytes]]) -> None:
+def test_an_exported_adapter_with_other_bytes(
+    home: Path, name: str, changes: list[tuple[int, int, bytes]]
+) -> None:
     file = home / "exported" / name
     whole = file.read_bytes()
     within = 8 + int.from_bytes(whole[:8], "little") if name.endswith("safetensors") else None
     with _put(file, edited(whole, changes, within)), contextlib.suppress(LoraTreeError):
         again = lt.AdapterTree()
         again.add("fr", adapter=home / "exported")
-        made = lt.portable(again, "fr", rank=2, complete=True, shapes={"k_proj": (16, 32), "v_proj": (16, 32)})
+        made = lt.portable(
+            again, "fr", rank=2, complete=True, shapes={"k_proj": (16, 32), "v_proj": (16, 32)}
+        )
         lt.combine([(made.adapter, 0.5), (lt.Adapter.load(home / "exported"), -1.0)])

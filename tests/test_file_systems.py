@@ -48,13 +48,18 @@ BROKEN = errno.EIO
 
 def adapter(seed: int) -> lt.Adapter:
     g = torch.Generator().manual_seed(seed)
-    return lt.Adapter({Q: lt.LowRank(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 0.5)})
+    return lt.Adapter(
+        {Q: lt.LowRank(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 0.5)}
+    )
 
 
 def dense(*seeds: int) -> torch.Tensor:
     """ΔW of a lineage, in float64."""
     factors = [adapter(seed).modules[Q] for seed in seeds]
-    return sum((f.B.double() @ f.A.double() * f.scale for f in factors), torch.zeros(32, 32, dtype=torch.float64))
+    return sum(
+        (f.B.double() @ f.A.double() * f.scale for f in factors),
+        torch.zeros(32, 32, dtype=torch.float64),
+    )
 
 
 def tree(*seeds: int) -> lt.AdapterTree:
@@ -120,7 +125,9 @@ def _merged(folder: Path, base: Path) -> torch.Tensor | None:
     if not file.exists():
         assert not (folder / "merged").exists()
         return None
-    return (load_file(file)[f"{Q}.weight"] - load_file(base / "model.safetensors")[f"{Q}.weight"]).double()
+    return (
+        load_file(file)[f"{Q}.weight"] - load_file(base / "model.safetensors")[f"{Q}.weight"]
+    ).double()
 
 
 def _zoo(folder: Path) -> None:
@@ -191,7 +198,9 @@ WORKS = {
     ),
     "an export as a model": Work(
         _zoo,
-        lambda folder, base: lt.export_model(lt.load(folder / "zoo"), "fr/legal", folder / "merged", base=base),
+        lambda folder, base: lt.export_model(
+            lt.load(folder / "zoo"), "fr/legal", folder / "merged", base=base
+        ),
         _merged,
         None,
         dense(1, 2),
@@ -215,7 +224,9 @@ class Failing:
         counts: whether a call is one of those that are counted.
     """
 
-    def __init__(self, at: int | None, code: int, counts: Callable[..., bool] = lambda *_: True) -> None:
+    def __init__(
+        self, at: int | None, code: int, counts: Callable[..., bool] = lambda *_: True
+    ) -> None:
         self.at, self.code, self.counts, self.seen = at, code, counts, 0
 
     def __call__(self, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
@@ -260,7 +271,9 @@ def faults(
                 patched.setattr(module, name, partial(failing, getattr(module, name)))
             try:
                 work.do(folder, base)
-            except LoraTreeError as raised:  # anything else, and a bare OSError above all, is a fault
+            except (
+                LoraTreeError
+            ) as raised:  # anything else, and a bare OSError above all, is a fault
                 error = raised
         if failing.fired:
             yield folder, before, error
@@ -279,18 +292,28 @@ def close(got: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
 
 def left_of(folder: Path, before: dict[str, bytes | None]) -> set[str]:
     """What is in the folder that was not there, apart from a cache's own empty files."""
-    own = re.compile(r"run/\.unfinished(/.*)?\Z|cache(/\.locks(/(budget|make-.|[0-9a-f]{32}\.held))?)?\Z")
+    own = re.compile(
+        r"run/\.unfinished(/.*)?\Z|cache(/\.locks(/(budget|make-.|[0-9a-f]{32}\.held))?)?\Z"
+    )
     return {name for name in listing(folder).keys() - before.keys() if not own.match(name)}
 
 
 def came_true_or_named(
-    work: Work, base: Path, folder: Path, before: dict[str, bytes | None], error: LoraTreeError | None
+    work: Work,
+    base: Path,
+    folder: Path,
+    before: dict[str, bytes | None],
+    error: LoraTreeError | None,
 ) -> None:
     """The right numbers; or an error that names a file in there, and nothing left behind."""
     found = work.delta(folder, base)
     if error is None:
         assert close(found, work.new)
-        assert not [name for name in left_of(folder, before) if re.search(r"\.lora_tree|\.(alone|shared)\.", name)]
+        assert not [
+            name
+            for name in left_of(folder, before)
+            if re.search(r"\.lora_tree|\.(alone|shared)\.", name)
+        ]
         return
     assert str(folder) in str(error).splitlines()[0], error
     if "the folder opens as the new tree" in str(error) or close(found, work.new):
@@ -306,7 +329,9 @@ def came_true_or_named(
     assert {name: data for name, data in listing(folder).items() if name in before} == before
 
 
-LOCKED = [name for name in WORKS if name not in ("a portable export", "a training checkpoint")]  # new folders need none
+LOCKED = [
+    name for name in WORKS if name not in ("a portable export", "a training checkpoint")
+]  # new folders need none
 WRITTEN = [name for name in WORKS if name != "a look through a tree"]
 
 
@@ -329,7 +354,9 @@ def test_a_lock_that_fails_is_told_with_its_file_and_nothing_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str
 ) -> None:
     work = WORKS[name]
-    for folder, before, error in faults(work, base, tmp_path, monkeypatch, [(fcntl, "flock")], BROKEN):
+    for folder, before, error in faults(
+        work, base, tmp_path, monkeypatch, [(fcntl, "flock")], BROKEN
+    ):
         assert error is None or "lock it" in str(error)
         came_true_or_named(work, base, folder, before, error)
 
@@ -346,7 +373,9 @@ def test_without_fsync_of_folders_everything_is_written_all_the_same(
     work = WORKS[name]
     for code in NO_FOLDER_SYNC:
         calls = [(os, "fsync")]
-        for folder, before, error in faults(work, base, tmp_path, monkeypatch, calls, code, is_folder, at_once=at_once):
+        for folder, before, error in faults(
+            work, base, tmp_path, monkeypatch, calls, code, is_folder, at_once=at_once
+        ):
             assert error is None
             came_true_or_named(work, base, folder, before, error)
 
@@ -364,9 +393,16 @@ def test_an_fsync_that_fails_is_told_with_its_file(
 
 
 EACH = 5
-READS = [(builtins, "open"), (io, "open"), *((os, name) for name in ("open", "stat", "lstat", "listdir", "scandir"))]
+READS = [
+    (builtins, "open"),
+    (io, "open"),
+    *((os, name) for name in ("open", "stat", "lstat", "listdir", "scandir")),
+]
 WRITES = [
-    *((os, name) for name in ("mkdir", "rename", "unlink", "rmdir", "write", "pwrite", "ftruncate", "utime")),
+    *(
+        (os, name)
+        for name in ("mkdir", "rename", "unlink", "rmdir", "write", "pwrite", "ftruncate", "utime")
+    ),
     *((os, name) for name in ("copy_file_range", "fchmod", "chmod") if hasattr(os, name)),
 ]
 
@@ -374,13 +410,19 @@ WRITES = [
 @pytest.mark.parametrize("calls", [READS, WRITES], ids=["reads", "writes"])
 @pytest.mark.parametrize("name", WORKS)
 def test_no_error_of_the_system_comes_out_bare(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path, name: str, calls: list[tuple[Any, str]]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    base: Path,
+    name: str,
+    calls: list[tuple[Any, str]],
 ) -> None:
     def ours(first: object, *_: object) -> bool:
         return isinstance(first, int) or str(tmp_path) in os.fsdecode(first)  # type: ignore[arg-type]
 
     work, each = WORKS[name], EACH if calls is READS else 1
-    for folder, _, error in faults(work, base, tmp_path, monkeypatch, calls, errno.EIO, ours, each=each):
+    for folder, _, error in faults(
+        work, base, tmp_path, monkeypatch, calls, errno.EIO, ours, each=each
+    ):
         if error is not None:
             assert re.search(f"{folder}|{base}|fr/legal", str(error)), error
         found = work.delta(folder, base)
@@ -404,7 +446,9 @@ folder = {folder!r}
 def without_flock(folder: Path, body: str) -> subprocess.Popen[str]:
     code = ALONE.format(tests=str(Path(__file__).parent), folder=str(folder)) + body
     root = Path(__file__).parent.parent
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root
+    )
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +474,11 @@ for i in range(4):
     savers = [without_flock(tmp_path, f"me = {name!r}\n{body}") for name in "abc"]
     assert [(saver.communicate(timeout=300), saver.returncode)[1] for saver in savers] == [0, 0, 0]
     found = lt.load(tmp_path / "zoo", strict=True)
-    assert set(found.paths()) == {"fr", "fr/legal", *(f"{name}{i}" for name in "abc" for i in range(4))}
+    assert set(found.paths()) == {
+        "fr",
+        "fr/legal",
+        *(f"{name}{i}" for name in "abc" for i in range(4)),
+    }
     for name in "abc":
         for i in range(4):
             assert close(found.flatten(f"{name}{i}").modules[Q].dense().double(), dense(i))

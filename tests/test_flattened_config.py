@@ -40,7 +40,10 @@ def test_every_field_of_peft_s_config_is_accounted_for() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     known = DERIVED | TRAINING | set(VARIANTS) | MATCHED | set(HARMLESS) | {"ensure_weight_tying"}
     assert fields - known == set()
-    named = {"velora_config", "megatron_config"}  # read by their names in the code, whatever this PEFT has
+    named = {
+        "velora_config",
+        "megatron_config",
+    }  # read by their names in the code, whatever this PEFT has
     assert known - fields - named == set()
 
 
@@ -95,7 +98,12 @@ def in_peft(folder: Path) -> torch.Tensor:
     return found
 
 
-TIED = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "r": 4, "lora_alpha": 8}
+TIED = {
+    "target_modules": ["embed_tokens", "q_proj"],
+    "ensure_weight_tying": True,
+    "r": 4,
+    "lora_alpha": 8,
+}
 CHILDREN = {
     "its head alone": {"target_modules": ["lm_head"]},
     "its embedding alone": {"target_modules": ["embed_tokens"]},
@@ -108,11 +116,15 @@ CHILDREN = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("child", CHILDREN.values(), ids=CHILDREN)
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_peft_ties_in_a_sum_only_what_the_sum_ties(child: dict[str, Any], weight: float, tmp_path: Path) -> None:
+def test_peft_ties_in_a_sum_only_what_the_sum_ties(
+    child: dict[str, Any], weight: float, tmp_path: Path
+) -> None:
     tree = lt.AdapterTree()
     tree.add("a", adapter=trained(tmp_path / "a", 1, **TIED))
     tree.add("a/b", adapter=trained(tmp_path / "b", 2, **child), weight=weight)
-    assert any(".lm_head." in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    assert any(
+        ".lm_head." in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    )
     for path in ("a", "a/b"):
         expected = dense(tree, path)
         tree.flatten(path).save(tmp_path / "flat")
@@ -135,7 +147,9 @@ def test_factors_that_are_trained_apart_are_no_longer_tied(tmp_path: Path) -> No
     changed.save(tmp_path / "changed")
     tree = lt.AdapterTree()
     tree.add("a", adapter=changed)
-    torch.testing.assert_close(in_peft(tmp_path / "changed"), dense(tree, "a"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        in_peft(tmp_path / "changed"), dense(tree, "a"), rtol=1e-4, atol=1e-4
+    )
 
 
 SAYS = {
@@ -157,13 +171,21 @@ def test_a_sum_says_what_all_its_nodes_say(field: str, tmp_path: Path) -> None:
     plain: dict[str, Any] = {"peft_type": "LORA", "target_modules": ["q", "v"]}
     one, other = copy.deepcopy(plain) | {field: SAYS[field]}, dict(plain, target_modules=["v", "q"])
     written = {}
-    for name, configs in {"alone": [one], "agree": [one, one], "one of them": [one, other], "none": [other]}.items():
+    for name, configs in {
+        "alone": [one],
+        "agree": [one, one],
+        "one of them": [one, other],
+        "none": [other],
+    }.items():
         tree = lt.AdapterTree()
         for depth, config in enumerate(configs):
             path = "/".join("ab"[: depth + 1])
             tree.add(path, adapter=lt.Adapter({"x.q": value, "x.v": value}, config=config))
         tree.flatten(path).save(tmp_path / "flat")
         written[name] = config_of(tmp_path / "flat")
-        assert written[name]["target_modules"] == ["q", "v"]  # PEFT writes a set: the order says nothing
+        assert written[name]["target_modules"] == [
+            "q",
+            "v",
+        ]  # PEFT writes a set: the order says nothing
     assert written["alone"][field] == written["agree"][field] == SAYS[field]
     assert written["one of them"].get(field) == written["none"].get(field)

@@ -86,7 +86,10 @@ def test_what_lies_in_a_saved_folder(zoo: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_the_order_of_adding(tmp_path: Path) -> None:
-    one, two = tree(), lt.AdapterTree(base="org/model", defaults={"target_modules": ["q_proj"], "r": 4})
+    one, two = (
+        tree(),
+        lt.AdapterTree(base="org/model", defaults={"target_modules": ["q_proj"], "r": 4}),
+    )
     two.add("grp", group=True)
     two.add("de", r=8)
     two.add("grp/x", adapter=adapter(4))
@@ -95,7 +98,10 @@ def test_bytes_do_not_depend_on_the_order_of_adding(tmp_path: Path) -> None:
     two.add("fr/legal", adapter=adapter(2), weight=0.8)
     one.save(tmp_path / "one")
     two.save(tmp_path / "two")
-    assert {**listing(tmp_path / "one"), "tree.lock": b""} == {**listing(tmp_path / "two"), "tree.lock": b""}
+    assert {**listing(tmp_path / "one"), "tree.lock": b""} == {
+        **listing(tmp_path / "two"),
+        "tree.lock": b"",
+    }
 
 
 def test_an_empty_tree_opens_again(tmp_path: Path) -> None:
@@ -179,10 +185,14 @@ def test_a_yaml_is_opened_by_its_name(tmp_path: Path) -> None:
     assert lt.load(tmp_path)["fr"].weight == 1.0
 
 
-def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_in_a_folder_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "models/base/config.json", "{}")
     nested(tmp_path / "zoo", "fr")
-    text = write(tmp_path / "zoo/tree.yaml", "version: 1\nbase: ../models/base  # ours\n").read_text()
+    text = write(
+        tmp_path / "zoo/tree.yaml", "version: 1\nbase: ../models/base  # ours\n"
+    ).read_text()
     loaded = lt.load(tmp_path / "zoo")
     assert loaded.base == str(tmp_path / "models/base")
     loaded.save(tmp_path / "zoo")
@@ -206,14 +216,19 @@ def refused(folder: Path, error: type[LoraTreeError]) -> str:
         (("", "checkpoint-10"), "the output of a Trainer"),
         (("", "other"), "PEFT's save of several adapters"),
         (("",), "this is one adapter: open it with Adapter.load"),
-        (("run/checkpoint-500", "run/checkpoint-1000"), "checkpoint-500 looks like a step of a Trainer's run"),
+        (
+            ("run/checkpoint-500", "run/checkpoint-1000"),
+            "checkpoint-500 looks like a step of a Trainer's run",
+        ),
         (("a b",), "'a b' is not a valid node name"),
         (("con",), "'con' is not a valid node name"),
         (("fr", "FR"), "node fr differs from FR only by case"),
         (("fr/x", "FR/y"), "node fr differs from FR only by case"),
     ],
 )
-def test_folders_that_plainly_mean_something_else(tmp_path: Path, paths: tuple[str, ...], message: str) -> None:
+def test_folders_that_plainly_mean_something_else(
+    tmp_path: Path, paths: tuple[str, ...], message: str
+) -> None:
     assert message in refused(nested(tmp_path / "zoo", *paths), FolderError)
 
 
@@ -223,11 +238,15 @@ def test_a_node_of_a_tree_is_told_as_that_and_no_advice_would_break_the_tree(zoo
         assert f"this is the node {node} of the tree {zoo}; open that tree" in text
         assert "move" not in text
         assert "copy" not in text
-    assert notes(zoo / "grp") == [f"{zoo}/grp: grp of the tree {zoo}; what lies above it there is not counted here"]
+    assert notes(zoo / "grp") == [
+        f"{zoo}/grp: grp of the tree {zoo}; what lies above it there is not counted here"
+    ]
     assert notes(zoo) == []
     for name in ("tree.yaml", "tree.lock"):
         (zoo / name).unlink()
-    assert "where this is a node of a tree, open the folder above it" in refused(zoo / "fr", FolderError)
+    assert "where this is a node of a tree, open the folder above it" in refused(
+        zoo / "fr", FolderError
+    )
 
 
 def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
@@ -236,7 +255,9 @@ def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     assert lt.load(tmp_path).paths() == ["fr"]
 
 
-@pytest.mark.parametrize("place", ["tree.yml", "tree.lock", "own.yaml", f"fr/{CONFIG}", f"fr/{WEIGHTS}"])
+@pytest.mark.parametrize(
+    "place", ["tree.yml", "tree.lock", "own.yaml", f"fr/{CONFIG}", f"fr/{WEIGHTS}"]
+)
 def test_a_folder_with_the_name_of_a_file_is_no_node(tmp_path: Path, place: str) -> None:
     nested(tmp_path, "fr")
     if place.startswith("fr/"):
@@ -285,7 +306,9 @@ def finished_runs(folder: Path, *runs: str) -> dict[str, lt.Adapter]:
     """What trainers leave: the final adapter of each run on top, its checkpoints with other files below."""
     final = {}
     for seed, run in enumerate(runs):
-        for number, step in enumerate(("", "checkpoint-500", "checkpoint-1000", "checkpoint-1000/old")):
+        for number, step in enumerate(
+            ("", "checkpoint-500", "checkpoint-1000", "checkpoint-1000/old")
+        ):
             adapter(10 * seed + number).save(folder / run / step)
             for other in ("optimizer.pt", "trainer_state.json", "tokenizer.json"):
                 write(folder / run / step / other, "x")
@@ -342,26 +365,48 @@ def test_a_save_that_would_leave_steps_without_their_run_is_refused(tmp_path: Pa
     adapter(7).save(tmp_path / "french/checkpoint-500")
     loaded = lt.load(tmp_path)
     loaded.remove("french")
-    untouched(tmp_path, lambda: loaded.save(tmp_path), match="french/checkpoint-500: no node's any more")
+    untouched(
+        tmp_path, lambda: loaded.save(tmp_path), match="french/checkpoint-500: no node's any more"
+    )
 
 
-def test_a_step_that_tree_yaml_lists_is_a_node_and_the_others_are_passed_over(tmp_path: Path) -> None:
+def test_a_step_that_tree_yaml_lists_is_a_node_and_the_others_are_passed_over(
+    tmp_path: Path,
+) -> None:
     finished_runs(tmp_path, "french")
     shutil.rmtree(tmp_path / "french/checkpoint-1000/old")
     write(tmp_path / "tree.yaml", "version: 1\ntree: {french: {children: {checkpoint-500: {}}}}\n")
     assert lt.load(tmp_path).paths() == ["french", "french/checkpoint-500"]
-    assert [line.split(":")[1] for line in notes(tmp_path)] == [" passed over french/checkpoint-1000"]
+    assert [line.split(":")[1] for line in notes(tmp_path)] == [
+        " passed over french/checkpoint-1000"
+    ]
 
 
 def broken_zoo(folder: Path) -> dict[str, str]:
     """A folder with every kind of broken node beside whole ones: node → a word of its reason."""
-    nested(folder, "fr", "fr/law", "fr/law/eu", "de", "de/x", "it", "es", "a b", "half", "lfs", "lfs/below")
+    nested(
+        folder,
+        "fr",
+        "fr/law",
+        "fr/law/eu",
+        "de",
+        "de/x",
+        "it",
+        "es",
+        "a b",
+        "half",
+        "lfs",
+        "lfs/below",
+    )
     config = json.loads((folder / "es" / CONFIG).read_text())
     write(folder / "es" / CONFIG, json.dumps({**config, "use_dora": True}))
     (folder / "half" / CONFIG).unlink()
     (folder / "lfs" / WEIGHTS).write_bytes(POINTER)
     (folder / "latest").symlink_to("fr")
-    write(folder / "tree.yaml", "version: 1\nbase: org/model\ntree: {named: {adapter: gone, children: {x: {r: 2}}}}\n")
+    write(
+        folder / "tree.yaml",
+        "version: 1\nbase: org/model\ntree: {named: {adapter: gone, children: {x: {r: 2}}}}\n",
+    )
     adapter(12).save(folder / "named/y")
     return {
         "es": "use_dora", "a b": "not a valid node name", "half": "half an adapter", "lfs": "not a whole safetensors",
@@ -377,7 +422,10 @@ def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
     assert str(caught.value).splitlines()[-1] == (
         f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or --skip-broken"
     )
-    assert str(caught.value).splitlines()[-2] == f"  these and all other problems: lora-tree check {tmp_path}"
+    assert (
+        str(caught.value).splitlines()[-2]
+        == f"  these and all other problems: lora-tree check {tmp_path}"
+    )
     with pytest.warns(lt.SkippedWarning) as warned:
         loaded = lt.load(tmp_path, skip_broken=True)
     assert len(warned) == 1
@@ -391,9 +439,14 @@ def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
         assert re.search(rf"(?m)^  .*\b{node}\b.*{reason}", str(warned[0].message)), node
 
 
-def test_nodes_that_are_unlocked_are_left_out_too_and_the_root_s_own_files_never_are(zoo: Path) -> None:
+def test_nodes_that_are_unlocked_are_left_out_too_and_the_root_s_own_files_never_are(
+    zoo: Path,
+) -> None:
     nudge(zoo / "fr" / WEIGHTS)
-    with pytest.warns(lt.SkippedWarning, match=r"(?s)fr: .*other contents than the lock says.*fr/legal: lies below fr"):
+    with pytest.warns(
+        lt.SkippedWarning,
+        match=r"(?s)fr: .*other contents than the lock says.*fr/legal: lies below fr",
+    ):
         loaded = lt.load(zoo, skip_broken=True)
     assert loaded.paths() == ["de", "grp", "grp/x"]
     assert lt.load(nested(zoo.parent / "sound", "fr"), skip_broken=True).paths() == ["fr"]
@@ -431,7 +484,9 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 
 def test_a_named_adapter_that_is_not_there_has_its_line(tmp_path: Path) -> None:
     write(tmp_path / "tree.yaml", "version: 1\ntree:\n  fr:\n    adapter: gone\n")
-    assert f"{tmp_path}/tree.yaml:4:5: node fr: {tmp_path}/gone: no adapter there" in refused(tmp_path, FormatError)
+    assert f"{tmp_path}/tree.yaml:4:5: node fr: {tmp_path}/gone: no adapter there" in refused(
+        tmp_path, FormatError
+    )
 
 
 def test_two_adapters_for_one_node(tmp_path: Path) -> None:
@@ -458,7 +513,10 @@ def test_links(tmp_path: Path) -> None:
     os.replace(tmp_path / "out/weights", tmp_path / "zoo/blob")
     (tmp_path / "zoo/fr" / WEIGHTS).unlink()
     (tmp_path / "zoo/fr" / WEIGHTS).symlink_to("../blob")
-    assert value(lt.load(tmp_path / "zoo"))["fr"] == value(lt.load(nested(tmp_path / "new", "fr")))["fr"]
+    assert (
+        value(lt.load(tmp_path / "zoo"))["fr"]
+        == value(lt.load(nested(tmp_path / "new", "fr")))["fr"]
+    )
 
 
 def hub_snapshot(plain: Path, cache: Path) -> Path:
@@ -476,7 +534,9 @@ def hub_snapshot(plain: Path, cache: Path) -> Path:
 
 
 @pytest.mark.parametrize("files", ["the adapters alone", "tree.yaml and tree.lock too"])
-def test_a_snapshot_in_the_hub_s_cache_is_the_tree_that_was_uploaded(tmp_path: Path, files: str) -> None:
+def test_a_snapshot_in_the_hub_s_cache_is_the_tree_that_was_uploaded(
+    tmp_path: Path, files: str
+) -> None:
     if files == "the adapters alone":
         nested(tmp_path / "plain", "answer/lora", "answer/lora/legal", "rewrite")
     else:
@@ -503,7 +563,9 @@ def test_a_snapshot_does_not_lead_into_another_repository(tmp_path: Path) -> Non
     assert "a link that leads out of" in refused(snapshot, FolderError)
 
 
-def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     told = r"org/legal: no such folder\n.*huggingface_hub.snapshot_download\('org/legal'\) does"
     with pytest.raises(FormatError, match=told):
@@ -527,7 +589,11 @@ def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("named", "todo"),
-    [(f"one/{WEIGHTS}", "name the folder that it lies in: one"), ("x.safetensors", None), ("one/notes/x", None)],
+    [
+        (f"one/{WEIGHTS}", "name the folder that it lies in: one"),
+        ("x.safetensors", None),
+        ("one/notes/x", None),
+    ],
 )
 def test_a_file_where_the_folder_of_an_adapter_is_expected_is_told_as_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, todo: str | None
@@ -675,7 +741,10 @@ def test_a_weight_on_the_way_counts_and_a_name_does_not(zoo: Path) -> None:
     assert not (zoo / "fr").exists()
     text = (zoo / "tree.yaml").read_text().replace("  french:\n", "  french:\n    weight: 0.5\n")
     write(zoo / "tree.yaml", text)
-    assert {(p.node, p.kind) for p in lt.check(zoo)} == {("french/legal", "stale"), ("french/medical", "stale")}
+    assert {(p.node, p.kind) for p in lt.check(zoo)} == {
+        ("french/legal", "stale"),
+        ("french/medical", "stale"),
+    }
 
 
 def stale(folder: Path) -> dict[str, str]:
@@ -705,7 +774,9 @@ def test_a_stale_node_says_which_ancestor_changed_and_how(tmp_path: Path) -> Non
         loaded.save(tmp_path / "changed")
         found = stale(tmp_path / "changed")
         assert found == {
-            path: str(loaded[path].stale).partition(" trained: ")[2] for path in loaded if loaded[path].stale
+            path: str(loaded[path].stale).partition(" trained: ")[2]
+            for path in loaded
+            if loaded[path].stale
         }
         assert stale(tmp_path / "changed") == found
         now[0] = content_of(tmp_path / "changed/fr") if (tmp_path / "changed/fr").exists() else ""
@@ -718,7 +789,9 @@ def test_a_stale_node_says_which_ancestor_changed_and_how(tmp_path: Path) -> Non
     assert found == {"fr/law": content, "fr/law/eu": content}
 
     weight = "the weight of fr/law (was 1.0, now 0.12345671)"
-    assert change(weight=lambda tree: tree.update("fr/law", weight=0.12345671)) == {"fr/law/eu": weight}
+    assert change(weight=lambda tree: tree.update("fr/law", weight=0.12345671)) == {
+        "fr/law/eu": weight
+    }
 
     def both(tree: lt.AdapterTree) -> None:
         tree.update("fr", adapter=adapter(9), weight=0.5)
@@ -726,7 +799,10 @@ def test_a_stale_node_says_which_ancestor_changed_and_how(tmp_path: Path) -> Non
 
     found = change(both=both)
     content = f"the content of fr (was {was[:12]}…, now {now[0][:12]}…); the weight of fr (was 1.0, now 0.5)"
-    assert found == {"fr/law": content, "fr/law/eu": f"the weight of fr/law (was 1.0, now 2.0); {content}"}
+    assert found == {
+        "fr/law": content,
+        "fr/law/eu": f"the weight of fr/law (was 1.0, now 2.0); {content}",
+    }
 
     assert change(top=lambda tree: tree.move("fr/law", "law")) == {
         "law": "fr is no longer above it",
@@ -787,7 +863,10 @@ def test_a_fresh_node_that_never_trained_is_not_stale(tmp_path: Path) -> None:
     made.save(tmp_path)
     assert set(stale(tmp_path)) == {"fr/old"}
     assert made["fr/law"].stale is None
-    write(tmp_path / "tree.yaml", (tmp_path / "tree.yaml").read_text().replace("base: one", "base: two"))
+    write(
+        tmp_path / "tree.yaml",
+        (tmp_path / "tree.yaml").read_text().replace("base: one", "base: two"),
+    )
     assert set(stale(tmp_path)) == {"fr", "fr/old"}
     lt.lock(tmp_path)
     assert set(stale(tmp_path)) == {"fr", "fr/old"}
@@ -806,7 +885,9 @@ def test_a_fresh_node_that_never_trained_is_not_stale(tmp_path: Path) -> None:
     assert set(stale(tmp_path / "third")) == {"fr/old"}
 
 
-def test_what_a_node_was_trained_on_goes_with_its_files_when_they_are_moved_on_the_disk(zoo: Path) -> None:
+def test_what_a_node_was_trained_on_goes_with_its_files_when_they_are_moved_on_the_disk(
+    zoo: Path,
+) -> None:
     loaded = lt.load(zoo)
     loaded.update("fr", adapter=adapter(9))
     loaded.save(zoo)
@@ -815,12 +896,18 @@ def test_what_a_node_was_trained_on_goes_with_its_files_when_they_are_moved_on_t
     (zoo / "grp/x").rename(zoo / "fr/x")
     write(zoo / "tree.yaml", (zoo / "tree.yaml").read_text().replace("legal:", "law:"))
     lt.lock(zoo)
-    assert stale(zoo) == {"fr/law": was["fr/legal"], "fr/medical": was["fr/medical"], "fr/x": "fr is above it now"}
+    assert stale(zoo) == {
+        "fr/law": was["fr/legal"],
+        "fr/medical": was["fr/medical"],
+        "fr/x": "fr is above it now",
+    }
     lt.lock(zoo, accept_stale=True)
     assert stale(zoo) == {}
 
 
-def test_two_nodes_that_changed_places_on_the_disk_keep_what_they_were_trained_on(zoo: Path) -> None:
+def test_two_nodes_that_changed_places_on_the_disk_keep_what_they_were_trained_on(
+    zoo: Path,
+) -> None:
     # Of one size, and often of one tick of the clock: what a lock knows without reading them would be the same.
     os.utime(zoo / "grp/x/adapter_model.safetensors", ns=(1, 1))
     lt.lock(zoo)
@@ -841,7 +928,9 @@ def test_moved_below_another_parent_is_stale(zoo: Path) -> None:
 def test_another_base_makes_everything_stale(zoo: Path, tmp_path: Path) -> None:
     text = (zoo / "tree.yaml").read_text()
     write(zoo / "tree.yaml", text.replace("org/model", "org/other"))
-    with pytest.raises(StaleError, match="fr: it was trained on org/model, the tree names org/other"):
+    with pytest.raises(
+        StaleError, match="fr: it was trained on org/model, the tree names org/other"
+    ):
         lt.load(zoo, strict=True)
     changed = opened(zoo)
     changed.update("fr", adapter=adapter(1))
@@ -885,18 +974,28 @@ def test_the_fingerprint_of_a_base_reads_little(tmp_path: Path) -> None:
 
 def by_the_page(base: Path) -> str:
     """The fingerprint as docs/folder.md describes it, step by step."""
-    files = [file for file in base.rglob("*") if file.is_file() and len(file.relative_to(base).parts) <= 2]
+    files = [
+        file
+        for file in base.rglob("*")
+        if file.is_file() and len(file.relative_to(base).parts) <= 2
+    ]
     whole = hashlib.sha256()
     for file in sorted(files, key=lambda file: list(file.relative_to(base).parts)):
         data, name = file.read_bytes(), file.relative_to(base).as_posix()
         line = f"{name} {len(data)}\n".encode()
         if name.endswith((".safetensors", ".bin", ".gguf")):
             number = int.from_bytes(data[:8], "little")
-            plain = not name.endswith(".safetensors") or number == 0 or number > min(len(data) - 8, 100_000_000)
+            plain = (
+                not name.endswith(".safetensors")
+                or number == 0
+                or number > min(len(data) - 8, 100_000_000)
+            )
             start = 0 if plain else 8 + number
             step = max((len(data) - start) // 32, 4096)
             samples = [data[at : at + 4096] for at in range(start, len(data), step)]
-            whole.update(line + hashlib.sha256(data[:start] + b"".join(samples) + data[-4096:]).digest())
+            whole.update(
+                line + hashlib.sha256(data[:start] + b"".join(samples) + data[-4096:]).digest()
+            )
         elif file.name == "config.json" or name.endswith(".index.json"):
             whole.update(line + data)
     return whole.hexdigest()
@@ -984,16 +1083,29 @@ def test_a_new_adapter_folder_and_one_that_is_gone(zoo: Path) -> None:
     text = refused(zoo, UnlockedError)
     assert f"it: {zoo}/it: not in the lock" in text
     assert "fr/legal: in the lock, but its adapter is gone" in text
-    write(zoo / "tree.yaml", (zoo / "tree.yaml").read_text().replace("weight: 0.8", "adapter: null"))
+    write(
+        zoo / "tree.yaml", (zoo / "tree.yaml").read_text().replace("weight: 0.8", "adapter: null")
+    )
     assert "fr/legal" not in refused(zoo, UnlockedError)
     lt.lock(zoo)
-    assert lt.load(zoo, strict=True).paths() == ["de", "fr", "fr/legal", "fr/medical", "grp", "grp/x", "it"]
+    assert lt.load(zoo, strict=True).paths() == [
+        "de",
+        "fr",
+        "fr/legal",
+        "fr/medical",
+        "grp",
+        "grp/x",
+        "it",
+    ]
 
 
 def test_lock_accepts_the_files_as_they_are(zoo: Path) -> None:
     nudge(zoo / "fr" / WEIGHTS)
     lt.lock(zoo)
-    assert {(p.node, p.kind) for p in lt.check(zoo)} == {("fr/legal", "stale"), ("fr/medical", "stale")}
+    assert {(p.node, p.kind) for p in lt.check(zoo)} == {
+        ("fr/legal", "stale"),
+        ("fr/medical", "stale"),
+    }
     before = listing(zoo)
     lt.lock(zoo)
     assert listing(zoo) == before
@@ -1001,13 +1113,25 @@ def test_lock_accepts_the_files_as_they_are(zoo: Path) -> None:
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
 BROKEN = {
-    "a Git LFS pointer": (WEIGHTS, lambda data: POINTER, "is a Git LFS pointer, not the file itself"),
-    "a config as a Git LFS pointer": (CONFIG, lambda data: POINTER, "is a Git LFS pointer, not the file itself"),
+    "a Git LFS pointer": (
+        WEIGHTS,
+        lambda data: POINTER,
+        "is a Git LFS pointer, not the file itself",
+    ),
+    "a config as a Git LFS pointer": (
+        CONFIG,
+        lambda data: POINTER,
+        "is a Git LFS pointer, not the file itself",
+    ),
     "cut short": (WEIGHTS, lambda data: data[:-5], "the header describes"),
     "cut in its header": (WEIGHTS, lambda data: data[:40], "not a whole safetensors file"),
     "empty": (WEIGHTS, lambda data: b"", "not a whole safetensors file"),
     "too long": (WEIGHTS, lambda data: data + b"\0", "the header describes"),
-    "a header of another rank": (CONFIG, lambda data: data.replace(b'"r": 2', b'"r": 4'), "expected (4, in)"),
+    "a header of another rank": (
+        CONFIG,
+        lambda data: data.replace(b'"r": 2', b'"r": 4'),
+        "expected (4, in)",
+    ),
     "a config that is none": (CONFIG, lambda data: b"{", "not valid JSON"),
 }
 
@@ -1029,7 +1153,9 @@ def test_broken_files_are_told_as_that_and_never_locked(
     with (zoo / "grp/x" / CONFIG).open("a") as whole:
         whole.write(" ")
     text = refused(zoo, UnlockedError)
-    assert text.index(cause) < text.index("put the files of fr right first; if the files are right, accept them")
+    assert text.index(cause) < text.index(
+        "put the files of fr right first; if the files are right, accept them"
+    )
     (zoo / "grp/x" / CONFIG).write_bytes(before[f"grp/x/{CONFIG}"] or b"")
     (zoo / "tree.lock").unlink()  # without a lock to compare with
     with pytest.raises(FormatError, match=re.escape(cause)):
@@ -1125,7 +1251,9 @@ def test_what_no_save_wrote_stays_and_would_come_back(tmp_path: Path) -> None:
         before = listing(tmp_path)
         loaded = lt.load(tmp_path)
         loaded.remove("fr/legal")
-        with pytest.raises(FolderError, match="fr/legal: no node's any more, but no save wrote them"):
+        with pytest.raises(
+            FolderError, match="fr/legal: no node's any more, but no save wrote them"
+        ):
             loaded.save(tmp_path)
         moved = lt.load(tmp_path)
         moved.rename("de", "german")
@@ -1156,10 +1284,16 @@ def test_a_trained_node_replaces_the_files_it_came_from_and_no_others(tmp_path: 
     assert value(lt.load(tmp_path / "zoo", strict=True)) == value(loaded)
     made = lt.AdapterTree()
     made.add("de", adapter=adapter(3))
-    with pytest.raises(FolderError, match=r"de: .*an adapter that no save wrote lies where this node's files belong"):
+    with pytest.raises(
+        FolderError,
+        match=r"de: .*an adapter that no save wrote lies where this node's files belong",
+    ):
         made.save(tmp_path / "zoo")
     other = lt.load(nested(tmp_path / "other", "it", "de"))
-    with pytest.raises(FolderError, match=r"de: .*an adapter that no save wrote lies where this node's files belong"):
+    with pytest.raises(
+        FolderError,
+        match=r"de: .*an adapter that no save wrote lies where this node's files belong",
+    ):
         other.save(tmp_path / "zoo")
 
 
@@ -1195,7 +1329,9 @@ def test_the_yaml_of_another_tree_is_not_overwritten(tmp_path: Path) -> None:
     assert listing(tmp_path / "zoo").keys() == {"tree.yaml"}
 
 
-def test_a_value_that_cannot_be_written_leaves_everything_as_it_was(zoo: Path, tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_written_leaves_everything_as_it_was(
+    zoo: Path, tmp_path: Path
+) -> None:
     before = listing(zoo)
     loaded = lt.load(zoo)
     loaded.update("grp/x", adapter=lt.Adapter({}))
@@ -1207,7 +1343,9 @@ def test_a_value_that_cannot_be_written_leaves_everything_as_it_was(zoo: Path, t
 
 
 def test_a_weight_alone_changes_only_text(zoo: Path) -> None:
-    before = {name: (zoo / name).stat().st_ino for name, data in listing(zoo).items() if data is not None}
+    before = {
+        name: (zoo / name).stat().st_ino for name, data in listing(zoo).items() if data is not None
+    }
     loaded = lt.load(zoo)
     loaded.update("fr/medical", weight=0.25)
     loaded.save(zoo)
@@ -1232,9 +1370,14 @@ def test_a_save_does_not_undo_what_another_added(zoo: Path, tmp_path: Path) -> N
     one.save(zoo)
     two.add("y", adapter=adapter(12))
     text = untouched(
-        zoo, lambda: two.save(zoo), match="zoo/x.*zoo/x/deep: written by somebody else since this tree was"
+        zoo,
+        lambda: two.save(zoo),
+        match="zoo/x.*zoo/x/deep: written by somebody else since this tree was",
     )
-    assert f"open the tree again, lt.load('{zoo}'), and change that one; or save into another folder" in text
+    assert (
+        f"open the tree again, lt.load('{zoo}'), and change that one; or save into another folder"
+        in text
+    )
     two.save(tmp_path / "other")
     assert "y" in opened(tmp_path / "other")
     again = opened(zoo)
@@ -1257,7 +1400,9 @@ def test_a_save_does_not_undo_what_another_changed(zoo: Path) -> None:
     one.save(zoo)
 
 
-def test_a_save_does_not_undo_what_another_wrote_into_a_folder_without_a_lock(tmp_path: Path) -> None:
+def test_a_save_does_not_undo_what_another_wrote_into_a_folder_without_a_lock(
+    tmp_path: Path,
+) -> None:
     one, two = opened(nested(tmp_path, "fr", "de")), opened(tmp_path)
     one.update("fr", adapter=adapter(10))
     one.save(tmp_path)
@@ -1294,8 +1439,15 @@ def test_a_save_does_not_undo_a_line_of_yaml(zoo: Path) -> None:
 def test_another_tree_is_not_overwritten(zoo: Path) -> None:
     other = lt.AdapterTree()
     other.add("it", adapter=adapter(10))
-    text = untouched(zoo, lambda: other.save(zoo), match="zoo/fr, .*zoo/grp/x: of another tree, which this save would")
-    assert "save into another folder; or open that tree and change it; or remove what is there first" in text
+    text = untouched(
+        zoo,
+        lambda: other.save(zoo),
+        match="zoo/fr, .*zoo/grp/x: of another tree, which this save would",
+    )
+    assert (
+        "save into another folder; or open that tree and change it; or remove what is there first"
+        in text
+    )
     one = tree()
     one.update("fr", adapter=adapter(10))
     untouched(zoo, lambda: one.save(zoo), match="fr: .*zoo/fr: of another tree")
@@ -1326,7 +1478,9 @@ class Training:
     """A tree over a base of one layer, whose node fr trains."""
 
     def __init__(self, folder: Path) -> None:
-        fresh, old = (lt.LowRank(torch.ones(2, 4), B) for B in (torch.zeros(3, 2), torch.ones(3, 2)))
+        fresh, old = (
+            lt.LowRank(torch.ones(2, 4), B) for B in (torch.zeros(3, 2), torch.ones(3, 2))
+        )
         self.tree, self.folder = lt.AdapterTree(), folder
         self.tree.add("fr", adapter=lt.Adapter({"0": fresh}))
         self.tree.add("fr/legal", adapter=lt.Adapter({"0": old}))
@@ -1370,11 +1524,17 @@ def test_a_save_between_two_steps_writes_only_what_changed(tmp_path: Path) -> No
     assert {path: path.stat().st_ino for path in run.folder.rglob("*")} == before
     run.step()
     run.saved()
-    changed = {str(path.relative_to(run.folder)) for path, inode in before.items() if path.stat().st_ino != inode}
+    changed = {
+        str(path.relative_to(run.folder))
+        for path, inode in before.items()
+        if path.stat().st_ino != inode
+    }
     assert changed == {f"fr/{WEIGHTS}", f"fr/{CONFIG}", "tree.lock"}
 
 
-def test_training_after_a_save_makes_the_children_stale_and_the_node_itself_fresh(tmp_path: Path) -> None:
+def test_training_after_a_save_makes_the_children_stale_and_the_node_itself_fresh(
+    tmp_path: Path,
+) -> None:
     run = Training(tmp_path / "zoo")
     run.saved()
     run.tree.update("fr/legal", weight=0.5)
@@ -1400,7 +1560,10 @@ def test_a_tree_in_memory_outlives_its_files(tmp_path: Path) -> None:
     for folder in (tmp_path / "other", zoo):
         loaded.save(folder)
         assert value(opened(folder)) == expected
-        assert {(p.node, p.kind) for p in lt.check(folder)} == {("fr/legal", "stale"), ("fr/medical", "stale")}
+        assert {(p.node, p.kind) for p in lt.check(folder)} == {
+            ("fr/legal", "stale"),
+            ("fr/medical", "stale"),
+        }
     shutil.rmtree(zoo / "fr/legal")
     loaded.save(zoo)
     assert value(opened(zoo)) == expected
@@ -1422,7 +1585,9 @@ def test_an_adapter_alone_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_tree_is_not_saved_into_a_hidden_file(tmp_path: Path) -> None:
-    with pytest.raises(FolderError, match=r"fast\.yaml: a tree is not saved into a hidden file\n  name it fast"):
+    with pytest.raises(
+        FolderError, match=r"fast\.yaml: a tree is not saved into a hidden file\n  name it fast"
+    ):
         tree().save(tmp_path / ".fast.yaml")
     assert list(tmp_path.iterdir()) == []
 
@@ -1449,7 +1614,9 @@ def test_check_reads_every_adapter(tmp_path: Path) -> None:
 def test_check_names_the_modules_whose_numbers_are_none(tmp_path: Path) -> None:
     tree = lt.AdapterTree()
     A, B = torch.ones(2, 4), torch.ones(3, 2)
-    tree.add("fr", adapter=lt.Adapter({"q": lt.LowRank(A, B), "v": lt.LowRank(A * float("nan"), B)}))
+    tree.add(
+        "fr", adapter=lt.Adapter({"q": lt.LowRank(A, B), "v": lt.LowRank(A * float("nan"), B)})
+    )
     tree.add("fr/legal", adapter=lt.Adapter({"q": lt.LowRank(A, B.where(B != B, float("inf")))}))
     tree.save(tmp_path / "zoo")
     found = [(p.node, p.kind, p.text.split(": ")[1]) for p in lt.check(tmp_path / "zoo")]
@@ -1466,11 +1633,15 @@ def test_check_lists_what_killed_saves_left(zoo: Path) -> None:
     assert not (zoo / commit.HIDDEN).exists()
 
 
-def test_check_lists_what_may_not_be_looked_into(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_lists_what_may_not_be_looked_into(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (zoo / commit.HIDDEN).mkdir()
     real = os.listdir
 
-    def refuse(path: str | Path) -> list[str]:  # root may look anywhere, so the answer is a made one
+    def refuse(
+        path: str | Path,
+    ) -> list[str]:  # root may look anywhere, so the answer is a made one
         if Path(path).name == commit.HIDDEN:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
@@ -1500,6 +1671,10 @@ def test_an_outline_has_shapes_and_ranks_and_reads_no_numbers(tmp_path: Path) ->
     assert there["fr/legal"].loaded is None
     whole = there.adapter("fr/legal")
     assert whole is not None
-    assert (outline.ranks, outline.numel, outline.nbytes) == (whole.ranks, whole.numel, whole.nbytes)
+    assert (outline.ranks, outline.numel, outline.nbytes) == (
+        whole.ranks,
+        whole.numel,
+        whole.nbytes,
+    )
     assert there.outline("fr/legal") is whole
     assert there.outline("de") is None

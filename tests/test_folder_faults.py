@@ -82,7 +82,12 @@ def change(folder: Path) -> lt.AdapterTree:
 
 
 def faults(
-    monkeypatch: pytest.MonkeyPatch, before: Path, scratch: Path, *, kills: bool = False, interrupts: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    before: Path,
+    scratch: Path,
+    *,
+    kills: bool = False,
+    interrupts: bool = False,
 ) -> Iterator[tuple[Path, lt.AdapterTree, BaseException]]:
     """The same save, cut off at its first operation, its second, …, until one comes through."""
     for at in range(10_000):
@@ -107,7 +112,9 @@ def faults(
         shutil.rmtree(folder)
 
 
-def test_killed_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+def test_killed_at_every_operation(
+    monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
+) -> None:
     old, new = value(opened(before)), value(change(before))
     outcomes = []
     for folder, _, error in faults(monkeypatch, before, tmp_path, kills=True):
@@ -127,7 +134,9 @@ def test_killed_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path
     assert len(set(outcomes)) == 2
 
 
-def test_a_fault_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+def test_a_fault_at_every_operation(
+    monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
+) -> None:
     old, new = value(opened(before)), value(change(before))
     files = listing(before)
     outcomes = []
@@ -148,7 +157,9 @@ def test_a_fault_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Pat
     assert len(set(outcomes)) == 2
 
 
-def test_interrupted_at_every_operation(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+def test_interrupted_at_every_operation(
+    monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
+) -> None:
     old, new = value(opened(before)), value(change(before))
     files = listing(before)
     outcomes = []
@@ -159,7 +170,9 @@ def test_interrupted_at_every_operation(monkeypatch: pytest.MonkeyPatch, before:
         outcomes.append(found == new)
         if found == old:
             left = {name: data for name, data in listing(folder).items() if name not in files}
-            assert left.keys() <= {".lora_tree", ".lora_tree/lock"}, "nothing staged may stay behind"
+            assert left.keys() <= {".lora_tree", ".lora_tree/lock"}, (
+                "nothing staged may stay behind"
+            )
             assert not [p for p in lt.check(folder) if p.kind != "stale"]
         changed.save(folder)
         assert value(opened(folder)) == value(changed) == new
@@ -168,7 +181,9 @@ def test_interrupted_at_every_operation(monkeypatch: pytest.MonkeyPatch, before:
     assert len(set(outcomes)) == 2
 
 
-def test_a_new_folder_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_new_folder_is_not_left_half_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     target = tmp_path / "a/b"
     for at in range(10_000):
         faulty = FaultyOs(at, kills=False)
@@ -248,7 +263,9 @@ def cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> lt.AdapterTree:
     return changed
 
 
-def test_readers_look_through_the_record(monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path) -> None:
+def test_readers_look_through_the_record(
+    monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))
     expected = value(change(before))
     cut_off(folder, monkeypatch)
@@ -287,7 +304,10 @@ def test_a_node_saved_by_itself_and_cut_off_is_carried_out_before_the_tree_is_sa
     expected = adapter(9).modules["q_proj"].A
     cut_off_one()
     loaded = lt.load(tmp_path)
-    assert [(p.node, p.kind) for p in lt.check(tmp_path)] == [("fr", "leftover"), ("fr", "leftover")]
+    assert [(p.node, p.kind) for p in lt.check(tmp_path)] == [
+        ("fr", "leftover"),
+        ("fr", "leftover"),
+    ]
     assert torch.equal(own(loaded), expected)
     loaded.update("fr", adapter=adapter(10))
     loaded.save(tmp_path)
@@ -324,12 +344,15 @@ def test_permission_is_asked_before_anything_is_decided(
     assert listing(folder) == files
 
 
-def test_a_folder_where_a_file_belongs_is_found_before_anything_is_decided(before: Path, tmp_path: Path) -> None:
+def test_a_folder_where_a_file_belongs_is_found_before_anything_is_decided(
+    before: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))
     (folder / "it/adapter_config.json").mkdir(parents=True)
     changed, files = change(folder), listing(folder)
     with pytest.raises(
-        FolderError, match=r"it/adapter_config.json: a folder lies where a file belongs\n  move it away"
+        FolderError,
+        match=r"it/adapter_config.json: a folder lies where a file belongs\n  move it away",
     ):
         changed.save(folder)
     assert listing(folder) == files
@@ -364,7 +387,9 @@ def test_a_place_on_the_way_to_another_is_refused_before_anything_is_decided(
 
 
 # ---------------------------------------------------------------------- several at once
-def test_a_second_writer_waits_and_then_says_so(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_writer_waits_and_then_says_so(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))
     monkeypatch.setattr(commit, "WAIT_S", 0.2)
     with commit.writing(folder):
@@ -382,7 +407,9 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
     changed = opened(folder)
     changed.update("fr", adapter=adapter(30))
     with monkeypatch.context() as patched:  # killed after the decision: nothing is in its place yet
-        patched.setattr(commit, "_carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
+        patched.setattr(
+            commit, "_carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
+        )
         with contextlib.suppress(Killed):
             changed.save(folder)
     real, moved = disk.exists, []
@@ -399,7 +426,9 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
     monkeypatch.setattr(disk, "exists", then_carried)
     read = source.load()
     assert moved
-    assert all(torch.equal(value.A, adapter(30).modules[name].A) for name, value in read.modules.items())
+    assert all(
+        torch.equal(value.A, adapter(30).modules[name].A) for name, value in read.modules.items()
+    )
 
 
 def test_writers_take_turns_and_readers_see_whole_trees(tmp_path: Path) -> None:
@@ -476,7 +505,9 @@ def test_killed_for_real(tmp_path: Path) -> None:
     code = SAVER.format(tests=str(Path(__file__).parent), folder=str(folder))
     tree().save(folder)
     for delay_s in (0.05, 0.13, 0.31):
-        saver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        saver = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
+        )
         assert saver.stdout is not None
         assert saver.stdout.readline() == b"ready\n"
         time.sleep(delay_s)
@@ -487,7 +518,10 @@ def test_killed_for_real(tmp_path: Path) -> None:
         pair = {"fr/legal": loaded.adapter("fr/legal"), "grp/x": loaded.adapter("grp/x")}
         seeds = [(100, 200), (101, 201)]
         sums = [tuple(adapter(s).modules["q_proj"].A.sum().item() for s in both) for both in seeds]
-        assert tuple(a.modules["q_proj"].A.sum().item() for a in pair.values() if a is not None) in sums
+        assert (
+            tuple(a.modules["q_proj"].A.sum().item() for a in pair.values() if a is not None)
+            in sums
+        )
         again = opened(folder)
         for path, seed in (("fr/legal", 2), ("grp/x", 4)):
             again.update(path, adapter=adapter(seed))

@@ -38,11 +38,17 @@ _OPENED: list[str] | None = None
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if _OPENED is not None and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, bytes)):
+    if (
+        _OPENED is not None
+        and event in ("open", "os.listdir", "os.scandir")
+        and isinstance(args[0], (str, bytes))
+    ):
         _OPENED.append(os.path.realpath(os.fsdecode(args[0])))
 
 
-sys.addaudithook(_audit)  # every way to open a file passes here; it can't be taken out again, only ignored
+sys.addaudithook(
+    _audit
+)  # every way to open a file passes here; it can't be taken out again, only ignored
 
 
 @pytest.fixture
@@ -82,7 +88,9 @@ def mutated(draw: st.DrawFn, text: bytes, *, words: tuple[bytes, ...]) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
         to = min(len(data), at + draw(st.integers(0, 12)))
-        data[at:to] = draw(st.binary(max_size=3) | st.sampled_from(words) | st.just(bytes(data[at:to]) * 2))
+        data[at:to] = draw(
+            st.binary(max_size=3) | st.sampled_from(words) | st.just(bytes(data[at:to]) * 2)
+        )
     return bytes(data)
 
 
@@ -92,8 +100,33 @@ YAML = (
     b"tree:\n  fr:\n    weight: 0.5\n    children:\n      legal: {adapter: ../x, weight: 1e-1}\n  de: {r: 2}\n"
 )
 YAML_WORDS = (
-    *(b"&a ", b"*a", b"!!python/object:os.system ", b"!x ", b"<<: ", b"? ", b"- ", b"#", b"%YAML 1.1\n"),
-    *(b"\n---\n", b"\n...\n", b"{", b"}", b"[", b"]", b": ", b"|\n", b">-\n", b'"', b"'", b"\\", b"@", b"`"),
+    *(
+        b"&a ",
+        b"*a",
+        b"!!python/object:os.system ",
+        b"!x ",
+        b"<<: ",
+        b"? ",
+        b"- ",
+        b"#",
+        b"%YAML 1.1\n",
+    ),
+    *(
+        b"\n---\n",
+        b"\n...\n",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b": ",
+        b"|\n",
+        b">-\n",
+        b'"',
+        b"'",
+        b"\\",
+        b"@",
+        b"`",
+    ),
     *(b"\t", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xc2\x85", b"\xe2\x80\xa8", b'"\\ud800"'),
     *(b"null", b"9" * 400, b"1e999", b".nan", b"0x", b"../../other", b"[" * 200, b"{a: " * 200),
 )
@@ -111,15 +144,41 @@ def test_yaml(data: bytes) -> None:
 
 
 @CHEAP
-@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+@given(
+    st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
+)
 def test_yaml_of_nothing_known(data: bytes) -> None:
     with pytest.raises(SpecError):
         yamlfile.read_spec(data, "tree.yaml")
 
 
 JSON_WORDS = (
-    *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"9" * 400),
-    *(b"\\ud800", b"\0", b"\xff", b"../other", b"/etc/passwd", b"-1", b"0.5", b'"version": 2', b'"nodes": 1'),
+    *(
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b",",
+        b":",
+        b"null",
+        b"true",
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"9" * 400,
+    ),
+    *(
+        b"\\ud800",
+        b"\0",
+        b"\xff",
+        b"../other",
+        b"/etc/passwd",
+        b"-1",
+        b"0.5",
+        b'"version": 2',
+        b'"nodes": 1',
+    ),
     *(b"[" * 3000, b'{"a":' * 3000),
 )
 WORDS = ("version", "nodes", "fr", "base", "content", "size", "moves", "to", "stage", "deletes")
@@ -170,24 +229,55 @@ def test_folders_with_mutated_files(zoo: Path, watch: None, data: st.DataObject)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACES = st.sampled_from(
     [
-        *(f"fr/{CONFIG}", f"fr/legal/{WEIGHTS}", f"new/{CONFIG}", "tree.yaml", "tree.lock", f"x.lock/{CONFIG}"),
-        *(f"../secret/{CONFIG}", f"fr/../../secret/{CONFIG}", f"link/{CONFIG}", "/etc/passwd", "", "."),
-        *(f"{CONFIG}/", f"fr//{CONFIG}", f"fr\0/{CONFIG}", "fr/x.txt", "tree.py", "..lock", "fr/.yaml"),
+        *(
+            f"fr/{CONFIG}",
+            f"fr/legal/{WEIGHTS}",
+            f"new/{CONFIG}",
+            "tree.yaml",
+            "tree.lock",
+            f"x.lock/{CONFIG}",
+        ),
+        *(
+            f"../secret/{CONFIG}",
+            f"fr/../../secret/{CONFIG}",
+            f"link/{CONFIG}",
+            "/etc/passwd",
+            "",
+            ".",
+        ),
+        *(
+            f"{CONFIG}/",
+            f"fr//{CONFIG}",
+            f"fr\0/{CONFIG}",
+            "fr/x.txt",
+            "tree.py",
+            "..lock",
+            "fr/.yaml",
+        ),
         *(".lora_tree/commit.json", "a/" * 70 + CONFIG),
     ]
 )
-STAGES = st.sampled_from([f"stage-{'0' * 32}", "..", "../../secret", "stage-x", f"stage-{'1' * 32}", ""])
+STAGES = st.sampled_from(
+    [f"stage-{'0' * 32}", "..", "../../secret", "stage-x", f"stage-{'1' * 32}", ""]
+)
 WAS = st.sampled_from([None, None, {"size": 1, "mtime_ns": 1}, {"size": "1"}, "there"])
 MOVES = st.builds(
     lambda to, size, digest, was: {"to": to, "size": size, "sha256": digest, "was": was},
     PLACES,
     st.integers(-1, 9) | st.just("1"),
-    st.sampled_from(["0" * 64, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881", "x"]),
+    st.sampled_from(
+        ["0" * 64, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881", "x"]
+    ),
     WAS,
 )
 DELETES = st.builds(lambda at, was: {"at": at, "was": was}, PLACES, WAS) | PLACES
 RECORDS = st.builds(
-    lambda stage, moves, deletes, version: {"version": version, "stage": stage, "moves": moves, "deletes": deletes},
+    lambda stage, moves, deletes, version: {
+        "version": version,
+        "stage": stage,
+        "moves": moves,
+        "deletes": deletes,
+    },
     STAGES,
     st.lists(MOVES, max_size=3),
     st.lists(DELETES, max_size=3),
@@ -196,9 +286,16 @@ RECORDS = st.builds(
 
 
 @DEAR
-@given(record=RECORDS | JSON, as_link=st.sampled_from([None, None, None, "stage", "record", "hidden", "staged"]))
+@given(
+    record=RECORDS | JSON,
+    as_link=st.sampled_from([None, None, None, "stage", "record", "hidden", "staged"]),
+)
 def test_records_that_nobody_should_trust(
-    zoo: Path, watch: None, tmp_path_factory: pytest.TempPathFactory, record: Any, as_link: str | None
+    zoo: Path,
+    watch: None,
+    tmp_path_factory: pytest.TempPathFactory,
+    record: Any,
+    as_link: str | None,
 ) -> None:
     folder, secret = zoo / "inner", zoo.parent / "secret"
     shutil.rmtree(folder, ignore_errors=True)
@@ -240,10 +337,14 @@ OWN = {  # of whoever lives in the folder, beside the tree; none of it is known 
 
 
 @st.composite
-def seemly(draw: st.DrawFn, places: tuple[str, ...] = (*OWN, "tree.yaml", "tree.lock", f"fr/{CONFIG}")) -> Any:
+def seemly(
+    draw: st.DrawFn, places: tuple[str, ...] = (*OWN, "tree.yaml", "tree.lock", f"fr/{CONFIG}")
+) -> Any:
     """A record that is well-formed, and of one tree more often than not; it guesses what it can't know."""
     place = st.sampled_from(places)
-    was = st.none() | st.builds(lambda size, ns: {"size": size, "mtime_ns": ns}, st.integers(0, 20), st.integers())
+    was = st.none() | st.builds(
+        lambda size, ns: {"size": size, "mtime_ns": ns}, st.integers(0, 20), st.integers()
+    )
     digest = hashlib.sha256(b"x").hexdigest()
     moves = draw(st.lists(st.tuples(place, was), max_size=2, unique_by=lambda move: move[0]))
     taken = [to for to, _ in moves]
@@ -258,10 +359,16 @@ def seemly(draw: st.DrawFn, places: tuple[str, ...] = (*OWN, "tree.yaml", "tree.
 
 @DEAR
 @given(record=seemly())
-def test_a_record_touches_nothing_that_no_save_has_seen(zoo: Path, watch: None, record: Any) -> None:
+def test_a_record_touches_nothing_that_no_save_has_seen(
+    zoo: Path, watch: None, record: Any
+) -> None:
     folder = zoo / "inner"
     shutil.copytree(zoo / "fr", folder / "fr")
-    for name, data in {**OWN, f".lora_tree/stage-{'0' * 32}/0": b"x", f".lora_tree/stage-{'0' * 32}/1": b"x"}.items():
+    for name, data in {
+        **OWN,
+        f".lora_tree/stage-{'0' * 32}/0": b"x",
+        f".lora_tree/stage-{'0' * 32}/1": b"x",
+    }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     (folder / ".lora_tree/commit.json").write_text(json.dumps(record))
@@ -289,7 +396,9 @@ def test_a_record_touches_nothing_that_no_save_has_seen(zoo: Path, watch: None, 
         ("hidden is a link", f"fr/{CONFIG}"),
     ],
 )
-def test_a_record_that_is_right_but_for_one_thing(zoo: Path, watch: None, how: str, place: str) -> None:
+def test_a_record_that_is_right_but_for_one_thing(
+    zoo: Path, watch: None, how: str, place: str
+) -> None:
     folder, secret = zoo / "inner", zoo.parent / "secret"
     shutil.copytree(zoo / "fr", folder / "fr")
     data = b'{"planted": true}'
@@ -315,7 +424,9 @@ def test_a_record_that_is_right_but_for_one_thing(zoo: Path, watch: None, how: s
         (folder / "link").symlink_to(secret)
     try:
         before = (folder / "fr" / CONFIG).read_bytes()
-        with pytest.raises(LoraTreeError, match=r"link|no file that a save writes|not the file that"):
+        with pytest.raises(
+            LoraTreeError, match=r"link|no file that a save writes|not the file that"
+        ):
             lt.lock(folder)
         assert (folder / "fr" / CONFIG).read_bytes() == before
         survives(folder)

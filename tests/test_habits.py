@@ -44,9 +44,18 @@ RINGS = {
     "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],
     "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
 }
-SEES = {"values": [], "files": ["values"], "binding": ["values"], "edges": ["values", "files", "binding"]}
+SEES = {
+    "values": [],
+    "files": ["values"],
+    "binding": ["values"],
+    "edges": ["values", "files", "binding"],
+}
 MAP = {"__init__", "__main__", "surface"}
-OPTIONAL = {"cli", "demo", "integrations"}  # where an import inside a function is how an extra stays optional
+OPTIONAL = {
+    "cli",
+    "demo",
+    "integrations",
+}  # where an import inside a function is how an extra stays optional
 
 
 def room(source: Path) -> str:
@@ -57,7 +66,11 @@ def room(source: Path) -> str:
 def imports(source: Path, tree: ast.AST | None = None) -> Iterator[tuple[str, int]]:
     """(absolute module name, line) of everything imported; what only a type checker reads is left out."""
     node = tree or ast.parse(source.read_text())
-    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+    if (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    ):
         return
     if isinstance(node, ast.Import):
         for alias in node.names:
@@ -83,7 +96,9 @@ def _is_module(name: str) -> bool:
 def declared() -> set[str]:
     """Every distribution that pyproject.toml names, extras included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    named = project["dependencies"] + [
+        d for extra in project["optional-dependencies"].values() for d in extra
+    ]
     return {re.split(r"[\[<>=!~; ]", spec)[0].lower().replace("-", "_") for spec in named}
 
 
@@ -107,7 +122,9 @@ def test_imports_point_inward(source: Path) -> None:
         if parts[0] == "lora_tree":
             theirs = parts[1] if len(parts) > 1 else "__init__"
             outward = theirs not in allowed and not (theirs == "__init__" and ring == "edges")
-            assert not outward, f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further out"
+            assert not outward, (
+                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further out"
+            )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
@@ -117,7 +134,9 @@ def test_imports_stand_at_the_top(source: Path) -> None:
     for function in ast.walk(ast.parse(source.read_text())):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             inside = [name for name, _ in imports(source, function) if name.startswith("lora_tree")]
-            assert not inside, f"{source.relative_to(ROOT)}:{function.lineno}: imports {inside} inside a function"
+            assert not inside, (
+                f"{source.relative_to(ROOT)}:{function.lineno}: imports {inside} inside a function"
+            )
 
 
 def test_every_third_party_import_is_declared() -> None:
@@ -128,13 +147,17 @@ def test_every_third_party_import_is_declared() -> None:
             if top == "lora_tree" or top in sys.stdlib_module_names:
                 continue
             named = {owner.lower().replace("-", "_") for owner in owners.get(top, [top])}
-            assert named & declared(), f"{source.relative_to(ROOT)}:{line}: {top} is not in pyproject.toml"
+            assert named & declared(), (
+                f"{source.relative_to(ROOT)}:{line}: {top} is not in pyproject.toml"
+            )
 
 
 def loaded_after(code: str) -> set[str]:
     """The top-level packages that a new process has imported after some code."""
     code = f"import sys\n{code}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return set(done.stdout.split())
 
 
@@ -192,11 +215,23 @@ def test_every_all_is_sorted_and_true(source: Path) -> None:
 def test_data_is_never_code(source: Path) -> None:
     tree = ast.parse(source.read_text())
     code_modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
-    found = [f"{name} (line {line})" for name, line in imports(source) if name.split(".")[0] in code_modules]
+    found = [
+        f"{name} (line {line})"
+        for name, line in imports(source)
+        if name.split(".")[0] in code_modules
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
-            if call in {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load"}:
+            if call in {
+                "eval",
+                "exec",
+                "compile",
+                "__import__",
+                "torch.load",
+                "torch.save",
+                "yaml.load",
+            }:
                 found.append(f"{call} (line {node.lineno})")
     assert not found, f"{source.relative_to(ROOT)}: {found}"
 
@@ -207,12 +242,20 @@ def test_a_base_is_opened_at_one_place() -> None:
         if room(source) in {"extras", "demo"}:
             continue
         for node in ast.walk(ast.parse(source.read_text())):
-            called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-            assert called != "from_pretrained", f"{source.relative_to(ROOT)}:{node.lineno}: use extras.opened"
+            called = (
+                node.func.attr
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                else ""
+            )
+            assert called != "from_pretrained", (
+                f"{source.relative_to(ROOT)}:{node.lineno}: use extras.opened"
+            )
 
 
 # ---------------------------------------------------------------------- the docs run
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
+PAGES = [
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()
+]
 # ```python blocks; and <!-- python … --> for what a page needs first but a reader does not
 BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- python\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
 
@@ -232,13 +275,19 @@ def run(code: str, name: str, line: int, namespace: dict[str, object]) -> None:
     session = doctest.DocTestParser().get_doctest(code, namespace, name, name, line - 1)
     report = io.StringIO()
     with contextlib.redirect_stdout(report):
-        failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, clear_globs=False).failed
+        failed = (
+            doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+            .run(session, clear_globs=False)
+            .failed
+        )
     namespace.update(session.globs)
     assert not failed, report.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_of_a_page_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__snippet__"}
     for line, code in blocks(page.read_text()):

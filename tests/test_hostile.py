@@ -33,7 +33,15 @@ from zoo import adapter, listing, tree, value
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.errors import BaseMismatch, BudgetError, FolderError, FormatError, LoraTreeError, NewerFormat, SpecError
+from lora_tree.errors import (
+    BaseMismatch,
+    BudgetError,
+    FolderError,
+    FormatError,
+    LoraTreeError,
+    NewerFormat,
+    SpecError,
+)
 from lora_tree.export.shards import open_checkpoint
 from lora_tree.folder import commit, disk, lockfile, opening, source, survey, yamlfile
 from lora_tree.formats import limits, strict_json
@@ -63,7 +71,9 @@ def open_files() -> int:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
-def test_a_refused_name_leaves_no_open_file_no_file_and_no_lock(served: Path, tmp_path: Path) -> None:
+def test_a_refused_name_leaves_no_open_file_no_file_and_no_lock(
+    served: Path, tmp_path: Path
+) -> None:
     with front_end(served, tmp_path / "cache", blends="1") as front:
         assert front.answers("fr", "fr:1e308+de:1") == [front.answers("fr")[0], None]
         files, before = sorted((tmp_path / "cache" / ".locks").iterdir()), open_files()
@@ -76,9 +86,14 @@ def test_a_refused_name_leaves_no_open_file_no_file_and_no_lock(served: Path, tm
         assert set(front.lora_requests) == {"fr"}
 
 
-def test_every_spelling_of_a_blend_is_one_adapter_and_one_entry(served: Path, tmp_path: Path) -> None:
+def test_every_spelling_of_a_blend_is_one_adapter_and_one_entry(
+    served: Path, tmp_path: Path
+) -> None:
     with front_end(served, tmp_path / "cache", blends="1") as front:
-        spellings = [f"fr:0.5{'0' * i}+de:.5" for i in range(20)] + ["de:5e-1+fr: 0.5", "de:0.5+fr:0.5"]
+        spellings = [f"fr:0.5{'0' * i}+de:.5" for i in range(20)] + [
+            "de:5e-1+fr: 0.5",
+            "de:0.5+fr:0.5",
+        ]
         assert len(set(front.answers(*spellings))) == 1
         assert len(set(front.answers(*(f"fr:1.{'0' * i}" for i in range(20)), "fr"))) == 1
         assert set(front.lora_requests) == {"de:0.5+fr:0.5", "fr"}
@@ -105,7 +120,12 @@ def test_a_client_who_makes_up_blends_shuts_no_path_out(
         assert front.answers("fr", "fr/medical") == idle
         assert None not in front.answers("de")
         loaded = [one.lora_name.partition("@")[0] for one in front.loaded]
-        assert sorted(name for name in loaded if ":" not in name) == ["de", "fr", "fr/legal", "fr/medical"]
+        assert sorted(name for name in loaded if ":" not in name) == [
+            "de",
+            "fr",
+            "fr/legal",
+            "fr/medical",
+        ]
         blends = [name for name in front.lora_requests if ":" in name]
         assert 1 <= len(blends) < 12
         there = sum(file.stat().st_size for file in (tmp_path / "cache").glob("[0-9a-f]*/*"))
@@ -118,12 +138,16 @@ def test_blends_are_refused_unless_they_are_allowed(served: Path, tmp_path: Path
         assert None not in front.answers("fr", "de")
 
 
-def test_only_paths_on_the_list_are_served_alone_or_in_a_blend(served: Path, tmp_path: Path) -> None:
+def test_only_paths_on_the_list_are_served_alone_or_in_a_blend(
+    served: Path, tmp_path: Path
+) -> None:
     with front_end(served, tmp_path / "cache", allow="fr/*, de", blends="1") as front:
         assert None not in front.answers("fr/legal", "fr/medical", "de", "fr/legal:0.5+de:0.5")
         assert front.answers("fr", "fr/legal+fr:-1", "fr/legal/../..", "gpt-4") == [None] * 4
     with pytest.raises(SpecError, match=r"LORA_TREE_VLLM_ALLOW: the list of paths .* is empty"):
-        Settings.of({"LORA_TREE_VLLM_ZOO": "z", "LORA_TREE_VLLM_CACHE": "c", "LORA_TREE_VLLM_ALLOW": ""})
+        Settings.of(
+            {"LORA_TREE_VLLM_ZOO": "z", "LORA_TREE_VLLM_CACHE": "c", "LORA_TREE_VLLM_ALLOW": ""}
+        )
 
 
 def test_unknown_names_cost_one_look_at_the_tree_in_an_interval(
@@ -147,7 +171,13 @@ def test_unknown_names_cost_one_look_at_the_tree_in_an_interval(
 def test_a_name_of_any_length_is_one_short_line_in_the_log(
     served: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ["x" * 1_000_000, "fr/" * 300_000, "fr:1+" * 200_000, "gpt-4\nINFO: all is well\x1b[2J", "é" * 9_000]
+    names = [
+        "x" * 1_000_000,
+        "fr/" * 300_000,
+        "fr:1+" * 200_000,
+        "gpt-4\nINFO: all is well\x1b[2J",
+        "é" * 9_000,
+    ]
     with front_end(served, tmp_path / "cache", blends="1") as front:
         assert front.answers(*names) == [None] * 5
     assert len(caplog.messages) == 5
@@ -158,7 +188,12 @@ def test_a_name_of_any_length_is_one_short_line_in_the_log(
 def test_an_error_about_a_name_of_any_length_is_short(served: Path) -> None:
     loaded, began = lt.load(served), time.monotonic()
     for name in ("x" * 1_000_000, "fr/" * 300_000, "fr:1+" * 200_000, f"fr:{'9' * 1_000_000}"):
-        for ask in (loaded.lineage, loaded.flatten, loaded.add, lambda name: loaded.move("de", name)):
+        for ask in (
+            loaded.lineage,
+            loaded.flatten,
+            loaded.add,
+            lambda name: loaded.move("de", name),
+        ):
             with pytest.raises(lt.errors.LoraTreeError) as raised:
                 ask(name)
             assert len(str(raised.value)) < 10_000
@@ -186,20 +221,31 @@ def test_an_adapter_outside_of_the_tree_s_folder_is_served_only_on_the_user_s_wo
 
 
 # ---------------------------------------------------------------- patterns: a bounded amount of work
-SLOW = "((.{0,43}){0,43})X"  # 18 characters, 3,742 steps, nearly all of them alive at every character
+SLOW = (
+    "((.{0,43}){0,43})X"  # 18 characters, 3,742 steps, nearly all of them alive at every character
+)
 
 
 def stack(layers: int, name: str = "layers") -> nn.Module:
     """A base with so many Linears, named like a transformer's."""
-    return nn.ModuleDict({name: nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(2, 2)}) for _ in range(layers))})
+    return nn.ModuleDict(
+        {name: nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(2, 2)}) for _ in range(layers))}
+    )
 
 
 def adapter_folder(folder: Path, names: Iterable[str], **config: Any) -> Path:
     """A PEFT folder with a pair of rank 1 for every name, and such a config."""
     folder.mkdir(parents=True)
     one = torch.ones(1, 2)
-    tensors = {f"base_model.model.{n}.lora_{half}.weight": t for n in names for half, t in (("A", one), ("B", one.mT))}
-    save_file({key: t.clone().contiguous() for key, t in tensors.items()}, folder / "adapter_model.safetensors")
+    tensors = {
+        f"base_model.model.{n}.lora_{half}.weight": t
+        for n in names
+        for half, t in (("A", one), ("B", one.mT))
+    }
+    save_file(
+        {key: t.clone().contiguous() for key, t in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
     fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(fields | config))
     return folder
@@ -207,28 +253,43 @@ def adapter_folder(folder: Path, names: Iterable[str], **config: Any) -> Path:
 
 @pytest.mark.parametrize(
     "patterns",
-    [{SLOW: 1}, {f"(.*{i}.*){{9}}X": 1 for i in range(5000)}, {"(?=(.*a)*b)" * 40 + str(i): 1 for i in range(100)}],
+    [
+        {SLOW: 1},
+        {f"(.*{i}.*){{9}}X": 1 for i in range(5000)},
+        {"(?=(.*a)*b)" * 40 + str(i): 1 for i in range(100)},
+    ],
     ids=["one", "thousands", "look-aheads"],
 )
-def test_the_patterns_of_an_adapter_cost_a_bounded_amount_of_work(tmp_path: Path, patterns: dict[str, int]) -> None:
+def test_the_patterns_of_an_adapter_cost_a_bounded_amount_of_work(
+    tmp_path: Path, patterns: dict[str, int]
+) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj.{'a' * i}" for i in range(1, 101)]
     folder = adapter_folder(tmp_path / "fr", names, rank_pattern=patterns)
-    with pytest.raises(FormatError, match=r"fr/adapter_config\.json: matching its patterns takes too long: more than"):
+    with pytest.raises(
+        FormatError,
+        match=r"fr/adapter_config\.json: matching its patterns takes too long: more than",
+    ):
         lt.Adapter.load(folder)
 
 
 def test_a_pattern_for_every_module_is_no_bounded_work_exceeded(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.q_proj" for i in range(40) for j in range(64)]
-    folder = adapter_folder(tmp_path / "fr", names, r=8, rank_pattern=dict.fromkeys(reversed(names), 1))
+    folder = adapter_folder(
+        tmp_path / "fr", names, r=8, rank_pattern=dict.fromkeys(reversed(names), 1)
+    )
     assert set(lt.Adapter.load(folder).ranks.values()) == {1}
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
-def test_a_pattern_that_keeps_re_busy_for_ever_is_matched_at_once(tmp_path: Path, field: str) -> None:
+def test_a_pattern_that_keeps_re_busy_for_ever_is_matched_at_once(
+    tmp_path: Path, field: str
+) -> None:
     said = {"target_modules": "'.*'", "layers_to_transform": "0"} | {field: "'([a-z._0-9]+)+X'"}
     fields = ", ".join(f"{name}: {value}" for name, value in said.items())
     (tmp_path / "tree.yaml").write_text(f"version: 1\ntree: {{fr: {{{fields}}}}}\n")
-    with contextlib.suppress(lt.errors.BaseMismatch):  # nothing of that name, or a ModuleList that takes no delta
+    with contextlib.suppress(
+        lt.errors.BaseMismatch
+    ):  # nothing of that name, or a ModuleList that takes no delta
         lt.attach(lt.load(tmp_path), stack(40, "layers_of_a_name_that_is_long_enough"))
 
 
@@ -237,14 +298,18 @@ def test_the_patterns_of_a_tree_share_one_budget_of_work(tmp_path: Path) -> None
     (tmp_path / "tree.yaml").write_text(f"version: 1\ntree:\n{nodes}\n")
     tree, base = lt.load(tmp_path), stack(40)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    with pytest.raises(SpecError, match=r"the tree's fresh nodes: matching its patterns takes too long: more than"):
+    with pytest.raises(
+        SpecError, match=r"the tree's fresh nodes: matching its patterns takes too long: more than"
+    ):
         lt.attach(tree, base)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert not any(tree[path].has_adapter for path in tree)
 
 
 def test_a_thousand_nodes_with_one_pattern_cost_what_one_does() -> None:
-    tree = lt.AdapterTree(defaults={"r": 1, "target_modules": r".*\.(q|v)_proj", "rank_pattern": {"(0|1).q_proj": 2}})
+    tree = lt.AdapterTree(
+        defaults={"r": 1, "target_modules": r".*\.(q|v)_proj", "rank_pattern": {"(0|1).q_proj": 2}}
+    )
     for i in range(1000):
         tree.add(f"n{i}")
     assert lt.misfits(tree, stack(40, "layers" * 40)) == []
@@ -252,7 +317,9 @@ def test_a_thousand_nodes_with_one_pattern_cost_what_one_does() -> None:
 
 def test_look_aheads_of_a_tree_yaml_go_on_working(tmp_path: Path) -> None:
     target = r"^(?!.*layers\.0\.).*(?<=layers\.[12])\.(?P<which>q|v)_proj$"
-    (tmp_path / "tree.yaml").write_text(f"version: 1\ntree: {{fr: {{r: 1, target_modules: '{target}'}}}}\n")
+    (tmp_path / "tree.yaml").write_text(
+        f"version: 1\ntree: {{fr: {{r: 1, target_modules: '{target}'}}}}\n"
+    )
     tree = lt.load(tmp_path)
     lt.attach(tree, stack(4))
     made = tree.adapter("fr")
@@ -260,9 +327,14 @@ def test_look_aheads_of_a_tree_yaml_go_on_working(tmp_path: Path) -> None:
     assert list(made.modules) == ["layers.1.q_proj", "layers.2.q_proj"]
 
 
-def test_a_pattern_of_a_tree_yaml_that_has_no_bound_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_pattern_of_a_tree_yaml_that_has_no_bound_is_refused_with_its_line(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "tree.yaml").write_text("version: 1\ntree:\n  fr: {target_modules: '(a*)\\1+X'}\n")
-    with pytest.raises(SpecError, match=r"tree\.yaml:3:8: node fr: target_modules: .*can't be matched in bounded time"):
+    with pytest.raises(
+        SpecError,
+        match=r"tree\.yaml:3:8: node fr: target_modules: .*can't be matched in bounded time",
+    ):
         lt.load(tmp_path)
 
 
@@ -362,7 +434,9 @@ def base_folder(folder: Path) -> nn.Module:
     return base
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "extra/vocab.txt", "generation_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "extra/vocab.txt", "generation_config.json", "model.safetensors"]
+)
 def test_a_file_outside_the_base_never_reaches_a_checkpoint(name: str, tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     link, secret = tmp_path / "base" / name, tmp_path / "id_rsa"
@@ -373,7 +447,9 @@ def test_a_file_outside_the_base_never_reaches_a_checkpoint(name: str, tmp_path:
         secret.write_text("PRIVATE KEY")
     link.symlink_to(os.path.relpath(secret, link.parent))
     tree = ARCHS["llama"].tree(base, factors=torch.float32)
-    with pytest.raises(FolderError, match=f"{name}: is a link to .*id_rsa, which lies outside the base"):
+    with pytest.raises(
+        FolderError, match=f"{name}: is a link to .*id_rsa, which lies outside the base"
+    ):
         lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
     assert not (tmp_path / "out").exists()
     link.unlink()
@@ -437,7 +513,9 @@ def _hostile_tree(folder: Path) -> Path:
     zoo = folder / f"zoo{HOSTILE.replace('/', '-')}"
     pair = lt.LowRank(torch.ones(2, 8), torch.ones(8, 2))
     tree = lt.AdapterTree(base=f"org/model{HOSTILE}")
-    tree.add("fr", adapter=lt.Adapter({f"layers.{HOSTILE}.q_proj": pair}, base=f"org/model{HOSTILE}"))
+    tree.add(
+        "fr", adapter=lt.Adapter({f"layers.{HOSTILE}.q_proj": pair}, base=f"org/model{HOSTILE}")
+    )
     tree.save(zoo)
     return zoo
 
@@ -491,7 +569,9 @@ def _on_a_terminal(commands: list[list[str]]) -> str:
 def test_no_word_of_a_strangers_file_drives_the_terminal(tmp_path: Path) -> None:
     zoo = str(_hostile_tree(tmp_path / "whole"))
     base = str(save_base(tmp_path / "base"))
-    other = str(_with_config(_hostile_tree(tmp_path / "config"), **{HOSTILE: 1, "peft_type": HOSTILE}))
+    other = str(
+        _with_config(_hostile_tree(tmp_path / "config"), **{HOSTILE: 1, "peft_type": HOSTILE})
+    )
     broken = _hostile_tree(tmp_path / "broken")
     (broken / "tree.yaml").write_text(f"version: 1\ntree: {{}}\n? {json.dumps(HOSTILE)}\n: 1\n")
     commands = [
@@ -513,13 +593,17 @@ def test_no_word_of_a_strangers_file_drives_the_terminal(tmp_path: Path) -> None
         ["promote", zoo, "fr", "--from", base],
     ]
     shown = _on_a_terminal(commands)
-    assert shown.count("\\x1b]52;c;cm0gLXJmIH4=") >= len(commands)  # the names are there, as they are spelled
+    assert shown.count("\\x1b]52;c;cm0gLXJmIH4=") >= len(
+        commands
+    )  # the names are there, as they are spelled
     assert _obeyed(shown) == set()
 
 
 def test_an_error_and_a_warning_can_be_printed_anywhere(tmp_path: Path) -> None:
     hostile = f"org/model{HOSTILE}\nerror: all is well"
-    error = lt.errors.SpecError(f"{hostile}: no such base", f"name another than {hostile}").within(hostile)
+    error = lt.errors.SpecError(f"{hostile}: no such base", f"name another than {hostile}").within(
+        hostile
+    )
     told = str(error)
     assert _obeyed(told) == set()
     assert len(told.splitlines()) == 2  # a name can't pretend to be a line of ours
@@ -563,7 +647,9 @@ def soon() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def swapped(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, swap: Callable[[], object]) -> None:
+def swapped(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, swap: Callable[[], object]
+) -> None:
     """Call ``swap`` right after the first answer of a function that looks at files."""
     real, todo = getattr(module, name), [swap]
 
@@ -598,7 +684,9 @@ def test_a_shard_is_read_from_the_file_whose_header_was_read(tmp_path: Path) -> 
     other = {name: tensor * 2 for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(other, tmp_path / "other", {"format": "pt"})
     os.replace(tmp_path / "other", base / "model.safetensors")
-    with pytest.raises(FormatError, match=r"model.safetensors: has changed since its header was read"):
+    with pytest.raises(
+        FormatError, match=r"model.safetensors: has changed since its header was read"
+    ):
         norm.read()
 
 
@@ -608,7 +696,9 @@ def test_an_adapter_s_file_that_becomes_a_pipe_is_refused(
 ) -> None:
     adapter(1).save(tmp_path / "one")
     swapped(monkeypatch, os.path, "isfile", lambda: pipe(tmp_path / "one" / name))
-    with pytest.raises(FormatError, match=f"one: half an adapter: .* without {name}"):  # as it is by now
+    with pytest.raises(
+        FormatError, match=f"one: half an adapter: .* without {name}"
+    ):  # as it is by now
         lt.Adapter.load(tmp_path / "one")
 
 
@@ -638,7 +728,9 @@ def test_a_checkpoint_with_a_pipe_in_it_is_not_promoted(soon: None, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["tree.yaml", "tree.lock"])
-def test_a_yaml_and_a_lock_that_are_pipes_are_refused(soon: None, tmp_path: Path, name: str) -> None:
+def test_a_yaml_and_a_lock_that_are_pipes_are_refused(
+    soon: None, tmp_path: Path, name: str
+) -> None:
     tree().save(tmp_path)
     pipe(tmp_path / name)
     with pytest.raises(LoraTreeError, match=name):
@@ -657,7 +749,9 @@ def test_lock_files_in_a_cache_are_opened_without_following_links(tmp_path: Path
 HUGE = 1 << 40  # more than this machine has; a sparse file of that length takes no room
 
 
-def refuse_to_work(real: Callable[..., Any] | None = None, only: Callable[[Any], bool] = bool) -> Any:
+def refuse_to_work(
+    real: Callable[..., Any] | None = None, only: Callable[[Any], bool] = bool
+) -> Any:
     """Return a function to put in the place of one that a refusal must come before."""
 
     def function(*arguments: Any, **options: Any) -> Any:
@@ -672,14 +766,24 @@ def huge_adapter(folder: Path) -> None:
     """A whole adapter by its header, with 1 TiB of zeros behind it."""
     wide, middle = HUGE // 64, HUGE // 2
     tensors = {
-        "base_model.model.q.lora_A.weight": {"dtype": "F32", "shape": [8, wide], "data_offsets": [0, middle]},
-        "base_model.model.q.lora_B.weight": {"dtype": "F32", "shape": [wide, 8], "data_offsets": [middle, HUGE]},
+        "base_model.model.q.lora_A.weight": {
+            "dtype": "F32",
+            "shape": [8, wide],
+            "data_offsets": [0, middle],
+        },
+        "base_model.model.q.lora_B.weight": {
+            "dtype": "F32",
+            "shape": [wide, 8],
+            "data_offsets": [middle, HUGE],
+        },
     }
     head = json.dumps(tensors).encode()
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(len(head).to_bytes(8, "little") + head)
     os.truncate(folder / WEIGHTS, 8 + len(head) + HUGE)
-    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}))
+    (folder / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]})
+    )
 
 
 def test_an_adapter_larger_than_memory_is_refused_before_it_is_read_or_hashed(
@@ -690,20 +794,28 @@ def test_an_adapter_larger_than_memory_is_refused_before_it_is_read_or_hashed(
     loaded = lt.load(tmp_path / "zoo")
     assert loaded["fr"].source is not None
     assert loaded["fr"].source.outline().numel == HUGE // 4
-    monkeypatch.setattr("lora_tree.formats.safetensors._ordinary", refuse_to_work(_ordinary, lambda n: n >= HUGE))
+    monkeypatch.setattr(
+        "lora_tree.formats.safetensors._ordinary", refuse_to_work(_ordinary, lambda n: n >= HUGE)
+    )
     monkeypatch.setattr("lora_tree.folder.disk.digest", refuse_to_work())
     for use in (
         lambda: lt.Adapter.load(tmp_path / "zoo/fr"),
         lambda: loaded.adapter("fr"),
         lambda: lt.lock(tmp_path / "zoo"),
     ):
-        with pytest.raises(BudgetError, match=r"fr.*takes 1,099,511,627,776 bytes of memory, and [\d,]+ are free"):
+        with pytest.raises(
+            BudgetError, match=r"fr.*takes 1,099,511,627,776 bytes of memory, and [\d,]+ are free"
+        ):
             use()
-    assert [(problem.node, problem.kind) for problem in lt.check(tmp_path / "zoo")] == [("fr", "adapter")]
+    assert [(problem.node, problem.kind) for problem in lt.check(tmp_path / "zoo")] == [
+        ("fr", "adapter")
+    ]
     assert loaded.adapter("de") is not None
 
 
-def test_memory_is_compared_with_what_is_free_and_a_pool_with_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_compared_with_what_is_free_and_a_pool_with_all_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     free, total = memory.free_bytes(), memory.total_bytes()
     assert free is not None
     assert total is not None
@@ -721,13 +833,17 @@ def test_memory_is_compared_with_what_is_free_and_a_pool_with_all_there_is(monke
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_container_s_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+def test_a_container_s_own_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
     names = {1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
              2: ("memory.max", "memory.current", "memory.stat", "file")}[version]  # fmt: skip
     monkeypatch.setattr(memory, "_GROUP", str(tmp_path))
     without = memory.total_bytes()
     (tmp_path / "memory").mkdir()
-    for name, text in zip(names, ("1000\n", "700\n", f"anon 1\n{names[3]} 250\nother 3\n"), strict=False):
+    for name, text in zip(
+        names, ("1000\n", "700\n", f"anon 1\n{names[3]} 250\nother 3\n"), strict=False
+    ):
         (tmp_path / name).write_text(text)
     assert (memory.total_bytes(), memory.free_bytes()) == (1000, 550)
     (tmp_path / names[0]).write_text("max\n" if version == 2 else "9223372036854771712\n")
@@ -742,15 +858,22 @@ TOO_MANY = {
 
 
 @pytest.mark.parametrize("data", TOO_MANY.values(), ids=TOO_MANY)
-def test_json_of_too_many_values_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(
+    monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
     monkeypatch.setattr(json, "loads", refuse_to_work())
-    with pytest.raises(FormatError, match=r"tree.lock: some 2,000,\d+ values; the most is 2,000,000"):
+    with pytest.raises(
+        FormatError, match=r"tree.lock: some 2,000,\d+ values; the most is 2,000,000"
+    ):
         strict_json.loads(data, "tree.lock")
 
 
 @pytest.mark.parametrize("depth", [33, 500, 100_000, 1_900_000])
 def test_json_that_is_nested_deeply_is_refused_by_its_depth(depth: int) -> None:
-    for text in (b'{"a":' + b"[" * depth + b"]" * depth + b"}", b'{"a":' * depth + b"1" + b"}" * depth):
+    for text in (
+        b'{"a":' + b"[" * depth + b"]" * depth + b"}",
+        b'{"a":' * depth + b"1" + b"}" * depth,
+    ):
         with pytest.raises(FormatError, match="nested"):
             strict_json.loads(text, "tree.lock")
 
@@ -771,7 +894,9 @@ def test_files_over_their_limits_are_refused_by_their_size(tmp_path: Path) -> No
 def test_ten_thousand_nodes_are_far_below_the_limits() -> None:
     digest, file = "0" * 64, lockfile.FileLock(size=1, mtime_ns=2**60)
     node = lockfile.NodeLock(content=digest, config=file, weights=file, trained_on=digest)
-    step = lockfile.LineageLock(above=digest, content=digest, weight=0.123456789, node="language/domain/customer-1234")
+    step = lockfile.LineageLock(
+        above=digest, content=digest, weight=0.123456789, node="language/domain/customer-1234"
+    )
     paths = [f"language-{i % 10}/domain-{i % 100}/customer-{i}" for i in range(10_000)]
     lineages = {f"{i:064x}": step for i in range(10_000)}
     lock = lockfile.TreeLock(nodes=dict.fromkeys(paths, node), lineages=lineages)
@@ -810,7 +935,9 @@ def test_thousands_of_mistakes_are_not_all_spelled_out(monkeypatch: pytest.Monke
     assert len(asked) <= 50
 
 
-def test_a_header_of_too_many_tensors_is_refused_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_of_too_many_tensors_is_refused_before_they_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("lora_tree.formats.safetensors._entry", refuse_to_work())
     head = b"{" + b",".join(b'"t%d":0' % i for i in range(limits.TENSORS + 1)) + b"}"
     with pytest.raises(FormatError, match="200,001 tensors; the most is 200,000"):
@@ -830,7 +957,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def many_tensors(n: int) -> Callable[[], object]:
-    names = {f"t{i}": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(n)}
+    names = {
+        f"t{i}": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]}
+        for i in range(n)
+    }
     head = json.dumps(names).encode()
     return lambda: parse_header(head, 2 * n, "f")
 
@@ -861,7 +991,12 @@ def test_the_parsers_take_time_in_proportion_to_what_they_read(
 STAGED = f"stage-{'0' * 32}"
 
 
-def plant(folder: Path, *, moves: dict[str, object] | None = None, deletes: dict[str, object] | None = None) -> None:
+def plant(
+    folder: Path,
+    *,
+    moves: dict[str, object] | None = None,
+    deletes: dict[str, object] | None = None,
+) -> None:
     """A commit record as somebody's download may hold it: place → what it says lay there."""
     stage = folder / ".lora_tree" / STAGED
     stage.mkdir(parents=True)
@@ -913,13 +1048,20 @@ def test_the_record_of_an_earlier_version_is_not_carried_out(project: Path) -> N
     plant(project)
     record = {"version": 1, "stage": STAGED, "moves": [], "deletes": ["uv.lock"]}
     (project / ".lora_tree/commit.json").write_text(json.dumps(record))
-    untouched(project, r"an earlier lora_tree \(format 1\).*\n  let that version finish it: lora-tree lock")
+    untouched(
+        project,
+        r"an earlier lora_tree \(format 1\).*\n  let that version finish it: lora-tree lock",
+    )
 
 
 @pytest.mark.parametrize("guess", [None, {"size": 4, "mtime_ns": 0}], ids=["nothing", "its size"])
-def test_a_record_replaces_and_deletes_nothing_that_it_does_not_know(project: Path, guess: object) -> None:
+def test_a_record_replaces_and_deletes_nothing_that_it_does_not_know(
+    project: Path, guess: object
+) -> None:
     plant(project, moves={"docker-compose.yml": guess})
-    untouched(project, "docker-compose.yml: not the file that a cut-off save was to replace or delete")
+    untouched(
+        project, "docker-compose.yml: not the file that a cut-off save was to replace or delete"
+    )
     shutil.rmtree(project / ".lora_tree")
     plant(project, deletes={f"mine/{name}": guess for name in (CONFIG, WEIGHTS)})
     untouched(project, f"mine/{CONFIG}: not the file that a cut-off save")
@@ -957,7 +1099,9 @@ def test_what_no_save_staged_stays_where_it_is(project: Path) -> None:
     assert sorted(file.name for file in stage.iterdir()) == ["0", "notes.txt"]
 
 
-def test_a_cut_off_save_does_not_undo_what_came_after_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_off_save_does_not_undo_what_came_after_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
@@ -969,7 +1113,9 @@ def test_a_cut_off_save_does_not_undo_what_came_after_it(project: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             tree.save(project)
     (project / f"fr/{CONFIG}").write_text("edited since")
-    with pytest.raises(FolderError, match=f"fr/{CONFIG}: not the file that a cut-off save was to replace"):
+    with pytest.raises(
+        FolderError, match=f"fr/{CONFIG}: not the file that a cut-off save was to replace"
+    ):
         lt.lock(project)
     assert (project / f"fr/{CONFIG}").read_text() == "edited since"
     (project / f"fr/{CONFIG}").unlink()
@@ -993,7 +1139,10 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mask: int) -> No
     tree = lt.AdapterTree(base="org/model")
     tree.add("fr", adapter=adapter(1), weight=0.5)
     tree.save(tmp_path / "zoo")
-    files = [tmp_path / "zoo" / name for name in (f"fr/{CONFIG}", f"fr/{WEIGHTS}", "tree.yaml", "tree.lock")]
+    files = [
+        tmp_path / "zoo" / name
+        for name in (f"fr/{CONFIG}", f"fr/{WEIGHTS}", "tree.yaml", "tree.lock")
+    ]
     for file, bits in zip(files, (0o600, 0o640, 0o604, 0o660), strict=True):
         file.chmod(bits)
     before = [(file.read_bytes(), mode(file)) for file in files]
@@ -1010,9 +1159,13 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mask: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("folder", "files", "folders"), [(0o700, 0o600, 0o700), (0o750, 0o640, 0o750), (0o2770, 0o660, 0o2770)], ids=str
+    ("folder", "files", "folders"),
+    [(0o700, 0o600, 0o700), (0o750, 0o640, 0o750), (0o2770, 0o660, 0o2770)],
+    ids=str,
 )
-def test_new_files_follow_their_folder(tmp_path: Path, mask: int, folder: int, files: int, folders: int) -> None:
+def test_new_files_follow_their_folder(
+    tmp_path: Path, mask: int, folder: int, files: int, folders: int
+) -> None:
     zoo = tmp_path / "zoo"
     zoo.mkdir()
     zoo.chmod(folder)
@@ -1062,7 +1215,9 @@ def test_a_tree_s_own_file_that_becomes_a_link_out_of_the_folder_is_not_read(
         return answer
 
     monkeypatch.setattr(opening, "inside", looks)
-    with pytest.raises(FolderError, match=rf"zoo/{name}: .*which is not where it may lie|a link that leads out"):
+    with pytest.raises(
+        FolderError, match=rf"zoo/{name}: .*which is not where it may lie|a link that leads out"
+    ):
         lt.load(tmp_path / "zoo")
 
 
@@ -1079,7 +1234,9 @@ def test_a_named_adapter_s_file_that_becomes_a_link_while_it_is_read_is_not_read
 
     def looks(path: str, folder: str) -> bool:
         answer = real(path, folder)
-        if path.endswith(WEIGHTS) and not file.is_symlink():  # right after the look that finds it inside
+        if (
+            path.endswith(WEIGHTS) and not file.is_symlink()
+        ):  # right after the look that finds it inside
             file.unlink()
             file.symlink_to(tmp_path / "secret" / WEIGHTS)
         return answer
@@ -1098,7 +1255,12 @@ def test_an_adapter_outside_of_the_folder_is_refused_where_that_was_asked_for(
     adapter(2).save(zoo / "de")
     monkeypatch.setenv("HOME", str(tmp_path))
     (zoo / "link").symlink_to(secret)
-    named = {"relative": "../secret", "absolute": secret, "home": "~/secret", "through a link": "link"}
+    named = {
+        "relative": "../secret",
+        "absolute": secret,
+        "home": "~/secret",
+        "through a link": "link",
+    }
     (zoo / "tree.yaml").write_text(f"version: 1\ntree:\n  fr:\n    adapter: {named[how]}\n")
     if how != "through a link":
         (zoo / "link").unlink()
@@ -1109,7 +1271,9 @@ def test_an_adapter_outside_of_the_folder_is_refused_where_that_was_asked_for(
     assert f"{zoo}/tree.yaml:4:5: node fr: adapter: {named[how]} leads out of {zoo}" in text
     tree, problems = survey(zoo, outside=False)  # a server goes on with the others
     assert tree.paths() == ["de"]
-    assert [(problem.node, problem.kind) for problem in problems if problem.node == "fr"] == [("fr", "folder")]
+    assert [(problem.node, problem.kind) for problem in problems if problem.node == "fr"] == [
+        ("fr", "folder")
+    ]
 
 
 def test_an_adapter_inside_of_the_folder_is_not_outside(tmp_path: Path) -> None:
@@ -1162,7 +1326,9 @@ def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
 
 
 # ---------------------------------------------------------------- numbers that are not finite
-def llama_zoo(folder: Path, *, weight: float = 1.0, **config: object) -> tuple[nn.Module, lt.AdapterTree]:
+def llama_zoo(
+    folder: Path, *, weight: float = 1.0, **config: object
+) -> tuple[nn.Module, lt.AdapterTree]:
     """fr → legal over a tiny Llama, as files; ``config`` is put into legal's adapter_config.json."""
     base = base_folder(folder / "base")
     legal = ARCHS["llama"].tree(base).flatten("a", dtype=torch.float32).scaled(0.01)
@@ -1171,13 +1337,17 @@ def llama_zoo(folder: Path, *, weight: float = 1.0, **config: object) -> tuple[n
     tree.add("fr/legal", adapter=legal, weight=weight)
     tree.save(folder / "zoo")
     written = json.loads((folder / "zoo" / "fr" / "legal" / "adapter_config.json").read_text())
-    (folder / "zoo" / "fr" / "legal" / "adapter_config.json").write_text(json.dumps(written | config))
+    (folder / "zoo" / "fr" / "legal" / "adapter_config.json").write_text(
+        json.dumps(written | config)
+    )
     (folder / "zoo" / "tree.lock").unlink()
     return base, lt.load(folder / "zoo")
 
 
 @pytest.mark.parametrize("how", ["lora_alpha", "weight", "both"])
-def test_a_scale_that_leaves_no_finite_number_is_refused_before_the_first_write(how: str, tmp_path: Path) -> None:
+def test_a_scale_that_leaves_no_finite_number_is_refused_before_the_first_write(
+    how: str, tmp_path: Path
+) -> None:
     alpha = {"lora_alpha": 10**300, "use_rslora": False} if how != "weight" else {}
     base, tree = llama_zoo(tmp_path, weight=1e300 if how != "lora_alpha" else 1.0, **alpha)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
@@ -1204,7 +1374,9 @@ def test_a_scale_that_leaves_no_finite_number_is_refused_before_the_first_write(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("delta", "fits"), [(5503.0, True), (5535.0, False), (-125530.0, False), (-125515.0, True)])
+@pytest.mark.parametrize(
+    ("delta", "fits"), [(5503.0, True), (5535.0, False), (-125530.0, False), (-125515.0, True)]
+)
 def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
     delta: float, fits: bool, tmp_path: Path
 ) -> None:
@@ -1228,7 +1400,8 @@ def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
         lt.export_model(tree, "fr", tmp_path / "out")
         return
     with pytest.raises(
-        BaseMismatch, match=rf"^fr: {name}: its scale .* goes over 65504, the largest number of float16"
+        BaseMismatch,
+        match=rf"^fr: {name}: its scale .* goes over 65504, the largest number of float16",
     ):
         model.activate("fr")
     assert weight[3, 5] == 60000.0
@@ -1267,10 +1440,17 @@ def test_check_looks_at_increments_in_the_dtype_of_the_base(tmp_path: Path) -> N
     for path, size in (("fine", 60000.0), ("huge", 70000.0)):
         tree = lt.AdapterTree()
         tree.add(
-            "fr", adapter=lt.Adapter({name: lt.LowRank(torch.full((1, into), size / 100), torch.full((out, 1), 100.0))})
+            "fr",
+            adapter=lt.Adapter(
+                {name: lt.LowRank(torch.full((1, into), size / 100), torch.full((out, 1), 100.0))}
+            ),
         )
         tree.save(tmp_path / path)
-    for dtype, path, code in ((torch.bfloat16, "huge", 0), (torch.float16, "huge", 1), (torch.float16, "fine", 0)):
+    for dtype, path, code in (
+        (torch.bfloat16, "huge", 0),
+        (torch.float16, "huge", 1),
+        (torch.float16, "fine", 0),
+    ):
         base.to(dtype).save_pretrained(tmp_path / "base")
         ran = command("check", tmp_path / path, "--base", tmp_path / "base")
         assert ran.returncode == code, ran.stdout + ran.stderr
@@ -1283,11 +1463,16 @@ def test_a_factor_that_is_nan_never_reaches_a_base(tmp_path: Path) -> None:
     before = base[0].weight.detach().clone()
     tree = lt.AdapterTree()
     for path, number in (("nan", float("nan")), ("inf", float("inf")), ("fine", 1.0)):
-        tree.add(path, adapter=lt.Adapter({"0": lt.LowRank(torch.full((2, 4), number), torch.ones(3, 2))}))
+        tree.add(
+            path,
+            adapter=lt.Adapter({"0": lt.LowRank(torch.full((2, 4), number), torch.ones(3, 2))}),
+        )
     model = lt.attach(tree, base)
     for path in ("nan", "inf", {"fine": 0.5, "nan": 0.5}):
         for mode in ("merged", "unmerged"):
-            with pytest.raises(BaseMismatch, match=r"^(nan|inf): 0: a factor holds NaN or an infinity"):
+            with pytest.raises(
+                BaseMismatch, match=r"^(nan|inf): 0: a factor holds NaN or an infinity"
+            ):
                 model.activate(path, mode=mode)
     model.activate("fine")
     assert torch.equal(base[0].weight, before + 2.0)

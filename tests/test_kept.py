@@ -21,7 +21,9 @@ class Made:
 
 def adapter(seed: int) -> lt.Adapter:
     draw = torch.Generator().manual_seed(seed)
-    return lt.Adapter({"0": lt.LowRank(torch.randn(2, 4, generator=draw), torch.randn(3, 2, generator=draw))})
+    return lt.Adapter(
+        {"0": lt.LowRank(torch.randn(2, 4, generator=draw), torch.randn(3, 2, generator=draw))}
+    )
 
 
 def test_the_last_ones_stay_and_what_is_in_use_is_found_again() -> None:
@@ -56,7 +58,10 @@ def test_a_plan_made_again_has_the_mark_it_had_and_another_one_has_not() -> None
     binder = Binder(base, None, kept=0)
     mark = binder.plan([("fr", 1.0, mine)]).mark
     assert binder.plan([("fr", 1.0, mine)]).mark == mark
-    assert len({mark, binder.plan([("fr", 0.5, mine)]).mark, binder.plan([("fr", 1.0, other)]).mark}) == 3
+    assert (
+        len({mark, binder.plan([("fr", 0.5, mine)]).mark, binder.plan([("fr", 1.0, other)]).mark})
+        == 3
+    )
     base[0] = nn.Linear(4, 3)
     assert binder.plan([("fr", 1.0, mine)]).mark != mark
     same = Binder(base, None, kept=0, origin=lambda adapter: "the same file")
@@ -74,7 +79,9 @@ def test_marks_are_forgotten_before_they_are_many(monkeypatch: pytest.MonkeyPatc
     assert marks.of("b") != first + 1
 
 
-def test_a_path_runs_on_though_everything_kept_for_it_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_runs_on_though_everything_kept_for_it_was_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(unmerged, "KEPT_PATHS", 0)
     base = nn.Sequential(nn.Linear(4, 3))
     tree = lt.AdapterTree()

@@ -33,7 +33,9 @@ def interpreted(name: str) -> Iterator[Any]:
     """A kernel's module, loaded once more for the interpreter: Triton looks at the variable when it decorates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.spec_from_file_location(f"lora_tree.engine.kernels._{name}", SOURCES / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            f"lora_tree.engine.kernels._{name}", SOURCES / f"{name}.py"
+        )
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -70,7 +72,9 @@ def part(
         return made.mT if turned else made
 
     pristine = torch.randn(shape, generator=draw).to(weight)
-    terms = [Term(factors(rows, r), factors(r, cols), s) for r, s in zip(ranks, scales, strict=False)]
+    terms = [
+        Term(factors(rows, r), factors(r, cols), s) for r, s in zip(ranks, scales, strict=False)
+    ]
     return Part.of(torch.full_like(pristine, float("nan")), pristine, terms)
 
 
@@ -104,7 +108,9 @@ def test_a_launch_writes_every_weight_to_one_rounding_of_the_exact_sum(
         # half a unit of the weight's dtype, and what a sum of so many fp32 products may be off
         bound = wanted.abs() * EPS[weight] + 1e-5 * (1 + wanted.abs())
         assert ((each.weight.double() - wanted).abs() <= bound).all()
-        torch.testing.assert_close(each.weight, kernel.merged_plainly(each), rtol=4 * EPS[weight], atol=1e-5)
+        torch.testing.assert_close(
+            each.weight, kernel.merged_plainly(each), rtol=4 * EPS[weight], atol=1e-5
+        )
 
 
 def test_nearly_all_entries_are_the_rounded_float64(kernel: Any) -> None:
@@ -115,8 +121,14 @@ def test_nearly_all_entries_are_the_rounded_float64(kernel: Any) -> None:
 
 
 def test_the_bits_do_not_depend_on_what_shares_a_launch(kernel: Any) -> None:
-    alone = [part(torch.float16, torch.float16, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
-    together = [part(torch.float16, torch.float16, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
+    alone = [
+        part(torch.float16, torch.float16, shape, ranks, turned=turned)
+        for shape, ranks, turned in SHAPES
+    ]
+    together = [
+        part(torch.float16, torch.float16, shape, ranks, turned=turned)
+        for shape, ranks, turned in SHAPES
+    ]
     for each in alone:
         kernel.laid_out([each], interpreted=True).run()
     kernel.laid_out(together[::-1], interpreted=True).run()
@@ -126,14 +138,20 @@ def test_the_bits_do_not_depend_on_what_shares_a_launch(kernel: Any) -> None:
 def test_a_weight_may_be_its_own_source(kernel: Any) -> None:
     apart, in_place = (part(torch.float32, torch.float32, (2, 70, 140), (5, 6)) for _ in range(2))
     in_place.weight.copy_(in_place.pristine)
-    kernel.laid_out([apart, Part(in_place.weight, in_place.weight, in_place.terms)], interpreted=True).run()
+    kernel.laid_out(
+        [apart, Part(in_place.weight, in_place.weight, in_place.terms)], interpreted=True
+    ).run()
     assert torch.equal(apart.weight, in_place.weight)
 
 
 def test_factors_of_several_dtypes_are_widened_and_none_is_rounded(kernel: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     each = part(torch.float32, torch.float32, (1, 40, 50), (4,))
-    narrow = Term(torch.randn(1, 40, 8, generator=draw).bfloat16(), torch.randn(1, 8, 50, generator=draw).half(), 1.0)
+    narrow = Term(
+        torch.randn(1, 40, 8, generator=draw).bfloat16(),
+        torch.randn(1, 8, 50, generator=draw).half(),
+        1.0,
+    )
     mixed = Part.of(each.weight, each.pristine, [*each.terms, narrow])
     kernel.laid_out([mixed], interpreted=True).run()
     torch.testing.assert_close(mixed.weight.double(), exact(mixed), rtol=1e-6, atol=1e-5)
@@ -160,7 +178,9 @@ def test_a_sample_has_the_bits_of_every_so_manieth_number(sample: Any, dtype: to
     tensors[1][0, 0] = float("nan")
     steps = [1, 2, 189, 11]
     taken = sample.sampler(tensors, steps)()
-    wanted = torch.cat([tensor.flatten()[::step] for tensor, step in zip(tensors, steps, strict=True)])
+    wanted = torch.cat(
+        [tensor.flatten()[::step] for tensor, step in zip(tensors, steps, strict=True)]
+    )
     assert torch.equal(taken, wanted.view(taken.dtype))
 
 
@@ -170,7 +190,10 @@ def test_a_sum_of_many_slots_takes_one_after_the_other(kernel: Any, weight: torc
     assert sum(-(-t.left.shape[-1] // kernel.RANKS) for t in each.terms) > kernel.UNROLLED
     kernel.laid_out([each], interpreted=True).run()
     wanted = exact(each)
-    assert ((each.weight.double() - wanted).abs() <= wanted.abs() * EPS[weight] + 2e-5 * (1 + wanted.abs())).all()
+    assert (
+        (each.weight.double() - wanted).abs()
+        <= wanted.abs() * EPS[weight] + 2e-5 * (1 + wanted.abs())
+    ).all()
 
 
 # ---------------------------------------------------------------------- a whole model
@@ -228,7 +251,9 @@ def bits(base: nn.Module) -> dict[str, Tensor]:
 
 
 def same(x: dict[str, Tensor], y: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value.view(torch.uint8), y[name].view(torch.uint8)) for name, value in x.items())
+    return all(
+        torch.equal(value.view(torch.uint8), y[name].view(torch.uint8)) for name, value in x.items()
+    )
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
@@ -264,7 +289,9 @@ def test_it_writes_what_stock_operations_write_up_to_rounding(
         torch.testing.assert_close(value, by_kernel[name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_launch_that_fails_leaves_the_path_before(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_fails_leaves_the_path_before(
+    merging: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree, base = forest()
     model = lt.attach(tree, base)
     model.activate("a/b")
@@ -287,7 +314,9 @@ def test_a_launch_that_fails_leaves_the_path_before(merging: list[int], monkeypa
     assert same(bits(base), before)
 
 
-def test_in_place_a_launch_that_fails_takes_nothing_back(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_a_launch_that_fails_takes_nothing_back(
+    merging: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree, base = forest()
     with pytest.warns(lt.MergedWarning):
         model = lt.attach(tree, base, pristine="none")
@@ -318,14 +347,18 @@ def made(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_a_switch_made_before_lays_nothing_out_and_writes_the_same_bits(made: list[int], merging: list[int]) -> None:
+def test_a_switch_made_before_lays_nothing_out_and_writes_the_same_bits(
+    made: list[int], merging: list[int]
+) -> None:
     tree, base = forest()
     model = lt.attach(tree, base)
     seen: dict[str, dict[str, Tensor]] = {}
     for path in ("a/b", "a/c", "a/b", "a/c", "a/b"):
         versions = {name: value._version for name, value in base.named_parameters()}
         model.activate(path)
-        assert all(value._version > versions[n] for n, value in base.named_parameters() if "bias" not in n)
+        assert all(
+            value._version > versions[n] for n, value in base.named_parameters() if "bias" not in n
+        )
         assert same(bits(base), seen.setdefault(path, bits(base)))
     assert len(merging) == 5
     assert len(made) == 2, "one for each path"
@@ -381,12 +414,17 @@ def test_what_trained_is_laid_out_for_each_use(made: list[int]) -> None:
     ("command", "line"),
     [
         (["benchmarks", "gpu"], "no CUDA device here: benchmarks gpu was skipped"),
-        (["pytest", "-q", "tests_gpu"], "no CUDA device here: the tests of tests_gpu need one, and were skipped"),
+        (
+            ["pytest", "-q", "tests_gpu"],
+            "no CUDA device here: the tests of tests_gpu need one, and were skipped",
+        ),
     ],
     ids=["benchmarks", "tests"],
 )
 def test_without_a_gpu_one_line_says_what_was_skipped(command: list[str], line: str) -> None:
     root = Path(__file__).parent.parent
-    ran = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=root, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=root, check=False
+    )
     assert ran.returncode == 0
     assert (ran.stdout + ran.stderr).count(line) == 1

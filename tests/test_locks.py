@@ -126,7 +126,9 @@ def test_shared_holders_keep_out_one_alone_and_not_each_other(code: int, tmp_pat
     assert names(tmp_path) == []
 
 
-def test_a_folder_is_locked_like_a_file_and_nothing_stays_in_or_beside_it(code: int, tmp_path: Path) -> None:
+def test_a_folder_is_locked_like_a_file_and_nothing_stays_in_or_beside_it(
+    code: int, tmp_path: Path
+) -> None:
     (tmp_path / "folder").mkdir()
     with locks.holding(tmp_path / "folder"):
         assert locks.attempt(tmp_path / "folder") is None
@@ -188,7 +190,12 @@ held.release()
 def claim(folder: Path, *, age_s: float = 0, **said: object) -> Path:
     """A claim on ``lock`` by another process than this one; it tells what this process would, but for ``said``."""
     token = "ab" * 16
-    me = {"host": "here", "machine": claims._machine(), "pid": os.getpid(), "started": claims._started(os.getpid())}
+    me = {
+        "host": "here",
+        "machine": claims._machine(),
+        "pid": os.getpid(),
+        "started": claims._started(os.getpid()),
+    }
     file = folder / f"lock.alone.{token}"
     file.write_text(json.dumps({"token": token, **me, "since": 0, **said}))
     times = time.time() - age_s
@@ -215,7 +222,9 @@ def test_whose_claim_is_left_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert taken(tmp_path), "another process has its number now"
     claim(tmp_path)
     assert taken(tmp_path), "this process knows nothing of it"
-    claim(tmp_path, pid=os.getppid(), started=claims._started(os.getppid()), age_s=10 * claims.STALE_S)
+    claim(
+        tmp_path, pid=os.getppid(), started=claims._started(os.getppid()), age_s=10 * claims.STALE_S
+    )
     assert not taken(tmp_path), "its process runs, however long ago it was touched"
     claim(tmp_path, machine="elsewhere")
     assert not taken(tmp_path), "a process of another machine that was there just now"
@@ -230,7 +239,9 @@ def test_whose_claim_is_left_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert taken(tmp_path)
 
 
-def test_a_claim_is_touched_while_it_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_claim_is_touched_while_it_is_held(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     without_flock(monkeypatch)
     monkeypatch.setattr(claims, "BEAT_S", 0.02)
     with locks.holding(tmp_path / "lock"):
@@ -248,7 +259,9 @@ def test_a_claim_is_touched_while_it_is_held(monkeypatch: pytest.MonkeyPatch, tm
     assert not claims._beating, "no thread stays for locks that nobody holds"
 
 
-def test_a_claim_that_is_a_link_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_claim_that_is_a_link_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     without_flock(monkeypatch)
     file = tmp_path / f"lock.alone.{'ab' * 16}"
     (tmp_path / "other").write_text("{}")
@@ -258,7 +271,9 @@ def test_a_claim_that_is_a_link_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     assert names(tmp_path) == ["lock", file.name, "other"]
 
 
-def test_claims_of_what_is_not_there_any_more_are_cleared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_claims_of_what_is_not_there_any_more_are_cleared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     mine = re.compile(r"lock\Z")
     file = claim(tmp_path)
     claims.clear(tmp_path, re.compile("other"))
@@ -271,7 +286,9 @@ def test_claims_of_what_is_not_there_any_more_are_cleared(monkeypatch: pytest.Mo
 
 
 # ---------------------------------------------------------------------- what is said
-def test_a_file_system_without_flock_is_told_of_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_system_without_flock_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for code in NO_FLOCK:
         without_flock(monkeypatch, code)
         monkeypatch.setattr(locks, "_said", set())
@@ -300,7 +317,9 @@ def test_what_else_goes_wrong_names_the_file_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_lock_file_is_opened_without_following_links_and_without_waiting(tmp_path: Path, kind: str) -> None:
+def test_a_lock_file_is_opened_without_following_links_and_without_waiting(
+    tmp_path: Path, kind: str
+) -> None:
     lock = tmp_path / "lock"
     if kind == "link":
         lock.symlink_to(tmp_path / "elsewhere")

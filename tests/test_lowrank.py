@@ -33,7 +33,11 @@ def dense(x: lt.LowRank) -> Tensor:
 def values(
     draw: st.DrawFn, *, out: int | None = None, into: int | None = None, batch: tuple[int, ...] = ()
 ) -> lt.LowRank:
-    r, out, into = draw(st.integers(1, 6)), out or draw(st.integers(1, 9)), into or draw(st.integers(1, 9))
+    r, out, into = (
+        draw(st.integers(1, 6)),
+        out or draw(st.integers(1, 9)),
+        into or draw(st.integers(1, 9)),
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(DTYPES))
     A = torch.randn(*batch, r, into, generator=generator).to(dtype)
@@ -84,7 +88,9 @@ def test_norm_and_inner_product_are_those_of_the_dense_matrices(terms: list[lt.L
 
 @given(several(), st.integers(1, 8))
 @settings(max_examples=150, deadline=None)
-def test_truncation_is_the_best_of_its_rank_and_knows_its_error(terms: list[lt.LowRank], rank: int) -> None:
+def test_truncation_is_the_best_of_its_rank_and_knows_its_error(
+    terms: list[lt.LowRank], rank: int
+) -> None:
     x = lt.concat(terms)
     value, error, relative = x.truncate(rank)
     exact = dense(x)
@@ -94,12 +100,16 @@ def test_truncation_is_the_best_of_its_rank_and_knows_its_error(terms: list[lt.L
     eps = 2.0**-22 * float(exact.norm()) + 1e-12
     assert abs(error - best) <= eps
     assert abs(float((dense(value) - exact).norm()) - best) <= eps
-    assert relative == pytest.approx(error / float(exact.norm()) if exact.norm() else 0.0, rel=1e-9, abs=1e-9)
+    assert relative == pytest.approx(
+        error / float(exact.norm()) if exact.norm() else 0.0, rel=1e-9, abs=1e-9
+    )
 
 
 @given(several(), st.sampled_from([0.0, 1e-6, 0.05, 0.3, 0.9, 1.0]))
 @settings(max_examples=100, deadline=None)
-def test_truncation_to_an_error_takes_the_smallest_rank_that_reaches_it(terms: list[lt.LowRank], bound: float) -> None:
+def test_truncation_to_an_error_takes_the_smallest_rank_that_reaches_it(
+    terms: list[lt.LowRank], bound: float
+) -> None:
     x = lt.concat(terms)
     cut = x.truncate(max_error=bound)
     exact = dense(x)
@@ -113,7 +123,10 @@ def test_truncation_to_an_error_takes_the_smallest_rank_that_reaches_it(terms: l
 @given(values(batch=(2,)), st.integers(1, 7))
 @settings(max_examples=50, deadline=None)
 def test_blocks_put_together_are_the_whole(x: lt.LowRank, rows: int) -> None:
-    assert torch.equal(torch.cat(list(x.dense_blocks(rows, dtype=torch.float64)), dim=-2), x.dense(dtype=torch.float64))
+    assert torch.equal(
+        torch.cat(list(x.dense_blocks(rows, dtype=torch.float64)), dim=-2),
+        x.dense(dtype=torch.float64),
+    )
 
 
 def test_padding_changes_nothing_but_the_rank() -> None:
@@ -164,12 +177,18 @@ def test_factors_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"A": np.ones((2, 5)), "B": np.ones((3, 2))}, "got A ndarray, B ndarray, bias NoneType.*\n.*from_numpy"),
+        (
+            {"A": np.ones((2, 5)), "B": np.ones((3, 2))},
+            "got A ndarray, B ndarray, bias NoneType.*\n.*from_numpy",
+        ),
         ({"B": None}, "got A Tensor, B NoneType"),
         ({"bias": np.ones(3)}, "bias ndarray"),
         ({"scale": "x"}, "scale must be finite, got 'x'"),
         ({"scale": 10**400}, "scale must be finite"),
-        ({"B": torch.ones(3, 2, device="meta")}, "A is on cpu, B on meta: expected one device.*\n.*B.to"),
+        (
+            {"B": torch.ones(3, 2, device="meta")},
+            "A is on cpu, B on meta: expected one device.*\n.*B.to",
+        ),
         ({"bias": torch.ones(3, device="meta")}, "A is on cpu, B on cpu, the bias on meta"),
     ],
 )
@@ -206,7 +225,9 @@ def test_a_sum_of_different_places_is_refused() -> None:
         ({"rank": 1, "max_error": 1e-9}, r"rank 1 leaves a relative error of .*needs rank 3"),
     ],
 )
-def test_truncation_bounds_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_truncation_bounds_that_make_no_sense_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
     x = lt.LowRank(torch.eye(3, 5), torch.eye(4, 3))
     with pytest.raises(SpecError, match=message):
         x.truncate(**arguments)
@@ -225,17 +246,24 @@ def test_factors_that_are_not_finite_have_no_norm_and_no_nearest(
     x = lt.LowRank(**factors)
     assert not x.is_finite
     for ask in (lambda: x.truncate(1), lambda: x.truncate(max_error=0.1), x.norm, x.core):
-        with pytest.raises(SpecError, match=r"^the factors are not finite: it has no norm, and no nearest value"):
+        with pytest.raises(
+            SpecError, match=r"^the factors are not finite: it has no norm, and no nearest value"
+        ):
             ask()
 
 
 def test_a_product_or_a_result_too_large_for_its_dtype_is_refused() -> None:
-    x = lt.LowRank(torch.full((2, 5), 1e200, dtype=torch.float64), torch.full((4, 2), 1e200, dtype=torch.float64))
+    x = lt.LowRank(
+        torch.full((2, 5), 1e200, dtype=torch.float64),
+        torch.full((4, 2), 1e200, dtype=torch.float64),
+    )
     assert x.is_finite
     with pytest.raises(SpecError, match=r"^their product is too large for float64"):
         x.norm()
     x = lt.LowRank(torch.ones(2, 5), torch.ones(4, 2), scale=1e100)
-    with pytest.raises(SpecError, match=r"^the factors of the nearest value of rank 1 are too large for float32$"):
+    with pytest.raises(
+        SpecError, match=r"^the factors of the nearest value of rank 1 are too large for float32$"
+    ):
         x.truncate(1)
 
 
@@ -250,12 +278,21 @@ def test_a_caller_s_tensors_are_never_changed() -> None:
 
 
 @given(
-    st.integers(0, 2**32 - 1), st.integers(-20, 140), st.integers(-20, 140), st.sampled_from([1.0, -3.5, 1e30, 1e200])
+    st.integers(0, 2**32 - 1),
+    st.integers(-20, 140),
+    st.integers(-20, 140),
+    st.sampled_from([1.0, -3.5, 1e30, 1e200]),
 )
-def test_a_value_fits_where_every_number_on_its_way_is_finite(seed: int, a: int, b: int, scale: float) -> None:
+def test_a_value_fits_where_every_number_on_its_way_is_finite(
+    seed: int, a: int, b: int, scale: float
+) -> None:
     """Against the products written out in float64."""
     draw = torch.Generator().manual_seed(seed)
-    x = lt.LowRank(torch.randn(2, 5, generator=draw) * 2.0**a, torch.randn(3, 2, generator=draw) * 2.0**b, scale)
+    x = lt.LowRank(
+        torch.randn(2, 5, generator=draw) * 2.0**a,
+        torch.randn(3, 2, generator=draw) * 2.0**b,
+        scale,
+    )
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
         folded, product = x.B.double() * scale, (x.B.double() @ x.A.double()) * scale
         numbers = torch.cat([folded.flatten(), product.flatten(), x.A.flatten().double()])
@@ -327,5 +364,7 @@ NO_VALUE = {
 
 @pytest.mark.parametrize("call", NO_VALUE.values(), ids=NO_VALUE)
 def test_what_makes_no_sense_is_an_error_of_ours(call: Callable[[], object]) -> None:
-    with pytest.raises(SpecError, match=r"expected|must be|takes|is one of|are on|no numbers|at most"):
+    with pytest.raises(
+        SpecError, match=r"expected|must be|takes|is one of|are on|no numbers|at most"
+    ):
         call()

@@ -45,7 +45,10 @@ Value = dict[str, tuple[Tensor, Tensor, float]]
 
 def value(of: lt.Adapter) -> Value:
     """The numbers of an adapter now, by module: A, B and scale."""
-    return {n: (v.A.detach().double().clone(), v.B.detach().double().clone(), v.scale) for n, v in of.modules.items()}
+    return {
+        n: (v.A.detach().double().clone(), v.B.detach().double().clone(), v.scale)
+        for n, v in of.modules.items()
+    }
 
 
 class Switching(RuleBasedStateMachine):
@@ -73,10 +76,17 @@ class Switching(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(self.nodes)))
 
     def in_use(self) -> set[str]:
-        return {"/".join(path.split("/")[: i + 1]) for path in self.active for i in range(path.count("/") + 1)}
+        return {
+            "/".join(path.split("/")[: i + 1])
+            for path in self.active
+            for i in range(path.count("/") + 1)
+        }
 
     @rule(
-        data=st.data(), name=st.sampled_from("abc"), seed=st.integers(0, 50), weight=st.sampled_from([1.0, 0.7, -0.5])
+        data=st.data(),
+        name=st.sampled_from("abc"),
+        seed=st.integers(0, 50),
+        weight=st.sampled_from([1.0, 0.7, -0.5]),
     )
     def add(self, data: st.DataObject, name: str, seed: int, weight: float) -> None:
         above = data.draw(st.sampled_from(["", *sorted(self.nodes)]))
@@ -96,7 +106,9 @@ class Switching(RuleBasedStateMachine):
         try:
             self.tree.move(path, to)
         except lt.errors.TreeError:
-            assert to in self.nodes or (to + "/").startswith(path + "/") or set(below) & self.in_use()
+            assert (
+                to in self.nodes or (to + "/").startswith(path + "/") or set(below) & self.in_use()
+            )
         else:
             assert to == path or not set(below) & self.in_use()
             moved = {p: self.nodes.pop(p) for p in below}
@@ -112,7 +124,10 @@ class Switching(RuleBasedStateMachine):
             assert path in self.in_use()
         else:
             assert path not in self.in_use()
-            self.nodes[path] = value(adapter(seed)), self.nodes[path][1] if weight is None else weight
+            self.nodes[path] = (
+                value(adapter(seed)),
+                self.nodes[path][1] if weight is None else weight,
+            )
 
     @precondition(lambda self: self.nodes)
     @rule(data=st.data(), step=st.sampled_from([0.5, -0.25]))
@@ -128,11 +143,17 @@ class Switching(RuleBasedStateMachine):
             for parameter in group["params"]:
                 parameter.add_(step)
         self.model.trainable()
-        shifted = {n: (A + step, B + step, scale) for n, (A, B, scale) in self.nodes[path][0].items()}
+        shifted = {
+            n: (A + step, B + step, scale) for n, (A, B, scale) in self.nodes[path][0].items()
+        }
         self.nodes[path] = shifted, self.nodes[path][1]
 
     @precondition(lambda self: self.nodes)
-    @rule(data=st.data(), count=st.integers(1, 4), strategy=st.sampled_from(["auto", "nodes", "paths", "matrix"]))
+    @rule(
+        data=st.data(),
+        count=st.integers(1, 4),
+        strategy=st.sampled_from(["auto", "nodes", "paths", "matrix"]),
+    )
     def route(self, data: st.DataObject, count: int, strategy: Any) -> None:
         rows = [data.draw(st.sampled_from(["", *sorted(self.nodes)])) for _ in range(count)]
         x = torch.linspace(-1, 1, 5 * count).reshape(count, 5).to(self.dtype)
@@ -167,7 +188,11 @@ class Switching(RuleBasedStateMachine):
         self.active, self.mode = {path: 1.0}, mode
 
     @precondition(lambda self: self.nodes)
-    @rule(data=st.data(), mode=MODES, weights=st.lists(st.sampled_from([0.5, 0.25, -1.0]), min_size=1, max_size=3))
+    @rule(
+        data=st.data(),
+        mode=MODES,
+        weights=st.lists(st.sampled_from([0.5, 0.25, -1.0]), min_size=1, max_size=3),
+    )
     def activate_a_blend(self, data: st.DataObject, mode: Any, weights: list[float]) -> None:
         blend = {self.some(data): w for w in weights}
         self.model.activate(blend, mode=mode)
@@ -233,7 +258,11 @@ class Switching(RuleBasedStateMachine):
         return exact, size, rank
 
     def close(self, got: Tensor, wanted: Tensor) -> None:
-        loose = {"rtol": 0.05, "atol": 0.3} if self.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+        loose = (
+            {"rtol": 0.05, "atol": 0.3}
+            if self.dtype == torch.bfloat16
+            else {"rtol": 1e-4, "atol": 1e-4}
+        )
         torch.testing.assert_close(got.detach().double(), wanted, **loose)
 
     @invariant()
@@ -262,5 +291,8 @@ class Switching(RuleBasedStateMachine):
 
 TestSwitching = Switching.TestCase
 TestSwitching.settings = settings(
-    max_examples=100, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+    max_examples=100,
+    stateful_step_count=25,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )

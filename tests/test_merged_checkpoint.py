@@ -30,7 +30,14 @@ from lora_tree.export.shards import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-UNTIED = {"llama": (), "mixtral": (), "mixtral, experts": (), "vit": (), "bert": ("a/b/c",), "gpt2": ("a/d",)}
+UNTIED = {
+    "llama": (),
+    "mixtral": (),
+    "mixtral, experts": (),
+    "vit": (),
+    "bert": ("a/b/c",),
+    "gpt2": ("a/d",),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,9 @@ def on_disk(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------- the bits of activate
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral", "mixtral, experts", "vit"])
-def test_a_merged_checkpoint_loads_as_what_activate_gives(name: str, dtype: str, tmp_path: Path) -> None:
+def test_a_merged_checkpoint_loads_as_what_activate_gives(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
     base = saved(name, DTYPES[dtype], tmp_path / "base")
     tree = ARCHS[name].tree(base, factors=torch.float32)
     leaf = next(path for path in ("a/b/c", "a/b", "a") if path not in UNTIED[name])
@@ -92,7 +101,9 @@ def test_everything_else_is_the_base_s_byte_for_byte(dtype: str, tmp_path: Path)
     (tmp_path / "base" / "extra" / "template.jinja").write_text("{{ text }}")
     told = lt.export_model(ARCHS["llama"].tree(base), "a", tmp_path / "out", base=tmp_path / "base")
     assert told.left_out == ("pytorch_model.bin",)
-    files = {p.relative_to(tmp_path / "base"): p for p in (tmp_path / "base").rglob("*") if p.is_file()}
+    files = {
+        p.relative_to(tmp_path / "base"): p for p in (tmp_path / "base").rglob("*") if p.is_file()
+    }
     there = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert there == set(files) - {Path("pytorch_model.bin")}
     assert len([file for file in files if file.suffix == ".safetensors"]) > 1
@@ -107,10 +118,14 @@ def test_everything_else_is_the_base_s_byte_for_byte(dtype: str, tmp_path: Path)
         assert old[:start] == new[:start]
         for tensor, entry in json.loads(old[8:start]).items():
             begin, end = (start + n for n in entry.get("data_offsets", (0, 0)))
-            assert tensor == "__metadata__" or (old[begin:end] != new[begin:end]) == (tensor in changed)
+            assert tensor == "__metadata__" or (old[begin:end] != new[begin:end]) == (
+                tensor in changed
+            )
 
 
-def test_an_adapter_in_the_base_s_folder_is_not_put_on_top_of_the_merged_weights(tmp_path: Path) -> None:
+def test_an_adapter_in_the_base_s_folder_is_not_put_on_top_of_the_merged_weights(
+    tmp_path: Path,
+) -> None:
     base = ARCHS["llama"].base().float()
     base.save_pretrained(tmp_path / "base")
     tree = ARCHS["llama"].tree(base, factors=torch.float32)
@@ -122,7 +137,10 @@ def test_an_adapter_in_the_base_s_folder_is_not_put_on_top_of_the_merged_weights
     lt.attach(tree, base).activate("a/d")
     merged = loaded(tmp_path / "out", torch.float32, base)
     assert [name for name, _ in merged.named_parameters() if "lora" in name] == []
-    assert all(torch.equal(x, y) for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True)
+    )
 
 
 def test_one_file_without_an_index(tmp_path: Path) -> None:
@@ -133,7 +151,10 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
     lt.export_model(tree, "a/d", tmp_path / "out")
     lt.attach(tree, base).activate("a/d")
     merged = loaded(tmp_path / "out", torch.float32, base)
-    assert all(torch.equal(x, y) for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True)
+    )
 
 
 def test_a_blend_and_an_empty_path(tmp_path: Path) -> None:
@@ -143,7 +164,10 @@ def test_a_blend_and_an_empty_path(tmp_path: Path) -> None:
     lt.export_model(tree, blend, tmp_path / "out", base=tmp_path / "base")
     lt.attach(tree, base).activate(blend)
     merged = loaded(tmp_path / "out", torch.float32, base)
-    assert all(torch.equal(x, y) for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(base.state_dict().values(), merged.state_dict().values(), strict=True)
+    )
     told = lt.export_model(tree, "", tmp_path / "bare", base=tmp_path / "base")
     assert told.changed == ()
     assert on_disk(tmp_path / "bare") == on_disk(tmp_path / "base")
@@ -160,10 +184,14 @@ def test_a_lora_bias_goes_into_the_bias(tmp_path: Path) -> None:
     lt.attach(tree, base).activate("a")
     merged = loaded(tmp_path / "out", torch.float32, base)
     for leaf in ("weight", "bias"):
-        assert torch.equal(merged.get_parameter(f"{name}.{leaf}"), base.get_parameter(f"{name}.{leaf}"))
+        assert torch.equal(
+            merged.get_parameter(f"{name}.{leaf}"), base.get_parameter(f"{name}.{leaf}")
+        )
 
 
-def test_another_file_system_is_copied_to_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_file_system_is_copied_to_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = saved("llama", torch.float32, tmp_path / "base")
     tree = ARCHS["llama"].tree(base)
     lt.export_model(tree, "a", tmp_path / "kernel", base=tmp_path / "base")
@@ -173,9 +201,15 @@ def test_another_file_system_is_copied_to_by_hand(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "copy_file_range", refuses)
     told: list[tuple[int, int]] = []
-    lt.export_model(tree, "a", tmp_path / "hand", base=tmp_path / "base", progress=lambda *now: told.append(now))
+    lt.export_model(
+        tree, "a", tmp_path / "hand", base=tmp_path / "base", progress=lambda *now: told.append(now)
+    )
     assert on_disk(tmp_path / "hand") == on_disk(tmp_path / "kernel")
-    assert told[-1][0] == told[-1][1] == sum(f.stat().st_size for f in (tmp_path / "hand").glob("*.safetensors"))
+    assert (
+        told[-1][0]
+        == told[-1][1]
+        == sum(f.stat().st_size for f in (tmp_path / "hand").glob("*.safetensors"))
+    )
 
 
 # ---------------------------------------------------------------------- names on the disk and in memory
@@ -187,7 +221,9 @@ def test_mixtral_s_experts_are_separate_on_the_disk_and_fused_in_memory(tmp_path
     tree = ARCHS["mixtral, experts"].tree(base, factors=torch.float32)
     told = lt.export_model(tree, "a/d", tmp_path / "out", base=tmp_path / "base")
     assert {
-        f"model.layers.1.block_sparse_moe.experts.{e}.{w}.weight" for e in range(4) for w in ("w1", "w2", "w3")
+        f"model.layers.1.block_sparse_moe.experts.{e}.{w}.weight"
+        for e in range(4)
+        for w in ("w1", "w2", "w3")
     } <= set(told.changed)
     assert set(open_checkpoint(tmp_path / "out").tensors) == names
     lt.attach(tree, base).activate("a/d")
@@ -201,7 +237,10 @@ def test_mixtral_s_experts_are_separate_on_the_disk_and_fused_in_memory(tmp_path
 def test_mixtral_s_experts_stay_fused_where_they_are_fused_on_the_disk(tmp_path: Path) -> None:
     base = ARCHS["mixtral, experts"].base().float()
     (tmp_path / "base").mkdir()
-    save_file({n: t.contiguous() for n, t in base.state_dict().items()}, tmp_path / "base" / "model.safetensors")
+    save_file(
+        {n: t.contiguous() for n, t in base.state_dict().items()},
+        tmp_path / "base" / "model.safetensors",
+    )
     base.config.save_pretrained(tmp_path / "base")
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(tmp_path / "base")
@@ -227,18 +266,24 @@ def test_a_checkpoint_without_the_head_s_prefix(tmp_path: Path) -> None:
     head = lt.AdapterTree()
     value = lt.LowRank(torch.randn(2, 32), torch.randn(32, 2))
     head.add("a", adapter=lt.Adapter({"cls.predictions.transform.dense": value}))
-    with pytest.raises(BaseMismatch, match=r"a: a: cls\.predictions.*: the checkpoint has no tensor for it"):
+    with pytest.raises(
+        BaseMismatch, match=r"a: a: cls\.predictions.*: the checkpoint has no tensor for it"
+    ):
         lt.export_model(head, "a", tmp_path / "head", base=tmp_path / "base")
     assert not (tmp_path / "head").exists()
 
 
-def test_a_conversion_that_loses_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_loses_something_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = saved("mixtral, experts", torch.float32, tmp_path / "base")
     tree = ARCHS["mixtral, experts"].tree(base, factors=torch.float32)
     whole = Names.apart
 
     def lossy(self: Names, group: Any, parameters: Any) -> dict[str, torch.Tensor]:
-        return {name: value.half().float() for name, value in whole(self, group, parameters).items()}
+        return {
+            name: value.half().float() for name, value in whole(self, group, parameters).items()
+        }
 
     monkeypatch.setattr(Names, "apart", lossy)
     with pytest.raises(BaseMismatch, match="has other values: its conversion loses something"):
@@ -265,7 +310,9 @@ def test_a_tied_weight_is_refused_and_ties_are_kept(tmp_path: Path) -> None:
         value = lt.LowRank(torch.randn(2, shape[1]), torch.randn(shape[0], 2), layout=layout)
         tree.add(name.replace("model.", ""), adapter=lt.Adapter({name: value}))
         with pytest.raises(TiedWeights, match="its weight is tied to"):
-            lt.export_model(tree, name.replace("model.", ""), tmp_path / name, base=tmp_path / "base")
+            lt.export_model(
+                tree, name.replace("model.", ""), tmp_path / name, base=tmp_path / "base"
+            )
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -341,7 +388,14 @@ print("done", flush=True)
 def test_a_killed_run_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:
     base = saved("llama", torch.float32, tmp_path / "base")
     ARCHS["llama"].tree(base, factors=torch.float32).save(tmp_path / "zoo")
-    code = [sys.executable, "-c", KILLED, str(tmp_path / "zoo"), str(tmp_path / "base"), str(tmp_path / "out")]
+    code = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(tmp_path / "zoo"),
+        str(tmp_path / "base"),
+        str(tmp_path / "out"),
+    ]
     with subprocess.Popen(code, stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout is not None
         assert started.stdout.readline() == "ready\n"

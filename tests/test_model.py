@@ -93,7 +93,9 @@ def assert_same(x: dict[str, Any], y: dict[str, Any]) -> None:
     assert x["state"].keys() == y["state"].keys()
     for name, tensor in x["state"].items():
         assert torch.equal(tensor, y["state"][name]), name
-    assert {k: v for k, v in x.items() if k != "state"} == {k: v for k, v in y.items() if k != "state"}
+    assert {k: v for k, v in x.items() if k != "state"} == {
+        k: v for k, v in y.items() if k != "state"
+    }
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -134,7 +136,9 @@ def test_while_merged_there_is_no_hook_and_no_wrapper() -> None:
     before = picture(base)
     lt.attach(tree, base).activate("a/b/c")
     after = picture(base)
-    assert {k: v for k, v in after.items() if k != "state"} == {k: v for k, v in before.items() if k != "state"}
+    assert {k: v for k, v in after.items() if k != "state"} == {
+        k: v for k, v in before.items() if k != "state"
+    }
 
 
 def test_only_sites_whose_plan_changed_are_written() -> None:
@@ -167,7 +171,9 @@ class Boom(Exception):
 
 
 @pytest.mark.parametrize("start", ["", "a/b/c"])
-def test_a_fault_at_any_write_of_a_switch_leaves_the_state_before(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_at_any_write_of_a_switch_leaves_the_state_before(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree, base = forest(), net(torch.bfloat16)
     model = lt.attach(tree, base)
     model.activate("f/g/h")
@@ -258,7 +264,11 @@ def test_asyncio_tasks_of_one_thread_never_run_under_each_others_path() -> None:
         inside, leave = asyncio.Event(), asyncio.Event()
         first = asyncio.create_task(ask("f", inside, leave))
         await inside.wait()
-        for other in (lambda: model.using("j").__enter__(), lambda: model.activate("j"), model.deactivate):
+        for other in (
+            lambda: model.using("j").__enter__(),
+            lambda: model.activate("j"),
+            model.deactivate,
+        ):
             with pytest.raises(StateError, match=r"another asyncio task[\s\S]*asyncio\.Lock"):
                 other()
         leave.set()
@@ -416,7 +426,11 @@ def test_what_a_with_goes_back_to_can_not_be_changed_meanwhile(inside: str) -> N
     model = lt.attach(tree, base)
     model.activate("j")
     with model.using("a") if inside == "using" else model.route(["a", ""]):
-        for change in (lambda: tree.remove("j"), lambda: tree.rename("j", "k"), lambda: tree.update("j", weight=2.0)):
+        for change in (
+            lambda: tree.remove("j"),
+            lambda: tree.rename("j", "k"),
+            lambda: tree.update("j", weight=2.0),
+        ):
             with pytest.raises(TreeError, match="j: active on an attached model"):
                 change()
     assert model.active == "j"
@@ -427,7 +441,8 @@ def test_what_a_with_goes_back_to_can_not_be_changed_meanwhile(inside: str) -> N
 def test_what_is_attached_is_a_tree_to_a_base() -> None:
     tree, base = forest(), net()
     with pytest.raises(
-        SpecError, match=r"expected an AdapterTree, got Net\n.*the tree comes first: attach\(tree, base"
+        SpecError,
+        match=r"expected an AdapterTree, got Net\n.*the tree comes first: attach\(tree, base",
     ):
         lt.attach(base, tree)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"expected an AdapterTree, got str\n.*lora_tree\.load"):
@@ -437,9 +452,13 @@ def test_what_is_attached_is_a_tree_to_a_base() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_model_is_not_copied_but_its_tree_and_base_are(copied: Callable[[object], object]) -> None:
+def test_a_model_is_not_copied_but_its_tree_and_base_are(
+    copied: Callable[[object], object],
+) -> None:
     model = lt.attach(forest(), net())
-    with pytest.raises(StateError, match=r"can't be copied or pickled.*\n.*attach\(copy\.deepcopy\(tree\), copy"):
+    with pytest.raises(
+        StateError, match=r"can't be copied or pickled.*\n.*attach\(copy\.deepcopy\(tree\), copy"
+    ):
         copied(model)
     model.activate("a/b")
     ids = torch.arange(13)[None]
@@ -473,11 +492,16 @@ def test_a_failed_attach_leaves_the_tree_as_it_was() -> None:
     assert tree["a"].loaded is None
 
 
-def test_a_base_is_free_again_after_an_attach_that_failed_in_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_free_again_after_an_attach_that_failed_in_any_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     base, tree = net(), lt.AdapterTree(defaults={"r": 2, "target_modules": ["head"]})
     tree.add("fresh")
     with monkeypatch.context() as patch, pytest.raises(Boom) as kept:
-        patch.setattr("lora_tree.engine.fresh.fresh_adapter", lambda *args, **kwargs: (_ for _ in ()).throw(Boom()))
+        patch.setattr(
+            "lora_tree.engine.fresh.fresh_adapter",
+            lambda *args, **kwargs: (_ for _ in ()).throw(Boom()),
+        )
         lt.attach(tree, base)
     assert kept.tb is not None  # which holds the model that came to nothing
     lt.attach(tree, base).detach()
@@ -518,7 +542,10 @@ def test_a_copy_of_a_base_with_a_path_beside_it_is_refused_when_it_runs() -> Non
 
 
 def test_what_is_made_under_inference_mode_can_train_and_is_fp32_whatever_the_default() -> None:
-    tree, base = lt.AdapterTree(defaults={"r": 2, "target_modules": ["head"], "lora_bias": True}), net()
+    tree, base = (
+        lt.AdapterTree(defaults={"r": 2, "target_modules": ["head"], "lora_bias": True}),
+        net(),
+    )
     tree.add("fresh")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -548,10 +575,16 @@ def test_the_default_device_says_nothing_about_where_adapters_are(tmp_path: Path
             for strategy in ("nodes", "paths", "grouped", "matrix"):
                 with contextlib.ExitStack() as stack:
                     with torch.device(default):
-                        stack.enter_context(model.route(["a/b/c", {"f": 0.5, "j": 2.0}, ""], strategy=strategy))
+                        stack.enter_context(
+                            model.route(["a/b/c", {"f": 0.5, "j": 2.0}, ""], strategy=strategy)
+                        )
                     found.append(base(ids))
             with torch.device(default):
-                found += [t for v in lt.Adapter.load(tmp_path / "zoo" / "f").modules.values() for t in v.tensors]
+                found += [
+                    t
+                    for v in lt.Adapter.load(tmp_path / "zoo" / "f").modules.values()
+                    for t in v.tensors
+                ]
                 found += [t for v in model.tree.flatten("f/g").modules.values() for t in v.tensors]
         results.append(found)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -635,7 +668,9 @@ def test_a_changed_weight_or_adapter_counts_from_the_next_activation() -> None:
     model.activate("a/b")
     fresh = net()
     lt.attach(tree, fresh).activate("a/b")
-    assert all(torch.equal(x, y) for x, y in zip(base.parameters(), fresh.parameters(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(base.parameters(), fresh.parameters(), strict=True)
+    )
 
 
 def test_in_place_drifts_and_says_so() -> None:
@@ -677,7 +712,9 @@ def test_a_blend_is_the_dense_sum_with_a_shared_ancestor_at_full_weight() -> Non
         assert held is not None
         for name, v in held.modules.items():
             delta = c * tree[node].weight * v.scale * (v.B.double() @ v.A.double())
-            expected[f"{name}.weight"] = expected[f"{name}.weight"] + (delta.T if name == "embed" else delta)
+            expected[f"{name}.weight"] = expected[f"{name}.weight"] + (
+                delta.T if name == "embed" else delta
+            )
     for k, p in base.named_parameters():
         torch.testing.assert_close(p.detach(), expected[k], rtol=1e-12, atol=1e-12)
     spelled = weights(base)
@@ -714,7 +751,8 @@ def test_training_a_node_moves_it_alone() -> None:
     assert losses[-1] < losses[0] / 2
     assert all(torch.equal(p, before[k]) for k, p in base.named_parameters())
     assert all(
-        torch.equal(x, y) for x, y in zip(held, (t for v in frozen.modules.values() for t in v.tensors), strict=True)
+        torch.equal(x, y)
+        for x, y in zip(held, (t for v in frozen.modules.values() for t in v.tensors), strict=True)
     )
     with torch.no_grad():
         unmerged = base(ids)
@@ -758,14 +796,18 @@ def test_autocast_inference_mode_and_low_precision_products_do_not_touch_the_bit
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert all(torch.equal(x, y) for x, y in zip(base.parameters(), expected.parameters(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(base.parameters(), expected.parameters(), strict=True)
+    )
     with torch.inference_mode():
         model.activate("a", mode="unmerged")
     base(torch.ones(1, 512)).sum().backward()
 
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
-@pytest.mark.parametrize("nothing", [{"x": 0.0}, {"": 0.5}, "x:0+:3", "group", {"x": 1.0, "": 2.0, "group": 0.0}])
+@pytest.mark.parametrize(
+    "nothing", [{"x": 0.0}, {"": 0.5}, "x:0+:3", "group", {"x": 1.0, "": 2.0, "group": 0.0}]
+)
 def test_a_blend_of_nothing_leaves_the_base_bare(nothing: lt.Blend, mode: Any) -> None:
     base = nn.Sequential(nn.Linear(3, 3))
     tree = lt.AdapterTree()
@@ -785,7 +827,10 @@ def test_a_blend_of_nothing_leaves_the_base_bare(nothing: lt.Blend, mode: Any) -
 
 def test_a_mistyped_mode_gets_a_suggestion() -> None:
     model = lt.attach(lt.AdapterTree(), nn.Linear(2, 2))
-    with pytest.raises(SpecError, match=r"^mode must be 'merged' or 'unmerged', got 'mergd'; did you mean 'merged'\?$"):
+    with pytest.raises(
+        SpecError,
+        match=r"^mode must be 'merged' or 'unmerged', got 'mergd'; did you mean 'merged'\?$",
+    ):
         model.activate("", mode="mergd")  # type: ignore[arg-type]
 
 
@@ -805,7 +850,9 @@ def test_what_is_no_attribute_of_ours_is_the_bases_to_read_and_to_set() -> None:
         "warnings_issued",
         "name_or_path",
     ):
-        assert getattr(model, name) is getattr(base, name) or getattr(model, name) == getattr(base, name), name
+        assert getattr(model, name) is getattr(base, name) or getattr(model, name) == getattr(
+            base, name
+        ), name
     assert model.get_input_embeddings() is base.get_input_embeddings()
     assert model.can_generate() is base.can_generate()
     model.add_model_tags(["ours"])
@@ -840,12 +887,20 @@ def test_what_would_save_or_change_the_base_alone_is_refused_by_name_and_hasattr
     base = joint.base()
     model = lt.attach(joint.tree(base), base)
     refused = [name for name in answers.REFUSED if hasattr(base, name)]
-    assert {"save_pretrained", "push_to_hub", "add_adapter", "resize_token_embeddings"} <= set(refused)
+    assert {"save_pretrained", "push_to_hub", "add_adapter", "resize_token_embeddings"} <= set(
+        refused
+    )
     for name in refused:
         assert not hasattr(model, name)
-        with pytest.raises(StateError, match=f"^a TreeModel does not answer '{name}' for its LlamaForCausalLM\n"):
+        with pytest.raises(
+            StateError, match=f"^a TreeModel does not answer '{name}' for its LlamaForCausalLM\n"
+        ):
             getattr(model, name)
-    merges = [n for n in dir(PreTrainedModel) if n.endswith(("_adapter", "_adapters")) and not n.startswith("_")]
+    merges = [
+        n
+        for n in dir(PreTrainedModel)
+        if n.endswith(("_adapter", "_adapters")) and not n.startswith("_")
+    ]
     assert set(merges) <= set(answers.REFUSED)  # whatever transformers may add
 
 

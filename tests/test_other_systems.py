@@ -107,7 +107,9 @@ def test_a_merged_checkpoint_is_refused_where_it_can_not_be_written(
     assert not (tmp_path / "merged").exists()
 
 
-def test_no_more_is_written_at_once_than_macos_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_written_at_once_than_macos_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = save_base(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj"
     made = lt.AdapterTree()
@@ -128,7 +130,9 @@ def test_no_more_is_written_at_once_than_macos_takes(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("works", [True, False], ids=["a disk", "a network share"])
-def test_on_macos_the_disk_s_own_cache_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+def test_on_macos_the_disk_s_own_cache_is_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
     asked: list[object] = []
 
     def control(file: int, command: int) -> int:

@@ -63,7 +63,9 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built: Path) -> None
 def test_the_wheel_says_what_it_is(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        said = {Path(n).name: archive.read(n).decode() for n in archive.namelist() if ".dist-info/" in n}
+        said = {
+            Path(n).name: archive.read(n).decode() for n in archive.namelist() if ".dist-info/" in n
+        }
     metadata = email.message_from_string(said["METADATA"])
     assert metadata["Version"] == lt.__version__
     classifiers = metadata.get_all("Classifier") or []
@@ -75,7 +77,9 @@ def test_the_wheel_says_what_it_is(built: Path) -> None:
     assert isinstance(description, str)
     links = re.findall(r"\]\(([^)]*)\)", description)
     assert "ten lines of python" in description.lower()
-    assert all(link.startswith("https://") for link in links), "a link that leads nowhere outside the repository"
+    assert all(link.startswith("https://") for link in links), (
+        "a link that leads nowhere outside the repository"
+    )
 
 
 def test_the_page_of_the_package_says_what_the_readme_says() -> None:
@@ -101,13 +105,18 @@ def test_the_tests_run_from_the_sdist(built: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:]
     code = "import lora_tree; print(lora_tree.__file__)"
-    where = subprocess.run([sys.executable, "-c", code], cwd=top, capture_output=True, text=True).stdout
+    where = subprocess.run(
+        [sys.executable, "-c", code], cwd=top, capture_output=True, text=True
+    ).stdout
     assert where.startswith(str(top))
 
 
 def test_the_oldest_packages_that_are_tested_are_the_oldest_that_are_allowed() -> None:
     extras = PROJECT["optional-dependencies"]
-    asked = [*PROJECT["dependencies"], *(one for name in ("transformers", "peft", "hub") for one in extras[name])]
+    asked = [
+        *PROJECT["dependencies"],
+        *(one for name in ("transformers", "peft", "hub") for one in extras[name]),
+    ]
     asked += [one for one in extras["train"] if one.startswith("accelerate")]
     bounds = dict(re.fullmatch(r"([\w.]+)>=([\d.]+)", one).groups() for one in asked)  # type: ignore[union-attr]
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
@@ -117,5 +126,7 @@ def test_the_oldest_packages_that_are_tested_are_the_oldest_that_are_allowed() -
 
 
 def test_the_package_is_a_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "lora_tree", "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_tree", "--version"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, f"lora-tree {lt.__version__}\n")

@@ -37,7 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    command = [sys.executable, "-W", "error::UserWarning:lora_tree", str(HERE / "parallel.py"), str(made)]
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning:lora_tree",
+        str(HERE / "parallel.py"),
+        str(made),
+    ]
     said = [made / f"said-{rank}.txt" for rank in range(RANKS)]
     with ExitStack() as files:
         running = [
@@ -51,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             _all_end(running)
             codes = [process.poll() for process in running]
-            assert codes == [0] * RANKS, "\n".join([str(codes), *(file.read_text() for file in said)])
+            assert codes == [0] * RANKS, "\n".join(
+                [str(codes), *(file.read_text() for file in said)]
+            )
         finally:
             for process in running:
                 process.kill()
@@ -87,14 +95,18 @@ def factors(of: Path) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("scenario", list(parallel.SCENARIOS))
-def test_two_processes_come_to_what_one_does(scenario: str, folder: Path, hand: joint.ByHand) -> None:
+def test_two_processes_come_to_what_one_does(
+    scenario: str, folder: Path, hand: joint.ByHand
+) -> None:
     hand.same_as(factors(folder / scenario))
 
 
 @pytest.mark.parametrize("scenario", ["fsdp", "sharded_trainer"])
 def test_what_was_sharded_is_saved_whole(scenario: str, folder: Path) -> None:
     saved, wanted = joint.factors(lt.load(folder / scenario / "zoo")), factors(folder / scenario)
-    assert all(torch.equal(x, y) for path in wanted for x, y in zip(saved[path], wanted[path], strict=True))
+    assert all(
+        torch.equal(x, y) for path in wanted for x, y in zip(saved[path], wanted[path], strict=True)
+    )
 
 
 def test_a_trainer_tells_the_losses_of_all_processes(folder: Path, hand: joint.ByHand) -> None:
@@ -104,5 +116,10 @@ def test_a_trainer_tells_the_losses_of_all_processes(folder: Path, hand: joint.B
         assert {k: v for k, v in log.items() if k != "loss"} == pytest.approx(paths, rel=1e-9)
         assert math.isclose(log["loss"], sum(wanted.values()), rel_tol=1e-6)
     with torch.no_grad():
-        means = {path: float(loss) for path, loss in hand.losses_of(joint.rows(["a", "d", "a"], 8)).items()}
-    assert {p: told["eval"][f"eval_loss/{p}"] for p in means} == pytest.approx(means, rel=1e-9)  # no row twice
+        means = {
+            path: float(loss)
+            for path, loss in hand.losses_of(joint.rows(["a", "d", "a"], 8)).items()
+        }
+    assert {p: told["eval"][f"eval_loss/{p}"] for p in means} == pytest.approx(
+        means, rel=1e-9
+    )  # no row twice

@@ -124,17 +124,25 @@ class Case:
 
 
 def mixtral() -> nn.Module:
-    small = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_local_experts=3)
-    return MixtralForCausalLM(MixtralConfig(**small, num_attention_heads=2, num_key_value_heads=1)).float()
+    small = dict(
+        vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_local_experts=3
+    )
+    return MixtralForCausalLM(
+        MixtralConfig(**small, num_attention_heads=2, num_key_value_heads=1)
+    ).float()
 
 
 def llama() -> nn.Module:
     small = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2)
-    return LlamaForCausalLM(LlamaConfig(**small, num_attention_heads=2, num_key_value_heads=1)).float()
+    return LlamaForCausalLM(
+        LlamaConfig(**small, num_attention_heads=2, num_key_value_heads=1)
+    ).float()
 
 
 def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=16)).float()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    ).float()
 
 
 CASES = {
@@ -149,7 +157,9 @@ CASES = {
             alpha_pattern={"1": 7, r"blocks.*": 1.3},
         )
     ),
-    "lora_bias": Case(dict(r=2, lora_bias=True, target_modules=["lin", "blocks.1", "c1", "grouped", "attn"])),
+    "lora_bias": Case(
+        dict(r=2, lora_bias=True, target_modules=["lin", "blocks.1", "c1", "grouped", "attn"])
+    ),
     "embedding": Case(dict(r=2, lora_alpha=1, target_modules=["embed"])),
     "conv1d": Case(dict(r=2, lora_alpha=5, target_modules=["c1"])),
     "conv2d": Case(dict(r=3, target_modules=["c2"])),
@@ -157,11 +167,21 @@ CASES = {
     "grouped": Case(dict(r=4, lora_alpha=3, target_modules=["grouped"])),
     "hf_conv1d": Case(dict(r=2, fan_in_fan_out=True, target_modules=["gpt"])),
     "attention": Case(dict(r=2, lora_alpha=5, target_modules=["attn"], rank_pattern={"attn": 3})),
-    "one_parameter": Case(dict(r=2, lora_alpha=5, target_modules=[], target_parameters=["experts.down"])),
-    "flat_parameter": Case(dict(r=2, lora_alpha=5, target_modules=["lin"], target_parameters=["mix"])),
-    "two_parameters": Case(dict(r=2, target_modules=["lin"], target_parameters=["experts.gate_up", "experts.down"])),
+    "one_parameter": Case(
+        dict(r=2, lora_alpha=5, target_modules=[], target_parameters=["experts.down"])
+    ),
+    "flat_parameter": Case(
+        dict(r=2, lora_alpha=5, target_modules=["lin"], target_parameters=["mix"])
+    ),
+    "two_parameters": Case(
+        dict(r=2, target_modules=["lin"], target_parameters=["experts.gate_up", "experts.down"])
+    ),
     "three_parameters": Case(
-        dict(r=3, target_modules=[], target_parameters=["experts.gate_up", "experts.down", "experts.mix"])
+        dict(
+            r=3,
+            target_modules=[],
+            target_parameters=["experts.gate_up", "experts.down", "experts.mix"],
+        )
     ),
     "regex": Case(dict(r=2, target_modules=r"(lin|blocks\.[01])")),
     "bias_all": Case(dict(r=2, bias="all", target_modules=["lin", "attn"])),
@@ -175,10 +195,18 @@ CASES = {
         ),
         mixtral,
     ),
-    "llama": Case(dict(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"), llama),
-    "llama_embeddings": Case(dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "q_proj"]), llama),
-    "llama_layers": Case(dict(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]), llama),
-    "gpt2": Case(dict(r=2, lora_alpha=3, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"]), gpt2),
+    "llama": Case(
+        dict(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"), llama
+    ),
+    "llama_embeddings": Case(
+        dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "q_proj"]), llama
+    ),
+    "llama_layers": Case(
+        dict(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]), llama
+    ),
+    "gpt2": Case(
+        dict(r=2, lora_alpha=3, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"]), gpt2
+    ),
 }
 every_kind = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -205,7 +233,10 @@ def layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer):
             name = name.replace(".base_layer", "")
-            yield (f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name), layer
+            yield (
+                (f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name),
+                layer,
+            )
 
 
 def saved(model: PeftModel, folder: Path) -> Path:
@@ -240,7 +271,10 @@ def same(x: Adapter, y: Adapter) -> None:
         assert mine.scale == other.scale
         assert mine.layout == other.layout
         assert len(mine.tensors) == len(other.tensors)
-        assert all(t.dtype == u.dtype and torch.equal(t, u) for t, u in zip(mine.tensors, other.tensors, strict=True))
+        assert all(
+            t.dtype == u.dtype and torch.equal(t, u)
+            for t, u in zip(mine.tensors, other.tensors, strict=True)
+        )
     assert x.unchanged.keys() == y.unchanged.keys()
     assert all(torch.equal(x.unchanged[name], y.unchanged[name]) for name in x.unchanged)
     assert (x.nesting, x.assumed, x.base) == (y.nesting, y.assumed, y.base)
@@ -285,7 +319,11 @@ def test_a_round_trip_changes_nothing(case: Case, tmp_path: Path) -> None:
     assert peft.render(first) == peft.render(second)
     theirs, ours = (load_file(tmp_path / who / WEIGHTS) for who in ("theirs", "ours"))
     assert theirs.keys() == ours.keys() - ({"base_model.model.attn.lora_B.bias"} - theirs.keys())
-    assert all(torch.equal(theirs[key], ours[key]) for key in theirs if key != "base_model.model.attn.lora_B.bias")
+    assert all(
+        torch.equal(theirs[key], ours[key])
+        for key in theirs
+        if key != "base_model.model.attn.lora_B.bias"
+    )
 
 
 def test_a_grouped_convolution_is_one_product_per_group(tmp_path: Path) -> None:
@@ -293,8 +331,13 @@ def test_a_grouped_convolution_is_one_product_per_group(tmp_path: Path) -> None:
     value = peft.read_folder(saved(model, tmp_path)).modules["grouped"]
     assert value.A.shape == (2, 2, 18)
     assert value.B.shape == (2, 2, 2)
-    conv, x = model.base_model.model.grouped.base_layer.double(), torch.randn(2, 6, 9, dtype=torch.float64)
-    kernel = value.dense(dtype=torch.float64).reshape(4, 6, 3)  # over all channels in, whatever the group
+    conv, x = (
+        model.base_model.model.grouped.base_layer.double(),
+        torch.randn(2, 6, 9, dtype=torch.float64),
+    )
+    kernel = value.dense(dtype=torch.float64).reshape(
+        4, 6, 3
+    )  # over all channels in, whatever the group
     expected = conv(x) + nn.functional.conv1d(x, kernel)
     torch.testing.assert_close(model.base_model.model.grouped.double()(x), expected)
 
@@ -317,7 +360,11 @@ def test_the_order_of_two_parameters_is_assumed_until_the_base_settles_it(tmp_pa
     assert peft.render(wrong)[WEIGHTS] == (folder / WEIGHTS).read_bytes()
     again = peft.read_folder(written(settled, tmp_path / "ours"))
     same(again, settled)
-    assert again.renested({"experts": ("down", "gate_up")}).modules["experts.down"].A.shape == (3, 2, 4)
+    assert again.renested({"experts": ("down", "gate_up")}).modules["experts.down"].A.shape == (
+        3,
+        2,
+        4,
+    )
 
 
 def test_a_sum_settles_an_assumed_order_by_one_that_is_known(tmp_path: Path) -> None:
@@ -333,7 +380,10 @@ def test_a_sum_settles_an_assumed_order_by_one_that_is_known(tmp_path: Path) -> 
 def test_fused_experts_are_ordered_as_transformers_registers_them(tmp_path: Path) -> None:
     folder = saved(CASES["mixtral"].made(), tmp_path / "theirs")
     config = json.loads((folder / CONFIG).read_text())
-    for names in (["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"]):
+    for names in (
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ["experts.down_proj", "experts.gate_up_proj"],
+    ):
         (folder / CONFIG).write_text(json.dumps({**config, "target_parameters": names}))
         adapter = peft.read_folder(folder)
         assert adapter.nesting["model.layers.1.mlp.experts"] == ("gate_up_proj", "down_proj")
@@ -341,15 +391,23 @@ def test_fused_experts_are_ordered_as_transformers_registers_them(tmp_path: Path
 
 
 def test_parameters_of_different_scales_keep_them(tmp_path: Path) -> None:
-    case = replace(CASES["mixtral"], config=CASES["mixtral"].config | dict(rank_pattern={"mlp.experts.down_proj": 3}))
+    case = replace(
+        CASES["mixtral"],
+        config=CASES["mixtral"].config | dict(rank_pattern={"mlp.experts.down_proj": 3}),
+    )
     model = case.made()
     adapter = peft.read_folder(saved(model, tmp_path / "theirs"))
     assert adapter.ranks["model.layers.0.mlp.experts.down_proj"] == 3
     assert not adapter.assumed
     again = loaded_in_peft(case, written(adapter, tmp_path / "ours"))
     assert torch.equal(outputs(model)[0], outputs(again)[0])
-    case = replace(CASES["two_parameters"], config=CASES["two_parameters"].config | dict(alpha_pattern={"down": 3}))
-    with pytest.raises(FormatError, match=r"experts: gate_up and down differ in r or lora_alpha.*not say"):
+    case = replace(
+        CASES["two_parameters"],
+        config=CASES["two_parameters"].config | dict(alpha_pattern={"down": 3}),
+    )
+    with pytest.raises(
+        FormatError, match=r"experts: gate_up and down differ in r or lora_alpha.*not say"
+    ):
         peft.read_folder(saved(case.made(), tmp_path / "open"))
 
 
@@ -364,7 +422,9 @@ def test_assumed_parameters_of_different_ranks_are_padded_alike(tmp_path: Path) 
 
 def test_two_parameters_of_unknown_order_are_not_written() -> None:
     up, down = (LowRank(torch.ones(1, 2, n), torch.ones(1, n, 2), layout=PARAMETER) for n in (3, 4))
-    with pytest.raises(FormatError, match=r"experts: PEFT writes down and up in the order.*\n.*attach"):
+    with pytest.raises(
+        FormatError, match=r"experts: PEFT writes down and up in the order.*\n.*attach"
+    ):
         peft.render(Adapter({"experts.up": up, "experts.down": down}))
 
 
@@ -372,7 +432,9 @@ def test_two_parameters_of_unknown_order_are_not_written() -> None:
 def test_whole_tensors_come_along_under_their_plain_names(tmp_path: Path) -> None:
     model = CASES["bias_all"].made()
     adapter = peft.read_folder(saved(model, tmp_path / "a"))
-    state = {k.replace(".base_layer", ""): v for k, v in model.base_model.model.state_dict().items()}
+    state = {
+        k.replace(".base_layer", ""): v for k, v in model.base_model.model.state_dict().items()
+    }
     assert {"lin.bias", "c1.bias", "attn.out_proj.bias"} <= set(adapter.unchanged)
     assert all(torch.equal(state[name], value) for name, value in adapter.unchanged.items())
     embeddings = peft.read_folder(saved(CASES["llama_embeddings"].made(), tmp_path / "b"))
@@ -382,8 +444,16 @@ def test_whole_tensors_come_along_under_their_plain_names(tmp_path: Path) -> Non
 def test_an_unexpected_whole_tensor_is_refused(tmp_path: Path) -> None:
     folder = saved(CASES["linear"].made(), tmp_path)
     for key, kind, text in [
-        ("blocks.1.weight", UnsupportedAdapter, r"blocks\.1\.weight' is a whole weight: .*replace the base's"),
-        ("lin.base_layer.bias", FormatError, r"lin\.base_layer\.bias'; adapter_config\.json has bias = 'none'"),
+        (
+            "blocks.1.weight",
+            UnsupportedAdapter,
+            r"blocks\.1\.weight' is a whole weight: .*replace the base's",
+        ),
+        (
+            "lin.base_layer.bias",
+            FormatError,
+            r"lin\.base_layer\.bias'; adapter_config\.json has bias = 'none'",
+        ),
         ("running_mean", FormatError, r"unexpected key 'base_model\.model\.running_mean'"),
     ]:
         with pytest.raises(kind, match=text):
@@ -422,9 +492,15 @@ def test_what_peft_computed_is_always_found_again() -> None:
 
 
 def test_a_scale_that_peft_can_not_say_is_folded_into_b(tmp_path: Path) -> None:
-    scale = next(s for s in (1.4 + k * 2**-52 for k in range(1, 99)) if peft_write._alpha(s, 3, rslora=False) is None)
+    scale = next(
+        s
+        for s in (1.4 + k * 2**-52 for k in range(1, 99))
+        if peft_write._alpha(s, 3, rslora=False) is None
+    )
     A, B = torch.randn(3, 5), torch.randn(4, 3)
-    adapter = Adapter({"x": LowRank(A, B, scale), "y": LowRank(A, B, 0.5)}, config={"use_rslora": True})
+    adapter = Adapter(
+        {"x": LowRank(A, B, scale), "y": LowRank(A, B, 0.5)}, config={"use_rslora": True}
+    )
     again = peft.read_folder(written(adapter, tmp_path / "ours"))
     assert again.modules["x"].scale == 1.0
     assert again.modules["y"].scale == 0.5
@@ -434,7 +510,9 @@ def test_a_scale_that_peft_can_not_say_is_folded_into_b(tmp_path: Path) -> None:
 def test_integers_are_written_as_integers() -> None:
     for config, scale in ({}, 2.0), ({"use_rslora": True}, 32 / 4):
         fields = json.loads(
-            peft.render(Adapter({"x": LowRank(torch.ones(16, 5), torch.ones(4, 16), scale)}, config=config))[CONFIG]
+            peft.render(
+                Adapter({"x": LowRank(torch.ones(16, 5), torch.ones(4, 16), scale)}, config=config)
+            )[CONFIG]
         )
         assert (fields["lora_alpha"], type(fields["lora_alpha"])) == (32, int)
 
@@ -454,7 +532,9 @@ def test_bytes_do_not_depend_on_the_order_of_insertion(tmp_path: Path) -> None:
 
 def test_a_pattern_key_matches_one_module_only(tmp_path: Path) -> None:
     ranks = {"a.lin": 2, "b.a.lin": 3, "axlin": 2, "a.lin2": 4}
-    modules = {n: LowRank(torch.randn(r, 5), torch.randn(4, r), scale=r / 7) for n, r in ranks.items()}
+    modules = {
+        n: LowRank(torch.randn(r, 5), torch.randn(4, r), scale=r / 7) for n, r in ranks.items()
+    }
     again = peft.read_folder(written(Adapter(modules), tmp_path / "ours"))
     assert again.ranks == ranks
     same(again, replace(Adapter(modules), config=again.config))
@@ -462,7 +542,9 @@ def test_a_pattern_key_matches_one_module_only(tmp_path: Path) -> None:
     assert fields["rank_pattern"] == {r"^b\.a\.lin": 3, r"^a\.lin2": 4}
 
 
-def test_the_makers_own_targets_are_kept_where_they_still_describe_the_adapter(tmp_path: Path) -> None:
+def test_the_makers_own_targets_are_kept_where_they_still_describe_the_adapter(
+    tmp_path: Path,
+) -> None:
     adapter = peft.read_folder(saved(CASES["llama"].made(), tmp_path / "a"))
     x = adapter.modules["model.layers.0.self_attn.q_proj"]
 
@@ -503,9 +585,16 @@ def test_an_attention_has_one_rank_and_one_scale(tmp_path: Path) -> None:
     ("modules", "text"),
     [
         ({}, "an adapter without modules"),
-        ({"x": LowRank(torch.ones(2, 1, 4), torch.ones(2, 4, 1))}, r"x: a linear has factors of \(2,\) dimensions"),
         (
-            {"x": LowRank(torch.ones(1, 4), torch.ones(4, 1), bias=torch.ones(4), layout=EMBEDDING)},
+            {"x": LowRank(torch.ones(2, 1, 4), torch.ones(2, 4, 1))},
+            r"x: a linear has factors of \(2,\) dimensions",
+        ),
+        (
+            {
+                "x": LowRank(
+                    torch.ones(1, 4), torch.ones(4, 1), bias=torch.ones(4), layout=EMBEDDING
+                )
+            },
             "x: PEFT has no lora_bias",
         ),
         (
@@ -516,8 +605,14 @@ def test_an_attention_has_one_rank_and_one_scale(tmp_path: Path) -> None:
             {"x": LowRank(torch.ones(1, 5), torch.ones(4, 1), layout=Layout("conv", (3,)))},
             r"x: A is \(1, 5\), expected in · 3",
         ),
-        ({"x.base_layer.y": LowRank(torch.ones(1, 4), torch.ones(4, 1))}, "PEFT's keys have no way"),
-        ({n: LowRank(torch.ones(1, 4), torch.ones(4, 1)) for n in ("x", "x.y")}, r"x\.y: lies in x, which has factors"),
+        (
+            {"x.base_layer.y": LowRank(torch.ones(1, 4), torch.ones(4, 1))},
+            "PEFT's keys have no way",
+        ),
+        (
+            {n: LowRank(torch.ones(1, 4), torch.ones(4, 1)) for n in ("x", "x.y")},
+            r"x\.y: lies in x, which has factors",
+        ),
         (
             {"x": LowRank(torch.ones(1, 4).to(torch.float8_e5m2), torch.ones(4, 1))},
             r"x: dtype torch\.float8_e5m2 is not",
@@ -538,7 +633,9 @@ def test_a_config_that_we_would_not_read_is_not_written() -> None:
 
 
 # ---------------------------------------------------------------- what is refused
-def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict, **fields: Any) -> Adapter:
+def edited(
+    folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict, **fields: Any
+) -> Adapter:
     """Read ``folder`` with its tensors changed and fields of its config set."""
     copy = folder / "copy"
     copy.mkdir(exist_ok=True)
@@ -568,23 +665,33 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (dict(layer_replication=[[0, 2]]), "repeats layers"),
         (dict(megatron_config={"x": 1}), "Megatron"),
         (dict(use_newlora=True), "use_newlora = True is a kind of LoRA that is not known here"),
-        (dict(init_lora_weights="pissa_niter_4"), r"PiSSA changed the base's own.*\n.*path_initial_model"),
+        (
+            dict(init_lora_weights="pissa_niter_4"),
+            r"PiSSA changed the base's own.*\n.*path_initial_model",
+        ),
         (dict(init_lora_weights="olora"), "OLoRA changed"),
         (dict(init_lora_weights="loftq"), "LoftQ changed"),
         (dict(init_lora_weights="corda"), "CorDA changed"),
         (dict(init_lora_weights="lora_ga"), "LoRA-GA changed"),
     ],
 )
-def test_what_does_not_add_up_is_refused_with_the_reason(plain: Path, fields: dict[str, Any], text: str) -> None:
+def test_what_does_not_add_up_is_refused_with_the_reason(
+    plain: Path, fields: dict[str, Any], text: str
+) -> None:
     with pytest.raises(UnsupportedAdapter, match=text) as caught:
         edited(plain, **fields)
     assert str(plain / "copy" / CONFIG) in str(caught.value)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_an_init_that_left_the_base_alone_is_read_and_not_begun_again(plain: Path, init: Any) -> None:
+def test_an_init_that_left_the_base_alone_is_read_and_not_begun_again(
+    plain: Path, init: Any
+) -> None:
     fields = json.loads(peft.render(edited(plain, init_lora_weights=init))[CONFIG])
-    assert fields["init_lora_weights"] is (init if isinstance(init, bool) else True) or init == "gaussian"
+    assert (
+        fields["init_lora_weights"] is (init if isinstance(init, bool) else True)
+        or init == "gaussian"
+    )
 
 
 @pytest.mark.parametrize(
@@ -615,12 +722,24 @@ def test_a_config_that_is_wrong_is_refused(plain: Path, fields: dict[str, Any], 
 @pytest.mark.parametrize(
     "pattern",
     [
-        *("(a|a)*b", "(a*)*b", "(a|aa)+b", "a?" * 60 + "a" * 60 + "b", "(a|a)" * 60 + "b", ".*" * 50 + "b"),
+        *(
+            "(a|a)*b",
+            "(a*)*b",
+            "(a|aa)+b",
+            "a?" * 60 + "a" * 60 + "b",
+            "(a|a)" * 60 + "b",
+            ".*" * 50 + "b",
+        ),
         "(" * 30 + "a" + "*)" * 30 + "b",
     ],
 )
 def test_no_pattern_of_a_download_keeps_us_busy_for_ever(pattern: str) -> None:
-    fields = {"peft_type": "LORA", "r": 2, "rank_pattern": {pattern: 4}, "alpha_pattern": {pattern: 4}}
+    fields = {
+        "peft_type": "LORA",
+        "r": 2,
+        "rank_pattern": {pattern: 4},
+        "alpha_pattern": {pattern: 4},
+    }
     config = parse_config(json.dumps(fields | {"target_modules": pattern}).encode(), CONFIG)
     name = "x." + "a" * 59  # re would take longer than the world is old
     assert config.rank(name) == 2
@@ -654,7 +773,9 @@ def test_the_patterns_that_people_write(pattern: str, found: list[int]) -> None:
     assert [i for i, name in names.items() if get_pattern_key([pattern], name) == pattern] == found
 
 
-@pytest.mark.parametrize("pattern", ["(?>a)b", r"(a)\1+", "a*+b", "(?P<x>a)(?P=x)", "(a{99}){99}", "(" * 60 + ")" * 60])
+@pytest.mark.parametrize(
+    "pattern", ["(?>a)b", r"(a)\1+", "a*+b", "(?P<x>a)(?P=x)", "(a{99}){99}", "(" * 60 + ")" * 60]
+)
 def test_a_pattern_beyond_that_is_refused_with_what_to_do(pattern: str) -> None:
     data = json.dumps({"peft_type": "LORA", "rank_pattern": {pattern: 4}}).encode()
     with pytest.raises(
@@ -670,17 +791,35 @@ LIN = "base_model.model.lin.lora_"
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda t: {k: v for k, v in t.items() if k != LIN + "A.weight"}, r"lin: lora_A missing, found \['lora_B'\]"),
+        (
+            lambda t: {k: v for k, v in t.items() if k != LIN + "A.weight"},
+            r"lin: lora_A missing, found \['lora_B'\]",
+        ),
         (lambda t: {k: v for k, v in t.items() if k != LIN + "B.weight"}, r"lin: lora_B missing"),
-        (lambda t: t | {LIN + "B.weight": torch.ones(6, 3)}, r"lin: lora_B is \(6, 3\), expected \(out, 2\)"),
-        (lambda t: t | {LIN + "A.weight": torch.ones(2)}, r"lin: lora_A is \(2,\), expected \(2, in"),
-        (lambda t: t | {LIN + "B.bias": torch.ones(6)}, r"unexpected lora_B\.bias; .* lora_bias = false"),
+        (
+            lambda t: t | {LIN + "B.weight": torch.ones(6, 3)},
+            r"lin: lora_B is \(6, 3\), expected \(out, 2\)",
+        ),
+        (
+            lambda t: t | {LIN + "A.weight": torch.ones(2)},
+            r"lin: lora_A is \(2,\), expected \(2, in",
+        ),
+        (
+            lambda t: t | {LIN + "B.bias": torch.ones(6)},
+            r"unexpected lora_B\.bias; .* lora_bias = false",
+        ),
         (
             lambda t: t | {LIN + "a.weight": torch.ones(6)},
             r"lin\.lora_a\.weight', expected it to end in one of",
         ),
-        (lambda t: t | {LIN + "A.default.weight": torch.ones(6)}, r"unexpected key .*default.*\n.*own name is no part"),
-        (lambda t: t | {"lora_unet_lin.alpha": torch.ones(1)}, r"unexpected key 'lora_unet_lin\.alpha'.*\n.*kohya"),
+        (
+            lambda t: t | {LIN + "A.default.weight": torch.ones(6)},
+            r"unexpected key .*default.*\n.*own name is no part",
+        ),
+        (
+            lambda t: t | {"lora_unet_lin.alpha": torch.ones(1)},
+            r"unexpected key 'lora_unet_lin\.alpha'.*\n.*kohya",
+        ),
         (lambda t: t | {LIN + "magnitude_vector": torch.ones(6)}, r"lora_magnitude_vector: DoRA"),
         (lambda t: t | {LIN + "embedding_A": torch.ones(2, 6)}, r"lin: lora_embedding_B missing"),
         (lambda t: {}, r"no lora_A and lora_B of any module"),
@@ -688,7 +827,10 @@ LIN = "base_model.model.lin.lora_"
             lambda t: t | {LIN + "A.weight": torch.ones(2, 6, dtype=torch.int8)},
             r"dtype I8 is not supported.*\n.*quantised",
         ),
-        (lambda t: t | {LIN + "A.weight": torch.ones(2, 6).to(torch.float8_e4m3fn)}, r"dtype F8_E4M3 is not supported"),
+        (
+            lambda t: t | {LIN + "A.weight": torch.ones(2, 6).to(torch.float8_e4m3fn)},
+            r"dtype F8_E4M3 is not supported",
+        ),
         (lambda t: t | {LIN + "A.weight": torch.ones(0)}, r"the tensor is empty.*\n.*ZeRO-3"),
         (
             lambda t: t | {"base_model.model.lin.base_layer.lora_A.weight": torch.ones(2, 6)},
@@ -713,7 +855,9 @@ def test_keys_that_do_not_belong_are_refused(plain: Path, change: Any, text: str
 
 def test_a_bias_that_peft_never_applies_is_refused(tmp_path: Path) -> None:
     folder = saved(CASES["lora_bias"].made(), tmp_path)
-    with pytest.raises(UnsupportedAdapter, match=r"attn: lora_B\.bias is not zero, but PEFT never applies it"):
+    with pytest.raises(
+        UnsupportedAdapter, match=r"attn: lora_B\.bias is not zero, but PEFT never applies it"
+    ):
         edited(folder, lambda t: t | {"base_model.model.attn.lora_B.bias": torch.ones(18)})
 
 
@@ -746,7 +890,9 @@ def test_missing_files_and_pickles_are_refused(plain: Path, tmp_path: Path) -> N
     with pytest.raises(FormatError, match=f"no {WEIGHTS}"):
         peft.read_folder(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(UnsupportedAdapter, match=r"adapter_model\.bin is a pickle.*\n.*save_pretrained"):
+    with pytest.raises(
+        UnsupportedAdapter, match=r"adapter_model\.bin is a pickle.*\n.*save_pretrained"
+    ):
         peft.read_folder(tmp_path)
 
 
@@ -761,11 +907,15 @@ def test_files_are_those_of_the_safetensors_package(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
     ours, metadata = read_tensors(tmp_path / "x", "x")
     assert metadata == {"format": "pt"}
-    assert all(t.dtype == ours[name].dtype and torch.equal(t, ours[name]) for name, t in tensors.items())
+    assert all(
+        t.dtype == ours[name].dtype and torch.equal(t, ours[name]) for name, t in tensors.items()
+    )
     assert read_tensors(tmp_path / "x", "x", outline=True)[0]["t2é"].shape == (3, 3)
 
 
-def test_a_tensor_that_lies_askew_in_its_file_is_read_to_where_it_can_be_used(tmp_path: Path) -> None:
+def test_a_tensor_that_lies_askew_in_its_file_is_read_to_where_it_can_be_used(
+    tmp_path: Path,
+) -> None:
     narrow, wide = torch.randn(3, 1).half(), torch.randn(2, 3)
     entries = {
         "B": ("F16", narrow, 0),
@@ -794,7 +944,10 @@ def test_adapters_of_the_same_texts_share_no_numbers(plain: Path, tmp_path: Path
         save_file(tensors, tmp_path / name / WEIGHTS, {"format": "pt"})
     x, y, again = (peft.read_folder(tmp_path / name) for name in ("x", "y", "x"))
     for name, value in x.modules.items():
-        assert all(torch.equal(a * 2, b) for a, b in zip(value.tensors, y.modules[name].tensors, strict=True))
+        assert all(
+            torch.equal(a * 2, b)
+            for a, b in zip(value.tensors, y.modules[name].tensors, strict=True)
+        )
     same(x, again)
     x.modules["lin"].A.zero_()
     assert y.modules["lin"].A.any()
@@ -813,7 +966,11 @@ def test_a_text_that_differs_is_read_anew(plain: Path, tmp_path: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(fields | {"lora_alpha": 2 * fields["lora_alpha"]}))
     assert peft.read_folder(folder).modules["lin"].scale == 2 * before.scale
     for dtype in (torch.float16, torch.bfloat16):  # two files of one size
-        save_file({k: t.to(dtype) for k, t in load_file(plain / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
+        save_file(
+            {k: t.to(dtype) for k, t in load_file(plain / WEIGHTS).items()},
+            folder / WEIGHTS,
+            {"format": "pt"},
+        )
         assert peft.read_folder(folder).modules["lin"].dtype == dtype
 
 
@@ -823,7 +980,9 @@ def test_each_of_two_files_that_are_wrong_alike_is_named(plain: Path, tmp_path: 
         tensors = load_file(plain / WEIGHTS)
         del tensors["base_model.model.lin.lora_A.weight"]
         save_file(tensors, tmp_path / name / WEIGHTS, {"format": "pt"})
-        with pytest.raises(FormatError, match=re.escape(f"{tmp_path / name / WEIGHTS}: lin: lora_A missing")):
+        with pytest.raises(
+            FormatError, match=re.escape(f"{tmp_path / name / WEIGHTS}: lin: lora_A missing")
+        ):
             peft.read_folder(tmp_path / name)
 
 
@@ -838,7 +997,10 @@ def test_a_dead_bias_is_looked_at_in_every_file(first: str, tmp_path: Path) -> N
         if folder == good:
             assert peft.read_folder(good).modules["attn"].bias is None
         else:
-            with pytest.raises(UnsupportedAdapter, match=re.escape(f"{bad / WEIGHTS}: attn: lora_B.bias is not zero")):
+            with pytest.raises(
+                UnsupportedAdapter,
+                match=re.escape(f"{bad / WEIGHTS}: attn: lora_B.bias is not zero"),
+            ):
                 peft.read_folder(bad)
 
 
@@ -854,7 +1016,9 @@ def test_factors_outlive_their_file(plain: Path, tmp_path: Path) -> None:
     folder = written(peft.read_folder(plain), tmp_path / "x")
     adapter = peft.read_folder(folder)
     before = adapter.modules["lin"].A.clone()
-    with (folder / WEIGHTS).open("r+b") as file:  # in place: a mapped file would change, or kill the process
+    with (folder / WEIGHTS).open(
+        "r+b"
+    ) as file:  # in place: a mapped file would change, or kill the process
         file.truncate(10)
     assert torch.equal(adapter.modules["lin"].A, before)
 
@@ -868,12 +1032,24 @@ def header(text: bytes, body: bytes = b"") -> bytes:
     [
         (b"", "not a whole safetensors file: 0 bytes"),
         (b"\xff" * 8, "not a whole safetensors file: 8 bytes"),
-        (b"version https://git-lfs.github.com/spec/v1", r"not a whole safetensors file.*\n.*Git LFS pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            r"not a whole safetensors file.*\n.*Git LFS pointer",
+        ),
         (header(b"{}", b"1234"), "describes 0 bytes of tensors, the file holds 4"),
         (header(b'{"x": 3}'), "x: expected dtype, shape and data_offsets"),
-        (header(b'{"x": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b"1234"), "malformed"),
-        (header(b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b"1234"), "malformed"),
-        (header(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b"1234"), "does not fill its bytes"),
+        (
+            header(b'{"x": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b"1234"),
+            "malformed",
+        ),
+        (
+            header(b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b"1234"),
+            "malformed",
+        ),
+        (
+            header(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b"1234"),
+            "does not fill its bytes",
+        ),
         (
             header(b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', b"12345678"),
             "begin at 4, expected 0",
@@ -886,7 +1062,9 @@ def header(text: bytes, body: bytes = b"") -> bytes:
         (header(b'{"x": 1, "x": 2}'), "the key 'x' occurs twice"),
     ],
 )
-def test_a_broken_weights_file_is_refused(plain: Path, tmp_path: Path, data: bytes, error: str) -> None:
+def test_a_broken_weights_file_is_refused(
+    plain: Path, tmp_path: Path, data: bytes, error: str
+) -> None:
     (tmp_path / CONFIG).write_bytes((plain / CONFIG).read_bytes())
     (tmp_path / WEIGHTS).write_bytes(data)
     with pytest.raises(FormatError, match=rf"(?s){WEIGHTS}: .*{error}"):

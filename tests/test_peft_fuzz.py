@@ -25,7 +25,11 @@ many = settings(
     max_examples=500,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 
 
@@ -43,7 +47,11 @@ def whole() -> dict[str, bytes]:
         "attn.out_proj": LowRank(torch.randn(2, 3), torch.randn(3, 2)),
     }
     return peft.render(
-        Adapter(modules, nesting={"x": ("up", "down")}, unchanged={"embed_tokens.weight": torch.randn(9, 4)})
+        Adapter(
+            modules,
+            nesting={"x": ("up", "down")},
+            unchanged={"embed_tokens.weight": torch.randn(9, 4)},
+        )
     )
 
 
@@ -59,13 +67,26 @@ scalars = st.one_of(
     st.floats(),
     st.text(max_size=6),
     st.sampled_from(
-        ["lin", "x.up", "(", "(?i)a", "[[a]", ".*", "all-linear", "LORA", "lora_only", "pissa", "base_layer"]
+        [
+            "lin",
+            "x.up",
+            "(",
+            "(?i)a",
+            "[[a]",
+            ".*",
+            "all-linear",
+            "LORA",
+            "lora_only",
+            "pissa",
+            "base_layer",
+        ]
     ),
 )
 anything = st.recursive(
     scalars,
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("lin"), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.just("lin"), inner, max_size=3)
     ),
     max_leaves=6,
 )
@@ -91,7 +112,9 @@ edits = st.lists(
         st.integers(0, 10**6),
         st.integers(0, 3),
         st.binary(max_size=3)
-        | st.sampled_from([b"0", b"-", b"9" * 20, b'"', b"{", b"[[", b"}", b"\\ud800", b"\x00", b"null"]),
+        | st.sampled_from(
+            [b"0", b"-", b"9" * 20, b'"', b"{", b"[[", b"}", b"\\ud800", b"\x00", b"null"]
+        ),
     ),
     min_size=1,
     max_size=4,
@@ -113,7 +136,11 @@ def test_bytes_of_the_config(tmp_path: Path, edits: list[tuple[int, int, bytes]]
 
 
 @many
-@given(fields=st.dictionaries(st.sampled_from(sorted(json.loads(FILES[CONFIG]))), anything, min_size=1, max_size=3))
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(sorted(json.loads(FILES[CONFIG]))), anything, min_size=1, max_size=3
+    )
+)
 def test_fields_of_the_config(tmp_path: Path, fields: dict[str, Any]) -> None:
     config = json.loads(FILES[CONFIG]) | fields
     check(tmp_path, json.dumps(config).encode(), FILES[WEIGHTS])
@@ -121,7 +148,9 @@ def test_fields_of_the_config(tmp_path: Path, fields: dict[str, Any]) -> None:
 
 @many
 @given(edits=edits, fix_length=st.booleans())
-def test_bytes_of_the_header(tmp_path: Path, edits: list[tuple[int, int, bytes]], fix_length: bool) -> None:
+def test_bytes_of_the_header(
+    tmp_path: Path, edits: list[tuple[int, int, bytes]], fix_length: bool
+) -> None:
     header = HEADER
     for edit in edits:
         header = mutated(header, *edit)
@@ -141,7 +170,9 @@ def test_bytes_of_the_header(tmp_path: Path, edits: list[tuple[int, int, bytes]]
         | st.text(max_size=12).map("base_model.model.".__add__),
         max_size=3,
     ),
-    entry=st.fixed_dictionaries({}, optional={"dtype": anything, "shape": anything, "data_offsets": anything}),
+    entry=st.fixed_dictionaries(
+        {}, optional={"dtype": anything, "shape": anything, "data_offsets": anything}
+    ),
     metadata=anything | st.dictionaries(st.just("lora_tree.nesting"), anything.map(json.dumps)),
 )
 def test_names_and_entries_of_the_header(
@@ -167,13 +198,17 @@ def test_files_cut_short_anywhere(tmp_path: Path, name: str) -> None:
                 peft.read_folder(tmp_path)
 
 
-@pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH + 1, 10**8, 10**8 + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize(
+    "length", [0, 1, LENGTH - 1, LENGTH + 1, 10**8, 10**8 + 1, 2**63, 2**64 - 1]
+)
 def test_lengths_of_the_header(tmp_path: Path, length: int) -> None:
     check(tmp_path, FILES[CONFIG], length.to_bytes(8, "little") + HEADER + BODY)
 
 
 # ---------------------------------------------------------------------- patterns on names
-pieces = st.sampled_from(["a", "b", "1", ".", r"\.", r"\d", "[ab]", "[^a]", "[0-3]", "^", "$", r"\b", "_", "-"])
+pieces = st.sampled_from(
+    ["a", "b", "1", ".", r"\.", r"\d", "[ab]", "[^a]", "[0-3]", "^", "$", r"\b", "_", "-"]
+)
 patterns = st.recursive(
     pieces,
     lambda inner: st.one_of(
@@ -182,7 +217,9 @@ patterns = st.recursive(
         st.builds("{}|{}".format, inner, inner),
         st.builds("({}{}){}".format, st.sampled_from(["?=", "?!", "?i:"]), inner, inner),
         st.builds(
-            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,}", "{,2}", "{0,2}?", ""])
+            "(?:{}){}".format,
+            inner,
+            st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,}", "{,2}", "{0,2}?", ""]),
         ),
     ),
     max_leaves=6,
@@ -205,14 +242,18 @@ def test_a_pattern_matches_what_re_says(text: str, names: list[str]) -> None:
     patterns,
     st.lists(st.text("ab1.", max_size=7), min_size=1, max_size=8),
 )
-def test_a_look_behind_matches_what_re_says(before: str, kind: str, after: str, names: list[str]) -> None:
+def test_a_look_behind_matches_what_re_says(
+    before: str, kind: str, after: str, names: list[str]
+) -> None:
     text = f".*({kind}{before}){after}"
     pattern = NamePattern(text)
     for name in names:
         assert pattern.whole(name) == bool(re.fullmatch(text, name)), name
 
 
-layers = st.builds(".".join, st.lists(st.sampled_from(["a", "b", "ab", "1", "12", "h"]), min_size=1, max_size=6))
+layers = st.builds(
+    ".".join, st.lists(st.sampled_from(["a", "b", "ab", "1", "12", "h"]), min_size=1, max_size=6)
+)
 
 
 @settings(many, max_examples=1000)
@@ -222,14 +263,19 @@ def test_the_layer_of_a_name_is_the_one_that_re_says(text: str, name: str) -> No
     assert NamePattern(text).layer(name) == (int(match["idx"]) if match else None)
 
 
-spellings = st.sampled_from(["a.b", r"a\.b", "^a.b", r"^a\.b", "b", ".b", "a.", "a.b.1", "^b", r"^a\.b\.1", "a-b"])
+spellings = st.sampled_from(
+    ["a.b", r"a\.b", "^a.b", r"^a\.b", "b", ".b", "a.", "a.b.1", "^b", r"^a\.b\.1", "a-b"]
+)
 
 
 @settings(many, max_examples=1000)
 @given(st.lists(spellings | patterns, max_size=6), st.text("ab1.-\n", max_size=7))
 def test_the_first_of_several_patterns_counts(texts: list[str], name: str) -> None:
     wanted = next((i for i, text in enumerate(texts) if re.match(rf"(.*\.)?({text})$", name)), -1)
-    assert ByPattern(((text, i) for i, text in enumerate(texts)), Work("a test")).first(name, -1) == wanted
+    assert (
+        ByPattern(((text, i) for i, text in enumerate(texts)), Work("a test")).first(name, -1)
+        == wanted
+    )
 
 
 @many

@@ -35,7 +35,9 @@ def adapter(seed: int) -> lt.Adapter:
     pair = {"0": (6, 5), "2": (5, 4)}
     return lt.Adapter(
         {
-            name: lt.LowRank(torch.randn(2, into, generator=draw), torch.randn(out, 2, generator=draw))
+            name: lt.LowRank(
+                torch.randn(2, into, generator=draw), torch.randn(out, 2, generator=draw)
+            )
             for name, (into, out) in pair.items()
         }
     )
@@ -111,7 +113,9 @@ def test_what_is_computed_with_is_what_was_sent(link: Counting) -> None:
 
 
 def test_the_device_budget_bounds_what_is_sent_and_what_left_is_sent_again(link: Counting) -> None:
-    nbytes = 4 * 64  # four factors, each in a part of the buffer that begins at a multiple of 64 bytes
+    nbytes = (
+        4 * 64
+    )  # four factors, each in a part of the buffer that begins at a multiple of 64 bytes
     model = lt.attach(forest(), base(), device_budget=3 * nbytes)
     for path in ("a/b", "a/c", "d", "a/b"):
         model.activate(path)
@@ -143,7 +147,9 @@ def test_what_trains_is_not_sent(link: Counting) -> None:
     assert all(parameter.grad is not None for parameter in model.factors.of("a/b"))
 
 
-def test_after_a_move_of_the_base_adapters_go_where_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_move_of_the_base_adapters_go_where_it_is_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     links: list[Counting] = []
     home = ["here"]
 
@@ -165,8 +171,13 @@ def test_after_a_move_of_the_base_adapters_go_where_it_is_now(monkeypatch: pytes
 # ---------------------------------------------------------------------- factors that train
 def test_factors_that_train_are_made_where_their_module_is() -> None:
     factors = Factors()
-    owned = factors.own("a", adapter(0), places={"0": torch.device("meta"), "2": torch.device("cpu")})
-    assert {name: value.device.type for name, value in owned.modules.items()} == {"0": "meta", "2": "cpu"}
+    owned = factors.own(
+        "a", adapter(0), places={"0": torch.device("meta"), "2": torch.device("cpu")}
+    )
+    assert {name: value.device.type for name, value in owned.modules.items()} == {
+        "0": "meta",
+        "2": "cpu",
+    }
     assert {p.device.type for p in factors.parameters()} == {"meta", "cpu"}
 
 
@@ -174,7 +185,9 @@ def test_factors_that_train_follow_their_module_and_stay_the_same_parameters() -
     factors = Factors()
     owned = factors.own("a", adapter(0), torch.float64)
     before = factors.of("a")
-    again = factors.own("a", owned, torch.float64, {"0": torch.device("cpu"), "2": torch.device("cpu")})
+    again = factors.own(
+        "a", owned, torch.float64, {"0": torch.device("cpu"), "2": torch.device("cpu")}
+    )
     assert again is owned
     assert all(x is y for x, y in zip(before, factors.of("a"), strict=True))
     assert [p.dtype for p in before] == [torch.float64] * 4
@@ -190,7 +203,9 @@ def test_a_sum_over_devices_lies_where_its_first_term_does() -> None:
 
 
 # ---------------------------------------------------------------------- a new batch
-def test_a_new_batch_sends_its_lists_of_rows_once_for_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_batch_sends_its_lists_of_rows_once_for_all_sites(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     names = [str(i) for i in range(12)]
     deep = nn.Sequential(*(nn.Linear(6, 6) for _ in names)).requires_grad_(False)
@@ -241,11 +256,17 @@ def test_auto_takes_the_device_where_there_is_room_for_all_and_the_host_where_th
         card["bytes"] = room
         model = lt.attach(forest(), base())
         model.activate("a")
-        assert (model.pristine.asked, model.pristine.kind, model.pristine.nbytes) == ("auto", kind, BYTES)
+        assert (model.pristine.asked, model.pristine.kind, model.pristine.nbytes) == (
+            "auto",
+            kind,
+            BYTES,
+        )
 
 
 @pytest.mark.parametrize(("place", "kind"), [("device", "device"), ("host", "host")])
-def test_a_place_asked_for_is_taken_whatever_auto_would_take(card: dict[str, int], place: str, kind: str) -> None:
+def test_a_place_asked_for_is_taken_whatever_auto_would_take(
+    card: dict[str, int], place: str, kind: str
+) -> None:
     card["bytes"] = 0 if place == "device" else 1 << 30
     model = lt.attach(forest(), base(), pristine=place)  # type: ignore[arg-type]
     model.activate("a")
@@ -269,12 +290,16 @@ def test_out_of_memory_on_the_device_falls_to_the_host_with_a_warning(
     own = base()
     bare = {name: value.clone() for name, value in own.state_dict().items()}
     model = lt.attach(forest(), own, pristine=place)  # type: ignore[arg-type]
-    with pytest.warns(RuntimeWarning, match=r"no room on the device for 200 B .*CUDA out of memory.*on the host"):
+    with pytest.warns(
+        RuntimeWarning, match=r"no room on the device for 200 B .*CUDA out of memory.*on the host"
+    ):
         model.activate("a")
     assert model.pristine.kind == "host"
     plain = base()
     lt.attach(forest(), plain).activate("a")
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in own.state_dict().items())
+    assert all(
+        torch.equal(value, plain.state_dict()[name]) for name, value in own.state_dict().items()
+    )
     model.activate("")
     assert all(torch.equal(value, bare[name]) for name, value in own.state_dict().items())
 

@@ -34,7 +34,10 @@ def small(*, nodes: int = 4) -> tuple[nn.Module, lt.AdapterTree]:
     for i in range(nodes):
         path = f"n{i}" if i % 2 == 0 else f"n{i - 1}/n{i}"
         names = list(shapes) if i % 3 else ["0"]
-        factors = {n: (torch.randn(2 + i % 2, shapes[n][1]), torch.randn(shapes[n][0], 2 + i % 2)) for n in names}
+        factors = {
+            n: (torch.randn(2 + i % 2, shapes[n][1]), torch.randn(shapes[n][0], 2 + i % 2))
+            for n in names
+        }
         modules = {n: lt.LowRank(A.double(), B.double(), 0.3) for n, (A, B) in factors.items()}
         tree.add(path, adapter=lt.Adapter(modules), weight=0.5 + i)
     return base, tree
@@ -84,7 +87,9 @@ def test_another_path_is_never_compiled_again() -> None:
         before = counter.frame_count
         assert before == 3, "bare, a path, and a batch"
         for i in range(12):
-            blend: lt.Blend = paths[i % 8] if i % 3 else {paths[i % 8]: 0.5, paths[(i + 1) % 8]: -1.0}
+            blend: lt.Blend = (
+                paths[i % 8] if i % 3 else {paths[i % 8]: 0.5, paths[(i + 1) % 8]: -1.0}
+            )
             rows = [paths[(i + j) % 8] for j in range(3)] + ["" if i % 2 else paths[i % 8]]
             with model.using(blend, mode="unmerged"):
                 assert not torch.equal(compiled(x), base.forward(x) * 0)
@@ -92,7 +97,9 @@ def test_another_path_is_never_compiled_again() -> None:
                 got = compiled(x)
             for row, path in enumerate(rows):
                 with model.using(path, mode="unmerged"):
-                    torch.testing.assert_close(got[row], base(x[row : row + 1])[0], rtol=1e-12, atol=1e-12)
+                    torch.testing.assert_close(
+                        got[row], base(x[row : row + 1])[0], rtol=1e-12, atol=1e-12
+                    )
             model.activate(paths[i % 8])
             compiled(x)
             model.deactivate()
@@ -154,11 +161,19 @@ def test_what_was_not_prepared_for_is_refused_and_changes_nothing() -> None:
         message = "a prepared model adds up as 'matrix' does, got strategy 'paths'"
         with pytest.raises(SpecError, match=message), model.route(["n0", ""], strategy="paths"):
             pass
-        tree.add("late", adapter=lt.Adapter({"0": lt.LowRank(torch.ones(2, 8).double(), torch.ones(16, 2).double())}))
+        tree.add(
+            "late",
+            adapter=lt.Adapter(
+                {"0": lt.LowRank(torch.ones(2, 8).double(), torch.ones(16, 2).double())}
+            ),
+        )
         model.activate("late", mode="unmerged")  # a site that was prepared takes later nodes too
         model.activate("n0/n1", mode="unmerged")
         assert torch.equal(base(x), wanted)
-    with model.route(["n0", ""], batch_first=True), pytest.raises(BaseMismatch, match=r"0: its input is \(3, 2, 8\)"):
+    with (
+        model.route(["n0", ""], batch_first=True),
+        pytest.raises(BaseMismatch, match=r"0: its input is \(3, 2, 8\)"),
+    ):
         base(x.transpose(0, 1))
     with (
         model.route(["n0", ""]),
@@ -209,7 +224,10 @@ def test_a_base_that_was_compiled_bare_is_refused_beside_its_weights_and_switche
     for attempt in range(2):
         with pytest.raises(StateError, match="compiled forward ignores hooks"):
             model.activate("n0", mode="unmerged")
-        with pytest.raises(StateError, match="compiled forward ignores hooks"), model.route(["n0", ""]):
+        with (
+            pytest.raises(StateError, match="compiled forward ignores hooks"),
+            model.route(["n0", ""]),
+        ):
             pass
         with pytest.raises(StateError, match="compiled forward ignores hooks"):
             model.prepare(max_rank=4 + attempt)

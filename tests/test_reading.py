@@ -28,7 +28,9 @@ def test_missing_is_what_the_system_calls_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
-def test_any_other_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
+def test_any_other_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
     def refuses(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -45,7 +47,12 @@ def test_what_is_no_plain_file_is_not_opened_and_no_file_stays_open(tmp_path: Pa
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    for path, follow in ((tmp_path / "pipe", True), (tmp_path, True), (tmp_path / "link", False), ("/dev/zero", True)):
+    for path, follow in (
+        (tmp_path / "pipe", True),
+        (tmp_path, True),
+        (tmp_path / "link", False),
+        ("/dev/zero", True),
+    ):
         with pytest.raises(OSError, match=r"not a plain file|a link"):
             reading.plain_file(path, follow=follow)
     with pytest.raises(OSError, match="leads to"):

@@ -29,7 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     # said of raw parameters, whose patterns PEFT does use
-    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning:peft"),
+    pytest.mark.filterwarnings(
+        r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning:peft"
+    ),
 ]
 HIDDEN, WIDE, EXPERTS = 16, 12, 4
 TEXT = {
@@ -55,23 +57,44 @@ def llava() -> nn.Module:
         "patch_size": 8,
         "projection_dim": 16,
     }
-    config = T.LlavaConfig(text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_index=60)
+    config = T.LlavaConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_index=60
+    )
     return T.LlavaForConditionalGeneration(config)
 
 
 def qwen2_vl() -> nn.Module:
     text = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
-    tokens = {f"{name}_token_id": 60 + i for i, name in enumerate(("vision_start", "vision_end", "image", "video"))}
-    return T.Qwen2VLForConditionalGeneration(T.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+    vision = {
+        "depth": 1,
+        "embed_dim": 16,
+        "hidden_size": HIDDEN,
+        "num_heads": 2,
+        "patch_size": 4,
+        "mlp_ratio": 2,
+    }
+    tokens = {
+        f"{name}_token_id": 60 + i
+        for i, name in enumerate(("vision_start", "vision_end", "image", "video"))
+    }
+    return T.Qwen2VLForConditionalGeneration(
+        T.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    )
 
 
 def mixtral() -> nn.Module:
-    return T.MixtralForCausalLM(T.MixtralConfig(**TEXT, num_local_experts=EXPERTS, num_experts_per_tok=2))
+    return T.MixtralForCausalLM(
+        T.MixtralConfig(**TEXT, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    )
 
 
 def qwen3_moe() -> nn.Module:
-    config = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDE, "head_dim": 4}
+    config = {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": WIDE,
+        "head_dim": 4,
+    }
     return T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**TEXT, **config))
 
 
@@ -147,9 +170,15 @@ CASES = {
             "language_model.lm_head": (64, HIDDEN),
             "multi_modal_projector.linear_1": (HIDDEN, HIDDEN),
         },
-        {**attention("model.language_model.layers.0"), **attention("model.language_model.layers.1")},
+        {
+            **attention("model.language_model.layers.0"),
+            **attention("model.language_model.layers.1"),
+        },
         lambda name, delta: moved(r"^language_model\.model", "model.language_model")(
-            name.replace("language_model.lm_head", "lm_head").replace("multi_modal", "model.multi_modal"), delta
+            name.replace("language_model.lm_head", "lm_head").replace(
+                "multi_modal", "model.multi_modal"
+            ),
+            delta,
         ),
     ),
     "qwen2_vl": Case(
@@ -171,7 +200,10 @@ CASES = {
             **experts("model.layers.0.block_sparse_moe.experts", "w1", "w3", "w2"),
             "model.layers.1.block_sparse_moe.gate": (EXPERTS, HIDDEN),
         },
-        {**attention("model.layers.0"), **{f"model.layers.0.mlp.experts.{n}": s for n, s in FUSED.items()}},
+        {
+            **attention("model.layers.0"),
+            **{f"model.layers.0.mlp.experts.{n}": s for n, s in FUSED.items()},
+        },
         of_experts("w1", "w3", "w2"),
     ),
     "qwen3_moe": Case(
@@ -181,13 +213,18 @@ CASES = {
             **experts("model.layers.0.mlp.experts", "gate_proj", "up_proj", "down_proj"),
             "model.layers.1.mlp.gate": (EXPERTS, HIDDEN),
         },
-        {**attention("model.layers.0"), **{f"model.layers.0.mlp.experts.{n}": s for n, s in FUSED.items()}},
+        {
+            **attention("model.layers.0"),
+            **{f"model.layers.0.mlp.experts.{n}": s for n, s in FUSED.items()},
+        },
         of_experts("gate_proj", "up_proj", "down_proj"),
     ),
 }
 MOE = ("mixtral", "qwen3_moe")
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-either_way = pytest.mark.parametrize("parent_is_old", [True, False], ids=["old parent", "new parent"])
+either_way = pytest.mark.parametrize(
+    "parent_is_old", [True, False], ids=["old parent", "new parent"]
+)
 
 
 def adapter(shapes: Mapping[str, tuple[int, ...]], seed: int, r: int = 2) -> lt.Adapter:
@@ -237,7 +274,9 @@ def lineage(case: Case, *, parent_is_old: bool) -> tuple[lt.AdapterTree, Deltas]
 
 def close(got: nn.Module, wanted: nn.Module) -> None:
     for (name, x), y in zip(got.named_parameters(), wanted.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            x, y, rtol=1e-9, atol=1e-9, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 def ids() -> Tensor:
@@ -250,7 +289,9 @@ def dense_of(flat: lt.Adapter) -> Deltas:
     for name, value in flat.modules.items():
         delta = value.dense(dtype=torch.float64)
         raw = value.layout == PARAMETER
-        found[name if raw else f"{name}.weight"] = delta[0] if raw and delta.shape[0] == 1 else delta
+        found[name if raw else f"{name}.weight"] = (
+            delta[0] if raw and delta.shape[0] == 1 else delta
+        )
     return found
 
 
@@ -263,7 +304,9 @@ def same(got: Deltas, wanted: Deltas, within: float = 1e-9) -> None:
 # ---------------------------------------------------------------------- attach
 @each
 @either_way
-def test_old_and_new_names_of_a_lineage_add_up_in_the_weights(case: Case, parent_is_old: bool) -> None:
+def test_old_and_new_names_of_a_lineage_add_up_in_the_weights(
+    case: Case, parent_is_old: bool
+) -> None:
     base = case.base()
     tree, added = lineage(case, parent_is_old=parent_is_old)
     wanted = merged(base, added)
@@ -275,7 +318,9 @@ def test_old_and_new_names_of_a_lineage_add_up_in_the_weights(case: Case, parent
 
 @each
 @either_way
-def test_old_and_new_names_of_a_lineage_add_up_beside_the_weights(case: Case, parent_is_old: bool) -> None:
+def test_old_and_new_names_of_a_lineage_add_up_beside_the_weights(
+    case: Case, parent_is_old: bool
+) -> None:
     base = case.base()
     tree, _ = lineage(case, parent_is_old=parent_is_old)
     linear = lt.AdapterTree()
@@ -297,7 +342,9 @@ def test_old_and_new_names_of_a_lineage_add_up_beside_the_weights(case: Case, pa
 def test_experts_of_old_names_are_merged_only_like_those_of_today(name: str) -> None:
     base = CASES[name].base()
     tree, _ = lineage(CASES[name], parent_is_old=True)
-    with pytest.raises(MergedOnly, match=r"fr: model\.layers\.0\.mlp\.experts\.\w+: can't run unmerged"):
+    with pytest.raises(
+        MergedOnly, match=r"fr: model\.layers\.0\.mlp\.experts\.\w+: can't run unmerged"
+    ):
         lt.attach(tree, base).activate("fr/legal", mode="unmerged")
 
 
@@ -306,7 +353,9 @@ def test_experts_without_a_pair_stay_the_base_s_bit_for_bit(name: str) -> None:
     case = CASES[name]
     base = case.base()
     some = {
-        n: shape for n, shape in case.old.items() if re.search(r"experts\.(1\.(w1|gate_proj)|3\.(w2|down_proj))", n)
+        n: shape
+        for n, shape in case.old.items()
+        if re.search(r"experts\.(1\.(w1|gate_proj)|3\.(w2|down_proj))", n)
     }
     assert len(some) == 2
     before = copy.deepcopy(base)
@@ -316,8 +365,12 @@ def test_experts_without_a_pair_stay_the_base_s_bit_for_bit(name: str) -> None:
     lt.attach(tree, base).activate("fr")
     close(base, merged(before, deltas(case, (own, 1.0))))
     for parameter, touched in (("gate_up_proj", 1), ("down_proj", 3)):
-        now, was = (m.get_parameter(f"model.layers.0.mlp.experts.{parameter}") for m in (base, before))
-        assert [torch.equal(now[i], was[i]) for i in range(EXPERTS)] == [i != touched for i in range(EXPERTS)]
+        now, was = (
+            m.get_parameter(f"model.layers.0.mlp.experts.{parameter}") for m in (base, before)
+        )
+        assert [torch.equal(now[i], was[i]) for i in range(EXPERTS)] == [
+            i != touched for i in range(EXPERTS)
+        ]
 
 
 @each
@@ -334,9 +387,15 @@ def test_both_names_of_a_module_in_one_file_add_up(case: Case) -> None:
 
 
 @each
-def test_names_that_fall_together_and_do_not_add_up_are_an_error_that_names_both(case: Case) -> None:
+def test_names_that_fall_together_and_do_not_add_up_are_an_error_that_names_both(
+    case: Case,
+) -> None:
     base = case.base()
-    old = next(name for name in case.old if name.endswith(("q_proj", "w1", "gate_proj")) and name not in case.new)
+    old = next(
+        name
+        for name in case.old
+        if name.endswith(("q_proj", "w1", "gate_proj")) and name not in case.new
+    )
     out, into = case.old[old]
     name, _ = case.today(old, torch.zeros(out, into))
     new = name.removesuffix(".weight")
@@ -344,7 +403,10 @@ def test_names_that_fall_together_and_do_not_add_up_are_an_error_that_names_both
     odd = torch.ones(EXPERTS, 1, into) if "experts" in new else torch.ones(1, into)
     layout = {"layout": PARAMETER} if "experts" in new else {}
     own = lt.LowRank(odd, torch.ones(*odd.shape[:-2], out + 1, 1), **layout)
-    tree.add("fr", adapter=lt.Adapter({old: lt.LowRank(torch.ones(1, into), torch.ones(out, 1)), new: own}))
+    tree.add(
+        "fr",
+        adapter=lt.Adapter({old: lt.LowRank(torch.ones(1, into), torch.ones(out, 1)), new: own}),
+    )
     with pytest.raises(lt.errors.LoraTreeError, match=f"fr: {re.escape(new)}") as caught:
         lt.attach(tree, base).activate("fr")
     assert old in str(caught.value)
@@ -358,7 +420,10 @@ def expert(n: int, shape: tuple[int, int] = (WIDE, HIDDEN), **more: Any) -> lt.A
 @pytest.mark.parametrize(
     ("own", "text"),
     [
-        (expert(EXPERTS), r"fr: .*experts\.4\.up_proj: it is of expert 4, and this base has 4, counted from 0"),
+        (
+            expert(EXPERTS),
+            r"fr: .*experts\.4\.up_proj: it is of expert 4, and this base has 4, counted from 0",
+        ),
         (expert(0, (WIDE + 1, HIDDEN)), r"fr: model\.layers\.0\.mlp\.experts\.\w*"),
         (expert(0, (WIDE, HIDDEN + 1)), r"fr: model\.layers\.0\.mlp\.experts\.gate_up_proj: A is"),
         (expert(0, bias=torch.ones(WIDE)), r"experts\.0\.up_proj: it adds a bias"),
@@ -368,7 +433,9 @@ def expert(n: int, shape: tuple[int, int] = (WIDE, HIDDEN), **more: Any) -> lt.A
         ),
     ],
 )
-def test_experts_that_do_not_fit_are_refused_and_the_base_stays_as_it_was(own: lt.Adapter, text: str) -> None:
+def test_experts_that_do_not_fit_are_refused_and_the_base_stays_as_it_was(
+    own: lt.Adapter, text: str
+) -> None:
     base = CASES["qwen3_moe"].base()
     before = copy.deepcopy(base.state_dict())
     tree = lt.AdapterTree()
@@ -381,7 +448,9 @@ def test_experts_that_do_not_fit_are_refused_and_the_base_stays_as_it_was(own: l
 # ---------------------------------------------------------------------- files
 @each
 @either_way
-def test_a_lineage_is_flattened_in_the_names_of_the_base(case: Case, parent_is_old: bool, tmp_path: Path) -> None:
+def test_a_lineage_is_flattened_in_the_names_of_the_base(
+    case: Case, parent_is_old: bool, tmp_path: Path
+) -> None:
     base = case.base()
     tree, added = lineage(case, parent_is_old=parent_is_old)
     with torch.device("meta"):
@@ -401,9 +470,13 @@ def test_a_lineage_is_flattened_in_the_names_of_the_base(case: Case, parent_is_o
 
 @each
 @either_way
-def test_two_names_of_a_module_are_not_written_side_by_side(case: Case, parent_is_old: bool) -> None:
+def test_two_names_of_a_module_are_not_written_side_by_side(
+    case: Case, parent_is_old: bool
+) -> None:
     tree, _ = lineage(case, parent_is_old=parent_is_old)
-    with pytest.raises(BaseMismatch, match=r"fr(/legal)?, fr(/legal)?: .* look like two names of one module") as caught:
+    with pytest.raises(
+        BaseMismatch, match=r"fr(/legal)?, fr(/legal)?: .* look like two names of one module"
+    ) as caught:
         tree.flatten("fr/legal")
     assert "tree.flatten(…, base=model)" in str(caught.value)
     with pytest.raises(BaseMismatch, match="look like two names of one module"):
@@ -418,7 +491,8 @@ def test_a_base_that_has_neither_name_does_not_hide_that_there_are_two() -> None
     tree, _ = lineage(case, parent_is_old=True)
     model = lt.attach(tree, case.base())
     with pytest.raises(
-        BaseMismatch, match=r"look like two names of one module.*the TreeModel given does not have both"
+        BaseMismatch,
+        match=r"look like two names of one module.*the TreeModel given does not have both",
     ):
         tree.flatten("fr/legal", base=model)
 
@@ -443,7 +517,9 @@ def test_a_lineage_that_names_its_modules_in_one_way_needs_no_base(case: Case) -
 
 @each
 @either_way
-def test_the_portable_form_has_the_names_of_the_base(case: Case, parent_is_old: bool, tmp_path: Path) -> None:
+def test_the_portable_form_has_the_names_of_the_base(
+    case: Case, parent_is_old: bool, tmp_path: Path
+) -> None:
     base = case.base()
     tree, added = lineage(case, parent_is_old=parent_is_old)
     made = lt.portable(tree, "fr/legal", base=base, dtype=torch.float64)
@@ -457,7 +533,9 @@ def test_the_portable_form_has_the_names_of_the_base(case: Case, parent_is_old: 
 
 @each
 @either_way
-def test_check_asks_a_skeleton_by_the_names_of_today(case: Case, parent_is_old: bool, tmp_path: Path) -> None:
+def test_check_asks_a_skeleton_by_the_names_of_today(
+    case: Case, parent_is_old: bool, tmp_path: Path
+) -> None:
     base = case.base()
     base.save_pretrained(tmp_path / "base")
     tree, _ = lineage(case, parent_is_old=parent_is_old)
@@ -470,11 +548,16 @@ def test_check_asks_a_skeleton_by_the_names_of_today(case: Case, parent_is_old: 
     assert checked.returncode == 0, checked.stdout + checked.stderr
     checked = command("check", tmp_path / "zoo")
     assert checked.returncode == 1
-    assert "look like two names of one module: a base says which counts (lora-tree check --base" in checked.stdout
+    assert (
+        "look like two names of one module: a base says which counts (lora-tree check --base"
+        in checked.stdout
+    )
     flat = ("export", tmp_path / "zoo", "fr/legal", "--as", "peft", "--out", tmp_path / "flat")
     written = command(*flat, "--base", tmp_path / "base")
     assert written.returncode == 0, written.stderr
-    assert set(lt.Adapter.load(tmp_path / "flat").modules) == set(tree.flatten("fr/legal", base=base).modules)
+    assert set(lt.Adapter.load(tmp_path / "flat").modules) == set(
+        tree.flatten("fr/legal", base=base).modules
+    )
 
 
 @each
@@ -494,29 +577,57 @@ def test_a_checkpoint_of_old_and_new_names_has_the_bits_of_activate(
 
 # ---------------------------------------------------------------------- beside transformers' own loader
 SMALL = {**TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-ENCODER = {name: n for name, n in SMALL.items() if name not in ("num_key_value_heads", "vocab_size")}
+ENCODER = {
+    name: n for name, n in SMALL.items() if name not in ("num_key_value_heads", "vocab_size")
+}
 PICTURES = {"image_size": 16, "patch_size": 8}
 ROUTED = {"num_experts": EXPERTS, "num_experts_per_tok": 2}
 
 
 def with_eyes(kind: Any, config: Any, text: dict[str, Any], tower: str, **more: Any) -> nn.Module:
     vision = {"model_type": tower, "projection_dim": HIDDEN, **ENCODER, **PICTURES}
-    made: nn.Module = kind(config(text_config={**SMALL, **text}, vision_config=vision, image_token_index=60, **more))
+    made: nn.Module = kind(
+        config(text_config={**SMALL, **text}, vision_config=vision, image_token_index=60, **more)
+    )
     return made
 
 
 def deepseek_v3() -> nn.Module:
-    low = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    low = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+    }
     groups = {"n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
-    size = {**SMALL, "num_key_value_heads": 4, "moe_intermediate_size": WIDE, "first_k_dense_replace": 1}
+    size = {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": WIDE,
+        "first_k_dense_replace": 1,
+    }
     return T.DeepseekV3ForCausalLM(T.DeepseekV3Config(**size, **groups, **low))
 
 
 def ernie_vl() -> nn.Module:
-    text = {**SMALL, "hidden_size": 256, "num_attention_heads": 2, "moe_num_experts": EXPERTS, "moe_k": 2}
-    vision = {"hidden_size": 16, "intermediate_size": WIDE, "depth": 1, "num_heads": 4, "patch_size": 4}
+    text = {
+        **SMALL,
+        "hidden_size": 256,
+        "num_attention_heads": 2,
+        "moe_num_experts": EXPERTS,
+        "moe_k": 2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": WIDE,
+        "depth": 1,
+        "num_heads": 4,
+        "patch_size": 4,
+    }
     config = T.Ernie4_5_VLMoeConfig(
-        text_config={**text, "moe_intermediate_size": [WIDE, WIDE]}, vision_config={**vision, "text_hidden_size": 256}
+        text_config={**text, "moe_intermediate_size": [WIDE, WIDE]},
+        vision_config={**vision, "text_hidden_size": 256},
     )
     return T.Ernie4_5_VLMoeForConditionalGeneration(config)
 
@@ -524,7 +635,9 @@ def ernie_vl() -> nn.Module:
 LOADED: dict[str, Callable[[], nn.Module]] = {
     "olmoe": lambda: T.OlmoeForCausalLM(T.OlmoeConfig(**SMALL, **ROUTED)),
     "qwen2_moe": lambda: T.Qwen2MoeForCausalLM(
-        T.Qwen2MoeConfig(**SMALL, **ROUTED, moe_intermediate_size=WIDE, shared_expert_intermediate_size=WIDE)
+        T.Qwen2MoeConfig(
+            **SMALL, **ROUTED, moe_intermediate_size=WIDE, shared_expert_intermediate_size=WIDE
+        )
     ),
     "deepseek_v3": deepseek_v3,
     "granitemoe": lambda: T.GraniteMoeForCausalLM(
@@ -534,7 +647,10 @@ LOADED: dict[str, Callable[[], nn.Module]] = {
     "qwen3_moe": qwen3_moe,
     "ernie_vl": ernie_vl,  # experts of one list shared out between two parameters, and transposed routers
     "llava_next": lambda: with_eyes(
-        T.LlavaNextForConditionalGeneration, T.LlavaNextConfig, {"model_type": "llama"}, "clip_vision_model"
+        T.LlavaNextForConditionalGeneration,
+        T.LlavaNextConfig,
+        {"model_type": "llama"},
+        "clip_vision_model",
     ),
     "gemma3": lambda: with_eyes(
         T.Gemma3ForConditionalGeneration,
@@ -544,7 +660,9 @@ LOADED: dict[str, Callable[[], nn.Module]] = {
         mm_tokens_per_image=4,
     ),
     "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**ENCODER, **PICTURES)),
-    "nomic_bert": lambda: T.NomicBertModel(T.NomicBertConfig(**ENCODER, vocab_size=64)),  # q, k and v were one Linear
+    "nomic_bert": lambda: T.NomicBertModel(
+        T.NomicBertConfig(**ENCODER, vocab_size=64)
+    ),  # q, k and v were one Linear
 }
 
 
@@ -560,8 +678,15 @@ def test_what_an_adapter_adds_by_a_checkpoint_s_names_is_where_the_checkpoint_s_
     g = torch.Generator().manual_seed(1)
     modules = {}
     for key, tensor in disk.items():
-        if key.endswith(".weight") and tensor.ndim == 2 and not re.search(r"embed|position|lm_head|token_type", key):
-            A, B = 0.1 * torch.randn(2, tensor.shape[1], generator=g), torch.randn(tensor.shape[0], 2, generator=g)
+        if (
+            key.endswith(".weight")
+            and tensor.ndim == 2
+            and not re.search(r"embed|position|lm_head|token_type", key)
+        ):
+            A, B = (
+                0.1 * torch.randn(2, tensor.shape[1], generator=g),
+                torch.randn(tensor.shape[0], 2, generator=g),
+            )
             modules[key.removesuffix(".weight")] = lt.LowRank(A, B)
             disk[key] = tensor + B @ A
     assert any(not has_module(base, key) for key in modules)
@@ -586,7 +711,9 @@ def has_module(base: nn.Module, name: str) -> bool:
 # ---------------------------------------------------------------------- beside PEFT's own conversion
 def old_folder(folder: Path, own: lt.Adapter, targets: list[str]) -> Path:
     """An adapter as PEFT wrote it under the transformers of its time: one r and alpha, and a list of targets."""
-    flat = lt.Adapter({n: lt.LowRank(v.A.float(), v.B.float(), 2.0) for n, v in own.modules.items()})
+    flat = lt.Adapter(
+        {n: lt.LowRank(v.A.float(), v.B.float(), 2.0) for n, v in own.modules.items()}
+    )
     flat.save(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}}
@@ -602,15 +729,25 @@ def old_folder(folder: Path, own: lt.Adapter, targets: list[str]) -> Path:
         ("qwen3_moe", ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]),
     ],
 )
-def test_an_old_file_gives_what_peft_makes_of_it(name: str, targets: list[str], tmp_path: Path) -> None:
+def test_an_old_file_gives_what_peft_makes_of_it(
+    name: str, targets: list[str], tmp_path: Path
+) -> None:
     case = CASES[name]
     base = case.base().float()
-    shapes = {n: s for n, s in case.old.items() if not n.endswith((".gate", "lm_head"))}  # PEFT drops these
+    shapes = {
+        n: s for n, s in case.old.items() if not n.endswith((".gate", "lm_head"))
+    }  # PEFT drops these
     if name in MOE:  # PEFT converts every layer or none
         shapes |= {n.replace("layers.0", "layers.1"): s for n, s in shapes.items()}
     g = torch.Generator().manual_seed(4)
-    value = lambda out, into: lt.LowRank(0.1 * torch.randn(2, into, generator=g), torch.randn(out, 2, generator=g))  # noqa: E731
-    folder = old_folder(tmp_path / "old", lt.Adapter({n: value(*shape) for n, shape in shapes.items()}), targets)
+
+    def value(out: int, into: int) -> lt.LowRank:
+        A = 0.1 * torch.randn(2, into, generator=g)
+        return lt.LowRank(A, torch.randn(out, 2, generator=g))
+
+    folder = old_folder(
+        tmp_path / "old", lt.Adapter({n: value(*shape) for n, shape in shapes.items()}), targets
+    )
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
     wanted = theirs(input_ids=ids()).logits
     bare = base(input_ids=ids()).logits
@@ -650,7 +787,9 @@ def llama(kind: Any = T.LlamaForCausalLM) -> Any:
 
 def test_an_adapter_of_the_bare_model_is_bound_under_the_head_s_prefix(tmp_path: Path) -> None:
     bare = llama(T.LlamaModel)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="FEATURE_EXTRACTION"
+    )
     trained = get_peft_model(copy.deepcopy(bare), config).eval()
     trained.save_pretrained(tmp_path / "fr")
     assert "base_model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(
@@ -663,7 +802,9 @@ def test_an_adapter_of_the_bare_model_is_bound_under_the_head_s_prefix(tmp_path:
     assert lt.misfits(tree, with_head) == []
     lt.attach(tree, with_head).activate("fr", mode="unmerged")
     wanted = trained(input_ids=ids()).last_hidden_state
-    torch.testing.assert_close(with_head.model(input_ids=ids()).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        with_head.model(input_ids=ids()).last_hidden_state, wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_an_adapter_of_the_model_with_its_head_is_bound_to_the_bare_one() -> None:
@@ -673,7 +814,10 @@ def test_an_adapter_of_the_model_with_its_head_is_bound_to_the_bare_one() -> Non
     tree = lt.AdapterTree()
     tree.add("fr", adapter=own)
     lt.attach(tree, bare).activate("fr")
-    added = {f"{n.removeprefix('model.')}.weight": v.dense(dtype=torch.float64) for n, v in own.modules.items()}
+    added = {
+        f"{n.removeprefix('model.')}.weight": v.dense(dtype=torch.float64)
+        for n, v in own.modules.items()
+    }
     close(bare, merged(before, added))
 
 
@@ -704,7 +848,9 @@ class Mixed(nn.Module):
 BEYOND = r"(l)(in|xperts)(?!.*\2\1)"  # remembers what it took, so it has no bound
 
 
-@pytest.mark.parametrize("targets", [BEYOND, "all-linear", "(" + "lin|" * 5000 + "x)"], ids=["beyond", "all", "long"])
+@pytest.mark.parametrize(
+    "targets", [BEYOND, "all-linear", "(" + "lin|" * 5000 + "x)"], ids=["beyond", "all", "long"]
+)
 @pytest.mark.parametrize(
     ("trained", "named", "site"),
     [("lin", "lin.weight", "lin"), ("experts.flat", "experts.flat", "experts.flat")],
@@ -715,7 +861,9 @@ def test_what_only_the_base_can_tell_is_settled_when_it_is_bound(
     """``target_parameters`` names a parameter, there is one pair of keys, and ``target_modules`` can't be read."""
     torch.manual_seed(0)
     base, x = Mixed().eval(), torch.randn(3, 6)
-    how: dict[str, Any] = {"target_modules": ["lin"]} if trained == "lin" else {"target_parameters": [trained]}
+    how: dict[str, Any] = (
+        {"target_modules": ["lin"]} if trained == "lin" else {"target_parameters": [trained]}
+    )
     config = LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **{"target_modules": [], **how})
     trained_model = get_peft_model(copy.deepcopy(base), config).eval()
     trained_model.save_pretrained(tmp_path / "fr")
@@ -744,7 +892,20 @@ def test_target_modules_beside_plain_keys_is_not_looked_at(targets: str, tmp_pat
 # ---------------------------------------------------------------------- any names at all
 parts = st.sampled_from(
     [
-        *("model", "language_model", "visual", "layers", "0", "1", "4", "99", "self_attn", "q_proj", "mlp", "experts"),
+        *(
+            "model",
+            "language_model",
+            "visual",
+            "layers",
+            "0",
+            "1",
+            "4",
+            "99",
+            "self_attn",
+            "q_proj",
+            "mlp",
+            "experts",
+        ),
         *(
             "block_sparse_moe",
             "w1",
@@ -784,7 +945,9 @@ def bases() -> dict[str, nn.Module]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_names_of_any_kind_are_bound_or_refused_and_leave_no_trace(bases: dict[str, nn.Module], data: Any) -> None:
+def test_names_of_any_kind_are_bound_or_refused_and_leave_no_trace(
+    bases: dict[str, nn.Module], data: Any
+) -> None:
     base = bases[data.draw(st.sampled_from(sorted(CASES)))]
     tree = lt.AdapterTree()
     for path in ("fr", "fr/legal"):
@@ -796,7 +959,9 @@ def test_names_of_any_kind_are_bound_or_refused_and_leave_no_trace(bases: dict[s
     try:
         model.activate("fr/legal")
         assert misfits == []
-        assert any(not torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+        assert any(
+            not torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items()
+        )
         flat = tree.flatten("fr/legal", base=base)
         again = lt.AdapterTree()
         again.add("x", adapter=flat)
@@ -811,7 +976,19 @@ def test_names_of_any_kind_are_bound_or_refused_and_leave_no_trace(bases: dict[s
 
 targets = st.lists(
     st.sampled_from(
-        ["q_proj", ".*", "(q|v)_proj", r"layers\.\d", "(?!", "(a*)*", "[", "experts", r"\1", "(?=.*1)", "$"]
+        [
+            "q_proj",
+            ".*",
+            "(q|v)_proj",
+            r"layers\.\d",
+            "(?!",
+            "(a*)*",
+            "[",
+            "experts",
+            r"\1",
+            "(?=.*1)",
+            "$",
+        ]
     ),
     min_size=1,
     max_size=4,
@@ -831,7 +1008,9 @@ targets = st.lists(
         },
     )
 )
-def test_patterns_of_any_kind_make_an_adapter_or_are_refused(bases: dict[str, nn.Module], fields: Any) -> None:
+def test_patterns_of_any_kind_make_an_adapter_or_are_refused(
+    bases: dict[str, nn.Module], fields: Any
+) -> None:
     base = bases["llava"]
     try:
         tree = lt.AdapterTree(defaults=fields)

@@ -35,7 +35,9 @@ BLEND = {"a/b": 0.5, "a/d": 0.25, "e": -1.0}
 ROUTED = [k for k in KINDS if "unmerged" in KINDS[k].modes]
 
 
-def tree_for(kind: Kind, factors: torch.dtype, *, size: float = 0.3, bias: bool = False) -> lt.AdapterTree:
+def tree_for(
+    kind: Kind, factors: torch.dtype, *, size: float = 0.3, bias: bool = False
+) -> lt.AdapterTree:
     """Nodes of several ranks, scales and weights; ``e`` stands apart."""
     tree = lt.AdapterTree()
     numbers = {
@@ -48,12 +50,22 @@ def tree_for(kind: Kind, factors: torch.dtype, *, size: float = 0.3, bias: bool 
     for path, (r, scale, weight) in numbers.items():
         A = (torch.randn(*kind.batch, r, kind.into) * size / math.sqrt(r)).to(factors)
         B = torch.randn(*kind.batch, kind.out, r).to(factors)
-        b = torch.randn(kind.out * math.prod(kind.batch)).to(factors) if bias and path != "a/d" else None
-        tree.add(path, adapter=lt.Adapter({kind.name: lt.LowRank(A, B, scale, b, kind.layout)}), weight=weight)
+        b = (
+            torch.randn(kind.out * math.prod(kind.batch)).to(factors)
+            if bias and path != "a/d"
+            else None
+        )
+        tree.add(
+            path,
+            adapter=lt.Adapter({kind.name: lt.LowRank(A, B, scale, b, kind.layout)}),
+            weight=weight,
+        )
     return tree
 
 
-def dense64(tree: lt.AdapterTree, blend: lt.Blend, name: str) -> tuple[Tensor | float, Tensor | float, int]:
+def dense64(
+    tree: lt.AdapterTree, blend: lt.Blend, name: str
+) -> tuple[Tensor | float, Tensor | float, int]:
     """ΔW and Σ|s||B||A| of one path in float64, and Σr, by hand."""
     delta: Tensor | float = 0.0
     sizes: Tensor | float = 0.0
@@ -126,12 +138,17 @@ def test_every_row_is_what_it_is_with_the_dense_weight_of_its_own_path(
         reach = kind.into + kind.out * math.prod(kind.layout.kernel) + rank
         bound = 3 * u + 4 * side + reach * min(2.0**-24, u)
         for got in (out, plain):
-            assert ((got[row : row + 1].detach().double() - exact.detach()).abs() <= bound * size.detach()).all()
+            assert (
+                (got[row : row + 1].detach().double() - exact.detach()).abs()
+                <= bound * size.detach()
+            ).all()
         if mine.grad is not None and leaf.grad is not None:
             upward = here.abs().clone().requires_grad_()
             magnitude(upward).backward(g[row : row + 1].double().abs())
             assert upward.grad is not None
-            assert ((leaf.grad[row : row + 1].double() - mine.grad).abs() <= bound * upward.grad).all()
+            assert (
+                (leaf.grad[row : row + 1].double() - mine.grad).abs() <= bound * upward.grad
+            ).all()
     for got in (out.detach(), plain):
         assert torch.equal(_bits(got[1]), _bits(bare[1])), "the bare row"
     assert torch.equal(base(x), bare)
@@ -147,7 +164,17 @@ def test_a_lora_bias_is_added_to_its_own_rows(name: str, strategy: Strategy) -> 
     torch.manual_seed(0)
     if name == "grouped":
         conv, layout = nn.Conv2d(4, 6, 3, groups=2, padding=1), lt.Layout("conv", (3, 3))
-        kind = Kind(lambda: conv, "m", (2,), 3, 36, layout, "m.weight", lambda d: d, lambda _: torch.randn(1, 4, 5, 5))
+        kind = Kind(
+            lambda: conv,
+            "m",
+            (2,),
+            3,
+            36,
+            layout,
+            "m.weight",
+            lambda d: d,
+            lambda _: torch.randn(1, 4, 5, 5),
+        )
     else:
         kind = KINDS[name]
     base = Base(kind.make()).double()
@@ -205,7 +232,9 @@ def random_tree(rng: random.Random) -> lt.AdapterTree:
 
 def random_rows(rng: random.Random, tree: lt.AdapterTree) -> list[lt.Blend]:
     paths: list[lt.Blend] = [*tree.paths(), ""]
-    blends: list[lt.Blend] = [{p: rng.choice([0.5, 1.0, -0.25]) for p in rng.choices(tree.paths(), k=2)}]
+    blends: list[lt.Blend] = [
+        {p: rng.choice([0.5, 1.0, -0.25]) for p in rng.choices(tree.paths(), k=2)}
+    ]
     distinct = rng.sample(paths + blends, rng.randint(1, len(paths)))
     rows = [rng.choice(distinct) for _ in range(rng.randint(1, 9))]
     if rng.random() < 0.3:  # as many rows of each
@@ -215,7 +244,11 @@ def random_rows(rng: random.Random, tree: lt.AdapterTree) -> list[lt.Blend]:
 
 
 def by_hand(
-    base: Net, tree: lt.AdapterTree, rows: Sequence[lt.Blend], ids: Tensor, leaves: dict[Any, Tensor]
+    base: Net,
+    tree: lt.AdapterTree,
+    rows: Sequence[lt.Blend],
+    ids: Tensor,
+    leaves: dict[Any, Tensor],
 ) -> Tensor:
     """Row by row with dense weights made of ``leaves``: (node, module, A or B) → float64 leaf."""
     outs = []
@@ -226,15 +259,24 @@ def by_hand(
                 node = "/".join(entry.split("/")[: depth + 1])
                 adapter = tree.adapter(node)
                 for name, v in adapter.modules.items() if adapter is not None else ():
-                    delta = share * tree[node].weight * v.scale * (leaves[node, name, "B"] @ leaves[node, name, "A"])
-                    weights[f"{name}.weight"] = weights[f"{name}.weight"] + (delta.mT if name == "embed" else delta)
+                    delta = (
+                        share
+                        * tree[node].weight
+                        * v.scale
+                        * (leaves[node, name, "B"] @ leaves[node, name, "A"])
+                    )
+                    weights[f"{name}.weight"] = weights[f"{name}.weight"] + (
+                        delta.mT if name == "embed" else delta
+                    )
         outs.append(torch.func.functional_call(base, weights, (ids[row : row + 1],)))
     return torch.cat(outs)
 
 
 @settings(max_examples=120)
 @given(st.integers(0, 2**32))
-def test_any_batch_over_any_tree_is_its_rows_alone_with_the_gradients_of_the_dense_sum(seed: int) -> None:
+def test_any_batch_over_any_tree_is_its_rows_alone_with_the_gradients_of_the_dense_sum(
+    seed: int,
+) -> None:
     rng = random.Random(seed)
     tree = random_tree(rng)
     rows = random_rows(rng, tree)
@@ -285,12 +327,18 @@ def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
         value = lt.LowRank(torch.randn(r, 16).double(), torch.randn(12, r).double(), 0.3)
         tree.add(path, adapter=lt.Adapter({"m": value}))
     tried = set()
-    for rows in (["a/b", "a/c", "a", "a/b", "a/c", "a"], ["a/b", "a/b", "a/c", "a/c"], ["a/b", "a/c", "", "a"]):
+    for rows in (
+        ["a/b", "a/c", "a", "a/b", "a/c", "a"],
+        ["a/b", "a/b", "a/c", "a/c"],
+        ["a/b", "a/c", "", "a"],
+    ):
         batch = Batch.of(tree, rows)
         values = [tree.adapter(node).modules["m"] for node in batch.nodes]  # type: ignore[union-attr]
         x = torch.randn(len(rows), 4, 16).double()
         for dtype in (torch.float64, torch.float32):
-            owed = Owed(site, [v.to(dtype=dtype) for v in values], batch, dtype, torch.device("cpu"))
+            owed = Owed(
+                site, [v.to(dtype=dtype) for v in values], batch, dtype, torch.device("cpu")
+            )
             here, out = x.to(dtype), base(x).detach().to(dtype)
             wanted = out.double().clone()
             for row, blend in enumerate(rows):
@@ -315,8 +363,16 @@ def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
 def test_another_path_that_overflows_spoils_no_row_but_its_own(strategy: Strategy) -> None:
     base = Base(nn.Linear(8, 4)).half()
     tree = lt.AdapterTree()
-    tree.add("huge", adapter=lt.Adapter({"m": lt.LowRank(torch.full((2, 8), 6e4).half(), torch.ones(4, 2).half())}))
-    tree.add("fine", adapter=lt.Adapter({"m": lt.LowRank(torch.ones(2, 8).half(), torch.ones(4, 2).half())}))
+    tree.add(
+        "huge",
+        adapter=lt.Adapter(
+            {"m": lt.LowRank(torch.full((2, 8), 6e4).half(), torch.ones(4, 2).half())}
+        ),
+    )
+    tree.add(
+        "fine",
+        adapter=lt.Adapter({"m": lt.LowRank(torch.ones(2, 8).half(), torch.ones(4, 2).half())}),
+    )
     x = torch.ones(3, 2, 8).half()
     model = lt.attach(tree, base)
     bare = base(x)
@@ -385,13 +441,38 @@ def linear_tree(name: str = "m") -> lt.AdapterTree:
 @pytest.mark.parametrize(
     ("make", "name", "shape", "message"),
     [
-        (TimeFirst, "m", (4, 6, 8), r"m: its input is \(6, 4, 8\), and the first axis should be 4 rows"),
+        (
+            TimeFirst,
+            "m",
+            (4, 6, 8),
+            r"m: its input is \(6, 4, 8\), and the first axis should be 4 rows",
+        ),
         (TimeFirst, "m", (4, 4, 8), r"m: its input is \(4, 4, 8\): 4 rows, or as many tokens\?"),
-        (TimeFirst, "m", (4, 2, 8), r"m: its input is \(2, 4, 8\), and the first axis should be 4 rows"),
-        (TimeFirst, "m", (4, 8, 8), r"m: its input is \(8, 4, 8\), and the first axis should be 4 rows"),
+        (
+            TimeFirst,
+            "m",
+            (4, 2, 8),
+            r"m: its input is \(2, 4, 8\), and the first axis should be 4 rows",
+        ),
+        (
+            TimeFirst,
+            "m",
+            (4, 8, 8),
+            r"m: its input is \(8, 4, 8\), and the first axis should be 4 rows",
+        ),
         (Packed, "m", (4, 6, 8), r"m: its input is \(24, 8\), and the first axis should be 4 rows"),
-        (Windowed, "m", (4, 6, 8), r"m: its input is \(8, 3, 8\), and the first axis should be 4 rows"),
-        (Experts, "layers.0.experts.0", (4, 6, 8), r"experts\.0: its input is \(4, 8\): 4 rows, or tokens that were"),
+        (
+            Windowed,
+            "m",
+            (4, 6, 8),
+            r"m: its input is \(8, 3, 8\), and the first axis should be 4 rows",
+        ),
+        (
+            Experts,
+            "layers.0.experts.0",
+            (4, 6, 8),
+            r"experts\.0: its input is \(4, 8\): 4 rows, or tokens that were",
+        ),
     ],
 )
 def test_what_does_not_have_the_rows_first_is_refused_by_name(
@@ -408,7 +489,9 @@ def test_what_does_not_have_the_rows_first_is_refused_by_name(
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
 
 
-@pytest.mark.parametrize(("tile", "rows", "tokens"), [(2, 2, 4), (1, 4, 2), (2, 4, 8), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("tile", "rows", "tokens"), [(2, 2, 4), (1, 4, 2), (2, 4, 8), (1, 2, 4), (2, 2, 2)]
+)
 def test_a_time_axis_that_fits_is_not_taken_for_the_rows(tile: int, rows: int, tokens: int) -> None:
     """As many tokens as stacked rows, twice as many rows as tokens, twice as many tokens as rows, …"""
     base = TimeFirst()
@@ -502,7 +585,10 @@ def test_a_convolution_without_a_batch_is_refused() -> None:
         value = lt.LowRank(torch.randn(2, 12), torch.randn(4, 2), layout=lt.Layout("conv", (3,)))
         tree.add(path, adapter=lt.Adapter({"m": value}))
     model = lt.attach(tree, base)
-    with pytest.raises(BaseMismatch, match=r"m: its input is \(4, 9\)"), model.route(["a", "b", "a", "b"]):
+    with (
+        pytest.raises(BaseMismatch, match=r"m: its input is \(4, 9\)"),
+        model.route(["a", "b", "a", "b"]),
+    ):
         base(torch.randn(4, 9))
 
 
@@ -524,7 +610,9 @@ def test_repeated_and_stacked_rows_go_by_the_path_that_was_declared(strategy: St
     with model.route([a, b], strategy=strategy, repeat=3, tile=2):
         got = base(x)
     torch.testing.assert_close(got, alone([a, a, a, b, b, b] * 2))
-    with model.route([a, b, "c"], strategy=strategy, tile=4):  # chosen and rejected, with and without guidance
+    with model.route(
+        [a, b, "c"], strategy=strategy, tile=4
+    ):  # chosen and rejected, with and without guidance
         got = base(x)
     torch.testing.assert_close(got, alone([a, b, "c"] * 4))
 
@@ -631,7 +719,10 @@ def test_under_autocast_every_row_is_what_it_is_alone(strategy: Strategy) -> Non
     base = Base(nn.Linear(16, 16))
     tree = lt.AdapterTree()
     for path in ("a", "b"):
-        tree.add(path, adapter=lt.Adapter({"m": lt.LowRank(torch.randn(4, 16) / 4, torch.randn(16, 4) / 2)}))
+        tree.add(
+            path,
+            adapter=lt.Adapter({"m": lt.LowRank(torch.randn(4, 16) / 4, torch.randn(16, 4) / 2)}),
+        )
     x = torch.randn(3, 5, 16)
     exact = []
     for row, path in enumerate(("a", "", "b")):
@@ -678,7 +769,10 @@ def test_a_base_that_compiles_itself_is_refused() -> None:
     base = Base(nn.Linear(8, 8))
     base.compile(backend="eager")
     model = lt.attach(linear_tree(), base)
-    with pytest.raises(StateError, match="a compiled forward ignores hooks that come later"), model.route(["a", "b"]):
+    with (
+        pytest.raises(StateError, match="a compiled forward ignores hooks that come later"),
+        model.route(["a", "b"]),
+    ):
         pass
     assert model.state is lt.State.BARE
 
@@ -702,12 +796,17 @@ def test_on_a_gpu_the_forms_are_estimated_in_the_order_that_was_measured(tokens:
         tree.add(leaf, group=True)
     batch = Batch.of(tree, random.Random(0).sample(leaves, len(leaves)))
     hidden, inner = 4096, 14336
-    shapes = [(hidden, hidden)] * 2 + [(1024, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    shapes = (
+        [(hidden, hidden)] * 2 + [(1024, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    )
     estimated = dict.fromkeys(MEASURED_MS[tokens], 0.0)
     for out, into in shapes:
         with torch.device("meta"):
             base = nn.Sequential(nn.Linear(into, out, dtype=torch.bfloat16))
-            pair = torch.empty(16, into, dtype=torch.bfloat16), torch.empty(out, 16, dtype=torch.bfloat16)
+            pair = (
+                torch.empty(16, into, dtype=torch.bfloat16),
+                torch.empty(out, 16, dtype=torch.bfloat16),
+            )
         values = [lt.LowRank(*pair) for _ in batch.nodes]
         owed = Owed(find_site(base, "0"), values, batch, torch.bfloat16, torch.device("cuda"))
         for name in estimated:

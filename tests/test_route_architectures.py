@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHS, BLEND, BLENDED, VOCAB, Arch, along, assert_close, bits, dense, run, same_bits
+from architectures import (
+    ARCHS,
+    BLEND,
+    BLENDED,
+    VOCAB,
+    Arch,
+    along,
+    assert_close,
+    bits,
+    dense,
+    run,
+    same_bits,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import DynamicCache, SwinConfig, SwinModel, XLNetConfig, XLNetModel
@@ -37,7 +49,11 @@ def batch_of(arch: Arch, rows: int, seed: int = 5) -> dict[str, Tensor]:
         if like.is_floating_point():
             made[name] = torch.randn(shape, generator=draw, dtype=torch.float64)
         else:
-            made[name] = torch.ones(shape).long() if "mask" in name else torch.randint(3, VOCAB, shape, generator=draw)
+            made[name] = (
+                torch.ones(shape).long()
+                if "mask" in name
+                else torch.randint(3, VOCAB, shape, generator=draw)
+            )
     return made
 
 
@@ -47,12 +63,16 @@ def without_shared(name: str, tree: lt.AdapterTree) -> lt.AdapterTree:
     for path in tree.paths():
         adapter = tree.adapter(path)
         assert adapter is not None
-        modules = {n: v for n, v in adapter.modules.items() if name not in SHARED or SHARED[name] not in n}
+        modules = {
+            n: v for n, v in adapter.modules.items() if name not in SHARED or SHARED[name] not in n
+        }
         left.add(path, adapter=lt.Adapter(modules), weight=tree[path].weight)
     return left
 
 
-def rows_by_hand(base: nn.Module, tree: lt.AdapterTree, inputs: dict[str, Tensor], rows: list[lt.Blend]) -> Tensor:
+def rows_by_hand(
+    base: nn.Module, tree: lt.AdapterTree, inputs: dict[str, Tensor], rows: list[lt.Blend]
+) -> Tensor:
     outs = []
     for row, blend in enumerate(rows):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
@@ -122,7 +142,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "mixtral", "t5", "whisper"])
-def test_generate_gives_every_row_the_tokens_of_its_own_dense_model(name: str, options: dict[str, Any]) -> None:
+def test_generate_gives_every_row_the_tokens_of_its_own_dense_model(
+    name: str, options: dict[str, Any]
+) -> None:
     arch = ARCHS[name]
     base = arch.base()
     tree = without_shared(name, arch.tree(base))
@@ -139,7 +161,17 @@ def test_generate_gives_every_row_the_tokens_of_its_own_dense_model(name: str, o
     with model.route(rows, batch_first=True, repeat=repeat):
         assert torch.equal(greedy(base, inputs, **options), torch.cat(wanted))
     with model.route(rows, batch_first=True):
-        run(base, {**inputs, **({"decoder_input_ids": torch.ones(3, 2).long()} if name in ("t5", "whisper") else {})})
+        run(
+            base,
+            {
+                **inputs,
+                **(
+                    {"decoder_input_ids": torch.ones(3, 2).long()}
+                    if name in ("t5", "whisper")
+                    else {}
+                ),
+            },
+        )
     assert "generate" not in vars(base)
     assert "_expand_inputs_for_generation" not in vars(base)
 
@@ -176,7 +208,9 @@ def test_a_left_padded_batch_is_its_rows_alone() -> None:
     with model.route(rows):
         got = greedy(base, {"input_ids": ids, "attention_mask": mask})
     for row, (blend, padding) in enumerate(zip(rows, (2, 0, 1), strict=True)):
-        alone = greedy(dense(base, tree, coefficients(blend)), {"input_ids": ids[row : row + 1, padding:]})
+        alone = greedy(
+            dense(base, tree, coefficients(blend)), {"input_ids": ids[row : row + 1, padding:]}
+        )
         assert torch.equal(got[row : row + 1, padding:], alone)
 
 
@@ -187,7 +221,8 @@ def test_a_stacked_preference_batch_goes_by_its_rows() -> None:
     tree = arch.tree(base)
     rows: list[lt.Blend] = ["a/b/c", "", "a/d"]
     both = {
-        n: torch.cat([a, b]) for (n, a), b in zip(batch_of(arch, 3).items(), batch_of(arch, 3, 6).values(), strict=True)
+        n: torch.cat([a, b])
+        for (n, a), b in zip(batch_of(arch, 3).items(), batch_of(arch, 3, 6).values(), strict=True)
     }
     wanted = rows_by_hand(base, tree, both, rows * 2)
     model = lt.attach(tree, base)
@@ -220,12 +255,17 @@ def test_a_cache_goes_on_only_under_the_path_that_filled_it() -> None:
             wanted = base(input_ids=whole).logits[:, -1:]
             routed = fill()
             assert_close(go_on(copy.deepcopy(routed)), wanted)  # a copy is as good
-            own = base(input_ids=ids, use_cache=True).past_key_values  # one that the base made itself
+            own = base(
+                input_ids=ids, use_cache=True
+            ).past_key_values  # one that the base made itself
             assert_close(go_on(own), wanted)
             for _ in range(2):  # refusing it does not make it ours
                 with pytest.raises(StateError, match="filled under another path"):
                     go_on(bare)
-        with model.route(list(reversed(rows))), pytest.raises(StateError, match="filled under another path"):
+        with (
+            model.route(list(reversed(rows))),
+            pytest.raises(StateError, match="filled under another path"),
+        ):
             go_on(copy.deepcopy(routed))
         with model.using("a/d", mode="unmerged"):
             with pytest.raises(StateError, match="filled under another path"):
@@ -250,7 +290,11 @@ class Deep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             block = lambda x, layer=layer: torch.tanh(layer(x))  # noqa: E731
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            x = (
+                block(x)
+                if self.reentrant is None
+                else checkpoint(block, x, use_reentrant=self.reentrant)
+            )
         return x
 
 
@@ -259,8 +303,13 @@ def deep(reentrant: bool | None) -> tuple[Deep, lt.TreeModel]:
     base = Deep(reentrant).double()
     tree = lt.AdapterTree()
     for path in ("a", "a/b", "a/c"):
-        factors = {f"layers.{i}": (torch.randn(2, 8).double(), torch.randn(8, 2).double()) for i in range(3)}
-        tree.add(path, adapter=lt.Adapter({n: lt.LowRank(A, B, 0.3) for n, (A, B) in factors.items()}))
+        factors = {
+            f"layers.{i}": (torch.randn(2, 8).double(), torch.randn(8, 2).double())
+            for i in range(3)
+        }
+        tree.add(
+            path, adapter=lt.Adapter({n: lt.LowRank(A, B, 0.3) for n, (A, B) in factors.items()})
+        )
     model = lt.attach(tree, base)
     model.trainable("a", "a/b")
     return base, model
@@ -321,10 +370,16 @@ def test_a_backward_that_would_run_checkpointed_layers_without_their_path_is_ref
         loss = model(x).square().sum()
     match left_for:
         case "another route":
-            with model.route(["a/c", "a/b", ""]), pytest.raises(StateError, match="after their path was left"):
+            with (
+                model.route(["a/c", "a/b", ""]),
+                pytest.raises(StateError, match="after their path was left"),
+            ):
                 loss.backward()
         case "another path":
-            with model.using("a/b", mode="unmerged"), pytest.raises(StateError, match="after their path was left"):
+            with (
+                model.using("a/b", mode="unmerged"),
+                pytest.raises(StateError, match="after their path was left"),
+            ):
                 loss.backward()
         case _:
             with pytest.raises(StateError, match="after their path was left"):
@@ -336,7 +391,11 @@ def test_without_checkpointing_backward_may_come_after_the_context() -> None:
     found = []
     for inside in (True, False):
         _, model = deep(None)
-        x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        x = (
+            torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
+            .double()
+            .requires_grad_()
+        )
         with model.route(["a/b", "a/c", ""]):
             loss = model(x).square().sum()
             if inside:
@@ -387,7 +446,10 @@ def test_through_a_part_of_a_base_checkpointed_layers_train_as_plain_ones_or_not
             for first, then in (("a/d", "a"), ("a", "a/d")):
                 with model.using(first, mode="unmerged"):
                     loss = base.model(ids).last_hidden_state.square().sum()
-                with model.using(then, mode="unmerged"), pytest.raises((StateError, CheckpointError)):
+                with (
+                    model.using(then, mode="unmerged"),
+                    pytest.raises((StateError, CheckpointError)),
+                ):
                     loss.backward()
                 assert not gradients(model)
             same = tree.adapter("a/d")
@@ -396,7 +458,10 @@ def test_through_a_part_of_a_base_checkpointed_layers_train_as_plain_ones_or_not
             model.trainable("a/d", "a/like-d")
             with model.using("a/d", mode="unmerged"):
                 loss = base.model(ids).last_hidden_state.square().sum()
-            with model.using("a/like-d", mode="unmerged"), pytest.raises(StateError, match="after their path was left"):
+            with (
+                model.using("a/like-d", mode="unmerged"),
+                pytest.raises(StateError, match="after their path was left"),
+            ):
                 loss.backward()  # of the same shapes, which torch itself would not notice
     assert len(found[0]) == len(found[1]) > 20
     for plain, checkpointed in zip(*found, strict=True):
@@ -407,7 +472,10 @@ def test_a_merged_switch_between_forward_and_backward_is_noticed_by_autograd() -
     """Writes to weights move the version counters that autograd compares."""
     base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     tree = lt.AdapterTree()
-    tree.add("a", adapter=lt.Adapter({n: lt.LowRank(torch.ones(1, 8), torch.ones(8, 1)) for n in ("0", "2")}))
+    tree.add(
+        "a",
+        adapter=lt.Adapter({n: lt.LowRank(torch.ones(1, 8), torch.ones(8, 1)) for n in ("0", "2")}),
+    )
     model = lt.attach(tree, base)
     loss = base(torch.randn(2, 8, requires_grad=True)).sum()
     model.activate("a")
@@ -426,12 +494,17 @@ def test_a_time_first_architecture_is_refused_whatever_the_shape() -> None:
     model = lt.attach(tree, base)
     for rows, tokens in ((4, 4), (4, 6), (6, 3), (3, 6)):
         ids = torch.randint(3, VOCAB, (rows, tokens))
-        with pytest.raises(BaseMismatch, match=r"layer_1: its input is"), model.route((["a", "b"] * rows)[:rows]):
+        with (
+            pytest.raises(BaseMismatch, match=r"layer_1: its input is"),
+            model.route((["a", "b"] * rows)[:rows]),
+        ):
             base(ids)
 
 
 def test_a_windowed_architecture_is_refused() -> None:
-    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4
+    )
     base = SwinModel(config).eval()
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     tree = lt.AdapterTree(defaults=dict(r=2, target_modules=sorted({"query", "q_proj"} & names)))

@@ -70,14 +70,18 @@ def zoo(tmp_path: Path, base: Path) -> Path:
 
 def data(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
     file = folder / name
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    file.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return file
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     paths = ("fr/legal", "fr/medical", "de")
-    return data(tmp_path, *({"path": paths[i % 3], "text": f"row {i} of {paths[i % 3]}"} for i in range(12)))
+    return data(
+        tmp_path, *({"path": paths[i % 3], "text": f"row {i} of {paths[i % 3]}"} for i in range(12))
+    )
 
 
 def lora_tree(*arguments: object, code: int = 0) -> None:
@@ -102,7 +106,9 @@ def test_what_is_learnt_is_what_the_row_says(tmp_path: Path, zoo: Path, tokenize
     assert (asked.where, asked.cut) == (f"{file}:3", False)
 
 
-def test_of_a_conversation_the_assistants_turns_are_learnt(tmp_path: Path, zoo: Path, base: Path) -> None:
+def test_of_a_conversation_the_assistants_turns_are_learnt(
+    tmp_path: Path, zoo: Path, base: Path
+) -> None:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -133,7 +139,9 @@ def trained(split: Any, texts: list[str], **more: Any) -> Any:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = split
     special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False, **more)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False, **more
+    )
     made.train_from_iterator(texts, trainer)
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
     wrapped.chat_template = CHATML
@@ -148,10 +156,14 @@ def byte_level() -> Any:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     texts = ["user hello assistant\n\n\n yes no\n\n\n so\n\n it\n"] * 50 + ["\n\n\n", "\n\n"] * 50
-    return trained((split, decoders.ByteLevel()), texts, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return trained(
+        (split, decoders.ByteLevel()), texts, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
 
 
-@pytest.mark.parametrize("answers", [["yes"], ["\n\nyes"], ["\n", "\n\nno"], ["yes\n", "\nno", "so"]])
+@pytest.mark.parametrize(
+    "answers", [["yes"], ["\n\nyes"], ["\n", "\n\nno"], ["yes\n", "\nno", "so"]]
+)
 def test_an_answer_whose_first_token_would_join_the_prompt_is_learnt_whole(
     tmp_path: Path, zoo: Path, answers: list[str]
 ) -> None:
@@ -159,7 +171,9 @@ def test_an_answer_whose_first_token_would_join_the_prompt_is_learnt_whole(
     messages = []
     for answer in answers:
         messages += [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
-    (row,) = read_rows([data(tmp_path, {"path": "fr", "messages": messages})], lt.load(zoo), tokenizer)
+    (row,) = read_rows(
+        [data(tmp_path, {"path": "fr", "messages": messages})], lt.load(zoo), tokenizer
+    )
     assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     learnt: list[list[int]] = [[]]
     for token, label in zip(row.ids, row.labels, strict=True):
@@ -167,40 +181,64 @@ def test_an_answer_whose_first_token_would_join_the_prompt_is_learnt_whole(
             learnt[-1].append(token)
         elif learnt[-1]:
             learnt.append([])
-    assert [tokenizer.decode(part) for part in learnt] == [f"{answer}<|im_end|>\n" for answer in answers]
+    assert [tokenizer.decode(part) for part in learnt] == [
+        f"{answer}<|im_end|>\n" for answer in answers
+    ]
     asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    read = tokenizer(asked, add_special_tokens=False)["input_ids"]  # what the model has read when it answers
+    read = tokenizer(asked, add_special_tokens=False)[
+        "input_ids"
+    ]  # what the model has read when it answers
     assert list(row.ids[: len(read)]) == read
     assert row.labels[: len(read)] == (-100,) * len(read)
 
 
-def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for_it(tmp_path: Path, zoo: Path) -> None:
+def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for_it(
+    tmp_path: Path, zoo: Path
+) -> None:
     from tokenizers import decoders, pre_tokenizers
 
     turns = [("user", "a"), ("assistant", "yes"), ("user", "b"), ("assistant", "yes")]
     messages = [{"role": role, "content": content} for role, content in turns]
     file = data(tmp_path, {"path": "fr", "messages": messages})
     changing = byte_level()
-    changing.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}")
-    with pytest.raises(SpecError, match=r"rows.jsonl:1: the chat template writes .* otherwise when turn 2 follows"):
+    changing.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"
+    )
+    with pytest.raises(
+        SpecError, match=r"rows.jsonl:1: the chat template writes .* otherwise when turn 2 follows"
+    ):
         read_rows([file], lt.load(zoo), changing)
 
-    words = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
-    joining = trained(words, ["[assistant]yes hello user a b"] * 50)  # what it reads alone gets a space before it
+    words = (
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        decoders.Metaspace(prepend_scheme="always"),
+    )
+    joining = trained(
+        words, ["[assistant]yes hello user a b"] * 50
+    )  # what it reads alone gets a space before it
     joining.chat_template = CHAT
-    with pytest.raises(SpecError, match=r"rows.jsonl:1: the tokenizer joins what stands before and after .* at 'yes'"):
+    with pytest.raises(
+        SpecError,
+        match=r"rows.jsonl:1: the tokenizer joins what stands before and after .* at 'yes'",
+    ):
         read_rows([file], lt.load(zoo), joining)
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"path": "fr/leagl", "text": "abc"}, "no node 'fr/leagl' in the tree; did you mean 'fr/legal'?"),
+        (
+            {"path": "fr/leagl", "text": "abc"},
+            "no node 'fr/leagl' in the tree; did you mean 'fr/legal'?",
+        ),
         ({"path": "fr", "txt": "abc"}, "this has path, txt; did you mean 'text'?"),
         ({"text": "abc"}, "'path' must be a string like 'fr/legal', got None"),
         ({"path": "fr", "text": 3}, "'text' must be a string, got int"),
         ({"path": "fr", "text": ""}, "nothing is learnt from it"),
-        ({"path": "fr", "text": "a", "prompt": "b", "completion": "c"}, "a row has a path and text, or prompt"),
+        (
+            {"path": "fr", "text": "a", "prompt": "b", "completion": "c"},
+            "a row has a path and text, or prompt",
+        ),
         ({"path": "fr", "text": "a", "prompt": "b"}, "this has path, prompt, text"),
         ({"path": "fr", "prompt": "a", "complation": "b"}, "did you mean 'completion'?"),
         (
@@ -212,7 +250,9 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
         ("[1]", "expected a JSON object, got list"),
     ],
 )
-def test_a_bad_row_is_told_with_its_line(tmp_path: Path, zoo: Path, tokenizer: Any, row: Any, said: str) -> None:
+def test_a_bad_row_is_told_with_its_line(
+    tmp_path: Path, zoo: Path, tokenizer: Any, row: Any, said: str
+) -> None:
     file = data(tmp_path, {"path": "fr", "text": "good"}, row)
     with pytest.raises((SpecError, FormatError, PathError)) as caught:
         read_rows([file], lt.load(zoo), tokenizer)
@@ -230,7 +270,9 @@ def test_a_byte_order_mark_and_columns_of_the_users_own_are_taken(
     tree = lt.load(zoo)
     wanted = read_rows([data(tmp_path, *plain)], tree, tokenizer)
     found = read_rows([file, file], tree, tokenizer)
-    assert [(row.path, row.ids, row.labels) for row in found] == 2 * [(r.path, r.ids, r.labels) for r in wanted]
+    assert [(row.path, row.ids, row.labels) for row in found] == 2 * [
+        (r.path, r.ids, r.labels) for r in wanted
+    ]
     assert [row.extra for row in found] == 2 * [("id",), ("id", "source", "tags")]
     assert [row.where for row in found] == 2 * [f"{file}:1", f"{file}:2"]
     lora_tree("eval", zoo, "de", "--data", file, "--data", file)
@@ -238,7 +280,9 @@ def test_a_byte_order_mark_and_columns_of_the_users_own_are_taken(
     assert said == ["columns that are not read: id, source, tags"]
 
 
-def test_a_mark_inside_a_file_is_no_json_and_a_mark_alone_no_row(tmp_path: Path, zoo: Path, tokenizer: Any) -> None:
+def test_a_mark_inside_a_file_is_no_json_and_a_mark_alone_no_row(
+    tmp_path: Path, zoo: Path, tokenizer: Any
+) -> None:
     mark, row = b"\xef\xbb\xbf", b'{"path": "fr", "text": "abc"}\n'
     for raw, said in ((mark + b"\n", "no rows"), (row + mark + row, r":2: not valid JSON")):
         (tmp_path / "odd.jsonl").write_bytes(raw)
@@ -260,8 +304,13 @@ def started(zoo: Path, rows: Path, tokenizer: Any, folder: Path, **settings: Any
     tree = lt.load(zoo)
     torch.manual_seed(0)
     model = lt.attach(tree, transformers.LlamaForCausalLM.from_pretrained(tree.base))
-    which = dict(nodes=settings.pop("nodes", ()), with_ancestors=settings.pop("with_ancestors", False))
-    chosen = dict(steps=6, batch=2, accumulate=2, lr=1e-2, dropout=0.2, warm_up=2, temperature=2.0) | settings
+    which = dict(
+        nodes=settings.pop("nodes", ()), with_ancestors=settings.pop("with_ancestors", False)
+    )
+    chosen = (
+        dict(steps=6, batch=2, accumulate=2, lr=1e-2, dropout=0.2, warm_up=2, temperature=2.0)
+        | settings
+    )
     return Run(model, read_rows([rows], tree, tokenizer), Settings(**chosen), folder, **which)
 
 
@@ -273,7 +322,9 @@ def same(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     whole = started(zoo, rows, tokenizer, tmp_path / "whole")
     told = list(whole.steps())
     assert [step.number for step in told] == [1, 2, 3, 4, 5, 6]
@@ -309,7 +360,11 @@ def test_a_checkpoint_that_is_replaced_is_the_old_or_the_new_one_wherever_it_is_
                 (stage / name / file).write_text(text)
 
     def there(parent: Path) -> list[str]:
-        return [file.read_text() for file in (parent / name).iterdir()] if (parent / name).exists() else []
+        return (
+            [file.read_text() for file in (parent / name).iterdir()]
+            if (parent / name).exists()
+            else []
+        )
 
     def killed(left: int) -> bool:
         """The second write, killed after so many operations, or come through."""
@@ -383,7 +438,11 @@ def test_a_checkpoint_that_is_deleted_has_no_name_from_the_first_file_on(
         assert not (killed and at and (parent / "checkpoint-1").exists())
         with appearing(parent, "checkpoint-3", writes=True, meet=lambda: None) as stage:
             (stage / "checkpoint-3").mkdir()
-        wanted = ["checkpoint-2", "checkpoint-3"] if at else ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        wanted = (
+            ["checkpoint-2", "checkpoint-3"]
+            if at
+            else ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        )
         assert sorted(p.name for p in parent.iterdir()) == wanted
         if not killed:
             break
@@ -405,11 +464,15 @@ def test_a_run_goes_on_from_a_checkpoint_that_it_was_killed_at_replacing(
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
-def test_a_resumed_run_is_refused_where_it_is_another(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_a_resumed_run_is_refused_where_it_is_another(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     run = started(zoo, rows, tokenizer, tmp_path / "run")
     next(run.steps())
     run.save()
-    with pytest.raises(SpecError, match=r"checkpoint-1: of a run with other settings: lr was 0.01 and is 0.02\n"):
+    with pytest.raises(
+        SpecError, match=r"checkpoint-1: of a run with other settings: lr was 0.01 and is 0.02\n"
+    ):
         started(zoo, rows, tokenizer, tmp_path / "run", lr=0.02)
     with pytest.raises(SpecError, match=r"other nodes: was .* and is \['de'\]"):
         started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"])
@@ -421,13 +484,18 @@ def test_a_resumed_run_is_refused_where_it_is_another(tmp_path: Path, zoo: Path,
         started(zoo, rows, tokenizer, tmp_path / "run")
 
 
-def test_a_step_is_torchs_own_on_the_loss_by_hand(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_a_step_is_torchs_own_on_the_loss_by_hand(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     """One leaf alone, all rows in one step: AdamW over the leaf's factors in a plain PEFT-like module, by hand."""
     import transformers
 
     run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"], **ONE)
     tree = run.model.tree
-    before = {n: (v.A.detach().clone(), v.B.detach().clone(), v.scale) for n, v in tree.adapter("de").modules.items()}  # type: ignore[union-attr]
+    before = {
+        n: (v.A.detach().clone(), v.B.detach().clone(), v.scale)
+        for n, v in tree.adapter("de").modules.items()
+    }  # type: ignore[union-attr]
     plain = transformers.LlamaForCausalLM.from_pretrained(tree.base)
     pairs = {n: (A.requires_grad_(), B.requires_grad_()) for n, (A, B, _) in before.items()}
     for name, (A, B) in pairs.items():
@@ -438,7 +506,9 @@ def test_a_step_is_torchs_own_on_the_loss_by_hand(tmp_path: Path, zoo: Path, row
     losses = []
     for row in (r for r in run.rows if r.path == "de"):
         ids = torch.tensor([row.ids])
-        losses += list(F.cross_entropy(plain(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+        losses += list(
+            F.cross_entropy(plain(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        )
     assert len(run.rows) == 4
     torch.stack(losses).mean().backward()
     everything = [t for pair in pairs.values() for t in pair]
@@ -452,7 +522,9 @@ def test_a_step_is_torchs_own_on_the_loss_by_hand(tmp_path: Path, zoo: Path, row
             torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=2e-5)
 
 
-def test_rows_that_train_nothing_are_left_out_and_told(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_rows_that_train_nothing_are_left_out_and_told(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["fr/*"])
     assert (run.nodes, run.left_out, len(run.rows)) == (["fr/legal", "fr/medical"], 4, 8)
     run.model.detach()
@@ -462,7 +534,9 @@ def test_rows_that_train_nothing_are_left_out_and_told(tmp_path: Path, zoo: Path
     only = data(tmp_path, {"path": "", "text": "abc"}, name="only.jsonl")
     with pytest.raises(SpecError, match="no row goes through de"):
         started(zoo, only, tokenizer, tmp_path / "run", nodes=["de"])
-    with pytest.raises(SpecError, match="the rows name no node with an adapter: they are all for the bare base"):
+    with pytest.raises(
+        SpecError, match="the rows name no node with an adapter: they are all for the bare base"
+    ):
         started(zoo, only, tokenizer, tmp_path / "run")
     with pytest.raises(SpecError, match="lr_of names 'fr'; what trains: de"):
         started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"], lr_of={"fr": 1.0})
@@ -479,7 +553,11 @@ def test_the_nodes_that_rows_name_train_and_those_above_them_on_request_alone(
         "fr/legal: from new factors, on fr as it is; 4 rows",
         "fr/medical: from new factors, on fr as it is; 4 rows",
     ]
-    start = {p: [t.detach().clone() for v in a.modules.values() for t in v.tensors] for p, a in before.items() if a}
+    start = {
+        p: [t.detach().clone() for v in a.modules.values() for t in v.tensors]
+        for p, a in before.items()
+        if a
+    }
     list(run.steps())
     for path in run.model.tree.paths():
         now = [t for v in run.model.tree.adapter(path).modules.values() for t in v.tensors]  # type: ignore[union-attr]
@@ -490,11 +568,15 @@ def test_the_nodes_that_rows_name_train_and_those_above_them_on_request_alone(
     assert with_them.nodes == ["de", "fr", "fr/legal", "fr/medical"]
     assert str(with_them.trained[2]) == "fr/legal: from new factors, on fr, which trains; 4 rows"
     with_them.model.detach()
-    named = started(zoo, rows, tokenizer, tmp_path / "named", nodes=["fr/legal"], with_ancestors=True)
+    named = started(
+        zoo, rows, tokenizer, tmp_path / "named", nodes=["fr/legal"], with_ancestors=True
+    )
     assert named.nodes == ["fr", "fr/legal"]
 
 
-def test_a_run_that_is_refused_makes_nothing_train(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_a_run_that_is_refused_makes_nothing_train(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"])
     next(run.steps())
     run.save()
@@ -523,7 +605,10 @@ def test_the_first_and_last_loss_of_a_node_are_those_of_the_paths_through_it(
     run.model.detach()
     again = started(zoo, rows, tokenizer, tmp_path / "run", with_ancestors=True)
     told += again.steps()
-    of_path = {path: [s.losses[path] for s in told if path in s.losses] for path in ("de", "fr/legal", "fr/medical")}
+    of_path = {
+        path: [s.losses[path] for s in told if path in s.losses]
+        for path in ("de", "fr/legal", "fr/medical")
+    }
     found = again.losses()
     for path, losses in of_path.items():
         assert found[path] == (losses[0], losses[-1])
@@ -544,7 +629,9 @@ def test_a_finished_run_makes_room_for_the_next_and_an_unfinished_one_is_gone_on
     left = factors(first)
     first.model.detach()
 
-    same_again = started(zoo, rows, tokenizer, place, nodes=["de"])  # the very same, and nothing has changed since
+    same_again = started(
+        zoo, rows, tokenizer, place, nodes=["de"]
+    )  # the very same, and nothing has changed since
     assert (same_again.was_over, same_again.done, list(same_again.steps())) == (True, 6, [])
     assert same(factors(same_again), left)
     assert same_again.losses() == first.losses()
@@ -558,7 +645,9 @@ def test_a_finished_run_makes_room_for_the_next_and_an_unfinished_one_is_gone_on
     second.save()
     assert sorted(p.name for p in place.iterdir()) == ["checkpoint-1", "finished-1"]
     second.model.detach()
-    with pytest.raises(SpecError, match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  it is unfinished"):
+    with pytest.raises(
+        SpecError, match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  it is unfinished"
+    ):
         started(zoo, rows, tokenizer, place, nodes=["de"])
     assert started(zoo, rows, tokenizer, place, nodes=["fr/legal"]).done == 1
     tree = lt.load(zoo)
@@ -583,14 +672,20 @@ def test_a_run_begins_anew_where_its_nodes_or_those_above_have_changed_since(
         tree = lt.load(zoo)
         adapter = tree.adapter(path)
         assert adapter is not None
-        tree.update(path, adapter=adapter.map(lambda value: lt.LowRank(value.A + 1, value.B, value.scale)))
+        tree.update(
+            path, adapter=adapter.map(lambda value: lt.LowRank(value.A + 1, value.B, value.scale))
+        )
         tree.save(zoo)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lt.StaleWarning)
             run = finished()
         assert run.aside is not None
         assert not run.was_over
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-6", "finished-1", "finished-2"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint-6",
+        "finished-1",
+        "finished-2",
+    ]
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
@@ -628,22 +723,29 @@ def test_the_matrix_is_the_mean_loss_of_every_node_on_every_paths_rows(
     assert {f"{found.losses[2][1]:.2f}", "(base)", "fr/legal"} <= set(told)
 
 
-def test_a_checkpoint_of_a_run_becomes_a_node(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_a_checkpoint_of_a_run_becomes_a_node(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     run = started(zoo, rows, tokenizer, tmp_path / "run", with_ancestors=True)
     next(run.steps())
     kept = run.save()
     tree = lt.AdapterTree()
     promote(tree, "de", kept)
-    with pytest.warns(lt.StaleWarning, match="^de/more: fr/legal was trained on fr, and stands on de now$"):
+    with pytest.warns(
+        lt.StaleWarning, match="^de/more: fr/legal was trained on fr, and stands on de now$"
+    ):
         promote(tree, "de/more", kept, node="fr/legal")
     want = run.model.tree.adapter("fr/legal")
     got = tree.adapter("de/more")
     assert want is not None
     assert got is not None
     for name, value in want.modules.items():
-        torch.testing.assert_close(got.modules[name].dense(), value.dense().detach(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            got.modules[name].dense(), value.dense().detach(), rtol=0, atol=0
+        )
     with pytest.raises(
-        PathError, match=r"no node 'fr/leagl' in it; did you mean 'fr/legal'\?\n  it has: de, fr, fr/legal"
+        PathError,
+        match=r"no node 'fr/leagl' in it; did you mean 'fr/legal'\?\n  it has: de, fr, fr/legal",
     ):
         promote(tree, "x", kept, node="fr/leagl")
     with pytest.raises(FolderError, match="no folder nodes/ in it"):
@@ -680,7 +782,8 @@ def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(
     fresh.detach()
     tree = fresh.tree
     with pytest.warns(
-        lt.StaleWarning, match=r"fr/legal was trained on fr, and stands on fr now, with other numbers in fr"
+        lt.StaleWarning,
+        match=r"fr/legal was trained on fr, and stands on fr now, with other numbers in fr",
     ):
         promote(tree, "fr/legal", kept)
     with warnings.catch_warnings():
@@ -691,8 +794,16 @@ def test_a_node_that_comes_without_its_ancestors_of_then_is_stale(
     tree.update("fr", weight=0.5)
     with pytest.warns(lt.StaleWarning, match="with other numbers in fr"):
         promote(tree, "fr/legal", kept)
-    for record, error in (({"../fr": "1.0 trained"}, PathError), ({"fr": 1}, FormatError), ("fr", FormatError)):
-        save_file({"x": torch.zeros(1)}, kept / "factors.safetensors", {"stands_on": json.dumps({"fr/legal": record})})
+    for record, error in (
+        ({"../fr": "1.0 trained"}, PathError),
+        ({"fr": 1}, FormatError),
+        ("fr", FormatError),
+    ):
+        save_file(
+            {"x": torch.zeros(1)},
+            kept / "factors.safetensors",
+            {"stands_on": json.dumps({"fr/legal": record})},
+        )
         with pytest.raises(error):
             promote(tree, "fr/legal", kept)
 
@@ -718,7 +829,9 @@ def test_train_eval_and_promote_from_the_shell(
     matrix = json.loads(capsys.readouterr().out)
     assert list(matrix["losses"]) == ["", "de", "fr", "fr/legal", "fr/medical"]
     assert matrix["losses"]["fr/legal"]["fr/legal"] < matrix["losses"][""]["fr/legal"]
-    assert matrix["losses"]["fr"]["de"] == pytest.approx(matrix["losses"][""]["de"])  # fr did not train
+    assert matrix["losses"]["fr"]["de"] == pytest.approx(
+        matrix["losses"][""]["de"]
+    )  # fr did not train
     ElementTree.parse(tmp_path / "matrix.svg")
     lora_tree("eval", zoo, "de", "--data", rows, "--max-length", 4)
     printed = capsys.readouterr()
@@ -726,7 +839,10 @@ def test_train_eval_and_promote_from_the_shell(
     assert "12 of 12 rows were longer than --max-length, and cut" in printed.err
 
     lora_tree("promote", zoo, "de/again", "--from", told["checkpoint"], "--node", "de")
-    assert "warning: de/again: de was trained on the bare base, and stands on de now" in capsys.readouterr().err
+    assert (
+        "warning: de/again: de was trained on the bare base, and stands on de now"
+        in capsys.readouterr().err
+    )
     assert lt.load(zoo).children("de") == ["de/again"]
     lora_tree("train", zoo, "--data", rows, "--run", zoo / "run", code=1)
     assert f"lies in {zoo}, where folders of adapters are nodes" in capsys.readouterr().err
@@ -744,7 +860,9 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     assert "fr/legal: from new factors, on fr as it is; 4 rows" in before
     assert "de: from new factors, on the bare base; 4 rows" in before
     assert re.search(r"training 3/3 .*fr/legal \d\.\d{3}", after)
-    assert re.search(r"^fr/legal: loss (\d\.\d{3}) at first, (\d\.\d{3}) at last$", said.out, re.MULTILINE)
+    assert re.search(
+        r"^fr/legal: loss (\d\.\d{3}) at first, (\d\.\d{3}) at last$", said.out, re.MULTILINE
+    )
     assert "stale now" not in said.out
     lora_tree("train", zoo, "--data", rows, "--steps", 3, "--lr", 0.01)
     said = capsys.readouterr()
@@ -753,12 +871,18 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
 
     lora_tree("train", zoo, "fr", "--data", rows, "--steps", 2, "--lr", 0.01)
     said = capsys.readouterr()
-    assert "the run before this one, of de, fr/legal, fr/medical, is finished and lies in" in said.err
+    assert (
+        "the run before this one, of de, fr/legal, fr/medical, is finished and lies in" in said.err
+    )
     assert "fr: from new factors, on the bare base; 8 rows" in said.err
     assert "becomes stale: fr/legal, fr/medical" in said.err.split("training 1/2 ")[0]
     assert "stale now: fr/legal, fr/medical" in said.out
     with pytest.warns(lt.StaleWarning):
-        stale = [path for path, node in ((p, lt.load(zoo)[p]) for p in ("de", "fr", "fr/legal")) if node.stale]
+        stale = [
+            path
+            for path, node in ((p, lt.load(zoo)[p]) for p in ("de", "fr", "fr/legal"))
+            if node.stale
+        ]
     assert stale == ["fr/legal"]
 
 
@@ -766,11 +890,18 @@ def test_a_run_that_diverges_stops_with_the_node_the_step_and_the_loss_and_saves
     tmp_path: Path, zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora_tree("train", zoo, "de", "--data", rows, "--steps", 1)
-    good = {file: file.read_bytes() for file in zoo.rglob("*") if file.is_file() and ".training" not in str(file)}
+    good = {
+        file: file.read_bytes()
+        for file in zoo.rglob("*")
+        if file.is_file() and ".training" not in str(file)
+    }
     lora_tree("train", zoo, "de", "--data", rows, "--steps", 5, "--lr", 1e30, "--save-every", 1,
               "--run", tmp_path / "run", code=1)  # fmt: skip
     said = capsys.readouterr().err
-    assert re.search(r"error: de: step [2-5]: the (loss is|factors are) not finite; losses of this step: de ", said)
+    assert re.search(
+        r"error: de: step [2-5]: the (loss is|factors are) not finite; losses of this step: de ",
+        said,
+    )
     assert "a smaller learning rate" in said
     assert {file: file.read_bytes() for file in good} == good
     for kept in (tmp_path / "run").rglob("*.safetensors"):
@@ -790,17 +921,22 @@ def test_a_run_that_diverged_gives_back_what_it_began_with_and_is_over(
             again()
 
 
-def test_what_is_not_finite_is_not_promoted(tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any) -> None:
+def test_what_is_not_finite_is_not_promoted(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
     run = started(zoo, rows, tokenizer, tmp_path / "run")
     next(run.steps())
     kept = run.save()
     file = kept / "nodes/de/adapter_model.safetensors"
     save_file(
-        {n: t * math.nan if "layers.0.mlp" in n else t for n, t in load_file(file).items()}, file, {"format": "pt"}
+        {n: t * math.nan if "layers.0.mlp" in n else t for n, t in load_file(file).items()},
+        file,
+        {"format": "pt"},
     )
     before = run.model.tree.adapter("de")
     with pytest.raises(
-        FormatError, match=r"checkpoint-1: de: model.layers.0.mlp.down_proj: the factors are not finite"
+        FormatError,
+        match=r"checkpoint-1: de: model.layers.0.mlp.down_proj: the factors are not finite",
     ):
         promote(run.model.tree, "de", kept)
     assert run.model.tree.adapter("de") is before
@@ -811,7 +947,9 @@ def test_a_node_whose_losses_are_not_finite_is_told_and_drawn_all_the_same(
 ) -> None:
     lora_tree("train", zoo, "de", "--data", rows, "--steps", 1)
     file = zoo / "de/adapter_model.safetensors"
-    save_file({n: torch.full_like(t, 4e18) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    save_file(
+        {n: torch.full_like(t, 4e18) for n, t in load_file(file).items()}, file, {"format": "pt"}
+    )
     lora_tree("lock", zoo)
     capsys.readouterr()
     lora_tree("eval", zoo, "--data", rows, "--picture", tmp_path / "matrix.svg", "--json")
@@ -825,11 +963,19 @@ def test_a_node_whose_losses_are_not_finite_is_told_and_drawn_all_the_same(
 
 def test_a_loss_that_is_not_finite_has_one_shade_and_leaves_the_others_theirs() -> None:
     def cells(*losses: float) -> list[tuple[str | None, str | None]]:
-        matrix = Matrix(tuple("abcd"[: len(losses)]), ("x",), tuple((loss,) for loss in losses), (1,))
+        matrix = Matrix(
+            tuple("abcd"[: len(losses)]), ("x",), tuple((loss,) for loss in losses), (1,)
+        )
         svg = "{http://www.w3.org/2000/svg}"
         drawn = list(ElementTree.fromstring(matrix.picture()).iter())
         shades = [part.get("fill") for part in drawn if part.tag == f"{svg}rect"]
-        return list(zip(shades, [part.text for part in drawn if part.tag == f"{svg}text"][2::2], strict=False))
+        return list(
+            zip(
+                shades,
+                [part.text for part in drawn if part.tag == f"{svg}text"][2::2],
+                strict=False,
+            )
+        )
 
     low, high = cells(1.0, 2.0)
     grey = "rgb(208,208,208)"
@@ -848,7 +994,11 @@ def test_another_yaml_of_the_folder_is_trained_as_the_tree_that_it_is(
     lora_tree("promote", other, "de/again", "--from", told["checkpoint"], "--node", "de")
     assert lt.load(other).children("de") == ["de/again"]
     assert lt.check(other) == []
-    assert sorted(p.name for p in zoo.iterdir() if p.is_file()) == ["other.lock", "other.yaml", "tree.yaml"]
+    assert sorted(p.name for p in zoo.iterdir() if p.is_file()) == [
+        "other.lock",
+        "other.yaml",
+        "tree.yaml",
+    ]
     assert (zoo / "tree.yaml").read_bytes() == fixed
     other.write_text(other.read_text().replace(str(base), "org/other"))
     lora_tree("show", other)

@@ -25,13 +25,19 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, 
 # ---------------------------------------------------------------------- written
 def laid_out(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The file by hand, number by number."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if tensors or metadata else {}
+    header: dict[str, Any] = (
+        {"__metadata__": dict(sorted(metadata.items()))} if tensors or metadata else {}
+    )
     body = b""
     for kind, dtype in DTYPES.items():  # wide ones first, bf16 before fp16
         for name in sorted(tensors):
             t = tensors[name]
             if t.dtype == dtype:
-                numbers = bytes(t.contiguous().reshape(-1).view(torch.uint8).tolist()) if t.numel() else b""
+                numbers = (
+                    bytes(t.contiguous().reshape(-1).view(torch.uint8).tolist())
+                    if t.numel()
+                    else b""
+                )
                 offsets = [len(body), len(body) + len(numbers)]
                 header[name] = {"dtype": kind, "shape": [*t.shape], "data_offsets": offsets}
                 body += numbers
@@ -40,16 +46,25 @@ def laid_out(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(lambda n: n != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
+    lambda n: n != "__metadata__"
+)
 
 
-@given(st.lists(NAMES, unique=True, max_size=6), st.dictionaries(NAMES, NAMES, max_size=5), st.randoms())
+@given(
+    st.lists(NAMES, unique=True, max_size=6),
+    st.dictionaries(NAMES, NAMES, max_size=5),
+    st.randoms(),
+)
 def test_a_file_is_the_same_bytes_whatever_the_order(
     names: list[str], metadata: dict[str, str], draw: random.Random
 ) -> None:
     kinds = list(DTYPES.values())
     tensors = {
-        n: torch.randn([draw.randint(1, 3) for _ in range(draw.randint(0, 3))]).to(draw.choice(kinds)) for n in names
+        n: torch.randn([draw.randint(1, 3) for _ in range(draw.randint(0, 3))]).to(
+            draw.choice(kinds)
+        )
+        for n in names
     }
     data = render_tensors(tensors, metadata)
     assert data == laid_out(tensors, metadata)
@@ -59,7 +74,14 @@ def test_a_file_is_the_same_bytes_whatever_the_order(
 
 def test_tensors_may_share_memory_and_lie_askew() -> None:
     whole = torch.randn(4, 6)
-    tensors = {"a": whole, "b": whole, "c": whole.mT, "d": whole[1:3, ::2], "e": whole.half()[0], "none": whole[:0]}
+    tensors = {
+        "a": whole,
+        "b": whole,
+        "c": whole.mT,
+        "d": whole[1:3, ::2],
+        "e": whole.half()[0],
+        "none": whole[:0],
+    }
     assert render_tensors(tensors, {"format": "pt"}) == laid_out(tensors, {"format": "pt"})
 
 
@@ -80,10 +102,15 @@ def test_a_package_that_takes_bytes_writes_the_same(monkeypatch: pytest.MonkeyPa
     monkeypatch.delattr(safetensors, "TensorSpec")
 
     def of_bytes(entries: dict[str, dict[str, Any]], metadata: dict[str, str]) -> bytes:
-        held = {n: torch.frombuffer(bytearray(e["data"] or b"\0"), dtype=torch.uint8) for n, e in entries.items()}
+        held = {
+            n: torch.frombuffer(bytearray(e["data"] or b"\0"), dtype=torch.uint8)
+            for n, e in entries.items()
+        }
         places = {n: (t.data_ptr(), len(entries[n]["data"])) for n, t in held.items()}
         specs = {
-            n: made(dtype=e["dtype"], shape=e["shape"], data_ptr=places[n][0], data_len=places[n][1])
+            n: made(
+                dtype=e["dtype"], shape=e["shape"], data_ptr=places[n][0], data_len=places[n][1]
+            )
             for n, e in entries.items()
         }
         return real(specs, metadata)
@@ -105,12 +132,21 @@ class Headers:
         fields, nbytes = self.good()
         kind = r.random()
         if kind < 0.3:
-            head = json.dumps(fields, ensure_ascii=r.random() < 0.5).encode() + b" " * r.randint(0, 9)
+            head = json.dumps(fields, ensure_ascii=r.random() < 0.5).encode() + b" " * r.randint(
+                0, 9
+            )
         elif kind < 0.6:
             head = json.dumps(self.bent(fields)).encode()
         elif kind < 0.65:
             around = r.choice(
-                [(b"", b"\n"), (b" ", b""), (b"\t", b""), (b"", b"\0"), (b"", b"x"), (b"\xef\xbb\xbf", b"")]
+                [
+                    (b"", b"\n"),
+                    (b" ", b""),
+                    (b"\t", b""),
+                    (b"", b"\0"),
+                    (b"", b"x"),
+                    (b"\xef\xbb\xbf", b""),
+                ]
             )
             head = around[0] + json.dumps(fields).encode() + around[1]
         elif kind < 0.7 and fields:
@@ -131,7 +167,9 @@ class Headers:
             for size in shape:
                 nbytes *= size
             name = f"t{i}" + r.choice(["", "é", "\u2028", '"', "\\", "\n", "\x7f", "-0"])
-            entries.append((name, {"dtype": kind, "shape": shape, "data_offsets": [at, at + nbytes]}))
+            entries.append(
+                (name, {"dtype": kind, "shape": shape, "data_offsets": [at, at + nbytes]})
+            )
             at += nbytes
         r.shuffle(entries)
         if r.random() < 0.5:
@@ -144,7 +182,11 @@ class Headers:
         r = self.r
         names = [name for name in fields if name != "__metadata__"]
         if not names or r.random() < 0.2:
-            return fields | {"__metadata__": r.choice([None, [], {"a": 1}, {"a": None}, {"a": {}}, "x", {"": ""}])}
+            return fields | {
+                "__metadata__": r.choice(
+                    [None, [], {"a": 1}, {"a": None}, {"a": {}}, "x", {"": ""}]
+                )
+            }
         name = r.choice(names)
         entry = dict(fields[name])
         begin, end = entry["data_offsets"]
@@ -167,7 +209,9 @@ class Headers:
                 ]
                 entry["data_offsets"] = r.choice([*wrong, [True, False], [2**64, 2**64]])
             case 3:
-                entry["shape"] = r.choice([None, "x", [-1], [1.0], [2**63, 2], [2**64], [True], [1] * 9, [[]], {}])
+                entry["shape"] = r.choice(
+                    [None, "x", [-1], [1.0], [2**63, 2], [2**64], [True], [1] * 9, [[]], {}]
+                )
             case 4:
                 entry["dtype"] = r.choice([None, "f32", "F4", "C64", 3, [], "E8M0", "F6_E2M3"])
             case _:
@@ -208,13 +252,17 @@ class Headers:
         return bytes(found)
 
 
-def by_the_package(head: bytes, body: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+def by_the_package(
+    head: bytes, body: bytes
+) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     """Name → dtype, shape and bytes; None where it refuses."""
     try:
         found = safetensors.deserialize(len(head).to_bytes(8, "little") + head + body)
     except safetensors.SafetensorError:
         return None
-    return {name: (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in found}
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in found
+    }
 
 
 def by_us(head: bytes, body: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -232,7 +280,11 @@ def by_us(head: bytes, body: bytes) -> dict[str, tuple[str, tuple[int, ...], byt
         read += nbytes
     there, kinds = over(memory), {dtype: kind for kind, dtype in DTYPES.items()}
     return {
-        name: (kinds[t.dtype], tuple(t.shape), bytes(there(t).reshape(-1).view(torch.uint8).tolist()))
+        name: (
+            kinds[t.dtype],
+            tuple(t.shape),
+            bytes(there(t).reshape(-1).view(torch.uint8).tolist()),
+        )
         for name, t in header.tensors.items()
     }
 
@@ -255,7 +307,10 @@ def agree(head: bytes, body: bytes) -> bool:
     try:
         ours = by_us(head, body)
     except FormatError as error:
-        assert theirs is None or any(reason in error.what for reason in STRICTER), (head, error.what)
+        assert theirs is None or any(reason in error.what for reason in STRICTER), (
+            head,
+            error.what,
+        )
         return False
     assert ours == theirs, head
     return True
@@ -285,12 +340,18 @@ def test_minus_zero_is_no_place(text: str) -> None:
 
 
 def test_a_whole_file_is_read_as_the_package_reads_it(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(2, 3), "b": torch.randn(3).bfloat16(), "c": torch.tensor(2.0).double()}
+    tensors = {
+        "a": torch.randn(2, 3),
+        "b": torch.randn(3).bfloat16(),
+        "c": torch.tensor(2.0).double(),
+    }
     file = tmp_path / "x.safetensors"
     file.write_bytes(render_tensors(tensors, {"format": "pt", "by": "us"}))
     found, said = read_tensors(file, "x")
     assert said == {"format": "pt", "by": "us"}
-    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in tensors.items())
+    assert all(
+        torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in tensors.items()
+    )
     for tensor in found.values():
         tensor.zero_()  # memory of its own
     with opened(file, "x") as reading:

@@ -16,7 +16,9 @@ from lora_tree.cache import shelf as module
 from lora_tree.cache.shelf import PAGED, Shelf
 
 PAGE = 4096
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the allocator has the memory")
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere the allocator has the memory"
+)
 
 TAKE = st.tuples(st.just("take"), st.integers(1, 40 * PAGE))
 DROP = st.tuples(st.just("drop"), st.integers(0, 30))
@@ -38,13 +40,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def mapped(address: int) -> bool:
-    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
+    ]
     return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
 
 
 @settings(deadline=None)
 @given(steps=st.lists(st.one_of(TAKE, TAKE, DROP, LESS), max_size=60))
-def test_what_is_held_keeps_its_numbers_whatever_comes_and_goes(steps: list[tuple[str, int]]) -> None:
+def test_what_is_held_keeps_its_numbers_whatever_comes_and_goes(
+    steps: list[tuple[str, int]],
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PAGED", 1)
         shelf, held = Shelf(most_bytes=50 * PAGE), list[tuple[int, Tensor]]()
@@ -79,7 +85,9 @@ def test_what_comes_back_is_taken_again_in_parts_and_together(made: list[tuple[i
 
 
 @linux
-def test_a_piece_for_which_nothing_fits_is_made_of_what_there_is(made: list[tuple[int, int]]) -> None:
+def test_a_piece_for_which_nothing_fits_is_made_of_what_there_is(
+    made: list[tuple[int, int]],
+) -> None:
     shelf = Shelf()
     one, between, other = (shelf.take(PAGED).fill_(7) for _ in range(3))
     del one, other
@@ -107,7 +115,9 @@ def test_what_is_not_needed_goes_back_to_the_system() -> None:
     assert [mapped(address) for address in addresses] == [True, False, False]
 
 
-def test_without_the_calls_of_linux_the_allocator_has_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_calls_of_linux_the_allocator_has_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "LIBC", None)
     shelf = Shelf()
     piece = shelf.take(PAGED)

@@ -16,7 +16,12 @@ import lora_tree as lt
 from lora_tree.errors import BaseMismatch, MergedOnly, TiedWeights, UnmergedOnly
 from lora_tree.lowrank import EMBEDDING, LINEAR, PARAMETER, Layout
 
-EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+EPS = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -148,14 +153,24 @@ class Base(nn.Module):
         return self.m(x)  # type: ignore[no-any-return]
 
 
-def lineage(kind: Kind, dtype: torch.dtype, *, size: float = 1.0, bias: bool = False) -> lt.AdapterTree:
+def lineage(
+    kind: Kind, dtype: torch.dtype, *, size: float = 1.0, bias: bool = False
+) -> lt.AdapterTree:
     """Three nodes on one way down, of different ranks, scales and weights."""
     tree = lt.AdapterTree()
-    for path, r, scale, weight in (("a", 4, 2.0, 1.0), ("a/b", 2, 0.3, 0.7), ("a/b/c", 3, -1.1, 1.0)):
+    for path, r, scale, weight in (
+        ("a", 4, 2.0, 1.0),
+        ("a/b", 2, 0.3, 0.7),
+        ("a/b/c", 3, -1.1, 1.0),
+    ):
         A = (torch.randn(*kind.batch, r, kind.into) * size / math.sqrt(r)).to(dtype)
         B = torch.randn(*kind.batch, kind.out, r).to(dtype)
         b = torch.randn(kind.out).to(dtype) if bias else None
-        tree.add(path, adapter=lt.Adapter({kind.name: lt.LowRank(A, B, scale, b, kind.layout)}), weight=weight)
+        tree.add(
+            path,
+            adapter=lt.Adapter({kind.name: lt.LowRank(A, B, scale, b, kind.layout)}),
+            weight=weight,
+        )
     return tree
 
 
@@ -182,7 +197,9 @@ def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_merged_weight_is_the_dense_sum_rounded_once(name: str, dtype: torch.dtype, factors: torch.dtype) -> None:
+def test_merged_weight_is_the_dense_sum_rounded_once(
+    name: str, dtype: torch.dtype, factors: torch.dtype
+) -> None:
     torch.manual_seed(0)
     kind = KINDS[name]
     base = Base(kind.make()).to(dtype)
@@ -193,7 +210,9 @@ def test_merged_weight_is_the_dense_sum_rounded_once(name: str, dtype: torch.dty
     model.activate("a/b/c")
     delta, sizes, rank = dense64(tree, "a/b/c", kind.name)
     exact = before.double() + kind.dense(delta)
-    bound = half_ulp(exact, dtype) + (rank + 2) * 2.0**-24 * (before.double().abs() + kind.dense(sizes))
+    bound = half_ulp(exact, dtype) + (rank + 2) * 2.0**-24 * (
+        before.double().abs() + kind.dense(sizes)
+    )
     assert ((W.detach().double() - exact).abs() <= bound).all()
     assert W.data_ptr() == address
     model.deactivate()
@@ -300,7 +319,9 @@ def test_unmerged_output_and_input_gradient_are_those_of_the_dense_weight(
     with torch.no_grad():
         wide.get_parameter(kind.weight).add_(kind.dense(delta))
     magnitude = Base(kind.make())  # Σ |x| |W| at every output: what rounding errors are relative to
-    magnitude.load_state_dict({k: v.double().abs() for k, v in base.state_dict().items()}, assign=True)
+    magnitude.load_state_dict(
+        {k: v.double().abs() for k, v in base.state_dict().items()}, assign=True
+    )
     with torch.no_grad():
         magnitude.get_parameter(kind.weight).add_(kind.dense(sizes))
 
@@ -325,7 +346,11 @@ def test_unmerged_output_and_input_gradient_are_those_of_the_dense_weight(
     u, side = EPS[dtype], EPS[torch.promote_types(dtype, factors)]
     add = min(2.0**-24, u)
     reach = kind.into + kind.out * math.prod(kind.layout.kernel) + rank
-    for found, right, scale in ((got, exact, size), (plain, exact, size), (grad, exact_grad, size_grad)):
+    for found, right, scale in (
+        (got, exact, size),
+        (plain, exact, size),
+        (grad, exact_grad, size_grad),
+    ):
         if right is not None:
             assert found is not None
             assert scale is not None
@@ -340,7 +365,11 @@ def test_an_output_that_a_hook_has_kept_is_not_written_over(everywhere: bool) ->
     base = Base(nn.Linear(20, 12))
     x, kept = torch.randn(3, 20), []
     bare = base(x)
-    register = nn.modules.module.register_module_forward_hook if everywhere else base.m.register_forward_hook
+    register = (
+        nn.modules.module.register_module_forward_hook
+        if everywhere
+        else base.m.register_forward_hook
+    )
     with register(lambda module, args, out: kept.append(out) if module is base.m else None):
         model = lt.attach(lineage(KINDS["linear"], torch.float32), base)
         with model.using("a/b/c", mode="unmerged"):
@@ -451,7 +480,9 @@ def test_a_forward_may_choose_among_the_modules_of_a_container(lists: bool) -> N
         def __init__(self) -> None:
             super().__init__()
             heads = [nn.Linear(4, 4, bias=False) for _ in range(2)]
-            self.heads: nn.Module = nn.ModuleList(heads) if lists else nn.ModuleDict({"0": heads[0], "1": heads[1]})
+            self.heads: nn.Module = (
+                nn.ModuleList(heads) if lists else nn.ModuleDict({"0": heads[0], "1": heads[1]})
+            )
             self.body = nn.Linear(4, 4, bias=False)
 
         def forward(self, x: Tensor, *, head: bool = True) -> Tensor:
@@ -460,14 +491,18 @@ def test_a_forward_may_choose_among_the_modules_of_a_container(lists: bool) -> N
 
     names = ("m.heads.0", "m.heads.1", "m.body")
     tree = lt.AdapterTree()
-    tree.add("a", adapter=lt.Adapter({n: lt.LowRank(torch.ones(1, 4), torch.ones(4, 1)) for n in names}))
+    tree.add(
+        "a", adapter=lt.Adapter({n: lt.LowRank(torch.ones(1, 4), torch.ones(4, 1)) for n in names})
+    )
     base = Base(chooser := Chooser())
     model = lt.attach(tree, base)
     x, delta = torch.randn(2, 4), torch.ones(4, 4)
     model.activate("a", mode="unmerged")
     with pytest.raises(MergedOnly, match=r"m\.body: Chooser ran without calling it"):
         chooser(x, head=False)
-    expected = x @ (chooser.body.weight + delta).mT @ (chooser.get_parameter("heads.0.weight") + delta).mT
+    expected = (
+        x @ (chooser.body.weight + delta).mT @ (chooser.get_parameter("heads.0.weight") + delta).mT
+    )
     torch.testing.assert_close(base(x), expected)
 
 
@@ -495,7 +530,9 @@ def test_tied_weights_are_refused_with_the_choices() -> None:
     tree = lt.AdapterTree()
     tree.add("a", adapter=lt.Adapter({"head": lt.LowRank(torch.ones(1, 3), torch.ones(5, 1))}))
     model = lt.attach(tree, base)
-    with pytest.raises(TiedWeights, match=r"head: its weight is tied to embed\.weight[\s\S]*unmerged[\s\S]*untie"):
+    with pytest.raises(
+        TiedWeights, match=r"head: its weight is tied to embed\.weight[\s\S]*unmerged[\s\S]*untie"
+    ):
         model.activate("a")
     bare = base(torch.tensor([1]))
     h = base.embed(torch.tensor([1]))
@@ -513,7 +550,10 @@ def test_weights_that_are_not_plain_are_refused() -> None:
     with pytest.raises(BaseMismatch, match="meta device"):
         lt.attach(tree, Base(nn.Linear(4, 3, device="meta"))).activate("a")
     odd = lt.AdapterTree()
-    odd.add("a", adapter=lt.Adapter({"m": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1), layout=EMBEDDING)}))
+    odd.add(
+        "a",
+        adapter=lt.Adapter({"m": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1), layout=EMBEDDING)}),
+    )
     with pytest.raises(BaseMismatch, match="max_norm"):
         lt.attach(odd, Base(nn.Embedding(4, 3, max_norm=1.0))).activate("a")
 
@@ -541,8 +581,14 @@ def test_a_quantised_layer_is_unmerged_only() -> None:
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"mm": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))}, "a: mm: the base has no such module"),
-        ({"m": lt.LowRank(torch.ones(1, 5), torch.ones(3, 1))}, r"a: m: A is \(1, 5\).*needs \(1, 4\) and \(3, 1\)"),
+        (
+            {"mm": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))},
+            "a: mm: the base has no such module",
+        ),
+        (
+            {"m": lt.LowRank(torch.ones(1, 5), torch.ones(3, 1))},
+            r"a: m: A is \(1, 5\).*needs \(1, 4\) and \(3, 1\)",
+        ),
         (
             {"m": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1), layout=EMBEDDING)},
             "an embedding delta.* a Linear there",
@@ -557,7 +603,9 @@ def test_what_does_not_fit_is_named(adapter: dict[str, lt.LowRank], message: str
     tree.add("a", adapter=lt.Adapter(adapter, base="org/other"))
     with pytest.raises(BaseMismatch, match=message) as caught:
         lt.attach(tree, base).activate("a")
-    assert "the adapter names base 'org/other', the model attached is 'org/one'" in str(caught.value)
+    assert "the adapter names base 'org/other', the model attached is 'org/one'" in str(
+        caught.value
+    )
 
 
 def test_a_convolution_with_a_forward_of_its_own_is_merged_only() -> None:
@@ -576,13 +624,17 @@ def test_a_convolution_with_a_forward_of_its_own_is_merged_only() -> None:
     W = base.m.weight.detach() + (B @ A).reshape(3, 2, 2, 2)
     expected = F.conv2d(x, W - W.mean((1, 2, 3), keepdim=True), base.m.bias)
     model = lt.attach(tree, base)
-    with pytest.raises(MergedOnly, match="m: can't run unmerged: Standardised has a forward of its own"):
+    with pytest.raises(
+        MergedOnly, match="m: can't run unmerged: Standardised has a forward of its own"
+    ):
         model.activate("a", mode="unmerged")
     with model.using("a"):
         torch.testing.assert_close(base(x), expected)
 
 
-def test_raw_parameters_of_siblings_flatten_in_the_order_their_module_registers_them(tmp_path: Path) -> None:
+def test_raw_parameters_of_siblings_flatten_in_the_order_their_module_registers_them(
+    tmp_path: Path,
+) -> None:
     """Each node alone has nothing to order; what PEFT reads of both together stands and falls with the order."""
 
     class Pair(nn.Module):
@@ -612,7 +664,9 @@ def test_an_empty_weight_is_no_target() -> None:
     lt.attach(tree, base).detach()
     assert tree.outline("all").ranks == {"some": 2}  # type: ignore[union-attr]
     tree.add("named", target_modules=["none"])
-    with pytest.raises(BaseMismatch, match=r"named: none: its weight is empty, \(4, 0\).*\n.*exclude_modules"):
+    with pytest.raises(
+        BaseMismatch, match=r"named: none: its weight is empty, \(4, 0\).*\n.*exclude_modules"
+    ):
         lt.attach(tree, base)
 
 
@@ -622,7 +676,9 @@ def test_a_lazy_layer_is_not_passed_over() -> None:
     tree = lt.AdapterTree(defaults=dict(r=2, target_modules="all-linear"))
     tree.add("fr")
     base = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
-    with pytest.raises(BaseMismatch, match=r"fr: 0: its weight is empty.*\n.*where it is lazy, run the base once"):
+    with pytest.raises(
+        BaseMismatch, match=r"fr: 0: its weight is empty.*\n.*where it is lazy, run the base once"
+    ):
         lt.attach(tree, base)
     base(torch.zeros(1, 5))
     lt.attach(tree, base)

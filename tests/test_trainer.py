@@ -15,21 +15,38 @@ import joint
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, default_data_collator
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 
 import lora_tree as lt
-from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError, StateError
+from lora_tree.errors import (
+    DivergedError,
+    FolderError,
+    FormatError,
+    PathError,
+    SpecError,
+    StateError,
+)
 from lora_tree.integrations.transformers import TreeTrainer
 
 MIXED = ["a/b/c", "d", "a/b/c", "", "a", "a/b", "d", "d", "a/b/c", "a/b", "a", "a", "", "", "", ""]
 
 
-def run(folder: Path, *training: str, rows: Any = None, more: Any = None, **args: Any) -> tuple[TreeTrainer, Any]:
+def run(
+    folder: Path, *training: str, rows: Any = None, more: Any = None, **args: Any
+) -> tuple[TreeTrainer, Any]:
     base = joint.base()
     model = lt.attach(joint.tree(base), base)
     groups = joint.groups(model, *training)
     rows = joint.rows(MIXED) if rows is None else rows
-    made = TreeTrainer(model, joint.arguments(folder, **args), groups=groups, train_dataset=rows, **(more or {}))
+    made = TreeTrainer(
+        model, joint.arguments(folder, **args), groups=groups, train_dataset=rows, **(more or {})
+    )
     return made, model
 
 
@@ -37,7 +54,9 @@ def run(folder: Path, *training: str, rows: Any = None, more: Any = None, **args
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_node_moves_as_by_itself(tmp_path: Path, checkpointing: bool) -> None:
     training, weights = ("a", "a/b/c", "d"), {"d": 3.0}
-    trainer, model = run(tmp_path, *training, more=dict(path_weights=weights), activation_checkpointing=checkpointing)
+    trainer, model = run(
+        tmp_path, *training, more=dict(path_weights=weights), activation_checkpointing=checkpointing
+    )
     before = {n: p.clone() for n, p in model.base.named_parameters()}
     trainer.args.num_train_epochs = 2
     trainer.train()
@@ -47,18 +66,33 @@ def test_every_node_moves_as_by_itself(tmp_path: Path, checkpointing: bool) -> N
             hand.step(rows[start : start + 4])
     hand.same_as(joint.factors(model.tree))
     assert all(torch.equal(p, before[n]) for n, p in model.base.named_parameters())
-    for log, wanted in zip([log for log in trainer.state.log_history if "loss" in log], hand.losses, strict=True):
-        told = {key.removeprefix("loss/"): value for key, value in log.items() if key.startswith("loss/")}
-        assert told == pytest.approx({path or "(base)": loss for path, loss in wanted.items()}, rel=1e-9)
-        assert log["loss"] == pytest.approx(sum(weights.get(p, 1.0) * x for p, x in wanted.items()), rel=1e-5)
-        assert {key for key in log if key.startswith("learning_rate/")} == {f"learning_rate/{p}" for p in training}
+    for log, wanted in zip(
+        [log for log in trainer.state.log_history if "loss" in log], hand.losses, strict=True
+    ):
+        told = {
+            key.removeprefix("loss/"): value
+            for key, value in log.items()
+            if key.startswith("loss/")
+        }
+        assert told == pytest.approx(
+            {path or "(base)": loss for path, loss in wanted.items()}, rel=1e-9
+        )
+        assert log["loss"] == pytest.approx(
+            sum(weights.get(p, 1.0) * x for p, x in wanted.items()), rel=1e-5
+        )
+        assert {key for key in log if key.startswith("learning_rate/")} == {
+            f"learning_rate/{p}" for p in training
+        }
 
 
 def test_what_a_group_does_not_say_is_as_the_arguments_say(tmp_path: Path) -> None:
     trainer, model = run(tmp_path, "a", "d", learning_rate=0.25)
     groups = model.trainable("a", "d")
     trainer = TreeTrainer(
-        model, trainer.args, train_dataset=joint.rows(MIXED), groups=[{**groups[0], "clip_norm": None}, groups[1]]
+        model,
+        trainer.args,
+        train_dataset=joint.rows(MIXED),
+        groups=[{**groups[0], "clip_norm": None}, groups[1]],
     )
     made = trainer.create_optimizer().param_groups
     assert [(g["name"], g["lr"], g["weight_decay"], g["clip_norm"]) for g in made] == [
@@ -66,7 +100,10 @@ def test_what_a_group_does_not_say_is_as_the_arguments_say(tmp_path: Path) -> No
         ("d", 0.25, joint.DECAY, joint.CLIP),
     ]
     alone = TreeTrainer(
-        model, trainer.args, train_dataset=joint.rows(MIXED), optimizers=(torch.optim.SGD(groups, lr=1.0), None)
+        model,
+        trainer.args,
+        train_dataset=joint.rows(MIXED),
+        optimizers=(torch.optim.SGD(groups, lr=1.0), None),
     )
     assert type(alone.create_optimizer()) is torch.optim.SGD
 
@@ -74,13 +111,20 @@ def test_what_a_group_does_not_say_is_as_the_arguments_say(tmp_path: Path) -> No
 def test_evaluation_has_a_loss_for_every_path(tmp_path: Path) -> None:
     rows = joint.rows(["a/b/c", "d", "d", "", "a/b/c"], seed=9)
     trainer, model = run(
-        tmp_path, "a", more=dict(eval_dataset=rows, path_weights={"d": 2.0}), per_device_eval_batch_size=2
+        tmp_path,
+        "a",
+        more=dict(eval_dataset=rows, path_weights={"d": 2.0}),
+        per_device_eval_batch_size=2,
     )
     found = trainer.evaluate()
     with torch.no_grad():
         wanted = {path: float(loss) for path, loss in joint.ByHand(()).losses_of(rows).items()}
-    assert {p: found[f"eval_loss/{p or '(base)'}"] for p in wanted} == pytest.approx(wanted, rel=1e-9)
-    assert found["eval_loss"] == pytest.approx(wanted["a/b/c"] + 2 * wanted["d"] + wanted[""], rel=1e-9)
+    assert {p: found[f"eval_loss/{p or '(base)'}"] for p in wanted} == pytest.approx(
+        wanted, rel=1e-9
+    )
+    assert found["eval_loss"] == pytest.approx(
+        wanted["a/b/c"] + 2 * wanted["d"] + wanted[""], rel=1e-9
+    )
     assert model.state is lt.State.BARE
     out = trainer.predict(rows)
     assert out.predictions.shape == (5, joint.TOKENS, joint.VOCABULARY)
@@ -92,7 +136,9 @@ def test_a_step_of_rows_that_train_nothing_moves_nothing(tmp_path: Path) -> None
     before = joint.factors(model.tree)
     trainer.train()
     assert all(
-        torch.equal(x, y) for path in before for x, y in zip(before[path], joint.factors(model.tree)[path], strict=True)
+        torch.equal(x, y)
+        for path in before
+        for x, y in zip(before[path], joint.factors(model.tree)[path], strict=True)
     )
 
 
@@ -100,7 +146,9 @@ def test_rows_are_drawn_by_node_with_a_temperature(tmp_path: Path) -> None:
     rows = joint.rows(["d"] * 60 + ["a"] * 4)
     trainer, _ = run(tmp_path, "a", rows=rows, more=dict(temperature=1e9), seed=5)
     drawn = [path for batch in trainer.get_train_dataloader() for path in batch["path"]]
-    assert drawn == [rows[i]["path"] for i in lt.PathSampler([r["path"] for r in rows], temperature=1e9, seed=5)]
+    assert drawn == [
+        rows[i]["path"] for i in lt.PathSampler([r["path"] for r in rows], temperature=1e9, seed=5)
+    ]
     assert 16 < drawn.count("a") < 48
     with pytest.raises(PathError, match="no node 'a/x'"):
         run(tmp_path, "a", rows=joint.rows(["a/x"]), more=dict(temperature=1.0))
@@ -119,7 +167,13 @@ def test_columns_that_the_base_does_not_take_go_and_the_path_stays(tmp_path: Pat
     assert batch["path"] == MIXED[:2]
     assert set(batch) == {"path", "input_ids", "labels"}
     assert {key for row in seen for key in row} == {"input_ids", "labels"}
-    assert set(rows[0]) == {"path", "input_ids", "labels", "note", "source"}  # the caller's rows are as they were
+    assert set(rows[0]) == {
+        "path",
+        "input_ids",
+        "labels",
+        "note",
+        "source",
+    }  # the caller's rows are as they were
 
 
 def test_it_mixes_with_other_trainers(tmp_path: Path) -> None:
@@ -142,16 +196,22 @@ def test_it_mixes_with_other_trainers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [1e-9, 5.0])
-def test_neftune_adds_its_noise_to_the_embeddings_of_training_steps_alone(tmp_path: Path, alpha: float) -> None:
+def test_neftune_adds_its_noise_to_the_embeddings_of_training_steps_alone(
+    tmp_path: Path, alpha: float
+) -> None:
     """Uniform, of magnitude alpha / sqrt(tokens · width): https://arxiv.org/abs/2310.05914 §2."""
     rows = joint.rows(MIXED)
-    trainer, model = run(tmp_path, "a", "d", neftune_noise_alpha=alpha, more=dict(eval_dataset=rows))
+    trainer, model = run(
+        tmp_path, "a", "d", neftune_noise_alpha=alpha, more=dict(eval_dataset=rows)
+    )
     table, far = model.base.get_input_embeddings(), {True: 0.0, False: 0.0}
 
     def decoder_sees(module: Any, args: Any, kwargs: Any) -> None:
         embeds = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         clean = table.weight[seen[-1]]
-        far[module.training] = max(far[module.training], float((embeds - clean).abs().max().detach()))
+        far[module.training] = max(
+            far[module.training], float((embeds - clean).abs().max().detach())
+        )
 
     seen: list[torch.Tensor] = []
     hooks = [
@@ -180,13 +240,19 @@ def test_neftune_adds_its_noise_to_the_embeddings_of_training_steps_alone(tmp_pa
 
 def test_an_argument_that_asks_the_base_for_what_it_lacks_is_refused(tmp_path: Path) -> None:
     for argument, value in (("neftune_noise_alpha", 5.0), ("activation_checkpointing", True)):
-        base = torch.nn.Sequential(torch.nn.Embedding(joint.VOCABULARY, 8), torch.nn.Linear(8, joint.VOCABULARY))
+        base = torch.nn.Sequential(
+            torch.nn.Embedding(joint.VOCABULARY, 8), torch.nn.Linear(8, joint.VOCABULARY)
+        )
         tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["1"]))
         tree.add("a")
         model = lt.attach(tree, base)
         model.trainable("a")
         with pytest.raises(SpecError, match=f"{argument}: Sequential has no "):
-            TreeTrainer(model, joint.arguments(tmp_path, **{argument: value}), train_dataset=joint.rows(["a"]))
+            TreeTrainer(
+                model,
+                joint.arguments(tmp_path, **{argument: value}),
+                train_dataset=joint.rows(["a"]),
+            )
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -222,7 +288,9 @@ def resumable(folder: Path, temperature: float | None, **more: Any) -> tuple[Tre
 
 
 def killed_run(folder: str, temperature: str) -> None:
-    trainer, _ = resumable(Path(folder), float(temperature) if temperature else None, callbacks=[KillAt(7)])
+    trainer, _ = resumable(
+        Path(folder), float(temperature) if temperature else None, callbacks=[KillAt(7)]
+    )
     trainer.train()
 
 
@@ -233,7 +301,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, temperature: floa
     command = [sys.executable, "-c", code, str(tmp_path / "cut"), str(temperature or "")]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
     whole, straight = resumable(tmp_path / "whole", temperature)
     whole.train()
     torch.manual_seed(12345)  # whatever happened before, the run's own state counts
@@ -241,8 +313,13 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, temperature: floa
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == whole.state.global_step == 12
     wanted, got = joint.factors(straight.tree), joint.factors(resumed.tree)
-    assert all(torch.equal(x, y) for path in wanted for x, y in zip(wanted[path], got[path], strict=True))
-    states = [[o.state[p] for g in o.param_groups for p in g["params"]] for o in (whole.optimizer, again.optimizer)]
+    assert all(
+        torch.equal(x, y) for path in wanted for x, y in zip(wanted[path], got[path], strict=True)
+    )
+    states = [
+        [o.state[p] for g in o.param_groups for p in g["params"]]
+        for o in (whole.optimizer, again.optimizer)
+    ]
     for one, other in zip(*states, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     for name in ("optimizer.pt", "scheduler.pt", "factors.safetensors", "rng_state.pth"):
@@ -250,7 +327,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, temperature: floa
         assert name == "rng_state.pth" or last[0] == last[1], name
 
 
-def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, _ = resumable(tmp_path, None)
     real = Trainer._save_rng_state
 
@@ -296,12 +375,16 @@ def test_a_checkpoint_over_the_limit_loses_its_name_before_its_files(
     else:
         trainer.train()
     there = sorted(p.name for p in tmp_path.iterdir() if p.name != ".unfinished")
-    assert there == (["checkpoint-4", "checkpoint-6"] if killed else ["checkpoint-10", "checkpoint-12"])
+    assert there == (
+        ["checkpoint-4", "checkpoint-6"] if killed else ["checkpoint-10", "checkpoint-12"]
+    )
     assert all((tmp_path / name / "factors.safetensors").is_file() for name in there)
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_it_resumes_from_a_checkpoint_that_it_was_killed_at_replacing(tmp_path: Path, named: bool) -> None:
+def test_it_resumes_from_a_checkpoint_that_it_was_killed_at_replacing(
+    tmp_path: Path, named: bool
+) -> None:
     trainer, _ = run(tmp_path, "d", max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     (tmp_path / ".unfinished").mkdir()
@@ -312,14 +395,22 @@ def test_it_resumes_from_a_checkpoint_that_it_was_killed_at_replacing(tmp_path: 
     whole.train()
     assert again.state.global_step == whole.state.global_step == 2
     wanted, got = joint.factors(straight.tree), joint.factors(resumed.tree)
-    assert all(torch.equal(x, y) for path in wanted for x, y in zip(wanted[path], got[path], strict=True))
+    assert all(
+        torch.equal(x, y) for path in wanted for x, y in zip(wanted[path], got[path], strict=True)
+    )
 
 
 def test_the_best_checkpoint_is_known_by_its_own_name_and_comes_back(tmp_path: Path) -> None:
-    evaluated: dict[str, Any] = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="loss/d")
-    saved: dict[str, Any] = dict(save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True)
+    evaluated: dict[str, Any] = dict(
+        eval_strategy="steps", eval_steps=2, metric_for_best_model="loss/d"
+    )
+    saved: dict[str, Any] = dict(
+        save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True
+    )
     more = dict(eval_dataset=joint.rows(["d"] * 3, 8))
-    trainer, _ = run(tmp_path, "d", more=more, max_steps=8, greater_is_better=True, **evaluated, **saved)
+    trainer, _ = run(
+        tmp_path, "d", more=more, max_steps=8, greater_is_better=True, **evaluated, **saved
+    )
     trainer.train()  # greater is better: the first one is the best, since training goes down
     best = trainer.state.best_model_checkpoint
     assert [str(p) for p in tmp_path.iterdir()] == [best]
@@ -340,7 +431,15 @@ def test_it_trains_in_bf16(tmp_path: Path) -> None:
 
 
 def test_encoders_and_decoders_train_too(tmp_path: Path) -> None:
-    sizes = dict(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    sizes = dict(
+        vocab_size=20,
+        d_model=8,
+        d_kv=4,
+        d_ff=12,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
     torch.manual_seed(0)
     base = T5ForConditionalGeneration(T5Config(**sizes))
     tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["q", "v"]))
@@ -348,7 +447,9 @@ def test_encoders_and_decoders_train_too(tmp_path: Path) -> None:
     model = lt.attach(tree, base)
     model.trainable("a")
     rows = joint.rows(["a", "", "a", "a"])
-    trainer = TreeTrainer(model, joint.arguments(tmp_path, max_steps=1), train_dataset=rows, eval_dataset=rows)
+    trainer = TreeTrainer(
+        model, joint.arguments(tmp_path, max_steps=1), train_dataset=rows, eval_dataset=rows
+    )
     found = trainer.evaluate()
     for path, mine in (("a", [rows[0], rows[2], rows[3]]), ("(base)", [rows[1]])):
         batch = {key: torch.tensor([row[key] for row in mine]) for key in ("input_ids", "labels")}
@@ -375,7 +476,9 @@ def test_a_base_of_ones_own_trains_too(tmp_path: Path) -> None:
     model = lt.attach(tree, Own())
     model.trainable("a")
     rows = joint.rows(["a", "", "a", "a"])
-    trainer = TreeTrainer(model, joint.arguments(tmp_path, num_train_epochs=20), train_dataset=rows, eval_dataset=rows)
+    trainer = TreeTrainer(
+        model, joint.arguments(tmp_path, num_train_epochs=20), train_dataset=rows, eval_dataset=rows
+    )
     before = trainer.evaluate()
     assert trainer.predict(rows).predictions.shape == (4, joint.TOKENS, 20)
     trainer.train()
@@ -388,16 +491,27 @@ def test_a_node_of_a_checkpoint_can_be_promoted_and_the_tree_is_saved(tmp_path: 
     zoo = tmp_path / "zoo"
     joint.tree(joint.base()).save(zoo)
     more = dict(save_to=tmp_path / "trained")
-    trainer, model = run(tmp_path / "run", "a/b", "d", more=more, save_strategy="steps", save_steps=2)
+    trainer, model = run(
+        tmp_path / "run", "a/b", "d", more=more, save_strategy="steps", save_steps=2
+    )
     trainer.train()
     trained = joint.factors(model.tree)
     nodes = tmp_path / "run/checkpoint-12/nodes"
-    assert sorted(str(p.parent.relative_to(nodes)) for p in nodes.rglob("*.safetensors")) == ["a/b", "d"]
+    assert sorted(str(p.parent.relative_to(nodes)) for p in nodes.rglob("*.safetensors")) == [
+        "a/b",
+        "d",
+    ]
     tree = lt.load(zoo)
     tree.update("a/b", adapter=nodes / "a/b")
-    assert all(torch.equal(x, y) for x, y in zip(joint.factors(tree)["a/b"], trained["a/b"], strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(joint.factors(tree)["a/b"], trained["a/b"], strict=True)
+    )
     saved = joint.factors(lt.load(tmp_path / "trained"))
-    assert all(torch.equal(x, y) for path in trained for x, y in zip(saved[path], trained[path], strict=True))
+    assert all(
+        torch.equal(x, y)
+        for path in trained
+        for x, y in zip(saved[path], trained[path], strict=True)
+    )
 
 
 def test_a_checkpoint_of_other_nodes_changes_nothing(tmp_path: Path) -> None:
@@ -405,7 +519,9 @@ def test_a_checkpoint_of_other_nodes_changes_nothing(tmp_path: Path) -> None:
     trainer.train()
     other, model = run(tmp_path, "a", "d")
     before = joint.factors(model.tree)
-    with pytest.raises(FormatError, match=r"of a, and a, d train now\n  resume with the nodes that trained then"):
+    with pytest.raises(
+        FormatError, match=r"of a, and a, d train now\n  resume with the nodes that trained then"
+    ):
         other.train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-99").mkdir()
     with pytest.raises(FolderError, match=r"no factors.safetensors, so no checkpoint of a tree"):
@@ -423,24 +539,35 @@ def test_a_checkpoint_of_other_nodes_changes_nothing(tmp_path: Path) -> None:
         parameter.data = parameter.data.float()
     with pytest.raises(FormatError, match=r"torch.float64, the node has .* torch.float32"):
         narrow.train(resume_from_checkpoint=True)
-    assert all(torch.equal(x, y) for p in before for x, y in zip(before[p], joint.factors(model.tree)[p], strict=True))
+    assert all(
+        torch.equal(x, y)
+        for p in before
+        for x, y in zip(before[p], joint.factors(model.tree)[p], strict=True)
+    )
 
 
-def test_a_run_that_diverges_stops_at_its_step_saves_nothing_and_gives_back_what_it_began_with(tmp_path: Path) -> None:
+def test_a_run_that_diverges_stops_at_its_step_saves_nothing_and_gives_back_what_it_began_with(
+    tmp_path: Path,
+) -> None:
     zoo = tmp_path / "zoo"
     joint.tree(joint.base()).save(zoo)
     good = {file: file.read_bytes() for file in zoo.rglob("*") if file.is_file()}
     more = dict(save_to=zoo)
-    trainer, model = run(tmp_path / "run", "a/b", "d", more=more, save_strategy="steps", save_steps=1)
+    trainer, model = run(
+        tmp_path / "run", "a/b", "d", more=more, save_strategy="steps", save_steps=1
+    )
     for group in trainer._groups:
         group["lr"] = 1e200
     before = joint.factors(model.tree)
     with pytest.raises(
-        DivergedError, match=r"^(a/b|d|a/b, d|.*): step [23]: the (loss is|factors are) not finite; losses of"
+        DivergedError,
+        match=r"^(a/b|d|a/b, d|.*): step [23]: the (loss is|factors are) not finite; losses of",
     ):
         trainer.train()
     after = joint.factors(model.tree)
-    assert all(torch.equal(x, y) for path in before for x, y in zip(before[path], after[path], strict=True))
+    assert all(
+        torch.equal(x, y) for path in before for x, y in zip(before[path], after[path], strict=True)
+    )
     assert {file: file.read_bytes() for file in good} == good
     for kept in (tmp_path / "run").rglob("factors.safetensors"):
         assert all(t.isfinite().all() for t in load_file(kept).values())
@@ -458,7 +585,9 @@ def test_a_trainer_of_the_bare_base_is_refused_while_nodes_train(tmp_path: Path)
     model.trainable("a")
     rows = [{key: row[key] for key in ("input_ids", "labels")} for row in joint.rows(["a"] * 4)]
     plain = Trainer(base, joint.arguments(tmp_path), train_dataset=rows)
-    refused = pytest.raises(StateError, match=r"a Trainer was given the bare base while nodes train: it would move no")
+    refused = pytest.raises(
+        StateError, match=r"a Trainer was given the bare base while nodes train: it would move no"
+    )
     with refused, model.using("a", mode="unmerged"):
         plain.train()
     with refused:
@@ -489,7 +618,9 @@ def test_what_would_not_hold_node_by_node_is_refused(tmp_path: Path) -> None:
 def test_rows_without_a_path_or_labels_are_refused(tmp_path: Path) -> None:
     rows = joint.rows(MIXED)
     bare = [{key: value for key, value in row.items() if key != "path"} for row in rows]
-    with pytest.raises(SpecError, match=r"a row of the data has no 'path'; it has input_ids, labels"):
+    with pytest.raises(
+        SpecError, match=r"a row of the data has no 'path'; it has input_ids, labels"
+    ):
         run(tmp_path, "a", rows=bare)[0].train()
     with pytest.raises(SpecError, match=r"row 0 of the data has no 'path'"):
         run(tmp_path, "a", rows=bare, more=dict(temperature=1.0))

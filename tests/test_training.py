@@ -47,7 +47,11 @@ def tree_of(dtype: torch.dtype = torch.float64) -> lt.AdapterTree:
     tree = lt.AdapterTree()
     for i, path in enumerate(PATHS):
         modules = {
-            name: lt.LowRank(torch.randn(i + 1, into).to(dtype) * 0.3, torch.randn(out, i + 1).to(dtype) * 0.3, 0.5 + i)
+            name: lt.LowRank(
+                torch.randn(i + 1, into).to(dtype) * 0.3,
+                torch.randn(out, i + 1).to(dtype) * 0.3,
+                0.5 + i,
+            )
             for name, (out, into) in SITES.items()
             if (name, path) != ("up", "e")
         }
@@ -66,9 +70,12 @@ class ByHand:
             adapter = tree.adapter(path)
             assert adapter is not None
             self.factors[path] = {
-                n: (v.A.detach().double().clone(), v.B.detach().double().clone()) for n, v in adapter.modules.items()
+                n: (v.A.detach().double().clone(), v.B.detach().double().clone())
+                for n, v in adapter.modules.items()
             }
-        self.scales = {p: {n: v.scale for n, v in tree.adapter(p).modules.items()} for p in tree.paths()}  # type: ignore[union-attr]
+        self.scales = {
+            p: {n: v.scale for n, v in tree.adapter(p).modules.items()} for p in tree.paths()
+        }  # type: ignore[union-attr]
 
     def parameters(self, path: str) -> list[Tensor]:
         return [t for pair in self.factors[path].values() for t in pair]
@@ -97,7 +104,9 @@ class ByHand:
         return torch.stack([torch.stack(mine).mean() for mine in each.values()]).sum()
 
 
-def batches_of(rng: random.Random, paths: Sequence[str], count: int) -> list[tuple[Tensor, Tensor, list[str]]]:
+def batches_of(
+    rng: random.Random, paths: Sequence[str], count: int
+) -> list[tuple[Tensor, Tensor, list[str]]]:
     made = []
     for _ in range(count):
         rows = [rng.choice(paths) for _ in range(rng.randint(1, 6))]
@@ -161,7 +170,13 @@ def test_a_joint_step_is_every_nodes_own_step(optimiser: str, seed: int) -> None
             wanted.backward()
         seen = {node for _, _, paths in batches for path in paths for node in tree.lineage(path)}
         for path, own in theirs.items():
-            norm = math.sqrt(sum(float(t.grad.square().sum()) for t in hand.parameters(path) if t.grad is not None))
+            norm = math.sqrt(
+                sum(
+                    float(t.grad.square().sum())
+                    for t in hand.parameters(path)
+                    if t.grad is not None
+                )
+            )
             if (most := clip[path]) is not None and norm > most:
                 for t in hand.parameters(path):
                     if t.grad is not None:
@@ -221,9 +236,16 @@ def test_an_active_path_counts_its_rows_too_and_evaluation_counts_none() -> None
         for p in group["params"]:
             p.grad = torch.ones_like(p) if group["name"] == "a" else torch.zeros_like(p)
     optimizer.step()
-    moved = {g["name"]: not torch.equal(g["params"][0], before[g["name"]][0]) for g in optimizer.param_groups}
+    moved = {
+        g["name"]: not torch.equal(g["params"][0], before[g["name"]][0])
+        for g in optimizer.param_groups
+    }
     assert moved == {"a": True, "a/d": False, "e": False}
-    assert [bool(optimizer.state[g["params"][0]]) for g in optimizer.param_groups] == [True, False, False]
+    assert [bool(optimizer.state[g["params"][0]]) for g in optimizer.param_groups] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_two_optimisers_step_their_own_nodes() -> None:
@@ -274,7 +296,9 @@ def test_a_forward_that_is_refused_counts_no_rows() -> None:
     before = [p.detach().clone() for p in groups[0]["params"]]
     for p in groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    with pytest.raises(StateError, match="a: its factors have gradients, and no row went through it"):
+    with pytest.raises(
+        StateError, match="a: its factors have gradients, and no row went through it"
+    ):
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(groups[0]["params"], before, strict=True))
 
@@ -293,14 +317,26 @@ def _encoder(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor], list[
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(5)
     if kind == "clip":
-        sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+        sizes = dict(
+            hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+        )
         vision = dict(**sizes, image_size=4, patch_size=2)
-        config = T.CLIPConfig(text_config=dict(**sizes, vocab_size=20), vision_config=vision, projection_dim=6)
+        config = T.CLIPConfig(
+            text_config=dict(**sizes, vocab_size=20), vision_config=vision, projection_dim=6
+        )
         pixels = torch.randn(3, 3, 4, 4, generator=g, dtype=torch.float64)
         clip = T.CLIPModel(config).double()
-        return clip, lambda m: m.get_image_features(pixel_values=pixels).pooler_output, ["vision_model"]  # type: ignore[operator]
+        return (
+            clip,
+            lambda m: m.get_image_features(pixel_values=pixels).pooler_output,
+            ["vision_model"],
+        )  # type: ignore[operator]
     config = T.LlamaConfig(
-        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     ids = torch.randint(0, 20, (3, 5), generator=g)
     llama = T.LlamaForCausalLM(config).double()
@@ -309,7 +345,9 @@ def _encoder(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor], list[
 
 @pytest.mark.parametrize("paths", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("kind", ["clip", "llama"])
-def test_a_loss_through_a_part_of_the_base_trains_what_it_goes_through(kind: str, paths: tuple[str, ...]) -> None:
+def test_a_loss_through_a_part_of_the_base_trains_what_it_goes_through(
+    kind: str, paths: tuple[str, ...]
+) -> None:
     """Against torch's AdamW for each node, on dense float64 weights, over three steps."""
     from torch.func import functional_call
 
@@ -318,9 +356,14 @@ def test_a_loss_through_a_part_of_the_base_trains_what_it_goes_through(kind: str
     for i, path in enumerate(names):
         modules = {}
         for name, module in base.named_modules():
-            if name.split(".")[0] in inside and name.endswith(("q_proj", "v_proj", "fc1", "down_proj")):
+            if name.split(".")[0] in inside and name.endswith(
+                ("q_proj", "v_proj", "fc1", "down_proj")
+            ):
                 out, into = module.weight.shape
-                A, B = torch.randn(i + 1, into).double() * 0.3, torch.randn(out, i + 1).double() * 0.3
+                A, B = (
+                    torch.randn(i + 1, into).double() * 0.3,
+                    torch.randn(out, i + 1).double() * 0.3,
+                )
                 modules[name] = lt.LowRank(A, B, 0.5 + i)
         tree.add(path, adapter=lt.Adapter(modules))
     adapters = {path: tree.adapter(path) for path in names}
@@ -344,7 +387,9 @@ def test_a_loss_through_a_part_of_the_base_trains_what_it_goes_through(kind: str
         weights = {f"base.{n}.weight": base.get_submodule(n).weight for n in own["a"]}
         for node in tree.lineage(path):
             for n, (A, B) in own[node].items():
-                weights[f"base.{n}.weight"] = weights[f"base.{n}.weight"] + adapters[node].modules[n].scale * B @ A  # type: ignore[union-attr]
+                weights[f"base.{n}.weight"] = (
+                    weights[f"base.{n}.weight"] + adapters[node].modules[n].scale * B @ A
+                )  # type: ignore[union-attr]
         return weights
 
     wanted_seen = {node for path in paths for node in tree.lineage(path)}
@@ -389,9 +434,15 @@ def test_a_gradient_that_came_of_no_row_is_refused_and_nothing_moves() -> None:
         penalty = torch.stack([p.square().sum() for p in groups[1]["params"]]).sum()
         (model(torch.randn(2, 3, INTO, dtype=torch.float64)).sum() + penalty).backward()
     before = [p.detach().clone() for group in groups for p in group["params"]]
-    with pytest.raises(StateError, match=r"^e: its factors have gradients, and no row went through it.*\n.*a penalty"):
+    with pytest.raises(
+        StateError,
+        match=r"^e: its factors have gradients, and no row went through it.*\n.*a penalty",
+    ):
         optimizer.step()
-    assert all(torch.equal(p, b) for p, b in zip([p for g in groups for p in g["params"]], before, strict=True))
+    assert all(
+        torch.equal(p, b)
+        for p, b in zip([p for g in groups for p in g["params"]], before, strict=True)
+    )
     assert not optimizer.state
     for p in groups[1]["params"]:
         p.grad = None
@@ -425,7 +476,9 @@ def test_a_step_that_a_scaler_skips_leaves_no_rows_to_the_next(fused: bool, zero
             scaler.scale(model(x).square().mean() * size).backward()
         scaler.step(ours)
         scaler.update()
-        ours.zero_grad(set_to_none=False) if zeroed == "by the optimiser" else model.zero_grad(set_to_none=False)
+        ours.zero_grad(set_to_none=False) if zeroed == "by the optimiser" else model.zero_grad(
+            set_to_none=False
+        )
         if size == math.inf:
             continue
         outs = torch.stack([hand.logits(x[row], path) for row, path in enumerate(paths)])
@@ -519,7 +572,9 @@ def test_modules_whose_names_are_told_apart_by_a_dot_alone_have_parameters_of_th
     own = tree.adapter("fr")
     assert own is not None
     assert set(own.modules) == {"a.b", "a/b", "a~1b"}
-    assert {id(t) for value in own.modules.values() for t in value.tensors} == set(map(id, group["params"]))
+    assert {id(t) for value in own.modules.values() for t in value.tensors} == set(
+        map(id, group["params"])
+    )
 
 
 @pytest.mark.parametrize("strategy", ["nodes", "paths", "grouped", "matrix", "active"])
@@ -556,7 +611,9 @@ def test_dropout_hides_inputs_from_what_trains_alone_one_mask_a_row(strategy: st
         with pytest.raises(SpecError, match="dropout must be from 0 to below 1"):
             model.trainable("a", dropout=wrong)  # type: ignore[arg-type]
     for nameless in (["a", "d"], 3):
-        with pytest.raises(PathError, match=r"a path or pattern is a string like .*\n.*trainable\('fr', 'de'\)"):
+        with pytest.raises(
+            PathError, match=r"a path or pattern is a string like .*\n.*trainable\('fr', 'de'\)"
+        ):
             model.trainable(nameless)  # type: ignore[arg-type]
     assert model.factors.training_paths == ["a/b"]
 
@@ -587,13 +644,18 @@ def test_a_dtype_in_which_nothing_can_train_is_refused_and_changes_nothing(wrong
         model.trainable("a", dtype=wrong)
     assert _what_trains(model) == before
     if wrong != torch.float8_e4m3fn:
-        with pytest.raises(SpecError, match=r"^compute_dtype must be one of torch's floating dtypes"):
+        with pytest.raises(
+            SpecError, match=r"^compute_dtype must be one of torch's floating dtypes"
+        ):
             lt.attach(tree_of(), Net(), compute_dtype=wrong)
 
 
 def test_factors_of_eight_bits_train_in_the_dtype_asked_for() -> None:
     tree = lt.AdapterTree()
-    A, B = torch.ones(1, INTO).to(torch.float8_e4m3fn), torch.ones(HIDDEN, 1).to(torch.float8_e4m3fn)
+    A, B = (
+        torch.ones(1, INTO).to(torch.float8_e4m3fn),
+        torch.ones(HIDDEN, 1).to(torch.float8_e4m3fn),
+    )
     tree.add("x", adapter=lt.Adapter({"up": lt.LowRank(A, B)}))
     (group,) = lt.attach(tree, Net()).trainable("x")
     assert [(p.dtype, float(p.detach().sum())) for p in group["params"]] == [
@@ -658,11 +720,14 @@ def test_the_loss_is_the_weighted_sum_of_each_paths_mean() -> None:
     loss = lt.path_loss(logits, labels, paths, weights={"b": 3.0})
     logp = logits.log_softmax(-1)
     own = {
-        row: [-float(logp[row, t - 1, labels[row, t]]) for t in range(1, 5) if labels[row, t] >= 0] for row in range(4)
+        row: [-float(logp[row, t - 1, labels[row, t]]) for t in range(1, 5) if labels[row, t] >= 0]
+        for row in range(4)
     }
     a, b = [*own[0], *own[2]], own[1]
     means = {"a": sum(a) / len(a), "b": sum(b) / len(b), "a:0.5+b:0.5": 0.0}
-    assert {path: float(part) for path, part in loss.by_path.items()} == pytest.approx(means, rel=1e-6)
+    assert {path: float(part) for path, part in loss.by_path.items()} == pytest.approx(
+        means, rel=1e-6
+    )
     assert float(loss.total) == pytest.approx(means["a"] + 3 * means["b"], rel=1e-6)
     unshifted = lt.path_loss(logits, labels, paths, shift=False).by_path["b"]
     assert float(unshifted) == pytest.approx(float(F.cross_entropy(logits[1], labels[1])), rel=1e-6)
@@ -671,14 +736,23 @@ def test_the_loss_is_the_weighted_sum_of_each_paths_mean() -> None:
 def test_blends_that_differ_in_the_last_bit_have_losses_and_counts_of_their_own() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(0, 7, (3, 5))
-    near: list[lt.Blend] = [{"a": 0.12345671, "b": 0.5}, "b:0.5+a:0.12345672", {"b": 0.5, "a": 0.12345671}]
+    near: list[lt.Blend] = [
+        {"a": 0.12345671, "b": 0.5},
+        "b:0.5+a:0.12345672",
+        {"b": 0.5, "a": 0.12345671},
+    ]
     tree = lt.AdapterTree()
     for path in "ab":
         tree.add(path)
-    assert lt.token_counts(tree, [(labels, near)]) == {"a:0.12345671+b:0.5": 8, "a:0.12345672+b:0.5": 4}
+    assert lt.token_counts(tree, [(labels, near)]) == {
+        "a:0.12345671+b:0.5": 8,
+        "a:0.12345672+b:0.5": 4,
+    }
     loss = lt.path_loss(logits, labels, near, weights={"a:0.12345672 + b:.5": 3.0})
     rows = [float(F.cross_entropy(logits[row, :-1], labels[row, 1:])) for row in range(3)]
-    assert list(map(float, loss.by_path.values())) == pytest.approx([(rows[0] + rows[2]) / 2, rows[1]])
+    assert list(map(float, loss.by_path.values())) == pytest.approx(
+        [(rows[0] + rows[2]) / 2, rows[1]]
+    )
     assert float(loss.total) == pytest.approx((rows[0] + rows[2]) / 2 + 3 * rows[1])
     assert set(lt.path_loss(logits[:1], labels[:1], [{"a": 1.0, "b": 0.0}]).by_path) == {"a"}
     with pytest.raises(SpecError, match=r"weights: 'a:1\.0' is 'a', which stands there already"):
@@ -691,14 +765,18 @@ def test_losses_that_make_no_sense_are_refused() -> None:
         lt.path_loss(logits, labels, ["a"])
     with pytest.raises(SpecError, match="'b' has rows here and no count"):
         lt.path_loss(logits, labels, ["a", "b"], counts={"a": 2})
-    with pytest.raises(SpecError, match="weights name 'x', which is no path of this step, nor is another"):
+    with pytest.raises(
+        SpecError, match="weights name 'x', which is no path of this step, nor is another"
+    ):
         lt.path_loss(logits, labels, ["a", "b"], weights={"x": 2.0}, counts={"a": 2, "b": 2})
     with pytest.raises(SpecError, match="labels of 2 rows, and 1 paths"):
         lt.token_counts(lt.AdapterTree(), [(labels, ["a"])])
 
 
 # ---------------------------------------------------------------------- sampling
-@pytest.mark.parametrize(("temperature", "shares"), [(1.0, (0.8, 0.2)), (2.0, (2 / 3, 1 / 3)), (math.inf, (0.5, 0.5))])
+@pytest.mark.parametrize(
+    ("temperature", "shares"), [(1.0, (0.8, 0.2)), (2.0, (2 / 3, 1 / 3)), (math.inf, (0.5, 0.5))]
+)
 def test_a_temperature_evens_the_paths_out(temperature: float, shares: tuple[float, float]) -> None:
     paths = ["a"] * 80 + ["b"] * 20
     drawn = list(lt.PathSampler(paths, temperature=temperature, length=20_000))
@@ -706,7 +784,9 @@ def test_a_temperature_evens_the_paths_out(temperature: float, shares: tuple[flo
     for path, share in zip("ab", shares, strict=True):
         assert abs(found[path] / 20_000 - share) < 0.02
     of_b = [row for row in drawn if row >= 80]
-    assert all(len(set(of_b[i : i + 20])) == 20 for i in range(0, len(of_b) // 20 * 20, 20))  # each once, then again
+    assert all(
+        len(set(of_b[i : i + 20])) == 20 for i in range(0, len(of_b) // 20 * 20, 20)
+    )  # each once, then again
 
 
 def test_a_sampler_is_a_function_of_seed_and_epoch() -> None:

@@ -119,20 +119,33 @@ STARTS: dict[str, tuple[Do, Told]] = {
         (lt.State.UNMERGED, "a/b"),
     ),
 }
-LEFT = {"using merged": BARE, "using unmerged": (lt.State.MERGED, "c"), "route": (lt.State.UNMERGED, "c")}
+LEFT = {
+    "using merged": BARE,
+    "using unmerged": (lt.State.MERGED, "c"),
+    "route": (lt.State.UNMERGED, "c"),
+}
 
 VERBS: dict[str, tuple[Do, Told | None]] = {  # None: it leaves what is active as it is
     "activate merged": (lambda s: s.model.activate("c"), (lt.State.MERGED, "c")),
     "activate the same merged": (lambda s: s.model.activate("a/b"), (lt.State.MERGED, "a/b")),
-    "activate unmerged": (lambda s: s.model.activate("c", mode="unmerged"), (lt.State.UNMERGED, "c")),
+    "activate unmerged": (
+        lambda s: s.model.activate("c", mode="unmerged"),
+        (lt.State.UNMERGED, "c"),
+    ),
     "activate a blend": (
         lambda s: s.model.activate({"a/b": 0.5, "c": 2.0}),
         (lt.State.MERGED, {"a/b": 0.5, "c": 2.0}),
     ),
     "deactivate": (lambda s: s.model.deactivate(), BARE),
     "using merged": (lambda s: s.enter(s.model.using("c")), (lt.State.MERGED, "c")),
-    "using unmerged": (lambda s: s.enter(s.model.using("c", mode="unmerged")), (lt.State.UNMERGED, "c")),
-    "route": (lambda s: s.enter(s.model.route(("c", "c", "a"))), (lt.State.ROUTED, ("c", "c", "a"))),
+    "using unmerged": (
+        lambda s: s.enter(s.model.using("c", mode="unmerged")),
+        (lt.State.UNMERGED, "c"),
+    ),
+    "route": (
+        lambda s: s.enter(s.model.route(("c", "c", "a"))),
+        (lt.State.ROUTED, ("c", "c", "a")),
+    ),
     "trust pristine": (lambda s: s.model.trust("pristine"), BARE),
     "prefetch": (lambda s: s.model.prefetch("c"), None),
     "trainable": (lambda s: s.model.trainable("c"), None),
@@ -301,8 +314,12 @@ def fails_everywhere(start: str, do: Do, end: Told, *, again: Do | None = None) 
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("verb", ["activate merged", "activate unmerged", "using merged", "route", "trainable"])
-@pytest.mark.parametrize("start", ["merged", "using unmerged", "route", "prepared unmerged", "trained"])
+@pytest.mark.parametrize(
+    "verb", ["activate merged", "activate unmerged", "using merged", "route", "trainable"]
+)
+@pytest.mark.parametrize(
+    "start", ["merged", "using unmerged", "route", "prepared unmerged", "trained"]
+)
 def test_a_verb_that_fails_at_any_point_leaves_the_start_or_the_end(start: str, verb: str) -> None:
     do, end = VERBS[verb]
     if (start, verb) not in REFUSED:

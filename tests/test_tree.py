@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 
 import lora_tree as lt
 from lora_tree.blend import spelled
-from lora_tree.errors import BaseMismatch, FolderError, PathError, ShapeMismatch, SpecError, TreeError
+from lora_tree.errors import (
+    BaseMismatch,
+    FolderError,
+    PathError,
+    ShapeMismatch,
+    SpecError,
+    TreeError,
+)
 from lora_tree.folder.scan import FILES
 from lora_tree.formats.peft_read import PICKLE
 
@@ -30,7 +37,9 @@ def adapter(seed: int, **shapes: tuple[int, int]) -> lt.Adapter:
     return lt.Adapter(
         {
             name.replace("_", "."): lt.LowRank(
-                torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator), 0.5 + seed
+                torch.randn(rank, into, generator=generator),
+                torch.randn(out, rank, generator=generator),
+                0.5 + seed,
             )
             for name, (out, into) in shapes.items()
         }
@@ -44,7 +53,9 @@ def family() -> lt.AdapterTree:
     return tree
 
 
-PATHS = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4).map("/".join), max_size=12)
+PATHS = st.lists(
+    st.lists(st.sampled_from("abcd"), min_size=1, max_size=4).map("/".join), max_size=12
+)
 
 
 def grown(paths: list[str]) -> lt.AdapterTree:
@@ -60,7 +71,9 @@ def grown(paths: list[str]) -> lt.AdapterTree:
 
 @given(PATHS, st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
-def test_the_order_does_not_depend_on_the_order_of_adding(paths: list[str], rng: random.Random) -> None:
+def test_the_order_does_not_depend_on_the_order_of_adding(
+    paths: list[str], rng: random.Random
+) -> None:
     one = grown(paths)
     rng.shuffle(paths)
     assert grown(paths).paths() == one.paths()
@@ -76,14 +89,20 @@ def test_lineages_agree_with_the_graph(paths: list[str]) -> None:
         assert tree.lineage(path) == nx.shortest_path(tree.graph, "", path)[1:]
         assert set(tree.paths(path)) == nx.descendants(tree.graph, path)
         for other in everything:
-            assert tree.common_ancestor(path, other) == nx.lowest_common_ancestor(tree.graph, path, other)
+            assert tree.common_ancestor(path, other) == nx.lowest_common_ancestor(
+                tree.graph, path, other
+            )
     preorder = list(nx.dfs_preorder_nodes(tree.graph, "", sort_neighbors=sorted))
     assert tree.paths() == preorder[1:]
 
 
 def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
     tree = family()
-    assert tree.coefficients("fr/legal/seven") == {"fr": 1.0, "fr/legal": 0.9, "fr/legal/seven": 0.7}
+    assert tree.coefficients("fr/legal/seven") == {
+        "fr": 1.0,
+        "fr/legal": 0.9,
+        "fr/legal/seven": 0.7,
+    }
     assert tree.coefficients({"fr/legal": 0.1, "fr/medical": 0.2, "fr": 0.7}) == {
         "fr": 1.0,  # 0.1 + 0.2 + 0.7, without the last bit that a plain sum loses
         "fr/legal": 0.1 * 0.9,
@@ -91,7 +110,10 @@ def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
     }
     assert tree.coefficients("") == {}
     assert tree.coefficients({"fr": 1.0, "": 3.0}) == {"fr": 1.0}
-    assert tree.coefficients({"fr/legal": 1.0, "fr/medical": -1.0}) == {"fr/legal": 0.9, "fr/medical": -0.8}
+    assert tree.coefficients({"fr/legal": 1.0, "fr/medical": -1.0}) == {
+        "fr/legal": 0.9,
+        "fr/medical": -0.8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -119,7 +141,9 @@ BLENDS = st.dictionaries(st.sampled_from(["", "fr", "fr/legal", "fr-x", "de"]), 
 
 
 @given(BLENDS)
-def test_the_one_spelling_of_a_blend_reads_back_to_the_same_weights_to_the_bit(blend: dict[str, float]) -> None:
+def test_the_one_spelling_of_a_blend_reads_back_to_the_same_weights_to_the_bit(
+    blend: dict[str, float],
+) -> None:
     meant = {path: weight for path, weight in blend.items() if path and weight}
     read = {path: weight for path, weight in lt.parse_blend(spelled(blend)).items() if path}
     assert read == meant  # plain Python floats, which are equal only to themselves
@@ -131,7 +155,10 @@ def test_the_one_spelling_of_a_blend_reads_back_to_the_same_weights_to_the_bit(b
 def test_two_blends_are_spelled_alike_exactly_where_they_mean_the_same(
     one: dict[str, float], other: dict[str, float]
 ) -> None:
-    meant = [{path: weight for path, weight in blend.items() if path and weight} for blend in (one, other)]
+    meant = [
+        {path: weight for path, weight in blend.items() if path and weight}
+        for blend in (one, other)
+    ]
     assert (spelled(one) == spelled(other)) == (meant[0] == meant[1])
     near = {path: math.nextafter(weight, 0.0) for path, weight in one.items()}
     for path, weight in near.items():
@@ -141,11 +168,15 @@ def test_two_blends_are_spelled_alike_exactly_where_they_mean_the_same(
 
 def test_weights_of_one_value_have_one_spelling_however_they_are_written() -> None:
     assert {spelled(f"fr:{written}") for written in ("1", "1.", "1.0", "1.00", "1e0")} == {"fr"}
-    assert {spelled(f"fr:{written}+de:.5") for written in ("2", "2.0", "20e-1")} == {"de:0.5+fr:2.0"}
+    assert {spelled(f"fr:{written}+de:.5") for written in ("2", "2.0", "20e-1")} == {
+        "de:0.5+fr:2.0"
+    }
     assert lt.parse_blend(spelled({"fr": 1e22, "de": 1e-7})) == {"fr": 1e22, "de": 1e-7}
 
 
-@pytest.mark.parametrize("blend", ["fr/legal/seven", "fr", {"fr/legal/seven": 0.3, "fr/medical": 0.7}, "de:2"])
+@pytest.mark.parametrize(
+    "blend", ["fr/legal/seven", "fr", {"fr/legal/seven": 0.3, "fr/medical": 0.7}, "de:2"]
+)
 def test_flattening_is_the_dense_sum(blend: lt.Blend) -> None:
     tree = family()
     flat = tree.flatten(blend)
@@ -157,15 +188,21 @@ def test_flattening_is_the_dense_sum(blend: lt.Blend) -> None:
             for a in (tree.adapter(node),)
             if a is not None
         )
-        torch.testing.assert_close(flat.modules[name].dense(dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            flat.modules[name].dense(dtype=torch.float64), expected, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_flattening_to_a_rank_or_an_error_says_what_it_cost() -> None:
     tree = family()
-    exact = {n: v.dense(dtype=torch.float64) for n, v in tree.flatten("fr/legal/seven").modules.items()}
+    exact = {
+        n: v.dense(dtype=torch.float64) for n, v in tree.flatten("fr/legal/seven").modules.items()
+    }
     for flat in (tree.flatten("fr/legal/seven", 2), tree.flatten("fr/legal/seven", max_error=0.4)):
         for name, value in flat.modules.items():
-            error = float((value.dense(dtype=torch.float64) - exact[name]).norm() / exact[name].norm())
+            error = float(
+                (value.dense(dtype=torch.float64) - exact[name]).norm() / exact[name].norm()
+            )
             assert flat.errors.get(name, 0.0) == pytest.approx(error, abs=1e-6)
         assert flat.error == max(flat.errors.values(), default=0.0)
     assert set(tree.flatten("fr/legal/seven", 2).ranks.values()) == {2}
@@ -177,11 +214,15 @@ def test_flattening_nodes_that_do_not_fit_together_names_them_and_the_module() -
     tree = family()
     tree.add("fr/between", adapter=adapter(2, v=(3, 5)))
     tree.add("fr/between/odd", adapter=adapter(1, q=(4, 6)))
-    with pytest.raises(ShapeMismatch, match=r"^fr and fr/between/odd: q: \(4, 5\) \(linear\) and \(4, 6\)"):
+    with pytest.raises(
+        ShapeMismatch, match=r"^fr and fr/between/odd: q: \(4, 5\) \(linear\) and \(4, 6\)"
+    ):
         tree.flatten("fr/between/odd")
     tree.add("de/other", adapter=replace(adapter(1), unchanged={"q.bias": torch.ones(2)}))
     tree.update("de", adapter=replace(adapter(1), unchanged={"q.bias": torch.zeros(2)}))
-    with pytest.raises(BaseMismatch, match=r"^de and de/other: q\.bias: two adapters carry different values"):
+    with pytest.raises(
+        BaseMismatch, match=r"^de and de/other: q\.bias: two adapters carry different values"
+    ):
         tree.flatten("de/other")
 
 
@@ -189,18 +230,24 @@ def test_flattening_nodes_that_do_not_fit_together_names_them_and_the_module() -
 def test_a_factor_that_a_dtype_can_not_hold_is_refused(dtype: torch.dtype, largest: float) -> None:
     tree = lt.AdapterTree()
     tree.add("fr", adapter=lt.Adapter({"q": lt.LowRank(torch.full((1, 2), 1e5), torch.ones(2, 1))}))
-    with pytest.raises(SpecError, match=rf"^fr: q: a factor goes up to 1e\+05, {str(dtype)[6:]} to {largest}\n"):
+    with pytest.raises(
+        SpecError, match=rf"^fr: q: a factor goes up to 1e\+05, {str(dtype)[6:]} to {largest}\n"
+    ):
         tree.flatten("fr", dtype=dtype)
     assert not tree.flatten("fr", dtype=torch.float64).rounded
     assert tree.adapter("fr").to(device="meta", dtype=dtype).modules["q"].dtype == dtype  # type: ignore[union-attr]
-    tree.update("fr", adapter=lt.Adapter({"q": lt.LowRank(torch.full((1, 2), torch.inf), torch.ones(2, 1))}))
+    tree.update(
+        "fr", adapter=lt.Adapter({"q": lt.LowRank(torch.full((1, 2), torch.inf), torch.ones(2, 1))})
+    )
     assert tree.flatten("fr", dtype=dtype).modules["q"].dtype == dtype  # it was not finite before
 
 
 def test_rounding_is_told_and_only_where_a_number_changed() -> None:
     half, third = torch.full((1, 2), 0.5), torch.full((1, 2), 1 / 3)
     tree = lt.AdapterTree()
-    tree.add("fr", adapter=lt.Adapter({"q": lt.LowRank(half, half.mT), "v": lt.LowRank(half, third.mT)}))
+    tree.add(
+        "fr", adapter=lt.Adapter({"q": lt.LowRank(half, half.mT), "v": lt.LowRank(half, third.mT)})
+    )
     assert tree.flatten("fr").rounded == set()
     assert tree.flatten("fr", dtype=torch.float32).rounded == set()
     assert tree.flatten("fr", dtype=torch.bfloat16).rounded == {"v"}
@@ -213,7 +260,10 @@ def test_a_scale_that_makes_finite_factors_infinite_is_refused() -> None:
     tree.add("fr", adapter=large)
     tree.add("fr/legal", adapter=large, weight=1e10)
     for arguments in ({}, {"rank": 1}, {"dtype": torch.bfloat16}):
-        with pytest.raises(SpecError, match=r"^fr, fr/legal: q: the factors are finite, but not their scales times B"):
+        with pytest.raises(
+            SpecError,
+            match=r"^fr, fr/legal: q: the factors are finite, but not their scales times B",
+        ):
             tree.flatten("fr/legal", **arguments)  # type: ignore[arg-type]
     tree.add("de", adapter=large, weight=1e308)
     tree.update("de", adapter=large.scaled(10))
@@ -223,26 +273,36 @@ def test_a_scale_that_makes_finite_factors_infinite_is_refused() -> None:
 
 def test_factors_that_were_never_finite_are_named_where_they_can_not_be_cut() -> None:
     tree = family()
-    tree.add("fr/broken", adapter=lt.Adapter({"q": lt.LowRank(torch.full((2, 5), torch.nan), torch.ones(4, 2))}))
+    tree.add(
+        "fr/broken",
+        adapter=lt.Adapter({"q": lt.LowRank(torch.full((2, 5), torch.nan), torch.ones(4, 2))}),
+    )
     with pytest.raises(SpecError, match=r"^fr/broken: q: the factors are not finite"):
         tree.flatten("fr/broken", 1)
     assert not tree.flatten("fr/broken").modules["q"].is_finite  # what was put in, as it was put in
 
 
-@pytest.mark.parametrize("blend", ["fr:1e308+fr/legal:1.7e308", {"fr/legal": 1.7e308, "fr/medical": 1.7e308}])
+@pytest.mark.parametrize(
+    "blend", ["fr:1e308+fr/legal:1.7e308", {"fr/legal": 1.7e308, "fr/medical": 1.7e308}]
+)
 def test_a_coefficient_too_large_for_a_float_is_refused(blend: lt.Blend) -> None:
-    with pytest.raises(SpecError, match=r"^fr: its coefficient \(.* \+ .*\) · 1 is too large for a float$"):
+    with pytest.raises(
+        SpecError, match=r"^fr: its coefficient \(.* \+ .*\) · 1 is too large for a float$"
+    ):
         family().coefficients(blend)
     tree = family()
     tree.update("de", weight=1e10)
-    with pytest.raises(SpecError, match=r"^de: its coefficient \(1e\+300\) · 1e\+10 is too large for a float$"):
+    with pytest.raises(
+        SpecError, match=r"^de: its coefficient \(1e\+300\) · 1e\+10 is too large for a float$"
+    ):
         tree.flatten({"de": 1e300})
     with pytest.raises(SpecError, match="must be a finite number"):
         tree.flatten({"de": 10**5000})
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".a", "a.", "a b", "ä", "con", "NUL.txt", "a" * 129, "a/b/", "x\n", "-\0"]
+    "name",
+    ["", ".", "..", ".a", "a.", "a b", "ä", "con", "NUL.txt", "a" * 129, "a/b/", "x\n", "-\0"],
 )
 def test_a_name_that_is_no_safe_file_name_is_refused(name: str) -> None:
     with pytest.raises(PathError):
@@ -253,17 +313,28 @@ def test_a_name_that_is_no_safe_file_name_is_refused(name: str) -> None:
 def test_a_name_of_an_adapter_s_file_is_refused_at_every_depth(name: str) -> None:
     tree = family()
     for parent in ("", "fr/"):
-        with pytest.raises(PathError, match=r"is not a valid node name: it is that of an adapter's file .*\n  choose"):
+        with pytest.raises(
+            PathError,
+            match=r"is not a valid node name: it is that of an adapter's file .*\n  choose",
+        ):
             tree.add(f"{parent}{name}")
     with pytest.raises(PathError, match="is that of an adapter's file"):
         tree.rename("fr/legal", name)
 
 
-@pytest.mark.parametrize("name", ["tree.yaml", "tree.yml", "tree.lock", "other.yml.lock", "Tree.Lock"])
+@pytest.mark.parametrize(
+    "name", ["tree.yaml", "tree.yml", "tree.lock", "other.yml.lock", "Tree.Lock"]
+)
 def test_a_name_of_a_tree_s_file_is_refused_at_the_top_alone(name: str) -> None:
     tree = family()
-    for change in (lambda: tree.add(name), lambda: tree.move("fr/legal", name), lambda: tree.rename("fr", name)):
-        with pytest.raises(PathError, match=r"is not a valid name for a node at the top: .*\n  choose another name"):
+    for change in (
+        lambda: tree.add(name),
+        lambda: tree.move("fr/legal", name),
+        lambda: tree.rename("fr", name),
+    ):
+        with pytest.raises(
+            PathError, match=r"is not a valid name for a node at the top: .*\n  choose another name"
+        ):
             change()
     assert tree.add(f"fr/{name}").name == name
 
@@ -277,7 +348,10 @@ def test_changes_that_can_not_be_made_are_refused_and_change_nothing() -> None:
         (lambda: tree.add("it/legal"), "no node 'it'"),
         (lambda: tree.add("it", weight=float("nan")), "finite"),
         (lambda: tree.add("it", rank=8), "unknown key 'rank'"),
-        (lambda: tree.add("it", adapter=adapter(0, q=(4, 5)), r=8), "has an adapter, or is a group"),
+        (
+            lambda: tree.add("it", adapter=adapter(0, q=(4, 5)), r=8),
+            "has an adapter, or is a group",
+        ),
         (lambda: tree.remove("fr"), "has children: fr/legal, fr/legal/seven, fr/medical"),
         (lambda: tree.remove("nl"), "no node 'nl'"),
         (lambda: tree.move("fr", "fr/legal/fr"), "below itself"),
@@ -327,7 +401,11 @@ def test_any_history_of_changes_leaves_what_a_plain_dict_of_paths_says(data: st.
         return [p for p in held if (p + "/").startswith(path + "/")]
 
     for step in range(data.draw(st.integers(1, 14))):
-        verb = data.draw(st.sampled_from(["add", "add", "move", "rename", "update", "remove"])) if held else "add"
+        verb = (
+            data.draw(st.sampled_from(["add", "add", "move", "rename", "update", "remove"]))
+            if held
+            else "add"
+        )
         before = dict(held)
         try:
             if verb == "add":
@@ -417,12 +495,15 @@ def test_the_tree_can_not_be_changed_through_its_graph() -> None:
     assert not tree.graph.graph
 
 
-@pytest.mark.parametrize("what", [lt.LowRank(torch.ones(2, 5), torch.ones(4, 2)), {"q": 1}, 3, b"fr"])
+@pytest.mark.parametrize(
+    "what", [lt.LowRank(torch.ones(2, 5), torch.ones(4, 2)), {"q": 1}, 3, b"fr"]
+)
 def test_an_adapter_is_an_adapter_or_its_folder(what: Any) -> None:
     tree = family()
     for change in (lambda: tree.add("es", adapter=what), lambda: tree.update("fr", adapter=what)):
         with pytest.raises(
-            SpecError, match=f"(es|fr): expected an Adapter or the folder of one, got {type(what).__name__}"
+            SpecError,
+            match=f"(es|fr): expected an Adapter or the folder of one, got {type(what).__name__}",
         ):
             change()
     assert "es" not in tree
@@ -443,13 +524,17 @@ def test_a_folder_is_named_by_a_string_or_a_path() -> None:
 
 @pytest.mark.parametrize("defaults", ["x", 3, ["r"], [("r", 8)]])
 def test_defaults_are_a_mapping(defaults: Any) -> None:
-    with pytest.raises(SpecError, match=r"defaults: expected a mapping like dict\(r=16, lora_alpha=32\), got"):
+    with pytest.raises(
+        SpecError, match=r"defaults: expected a mapping like dict\(r=16, lora_alpha=32\), got"
+    ):
         lt.AdapterTree(defaults=defaults)
 
 
 @pytest.mark.parametrize("modules", [None, [lt.LowRank(torch.ones(2, 5), torch.ones(4, 2))]])
 def test_an_adapters_modules_are_a_mapping(modules: Any) -> None:
-    with pytest.raises(SpecError, match="an adapter's modules are a mapping from names to LowRanks, got"):
+    with pytest.raises(
+        SpecError, match="an adapter's modules are a mapping from names to LowRanks, got"
+    ):
         lt.Adapter(modules)
 
 
@@ -470,15 +555,21 @@ def same(x: lt.Adapter | None, y: lt.Adapter | None) -> bool:
         own = x.modules[name]
         assert (own.scale, own.layout) == (value.scale, value.layout)
         pairs += zip(own.tensors, value.tensors, strict=True)
-    return all(type(a) is type(b) and torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    return all(
+        type(a) is type(b) and torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs
+    )
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_of_an_adapter_is_the_same_value_in_tensors_of_its_own(
     copied: Callable[[object], object], tmp_path: Path
 ) -> None:
-    value = lt.LowRank(torch.randn(2, 5), torch.randn(4, 2), 0.3, torch.randn(4), lt.Layout("conv", (5,)))
-    trained = lt.LowRank(torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4, 3)))
+    value = lt.LowRank(
+        torch.randn(2, 5), torch.randn(4, 2), 0.3, torch.randn(4), lt.Layout("conv", (5,))
+    )
+    trained = lt.LowRank(
+        torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4, 3))
+    )
     full = lt.Adapter(
         {"q": value, "m.x": trained},
         base="org/model",

@@ -143,21 +143,29 @@ def test_a_path_is_right_whatever_torch_lacks(absent: str, mode: Any, dtype: tor
         for name in ("one", "two"):
             exact = wanted.get_submodule(name).weight
             got = base.get_submodule(name).weight
-            assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * 2 * exact.abs().max()
+            assert (got.double() - exact).abs().max() <= torch.finfo(
+                dtype
+            ).eps * 2 * exact.abs().max()
     x = torch.randn(3, 16).to(dtype)
-    torch.testing.assert_close(base(x).double(), wanted(x.double()), rtol=0, atol=16 * torch.finfo(dtype).eps * 4)
+    torch.testing.assert_close(
+        base(x).double(), wanted(x.double()), rtol=0, atol=16 * torch.finfo(dtype).eps * 4
+    )
     model.deactivate()
     assert all(torch.equal(value, bare[name]) for name, value in base.state_dict().items())
 
 
-def test_a_checkpointed_backward_under_another_path_is_refused_whatever_torch_lacks(absent: str) -> None:
+def test_a_checkpointed_backward_under_another_path_is_refused_whatever_torch_lacks(
+    absent: str,
+) -> None:
     base, tree = Net(checkpointed=True), grown()
     model = lt.attach(tree, base)
     x = torch.randn(2, 16, requires_grad=True)
     with model.using("a", mode="unmerged"):
         base(x).sum().backward()  # the path is still there
         out = base(x)
-    with pytest.raises(StateError, match="backward through checkpointed layers after their path was left"):
+    with pytest.raises(
+        StateError, match="backward through checkpointed layers after their path was left"
+    ):
         out.sum().backward()
 
 
@@ -218,7 +226,9 @@ def test_private_names_of_torch_are_asked_for_in_one_file(source: Path) -> None:
         private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
         if private:
             found.append(f"line {node.lineno}: {'.'.join(parts)}")
-    assert not found, f"{found}: ask for it in engine/unpromised.py, which says what is right without it"
+    assert not found, (
+        f"{found}: ask for it in engine/unpromised.py, which says what is right without it"
+    )
 
 
 # ---------------------------------------------------------------------- what an older PEFT wrote
@@ -267,15 +277,21 @@ def with_version(folder: Path, version: str | None) -> Path:
 
 
 @pytest.mark.parametrize("version", [None, "0.17.1", "0.18.1", "0.19.0", "nonsense"])
-def test_fused_factors_of_a_peft_before_they_were_turned_are_warned_of(tmp_path: Path, version: str | None) -> None:
+def test_fused_factors_of_a_peft_before_they_were_turned_are_warned_of(
+    tmp_path: Path, version: str | None
+) -> None:
     folder = with_version(trained_by_peft(tmp_path / "one", "fused")[1], version)
     told = r"it has target_parameters, and its peft_version is .*: PEFT before 0\.19\.1 wrote the factors of fused"
     with pytest.warns(lt.errors.LoraTreeWarning, match=told):
         lt.Adapter.load(folder)
 
 
-@pytest.mark.parametrize("version", ["0.19.1", "0.19.2.dev0@UNKNOWN", "0.21", "1.0.0rc1", "9" * 5000])
-def test_fused_factors_are_read_as_the_installed_peft_reads_them(tmp_path: Path, version: str) -> None:
+@pytest.mark.parametrize(
+    "version", ["0.19.1", "0.19.2.dev0@UNKNOWN", "0.21", "1.0.0rc1", "9" * 5000]
+)
+def test_fused_factors_are_read_as_the_installed_peft_reads_them(
+    tmp_path: Path, version: str
+) -> None:
     theirs, folder = trained_by_peft(tmp_path / "one", "fused")
     tree = lt.AdapterTree()
     tree.add("a", adapter=with_version(folder, version))  # no warning
@@ -296,7 +312,9 @@ def test_a_file_of_ours_says_which_way_its_factors_lie(tmp_path: Path) -> None:
     with pytest.warns(lt.errors.LoraTreeWarning):
         value = lt.Adapter.load(old)
     value.save(tmp_path / "again")
-    again = lt.Adapter.load(tmp_path / "again")  # no warning: what is in memory lies as PEFT writes it now
+    again = lt.Adapter.load(
+        tmp_path / "again"
+    )  # no warning: what is in memory lies as PEFT writes it now
     assert again.config["peft_version"] == "0.19.1"
     new = lt.Adapter.load(trained_by_peft(tmp_path / "new", "fused")[1])
     new.save(tmp_path / "newer")

@@ -39,7 +39,9 @@ ROOM = (1 << 20) + 4096  # what one small adapter is counted as while room is ma
 
 def adapter(seed: int, r: int = 2) -> lt.Adapter:
     g = torch.Generator().manual_seed(seed)
-    return lt.Adapter({"up": lt.LowRank(torch.randn(r, 8, generator=g), torch.randn(6, r, generator=g))})
+    return lt.Adapter(
+        {"up": lt.LowRank(torch.randn(r, 8, generator=g), torch.randn(6, r, generator=g))}
+    )
 
 
 @pytest.fixture
@@ -83,7 +85,9 @@ def test_a_path_is_what_the_tree_flattens_to(zoo: Path, tmp_path: Path) -> None:
 
 def test_content_follows_what_a_path_is_and_nothing_else(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path)
-    before = {path: content(kept, zoo, path) for path in ("fr", "fr/legal", "de", "fr/legal:0.5+de:0.5")}
+    before = {
+        path: content(kept, zoo, path) for path in ("fr", "fr/legal", "de", "fr/legal:0.5+de:0.5")
+    }
     assert len(set(before.values())) == 4
     shutil.copytree(zoo, tmp_path / "copy")
     assert {path: content(kept, tmp_path / "copy", path) for path in before} == before
@@ -91,7 +95,10 @@ def test_content_follows_what_a_path_is_and_nothing_else(zoo: Path, tmp_path: Pa
     tree.update("fr/legal", adapter=adapter(9))
     tree.save(zoo)
     after = {path: content(kept, zoo, path) for path in before}
-    assert {path for path in before if before[path] != after[path]} == {"fr/legal", "fr/legal:0.5+de:0.5"}
+    assert {path for path in before if before[path] != after[path]} == {
+        "fr/legal",
+        "fr/legal:0.5+de:0.5",
+    }
     tree.update("de", weight=0.5)
     tree.save(zoo)
     assert content(kept, zoo, "de") != after["de"]
@@ -107,7 +114,9 @@ def test_a_rank_over_the_engine_s_is_recompressed(zoo: Path, tmp_path: Path) -> 
         cache(tmp_path, form=Form(3, max_error=1e-6)).get(*survey(zoo), "fr/medical")
 
 
-def test_what_a_form_refuses_is_refused_whatever_is_there_already(zoo: Path, tmp_path: Path) -> None:
+def test_what_a_form_refuses_is_refused_whatever_is_there_already(
+    zoo: Path, tmp_path: Path
+) -> None:
     found = cache(tmp_path, form=Form(1)).get(*survey(zoo), "fr")
     assert found.error is not None
     assert found.error > 0.01
@@ -175,7 +184,9 @@ def test_the_cache_never_holds_more_than_its_budget(zoo: Path, tmp_path: Path) -
     assert len(there(tmp_path)) == 1
 
 
-def test_what_was_used_longest_ago_makes_room_whenever_it_was_resolved(zoo: Path, tmp_path: Path) -> None:
+def test_what_was_used_longest_ago_makes_room_whenever_it_was_resolved(
+    zoo: Path, tmp_path: Path
+) -> None:
     kept = cache(tmp_path, budget_bytes=3 * ROOM, grace_s=0.1)
     for path in ("fr", "de"):
         kept.get(*survey(zoo), path)
@@ -205,7 +216,11 @@ def test_what_running_requests_read_is_not_taken_away(zoo: Path, tmp_path: Path)
 
 
 def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")], capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")],
+        capture_output=True,
+        check=True,
+    )
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
     kept = cache(tmp_path, form=Form(4), budget_bytes=(1 << 20) + 500)
     assert not kept._disk.in_use_elsewhere()
@@ -292,7 +307,10 @@ def test_threads_and_processes_ask_at_once(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path)
     code = [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")]
     with ThreadPoolExecutor(12) as pool:
-        processes = [pool.submit(subprocess.run, code, capture_output=True, text=True, check=True) for _ in range(3)]
+        processes = [
+            pool.submit(subprocess.run, code, capture_output=True, text=True, check=True)
+            for _ in range(3)
+        ]
         found = list(pool.map(lambda _: kept.get(*survey(zoo), "fr/legal").folder, range(8)))
         printed = {job.result().stdout for job in processes}
     assert len(set(found)) == 1
@@ -326,7 +344,9 @@ if {code}:
 
 
 @pytest.mark.filterwarnings("ignore:.*this file system has no flock:RuntimeWarning")
-def test_processes_share_a_cache_with_and_without_flock(flock: int, zoo: Path, tmp_path: Path) -> None:
+def test_processes_share_a_cache_with_and_without_flock(
+    flock: int, zoo: Path, tmp_path: Path
+) -> None:
     code = REFUSED.format(code=flock) + MANY + "input()\n"
     argv = [sys.executable, "-c", code, str(zoo), str(tmp_path / "cache")]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -432,7 +452,9 @@ def test_a_killed_writer_s_stage_is_cleared_away(zoo: Path, tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------------- vllm-args, and the plugin without vLLM
-def test_the_server_s_arguments(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_server_s_arguments(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = server_args(zoo, cache=tmp_path / "c")
     assert (made.rank, made.flags[:3]) == (4, ("--enable-lora", "--max-lora-rank", "8"))
     assert made.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
@@ -458,7 +480,16 @@ def test_the_server_s_arguments_name_the_base_and_the_bounds(
     tree = lt.AdapterTree(base="org/model")
     tree.add("fr", adapter=adapter(1))
     tree.save(tmp_path / "zoo")
-    asked = ["vllm-args", str(tmp_path / "zoo"), "--max-error", "0.2", "--allow", "fr/**", "--allow", "de"]
+    asked = [
+        "vllm-args",
+        str(tmp_path / "zoo"),
+        "--max-error",
+        "0.2",
+        "--allow",
+        "fr/**",
+        "--allow",
+        "de",
+    ]
     with pytest.raises(SystemExit):
         main([*asked, "--blends", "--outside", "--json"])
     said = json.loads(capsys.readouterr().out)
@@ -482,7 +513,9 @@ def test_the_plugin_does_nothing_where_no_tree_is_named(monkeypatch: pytest.Monk
     monkeypatch.delenv("LORA_TREE_VLLM_ZOO", raising=False)
     register()
     monkeypatch.setenv("LORA_TREE_VLLM_ZOO", "zoo")
-    with pytest.raises(lt.errors.MissingExtra, match=r"needs vllm\.lora\.resolver, which is not installed"):
+    with pytest.raises(
+        lt.errors.MissingExtra, match=r"needs vllm\.lora\.resolver, which is not installed"
+    ):
         register()
 
 
@@ -501,7 +534,10 @@ def rewritten(zoo: Path, path: str, seed: int) -> tuple[bytes, bytes]:
     tree = opened(copy)
     tree.update(path, adapter=adapter(seed))
     tree.save(copy)
-    weights, lock = (copy / path / "adapter_model.safetensors").read_bytes(), (copy / "tree.lock").read_bytes()
+    weights, lock = (
+        (copy / path / "adapter_model.safetensors").read_bytes(),
+        (copy / "tree.lock").read_bytes(),
+    )
     shutil.rmtree(copy)
     return weights, lock
 
@@ -524,10 +560,14 @@ def test_paths_go_on_as_they_were_while_files_do_not_fit_the_lock(
         time.sleep(0.5)  # ten more looks
         assert front.answers(*names) == before
         assert front.answers("de") != [None]
-        assert len([text for text in caplog.messages if "'fr/legal' goes on as it was" in text]) == 1
+        assert (
+            len([text for text in caplog.messages if "'fr/legal' goes on as it was" in text]) == 1
+        )
         file.write_bytes(weights)
         (zoo / "tree.lock").write_bytes(lock)
-        waits(lambda: not set(front.answers(*names)) & set(before), "the whole files were not taken")
+        waits(
+            lambda: not set(front.answers(*names)) & set(before), "the whole files were not taken"
+        )
         after = dict(zip(names, front.answers(*names), strict=True))
     tree = opened(zoo)
     for path, content in after.items():
@@ -589,7 +629,9 @@ def test_a_path_that_left_the_tree_or_is_locked_though_it_is_a_dora_is_no_longer
         assert front.answers("fr") != [None]
 
 
-def test_clients_see_the_path_they_asked_for_and_engines_never_one_name_twice(zoo: Path, tmp_path: Path) -> None:
+def test_clients_see_the_path_they_asked_for_and_engines_never_one_name_twice(
+    zoo: Path, tmp_path: Path
+) -> None:
     with front_end(zoo, tmp_path / "cache") as front:
         front.lora_requests["own@v2"] = LoRARequest("own@v2", 99, str(tmp_path / "own"))
         front.answers("fr/legal", "fr")
@@ -602,7 +644,9 @@ def test_clients_see_the_path_they_asked_for_and_engines_never_one_name_twice(zo
         names = [request.lora_name for request in front.loaded]
         assert len(set(names)) == len(names) >= 5
         shown = {front.model_name(request) for request in front.lora_requests.values()}
-        listed = asyncio.run_coroutine_threadsafe(front.show_available_models(), front.loop).result(10)
+        listed = asyncio.run_coroutine_threadsafe(front.show_available_models(), front.loop).result(
+            10
+        )
         assert shown == {"fr", "fr/legal", "own@v2"}
         assert {card.id for card in listed.data} == shown | {"base"}
         assert front.model_name(None) == "base"
@@ -615,14 +659,20 @@ def test_a_recompression_that_loses_more_than_the_bound_is_refused(
         assert None not in front.answers("fr", "de")
         assert front.answers("fr/legal", "fr/legal") == [None, None]
     exact, cut = opened(zoo).flatten("fr/legal"), lt.load(zoo).flatten("fr/legal", 3)
-    off = (cut.modules["up"].dense() - exact.modules["up"].dense()).norm() / exact.modules["up"].dense().norm()
+    off = (cut.modules["up"].dense() - exact.modules["up"].dense()).norm() / exact.modules[
+        "up"
+    ].dense().norm()
     assert off > 0.05
     assert "needs rank 4" in caplog.text
-    with front_end(zoo, tmp_path / "cache", max_rank="3", max_error=str(float(off) * 1.01)) as front:
+    with front_end(
+        zoo, tmp_path / "cache", max_rank="3", max_error=str(float(off) * 1.01)
+    ) as front:
         assert None not in front.answers("fr/legal")
 
 
-def test_what_fits_the_engine_s_rank_is_exact_whatever_may_be_lost(zoo: Path, tmp_path: Path) -> None:
+def test_what_fits_the_engine_s_rank_is_exact_whatever_may_be_lost(
+    zoo: Path, tmp_path: Path
+) -> None:
     with front_end(zoo, tmp_path / "cache", max_rank="8", max_error="0.9") as front:
         (content,) = front.answers("fr/legal")
     got = lt.Adapter.load(tmp_path / "cache" / str(content)).modules["up"].dense()
@@ -633,7 +683,9 @@ def test_a_path_refused_for_its_numbers_is_not_made_again(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    monkeypatch.setattr(flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more))
+    monkeypatch.setattr(
+        flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more)
+    )
     with front_end(zoo, tmp_path / "cache", max_rank="3") as front:
         front.answers("fr/legal")
         once = len(made)
@@ -688,9 +740,13 @@ def test_a_front_end_that_can_not_be_told_keeps_what_it_has(
         assert (tmp_path / "cache" / str(first)).is_dir()
 
 
-def test_a_path_that_waits_for_room_is_made_once(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_waits_for_room_is_made_once(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[object] = []
-    monkeypatch.setattr(flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more))
+    monkeypatch.setattr(
+        flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more)
+    )
     monkeypatch.setattr(vllm, "SHORT_GRACE_S", 3.0)
     one = str((1 << 20) + 500)
     with front_end(zoo, tmp_path / "cache", cache_bytes=one) as front:
@@ -699,7 +755,9 @@ def test_a_path_that_waits_for_room_is_made_once(zoo: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("saves", range(3))
-def test_a_path_asked_for_right_after_a_save_is_the_saved_one(zoo: Path, tmp_path: Path, saves: int) -> None:
+def test_a_path_asked_for_right_after_a_save_is_the_saved_one(
+    zoo: Path, tmp_path: Path, saves: int
+) -> None:
     with front_end(zoo, tmp_path / "cache", poll_s="1") as front:
         assert None not in front.answers("de")  # the tree was looked at
         tree = opened(zoo)
@@ -715,7 +773,12 @@ def test_settings_that_make_no_sense_are_named(monkeypatch: pytest.MonkeyPatch) 
     fine = {"LORA_TREE_VLLM_ZOO": "zoo", "LORA_TREE_VLLM_CACHE": "cache"}
     assert Settings.of(fine).max_error == 0.05
     assert not Settings.of(fine).names.blends
-    for name, text in (("CACHE_BYTES", "10GiB"), ("MAX_ERROR", "nan"), ("BLENDS", "some"), ("ALLOW", "fr/[a-z]")):
+    for name, text in (
+        ("CACHE_BYTES", "10GiB"),
+        ("MAX_ERROR", "nan"),
+        ("BLENDS", "some"),
+        ("ALLOW", "fr/[a-z]"),
+    ):
         with pytest.raises(lt.errors.SpecError, match=f"LORA_TREE_VLLM_{name}"):
             Settings.of(fine | {f"LORA_TREE_VLLM_{name}": text})
     with pytest.raises(lt.errors.SpecError, match="LORA_TREE_VLLM_CACHE is not"):

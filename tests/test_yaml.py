@@ -49,7 +49,9 @@ tree:
 # ---------------------------------------------------------------------- mistakes and their places
 def test_a_typo_is_shown_with_its_place_and_its_repair() -> None:
     text = "version: 1\nbase: x\ntree:\n  fr:\n    children:\n      legal:\n        rnak: 3\n"
-    assert wrong(text) == "zoo/tree.yaml:7:9: unknown key 'rnak' in node fr/legal; did you mean 'r'?"
+    assert (
+        wrong(text) == "zoo/tree.yaml:7:9: unknown key 'rnak' in node fr/legal; did you mean 'r'?"
+    )
 
 
 def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
@@ -70,11 +72,17 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ("version: 1\nversion: 1\n", ":2:1: duplicate key 'version', first at line 1"),
         ("version: 1\ntree: {a: {}, a: {}}", ":2:15: duplicate key 'a', first at line 2"),
         ("version: 0\n", ":1:1: version: got 0, which should be 1"),
-        ("base: x\nversion: 2\n", ":2:1: written by a newer lora_tree (format 2); this one reads 1"),
+        (
+            "base: x\nversion: 2\n",
+            ":2:1: written by a newer lora_tree (format 2); this one reads 1",
+        ),
         ("base: x\n", ":1:1: 'version' is missing"),
         ("", ":1:1: the file: got null, which should be a mapping"),
         ("- 1\n", ":1:1: the file: got a list, which should be a mapping"),
-        ("version: 1\nbase: !!python/name:os.system x\n", ":2:7: a tag (tag:yaml.org,2002:python/name:os.system)"),
+        (
+            "version: 1\nbase: !!python/name:os.system x\n",
+            ":2:7: a tag (tag:yaml.org,2002:python/name:os.system)",
+        ),
         ("version: &a 1\n", ":1:10: an anchor or alias"),
         ("version: 1\nbase: *a\n", ":2:7: an anchor or alias"),
         ("version: 1\n<<: {base: x}\n", ":2:1: unknown key '<<'"),
@@ -87,23 +95,44 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ("version: 1\ntree: {a b: {}}", ":2:8: 'a b' is not a valid node name"),
         ("version: 1\ntree: {con: {}}", ":2:8: node 'con' is not a valid node name"),
         ("version: 1\ntree: {fr: {}, FR: {}}", ":2:16: node FR differs from fr only by case"),
-        ("version: 1\ntree: {fr: {adapter: null, r: 8}}", ":2:28: node fr has no adapter (null), so r would say"),
-        ("version: 1\ntree: {fr: {adapter: x, r: 8}}", ":2:25: node fr has an adapter, so r would say"),
+        (
+            "version: 1\ntree: {fr: {adapter: null, r: 8}}",
+            ":2:28: node fr has no adapter (null), so r would say",
+        ),
+        (
+            "version: 1\ntree: {fr: {adapter: x, r: 8}}",
+            ":2:25: node fr has an adapter, so r would say",
+        ),
         ("version: 1\ntree: {fr: {adapter: ''}}", "node fr: '' is not a folder's name"),
-        ("version: 1\ntree: {fr: {weight: .inf}}", ":2:13: node fr: weight: got inf, which should be a finite number"),
+        (
+            "version: 1\ntree: {fr: {weight: .inf}}",
+            ":2:13: node fr: weight: got inf, which should be a finite number",
+        ),
         ("version: 1\ntree: {fr: {weight: true}}", "node fr: weight: got true"),
         (
             "version: 1\ndefaults: {target_modules: '('}",
             ":2:12: defaults.target_modules: got '(', which is not a regular expression: missing )",
         ),
-        ("version: 1\ndefaults: {exclude_modules: '*'}", ":2:12: defaults.exclude_modules: got '*', which is not a"),
+        (
+            "version: 1\ndefaults: {exclude_modules: '*'}",
+            ":2:12: defaults.exclude_modules: got '*', which is not a",
+        ),
         (
             "version: 1\ndefaults: {rank_pattern: {'[': 4}}",
             ":2:27: defaults.rank_pattern: the key '[' is not a regular expression: unterminated character set",
         ),
-        ("version: 1\ntree: {fr: {rank_pattern: {a: 1, '(': 4}}}", ":2:34: node fr: rank_pattern: the key '(' is not"),
-        ("version: 1\ndefaults: {rank_pattern: {'a{99999999999}': 4}}", "the repetition number is too large"),
-        ("version: 1\ndefaults: {alpha_pattern: {'[': 4}}", ":2:28: defaults.alpha_pattern: the key '[' is not"),
+        (
+            "version: 1\ntree: {fr: {rank_pattern: {a: 1, '(': 4}}}",
+            ":2:34: node fr: rank_pattern: the key '(' is not",
+        ),
+        (
+            "version: 1\ndefaults: {rank_pattern: {'a{99999999999}': 4}}",
+            "the repetition number is too large",
+        ),
+        (
+            "version: 1\ndefaults: {alpha_pattern: {'[': 4}}",
+            ":2:28: defaults.alpha_pattern: the key '[' is not",
+        ),
         (
             "version: 1\ndefaults: {alpha_pattern: {'(?i)a': 4}}",
             ":2:28: defaults.alpha_pattern: the key '(?i)a' is not",
@@ -112,14 +141,26 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
             "version: 1\ndefaults: {alpha_pattern: {x: .nan}}",
             ":2:28: defaults.alpha_pattern.x: got nan, which should be",
         ),
-        ("version: 1\ndefaults: {alpha_pattern: {x: .inf}}", "got inf, which should be a finite number"),
-        ("version: 1\ndefaults: {alpha_pattern: {x: -1}}", "got -1, which should be greater than 0"),
-        ("version: 1\ndefaults: {layers_pattern: '['}", ":2:12: defaults.layers_pattern: got '[', which is not a"),
+        (
+            "version: 1\ndefaults: {alpha_pattern: {x: .inf}}",
+            "got inf, which should be a finite number",
+        ),
+        (
+            "version: 1\ndefaults: {alpha_pattern: {x: -1}}",
+            "got -1, which should be greater than 0",
+        ),
+        (
+            "version: 1\ndefaults: {layers_pattern: '['}",
+            ":2:12: defaults.layers_pattern: got '[', which is not a",
+        ),
         (
             "version: 1\ndefaults: {layers_pattern: [h, '(']}",
             ":2:12: defaults.layers_pattern: got a list, which holds '(', which is not a regular expression: missing )",
         ),
-        ("version: 1\ndefaults: {layers_pattern: '(?P<idx>h)'}", "redefinition of group name 'idx'"),
+        (
+            "version: 1\ndefaults: {layers_pattern: '(?P<idx>h)'}",
+            "redefinition of group name 'idx'",
+        ),
     ],
 )
 def test_what_is_refused_and_how(text: str, message: str) -> None:
@@ -186,7 +227,9 @@ def test_keys_are_strings_whatever_they_look_like() -> None:
 
 
 # ---------------------------------------------------------------------- writing
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(["no", "1", "~", "a: b", "- x"])
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["no", "1", "~", "a: b", "- x"]
+)
 LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
 DATA = st.recursive(
     st.dictionaries(TEXT, LEAF | st.lists(LEAF, max_size=3), max_size=4),
@@ -211,7 +254,9 @@ def test_a_long_key_survives() -> None:
 # ---------------------------------------------------------------------- the schema, and errors in Python
 def test_the_committed_schema_is_current() -> None:
     committed = Path(__file__).parent.parent / "lora_tree" / "tree.schema.json"
-    assert json.loads(committed.read_text()) == json_schema(), "write json_schema() to lora_tree/tree.schema.json again"
+    assert json.loads(committed.read_text()) == json_schema(), (
+        "write json_schema() to lora_tree/tree.schema.json again"
+    )
 
 
 def test_the_schema_knows_the_words() -> None:
@@ -225,12 +270,18 @@ def test_the_schema_knows_the_words() -> None:
 
 def test_every_mistake_at_one_place_is_told() -> None:
     first, second = wrong("version: 1\ndefaults: {rank_pattern: {'[': 0}}").splitlines()
-    assert first.startswith("zoo/tree.yaml:2:27: defaults.rank_pattern.[: got 0, which should be greater")
-    assert second.startswith("  zoo/tree.yaml:2:27: defaults.rank_pattern: the key '[' is not a regular expression")
+    assert first.startswith(
+        "zoo/tree.yaml:2:27: defaults.rank_pattern.[: got 0, which should be greater"
+    )
+    assert second.startswith(
+        "  zoo/tree.yaml:2:27: defaults.rank_pattern: the key '[' is not a regular expression"
+    )
 
 
 def test_patterns_that_a_tree_yaml_allows_are_those_that_a_fresh_adapter_can_use() -> None:
-    base = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, 4)}) for _ in range(3)])})
+    base = nn.ModuleDict(
+        {"h": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, 4)}) for _ in range(3)])}
+    )
     text = b"""
 version: 1
 defaults:
@@ -252,7 +303,11 @@ def test_a_mistake_in_python_reads_the_same() -> None:
         lora_spec({"rank": 3}, "fr")
     with pytest.raises(SpecError, match="fr: r: got '8', which should be a valid integer"):
         lora_spec({"r": "8"}, "fr")
-    with pytest.raises(SpecError, match=r"^fr: rank_pattern: the key '\[' is not a regular expression"):
+    with pytest.raises(
+        SpecError, match=r"^fr: rank_pattern: the key '\[' is not a regular expression"
+    ):
         lora_spec({"rank_pattern": {"[": 4}}, "fr")
-    with pytest.raises(SpecError, match=r"^fr: rank_pattern: the key '1' should be a valid string$"):
+    with pytest.raises(
+        SpecError, match=r"^fr: rank_pattern: the key '1' should be a valid string$"
+    ):
         lora_spec({"rank_pattern": {1: 4}}, "fr")

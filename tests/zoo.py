@@ -13,7 +13,10 @@ import lora_tree as lt
 def adapter(seed: int) -> lt.Adapter:
     """A tiny adapter; another seed, another value, files of the same size."""
     g = torch.Generator().manual_seed(seed)
-    pair = {name: (torch.randn(2, 8, generator=g), torch.randn(8, 2, generator=g)) for name in ("q_proj", "v_proj")}
+    pair = {
+        name: (torch.randn(2, 8, generator=g), torch.randn(8, 2, generator=g))
+        for name in ("q_proj", "v_proj")
+    }
     return lt.Adapter({name: lt.LowRank(A, B) for name, (A, B) in pair.items()}, base="org/model")
 
 
@@ -43,10 +46,17 @@ def value(of: lt.AdapterTree) -> dict[str, object]:
 
 def _node(of: lt.AdapterTree, path: str) -> object:
     node, own = of[path], of.adapter(path)
-    factors = None if own is None else {n: (v.A.tolist(), v.B.tolist(), v.scale) for n, v in own.modules.items()}
+    factors = (
+        None
+        if own is None
+        else {n: (v.A.tolist(), v.B.tolist(), v.scale) for n, v in own.modules.items()}
+    )
     return node.weight, node.fresh, factors
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
     """Every file below a folder with its bytes, and every folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }

@@ -8,7 +8,9 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the contract is written there, for every device
+sys.path.insert(
+    0, str(Path(__file__).parent.parent / "tests")
+)  # the contract is written there, for every device
 
 import pytest
 import torch

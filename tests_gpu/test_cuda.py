@@ -58,7 +58,10 @@ class Zoo(nn.Module):
         super().__init__()
         self.linear, self.odd = nn.Linear(256, 192), nn.Linear(77, 131)
         self.turned, self.words = Conv1D(160, 96), nn.Embedding(301, 64)
-        self.conv, self.last = nn.Conv2d(16, 24, 3), nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+        self.conv, self.last = (
+            nn.Conv2d(16, 24, 3),
+            nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last),
+        )
         self.experts, self.back = Experts(False), Experts(True)
         self.attention = nn.MultiheadAttention(64, 4)
 
@@ -71,7 +74,9 @@ def zoo(dtype: torch.dtype) -> Zoo:
     return Zoo().to(dtype).to(CUDA).requires_grad_(False)
 
 
-def forest(base: nn.Module, factors: torch.dtype, where: torch.device | str = "cpu") -> lt.AdapterTree:
+def forest(
+    base: nn.Module, factors: torch.dtype, where: torch.device | str = "cpu"
+) -> lt.AdapterTree:
     spec = dict(target_modules=MODULES, target_parameters=["experts.up", "back.up"])
     tree = lt.AdapterTree(defaults=spec)
     for path in PATHS:
@@ -108,7 +113,9 @@ def test_the_kernels_run_here() -> None:
 # ---------------------------------------------------------------------- the law of switches
 @pytest.mark.parametrize("factors", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_hundred_switches_end_in_the_bits_of_a_fresh_activation(dtype: torch.dtype, factors: torch.dtype) -> None:
+def test_two_hundred_switches_end_in_the_bits_of_a_fresh_activation(
+    dtype: torch.dtype, factors: torch.dtype
+) -> None:
     base = zoo(dtype)
     bare = bits(base)
     tree = forest(base, factors)
@@ -142,7 +149,11 @@ def test_a_merge_is_the_rounded_float64_but_for_a_few_entries(dtype: torch.dtype
 
         pristine = normal(1, 1024, 2048).to(dtype)
         terms = [
-            Term((normal(1, 1024, r) * 0.1).to(factors), (normal(1, r, 2048) * 0.1).to(factors), scale)
+            Term(
+                (normal(1, 1024, r) * 0.1).to(factors),
+                (normal(1, r, 2048) * 0.1).to(factors),
+                scale,
+            )
             for r, scale in ((16, 1.0), (8, 0.3), (64, -2.5))
         ]
         part = Part.of(torch.full_like(pristine, float("nan")), pristine, terms)
@@ -162,7 +173,9 @@ def test_a_merge_is_the_rounded_float64_but_for_a_few_entries(dtype: torch.dtype
 def test_the_bits_do_not_depend_on_where_factors_lie() -> None:
     draw = torch.Generator(CUDA).manual_seed(0)
     pristine = torch.randn((1, 320, 512), generator=draw, device=CUDA).bfloat16()
-    left, right = (torch.randn(s, generator=draw, device=CUDA).bfloat16() for s in ((1, 320, 16), (1, 16, 512)))
+    left, right = (
+        torch.randn(s, generator=draw, device=CUDA).bfloat16() for s in ((1, 320, 16), (1, 16, 512))
+    )
     found = []
     for shift in (0, 1, 3):
         moved = []
@@ -203,7 +216,9 @@ def test_a_full_device_sends_the_copies_to_the_host_and_the_bits_are_the_same() 
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(CUDA) + (4 << 20)) / total, CUDA)
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_reserved(CUDA) + (4 << 20)) / total, CUDA
+    )
     try:
         held = []
         for nbytes in (1 << 22, 1 << 21, 1 << 16):
@@ -225,7 +240,9 @@ def test_a_foreign_write_is_noticed() -> None:
     model = lt.attach(forest(base, torch.bfloat16), base)
     model.activate("a/b")
     base.linear.weight.data[0, 0] += 1.0  # no version counter sees it
-    with pytest.raises(LoraTreeError, match=r"linear\.weight: written or replaced by somebody else"):
+    with pytest.raises(
+        LoraTreeError, match=r"linear\.weight: written or replaced by somebody else"
+    ):
         model.activate("a")
     model.trust("pristine")
     assert model.active == ""
@@ -238,7 +255,9 @@ def net(dtype: torch.dtype = torch.bfloat16, width: int = 128) -> nn.Sequential:
     return nn.Sequential(*layers).to(CUDA, dtype).requires_grad_(False)
 
 
-def small(base: nn.Module, factors: torch.dtype = torch.bfloat16, where: torch.device | str = "cpu") -> lt.AdapterTree:
+def small(
+    base: nn.Module, factors: torch.dtype = torch.bfloat16, where: torch.device | str = "cpu"
+) -> lt.AdapterTree:
     tree = lt.AdapterTree()
     draw = torch.Generator().manual_seed(2)
     for path in PATHS:
@@ -327,7 +346,9 @@ def test_a_merged_switch_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------- placement
-def test_trained_nodes_are_saved_flattened_and_exported_with_parents_on_the_host(tmp_path: Path) -> None:
+def test_trained_nodes_are_saved_flattened_and_exported_with_parents_on_the_host(
+    tmp_path: Path,
+) -> None:
     base = net()
     tree = small(base)
     model = lt.attach(tree, base)
@@ -335,7 +356,9 @@ def test_trained_nodes_are_saved_flattened_and_exported_with_parents_on_the_host
     by_hand = tree.flatten("a/b/c").to(device="cpu")
     tree.save(tmp_path / "zoo")
     again = lt.load(tmp_path / "zoo")
-    assert torch.equal(again.flatten("a/b/c").modules["0"].A.cpu().float(), by_hand.modules["0"].A.float())
+    assert torch.equal(
+        again.flatten("a/b/c").modules["0"].A.cpu().float(), by_hand.modules["0"].A.float()
+    )
     model.trainable()
     model.activate("a/b/c")
     merged = base[0].weight.clone()

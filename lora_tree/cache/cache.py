@@ -41,7 +41,9 @@ from .tier import Entry, Tier
 
 __all__ = ["Cache", "Hold"]
 
-CHURN_BYTES = 4 << 20  # what batches lay out comes and goes in small pieces, which an allocator keeps for itself
+CHURN_BYTES = (
+    4 << 20
+)  # what batches lay out comes and goes in small pieces, which an allocator keeps for itself
 
 
 class Cache:
@@ -228,7 +230,11 @@ class Cache:
         given = [(nbytes, name) for name, nbytes in known if nbytes is not None]
         nbytes, name = min(given, default=(None, "host"))
         policy = self._policy()
-        return [Tier("host", nbytes, policy, self._lock, budget_name=f"{name}_budget", shelf=self._shelf)]
+        return [
+            Tier(
+                "host", nbytes, policy, self._lock, budget_name=f"{name}_budget", shelf=self._shelf
+            )
+        ]
 
     def _into_tree(self, lacking: Mapping[str, Source]) -> bool:
         """Give the tree what some nodes' files hold: all of it, or on an error none. True if any had to be read."""
@@ -253,7 +259,9 @@ class Cache:
             self._tree.loaded(path, source, read[path])
         with self._lock:
             for source in lacking.values():
-                host.let_go(_key(source))  # another thread that reads the same files lets go of it later
+                host.let_go(
+                    _key(source)
+                )  # another thread that reads the same files lets go of it later
         return absent
 
     def _needed(self, nodes: Iterable[Node]) -> dict[str, Source]:
@@ -292,7 +300,9 @@ class Cache:
             if not self._tiers[-1].let_go(key):
                 self._gone.append(key)
 
-    def _get(self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True) -> Entry:
+    def _get(
+        self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True
+    ) -> Entry:
         """A node's entry in a tier, loaded where it is not there; ``wait`` for room that others are about to give."""
         tier, key, loading = self._tiers[level], _key(source), False
         start, room = time.perf_counter(), _Room(tier, self._lock, wait)
@@ -307,11 +317,17 @@ class Cache:
                         tier.used([key])
                     return found
                 if self._closed:
-                    error = StateError("the model was detached while it was being loaded", "attach the tree again")
+                    error = StateError(
+                        "the model was detached while it was being loaded", "attach the tree again"
+                    )
                     raise error.within(path) if level else error
                 loading = True  # before it is: an interrupt may come between
                 self._loading.add((level, key))
-            arrived = self._read(path, source, room) if level == 0 else self._sent(level, path, source, room)
+            arrived = (
+                self._read(path, source, room)
+                if level == 0
+                else self._sent(level, path, source, room)
+            )
             room.exactly(nbytes := held_bytes(arrived.adapter))
             entry = Entry(arrived, nbytes)
             with self._lock:
@@ -416,7 +432,10 @@ class Cache:
             outlines = {path: source.outline() for path, source in needed.items()}
         except (LoraTreeError, OSError):
             return error  # its size can't be known any more
-        sizes = {path: sum(t.numel() * t.element_size() for t in tensors(of)) for path, of in outlines.items()}
+        sizes = {
+            path: sum(t.numel() * t.element_size() for t in tensors(of))
+            for path, of in outlines.items()
+        }
         keys = [_key(source) for source in needed.values()]
         passing = [nbytes for path, nbytes in sizes.items() if not isinstance(needed[path], _Own)]
         for tier in self._tiers:
@@ -440,7 +459,9 @@ class Cache:
 class Hold:
     """Some adapters, in use: they are not evicted until it is released."""
 
-    def __init__(self, cache: Cache, keys: Sequence[Hashable], adapters: Mapping[str, Adapter]) -> None:
+    def __init__(
+        self, cache: Cache, keys: Sequence[Hashable], adapters: Mapping[str, Adapter]
+    ) -> None:
         self._cache, self._keys = cache, keys
         self.adapters = adapters
 
@@ -480,7 +501,9 @@ class _Own:
         """
         adapter = self._adapter()
         if adapter is None:
-            raise StateError("the node was changed while it was sent to the device", "ask for it again")
+            raise StateError(
+                "the node was changed while it was sent to the device", "ask for it again"
+            )
         return adapter
 
     def load(self, allocate: Allocate | None = None) -> Adapter:
@@ -509,7 +532,9 @@ class _Room:
             elif self._nbytes == 0:
                 self._tier.reserve(nbytes, wait=self.wait)
             else:
-                self._tier.reserve(nbytes - self._nbytes, wait=False)  # who holds some must not wait for others
+                self._tier.reserve(
+                    nbytes - self._nbytes, wait=False
+                )  # who holds some must not wait for others
             self._nbytes = nbytes
 
     def also(self, nbytes: int) -> None:

@@ -69,7 +69,9 @@ class CudaLink:
         host = buffer_of(adapter)
         assert host is not None, "only packed adapters are sent"
         if not host.is_pinned():
-            host = host.pin_memory()  # a caller's own buffer: a copy from it would make the host wait
+            host = (
+                host.pin_memory()
+            )  # a caller's own buffer: a copy from it would make the host wait
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             there = torch.empty(host.shape, dtype=torch.uint8, device=self._device)
             there.copy_(host, non_blocking=True)

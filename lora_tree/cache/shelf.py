@@ -61,7 +61,9 @@ class Shelf:
         self._lock = threading.Lock()
         self._ready: dict[int, int] = {}  # address → bytes; no two of them touch
         self._starts: dict[int, int] = {}  # where they end → where they begin
-        self._back: deque[tuple[int, int]] = deque()  # finalizers append: they may run while the lock is held
+        self._back: deque[tuple[int, int]] = (
+            deque()
+        )  # finalizers append: they may run while the lock is held
         self._closed = False
         self._ready_bytes = 0
 
@@ -77,7 +79,9 @@ class Shelf:
         if held < size:
             address = _grown(address, held, size)
         if not address:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # which says that there is no memory
+            return torch.empty(
+                nbytes, dtype=torch.uint8, device="cpu"
+            )  # which says that there is no memory
         memory = (ctypes.c_char * nbytes).from_address(address)
         weakref.finalize(memory, self._come_back, address, size).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)
@@ -116,7 +120,9 @@ class Shelf:
     def _nearest(self, size: int) -> tuple[int, int]:
         """So much of the smallest range that holds it; or else the largest range, and its size; or 0, 0."""
         ranges = [(held, address) for address, held in self._ready.items()]
-        held, address = min((r for r in ranges if r[0] >= size), default=max(ranges, default=(0, 0)))
+        held, address = min(
+            (r for r in ranges if r[0] >= size), default=max(ranges, default=(0, 0))
+        )
         if held:
             self._remove(address)
         if held > size:

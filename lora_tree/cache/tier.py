@@ -64,9 +64,13 @@ class Tier:
         self._entries: dict[Hashable, Entry] = {}
         self._pins: Counter[Hashable] = Counter()
         self._adapters = self._in_use = self._reserved = self._laid_out = 0
-        self._refunds: deque[tuple[int, bool]] = deque()  # finalizers append, in whichever thread they run
+        self._refunds: deque[tuple[int, bool]] = (
+            deque()
+        )  # finalizers append, in whichever thread they run
         self._spare: list[weakref.ref[Kept[Any]]] = []
-        self.churn_bytes = 0  # of what the allocator had for what is gone, since it was told to give memory back
+        self.churn_bytes = (
+            0  # of what the allocator had for what is gone, since it was told to give memory back
+        )
         self.passing = 0  # pins that last only while an adapter is sent on
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
@@ -180,7 +184,9 @@ class Tier:
 
     def in_use_bytes(self, but: Sequence[Hashable] = ()) -> int:
         """Bytes of the adapters that are in use, without some of them."""
-        return self._in_use - sum(self._entries[key].nbytes for key in set(but) if key in self._pins)
+        return self._in_use - sum(
+            self._entries[key].nbytes for key in set(but) if key in self._pins
+        )
 
     def _make_room(self, nbytes: int, wait: bool) -> None:
         budget = self.budget_bytes
@@ -189,7 +195,9 @@ class Tier:
             if stays + nbytes <= budget:  # else nothing is let go of in vain
                 if any(kept is not None and kept.drop() for kept in (ref() for ref in self._spare)):
                     continue
-                victim = self.policy.victim(lambda key: key in self._entries and key not in self._pins)
+                victim = self.policy.victim(
+                    lambda key: key in self._entries and key not in self._pins
+                )
                 if victim is not None:
                     self.evictions += 1
                     self.evicted_bytes += self._entries[victim].nbytes

@@ -57,7 +57,10 @@ def _interrupts_end_it() -> Iterator[None]:
     somewhere inside torch or numpy, which may swallow it, or turn it into an error of their own.
     """
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if (
+        before is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield  # the caller has a mind of its own about interrupts
         return
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))

@@ -20,10 +20,19 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.", callback=_only_json)]
-Folder = Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")]
-Nodes = Annotated[list[str] | None, typer.Argument(help="Paths or patterns like 'fr/*'.", metavar="[NODES]...")]
-Data = Annotated[list[Path], typer.Option(help="JSON lines: path, and text, or prompt and completion, or messages.")]
-Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")]
+Folder = Annotated[
+    Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")
+]
+Nodes = Annotated[
+    list[str] | None, typer.Argument(help="Paths or patterns like 'fr/*'.", metavar="[NODES]...")
+]
+Data = Annotated[
+    list[Path],
+    typer.Option(help="JSON lines: path, and text, or prompt and completion, or messages."),
+]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code that the base brings along."),

@@ -24,8 +24,12 @@ __all__ = ["check"]
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")],
-    base: Annotated[str | None, typer.Option(help="Folder or hub id of a model whose modules must fit.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a model whose modules must fit.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +56,11 @@ def check(
             out().print(f"{kind}: {text}", markup=False, soft_wrap=True)
         for note in remarks:
             out().print(f"note: {note}", markup=False, soft_wrap=True)
-        total = f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else f"{folder}: all is well"
+        total = (
+            f"{len(problems)} problem{'s' * (len(problems) != 1)}"
+            if problems
+            else f"{folder}: all is well"
+        )
         out().print(total, markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)

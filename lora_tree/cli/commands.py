@@ -40,7 +40,9 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            said = getattr(error, "message", None)  # typer's own kinds, whichever click they are built on
+            said = getattr(
+                error, "message", None
+            )  # typer's own kinds, whichever click they are built on
             if isinstance(said, str):
                 error.message = printable(said)  # type: ignore[attr-defined]
             raise
@@ -71,7 +73,9 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 def _listed(module: str, function: str) -> Callable[[], None]:
     """A stand-in for the list of commands: the docstring of one, read from its source and not by importing it."""
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
-    found = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function)
+    found = (
+        n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function
+    )
 
     def stand_in() -> None:
         raise NotImplementedError

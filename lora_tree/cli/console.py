@@ -144,7 +144,9 @@ def print_error(error: Exception) -> None:
         for lines in traceback.format_exception(error):
             sys.stderr.write(printable(lines, keep=LINES))
     hint = f"this should not happen; {TRACEBACK}=1 in the environment shows where it did"
-    print_problem("error", str(error) if ours else f"{type(error).__name__}: {error}\n  {hint}", "bold red")
+    print_problem(
+        "error", str(error) if ours else f"{type(error).__name__}: {error}\n  {hint}", "bold red"
+    )
 
 
 def print_problem(kind: str, message: str, style: str) -> None:

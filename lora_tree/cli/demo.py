@@ -14,7 +14,9 @@ __all__ = ["demo"]
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to write; -base and -export go beside it.")] = Path("demo-zoo"),
+    folder: Annotated[
+        Path, typer.Argument(help="Where to write; -base and -export go beside it.")
+    ] = Path("demo-zoo"),
     quick: Annotated[bool, typer.Option("--quick", help="A toy size, in under a minute.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed trains the same adapters.")] = 0,
 ) -> None:

@@ -40,7 +40,9 @@ def evaluation(
     tree = load(folder, skip_broken=skip_broken)
     for node in nodes or ():
         tree.lineage(node)
-    name, tokenizer = open_tokenizer(tree, folder, base, what="eval", trust_remote_code=trust_remote_code)
+    name, tokenizer = open_tokenizer(
+        tree, folder, base, what="eval", trust_remote_code=trust_remote_code
+    )
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
@@ -49,7 +51,9 @@ def evaluation(
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())
     if as_json:
-        columns = [dict(zip(matrix.domains, row, strict=True)) for row in (*matrix.losses, matrix.tokens)]
+        columns = [
+            dict(zip(matrix.domains, row, strict=True)) for row in (*matrix.losses, matrix.tokens)
+        ]
         losses = dict(zip(matrix.paths, columns[:-1], strict=True))
         print_json({"unit": "nats per token", "losses": losses, "tokens": columns[-1]})
     else:
@@ -57,12 +61,22 @@ def evaluation(
 
 
 def _table(matrix: Matrix) -> Table:
-    table = Table(title="nats per token", title_justify="left", caption="rows: the active path; columns: whose rows")
+    table = Table(
+        title="nats per token",
+        title_justify="left",
+        caption="rows: the active path; columns: whose rows",
+    )
     table.add_column("active path")
     for domain in matrix.domains:
         table.add_column(domain or BARE, justify="right")
-    best = [min((x for x in column if math.isfinite(x)), default=None) for column in zip(*matrix.losses, strict=True)]
+    best = [
+        min((x for x in column if math.isfinite(x)), default=None)
+        for column in zip(*matrix.losses, strict=True)
+    ]
     for path, losses in zip(matrix.paths, matrix.losses, strict=True):
-        cells = [Text(f"{x:.3f}", "bold" if x == low else "") for x, low in zip(losses, best, strict=True)]
+        cells = [
+            Text(f"{x:.3f}", "bold" if x == low else "")
+            for x, low in zip(losses, best, strict=True)
+        ]
         table.add_row(path or BARE, *cells)
     return table

@@ -48,9 +48,15 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: tor
 def export(
     folder: Folder,
     path: Annotated[
-        str | None, typer.Argument(help="fr/legal, or a blend: fr/legal:0.5+fr/medical:0.5", metavar="PATH_OR_BLEND")
+        str | None,
+        typer.Argument(
+            help="fr/legal, or a blend: fr/legal:0.5+fr/medical:0.5", metavar="PATH_OR_BLEND"
+        ),
     ] = None,
-    to: Annotated[str, typer.Option("--out", help="The folder to write, outside the tree's own.", metavar="DIR")] = "",
+    to: Annotated[
+        str,
+        typer.Option("--out", help="The folder to write, outside the tree's own.", metavar="DIR"),
+    ] = "",
     kind: Annotated[
         As,
         typer.Option(
@@ -61,15 +67,24 @@ def export(
     ] = As.portable,
     every: Annotated[bool, typer.Option("--all", help="Every leaf, as DIR/<path>.")] = False,
     base: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the base; the tree's own folder without it.")
+        str | None,
+        typer.Option(help="Folder or hub id of the base; the tree's own folder without it."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="The largest rank to keep; exact, at rank Σr, without it.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The largest rank to keep; exact, at rank Σr, without it.")
+    ] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="The largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in a module.")
+        float | None,
+        typer.Option(help="The largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in a module."),
     ] = None,
-    ceil_rank: Annotated[bool, typer.Option("--ceil-rank", help="The next rank that vLLM allows.")] = False,
+    ceil_rank: Annotated[
+        bool, typer.Option("--ceil-rank", help="The next rank that vLLM allows.")
+    ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Round the factors; without it fp32, or narrower where nothing is rounded.")
+        Dtype | None,
+        typer.Option(
+            help="Round the factors; without it fp32, or narrower where nothing is rounded."
+        ),
     ] = None,
     complete: Annotated[
         bool,
@@ -81,36 +96,65 @@ def export(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --complete and no base: how large a module is, k_proj=1024x4096.", metavar="NAME=OUTxIN"
+            help="With --complete and no base: how large a module is, k_proj=1024x4096.",
+            metavar="NAME=OUTxIN",
         ),
     ] = None,
     with_code: Annotated[
-        bool, typer.Option("--with-code", help="With --as model: copy the base's own code (*.py) too.")
+        bool,
+        typer.Option("--with-code", help="With --as model: copy the base's own code (*.py) too."),
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Leaves at once, with --all.")] = None,
-    per_module: Annotated[bool, typer.Option("--per-module", help="Tell every module's error.")] = False,
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="Tell every module's error.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a path, a blend or every leaf as one adapter that any engine loads; or merged into a checkpoint."""
     if every == (path is not None):
-        raise SpecError("name one path or blend, or every leaf: lora-tree export FOLDER PATH --out DIR, or --all")
+        raise SpecError(
+            "name one path or blend, or every leaf: lora-tree export FOLDER PATH --out DIR, or --all"
+        )
     tree = load(folder, skip_broken=skip_broken)
     _outside(tree, folder, to)
     if kind is As.model:
-        if path is None or (rank, max_error, dtype) != (None, None, None) or ceil_rank or complete or shape:
-            raise SpecError("--as model writes one path as it is, in the base's dtypes", "leave the other options out")
-        _merge(tree, path, to, base, with_code=with_code, trust_remote_code=trust_remote_code, as_json=as_json)
+        if (
+            path is None
+            or (rank, max_error, dtype) != (None, None, None)
+            or ceil_rank
+            or complete
+            or shape
+        ):
+            raise SpecError(
+                "--as model writes one path as it is, in the base's dtypes",
+                "leave the other options out",
+            )
+        _merge(
+            tree,
+            path,
+            to,
+            base,
+            with_code=with_code,
+            trust_remote_code=trust_remote_code,
+            as_json=as_json,
+        )
         return
     if with_code:
-        raise SpecError("--with-code copies a base's code, and only --as model copies anything of a base")
+        raise SpecError(
+            "--with-code copies a base's code, and only --as model copies anything of a base"
+        )
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is As.peft:
         if path is None or ceil_rank or complete or shape:
-            raise SpecError("--as peft writes one path with its ranks as they are", "leave --as peft out")
+            raise SpecError(
+                "--as peft writes one path with its ranks as they are", "leave --as peft out"
+            )
         what = "export --as peft --base"
-        model = None if base is None else skeleton(base, what=what, trust_remote_code=trust_remote_code)
+        model = (
+            None if base is None else skeleton(base, what=what, trust_remote_code=trust_remote_code)
+        )
         flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
         flat.save(to)
         _tell_flat(path, to, flat, dtype, as_json=as_json)
@@ -180,9 +224,8 @@ def _merge(
         )
         return
     left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
-    what = (
-        f"{path or 'the bare base'} → {made.folder}: {len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
-    )
+    changed = f"{len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
+    what = f"{path or 'the bare base'} → {made.folder}: {changed}"
     out().print(what, markup=False, soft_wrap=True)
 
 
@@ -289,7 +332,10 @@ def _outside(tree: AdapterTree, folder: Path, to: str) -> None:
     for path in tree.paths():
         source = tree[path].source
         if source is not None and _same(where, source.where.resolve()):
-            raise SpecError(f"--out {to} would write over the files of {path}, {source.where}", "write it elsewhere")
+            raise SpecError(
+                f"--out {to} would write over the files of {path}, {source.where}",
+                "write it elsewhere",
+            )
 
 
 def _lies_in(where: Path, folder: Path) -> bool:

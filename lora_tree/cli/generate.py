@@ -28,24 +28,40 @@ class Mode(StrEnum):
 
 def generate(
     folder: Folder,
-    path: Annotated[str, typer.Argument(help="A path, a blend, or '' for the bare base.", metavar="PATH_OR_BLEND")],
+    path: Annotated[
+        str,
+        typer.Argument(help="A path, a blend, or '' for the bare base.", metavar="PATH_OR_BLEND"),
+    ],
     prompt: Annotated[str, typer.Option(help="What the text starts with.")],
-    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="How many tokens to add at most.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token every time.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    mode: Annotated[Mode, typer.Option(help="Written into the weights, or a side path.")] = Mode.merged,
+    mode: Annotated[
+        Mode, typer.Option(help="Written into the weights, or a side path.")
+    ] = Mode.merged,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
 ) -> None:
     """Print text that the base writes at a path."""
     tree = load(folder, skip_broken=skip_broken)
     tree.lineage(path) if "+" not in path and ":" not in path else tree.coefficients(path)
-    name, tokenizer = open_tokenizer(tree, folder, base, what="generate", trust_remote_code=trust_remote_code)
+    name, tokenizer = open_tokenizer(
+        tree, folder, base, what="generate", trust_remote_code=trust_remote_code
+    )
     with foreign("the tokenizer can't read the prompt"):
         tokens = tokenizer(prompt, return_tensors="pt")
     if tokens["input_ids"].numel() == 0:
-        raise SpecError("the prompt has no tokens, so there is nothing to go on from", "give it a word: --prompt TEXT")
+        raise SpecError(
+            "the prompt has no tokens, so there is nothing to go on from",
+            "give it a word: --prompt TEXT",
+        )
     model = open_model(name, trust_remote_code=trust_remote_code)
     if not model.can_generate():
         raise SpecError(
@@ -60,13 +76,19 @@ def generate(
     print_text(text)
 
 
-def _continue(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int, temperature: float) -> str:
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+def _continue(
+    model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int, temperature: float
+) -> str:
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
     ids = model.generate(
         input_ids=tokens["input_ids"],
         attention_mask=tokens["attention_mask"],
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=tokenizer.eos_token_id
+        if tokenizer.pad_token_id is None
+        else tokenizer.pad_token_id,
         **sampling,
     )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

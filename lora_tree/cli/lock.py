@@ -17,7 +17,10 @@ __all__ = ["lock"]
 def lock(
     folder: Folder,
     accept_stale: Annotated[
-        bool, typer.Option("--accept-stale", help="Also accept nodes trained on a lineage that has changed since.")
+        bool,
+        typer.Option(
+            "--accept-stale", help="Also accept nodes trained on a lineage that has changed since."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +42,9 @@ def lock(
     if found.accepted:
         lines.append(f"accepted: {listing(found.accepted)}")
     for node, before in found.moved.items():
-        lines.append(f"moved: {node} has the files that {before} had, and what they were trained on")
+        lines.append(
+            f"moved: {node} has the files that {before} had, and what they were trained on"
+        )
     if found.gone:
         lines.append(f"gone: {listing(found.gone)}")
     lines += [f"stale: {text}" for text in found.stale.values()]

@@ -47,7 +47,13 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
         yield _in_lines(what, total, done)
         return
     said = TextColumn("{task.description}", markup=False)
-    columns = TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said
+    columns = (
+        TextColumn(what, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        said,
+    )
     with Bar(*columns) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda text: bar.update(task, advance=1, description=text)

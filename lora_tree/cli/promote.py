@@ -17,9 +17,15 @@ __all__ = ["promotion"]
 
 def promotion(
     folder: Folder,
-    path: Annotated[str, typer.Argument(help="The node to give it to; added where it is not there.")],
-    checkpoint: Annotated[Path, typer.Option("--from", help="A checkpoint-N of a run or of a TreeTrainer.")],
-    node: Annotated[str | None, typer.Option(help="Which of its nodes; the one of the same path without it.")] = None,
+    path: Annotated[
+        str, typer.Argument(help="The node to give it to; added where it is not there.")
+    ],
+    checkpoint: Annotated[
+        Path, typer.Option("--from", help="A checkpoint-N of a run or of a TreeTrainer.")
+    ],
+    node: Annotated[
+        str | None, typer.Option(help="Which of its nodes; the one of the same path without it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make what a node was at a checkpoint a node of the tree, and save it."""

@@ -14,7 +14,9 @@ from .console import err
 __all__ = ["open_rows"]
 
 
-def open_rows(files: Iterable[Path], tree: AdapterTree, tokenizer: Any, *, max_length: int) -> list[Row]:
+def open_rows(
+    files: Iterable[Path], tree: AdapterTree, tokenizer: Any, *, max_length: int
+) -> list[Row]:
     """See `lora_tree.runs.read_rows`; the user is told how many were cut, and which columns were not read."""
     rows = read_rows(files, tree, tokenizer, max_length=max_length)
     cut = sum(row.cut for row in rows)

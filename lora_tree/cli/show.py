@@ -105,9 +105,20 @@ def _rows(tree: AdapterTree, problems: list[Problem]) -> tuple[list[Row], dict[s
 def _row(tree: AdapterTree, path: str) -> Row:
     node, adapter = tree[path], tree.outline(path)
     if adapter is None:
-        return Row(path, "fresh" if node.fresh is not None else "group", node.weight, 0, [], 0, 0, node.stale)
+        return Row(
+            path,
+            "fresh" if node.fresh is not None else "group",
+            node.weight,
+            0,
+            [],
+            0,
+            0,
+            node.stale,
+        )
     ranks = sorted(set(adapter.ranks.values()))
-    return Row(path, "adapter", node.weight, len(adapter), ranks, adapter.numel, adapter.nbytes, node.stale)
+    return Row(
+        path, "adapter", node.weight, len(adapter), ranks, adapter.numel, adapter.nbytes, node.stale
+    )
 
 
 def _table(tree: AdapterTree, rows: list[Row], broken: dict[str, Problem], title: str) -> Table:
@@ -119,12 +130,21 @@ def _table(tree: AdapterTree, rows: list[Row], broken: dict[str, Problem], title
     guides = dict(_guides([row.path for row in rows]))
     for row in rows:
         ranks = "/".join(map(str, row.ranks))
-        sizes = (ranks, str(row.modules), f"{row.parameters:,}", decimal(row.bytes)) if row.ranks else ("", "", "", "")
+        sizes = (
+            (ranks, str(row.modules), f"{row.parameters:,}", decimal(row.bytes))
+            if row.ranks
+            else ("", "", "", "")
+        )
         name = Text(printable(guides[row.path]), "red" if row.path in broken else "")
         table.add_row(name, f"{row.weight:g}", *sizes, _remark(row, broken.get(row.path)))
     total = printable(f"{len(rows)} nodes over {tree.base or 'an unnamed base'}")
     table.add_row(
-        Text(total, "dim"), "", "", "", f"{sum(r.parameters for r in rows):,}", decimal(sum(r.bytes for r in rows))
+        Text(total, "dim"),
+        "",
+        "",
+        "",
+        f"{sum(r.parameters for r in rows):,}",
+        decimal(sum(r.bytes for r in rows)),
     )
     return table
 

@@ -41,24 +41,38 @@ def train(
     nodes: Nodes = None,
     *,
     data: Data,
-    with_ancestors: Annotated[bool, typer.Option("--with-ancestors", help="Train the nodes above those, too.")] = False,
+    with_ancestors: Annotated[
+        bool, typer.Option("--with-ancestors", help="Train the nodes above those, too.")
+    ] = False,
     base: Base = None,
-    run: Annotated[Path | None, typer.Option(help="Where checkpoints go; FOLDER/.training without it.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Where checkpoints go; FOLDER/.training without it.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate at its height.")] = 2e-4,
-    lr_of: Annotated[list[str] | None, typer.Option(help="One node's own: fr=1e-5.", metavar="NODE=RATE")] = None,
-    weight: Annotated[list[str] | None, typer.Option(help="A path's in the loss: fr=2.", metavar="PATH=NUMBER")] = None,
+    lr_of: Annotated[
+        list[str] | None, typer.Option(help="One node's own: fr=1e-5.", metavar="NODE=RATE")
+    ] = None,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="A path's in the loss: fr=2.", metavar="PATH=NUMBER")
+    ] = None,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
-    clip_norm: Annotated[float, typer.Option(min=0, help="Of each node's gradients; 0: not at all.")] = 1.0,
+    clip_norm: Annotated[
+        float, typer.Option(min=0, help="Of each node's gradients; 0: not at all.")
+    ] = 1.0,
     dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps in which the rate rises.")] = 0,
     schedule: Annotated[Schedule, typer.Option()] = Schedule.cosine,
-    temperature: Annotated[float, typer.Option(help="1: rows as they are; inf: every path alike.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="1: rows as they are; inf: every path alike.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     max_length: Length = 1024,
-    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none but the last.")] = 50,
+    save_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints; 0: none but the last.")
+    ] = 50,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +93,9 @@ def train(
         seed=seed,
     )
     tree = load(folder)
-    name, tokenizer = open_tokenizer(tree, folder, base, what="train", trust_remote_code=trust_remote_code)
+    name, tokenizer = open_tokenizer(
+        tree, folder, base, what="train", trust_remote_code=trust_remote_code
+    )
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     torch.manual_seed(seed)  # what fresh nodes start from
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
@@ -92,7 +108,9 @@ def train(
             bar(" ".join(f"{path or BARE} {loss:.3f}" for path, loss in step.losses.items()))
             if interrupted() and step.number < steps:
                 kept = running.save()
-                err().print(f"stopped after {step.number} of {steps} steps; the same command goes on from {kept}")
+                err().print(
+                    f"stopped after {step.number} of {steps} steps; the same command goes on from {kept}"
+                )
                 raise typer.Exit(130)
     if running.was_over:
         kept = where / f"checkpoint-{running.done}"
@@ -133,8 +151,12 @@ def _foretell(running: Run, rows: int) -> None:
     told = err()
     if running.aside is not None:
         tree = running.model.tree
-        nodes = ", ".join(path for path in tree.paths() if path in running.aside.about.get("nodes", ()))
-        told.print(f"the run before this one, of {nodes}, is finished and lies in {running.aside.folder} now")
+        nodes = ", ".join(
+            path for path in tree.paths() if path in running.aside.about.get("nodes", ())
+        )
+        told.print(
+            f"the run before this one, of {nodes}, is finished and lies in {running.aside.folder} now"
+        )
         if not running.aside.is_saved:
             told.print("  it did not save the tree: lora-tree promote takes its nodes from there")
     if running.left_out:

@@ -20,16 +20,23 @@ MOST_PROBLEMS = 8
 def vllm_args(
     folder: Folder,
     cache: Annotated[
-        Path, typer.Option(help="Where flattened adapters go, on a disk of the machine that serves.")
+        Path,
+        typer.Option(help="Where flattened adapters go, on a disk of the machine that serves."),
     ] = Path("vllm-cache"),
     max_rank: Annotated[
-        int | None, typer.Option(min=1, help="The largest rank to serve; enough for every path without it.")
+        int | None,
+        typer.Option(min=1, help="The largest rank to serve; enough for every path without it."),
     ] = None,
     max_error: Annotated[
-        float, typer.Option(min=0.0, help="Refuse a path that loses more than this in a module at that rank.")
+        float,
+        typer.Option(
+            min=0.0, help="Refuse a path that loses more than this in a module at that rank."
+        ),
     ] = DEFAULT_ERROR,
     max_loras: Annotated[int, typer.Option(min=1, help="Different paths in one batch.")] = 8,
-    cache_gb: Annotated[float, typer.Option(min=0.001, help="The most that the cache may hold, in GiB.")] = 10.0,
+    cache_gb: Annotated[
+        float, typer.Option(min=0.001, help="The most that the cache may hold, in GiB.")
+    ] = 10.0,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,10 +44,14 @@ def vllm_args(
             "for several; every path without it."
         ),
     ] = None,
-    blends: Annotated[bool, typer.Option("--blends", help="Let clients ask for blends: fr/legal:0.5+de:0.5.")] = False,
+    blends: Annotated[
+        bool, typer.Option("--blends", help="Let clients ask for blends: fr/legal:0.5+de:0.5.")
+    ] = False,
     outside: Annotated[
         bool,
-        typer.Option("--outside", help="Serve adapters that tree.yaml names outside of its folder."),
+        typer.Option(
+            "--outside", help="Serve adapters that tree.yaml names outside of its folder."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,12 +69,19 @@ def vllm_args(
     )
     if as_json:
         print_json(
-            {"base": made.base, "flags": list(made.flags), "environment": dict(made.environment), "rank": made.rank}
+            {
+                "base": made.base,
+                "flags": list(made.flags),
+                "environment": dict(made.environment),
+                "rank": made.rank,
+            }
         )
         return
     lines = [f"export {name}={shlex.quote(value)}" for name, value in made.environment.items()]
     base = "BASE" if made.base is None else shlex.quote(made.base)
-    lines.append(f"python -m vllm.entrypoints.openai.api_server --model {base} {shlex.join(made.flags)}")
+    lines.append(
+        f"python -m vllm.entrypoints.openai.api_server --model {base} {shlex.join(made.flags)}"
+    )
     out().print("\n".join(lines), markup=False, soft_wrap=True)
     for pattern in made.unmatched:
         err().print(f"no path of the tree fits --allow {pattern}", markup=False, soft_wrap=True)

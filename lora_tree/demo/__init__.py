@@ -66,7 +66,11 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
     need("transformers", extra="transformers", what="the demo").utils.logging.disable_progress_bar()
     targets = [out, out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-export")]
     clock = _Clock()
-    with staged(targets) as (zoo, base, export), torch.random.fork_rng(devices=[]), _progress(console) as bar:
+    with (
+        staged(targets) as (zoo, base, export),
+        torch.random.fork_rng(devices=[]),
+        _progress(console) as bar,
+    ):
         torch.manual_seed(seed)
         corpus, leaves = find_corpus()
         leaves = leaves[: size.leaves]
@@ -81,11 +85,14 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             tree = load(zoo)
             attached = attach(tree, model)
         held_out = {
-            d.path: spread(stream(d.held_out), windows=size.windows, length=size.length) for d in (corpus, *leaves)
+            d.path: spread(stream(d.held_out), windows=size.windows, length=size.length)
+            for d in (corpus, *leaves)
         }
         with clock("measuring"):
             bits = _bits(attached, model, held_out, bar)
-            switch_ms = {mode: _switch_ms(attached, tree.leaves(), mode) for mode in ("merged", "unmerged")}
+            switch_ms = {
+                mode: _switch_ms(attached, tree.leaves(), mode) for mode in ("merged", "unmerged")
+            }
         with clock("exporting"):
             leaf = "net/email" if "net/email" in tree else tree.leaves()[0]
             flat = tree.flatten(leaf)
@@ -124,7 +131,9 @@ def _train_tree(
     model: Any, leaves: Sequence[Domain], size: Size, seed: int, bar: Progress, *, base: str
 ) -> AdapterTree:
     """All nodes at once: a leaf learns from its own rows, a group from those of all its children."""
-    tree = AdapterTree(base=base, defaults={"r": size.r, "lora_alpha": 2 * size.r, "target_modules": TARGETS})
+    tree = AdapterTree(
+        base=base, defaults={"r": size.r, "lora_alpha": 2 * size.r, "target_modules": TARGETS}
+    )
     for leaf in leaves:
         group = leaf.path.partition("/")[0]
         if group not in tree:
@@ -157,7 +166,9 @@ def _bits(
     with _task(bar, "held-out bits per byte", len(paths)) as tick:
         for path in paths:
             with attached.using(path):
-                bits[path or BARE] = tuple(bits_per_byte(model, windows) for windows in held_out.values())
+                bits[path or BARE] = tuple(
+                    bits_per_byte(model, windows) for windows in held_out.values()
+                )
             tick()
     return bits
 
@@ -183,7 +194,9 @@ def _compare(
     with attached.using(leaf):
         ours = model(input_ids=windows).logits
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # PEFT reads an attribute that transformers has renamed
         wrapped = peft.PeftModel.from_pretrained(open_base(base), export).eval()
     theirs = wrapped(input_ids=windows).logits
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
@@ -205,7 +218,12 @@ class _Clock:
 
 def _progress(console: Console) -> Progress:
     """Bars on a terminal; nothing elsewhere, where `_task` prints a line for each thing done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 

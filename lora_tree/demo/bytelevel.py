@@ -54,7 +54,9 @@ def _tokenizer() -> Any:
     tokenizers = need("tokenizers", extra="transformers", what=_WHAT)
     vocabulary = {letter: byte for byte, letter in enumerate(_alphabet())}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     core.decoder = tokenizers.decoders.ByteLevel()
     end = "<|end|>"
     core.add_special_tokens([end])  # takes the next id, 256

@@ -25,8 +25,17 @@ LEAST_BYTES = 60_000  # below it a domain is too small to train on and to hold s
 CANDIDATES: dict[str, dict[str, str]] = {
     "docs": {"pydoc": "pydoc_data/*.py"},
     "gui": {"tkinter": "tkinter/*.py", "idlelib": "idlelib/*.py", "turtledemo": "turtledemo/*.py"},
-    "net": {"email": "email/*.py", "asyncio": "asyncio/*.py", "http": "http/*.py", "urllib": "urllib/*.py"},
-    "tables": {"cp": "encodings/cp*.py", "iso8859": "encodings/iso8859*.py", "mac": "encodings/mac*.py"},
+    "net": {
+        "email": "email/*.py",
+        "asyncio": "asyncio/*.py",
+        "http": "http/*.py",
+        "urllib": "urllib/*.py",
+    },
+    "tables": {
+        "cp": "encodings/cp*.py",
+        "iso8859": "encodings/iso8859*.py",
+        "mac": "encodings/mac*.py",
+    },
 }
 
 
@@ -57,7 +66,10 @@ def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domai
     base = _domain(BASE_DOMAIN, sorted(stdlib.glob("*.py")), every=10)
     leaves: list[Domain] = []
     for group, packages in CANDIDATES.items():
-        found = [_domain(f"{group}/{name}", sorted(stdlib.glob(where))) for name, where in packages.items()]
+        found = [
+            _domain(f"{group}/{name}", sorted(stdlib.glob(where)))
+            for name, where in packages.items()
+        ]
         leaves += [domain for domain in found if domain.train_bytes >= LEAST_BYTES][:children]
     leaves.sort(key=lambda domain: domain.path)
     if base.train_bytes < 10 * LEAST_BYTES or len({leaf.path.split("/")[0] for leaf in leaves}) < 2:

@@ -97,21 +97,31 @@ def train_tree(
     model.trainable()
 
 
-def _windows(streams: Sequence[Tensor], *, batch: int, length: int, seed: int) -> Iterator[tuple[Tensor, list[int]]]:
+def _windows(
+    streams: Sequence[Tensor], *, batch: int, length: int, seed: int
+) -> Iterator[tuple[Tensor, list[int]]]:
     """Rows (batch, length + 1), and the stream from which each was drawn, for ever."""
     draw = torch.Generator().manual_seed(seed)
     while True:
         which = torch.randint(len(streams), (batch,), generator=draw).tolist()
         starts = [int(torch.randint(len(streams[i]) - length, (1,), generator=draw)) for i in which]
-        yield torch.stack([streams[i][s : s + length + 1] for i, s in zip(which, starts, strict=True)]), which
+        yield (
+            torch.stack(
+                [streams[i][s : s + length + 1] for i, s in zip(which, starts, strict=True)]
+            ),
+            which,
+        )
 
 
 def _optimiser(parameters: Any, steps: int, lr: float, *, weight_decay: float) -> tuple[Any, Any]:
     """AdamW, with a warm-up and a cosine."""
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+    )
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * s / steps)))
+        optimiser,
+        lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * s / steps))),
     )
     return optimiser, schedule
 

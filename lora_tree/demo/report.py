@@ -67,6 +67,9 @@ class Report:
         best = [min(column) for column in zip(*self.bits.values(), strict=True)]
         for path, row in self.bits.items():
             name = path if path == BARE else "  " * path.count("/") + path
-            cells = [Text(f"{b:.2f}", "bold" if b == low else "") for b, low in zip(row, best, strict=True)]
+            cells = [
+                Text(f"{b:.2f}", "bold" if b == low else "")
+                for b, low in zip(row, best, strict=True)
+            ]
             table.add_row(name, *cells, end_section=path == BARE)
         return table

@@ -31,7 +31,10 @@ def staged(targets: Sequence[Path]) -> Iterator[list[Path]]:
     """
     for target in targets:
         if target.exists() and not (target / MARK).is_file():
-            raise FolderError(f"{target} exists, and the demo did not make it", "name another folder, or remove it")
+            raise FolderError(
+                f"{target} exists, and the demo did not make it",
+                "name another folder, or remove it",
+            )
     parent = targets[0].absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     stage = parent / f".{targets[0].name}-{secrets.token_hex(4)}"

@@ -41,7 +41,9 @@ REFUSED = {
         ),
         _ADAPTERS,
     ),
-    **dict.fromkeys(("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"), _RESIZES),
+    **dict.fromkeys(
+        ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"), _RESIZES
+    ),
     "is_quantized": _QUANTISED,
 }
 """Name → what to do instead."""
@@ -66,7 +68,8 @@ def read(base: nn.Module, name: str) -> Any:
     """
     if name in REFUSED and hasattr(base, name):
         raise RefusedAttribute(
-            f"a TreeModel does not answer {name!r} for its {type(base).__name__}", REFUSED[name].format(name=name)
+            f"a TreeModel does not answer {name!r} for its {type(base).__name__}",
+            REFUSED[name].format(name=name),
         )
     try:
         return getattr(base, name)

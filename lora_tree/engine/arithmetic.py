@@ -54,11 +54,15 @@ class Scratch:
         key = dtype, like.device
         held = self._held.get(key)
         if held is None or held.numel() < like.numel():
-            held = self._held[key] = torch.empty(max(like.numel(), BLOCK), dtype=dtype, device=like.device)
+            held = self._held[key] = torch.empty(
+                max(like.numel(), BLOCK), dtype=dtype, device=like.device
+            )
         return held[: like.numel()].view(like.shape)
 
 
-def write_sum(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
+def write_sum(
+    weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor, scratch: Scratch
+) -> None:
     """``weight ← round_once(pristine + left @ right)``, in place.
 
     Args:
@@ -69,7 +73,9 @@ def write_sum(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor, scr
     wide = compute_dtype(weight.dtype, left.dtype, right.dtype)
     if weight.dtype == wide:
         left, right = left.to(wide), right.to(wide)
-    if left.dtype == right.dtype == weight.dtype and (weight.dtype == wide or _bf16_rounds_once(weight)):
+    if left.dtype == right.dtype == weight.dtype and (
+        weight.dtype == wide or _bf16_rounds_once(weight)
+    ):
         if pristine.device != weight.device:
             pristine = weight.copy_(pristine, non_blocking=True)
         _fused(pristine, left, right, weight)
@@ -89,7 +95,9 @@ def _fused(pristine: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.baddbmm(pristine, left, right, out=out)
 
 
-def _blocks(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(
+    weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one matrix."""
     batch, rows, cols = weight.shape
     numbers = BLOCK if weight.device.type == "cpu" else LARGE_BLOCK
@@ -107,7 +115,9 @@ def _blocks(weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor) -> It
 
 
 def _bf16_rounds_once(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _cpu_bf16_rounds_once()
+    return (
+        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _cpu_bf16_rounds_once()
+    )
 
 
 @functools.cache

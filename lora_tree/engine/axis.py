@@ -36,7 +36,9 @@ class Known:
 
     def __init__(self) -> None:
         self.rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
-        self.asked: weakref.WeakSet[Site] = weakref.WeakSet()  # with shapes alone, whatever came of it
+        self.asked: weakref.WeakSet[Site] = (
+            weakref.WeakSet()
+        )  # with shapes alone, whatever came of it
 
 
 class RowAxis:
@@ -53,7 +55,9 @@ class RowAxis:
         SpecError: a factor is not a positive whole number.
     """
 
-    def __init__(self, rows: int, *, repeat: int, tile: int, batch_first: bool, known: Known) -> None:
+    def __init__(
+        self, rows: int, *, repeat: int, tile: int, batch_first: bool, known: Known
+    ) -> None:
         for name, factor in (("repeat", repeat), ("tile", tile)):
             if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
                 raise SpecError(f"{name} must be a whole number from 1, got {factor!r}")
@@ -70,7 +74,10 @@ class RowAxis:
         """Length of the first axis → how often rows stand in place, and the batch as a whole."""
         declared = self.rows * self.repeat * self.tile
         expanded = declared * self.expansion
-        return {expanded: (self.repeat * self.expansion, self.tile), declared: (self.repeat, self.tile)}
+        return {
+            expanded: (self.repeat * self.expansion, self.tile),
+            declared: (self.repeat, self.tile),
+        }
 
     # ------------------------------------------------------------------ a forward of the base
     def begin(self, inputs: Sequence[Tensor]) -> None:
@@ -83,7 +90,11 @@ class RowAxis:
         fitting = next((x for x in shaped if x.shape[0] in self.lengths), None)
         if fitting is not None:
             self._given = fitting.shape[0]
-            tokens = fitting.shape[1:2] if fitting.ndim == 3 or not fitting.is_floating_point() else fitting.shape[2:]
+            tokens = (
+                fitting.shape[1:2]
+                if fitting.ndim == 3 or not fitting.is_floating_point()
+                else fitting.shape[2:]
+            )
             self._vectors = math.prod(tokens) == 1
         elif shaped:
             raise BaseMismatch(
@@ -107,8 +118,16 @@ class RowAxis:
         """
         rows = self._given
         known = self._known
-        unknown = [site for site in sites if site not in known.rows_first and site not in known.asked]
-        if rows is None or rows == 1 or self.batch_first or not unknown or not is_square(inputs, rows):
+        unknown = [
+            site for site in sites if site not in known.rows_first and site not in known.asked
+        ]
+        if (
+            rows is None
+            or rows == 1
+            or self.batch_first
+            or not unknown
+            or not is_square(inputs, rows)
+        ):
             return
         known.asked.update(unknown)
         self.probing = True
@@ -151,7 +170,11 @@ class RowAxis:
     # ------------------------------------------------------------------ private
     def _check(self, site: Site, x: Tensor, length: int, others: Sequence[int]) -> None:
         if not others:
-            if not self._vectors and site not in self._known.rows_first and in_a_list_of_lists(site.name):
+            if (
+                not self._vectors
+                and site not in self._known.rows_first
+                and in_a_list_of_lists(site.name)
+            ):
                 raise BaseMismatch(
                     f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
                     "experts with a module each can't be routed: leave them out, or activate one path at a time",
@@ -167,8 +190,16 @@ class RowAxis:
 
     def _told(self) -> str:
         declared = next(reversed(self.lengths))
-        of = "" if declared == self.rows else f" (route of {self.rows}, repeat={self.repeat}, tile={self.tile})"
-        more = f", or {next(iter(self.lengths))} as generate expanded them" if self.expansion > 1 else ""
+        of = (
+            ""
+            if declared == self.rows
+            else f" (route of {self.rows}, repeat={self.repeat}, tile={self.tile})"
+        )
+        more = (
+            f", or {next(iter(self.lengths))} as generate expanded them"
+            if self.expansion > 1
+            else ""
+        )
         return f"{declared} rows{of}{more}"
 
 

@@ -77,7 +77,9 @@ class Batch:
         if not of_row:
             raise SpecError("route needs at least one row, got an empty list of paths")
         nodes = tuple(sorted({node for each in owed for node in each}, key=depth_first))
-        return _distinct(nodes, [tuple(each.get(node, 0.0) for node in nodes) for each in owed], of_row)
+        return _distinct(
+            nodes, [tuple(each.get(node, 0.0) for node in nodes) for each in owed], of_row
+        )
 
     def __len__(self) -> int:
         return len(self.of_row)
@@ -86,7 +88,9 @@ class Batch:
     def at(self, nodes: Sequence[str]) -> Batch:
         """What the rows owe to some of the nodes: those that change one site, in the order of the sum."""
         columns = [self.nodes.index(node) for node in nodes]
-        return _distinct(tuple(nodes), [tuple(kind[c] for c in columns) for kind in self.kinds], self.of_row)
+        return _distinct(
+            tuple(nodes), [tuple(kind[c] for c in columns) for kind in self.kinds], self.of_row
+        )
 
     def spread(self, repeat: int, tile: int) -> Batch:
         """Every row ``repeat`` times in place, and the whole of that ``tile`` times over."""
@@ -105,7 +109,11 @@ class Batch:
         rows: dict[int, list[int]] = {}
         for row, kind in enumerate(self.of_row):
             rows.setdefault(kind, []).append(row)
-        return [(tuple(found), self.kinds[kind]) for kind, found in rows.items() if any(self.kinds[kind])]
+        return [
+            (tuple(found), self.kinds[kind])
+            for kind, found in rows.items()
+            if any(self.kinds[kind])
+        ]
 
     @cached_property
     def by_node(self) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
@@ -129,7 +137,9 @@ class Batch:
 
     def coefficients(self, rows: Sequence[int]) -> Tensor:
         """(rows, nodes), float64."""
-        return torch.tensor([self.kinds[self.of_row[row]] for row in rows], dtype=torch.float64, device="cpu")
+        return torch.tensor(
+            [self.kinds[self.of_row[row]] for row in rows], dtype=torch.float64, device="cpu"
+        )
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         """(rows,) int64: some of the rows, where a device reads them; the same tensor for all sites."""
@@ -145,7 +155,9 @@ class Batch:
         return {}
 
 
-def _distinct(nodes: tuple[str, ...], owed: Sequence[tuple[float, ...]], of_row: Sequence[int]) -> Batch:
+def _distinct(
+    nodes: tuple[str, ...], owed: Sequence[tuple[float, ...]], of_row: Sequence[int]
+) -> Batch:
     """A batch whose kinds are in use, and different from each other."""
     kinds: dict[tuple[float, ...], int] = {}
     mine = [kinds.setdefault(owed[kind], len(kinds)) for kind in of_row]

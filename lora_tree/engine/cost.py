@@ -51,11 +51,20 @@ class Work:
 
     def seconds(self, on: Machine) -> float:
         """The estimate for one machine."""
-        return self.calls * on.call_s + max(self.bytes / on.bytes_per_s, self.flops / on.flops_per_s)
+        return self.calls * on.call_s + max(
+            self.bytes / on.bytes_per_s, self.flops / on.flops_per_s
+        )
 
     @classmethod
     def product(
-        cls, shape: Sequence[int], rank: int, inputs: int, dtype: torch.dtype, *, gathered: bool, copies: int = 1
+        cls,
+        shape: Sequence[int],
+        rank: int,
+        inputs: int,
+        dtype: torch.dtype,
+        *,
+        gathered: bool,
+        copies: int = 1,
     ) -> Work:
         """The two products of an increment of ``shape`` (…, out, in) and ``rank`` for ``inputs`` vectors.
 
@@ -65,5 +74,7 @@ class Work:
         out, into = shape[-2], shape[-1]
         moved = into + 2 * out + (into + 3 * out if gathered else 0)
         numbers = copies * rank * (into + out) + inputs * moved
-        flops = 2.0 * (inputs + FEW) * rank * (into + out)  # a product of few inputs runs far below the rate
+        flops = (
+            2.0 * (inputs + FEW) * rank * (into + out)
+        )  # a product of few inputs runs far below the rate
         return cls(4 if gathered else 2, numbers * dtype.itemsize, flops)

@@ -43,7 +43,9 @@ class Entry:
         self._checkpointed = False
         self.number: int | None = None
 
-    def watch(self, mark: int | None, axis: RowAxis | None = None, mixed: Sequence[Site] = ()) -> None:
+    def watch(
+        self, mark: int | None, axis: RowAxis | None = None, mixed: Sequence[Site] = ()
+    ) -> None:
         """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch.
 
         Args:
@@ -61,7 +63,9 @@ class Entry:
         if not self._handles:
             # One after the other into the list, so that a failure between them leaves no hook unknown.
             self._handles += [self._base.register_forward_pre_hook(self._before, with_kwargs=True)]
-            after = self._base.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+            after = self._base.register_forward_hook(
+                self._after, with_kwargs=True, always_call=True
+            )
             self._handles += [after]
 
     def side_path_runs(self) -> None:
@@ -98,7 +102,9 @@ class Entry:
             self._axis.probe(module, args, kwargs, inputs, self._mixed)
         self._recording, self._checkpointed, self._admitted = torch.is_grad_enabled(), False, True
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         if self._axis is not None:
             self._axis.end()
         if not self._admitted:

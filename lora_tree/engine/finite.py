@@ -31,7 +31,9 @@ __all__ = ["check_beside", "harmless", "not_finite", "suspects"]
 _LARGEST: weakref.WeakKeyDictionary[Adapter, tuple[int, float]] = weakref.WeakKeyDictionary()
 """Adapter → how often its parameters had been written to, and its largest number then."""
 
-_FINE: weakref.WeakKeyDictionary[Plan, set[tuple[bool, tuple[torch.dtype | None, ...]]]] = weakref.WeakKeyDictionary()
+_FINE: weakref.WeakKeyDictionary[Plan, set[tuple[bool, tuple[torch.dtype | None, ...]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 Part = tuple[str, LowRank, float]
 """A node's part at a site: its name, its value and the coefficient of that."""
@@ -75,7 +77,9 @@ def harmless(values: Sequence[tuple[LowRank, float]], dtype: torch.dtype) -> boo
     return _is_harmless(total, biases, folded, dtype)
 
 
-def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float] | None = None) -> None:
+def check_beside(
+    plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float] | None = None
+) -> None:
     """Refuse a plan whose side paths would hold a number that is not finite; what trains is not looked at.
 
     Args:
@@ -92,7 +96,8 @@ def check_beside(plan: Plan, asked: torch.dtype | None, owed: Mapping[str, float
     if ordinary and _known(plan, True, given):
         return
     dtypes = tuple(
-        side_dtype(plan.sites[name], [term.value for term in terms], asked) for name, terms in plan.terms.items()
+        side_dtype(plan.sites[name], [term.value for term in terms], asked)
+        for name, terms in plan.terms.items()
     )
     # Factors that train are not checked: they change at every step, and reading them waits for the device.
     most = _most(plan, [adapter for adapter in plan.adapters if not _all_train(adapter)])
@@ -118,7 +123,11 @@ def not_finite(name: str, parts: Sequence[Part], dtype: torch.dtype) -> BaseMism
             f"{node}: {name}: a factor holds NaN or an infinity, as a training that diverged leaves it",
             "train it again, or put back an earlier version of its files",
         )
-    wider = ("load the base in bfloat16 or float32, which go up to 3e38",) if dtype == torch.float16 else ()
+    wider = (
+        ("load the base in bfloat16 or float32, which go up to 3e38",)
+        if dtype == torch.float16
+        else ()
+    )
     return BaseMismatch(
         f"{node}: {name}: its scale ({coefficient * value.scale:.3g}) times its factors goes over "
         f"{torch.finfo(dtype).max:.5g}, the largest number of {str(dtype)[6:]}",
@@ -147,8 +156,12 @@ def _is_harmless(total: float, biases: float, folded: float, dtype: torch.dtype)
         folded: nor one of scale · B, which is computed in fp32 or wider.
     """
     info = torch.finfo(dtype)
-    half_step = info.max * info.eps / 4  # what is smaller leaves the largest number of the dtype where it is
-    return total < half_step and biases < half_step and folded < torch.finfo(torch.float32).max / 2  # NaN is not
+    half_step = (
+        info.max * info.eps / 4
+    )  # what is smaller leaves the largest number of the dtype where it is
+    return (
+        total < half_step and biases < half_step and folded < torch.finfo(torch.float32).max / 2
+    )  # NaN is not
 
 
 def _known(plan: Plan, beside: bool, dtypes: tuple[torch.dtype | None, ...]) -> bool:
@@ -179,7 +192,9 @@ def _most(plan: Plan, adapters: Iterable[Adapter]) -> float:
 
 
 def _all_train(adapter: Adapter) -> bool:
-    return all(tensor.requires_grad for value in adapter.modules.values() for tensor in value.tensors)
+    return all(
+        tensor.requires_grad for value in adapter.modules.values() for tensor in value.tensors
+    )
 
 
 def _largest_in(adapter: Adapter) -> float:

@@ -84,7 +84,9 @@ class Form(ABC):
     def _down(self, x: Tensor, value: LowRank, each: Tensor | None) -> Tensor:
         """The first product, times the rows' coefficients."""
         low = self.site.down(x, value.A.to(x.dtype) if x.is_floating_point() else value.A)
-        return low if each is None else low * each.to(low.dtype).view(-1, *(1 for _ in low.shape[1:]))
+        return (
+            low if each is None else low * each.to(low.dtype).view(-1, *(1 for _ in low.shape[1:]))
+        )
 
     def _up(self, low: Tensor, B: Tensor) -> Tensor:
         return self.site.up(low, B.to(low.dtype))
@@ -96,9 +98,13 @@ class Form(ABC):
         for i in self._biased:
             bias = owed.values[i].to(device=owed.device, dtype=owed.dtype).bias
             assert bias is not None
-            total.append(owed.numbers(coefficients[:, i] * owed.values[i].scale)[:, None] * bias)  # (rows, out)
+            total.append(
+                owed.numbers(coefficients[:, i] * owed.values[i].scale)[:, None] * bias
+            )  # (rows, out)
         delta = self.site.along_channels(torch.stack(total).sum(0), out.ndim)
-        return owed.rows(adapted).added(out, delta.expand(len(adapted), *out.shape[1:]), spare=False)
+        return owed.rows(adapted).added(
+            out, delta.expand(len(adapted), *out.shape[1:]), spare=False
+        )
 
 
 # ---------------------------------------------------------------------- one product after the other
@@ -117,7 +123,10 @@ class _Loop(Form):
     def __init__(self, owed: Owed) -> None:
         super().__init__(owed)
         self._parts = self._made()
-        self._layers = [(layer, owed.rows(_rows(layer))) for layer in _disjoint(self._parts, lambda p: p.rows.rows)]
+        self._layers = [
+            (layer, owed.rows(_rows(layer)))
+            for layer in _disjoint(self._parts, lambda p: p.rows.rows)
+        ]
 
     @abstractmethod
     def _made(self) -> list[_Part]: ...
@@ -127,7 +136,9 @@ class _Loop(Form):
             value = part.value()
             low = self._down(part.rows.of(x), value, part.each)
             if part.rows.slice is None:
-                out.index_add_(0, part.rows.index, self._up(low, value.B).to(out.dtype), alpha=value.scale)
+                out.index_add_(
+                    0, part.rows.index, self._up(low, value.B).to(out.dtype), alpha=value.scale
+                )
                 continue
             target = out[part.rows.slice]
             new = self.site.onto(target, low, value.B.to(low.dtype), scale=value.scale, spare=True)
@@ -177,7 +188,9 @@ class EachPath(_Loop):
 
     @classmethod
     def work(cls, owed: Owed, tokens: int) -> Work:
-        return sum((owed.work(rows, owed.rank(c), tokens) for rows, c in owed.batch.by_kind), Work())
+        return sum(
+            (owed.work(rows, owed.rank(c), tokens) for rows, c in owed.batch.by_kind), Work()
+        )
 
 
 # ---------------------------------------------------------------------- all at once
@@ -206,7 +219,9 @@ class AllPaths(Form):
 
     def _made(self) -> tuple[Tensor, Tensor]:
         """(paths, R, in) and (paths, R, out)."""
-        return _side_by_side(self.owed, [coefficients for _, coefficients in self.owed.batch.by_kind])
+        return _side_by_side(
+            self.owed, [coefficients for _, coefficients in self.owed.batch.by_kind]
+        )
 
     def _low(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The narrow products (paths, inputs, R), and what takes them up."""
@@ -240,7 +255,9 @@ class Grouped(Form):
     def suits(cls, owed: Owed, tokens: int) -> bool:
         on_cpu = owed.device.type == "cpu"
         dtypes = (torch.float32, torch.bfloat16, torch.float16) if on_cpu else (torch.bfloat16,)
-        aligned = all(n * owed.dtype.itemsize % STRIDE_BYTES == 0 for n in owed.values[0].shape[-2:])
+        aligned = all(
+            n * owed.dtype.itemsize % STRIDE_BYTES == 0 for n in owed.values[0].shape[-2:]
+        )
         able = grouped_product() is not None
         return able and isinstance(owed.site, LinearSite) and owed.dtype in dtypes and aligned
 
@@ -273,7 +290,9 @@ class Grouped(Form):
             A, B = (factor.to(x.dtype) for factor in layer.factors())
             low = product(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
             if layer.each is not None:
-                low = (low.view(len(layer.rows), -1) * layer.each.to(low.dtype)[:, None]).view(low.shape)
+                low = (low.view(len(layer.rows), -1) * layer.each.to(low.dtype)[:, None]).view(
+                    low.shape
+                )
             out = layer.rows.added(out, product(low, B, offs=offsets), spare=spare)
         return out
 
@@ -300,7 +319,9 @@ class Matrix(Form):
         self._value = owed.held(lambda: owed.stacked([1.0] * len(owed.values)))
         column = [i for i, value in enumerate(owed.values) for _ in range(value.rank)]
         coefficients = owed.batch.coefficients(owed.batch.adapted)[:, column]  # (rows, Σr)
-        coefficients = coefficients.repeat(1, math.prod(owed.values[0].shape[:-2]))  # once for each group
+        coefficients = coefficients.repeat(
+            1, math.prod(owed.values[0].shape[:-2])
+        )  # once for each group
         self._mine = uploaded(coefficients != 0, owed.device)
         plain = bool(((coefficients == 0) | (coefficients == 1)).all())
         self._coefficients = None if plain else owed.numbers(coefficients)
@@ -357,7 +378,9 @@ def _rows(parts: Iterable[_Part]) -> list[int]:
     return [row for part in parts for row in part.rows.rows]
 
 
-def _side_by_side(owed: Owed, sums: Sequence[Sequence[float]], *, multiple: int = 1) -> tuple[Tensor, Tensor]:
+def _side_by_side(
+    owed: Owed, sums: Sequence[Sequence[float]], *, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
     """Some sums of the values, one beside the other: (sums, R, in) and (sums, R, out), B turned over and scaled.
 
     Sums of a smaller rank are filled up with zeros, all to a multiple of ``multiple``. Every factor is copied once.

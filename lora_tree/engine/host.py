@@ -50,7 +50,10 @@ class CompileWatch:
         frames = compiled_frames()
         if frames is not None and frames == self._frames:
             return False
-        if any(isinstance(held, dict) and held.get("_orig_mod") is base for held in gc.get_referrers(base)):
+        if any(
+            isinstance(held, dict) and held.get("_orig_mod") is base
+            for held in gc.get_referrers(base)
+        ):
             return True
         self._frames = frames or 0
         return False
@@ -75,7 +78,9 @@ def claim(base: nn.Module, model: nn.Module) -> Mark:
     """
     mark = _ATTACHED.get(base)
     if mark is not None and mark.model() is not None:
-        raise StateError("this base is attached already", "use that model, or call its detach() first")
+        raise StateError(
+            "this base is attached already", "use that model, or call its detach() first"
+        )
     if mark is not None and not mark.bare:
         raise StateError(
             "an earlier model of this base was dropped while a path was active, or prepared, and left it there",

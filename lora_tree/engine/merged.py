@@ -67,7 +67,9 @@ class Merged:
             _refuse_sharded(plan)  # first: freezing the node would not help
             _refuse_training(plan, owned)
         addresses = _addresses(self._base)
-        if addresses != self._addresses:  # a weight was replaced, and may be tied, or of another kind, since
+        if (
+            addresses != self._addresses
+        ):  # a weight was replaced, and may be tied, or of another kind, since
             self._untied.clear()
             self._checked.clear()
             self._addresses = addresses
@@ -109,7 +111,9 @@ class Merged:
         with exact_mode(*{weight.device for weight in weights if weight is not None}):
             if not self._in_place:
                 self.pristine.keep(
-                    (job.site.module_name, job.site.module, attribute) for job in jobs for attribute in job.attributes
+                    (job.site.module_name, job.site.module, attribute)
+                    for job in jobs
+                    for attribute in job.attributes
                 )
             begun: list[_Job] = []
             done: list[_Job] = []
@@ -153,9 +157,13 @@ class Merged:
     def _replaced(self) -> list[str]:
         """The weights with a path merged into them whose module is not in the base any more, as it was."""
         sites = self.plan.sites.values()
-        return [f"{site.module_name}.{site.weight_name}" for site in sites if not site.is_in(self._base)]
+        return [
+            f"{site.module_name}.{site.weight_name}" for site in sites if not site.is_in(self._base)
+        ]
 
-    def _write(self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job], plan: Plan | None = None) -> None:
+    def _write(
+        self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job], plan: Plan | None = None
+    ) -> None:
         """Write some sites' weights and biases.
 
         Args:
@@ -247,7 +255,14 @@ class Merged:
                 target: Tensor = getattr(job.site.module, attribute)
                 with exact_mode(target.device):
                     own = self._own_value(job.site, attribute).to(target.device)
-                    check_sum(job.site, name, own, parts, self._scratch, is_bias=attribute == job.site.bias_name)
+                    check_sum(
+                        job.site,
+                        name,
+                        own,
+                        parts,
+                        self._scratch,
+                        is_bias=attribute == job.site.bias_name,
+                    )
 
     def _own_value(self, site: Site, attribute: str) -> Tensor:
         """The base's own numbers: the copy, or what stands there while nothing is merged (in place: as it stands)."""
@@ -273,7 +288,9 @@ class Merged:
                     "call it by the same name in every adapter on the path",
                 )
         jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
-        self._check_ties([(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied])
+        self._check_ties(
+            [(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied]
+        )
 
     def _check_ties(self, written: Sequence[tuple[_Job, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
@@ -282,7 +299,11 @@ class Merged:
             site = job.site
             start, end = _span(getattr(site.module, attribute))
             own = id(site.module), attribute
-            shared = [f"{o}.{leaf}" for s, e, m, (o, leaf) in spans if s < end and e > start and (m, leaf) != own]
+            shared = [
+                f"{o}.{leaf}"
+                for s, e, m, (o, leaf) in spans
+                if s < end and e > start and (m, leaf) != own
+            ]
             if shared:
                 raise TiedWeights(
                     f"{job.new[0].node}: {site.name}: its {attribute} is tied to {listing(sorted(shared))}: "
@@ -310,7 +331,11 @@ def _refuse_training(plan: Plan, owned: Collection[str]) -> None:
     for name, terms in plan.terms.items():
         for term in terms:
             if any(tensor.requires_grad for tensor in term.value.tensors):
-                freeze = "model.trainable()" if term.node in owned else "adapter.with_tensors(torch.Tensor.detach)"
+                freeze = (
+                    "model.trainable()"
+                    if term.node in owned
+                    else "adapter.with_tensors(torch.Tensor.detach)"
+                )
                 raise StateError(
                     f"{term.node}: {name}: trains, and can't be merged while it does",
                     f'activate(…, mode="unmerged"), or {freeze} first',
@@ -336,7 +361,9 @@ class _Job:
         return names
 
 
-def _add(site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch) -> None:
+def _add(
+    site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch
+) -> None:
     """``target ← round_once(source + Σ values)``, for a site's weight or its bias."""
     if target is getattr(site.module, site.bias_name, None):
         add_bias(target, source, values)
@@ -365,7 +392,9 @@ def check_sum(
         BaseMismatch: it is not; names the node that adds the most.
     """
     if all(math.isfinite(value.scale * coefficient) for _, value, coefficient in parts):
-        values = [value.scaled(coefficient).to(device=source.device) for _, value, coefficient in parts]
+        values = [
+            value.scaled(coefficient).to(device=source.device) for _, value, coefficient in parts
+        ]
         trial = torch.empty_like(source, requires_grad=False)
         if is_bias:
             add_bias(trial, source, values)
@@ -385,7 +414,9 @@ def add_bias(target: Tensor, source: Tensor, values: Sequence[LowRank]) -> None:
     target.copy_(total)
 
 
-def add_weight(site: Site, target: Tensor, source: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
+def add_weight(
+    site: Site, target: Tensor, source: Tensor, values: Sequence[LowRank], scratch: Scratch
+) -> None:
     """``target ← round_once(source + Σ values)``; ``source`` may be ``target`` itself.
 
     Args:
@@ -441,5 +472,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
+    reach = (
+        sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        if tensor.numel()
+        else 0
+    )
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()

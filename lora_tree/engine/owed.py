@@ -34,7 +34,11 @@ class Rows:
         self.rows = tuple(rows)
         self.whole = self.rows == tuple(range(len(batch)))
         start = self.rows[0]
-        self.slice = slice(start, start + len(rows)) if self.rows == tuple(range(start, start + len(rows))) else None
+        self.slice = (
+            slice(start, start + len(rows))
+            if self.rows == tuple(range(start, start + len(rows)))
+            else None
+        )
         self.index = batch.index(self.rows, device)
 
     def __len__(self) -> int:
@@ -49,7 +53,11 @@ class Rows:
         """The rows of ``x``: a view where they lie side by side, unless autograd would have to unpick it."""
         if self.whole:
             return x
-        return x.index_select(0, self.index) if self.slice is None or x.requires_grad else x[self.slice]
+        return (
+            x.index_select(0, self.index)
+            if self.slice is None or x.requires_grad
+            else x[self.slice]
+        )
 
     def added(self, out: Tensor, delta: Tensor, *, spare: bool) -> Tensor:
         """``out`` with ``delta``, any view of (rows, …), added in their places; written over where it is ``spare``.
@@ -60,7 +68,9 @@ class Rows:
         delta = delta.reshape(len(self.rows), *out.shape[1:]).to(out.dtype)
         if self.whole and spare:
             return out.add_(delta)
-        return out.index_add_(0, self.index, delta) if spare else out.index_add(0, self.index, delta)
+        return (
+            out.index_add_(0, self.index, delta) if spare else out.index_add(0, self.index, delta)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +132,9 @@ class Owed:
         """What a product of some rank costs for some rows; ``copies``: how many different factors are read."""
         shape = self.values[0].shape
         gathered = tuple(rows) != tuple(range(rows[0], rows[0] + len(rows)))
-        return Work.product(shape, rank, len(rows) * tokens, self.dtype, gathered=gathered, copies=copies)
+        return Work.product(
+            shape, rank, len(rows) * tokens, self.dtype, gathered=gathered, copies=copies
+        )
 
 
 def _new_bytes(made: object, values: Sequence[LowRank]) -> int:

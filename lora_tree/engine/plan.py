@@ -78,7 +78,9 @@ class Plan:
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for terms in self.terms.values() for term in terms for t in term.value.tensors)
+        return tuple(
+            t for terms in self.terms.values() for term in terms for t in term.value.tensors
+        )
 
     def is_as_it_was(self) -> bool:
         """Whether its factors have the numbers that they had, and those train that did."""
@@ -169,7 +171,9 @@ class Binder:
         if not terms:
             return BARE
         key = tuple((id(adapter), coefficient) for _, coefficient, adapter in terms)
-        known = self._plans.find(key)  # a plan holds its adapters, so that no id in its key is used again
+        known = self._plans.find(
+            key
+        )  # a plan holds its adapters, so that no id in its key is used again
         if known is not None:
             if all(site.is_in(self._base) for site in known.sites.values()):
                 return self._plans.get(key, lambda: known)
@@ -187,7 +191,9 @@ class Binder:
             {name: self.site(name) for name in found},
             self._marks.of(origins) if fixed else Marks.new(),
             tuple(adapter for _, _, adapter in terms),
-            frozenset() if fixed else frozenset((n, t.node) for n, ts in found.items() for t in ts if t.trains),
+            frozenset()
+            if fixed
+            else frozenset((n, t.node) for n, ts in found.items() for t in ts if t.trains),
             fixed,
         )
         if fixed:
@@ -213,7 +219,9 @@ class Binder:
         except LoraTreeError as error:
             where = error.within(node)
             made_for = adapter.base and self._base_name and adapter.base != self._base_name
-            hint = (f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}",)
+            hint = (
+                f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}",
+            )
             raise type(error)(where.what, *where.todo, *(hint if made_for else ())) from error
         if adapter.base and adapter.base not in self._said:
             self._said.add(adapter.base)
@@ -225,7 +233,9 @@ class Binder:
         """The site of that name in the base as it is now: a replaced module is found again."""
         known = self._sites.get(name)
         if known is None or not known.is_in(self._base):
-            self._marks = self._marks if known is None else Marks()  # another module behaves otherwise
+            self._marks = (
+                self._marks if known is None else Marks()
+            )  # another module behaves otherwise
             known = self._sites[name] = find_site(self._base, name)
         return known
 
@@ -250,7 +260,9 @@ class Binder:
         try:
             own = self._base.get_parameter(name)
         except AttributeError:
-            raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, this base has none") from None
+            raise BaseMismatch(
+                f"{name}: the adapter carries this tensor of its base, this base has none"
+            ) from None
         todo = "train without bias= and without resizing embeddings, or attach the base it was trained on"
         check_carried(name, tensor, own, todo)
 

@@ -67,10 +67,15 @@ class Prepared:
         dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
     """
 
-    def __init__(self, sites: Mapping[Site, Sequence[LowRank]], *, max_rank: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, sites: Mapping[Site, Sequence[LowRank]], *, max_rank: int, dtype: torch.dtype | None
+    ) -> None:
         if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
             raise SpecError(f"max_rank must be a whole number from 1, got {max_rank!r}")
-        made = [_Fixed(site, values, max_rank, side_dtype(site, values, dtype)) for site, values in sites.items()]
+        made = [
+            _Fixed(site, values, max_rank, side_dtype(site, values, dtype))
+            for site, values in sites.items()
+        ]
         self._fixed = {fixed.site.name: fixed for fixed in made}
         self._handles: list[RemovableHandle] = []
         self.reached: set[str] = set()
@@ -95,14 +100,21 @@ class Prepared:
         for name, terms in plan.terms.items():
             site, fixed = plan.sites[name], self._fixed.get(name)
             site.check_mode(terms[0].value, merged=False, node=terms[0].node)
-            if fixed is None or fixed.site is not site or (any(t.value.bias is not None for t in terms) > fixed.biased):
+            if (
+                fixed is None
+                or fixed.site is not site
+                or (any(t.value.bias is not None for t in terms) > fixed.biased)
+            ):
                 raise StateError(
                     f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module came later",
                     "detach, attach the tree again, and prepare it before the base is compiled",
                 )
             training = next((term.node for term in terms if term.trains), None)
             if training is not None:
-                raise StateError(f"{training}: trains, which a prepared model can't do", "model.trainable() first")
+                raise StateError(
+                    f"{training}: trains, which a prepared model can't do",
+                    "model.trainable() first",
+                )
 
     def lay_out(self, plan: Plan) -> Numbers:
         """Return the numbers of one path or blend; of an empty plan none, and side paths that are off.
@@ -112,7 +124,9 @@ class Prepared:
         """
         if not plan.terms:
             return Numbers(self, OFF, {})
-        made = {name: fixed.numbers(plan.terms.get(name, ())) for name, fixed in self._fixed.items()}
+        made = {
+            name: fixed.numbers(plan.terms.get(name, ())) for name, fixed in self._fixed.items()
+        }
         return Numbers(self, PATH, made)
 
     def lay_out_rows(self, route: Route, axis: RowAxis) -> Numbers:
@@ -123,7 +137,9 @@ class Prepared:
             StateError: the nodes of the batch have a larger rank together than what was prepared for; names the site.
         """
         if route.strategy not in ("auto", "matrix"):
-            raise SpecError(f"a prepared model adds up as 'matrix' does, got strategy {route.strategy!r}")
+            raise SpecError(
+                f"a prepared model adds up as 'matrix' does, got strategy {route.strategy!r}"
+            )
         made: dict[str, _SiteNumbers] = {}
         for name, fixed in self._fixed.items():
             terms = route.plan.terms.get(name, ())
@@ -161,7 +177,9 @@ class _SiteNumbers:
 class _Fixed:
     """One site's buffers."""
 
-    def __init__(self, site: Site, values: Sequence[LowRank], max_rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, site: Site, values: Sequence[LowRank], max_rank: int, dtype: torch.dtype
+    ) -> None:
         self.site, self.dtype, self.max_rank = site, dtype, max_rank
         *batch, out, into = values[0].shape
         device = site.weight.device if site.weight is not None else values[0].device
@@ -173,7 +191,9 @@ class _Fixed:
             self.rows = self.row_bias = self.adapted = torch.zeros(0, device=device)
         self.mode, self.uniform, self.batch_first = OFF, False, False
 
-    def numbers(self, terms: Terms, rows: Batch | None = None, *, batch_first: bool = False) -> _SiteNumbers:
+    def numbers(
+        self, terms: Terms, rows: Batch | None = None, *, batch_first: bool = False
+    ) -> _SiteNumbers:
         """The numbers for some terms; ``rows``: what each row owes to them, whose coefficients then are 1.
 
         Raises:
@@ -194,7 +214,9 @@ class _Fixed:
             owed = rows.coefficients(range(len(rows)))  # (rows, nodes)
             there = uploaded(owed, device)
             column = [i for i, v in enumerate(values) for _ in range(v.rank)]
-            wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank)).repeat(1, self._groups)
+            wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank)).repeat(
+                1, self._groups
+            )
             bias = torch.zeros(len(rows), len(self.bias), dtype=torch.float64, device=device)
             for i, v in enumerate(values):
                 if v.bias is not None:
@@ -229,7 +251,9 @@ class _Fixed:
         """The site's forward hook: shapes and tensors only, so that it can be traced."""
         site = self.site
 
-        def side_path(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        def side_path(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        ) -> Any:
             if self.mode == OFF:
                 return None
             check_own(module, site)
@@ -260,7 +284,9 @@ class _Fixed:
         fits = x.shape[0] == length and out.shape[0] == length
         others = self.site.token_axes(x)
         if fits and not self.batch_first and others is not None:
-            fits = length not in others and (len(others) > 0 or not in_a_list_of_lists(self.site.name))
+            fits = length not in others and (
+                len(others) > 0 or not in_a_list_of_lists(self.site.name)
+            )
         if fits:
             return self.rows, self.row_bias, self.adapted
         if self.uniform:

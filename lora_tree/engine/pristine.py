@@ -211,7 +211,9 @@ class Pristine:
     def copies(self) -> Copies:
         """Where they are, and how large."""
         beside = sum(kept.nbytes for kept in self._kept.values() if kept.on_device)
-        return Copies(self._place, beside, sum(kept.nbytes for kept in self._kept.values()) - beside)
+        return Copies(
+            self._place, beside, sum(kept.nbytes for kept in self._kept.values()) - beside
+        )
 
     @property
     def nbytes(self) -> int:
@@ -295,7 +297,9 @@ class _Look:
         self._kept = kept
         self._places = [each.parameter.data_ptr() for each in kept]
         alike = before is not None and before._kept == kept and before._places == self._places
-        self._groups: list[_Group] = before._groups if before is not None and alike else _grouped(kept)
+        self._groups: list[_Group] = (
+            before._groups if before is not None and alike else _grouped(kept)
+        )
         self._buffers = [group.take() for group in self._groups]
 
     def differing(self, before: _Look) -> list[_Kept]:

@@ -60,10 +60,21 @@ class Router:
         """
         if strategy not in get_args(Strategy):
             known = get_args(Strategy)
-            raise SpecError(f"no strategy {strategy!r}{suggest(str(strategy), known)}", f"there are {listing(known)}")
-        owed = batch.nodes, batch.kinds, batch.of_row, strategy, *[site.dtype for site in plan.sites.values()]
+            raise SpecError(
+                f"no strategy {strategy!r}{suggest(str(strategy), known)}",
+                f"there are {listing(known)}",
+            )
+        owed = (
+            batch.nodes,
+            batch.kinds,
+            batch.of_row,
+            strategy,
+            *[site.dtype for site in plan.sites.values()],
+        )
         mark = self._marks.of((plan.mark, *owed))
-        return self._kept.get((plan, *owed), lambda: Route(batch, plan, strategy, self._manner, mark, self._ledger))
+        return self._kept.get(
+            (plan, *owed), lambda: Route(batch, plan, strategy, self._manner, mark, self._ledger)
+        )
 
     def forget(self) -> None:
         """Drop the routes kept."""
@@ -91,8 +102,16 @@ class Route:
         mark: int,
         ledger: Ledger,
     ) -> None:
-        self.batch, self.plan, self.strategy, self.manner, self.mark = batch, plan, strategy, manner, mark
-        self._charge = partial(ledger.charge, _Room())  # not self: what is laid out must not hold its route
+        self.batch, self.plan, self.strategy, self.manner, self.mark = (
+            batch,
+            plan,
+            strategy,
+            manner,
+            mark,
+        )
+        self._charge = partial(
+            ledger.charge, _Room()
+        )  # not self: what is laid out must not hold its route
         self._seen: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, Form] = {}
@@ -107,7 +126,9 @@ class Route:
             sides[name] = _RoutedSide(self, site, axis) if alike is None else alike
         return sides
 
-    def forms(self, site: Site, spread: tuple[int, int], tokens: int, device: torch.device) -> list[Form]:
+    def forms(
+        self, site: Site, spread: tuple[int, int], tokens: int, device: torch.device
+    ) -> list[Form]:
         """How a site's sum is added up: what is frozen, and then what trains.
 
         Args:
@@ -130,7 +151,9 @@ class Route:
         if found is None:
             terms = self.plan.terms[site.name]
             parts = [tuple(t for t in terms if t.trains == trains) for trains in (False, True)]
-            found = self._owed[key] = [self._part(site, part, spread, device) for part in parts if part]
+            found = self._owed[key] = [
+                self._part(site, part, spread, device) for part in parts if part
+            ]
         return found
 
     @property
@@ -147,17 +170,23 @@ class Route:
             return None
         found = self._whole.get(site.name)
         if found is None:
-            owed = tuple(replace(t, coefficient=c) for t, c in zip(terms, batch.kinds[0], strict=True))
+            owed = tuple(
+                replace(t, coefficient=c) for t, c in zip(terms, batch.kinds[0], strict=True)
+            )
             draft = Draft(site, owed, self.manner.dtype)
             self._charge(draft.nbytes)
             with exact_mode(draft.device):
                 found = self._whole[site.name] = PathSide(draft, self.manner)
         return found
 
-    def _part(self, site: Site, terms: Terms, spread: tuple[int, int], device: torch.device) -> Owed:
+    def _part(
+        self, site: Site, terms: Terms, spread: tuple[int, int], device: torch.device
+    ) -> Owed:
         values = [term.value for term in terms]
         batch = self._batch(tuple(term.node for term in terms), spread)
-        return Owed(site, values, batch, side_dtype(site, values, self.manner.dtype), device, self._charge)
+        return Owed(
+            site, values, batch, side_dtype(site, values, self.manner.dtype), device, self._charge
+        )
 
     def _batch(self, nodes: tuple[str, ...], spread: tuple[int, int]) -> Batch:
         """The batch as these nodes see it; sites with the same nodes share it."""
@@ -182,13 +211,17 @@ class Route:
         alike: dict[Hashable, list[Owed]] = {}
         for each in owed:
             shapes = tuple((v.shape, v.rank) for v in each.values)
-            alike.setdefault((each.batch.nodes, shapes, each.dtype, type(each.site)), []).append(each)
+            alike.setdefault((each.batch.nodes, shapes, each.dtype, type(each.site)), []).append(
+                each
+            )
 
         def seconds(strategy: str) -> float:
             total = Work()
             for same in alike.values():
                 work = _way(same[0], strategy, tokens).work(same[0], tokens)
-                total += Work(work.calls * len(same), work.bytes * len(same), work.flops * len(same))
+                total += Work(
+                    work.calls * len(same), work.bytes * len(same), work.flops * len(same)
+                )
             return total.seconds(machine(device))
 
         return min(FORMS, key=seconds)

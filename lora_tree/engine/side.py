@@ -112,7 +112,11 @@ class PathSide:
     def __init__(self, draft: Draft, manner: Manner, slab: Slab | None = None) -> None:
         self._site, self._manner = draft.site, manner
         into = None if slab is None else partial(slab.cut, draft.dtype)
-        frozen = [stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)] if draft.frozen else []
+        frozen = (
+            [stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)]
+            if draft.frozen
+            else []
+        )
         self._pieces = [*frozen, *draft.live]
         self._frozen = len(frozen)
 
@@ -179,5 +183,9 @@ def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Te
     if x.is_floating_point():
         x = x.to(product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype
-    wide = out.dtype if torch.is_autocast_enabled(out.device.type) else torch.promote_types(out.dtype, dtype)
+    wide = (
+        out.dtype
+        if torch.is_autocast_enabled(out.device.type)
+        else torch.promote_types(out.dtype, dtype)
+    )
     return (out, x, spare) if wide == out.dtype else (out.to(wide), x, True)

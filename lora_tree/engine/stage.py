@@ -195,7 +195,12 @@ class Stage:
     def merged_nodes(self) -> set[str]:
         """The nodes that are in the weights now, or will be when a block is left."""
         behaviours = [self.current, *self.blocks.befores]
-        return {node for behaviour in behaviours if behaviour.weights.terms for node in behaviour.adapters}
+        return {
+            node
+            for behaviour in behaviours
+            if behaviour.weights.terms
+            for node in behaviour.adapters
+        }
 
     # ------------------------------------------------------------------ private
     def _coefficients(self, request: Request) -> Mapping[str, float]:
@@ -217,7 +222,9 @@ class Stage:
         check_beside(plan, self._manner.dtype, None if rows is None else rows.batch.largest)
         if rows is None:
             return self.beside.lay_out(plan)
-        return self.beside.lay_out_rows(self._router.route(rows.batch, plan, rows.strategy), rows.axis)
+        return self.beside.lay_out_rows(
+            self._router.route(rows.batch, plan, rows.strategy), rows.axis
+        )
 
     def _bring_back(self, before: Behaviour) -> None:
         if before is self.current:

@@ -102,5 +102,8 @@ def part_of(
     if not can_merge(rows, pristine, found):
         return None
     part = Part.of(rows, pristine, found)
-    copied = any(a.left is not b.left or a.right is not b.right for a, b in zip(found, part.terms, strict=True))
+    copied = any(
+        a.left is not b.left or a.right is not b.right
+        for a, b in zip(found, part.terms, strict=True)
+    )
     return part, own or copied

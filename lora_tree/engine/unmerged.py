@@ -138,11 +138,15 @@ class Unmerged:
     # ------------------------------------------------------------------ private
     def _laid_out(self, plan: Plan) -> Sides:
         laid, sites, manner = Sides(), plan.sites, self._manner
-        drafts = {name: Draft(sites[name], terms, manner.dtype) for name, terms in plan.terms.items()}
+        drafts = {
+            name: Draft(sites[name], terms, manner.dtype) for name, terms in plan.terms.items()
+        }
         try:
             lend = self._ledger.lend(laid, sum(draft.nbytes for draft in drafts.values()))
         except BudgetError as error:
-            nodes = listing(dict.fromkeys(term.node for terms in plan.terms.values() for term in terms))
+            nodes = listing(
+                dict.fromkeys(term.node for terms in plan.terms.values() for term in terms)
+            )
             raise error.within(f"{nodes}: laid out beside the weights") from error
         with exact_mode(*{draft.device for draft in drafts.values()}):
             for device, nbytes, names in _portions(drafts):
@@ -153,7 +157,9 @@ class Unmerged:
     def _hook(self, site: Site) -> Any:
         name, fired = site.name, self._watch.fired
 
-        def side_path(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        def side_path(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        ) -> Any:
             if not self._entry.probing:
                 check_own(module, site)
             fired.add(name)
@@ -164,7 +170,9 @@ class Unmerged:
                     'use activate(…, mode="merged")',
                 )
             self._entry.side_path_runs()
-            spare = site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
+            spare = (
+                site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
+            )
             after = self._running.sides[name](out, x, spare)
             if after.grad_fn is not None and not self._entry.probing:
                 self._entry.guard(after)

@@ -48,7 +48,10 @@ def grouped_product() -> Callable[..., Tensor] | None:
 
 
 def any_saved_tensor_hook() -> bool:
-    """Return whether something packs the tensors that autograd saves, as checkpointing does; True if torch does not say."""
+    """Return whether something packs the tensors that autograd saves, as checkpointing does.
+
+    True if torch does not say.
+    """
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return True if top is None else top(False) is not None
 
@@ -58,7 +61,10 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
 
     Without AVX-512 or its like that loop is far slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
     """
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    asked = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
     if not getattr(torch._C, "_has_mkldnn", False):
         return frozenset(asked)
     slow = set()

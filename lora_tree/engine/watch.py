@@ -39,7 +39,9 @@ class Watch:
             self._handles.pop(parent).remove()
         for parent in self._children:
             if parent not in self._handles:
-                self._handles[parent] = self._base.get_submodule(parent).register_forward_hook(self._hook(parent))
+                self._handles[parent] = self._base.get_submodule(parent).register_forward_hook(
+                    self._hook(parent)
+                )
 
     def _tied_to(self, name: str) -> list[str]:
         """The other modules that use a site's weight."""
@@ -59,7 +61,9 @@ class Watch:
                 tied = listing(name for site in silent for name in self._tied_to(site))
                 raise MergedOnly(
                     f"{listing(silent)}: {type(module).__name__} ran without calling it, so its side path did not run",
-                    f"its weight is tied: adapt {tied} instead" if tied else 'use activate(…, mode="merged")',
+                    f"its weight is tied: adapt {tied} instead"
+                    if tied
+                    else 'use activate(…, mode="merged")',
                 )
             handle = self._handles.pop(parent, None)
             if handle is not None:

@@ -54,12 +54,16 @@ def skeleton(
     )
     if kind is None:
         named = getattr(config, "architectures", None)
-        raise SpecError(f"{base}: its config.json names no architecture that transformers has: {named}")
+        raise SpecError(
+            f"{base}: its config.json names no architecture that transformers has: {named}"
+        )
     make: Callable[[Any], nn.Module] = kind
     if not issubclass(kind, nn.Module):  # an Auto class, for code of the base's own
         make = partial(kind.from_config, trust_remote_code=True)
     with (
-        foreign(f"{base}: transformers can't make the {config.architectures[0]} of its config.json"),
+        foreign(
+            f"{base}: transformers can't make the {config.architectures[0]} of its config.json"
+        ),
         torch.device("meta"),
     ):
         return make(config).eval()
@@ -108,7 +112,9 @@ class Base:
         asked: a user named it, so a hub's config may be fetched for it.
     """
 
-    def __init__(self, base: nn.Module | str | os.PathLike[str] | None, *, asked: bool = True) -> None:
+    def __init__(
+        self, base: nn.Module | str | os.PathLike[str] | None, *, asked: bool = True
+    ) -> None:
         self._model = base if isinstance(base, nn.Module) else None
         self._name = None if base is None or isinstance(base, nn.Module) else os.fspath(base)
         self._asked = asked
@@ -118,7 +124,11 @@ class Base:
     @property
     def known(self) -> bool:
         """Something can be asked of it."""
-        return self._model is not None or self._folder is not None or (self._asked and self._name is not None)
+        return (
+            self._model is not None
+            or self._folder is not None
+            or (self._asked and self._name is not None)
+        )
 
     @cached_property
     def model(self) -> Any:
@@ -142,13 +152,19 @@ class Base:
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
-        if not self.known or (self._folder is not None and not is_file(self._folder / "config.json")):
+        if not self.known or (
+            self._folder is not None and not is_file(self._folder / "config.json")
+        ):
             return None
         try:
             weight = self.model.get_submodule(module).weight
         except AttributeError:
             return None
-        return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+        return (
+            (weight.shape[0], weight.shape[1])
+            if isinstance(weight, Tensor) and weight.ndim == 2
+            else None
+        )
 
     def renamer(self, names: Iterable[str]) -> nn.Module | None:
         """The model whose names an adapter is to be written in; None where its own names do.

@@ -26,7 +26,10 @@ from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
 
 __all__ = ["Beside", "beside_weights"]
 
-LAST = (INDEX, "config.json")  # a folder that was cut off half-way has no config, so nothing takes it for a model
+LAST = (
+    INDEX,
+    "config.json",
+)  # a folder that was cut off half-way has no config, so nothing takes it for a model
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb")
@@ -67,7 +70,12 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
             continue
         name = os.path.basename(relative)
         code = name.endswith(_CODE) and not with_code
-        if is_linked_folder or code or name in _OF_AN_ADAPTER or _is_other_weights(relative, checkpoint):
+        if (
+            is_linked_folder
+            or code
+            or name in _OF_AN_ADAPTER
+            or _is_other_weights(relative, checkpoint)
+        ):
             left.append(relative)
             continue
         _check_inside(folder / relative, inside)
@@ -106,4 +114,6 @@ def _check_inside(file: Path, inside: Inside) -> None:
     except OSError as error:
         raise FolderError(f"{file}: can't be read: {error.strerror or error}") from error
     if not plain:
-        raise FolderError(f"{file}: is no plain file, and can't be copied", "remove it from the base's folder")
+        raise FolderError(
+            f"{file}: is no plain file, and can't be copied", "remove it from the base's folder"
+        )

@@ -181,7 +181,11 @@ class _Writer:
     """One run over the files of a checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, stage: Stage, names: Names, progress: Callable[[int, int], None] | None
+        self,
+        checkpoint: Checkpoint,
+        stage: Stage,
+        names: Names,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         self._checkpoint, self._stage, self._names = checkpoint, stage, names
         self._progress = progress
@@ -199,7 +203,10 @@ class _Writer:
         syncs: list[Future[None]] = []
         with ThreadPoolExecutor(1) as pool, exact_mode(torch.device("cpu")):
             for name in self._checkpoint.files:
-                with self._stage.create(name) as out, disk.named("read it", self._checkpoint.folder / name):
+                with (
+                    self._stage.create(name) as out,
+                    disk.named("read it", self._checkpoint.folder / name),
+                ):
                     self._copy_rest(name, out, changing)
                     for stored in self._of(name):
                         if stored.name in single:
@@ -286,7 +293,13 @@ def _copied(source: int, out: int, at: int, size: int) -> int:
     except AttributeError:
         pass  # not on this system
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+        if error.errno not in (
+            errno.EXDEV,
+            errno.EINVAL,
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+            errno.EPERM,
+        ):
             raise
     return os.pwrite(out, os.pread(source, min(size, PLAIN_BYTES), at), at)
 
@@ -304,13 +317,18 @@ def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
     """
     name = base if base is not None else tree.base
     if name is None:
-        raise SpecError("the tree names no base", "name its folder or its hub id: --base FOLDER_OR_ID, base=…")
+        raise SpecError(
+            "the tree names no base", "name its folder or its hub id: --base FOLDER_OR_ID, base=…"
+        )
     folder = as_path(name)
     if is_folder(folder):
         with disk.named("look at it", folder):
             return folder.resolve()
     hub = need("huggingface_hub", extra="hub", what=f"fetching the base {name}")
-    with foreign(f"{name}: no folder of that name, and the hub can't give it", "name its folder: --base FOLDER"):
+    with foreign(
+        f"{name}: no folder of that name, and the hub can't give it",
+        "name its folder: --base FOLDER",
+    ):
         fetched = hub.snapshot_download(
             os.fspath(name),
             ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"],
@@ -320,7 +338,9 @@ def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
 
 
 def _not_quantised(model: object, source: Path) -> None:
-    quantised: Mapping[str, object] | None = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantised: Mapping[str, object] | None = getattr(
+        getattr(model, "config", None), "quantization_config", None
+    )
     if quantised is not None:
         raise SpecError(
             f"{source}: its weights are quantised, and nothing can be added to them",

@@ -62,9 +62,14 @@ def export_leaves(
     if workers is not None and workers < 1:
         raise SpecError(f"workers must be at least 1, got {workers}")
     out = as_path(folder)
-    leaves = [path for path in tree.leaves() if any(tree[node].has_adapter for node in tree.lineage(path))]
+    leaves = [
+        path for path in tree.leaves() if any(tree[node].has_adapter for node in tree.lineage(path))
+    ]
     if not leaves:
-        raise SpecError("the tree has no leaf with something to export", "add adapters first, or train the fresh ones")
+        raise SpecError(
+            "the tree has no leaf with something to export",
+            "add adapters first, or train the fresh ones",
+        )
     _open_shared(tree, leaves)
 
     def one(path: str) -> Portable:
@@ -106,7 +111,9 @@ def _open_shared(tree: AdapterTree, leaves: Sequence[str]) -> None:
 
 def _forgetful(tree: AdapterTree) -> AdapterTree:
     """The same tree: what it reads goes when it does, so that no more than ``workers`` leaves are in memory."""
-    return AdapterTree.from_nodes((tree[path] for path in tree.paths()), base=tree.base, home=tree.home)
+    return AdapterTree.from_nodes(
+        (tree[path] for path in tree.paths()), base=tree.base, home=tree.home
+    )
 
 
 def _without_factors(adapter: Adapter) -> Adapter:

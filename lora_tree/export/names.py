@@ -69,7 +69,9 @@ class Names:
                 group.converter = loading.converters[pattern]
         # what revert_weight_conversion goes by: those that renamed something
         model._weight_conversions = [each for each in loading.conversions if each.was_used()]
-        self._by_parameter = {name: group for group in self._groups.values() for name in self._made_of(group)}
+        self._by_parameter = {
+            name: group for group in self._groups.values() for name in self._made_of(group)
+        }
 
     def group(self, parameter: str) -> Group:
         """The tensors that a parameter is made of.
@@ -94,9 +96,13 @@ class Names:
         converter: Any = copy.deepcopy(group.converter)
         for stored, pattern in group.parts:
             converter.add_tensor(group.first, stored.name, pattern, read(stored))
-        with foreign(f"{group.first}: transformers can't put it together from {group.parts[0][0].name}"):
+        with foreign(
+            f"{group.first}: transformers can't put it together from {group.parts[0][0].name}"
+        ):
             made = converter.convert(group.first, model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
     def apart(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a group's parameters are made of, by their names on the disk.
@@ -106,14 +112,22 @@ class Names:
             BaseMismatch: what comes of it are not the tensors that they were made of.
         """
         loading = loading_module()
-        with foreign(f"{group.first}: transformers can't take it apart into the tensors of the checkpoint"):
+        with foreign(
+            f"{group.first}: transformers can't take it apart into the tensors of the checkpoint"
+        ):
             parts = loading.revert_weight_conversion(self._model, dict(parameters))
         wanted = {stored.name: stored for stored in group.stored}
         prefix = f"{self._model.base_model_prefix}."
-        spellings: tuple[Callable[[str], str], ...] = (str, lambda n: n.removeprefix(prefix), lambda n: prefix + n)
+        spellings: tuple[Callable[[str], str], ...] = (
+            str,
+            lambda n: n.removeprefix(prefix),
+            lambda n: prefix + n,
+        )
         for spelled in spellings:
             named = {spelled(name): value for name, value in parts.items()}
-            if named.keys() == wanted.keys() and all(named[n].shape == wanted[n].shape for n in wanted):
+            if named.keys() == wanted.keys() and all(
+                named[n].shape == wanted[n].shape for n in wanted
+            ):
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
             f"{group.first}: transformers loads it from {len(wanted)} tensors, like {next(iter(wanted))}, and would "
@@ -129,7 +143,9 @@ class Names:
         """
         parts = self.apart(group, parameters)
         for stored in group.stored:
-            if not torch.equal(parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)):
+            if not torch.equal(
+                parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)
+            ):
                 raise BaseMismatch(
                     f"{group.first}: taken apart again, {stored.name} has other values: its conversion loses something",
                     "save the base again with the transformers installed here, and export from that",
@@ -139,6 +155,8 @@ class Names:
         if group.converter is None:
             return (group.first,)
         try:
-            return self.together(group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+            return self.together(
+                group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+            )
         except LoraTreeError:
             return (group.first,)  # told when somebody wants to change it

@@ -122,7 +122,10 @@ def portable(
     """
     path = spelled(blend)
     if shapes and not complete:
-        raise SpecError("shapes= says how wide the modules are that complete=True adds", "complete=True, --complete")
+        raise SpecError(
+            "shapes= says how wide the modules are that complete=True adds",
+            "complete=True, --complete",
+        )
     told = stated(shapes or {})
     known = Base(tree.base if base is None else base, asked=base is not None)
     names = known.renamer(name for _, _, adapter in tree.terms(blend) for name in adapter.modules)
@@ -130,10 +133,14 @@ def portable(
     terms = tree.terms(blend, base=names)
     nodes = [node for node, _, _ in terms]
     if not flat.modules:
-        raise FormatError(f"{path or 'the bare base'}: there is nothing to export, no node on the way has an adapter")
+        raise FormatError(
+            f"{path or 'the bare base'}: there is nothing to export, no node on the way has an adapter"
+        )
     try:
         _plain(flat, terms, known)
-        exact = combine([(adapter.to(dtype=torch.float64), c) for _, c, adapter in terms], names=nodes)
+        exact = combine(
+            [(adapter.to(dtype=torch.float64), c) for _, c, adapter in terms], names=nodes
+        )
         kept = _rank(exact.modules, rank, max_error, ceil_rank=ceil_rank)
         cut = {
             name: exact.modules[name].truncate(kept // _groups(value)).value
@@ -149,10 +156,18 @@ def portable(
         raise wrong.within(path) from wrong
     padded = {name: value.padded(kept // _groups(value)) for name, value in full.items()}
     config = {"task_type": flat.config.get("task_type")}
-    made = Adapter(padded, base=flat.base or tree.base, config=config, nesting=flat.nesting, assumed=flat.assumed)
+    made = Adapter(
+        padded,
+        base=flat.base or tree.base,
+        config=config,
+        nesting=flat.nesting,
+        assumed=flat.assumed,
+    )
     added = tuple(sorted(set(padded) - set(flat.modules)))
     left = tuple(missing(padded))
-    return Portable(path, _with_targets(made, known), kept, MappingProxyType(errors), error, added, left)
+    return Portable(
+        path, _with_targets(made, known), kept, MappingProxyType(errors), error, added, left
+    )
 
 
 def ceil_rank_of(rank: int) -> int:
@@ -166,7 +181,10 @@ def ceil_rank_of(rank: int) -> int:
     """
     found = next((allowed for allowed in ENGINE_RANKS if allowed >= rank), None)
     if found is None:
-        raise SpecError(f"rank {rank} is over the largest that vLLM serves, {ENGINE_RANKS[-1]}", "cut it: rank=…")
+        raise SpecError(
+            f"rank {rank} is over the largest that vLLM serves, {ENGINE_RANKS[-1]}",
+            "cut it: rank=…",
+        )
     return found
 
 
@@ -180,9 +198,13 @@ def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -
     """
     for name, value in flat.modules.items():
         if not value.is_finite:
-            raise SpecError(f"{name}: the factors are not finite: it has no norm, and no engine can use it")
+            raise SpecError(
+                f"{name}: the factors are not finite: it has no norm, and no engine can use it"
+            )
         if value.bias is not None:
-            whose = [n for n, _, a in terms if name in a.modules and a.modules[name].bias is not None]
+            whose = [
+                n for n, _, a in terms if name in a.modules and a.modules[name].bias is not None
+            ]
             raise FormatError(
                 f"{name}: it adds a bias (lora_bias), which vLLM refuses and an adapter of the portable "
                 f"form can't hold; node {listing(whose)}",
@@ -200,7 +222,9 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
     """
     own, told = base.shape(name), stated(name)
     if own is not None and told is not None and own != told:
-        raise BaseMismatch(f"{name}: the base has {own} there, and {told} was stated", "leave the stated shape out")
+        raise BaseMismatch(
+            f"{name}: the base has {own} there, and {told} was stated", "leave the stated shape out"
+        )
     return own or told
 
 
@@ -209,7 +233,9 @@ def _groups(value: LowRank) -> int:
     return value.A.shape[0] if value.layout.kind == "conv" and value.A.ndim == 3 else 1
 
 
-def _rank(modules: Mapping[str, LowRank], rank: int | None, max_error: float | None, *, ceil_rank: bool) -> int:
+def _rank(
+    modules: Mapping[str, LowRank], rank: int | None, max_error: float | None, *, ceil_rank: bool
+) -> int:
     """The one rank to write, a multiple of every module's groups.
 
     Raises:
@@ -219,7 +245,10 @@ def _rank(modules: Mapping[str, LowRank], rank: int | None, max_error: float | N
     if rank is not None:
         check_rank(rank)
     if rank is not None and rank < step:
-        raise SpecError(f"rank {rank} is less than the {step} groups of a convolution, which share it", "rank=… more")
+        raise SpecError(
+            f"rank {rank} is less than the {step} groups of a convolution, which share it",
+            "rank=… more",
+        )
     needs = 1
     for name, value in modules.items():
         least = value.rank
@@ -242,13 +271,23 @@ def _in_one_dtype(modules: Mapping[str, LowRank], dtype: torch.dtype | None) -> 
         SpecError: a factor is too large for it; names the module.
     """
     if dtype is None:
-        dtype = torch.bfloat16 if all(value.dtype == torch.bfloat16 for value in modules.values()) else None
+        dtype = (
+            torch.bfloat16
+            if all(value.dtype == torch.bfloat16 for value in modules.values())
+            else None
+        )
     if dtype is None:
-        dtype = torch.float16 if all(value.dtype == torch.float16 for value in modules.values()) else torch.float32
+        dtype = (
+            torch.float16
+            if all(value.dtype == torch.float16 for value in modules.values())
+            else torch.float32
+        )
     return Adapter(modules).to(dtype=dtype)
 
 
-def _errors(exact: Mapping[str, LowRank], made: Mapping[str, LowRank]) -> tuple[dict[str, float], float]:
+def _errors(
+    exact: Mapping[str, LowRank], made: Mapping[str, LowRank]
+) -> tuple[dict[str, float], float]:
     """(Module → relative error, the same over all of them), in float64."""
     errors: dict[str, float] = {}
     lost, whole = 0.0, 0.0
@@ -256,14 +295,20 @@ def _errors(exact: Mapping[str, LowRank], made: Mapping[str, LowRank]) -> tuple[
         got = made[name].to(dtype=torch.float64)
         norm = wanted.norm()
         lies = wanted.folded()
-        same = lies.A.shape == got.A.shape and torch.equal(lies.A, got.A) and torch.equal(lies.B, got.B)
+        same = (
+            lies.A.shape == got.A.shape
+            and torch.equal(lies.A, got.A)
+            and torch.equal(lies.B, got.B)
+        )
         off = 0.0 if same else concat([got.folded(), lies.scaled(-1.0)]).norm()
         errors[name] = off / norm if norm else (0.0 if off == 0.0 else math.inf)
         lost, whole = math.hypot(lost, off), math.hypot(whole, norm)
     return errors, lost / whole if whole else (0.0 if lost == 0.0 else math.inf)
 
 
-def _within(errors: Mapping[str, float], max_error: float | None, dtype: torch.dtype | None) -> None:
+def _within(
+    errors: Mapping[str, float], max_error: float | None, dtype: torch.dtype | None
+) -> None:
     """That no module is further off than was allowed, once its factors are rounded.
 
     Raises:
@@ -280,7 +325,11 @@ def _within(errors: Mapping[str, float], max_error: float | None, dtype: torch.d
 
 def _with_targets(adapter: Adapter, base: Base) -> Adapter:
     """With ``target_modules`` as the last parts of names, where the base has no other module of these names."""
-    last = {name.rpartition(".")[2] for name, value in adapter.modules.items() if value.layout.kind != "parameter"}
+    last = {
+        name.rpartition(".")[2]
+        for name, value in adapter.modules.items()
+        if value.layout.kind != "parameter"
+    }
     there = base.last_names()
     if there is None or any(value.layout.kind == "parameter" for value in adapter.modules.values()):
         return adapter

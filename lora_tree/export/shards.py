@@ -82,7 +82,8 @@ class Stored:
         if _identity(stream) != self.seen:
             stream.close()
             raise FormatError(
-                f"{self.file}: has changed since its header was read", "wait for the writer, and try again"
+                f"{self.file}: has changed since its header was read",
+                "wait for the writer, and try again",
             )
         return stream
 
@@ -93,7 +94,9 @@ class Stored:
             FormatError: the file was cut short, or its dtype is none that can be computed with.
         """
         if self.dtype is None:
-            raise FormatError(f"{self.file}: {self.name}: nothing can be added to a tensor of dtype {self.spelled}")
+            raise FormatError(
+                f"{self.file}: {self.name}: nothing can be added to a tensor of dtype {self.spelled}"
+            )
         room = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu") if into is None else into
         tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
         view = raw(tensor)
@@ -103,7 +106,9 @@ class Stored:
                 while view:
                     got = stream.readinto(view)  # type: ignore[attr-defined]
                     if not got:
-                        raise FormatError(f"{self.file}: {self.name}: the file was cut short while it was read")
+                        raise FormatError(
+                            f"{self.file}: {self.name}: the file was cut short while it was read"
+                        )
                     view = view[got:]
         except OSError as error:
             raise FormatError(f"{self.file}: can't be read: {error.strerror or error}") from error
@@ -122,7 +127,9 @@ def raw(tensor: Tensor) -> memoryview:
     >>> bytes(raw(one)).hex()
     '0000803f'
     """
-    held = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    held = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(
+        tensor.data_ptr()
+    )
     return memoryview(held).cast("B")
 
 
@@ -187,11 +194,15 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
     for name in files:
         for stored in _tensors(folder / name, inside):
             if placed.get(stored.name) != name:
-                raise FormatError(f"{folder / name}: {stored.name} is in the file, but not there in {INDEX}")
+                raise FormatError(
+                    f"{folder / name}: {stored.name} is in the file, but not there in {INDEX}"
+                )
             tensors[stored.name] = stored
     gone = [name for name in placed if name not in tensors]
     if gone:
-        raise FormatError(f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}")
+        raise FormatError(
+            f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}"
+        )
     return Checkpoint(folder, files, tensors)
 
 
@@ -211,16 +222,24 @@ def _index(file: Path, inside: Inside | None) -> dict[str, str]:
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise leads_outside(file) from error
-        raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
+        raise FormatError(
+            f"{file}: can't be read: {error.strerror or error}", "download it again"
+        ) from error
     if len(data) > MAX_INDEX_BYTES:
         raise FormatError(f"{file}: too large for an index")
     placed = strict_json.loads(data, str(file)).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise FormatError(f"{file}: no weight_map")
     for tensor, name in placed.items():
-        plain = isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+        plain = (
+            isinstance(name, str)
+            and name == os.path.basename(name)
+            and name.endswith(".safetensors")
+        )
         if not plain or "\0" in name:
-            raise FormatError(f"{file}: {tensor}: {str(name)[:80]!r} is no safetensors file of this folder")
+            raise FormatError(
+                f"{file}: {tensor}: {str(name)[:80]!r} is no safetensors file of this folder"
+            )
     return placed
 
 
@@ -233,7 +252,9 @@ def _tensors(file: Path, inside: Inside | None) -> list[Stored]:
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise leads_outside(file) from error
-        raise FormatError(f"{file}: can't be read: {error.strerror or error}", "download it again") from error
+        raise FormatError(
+            f"{file}: can't be read: {error.strerror or error}", "download it again"
+        ) from error
 
 
 def _header(stream: BinaryIO, file: Path) -> list[Stored]:
@@ -241,26 +262,36 @@ def _header(stream: BinaryIO, file: Path) -> list[Stored]:
     fields.pop("__metadata__", None)
     seen = _identity(stream)
     found = sorted(
-        (_stored(name, value, file, position, seen) for name, value in fields.items()), key=lambda s: s.begin
+        (_stored(name, value, file, position, seen) for name, value in fields.items()),
+        key=lambda s: s.begin,
     )
     for stored in found:
         if stored.begin != position:
-            raise FormatError(f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}")
+            raise FormatError(
+                f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}"
+            )
         position = stored.end
     if position != size:
-        raise FormatError(f"{file}: the header describes {position} bytes, the file holds {size}", "download it again")
+        raise FormatError(
+            f"{file}: the header describes {position} bytes, the file holds {size}",
+            "download it again",
+        )
     return found
 
 
 def _stored(name: str, value: Any, file: Path, start: int, seen: Identity) -> Stored:
     try:
         spelled, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end
+        whole = (
+            all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end
+        )
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole or not isinstance(spelled, str):
         raise FormatError(f"{file}: {name}: malformed in the header: {json.dumps(value)[:120]}")
     dtype = DTYPES.get(spelled)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
-        raise FormatError(f"{file}: {name}: {spelled} {shape} does not fill its bytes {begin} to {end}")
+        raise FormatError(
+            f"{file}: {name}: {spelled} {shape} does not fill its bytes {begin} to {end}"
+        )
     return Stored(name, file, start + begin, start + end, dtype, spelled, shape, seen)

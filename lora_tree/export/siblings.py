@@ -61,7 +61,9 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
                 f"{name}: it is said to be {shape}, which reads {shape[1]} numbers, but {sibling} reads {into}"
             )
         dtype = modules[sibling].dtype
-        A, B = (torch.zeros(size, dtype=dtype, device="cpu") for size in ((1, shape[1]), (shape[0], 1)))
+        A, B = (
+            torch.zeros(size, dtype=dtype, device="cpu") for size in ((1, shape[1]), (shape[0], 1))
+        )
         made[name] = LowRank(A, B)
     if unknown:
         raise FormatError(

@@ -80,7 +80,9 @@ def staged(where: Path, *, needs_bytes: int) -> Iterator[Stage]:
         FolderError: ``where`` is there and not empty, or can't be written, or the disk is too small.
     """
     with disk.named("look into it", where):
-        there = os.path.lexists(where) and (where.is_symlink() or not where.is_dir() or any(where.iterdir()))
+        there = os.path.lexists(where) and (
+            where.is_symlink() or not where.is_dir() or any(where.iterdir())
+        )
     if there:
         raise FolderError(f"{where}: is there already", "name a new folder, or remove it first")
     with ExitStack() as undo:

@@ -107,9 +107,13 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: Names) -> list[Wr
                 site.check_shape(value)
                 reason = site.why_unmerged_only(value)
                 if reason:
-                    raise UnmergedOnly(f"{name}: can't be merged: {reason}", "leave the module out of the adapter")
+                    raise UnmergedOnly(
+                        f"{name}: can't be merged: {reason}", "leave the module out of the adapter"
+                    )
                 if not value.is_finite:
-                    raise BaseMismatch(f"{name}: the factors are not finite, and would leave no finite weight")
+                    raise BaseMismatch(
+                        f"{name}: the factors are not finite, and would leave no finite weight"
+                    )
                 found.setdefault(name, []).append((node, value.scaled(coefficient)))
             for name, tensor in bound.unchanged.items():
                 _same(name, tensor, names)
@@ -125,7 +129,9 @@ def _writes(name: str, site: Site, values: list[tuple[str, LowRank]]) -> list[Wr
     nodes, own = [node for node, _ in values], [value for _, value in values]
     made = [Write(nodes[0], name, f"{prefix}{site.weight_name}", site, own, nodes)]
     if any(value.bias is not None for value in own):
-        made.append(Write(nodes[0], name, f"{prefix}{site.bias_name}", site, own, nodes, is_bias=True))
+        made.append(
+            Write(nodes[0], name, f"{prefix}{site.bias_name}", site, own, nodes, is_bias=True)
+        )
     return made
 
 
@@ -156,6 +162,8 @@ def _same(name: str, tensor: torch.Tensor, names: Names) -> None:
     group = names.group(name)
     stored = group.stored[0] if group.converter is None else None
     if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
-        raise BaseMismatch(f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one")
+        raise BaseMismatch(
+            f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one"
+        )
     todo = "train without bias= and without resizing embeddings, or name the base it was trained on"
     check_carried(name, tensor, stored.read().reshape(tensor.shape), todo)

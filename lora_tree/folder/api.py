@@ -44,7 +44,17 @@ from .scan import look
 from .source import FolderSource
 from .trained import trained
 
-__all__ = ["Problem", "SkippedWarning", "StaleWarning", "check", "load", "lock", "notes", "relock", "survey"]
+__all__ = [
+    "Problem",
+    "SkippedWarning",
+    "StaleWarning",
+    "check",
+    "load",
+    "lock",
+    "notes",
+    "relock",
+    "survey",
+]
 
 
 class StaleWarning(LoraTreeWarning):
@@ -101,7 +111,9 @@ def load(
     nodes = (_node(opened, node) for node in opened.entries if node not in skipped)
     defaults, cache = (opened.spec.defaults, opened.spec.cache) if opened.spec else (None, None)
     home = Path(place.yaml_file)
-    tree = AdapterTree.from_nodes(nodes, base=opened.base_name, defaults=defaults, cache=cache, home=home)
+    tree = AdapterTree.from_nodes(
+        nodes, base=opened.base_name, defaults=defaults, cache=cache, home=home
+    )
     remember(tree, place, Seen.of(opened))
     return tree
 
@@ -114,7 +126,10 @@ def _go_on(opened: Opened) -> list[str]:
     folder = opened.place.spelled
     kinds = {problem.kind for problem in wrong}
     more = [f"these and all other problems: lora-tree check {folder}"] if len(kinds) > 1 else []
-    return [*more, f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"]
+    return [
+        *more,
+        f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken",
+    ]
 
 
 def _accept(opened: Opened) -> list[str]:
@@ -123,11 +138,15 @@ def _accept(opened: Opened) -> list[str]:
     broken = [problem.node for problem in unlocked if problem.broken]
     if len(broken) == len(unlocked):
         return []
-    offer = f"if the files are right, accept them as they are: lora-tree lock {opened.place.spelled}"
+    offer = (
+        f"if the files are right, accept them as they are: lora-tree lock {opened.place.spelled}"
+    )
     return [f"put the files of {listing(broken)} right first; {offer}" if broken else offer]
 
 
-def survey(path: str | os.PathLike[str], *, outside: bool = True) -> tuple[AdapterTree, list[Problem]]:
+def survey(
+    path: str | os.PathLike[str], *, outside: bool = True
+) -> tuple[AdapterTree, list[Problem]]:
     """A tree as `load` opens it, with what is wrong with single nodes listed instead of raised.
 
     For a server, which goes on with the nodes that are whole. A node that is listed may fail when it is asked for, or
@@ -148,10 +167,14 @@ def survey(path: str | os.PathLike[str], *, outside: bool = True) -> tuple[Adapt
     for node in opened.entries:
         above = node.rpartition("/")[0]
         if above and above not in present:
-            problems.append(Problem(node, "folder", f"{node}: lies below {above}, which can't be used"))
+            problems.append(
+                Problem(node, "folder", f"{node}: lies below {above}, which can't be used")
+            )
         else:
             present[node] = _node(opened, node)
-    tree = AdapterTree.from_nodes(present.values(), base=opened.base_name, home=Path(place.yaml_file))
+    tree = AdapterTree.from_nodes(
+        present.values(), base=opened.base_name, home=Path(place.yaml_file)
+    )
     return tree, problems
 
 
@@ -218,7 +241,11 @@ def check(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
                 kind: Kind = "unlocked" if isinstance(error, UnlockedError) else "adapter"
                 problems.append(Problem(node, kind, f"{node}: {error}"))
     if opened.spec is None and opened.lock is None and not opened.entries and not problems:
-        problems.append(Problem("", "folder", f"{place.folder}: no tree.yaml, and no folder below with an adapter"))
+        problems.append(
+            Problem(
+                "", "folder", f"{place.folder}: no tree.yaml, and no folder below with an adapter"
+            )
+        )
     for path in dict.fromkeys(["", *opened.scan.found]):
         folder = Path(place.folder, path)
         try:
@@ -246,7 +273,9 @@ def _part(opened: Opened) -> list[str]:
     part = tree_above(folder) if opened.spec is None and opened.lock is None else None
     if part is None:
         return []
-    return [f"{folder}: {part[1]} of the tree {part[0]}; what lies above it there is not counted here"]
+    return [
+        f"{folder}: {part[1]} of the tree {part[0]}; what lies above it there is not counted here"
+    ]
 
 
 def _passed_over(opened: Opened) -> list[str]:
@@ -254,7 +283,8 @@ def _passed_over(opened: Opened) -> list[str]:
     for step in opened.passed:
         runs.setdefault(step_of(step) or "", []).append(step)
     return [
-        f"{run}: passed over {listing(steps)}: a step of its training run, not a node" for run, steps in runs.items()
+        f"{run}: passed over {listing(steps)}: a step of its training run, not a node"
+        for run, steps in runs.items()
     ]
 
 
@@ -267,7 +297,10 @@ def _bases(opened: Opened) -> list[str]:
     if tree is not None:
         others = {name: nodes for name, nodes in by_name.items() if other_base(name, tree)}
         what = "the tree is over" if opened.spec is None else "the tree names"
-        return [f"{listing(nodes)}: made for the base {name!r}, {what} {tree!r}" for name, nodes in others.items()]
+        return [
+            f"{listing(nodes)}: made for the base {name!r}, {what} {tree!r}"
+            for name, nodes in others.items()
+        ]
     if len(by_name) > 1 and opened.spec is None:
         told = "; ".join(f"{name!r} ({listing(nodes)})" for name, nodes in by_name.items())
         return [f"the adapters name different bases: {told}; name the tree's own in a tree.yaml"]
@@ -281,7 +314,11 @@ def _numbers(node: str, adapter: Adapter, weight: float, dtype: torch.dtype) -> 
     if broken:
         text = f"{node}: {listing(broken)}: a factor holds NaN or an infinity, as a training that diverged leaves it"
         problems.append(Problem(node, "numbers", text))
-    huge = [name for name, value in adapter.modules.items() if name not in broken and not _fits(value, weight, dtype)]
+    huge = [
+        name
+        for name, value in adapter.modules.items()
+        if name not in broken and not _fits(value, weight, dtype)
+    ]
     if huge:
         scale = max(abs(adapter.modules[name].scale) for name in huge)
         text = (
@@ -314,7 +351,9 @@ def _node(opened: Opened, path: str) -> Node:
     on = trained(known, opened.lock) if known is not None and opened.lock is not None else None
     root = None if entry.named else opened.place.folder
     within = None if opened.outside else opened.place.folder
-    source = FolderSource(entry.files.folder, root, entry.files.stamps, opened.contents.get(path), on, within)
+    source = FolderSource(
+        entry.files.folder, root, entry.files.stamps, opened.contents.get(path), on, within
+    )
     home = None if entry.named else entry.files.folder
     return Node(path, entry.weight, source=source, stale=opened.stale.get(path), home=home)
 

@@ -74,7 +74,10 @@ def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | N
         return None
     if os.path.lexists(folder):
         what = f"{folder}: not a folder; an adapter is a folder that holds {CONFIG} and {WEIGHTS}"
-        whole = all(os.path.isfile(os.path.join(os.path.dirname(folder), name)) for name in (CONFIG, WEIGHTS))
+        whole = all(
+            os.path.isfile(os.path.join(os.path.dirname(folder), name))
+            for name in (CONFIG, WEIGHTS)
+        )
         todo = f"name the folder that it lies in: {os.path.dirname(spelled) or '.'}"
         return (what, todo) if whole else (what,)
     hint = hub_hint(spelled, above)

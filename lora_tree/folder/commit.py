@@ -60,7 +60,10 @@ class _Strict(BaseModel):
 
 
 class _Was(_Strict):
-    """Size and time of the file that lay at a place when the record was made; the time is in nanoseconds, so that it can't be guessed."""
+    """Size and time of the file that lay at a place when the record was made.
+
+    The time is in nanoseconds, so that it can't be guessed.
+    """
 
     size: Size
     mtime_ns: int
@@ -128,7 +131,11 @@ def pending(folder: str | Path) -> Pending:
         return Pending()
     stage = os.path.join(folder, HIDDEN, record.stage)
     real = is_folder(stage, follow=False)
-    staged = {move.to: os.path.join(stage, str(i)) for i, move in enumerate(record.moves)} if real else {}
+    staged = (
+        {move.to: os.path.join(stage, str(i)) for i, move in enumerate(record.moves)}
+        if real
+        else {}
+    )
     return Pending(staged, frozenset(gone.at for gone in record.deletes))
 
 
@@ -207,7 +214,9 @@ class Transaction:
         if self.staged:
             disk.sync(hidden / self._stage)
         disk.sync(hidden)
-        data = (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        data = (
+            json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        ).encode()
         draft = hidden / self._stage / "record"
         if not self.staged:
             disk.make_inside(hidden / self._stage)
@@ -251,7 +260,12 @@ class Transaction:
 
     def _as_record(self) -> _Record:
         moves = [
-            _Move(to=file.to, size=file.stamp.size, sha256=file.sha256, was=_there(self.folder / file.to))
+            _Move(
+                to=file.to,
+                size=file.stamp.size,
+                sha256=file.sha256,
+                was=_there(self.folder / file.to),
+            )
             for file in self.staged
         ]
         places = sorted(self.deletes - {move.to for move in moves})
@@ -260,7 +274,9 @@ class Transaction:
         _check(record, self.folder)
         for place in record.places:
             if is_folder(self.folder / place, follow=False):
-                raise FolderError(f"{self.folder / place}: a folder lies where a file belongs", "move it away")
+                raise FolderError(
+                    f"{self.folder / place}: a folder lies where a file belongs", "move it away"
+                )
         return record
 
     def _room_for(self, place: str) -> None:
@@ -280,7 +296,10 @@ class Transaction:
 def _record(folder: str | Path) -> _Record | None:
     hidden = os.path.join(folder, HIDDEN)  # no Path: every load of an adapter comes by here
     file = os.path.join(hidden, RECORD)
-    for path, kind in ((hidden, stat.S_ISDIR), (file, stat.S_ISREG)):  # one look at each: a writer may be clearing up
+    for path, kind in (
+        (hidden, stat.S_ISDIR),
+        (file, stat.S_ISREG),
+    ):  # one look at each: a writer may be clearing up
         with disk.named("look at it", path):
             try:
                 mode = os.lstat(path).st_mode
@@ -294,7 +313,9 @@ def _record(folder: str | Path) -> _Record | None:
         _no_earlier(data, file)
         record = _Record.model_validate(data)
     except ValidationError as error:
-        raise SpecError(*(f"{file}: {text}" for _, text in explain(error, data, _Record)[:8])) from error
+        raise SpecError(
+            *(f"{file}: {text}" for _, text in explain(error, data, _Record)[:8])
+        ) from error
     except FormatError as error:
         raise SpecError(error.what) from error
     except FolderError:
@@ -324,20 +345,27 @@ def _check(record: _Record, folder: Path) -> None:
     for place in places:
         above, _, name = place.rpartition("/")
         if not _may_be_written(above, name):
-            raise SpecError(f"{file}: {place[:200]!r} is no file that a save writes", "remove the record")
+            raise SpecError(
+                f"{file}: {place[:200]!r} is no file that a save writes", "remove the record"
+            )
         if above not in clear:
             _no_link(folder, above)
             clear.add(above)
     for gone in record.deletes:
         if "/" not in gone.at:
-            raise SpecError(f"{file}: {gone.at[:200]!r} is no file that a save deletes", "remove the record")
+            raise SpecError(
+                f"{file}: {gone.at[:200]!r} is no file that a save deletes", "remove the record"
+            )
     top = sorted(place for place in places if _TOP.match(place))
     yamls = [name for name in top if not name.endswith(".lock")]
     # other.lock is of other.yaml, other.yml.lock of other.yml (see `Place`)
     own = {f"{name.removesuffix('.yaml')}.lock" for name in yamls} or set(top)
     locked = set(top) - set(yamls)
     if len(yamls) > 1 or len(locked) > 1 or not locked <= own:
-        raise SpecError(f"{file}: {listing(top)}: of more than one tree, and a save writes one", "remove the record")
+        raise SpecError(
+            f"{file}: {listing(top)}: of more than one tree, and a save writes one",
+            "remove the record",
+        )
 
 
 def _may_be_written(above: str, name: str) -> bool:

@@ -69,7 +69,11 @@ def stamp(path: str | Path) -> Stamp | None:
         FolderError: the system does not tell.
     """
     seen = look(path)
-    return Stamp(seen.st_size, seen.st_mtime_ns) if seen is not None and stat.S_ISREG(seen.st_mode) else None
+    return (
+        Stamp(seen.st_size, seen.st_mtime_ns)
+        if seen is not None and stat.S_ISREG(seen.st_mode)
+        else None
+    )
 
 
 def exists(path: str | Path) -> bool:
@@ -77,7 +81,9 @@ def exists(path: str | Path) -> bool:
     return is_file(path, follow=False)
 
 
-def read(path: str | Path, *, most: int | None = None, follow: bool = True, inside: Inside | None = None) -> bytes:
+def read(
+    path: str | Path, *, most: int | None = None, follow: bool = True, inside: Inside | None = None
+) -> bytes:
     """Return a file's bytes.
 
     It is refused where there are more than ``most``, where it is a link that is not to be followed, and where it does
@@ -148,7 +154,11 @@ def copy(
         inside: where ``source`` may lie when it is opened.
     """
     found = hashlib.sha256()
-    with named(f"copy {source} to it", path), opened(source, inside=inside) as origin, _created(path, mode) as file:
+    with (
+        named(f"copy {source} to it", path),
+        opened(source, inside=inside) as origin,
+        _created(path, mode) as file,
+    ):
         for block in _blocks(origin):
             found.update(block)
             _write_all(file, block)
@@ -196,7 +206,9 @@ def _make(folder: str | Path, mode: int) -> bool:
             os.mkdir(folder, mode)
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
-                raise FolderError(f"{folder}: a file or a link lies where a folder belongs", "move it away") from None
+                raise FolderError(
+                    f"{folder}: a file or a link lies where a folder belongs", "move it away"
+                ) from None
             return False
     return True
 

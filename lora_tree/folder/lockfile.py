@@ -124,7 +124,9 @@ def parse(raw: bytes, file: str) -> TreeLock:
         NewerFormat: a newer version of this library wrote it.
         SpecError: it is none.
     """
-    repair = ("restore it; or remove it and run lora-tree lock, which forgets what the nodes were trained on",)
+    repair = (
+        "restore it; or remove it and run lora-tree lock, which forgets what the nodes were trained on",
+    )
     try:
         data = strict_json.loads(raw, file)
         check_format(data, file)
@@ -133,9 +135,13 @@ def parse(raw: bytes, file: str) -> TreeLock:
             if not check_path(path):
                 raise PathError("a node without a name")
     except ValidationError as error:
-        raise SpecError(*(f"{file}: {text}" for _, text in explain(error, data, TreeLock)[:8]), *repair) from error
+        raise SpecError(
+            *(f"{file}: {text}" for _, text in explain(error, data, TreeLock)[:8]), *repair
+        ) from error
     except (FormatError, PathError) as error:
-        raise SpecError(error.what if isinstance(error, FormatError) else f"{file}: {error.what}", *repair) from error
+        raise SpecError(
+            error.what if isinstance(error, FormatError) else f"{file}: {error.what}", *repair
+        ) from error
     return lock
 
 

@@ -40,7 +40,10 @@ class Seen:
     @classmethod
     def of(cls, opened: Opened) -> Seen:
         """What opening a folder shows."""
-        files = {path: (files.stamps, opened.contents.get(path)) for path, files in opened.scan.found.items()}
+        files = {
+            path: (files.stamps, opened.contents.get(path))
+            for path, files in opened.scan.found.items()
+        }
         return cls(files, {opened.place.yaml: digest(opened.yaml_bytes)})
 
     def __bool__(self) -> bool:

@@ -131,17 +131,29 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> Place:
     folder, name = os.path.split(where)
     if os.path.isdir(where):
         return Place(where)
-    if name.endswith((".yaml", ".yml")) and (make or _resolved(folder, name, _decided(folder)[0]) is not None):
+    if name.endswith((".yaml", ".yml")) and (
+        make or _resolved(folder, name, _decided(folder)[0]) is not None
+    ):
         if make and name.startswith("."):
-            raise FolderError(f"{where}: a tree is not saved into a hidden file", f"name it {name.lstrip('.')}")
+            raise FolderError(
+                f"{where}: a tree is not saved into a hidden file", f"name it {name.lstrip('.')}"
+            )
         return Place(folder, name)
     if os.path.isfile(where):
         whole = name in (CONFIG, WEIGHTS)
-        hint = f"a single adapter: Adapter.load({folder!r})" if whole else "give the folder of a tree, or its tree.yaml"
+        hint = (
+            f"a single adapter: Adapter.load({folder!r})"
+            if whole
+            else "give the folder of a tree, or its tree.yaml"
+        )
         raise FolderError(f"{where}: a file, but neither a folder nor a YAML file", hint)
     if make:
         return Place(where)
-    near = suggest(name, os.listdir(folder)) if os.path.isdir(folder) else f"; nor is there a folder {folder}"
+    near = (
+        suggest(name, os.listdir(folder))
+        if os.path.isdir(folder)
+        else f"; nor is there a folder {folder}"
+    )
     hub = hub_hint(os.fspath(path))
     raise FolderError(f"{where}: no such folder or tree.yaml{near}", *([hub] if hub else []))
 
@@ -161,7 +173,9 @@ def inspect(place: Place, *, outside: bool = True) -> Opened:
         opened = _inspect(place, outside=outside)
         if _version(place) == before:
             return opened
-    raise FolderError(f"{place.folder}: keeps changing while it is read", "wait for the writers to finish")
+    raise FolderError(
+        f"{place.folder}: keeps changing while it is read", "wait for the writers to finish"
+    )
 
 
 def local_base(name: str | None, folder: str) -> str | None:
@@ -197,7 +211,10 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
         if opened.yaml_bytes is not None:
             opened.spec, located = read_spec(opened.yaml_bytes, place.yaml_file)
         elif place.yaml == YAML and os.path.exists(os.path.join(place.folder, "tree.yml")):
-            raise SpecError(f"{place.folder}/tree.yml: only tree.yaml is looked for", "rename it, or open it by name")
+            raise SpecError(
+                f"{place.folder}/tree.yml: only tree.yaml is looked for",
+                "rename it, or open it by name",
+            )
     except LoraTreeError as error:
         wrong.append(("yaml", error))
     try:
@@ -207,7 +224,9 @@ def _inspect(place: Place, *, outside: bool) -> Opened:
     except LoraTreeError as error:
         wrong.append(("lock", error))
     # Next to a file of a newer version any other complaint, and its advice, would mislead.
-    newer: list[tuple[Kind, LoraTreeError]] = [("newer", said) for _, said in wrong if isinstance(said, NewerFormat)]
+    newer: list[tuple[Kind, LoraTreeError]] = [
+        ("newer", said) for _, said in wrong if isinstance(said, NewerFormat)
+    ]
     for kind, said in newer[:1] or wrong:
         kind = "folder" if isinstance(said, FolderError) else kind
         opened.problems.append(Problem("", kind, str(said)))
@@ -243,7 +262,10 @@ def _bytes(place: Place, name: str, decided: Pending, most: int) -> bytes | None
         return None
     if not inside(file, place.folder):
         real = os.path.realpath(file)
-        raise FolderError(f"{file}: a link that leads out of {place.folder}", f"open {real} itself, or copy it here")
+        raise FolderError(
+            f"{file}: a link that leads out of {place.folder}",
+            f"open {real} itself, or copy it here",
+        )
     return disk.read(file, most=most, inside=partial(inside, folder=place.folder))
 
 
@@ -264,7 +286,9 @@ def _compare(opened: Opened, lock: TreeLock) -> None:
     for path in lock.nodes:
         gone = opened.entries.get(path, Entry())
         if gone.files is None and not gone.null:
-            opened.problems.append(Problem(path, "unlocked", f"{path}: in the lock, but its adapter is gone"))
+            opened.problems.append(
+                Problem(path, "unlocked", f"{path}: in the lock, but its adapter is gone")
+            )
     opened.base = base_lock(base_at_hand(opened), opened.base_spelled, [lock.base])
     lineages = {"": TOP}
     for path, entry in opened.entries.items():
@@ -343,7 +367,9 @@ def base_lock(name: str | None, spelled: str | None, before: list[BaseLock]) -> 
     if spelled is None:
         return BaseLock()
     found = fingerprint(name) if name else None
-    remembered = next((base.fingerprint for base in before if base.name == spelled and base.fingerprint), None)
+    remembered = next(
+        (base.fingerprint for base in before if base.name == spelled and base.fingerprint), None
+    )
     return BaseLock(name=spelled, fingerprint=found or remembered)
 
 
@@ -356,6 +382,10 @@ def _changed(files: Files, known: NodeLock) -> str | None:
     if all(stamp.mtime_ns == locks[name].mtime_ns for name, stamp in files.stamps.items()):
         return None
     try:
-        return None if hashed(files) == known.content else "its files have other contents than the lock says"
+        return (
+            None
+            if hashed(files) == known.content
+            else "its files have other contents than the lock says"
+        )
     except LoraTreeError as error:
         return str(error)

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..errors import FolderError, FormatError, LoraTreeError, NewerFormat, SpecError, StaleError, UnlockedError
+from ..errors import (
+    FolderError,
+    FormatError,
+    LoraTreeError,
+    NewerFormat,
+    SpecError,
+    StaleError,
+    UnlockedError,
+)
 
 __all__ = ["HARMLESS", "Kind", "Problem", "raise_any"]
 

@@ -97,7 +97,9 @@ def _examined(opened: Opened) -> dict[str, Examined]:
         except (BudgetError, FormatError) as error:
             broken.append(error.within(path))
     if broken:
-        kind = FormatError if any(isinstance(error, FormatError) for error in broken) else BudgetError
+        kind = (
+            FormatError if any(isinstance(error, FormatError) for error in broken) else BudgetError
+        )
         raise kind(*_lines(broken))
     return found
 

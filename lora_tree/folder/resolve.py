@@ -84,7 +84,11 @@ def resolve(
         at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
         if node.adapter is not None:
             claimed.add(os.path.relpath(_home(node.adapter, folder), folder))
-        if node.adapter is not None and not outside and not inside(_home(node.adapter, folder), folder):
+        if (
+            node.adapter is not None
+            and not outside
+            and not inside(_home(node.adapter, folder), folder)
+        ):
             problems.append(Problem(path, "folder", at + _outside(node.adapter, folder)))
             continue
         try:
@@ -190,7 +194,9 @@ def _of_a_run(path: str, entries: Mapping[str, Entry], claimed: set[str]) -> boo
 def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]) -> Problem | None:
     """Why the adapter in a folder can't be the node of that path; a step among ``entries`` is listed in tree.yaml."""
     if not path:
-        text = f"{files.folder}: an adapter in the top folder, but the root of a tree is the bare base"
+        text = (
+            f"{files.folder}: an adapter in the top folder, but the root of a tree is the bare base"
+        )
         return Problem("", "folder", f"{text}: {_top(scan, files.folder)}")
     step = next((on for on in (*_above(path), path) if is_step(on) and on not in entries), None)
     if step is not None:

@@ -104,10 +104,18 @@ def _seen(plan: _Plan) -> Seen:
     """The folder as this save leaves it."""
     gone = {place.rpartition("/")[0] for place in plan.transaction.deletes}
     found = plan.target.scan.found
-    files = {path: was for path, was in plan.seen.files.items() if path in found and path not in gone}
-    files |= {path: (kept.files.stamps, kept.content) for path, kept in plan.kept.items() if not kept.named}
+    files = {
+        path: was for path, was in plan.seen.files.items() if path in found and path not in gone
+    }
+    files |= {
+        path: (kept.files.stamps, kept.content)
+        for path, kept in plan.kept.items()
+        if not kept.named
+    }
     staged = (file.sha256 for file in plan.transaction.staged if file.to == plan.place.yaml)
-    return Seen(files, {**plan.seen.yaml, plan.place.yaml: next(staged, digest(plan.target.yaml_bytes))})
+    return Seen(
+        files, {**plan.seen.yaml, plan.place.yaml: next(staged, digest(plan.target.yaml_bytes))}
+    )
 
 
 # ---------------------------------------------------------------------- adapters
@@ -148,7 +156,9 @@ def _rendered(node: Node) -> tuple[Adapter, Mapping[str, bytes]] | None:
 
 def _trains(adapter: Adapter) -> bool:
     """Its factors are parameters: an optimiser may have changed them in place since the files were written."""
-    return any(isinstance(t, Parameter) for value in adapter.modules.values() for t in value.tensors)
+    return any(
+        isinstance(t, Parameter) for value in adapter.modules.values() for t in value.tensors
+    )
 
 
 def _content(rendered: Mapping[str, bytes]) -> str:
@@ -158,10 +168,17 @@ def _content(rendered: Mapping[str, bytes]) -> str:
 def _from_memory(plan: _Plan, node: Node, adapter: Adapter, rendered: Mapping[str, bytes]) -> _Kept:
     whole, source = _content(rendered), node.source
     _may_replace(plan, node, whole)
-    stamps = {name: plan.transaction.put(f"{node.path}/{name}", rendered[name]).stamp for name in sorted(rendered)}
+    stamps = {
+        name: plan.transaction.put(f"{node.path}/{name}", rendered[name]).stamp
+        for name in sorted(rendered)
+    }
     # what was trained since was trained on the lineage of today; what only lost its files was not
     since = node.loaded is not None and _trains(node.loaded)
-    old = source if isinstance(source, FolderSource) and (source.content == whole or not since) else None
+    old = (
+        source
+        if isinstance(source, FolderSource) and (source.content == whole or not since)
+        else None
+    )
     return _Kept(
         _placed(plan, node.path, stamps),
         whole,
@@ -189,7 +206,10 @@ def _from_files(plan: _Plan, path: str, source: FolderSource) -> _Kept:
     staged = {name: plan.transaction.copy(f"{path}/{name}", files.now[name][0]) for name in FILES}
     whole = content(*(staged[name].sha256 for name in FILES))
     if source.content not in (None, whole):
-        raise FolderError(f"{source.folder}: its files have changed since the tree was opened", "open the tree again")
+        raise FolderError(
+            f"{source.folder}: its files have changed since the tree was opened",
+            "open the tree again",
+        )
     stamps = {name: staged[name].stamp for name in FILES}
     untrained = source.trained is None and examine(files).untrained
     return _Kept(_placed(plan, path, stamps), whole, source.trained, untrained, written=True)
@@ -214,7 +234,9 @@ def _may_replace(plan: _Plan, node: Node, whole: str | None) -> None:
     if there is None:
         return
     ours = _ours(plan, node.path, there)
-    if not ours and (node.home is None or os.path.realpath(node.home) != os.path.realpath(there.folder)):
+    if not ours and (
+        node.home is None or os.path.realpath(node.home) != os.path.realpath(there.folder)
+    ):
         raise FolderError(
             f"{there.folder}: an adapter that no save wrote lies where this node's files belong",
             "move it away, or save to another folder",
@@ -248,7 +270,11 @@ def _ours(plan: _Plan, path: str, files: Files) -> bool:
 
 def _clear(plan: _Plan) -> None:
     """Let go of adapters in the folder that are no node's any more; refuse where one would come back."""
-    claimed = {os.path.relpath(kept.files.folder, plan.place.folder) for kept in plan.kept.values() if kept.named}
+    claimed = {
+        os.path.relpath(kept.files.folder, plan.place.folder)
+        for kept in plan.kept.values()
+        if kept.named
+    }
     back, unseen = [], []
     for path, files in plan.target.scan.found.items():
         if (path or ".") in claimed or (path in plan.kept and not plan.kept[path].named):
@@ -307,7 +333,11 @@ def _says_the_same(plan: _Plan) -> bool:
     spec = plan.target.spec
     if spec is None and not any(not kept.named for kept in plan.kept.values()):
         return False  # without a single adapter in it, only a tree.yaml makes a folder a tree
-    if spec is None and plan.tree.base is not None and (plan.transaction.staged or plan.transaction.deletes):
+    if (
+        spec is None
+        and plan.tree.base is not None
+        and (plan.transaction.staged or plan.transaction.deletes)
+    ):
         return False  # other adapters may name another base, or agree no more
     if _base_of(plan.target.base_name, "") != _base_of(plan.tree.base, ""):
         return False
@@ -348,7 +378,11 @@ def _yaml_of(plan: _Plan) -> dict[str, Any]:
         data["cache"] = cache
     nodes: dict[str, dict[str, Any]] = {}
     for path in reversed(tree.paths()):
-        below = {child.rpartition("/")[2]: nodes[child] for child in tree.children(path) if child in nodes}
+        below = {
+            child.rpartition("/")[2]: nodes[child]
+            for child in tree.children(path)
+            if child in nodes
+        }
         listed = bool(below) or _listed(plan, path)
         said = dict(_said(plan, path, listed=listed))
         if below:
@@ -373,7 +407,11 @@ def _said(plan: _Plan, path: str, *, listed: bool) -> Iterator[tuple[str, Any]]:
     node, kept = plan.tree[path], plan.kept.get(path)
     if kept is not None and kept.named:
         yield "adapter", os.path.relpath(kept.files.folder, plan.place.folder)
-    elif kept is None and node.fresh is None and (listed or node.weight != 1.0 or not _above_files(plan, path)):
+    elif (
+        kept is None
+        and node.fresh is None
+        and (listed or node.weight != 1.0 or not _above_files(plan, path))
+    ):
         yield "adapter", None
     if node.weight != 1.0:
         yield "weight", node.weight
@@ -398,7 +436,10 @@ def _write_lock(plan: _Plan) -> list[Node]:
     """Stage the lock, and return the nodes as they will be opened again."""
     tree, old = plan.tree, plan.target.lock
     spelled = _spelled_base(plan)
-    before = [*([old.base] if old else []), *(kept.trained.base for kept in plan.kept.values() if kept.trained)]
+    before = [
+        *([old.base] if old else []),
+        *(kept.trained.base for kept in plan.kept.values() if kept.trained),
+    ]
     base = base_lock(local_base(tree.base, "") or tree.base, spelled, before)
     lineages = {"": TOP}
     locked: dict[str, NodeLock] = {}
@@ -423,7 +464,9 @@ def _write_lock(plan: _Plan) -> list[Node]:
             node.source.within if isinstance(node.source, FolderSource) else None,
         )
         home = None if kept.named else kept.files.folder
-        nodes.append(replace(node, source=source, home=home, stale=stale_text(path, trained, above, base)))
+        nodes.append(
+            replace(node, source=source, home=home, stale=stale_text(path, trained, above, base))
+        )
     lineage_table = lineage_locks(mentioned)
     lock = TreeLock(base=base, yaml=_yaml_hash(plan), nodes=locked, lineages=lineage_table)
     data = dump_lock(lock)
@@ -432,7 +475,9 @@ def _write_lock(plan: _Plan) -> list[Node]:
     return nodes
 
 
-def node_lock(files: Files, whole: str, trained: Trained, base: BaseLock, *, written: bool) -> NodeLock:
+def node_lock(
+    files: Files, whole: str, trained: Trained, base: BaseLock, *, written: bool
+) -> NodeLock:
     """A node's entry in the lock; its base only where that is not the lock's own."""
     return NodeLock(
         content=whole,

@@ -103,7 +103,11 @@ def scan(root: str, decided: Pending) -> Scan:
         above, depth = stack.pop()
         seen += 1
         if depth > MAX_DEPTH or seen > _MOST_FOLDERS:
-            limit = f"deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {_MOST_FOLDERS} folders"
+            limit = (
+                f"deeper than {MAX_DEPTH} levels"
+                if depth > MAX_DEPTH
+                else f"more than {_MOST_FOLDERS} folders"
+            )
             text = f"{os.path.join(root, above)}: {limit}; is this the folder of a tree?"
             result.wrong.append((above if seen <= _MOST_FOLDERS else "", text))
             if seen > _MOST_FOLDERS:

@@ -118,7 +118,9 @@ class FolderSource:
             if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
                 object.__setattr__(self, "_hashed", hash(after))
             return adapter
-        raise UnlockedError(f"{self.folder}: its files keep changing while they are read", "wait for the writer")
+        raise UnlockedError(
+            f"{self.folder}: its files keep changing while they are read", "wait for the writer"
+        )
 
     def _locked(self, found: str | None) -> None:
         """That this is the content which the lock speaks of, where there is a lock."""
@@ -197,7 +199,9 @@ class _Hashing:
 def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
     """The complaint about files that are not what the lock says, and broken: to accept them would be no help."""
     what, todo = (error.what, error.todo) if isinstance(error, LoraTreeError) else (str(error), ())
-    return UnlockedError(f"{folder}: not the files that tree.lock speaks of, and they can't be used: {what}", *todo)
+    return UnlockedError(
+        f"{folder}: not the files that tree.lock speaks of, and they can't be used: {what}", *todo
+    )
 
 
 def _check_inside(files: Files, folder: str) -> None:
@@ -285,5 +289,7 @@ def _identity(files: Files) -> _Identity:
     try:
         seen = [os.stat(files.now[name][0]) for name in FILES]
     except OSError as error:  # by hand: every load comes by here twice
-        raise FolderError(f"{error.filename}: can't look at it: {error.strerror or error}") from error
+        raise FolderError(
+            f"{error.filename}: can't look at it: {error.strerror or error}"
+        ) from error
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen)

@@ -87,7 +87,9 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
         above = ROOT
         for step in one.on.steps or ():
             digest = lineage(above, step.content, step.weight)
-            entry = LineageLock(above=above, content=step.content, weight=step.weight, node=step.node)
+            entry = LineageLock(
+                above=above, content=step.content, weight=step.weight, node=step.node
+            )
             found.setdefault(digest, entry)
             above = digest
     return found
@@ -139,7 +141,9 @@ def _changes(was: tuple[Step, ...], now: tuple[Step, ...]) -> list[str]:
             texts.append(f"{step.node} is above it now")
             continue
         old.remove(same)
-        texts.append(f"the content of {step.node} (was {same.content[:12]}…, now {step.content[:12]}…)")
+        texts.append(
+            f"the content of {step.node} (was {same.content[:12]}…, now {step.content[:12]}…)"
+        )
         if same.weight != step.weight:
             texts.append(_weight(step.node, same, step))
     texts.extend(f"{step.node} is no longer above it" for step in old)

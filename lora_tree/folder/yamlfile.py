@@ -27,7 +27,9 @@ from ..spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_format, check_path,
 __all__ = ["Located", "dump", "json_schema", "parse", "read_spec"]
 
 _MOST_MISTAKES = 50  # that one error lists
-_MAX_NESTING = 2 * MAX_DEPTH + 4  # a node and its children are two levels; then a pattern or a list inside
+_MAX_NESTING = (
+    2 * MAX_DEPTH + 4
+)  # a node and its children are two levels; then a pattern or a list inside
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -39,7 +41,9 @@ _SPECIAL = re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
 _VERSION = re.compile(rb"^version[ \t]*:[ \t]*([0-9]{1,9})[ \t]*(?:#[^\n]*)?\r?$", re.MULTILINE)
 _LONE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*\Z")
-_ELSEWHERE = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))  # not strings to YAML 1.1
+_ELSEWHERE = frozenset(
+    ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+)  # not strings to YAML 1.1
 
 
 @dataclass
@@ -124,12 +128,17 @@ def _check_newer(raw: bytes, file: str) -> None:
 
 def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:
     """Every node that a tree.yaml lists: (path, what it says, the way to it)."""
-    stack: list[tuple[str, NodeSpec, Loc]] = [(name, node, ("tree", name)) for name, node in spec.tree.items()]
+    stack: list[tuple[str, NodeSpec, Loc]] = [
+        (name, node, ("tree", name)) for name, node in spec.tree.items()
+    ]
     stack.reverse()
     while stack:
         path, node, loc = stack.pop()
         yield path, node, loc
-        below = [(f"{path}/{name}", child, (*loc, "children", name)) for name, child in node.children.items()]
+        below = [
+            (f"{path}/{name}", child, (*loc, "children", name))
+            for name, child in node.children.items()
+        ]
         stack.extend(reversed(below))
 
 
@@ -151,7 +160,9 @@ def parse(raw: bytes, file: str) -> Located:
     for number, event in enumerate(_events(text, file)):
         place = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
         if number > YAML_VALUES:
-            raise SpecError(f"{place}: more than {YAML_VALUES:,} keys and values, which no tree has")
+            raise SpecError(
+                f"{place}: more than {YAML_VALUES:,} keys and values, which no tree has"
+            )
         if isinstance(event, ev.DocumentStartEvent):
             if top.value:
                 raise SpecError(f"{place}: a second document; one file holds one tree")
@@ -165,7 +176,9 @@ def parse(raw: bytes, file: str) -> Located:
             if opened is not None:
                 stack.append(opened)
                 if len(stack) > _MAX_NESTING:
-                    raise SpecError(f"{place}: nested {len(stack)} deep; a tree has at most {MAX_DEPTH} levels")
+                    raise SpecError(
+                        f"{place}: nested {len(stack)} deep; a tree has at most {MAX_DEPTH} levels"
+                    )
     assert isinstance(top.value, list)
     return Located(top.value[0] if top.value else None, file, top.spot.parts.get(0, top.spot))
 
@@ -179,7 +192,9 @@ def _events(text: str, file: str) -> Iterator[Any]:
             mark = error.problem_mark or error.context_mark
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
             raise SpecError(f"{place}: not YAML: {error.problem or error.context}") from error
-        except Exception as error:  # somebody else's parser: whatever it trips over is a mistake in the text
+        except (
+            Exception
+        ) as error:  # somebody else's parser: whatever it trips over is a mistake in the text
             raise SpecError(f"{file}: not YAML: {error}") from error
         if event is None:
             return
@@ -193,7 +208,9 @@ def _take(event: Any, into: _Open, place: str) -> _Open | None:
     if event.tag is not None:
         raise SpecError(f"{place}: a tag ({event.tag}); a tree.yaml is plain data")
     if isinstance(event, ev.ScalarEvent) and _LONE.search(event.value):
-        raise SpecError(f"{place}: {event.value!r} holds half of a surrogate pair, which is no character")
+        raise SpecError(
+            f"{place}: {event.value!r} holds half of a surrogate pair, which is no character"
+        )
     spot = _Spot(event.start_mark.line + 1, event.start_mark.column + 1)
     if isinstance(into.value, dict) and into.key is None:
         if not isinstance(event, ev.ScalarEvent):
@@ -255,7 +272,10 @@ def _contradictions(spec: TreeSpec) -> Iterator[tuple[Loc, str]]:
         made = sorted(node.model_fields_set - {"adapter", "weight", "children"})
         if "adapter" in node.model_fields_set and made:
             has = "no adapter (null)" if node.adapter is None else "an adapter"
-            yield (*loc, made[0]), f"node {path} has {has}, so {', '.join(made)} would say nothing; take one out"
+            yield (
+                (*loc, made[0]),
+                f"node {path} has {has}, so {', '.join(made)} would say nothing; take one out",
+            )
         if node.adapter is not None and (not node.adapter or "\0" in node.adapter):
             yield (*loc, "adapter"), f"node {path}: {node.adapter!r} is not a folder's name"
 
@@ -279,13 +299,17 @@ def dump(data: Mapping[str, Any]) -> bytes:
     try:
         return "".join(f"{line}\n" for line in lines).encode()
     except UnicodeEncodeError as error:
-        raise SpecError(f"a string can't be written as UTF-8: {error.object[error.start : error.end]!r}") from error
+        raise SpecError(
+            f"a string can't be written as UTF-8: {error.object[error.start : error.end]!r}"
+        ) from error
 
 
 def _block(data: Mapping[str, Any], indent: str, lines: list[str]) -> None:
     for key, value in data.items():
         name = _string(key)
-        head = f"{indent}{name}:" if len(name) < 1000 else f"{indent}? {name}\n{indent}:"  # YAML's limit for short keys
+        head = (
+            f"{indent}{name}:" if len(name) < 1000 else f"{indent}? {name}\n{indent}:"
+        )  # YAML's limit for short keys
         if isinstance(value, Mapping) and value:
             lines.append(head)
             _block(value, indent + "  ", lines)

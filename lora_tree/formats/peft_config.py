@@ -45,7 +45,12 @@ MUTATING = {
     "lora_ga": "LoRA-GA",
 }
 KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
-FUSED = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")  # as every fused experts of transformers registers them
+FUSED = (
+    "gate_proj",
+    "gate_up_proj",
+    "up_proj",
+    "down_proj",
+)  # as every fused experts of transformers registers them
 
 # what the values of an adapter say themselves; not kept in Adapter.config
 DERIVED = {
@@ -173,7 +178,9 @@ def mutates_base(init: Any) -> str | None:
 def _refuse(fields: Mapping[str, Any], where: str) -> None:
     kind = fields.get("peft_type")
     if kind is None:
-        raise FormatError(f"{where}: no peft_type; is this the adapter_config.json of a PEFT adapter?")
+        raise FormatError(
+            f"{where}: no peft_type; is this the adapter_config.json of a PEFT adapter?"
+        )
     if kind != "LORA":
         raise UnsupportedAdapter(f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA'")
     for name, reason in VARIANTS.items():
@@ -181,7 +188,9 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
             raise UnsupportedAdapter(f"{where}: {name} = {str(fields[name])[:80]}: {reason}")
     for name, value in fields.items():
         if name.startswith("use_") and name not in KNOWN_USES and value:
-            raise UnsupportedAdapter(f"{where}: {name} = {str(value)[:80]} is a kind of LoRA that is not known here")
+            raise UnsupportedAdapter(
+                f"{where}: {name} = {str(value)[:80]} is a kind of LoRA that is not known here"
+            )
     method = mutates_base(fields.get("init_lora_weights"))
     if method:
         raise UnsupportedAdapter(
@@ -256,7 +265,9 @@ class _Checks:
             NamePattern(pattern, self.work)
             re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it: flags can't stand in the middle
         except re.error as error:
-            raise FormatError(f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}") from error
+            raise FormatError(
+                f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}"
+            ) from error
         except (ValueError, OverflowError, RecursionError) as error:
             raise FormatError(
                 f"{self.where}: {name}: {pattern[:80]!r}: {error}",

@@ -15,7 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["CONFIG", "NESTING", "PARTS", "PREFIX", "WEIGHTS", "ancestors", "key_path", "plain", "split"]
+__all__ = [
+    "CONFIG",
+    "NESTING",
+    "PARTS",
+    "PREFIX",
+    "WEIGHTS",
+    "ancestors",
+    "key_path",
+    "plain",
+    "split",
+]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -46,7 +46,9 @@ __all__ = ["read", "read_folder"]
 
 PICKLE = "adapter_model.bin"
 KEPT_OUTLINES = 8
-MAX_KEPT_BYTES = 256 << 10  # of config and header; what is made of them takes some ten times as much
+MAX_KEPT_BYTES = (
+    256 << 10
+)  # of config and header; what is made of them takes some ten times as much
 
 LEFTOVERS = {
     "lora_magnitude_vector": VARIANTS["use_dora"],
@@ -55,7 +57,17 @@ LEFTOVERS = {
     "lora_diag": VARIANTS["kasa_config"],
 }
 # names of embeddings and heads, which PEFT saves whole where the vocabulary was resized
-WHOLE = {"embed_in", "embed_out", "embed_tokens", "embeddings", "lm_head", "output", "shared", "word_embeddings", "wte"}
+WHOLE = {
+    "embed_in",
+    "embed_out",
+    "embed_tokens",
+    "embeddings",
+    "lm_head",
+    "output",
+    "shared",
+    "word_embeddings",
+    "wte",
+}
 
 _Parts = dict[str, Tensor]
 
@@ -98,7 +110,9 @@ def read(
         )
     missing = [name for name, there in ((CONFIG, has_config), (WEIGHTS, has_weights)) if not there]
     if missing:
-        raise FormatError(f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files")
+        raise FormatError(
+            f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files"
+        )
     config_named, weights_named = os.path.join(where, CONFIG), os.path.join(where, WEIGHTS)
     data = _bytes(config_file, config_named, inside)
     if witness:
@@ -107,7 +121,11 @@ def read(
     # read under inference_mode, it may be trained on top of later
     with opened(weights_file, weights_named, shown, inside) as weights, torch.inference_mode(False):
         texts = _Texts(data, weights.head, weights.nbytes, config_named, weights_named)
-        found = _outline(texts) if len(data) + len(weights.head) <= MAX_KEPT_BYTES else _outline.__wrapped__(texts)
+        found = (
+            _outline(texts)
+            if len(data) + len(weights.head) <= MAX_KEPT_BYTES
+            else _outline.__wrapped__(texts)
+        )
         if outline:
             return found.adapter
         adapter = found.filled(weights.numbers(found.header, allocate), weights_named)
@@ -117,7 +135,9 @@ def read(
 
 def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
     """Warn where factors of fused experts may lie the other way round, which only shapes that differ would show."""
-    fused = [name for name, v in adapter.modules.items() if v.layout == PARAMETER and v.A.shape[0] > 1]
+    fused = [
+        name for name, v in adapter.modules.items() if v.layout == PARAMETER and v.A.shape[0] > 1
+    ]
     if not fused or says_which_way(adapter.config):
         return
     said = adapter.config.get("peft_version")
@@ -139,7 +159,9 @@ def _bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:
         with stream_of(file, inside=inside) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > CONFIG_BYTES:
-                raise FormatError(f"{where}: more than {CONFIG_BYTES >> 20} MiB, which no adapter config is")
+                raise FormatError(
+                    f"{where}: more than {CONFIG_BYTES >> 20} MiB, which no adapter config is"
+                )
             data = stream.read(size)  # no more than that: what is asked for is allocated
             check_pointer(data, where, "JSON")
             return data
@@ -202,7 +224,9 @@ class _Reader:
         self.config, self.where, self.tensors = config, where, header.tensors
         self.recorded = _recorded(header.metadata, where)
         self.dead: dict[str, Tensor] = {}
-        self.either: set[str] = set()  # modules that may be raw parameters, which only a base can tell
+        self.either: set[str] = (
+            set()
+        )  # modules that may be raw parameters, which only a base can tell
 
     def adapter(self) -> Adapter:
         groups: dict[str, dict[int, _Parts]] = {}  # module → wrappers deep → part → factor
@@ -217,25 +241,38 @@ class _Reader:
             elif not (self.config.velora and key.endswith(".lora_velora_embed")):
                 whole[path] = self.tensors[key]
         if not groups:
-            raise FormatError(f"{self.where}: no lora_A and lora_B of any module", "the file holds no LoRA factors")
+            raise FormatError(
+                f"{self.where}: no lora_A and lora_B of any module",
+                "the file holds no LoRA factors",
+            )
         parameters = {module: self.parameters(module, depths) for module, depths in groups.items()}
         wrappers = {module: len(depths) for module, depths in groups.items()}
         for module in paths:
             self.check_paths(module, paths[module], wrappers)
         modules: dict[str, LowRank] = {}
         for module, depths in groups.items():
-            owner = next((a for a in peft_keys.ancestors(module) if a in groups and not parameters[a]), module)
+            owner = next(
+                (a for a in peft_keys.ancestors(module) if a in groups and not parameters[a]),
+                module,
+            )
             if owner != module:
                 self.check_attention(owner, module, depths[0])
             if not parameters[module]:
                 modules[module] = self.module(module, depths[0], rank_of=owner)
                 continue
-            for depth, parts in depths.items():  # the outermost wrapper holds the parameter registered last
+            for (
+                depth,
+                parts,
+            ) in depths.items():  # the outermost wrapper holds the parameter registered last
                 name = f"{module}.{parameters[module][-1 - depth]}"
                 if name in groups:
-                    raise FormatError(f"{self.where}: {name}: has factors both as a module and as a raw parameter")
+                    raise FormatError(
+                        f"{self.where}: {name}: has factors both as a module and as a raw parameter"
+                    )
                 modules[name] = self.parameter(name, parts)
-        for owner in {a for m in groups for a in peft_keys.ancestors(m) if a in groups and not parameters[a]}:
+        for owner in {
+            a for m in groups for a in peft_keys.ancestors(m) if a in groups and not parameters[a]
+        }:
             modules[owner] = self.without_dead_bias(owner, modules[owner])
         nested = {m: names for m, names in parameters.items() if len(names) > 1 or m in self.either}
         return Adapter(
@@ -283,10 +320,15 @@ class _Reader:
                 f"{', '.join(names)}",
                 "name each trained parameter as module.parameter in target_parameters",
             )
-        kinds = {(self.config.rank(f"{module}.{name}"), self.config.scale(f"{module}.{name}")) for name in names}
+        kinds = {
+            (self.config.rank(f"{module}.{name}"), self.config.scale(f"{module}.{name}"))
+            for name in names
+        }
         if len(kinds) > 1 and module not in self.recorded:
             if set(names) <= set(FUSED):
-                self.recorded[module] = names  # the factors can't change places any more, so it is taken as certain
+                self.recorded[module] = (
+                    names  # the factors can't change places any more, so it is taken as certain
+                )
                 return names
             raise FormatError(
                 f"{self.where}: {module}: {' and '.join(names)} differ in r or lora_alpha, and the file does not say "
@@ -333,15 +375,23 @@ class _Reader:
 
     def pair(self, name: str, parts: _Parts) -> tuple[Tensor, Tensor]:
         """A and B, where they are all there is beside a bias."""
-        kind = "lora_embedding" if any(part.startswith("lora_embedding") for part in parts) else "lora"
+        kind = (
+            "lora_embedding" if any(part.startswith("lora_embedding") for part in parts) else "lora"
+        )
         first, second = f"{kind}_A", f"{kind}_B"
-        present = set(parts) - ({"lora_B.bias"} if self.config.lora_bias and first == "lora_A" else set())
+        present = set(parts) - (
+            {"lora_B.bias"} if self.config.lora_bias and first == "lora_A" else set()
+        )
         missing, extra = {first, second} - present, present - {first, second}
         if missing:
-            raise FormatError(f"{self.where}: {name}: {' and '.join(sorted(missing))} missing, found {sorted(parts)}")
+            raise FormatError(
+                f"{self.where}: {name}: {' and '.join(sorted(missing))} missing, found {sorted(parts)}"
+            )
         if extra:
             hint = "; adapter_config.json has lora_bias = false" if extra == {"lora_B.bias"} else ""
-            raise FormatError(f"{self.where}: {name}: unexpected {' and '.join(sorted(extra))}{hint}")
+            raise FormatError(
+                f"{self.where}: {name}: unexpected {' and '.join(sorted(extra))}{hint}"
+            )
         return parts[first], parts[second]
 
     def module(self, name: str, parts: _Parts, *, rank_of: str) -> LowRank:
@@ -350,7 +400,9 @@ class _Reader:
         r = self.config.rank(rank_of)
         embedding = "lora_embedding_A" in parts
         if A.ndim not in ((2,) if embedding else (2, 3, 4, 5)) or A.shape[0] != r:
-            raise self.misshapen(name, "A", A, f"({r}, in)" if A.ndim == 2 else f"({r}, in, *kernel)", r)
+            raise self.misshapen(
+                name, "A", A, f"({r}, in)" if A.ndim == 2 else f"({r}, in, *kernel)", r
+            )
         scale = self.config.scale(rank_of)
         if A.ndim == 2:
             if B.ndim != 2 or B.shape[1] != r:
@@ -358,7 +410,12 @@ class _Reader:
             bias = self.bias(name, parts, B.shape[0]) if not embedding else None
             return LowRank(A, B, scale, bias, EMBEDDING if embedding else Layout("linear"))
         groups = r // B.shape[1] if B.ndim == A.ndim and B.shape[1] else 0
-        if not groups or groups * B.shape[1] != r or B.shape[0] % groups or math.prod(B.shape[2:]) != 1:
+        if (
+            not groups
+            or groups * B.shape[1] != r
+            or B.shape[0] % groups
+            or math.prod(B.shape[2:]) != 1
+        ):
             raise self.misshapen(name, "B", B, f"(out, {r} / groups{', 1' * (A.ndim - 2)})", r)
         bias = self.bias(name, parts, B.shape[0])
         layout = Layout("conv", tuple(A.shape[2:]))
@@ -389,15 +446,21 @@ class _Reader:
             return None
         bias = parts.get("lora_B.bias")
         if bias is None:
-            raise FormatError(f"{self.where}: {name}: lora_B.bias missing; adapter_config.json has lora_bias = true")
+            raise FormatError(
+                f"{self.where}: {name}: lora_B.bias missing; adapter_config.json has lora_bias = true"
+            )
         if bias.shape != (out,):
-            raise FormatError(f"{self.where}: {name}: lora_B.bias is {tuple(bias.shape)}, expected ({out},)")
+            raise FormatError(
+                f"{self.where}: {name}: lora_B.bias is {tuple(bias.shape)}, expected ({out},)"
+            )
         return bias
 
     def without_dead_bias(self, name: str, value: LowRank) -> LowRank:
         """The in-projection of an nn.MultiheadAttention, whose lora_bias PEFT writes and never reads."""
         if value.layout.kind != "linear" or value.A.ndim != 2:
-            raise FormatError(f"{self.where}: {name}: expected the in-projection of an nn.MultiheadAttention")
+            raise FormatError(
+                f"{self.where}: {name}: expected the in-projection of an nn.MultiheadAttention"
+            )
         if value.bias is not None:
             self.dead[name] = value.bias
         return LowRank(value.A, value.B, value.scale, None, value.layout)
@@ -408,7 +471,9 @@ class _Reader:
             f"{self.config.where} gives it r = {r}",
         )
 
-    def whole(self, tensors: Mapping[str, Tensor], wrappers: Mapping[str, int]) -> dict[str, Tensor]:
+    def whole(
+        self, tensors: Mapping[str, Tensor], wrappers: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         """Tensors of the base that came along, by the plain names of its parameters."""
         found: dict[str, Tensor] = {}
         for path, tensor in tensors.items():
@@ -417,11 +482,17 @@ class _Reader:
             known = depth == 0 and path in (peft_keys.key_path(name, wrappers), name)
             key = peft_keys.PREFIX + path
             if name in found:
-                raise FormatError(f"{self.where}: unexpected key {key[:200]!r}: a second value of {name}")
+                raise FormatError(
+                    f"{self.where}: unexpected key {key[:200]!r}: a second value of {name}"
+                )
             if kind == "bias":
-                allowed = self.config.bias != "none" or f"{path.removesuffix('.bias')}.weight" in tensors
+                allowed = (
+                    self.config.bias != "none" or f"{path.removesuffix('.bias')}.weight" in tensors
+                )
             else:
-                allowed = kind == "weight" and (module in wrappers or module.rpartition(".")[2] in WHOLE)
+                allowed = kind == "weight" and (
+                    module in wrappers or module.rpartition(".")[2] in WHOLE
+                )
             if known and allowed:
                 found[name] = tensor
             elif kind == "weight":
@@ -439,8 +510,16 @@ def _recorded(metadata: Mapping[str, str], where: str) -> dict[str, tuple[str, .
         return {}
     recorded = strict_json.loads(metadata[NESTING].encode("utf-8"), f"{where}: metadata {NESTING}")
     for module, names in recorded.items():
-        if not (isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)):
-            raise FormatError(f"{where}: metadata {NESTING}: {module}: expected a list of names, got {str(names)[:80]}")
+        if not (
+            isinstance(names, list)
+            and names
+            and all(isinstance(name, str) and name for name in names)
+        ):
+            raise FormatError(
+                f"{where}: metadata {NESTING}: {module}: expected a list of names, got {str(names)[:80]}"
+            )
         if len(set(names)) != len(names):
-            raise FormatError(f"{where}: metadata {NESTING}: {module}: a name occurs twice in {names}")
+            raise FormatError(
+                f"{where}: metadata {NESTING}: {module}: a name occurs twice in {names}"
+            )
     return {module: tuple(names) for module, names in recorded.items()}

@@ -40,7 +40,10 @@ def render(adapter: Adapter) -> dict[str, bytes]:
         FormatError: PEFT has no way to write this value; names the module and the reason.
     """
     if not adapter.modules:
-        raise FormatError("an adapter without modules can't be written", "leave the folder out: the node needs none")
+        raise FormatError(
+            "an adapter without modules can't be written",
+            "leave the folder out: the node needs none",
+        )
     for name, value in adapter.modules.items():
         _check(name, value)
     nested = _nested(adapter)
@@ -50,33 +53,56 @@ def render(adapter: Adapter) -> dict[str, bytes]:
         _names(m, nested) for m in adapter.assumed & set(nested)
     ]:
         modules.update(_alike({name: modules[name] for name in names}))
-    modules, alphas, rslora = _scales(modules, wants_rslora=adapter.config.get("use_rslora") is True)
+    modules, alphas, rslora = _scales(
+        modules, wants_rslora=adapter.config.get("use_rslora") is True
+    )
     modules = _biases(modules)
     wrappers = {name: 1 for name in modules if modules[name].layout.kind != "parameter"}
     wrappers |= {module: len(names) for module, names in nested.items()}
     config = _config(adapter, modules, nested, attentions, alphas, rslora)
-    known = {module: names for module, names in nested.items() if len(names) > 1 and module not in adapter.assumed}
+    known = {
+        module: names
+        for module, names in nested.items()
+        if len(names) > 1 and module not in adapter.assumed
+    }
     metadata = {"format": "pt"} | ({NESTING: json.dumps(known, sort_keys=True)} if known else {})
     data = _json(config)
     parse_config(data, CONFIG)  # what we would not read, we do not write
-    return {CONFIG: data, WEIGHTS: safetensors.render_tensors(_tensors(adapter, modules, nested, wrappers), metadata)}
+    return {
+        CONFIG: data,
+        WEIGHTS: safetensors.render_tensors(_tensors(adapter, modules, nested, wrappers), metadata),
+    }
 
 
 def _check(name: str, value: LowRank) -> None:
     """One module on its own: a shape, a dtype and a name that PEFT can have."""
     if value.is_sharded:
-        raise FormatError(f"{name}: every rank has a part of its factors", "save inside with model.gathered() as tree:")
+        raise FormatError(
+            f"{name}: every rank has a part of its factors",
+            "save inside with model.gathered() as tree:",
+        )
     kind, kernel = value.layout.kind, value.layout.kernel
     dimensions = {"linear": (2,), "embedding": (2,), "conv": (2, 3), "parameter": (3,)}[kind]
     if value.A.ndim not in dimensions:
-        raise FormatError(f"{name}: a {kind} has factors of {dimensions} dimensions, got A {tuple(value.A.shape)}")
-    if kind == "conv" and not (1 <= len(kernel) <= 3 and value.A.shape[-1] % math.prod(kernel) == 0):
-        raise FormatError(f"{name}: A is {tuple(value.A.shape)}, expected in · {math.prod(kernel)} columns ({kernel})")
+        raise FormatError(
+            f"{name}: a {kind} has factors of {dimensions} dimensions, got A {tuple(value.A.shape)}"
+        )
+    if kind == "conv" and not (
+        1 <= len(kernel) <= 3 and value.A.shape[-1] % math.prod(kernel) == 0
+    ):
+        raise FormatError(
+            f"{name}: A is {tuple(value.A.shape)}, expected in · {math.prod(kernel)} columns ({kernel})"
+        )
     if value.bias is not None and kind in ("embedding", "parameter"):
-        raise FormatError(f"{name}: PEFT has no lora_bias for {kind}s", "leave the bias out, or write it elsewhere")
+        raise FormatError(
+            f"{name}: PEFT has no lora_bias for {kind}s",
+            "leave the bias out, or write it elsewhere",
+        )
     for t in value.tensors:
         if t.dtype not in safetensors.NAMES:
-            raise FormatError(f"{name}: dtype {t.dtype} is not written, expected bf16, fp16, fp32 or fp64")
+            raise FormatError(
+                f"{name}: dtype {t.dtype} is not written, expected bf16, fp16, fp32 or fp64"
+            )
     if kind == "parameter" and "." not in name:
         raise FormatError(f"{name}: PEFT can't train a raw parameter of the top module")
     if "" in name.split(".") or "base_layer" in name.split("."):
@@ -102,7 +128,9 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
                 "attach the adapter to its base first, or give Adapter(nesting={module: (parameter, …)})",
             )
         if module in adapter.modules:
-            raise FormatError(f"{module}: PEFT can't train a module and its raw parameters {parameters} at once")
+            raise FormatError(
+                f"{module}: PEFT can't train a module and its raw parameters {parameters} at once"
+            )
         nested[module] = order if len(parameters) > 1 else tuple(parameters)
     return nested
 
@@ -115,7 +143,9 @@ def _attentions(modules: Mapping[str, LowRank], nested: Mapping[str, tuple[str, 
             if owner not in modules:
                 continue
             both = [modules.get(name), modules[owner]]
-            if name != f"{owner}.out_proj" or any(v is None or v.layout.kind != "linear" for v in both):
+            if name != f"{owner}.out_proj" or any(
+                v is None or v.layout.kind != "linear" for v in both
+            ):
                 raise FormatError(
                     f"{name}: lies in {owner}, which has factors of its own; PEFT can write that only for the out_proj "
                     "of an nn.MultiheadAttention"
@@ -138,14 +168,18 @@ def _alike(group: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 def _r(value: LowRank) -> int:
     """r as PEFT counts it: over all groups of a convolution, for each expert of a raw parameter."""
-    return value.rank * (value.A.shape[0] if value.layout.kind == "conv" and value.A.ndim == 3 else 1)
+    return value.rank * (
+        value.A.shape[0] if value.layout.kind == "conv" and value.A.ndim == 3 else 1
+    )
 
 
 def _scales(
     modules: dict[str, LowRank], *, wants_rslora: bool
 ) -> tuple[dict[str, LowRank], dict[str, int | float], bool]:
     """(modules, their lora_alpha, use_rslora): rslora where it was so and writes every scale as it is."""
-    rslora = wants_rslora and all(_alpha(value.scale, _r(value), rslora=True) is not None for value in modules.values())
+    rslora = wants_rslora and all(
+        _alpha(value.scale, _r(value), rslora=True) is not None for value in modules.values()
+    )
     alphas: dict[str, int | float] = {}
     for name, value in modules.items():
         alpha = _alpha(value.scale, _r(value), rslora=rslora)
@@ -170,13 +204,17 @@ def _biases(modules: dict[str, LowRank]) -> dict[str, LowRank]:
     """lora_bias holds for all modules or none: those without one get zeros."""
     if all(value.bias is None for value in modules.values()):
         return modules
-    without = next((n for n, v in modules.items() if v.layout.kind in ("embedding", "parameter")), None)
+    without = next(
+        (n for n, v in modules.items() if v.layout.kind in ("embedding", "parameter")), None
+    )
     if without:
         raise FormatError(
             f"{without}: PEFT has no lora_bias for {modules[without].layout.kind}s, and other modules here have one",
             "leave the bias out, or split the adapter in two",
         )
-    zeros = {n: v.B.new_zeros(math.prod(v.B.shape[:-1])) for n, v in modules.items() if v.bias is None}
+    zeros = {
+        n: v.B.new_zeros(math.prod(v.B.shape[:-1])) for n, v in modules.items() if v.bias is None
+    }
     return {n: replace(v, bias=zeros.get(n, v.bias)) for n, v in modules.items()}
 
 
@@ -221,7 +259,9 @@ def _config(
     alphas: Mapping[str, int | float],
     rslora: bool,
 ) -> dict[str, Any]:
-    outside = {f"{name}.out_proj" for name in attentions}  # they go by the r and alpha of their attention
+    outside = {
+        f"{name}.out_proj" for name in attentions
+    }  # they go by the r and alpha of their attention
     ranks = {name: _r(value) for name, value in modules.items() if name not in outside}
     scales = {name: alpha for name, alpha in alphas.items() if name not in outside}
     r, alpha = _commonest(ranks.values()), _commonest(scales.values())
@@ -247,10 +287,14 @@ def _config(
         fields["init_lora_weights"] = fields.get("init_lora_weights") is not False
     if nested:  # PEFT refuses both of these beside a raw parameter; neither changes the value
         fields |= {"lora_dropout": 0.0, "fan_in_fan_out": False}
-        fields["target_parameters"] = [name for module in sorted(nested) for name in _names(module, nested)]
+        fields["target_parameters"] = [
+            name for module in sorted(nested) for name in _names(module, nested)
+        ]
         if not says_which_way(fields):  # the factors lie as PEFT writes them since then
             fields["peft_version"] = ".".join(map(str, TURNED))
-    targets = sorted(n for n, v in modules.items() if v.layout.kind != "parameter" and n not in outside)
+    targets = sorted(
+        n for n, v in modules.items() if v.layout.kind != "parameter" and n not in outside
+    )
     kept = fields.get("target_modules")
     if not (isinstance(kept, list) and _describes(kept, targets, {*outside, *nested}, fields)):
         for field in MATCHING:
@@ -267,24 +311,43 @@ def _tied(modules: Mapping[str, LowRank]) -> bool:
     is true of what it has just trained, but not of a sum with a node that changes one of the two by itself.
     """
     embeddings = [value for value in modules.values() if value.layout.kind == "embedding"]
-    linear = [value for value in modules.values() if value.layout.kind == "linear" and value.A.ndim == 2]
+    linear = [
+        value for value in modules.values() if value.layout.kind == "linear" and value.A.ndim == 2
+    ]
     for one in embeddings:
-        heads = [head for head in linear if head.A.shape == one.B.mT.shape and head.B.shape == one.A.mT.shape]
+        heads = [
+            head
+            for head in linear
+            if head.A.shape == one.B.mT.shape and head.B.shape == one.A.mT.shape
+        ]
         mirrored = [
-            h for h in heads if h.scale == one.scale and torch.equal(h.A, one.B.mT) and torch.equal(h.B, one.A.mT)
+            h
+            for h in heads
+            if h.scale == one.scale and torch.equal(h.A, one.B.mT) and torch.equal(h.B, one.A.mT)
         ]
         if not heads or len(mirrored) < len(heads):
             return False
     return bool(embeddings)
 
 
-def _describes(entries: list[Any], targets: list[str], others: set[str], fields: Mapping[str, Any]) -> bool:
+def _describes(
+    entries: list[Any], targets: list[str], others: set[str], fields: Mapping[str, Any]
+) -> bool:
     """Whether a list of ``target_modules`` stands for these targets, by PEFT's rule, and for none of the others."""
-    if any(fields.get(name) is not None for name in MATCHING[1:]) or len(set(map(str, entries))) < len(entries):
+    if any(fields.get(name) is not None for name in MATCHING[1:]) or len(
+        set(map(str, entries))
+    ) < len(entries):
         return False
-    used = {entry for name in targets for entry in entries if name == entry or name.endswith(f".{entry}")}
+    used = {
+        entry
+        for name in targets
+        for entry in entries
+        if name == entry or name.endswith(f".{entry}")
+    }
     stray = any(name == entry or name.endswith(f".{entry}") for name in others for entry in entries)
-    covered = all(any(name == entry or name.endswith(f".{entry}") for entry in used) for name in targets)
+    covered = all(
+        any(name == entry or name.endswith(f".{entry}") for entry in used) for name in targets
+    )
     return covered and len(used) == len(entries) and not stray
 
 

@@ -4,8 +4,8 @@
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
 
 The package writes (`render_tensors`); since it writes metadata in a changing order, that is put in order afterwards. It
-also reads where speed does not matter (`read_tensors`). An adapter is read by `Opened`: all tensors into one buffer of our
-own, in which they lie as in the file, by one read from a descriptor that was checked, which a hash sees on the way.
+also reads where speed does not matter (`read_tensors`). An adapter is read by `Opened`: all tensors into one buffer of
+our own, in which they lie as in the file, by one read from a descriptor that was checked, which a hash sees on the way.
 The package offers none of that: it opens a file by its name and maps it into memory, where a file that is cut short
 later takes the process with it (SIGBUS), or wants its bytes in memory already, to copy each tensor out of them.
 
@@ -42,7 +42,15 @@ from . import strict_json
 from .limits import HEADER_BYTES, TENSORS
 from .pointer import check_pointer
 
-__all__ = ["Header", "Opened", "header_fields", "opened", "parse_header", "read_tensors", "render_tensors"]
+__all__ = [
+    "Header",
+    "Opened",
+    "header_fields",
+    "opened",
+    "parse_header",
+    "read_tensors",
+    "render_tensors",
+]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -82,7 +90,9 @@ class Opened:
         nbytes: of the tensors.
     """
 
-    def __init__(self, stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None) -> None:
+    def __init__(
+        self, stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None
+    ) -> None:
         self._stream, self._where, self._witness = stream, where, witness
         self.head, size = _head(stream, where, witness)
         self.nbytes = size - stream.tell()
@@ -151,8 +161,12 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
     if b"-0" in head and _minus_zero(head):
         raise FormatError(f"{where}: header: -0 is no size and no place")
     metadata = fields.pop("__metadata__", {})
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise FormatError(f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}")
+    if not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise FormatError(
+            f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}"
+        )
     if len(fields) > TENSORS:
         raise FormatError(f"{where}: header: {len(fields):,} tensors; the most is {TENSORS:,}")
     entries = {name: _entry(value, f"{where}: {name[:200]}") for name, value in fields.items()}
@@ -179,7 +193,9 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
     return Header(tensors, metadata, tuple(spans))
 
 
-def read_tensors(file: str | Path, where: str, *, outline: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_tensors(
+    file: str | Path, where: str, *, outline: bool = False
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Every tensor of ``file``, and the file's metadata; ``where`` names the file in errors.
 
     Args:
@@ -196,8 +212,16 @@ def read_tensors(file: str | Path, where: str, *, outline: bool = False) -> tupl
         data = reading.whole()
         try:
             return safetensors.torch.load(data), header.metadata
-        except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise FormatError(f"{where}: safetensors can't read it: {error}", "download or save it again") from error
+        except (
+            safetensors.SafetensorError,
+            ValueError,
+            TypeError,
+            KeyError,
+            RuntimeError,
+        ) as error:
+            raise FormatError(
+                f"{where}: safetensors can't read it: {error}", "download or save it again"
+            ) from error
 
 
 def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -215,11 +239,17 @@ def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     held = {}
     for name in sorted(tensors):
         if tensors[name].dtype not in NAMES:
-            raise FormatError(f"{name[:200]}: dtype {tensors[name].dtype} is not written, expected {', '.join(DTYPES)}")
-        held[name] = tensors[name].detach().cpu().contiguous()  # kept until the package has read their memory
+            raise FormatError(
+                f"{name[:200]}: dtype {tensors[name].dtype} is not written, expected {', '.join(DTYPES)}"
+            )
+        held[name] = (
+            tensors[name].detach().cpu().contiguous()
+        )  # kept until the package has read their memory
     try:
         entries: Any = {name: _spec(tensor) for name, tensor in held.items()}
-        data: bytes = safetensors.serialize(entries, dict(metadata)) if entries else _of_nothing(metadata)
+        data: bytes = (
+            safetensors.serialize(entries, dict(metadata)) if entries else _of_nothing(metadata)
+        )
     except (safetensors.SafetensorError, UnicodeError, ValueError) as error:
         raise FormatError(f"safetensors can't write it: {error}") from error
     return _in_order(data, metadata)
@@ -230,11 +260,19 @@ def _spec(tensor: Tensor) -> Any:
 
     `safetensors.torch.save` would do the same by way of numpy, and refuses two tensors that share memory.
     """
-    dtype, shape, nbytes = str(tensor.dtype)[6:], list(tensor.shape), tensor.numel() * tensor.element_size()
+    dtype, shape, nbytes = (
+        str(tensor.dtype)[6:],
+        list(tensor.shape),
+        tensor.numel() * tensor.element_size(),
+    )
     spec = getattr(safetensors, "TensorSpec", None)
     if spec is not None:
         return spec(dtype=dtype, shape=shape, data_ptr=tensor.data_ptr(), data_len=nbytes)
-    return {"dtype": dtype, "shape": shape, "data": ctypes.string_at(tensor.data_ptr(), nbytes) if nbytes else b""}
+    return {
+        "dtype": dtype,
+        "shape": shape,
+        "data": ctypes.string_at(tensor.data_ptr(), nbytes) if nbytes else b"",
+    }
 
 
 def _of_nothing(metadata: Mapping[str, str]) -> bytes:
@@ -252,7 +290,11 @@ def _in_order(data: bytes, metadata: Mapping[str, str]) -> bytes:
     start = 8 + int.from_bytes(data[:8], "little")
     fields = json.loads(data[8:start])
     fields["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(start - 8)
+    text = (
+        json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+        .encode("utf-8")
+        .ljust(start - 8)
+    )
     if len(text) != start - 8:
         raise FormatError(
             "safetensors wrote a header that is not in its shortest form, which this version does not know"
@@ -274,7 +316,9 @@ def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, in
     return strict_json.loads(head, f"{where}: header"), 8 + len(head), size
 
 
-def _head(stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None) -> tuple[bytes, int]:
+def _head(
+    stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None
+) -> tuple[bytes, int]:
     """The header's bytes, and the size of the file; the stream is where the tensors begin."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(first := stream.read(8), "little")
@@ -322,7 +366,9 @@ def _entry(value: Any, where: str) -> _Entry:
         raise FormatError(f"{where}: expected dtype, shape and data_offsets, got {str(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
-        raise FormatError(f"{where}: dtype, shape or data_offsets are malformed: {str(value)[:200]}")
+        raise FormatError(
+            f"{where}: dtype, shape or data_offsets are malformed: {str(value)[:200]}"
+        )
     if dtype not in DTYPES:
         raise FormatError(
             f"{where}: dtype {dtype[:20]} is not supported, expected one of {', '.join(DTYPES)}",
@@ -334,11 +380,15 @@ def _entry(value: Any, where: str) -> _Entry:
             "a save under DeepSpeed ZeRO-3 or FSDP leaves empty tensors unless the shards are gathered first",
         )
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise FormatError(f"{where}: {dtype} {tuple(shape)} does not fill its bytes {offsets[0]} to {offsets[1]}")
+        raise FormatError(
+            f"{where}: {dtype} {tuple(shape)} does not fill its bytes {offsets[0]} to {offsets[1]}"
+        )
     return _Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:
     return (
-        isinstance(value, list) and len(value) <= 8 and all(type(size) is int and 0 <= size < 2**48 for size in value)
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(size) is int and 0 <= size < 2**48 for size in value)
     )

@@ -25,7 +25,9 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode(
+                "utf-8"
+            )  # half a surrogate pair is no text
     except UnicodeError as error:
         raise FormatError(f"{where}: not valid UTF-8: {error}") from error
     except RecursionError as error:

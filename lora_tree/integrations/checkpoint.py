@@ -82,7 +82,8 @@ def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None
         with disk.named("make the folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
         disk.write(
-            folder / FACTORS, render_tensors(tensors, {"format": "pt", "stands_on": json.dumps(_stands_on(model))})
+            folder / FACTORS,
+            render_tensors(tensors, {"format": "pt", "stands_on": json.dumps(_stands_on(model))}),
         )
         for path in tree.paths():
             adapter = tree.adapter(path)
@@ -99,15 +100,24 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     """
     file = folder / FACTORS
     if not is_file(file):
-        raise FolderError(f"{folder}: no {FACTORS}, so no checkpoint of a tree", "name a checkpoint-N of a TreeTrainer")
+        raise FolderError(
+            f"{folder}: no {FACTORS}, so no checkpoint of a tree",
+            "name a checkpoint-N of a TreeTrainer",
+        )
     saved, said = read_tensors(file, str(file))
     model.factors.refresh(model.tree, model)
     now = _trained(model)
     if saved.keys() != now.keys():
         there, here = ({path_of(name) for name in names} for names in (saved, now))
         what = f"of {listing(sorted(there))}, and {listing(sorted(here))} train now"
-        what = what if there != here else f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
-        raise FormatError(f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)")
+        what = (
+            what
+            if there != here
+            else f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
+        )
+        raise FormatError(
+            f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)"
+        )
     for name, new in saved.items():
         own = now[name]
         if new.shape != own.shape or new.dtype != own.dtype:
@@ -125,7 +135,9 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     with torch.no_grad():
         for name, own in now.items():  # the same order on every rank, for they meet
             new = saved[name]
-            own.copy_(distribute_tensor(new, own.device_mesh, own.placements) if is_sharded(own) else new)
+            own.copy_(
+                distribute_tensor(new, own.device_mesh, own.placements) if is_sharded(own) else new
+            )
 
 
 def ancestors_then(folder: Path, path: str) -> dict[str, str]:
@@ -139,9 +151,12 @@ def ancestors_then(folder: Path, path: str) -> dict[str, str]:
     _, said = read_tensors(file, str(file), outline=True)
     record = _recorded(said, file).get(path, {})
     if not (isinstance(record, dict) and all(isinstance(told, str) for told in record.values())):
-        raise FormatError(f"{file}: stands_on: {path}: expected what each node was, got {str(record)[:80]}")
+        raise FormatError(
+            f"{file}: stands_on: {path}: expected what each node was, got {str(record)[:80]}"
+        )
     return {
-        node: told.removesuffix(TRAINED) + _hash(Adapter.load(folder.joinpath(NODES, *check_path(node))))
+        node: told.removesuffix(TRAINED)
+        + _hash(Adapter.load(folder.joinpath(NODES, *check_path(node))))
         if told.endswith(TRAINED)
         else told
         for node, told in record.items()
@@ -222,7 +237,9 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
         if replaces:
             disk.rename(parent / name, old)
         disk.rename(stage / name, parent / name)
-        if replaces:  # by a name that nobody puts back: it is whole no longer once its removal has begun
+        if (
+            replaces
+        ):  # by a name that nobody puts back: it is whole no longer once its removal has begun
             disk.rename(old, stage / name)
         disk.sync(parent)
         with disk.named("clear it", stage):
@@ -277,4 +294,7 @@ def _stands_on(model: TreeModel) -> dict[str, dict[str, str]]:
         node: f"{tree[node].weight!r} {TRAINED}" if node in training else _told(tree, node)
         for node in dict.fromkeys(node for path in training for node in tree.lineage(path))
     }
-    return {path: {n: found for n in tree.lineage(path) if (found := told[n]) is not None} for path in training}
+    return {
+        path: {n: found for n in tree.lineage(path) if (found := told[n]) is not None}
+        for path in training
+    }

@@ -102,7 +102,9 @@ class NameRules:
                     "write fr/legal, fr/* (one name) or fr/** (everything below fr)",
                 )
         exact = frozenset(pattern for pattern in self.allow if not set(pattern) & set("*?"))
-        patterns = tuple(tuple(pattern.split("/")) for pattern in self.allow if pattern not in exact)
+        patterns = tuple(
+            tuple(pattern.split("/")) for pattern in self.allow if pattern not in exact
+        )
         object.__setattr__(self, "_exact", exact)
         object.__setattr__(self, "_patterns", patterns)
 
@@ -116,7 +118,9 @@ class NameRules:
         asked = self.read(name)
         for path in asked.paths:
             if not self.allows(path):
-                raise PathError(f"{shown(path)!r} is not on the list of paths that clients may ask for")
+                raise PathError(
+                    f"{shown(path)!r} is not on the list of paths that clients may ask for"
+                )
         return asked
 
     def read(self, name: str) -> Asked:
@@ -126,14 +130,18 @@ class NameRules:
             PathError, SpecError: see `admit`.
         """
         if len(name) > MOST_CHARACTERS:
-            raise PathError(f"a name of {len(name):,} characters; the longest path has {MOST_CHARACTERS:,}")
+            raise PathError(
+                f"a name of {len(name):,} characters; the longest path has {MOST_CHARACTERS:,}"
+            )
         if not name.isascii():
             raise PathError("a name with other characters than those of paths")
         is_blend = ":" in name or "+" in name
         if is_blend and not self.blends:
             raise SpecError("blends are not served by name", "LORA_TREE_VLLM_BLENDS=1 allows them")
         if name.count("+") >= MOST_PATHS:
-            raise SpecError(f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served")
+            raise SpecError(
+                f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served"
+            )
         one = spelled(name)
         if not one:
             raise PathError("nothing to serve", "the bare base is served under its own name")

@@ -141,15 +141,21 @@ class FlatCache:
         self._lock = threading.Lock()
         self._served: dict[str, str] = {}  # path → content
         self._used: dict[str, float] = {}  # path → when it was last used, by the monotonic clock
-        self._asked: Counter[tuple[str, bool]] = Counter()  # (content, for a blend) → requests under way
+        self._asked: Counter[tuple[str, bool]] = (
+            Counter()
+        )  # (content, for a blend) → requests under way
         self._released: dict[str, float] = {}  # content → when this process stopped serving it
         self._refused: OrderedDict[str, LoraTreeError] = OrderedDict()  # content → why
         self._needs: OrderedDict[str, int] = OrderedDict()  # content → bytes, as far as it was made
-        self._hashes: dict[str, tuple[object, str]] = {}  # folder of a node → (its files' stamps, their hash)
+        self._hashes: dict[
+            str, tuple[object, str]
+        ] = {}  # folder of a node → (its files' stamps, their hash)
         self._disk = SharedFolder(self.folder)
 
     # ------------------------------------------------------------------ what a path is now
-    def content(self, tree: AdapterTree, problems: list[Problem], path: Blend) -> tuple[str, tuple[str, ...]]:
+    def content(
+        self, tree: AdapterTree, problems: list[Problem], path: Blend
+    ) -> tuple[str, tuple[str, ...]]:
         """Return the content of a path as the tree is now, and what is stale on its way, without
         reading weights.
 
@@ -162,7 +168,11 @@ class FlatCache:
         if broken:
             raise FolderError(listing([str(problem) for problem in broken], most=3))
         coefficients = tree.coefficients(path)
-        parts = [(self._hash(tree, node), c.hex()) for node, c in coefficients.items() if tree[node].has_adapter]
+        parts = [
+            (self._hash(tree, node), c.hex())
+            for node, c in coefficients.items()
+            if tree[node].has_adapter
+        ]
         if not parts:
             raise FormatError(
                 "there is nothing to serve: no node on the way has an adapter",
@@ -260,14 +270,18 @@ class FlatCache:
         return sum(self._disk.sizes().values())
 
     # ------------------------------------------------------------------ private: making
-    def _ensure(self, tree: AdapterTree, problems: list[Problem], path: str, content: str) -> float | None:
+    def _ensure(
+        self, tree: AdapterTree, problems: list[Problem], path: str, content: str
+    ) -> float | None:
         """Have a content in the folder, listed as in use; return its error if it was made here."""
         if self._is_there(content):
             return None
         with self._disk.making(content):
             if self._is_there(content):  # another thread or process made it meanwhile
                 return None
-            if content in self._needs:  # there was no room for it a moment ago: don't make it in vain
+            if (
+                content in self._needs
+            ):  # there was no room for it a moment ago: don't make it in vain
                 with self._disk.alone():
                     self._make_room(self._needs[content], for_blend=_is_blend(path))
             made = self._flattened(tree, problems, path, content)
@@ -286,7 +300,9 @@ class FlatCache:
             self._disk.tell(self._in_use())  # before another process may take it away
             return True
 
-    def _flattened(self, tree: AdapterTree, problems: list[Problem], path: str, content: str) -> Portable:
+    def _flattened(
+        self, tree: AdapterTree, problems: list[Problem], path: str, content: str
+    ) -> Portable:
         """Read and flatten. A content that can't be served is remembered: asking again would cost
         the same.
 
@@ -295,7 +311,9 @@ class FlatCache:
             UnlockedError: the files have changed since the tree was seen.
             LoraTreeError: as `portable`.
         """
-        alone = _lineages(tree, path)  # what is read is let go of with it, and nothing depends on its neighbours
+        alone = _lineages(
+            tree, path
+        )  # what is read is let go of with it, and nothing depends on its neighbours
         try:
             made = self._in_form(alone, path)
         except (FolderError, BudgetError):
@@ -316,9 +334,13 @@ class FlatCache:
             return made
         # asked for both, it says which module loses how much, and which rank would do
         portable(tree, path, rank=form.max_rank, max_error=form.max_error, base=form.base)
-        raise SpecError(f"{path}: relative error {made.worst:.3g} at rank {made.rank}, allowed: {form.max_error:g}")
+        raise SpecError(
+            f"{path}: relative error {made.worst:.3g} at rank {made.rank}, allowed: {form.max_error:g}"
+        )
 
-    def _is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
+    def _is_still(
+        self, content: str, tree: AdapterTree, problems: list[Problem], path: str
+    ) -> bool:
         try:
             return self.content(tree, problems, path)[0] == content
         except LoraTreeError:
@@ -448,7 +470,11 @@ class FlatCache:
     def _unused_s(self, content: str) -> float:
         """Seconds since the last use of a content, as far as this process knows."""
         with self._lock:
-            own = [self._used.get(path, 0.0) for path, served in self._served.items() if served == content]
+            own = [
+                self._used.get(path, 0.0)
+                for path, served in self._served.items()
+                if served == content
+            ]
         return time.monotonic() - max(own) if own else self._disk.unused_s(content)
 
     def _hash(self, tree: AdapterTree, node: str) -> str:

@@ -42,7 +42,11 @@ def whole_groups(
 def refuse(args: Any, trainer: Mapping[str, Any]) -> None:
     """What would be taken, and not hold node by node."""
     wrong = [name for name in ("model_init", "compute_loss_func") if trainer.get(name) is not None]
-    wrong += [name for name in ("label_smoothing_factor", "torch_compile", "push_to_hub") if getattr(args, name, None)]
+    wrong += [
+        name
+        for name in ("label_smoothing_factor", "torch_compile", "push_to_hub")
+        if getattr(args, name, None)
+    ]
     if wrong:
         raise SpecError(
             f"TreeTrainer takes no {listing(wrong)}",

@@ -32,7 +32,9 @@ class PathCollator:
     {'x': tensor([1, 2]), 'path': ['fr', '']}
     """
 
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], Mapping[str, Any]], column: str) -> None:
+    def __init__(
+        self, inner: Callable[[list[dict[str, Any]]], Mapping[str, Any]], column: str
+    ) -> None:
         self.inner, self.column = inner, column
 
     @property
@@ -58,7 +60,9 @@ class PathTotals:
         self._sums: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
 
-    def table(self, logits: Tensor, labels: Tensor, paths: Sequence[Blend], *, shift: bool) -> Tensor:
+    def table(
+        self, logits: Tensor, labels: Tensor, paths: Sequence[Blend], *, shift: bool
+    ) -> Tensor:
         """(rows, 3), float64: which path, its loss summed over the row's tokens, how many those are.
 
         Raises:
@@ -83,7 +87,9 @@ class PathTotals:
     def _place(self, name: str) -> int:
         if name not in self._order:
             if ranks() > 1:
-                raise SpecError(f"{name}: over several ranks every row has one node's path, not a blend")
+                raise SpecError(
+                    f"{name}: over several ranks every row has one node's path, not a blend"
+                )
             self._order.append(name)
         return self._order.index(name)
 

@@ -54,7 +54,9 @@ class SharedFolder:
         disk.make(folder)
         disk.make(self._locks)
         self._list = self._locks / f"{uuid.uuid4().hex}.held"
-        with self.alone():  # another process would take a list that is not locked yet for one that was left over
+        with (
+            self.alone()
+        ):  # another process would take a list that is not locked yet for one that was left over
             self.sweep()
             self.in_use_elsewhere()  # for the lists that go: a server may be started over and over
             held = locks.attempt(self._list)
@@ -130,7 +132,11 @@ class SharedFolder:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each entry."""
-        return {name: _size(self.folder / name) for name in self._listdir(self.folder) if _ENTRY.match(name)}
+        return {
+            name: _size(self.folder / name)
+            for name in self._listdir(self.folder)
+            if _ENTRY.match(name)
+        }
 
     def unused_s(self, name: str) -> float:
         """Return how many seconds ago an entry was last used by any process."""

@@ -69,7 +69,9 @@ class Surveyed:
                 except LoraTreeError as error:
                     self._view = error
                 except Exception as error:  # whatever it is, it is not tried again at once
-                    self._view = LoraTreeError(f"the tree can't be looked at: {type(error).__name__}: {error}")
+                    self._view = LoraTreeError(
+                        f"the tree can't be looked at: {type(error).__name__}: {error}"
+                    )
                 took_s = time.monotonic() - began
                 self._old_at = time.monotonic() + max(self._every_s, 4 * took_s)
             return _or_raise(self._view)

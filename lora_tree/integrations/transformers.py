@@ -48,7 +48,9 @@ from transformers import Trainer, TrainerCallback  # noqa: E402
 from transformers.trainer_utils import sort_checkpoints  # noqa: E402
 from transformers.utils import find_labels  # noqa: E402
 
-if not hasattr(Trainer, "_clip_grad_norm"):  # an older one would clip all nodes together, whatever is said here
+if not hasattr(
+    Trainer, "_clip_grad_norm"
+):  # an older one would clip all nodes together, whatever is said here
     raise MissingExtra("TreeTrainer needs transformers 5", "pip install 'lora_tree[train]'")
 
 __all__ = ["TreeTrainer"]
@@ -95,14 +97,18 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         **trainer: Any,
     ) -> None:
         self.tree_model = checked_model(model)
-        self._groups = whole_groups(self.tree_model, groups, needed=trainer.get("train_dataset") is not None)
+        self._groups = whole_groups(
+            self.tree_model, groups, needed=trainer.get("train_dataset") is not None
+        )
         self.path_column, self.save_to = path_column, save_to
         for path in path_weights or ():
             self.tree_model.tree.coefficients(path)
         self.path_weights = {spelled(path): weight for path, weight in (path_weights or {}).items()}
         refuse(args, trainer)
         check_asked(self.tree_model, args)
-        if self.tree_model.factors.sharded:  # by its owner: Accelerate must not wrap or shard it again
+        if (
+            self.tree_model.factors.sharded
+        ):  # by its owner: Accelerate must not wrap or shard it again
             # its own attribute, since the base's says whether the base was sharded as it was loaded
             object.__setattr__(self.tree_model, "is_distributed_loading_by_transformers", True)
         super().__init__(model=model, args=args, **trainer)
@@ -111,12 +117,16 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
                 "TreeTrainer trains on one device a process; not under DataParallel, Accelerate's FSDP or DeepSpeed",
                 "start a process for each GPU: torchrun --nproc-per-node=…; fully_shard the TreeModel before for FSDP2",
             )
-        self.model_accepts_loss_kwargs = True  # whatever the base says: the loss is taken, and scaled, here
+        self.model_accepts_loss_kwargs = (
+            True  # whatever the base says: the loss is taken, and scaled, here
+        )
         base: Any = self.tree_model.base
         if self.args.label_names is None:
             self.label_names = find_labels(type(base)) or ["labels"]
         if getattr(base, "config", None) is not None:
-            base.config.use_cache = getattr(self.args, "use_cache", False)  # as a Trainer given the base does
+            base.config.use_cache = getattr(
+                self.args, "use_cache", False
+            )  # as a Trainer given the base does
         self._whole_rows = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         self.data_collator = PathCollator(self.data_collator, path_column)
         self._sampler: PathSampler | None = None
@@ -138,17 +148,27 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh:
-            more = [*inspect.signature(self.tree_model.base.forward).parameters, *self.label_names, self.path_column]
-            self._signature_columns += [column for column in more if column not in self._signature_columns]
+            more = [
+                *inspect.signature(self.tree_model.base.forward).parameters,
+                *self.label_names,
+                self.path_column,
+            ]
+            self._signature_columns += [
+                column for column in more if column not in self._signature_columns
+            ]
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._get_train_sampler(*args, **kwargs) if self._sampler is None else self._sampler
+        return (
+            super()._get_train_sampler(*args, **kwargs) if self._sampler is None else self._sampler
+        )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one step; their tokens are counted path by path, over all ranks."""
         self.tree_model.zero_grad()  # after a step that a GradScaler skipped, its rows must not count for this one
         batches, items = super().get_batch_samples(*args, **kwargs)
-        rows = [(batch["labels"], batch[self.path_column]) for batch in batches if "labels" in batch]
+        rows = [
+            (batch["labels"], batch[self.path_column]) for batch in batches if "labels" in batch
+        ]
         self._counts = token_counts(self.tree_model.tree, rows, shift=not self._whole_rows)
         self._steps.update(path for path, count in self._counts.items() if count)
         return batches, items
@@ -164,7 +184,9 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         return {key: value for key, value in inputs.items() if key != self.path_column}
 
     # ------------------------------------------------------------------ a step
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """One micro-batch, forward and backward, every row by its own path."""
         inputs = self._without_paths(inputs)
         with self.tree_model.route(self._paths):
@@ -179,24 +201,35 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         labels = inputs.pop("labels", None)
         if labels is None:
             raise SpecError(
-                f"a batch has no labels; it has {listing(inputs)}", "TreeTrainer learns labels token by token"
+                f"a batch has no labels; it has {listing(inputs)}",
+                "TreeTrainer learns labels token by token",
             )
         base = self.tree_model.base
         if self._whole_rows and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
         outputs, shift = model(**inputs), not self._whole_rows
-        if not isinstance(outputs, Mapping):  # a module of your own may return its logits, alone or first
+        if not isinstance(
+            outputs, Mapping
+        ):  # a module of your own may return its logits, alone or first
             outputs = {"logits": outputs if isinstance(outputs, Tensor) else outputs[0]}
         logits = outputs["logits"]
         if torch.is_grad_enabled():
             counts = self._counts
-            weights = {path: weight for path, weight in self.path_weights.items() if counts is None or path in counts}
-            parts = path_loss(logits, labels, self._paths, counts=counts, weights=weights, shift=shift)
+            weights = {
+                path: weight
+                for path, weight in self.path_weights.items()
+                if counts is None or path in counts
+            }
+            parts = path_loss(
+                logits, labels, self._paths, counts=counts, weights=weights, shift=shift
+            )
             for path, part in parts.by_path.items():
                 self._learnt[path] = self._learnt.get(path, torch.zeros_like(part)) + part
             loss = parts.total
             if not loss.requires_grad:  # no row here goes through a node that trains
-                loss = joined(loss, [p for p in self.tree_model.factors.parameters() if p.requires_grad])
+                loss = joined(
+                    loss, [p for p in self.tree_model.factors.parameters() if p.requires_grad]
+                )
         else:
             assert self._totals is not None
             table = self._totals.table(logits, labels, self._paths, shift=shift)
@@ -208,13 +241,17 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """An optimiser over the nodes' groups, which moves each as one over it alone would."""
         if self.optimizer is None:
-            made, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            made, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.model
+            )
             if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)) or {
                 "params",
                 "model",
                 "optimizer_dict",
             } & set(options):
-                raise SpecError(f"{made}: an optimiser that makes its own groups does not train node by node")
+                raise SpecError(
+                    f"{made}: an optimiser that makes its own groups does not train node by node"
+                )
             shared: dict[str, Any] = {"weight_decay": self.args.weight_decay}
             if self.args.max_grad_norm:
                 shared["clip_norm"] = self.args.max_grad_norm
@@ -227,7 +264,9 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         """Every factor is in every rank's backward, so data parallelism need not look for those that are not."""
         built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         for handler in built.get("kwargs_handlers", ()):
-            if self.args.ddp_find_unused_parameters is None and hasattr(handler, "find_unused_parameters"):
+            if self.args.ddp_find_unused_parameters is None and hasattr(
+                handler, "find_unused_parameters"
+            ):
                 handler.find_unused_parameters = False
         return built
 
@@ -260,7 +299,9 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
             config = getattr(self.tree_model.base, "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
         with self.tree_model.route(self._paths):
-            out = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+            out = super().prediction_step(
+                model, inputs, prediction_loss_only, ignore_keys=ignore_keys
+            )
         while self._tables and self._totals is not None:
             self._totals.add(self.accelerator.gather_for_metrics(self._tables.pop()))
         return out
@@ -272,8 +313,12 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         means, self._totals = self._totals.means(), None
         if means:
-            out.metrics[f"{prefix}_loss"] = sum(self.path_weights.get(path, 1.0) * mean for path, mean in means.items())
-            out.metrics.update({f"{prefix}_loss/{path or BARE}": mean for path, mean in means.items()})
+            out.metrics[f"{prefix}_loss"] = sum(
+                self.path_weights.get(path, 1.0) * mean for path, mean in means.items()
+            )
+            out.metrics.update(
+                {f"{prefix}_loss/{path or BARE}": mean for path, mean in means.items()}
+            )
         return out
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -287,10 +332,18 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         paths = sorted(self._steps)  # the same on every rank, since the counts are
         if not paths:
             return {}
-        sums = torch.stack([self._learnt.get(path, torch.zeros(())).double().to(self.args.device) for path in paths])
+        sums = torch.stack(
+            [
+                self._learnt.get(path, torch.zeros(())).double().to(self.args.device)
+                for path in paths
+            ]
+        )
         if ranks() > 1:
             dist.all_reduce(sums)
-        means = {f"loss/{path or BARE}": s / self._steps[path] for path, s in zip(paths, sums.tolist(), strict=True)}
+        means = {
+            f"loss/{path or BARE}": s / self._steps[path]
+            for path, s in zip(paths, sums.tolist(), strict=True)
+        }
         self._learnt.clear()
         self._steps.clear()
         return means
@@ -310,7 +363,11 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         """
         named = args[0] if args else kwargs.get("resume_from_checkpoint")
         if self.args.should_save:
-            put_back(Path(named).parent if isinstance(named, str | os.PathLike) else Path(self.args.output_dir))
+            put_back(
+                Path(named).parent
+                if isinstance(named, str | os.PathLike)
+                else Path(self.args.output_dir)
+            )
         _meet()
         start = Start(self.tree_model.factors)
         try:
@@ -340,7 +397,8 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         where = output_dir if output_dir is not None else self.save_to
         if where is None:
             raise SpecError(
-                "save_model has no folder: checkpoints lie in output_dir, and a tree can't", "save_model('zoo/')"
+                "save_model has no folder: checkpoints lie in output_dir, and a tree can't",
+                "save_model('zoo/')",
             )
         with self.tree_model.gathered() as tree:
             if self.args.should_save:
@@ -379,7 +437,9 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage) if self._stage is not None else str(super()._get_output_dir(trial))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         load_factors(self.tree_model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -403,7 +463,9 @@ class _Finite(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check_finite_step(self._trainer.tree_model.factors, self._trainer._learnt, step=state.global_step)
+        check_finite_step(
+            self._trainer.tree_model.factors, self._trainer._learnt, step=state.global_step
+        )
 
 
 def _meet() -> None:

@@ -53,7 +53,9 @@ MOST_SUGGESTED = 200
 """The largest tree in which the nearest name is searched for."""
 REASON_CHARACTERS = 1000
 
-log = logging.getLogger("vllm.lora_tree")  # below vLLM's own logger, so that it is shown where vLLM's is
+log = logging.getLogger(
+    "vllm.lora_tree"
+)  # below vLLM's own logger, so that it is shown where vLLM's is
 
 
 def register() -> None:
@@ -91,8 +93,12 @@ class _Resolver:
         self._opening = threading.Lock()
         self._said: dict[str, str] = {}
         self._makers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora_tree")
-        self._blenders = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-blend")  # never in a path's way
-        self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")  # never waits for the makers
+        self._blenders = ThreadPoolExecutor(
+            1, thread_name_prefix="lora_tree-blend"
+        )  # never in a path's way
+        self._looker = ThreadPoolExecutor(
+            1, thread_name_prefix="lora_tree-look"
+        )  # never waits for the makers
         self._closed = threading.Event()
 
     def _survey(self) -> tuple[AdapterTree, list[Problem]]:
@@ -200,7 +206,9 @@ class _Resolver:
                     let_go=self._let_go,
                     is_read=self._is_read,
                 )
-                self._watcher = threading.Thread(target=self._watch, args=(self._cache,), name="lora_tree", daemon=True)
+                self._watcher = threading.Thread(
+                    target=self._watch, args=(self._cache,), name="lora_tree", daemon=True
+                )
                 self._watcher.start()
             return self._cache
 
@@ -210,7 +218,9 @@ class _Resolver:
     def _let_go(self, path: str) -> bool:
         """Have vLLM ask for a path again, unless a request for it has come in meanwhile."""
         cache = self._cache
-        if cache is None or not self._fronts:  # a front end that can't be told keeps what it has for ever
+        if (
+            cache is None or not self._fronts
+        ):  # a front end that can't be told keeps what it has for ever
             return False
         content = cache.served.get(path, "")
 
@@ -240,7 +250,9 @@ class _Resolver:
                 f"lora_tree: the tree can't be read, its paths go on as they were: {_reason(error)}",
             )
             return
-        self._said = {about: text for about, text in self._said.items() if about in (MODELS, *served)}
+        self._said = {
+            about: text for about, text in self._said.items() if about in (MODELS, *served)
+        }
         for path in served:
             try:
                 self._look_at(cache, view, path)

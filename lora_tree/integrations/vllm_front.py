@@ -84,7 +84,9 @@ class Front:
         self._within = f"{cache}{os.sep}"
         self._awaited: dict[str, float] = {}  # path → until when vLLM may still be loading it
         taken = self._awaited.pop
-        models.lora_requests = _Requests(models.lora_requests, one_spelling, used, lambda path: taken(path, None))
+        models.lora_requests = _Requests(
+            models.lora_requests, one_spelling, used, lambda path: taken(path, None)
+        )
         self._tell_paths()
 
     # ------------------------------------------------------------------ asked from any thread
@@ -123,7 +125,9 @@ class Front:
         Args:
             unless: asked on the event loop, between two requests; True keeps it.
         """
-        return asyncio.run_coroutine_threadsafe(self._drop(path, unless), self._loop).result(timeout=WAIT_S)
+        return asyncio.run_coroutine_threadsafe(self._drop(path, unless), self._loop).result(
+            timeout=WAIT_S
+        )
 
     # ------------------------------------------------------------------ asked on the event loop
     def awaits(self, path: str) -> None:

@@ -169,7 +169,9 @@ def server_args(
     (24, ('--enable-lora', '--max-lora-rank', '32'))
     """
     if max_loras < 1 or cache_bytes < 1:
-        raise SpecError(f"max_loras and cache_bytes must be at least 1, got {max_loras} and {cache_bytes}")
+        raise SpecError(
+            f"max_loras and cache_bytes must be at least 1, got {max_loras} and {cache_bytes}"
+        )
     if not max_error >= 0:
         raise SpecError(f"max_error must be at least 0, got {max_error}")
     rules = NameRules(blends=blends, allow=None if allow is None else tuple(allow))

@@ -59,18 +59,27 @@ class Matrix:
         for j, domain in enumerate(self.domains):
             short = _short(domain or BARE)
             told = f"<title>{_escaped(domain or BARE)}</title>{_escaped(short)}"
-            parts.append(f'<text x="{left + wide * j + wide // 2}" y="{top - 10}" text-anchor="middle">{told}</text>')
+            parts.append(
+                f'<text x="{left + wide * j + wide // 2}" y="{top - 10}" text-anchor="middle">{told}</text>'
+            )
         for i, path in enumerate(self.paths):
             y = top + high * i
-            parts.append(f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{_escaped(path or BARE)}</text>')
+            parts.append(
+                f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{_escaped(path or BARE)}</text>'
+            )
             for j in range(len(self.domains)):
-                x, (fill, ink) = left + wide * j, _shade(self.losses[i][j], [row[j] for row in self.losses])
+                x, (fill, ink) = (
+                    left + wide * j,
+                    _shade(self.losses[i][j], [row[j] for row in self.losses]),
+                )
                 parts.append(
                     f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" fill="{fill}"/>'
                     f'<text x="{x + wide // 2}" y="{y + 17}" text-anchor="middle" fill="{ink}">'
                     f"{self.losses[i][j]:.2f}</text>"
                 )
-        parts.append(f'<text x="{left}" y="{size[1] - 10}">nats per token; lower is better</text></svg>')
+        parts.append(
+            f'<text x="{left}" y="{size[1] - 10}">nats per token; lower is better</text></svg>'
+        )
         return "\n".join(parts) + "\n"
 
 
@@ -104,7 +113,9 @@ def evaluate(
     domains: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: depth_first(row.path)):
         domains.setdefault(row.path, []).append(row)
-    chosen = [path for path in tree.paths() if tree[path].has_adapter] if nodes is None else list(nodes)
+    chosen = (
+        [path for path in tree.paths() if tree[path].has_adapter] if nodes is None else list(nodes)
+    )
     for path in chosen:
         tree.lineage(path)
     paths = ("", *(path for path in chosen if path))
@@ -118,12 +129,19 @@ def evaluate(
             tick()
     finally:
         model.train(was)
-    return Matrix(paths, tuple(domains), tuple(losses), tuple(sum(r.learnt for r in of) for of in domains.values()))
+    return Matrix(
+        paths,
+        tuple(domains),
+        tuple(losses),
+        tuple(sum(r.learnt for r in of) for of in domains.values()),
+    )
 
 
 def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
     device = next(model.base.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row.ids))  # rows of a length together: less to fill up
+    ordered = sorted(
+        rows, key=lambda row: len(row.ids)
+    )  # rows of a length together: less to fill up
     sums = []
     for i in range(0, len(ordered), batch):
         some = ordered[i : i + batch]

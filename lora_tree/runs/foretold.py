@@ -40,12 +40,16 @@ class Trained:
     def __str__(self) -> str:
         """One line: ``fr/legal: from its adapter, on fr as it is; 40 rows``."""
         start = "from new factors" if self.is_new else "from its adapter"
-        above = [f"{node} as it is" for node in self.frozen] + [f"{node}, which trains" for node in self.trained_with]
+        above = [f"{node} as it is" for node in self.frozen] + [
+            f"{node}, which trains" for node in self.trained_with
+        ]
         on = listing(above) if above else "the bare base"
         return f"{self.node}: {start}, on {on}; {self.rows} row{'s' if self.rows != 1 else ''}"
 
 
-def chosen(model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_ancestors: bool) -> list[str]:
+def chosen(
+    model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_ancestors: bool
+) -> list[str]:
     """The nodes that train: those given as paths or patterns, or those that rows name.
 
     Args:
@@ -62,9 +66,15 @@ def chosen(model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_
     named = set(model.tree.matching(nodes)) if nodes else {row.path for row in rows if row.path}
     found = {path for path in named if nodes or _can_train(tree, path)}
     if with_ancestors:
-        found |= {above for path in named for above in tree.lineage(path) if _can_train(tree, above)}
+        found |= {
+            above for path in named for above in tree.lineage(path) if _can_train(tree, above)
+        }
     if not found:
-        where = f"{listing(sorted(named))} have none of their own" if named else "they are all for the bare base"
+        where = (
+            f"{listing(sorted(named))} have none of their own"
+            if named
+            else "they are all for the bare base"
+        )
         raise SpecError(
             f"the rows name no node with an adapter: {where}",
             'give rows the path of one: "path": "fr"; or name nodes to train',
@@ -90,10 +100,16 @@ def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
     """The nodes that were trained on what these are now, and do not train with them."""
     nodes = set(nodes)
     below = {path for node in nodes for path in tree.paths(node)} - nodes
-    return [path for path in tree.paths() if path in below and tree[path].has_adapter and not _is_new(tree, path)]
+    return [
+        path
+        for path in tree.paths()
+        if path in below and tree[path].has_adapter and not _is_new(tree, path)
+    ]
 
 
-def losses_of(tree: AdapterTree, nodes: Iterable[str], by_path: Mapping[str, float]) -> dict[str, float]:
+def losses_of(
+    tree: AdapterTree, nodes: Iterable[str], by_path: Mapping[str, float]
+) -> dict[str, float]:
     """Node → the mean over the losses of the paths that go through it; nodes without one are left out."""
     found = {}
     for node in nodes:

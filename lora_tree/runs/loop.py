@@ -47,7 +47,16 @@ from ..training.diverged import Start, check_finite_step
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
 from .foretold import Trained, becoming_stale, chosen, losses_of, what_trains
-from .place import ABOUT, Before, checkpoints, differing, last_of, refuse_other, render_about, set_aside
+from .place import (
+    ABOUT,
+    Before,
+    checkpoints,
+    differing,
+    last_of,
+    refuse_other,
+    render_about,
+    set_aside,
+)
 from .rows import Row, padded
 from .settings import Settings
 
@@ -118,14 +127,25 @@ class Run:
             )
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
         for what, named in (("lr_of", settings.lr_of), ("weights", settings.weights)):
-            strange = [path for path in named if path not in (self.nodes if what == "lr_of" else ["", *tree])]
+            strange = [
+                path
+                for path in named
+                if path not in (self.nodes if what == "lr_of" else ["", *tree])
+            ]
             if strange:
                 raise SpecError(f"{what} names {strange[0]!r}; what trains: {listing(self.nodes)}")
-        through = {path for path in {row.path for row in rows} if not set(self.nodes).isdisjoint(tree.lineage(path))}
+        through = {
+            path
+            for path in {row.path for row in rows}
+            if not set(self.nodes).isdisjoint(tree.lineage(path))
+        }
         self.rows = [row for row in rows if row.path in through]
         self.left_out = len(rows) - len(self.rows)
         if not self.rows:
-            raise SpecError(f"no row goes through {listing(self.nodes)}", "the path of a row is the node it is for")
+            raise SpecError(
+                f"no row goes through {listing(self.nodes)}",
+                "the path of a row is the node it is for",
+            )
         self._about = {
             "version": 1,
             "settings": settings.plain(),
@@ -138,7 +158,9 @@ class Run:
         groups = model.trainable(*self.nodes, dropout=settings.dropout)
         self._rates = {path: settings.lr_of.get(path, settings.lr) for path in self.nodes}
         options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
-        self.optimizer = torch.optim.AdamW([{**group, **options} for group in groups], lr=settings.lr)
+        self.optimizer = torch.optim.AdamW(
+            [{**group, **options} for group in groups], lr=settings.lr
+        )
         model.follow(self.optimizer)
         self.trained: list[Trained] = what_trains(tree, self.nodes, self.rows)
         self.outdated = becoming_stale(tree, self.nodes)
@@ -169,7 +191,9 @@ class Run:
                 self._check_sound()
                 start = self.done * settings.rows_a_step
                 try:
-                    step = self._step([self.rows[i] for i in order[start : start + settings.rows_a_step]])
+                    step = self._step(
+                        [self.rows[i] for i in order[start : start + settings.rows_a_step]]
+                    )
                 except DivergedError as error:
                     self._diverged = error
                     self._start.restore()
@@ -229,7 +253,9 @@ class Run:
 
     def _check_sound(self) -> None:
         if self._diverged is not None:
-            raise DivergedError(self._diverged.what, "this run is over: make another Run, with other settings")
+            raise DivergedError(
+                self._diverged.what, "this run is over: make another Run, with other settings"
+            )
 
     def _order(self) -> list[int]:
         settings = self.settings
@@ -268,7 +294,9 @@ class Run:
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[int, dict[str, Any]] = self.optimizer.state_dict()["state"]
-        return {f"{i}.{name}": t.detach().cpu() for i, of in state.items() for name, t in of.items()}
+        return {
+            f"{i}.{name}": t.detach().cpu() for i, of in state.items() for name, t in of.items()
+        }
 
     def _resume(self, before: Before) -> int:
         """Go on from a checkpoint, or set it aside; return how many steps are done."""
@@ -315,8 +343,14 @@ class Run:
         """The nodes, and those above them, are what they were when the run that finished was saved."""
         file = before.folder / FACTORS
         left, _ = read_tensors(file, str(file))
-        now = {name: p.detach().cpu() for name, p in self.model.factors.named_parameters() if p.requires_grad}
-        if left.keys() != now.keys() or not all(torch.equal(tensor, now[name]) for name, tensor in left.items()):
+        now = {
+            name: p.detach().cpu()
+            for name, p in self.model.factors.named_parameters()
+            if p.requires_grad
+        }
+        if left.keys() != now.keys() or not all(
+            torch.equal(tensor, now[name]) for name, tensor in left.items()
+        ):
             return False
         for node in self.nodes:
             then, above = ancestors_then(before.folder, node), ancestors_now(self.model.tree, node)

@@ -27,7 +27,16 @@ from ..formats import strict_json
 from ..integrations.checkpoint import put_back
 from ..system.reading import is_folder, look
 
-__all__ = ["ABOUT", "Before", "checkpoints", "differing", "last_of", "refuse_other", "render_about", "set_aside"]
+__all__ = [
+    "ABOUT",
+    "Before",
+    "checkpoints",
+    "differing",
+    "last_of",
+    "refuse_other",
+    "render_about",
+    "set_aside",
+]
 
 ABOUT = "run.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)\Z")
@@ -89,7 +98,9 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
             raise FolderError(f"{folder}: is no folder", "name a folder for the run's checkpoints")
         return []
     with disk.named("list it", folder):
-        names = [(match, folder / name) for name in os.listdir(folder) if (match := _NAME.match(name))]
+        names = [
+            (match, folder / name) for name in os.listdir(folder) if (match := _NAME.match(name))
+        ]
     return sorted((int(match[1]), path) for match, path in names)
 
 

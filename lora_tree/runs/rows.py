@@ -58,7 +58,11 @@ class Row:
 
 
 def read_rows(
-    files: Iterable[str | os.PathLike[str]], tree: AdapterTree, tokenizer: Any, *, max_length: int = 1024
+    files: Iterable[str | os.PathLike[str]],
+    tree: AdapterTree,
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
 ) -> list[Row]:
     """All rows of some files of JSON lines, in order.
 
@@ -74,7 +78,9 @@ def read_rows(
         SpecError: a row says nothing that can be learnt, or too much; or a path is not in the tree.
     """
     if max_length < 2:
-        raise SpecError(f"max_length must be at least 2, got {max_length}: a token is learnt from those before it")
+        raise SpecError(
+            f"max_length must be at least 2, got {max_length}: a token is learnt from those before it"
+        )
     rows = []
     for file in files:
         for where, line in _lines(as_path(file)):
@@ -84,7 +90,10 @@ def read_rows(
             except LoraTreeError as error:
                 raise error.within(where) from error
     if not rows:
-        raise SpecError(f"{listing(map(str, files)) or 'no file'}: no rows", 'a row is {"path": "fr", "text": "…"}')
+        raise SpecError(
+            f"{listing(map(str, files)) or 'no file'}: no rows",
+            'a row is {"path": "fr", "text": "…"}',
+        )
     return rows
 
 
@@ -119,14 +128,22 @@ def _lines(file: Any) -> Iterator[tuple[str, bytes]]:
                 if line.strip():
                     yield f"{file}:{number}", line
     except OSError as error:
-        raise FolderError(f"{file}: can't be read: {error.strerror}", "name a file of JSON lines") from error
+        raise FolderError(
+            f"{file}: can't be read: {error.strerror}", "name a file of JSON lines"
+        ) from error
 
 
-def _row(data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any, max_length: int) -> Row:
+def _row(
+    data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any, max_length: int
+) -> Row:
     keys, extra = _way(data)
     path = data.get("path")
     if not isinstance(path, str):
-        near = next((hint for key in sorted(extra) if (hint := suggest(key, ["path"]))), "") if path is None else ""
+        near = (
+            next((hint for key in sorted(extra) if (hint := suggest(key, ["path"]))), "")
+            if path is None
+            else ""
+        )
         it_has = f"; this has {listing(sorted(data))}{near}" if near else ""
         raise SpecError(f"'path' must be a string like 'fr/legal', got {path!r}{it_has}")
     tree.lineage(path)
@@ -139,7 +156,10 @@ def _row(data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any,
             labels = list(ids)
         elif "prompt" in keys:
             start = _ids(tokenizer, data["prompt"])
-            rest = _ended(list(tokenizer(data["completion"], add_special_tokens=False)["input_ids"]), tokenizer)
+            rest = _ended(
+                list(tokenizer(data["completion"], add_special_tokens=False)["input_ids"]),
+                tokenizer,
+            )
             ids, labels = start + rest, [IGNORED] * len(start) + rest
         else:
             ids, labels = _turns(data["messages"], tokenizer)
@@ -147,7 +167,9 @@ def _row(data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any,
     row = Row(path, *kept, where, len(ids) > max_length, tuple(sorted(extra)))
     if not row.learnt:
         cut = f" in its first {max_length} tokens" if row.cut else ""
-        raise SpecError(f"nothing is learnt from it{cut}", "a row needs two tokens, the second one learnt")
+        raise SpecError(
+            f"nothing is learnt from it{cut}", "a row needs two tokens, the second one learnt"
+        )
     return row
 
 
@@ -180,10 +202,15 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 def _turns(messages: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens of a conversation, and as labels those of the assistant's turns."""
     whole = isinstance(messages, list) and bool(messages)
-    if not whole or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+    if not whole or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
         raise SpecError('\'messages\' must be a list of {"role": …, "content": …}')
     if not getattr(tokenizer, "chat_template", None):
-        raise SpecError("the tokenizer has no chat template to write messages with", "give prompt and completion")
+        raise SpecError(
+            "the tokenizer has no chat template to write messages with",
+            "give prompt and completion",
+        )
     text = ""
     ids: list[int] = []
     labels: list[int] = []

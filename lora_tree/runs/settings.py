@@ -54,15 +54,38 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):
-            _check(name, getattr(self, name), lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
-        _check("warm_up", self.warm_up, lambda v: isinstance(v, int) and 0 <= v <= self.steps, "from 0 to steps")
-        for name, rate in {"lr": self.lr, **{f"lr of {n}": r for n, r in self.lr_of.items()}}.items():
+            _check(
+                name,
+                getattr(self, name),
+                lambda v: isinstance(v, int) and v >= 1,
+                "a whole number from 1",
+            )
+        _check(
+            "warm_up",
+            self.warm_up,
+            lambda v: isinstance(v, int) and 0 <= v <= self.steps,
+            "from 0 to steps",
+        )
+        for name, rate in {
+            "lr": self.lr,
+            **{f"lr of {n}": r for n, r in self.lr_of.items()},
+        }.items():
             _check(name, rate, lambda v: 0 < v < math.inf, "a positive number")
         _check("weight_decay", self.weight_decay, lambda v: 0 <= v < math.inf, "0 or more")
-        _check("clip_norm", self.clip_norm, lambda v: v is None or 0 < v < math.inf, "a positive number")
+        _check(
+            "clip_norm",
+            self.clip_norm,
+            lambda v: v is None or 0 < v < math.inf,
+            "a positive number",
+        )
         _check("dropout", self.dropout, lambda v: 0 <= v < 1, "from 0 to below 1")
         _check("temperature", self.temperature, lambda v: v > 0, "more than 0")
-        _check("schedule", self.schedule, lambda v: v in ("cosine", "linear", "constant"), "cosine, linear or constant")
+        _check(
+            "schedule",
+            self.schedule,
+            lambda v: v in ("cosine", "linear", "constant"),
+            "cosine, linear or constant",
+        )
         for path, weight in self.weights.items():
             _check(f"weight of {path}", weight, lambda v: 0 <= v < math.inf, "0 or more")
 
@@ -84,7 +107,10 @@ class Settings:
         """As JSON has it."""
         made = {f.name: getattr(self, f.name) for f in fields(self)}
         made["temperature"] = "inf" if math.isinf(self.temperature) else self.temperature
-        return {name: dict(sorted(v.items())) if isinstance(v, Mapping) else v for name, v in made.items()}
+        return {
+            name: dict(sorted(v.items())) if isinstance(v, Mapping) else v
+            for name, v in made.items()
+        }
 
 
 def _check(name: str, value: Any, fits: Any, expected: str) -> None:

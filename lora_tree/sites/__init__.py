@@ -90,5 +90,7 @@ def _hint(base: nn.Module, name: str) -> str:
     names = [n for n, _ in base.named_modules() if n]
     for full in names:  # the usual mistake: with or without the head's prefix
         if full.endswith("." + name) or (name.endswith("." + full) and "." in full):
-            return f"; it has {full!r}: was the adapter made for the model with, or without, its head?"
+            return (
+                f"; it has {full!r}: was the adapter made for the model with, or without, its head?"
+            )
     return suggest(name, names)

@@ -78,7 +78,11 @@ class Site(ABC):
     def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
         """``out + scale · up(low, B)``; ``spare``: nobody else holds ``out``, it may be written over."""
         delta = self.up(low, B)
-        if spare and out.dtype == torch.promote_types(out.dtype, delta.dtype) and not recorded(out, delta):
+        if (
+            spare
+            and out.dtype == torch.promote_types(out.dtype, delta.dtype)
+            and not recorded(out, delta)
+        ):
             return out.add_(delta, alpha=scale)
         return torch.add(out, delta, alpha=scale)
 
@@ -91,7 +95,9 @@ class Site(ABC):
         *rows, features = numbers.shape
         after = -1 - self.channels
         between = ndim - len(rows) - 1 - after
-        return numbers.reshape(*rows, *(1 for _ in range(between)), features, *(1 for _ in range(after)))
+        return numbers.reshape(
+            *rows, *(1 for _ in range(between)), features, *(1 for _ in range(after))
+        )
 
     # ------------------------------------------------------------------ inherited
     @property
@@ -171,7 +177,10 @@ class Site(ABC):
             )
         expected = self.expected(value)
         if value.shape != expected:
-            A, B = (*expected[:-2], value.rank, expected[-1]), (*expected[:-2], expected[-2], value.rank)
+            A, B = (
+                (*expected[:-2], value.rank, expected[-1]),
+                (*expected[:-2], expected[-2], value.rank),
+            )
             raise BaseMismatch(
                 f"{self.name}: A is {tuple(value.A.shape)} and B {tuple(value.B.shape)}, this base needs {A} and {B}"
             )
@@ -186,26 +195,44 @@ class Site(ABC):
         if merged:
             reason = self.why_unmerged_only(value)
             if reason:
-                raise UnmergedOnly(f"{where}: can't be merged: {reason}", 'use activate(…, mode="unmerged")')
+                raise UnmergedOnly(
+                    f"{where}: can't be merged: {reason}", 'use activate(…, mode="unmerged")'
+                )
         elif self.why_merged_only:
-            raise MergedOnly(f"{where}: can't run unmerged: {self.why_merged_only}", 'use activate(…, mode="merged")')
+            raise MergedOnly(
+                f"{where}: can't run unmerged: {self.why_merged_only}",
+                'use activate(…, mode="merged")',
+            )
 
     def _check_plain(self) -> None:
         module, name = self.module, self.weight_name
         parametrised = name in (module._modules.get("parametrizations") or ())  # type: ignore[operator]
-        if parametrised or f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters:
+        if (
+            parametrised
+            or f"{name}_g" in module._parameters
+            or f"{name}_orig" in module._parameters
+        ):
             raise BaseMismatch(
                 f"{self.name}: its {name} is computed from other parameters (weight norm or another parametrisation)",
                 "remove the parametrisation from the base first: torch.nn.utils.parametrize.remove_parametrizations",
             )
         hook = vars(module).get("_hf_hook")
-        if hook is not None and any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
-            raise BaseMismatch(f"{self.name}: its weight is offloaded", "load the base without offloading")
+        if hook is not None and any(
+            getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))
+        ):
+            raise BaseMismatch(
+                f"{self.name}: its weight is offloaded", "load the base without offloading"
+            )
         weight = self.weight
         if weight is not None and weight.is_meta:
-            raise BaseMismatch(f"{self.name}: its weight is on the meta device", "load the base's weights first")
+            raise BaseMismatch(
+                f"{self.name}: its weight is on the meta device", "load the base's weights first"
+            )
         if weight is not None and weight.is_inference():
-            raise BaseMismatch(f"{self.name}: its weight was made under inference_mode", "load the base outside of it")
+            raise BaseMismatch(
+                f"{self.name}: its weight was made under inference_mode",
+                "load the base outside of it",
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

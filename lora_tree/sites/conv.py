@@ -42,7 +42,11 @@ class ConvSite(Site):
     def expected(self, value: LowRank) -> tuple[int, ...]:
         conv, groups = self.conv, self.conv.groups
         into = conv.in_channels * math.prod(conv.kernel_size)
-        return (conv.out_channels, into) if groups == 1 else (groups, conv.out_channels // groups, into)
+        return (
+            (conv.out_channels, into)
+            if groups == 1
+            else (groups, conv.out_channels // groups, into)
+        )
 
     def why_unmerged_only(self, value: LowRank) -> str | None:
         if self.conv.groups > 1:
@@ -56,7 +60,9 @@ class ConvSite(Site):
         return f"{type(self.module).__name__} has a forward of its own, which may pad its input or change its weight"
 
     def rows(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)[None]  # (1, out, in · kernel); a copy where the memory is laid out channels last
+        return weight.flatten(1)[
+            None
+        ]  # (1, out, in · kernel); a copy where the memory is laid out channels last
 
     @property
     def channels(self) -> int:  # type: ignore[override]
@@ -67,7 +73,9 @@ class ConvSite(Site):
         return next(call for cls, call in _CALLS.items() if isinstance(self.conv, cls))
 
     def token_axes(self, x: Tensor) -> Sequence[int] | None:
-        return None if x.ndim == len(self.conv.kernel_size) + 2 else x.shape  # without rows: (channels, …)
+        return (
+            None if x.ndim == len(self.conv.kernel_size) + 2 else x.shape
+        )  # without rows: (channels, …)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         conv = self.conv
@@ -79,5 +87,7 @@ class ConvSite(Site):
         return self._call(x, down, None, conv.stride, padding, conv.dilation)
 
     def up(self, low: Tensor, B: Tensor) -> Tensor:
-        up = B.reshape(self.conv.out_channels, -1, *(1 for _ in self.conv.kernel_size))  # (out, r, 1, …)
+        up = B.reshape(
+            self.conv.out_channels, -1, *(1 for _ in self.conv.kernel_size)
+        )  # (out, r, 1, …)
         return self._call(low, up, None, groups=self.conv.groups)

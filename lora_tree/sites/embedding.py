@@ -41,7 +41,8 @@ class EmbeddingSite(Site):
     @property
     def why_merged_only(self) -> str | None:
         known = (
-            type(self.module).forward is nn.Embedding.forward or getattr(self.module, "embed_scale", None) is not None
+            type(self.module).forward is nn.Embedding.forward
+            or getattr(self.module, "embed_scale", None) is not None
         )
         if known or type(self.weight) is not nn.Parameter:
             return None

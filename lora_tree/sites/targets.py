@@ -79,7 +79,9 @@ def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = No
     raw = {name for name in parameters if _ends_with(name, ends)}
     _matched({t: any(_ends_with(name, (t,)) for name in raw) for t in ends}, parameters)
     if not found and not raw:
-        raise BaseMismatch("nothing to adapt: every target was excluded, or lies in no layer of layers_to_transform")
+        raise BaseMismatch(
+            "nothing to adapt: every target was excluded, or lies in no layer of layers_to_transform"
+        )
     return sorted(found | raw)
 
 
@@ -116,7 +118,9 @@ def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
     scale = alpha / math.sqrt(r) if spec.use_rslora else alpha / r
     layout, groups = _layout(site)
     if r % groups:
-        raise BaseMismatch(f"{name}: rank {r} does not divide among the convolution's {groups} groups")
+        raise BaseMismatch(
+            f"{name}: rank {r} does not divide among the convolution's {groups} groups"
+        )
     weight = site.weight
     device = weight.device if weight is not None else torch.device("cpu")
     probe = LowRank(torch.empty(1, 1), torch.empty(1, 1), layout=layout)
@@ -133,7 +137,11 @@ def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
         bound = 1 / math.sqrt(into)  # kaiming_uniform_(a=√5), of each matrix
         nn.init.uniform_(A, -bound, bound)
     B = torch.zeros(*batch, out, r // groups, dtype=torch.float32, device=device)
-    bias = torch.zeros(math.prod(B.shape[:-1]), dtype=torch.float32, device=device) if spec.lora_bias else None
+    bias = (
+        torch.zeros(math.prod(B.shape[:-1]), dtype=torch.float32, device=device)
+        if spec.lora_bias
+        else None
+    )
     return LowRank(A, B, scale, bias, layout)
 
 
@@ -150,8 +158,15 @@ def _nesting(base: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]
 
     All of them, because a sibling may adapt the others, and a flattened lineage has both.
     """
-    modules = {name.rpartition(".")[0] for name in names if isinstance(find_site(base, name), ParameterSite)}
-    return {m: tuple(n for n, _ in base.get_submodule(m).named_parameters(recurse=False)) for m in modules}
+    modules = {
+        name.rpartition(".")[0]
+        for name in names
+        if isinstance(find_site(base, name), ParameterSite)
+    }
+    return {
+        m: tuple(n for n, _ in base.get_submodule(m).named_parameters(recurse=False))
+        for m in modules
+    }
 
 
 def _all_linear(base: nn.Module) -> set[str]:
@@ -162,7 +177,9 @@ def _all_linear(base: nn.Module) -> set[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):  # a lazy one has no input yet, and is not passed over in silence
+    if isinstance(
+        module, nn.Linear
+    ):  # a lazy one has no input yet, and is not passed over in silence
         return module.in_features * module.out_features > 0 or is_lazy(module.weight)
     return Conv1DSite.claims(module)
 

@@ -55,10 +55,14 @@ def make(path: Path, shared: bool) -> Path | None:
     token = uuid.uuid4().hex
     claim = path.with_name(f"{path.name}.{'shared' if shared else 'alone'}.{token}")
     with _changed:
-        _mine[token] = claim  # before the file is there: a claim of this process without an entry is left over
+        _mine[token] = (
+            claim  # before the file is there: a claim of this process without an entry is left over
+        )
     try:
         _create(claim, token)
-        now_s = os.lstat(claim).st_mtime  # the clock of the file system, which all its machines share
+        now_s = os.lstat(
+            claim
+        ).st_mtime  # the clock of the file system, which all its machines share
         for other in _claims(path):
             if other == claim or (shared and ".shared." in other.name):
                 continue

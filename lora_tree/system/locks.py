@@ -71,7 +71,9 @@ def attempt(path: str | Path, *, shared: bool = False, make: bool = True) -> Hel
     return _attempt(Path(path), shared, make, wait=False)
 
 
-def acquire(path: str | Path, *, shared: bool = False, make: bool = True, wait_s: float | None = None) -> Held | None:
+def acquire(
+    path: str | Path, *, shared: bool = False, make: bool = True, wait_s: float | None = None
+) -> Held | None:
     """Wait for a lock, and return None if it is not to be had within ``wait_s`` seconds (None: for ever).
 
     Raises:
@@ -133,7 +135,9 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         _flock(file, shared, wait)
         if _same(file, path):
             return Held(path, file, None)
-    except BaseException as error:  # Ctrl-C too: a lock without an owner would shut this process out
+    except (
+        BaseException
+    ) as error:  # Ctrl-C too: a lock without an owner would shut this process out
         os.close(file)
         code = error.errno if isinstance(error, OSError) else None
         if code in _BUSY:
@@ -141,7 +145,9 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         if code in _NO_FLOCK:
             _say(path, str(error))
             raise _NoFlock from error
-        if code is not None and not there:  # not after Ctrl-C: the process that was waited for holds it
+        if (
+            code is not None and not there
+        ):  # not after Ctrl-C: the process that was waited for holds it
             with suppress(OSError):
                 os.unlink(path)
         raise
@@ -154,7 +160,9 @@ def _open(path: Path, make: bool) -> int:
         if not hasattr(os, "O_DIRECTORY"):
             raise _NoFlock  # Windows opens no folders
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | PLAIN | NO_FOLLOW)
-    file = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | PLAIN | NO_FOLLOW | NO_WAIT, 0o666)
+    file = os.open(
+        path, os.O_RDWR | (os.O_CREAT if make else 0) | PLAIN | NO_FOLLOW | NO_WAIT, 0o666
+    )
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise FolderError(f"{path}: not a plain file", "move it away")

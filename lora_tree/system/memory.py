@@ -89,7 +89,12 @@ def _groups() -> list[_Group]:
     found: list[_Group] = []
     for limit_file, used_file, stat_file, files in (
         ("memory.max", "memory.current", "memory.stat", "file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "cache",
+        ),
     ):
         limit, used = _number(f"{_GROUP}/{limit_file}"), _number(f"{_GROUP}/{used_file}")
         if limit is not None and used is not None:

@@ -4,8 +4,8 @@ A name can lead to a pipe, which would make its reader wait for ever, to a devic
 and it can be given to another file between a look at it and the opening. So the file is opened first, in a way that
 waits for nothing, and the open file itself is checked.
 
-A file is missing only where the system says so. Any other answer (no permission, a broken disk) is an error: a caller that
-takes it for "not there" deletes or overwrites what is.
+A file is missing only where the system says so. Any other answer (no permission, a broken disk) is an error: a caller
+that takes it for "not there" deletes or overwrites the file.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def _check_inside(file: int, path: str | Path, inside: Inside) -> None:
 def _real_path(file: int, path: str | Path) -> str:
     """Where an open file lies; its name may lead elsewhere since it was opened."""
     with suppress(OSError):
-        return os.readlink(f"/proc/self/fd/{file}")  # Linux: one call, and it tells of the open file itself
+        return os.readlink(
+            f"/proc/self/fd/{file}"
+        )  # Linux: one call, and it tells of the open file itself
     real = os.path.realpath(path)
     if not os.path.samestat(os.fstat(file), os.lstat(real)):
         raise OSError(errno.EXDEV, "became another file while it was opened")
@@ -116,7 +118,9 @@ def opened(path: str | Path, *, follow: bool = True, inside: Inside | None = Non
         os.close(file)
 
 
-def stream(path: str | Path, *, follow: bool = True, inside: Inside | None = None, buffering: int = -1) -> BinaryIO:
+def stream(
+    path: str | Path, *, follow: bool = True, inside: Inside | None = None, buffering: int = -1
+) -> BinaryIO:
     """Return a plain file as a binary stream, to be closed by the caller; see `plain_file`.
 
     >>> import tempfile

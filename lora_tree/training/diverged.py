@@ -43,7 +43,9 @@ class Start:
                 parameter.grad = None
 
 
-def check_finite_step(factors: Factors, losses: Mapping[str, float] | Mapping[str, Tensor], *, step: int) -> None:
+def check_finite_step(
+    factors: Factors, losses: Mapping[str, float] | Mapping[str, Tensor], *, step: int
+) -> None:
     """Raise where a step made factors or losses that are not finite; the device is waited for once.
 
     Args:
@@ -55,9 +57,13 @@ def check_finite_step(factors: Factors, losses: Mapping[str, float] | Mapping[st
         DivergedError: names the nodes, the step and the losses.
     """
     nodes = factors.training_paths
-    norms = [nn.utils.get_total_norm([_here(p) for p in factors.of(node)], math.inf) for node in nodes]
+    norms = [
+        nn.utils.get_total_norm([_here(p) for p in factors.of(node)], math.inf) for node in nodes
+    ]
     device = norms[0].device if norms else torch.device("cpu")
-    found = [torch.as_tensor(x).detach().to(device, torch.float64) for x in (*norms, *losses.values())]
+    found = [
+        torch.as_tensor(x).detach().to(device, torch.float64) for x in (*norms, *losses.values())
+    ]
     numbers = torch.stack(found).tolist() if found else []
     told = dict(zip(losses, numbers[len(nodes) :], strict=True))
     broken = [not math.isfinite(x) for x in numbers[: len(nodes)]]
@@ -67,7 +73,9 @@ def check_finite_step(factors: Factors, losses: Mapping[str, float] | Mapping[st
         dist.all_reduce(flags)
         *broken, lost = (bool(flag) for flag in flags.tolist())
     if lost or any(broken):
-        _refuse([node for node, is_broken in zip(nodes, broken, strict=True) if is_broken], told, step)
+        _refuse(
+            [node for node, is_broken in zip(nodes, broken, strict=True) if is_broken], told, step
+        )
 
 
 def _refuse(broken: list[str], losses: Mapping[str, float], step: int) -> NoReturn:

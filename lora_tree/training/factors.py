@@ -32,11 +32,17 @@ class Factors(nn.ModuleDict):
         """Take every node's parameters to the path under which the tree holds them now; drop those it holds no more."""
         if not self:
             return
-        held = {id(parameter): module for module in self.values() for parameter in module.parameters()}
+        held = {
+            id(parameter): module for module in self.values() for parameter in module.parameters()
+        }
         self.clear()
         for path in tree.paths():
             loaded = tree[path].loaded
-            tensors = [t for value in loaded.modules.values() for t in value.tensors] if loaded is not None else []
+            tensors = (
+                [t for value in loaded.modules.values() for t in value.tensors]
+                if loaded is not None
+                else []
+            )
             owners = {id(held.get(id(t))): held.get(id(t)) for t in tensors}
             if len(owners) == 1 and (owner := next(iter(owners.values()))) is not None:
                 self[_key(path)] = owner
@@ -91,7 +97,10 @@ class Factors(nn.ModuleDict):
     @property
     def moved(self) -> bool:
         """Other parameters stand here now than when they were last asked for."""
-        return any(isinstance(n, _Node) and n.used is not None and n.shown() is not n.used for n in self.values())
+        return any(
+            isinstance(n, _Node) and n.used is not None and n.shown() is not n.used
+            for n in self.values()
+        )
 
     @property
     def sharded(self) -> bool:
@@ -114,8 +123,14 @@ class Factors(nn.ModuleDict):
                 "say what trains before fully_shard, and the same after it; for other nodes attach again",
             )
         for key, node in self.items():
-            if isinstance(node, _Node) and node.adapter is not None and not _as_asked(node.adapter, dtype):
-                raise StateError(f"{path_of(key)}: its factors are sharded, and keep their dtype", "dtype=None")
+            if (
+                isinstance(node, _Node)
+                and node.adapter is not None
+                and not _as_asked(node.adapter, dtype)
+            ):
+                raise StateError(
+                    f"{path_of(key)}: its factors are sharded, and keep their dtype", "dtype=None"
+                )
 
     def refresh(self, tree: AdapterTree, within: nn.Module) -> None:
         """Let the tree hold the parts that this rank has, where factors were sharded, in some module ``within``."""
@@ -125,7 +140,11 @@ class Factors(nn.ModuleDict):
                 reshard()
         for key, node in self.items():
             path = path_of(key)
-            if isinstance(node, _Node) and path in tree and tree[path].loaded is node.adapter is not None:
+            if (
+                isinstance(node, _Node)
+                and path in tree
+                and tree[path].loaded is node.adapter is not None
+            ):
                 now = node.shown()
                 if now is not node.adapter:
                     tree.exchange(path, now)
@@ -144,7 +163,9 @@ class Factors(nn.ModuleDict):
     @property
     def training_paths(self) -> list[str]:
         """The nodes that train."""
-        return [path_of(key) for key, m in self.items() if any(p.requires_grad for p in m.parameters())]
+        return [
+            path_of(key) for key, m in self.items() if any(p.requires_grad for p in m.parameters())
+        ]
 
     @property
     def paths(self) -> list[str]:
@@ -181,11 +202,16 @@ class _Node(nn.Module):
         first = id(next(iter(self._parameters.values()), None))  # they are exchanged all together
         made = self._kept.get(first)
         if made is None or made[0] is not self.adapter:
-            values = {name: self._shown(name, value) for name, value in self.adapter.modules.items()}
+            values = {
+                name: self._shown(name, value) for name, value in self.adapter.modules.items()
+            }
             same = all(values[name] is value for name, value in self.adapter.modules.items())
             if len(self._kept) > 3:
                 self._kept.clear()
-            made = self._kept[first] = self.adapter, self.adapter if same else replace(self.adapter, modules=values)
+            made = self._kept[first] = (
+                self.adapter,
+                self.adapter if same else replace(self.adapter, modules=values),
+            )
         return made[1]
 
     def _shown(self, name: str, value: LowRank) -> LowRank:
@@ -211,7 +237,9 @@ def _slashed(name: str) -> str:
 def _dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
     if asked is None:
         return value.dtype
-    if value.dtype.itemsize == 1:  # an 8-bit float, which torch promotes to nothing; any other holds its numbers
+    if (
+        value.dtype.itemsize == 1
+    ):  # an 8-bit float, which torch promotes to nothing; any other holds its numbers
         return asked
     return torch.promote_types(value.dtype, asked)
 

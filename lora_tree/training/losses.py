@@ -79,7 +79,9 @@ def path_loss(
             "labels are (rows, tokens), logits (rows, tokens, vocabulary), and every row has one path",
         )
     if counts is None and ranks() > 1:
-        raise StateError("several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)")
+        raise StateError(
+            "several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)"
+        )
     counts = None if counts is None else _by_spelling(counts, "counts")
     weights = _by_spelling(weights or {}, "weights")
     _known_paths(names, dict.fromkeys(names, 0) if counts is None else counts, weights)
@@ -98,7 +100,9 @@ def path_loss(
     parts = means.detach().index_select(0, _like(tokens, in_order))
     each = torch.split(parts, [len(rows) for rows in places.values()])
     by_path = {name: part.sum() for name, part in zip(places, each, strict=True)}
-    return PathLoss((means * weigh).sum() * ranks(), by_path)  # data parallelism takes the mean over ranks
+    return PathLoss(
+        (means * weigh).sum() * ranks(), by_path
+    )  # data parallelism takes the mean over ranks
 
 
 def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
@@ -145,18 +149,27 @@ def token_counts(
     named = [(labels, [spelled(path) for path in paths]) for labels, paths in batches]
     for labels, names in named:
         if len(labels) != len(names):
-            raise SpecError(f"labels of {len(labels)} rows, and {len(names)} paths", "give one path for every row")
+            raise SpecError(
+                f"labels of {len(labels)} rows, and {len(names)} paths",
+                "give one path for every row",
+            )
     mine = _counted(named, shift)
     if ranks() == 1:
         return mine
     order = ["", *tree.paths()]
     strange = [name for name in mine if name not in order]
     if strange:
-        raise SpecError(f"{strange[0]}: over several ranks every row has one node's path, not a blend")
+        raise SpecError(
+            f"{strange[0]}: over several ranks every row has one node's path, not a blend"
+        )
     device = named[0][0].device if named else torch.device("cpu")
     total = torch.tensor([mine.get(path, 0) for path in order], dtype=torch.int64, device=device)
     dist.all_reduce(total)
-    return {path: count for path, count in zip(order, total.tolist(), strict=True) if count or path in mine}
+    return {
+        path: count
+        for path, count in zip(order, total.tolist(), strict=True)
+        if count or path in mine
+    }
 
 
 def ranks() -> int:
@@ -197,14 +210,23 @@ def _by_spelling(numbers: Mapping[str, T], what: str) -> dict[str, T]:
     for blend, number in numbers.items():
         name = spelled(blend)
         if name in found:
-            raise SpecError(f"{what}: {blend!r} is {name!r}, which stands there already", "name each blend once")
+            raise SpecError(
+                f"{what}: {blend!r} is {name!r}, which stands there already", "name each blend once"
+            )
         found[name] = number
     return found
 
 
-def _known_paths(names: Iterable[str], counts: Mapping[str, int], weights: Mapping[str, float]) -> None:
+def _known_paths(
+    names: Iterable[str], counts: Mapping[str, int], weights: Mapping[str, float]
+) -> None:
     uncounted = [name for name in names if name not in counts]
     if uncounted:
-        raise SpecError(f"{uncounted[0]!r} has rows here and no count", "counts are of all the step's micro-batches")
+        raise SpecError(
+            f"{uncounted[0]!r} has rows here and no count",
+            "counts are of all the step's micro-batches",
+        )
     if counts and weights and not set(weights) & set(counts):
-        raise SpecError(f"weights name {next(iter(weights))!r}, which is no path of this step, nor is another of them")
+        raise SpecError(
+            f"weights name {next(iter(weights))!r}, which is no path of this step, nor is another of them"
+        )

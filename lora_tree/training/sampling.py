@@ -39,14 +39,22 @@ class PathSampler(Sampler[int]):
     """
 
     def __init__(
-        self, paths: Sequence[str], *, temperature: float = 1.0, seed: int = 0, length: int | None = None
+        self,
+        paths: Sequence[str],
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        length: int | None = None,
     ) -> None:
         if not temperature > 0:
             raise SpecError(
-                f"temperature must be more than 0, got {temperature!r}", "1: as the rows are; inf: all alike"
+                f"temperature must be more than 0, got {temperature!r}",
+                "1: as the rows are; inf: all alike",
             )
         if not paths or (length is not None and length < 1):
-            raise SpecError(f"a sampler needs rows and a length, got {len(paths)} rows and length {length}")
+            raise SpecError(
+                f"a sampler needs rows and a length, got {len(paths)} rows and length {length}"
+            )
         self._length = len(paths) if length is None else length
         self._seed = seed
         self._epoch = 0
@@ -68,7 +76,9 @@ class PathSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         rows = list(self._rows.values())
         left: list[list[int]] = [[] for _ in rows]
-        for which in torch.multinomial(self._shares, self._length, replacement=True, generator=generator).tolist():
+        for which in torch.multinomial(
+            self._shares, self._length, replacement=True, generator=generator
+        ).tolist():
             if not left[which]:
                 order = torch.randperm(len(rows[which]), generator=generator, device="cpu")
                 left[which] = [rows[which][i] for i in order.tolist()]

@@ -116,7 +116,9 @@ class Training:
             StateError: the model is prepared for ``torch.compile``.
         """
         if self._stage.beside.permanent:
-            raise StateError("a prepared model can't train", "attach again, and train before prepare()")
+            raise StateError(
+                "a prepared model can't train", "attach again, and train before prepare()"
+            )
         before = self._steps.get(optimizer)
         steps = NodeSteps(optimizer, self._factors, self._stage.beside.reached)
         if before is not None:
@@ -167,13 +169,17 @@ class Training:
         merged = next((path for path in chosen if path in in_weights), None)
         if merged is None:
             return
-        later = "" if merged in self._stage.current.adapters else ", or will be when a `with` is left,"
+        later = (
+            "" if merged in self._stage.current.adapters else ", or will be when a `with` is left,"
+        )
         raise StateError(
             f"{merged} is merged into the weights{later} and can't train",
             'activate(…, mode="unmerged") first',
         )
 
-    def _bound(self, paths: list[str], dtype: torch.dtype | None, within: nn.Module) -> dict[str, Adapter]:
+    def _bound(
+        self, paths: list[str], dtype: torch.dtype | None, within: nn.Module
+    ) -> dict[str, Adapter]:
         """Return the adapters of some nodes, each found to fit the base and free to train.
 
         Fresh nodes are made here, and the tree gets the parts of sharded factors that this rank has: both would be

@@ -24,9 +24,20 @@ def whole(adapter: Adapter) -> Adapter:
     def one(tensor: Tensor) -> Tensor:
         if not is_sharded(tensor):
             return tensor
-        return nn.Parameter(full(tensor).detach(), requires_grad=False)  # a parameter: a save writes what trained since
+        return nn.Parameter(
+            full(tensor).detach(), requires_grad=False
+        )  # a parameter: a save writes what trained since
 
     def all_of(value: LowRank) -> LowRank:
-        return replace(value, A=one(value.A), B=one(value.B), bias=None if value.bias is None else one(value.bias))
+        return replace(
+            value,
+            A=one(value.A),
+            B=one(value.B),
+            bias=None if value.bias is None else one(value.bias),
+        )
 
-    return adapter.map(all_of) if any(value.is_sharded for value in adapter.modules.values()) else adapter
+    return (
+        adapter.map(all_of)
+        if any(value.is_sharded for value in adapter.modules.values())
+        else adapter
+    )

@@ -41,11 +41,15 @@ class NodeSteps:
         SpecError: a group is not one node's, or a clip norm is not a positive number.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factors: Factors, reached: set[str]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factors: Factors, reached: set[str]
+    ) -> None:
         for group in optimizer.param_groups:
             _check(group, factors)
         self._reached = reached
-        self._optimizer = weakref.ref(optimizer)  # the model keeps this object for as long as the optimiser lives
+        self._optimizer = weakref.ref(
+            optimizer
+        )  # the model keeps this object for as long as the optimiser lives
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -104,8 +108,14 @@ def _check_still(groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         StateError: a node that had no rows has one; names the node.
     """
-    of_node = {group["name"]: [p.grad for p in group["params"] if p.grad is not None] for group in groups}
-    found = {name: torch.stack([_any(t) for t in grads]).any() for name, grads in of_node.items() if grads}
+    of_node = {
+        group["name"]: [p.grad for p in group["params"] if p.grad is not None] for group in groups
+    }
+    found = {
+        name: torch.stack([_any(t) for t in grads]).any()
+        for name, grads in of_node.items()
+        if grads
+    }
     if not found:
         return
     device = next(iter(found.values())).device

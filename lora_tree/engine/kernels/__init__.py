@@ -47,7 +47,9 @@ def laid_out(parts: Sequence[Part]) -> Launch:
 
 def sampler(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
     """Lay out a sample of some tensors, the bits of a number every few numbers; calling it takes it in one launch."""
-    made: Callable[[], Tensor] = importlib.import_module(f"{__name__}.sample").sampler(tensors, steps)
+    made: Callable[[], Tensor] = importlib.import_module(f"{__name__}.sample").sampler(
+        tensors, steps
+    )
     return made
 
 

@@ -55,7 +55,14 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _left(  # type: ignore[no-untyped-def]
-    fields, batch, r, rows, FACTOR: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, RANKS: tl.constexpr
+    fields,
+    batch,
+    r,
+    rows,
+    FACTOR: tl.constexpr,
+    TURNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """A slot's left tile (rows, ranks), zeros outside; and its right factor: address, stride and ranks."""
     left = tl.load(fields).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 5)
@@ -138,7 +145,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     matrix = batch.to(tl.int64) * rows * cols
     r = (within // groups) * ROWS + tl.arange(0, ROWS)
     start = (within % groups) * TILES * COLUMNS
-    if SLOTS > 0:  # few: their left tiles, and where their right ones are, serve for all tiles of this program
+    if (
+        SLOTS > 0
+    ):  # few: their left tiles, and where their right ones are, serve for all tiles of this program
         xs = ()
         rights = ()
         strides = ()
@@ -146,7 +155,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         factors = ()
         for i in tl.static_range(SLOTS):
             here = slot_table + i * SLOT_FIELDS
-            x, right, stride, count = _left(here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS)
+            x, right, stride, count = _left(
+                here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS
+            )
             if WIDEN:
                 x = x.to(tl.float32)
             xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple into another)
@@ -175,7 +186,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         else:
             for slot in range(slots):
                 here = slot_table + slot * SLOT_FIELDS
-                x, right, stride, count = _left(here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS)
+                x, right, stride, count = _left(
+                    here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS
+                )
                 y = _right(right, stride, count, c, cols, TURNED, RANKS)
                 if WIDEN:
                     x = x.to(tl.float32)
@@ -312,10 +325,17 @@ def _table(parts: Sequence[Part], device: torch.device) -> tuple[Tensor, Tensor,
             strides = left.stride(along), right.stride(along)
             apart = (left.stride(0), right.stride(0)) if batch > 1 else (0, 0)
             # from one slot to the next: so many bytes along the ranks
-            steps = RANKS * left.stride(-1) * left.itemsize, RANKS * right.stride(-2) * right.itemsize
+            steps = (
+                RANKS * left.stride(-1) * left.itemsize,
+                RANKS * right.stride(-2) * right.itemsize,
+            )
             start = left.data_ptr(), right.data_ptr()
             for i in range(-(-rank // RANKS)):
-                slots += [start[0] + i * steps[0], start[1] + i * steps[1], min(rank - i * RANKS, RANKS)]
+                slots += [
+                    start[0] + i * steps[0],
+                    start[1] + i * steps[1],
+                    min(rank - i * RANKS, RANKS),
+                ]
                 slots += [*strides, *apart]
                 ratios.append(before / term.scale)
                 before = term.scale

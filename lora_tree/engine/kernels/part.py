@@ -58,7 +58,10 @@ class Part:
         dtypes = {t.left.dtype for t in terms} | {t.right.dtype for t in terms}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         turned = _is_turned(terms)
-        alike = [Term(_laid(t.left, dtype, turned), _laid(t.right, dtype, turned), t.scale) for t in terms]
+        alike = [
+            Term(_laid(t.left, dtype, turned), _laid(t.right, dtype, turned), t.scale)
+            for t in terms
+        ]
         return Part(weight, pristine, alike)
 
 
@@ -89,7 +92,11 @@ def can_merge(weight: Tensor, pristine: Tensor, terms: Sequence[Term]) -> bool:
         return False
     before = terms[0].scale
     for term in terms:
-        if term.left.dtype not in DTYPES or term.right.dtype not in DTYPES or not math.isfinite(term.scale):
+        if (
+            term.left.dtype not in DTYPES
+            or term.right.dtype not in DTYPES
+            or not math.isfinite(term.scale)
+        ):
             return False
         if term.scale == 0.0 or not 1 / RATIO <= abs(before / term.scale) <= RATIO:
             return False
