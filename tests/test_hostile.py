@@ -1311,13 +1311,16 @@ def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
     tree.save(tmp_path / "zoo")
 
     looked: list[str] = []
-    real = os.scandir
 
-    def watched(path: str = ".") -> object:
-        looked.append(os.fspath(path))
-        return real(path)
+    def watched(real: Callable[[str], object]) -> Callable[[str], object]:
+        def look(path: str = ".") -> object:
+            looked.append(os.fspath(path))
+            return real(path)
 
-    monkeypatch.setattr("os.scandir", watched)
+        return look
+
+    monkeypatch.setattr("os.scandir", watched(os.scandir))
+    monkeypatch.setattr("os.listdir", watched(os.listdir))  # pathlib's way since Python 3.13
     assert lt.load(tmp_path / "zoo", outside=False).base == str(base)
     assert looked
     assert not [path for path in looked if path.startswith(str(base))]

@@ -143,9 +143,10 @@ class Switching(RuleBasedStateMachine):
             for parameter in group["params"]:
                 parameter.add_(step)
         self.model.trainable()
-        shifted = {
-            n: (A + step, B + step, scale) for n, (A, B, scale) in self.nodes[path][0].items()
-        }
+        # A step rounds in the factors' own dtype: what counts afterwards is what they then hold.
+        shifted = {}
+        for n, (A, B, scale) in self.nodes[path][0].items():
+            shifted[n] = (A.float() + step).double(), (B.float() + step).double(), scale
         self.nodes[path] = shifted, self.nodes[path][1]
 
     @precondition(lambda self: self.nodes)
