@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import transformers
 from architectures import ARCHS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from looks import looking
 
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError
@@ -73,28 +73,13 @@ def tree() -> lt.AdapterTree:
     return made
 
 
-_OPENED: list[str] | None = None
-
-
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if _OPENED is not None and event == "open" and isinstance(args[0], (str, bytes)):
-        _OPENED.append(os.path.realpath(os.fsdecode(args[0])))
-
-
-sys.addaudithook(
-    _audit
-)  # every way to open a file by its name passes here; it can only be ignored again
-
-
 @pytest.fixture
 def watch(home: Path) -> Iterator[None]:
     """Nothing of the secret is opened, whatever the test does."""
-    global _OPENED
-    _OPENED = []
-    yield
-    opened, _OPENED = _OPENED, None
-    assert opened
-    assert not [path for path in opened if f"{os.sep}secret{os.sep}" in path]
+    with looking() as looked:
+        yield
+    assert looked
+    assert not [path for path in looked if f"{os.sep}secret{os.sep}" in path]
 
 
 @contextlib.contextmanager

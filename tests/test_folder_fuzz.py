@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from looks import looking
 from zoo import adapter, tree
 
 import lora_tree as lt
@@ -34,33 +34,14 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_OPENED: list[str] | None = None
-
-
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if (
-        _OPENED is not None
-        and event in ("open", "os.listdir", "os.scandir")
-        and isinstance(args[0], (str, bytes))
-    ):
-        _OPENED.append(os.path.realpath(os.fsdecode(args[0])))
-
-
-sys.addaudithook(
-    _audit
-)  # every way to open a file passes here; it can't be taken out again, only ignored
-
-
 @pytest.fixture
 def watch(zoo: Path) -> Iterator[None]:
     """Nothing of the neighbour's is opened, listed or changed, whatever the test does."""
-    global _OPENED
     before = {p: p.read_bytes() for p in sorted(zoo.parent.glob("secret/*"))}
-    _OPENED = []
-    yield
-    opened, _OPENED = _OPENED, None
-    assert opened
-    assert not [path for path in opened if "secret" in path]
+    with looking() as looked:
+        yield
+    assert looked
+    assert not [path for path in looked if "secret" in path]
     assert {p: p.read_bytes() for p in sorted(zoo.parent.glob("secret/*"))} == before
 
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 from architectures import ARCHS
 from front import front_end
+from looks import looking
 from safetensors.torch import load_file, save_file
 from shell import command, save_base
 from test_renaming import CASES
@@ -1301,7 +1302,7 @@ def test_a_folder_that_becomes_a_link_out_of_the_tree_after_it_was_opened_is_not
 
 
 def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -1310,22 +1311,14 @@ def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
     tree.add("fr", adapter=adapter(1))
     tree.save(tmp_path / "zoo")
 
-    looked: list[str] = []
-
-    def watched(real: Callable[[str], object]) -> Callable[[str], object]:
-        def look(path: str = ".") -> object:
-            looked.append(os.fspath(path))
-            return real(path)
-
-        return look
-
-    monkeypatch.setattr("os.scandir", watched(os.scandir))
-    monkeypatch.setattr("os.listdir", watched(os.listdir))  # pathlib's way since Python 3.13
-    assert lt.load(tmp_path / "zoo", outside=False).base == str(base)
+    inside = os.path.realpath(base)
+    with looking() as looked:
+        assert lt.load(tmp_path / "zoo", outside=False).base == str(base)
     assert looked
-    assert not [path for path in looked if path.startswith(str(base))]
-    lt.load(tmp_path / "zoo")
-    assert [path for path in looked if path.startswith(str(base))]
+    assert not [path for path in looked if path.startswith(inside)]
+    with looking() as looked:
+        lt.load(tmp_path / "zoo")
+    assert [path for path in looked if path.startswith(inside)]
 
 
 # ---------------------------------------------------------------- numbers that are not finite
