@@ -16,6 +16,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -480,7 +481,8 @@ class TreeModel(nn.Module):
                     site = self._binder.site_for(path, name, value)
                     if site.why_merged_only is None:
                         values.setdefault(site, []).append(value)
-            self._stage.prepare(Prepared(values, max_rank=max_rank, dtype=self._manner.dtype))
+            make = partial(Prepared, values, max_rank=max_rank, dtype=self._manner.dtype)
+            self._stage.prepare(make)
 
     # ------------------------------------------------------------------ training
     def trainable(

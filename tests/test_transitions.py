@@ -335,3 +335,7 @@ def test_leaving_that_fails_at_any_point_leaves_the_start_or_the_end(start: str)
 def test_trust_that_fails_at_any_point_can_be_called_again(start: str) -> None:
     do, end = VERBS["trust pristine"]
     fails_everywhere(start, do, end or BARE, again=do)
+
+
+def test_prepare_that_fails_at_any_point_leaves_no_hook() -> None:
+    fails_everywhere("bare", lambda s: s.model.prepare(max_rank=6), BARE)

@@ -421,11 +421,6 @@ class Cache:
             for key in keys:
                 tier.unpin(key)
 
-    def _pin(self, keys: Sequence[Hashable]) -> None:
-        with self._lock:
-            for key in keys:
-                self._tiers[-1].pin(key)
-
     def _too_small(self, needed: Mapping[str, Source], error: BudgetError) -> BudgetError:
         """What a request takes, node by node, beside what is in use, against the budget that is too small for it."""
         try:
@@ -464,11 +459,6 @@ class Hold:
     ) -> None:
         self._cache, self._keys = cache, keys
         self.adapters = adapters
-
-    def again(self) -> Hold:
-        """A second hold of the same ones."""
-        self._cache._pin(self._keys)
-        return Hold(self._cache, self._keys, self.adapters)
 
     def release(self) -> None:
         """Not in use by this hold any more."""

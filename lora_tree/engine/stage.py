@@ -156,10 +156,16 @@ class Stage:
             put_back()
         self.install(bare)
 
-    def prepare(self, fixed: Beside) -> None:
-        """Run ``fixed`` side paths from now on, while the base is bare."""
-        self.beside = fixed
-        self.become(Request(""))
+    def prepare(self, make: Callable[[], Beside]) -> None:
+        """Run the fixed side paths that ``make`` puts in from now on, while the base is bare."""
+        before = self.beside
+        self.beside = fixed = make()
+        try:
+            self.become(Request(""))
+        except BaseException:
+            self.beside = before
+            fixed.forget()  # its hooks are permanent otherwise
+            raise
 
     def close(self) -> None:
         """Be bare for good: open blocks bring nothing back."""

@@ -8,12 +8,13 @@ Tensors of any dtype are known by place and size; numbers are read only of those
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -213,10 +214,11 @@ def _reading(file: Path, inside: Inside | None) -> BinaryIO:
     return stream_of(file, inside=inside)  # and the one that was opened is looked at again
 
 
-def _index(file: Path, inside: Inside | None) -> dict[str, str]:
+@contextlib.contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Say which file can't be read, and why: it leads out of the base, or the system says no."""
     try:
-        with _reading(file, inside) as stream:
-            data = stream.read(MAX_INDEX_BYTES + 1)
+        yield
     except FolderError:
         raise
     except OSError as error:
@@ -225,6 +227,11 @@ def _index(file: Path, inside: Inside | None) -> dict[str, str]:
         raise FormatError(
             f"{file}: can't be read: {error.strerror or error}", "download it again"
         ) from error
+
+
+def _index(file: Path, inside: Inside | None) -> dict[str, str]:
+    with _told(file), _reading(file, inside) as stream:
+        data = stream.read(MAX_INDEX_BYTES + 1)
     if len(data) > MAX_INDEX_BYTES:
         raise FormatError(f"{file}: too large for an index")
     placed = strict_json.loads(data, str(file)).get("weight_map")
@@ -244,17 +251,8 @@ def _index(file: Path, inside: Inside | None) -> dict[str, str]:
 
 
 def _tensors(file: Path, inside: Inside | None) -> list[Stored]:
-    try:
-        with _reading(file, inside) as stream:
-            return _header(stream, file)
-    except FolderError:
-        raise
-    except OSError as error:
-        if error.errno == errno.EXDEV:
-            raise leads_outside(file) from error
-        raise FormatError(
-            f"{file}: can't be read: {error.strerror or error}", "download it again"
-        ) from error
+    with _told(file), _reading(file, inside) as stream:
+        return _header(stream, file)
 
 
 def _header(stream: BinaryIO, file: Path) -> list[Stored]:
