@@ -431,6 +431,40 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
     )
 
 
+@pytest.mark.parametrize("gone", ["folder", "file"])
+def test_what_is_removed_while_a_folder_is_listed_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Another save removes a node between the listing of its folder and the look at its files."""
+    made = lt.AdapterTree(base="org/model")
+    for i, name in enumerate(("stays", "goes")):
+        made.add(name, adapter=adapter(i))
+    made.save(tmp_path)
+    listed, scandir = [], os.scandir
+    at = str(tmp_path) if gone == "folder" else str(tmp_path / "goes")
+
+    class Slow:
+        """A listing that is complete before its first entry is looked at, as on a slow disk."""
+
+        def __init__(self, folder: str) -> None:
+            with scandir(folder) as entries:
+                self.entries = list(entries)
+            if folder == at:
+                listed.append(folder)
+                shutil.rmtree(tmp_path / "goes")
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("lora_tree.folder.scan.os.scandir", Slow)
+    problems = lt.check(tmp_path)
+    assert listed
+    assert [problem.node for problem in problems] == ["goes"], problems
+    assert "its adapter is gone" in problems[0].text, problems
+
+
 def test_writers_take_turns_and_readers_see_whole_trees(tmp_path: Path) -> None:
     folder = tmp_path / "zoo"
     kinds = []

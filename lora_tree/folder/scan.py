@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -132,7 +133,10 @@ def scan(root: str, decided: Pending) -> Scan:
 
 
 def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stamp]], list[str]]:
-    """One folder: the adapter files in it, and the folders below."""
+    """Return the adapter files in one folder, and the folders below it.
+
+    A folder or file that another process removes after it was listed is absent, as if it had been removed before.
+    """
     folder = os.path.join(root, above) if above else root
     here: dict[str, tuple[str, Stamp]] = {}
     below: list[str] = []
@@ -153,9 +157,12 @@ def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stam
                         todo = "name that folder in tree.yaml, or copy the file here"
                         result.wrong.append((above, f"{text}; {todo}"))
                     elif entry.is_file():
-                        stat = entry.stat()
-                        here[entry.name] = entry.path, Stamp(stat.st_size, stat.st_mtime_ns)
+                        with suppress(FileNotFoundError):
+                            stat = entry.stat()
+                            here[entry.name] = entry.path, Stamp(stat.st_size, stat.st_mtime_ns)
     except OSError as error:
+        if above and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return {}, []
         result.wrong.append((above, f"{folder}: can't be read: {error.strerror or error}"))
     except LoraTreeError as error:
         result.wrong.append((above, str(error)))
