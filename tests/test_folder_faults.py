@@ -21,7 +21,7 @@ from zoo import adapter, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import commit, disk
+from lora_tree.folder import commit, disk, opening
 from lora_tree.system import claims, durable, locks, reading
 
 WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
@@ -431,6 +431,57 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
     )
 
 
+@pytest.mark.parametrize("steps", [1, 3, None])
+def test_a_tree_opened_while_a_save_is_carried_out_is_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: int | None
+) -> None:
+    """The files that the reader saw staged are at their places when it comes to read them."""
+    folder = tmp_path / "zoo"
+    tree().save(folder)
+    changed = opened(folder)
+    for path in ("fr", "fr/legal"):
+        changed.update(path, adapter=adapter(30))
+    with monkeypatch.context() as patched:  # killed after the decision: nothing is in its place yet
+        patched.setattr(
+            commit, "_carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
+        )
+        with contextlib.suppress(Killed):
+            changed.save(folder)
+    real, scans = opening.scan, []
+
+    def then_carried(root: str, decided: commit.Pending) -> opening.Scan:
+        found = real(root, decided)
+        if not scans:
+            for place, path in list(decided.staged.items())[:steps]:
+                os.replace(path, folder / place)
+            if steps is None:
+                shutil.rmtree(folder / commit.HIDDEN)
+        scans.append(root)
+        return found
+
+    monkeypatch.setattr(opening, "scan", then_carried)
+    assert value(opened(folder)) == value(changed)
+    assert len(scans) == 2
+
+
+def test_half_a_removal_is_looked_at_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another save removes a node's two files between the looks at the first and at the second."""
+    folder = tmp_path / "zoo"
+    tree().save(folder)
+    found = opened(folder)["fr"].source
+    assert found is not None
+    real = disk.stamp
+
+    def stamp(path: Any) -> disk.Stamp | None:
+        seen = real(path)
+        shutil.rmtree(folder / "fr", ignore_errors=True)
+        return seen
+
+    monkeypatch.setattr(disk, "stamp", stamp)
+    with pytest.raises(LoraTreeError, match="no adapter there"):
+        found.load()
+
+
 @pytest.mark.parametrize("gone", ["folder", "file"])
 def test_what_is_removed_while_a_folder_is_listed_is_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
@@ -463,6 +514,23 @@ def test_what_is_removed_while_a_folder_is_listed_is_absent(
     assert listed
     assert [problem.node for problem in problems] == ["goes"], problems
     assert "its adapter is gone" in problems[0].text, problems
+
+
+def test_a_folder_that_goes_between_two_looks_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer before removes `.lora_tree` right after this one found it there."""
+    folder, lstat = tmp_path / "hidden", os.lstat
+    folder.mkdir()
+
+    def gone(path: Any) -> os.stat_result:
+        if folder.exists():
+            folder.rmdir()
+        return lstat(path)
+
+    monkeypatch.setattr("lora_tree.folder.disk.os.lstat", gone)
+    assert disk.make(folder)
+    assert folder.is_dir()
 
 
 def test_writers_take_turns_and_readers_see_whole_trees(tmp_path: Path) -> None:

@@ -39,9 +39,18 @@ from ..spec import check_format, check_path, explain
 from ..system import claims, locks
 from ..system.reading import is_folder
 from . import disk
-from .disk import Stamp
+from .disk import Glimpse, Stamp
 
-__all__ = ["HIDDEN", "Pending", "Staged", "Transaction", "leftovers", "pending", "writing"]
+__all__ = [
+    "HIDDEN",
+    "Pending",
+    "Staged",
+    "Transaction",
+    "leftovers",
+    "pending",
+    "progress",
+    "writing",
+]
 
 HIDDEN = ".lora_tree"
 RECORD = "commit.json"
@@ -137,6 +146,19 @@ def pending(folder: str | Path) -> Pending:
         else {}
     )
     return Pending(staged, frozenset(gone.at for gone in record.deletes))
+
+
+def progress(folder: str) -> tuple[Glimpse | None, ...]:
+    """Glimpse at the record and the stages: a save changes these when it decides, carries a file over, and ends."""
+    hidden = os.path.join(folder, HIDDEN)
+    try:
+        names = os.listdir(hidden)
+    except OSError:
+        return ()
+    if RECORD not in names:  # what a save stages before it decides does not matter to readers
+        return ()
+    steps = [RECORD, *sorted(filter(_STAGE.match, names))]
+    return tuple(disk.glimpse(os.path.join(hidden, name)) for name in steps)
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -24,10 +24,12 @@ from ..system.named import named
 from ..system.reading import Inside, is_file, look, opened
 
 __all__ = [
+    "Glimpse",
     "Stamp",
     "copy",
     "digest",
     "exists",
+    "glimpse",
     "make",
     "make_inside",
     "mode_of",
@@ -53,6 +55,10 @@ class Stamp:
     mtime_ns: int
 
 
+Glimpse = tuple[int, int, int]
+"""Inode, size and modification time (ns): two that differ show that a file or folder has changed."""
+
+
 def refuse(error: OSError) -> None:
     """Raise what `os.walk` passes over when it is not told otherwise: a folder that can't be looked into.
 
@@ -74,6 +80,15 @@ def stamp(path: str | Path) -> Stamp | None:
         if seen is not None and stat.S_ISREG(seen.st_mode)
         else None
     )
+
+
+def glimpse(path: str | Path) -> Glimpse | None:
+    """Stat a file or folder without following a link; None if it can't be looked at."""
+    try:
+        seen = os.lstat(path)
+    except OSError:
+        return None
+    return seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def exists(path: str | Path) -> bool:
@@ -202,15 +217,17 @@ def make_inside(folder: str | Path) -> bool:
 
 def _make(folder: str | Path, mode: int) -> bool:
     with named("make the folder", folder):
-        try:
-            os.mkdir(folder, mode)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(folder).st_mode):
-                raise FolderError(
-                    f"{folder}: a file or a link lies where a folder belongs", "move it away"
-                ) from None
-            return False
-    return True
+        while True:
+            try:
+                os.mkdir(folder, mode)
+                return True
+            except FileExistsError:
+                with suppress(FileNotFoundError):  # another process has removed it since: make it
+                    if stat.S_ISDIR(os.lstat(folder).st_mode):
+                        return False
+                    raise FolderError(
+                        f"{folder}: a file or a link lies where a folder belongs", "move it away"
+                    ) from None
 
 
 def drop(folder: str | Path) -> bool:

@@ -20,7 +20,8 @@ from ..spec import TreeSpec
 from ..storage import as_path
 from . import disk
 from .bounds import hub_hint, inside
-from .commit import HIDDEN, RECORD, Pending, pending
+from .commit import Pending, pending, progress
+from .disk import Glimpse, glimpse
 from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, fingerprint
 from .lockfile import parse as parse_lock
 from .problem import HARMLESS, Kind, Problem
@@ -187,16 +188,14 @@ def local_base(name: str | None, folder: str) -> str | None:
 
 
 # ---------------------------------------------------------------------- private
-def _version(place: Place) -> list[tuple[int, ...] | None]:
-    """What every save changes."""
-    found: list[tuple[int, ...] | None] = []
-    for name in (os.path.join(HIDDEN, RECORD), place.lock, place.yaml):
-        try:
-            seen = os.lstat(os.path.join(place.folder, name))
-            found.append((seen.st_ino, seen.st_size, seen.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return found
+def _version(place: Place) -> list[tuple[Glimpse | None, ...]]:
+    """Look at the files that every save changes.
+
+    Its progress comes before and after the others: a save that decides between two of these looks shows in the last
+    one, even if it has replaced the lock already.
+    """
+    files = (os.path.join(place.folder, name) for name in (place.lock, place.yaml))
+    return [progress(place.folder), tuple(map(glimpse, files)), progress(place.folder)]
 
 
 def _inspect(place: Place, *, outside: bool) -> Opened:

@@ -77,8 +77,12 @@ class FolderSource:
             FormatError: they are gone, or not whole.
         """
         files = look(self.folder, self.root)
-        if files.flaw is not None:
-            raise FormatError(files.flaw)
+        # A save that removes them may have been seen between two of its steps; the next look sees all of it.
+        while files.flaw is not None:
+            again = look(self.folder, self.root)
+            if again == files:
+                raise FormatError(files.flaw)
+            files = again
         if self.within is not None:
             _check_inside(files, self.within)
         return files
@@ -107,9 +111,10 @@ class FolderSource:
                 found = self.content if hashing is None else hashing.content()
                 after = _identity(files)
             except (LoraTreeError, OSError) as error:
+                replaced = hashing is not None and self._replaced(files)
                 if look(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
-                if hashing is not None and hashed(files) != self.content:
+                if replaced:
                     raise _not_even_whole(self.folder, error) from error
                 raise
             if before != after:
@@ -118,7 +123,17 @@ class FolderSource:
             if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
                 object.__setattr__(self, "_hashed", hash(after))
             return adapter
-        raise UnlockedError(
+        raise self._restless()
+
+    def _replaced(self, files: Files) -> bool:
+        """Return whether the files can be read and are not those that the lock speaks of."""
+        try:
+            return hashed(files) != self.content
+        except LoraTreeError:
+            return False
+
+    def _restless(self) -> UnlockedError:
+        return UnlockedError(
             f"{self.folder}: its files keep changing while they are read", "wait for the writer"
         )
 
@@ -137,7 +152,14 @@ class FolderSource:
         Raises:
             FormatError: the files are gone, broken or incomplete.
         """
-        return self._parse(self.files(), outline=True)
+        for _ in range(_TRIES):
+            files = self.files()
+            try:
+                return self._parse(files, outline=True)
+            except LoraTreeError:
+                if look(self.folder, self.root) == files:
+                    raise
+        raise self._restless()
 
     def unchanged(self, files: Files) -> str:
         """The hash of the files, known to be what they were when the tree was opened.
