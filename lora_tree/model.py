@@ -29,9 +29,9 @@ from .cache import Cache, Frequency, Policy
 from .cache.link import link_to
 from .cache.pinning import Pinning
 from .engine import answers
-from .engine.axis import Known, RowAxis
 from .engine.batch import Batch
-from .engine.behaviour import Mode, Request, Rows, State
+from .engine.batch_axis import BatchAxis, SeenSites
+from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
@@ -167,7 +167,7 @@ class TreeModel(nn.Module):
         self._merged = Merged(inner, place=pristine)
         self._manner = Manner(compute_dtype)
         self._compiled = CompileWatch(compiled)
-        self._known = Known()
+        self._seen_sites = SeenSites()
         link = link_to(inner)
         mark = claim(inner, self)
         try:
@@ -227,7 +227,7 @@ class TreeModel(nn.Module):
         except AttributeError:
             if self._answering_base is None or (name.startswith("__") and name.endswith("__")):
                 raise
-        return answers.read(self.base, name)
+        return answers.base_attribute(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of ours, or else the base's where it has one of that name."""
@@ -360,12 +360,18 @@ class TreeModel(nn.Module):
         with self._lock:
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
-            axis = RowAxis(
-                len(batch), repeat=repeat, tile=tile, batch_first=batch_first, known=self._known
+            axis = BatchAxis(
+                len(batch),
+                repeat=repeat,
+                tile=tile,
+                batch_first=batch_first,
+                known=self._seen_sites,
             )
             self._usable()
             with self._stage.coming_back():
-                self._stage.become(Request(tuple(paths), "unmerged", Rows(batch, axis, strategy)))
+                self._stage.become(
+                    Request(tuple(paths), "unmerged", RoutedRows(batch, axis, strategy))
+                )
                 with expansions(self.base, axis):
                     yield self
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_tree as lt
 from lora_tree.engine import unmerged
-from lora_tree.engine.kept import Kept
+from lora_tree.engine.last_used import LastUsed
 from lora_tree.engine.plan import Binder, Marks
 
 
@@ -27,7 +27,7 @@ def adapter(seed: int) -> lt.Adapter:
 
 
 def test_the_last_ones_stay_and_what_is_in_use_is_found_again() -> None:
-    kept: Kept[Made] = Kept(2)
+    kept: LastUsed[Made] = LastUsed(2)
     held = kept.get("a", Made)
     gone = weakref.ref(kept.get("b", Made))
     kept.get("c", Made), kept.get("d", Made)

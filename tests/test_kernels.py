@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.engine.kernels import Part, Term, can_merge
+from lora_tree.engine.kernels import MergePart, MergeTerm, can_merge
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -62,7 +62,7 @@ def part(
     *,
     turned: bool = False,
     scales: tuple[float, ...] = (0.3, -1.7, 2.0),
-) -> Part:
+) -> MergePart:
     """Random numbers; the weight that is to be written is NaN all over."""
     draw = torch.Generator().manual_seed(sum(shape) + sum(ranks))
     batch, rows, cols = shape
@@ -73,12 +73,13 @@ def part(
 
     pristine = torch.randn(shape, generator=draw).to(weight)
     terms = [
-        Term(factors(rows, r), factors(r, cols), s) for r, s in zip(ranks, scales, strict=False)
+        MergeTerm(factors(rows, r), factors(r, cols), s)
+        for r, s in zip(ranks, scales, strict=False)
     ]
-    return Part.of(torch.full_like(pristine, float("nan")), pristine, terms)
+    return MergePart.of(torch.full_like(pristine, float("nan")), pristine, terms)
 
 
-def exact(of: Part) -> Tensor:
+def exact(of: MergePart) -> Tensor:
     total = of.pristine.double()
     for term in of.terms:
         total = total + term.left.double() @ term.right.double() * term.scale
@@ -102,7 +103,7 @@ def test_a_launch_writes_every_weight_to_one_rounding_of_the_exact_sum(
 ) -> None:
     parts = [part(weight, factor, shape, ranks, turned=turned) for shape, ranks, turned in SHAPES]
     assert all(can_merge(each.weight, each.pristine, each.terms) for each in parts)
-    kernel.laid_out(parts, interpreted=True).run()
+    kernel.lay_out_parts(parts, interpreted=True).run()
     for each in parts:
         wanted = exact(each)
         # half a unit of the weight's dtype, and what a sum of so many fp32 products may be off
@@ -115,7 +116,7 @@ def test_a_launch_writes_every_weight_to_one_rounding_of_the_exact_sum(
 
 def test_nearly_all_entries_are_the_rounded_float64(kernel: Any) -> None:
     each = part(torch.float16, torch.float16, (1, 256, 256), (16, 16, 16))
-    kernel.laid_out([each], interpreted=True).run()
+    kernel.lay_out_parts([each], interpreted=True).run()
     wrong = int((each.weight != exact(each).half()).sum())
     assert wrong <= each.weight.numel() // 1000
 
@@ -130,16 +131,16 @@ def test_the_bits_do_not_depend_on_what_shares_a_launch(kernel: Any) -> None:
         for shape, ranks, turned in SHAPES
     ]
     for each in alone:
-        kernel.laid_out([each], interpreted=True).run()
-    kernel.laid_out(together[::-1], interpreted=True).run()
+        kernel.lay_out_parts([each], interpreted=True).run()
+    kernel.lay_out_parts(together[::-1], interpreted=True).run()
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, together, strict=True))
 
 
 def test_a_weight_may_be_its_own_source(kernel: Any) -> None:
     apart, in_place = (part(torch.float32, torch.float32, (2, 70, 140), (5, 6)) for _ in range(2))
     in_place.weight.copy_(in_place.pristine)
-    kernel.laid_out(
-        [apart, Part(in_place.weight, in_place.weight, in_place.terms)], interpreted=True
+    kernel.lay_out_parts(
+        [apart, MergePart(in_place.weight, in_place.weight, in_place.terms)], interpreted=True
     ).run()
     assert torch.equal(apart.weight, in_place.weight)
 
@@ -147,27 +148,30 @@ def test_a_weight_may_be_its_own_source(kernel: Any) -> None:
 def test_factors_of_several_dtypes_are_widened_and_none_is_rounded(kernel: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     each = part(torch.float32, torch.float32, (1, 40, 50), (4,))
-    narrow = Term(
+    narrow = MergeTerm(
         torch.randn(1, 40, 8, generator=draw).bfloat16(),
         torch.randn(1, 8, 50, generator=draw).half(),
         1.0,
     )
-    mixed = Part.of(each.weight, each.pristine, [*each.terms, narrow])
-    kernel.laid_out([mixed], interpreted=True).run()
+    mixed = MergePart.of(each.weight, each.pristine, [*each.terms, narrow])
+    kernel.lay_out_parts([mixed], interpreted=True).run()
     torch.testing.assert_close(mixed.weight.double(), exact(mixed), rtol=1e-6, atol=1e-5)
 
 
 def test_what_a_kernel_does_not_cover_is_known_from_the_values_alone() -> None:
     good = part(torch.float16, torch.float16, (1, 8, 16), (2, 2))
     assert can_merge(good.weight, good.pristine, good.terms)
-    zero = Term(good.terms[0].left, good.terms[0].right, 0.0)
-    tiny = Term(good.terms[0].left, good.terms[0].right, 1e-30)
-    wide = Term(good.terms[0].left.double(), good.terms[0].right, 1.0)
+    zero = MergeTerm(good.terms[0].left, good.terms[0].right, 0.0)
+    tiny = MergeTerm(good.terms[0].left, good.terms[0].right, 1e-30)
+    wide = MergeTerm(good.terms[0].left.double(), good.terms[0].right, 1.0)
     columns_first = torch.zeros(1, 16, 8, dtype=torch.float16).mT
     for bad in (
-        Part(good.weight.double(), good.pristine.double(), good.terms),
-        Part(columns_first, good.pristine, good.terms),
-        *(Part(good.weight, good.pristine, [*good.terms, term]) for term in (zero, tiny, wide)),
+        MergePart(good.weight.double(), good.pristine.double(), good.terms),
+        MergePart(columns_first, good.pristine, good.terms),
+        *(
+            MergePart(good.weight, good.pristine, [*good.terms, term])
+            for term in (zero, tiny, wide)
+        ),
     ):
         assert not can_merge(bad.weight, bad.pristine, bad.terms)
 
@@ -177,7 +181,7 @@ def test_a_sample_has_the_bits_of_every_so_manieth_number(sample: Any, dtype: to
     tensors = [torch.randn(shape).to(dtype) for shape in ((1,), (7, 5), (40, 301), (3, 20, 12))]
     tensors[1][0, 0] = float("nan")
     steps = [1, 2, 189, 11]
-    taken = sample.sampler(tensors, steps)()
+    taken = sample.lay_out_samples(tensors, steps)()
     wanted = torch.cat(
         [tensor.flatten()[::step] for tensor, step in zip(tensors, steps, strict=True)]
     )
@@ -188,7 +192,7 @@ def test_a_sample_has_the_bits_of_every_so_manieth_number(sample: Any, dtype: to
 def test_a_sum_of_many_slots_takes_one_after_the_other(kernel: Any, weight: torch.dtype) -> None:
     each = part(weight, weight, (1, 70, 130), (40, 33, 5))
     assert sum(-(-t.left.shape[-1] // kernel.RANKS) for t in each.terms) > kernel.UNROLLED
-    kernel.laid_out([each], interpreted=True).run()
+    kernel.lay_out_parts([each], interpreted=True).run()
     wanted = exact(each)
     assert (
         (each.weight.double() - wanted).abs()
@@ -203,15 +207,15 @@ def merging(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     launched: list[int] = []
 
     class Counted:
-        def __init__(self, parts: list[Part]) -> None:
-            self._launch, self._count = kernel.laid_out(parts, interpreted=True), len(parts)
+        def __init__(self, parts: list[MergePart]) -> None:
+            self._launch, self._count = kernel.lay_out_parts(parts, interpreted=True), len(parts)
 
         def run(self) -> None:
             launched.append(self._count)
             self._launch.run()
 
     monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.merged.laid_out", Counted)
+    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", Counted)
     return launched
 
 
@@ -296,15 +300,15 @@ def test_a_launch_that_fails_leaves_the_path_before(
     model = lt.attach(tree, base)
     model.activate("a/b")
     before = bits(base)
-    good: Any = importlib.import_module("lora_tree.engine.merged").laid_out
+    good: Any = importlib.import_module("lora_tree.engine.merged").merge_launch
     calls = iter([True])
 
-    def failing(parts: list[Part]) -> Any:
+    def failing(parts: list[MergePart]) -> Any:
         if next(calls, False):
             raise RuntimeError("no launch")
         return good(parts)
 
-    monkeypatch.setattr("lora_tree.engine.merged.laid_out", failing)
+    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", failing)
     with pytest.raises(RuntimeError, match="no launch"):
         model.activate("d")
     assert model.active == "a/b"
@@ -322,7 +326,9 @@ def test_in_place_a_launch_that_fails_takes_nothing_back(
         model = lt.attach(tree, base, pristine="none")
     model.activate("a/b")
     before = bits(base)
-    monkeypatch.setattr("lora_tree.engine.merged.laid_out", functools.partial(_fail, "no launch"))
+    monkeypatch.setattr(
+        "lora_tree.engine.merged.merge_launch", functools.partial(_fail, "no launch")
+    )
     with pytest.raises(RuntimeError, match="no launch"):
         model.activate("d")
     assert same(bits(base), before)
@@ -337,13 +343,13 @@ def _fail(what: str, *args: object) -> None:
 def made(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of parts of every launch that was laid out."""
     found: list[int] = []
-    good: Any = importlib.import_module("lora_tree.engine.merged").laid_out
+    good: Any = importlib.import_module("lora_tree.engine.merged").merge_launch
 
-    def counted(parts: list[Part]) -> Any:
+    def counted(parts: list[MergePart]) -> Any:
         found.append(len(parts))
         return good(parts)
 
-    monkeypatch.setattr("lora_tree.engine.merged.laid_out", counted)
+    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", counted)
     return found
 
 

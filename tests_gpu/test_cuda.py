@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.engine.kernels import Part, Term, can_merge, laid_out, usable
+from lora_tree.engine.kernels import MergePart, MergeTerm, can_merge, merge_launch, usable
 from lora_tree.errors import LoraTreeError
 
 CUDA = torch.device("cuda", 0)
@@ -149,16 +149,16 @@ def test_a_merge_is_the_rounded_float64_but_for_a_few_entries(dtype: torch.dtype
 
         pristine = normal(1, 1024, 2048).to(dtype)
         terms = [
-            Term(
+            MergeTerm(
                 (normal(1, 1024, r) * 0.1).to(factors),
                 (normal(1, r, 2048) * 0.1).to(factors),
                 scale,
             )
             for r, scale in ((16, 1.0), (8, 0.3), (64, -2.5))
         ]
-        part = Part.of(torch.full_like(pristine, float("nan")), pristine, terms)
+        part = MergePart.of(torch.full_like(pristine, float("nan")), pristine, terms)
         assert can_merge(part.weight, part.pristine, part.terms)
-        laid_out([part]).run()
+        merge_launch([part]).run()
         exact = pristine.double()
         for term in terms:
             exact = exact + term.left.double() @ term.right.double() * term.scale
@@ -183,7 +183,7 @@ def test_the_bits_do_not_depend_on_where_factors_lie() -> None:
             memory = torch.empty(factor.numel() + shift, dtype=factor.dtype, device=CUDA)
             moved.append(memory[shift:].view(factor.shape).copy_(factor))
         weight = torch.empty_like(pristine)
-        laid_out([Part.of(weight, pristine, [Term(*moved, 0.5)])]).run()
+        merge_launch([MergePart.of(weight, pristine, [MergeTerm(*moved, 0.5)])]).run()
         found.append(weight)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..budget import Budgets, format_bytes
-from ..engine.kept import Kept, Lender, ordinary
+from ..engine.last_used import LastUsed
+from ..engine.ledger import Lender, ordinary
 from ..errors import BudgetError, LoraTreeError, StateError, listing
 from ..storage import Allocate, Source
 from ..tree import AdapterTree, Node
@@ -175,7 +176,7 @@ class Cache:
         """What an adapter is known by: the content of its files where the lock says it, or else itself."""
         return self._origins.get(adapter) or weakref.ref(adapter)
 
-    def spare(self, kept: Kept[Any]) -> None:
+    def spare(self, kept: LastUsed[Any]) -> None:
         """What ``kept`` keeps may be dropped where room is needed; held weakly."""
         with self._lock:
             self._tiers[-1].spare(kept)

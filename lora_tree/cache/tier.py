@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..budget import format_bytes
-from ..engine.kept import Kept
+from ..engine.last_used import LastUsed
 from ..errors import BudgetError
 from .link import Arrived
 from .policy import Policy
@@ -67,7 +67,7 @@ class Tier:
         self._refunds: deque[tuple[int, bool]] = (
             deque()
         )  # finalizers append, in whichever thread they run
-        self._spare: list[weakref.ref[Kept[Any]]] = []
+        self._spare: list[weakref.ref[LastUsed[Any]]] = []
         self.churn_bytes = (
             0  # of what the allocator had for what is gone, since it was told to give memory back
         )
@@ -145,7 +145,7 @@ class Tier:
         self._reserved -= nbytes
         self._lock.notify_all()
 
-    def spare(self, kept: Kept[Any]) -> None:
+    def spare(self, kept: LastUsed[Any]) -> None:
         """What it keeps may go where room is needed."""
         self._spare.append(weakref.ref(kept))
 

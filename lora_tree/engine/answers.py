@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import StateError
 
-__all__ = ["REFUSED", "RefusedAttribute", "is_answered", "read"]
+__all__ = ["REFUSED", "RefusedAttribute", "base_attribute", "is_answered"]
 
 _SAVES = "it would write the base and none of its nodes: tree.save(folder); or model.base.{name} for the base alone"
 _ADAPTERS = "it would put other adapters into the base: add nodes to the tree, and choose one with model.activate(path)"
@@ -59,7 +59,7 @@ def is_answered(base: nn.Module | None, name: str) -> bool:
     return base is not None and not is_protocol and name not in REFUSED and hasattr(base, name)
 
 
-def read(base: nn.Module, name: str) -> Any:
+def base_attribute(base: nn.Module, name: str) -> Any:
     """The base's attribute.
 
     Raises:

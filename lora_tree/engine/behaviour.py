@@ -20,12 +20,22 @@ import torch
 
 from ..adapter import Adapter
 from ..blend import Blend
-from .axis import RowAxis
 from .batch import Batch
-from .plan import BARE, Plan
+from .batch_axis import BatchAxis
+from .plan import EMPTY_PLAN, Plan
 from .routed import Route, Strategy
 
-__all__ = ["Behaviour", "Beside", "Laid", "Mode", "Pins", "Request", "Rows", "State", "Trained"]
+__all__ = [
+    "Behaviour",
+    "FactorParameters",
+    "LaidOut",
+    "Mode",
+    "Pins",
+    "Request",
+    "RoutedRows",
+    "SideHooks",
+    "State",
+]
 
 Mode: TypeAlias = Literal["merged", "unmerged"]
 
@@ -41,11 +51,11 @@ class State(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RoutedRows:
     """The rows of a routed batch: what each owes, how they lie, and how their sums are added up."""
 
     batch: Batch
-    axis: RowAxis
+    axis: BatchAxis
     strategy: Strategy
 
 
@@ -61,7 +71,7 @@ class Request:
 
     asked: Blend | tuple[Blend, ...]
     mode: Mode = "merged"
-    rows: Rows | None = None
+    rows: RoutedRows | None = None
 
     @property
     def blends(self) -> tuple[Blend, ...]:
@@ -69,18 +79,18 @@ class Request:
         return self.asked if isinstance(self.asked, tuple) else (self.asked,)
 
 
-class Laid(Protocol):
+class LaidOut(Protocol):
     """Side paths, ready to run. A value: it can be installed again after others were."""
 
     @property
     def of(self) -> object:
-        """Whose side paths they are: the `Beside` that laid them out."""
+        """Whose side paths they are: the `SideHooks` that laid them out."""
 
     def install(self) -> None:
         """Make them the ones that run. What fails half-way is mended by installing any of them anew."""
 
 
-class Beside(Protocol):
+class SideHooks(Protocol):
     """The side paths of one base: hooks that come and go (`Unmerged`), or permanent ones (`Prepared`)."""
 
     @property
@@ -90,10 +100,10 @@ class Beside(Protocol):
     def check(self, plan: Plan) -> None:
         """Raise if a site of the plan can't have a side path."""
 
-    def lay_out(self, plan: Plan) -> Laid:
+    def lay_out(self, plan: Plan) -> LaidOut:
         """Return the side paths of one path or blend; of an empty plan, none."""
 
-    def lay_out_rows(self, route: Route, axis: RowAxis) -> Laid:
+    def lay_out_rows(self, route: Route, axis: BatchAxis) -> LaidOut:
         """Return the side paths of a batch whose rows lie as ``axis`` says."""
 
     @property
@@ -115,7 +125,7 @@ class Pins(Protocol):
         """Let the cache evict them. Does nothing the second time."""
 
 
-class Trained(Protocol):
+class FactorParameters(Protocol):
     """The factors that a model has made parameters."""
 
     @property
@@ -141,7 +151,7 @@ class Behaviour:
 
     request: Request
     plan: Plan
-    beside: Laid
+    beside: LaidOut
     pins: Pins
     adapters: Mapping[str, Adapter]
     dtypes: tuple[torch.dtype | None, ...]
@@ -150,7 +160,7 @@ class Behaviour:
     def weights(self) -> Plan:
         """The plan that is written into the weights: all of it, or nothing."""
         merged = self.request.rows is None and self.request.mode == "merged"
-        return self.plan if merged else BARE
+        return self.plan if merged else EMPTY_PLAN
 
     @property
     def state(self) -> State:

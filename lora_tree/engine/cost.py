@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Machine", "Work", "machine"]
+__all__ = ["Cost", "Machine", "machine"]
 
 FEW = 64
 """A product of so many inputs runs at half of a machine's rate."""
@@ -39,15 +39,15 @@ def machine(device: torch.device) -> Machine:
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """Calls of an operation, bytes read and written, and multiplications and additions."""
 
     calls: float = 0
     bytes: float = 0
     flops: float = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.calls + other.calls, self.bytes + other.bytes, self.flops + other.flops)
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.calls + other.calls, self.bytes + other.bytes, self.flops + other.flops)
 
     def seconds(self, on: Machine) -> float:
         """The estimate for one machine."""
@@ -65,7 +65,7 @@ class Work:
         *,
         gathered: bool,
         copies: int = 1,
-    ) -> Work:
+    ) -> Cost:
         """The two products of an increment of ``shape`` (…, out, in) and ``rank`` for ``inputs`` vectors.
 
         ``gathered``: the inputs are taken out of the batch, and the results added back in their places; ``copies``: how

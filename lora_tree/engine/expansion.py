@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .axis import RowAxis
+from .batch_axis import BatchAxis
 
 __all__ = ["expansions"]
 
@@ -21,7 +21,7 @@ EXPAND, GENERATE = "_expand_inputs_for_generation", "generate"
 
 
 @contextlib.contextmanager
-def expansions(base: nn.Module, axis: RowAxis) -> Iterator[None]:
+def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
     """For the length of a ``with``: ``axis`` knows how often ``generate`` has repeated each row."""
     own, expand, generate = vars(base), getattr(base, EXPAND, None), getattr(base, GENERATE, None)
     if not callable(expand) or not callable(generate):

@@ -35,7 +35,7 @@ _FINE: weakref.WeakKeyDictionary[Plan, set[tuple[bool, tuple[torch.dtype | None,
     weakref.WeakKeyDictionary()
 )
 
-Part = tuple[str, LowRank, float]
+NodeShare = tuple[str, LowRank, float]
 """A node's part at a site: its name, its value and the coefficient of that."""
 
 
@@ -115,7 +115,7 @@ def check_beside(
         _remember(plan, True, given)
 
 
-def not_finite(name: str, parts: Sequence[Part], dtype: torch.dtype) -> BaseMismatch:
+def not_finite(name: str, parts: Sequence[NodeShare], dtype: torch.dtype) -> BaseMismatch:
     """The error for a site; it names the node that adds the most."""
     node, value, coefficient = max(parts, key=_size)
     if not value.is_finite:
@@ -136,7 +136,7 @@ def not_finite(name: str, parts: Sequence[Part], dtype: torch.dtype) -> BaseMism
     )
 
 
-def _size(part: Part) -> float:
+def _size(part: NodeShare) -> float:
     _, value, coefficient = part
     a, b, bias = _largest_of(value)
     return _badness(abs(coefficient * value.scale) * max(value.rank * a * b, bias))

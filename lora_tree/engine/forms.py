@@ -28,12 +28,12 @@ from torch import Tensor
 from ..lowrank import LowRank
 from ..sites.base import recorded
 from ..sites.linear import LinearSite
-from .cost import Work
-from .owed import Owed, Rows
+from .cost import Cost
+from .owed import Owed, RowSubset
 from .unpromised import grouped_product
 from .upload import uploaded
 
-__all__ = ["FORMS", "Form"]
+__all__ = ["FORMS", "SumForm"]
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ STRIDE_BYTES = 16
 """What the rows of a grouped product's operands have to be multiples of."""
 
 
-class Form(ABC):
+class SumForm(ABC):
     """One way to add up one site's sum."""
 
     def __init__(self, owed: Owed) -> None:
@@ -58,7 +58,7 @@ class Form(ABC):
 
     @classmethod
     @abstractmethod
-    def work(cls, owed: Owed, tokens: int) -> Work:
+    def work(cls, owed: Owed, tokens: int) -> Cost:
         """What it costs with ``tokens`` inputs a row."""
 
     def add(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor:
@@ -109,15 +109,15 @@ class Form(ABC):
 
 # ---------------------------------------------------------------------- one product after the other
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _Product:
     """One product: its rows, its value, and the rows' coefficients where these differ."""
 
-    rows: Rows
+    rows: RowSubset
     value: Callable[[], LowRank]
     each: Tensor | None = None
 
 
-class _Loop(Form):
+class _LoopForm(SumForm):
     """Products, one after the other, in layers: within a layer no row stands twice."""
 
     def __init__(self, owed: Owed) -> None:
@@ -129,7 +129,7 @@ class _Loop(Form):
         ]
 
     @abstractmethod
-    def _made(self) -> list[_Part]: ...
+    def _made(self) -> list[_Product]: ...
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         for part in self._parts:
@@ -159,42 +159,44 @@ class _Loop(Form):
         return out
 
 
-class Nodes(_Loop):
+class NodesForm(_LoopForm):
     """A product per node over the rows below it."""
 
-    def _made(self) -> list[_Part]:
+    def _made(self) -> list[_Product]:
         return [self._part(i, *of) for i, of in enumerate(self.owed.batch.by_node)]
 
-    def _part(self, i: int, rows: tuple[int, ...], coefficients: tuple[float, ...]) -> _Part:
+    def _part(self, i: int, rows: tuple[int, ...], coefficients: tuple[float, ...]) -> _Product:
         owed, alike = self.owed, len(set(coefficients)) == 1
         value = owed.values[i].scaled(coefficients[0]) if alike else owed.values[i]
         moved = owed.held(lambda: value.to(device=owed.device, dtype=owed.dtype))
-        return _Part(owed.rows(rows), moved, None if alike else owed.numbers(coefficients))
+        return _Product(owed.rows(rows), moved, None if alike else owed.numbers(coefficients))
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Work:
+    def work(cls, owed: Owed, tokens: int) -> Cost:
         of = zip(owed.batch.by_node, owed.values, strict=True)
-        return sum((owed.work(rows, value.rank, tokens) for (rows, _), value in of), Work())
+        return sum((owed.work(rows, value.rank, tokens) for (rows, _), value in of), Cost())
 
 
-class EachPath(_Loop):
+class EachPathForm(_LoopForm):
     """A product per distinct path, one after the other."""
 
-    def _made(self) -> list[_Part]:
+    def _made(self) -> list[_Product]:
         return [self._part(rows, coefficients) for rows, coefficients in self.owed.batch.by_kind]
 
-    def _part(self, rows: tuple[int, ...], coefficients: tuple[float, ...]) -> _Part:
-        return _Part(self.owed.rows(rows), self.owed.held(lambda: self.owed.stacked(coefficients)))
+    def _part(self, rows: tuple[int, ...], coefficients: tuple[float, ...]) -> _Product:
+        return _Product(
+            self.owed.rows(rows), self.owed.held(lambda: self.owed.stacked(coefficients))
+        )
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Work:
+    def work(cls, owed: Owed, tokens: int) -> Cost:
         return sum(
-            (owed.work(rows, owed.rank(c), tokens) for rows, c in owed.batch.by_kind), Work()
+            (owed.work(rows, owed.rank(c), tokens) for rows, c in owed.batch.by_kind), Cost()
         )
 
 
 # ---------------------------------------------------------------------- all at once
-class AllPaths(Form):
+class AllPathsForm(SumForm):
     """One batched product over the distinct paths, where every path has as many rows."""
 
     def __init__(self, owed: Owed) -> None:
@@ -212,7 +214,7 @@ class AllPaths(Form):
         return whole or owed.device.type != "cpu" or numbers <= AT_ONCE
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Work:
+    def work(cls, owed: Owed, tokens: int) -> Cost:
         kinds = owed.batch.by_kind
         rows = [row for rows, _ in kinds for row in rows]
         return owed.work(rows, max(owed.rank(c) for _, c in kinds), tokens, copies=len(kinds))
@@ -243,7 +245,7 @@ class AllPaths(Form):
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=True)
 
 
-class Grouped(Form):
+class GroupedForm(SumForm):
     """A grouped product per layer of nodes; for paths, the layers are the depths of the tree."""
 
     def __init__(self, owed: Owed) -> None:
@@ -262,19 +264,19 @@ class Grouped(Form):
         return able and isinstance(owed.site, LinearSite) and owed.dtype in dtypes and aligned
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Work:
-        work = Nodes.work(owed, tokens)
+    def work(cls, owed: Owed, tokens: int) -> Cost:
+        work = NodesForm.work(owed, tokens)
         if owed.device.type == "cpu":  # where the grouped product is a loop over its groups
             return work
         return replace(work, calls=6.0 * len(_disjoint(owed.batch.by_node, lambda node: node[0])))
 
-    def _layer(self, nodes: list[int]) -> _Layer:
+    def _layer(self, nodes: list[int]) -> _NodeLayer:
         owed, multiple = self.owed, STRIDE_BYTES // self.owed.dtype.itemsize
         of = [owed.batch.by_node[node] for node in nodes]
         alone = [[float(i == node) for i in range(len(owed.values))] for node in nodes]
         coefficients = [c for _, each in of for c in each]
         ends = list(accumulate(len(rows) for rows, _ in of))
-        return _Layer(
+        return _NodeLayer(
             owed.rows([row for rows, _ in of for row in rows]),
             uploaded(torch.tensor(ends, dtype=torch.int32, device="cpu"), owed.device),
             owed.held(lambda: _side_by_side(owed, alone, multiple=multiple)),
@@ -301,16 +303,16 @@ class Grouped(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
+class _NodeLayer:
     """Nodes of which no two have a row in common: their rows, where in these each node's end, factors, coefficients."""
 
-    rows: Rows
+    rows: RowSubset
     ends: Tensor
     factors: Callable[[], tuple[Tensor, Tensor]]
     each: Tensor | None
 
 
-class Matrix(Form):
+class MatrixForm(SumForm):
     """The factors of all nodes side by side, and a matrix of coefficients on the narrow result."""
 
     def __init__(self, owed: Owed) -> None:
@@ -327,10 +329,10 @@ class Matrix(Form):
         self._coefficients = None if plain else owed.numbers(coefficients)
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Work:
+    def work(cls, owed: Owed, tokens: int) -> Cost:
         rank = sum(value.rank for value in owed.values)
         narrow = 4 * len(owed.batch.adapted) * tokens * rank * owed.dtype.itemsize
-        return owed.work(owed.batch.adapted, rank, tokens) + Work(2, narrow)
+        return owed.work(owed.batch.adapted, rank, tokens) + Cost(2, narrow)
 
     def _low(self, x: Tensor, value: LowRank) -> Tensor:
         low = self._down(self._rows.of(x), value, None)
@@ -350,11 +352,11 @@ class Matrix(Form):
         return self._add(out, x, spare=True)
 
 
-FORMS: Mapping[str, tuple[type[Form], ...]] = {
-    "nodes": (Nodes,),
-    "paths": (AllPaths, EachPath),
-    "grouped": (Grouped, Nodes),
-    "matrix": (Matrix,),
+FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
+    "nodes": (NodesForm,),
+    "paths": (AllPathsForm, EachPathForm),
+    "grouped": (GroupedForm, NodesForm),
+    "matrix": (MatrixForm,),
 }
 """The forms by name, each with the ways to do it: the first that suits a site is taken there."""
 
@@ -374,7 +376,7 @@ def _disjoint(parts: Sequence[T], rows_of: Callable[[T], Iterable[int]]) -> list
     return [parts for parts, _ in layers]
 
 
-def _rows(parts: Iterable[_Part]) -> list[int]:
+def _rows(parts: Iterable[_Product]) -> list[int]:
     return [row for part in parts for row in part.rows.rows]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import LoraTreeWarning, SpecError, StateError
 from .unpromised import compiled_frames, is_compiled
 
-__all__ = ["CompileWatch", "Mark", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
+__all__ = ["Claim", "CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
 
 
 class MergedWarning(LoraTreeWarning):
@@ -59,7 +59,7 @@ class CompileWatch:
         return False
 
 
-class Mark:
+class Claim:
     """What is known of a base after its TreeModel is gone."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,10 +67,10 @@ class Mark:
         self.bare = True
 
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Mark] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Claim] = weakref.WeakKeyDictionary()
 
 
-def claim(base: nn.Module, model: nn.Module) -> Mark:
+def claim(base: nn.Module, model: nn.Module) -> Claim:
     """Note that ``model`` holds ``base``.
 
     Raises:
@@ -86,7 +86,7 @@ def claim(base: nn.Module, model: nn.Module) -> Mark:
             "an earlier model of this base was dropped while a path was active, or prepared, and left it there",
             "load the base again; next time keep the model that attach returns, and detach() it",
         )
-    _ATTACHED[base] = mark = Mark(model)
+    _ATTACHED[base] = mark = Claim(model)
     return mark
 
 

@@ -22,10 +22,10 @@ from ..lowrank import LowRank, concat, is_sharded, stacked
 from ..sites import Site
 from .arithmetic import Scratch, compute_dtype, exact_mode, write_sum
 from .finite import not_finite, suspects
-from .kernels import Part, laid_out, usable
-from .plan import BARE, Plan, Terms, same_terms
+from .kernels import MergePart, merge_launch, usable
+from .launches import KeptLaunch, Launches, part_of
+from .plan import EMPTY_PLAN, Plan, Terms, same_terms
 from .pristine import Place, Pristine
-from .together import Known, Launches, part_of
 
 __all__ = ["Merged", "add_bias", "add_weight", "check_sum"]
 
@@ -48,7 +48,7 @@ class Merged:
         self._scratch = Scratch()
         self._launches = Launches()
         self.pristine = Pristine(place)
-        self.plan = BARE
+        self.plan = EMPTY_PLAN
 
     def check(self, plan: Plan, *, owned: Collection[str] = ()) -> None:
         """Check that every site of the plan can be written to.
@@ -101,7 +101,7 @@ class Merged:
             return
         sites = {**self.plan.sites, **plan.sites}
         jobs = [
-            _Job(sites[name], plan.terms.get(name, ()), self.plan.terms.get(name, ()))
+            _SiteWrite(sites[name], plan.terms.get(name, ()), self.plan.terms.get(name, ()))
             # what goes bare comes first, because the same weight may be written under a second name
             for name in sorted(sites, key=lambda name: (name in plan.terms, name))
             if not same_terms(self.plan.terms.get(name, ()), plan.terms.get(name, ()))
@@ -115,8 +115,8 @@ class Merged:
                     for job in jobs
                     for attribute in job.attributes
                 )
-            begun: list[_Job] = []
-            done: list[_Job] = []
+            begun: list[_SiteWrite] = []
+            done: list[_SiteWrite] = []
             try:
                 self._write(jobs, begun, done, plan if plan.fixed and not self._in_place else None)
                 self.plan = plan
@@ -125,7 +125,7 @@ class Merged:
                 # From pristine any weight can be written anew, whatever it holds now. In place, what is half
                 # written can't be taken back, and what was not begun must not be.
                 undone = done if self._in_place else begun
-                back = [_Job(job.site, job.old, job.new) for job in reversed(undone)]
+                back = [_SiteWrite(job.site, job.old, job.new) for job in reversed(undone)]
                 self._write(back, [], [])
                 raise
             finally:
@@ -146,13 +146,13 @@ class Merged:
             )
         self.pristine.restore(self._replaced())
         self._launches.forget()
-        self.plan = BARE
+        self.plan = EMPTY_PLAN
 
     def forget(self) -> None:
         """Take the weights as they are now for the base's own."""
         self.pristine.forget()
         self._launches.forget()
-        self.plan = BARE
+        self.plan = EMPTY_PLAN
 
     def _replaced(self) -> list[str]:
         """The weights with a path merged into them whose module is not in the base any more, as it was."""
@@ -162,7 +162,11 @@ class Merged:
         ]
 
     def _write(
-        self, jobs: Sequence[_Job], begun: list[_Job], done: list[_Job], plan: Plan | None = None
+        self,
+        jobs: Sequence[_SiteWrite],
+        begun: list[_SiteWrite],
+        done: list[_SiteWrite],
+        plan: Plan | None = None,
     ) -> None:
         """Write some sites' weights and biases.
 
@@ -180,9 +184,9 @@ class Merged:
         done += bare
         sites = [job.site for job in rest]
         known = None if plan is None else self._launches.find(plan, sites, self.pristine.number)
-        parts: dict[str, Part] = {}
+        parts: dict[str, MergePart] = {}
         targets: list[Tensor] = []
-        waiting: list[_Job] = []
+        waiting: list[_SiteWrite] = []
         keeps = plan is not None
         for job in rest:
             site = job.site
@@ -210,7 +214,7 @@ class Merged:
         if targets:
             if known is None:
                 addresses = {name: part.weight.data_ptr() for name, part in parts.items()}
-                known = Known(laid_out(list(parts.values())), addresses)
+                known = KeptLaunch(merge_launch(list(parts.values())), addresses)
                 if keeps and plan is not None:
                     self._launches.keep(plan, sites, known)
             known.launch.run()
@@ -218,7 +222,7 @@ class Merged:
             torch.autograd.graph.increment_version(targets)
         done += waiting
 
-    def _write_bare(self, jobs: Sequence[_Job]) -> None:
+    def _write_bare(self, jobs: Sequence[_SiteWrite]) -> None:
         """Put the base's own values back at some sites."""
         for job in jobs:
             site = job.site
@@ -228,7 +232,7 @@ class Merged:
                 self.pristine.wrote(site.module, attribute, merged=False)
                 _add(site, target, source, [], self._scratch)
 
-    def _source(self, job: _Job, attribute: str) -> Tensor:
+    def _source(self, job: _SiteWrite, attribute: str) -> Tensor:
         """Return the tensor that a site's weight or bias is computed from, and count the weight as written."""
         if self._in_place:
             tensor: Tensor = getattr(job.site.module, attribute)
@@ -236,12 +240,12 @@ class Merged:
         self.pristine.wrote(job.site.module, attribute, merged=bool(job.new))
         return self.pristine.of(job.site.module, attribute)
 
-    def _terms(self, job: _Job) -> list[tuple[LowRank, float]]:
+    def _terms(self, job: _SiteWrite) -> list[tuple[LowRank, float]]:
         """Values and their coefficients; in place what was written before is taken back too."""
         terms = [(t.value, t.coefficient) for t in job.new]
         return terms + [(t.value, -t.coefficient) for t in job.old] if self._in_place else terms
 
-    def _write_now(self, job: _Job, target: Tensor, source: Tensor) -> None:
+    def _write_now(self, job: _SiteWrite, target: Tensor, source: Tensor) -> None:
         """With stock operations, on the weight's device."""
         values = [value.scaled(c).to(device=target.device) for value, c in self._terms(job)]
         _add(job.site, target, source, values, self._scratch)
@@ -249,7 +253,7 @@ class Merged:
     def _check_finite(self, plan: Plan) -> None:
         """Check that every number of a weight stays finite; the sum is computed only where a bound can't tell."""
         for name in suspects(plan):
-            job = _Job(plan.sites[name], plan.terms[name], ())
+            job = _SiteWrite(plan.sites[name], plan.terms[name], ())
             parts = [(term.node, term.value, term.coefficient) for term in job.new]
             for attribute in job.attributes:
                 target: Tensor = getattr(job.site.module, attribute)
@@ -287,12 +291,12 @@ class Merged:
                     "written one after the other, one would be lost",
                     "call it by the same name in every adapter on the path",
                 )
-        jobs = [_Job(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
+        jobs = [_SiteWrite(plan.sites[name], terms, ()) for name, terms in plan.terms.items()]
         self._check_ties(
             [(j, a) for j in jobs for a in j.attributes if (j.site.name, a) not in self._untied]
         )
 
-    def _check_ties(self, written: Sequence[tuple[_Job, str]]) -> None:
+    def _check_ties(self, written: Sequence[tuple[_SiteWrite, str]]) -> None:
         """That no other module uses a tensor that is about to be written."""
         spans = list(_spans(self._base)) if written else []
         for job, attribute in written:
@@ -343,7 +347,7 @@ def _refuse_training(plan: Plan, owned: Collection[str]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _SiteWrite:
     """One site's part of a switch."""
 
     site: Site

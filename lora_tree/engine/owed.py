@@ -13,15 +13,15 @@ from torch import Tensor
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .batch import Batch
-from .cost import Work
+from .cost import Cost
 from .upload import uploaded
 
-__all__ = ["Owed", "Rows"]
+__all__ = ["Owed", "RowSubset"]
 
 T = TypeVar("T")
 
 
-class Rows:
+class RowSubset:
     """Some rows of a batch in an order of their own: taken out of an input, and what comes of them added back.
 
     Args:
@@ -110,9 +110,9 @@ class Owed:
         self.charge(_new_bytes(made, self.values))
         return lambda: made
 
-    def rows(self, rows: Sequence[int]) -> Rows:
+    def rows(self, rows: Sequence[int]) -> RowSubset:
         """Some of the rows."""
-        return Rows(rows, self.batch, self.device)
+        return RowSubset(rows, self.batch, self.device)
 
     def numbers(self, of: Sequence[float] | Tensor) -> Tensor:
         """Coefficients, where and as what the factors are."""
@@ -128,11 +128,11 @@ class Owed:
         """The rank of that sum."""
         return sum(v.rank for v, c in zip(self.values, coefficients, strict=True) if c)
 
-    def work(self, rows: Sequence[int], rank: int, tokens: int, *, copies: int = 1) -> Work:
+    def work(self, rows: Sequence[int], rank: int, tokens: int, *, copies: int = 1) -> Cost:
         """What a product of some rank costs for some rows; ``copies``: how many different factors are read."""
         shape = self.values[0].shape
         gathered = tuple(rows) != tuple(range(rows[0], rows[0] + len(rows)))
-        return Work.product(
+        return Cost.product(
             shape, rank, len(rows) * tokens, self.dtype, gathered=gathered, copies=copies
         )
 

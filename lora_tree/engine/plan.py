@@ -25,9 +25,9 @@ from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LowRank
 from ..renaming import Renaming
 from ..sites import Site, find_site
-from .kept import Kept
+from .last_used import LastUsed
 
-__all__ = ["BARE", "Binder", "Marks", "Plan", "Term", "Terms", "same_terms"]
+__all__ = ["EMPTY_PLAN", "Binder", "Marks", "Plan", "Term", "Terms", "same_terms"]
 
 KEPT_PLANS = 256
 KEPT_MARKS = 1024
@@ -95,7 +95,7 @@ class Plan:
         return True
 
 
-BARE = Plan({}, {})
+EMPTY_PLAN = Plan({}, {})
 
 
 class Marks:
@@ -159,7 +159,7 @@ class Binder:
         # an adapter that needs no change stands for itself: a value here must not hold its own key
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
         self._bound = weakref.WeakKeyDictionary()
-        self._plans: Kept[Plan] = Kept(kept)
+        self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
@@ -169,7 +169,7 @@ class Binder:
             BaseMismatch: an adapter does not fit; names the node and the module.
         """
         if not terms:
-            return BARE
+            return EMPTY_PLAN
         key = tuple((id(adapter), coefficient) for _, coefficient, adapter in terms)
         known = self._plans.find(
             key

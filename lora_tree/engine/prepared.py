@@ -27,8 +27,8 @@ from ..errors import BaseMismatch, SpecError, StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import exact_mode
-from .axis import DECLARE, RowAxis, in_a_list_of_lists
 from .batch import Batch
+from .batch_axis import DECLARE, BatchAxis, in_a_list_of_lists
 from .plan import Plan, Terms
 from .routed import Route
 from .side import check_own, side_dtype, widened
@@ -129,7 +129,7 @@ class Prepared:
         }
         return Numbers(self, PATH, made)
 
-    def lay_out_rows(self, route: Route, axis: RowAxis) -> Numbers:
+    def lay_out_rows(self, route: Route, axis: BatchAxis) -> Numbers:
         """Return the numbers of a batch whose rows lie as ``axis`` says.
 
         Raises:

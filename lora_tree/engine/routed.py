@@ -21,11 +21,12 @@ from torch import Tensor
 from ..errors import SpecError, listing, suggest
 from ..sites import Site
 from .arithmetic import exact_mode
-from .axis import RowAxis
 from .batch import Batch
-from .cost import Work, machine
-from .forms import FORMS, Form
-from .kept import Kept, Ledger, Unbounded
+from .batch_axis import BatchAxis
+from .cost import Cost, machine
+from .forms import FORMS, SumForm
+from .last_used import LastUsed
+from .ledger import Ledger, Unbounded
 from .owed import Owed
 from .plan import Marks, Plan, Terms
 from .side import Draft, Manner, PathSide, Side, Sides, side_dtype, widened
@@ -48,7 +49,7 @@ class Router:
     def __init__(self, manner: Manner, *, ledger: Ledger | None = None) -> None:
         self._manner = manner
         self._ledger = ledger or Unbounded()
-        self._kept: Kept[Route] = Kept(KEPT_ROUTES)
+        self._kept: LastUsed[Route] = LastUsed(KEPT_ROUTES)
         self._marks = Marks()
         self._ledger.spare(self._kept)
 
@@ -110,15 +111,15 @@ class Route:
             mark,
         )
         self._charge = partial(
-            ledger.charge, _Room()
+            ledger.charge, _LifetimeToken()
         )  # not self: what is laid out must not hold its route
         self._seen: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
-        self._forms: dict[Hashable, Form] = {}
+        self._forms: dict[Hashable, SumForm] = {}
         self._whole: dict[str, Side] = {}
         self._picked: dict[Hashable, str] = {}
 
-    def sides(self, axis: RowAxis) -> Sides:
+    def sides(self, axis: BatchAxis) -> Sides:
         """The side path of every site, for rows that lie as ``axis`` says."""
         sides = Sides()
         for name, site in self.plan.sites.items():
@@ -128,7 +129,7 @@ class Route:
 
     def forms(
         self, site: Site, spread: tuple[int, int], tokens: int, device: torch.device
-    ) -> list[Form]:
+    ) -> list[SumForm]:
         """How a site's sum is added up: what is frozen, and then what trains.
 
         Args:
@@ -196,7 +197,7 @@ class Route:
             found = self._seen[key] = self.batch.at(nodes).spread(*spread)
         return found
 
-    def _form(self, owed: Owed, strategy: str, tokens: int) -> Form:
+    def _form(self, owed: Owed, strategy: str, tokens: int) -> SumForm:
         way = _way(owed, strategy, tokens)
         key = id(owed), way
         found = self._forms.get(key)
@@ -216,10 +217,10 @@ class Route:
             )
 
         def seconds(strategy: str) -> float:
-            total = Work()
+            total = Cost()
             for same in alike.values():
                 work = _way(same[0], strategy, tokens).work(same[0], tokens)
-                total += Work(
+                total += Cost(
                     work.calls * len(same), work.bytes * len(same), work.flops * len(same)
                 )
             return total.seconds(machine(device))
@@ -227,18 +228,18 @@ class Route:
         return min(FORMS, key=seconds)
 
 
-def _way(owed: Owed, strategy: str, tokens: int) -> type[Form]:
+def _way(owed: Owed, strategy: str, tokens: int) -> type[SumForm]:
     return next(way for way in FORMS[strategy] if way.suits(owed, tokens))
 
 
-class _Room:
+class _LifetimeToken:
     """What is there as long as anything that was laid out for a route."""
 
 
 class _RoutedSide:
     """One site's side path in a batch whose rows differ there."""
 
-    def __init__(self, route: Route, site: Site, axis: RowAxis) -> None:
+    def __init__(self, route: Route, site: Site, axis: BatchAxis) -> None:
         self._route, self._site, self._axis = route, site, axis
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:

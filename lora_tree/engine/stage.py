@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from ..adapter import Adapter
 from ..errors import StateError
 from ..tree import AdapterTree
-from .behaviour import Behaviour, Beside, Laid, Pins, Request, State, Trained
+from .behaviour import Behaviour, FactorParameters, LaidOut, Pins, Request, SideHooks, State
 from .blocks import Blocks
 from .finite import check_beside
 from .fresh import settle_fresh
-from .host import CompileWatch, Mark, warn_on_save
+from .host import Claim, CompileWatch, warn_on_save
 from .merged import Merged
-from .plan import BARE, Binder, Plan
+from .plan import EMPTY_PLAN, Binder, Plan
 from .routed import Router
 from .side import Manner
 
@@ -50,16 +50,16 @@ class Stage:
         self,
         base: nn.Module,
         tree: AdapterTree,
-        claim: Mark,
+        claim: Claim,
         *,
         merged: Merged,
-        beside: Beside,
+        beside: SideHooks,
         router: Router,
         binder: Binder,
         manner: Manner,
         compiled: CompileWatch,
         pin: Callable[[Iterable[str]], Pins],
-        factors: Trained,
+        factors: FactorParameters,
     ) -> None:
         self._base, self._tree, self._claim = base, tree, claim
         self._merged, self._router, self._binder = merged, router, binder
@@ -156,7 +156,7 @@ class Stage:
             put_back()
         self.install(bare)
 
-    def prepare(self, make: Callable[[], Beside]) -> None:
+    def prepare(self, make: Callable[[], SideHooks]) -> None:
         """Run the fixed side paths that ``make`` puts in from now on, while the base is bare."""
         before = self.beside
         self.beside = fixed = make()
@@ -216,12 +216,12 @@ class Stage:
         (blend,) = request.blends
         return self._tree.coefficients(blend)
 
-    def _laid_out(self, request: Request, plan: Plan) -> Laid:
+    def _laid_out(self, request: Request, plan: Plan) -> LaidOut:
         """The side paths of a request; where it is merged, the check that it can be, and none."""
         rows = request.rows
         if rows is None and request.mode == "merged":
             self._merged.check(plan, owned=self._factors.paths)
-            return self.beside.lay_out(BARE)
+            return self.beside.lay_out(EMPTY_PLAN)
         if plan.terms and not self.beside.permanent:
             self._compiled.check(self._base)
         self.beside.check(plan)

@@ -21,15 +21,16 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import BaseMismatch, BudgetError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
-from .axis import RowAxis
-from .entry import Entry
-from .kept import Kept, Ledger, Unbounded
-from .plan import BARE, Plan
+from .batch_axis import BatchAxis
+from .forward_guard import ForwardGuard
+from .last_used import LastUsed
+from .ledger import Ledger, Unbounded
+from .plan import EMPTY_PLAN, Plan
 from .routed import Route
 from .side import Draft, Manner, PathSide, Side, Sides, check_own
 from .slab import Slab
+from .uncalled import UncalledSites
 from .unpromised import any_global_hook
-from .watch import Watch
 
 __all__ = ["SidePaths", "Unmerged"]
 
@@ -54,7 +55,7 @@ class SidePaths:
     plan: Plan
     sides: Mapping[str, Side]
     mark: int | None
-    axis: RowAxis | None = None
+    axis: BatchAxis | None = None
     mixed: Sequence[Site] = ()
 
     @cached_property
@@ -83,11 +84,11 @@ class Unmerged:
         self._manner = manner
         self._ledger = ledger or Unbounded()
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
-        self._kept: Kept[Sides] = Kept(KEPT_PATHS)
+        self._kept: LastUsed[Sides] = LastUsed(KEPT_PATHS)
         self._ledger.spare(self._kept)
-        self._watch = Watch(base)
-        self._entry = Entry(base)
-        self._running = SidePaths(self, BARE, {}, None)
+        self._uncalled = UncalledSites(base)
+        self._forward_guard = ForwardGuard(base)
+        self._running = SidePaths(self, EMPTY_PLAN, {}, None)
         self.reached: set[str] = set()
         """The nodes that a gradient has come back to; the reader clears it."""
 
@@ -112,7 +113,7 @@ class Unmerged:
         sides = self._kept.get(key, lambda: self._laid_out(plan), keep=plan.fixed)
         return SidePaths(self, plan, sides, plan.mark if plan.terms else None)
 
-    def lay_out_rows(self, route: Route, axis: RowAxis) -> SidePaths:
+    def lay_out_rows(self, route: Route, axis: BatchAxis) -> SidePaths:
         """Return the side paths of a batch whose rows lie as ``axis`` says."""
         return SidePaths(self, route.plan, route.sides(axis), route.mark, axis, route.mixed)
 
@@ -128,8 +129,8 @@ class Unmerged:
             if name not in self._hooked:
                 handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
                 self._hooked[name] = site, handle
-        self._watch.expect(paths.plan)
-        self._entry.watch(paths.mark, paths.axis, paths.mixed)
+        self._uncalled.expect(paths.plan)
+        self._forward_guard.watch(paths.mark, paths.axis, paths.mixed)
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
@@ -155,12 +156,12 @@ class Unmerged:
         return laid
 
     def _hook(self, site: Site) -> Any:
-        name, fired = site.name, self._watch.fired
+        name, fired = site.name, self._uncalled.fired
 
         def side_path(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         ) -> Any:
-            if not self._entry.probing:
+            if not self._forward_guard.probing:
                 check_own(module, site)
             fired.add(name)
             x = args[0] if args else next(iter(kwargs.values()), None)
@@ -169,13 +170,13 @@ class Unmerged:
                     f"{name}: called with {type(x).__name__}, returned {type(out).__name__}; a side path needs tensors",
                     'use activate(…, mode="merged")',
                 )
-            self._entry.side_path_runs()
+            self._forward_guard.side_path_runs()
             spare = (
                 site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
             )
             after = self._running.sides[name](out, x, spare)
-            if after.grad_fn is not None and not self._entry.probing:
-                self._entry.guard(after)
+            if after.grad_fn is not None and not self._forward_guard.probing:
+                self._forward_guard.guard(after)
                 training = self._running.training.get(name)
                 if training:
                     after.grad_fn.register_prehook(partial(self._reach, training))

@@ -1,77 +1,181 @@
-"""A side path that never runs is an error, not a silent base output.
+"""Notice a write to a watched weight that was not ours.
 
-Some modules read a child's weight without calling the child. So after a switch every module around a planned site is
-watched: when its forward has run and the site's own has never been called since, the forward is refused. Of several in
-one container (a list of experts, a dict of heads) one that was called is enough: a forward may choose. A module whose
-sites have all been called once is not watched any more, so a path in use costs nothing here.
+Between two switches the base belongs to its owner, who may load other weights into it, cast it or replace a module. A
+copy of the base's own weight is worth nothing then. Three kinds of evidence, the cheapest first:
+
+    identity    the module shows another parameter, or one of another dtype or shape
+    version     torch counted a write in place
+    sample      some of the numbers differ: torch does not count what goes through ``.data``
+
+The samples of all weights lie in one buffer for each device and dtype, so that the host waits for a device once a
+switch and not once a weight.
+
+Limit: a write through ``.data`` that misses every sampled number is not noticed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Tensor, nn
 
-from ..errors import MergedOnly, listing
-from .plan import BARE, Plan
+from .kernels import sample_launch, usable
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "WatchedWeight"]
+
+SAMPLES = 64
+"""About so many numbers of a weight are compared."""
+
+
+@dataclass(eq=False)
+class WatchedWeight:
+    """A parameter of the base, and how it looked after our last write.
+
+    Args:
+        name: its full name, for messages.
+        module, attribute: where the base shows it.
+        parameter: the object that was there.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    parameter: Tensor
+    dtype: torch.dtype = field(init=False)
+    shape: torch.Size = field(init=False)
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Kept apart from the parameter, whose `.data` somebody may exchange for one of another dtype or shape.
+        self.dtype, self.shape = self.parameter.dtype, self.parameter.shape
+        self.version = self.parameter._version
+
+    def is_untouched(self) -> bool:
+        """Whether the same parameter is there and torch counted no write. A move to another device is no write."""
+        now = getattr(self.module, self.attribute, None)
+        weight = self.parameter
+        return (
+            now is weight
+            and weight._version == self.version
+            and weight.dtype == self.dtype
+            and weight.shape == self.shape
+        )
 
 
 class Watch:
-    """The watch over a base's side paths; ``fired`` is where a side path says that it ran."""
+    """The last look at some weights, to compare the next one with."""
 
-    def __init__(self, base: nn.Module) -> None:
-        self._base = base
-        self._handles: dict[str, RemovableHandle] = {}
-        self._children: dict[str, list[str]] = {}
-        self._plan = BARE
-        self.fired: set[str] = set()
+    def __init__(self) -> None:
+        self._last: _Samples | None = None
 
-    def expect(self, plan: Plan) -> None:
-        """From now on the plan's sites have to run when the modules around them do."""
-        self.fired.clear()
-        self._plan, self._children = plan, {}
-        for name, site in plan.sites.items():
-            self._children.setdefault(site.parent, []).append(name)
-        for parent in [p for p in self._handles if p not in self._children]:
-            self._handles.pop(parent).remove()
-        for parent in self._children:
-            if parent not in self._handles:
-                self._handles[parent] = self._base.get_submodule(parent).register_forward_hook(
-                    self._hook(parent)
-                )
+    def look(self, weights: Sequence[WatchedWeight]) -> None:
+        """Remember how the weights look now: whatever was written to them so far was ours."""
+        for weight in weights:
+            weight.version = weight.parameter._version
+        self._last = _Samples(weights, self._last)
 
-    def _tied_to(self, name: str) -> list[str]:
-        """The other modules that use a site's weight."""
-        site = self._plan.sites[name]
-        return [
-            n
-            for n, m in self._base.named_modules()
-            if any(p is site.weight for p in m._parameters.values()) and m is not site.module
-        ]
+    def touched(self, weights: Sequence[WatchedWeight]) -> list[WatchedWeight]:
+        """Return the weights that somebody else has written to or replaced since the last look."""
+        found: list[WatchedWeight] = []
+        rest: list[WatchedWeight] = []
+        for weight in weights:
+            (rest if weight.is_untouched() else found).append(weight)
+        if rest and self._last is not None:
+            found += _Samples(rest, self._last).differing(self._last)
+        return found
 
-    def _hook(self, parent: str) -> Any:
-        def ran(module: nn.Module, args: Any, out: Any) -> None:
-            children = self._children.get(parent, ())
-            heard = {_child(parent, name) for name in children if name in self.fired}
-            silent = [name for name in children if _child(parent, name) not in heard]
-            if silent:
-                tied = listing(name for site in silent for name in self._tied_to(site))
-                raise MergedOnly(
-                    f"{listing(silent)}: {type(module).__name__} ran without calling it, so its side path did not run",
-                    f"its weight is tied: adapt {tied} instead"
-                    if tied
-                    else 'use activate(…, mode="merged")',
-                )
-            handle = self._handles.pop(parent, None)
-            if handle is not None:
-                handle.remove()
-
-        return ran
+    def forget(self) -> None:
+        """Forget the last look, and the weights with it."""
+        self._last = None
 
 
-def _child(parent: str, name: str) -> str:
-    """The child of ``parent`` that a site is, or lies in."""
-    return (name.removeprefix(f"{parent}.") if parent else name).partition(".")[0]
+class _Samples:
+    """A sample of each of some weights, in one buffer for every device and dtype.
+
+    Args:
+        weights: the weights.
+        before: earlier samples. If they are of the same weights in the same places, their tables are used again.
+    """
+
+    def __init__(self, weights: Sequence[WatchedWeight], before: _Samples | None) -> None:
+        self._weights = weights
+        self._places = [weight.parameter.data_ptr() for weight in weights]
+        # To lay out a launch takes about as long as the launch, and from switch to switch it comes out the same.
+        if before is not None and before._places == self._places and before._weights == weights:
+            groups = before._groups
+        else:
+            groups = _grouped(weights)
+        self._groups: list[_SampleGroup] = groups
+        self._buffers: list[Tensor] = [group.take() for group in self._groups]
+
+    def differing(self, before: _Samples) -> list[WatchedWeight]:
+        """Return the weights whose samples are not what they were; those that were not sampled before, too."""
+        if self._groups is before._groups and all(map(torch.equal, self._buffers, before._buffers)):
+            return []  # the host waited once for each buffer
+        now, then = self._by_weight(), before._by_weight()
+        return [weight for weight, sample in now.items() if not _same(sample, then.get(weight))]
+
+    def _by_weight(self) -> dict[WatchedWeight, Tensor]:
+        """Return each weight's own sample, on the host."""
+        found: dict[WatchedWeight, Tensor] = {}
+        for group, buffer in zip(self._groups, self._buffers, strict=True):
+            found.update(zip(group.weights, torch.split(buffer.cpu(), group.lengths), strict=True))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _SampleGroup:
+    """Weights of one dtype on one device.
+
+    Args:
+        weights: the weights.
+        steps: how far the sampled numbers of each lie apart.
+        lengths: how many numbers each gives.
+        sampler: one launch that samples all; None where no kernel runs or fits.
+    """
+
+    weights: Sequence[WatchedWeight]
+    steps: list[int]
+    lengths: list[int]
+    sampler: Callable[[], Tensor] | None
+
+    def take(self) -> Tensor:
+        """Return the samples of all, one after the other, as integers: NaN equals NaN then, and 0 is not −0."""
+        if self.sampler is not None:
+            return self.sampler()
+        parts = []
+        # The views are not kept: they would hold a weight's memory after the weight has gone elsewhere.
+        for weight, step in zip(self.weights, self.steps, strict=True):
+            tensor = weight.parameter.detach()
+            flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
+            parts.append(flat[::step])
+        numbers = torch.cat(parts)
+        return numbers.view(_INTEGERS[numbers.element_size()])
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By a number's size in bytes: the integers of that size."""
+
+
+def _grouped(weights: Sequence[WatchedWeight]) -> list[_SampleGroup]:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[WatchedWeight]] = {}
+    for weight in weights:
+        kind = weight.parameter.device, weight.parameter.dtype
+        by_kind.setdefault(kind, []).append(weight)
+    groups = []
+    for (device, dtype), alike in by_kind.items():
+        tensors = [weight.parameter for weight in alike]
+        # An odd step: an even one may see the first column of a matrix and nothing else.
+        steps = [max(tensor.numel() // SAMPLES, 1) | 1 for tensor in tensors]
+        lengths = [-(-t.numel() // step) for t, step in zip(tensors, steps, strict=True)]
+        plain = all(tensor.is_contiguous() and tensor.numel() for tensor in tensors)
+        launched = plain and dtype.itemsize in (2, 4) and usable(device)
+        sampler = sample_launch(tensors, steps) if launched else None
+        groups.append(_SampleGroup(alike, steps, lengths, sampler))
+    return groups
+
+
+def _same(now: Tensor, then: Tensor | None) -> bool:
+    return then is not None and now.dtype == then.dtype and torch.equal(now, then)

@@ -17,9 +17,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .part import Part, Term, can_merge
+from .part import MergePart, MergeTerm, can_merge
 
-__all__ = ["Launch", "Part", "Term", "can_merge", "laid_out", "sampler", "usable"]
+__all__ = [
+    "Launch",
+    "MergePart",
+    "MergeTerm",
+    "can_merge",
+    "merge_launch",
+    "sample_launch",
+    "usable",
+]
 
 
 class Launch(Protocol):
@@ -35,19 +43,19 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and _tried(device)
 
 
-def laid_out(parts: Sequence[Part]) -> Launch:
+def merge_launch(parts: Sequence[MergePart]) -> Launch:
     """Lay out ``weight ← round_once(pristine + Σ scale · left @ right)`` of many weights for one launch a kind of part.
 
     Args:
         parts: of devices for which `usable` is true; `can_merge` says yes to each.
     """
-    launch: Launch = importlib.import_module(f"{__name__}.merge").laid_out(parts)
+    launch: Launch = importlib.import_module(f"{__name__}.merge").lay_out_parts(parts)
     return launch
 
 
-def sampler(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
+def sample_launch(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
     """Lay out a sample of some tensors, the bits of a number every few numbers; calling it takes it in one launch."""
-    made: Callable[[], Tensor] = importlib.import_module(f"{__name__}.sample").sampler(
+    made: Callable[[], Tensor] = importlib.import_module(f"{__name__}.sample").lay_out_samples(
         tensors, steps
     )
     return made

@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..upload import uploaded
-from .part import Part, Term, on
+from .part import MergePart, MergeTerm, on
 
-__all__ = ["Launch", "is_right_on", "laid_out", "merged_plainly"]
+__all__ = ["MergeLaunch", "is_right_on", "lay_out_parts", "merged_plainly"]
 
 COLUMNS, RANKS = 128, 16
 ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
@@ -200,7 +200,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, eq=False)
-class Launch:
+class MergeLaunch:
     """Parts laid out for the kernel: a table on the device, for each kind of part.
 
     It holds addresses, and none of the memory that they lead to: the caller makes sure that the
@@ -215,20 +215,22 @@ class Launch:
             call()
 
 
-def laid_out(parts: Sequence[Part], *, interpreted: bool = False) -> Launch:
+def lay_out_parts(parts: Sequence[MergePart], *, interpreted: bool = False) -> MergeLaunch:
     """Lay parts out: one launch for all that lie alike on one device.
 
     Args:
         parts: `can_merge` says yes to each; their pristine values are on their weights' devices.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
-    alike: dict[tuple[Any, ...], list[Part]] = {}
+    alike: dict[tuple[Any, ...], list[MergePart]] = {}
     for part in parts:
         alike.setdefault(_kind(part), []).append(part)
-    return Launch(tuple(_call(kind, group, interpreted) for kind, group in alike.items()))
+    return MergeLaunch(tuple(_call(kind, group, interpreted) for kind, group in alike.items()))
 
 
-def _call(kind: tuple[Any, ...], parts: Sequence[Part], interpreted: bool) -> Callable[[], object]:
+def _call(
+    kind: tuple[Any, ...], parts: Sequence[MergePart], interpreted: bool
+) -> Callable[[], object]:
     device, weight, factor, turned, weights_aligned, factors_aligned, slots = kind
     table, scales, programs = _table(parts, device)
     count, exact = len(parts), weight == torch.float32 or interpreted
@@ -261,7 +263,7 @@ def _call(kind: tuple[Any, ...], parts: Sequence[Part], interpreted: bool) -> Ca
     return call
 
 
-def merged_plainly(part: Part) -> Tensor:
+def merged_plainly(part: MergePart) -> Tensor:
     """Compute with stock operations what a launch writes: the sum in fp32, rounded once; (batch, rows, cols)."""
     total = part.pristine.to(part.weight.device).float()
     for term in part.terms:
@@ -278,13 +280,15 @@ def is_right_on(device: torch.device) -> bool:
     )
     exact = (base.double() + left.double() @ right.double()).to(torch.bfloat16)
     weight = base.to(device)
-    laid_out([Part(weight, weight, [Term(left.to(device), right.to(device), 1.0)])]).run()
+    lay_out_parts(
+        [MergePart(weight, weight, [MergeTerm(left.to(device), right.to(device), 1.0)])]
+    ).run()
     wrong = int((weight.cpu() != exact).sum())
     return wrong <= exact.numel() // 1000
 
 
 # ---------------------------------------------------------------------- the table
-def _kind(part: Part) -> tuple[Any, ...]:
+def _kind(part: MergePart) -> tuple[Any, ...]:
     """Parts of one kind share a launch."""
     weight, pristine = part.weight, part.pristine
     factor = part.terms[0].left.dtype
@@ -302,7 +306,7 @@ def _is_aligned(factor: Tensor, turned: bool) -> bool:
     return factor.data_ptr() % 16 == 0 and stride % 8 == 0 and (len(factor) == 1 or batch % 16 == 0)
 
 
-def _table(parts: Sequence[Part], device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Tensor, int]:
     """The kernel's table and scales on the device, and how many programs there are."""
     starts: list[int] = []
     fields: list[int] = []

@@ -1,4 +1,4 @@
-"""Part: one weight of a merged switch, as a kernel sees it."""
+"""MergePart: one weight of a merged switch, as a kernel sees it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "Term", "can_merge", "on"]
+__all__ = ["MergePart", "MergeTerm", "can_merge", "on"]
 
 DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 
@@ -22,7 +22,7 @@ RATIO = 2.0**40
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class MergeTerm:
     """scale · left @ right; left (batch, rows, r), right (batch, r, cols), views of the factors."""
 
     left: Tensor
@@ -31,7 +31,7 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MergePart:
     """``weight ← round_once(pristine + Σ terms)``.
 
     Args:
@@ -42,7 +42,7 @@ class Part:
 
     weight: Tensor
     pristine: Tensor
-    terms: Sequence[Term]
+    terms: Sequence[MergeTerm]
 
     @property
     def turned(self) -> bool:
@@ -50,7 +50,7 @@ class Part:
         return _is_turned(self.terms)
 
     @staticmethod
-    def of(weight: Tensor, pristine: Tensor, terms: Sequence[Term]) -> Part:
+    def of(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> MergePart:
         """A part of any terms: copies are made of factors that are not like the others.
 
         Where dtypes differ all become fp32, which holds each of them exactly.
@@ -59,13 +59,13 @@ class Part:
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         turned = _is_turned(terms)
         alike = [
-            Term(_laid(t.left, dtype, turned), _laid(t.right, dtype, turned), t.scale)
+            MergeTerm(_laid(t.left, dtype, turned), _laid(t.right, dtype, turned), t.scale)
             for t in terms
         ]
-        return Part(weight, pristine, alike)
+        return MergePart(weight, pristine, alike)
 
 
-def _is_turned(terms: Sequence[Term]) -> bool:
+def _is_turned(terms: Sequence[MergeTerm]) -> bool:
     return terms[0].left.stride(-1) != 1 or terms[0].right.stride(-1) != 1
 
 
@@ -83,7 +83,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def can_merge(weight: Tensor, pristine: Tensor, terms: Sequence[Term]) -> bool:
+def can_merge(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> bool:
     """Whether a kernel covers such a part; asked of values, shapes and dtypes, so that history does not decide."""
     _, rows, cols = weight.shape
     if weight.dtype not in DTYPES or not weight.is_contiguous() or not pristine.is_contiguous():

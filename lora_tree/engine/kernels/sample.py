@@ -17,7 +17,7 @@ from torch import Tensor
 from ..upload import uploaded
 from .part import on
 
-__all__ = ["sampler"]
+__all__ = ["lay_out_samples"]
 
 INTEGERS = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
 """By a number's size in bytes: how its bits are read."""
@@ -35,7 +35,7 @@ def _kernel(table, out, NUMBER: tl.constexpr, MOST: tl.constexpr):  # type: igno
     tl.store(out + tl.load(fields + 3) + i, numbers, mask=mine)
 
 
-def sampler(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
+def lay_out_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
     """Lay out a sample of some tensors; calling it takes it, as long as they lie where they lie now.
 
     Args:

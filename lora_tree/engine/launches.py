@@ -19,17 +19,17 @@ from torch import Tensor
 
 from ..lowrank import LowRank
 from ..sites import Site
-from .kernels import Launch, Part, Term, can_merge
+from .kernels import Launch, MergePart, MergeTerm, can_merge
 from .plan import Plan
 
-__all__ = ["Known", "Launches", "part_of"]
+__all__ = ["KeptLaunch", "Launches", "part_of"]
 
 KEPT = 4
 """Launches of one plan: which of its sites a switch changes depends on the path before."""
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class KeptLaunch:
     """A launch, and where its weights are: site → address."""
 
     launch: Launch
@@ -40,11 +40,11 @@ class Launches:
     """The launches of the last switches."""
 
     def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[Plan, dict[tuple[str, ...], Known]]
+        self._of: weakref.WeakKeyDictionary[Plan, dict[tuple[str, ...], KeptLaunch]]
         self._of = weakref.WeakKeyDictionary()
         self._number = 0
 
-    def find(self, plan: Plan, sites: Sequence[Site], number: int) -> Known | None:
+    def find(self, plan: Plan, sites: Sequence[Site], number: int) -> KeptLaunch | None:
         """The launch that writes ``plan`` to some of its sites, where everything is where it was.
 
         Args:
@@ -64,7 +64,7 @@ class Launches:
                 return None
         return known
 
-    def keep(self, plan: Plan, sites: Sequence[Site], known: Known) -> None:
+    def keep(self, plan: Plan, sites: Sequence[Site], known: KeptLaunch) -> None:
         """Remember what `find` shall find."""
         kept = self._of.setdefault(plan, {})
         while len(kept) >= KEPT:
@@ -78,7 +78,7 @@ class Launches:
 
 def part_of(
     site: Site, target: Tensor, source: Tensor, terms: Sequence[tuple[LowRank, float]]
-) -> tuple[Part, bool] | None:
+) -> tuple[MergePart, bool] | None:
     """A site's weight as kernels take it, and whether its factors lie in memory of their own; None: they can't.
 
     Args:
@@ -91,17 +91,17 @@ def part_of(
     rows = site.rows(target)
     if rows.data_ptr() != target.data_ptr():
         return None  # not laid out row by row
-    found: list[Term] = []
+    found: list[MergeTerm] = []
     own = False
     for value, coefficient in terms:
         here = value.to(device=target.device)
         own = own or here is not value
         left, right = site.sides_of(here)
-        found.append(Term(left, right, value.scale * coefficient))
+        found.append(MergeTerm(left, right, value.scale * coefficient))
     pristine = rows if source.device != target.device else site.rows(source)
     if not can_merge(rows, pristine, found):
         return None
-    part = Part.of(rows, pristine, found)
+    part = MergePart.of(rows, pristine, found)
     copied = any(
         a.left is not b.left or a.right is not b.right
         for a, b in zip(found, part.terms, strict=True)

@@ -26,12 +26,12 @@ from ..errors import BaseMismatch, SpecError
 from ..sites import Site
 from .probe import grown, is_square
 
-__all__ = ["DECLARE", "Known", "RowAxis", "in_a_list_of_lists"]
+__all__ = ["DECLARE", "BatchAxis", "SeenSites", "in_a_list_of_lists"]
 
 DECLARE = "rows that are repeated in place are declared by repeat=, whole batches that are stacked by tile="
 
 
-class Known:
+class SeenSites:
     """What is known of a base's sites, kept from batch to batch."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Known:
         )  # with shapes alone, whatever came of it
 
 
-class RowAxis:
+class BatchAxis:
     """How the rows of one batch lie in what the base and its sites are given.
 
     Args:
@@ -56,7 +56,7 @@ class RowAxis:
     """
 
     def __init__(
-        self, rows: int, *, repeat: int, tile: int, batch_first: bool, known: Known
+        self, rows: int, *, repeat: int, tile: int, batch_first: bool, known: SeenSites
     ) -> None:
         for name, factor in (("repeat", repeat), ("tile", tile)):
             if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:

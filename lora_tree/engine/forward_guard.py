@@ -21,22 +21,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import StateError
 from ..sites import Site
-from .axis import RowAxis
+from .batch_axis import BatchAxis
 from .unpromised import any_saved_tensor_hook
 
-__all__ = ["Entry"]
+__all__ = ["ForwardGuard"]
 
 _NOTE = "_lora_tree_filled_by"
 _CHECKPOINT = "torch.utils.checkpoint"
 
 
-class Entry:
+class ForwardGuard:
     """The watch at the base's own forward."""
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._handles: list[RemovableHandle] = []
-        self._axis: RowAxis | None = None
+        self._axis: BatchAxis | None = None
         self._mixed: Sequence[Site] = ()
         self._admitted = False
         self._recording = False
@@ -44,7 +44,7 @@ class Entry:
         self.number: int | None = None
 
     def watch(
-        self, mark: int | None, axis: RowAxis | None = None, mixed: Sequence[Site] = ()
+        self, mark: int | None, axis: BatchAxis | None = None, mixed: Sequence[Site] = ()
     ) -> None:
         """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch.
 
