@@ -32,7 +32,7 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.demo.bytelevel import TARGETS, new_base
 from lora_tree.demo.corpus import Domain, find_corpus
-from lora_tree.demo.learning import bits_per_byte, spread, stream, train_base, train_tree
+from lora_tree.demo.learning import as_one_row, bits_per_byte, spread, train_base, train_tree
 
 __all__ = [
     "FULL",
@@ -139,7 +139,8 @@ def compare(
     base = _base(size)
     say("base trained")
     held_out = {
-        d.path: spread(stream(d.held_out), windows=size.windows, length=size.length) for d in leaves
+        d.path: spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
+        for d in leaves
     }
     bare = [bits_per_byte(base, rows) for rows in held_out.values()]
     outcomes = [Outcome("", "", System("bare", 0, 0, 0), 0.0, 0, [mean(bare)], [bare])]
@@ -156,7 +157,7 @@ def compare(
                 for seed in range(1, size.seeds + 1):
                     tree = tree_of(system, [leaf.path for leaf in leaves])
                     streams = {
-                        leaf.path: stream(_some(leaf.train, DATA[data], i))
+                        leaf.path: as_one_row(_some(leaf.train, DATA[data], i))
                         for i, leaf in enumerate(leaves)
                     }
                     bits = _run(base, tree, streams, held_out, rate, seed, size)
@@ -217,7 +218,7 @@ def _base(size: Size) -> Any:
     torch.manual_seed(0)
     corpus, _ = find_corpus()
     base = new_base(hidden=size.hidden, layers=size.layers, window=size.length)
-    tokens = stream(corpus.train)
+    tokens = as_one_row(corpus.train)
     train_base(
         base,
         tokens,
@@ -269,7 +270,7 @@ def _rate(base: Any, system: System, leaves: Sequence[Domain], size: Size) -> fl
         return size.rates[0]
     streams, kept = {}, {}
     for leaf in leaves:
-        tokens = stream(leaf.train)
+        tokens = as_one_row(leaf.train)
         cut = len(tokens) * 9 // 10
         streams[leaf.path] = tokens[:cut]
         kept[leaf.path] = spread(tokens[cut:], windows=size.windows // 2, length=size.length)

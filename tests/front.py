@@ -22,7 +22,7 @@ import pytest
 
 from lora_tree.integrations import vllm_front
 from lora_tree.integrations.vllm import _Resolver
-from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO, Settings
+from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO, PluginSettings
 
 
 @dataclass
@@ -127,7 +127,7 @@ def front_end(zoo: Path, cache: Path, **more: str) -> Iterator[Models]:
         patched.setattr(
             vllm_front, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest)
         )
-        models = Models(_Resolver(Settings.of(environment)))
+        models = Models(_Resolver(PluginSettings.of(environment)))
         thread = threading.Thread(target=models.loop.run_forever, daemon=True)
         thread.start()
         try:

@@ -769,7 +769,7 @@ def test_a_failing_file_operation_is_a_message(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "lock_folder", full)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", full)
     code, _, err = shell("lock", "zoo")
     assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
 
@@ -780,7 +780,7 @@ def test_an_error_that_nobody_foresaw_is_a_message_too(
     def odd(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "lock_folder", odd)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", odd)
     monkeypatch.delenv("LORA_TREE_TRACEBACK", raising=False)
     assert shell("lock", "zoo") == (
         1,
@@ -813,7 +813,7 @@ def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "lock_folder", interrupted)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", interrupted)
     code, out, err = shell("lock", "zoo")
     assert (code, out, err) == (130, "", "")
 

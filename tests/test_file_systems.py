@@ -34,7 +34,7 @@ from lora_tree.errors import LoraTreeError
 from lora_tree.folder import survey
 from lora_tree.folder.commit import writing
 from lora_tree.integrations.checkpoint import appearing, load_factors, put_back, save_factors
-from lora_tree.integrations.flatcache import FlatCache, Form
+from lora_tree.integrations.flatcache import FlatCache, FlatForm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no flock:RuntimeWarning"),
@@ -113,7 +113,7 @@ def _flat(folder: Path, base: Path) -> torch.Tensor | None:
 
 
 def _serve(folder: Path, base: Path) -> None:
-    kept = FlatCache(folder / "cache", budget_bytes=1 << 30, form=Form(8))
+    kept = FlatCache(folder / "cache", budget_bytes=1 << 30, form=FlatForm(8))
     try:
         kept.get(*survey(folder / "zoo"), "fr/legal")
     finally:
@@ -491,8 +491,8 @@ def test_without_flock_what_another_process_serves_stays_until_it_is_killed(
     _zoo(tmp_path)
     body = """
 from lora_tree.folder import survey
-from lora_tree.integrations.flatcache import FlatCache, Form
-kept = FlatCache(folder + "/cache", budget_bytes=1 << 30, form=Form(8))
+from lora_tree.integrations.flatcache import FlatCache, FlatForm
+kept = FlatCache(folder + "/cache", budget_bytes=1 << 30, form=FlatForm(8))
 print(kept.get(*survey(folder + "/zoo"), "fr").content, flush=True)
 time.sleep(600)
 """
@@ -500,7 +500,7 @@ time.sleep(600)
     assert server.stdout is not None
     content = server.stdout.readline().strip()
     refused(monkeypatch)
-    other = FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=Form(8))
+    other = FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=FlatForm(8))
     try:
         assert content in other._disk.in_use_elsewhere()
         server.kill()

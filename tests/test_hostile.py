@@ -48,9 +48,9 @@ from lora_tree.folder import commit, disk, lockfile, opening, source, survey, ya
 from lora_tree.formats import limits, strict_json
 from lora_tree.formats.safetensors import _ordinary, parse_header
 from lora_tree.integrations import flatcache, vllm
-from lora_tree.integrations.vllm_settings import Settings, server_args
+from lora_tree.integrations.vllm_settings import PluginSettings, server_args
 from lora_tree.runs import promote
-from lora_tree.runs.evaluation import Matrix
+from lora_tree.runs.evaluation import LossMatrix
 from lora_tree.system import memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -146,7 +146,7 @@ def test_only_paths_on_the_list_are_served_alone_or_in_a_blend(
         assert None not in front.answers("fr/legal", "fr/medical", "de", "fr/legal:0.5+de:0.5")
         assert front.answers("fr", "fr/legal+fr:-1", "fr/legal/../..", "gpt-4") == [None] * 4
     with pytest.raises(SpecError, match=r"LORA_TREE_VLLM_ALLOW: the list of paths .* is empty"):
-        Settings.of(
+        PluginSettings.of(
             {"LORA_TREE_VLLM_ZOO": "z", "LORA_TREE_VLLM_CACHE": "c", "LORA_TREE_VLLM_ALLOW": ""}
         )
 
@@ -627,7 +627,7 @@ def test_json_holds_hostile_names_whole_and_shows_none_of_them(
 
 def test_a_picture_with_hostile_names_is_well_formed(tmp_path: Path) -> None:
     name = f"</text><script>{HOSTILE}"
-    picture = Matrix(("", name), (name,), ((2.0,), (1.0,)), (10,)).picture()
+    picture = LossMatrix(("", name), (name,), ((2.0,), (1.0,)), (10,)).picture()
     assert _obeyed(picture) == set()
     texts = [element.text or "" for element in ElementTree.fromstring(picture).iter()]
     assert any(text.startswith("</text><script>\\x1b]52") for text in texts)
@@ -742,7 +742,7 @@ def test_lock_files_in_a_cache_are_opened_without_following_links(tmp_path: Path
     (tmp_path / "cache/.locks").mkdir(parents=True)
     (tmp_path / "cache/.locks/budget").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FolderError, match=r"\.locks/budget: can't lock it"):
-        flatcache.FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=flatcache.Form(8))
+        flatcache.FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=flatcache.FlatForm(8))
     assert not (tmp_path / "elsewhere").exists()
 
 

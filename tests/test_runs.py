@@ -28,7 +28,7 @@ from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError
 from lora_tree.integrations.checkpoint import appearing, put_back, retire
-from lora_tree.runs import Matrix, Run, Settings, evaluate, promote, read_rows
+from lora_tree.runs import LossMatrix, Run, Settings, evaluate, promote, read_rows
 
 END = 256
 CHAT = (
@@ -963,7 +963,7 @@ def test_a_node_whose_losses_are_not_finite_is_told_and_drawn_all_the_same(
 
 def test_a_loss_that_is_not_finite_has_one_shade_and_leaves_the_others_theirs() -> None:
     def cells(*losses: float) -> list[tuple[str | None, str | None]]:
-        matrix = Matrix(
+        matrix = LossMatrix(
             tuple("abcd"[: len(losses)]), ("x",), tuple((loss,) for loss in losses), (1,)
         )
         svg = "{http://www.w3.org/2000/svg}"

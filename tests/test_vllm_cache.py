@@ -29,10 +29,10 @@ from lora_tree.errors import FolderError, FormatError, PathError
 from lora_tree.folder import Problem, survey
 from lora_tree.integrations import flatcache, vllm
 from lora_tree.integrations.client_names import NameRules
-from lora_tree.integrations.flatcache import FlatCache, Form, NoRoom
+from lora_tree.integrations.flatcache import FlatCache, FlatForm, NoRoom
 from lora_tree.integrations.surveyed import Surveyed
 from lora_tree.integrations.vllm import register, server_args
-from lora_tree.integrations.vllm_settings import Settings
+from lora_tree.integrations.vllm_settings import PluginSettings
 
 ROOM = (1 << 20) + 4096  # what one small adapter is counted as while room is made
 
@@ -54,7 +54,7 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def cache(at: Path, **more: object) -> FlatCache:
-    return FlatCache(at / "cache", **{"budget_bytes": 1 << 30, "form": Form(8), **more})  # type: ignore[arg-type]
+    return FlatCache(at / "cache", **{"budget_bytes": 1 << 30, "form": FlatForm(8), **more})  # type: ignore[arg-type]
 
 
 def content(kept: FlatCache, zoo: Path, path: str) -> str:
@@ -102,26 +102,26 @@ def test_content_follows_what_a_path_is_and_nothing_else(zoo: Path, tmp_path: Pa
     tree.update("de", weight=0.5)
     tree.save(zoo)
     assert content(kept, zoo, "de") != after["de"]
-    assert content(cache(tmp_path, form=Form(16)), zoo, "fr") != after["fr"]
+    assert content(cache(tmp_path, form=FlatForm(16)), zoo, "fr") != after["fr"]
 
 
 def test_a_rank_over_the_engine_s_is_recompressed(zoo: Path, tmp_path: Path) -> None:
-    found = cache(tmp_path, form=Form(3)).get(*survey(zoo), "fr/legal")
+    found = cache(tmp_path, form=FlatForm(3)).get(*survey(zoo), "fr/legal")
     assert lt.Adapter.load(found.folder).ranks == {"up": 3}
     assert found.error is not None
     assert found.error > 0.01
     with pytest.raises(lt.errors.SpecError, match="needs rank 4"):
-        cache(tmp_path, form=Form(3, max_error=1e-6)).get(*survey(zoo), "fr/medical")
+        cache(tmp_path, form=FlatForm(3, max_error=1e-6)).get(*survey(zoo), "fr/medical")
 
 
 def test_what_a_form_refuses_is_refused_whatever_is_there_already(
     zoo: Path, tmp_path: Path
 ) -> None:
-    found = cache(tmp_path, form=Form(1)).get(*survey(zoo), "fr")
+    found = cache(tmp_path, form=FlatForm(1)).get(*survey(zoo), "fr")
     assert found.error is not None
     assert found.error > 0.01
     with pytest.raises(lt.errors.SpecError, match="needs rank 2"):
-        cache(tmp_path, form=Form(1, max_error=0.01)).get(*survey(zoo), "fr")
+        cache(tmp_path, form=FlatForm(1, max_error=0.01)).get(*survey(zoo), "fr")
     assert there(tmp_path) == {found.folder.name}
 
 
@@ -222,7 +222,7 @@ def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
-    kept = cache(tmp_path, form=Form(4), budget_bytes=(1 << 20) + 500)
+    kept = cache(tmp_path, form=FlatForm(4), budget_bytes=(1 << 20) + 500)
     assert not kept._disk.in_use_elsewhere()
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
     kept.get(*survey(zoo), "fr")
@@ -296,8 +296,8 @@ def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> 
 MANY = """
 import sys, pathlib
 from lora_tree.folder import survey
-from lora_tree.integrations.flatcache import FlatCache, Form
-kept = FlatCache(sys.argv[2], budget_bytes=1 << 30, form=Form(8))
+from lora_tree.integrations.flatcache import FlatCache, FlatForm
+kept = FlatCache(sys.argv[2], budget_bytes=1 << 30, form=FlatForm(8))
 for path in ("fr", "fr/legal", "fr/medical", "de"):
     print(kept.get(*survey(sys.argv[1]), path).folder)
 """
@@ -353,7 +353,7 @@ def test_processes_share_a_cache_with_and_without_flock(
         try:
             assert other.stdout is not None
             theirs = {Path(other.stdout.readline().strip()) for _ in range(4)}
-            kept = cache(tmp_path, form=Form(4), budget_bytes=(1 << 20) + 500)  # room for one
+            kept = cache(tmp_path, form=FlatForm(4), budget_bytes=(1 << 20) + 500)  # room for one
             with pytest.raises(NoRoom, match="4 adapters that are in use"):
                 kept.get(*survey(zoo), "fr")  # in another form
             assert all(folder.is_dir() for folder in theirs)
@@ -494,7 +494,7 @@ def test_the_server_s_arguments_name_the_base_and_the_bounds(
         main([*asked, "--blends", "--outside", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert said["base"] == "org/model"
-    settings = Settings.of(said["environment"])
+    settings = PluginSettings.of(said["environment"])
     assert (settings.max_error, settings.outside) == (0.2, True)
     assert settings.names == NameRules(blends=True, allow=("fr/**", "de"))
     with pytest.raises(SystemExit):
@@ -771,8 +771,8 @@ def test_a_path_asked_for_right_after_a_save_is_the_saved_one(
 
 def test_settings_that_make_no_sense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fine = {"LORA_TREE_VLLM_ZOO": "zoo", "LORA_TREE_VLLM_CACHE": "cache"}
-    assert Settings.of(fine).max_error == 0.05
-    assert not Settings.of(fine).names.blends
+    assert PluginSettings.of(fine).max_error == 0.05
+    assert not PluginSettings.of(fine).names.blends
     for name, text in (
         ("CACHE_BYTES", "10GiB"),
         ("MAX_ERROR", "nan"),
@@ -780,9 +780,9 @@ def test_settings_that_make_no_sense_are_named(monkeypatch: pytest.MonkeyPatch) 
         ("ALLOW", "fr/[a-z]"),
     ):
         with pytest.raises(lt.errors.SpecError, match=f"LORA_TREE_VLLM_{name}"):
-            Settings.of(fine | {f"LORA_TREE_VLLM_{name}": text})
+            PluginSettings.of(fine | {f"LORA_TREE_VLLM_{name}": text})
     with pytest.raises(lt.errors.SpecError, match="LORA_TREE_VLLM_CACHE is not"):
-        Settings.of({"LORA_TREE_VLLM_ZOO": "zoo"})
+        PluginSettings.of({"LORA_TREE_VLLM_ZOO": "zoo"})
 
 
 @pytest.mark.parametrize(

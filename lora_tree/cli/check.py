@@ -14,16 +14,15 @@ import typer
 
 from ..export.base import skeleton as skeleton_of
 from ..fit import clashes, misfits
-from ..folder import StaleWarning, load, notes
-from ..folder import check as check_folder
+from ..folder import StaleWarning, check, load, notes
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
 from .console import out, print_json
 
-__all__ = ["check"]
+__all__ = ["list_problems"]
 
 
-def check(
+def list_problems(
     folder: Annotated[
         Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")
     ],
@@ -40,7 +39,7 @@ def check(
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
         named = getattr(skeleton.config, "dtype", None)  # what transformers loads it in
         dtype = named if isinstance(named, torch.dtype) else dtype
-    found = check_folder(folder, dtype=dtype)
+    found = check(folder, dtype=dtype)
     problems = [(problem.node, str(problem.kind), problem.text) for problem in found]
     if all(kind in ("stale", "leftover", "numbers") for _, kind, _ in problems):
         tree = _opened(folder)

@@ -19,12 +19,12 @@ __all__ = ["COMMANDS", "application"]
 
 COMMANDS = {
     "show": "show:show",
-    "check": "check:check",
-    "lock": "lock:lock",
+    "check": "check:list_problems",
+    "lock": "lock:accept_files",
     "export": "export:export",
     "generate": "generate:generate",
     "train": "train:train",
-    "eval": "evaluation:evaluation",
+    "eval": "eval:evaluation",
     "promote": "promote:promotion",
     "vllm-args": "vllm_args:vllm_args",
     "schema": "schema:schema",
@@ -33,7 +33,7 @@ COMMANDS = {
 """Name → ``module:function``, in this package."""
 
 
-class _Group(TyperGroup):
+class _CommandGroup(TyperGroup):
     """The commands. A wrong use of one is told with the command line in it, which may hold names out of a glob."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -51,7 +51,7 @@ class _Group(TyperGroup):
 def application(arguments: Sequence[str]) -> typer.Typer:
     """The application for these arguments: all commands in its help, and the one they name, whole."""
     app = typer.Typer(
-        cls=_Group,
+        cls=_CommandGroup,
         name="lora-tree",
         help="LoRA adapters as a tree over one base model.",
         no_args_is_help=True,

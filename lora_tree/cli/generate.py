@@ -13,8 +13,8 @@ from ..extras import foreign
 from ..folder import load
 from ..model import attach
 from .arguments import Folder, SkipBroken, TrustRemoteCode
-from .base import open_model, open_tokenizer
 from .console import print_text
+from .open_base import open_model, open_tokenizer
 
 __all__ = ["generate"]
 

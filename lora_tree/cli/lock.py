@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from ..errors import listing
-from ..folder import relock as lock_folder
+from ..folder import relock
 from .arguments import AsJson, Folder
 from .console import out, print_json
 
-__all__ = ["lock"]
+__all__ = ["accept_files"]
 
 
-def lock(
+def accept_files(
     folder: Folder,
     accept_stale: Annotated[
         bool,
@@ -25,7 +25,7 @@ def lock(
     as_json: AsJson = False,
 ) -> None:
     """Write tree.lock for the files as they are now; say what it accepts that the old one did not."""
-    found = lock_folder(folder, accept_stale=accept_stale)
+    found = relock(folder, accept_stale=accept_stale)
     if as_json:
         print_json(
             {

@@ -26,7 +26,7 @@ NEVER_WRAPPED = 100_000
 
 
 @dataclass(frozen=True)
-class Row:
+class NodeLine:
     """One node. ``ranks`` are the distinct ones of its modules, sorted."""
 
     path: str
@@ -81,13 +81,13 @@ def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | N
         return tree, problems, refused
 
 
-def _rows(tree: AdapterTree, problems: list[Problem]) -> tuple[list[Row], dict[str, Problem]]:
+def _rows(tree: AdapterTree, problems: list[Problem]) -> tuple[list[NodeLine], dict[str, Problem]]:
     """A row for each node, and for each place that can't be one; and the reasons for the latter."""
     broken: dict[str, Problem] = {}
     for problem in problems:
         if problem.kind not in HARMLESS:
             broken.setdefault(problem.node, problem)
-    rows: list[Row] = []
+    rows: list[NodeLine] = []
     for path in tree.paths():
         if path in broken:
             continue
@@ -97,15 +97,15 @@ def _rows(tree: AdapterTree, problems: list[Problem]) -> tuple[list[Row], dict[s
             broken[path] = Problem(path, "adapter", str(error))
     for path in broken:
         weight = tree[path].weight if path in tree else 1.0
-        rows.append(Row(path, "broken", weight, 0, [], 0, 0, None))
+        rows.append(NodeLine(path, "broken", weight, 0, [], 0, 0, None))
     rows.sort(key=lambda row: row.path.split("/"))
     return rows, broken
 
 
-def _row(tree: AdapterTree, path: str) -> Row:
+def _row(tree: AdapterTree, path: str) -> NodeLine:
     node, adapter = tree[path], tree.outline(path)
     if adapter is None:
-        return Row(
+        return NodeLine(
             path,
             "fresh" if node.fresh is not None else "group",
             node.weight,
@@ -116,12 +116,14 @@ def _row(tree: AdapterTree, path: str) -> Row:
             node.stale,
         )
     ranks = sorted(set(adapter.ranks.values()))
-    return Row(
+    return NodeLine(
         path, "adapter", node.weight, len(adapter), ranks, adapter.numel, adapter.nbytes, node.stale
     )
 
 
-def _table(tree: AdapterTree, rows: list[Row], broken: dict[str, Problem], title: str) -> Table:
+def _table(
+    tree: AdapterTree, rows: list[NodeLine], broken: dict[str, Problem], title: str
+) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column(Text(printable(title), "bold"), no_wrap=True)
     for heading in ("weight", "r", "modules", "parameters", "bytes"):
@@ -149,7 +151,7 @@ def _table(tree: AdapterTree, rows: list[Row], broken: dict[str, Problem], title
     return table
 
 
-def _remark(row: Row, problem: Problem | None) -> Text:
+def _remark(row: NodeLine, problem: Problem | None) -> Text:
     if problem is not None:
         return Text(printable(f"{problem.kind}: {problem.text}", keep="\n"), "red")
     if row.stale:

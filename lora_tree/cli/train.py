@@ -18,12 +18,12 @@ from ..folder import load
 from ..folder.opening import YAML
 from ..model import attach
 from ..runs import Run, Settings
-from ..runs.evaluation import BARE
+from ..training.diverged import BASE_LABEL
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, TrustRemoteCode
-from .base import open_model, open_tokenizer
 from .console import err, out, print_json
+from .open_base import open_model, open_tokenizer
+from .open_rows import open_rows
 from .progress import steps_done
-from .rows import open_rows
 
 __all__ = ["train"]
 
@@ -105,7 +105,7 @@ def train(
     resumed = running.done
     with steps_done("training", steps, running.done) as bar, _interrupts() as interrupted:
         for step in running.steps(save_every=save_every or None):
-            bar(" ".join(f"{path or BARE} {loss:.3f}" for path, loss in step.losses.items()))
+            bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
             if interrupted() and step.number < steps:
                 kept = running.save()
                 err().print(

@@ -27,8 +27,8 @@ from ..model import TreeModel, attach
 from ..tree import AdapterTree
 from .bytelevel import TARGETS, new_base, open_base, save_base
 from .corpus import Domain, find_corpus
-from .learning import bits_per_byte, spread, stream, train_base, train_tree
-from .report import BARE, Report
+from .learning import as_one_row, bits_per_byte, spread, train_base, train_tree
+from .report import BASE_ROW, Report
 from .staging import staged
 
 __all__ = ["FULL", "QUICK", "Report", "Size", "run"]
@@ -85,7 +85,7 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             tree = load(zoo)
             attached = attach(tree, model)
         held_out = {
-            d.path: spread(stream(d.held_out), windows=size.windows, length=size.length)
+            d.path: spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
             for d in (corpus, *leaves)
         }
         with clock("measuring"):
@@ -117,7 +117,7 @@ def _train_base(model: Any, corpus: Domain, size: Size, seed: int, bar: Progress
     with _task(bar, f"base ({count / 1e6:.1f} M parameters)", size.base_steps) as tick:
         train_base(
             model,
-            stream(corpus.train),
+            as_one_row(corpus.train),
             steps=size.base_steps,
             batch=size.batch,
             length=size.length,
@@ -140,7 +140,7 @@ def _train_tree(
             tree.add(group)
         tree.add(leaf.path)
     attached = attach(tree, model)
-    streams = {leaf.path: (leaf.path, stream(leaf.train)) for leaf in leaves}
+    streams = {leaf.path: (leaf.path, as_one_row(leaf.train)) for leaf in leaves}
     with _task(bar, f"{len(tree)} nodes at once", size.tree_steps) as tick:
         train_tree(
             attached,
@@ -166,7 +166,7 @@ def _bits(
     with _task(bar, "held-out bits per byte", len(paths)) as tick:
         for path in paths:
             with attached.using(path):
-                bits[path or BARE] = tuple(
+                bits[path or BASE_ROW] = tuple(
                     bits_per_byte(model, windows) for windows in held_out.values()
                 )
             tick()

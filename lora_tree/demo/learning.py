@@ -17,10 +17,10 @@ from ..model import TreeModel
 from ..training.losses import path_loss
 from .bytelevel import END
 
-__all__ = ["bits_per_byte", "spread", "stream", "train_base", "train_tree"]
+__all__ = ["as_one_row", "bits_per_byte", "spread", "train_base", "train_tree"]
 
 
-def stream(documents: Sequence[bytes]) -> Tensor:
+def as_one_row(documents: Sequence[bytes]) -> Tensor:
     """All documents in one row of tokens, END after each. (tokens,)"""
     parts = [torch.frombuffer(bytearray(d), dtype=torch.uint8).long() for d in documents]
     end = torch.tensor([END])

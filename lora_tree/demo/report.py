@@ -10,9 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["BARE", "Report"]
+__all__ = ["BASE_ROW", "Report"]
 
-BARE = "base"
+BASE_ROW = "base"
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Report:
             table.add_column(domain.rpartition("/")[2], justify="right", no_wrap=True)
         best = [min(column) for column in zip(*self.bits.values(), strict=True)]
         for path, row in self.bits.items():
-            name = path if path == BARE else "  " * path.count("/") + path
+            name = path if path == BASE_ROW else "  " * path.count("/") + path
             cells = [
                 Text(f"{b:.2f}", "bold" if b == low else "")
                 for b, low in zip(row, best, strict=True)
             ]
-            table.add_row(name, *cells, end_section=path == BARE)
+            table.add_row(name, *cells, end_section=path == BASE_ROW)
         return table

@@ -41,7 +41,7 @@ from ..storage import as_path
 from ..tree import AdapterTree
 from .shared_folder import SharedFolder
 
-__all__ = ["FlatCache", "Flattened", "Form", "NoRoom", "name_of"]
+__all__ = ["FlatCache", "FlatForm", "Flattened", "NoRoom", "name_of"]
 
 V = TypeVar("V")
 
@@ -60,7 +60,7 @@ class NoRoom(FolderError):
 
 
 @dataclass(frozen=True)
-class Form:
+class FlatForm:
     """How paths are flattened.
 
     Args:
@@ -127,7 +127,7 @@ class FlatCache:
         folder: str | os.PathLike[str],
         *,
         budget_bytes: int,
-        form: Form,
+        form: FlatForm,
         grace_s: float = 60.0,
         let_go: Callable[[str], bool] | None = None,
         is_read: Callable[[str], bool] | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import SpecError, StateError, listing
 from ..model import TreeModel
 
-__all__ = ["check_asked", "checked_model", "refuse", "whole_groups"]
+__all__ = ["check_asked", "checked_model", "refuse_arguments", "whole_groups"]
 
 
 def checked_model(model: Any) -> TreeModel:
@@ -39,7 +39,7 @@ def whole_groups(
     return list(groups)
 
 
-def refuse(args: Any, trainer: Mapping[str, Any]) -> None:
+def refuse_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
     """What would be taken, and not hold node by node."""
     wrong = [name for name in ("model_init", "compute_loss_func") if trainer.get(name) is not None]
     wrong += [

@@ -32,14 +32,14 @@ from ..blend import spelled
 from ..errors import DivergedError, MissingExtra, SpecError, listing
 from ..extras import need
 from ..model import TreeModel
-from ..training.diverged import Start, check_finite_step
+from ..training.diverged import BASE_LABEL, Start, check_finite_step
 from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
 from ..training.together import joined
 from .checkpoint import appearing, load_factors, put_back, retire, save_factors
-from .given import check_asked, checked_model, refuse, whole_groups
-from .rows import PathCollator, PathTotals, paths_of
+from .given import check_asked, checked_model, refuse_arguments, whole_groups
+from .row_paths import PathCollator, PathTotals, paths_of
 
 for _needed in ("transformers", "accelerate"):
     need(_needed, extra="train", what="TreeTrainer")
@@ -54,9 +54,6 @@ if not hasattr(
     raise MissingExtra("TreeTrainer needs transformers 5", "pip install 'lora_tree[train]'")
 
 __all__ = ["TreeTrainer"]
-
-BARE = "(base)"
-"""What logs call the rows of the bare base; no node can have that name."""
 
 
 class TreeTrainer(Trainer):  # type: ignore[misc]
@@ -104,7 +101,7 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         for path in path_weights or ():
             self.tree_model.tree.coefficients(path)
         self.path_weights = {spelled(path): weight for path, weight in (path_weights or {}).items()}
-        refuse(args, trainer)
+        refuse_arguments(args, trainer)
         check_asked(self.tree_model, args)
         if (
             self.tree_model.factors.sharded
@@ -317,7 +314,7 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
                 self.path_weights.get(path, 1.0) * mean for path, mean in means.items()
             )
             out.metrics.update(
-                {f"{prefix}_loss/{path or BARE}": mean for path, mean in means.items()}
+                {f"{prefix}_loss/{path or BASE_LABEL}": mean for path, mean in means.items()}
             )
         return out
 
@@ -341,7 +338,7 @@ class TreeTrainer(Trainer):  # type: ignore[misc]
         if ranks() > 1:
             dist.all_reduce(sums)
         means = {
-            f"loss/{path or BARE}": s / self._steps[path]
+            f"loss/{path or BASE_LABEL}": s / self._steps[path]
             for path, s in zip(paths, sums.tolist(), strict=True)
         }
         self._learnt.clear()

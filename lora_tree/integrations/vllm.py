@@ -32,10 +32,10 @@ from ..extras import need
 from ..folder import Problem, survey
 from ..tree import AdapterTree
 from .client_names import Asked, shown
-from .flatcache import ROUNDING, FlatCache, Flattened, Form, NoRoom
+from .flatcache import ROUNDING, FlatCache, FlatForm, Flattened, NoRoom
 from .surveyed import Surveyed, View
 from .vllm_front import Front, asking, request_of
-from .vllm_settings import ZOO, ServerArgs, Settings, server_args
+from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
 
 __all__ = ["ServerArgs", "register", "server_args"]
 
@@ -66,7 +66,7 @@ def register() -> None:
     if RESOLVER in resolver.LoRAResolverRegistry.get_supported_resolvers():
         return
     try:
-        made = _Resolver(Settings.of(os.environ))
+        made = _Resolver(PluginSettings.of(os.environ))
     except LoraTreeError as error:
         log.error("lora_tree: no path will be served: %s", _reason(error))
         return
@@ -83,7 +83,7 @@ def register() -> None:
 class _Resolver:
     """One process's part: it answers vLLM, and keeps what vLLM has up to date."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: PluginSettings) -> None:
         self._settings = settings
         self._names = settings.names
         self._seen = Surveyed(self._survey, every_s=settings.poll_s)
@@ -201,7 +201,7 @@ class _Resolver:
                 self._cache = FlatCache(
                     settings.cache,
                     budget_bytes=settings.cache_bytes,
-                    form=Form(settings.max_rank, settings.max_error, _base_folder(base)),
+                    form=FlatForm(settings.max_rank, settings.max_error, _base_folder(base)),
                     grace_s=SHORT_GRACE_S if exact else GRACE_S,
                     let_go=self._let_go,
                     is_read=self._is_read,

@@ -16,7 +16,7 @@ from ..storage import as_path
 from ..tree import AdapterTree
 from .client_names import NameRules
 
-__all__ = ["ZOO", "ServerArgs", "Settings", "server_args"]
+__all__ = ["ZOO", "PluginSettings", "ServerArgs", "server_args"]
 
 ZOO = "LORA_TREE_VLLM_ZOO"
 CACHE = "LORA_TREE_VLLM_CACHE"
@@ -37,7 +37,7 @@ N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
-class Settings:
+class PluginSettings:
     """The plugin's settings, as its environment gives them."""
 
     zoo: str
@@ -50,13 +50,13 @@ class Settings:
     outside: bool
 
     @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Settings:
+    def of(cls, environment: Mapping[str, str]) -> PluginSettings:
         """Read the environment.
 
         Raises:
             SpecError: a variable is missing or makes no sense; names it.
 
-        >>> Settings.of({ZOO: "zoo", CACHE: "cache", ALLOW: "fr/** de"}).names.allow
+        >>> PluginSettings.of({ZOO: "zoo", CACHE: "cache", ALLOW: "fr/** de"}).names.allow
         ('fr/**', 'de')
         """
         if not environment.get(CACHE):

@@ -19,16 +19,15 @@ import torch
 from ..blend import depth_first
 from ..errors import SpecError, printable
 from ..model import TreeModel
+from ..training.diverged import BASE_LABEL
 from ..training.losses import IGNORED, row_losses
 from .rows import Row, padded
 
-__all__ = ["BARE", "Matrix", "evaluate"]
-
-BARE = "(base)"
+__all__ = ["LossMatrix", "evaluate"]
 
 
 @dataclass(frozen=True)
-class Matrix:
+class LossMatrix:
     """What `evaluate` returns.
 
     Args:
@@ -46,26 +45,26 @@ class Matrix:
     def picture(self) -> str:
         """An SVG document: a heat map, each column from its best (dark) to its worst (light); grey what is not finite.
 
-        >>> matrix = Matrix(("", "fr"), ("fr",), ((2.0,), (1.0,)), (10,))
+        >>> matrix = LossMatrix(("", "fr"), ("fr",), ((2.0,), (1.0,)), (10,))
         >>> matrix.picture().count("<rect"), "1.00" in matrix.picture()
         (2, True)
         """
-        wide, high, left, top = 76, 26, 8 + 7 * max(len(p) for p in (BARE, *self.paths)), 34
+        wide, high, left, top = 76, 26, 8 + 7 * max(len(p) for p in (BASE_LABEL, *self.paths)), 34
         size = left + wide * len(self.domains) + 8, top + high * len(self.paths) + 30
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" '
             'font-family="monospace" font-size="11">'
         ]
         for j, domain in enumerate(self.domains):
-            short = _short(domain or BARE)
-            told = f"<title>{_escaped(domain or BARE)}</title>{_escaped(short)}"
+            short = _short(domain or BASE_LABEL)
+            told = f"<title>{_escaped(domain or BASE_LABEL)}</title>{_escaped(short)}"
             parts.append(
                 f'<text x="{left + wide * j + wide // 2}" y="{top - 10}" text-anchor="middle">{told}</text>'
             )
         for i, path in enumerate(self.paths):
             y = top + high * i
             parts.append(
-                f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{_escaped(path or BARE)}</text>'
+                f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{_escaped(path or BASE_LABEL)}</text>'
             )
             for j in range(len(self.domains)):
                 x, (fill, ink) = (
@@ -92,7 +91,7 @@ def evaluate(
     batch: int = 8,
     mode: Literal["merged", "unmerged"] = "merged",
     tick: Callable[[], object] = lambda: None,
-) -> Matrix:
+) -> LossMatrix:
     """The loss of some nodes, and of the bare base, on every path's rows.
 
     Args:
@@ -129,7 +128,7 @@ def evaluate(
             tick()
     finally:
         model.train(was)
-    return Matrix(
+    return LossMatrix(
         paths,
         tuple(domains),
         tuple(losses),

@@ -46,10 +46,10 @@ from ..system.reading import is_file
 from ..training.diverged import Start, check_finite_step
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
-from .foretold import Trained, becoming_stale, chosen, losses_of, what_trains
+from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
 from .place import (
     ABOUT,
-    Before,
+    LastCheckpoint,
     checkpoints,
     differing,
     last_of,
@@ -60,13 +60,13 @@ from .place import (
 from .rows import Row, padded
 from .settings import Settings
 
-__all__ = ["Run", "Step"]
+__all__ = ["Run", "StepLosses"]
 
 STATE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
-class Step:
+class StepLosses:
     """What one step of the optimiser came to.
 
     Args:
@@ -162,17 +162,17 @@ class Run:
             [{**group, **options} for group in groups], lr=settings.lr
         )
         model.follow(self.optimizer)
-        self.trained: list[Trained] = what_trains(tree, self.nodes, self.rows)
+        self.trained: list[NodeForecast] = what_trains(tree, self.nodes, self.rows)
         self.outdated = becoming_stale(tree, self.nodes)
         self._start = Start(model.factors)
         self._diverged: DivergedError | None = None
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.was_over = False
-        self.aside: Before | None = None
+        self.aside: LastCheckpoint | None = None
         self.done = 0 if before is None else self._resume(before)
 
-    def steps(self, *, save_every: int | None = None) -> Iterator[Step]:
+    def steps(self, *, save_every: int | None = None) -> Iterator[StepLosses]:
         """Take the steps that are left, one for each value asked for.
 
         A checkpoint is written after every ``save_every`` steps; whoever stops early calls `save`.
@@ -267,7 +267,7 @@ class Run:
         )
         return list(sampler)
 
-    def _step(self, rows: Sequence[Row]) -> Step:
+    def _step(self, rows: Sequence[Row]) -> StepLosses:
         settings, model = self.settings, self.model
         device = next(model.base.parameters()).device
         micro = [rows[i : i + settings.batch] for i in range(0, len(rows), settings.batch)]
@@ -290,7 +290,7 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
         check_finite_step(model.factors, losses, step=self.done + 1)
-        return Step(self.done + 1, losses, sum(counts.values()))
+        return StepLosses(self.done + 1, losses, sum(counts.values()))
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[int, dict[str, Any]] = self.optimizer.state_dict()["state"]
@@ -298,7 +298,7 @@ class Run:
             f"{i}.{name}": t.detach().cpu() for i, of in state.items() for name, t in of.items()
         }
 
-    def _resume(self, before: Before) -> int:
+    def _resume(self, before: LastCheckpoint) -> int:
         """Go on from a checkpoint, or set it aside; return how many steps are done."""
         is_same = differing(before.about, self._about) is None
         if is_same and before.is_saved and self._is_what_it_left(before):
@@ -307,7 +307,7 @@ class Run:
             return before.step
         if before.is_finished and (before.is_saved or not is_same):
             folder = set_aside(before)
-            self.aside = Before(folder, before.about, before.step)
+            self.aside = LastCheckpoint(folder, before.about, before.step)
             return 0
         if before.step > self.settings.steps:
             raise FormatError(
@@ -316,7 +316,7 @@ class Run:
         self._take(before)
         return before.step
 
-    def _take(self, before: Before) -> None:
+    def _take(self, before: LastCheckpoint) -> None:
         """Put a checkpoint's numbers into the factors and the optimiser."""
         file = before.folder / STATE
         state, _ = read_tensors(file, str(file))
@@ -330,7 +330,7 @@ class Run:
         self.model.follow(self.optimizer)
         self._remember(before)
 
-    def _remember(self, before: Before) -> None:
+    def _remember(self, before: LastCheckpoint) -> None:
         """Take over the losses that a checkpoint tells of."""
         losses = before.about.get("losses")
         for name, mine in (("first", self.first), ("last", self.last)):
@@ -339,7 +339,7 @@ class Run:
                 if path in ("", *self.model.tree) and isinstance(loss, (int, float)):
                     mine[path] = float(loss)
 
-    def _is_what_it_left(self, before: Before) -> bool:
+    def _is_what_it_left(self, before: LastCheckpoint) -> bool:
         """The nodes, and those above them, are what they were when the run that finished was saved."""
         file = before.folder / FACTORS
         left, _ = read_tensors(file, str(file))

@@ -29,7 +29,7 @@ from ..system.reading import is_folder, look
 
 __all__ = [
     "ABOUT",
-    "Before",
+    "LastCheckpoint",
     "checkpoints",
     "differing",
     "last_of",
@@ -44,7 +44,7 @@ _FINISHED = "finished-"
 
 
 @dataclass(frozen=True)
-class Before:
+class LastCheckpoint:
     """The last checkpoint in a run's folder.
 
     Args:
@@ -69,7 +69,7 @@ class Before:
         return self.about.get("saved") is True
 
 
-def last_of(folder: Path) -> Before | None:
+def last_of(folder: Path) -> LastCheckpoint | None:
     """Return the last checkpoint in a run's folder, or None.
 
     Raises:
@@ -84,7 +84,7 @@ def last_of(folder: Path) -> Before | None:
     step = about.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise FormatError(f"{file}: step is {step!r}, expected how many steps are done")
-    return Before(found[-1][1], about, step)
+    return LastCheckpoint(found[-1][1], about, step)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -104,7 +104,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in names)
 
 
-def set_aside(before: Before) -> Path:
+def set_aside(before: LastCheckpoint) -> Path:
     """Move a finished run's checkpoint out of the next one's way, and return where it is now.
 
     Raises:
@@ -125,7 +125,7 @@ def render_about(about: Mapping[str, Any]) -> bytes:
     return json.dumps(about, indent=2, sort_keys=True).encode()
 
 
-def refuse_other(before: Before, mine: Mapping[str, Any]) -> None:
+def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
     """Refuse to begin a run where another one is unfinished.
 
     Raises:

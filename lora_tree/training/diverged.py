@@ -19,9 +19,10 @@ from ..lowrank import is_sharded
 from .factors import Factors
 from .losses import ranks
 
-__all__ = ["Start", "check_finite_step"]
+__all__ = ["BASE_LABEL", "Start", "check_finite_step"]
 
-BARE = "(base)"
+BASE_LABEL = "(base)"
+"""The name of the bare base in logs and tables. No node can have it: a path holds no parentheses."""
 
 
 class Start:
@@ -81,9 +82,9 @@ def check_finite_step(
 def _refuse(broken: list[str], losses: Mapping[str, float], step: int) -> NoReturn:
     """Say what diverged: the nodes whose factors did, or else the paths whose losses did."""
     lost = [path for path, loss in losses.items() if not math.isfinite(loss)]
-    where = listing(path or BARE for path in broken or lost) or "another rank"
+    where = listing(path or BASE_LABEL for path in broken or lost) or "another rank"
     what = "the factors are" if broken else "the loss is"
-    said = listing(f"{path or BARE} {loss:.4g}" for path, loss in losses.items())
+    said = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
     raise DivergedError(
         f"{where}: step {step}: {what} not finite; losses of this step: {said or 'none on this rank'}",
         "nothing of it was saved, and what trained is again what it was when the run began",

@@ -16,11 +16,11 @@ from ..model import TreeModel
 from ..tree import AdapterTree
 from .rows import Row
 
-__all__ = ["Trained", "becoming_stale", "chosen", "losses_of", "what_trains"]
+__all__ = ["NodeForecast", "becoming_stale", "chosen", "losses_of", "what_trains"]
 
 
 @dataclass(frozen=True)
-class Trained:
+class NodeForecast:
     """One node of a run.
 
     Args:
@@ -82,7 +82,7 @@ def chosen(
     return [path for path in tree.paths() if path in found]
 
 
-def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[Trained]:
+def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[NodeForecast]:
     """The nodes of a run, as they are before its first step."""
     told = []
     counts = Counter(row.path for row in rows)
@@ -92,7 +92,7 @@ def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) ->
         through = sum(count for path, count in counts.items() if node in lineages[path])
         together = tuple(path for path in above if path in nodes)
         frozen = tuple(path for path in above if path not in nodes)
-        told.append(Trained(node, _is_new(tree, node), together, frozen, through))
+        told.append(NodeForecast(node, _is_new(tree, node), together, frozen, through))
     return told
 
 

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from ..folder import disk, load
 from ..model import attach
-from ..runs import Matrix, evaluate
-from ..runs.evaluation import BARE
+from ..runs import LossMatrix, evaluate
+from ..training.diverged import BASE_LABEL
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, SkipBroken, TrustRemoteCode
-from .base import open_model, open_tokenizer
 from .console import out, print_json
+from .open_base import open_model, open_tokenizer
+from .open_rows import open_rows
 from .progress import steps_done
-from .rows import open_rows
 
 __all__ = ["evaluation"]
 
@@ -60,7 +60,7 @@ def evaluation(
         out().print(_table(matrix))
 
 
-def _table(matrix: Matrix) -> Table:
+def _table(matrix: LossMatrix) -> Table:
     table = Table(
         title="nats per token",
         title_justify="left",
@@ -68,7 +68,7 @@ def _table(matrix: Matrix) -> Table:
     )
     table.add_column("active path")
     for domain in matrix.domains:
-        table.add_column(domain or BARE, justify="right")
+        table.add_column(domain or BASE_LABEL, justify="right")
     best = [
         min((x for x in column if math.isfinite(x)), default=None)
         for column in zip(*matrix.losses, strict=True)
@@ -78,5 +78,5 @@ def _table(matrix: Matrix) -> Table:
             Text(f"{x:.3f}", "bold" if x == low else "")
             for x, low in zip(losses, best, strict=True)
         ]
-        table.add_row(path or BARE, *cells)
+        table.add_row(path or BASE_LABEL, *cells)
     return table
