@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import LoraTreeError, MissingExtra, SpecError
 
-__all__ = ["OTHER_BASE", "foreign", "hub_answers", "need", "opened"]
+__all__ = ["OTHER_BASE", "foreign", "hub_answers", "need", "open_pretrained"]
 
 MOST_CHARACTERS = 300
 """Of a foreign message; transformers lists every model it knows."""
@@ -106,7 +106,7 @@ def hub_answers() -> bool:
     return True
 
 
-def opened(
+def open_pretrained(
     kind: Any,
     base: str | os.PathLike[str],
     *,

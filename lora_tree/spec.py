@@ -39,6 +39,7 @@ __all__ = [
     "CacheSpec",
     "LoraSpec",
     "NodeSpec",
+    "StrictModel",
     "TreeSpec",
     "check_format",
     "check_name",
@@ -103,11 +104,13 @@ Pattern = Annotated[str, AfterValidator(_end_of_name)]
 Size = Annotated[int | str, AfterValidator(_size)]
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """A value from a file: an unknown key or a value of another type is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class LoraSpec(_Strict):
+class LoraSpec(StrictModel):
     """How a fresh adapter is made when the tree is attached; the words are those of PEFT's LoraConfig."""
 
     r: Rank | None = Field(default=None, description="rank; 8 where nothing says otherwise")
@@ -192,7 +195,7 @@ class NodeSpec(LoraSpec):
     )
 
 
-class CacheSpec(_Strict):
+class CacheSpec(StrictModel):
     """How many bytes of adapters an attached tree may hold; see ``budget.py``."""
 
     host_budget: Size | None = Field(
@@ -203,7 +206,7 @@ class CacheSpec(_Strict):
     )
 
 
-class TreeSpec(_Strict):
+class TreeSpec(StrictModel):
     """A whole tree.yaml."""
 
     version: Literal[1] = Field(description="version of this format")

@@ -21,8 +21,8 @@ from looks import looking
 
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError
-from lora_tree.export.base import Base
 from lora_tree.export.shards import INDEX, open_checkpoint
+from lora_tree.export.unloaded_base import Base
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 DEAR = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -237,7 +237,7 @@ def test_data_is_never_code(source: Path) -> None:
 
 
 def test_a_base_is_opened_at_one_place() -> None:
-    """`extras.opened` says whether a base's own code may run; the demo opens only what it wrote."""
+    """`extras.open_pretrained` says whether a base's own code may run; the demo opens only what it wrote."""
     for source in SOURCES:
         if room(source) in {"extras", "demo"}:
             continue
@@ -248,7 +248,7 @@ def test_a_base_is_opened_at_one_place() -> None:
                 else ""
             )
             assert called != "from_pretrained", (
-                f"{source.relative_to(ROOT)}:{node.lineno}: use extras.opened"
+                f"{source.relative_to(ROOT)}:{node.lineno}: use extras.open_pretrained"
             )
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, FolderError, FormatError, SpecError, TiedWeights
 from lora_tree.export import checkpoint as checkpoint_module
-from lora_tree.export.names import Names
+from lora_tree.export.names import CheckpointNames
 from lora_tree.export.shards import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
@@ -278,17 +278,17 @@ def test_a_conversion_that_loses_something_is_refused(
 ) -> None:
     base = saved("mixtral, experts", torch.float32, tmp_path / "base")
     tree = ARCHS["mixtral, experts"].tree(base, factors=torch.float32)
-    whole = Names.apart
+    whole = CheckpointNames.apart
 
-    def lossy(self: Names, group: Any, parameters: Any) -> dict[str, torch.Tensor]:
+    def lossy(self: CheckpointNames, group: Any, parameters: Any) -> dict[str, torch.Tensor]:
         return {
             name: value.half().float() for name, value in whole(self, group, parameters).items()
         }
 
-    monkeypatch.setattr(Names, "apart", lossy)
+    monkeypatch.setattr(CheckpointNames, "apart", lossy)
     with pytest.raises(BaseMismatch, match="has other values: its conversion loses something"):
         lt.export_model(tree, "a/b", tmp_path / "out", base=tmp_path / "base")
-    monkeypatch.setattr(Names, "apart", whole)
+    monkeypatch.setattr(CheckpointNames, "apart", whole)
     loading = transformers.core_model_loading
     monkeypatch.setattr(loading, "revert_weight_conversion", lambda model, tensors: tensors)
     with pytest.raises(BaseMismatch, match="its conversion can't be inverted"):

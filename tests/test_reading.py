@@ -17,7 +17,7 @@ def test_missing_is_what_the_system_calls_missing(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("nowhere", "file/below", "loop", "dangling", "x" * 5000, "a\0b"):
-        assert reading.look(tmp_path / name) is None
+        assert reading.stat_of(tmp_path / name) is None
         assert not reading.is_file(tmp_path / name)
         assert not reading.is_folder(tmp_path / name)
     assert reading.is_file(tmp_path / "file")
@@ -37,7 +37,7 @@ def test_any_other_answer_is_an_error(
     (tmp_path / "file").write_bytes(b"x")
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", refuses)
-        for ask in (reading.look, reading.is_file, reading.is_folder):
+        for ask in (reading.stat_of, reading.is_file, reading.is_folder):
             with pytest.raises(FolderError, match=rf"file: can't look at it: {os.strerror(code)}"):
                 ask(tmp_path / "file")
 
@@ -58,7 +58,7 @@ def test_what_is_no_plain_file_is_not_opened_and_no_file_stays_open(tmp_path: Pa
     with pytest.raises(OSError, match="leads to"):
         reading.plain_file(tmp_path / "file", inside=lambda real: False)
     assert not before or len(os.listdir("/proc/self/fd")) == before
-    with reading.stream(tmp_path / "link") as stream:
+    with reading.open_stream(tmp_path / "link") as stream:
         assert stream.read() == b"x"
 
 
@@ -83,7 +83,7 @@ def test_where_a_file_lies_is_asked_of_the_open_file(
 
     if not tells:
         monkeypatch.setattr(os, "readlink", readlink)
-    with reading.opened(inside / "file", inside=allowed) as file:
+    with reading.open_plain(inside / "file", inside=allowed) as file:
         assert os.read(file, 9) == b"in"
     with pytest.raises(OSError, match=r"leads to .*out/file"):
         reading.plain_file(inside / "link", inside=allowed)

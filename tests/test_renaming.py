@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, MergedOnly
-from lora_tree.export.base import skeleton
+from lora_tree.export.unloaded_base import skeleton
 from lora_tree.lowrank import EMBEDDING, LINEAR, PARAMETER
 
 pytestmark = [

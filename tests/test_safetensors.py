@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_tree.adapter import over
 from lora_tree.errors import FormatError
-from lora_tree.formats.safetensors import opened, parse_header, read_tensors, render_tensors
+from lora_tree.formats.safetensors import open_tensors, parse_header, read_tensors, render_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
@@ -354,7 +354,7 @@ def test_a_whole_file_is_read_as_the_package_reads_it(tmp_path: Path) -> None:
     )
     for tensor in found.values():
         tensor.zero_()  # memory of its own
-    with opened(file, "x") as reading:
+    with open_tensors(file, "x") as reading:
         header = parse_header(reading.head, reading.nbytes, "x")
         there = over(reading.numbers(header))
         assert all(torch.equal(there(header.tensors[name]), t) for name, t in tensors.items())

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..export.base import skeleton as skeleton_of
+from ..export.unloaded_base import skeleton as skeleton_of
 from ..fit import clashes, misfits
 from ..folder import StaleWarning, check, load, notes
 from ..tree import AdapterTree

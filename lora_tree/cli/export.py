@@ -14,8 +14,8 @@ import typer
 from ..adapter import Adapter
 from ..errors import SpecError
 from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
-from ..export.base import skeleton
 from ..export.siblings import without_v
+from ..export.unloaded_base import skeleton
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree

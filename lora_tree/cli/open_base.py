@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import SpecError
-from ..export.base import class_of
-from ..extras import need, opened
+from ..export.unloaded_base import class_of
+from ..extras import need, open_pretrained
 from ..tree import AdapterTree
 
 __all__ = ["open_model", "open_tokenizer"]
@@ -41,7 +41,7 @@ def open_tokenizer(
     name = base or tree.base
     if name is None:
         raise SpecError(f"{folder} names no base", "name one: --base MODEL")
-    tokenizer = opened(
+    tokenizer = open_pretrained(
         transformers.AutoTokenizer,
         name,
         failed="transformers can't open its tokenizer",
@@ -61,7 +61,7 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> Any:
     transformers = need("transformers", extra="transformers", what="a base")
     failed = "transformers can't open the model"
     _, kind = class_of(name, transformers, failed=failed, trust_remote_code=trust_remote_code)
-    model = opened(
+    model = open_pretrained(
         kind or transformers.AutoModelForCausalLM,
         name,
         failed=failed,

@@ -24,7 +24,7 @@ from ..folder import disk
 from ..system.reading import Inside
 from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
 
-__all__ = ["Beside", "beside_weights"]
+__all__ = ["OtherFiles", "beside_weights"]
 
 LAST = (
     INDEX,
@@ -38,7 +38,7 @@ _OF_AN_ADAPTER = ("adapter_config.json", "tree.yaml", "tree.lock")
 
 
 @dataclass(frozen=True)
-class Beside:
+class OtherFiles:
     """The other files of a base's folder, by their paths in it.
 
     Args:
@@ -50,7 +50,7 @@ class Beside:
     left_out: tuple[str, ...]
 
 
-def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = False) -> Beside:
+def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = False) -> OtherFiles:
     """Sort the files of a base's folder; hidden ones are passed over.
 
     Args:
@@ -81,7 +81,7 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
         _check_inside(folder / relative, inside)
         copied.append(relative)
     copied.sort(key=lambda name: (LAST.index(name) if name in LAST else -1, name))
-    return Beside(tuple(copied), tuple(left))
+    return OtherFiles(tuple(copied), tuple(left))
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:

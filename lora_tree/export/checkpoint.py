@@ -29,14 +29,13 @@ from ..errors import FolderError, LoraTreeError, SpecError
 from ..extras import foreign, hub_answers, need
 from ..folder import disk
 from ..storage import as_path
-from ..system.reading import is_folder
-from ..system.reading import stream as stream_of
+from ..system.reading import is_folder, open_stream
 from ..tree import AdapterTree
-from .base import skeleton
 from .beside import beside_weights
-from .names import Group, Names
+from .names import CheckpointNames, TensorGroup
 from .shards import Checkpoint, Stored, open_checkpoint, own_files, raw
 from .stage import Stage, staged
+from .unloaded_base import skeleton
 from .writes import Write, writes
 
 __all__ = ["MergedCheckpoint", "export_model"]
@@ -118,7 +117,7 @@ def export_model(
     beside = beside_weights(source, checkpoint, with_code=with_code)
     model = skeleton(source, what="a merged checkpoint", trust_remote_code=trust_remote_code)
     _not_quantised(model, source)
-    names = Names(model, checkpoint.tensors)
+    names = CheckpointNames(model, checkpoint.tensors)
     try:
         jobs = _jobs(writes(tree, blend, model, names), names)
         _check_finite(jobs, names)
@@ -134,10 +133,10 @@ def export_model(
     return MergedCheckpoint(path, where, changed, checkpoint.nbytes, beside.left_out)
 
 
-Job = tuple[Group, list[Write]]
+Job = tuple[TensorGroup, list[Write]]
 
 
-def _jobs(found: Sequence[Write], names: Names) -> list[Job]:
+def _jobs(found: Sequence[Write], names: CheckpointNames) -> list[Job]:
     """Writes by the tensors that they change; every parameter has some.
 
     Raises:
@@ -157,14 +156,14 @@ def _jobs(found: Sequence[Write], names: Names) -> list[Job]:
     return list(jobs.values())
 
 
-def _check_finite(jobs: Sequence[Job], names: Names) -> None:
+def _check_finite(jobs: Sequence[Job], names: CheckpointNames) -> None:
     """Check, before anything is written, that every weight stays finite.
 
     Raises:
         BaseMismatch: one would; names the node and the module.
     """
 
-    def parameter(group: Group, name: str) -> Tensor:
+    def parameter(group: TensorGroup, name: str) -> Tensor:
         if group.converter is None:
             return group.stored[0].read()
         return names.together(group, Stored.read)[name].contiguous()
@@ -184,7 +183,7 @@ class _Writer:
         self,
         checkpoint: Checkpoint,
         stage: Stage,
-        names: Names,
+        names: CheckpointNames,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._checkpoint, self._stage, self._names = checkpoint, stage, names
@@ -226,7 +225,10 @@ class _Writer:
         """The header and every run of tensors that stay, inside the kernel."""
         source = self._checkpoint.folder / name
         first = next(iter(self._of(name)), None)
-        with disk.named("copy it", source), first.open() if first else stream_of(source) as stream:
+        with (
+            disk.named("copy it", source),
+            first.open() if first else open_stream(source) as stream,
+        ):
             size = os.fstat(stream.fileno()).st_size
             os.ftruncate(out, size)
             at = 0
@@ -251,7 +253,7 @@ class _Writer:
             self._add(write, values)
         self._put(out, stored, values)
 
-    def _change_several(self, group: Group, found: Sequence[Write]) -> None:
+    def _change_several(self, group: TensorGroup, found: Sequence[Write]) -> None:
         parameters = self._names.together(group, Stored.read)
         self._names.check_inverse(group, parameters)
         for write in found:

@@ -25,11 +25,11 @@ from ..extras import foreign
 from ..renaming import Loading, loading_module
 from .shards import Stored
 
-__all__ = ["Group", "Names"]
+__all__ = ["CheckpointNames", "TensorGroup"]
 
 
 @dataclass
-class Group:
+class TensorGroup:
     """Tensors on the disk, and the parameters that they make together.
 
     Args:
@@ -47,7 +47,7 @@ class Group:
         return [stored for stored, _ in self.parts]
 
 
-class Names:
+class CheckpointNames:
     """The parameters of a model and the tensors of a checkpoint of it.
 
     Args:
@@ -57,13 +57,13 @@ class Names:
 
     def __init__(self, model: Any, tensors: Mapping[str, Stored]) -> None:
         self._model = model
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, TensorGroup] = {}
         loading = Loading(model)
         # expert 10 comes after expert 9
         order: Callable[[str], Any] = getattr(loading_module(), "dot_natural_key", str)
         for name in sorted(tensors, key=order):
             renamed, pattern, _ = loading.renamed(name)
-            group = self._groups.setdefault(renamed, Group(renamed))
+            group = self._groups.setdefault(renamed, TensorGroup(renamed))
             group.parts.append((tensors[name], pattern or name))
             if pattern is not None:
                 group.converter = loading.converters[pattern]
@@ -73,7 +73,7 @@ class Names:
             name: group for group in self._groups.values() for name in self._made_of(group)
         }
 
-    def group(self, parameter: str) -> Group:
+    def group(self, parameter: str) -> TensorGroup:
         """The tensors that a parameter is made of.
 
         Raises:
@@ -87,7 +87,7 @@ class Names:
             )
         return found
 
-    def together(self, group: Group, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
+    def together(self, group: TensorGroup, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
         """The parameters of a group, made of what ``read`` gives for each tensor: name → values.
 
         Raises:
@@ -104,7 +104,7 @@ class Names:
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
         }
 
-    def apart(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apart(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a group's parameters are made of, by their names on the disk.
 
         Raises:
@@ -135,7 +135,7 @@ class Names:
             "save the base again with the transformers installed here, and export from that: save_pretrained(folder)",
         )
 
-    def check_inverse(self, group: Group, parameters: Mapping[str, Tensor]) -> None:
+    def check_inverse(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> None:
         """That taking a group's parameters apart gives the bits in the files.
 
         Raises:
@@ -151,7 +151,7 @@ class Names:
                     "save the base again with the transformers installed here, and export from that",
                 )
 
-    def _made_of(self, group: Group) -> Iterable[str]:
+    def _made_of(self, group: TensorGroup) -> Iterable[str]:
         if group.converter is None:
             return (group.first,)
         try:

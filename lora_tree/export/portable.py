@@ -26,8 +26,8 @@ from ..blend import Blend, spelled
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
 from ..lowrank import LowRank, check_rank, concat
 from ..tree import AdapterTree
-from .base import Base
 from .siblings import Shapes, completed, missing, stated
+from .unloaded_base import Base
 
 __all__ = ["ENGINE_RANKS", "Portable", "ceil_rank_of", "portable"]
 

@@ -26,8 +26,7 @@ from ..errors import FolderError, FormatError, listing
 from ..formats import strict_json
 from ..formats.safetensors import DTYPES, header_fields
 from ..system.named import named
-from ..system.reading import Inside, is_file
-from ..system.reading import stream as stream_of
+from ..system.reading import Inside, is_file, open_stream
 
 __all__ = [
     "INDEX",
@@ -79,7 +78,7 @@ class Stored:
             FormatError: it is another file by now.
             OSError: it can't be opened.
         """
-        stream = stream_of(self.file, buffering=0)
+        stream = open_stream(self.file, buffering=0)
         if _identity(stream) != self.seen:
             stream.close()
             raise FormatError(
@@ -211,7 +210,7 @@ def _reading(file: Path, inside: Inside | None) -> BinaryIO:
     """A file of a base, open to read; one that lies where it may not is not even opened."""
     if inside is not None and not inside(os.path.realpath(file)):
         raise leads_outside(file)
-    return stream_of(file, inside=inside)  # and the one that was opened is looked at again
+    return open_stream(file, inside=inside)  # and the one that was opened is looked at again
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ..lowrank import LowRank
 from ..renaming import Renaming
 from ..sites import Site, find_site
 from ..tree import AdapterTree
-from .names import Names
+from .names import CheckpointNames
 from .shards import Stored
 
 __all__ = ["Write", "writes"]
@@ -84,7 +84,7 @@ class Write:
             )
 
 
-def writes(tree: AdapterTree, blend: Blend, model: Any, names: Names) -> list[Write]:
+def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) -> list[Write]:
     """Everything that a path writes into a model of these shapes.
 
     Args:
@@ -158,7 +158,7 @@ def _one_owner(made: Sequence[Write], model: Any) -> None:
             )
 
 
-def _same(name: str, tensor: torch.Tensor, names: Names) -> None:
+def _same(name: str, tensor: torch.Tensor, names: CheckpointNames) -> None:
     group = names.group(name)
     stored = group.stored[0] if group.converter is None else None
     if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():

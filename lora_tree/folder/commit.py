@@ -29,13 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from ..errors import FolderError, FormatError, LoraTreeError, PathError, SpecError, listing
 from ..formats import strict_json
 from ..formats.limits import LOCK_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
-from ..spec import check_format, check_path, explain
+from ..spec import StrictModel, check_format, check_path, explain
 from ..system import claims, locks
 from ..system.reading import is_folder
 from . import disk
@@ -64,11 +64,7 @@ Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Was(_Strict):
+class _Was(StrictModel):
     """Size and time of the file that lay at a place when the record was made.
 
     The time is in nanoseconds, so that it can't be guessed.
@@ -78,19 +74,19 @@ class _Was(_Strict):
     mtime_ns: int
 
 
-class _Move(_Strict):
+class _Move(StrictModel):
     to: str
     size: Size
     sha256: Digest
     was: _Was | None
 
 
-class _Delete(_Strict):
+class _Delete(StrictModel):
     at: str
     was: _Was | None
 
 
-class _Record(_Strict):
+class _Record(StrictModel):
     version: Literal[2] = VERSION
     stage: Annotated[str, StringConstraints(pattern="^stage-[0-9a-f]{32}$")]
     moves: list[_Move]

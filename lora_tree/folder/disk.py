@@ -21,7 +21,7 @@ from ..system.durable import sync_file
 from ..system.durable import sync_folder as sync
 from ..system.flags import NO_FOLLOW, PLAIN
 from ..system.named import named
-from ..system.reading import Inside, is_file, look, opened
+from ..system.reading import Inside, is_file, open_plain, stat_of
 
 __all__ = [
     "Glimpse",
@@ -74,7 +74,7 @@ def stamp(path: str | Path) -> Stamp | None:
     Raises:
         FolderError: the system does not tell.
     """
-    seen = look(path)
+    seen = stat_of(path)
     return (
         Stamp(seen.st_size, seen.st_mtime_ns)
         if seen is not None and stat.S_ISREG(seen.st_mode)
@@ -104,7 +104,7 @@ def read(
     It is refused where there are more than ``most``, where it is a link that is not to be followed, and where it does
     not lie ``inside``.
     """
-    with named("read it", path), opened(path, follow=follow, inside=inside) as file:
+    with named("read it", path), open_plain(path, follow=follow, inside=inside) as file:
         size = os.fstat(file).st_size
         if most is not None and size > most:
             raise FolderError(f"{path}: {size} bytes; the most is {most}")
@@ -114,7 +114,7 @@ def read(
 def digest(path: str | Path, *, follow: bool = True) -> str:
     """SHA-256 of a file's bytes."""
     found = hashlib.sha256()
-    with named("read it", path), opened(path, follow=follow) as file:
+    with named("read it", path), open_plain(path, follow=follow) as file:
         for block in _blocks(file):
             found.update(block)
     return found.hexdigest()
@@ -171,7 +171,7 @@ def copy(
     found = hashlib.sha256()
     with (
         named(f"copy {source} to it", path),
-        opened(source, inside=inside) as origin,
+        open_plain(source, inside=inside) as origin,
         _created(path, mode) as file,
     ):
         for block in _blocks(origin):

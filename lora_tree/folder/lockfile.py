@@ -17,14 +17,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..formats.limits import LOCK_BYTES
-from ..spec import check_format, check_path, explain
-from ..system.reading import is_folder
-from ..system.reading import stream as stream_of
+from ..spec import StrictModel, check_format, check_path, explain
+from ..system.reading import is_folder, open_stream
 from . import disk
 from .disk import Stamp
 
@@ -52,11 +51,7 @@ _SAMPLE_BYTES = 4096
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class FileLock(_Strict):
+class FileLock(StrictModel):
     """What can be seen of a file without reading it."""
 
     size: Count
@@ -67,7 +62,7 @@ class FileLock(_Strict):
         return cls(size=stamp.size, mtime_ns=stamp.mtime_ns)
 
 
-class BaseLock(_Strict):
+class BaseLock(StrictModel):
     """A base: its name, and what is known of its files where it is a folder."""
 
     name: str | None = None
@@ -80,7 +75,7 @@ class BaseLock(_Strict):
         return None not in (self.name, other.name) and self.name != other.name
 
 
-class NodeLock(_Strict):
+class NodeLock(StrictModel):
     """One node's files, and what it was trained on; ``base`` only where that is not the lock's own.
 
     ``untrained``: its increments are zero, so it fits whatever lies above it.
@@ -95,7 +90,7 @@ class NodeLock(_Strict):
     untrained: bool = False
 
 
-class LineageLock(_Strict):
+class LineageLock(StrictModel):
     """The last step of a lineage: an adapter, below the lineage ``above``; ``node`` was its name then."""
 
     above: Digest
@@ -104,7 +99,7 @@ class LineageLock(_Strict):
     node: str
 
 
-class TreeLock(_Strict):
+class TreeLock(StrictModel):
     """A whole tree.lock; ``yaml`` is the SHA-256 of the tree.yaml, where save wrote it.
 
     ``lineages`` describes those that ``trained_on`` mentions: hash → its last step.
@@ -195,7 +190,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sampled(file: Path, size: int) -> bytes:
-    with disk.named("read the base", file), stream_of(file) as stream:
+    with disk.named("read the base", file), open_stream(file) as stream:
         header = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else 0
         start = 8 + header if 0 < header <= min(size - 8, 100_000_000) else 0
         found = hashlib.sha256()

@@ -186,7 +186,7 @@ class FolderSource:
     ) -> Adapter:
         config, weights = (files.now[name][0] for name in FILES)
         home = self.within or self.root
-        return peft.read(
+        return peft.read_adapter(
             config,
             weights,
             where=self.folder,
@@ -273,7 +273,7 @@ def examine(files: Files) -> Examined:
     config, weights = (files.now[name][0] for name in FILES)
     hashing = _Hashing()
     try:
-        adapter = peft.read(config, weights, where=files.folder, witness=hashing)
+        adapter = peft.read_adapter(config, weights, where=files.folder, witness=hashing)
     except UnsupportedAdapter:
         read_tensors(weights, os.path.join(files.folder, WEIGHTS), outline=True)
         return Examined(hashed(files), untrained=False)
@@ -289,7 +289,7 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
     """
     config, weights = (files.now[name][0] for name in FILES)
     try:
-        peft.read(config, weights, where=files.folder, outline=True)
+        peft.read_adapter(config, weights, where=files.folder, outline=True)
     except UnsupportedAdapter as error:
         return str(error) if unknown_kinds else None
     except FormatError as error:

@@ -33,16 +33,15 @@ from ..adapter import Adapter, over
 from ..errors import FormatError, LoraTreeWarning, UnsupportedAdapter, listing
 from ..lowrank import EMBEDDING, PARAMETER, Layout, LowRank
 from ..storage import Allocate, Witness
-from ..system.reading import Inside
-from ..system.reading import stream as stream_of
+from ..system.reading import Inside, open_stream
 from . import peft_keys, strict_json
 from .limits import CONFIG_BYTES
 from .peft_config import FUSED, TURNED, VARIANTS, PeftConfig, parse_config, says_which_way
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 from .pointer import check_pointer
-from .safetensors import Header, opened, parse_header
+from .safetensors import Header, open_tensors, parse_header
 
-__all__ = ["read", "read_folder"]
+__all__ = ["read_adapter", "read_folder"]
 
 PICKLE = "adapter_model.bin"
 KEPT_OUTLINES = 8
@@ -74,10 +73,10 @@ _Parts = dict[str, Tensor]
 
 def read_folder(folder: Path) -> Adapter:
     """Read the PEFT adapter in ``folder``; see `read`."""
-    return read(folder / CONFIG, folder / WEIGHTS, where=folder)
+    return read_adapter(folder / CONFIG, folder / WEIGHTS, where=folder)
 
 
-def read(
+def read_adapter(
     config_file: str | Path,
     weights_file: str | Path,
     *,
@@ -119,7 +118,10 @@ def read(
         witness(CONFIG, memoryview(data))
     shown = partial(witness, WEIGHTS) if witness else None
     # read under inference_mode, it may be trained on top of later
-    with opened(weights_file, weights_named, shown, inside) as weights, torch.inference_mode(False):
+    with (
+        open_tensors(weights_file, weights_named, shown, inside) as weights,
+        torch.inference_mode(False),
+    ):
         texts = _Texts(data, weights.head, weights.nbytes, config_named, weights_named)
         found = (
             _outline(texts)
@@ -156,7 +158,7 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
 
 def _bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:
     try:
-        with stream_of(file, inside=inside) as stream:
+        with open_stream(file, inside=inside) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > CONFIG_BYTES:
                 raise FormatError(

@@ -3,11 +3,12 @@
     8 bytes: n, little-endian │ n bytes: a JSON header, padded with spaces │ the tensors, back to back
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
 
-The package writes (`render_tensors`); since it writes metadata in a changing order, that is put in order afterwards. It
-also reads where speed does not matter (`read_tensors`). An adapter is read by `Opened`: all tensors into one buffer of
-our own, in which they lie as in the file, by one read from a descriptor that was checked, which a hash sees on the way.
-The package offers none of that: it opens a file by its name and maps it into memory, where a file that is cut short
-later takes the process with it (SIGBUS), or wants its bytes in memory already, to copy each tensor out of them.
+The package writes (`render_tensors`). It writes metadata in a changing order (that of a hash table), so we sort it
+afterwards. The package also reads where speed does not matter (`read_tensors`).
+
+Adapters are read by `TensorFile`: one read from a descriptor that was checked, past a hash, into one buffer of our own.
+The package can't do that. It opens a file by name and maps it into memory, and a mapped file that is cut short later
+takes the process with it (SIGBUS). Or it wants all bytes in memory first, and copies each tensor out of them.
 
 Law: what `parse_header` accepts the package accepts, and reads to the same bits. It refuses more: a key that occurs
 twice, fields that the format does not have, dtypes that no adapter has, tensors without numbers.
@@ -36,17 +37,16 @@ from torch import Tensor
 from ..errors import FormatError
 from ..storage import Allocate
 from ..system.memory import check_fits
-from ..system.reading import Inside
-from ..system.reading import stream as stream_of
+from ..system.reading import Inside, open_stream
 from . import strict_json
 from .limits import HEADER_BYTES, TENSORS
 from .pointer import check_pointer
 
 __all__ = [
     "Header",
-    "Opened",
+    "TensorFile",
     "header_fields",
-    "opened",
+    "open_tensors",
     "parse_header",
     "read_tensors",
     "render_tensors",
@@ -77,8 +77,8 @@ class Header:
         return sum(self.spans[-1])
 
 
-class Opened:
-    """A file that is being read; see `opened`.
+class TensorFile:
+    """A file that is being read; see `open_tensors`.
 
     Args:
         stream: at its beginning.
@@ -133,20 +133,20 @@ class Opened:
 
 
 @contextmanager
-def opened(
+def open_tensors(
     file: str | Path,
     where: str,
     witness: Callable[[memoryview], object] | None = None,
     inside: Inside | None = None,
-) -> Iterator[Opened]:
-    """``file`` while it is read; ``where`` names it in errors. See `Opened`.
+) -> Iterator[TensorFile]:
+    """``file`` while it is read; ``where`` names it in errors. See `TensorFile`.
 
     Raises:
         FormatError: it can't be read, or is cut short; also for what goes wrong inside.
     """
     try:
-        with stream_of(file, inside=inside) as stream:
-            yield Opened(stream, where, witness)
+        with open_stream(file, inside=inside) as stream:
+            yield TensorFile(stream, where, witness)
     except OSError as error:
         raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error
 
@@ -204,7 +204,7 @@ def read_tensors(
     Raises:
         FormatError: the file can't be read, is cut short, or is not what its header says.
     """
-    with opened(file, where) as reading, torch.inference_mode(False):
+    with open_tensors(file, where) as reading, torch.inference_mode(False):
         header = parse_header(reading.head, reading.nbytes, where)
         if outline:
             return dict(header.tensors), header.metadata
@@ -348,7 +348,7 @@ def _cut_short(where: str) -> FormatError:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _HeaderEntry:
     """One tensor, as a header describes it: where its bytes lie, counted from the end of the header."""
 
     dtype: torch.dtype
@@ -357,11 +357,11 @@ class _Entry:
     end: int
 
 
-def _view(storage: Tensor, entry: _Entry, place: int) -> Tensor:
+def _view(storage: Tensor, entry: _HeaderEntry, place: int) -> Tensor:
     return storage[place : place + entry.end - entry.begin].view(entry.dtype).view(entry.shape)
 
 
-def _entry(value: Any, where: str) -> _Entry:
+def _entry(value: Any, where: str) -> _HeaderEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: expected dtype, shape and data_offsets, got {str(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -383,7 +383,7 @@ def _entry(value: Any, where: str) -> _Entry:
         raise FormatError(
             f"{where}: {dtype} {tuple(shape)} does not fill its bytes {offsets[0]} to {offsets[1]}"
         )
-    return _Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    return _HeaderEntry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:

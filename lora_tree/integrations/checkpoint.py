@@ -37,7 +37,7 @@ from ..lowrank import is_sharded
 from ..model import TreeModel
 from ..spec import check_path
 from ..system.durable import sync_file
-from ..system.reading import is_file, is_folder, look
+from ..system.reading import is_file, is_folder, stat_of
 from ..training.factors import path_of
 from ..training.sharded import full
 from ..tree import AdapterTree
@@ -184,14 +184,14 @@ def put_back(parent: Path) -> None:
         names = os.listdir(stage) if is_folder(stage) else []
     for name in names:
         place = parent / name.removesuffix(REPLACED)
-        if name.endswith(REPLACED) and look(place, follow=False) is None:
+        if name.endswith(REPLACED) and stat_of(place, follow=False) is None:
             disk.rename(stage / name, place)
 
 
 def where_it_lies(checkpoint: Path) -> Path:
     """Return where to read a checkpoint: at its place, or where a run had put it aside when it was killed."""
     aside = checkpoint.parent / UNFINISHED / f"{checkpoint.name}{REPLACED}"
-    return aside if look(checkpoint, follow=False) is None and is_folder(aside) else checkpoint
+    return aside if stat_of(checkpoint, follow=False) is None and is_folder(aside) else checkpoint
 
 
 def retire(checkpoint: Path) -> None:
@@ -233,7 +233,7 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     if writes:
         _sync_all(stage / name)
         old = stage / f"{name}{REPLACED}"
-        replaces = look(parent / name) is not None
+        replaces = stat_of(parent / name) is not None
         if replaces:
             disk.rename(parent / name, old)
         disk.rename(stage / name, parent / name)

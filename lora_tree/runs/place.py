@@ -25,7 +25,7 @@ from ..errors import FolderError, FormatError, SpecError
 from ..folder import disk
 from ..formats import strict_json
 from ..integrations.checkpoint import put_back
-from ..system.reading import is_folder, look
+from ..system.reading import is_folder, stat_of
 
 __all__ = [
     "ABOUT",
@@ -94,7 +94,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
         FolderError: it is no folder, or can't be read.
     """
     if not is_folder(folder):
-        if look(folder) is not None:
+        if stat_of(folder) is not None:
             raise FolderError(f"{folder}: is no folder", "name a folder for the run's checkpoints")
         return []
     with disk.named("list it", folder):

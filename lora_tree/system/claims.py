@@ -31,9 +31,9 @@ from typing import Any
 
 from ..errors import FolderError
 from .flags import NO_FOLLOW, PLAIN
-from .reading import opened
+from .reading import open_plain
 
-__all__ = ["clear", "drop", "make", "owners"]
+__all__ = ["clear", "drop_claim", "make_claim", "owners"]
 
 BEAT_S = 20.0
 STALE_S = 300.0
@@ -45,7 +45,7 @@ _changed = threading.Condition()
 _beating = False
 
 
-def make(path: Path, shared: bool) -> Path | None:
+def make_claim(path: Path, shared: bool) -> Path | None:
     """Make a claim on a path and return it, or take it back and return None if another stands against it.
 
     Raises:
@@ -67,18 +67,18 @@ def make(path: Path, shared: bool) -> Path | None:
             if other == claim or (shared and ".shared." in other.name):
                 continue
             if not _left_over(other, now_s):
-                drop(claim)
+                drop_claim(claim)
                 return None
             with suppress(FileNotFoundError):
                 os.unlink(other)
     except BaseException:
-        drop(claim)
+        drop_claim(claim)
         raise
     _keep_touching()
     return claim
 
 
-def drop(claim: Path) -> None:
+def drop_claim(claim: Path) -> None:
     """Take a claim of this process back; never raises."""
     with suppress(OSError):
         os.unlink(claim)
@@ -138,7 +138,7 @@ def _claims(path: Path) -> list[Path]:
 def _owner(claim: Path) -> dict[str, Any]:
     """The owner that a claim names. Any process may have written it, so it counts only if it is well-formed."""
     try:
-        with opened(claim, follow=False) as file:
+        with open_plain(claim, follow=False) as file:
             said = json.loads(os.read(file, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}  # gone, or not written to its end yet

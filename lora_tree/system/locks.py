@@ -54,7 +54,7 @@ class Held:
                 os.close(file)
             claim, self._claim = self._claim, None
             if claim is not None:
-                claims.drop(claim)
+                claims.drop_claim(claim)
 
 
 def attempt(path: str | Path, *, shared: bool = False, make: bool = True) -> Held | None:
@@ -124,7 +124,7 @@ def _attempt(path: Path, shared: bool, make: bool, *, wait: bool) -> Held | None
         try:
             return _by_flock(path, shared, make, wait)
         except _NoFlock:
-            claim = claims.make(path, shared)
+            claim = claims.make_claim(path, shared)
             return None if claim is None else Held(path, None, claim)
 
 

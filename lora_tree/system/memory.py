@@ -76,7 +76,7 @@ def _pages(name: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _ControlGroup:
     """The memory of a container: its limit, what is used of it, and how much of that are files' pages."""
 
     limit: int
@@ -84,9 +84,9 @@ class _Group:
     files: int
 
 
-def _groups() -> list[_Group]:
+def _groups() -> list[_ControlGroup]:
     """The container that this process runs in, as either version of Linux's control groups tells of it."""
-    found: list[_Group] = []
+    found: list[_ControlGroup] = []
     for limit_file, used_file, stat_file, files in (
         ("memory.max", "memory.current", "memory.stat", "file"),
         (
@@ -98,7 +98,7 @@ def _groups() -> list[_Group]:
     ):
         limit, used = _number(f"{_GROUP}/{limit_file}"), _number(f"{_GROUP}/{used_file}")
         if limit is not None and used is not None:
-            found.append(_Group(limit, used, _stat(f"{_GROUP}/{stat_file}", files)))
+            found.append(_ControlGroup(limit, used, _stat(f"{_GROUP}/{stat_file}", files)))
     return found
 
 

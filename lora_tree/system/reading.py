@@ -21,7 +21,7 @@ from typing import BinaryIO
 from ..errors import FolderError
 from .flags import NO_FOLLOW, NO_WAIT, PLAIN
 
-__all__ = ["Inside", "is_file", "is_folder", "look", "opened", "plain_file", "stream"]
+__all__ = ["Inside", "is_file", "is_folder", "open_plain", "open_stream", "plain_file", "stat_of"]
 
 Inside = Callable[[str], bool]
 """Whether a real path, all links followed, lies where a file may lie."""
@@ -29,7 +29,7 @@ Inside = Callable[[str], bool]
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def look(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
+def stat_of(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
     """Return what the system tells of a path, or None where nothing is there.
 
     Args:
@@ -49,14 +49,14 @@ def look(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
 
 
 def is_file(path: str | Path, *, follow: bool = True) -> bool:
-    """Tell whether there is a plain file of this name; see `look`."""
-    seen = look(path, follow=follow)
+    """Tell whether there is a plain file of this name; see `stat_of`."""
+    seen = stat_of(path, follow=follow)
     return seen is not None and stat.S_ISREG(seen.st_mode)
 
 
 def is_folder(path: str | Path, *, follow: bool = True) -> bool:
-    """Tell whether there is a folder of this name; see `look`."""
-    seen = look(path, follow=follow)
+    """Tell whether there is a folder of this name; see `stat_of`."""
+    seen = stat_of(path, follow=follow)
     return seen is not None and stat.S_ISDIR(seen.st_mode)
 
 
@@ -109,7 +109,9 @@ def _real_path(file: int, path: str | Path) -> str:
 
 
 @contextmanager
-def opened(path: str | Path, *, follow: bool = True, inside: Inside | None = None) -> Iterator[int]:
+def open_plain(
+    path: str | Path, *, follow: bool = True, inside: Inside | None = None
+) -> Iterator[int]:
     """Have a plain file open to read while the block runs; see `plain_file`."""
     file = plain_file(path, follow=follow, inside=inside)
     try:
@@ -118,13 +120,13 @@ def opened(path: str | Path, *, follow: bool = True, inside: Inside | None = Non
         os.close(file)
 
 
-def stream(
+def open_stream(
     path: str | Path, *, follow: bool = True, inside: Inside | None = None, buffering: int = -1
 ) -> BinaryIO:
     """Return a plain file as a binary stream, to be closed by the caller; see `plain_file`.
 
     >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile() as made, stream(made.name) as reading:
+    >>> with tempfile.NamedTemporaryFile() as made, open_stream(made.name) as reading:
     ...     reading.read()
     b''
     """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..carried import check_carried
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError
-from ..extras import foreign, need, opened
+from ..extras import foreign, need, open_pretrained
 from ..spelling import spelled_twice
 from ..storage import as_path
 from ..system.reading import is_file, is_folder
@@ -83,7 +83,7 @@ def class_of(
     Raises:
         SpecError: transformers can't read the config, or it needs code that may not run.
     """
-    config = opened(
+    config = open_pretrained(
         transformers.AutoConfig,
         base,
         failed=failed,
