@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from .carried import is_same_tensor, widest
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
+from .given import unchecked
 from .lowrank import LowRank, concat, same_place
 from .storage import as_path, storage
 
@@ -65,10 +66,9 @@ class Adapter:
     rounded: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        given: object = self.modules
-        if not isinstance(given, Mapping):
+        if not isinstance(unchecked(self.modules), Mapping):
             raise SpecError(
-                f"an adapter's modules are a mapping from names to LowRanks, got {type(given).__name__}"
+                f"an adapter's modules are a mapping from names to LowRanks, got {type(self.modules).__name__}"
             )
         for name, value in self.modules.items():
             if not isinstance(name, str) or not name:
@@ -87,11 +87,10 @@ class Adapter:
         Raises:
             SpecError: something is not.
         """
-        base: object = self.base
-        if base is not None and not isinstance(base, str):
-            raise SpecError(f"an adapter's base: expected a name or None, got {base!r:.80}")
+        if self.base is not None and not isinstance(unchecked(self.base), str):
+            raise SpecError(f"an adapter's base: expected a name or None, got {self.base!r:.80}")
         for attribute in ("config", "unchanged", "nesting", "errors"):
-            given: object = getattr(self, attribute)
+            given = unchecked(getattr(self, attribute))
             if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
                 raise SpecError(
                     f"an adapter's {attribute}: expected a mapping from strings, got {given!r:.80}"
@@ -107,11 +106,10 @@ class Adapter:
             ):
                 raise SpecError(f"{name}: nesting: expected a tuple of names, got {order!r:.80}")
         for name, error in self.errors.items():
-            number: object = error
-            if not isinstance(number, Real):
-                raise SpecError(f"{name}: errors: expected a number, got {number!r:.80}")
+            if not isinstance(unchecked(error), Real):
+                raise SpecError(f"{name}: errors: expected a number, got {error!r:.80}")
         for attribute in ("assumed", "rounded"):
-            names: object = getattr(self, attribute)
+            names = unchecked(getattr(self, attribute))
             if not isinstance(names, (set, frozenset)):
                 raise SpecError(
                     f"an adapter's {attribute}: expected a set of names, got {names!r:.80}"
@@ -226,10 +224,9 @@ class Adapter:
         True
         """
         names = {name: name for name in self.modules}
-        given: object = order
-        if not isinstance(given, Mapping) or isinstance(given, str):
+        if not isinstance(unchecked(order), Mapping):
             raise SpecError(
-                f"expected a mapping from modules to their parameters in order, got {given!r:.80}"
+                f"expected a mapping from modules to their parameters in order, got {order!r:.80}"
             )
         for module, registered in order.items():
             if isinstance(registered, str) or not isinstance(registered, Sequence):
@@ -296,7 +293,7 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
         BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
         SpecError: a coefficient times a scale is not finite.
     """
-    given: object = terms
+    given = unchecked(terms)
     pairs: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], Adapter) for p in pairs):
         raise SpecError(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeMismatch, SpecError, suggest
+from .given import unchecked
 
 __all__ = [
     "EMBEDDING",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-KINDS = ("linear", "embedding", "conv", "parameter")
+LAYOUT_KINDS = ("linear", "embedding", "conv", "parameter")
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Layout:
     kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        kind: object = self.kind
-        if kind not in KINDS:
+        kind, kernel = unchecked(self.kind), unchecked(self.kernel)
+        if kind not in LAYOUT_KINDS:
+            hint = suggest(str(kind), LAYOUT_KINDS)
             raise SpecError(
-                f"a layout's kind is one of {', '.join(KINDS)}, got {kind!r:.80}{suggest(str(kind), KINDS)}"
+                f"a layout's kind is one of {', '.join(LAYOUT_KINDS)}, got {kind!r:.80}{hint}"
             )
-        kernel: object = self.kernel
         whole = isinstance(kernel, tuple) and all(type(size) is int and size > 0 for size in kernel)
         if not whole or bool(kernel) != (kind == "conv"):
             raise SpecError(
@@ -131,7 +132,7 @@ class LowRank:
             raise SpecError(f"factors must be floating point, got a bias of {bias.dtype}")
         if type(self.scale) is not float or not math.isfinite(self.scale):
             object.__setattr__(self, "scale", _finite_number(self.scale, "scale"))
-        layout: object = self.layout
+        layout = unchecked(self.layout)
         if not isinstance(layout, Layout):
             hint = ("LINEAR, EMBEDDING and PARAMETER are the plain ones: layout=LINEAR",)
             raise SpecError(f"layout must be a Layout, got {layout!r:.80}", *hint)
@@ -533,9 +534,8 @@ def same_place(x: LowRank, y: LowRank) -> None:
         SpecError: one is no `LowRank`.
     """
     for value in (x, y):
-        given: object = value
-        if not isinstance(given, LowRank):
-            raise SpecError(f"expected a LowRank, got {type(given).__name__}")
+        if not isinstance(unchecked(value), LowRank):
+            raise SpecError(f"expected a LowRank, got {type(value).__name__}")
     if x.shape != y.shape or x.layout != y.layout:
         raise ShapeMismatch(
             f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight"

@@ -46,11 +46,11 @@ from .engine.unmerged import Unmerged
 from .errors import SpecError, StateError, listing, suggest
 from .lowrank import LowRank, check_dtype
 from .sites import Site
+from .training.every_rank import joined
 from .training.factors import Factors
 from .training.handed import Handed
 from .training.losses import ranks
 from .training.session import Training
-from .training.together import joined
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]

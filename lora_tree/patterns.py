@@ -11,7 +11,7 @@ A look ahead or behind is a pattern of its own, tried at its place in the same w
 remember what it took (``(a)\1``, ``(?>a)``) has no such steps, and is refused.
 
 One match is bounded, but a file may hold thousands of patterns and a base thousands of names. So
-every visit is paid for out of a `Work`: one for all patterns of an adapter, one for all of a tree.
+every visit is paid for out of a `MatchingBudget`: one for all patterns of an adapter, one for all of a tree.
 The names of a base are much alike, so a pattern remembers where a character led it before, and most
 names cost it a look-up for each of their characters.
 """
@@ -27,7 +27,7 @@ from typing import Generic, TypeVar
 
 from .errors import LoraTreeError, SpecError
 
-__all__ = ["ByPattern", "NamePattern", "Patterns", "Work", "check_pattern"]
+__all__ = ["ByPattern", "MatchingBudget", "NamePattern", "Patterns", "check_pattern"]
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ _PLAIN_NAME = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\[.-])+\Z")
 _WIDE = re.compile(r"\\[uUN]|[^\x00-\x7f]")
 
 
-class Work:
+class MatchingBudget:
     """The budget of work for all patterns of one adapter, or of one tree.
 
     Args:
@@ -67,7 +67,7 @@ class Work:
         error: the kind of error to raise.
         steps: how many visits are left.
 
-    >>> Work("zoo/tree.yaml", steps=10).spend(11)
+    >>> MatchingBudget("zoo/tree.yaml", steps=10).spend(11)
     Traceback (most recent call last):
     lora_tree.errors.SpecError: zoo/tree.yaml: matching its patterns takes too long: more than 10 steps
       write them with less repetition, or name the modules instead of describing them
@@ -95,7 +95,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Instruction:
     """A step through a pattern: one of four kinds.
 
     width 1     take the next character, if ``atom`` matches it
@@ -115,7 +115,7 @@ class _Step:
 class _Around:
     """A look ahead or behind: whether ``steps`` match there, and whether they should."""
 
-    steps: tuple[_Step, ...]
+    steps: tuple[_Instruction, ...]
     behind: bool
     wanted: bool
 
@@ -136,9 +136,9 @@ class NamePattern:
     False
     """
 
-    def __init__(self, text: str, work: Work | None = None) -> None:
+    def __init__(self, text: str, work: MatchingBudget | None = None) -> None:
         self.text = text
-        self._work = work or Work(f"the pattern {text[:80]!r}")
+        self._work = work or MatchingBudget(f"the pattern {text[:80]!r}")
         self._work.spend(4 * len(text[:MAX_CHARACTERS]), text)
         self._steps = check_pattern(text)
         self._work.spend(len(self._steps), text)
@@ -187,7 +187,7 @@ class NamePattern:
                 return found
         return None
 
-    def _run(self, steps: tuple[_Step, ...], name: str, starts: set[int]) -> Iterator[int]:
+    def _run(self, steps: tuple[_Instruction, ...], name: str, starts: set[int]) -> Iterator[int]:
         """Every place of the name where the steps come to their end, from left to right."""
         now: frozenset[int] = frozenset()
         last = max(starts)
@@ -201,7 +201,7 @@ class NamePattern:
                 return
 
     def _move(
-        self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int
+        self, steps: tuple[_Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> tuple[bool, frozenset[int]]:
         """Whether the steps can end at this place, and where its character leads."""
         self._work.spend(1, self.text)
@@ -219,14 +219,14 @@ class NamePattern:
         return known
 
     def _moved(
-        self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int
+        self, steps: tuple[_Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> tuple[bool, frozenset[int], int]:
         seen = self._spread(steps, now, name, at)
         after = {i + 1 for i in seen if i < len(steps) and self._takes(steps[i], name, at)}
         return len(steps) in seen, frozenset(after), len(seen) + len(after) + 1
 
     def _spread(
-        self, steps: tuple[_Step, ...], now: frozenset[int], name: str, at: int
+        self, steps: tuple[_Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> set[int]:
         """Those steps, and all that can be reached from them without taking a character."""
         stack, seen = list(now), set(now)
@@ -253,10 +253,10 @@ class NamePattern:
             found = any(True for _ in self._run(around.steps, name, {at}))
         return found is around.wanted
 
-    def _takes(self, step: _Step, name: str, at: int) -> bool:
+    def _takes(self, step: _Instruction, name: str, at: int) -> bool:
         return step.width == 1 and self._matches(step, name, at)
 
-    def _matches(self, step: _Step, name: str, at: int) -> bool:
+    def _matches(self, step: _Instruction, name: str, at: int) -> bool:
         if len(step.atom) == 1 and step.width and step.atom != "." and not step.flags:
             return name.startswith(step.atom, at)
         known = self._compiled.get((step.atom, step.flags))
@@ -280,12 +280,12 @@ class ByPattern(Generic[T]):
     Raises:
         ValueError: a pattern is none, or can't be matched in bounded time.
 
-    >>> ranks = ByPattern([(r"^a\.q", 4), ("(q|v)", 8)], Work("a test"))
+    >>> ranks = ByPattern([(r"^a\.q", 4), ("(q|v)", 8)], MatchingBudget("a test"))
     >>> ranks.first("a.q", 2), ranks.first("b.q", 2), ranks.first("b.k", 2)
     (4, 8, 2)
     """
 
-    def __init__(self, entries: Iterable[tuple[str, T]], work: Work) -> None:
+    def __init__(self, entries: Iterable[tuple[str, T]], work: MatchingBudget) -> None:
         self._work = work
         self._values: list[T] = []
         self._patterns: list[tuple[int, NamePattern]] = []  # those that are no plain names
@@ -349,7 +349,7 @@ class Patterns:
         work: what all of it is paid from.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: MatchingBudget) -> None:
         self._work = work
         self._made: dict[str, NamePattern] = {}
         self._known: dict[tuple[str, str, str], bool | int | None] = {}
@@ -381,7 +381,7 @@ class Patterns:
 
 
 @lru_cache(256)
-def check_pattern(text: str) -> tuple[_Step, ...]:
+def check_pattern(text: str) -> tuple[_Instruction, ...]:
     """Parse a pattern into its steps, without compiling any of its parts.
 
     Raises:
@@ -414,7 +414,7 @@ class _Parser:
     depth: int = 0
     flags: int = 0
 
-    def whole(self) -> list[_Step]:
+    def whole(self) -> list[_Instruction]:
         flags = _FLAGS.match(self.text)
         if flags is not None:
             self.at, self.flags = flags.end(), _flags_of(flags["on"])
@@ -423,34 +423,34 @@ class _Parser:
             raise self.beyond()
         return steps
 
-    def choice(self) -> list[_Step]:
+    def choice(self) -> list[_Instruction]:
         """``a|b``"""
         rows = [self.row()]
         while self.text.startswith("|", self.at):
             self.at += 1
             rows.append(self.row())
         total = sum(len(row) + 2 for row in rows) - 2
-        steps: list[_Step] = []
+        steps: list[_Instruction] = []
         for row in rows[:-1]:
-            steps.append(_Step(to=(1, len(row) + 2)))
+            steps.append(_Instruction(to=(1, len(row) + 2)))
             steps += row
-            steps.append(_Step(to=(total - len(steps),)))
+            steps.append(_Instruction(to=(total - len(steps),)))
         return self.few(steps + rows[-1])
 
-    def row(self) -> list[_Step]:
+    def row(self) -> list[_Instruction]:
         """``ab``"""
-        steps: list[_Step] = []
+        steps: list[_Instruction] = []
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             steps += self.piece()
             self.few(steps)
         return steps
 
-    def piece(self) -> list[_Step]:
+    def piece(self) -> list[_Instruction]:
         """``a``, ``[a-z]``, ``(a|b)``, ``a{2,3}``"""
         atom = _ATOM.match(self.text, self.at)
         if atom is not None:
             self.at = atom.end()
-            steps = [_Step(atom[0], self.flags, 0 if atom["here"] else 1)]
+            steps = [_Instruction(atom[0], self.flags, 0 if atom["here"] else 1)]
         elif self.text.startswith("(", self.at):
             steps = self.group()
         else:
@@ -463,7 +463,7 @@ class _Parser:
         self.at = times.end()
         return self.repeated(steps, times)
 
-    def group(self) -> list[_Step]:
+    def group(self) -> list[_Instruction]:
         opens = _GROUP.match(self.text, self.at)
         if opens is None:
             raise self.beyond()
@@ -480,10 +480,10 @@ class _Parser:
         self.at += 1
         look = opens["look"]
         if look:
-            return [_Step(around=_Around(tuple(steps), "<" in look, "=" in look))]
+            return [_Instruction(around=_Around(tuple(steps), "<" in look, "=" in look))]
         return steps
 
-    def repeated(self, steps: list[_Step], times: re.Match[str]) -> list[_Step]:
+    def repeated(self, steps: list[_Instruction], times: re.Match[str]) -> list[_Instruction]:
         """``*`` is {0,}, ``+`` is {1,} and ``?`` is {0,1}."""
         sign = times["sign"]
         least = int(sign == "+") if sign else int(times["least"] or 0)
@@ -499,13 +499,15 @@ class _Parser:
         if len(steps) * max(least, most or 0) > _MAX_STEPS:
             raise self.many()
         if most is not None:
-            maybe = [_Step(to=(1, len(steps) + 1)), *steps]
+            maybe = [_Instruction(to=(1, len(steps) + 1)), *steps]
             return self.few(steps * least + maybe * (most - least))
         if least:  # the last of those that must be there is gone through again and again
-            return self.few([*steps * least, _Step(to=(-len(steps), 1))])
-        return self.few([_Step(to=(1, len(steps) + 2)), *steps, _Step(to=(-len(steps) - 1,))])
+            return self.few([*steps * least, _Instruction(to=(-len(steps), 1))])
+        return self.few(
+            [_Instruction(to=(1, len(steps) + 2)), *steps, _Instruction(to=(-len(steps) - 1,))]
+        )
 
-    def few(self, steps: list[_Step]) -> list[_Step]:
+    def few(self, steps: list[_Instruction]) -> list[_Instruction]:
         if len(steps) > _MAX_STEPS:
             raise self.many()
         return steps

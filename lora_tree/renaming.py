@@ -73,7 +73,7 @@ class Renaming:
         if any(self._moves(adapter, name, value) for name, value in adapter.modules.items()) or any(
             not self._has_parameter(name) for name in adapter.unchanged
         ):
-            found = _Move(self._base, adapter).made()
+            found = _Renamed(self._base, adapter).made()
         return found.renested(registered(self._base, found)) if found.nesting else found
 
     def has(self, name: str) -> bool:
@@ -97,7 +97,7 @@ class Renaming:
 
 
 @dataclass
-class _Group:
+class _Conversion:
     """Old modules that became one parameter, or several: the values of each source of a conversion.
 
     Args:
@@ -111,7 +111,7 @@ class _Group:
     names: list[str] = field(default_factory=list)
 
 
-class _Move:
+class _Renamed:
     """One adapter on its way into the names of one base."""
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
@@ -119,7 +119,7 @@ class _Move:
         self._loading = Loading(base)
         self._parts: dict[str, list[LowRank]] = {}
         self._from: dict[str, list[str]] = {}
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, _Conversion] = {}
 
     def made(self) -> Adapter:
         """The adapter in the names of the base; raises as `Renaming.bound`."""
@@ -165,7 +165,9 @@ class _Move:
             renamed, source, number = self._loading.renamed(parameter)
             one = _as_matrix(value, in_a_batch="*" not in (source or ""))
             if source is not None and one is not None:
-                group = self._groups.setdefault(renamed, _Group(self._loading.converters[source]))
+                group = self._groups.setdefault(
+                    renamed, _Conversion(self._loading.converters[source])
+                )
                 group.values.setdefault(source, {}).setdefault(number, []).append(one)
                 group.names.append(name)
                 return
@@ -194,7 +196,7 @@ class _Move:
         return None
 
     # ------------------------------------------------------------------ several that became one
-    def _take_group(self, first: str, group: _Group) -> None:
+    def _take_group(self, first: str, group: _Conversion) -> None:
         """Put together what a conversion makes of a group's values."""
         where = group.names[0]
         for numbered in group.values.values():
@@ -213,7 +215,9 @@ class _Move:
             sources = self._from.setdefault(name, [])
             sources += [source for source in group.names if source not in sources]
 
-    def _converted(self, first: str, group: _Group) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    def _converted(
+        self, first: str, group: _Conversion
+    ) -> Iterator[tuple[str, Tensor, Tensor, float]]:
         """Parameter, left, right and scale for each source: the stored parameter gets scale · left @ right."""
         converter = group.converter
         target = self._loading.parameters.get(first)

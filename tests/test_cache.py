@@ -595,7 +595,8 @@ def test_an_interrupt_at_the_beginning_of_a_load_leaves_the_node_to_be_loaded(
     model = attached(folder, "1MiB")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "lora_tree.cache.cache._Room", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt())
+            "lora_tree.cache.cache._Reservation",
+            lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()),
         )
         model.activate("a")
     done = threading.Thread(target=lambda: model.activate("a"), daemon=True)

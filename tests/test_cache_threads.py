@@ -106,7 +106,7 @@ def test_threads_that_request_prefetch_and_release(model: lt.TreeModel) -> None:
     assert tier.failures
     assert tier.evictions
     assert tier.held_bytes == tier.laid_out_bytes + sum(
-        entry.nbytes for entry in model.cache._tiers[0]._entries.values()
+        entry.nbytes for entry in model.cache._tiers[0]._residents.values()
     )
 
 

@@ -28,6 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 RINGS = {
     "values": [
         "errors",
+        "given",
         "base_names",
         "budget",
         "patterns",

@@ -18,7 +18,7 @@ from lora_tree import Adapter, LowRank
 from lora_tree.errors import LoraTreeError, LoraTreeWarning
 from lora_tree.formats import peft
 from lora_tree.lowrank import EMBEDDING, PARAMETER, Layout
-from lora_tree.patterns import ByPattern, NamePattern, Work
+from lora_tree.patterns import ByPattern, MatchingBudget, NamePattern
 
 CONFIG, WEIGHTS = peft.CONFIG, peft.WEIGHTS
 many = settings(
@@ -273,7 +273,9 @@ spellings = st.sampled_from(
 def test_the_first_of_several_patterns_counts(texts: list[str], name: str) -> None:
     wanted = next((i for i, text in enumerate(texts) if re.match(rf"(.*\.)?({text})$", name)), -1)
     assert (
-        ByPattern(((text, i) for i, text in enumerate(texts)), Work("a test")).first(name, -1)
+        ByPattern(((text, i) for i, text in enumerate(texts)), MatchingBudget("a test")).first(
+            name, -1
+        )
         == wanted
     )
 

@@ -38,7 +38,7 @@ from .pack import held_bytes, pack, tensors
 from .policy import Frequency, Policy
 from .shelf import PAGED, Shelf, trim
 from .stats import CacheStats
-from .tier import Entry, Tier
+from .tier import Resident, Tier
 
 __all__ = ["Cache", "Hold"]
 
@@ -303,10 +303,10 @@ class Cache:
 
     def _get(
         self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True
-    ) -> Entry:
+    ) -> Resident:
         """A node's entry in a tier, loaded where it is not there; ``wait`` for room that others are about to give."""
         tier, key, loading = self._tiers[level], _key(source), False
-        start, room = time.perf_counter(), _Room(tier, self._lock, wait)
+        start, room = time.perf_counter(), _Reservation(tier, self._lock, wait)
         try:
             with self._lock:
                 while (found := tier.find(key)) is None and (level, key) in self._loading:
@@ -330,7 +330,7 @@ class Cache:
                 else self._sent(level, path, source, room)
             )
             room.exactly(nbytes := held_bytes(arrived.adapter))
-            entry = Entry(arrived, nbytes)
+            entry = Resident(arrived, nbytes)
             with self._lock:
                 room.close()
                 if not self._closed:
@@ -350,7 +350,7 @@ class Cache:
                     self._loading.discard((level, key))
                     self._lock.notify_all()
 
-    def _read(self, path: str, source: Source, room: _Room) -> Arrived:
+    def _read(self, path: str, source: Source, room: _Reservation) -> Arrived:
         """From files to the host, in one buffer."""
 
         def again(nbytes: int) -> Tensor:  # a source that begins anew has let go of what it had
@@ -367,7 +367,7 @@ class Cache:
             self._origins[adapter] = source.key
         return Arrived(adapter)
 
-    def _sent(self, level: int, path: str, source: Source, room: _Room) -> Arrived:
+    def _sent(self, level: int, path: str, source: Source, room: _Reservation) -> Arrived:
         """From the host to the device; it is in use there until the transfer has begun."""
         assert self._link is not None
         if isinstance(source, _Own):
@@ -388,7 +388,7 @@ class Cache:
             self._origins[arrived.adapter] = origin
         return arrived
 
-    def _sent_on(self, source: _Own, link: Link, room: _Room) -> Arrived:
+    def _sent_on(self, source: _Own, link: Link, room: _Reservation) -> Arrived:
         """From the tree to the device, without a place in the host's tier: it lies in the tree anyway."""
         adapter = source.load(link.allocate)
         room.exactly(held_bytes(adapter))
@@ -436,7 +436,7 @@ class Cache:
         passing = [nbytes for path, nbytes in sizes.items() if not isinstance(needed[path], _Own)]
         for tier in self._tiers:
             with self._lock:
-                others = tier.in_use_bytes(keys) + tier.laid_out_bytes
+                others = tier.busy_bytes(keys)
             passes = tier is not self._tiers[-1]  # one adapter after the other
             whole = max(passing, default=0) if passes else sum(sizes.values()) + others
             if tier.budget_bytes is None or whole <= tier.budget_bytes:
@@ -507,7 +507,7 @@ class _Own:
         return self.adapter
 
 
-class _Room:
+class _Reservation:
     """What is reserved in a tier for one adapter that is being loaded."""
 
     def __init__(self, tier: Tier, lock: threading.Condition, wait: bool) -> None:

@@ -1,9 +1,12 @@
-"""Tier: what one kind of memory holds for a cache, and who has to go when it is full.
+"""One kind of memory of a cache: its adapters, its budget, and the order in which it makes room.
 
-    budget  ≥  adapters  +  reserved (being loaded)  +  laid out (what side paths made of adapters)
+    budget  ≥  adapters  +  reserved (being loaded)  +  laid out (side paths made of adapters)
 
-What has to make room goes in this order: what is laid out for paths used before; idle adapters, as the policy says.
-What is in use is never asked. Every method is called with the cache's lock held.
+A full tier makes room in this order: side paths laid out for earlier paths, which can be computed again
+without a file; then idle adapters, in the policy's order. Pinned adapters are never evicted.
+
+Thread safety: every method is called with the cache's lock held, and that lock guards every field. The one
+exception is `_refunds`: finalizers append to it in whichever thread collects the owner.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from .policy import Policy
 from .shelf import Shelf
 from .stats import TierStats
 
-__all__ = ["Entry", "Tier"]
+__all__ = ["Resident", "Tier"]
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class Resident:
     """An adapter in a tier, and the bytes that it keeps alive."""
 
     arrived: Arrived
@@ -41,10 +44,10 @@ class Tier:
     Args:
         name: ``host`` or ``device``.
         budget_bytes: the most it may hold; None: no bound.
-        policy: what goes first.
-        lock: of the cache; whoever waits for room waits at it.
-        budget_name: what its caller calls the budget.
-        shelf: has the memory that was let go of, as much as there is room for.
+        policy: chooses the next adapter to evict.
+        lock: the cache's lock; a thread that waits for room waits on it.
+        budget_name: the argument by which the caller set the budget, for errors.
+        shelf: freed host memory that is kept for reuse, as far as the budget has room for it.
     """
 
     def __init__(
@@ -61,174 +64,140 @@ class Tier:
         self.budget_name = budget_name or f"{name}_budget"
         self._lock = lock
         self._shelf = shelf
-        self._entries: dict[Hashable, Entry] = {}
+        self._residents: dict[Hashable, Resident] = {}
         self._pins: Counter[Hashable] = Counter()
-        self._adapters = self._in_use = self._reserved = self._laid_out = 0
-        self._refunds: deque[tuple[int, bool]] = (
-            deque()
-        )  # finalizers append, in whichever thread they run
+        self._adapters = self._in_use = self._reserved = self._laid_out = 0  # bytes
+        # (bytes, churns) of owners that were collected. A finalizer may run in any thread, also while this
+        # thread holds the lock, so it must not take the lock. A deque's append is atomic.
+        self._refunds: deque[tuple[int, bool]] = deque()
         self._spare: list[weakref.ref[LastUsed[Any]]] = []
-        self.churn_bytes = (
-            0  # of what the allocator had for what is gone, since it was told to give memory back
-        )
-        self.passing = 0  # pins that last only while an adapter is sent on
+        # Bytes of side paths that went back to the allocator since the cache last trimmed it.
+        self.churn_bytes = 0
+        # Adapters pinned only while they are sent on to the next tier. Another thread may wait for these to
+        # become idle, because it needs no action of the user.
+        self.passing = 0
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
 
-    # ------------------------------------------------------------------ what is there
-    def find(self, key: Hashable) -> Entry | None:
-        return self._entries.get(key)
+    # ------------------------------------------------------------------ adapters
+    def find(self, key: Hashable) -> Resident | None:
+        """Return the adapter under a key, or None."""
+        return self._residents.get(key)
 
-    def add(self, key: Hashable, entry: Entry, seconds: float) -> None:
-        """An adapter came in, for which room was reserved."""
-        self._entries[key] = entry
-        self._adapters += entry.nbytes
+    def add(self, key: Hashable, resident: Resident, seconds: float) -> None:
+        """Admit an adapter that took ``seconds`` to load; its room was reserved before."""
+        self._residents[key] = resident
+        self._adapters += resident.nbytes
         self.loads += 1
-        self.loaded_bytes += entry.nbytes
+        self.loaded_bytes += resident.nbytes
         self.load_s += seconds
         self.slowest_s = max(self.slowest_s, seconds)
 
     def discard(self, key: Hashable) -> None:
-        """It need not be here any more."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._adapters -= entry.nbytes
-            self._in_use -= entry.nbytes if key in self._pins else 0
-            self.policy.gone(key)
+        """Remove an adapter, pinned or not; a no-op for an unknown key."""
+        resident = self._residents.pop(key, None)
+        if resident is None:
+            return
+        self._adapters -= resident.nbytes
+        if key in self._pins:
+            self._in_use -= resident.nbytes
+        self.policy.gone(key)
 
     def let_go(self, key: Hashable) -> bool:
-        """`discard` it unless it is pinned; return whether it was discarded."""
+        """`discard` an adapter unless it is pinned; return whether it was discarded."""
         if key in self._pins:
             return False
         self.discard(key)
         return True
 
     def used(self, keys: Sequence[Hashable]) -> None:
-        """A request uses these, from the root down."""
-        self.policy.used([(key, self._entries[key].nbytes) for key in keys if key in self._entries])
+        """Tell the policy that one request uses these adapters, from the root down."""
+        self.policy.used(
+            [(key, self._residents[key].nbytes) for key in keys if key in self._residents]
+        )
 
     def pin(self, key: Hashable) -> None:
-        """It is in use, once more."""
-        self._in_use += 0 if key in self._pins else self._entries[key].nbytes
+        """Keep an adapter from eviction until the matching `unpin`; pins are counted."""
+        if key not in self._pins:
+            self._in_use += self._residents[key].nbytes
         self._pins[key] += 1
 
     def unpin(self, key: Hashable) -> None:
-        """It is in use once less; fine where everything was cleared."""
-        if key in self._pins:
-            self._pins[key] -= 1
-            if not self._pins[key]:
-                del self._pins[key]
-                self._in_use -= self._entries[key].nbytes
-            self._lock.notify_all()
+        """Take back one `pin`; a no-op after `clear`."""
+        if key not in self._pins:
+            return
+        self._pins[key] -= 1
+        if not self._pins[key]:
+            del self._pins[key]
+            self._in_use -= self._residents[key].nbytes
+        # A thread may be waiting in `_make_room` for this adapter to become idle.
+        self._lock.notify_all()
 
     def clear(self) -> None:
-        """Everything goes, in use or not."""
-        for key in list(self._entries):
+        """Remove every adapter, pinned or not."""
+        for key in list(self._residents):
             self.discard(key)
         self._pins.clear()
 
     # ------------------------------------------------------------------ room
     def reserve(self, nbytes: int, *, wait: bool) -> None:
-        """Make room for what is about to be loaded.
+        """Make room for an adapter that is about to be loaded.
 
         Args:
-            wait: for what others are loading now, which can be evicted when it is there.
+            wait: whether to wait for adapters that other threads are loading or sending on: these can be
+                evicted afterwards. A thread that holds a reservation itself must not wait for others.
 
         Raises:
-            BudgetError: there is none, and everything is in use.
+            BudgetError: everything that is held is in use.
         """
         self._make_room(nbytes, wait)
         self._reserved += nbytes
 
     def cancel(self, nbytes: int) -> None:
-        """What was reserved is not needed, or has come in."""
+        """Give back reserved bytes, because the load failed or its adapter was added."""
         self._reserved -= nbytes
         self._lock.notify_all()
 
     def spare(self, kept: LastUsed[Any]) -> None:
-        """What it keeps may go where room is needed."""
+        """Allow the tier to drop what ``kept`` keeps when it needs room; held weakly."""
         self._spare.append(weakref.ref(kept))
 
     def lay_out(self, owner: object, nbytes: int, *, churns: bool) -> None:
-        """Make room for what ``owner`` is about to lay out, and count it until that is gone.
+        """Make room for the side paths of ``owner`` and count them until ``owner`` is collected.
 
         Args:
-            churns: the memory is the allocator's, in small pieces, which it keeps for itself afterwards.
+            churns: whether the memory comes in small pieces from the allocator, which keeps freed pieces.
 
         Raises:
-            BudgetError: there is none, and everything is in use.
+            BudgetError: everything that is held is in use.
         """
         self._make_room(nbytes, wait=True)
         self._laid_out += nbytes
         if churns:
+            # This memory does not come from the shelf, so the shelf has to leave room for it.
             self._trim_shelf()
+        # The finalizer holds the deque and not the tier, so an owner keeps no tier alive.
         weakref.finalize(owner, self._refunds.append, (nbytes, churns)).atexit = False
 
-    @property
-    def held_bytes(self) -> int:
-        """Everything that counts."""
-        while self._refunds:
-            given_back, churned = self._refunds.popleft()
-            self._laid_out -= given_back
-            self.churn_bytes += given_back if churned else 0
-        return self._adapters + self._reserved + self._laid_out
-
-    @property
-    def laid_out_bytes(self) -> int:
-        return self._laid_out if self.held_bytes else 0
-
-    @property
-    def room_bytes(self) -> int:
-        """What the budget leaves over."""
-        return sys.maxsize if self.budget_bytes is None else self.budget_bytes - self.held_bytes
-
-    def in_use_bytes(self, but: Sequence[Hashable] = ()) -> int:
-        """Bytes of the adapters that are in use, without some of them."""
-        return self._in_use - sum(
-            self._entries[key].nbytes for key in set(but) if key in self._pins
+    def busy_bytes(self, but: Sequence[Hashable] = ()) -> int:
+        """Return the bytes that can't be evicted: pinned adapters other than ``but``, and side paths."""
+        self._take_refunds()
+        pinned_but = {key for key in but if key in self._pins}
+        return (
+            self._in_use - sum(self._residents[key].nbytes for key in pinned_but) + self._laid_out
         )
 
-    def _make_room(self, nbytes: int, wait: bool) -> None:
-        budget = self.budget_bytes
-        while budget is not None and self.held_bytes + nbytes > budget:
-            stays = self._in_use + self._reserved
-            if stays + nbytes <= budget:  # else nothing is let go of in vain
-                if any(kept is not None and kept.drop() for kept in (ref() for ref in self._spare)):
-                    continue
-                victim = self.policy.victim(
-                    lambda key: key in self._entries and key not in self._pins
-                )
-                if victim is not None:
-                    self.evictions += 1
-                    self.evicted_bytes += self._entries[victim].nbytes
-                    self.discard(victim)
-                    continue
-            if wait and nbytes <= budget and (self._reserved or self.passing):
-                self._lock.wait()
-            else:
-                stays += self._laid_out
-                raise BudgetError(
-                    f"{format_bytes(nbytes)} more are needed, and {format_bytes(stays)} are in use; "
-                    f"{self.budget_name} is {format_bytes(budget)}",
-                    f"{self.budget_name}={stays + nbytes} (bytes) is enough for what is in use now and this",
-                    "or let go of something first: model.deactivate()",
-                )
-        self._trim_shelf()
-
-    def _trim_shelf(self) -> None:
-        if self._shelf is not None:
-            self._shelf.at_most(self.room_bytes)
-
     def stats(self) -> TierStats:
-        """What is there now, and what happened so far."""
+        """Return the bytes held now, and the counts since the tier was made."""
+        self._take_refunds()
         return TierStats(
             name=self.name,
             budget_bytes=self.budget_bytes,
-            held_bytes=self.held_bytes,
+            held_bytes=self._held_bytes,
             laid_out_bytes=self._laid_out,
-            in_use_bytes=self.in_use_bytes(),
-            ready_bytes=self._shelf.ready_bytes if self._shelf is not None else 0,
-            nodes=len(self._entries),
+            in_use_bytes=self._in_use,
+            ready_bytes=0 if self._shelf is None else self._shelf.ready_bytes,
+            nodes=len(self._residents),
             loads=self.loads,
             loaded_bytes=self.loaded_bytes,
             load_s=self.load_s,
@@ -237,3 +206,71 @@ class Tier:
             evicted_bytes=self.evicted_bytes,
             failures=self.failures,
         )
+
+    # ------------------------------------------------------------------ private
+    @property
+    def _held_bytes(self) -> int:
+        """The bytes that count against the budget, as of the last `_take_refunds`."""
+        return self._adapters + self._reserved + self._laid_out
+
+    def _take_refunds(self) -> None:
+        """Subtract the side paths whose owners were collected since the last call."""
+        while self._refunds:
+            nbytes, churned = self._refunds.popleft()
+            self._laid_out -= nbytes
+            if churned:
+                self.churn_bytes += nbytes
+
+    def _make_room(self, nbytes: int, wait: bool) -> None:
+        budget = self.budget_bytes
+        while budget is not None:
+            # Dropping side paths, and waiting, let finalizers run: count again before every decision.
+            self._take_refunds()
+            if self._held_bytes + nbytes <= budget:
+                break
+            stays = self._in_use + self._reserved
+            # If it can't fit even with everything idle gone, nothing is evicted in vain.
+            if stays + nbytes <= budget and (self._drop_spare() or self._evict()):
+                continue
+            others_may_finish = self._reserved > 0 or self.passing > 0
+            if not (wait and nbytes <= budget and others_may_finish):
+                raise self._full(nbytes, stays + self._laid_out, budget)
+            self._lock.wait()
+        self._trim_shelf()
+
+    def _drop_spare(self) -> bool:
+        """Drop the side paths kept for one path used before; return whether there were any."""
+        for ref in self._spare:
+            kept = ref()
+            if kept is not None and kept.drop():
+                return True
+        return False
+
+    def _evict(self) -> bool:
+        """Evict the adapter that the policy names; return whether there was an idle one."""
+        victim = self.policy.victim(lambda key: key in self._residents and key not in self._pins)
+        if victim is None:
+            return False
+        self.evictions += 1
+        self.evicted_bytes += self._residents[victim].nbytes
+        self.discard(victim)
+        return True
+
+    def _full(self, nbytes: int, stays: int, budget: int) -> BudgetError:
+        enough = f"{self.budget_name}={stays + nbytes} (bytes)"
+        return BudgetError(
+            f"{format_bytes(nbytes)} more are needed, and {format_bytes(stays)} are in use; "
+            f"{self.budget_name} is {format_bytes(budget)}",
+            f"{enough} is enough for what is in use now and this",
+            "or let go of something first: model.deactivate()",
+        )
+
+    def _trim_shelf(self) -> None:
+        """Keep no more freed memory than the budget leaves over."""
+        if self._shelf is None:
+            return
+        self._take_refunds()
+        room = sys.maxsize
+        if self.budget_bytes is not None:
+            room = self.budget_bytes - self._held_bytes
+        self._shelf.at_most(room)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from ..sites.base import recorded
 from ..sites.linear import LinearSite
+from ..sites.site import recorded
 from .cost import Cost
 from .owed import Owed, RowSubset
 from .unpromised import grouped_product

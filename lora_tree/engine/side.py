@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
-from ..sites.base import in_dtype, wider_of
+from ..sites.site import in_dtype, wider_of
 from .arithmetic import product_dtype
 from .plan import Terms
 from .slab import Slab

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import FormatError, UnsupportedAdapter
-from ..patterns import ByPattern, NamePattern, Work
+from ..patterns import ByPattern, MatchingBudget, NamePattern
 from . import strict_json
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class PeftConfig:
     base: str | None
     velora: bool
     kept: Mapping[str, Any]
-    work: Work = field(compare=False)
+    work: MatchingBudget = field(compare=False)
 
     def rank(self, name: str) -> int:
         """r of the module ``name``, or of the raw parameter ``module.parameter``."""
@@ -205,7 +205,7 @@ class _Checks:
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
-        self.work = Work(where, FormatError)
+        self.work = MatchingBudget(where, FormatError)
 
     def wrong(self, name: str, got: Any, expected: str) -> FormatError:
         return FormatError(f"{self.where}: {name}: got {str(got)[:80]!r}, expected {expected}")

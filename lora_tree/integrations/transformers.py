@@ -33,10 +33,10 @@ from ..errors import DivergedError, MissingExtra, SpecError, listing
 from ..extras import need
 from ..model import TreeModel
 from ..training.diverged import BASE_LABEL, Start, check_finite_step
+from ..training.every_rank import joined
 from ..training.losses import path_loss, ranks, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
-from ..training.together import joined
 from .checkpoint import appearing, load_factors, put_back, retire, save_factors
 from .given import check_asked, checked_model, refuse_arguments, whole_groups
 from .row_paths import PathCollator, PathTotals, paths_of

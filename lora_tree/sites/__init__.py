@@ -9,11 +9,11 @@ from torch import nn
 
 from ..errors import BaseMismatch, suggest
 from .attention import InProjectionSite, OutProjectionSite
-from .base import Site
 from .conv import ConvSite
 from .embedding import EmbeddingSite
 from .linear import Conv1DSite, LinearSite
 from .parameter import ParameterSite
+from .site import Site
 
 __all__ = ["KINDS", "ParameterSite", "Site", "find_site", "is_there", "supports", "takes_delta"]
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from ..errors import BaseMismatch
 from ..lowrank import LINEAR, Layout, LowRank
-from .base import Site
 from .linear import LinearSite
+from .site import Site
 
 __all__ = ["InProjectionSite", "OutProjectionSite"]
 

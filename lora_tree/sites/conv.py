@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lowrank import Layout, LowRank
-from .base import Site
+from .site import Site
 
 __all__ = ["ConvSite"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseMismatch
 from ..lowrank import EMBEDDING, Layout, LowRank
-from .base import Site
+from .site import Site
 
 __all__ = ["EmbeddingSite"]
 

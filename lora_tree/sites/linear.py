@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lowrank import LINEAR, Layout, LowRank
-from .base import Site, in_dtype, recorded, wider_of
+from .site import Site, in_dtype, recorded, wider_of
 
 __all__ = ["Conv1DSite", "LinearSite"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..lowrank import PARAMETER, Layout, LowRank
-from .base import Site
+from .site import Site
 
 __all__ = ["ParameterSite"]
 

@@ -20,14 +20,14 @@ from torch.nn.parameter import is_lazy
 from ..adapter import Adapter
 from ..errors import BaseMismatch, listing, suggest
 from ..lowrank import EMBEDDING, LINEAR, PARAMETER, Layout, LowRank
-from ..patterns import Patterns, Work
+from ..patterns import MatchingBudget, Patterns
 from ..spec import LoraSpec
 from . import find_site
-from .base import Site
 from .conv import ConvSite
 from .embedding import EmbeddingSite
 from .linear import Conv1DSite
 from .parameter import ParameterSite
+from .site import Site
 
 __all__ = ["fresh_adapter", "patterns_of_a_tree", "target_names"]
 
@@ -39,7 +39,7 @@ DEFAULT_ALPHA = 8.0
 
 def patterns_of_a_tree() -> Patterns:
     """The patterns of one tree's fresh nodes, to be matched out of one budget of work."""
-    return Patterns(Work("the tree's fresh nodes"))
+    return Patterns(MatchingBudget("the tree's fresh nodes"))
 
 
 def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = None) -> list[str]:

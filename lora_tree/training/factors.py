@@ -66,7 +66,7 @@ class Factors(nn.ModuleDict):
         if _key(path) in self and _as_asked(adapter, dtype):
             self._move(adapter, places)
             return adapter
-        node = _Node(dtype)
+        node = _NodeFactors(dtype)
         modules = {n: node.take(n, v, places.get(n, v.device)) for n, v in adapter.modules.items()}
         owned = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         node.adapter = owned
@@ -89,7 +89,7 @@ class Factors(nn.ModuleDict):
         Sharding puts others in their place: a part of each between forwards, whole ones while one runs.
         """
         node = self._modules.get(_key(path))
-        if not isinstance(node, _Node) or adapter is not node.adapter:
+        if not isinstance(node, _NodeFactors) or adapter is not node.adapter:
             return adapter
         node.used = node.shown()
         return node.used
@@ -98,7 +98,7 @@ class Factors(nn.ModuleDict):
     def moved(self) -> bool:
         """Other parameters stand here now than when they were last asked for."""
         return any(
-            isinstance(n, _Node) and n.used is not None and n.shown() is not n.used
+            isinstance(n, _NodeFactors) and n.used is not None and n.shown() is not n.used
             for n in self.values()
         )
 
@@ -124,7 +124,7 @@ class Factors(nn.ModuleDict):
             )
         for key, node in self.items():
             if (
-                isinstance(node, _Node)
+                isinstance(node, _NodeFactors)
                 and node.adapter is not None
                 and not _as_asked(node.adapter, dtype)
             ):
@@ -141,7 +141,7 @@ class Factors(nn.ModuleDict):
         for key, node in self.items():
             path = path_of(key)
             if (
-                isinstance(node, _Node)
+                isinstance(node, _NodeFactors)
                 and path in tree
                 and tree[path].loaded is node.adapter is not None
             ):
@@ -173,7 +173,7 @@ class Factors(nn.ModuleDict):
         return [path_of(key) for key in self]
 
 
-class _Node(nn.Module):
+class _NodeFactors(nn.Module):
     """One node's factors; their names are the modules', as `_slashed` writes them."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:

@@ -29,11 +29,11 @@ from ..engine.stage import Stage
 from ..errors import SpecError, StateError
 from ..lowrank import check_dtype
 from ..tree import AdapterTree, Node
+from .every_rank import every_layer
 from .factors import Factors
 from .handed import Handed
 from .sharded import whole
 from .steps import NodeSteps
-from .together import every_layer
 
 __all__ = ["Training"]
 
@@ -209,7 +209,7 @@ class Training:
 
     @contextlib.contextmanager
     def _as_before_on_failure(self) -> Iterator[None]:
-        before = _Before(
+        before = _TrainingSnapshot(
             nodes=[self._tree[path] for path in self._tree.paths()],
             factors=dict(self._factors.items()),
             flags=[*_flags_of(self._base), *_flags_of(self._factors)],
@@ -223,7 +223,7 @@ class Training:
             self._put_back(before)
             raise
 
-    def _put_back(self, before: _Before) -> None:
+    def _put_back(self, before: _TrainingSnapshot) -> None:
         for node in before.nodes:
             if self._tree[node.path] is not node:
                 self._tree.take_back(node)
@@ -247,7 +247,7 @@ class Training:
 
 
 @dataclass(frozen=True, eq=False)
-class _Before:
+class _TrainingSnapshot:
     """The state of training before a call that may fail."""
 
     nodes: list[Node]
