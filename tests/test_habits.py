@@ -295,6 +295,40 @@ def test_the_snippets_of_a_page_run(
         run(code, str(page), line, namespace)
 
 
+# What is longer than this does not fit beside code in an editor, or in a diff.
+MOST_COLUMNS = 120
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```$|^<!--.*?-->$", re.DOTALL | re.MULTILINE)
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which links reach a page's headings, made as GitHub makes them."""
+    text = FENCED.sub("", page.read_text())
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        if link.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: no file {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {target.name} has no heading {anchor}"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_prose_of_a_page_fits_beside_code(page: Path) -> None:
+    """Headings of benchmarks are printed by a command, and the rows of a table can't be broken."""
+    prose = FENCED.sub("", page.read_text()).splitlines()
+    lines = [line for line in prose if not line.startswith(("|", "#"))]
+    assert not [line for line in lines if len(line) > MOST_COLUMNS]
+
+
 def test_the_harness_itself_notices(tmp_path: Path) -> None:
     page = "# A page\n<!-- python\nx = 1\n-->\n```python\nassert x == 1\ny = 2\n```\n```python\n>>> x + y\n3\n```\n"
     namespace: dict[str, object] = {}
