@@ -43,7 +43,7 @@ RINGS = {
     ],
     "files": ["system", "formats", "folder"],
     "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],
-    "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
+    "edges": ["extras", "svg", "export", "integrations", "runs", "demo", "cli"],
 }
 SEES = {
     "values": [],

@@ -1,9 +1,10 @@
-"""Training runs over a tree: rows from JSON lines, a plain loop that resumes bit for bit, and what it came to."""
+"""Training runs over a tree: rows from JSON lines, a loop that resumes bit for bit, evaluation."""
 
 from .evaluation import LossMatrix, evaluate
-from .loop import Run, StepLosses
+from .loop import Run
 from .promotion import promote
 from .rows import Row, read_rows
 from .settings import Settings
+from .step import StepLosses
 
 __all__ = ["LossMatrix", "Row", "Run", "Settings", "StepLosses", "evaluate", "promote", "read_rows"]

@@ -1,8 +1,10 @@
-"""The forecast of a run, told before its first step: which nodes train, from what, and which become stale.
+"""The forecast of a run, told before its first step: which nodes train, and which become stale.
 
-rows      fr/legal  fr/legal  de            the nodes that rows name train; those above them only on request
+rows      fr/legal  fr/legal  de            the nodes that rows name train, and no others
 trains    fr/legal  (on fr, as it is now), de
 stale     fr/legal/contracts                it was trained on what fr/legal is now
+
+A node above those trains only on request: what is trained in it changes every node below it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ __all__ = ["NodeForecast", "becoming_stale", "chosen", "losses_of", "what_trains
 
 @dataclass(frozen=True)
 class NodeForecast:
-    """One node of a run.
+    """One node that is about to train.
 
     Args:
         node: its path.
@@ -40,77 +42,89 @@ class NodeForecast:
     def __str__(self) -> str:
         """One line: ``fr/legal: from its adapter, on fr as it is; 40 rows``."""
         start = "from new factors" if self.is_new else "from its adapter"
-        above = [f"{node} as it is" for node in self.frozen] + [
-            f"{node}, which trains" for node in self.trained_with
-        ]
-        on = listing(above) if above else "the bare base"
-        return f"{self.node}: {start}, on {on}; {self.rows} row{'s' if self.rows != 1 else ''}"
+        above = [f"{node} as it is" for node in self.frozen]
+        above += [f"{node}, which trains" for node in self.trained_with]
+        ground = listing(above) if above else "the bare base"
+        plural = "s" if self.rows != 1 else ""
+        return f"{self.node}: {start}, on {ground}; {self.rows} row{plural}"
 
 
 def chosen(
     model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_ancestors: bool
 ) -> list[str]:
-    """The nodes that train: those given as paths or patterns, or those that rows name.
+    """Return the nodes that train, in the tree's order.
 
     Args:
         model: of the tree.
-        rows: whose paths count where ``nodes`` is empty; groups, which have nothing to train, are passed over.
+        rows: their paths count where ``nodes`` is empty; groups among them have nothing to train
+            and are passed over.
         nodes: paths or patterns.
-        with_ancestors: and every node with an adapter above them.
+        with_ancestors: add every node with an adapter above those.
 
     Raises:
         SpecError: rows name no node with an adapter.
         PathError: a path or pattern matches no node.
     """
     tree = model.tree
-    named = set(model.tree.matching(nodes)) if nodes else {row.path for row in rows if row.path}
-    found = {path for path in named if nodes or _can_train(tree, path)}
+    if nodes:
+        # A group that was named is kept here, so that `trainable` refuses it with its reason.
+        named = set(tree.matching(nodes))
+        found = set(named)
+    else:
+        named = {row.path for row in rows if row.path}
+        found = {path for path in named if _can_train(tree, path)}
     if with_ancestors:
-        found |= {
-            above for path in named for above in tree.lineage(path) if _can_train(tree, above)
-        }
+        for path in named:
+            found.update(above for above in tree.lineage(path) if _can_train(tree, above))
     if not found:
-        where = (
-            f"{listing(sorted(named))} have none of their own"
-            if named
-            else "they are all for the bare base"
-        )
+        if named:
+            reason = f"{listing(sorted(named))} have none of their own"
+        else:
+            reason = "they are all for the bare base"
         raise SpecError(
-            f"the rows name no node with an adapter: {where}",
+            f"the rows name no node with an adapter: {reason}",
             'give rows the path of one: "path": "fr"; or name nodes to train',
         )
     return [path for path in tree.paths() if path in found]
 
 
 def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[NodeForecast]:
-    """The nodes of a run, as they are before its first step."""
-    told = []
+    """Return the forecast of each node, as it is before the first step."""
+    forecasts = []
     counts = Counter(row.path for row in rows)
+    # Once a path, not once a row: there are far fewer paths than rows.
     lineages = {path: tree.lineage(path) for path in counts}
     for node in nodes:
         above = [path for path in tree.lineage(node)[:-1] if tree[path].has_adapter]
-        through = sum(count for path, count in counts.items() if node in lineages[path])
         together = tuple(path for path in above if path in nodes)
         frozen = tuple(path for path in above if path not in nodes)
-        told.append(NodeForecast(node, _is_new(tree, node), together, frozen, through))
-    return told
+        through = sum(count for path, count in counts.items() if node in lineages[path])
+        forecasts.append(NodeForecast(node, _is_new(tree, node), together, frozen, through))
+    return forecasts
 
 
 def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
-    """The nodes that were trained on what these are now, and do not train with them."""
-    nodes = set(nodes)
-    below = {path for node in nodes for path in tree.paths(node)} - nodes
-    return [
-        path
-        for path in tree.paths()
-        if path in below and tree[path].has_adapter and not _is_new(tree, path)
-    ]
+    """Return the nodes that were trained on what these are now, and do not train with them."""
+    training = set(nodes)
+    below: set[str] = set()
+    # A node that trains beside its parent is trained on what the parent becomes: it stays fresh.
+    for node in training:
+        below.update(tree.paths(node))
+    stale = []
+    for path in tree.paths():
+        stays = path in below and path not in training
+        if stays and tree[path].has_adapter and not _is_new(tree, path):
+            stale.append(path)
+    return stale
 
 
 def losses_of(
     tree: AdapterTree, nodes: Iterable[str], by_path: Mapping[str, float]
 ) -> dict[str, float]:
-    """Node → the mean over the losses of the paths that go through it; nodes without one are left out."""
+    """Return for each node the mean loss of the paths that go through it.
+
+    A node is left out if no path with a loss goes through it.
+    """
     found = {}
     for node in nodes:
         mine = [loss for path, loss in by_path.items() if path and node in tree.lineage(path)]
@@ -124,8 +138,11 @@ def _can_train(tree: AdapterTree, path: str) -> bool:
 
 
 def _is_new(tree: AdapterTree, path: str) -> bool:
-    """Its factors have never been trained: B is zero, as a fresh node's is."""
-    loaded = tree[path].loaded
-    return tree[path].fresh is not None or (
-        loaded is not None and not any(bool(value.B.any()) for value in loaded.modules.values())
-    )
+    """Tell whether a node's factors were never trained: a fresh node's B is zero."""
+    node = tree[path]
+    if node.fresh is not None:
+        return True
+    if node.loaded is None:
+        return False
+    # An adapter that was saved before its first step has B = 0, like a fresh one.
+    return not any(bool(value.B.any()) for value in node.loaded.modules.values())

@@ -1,14 +1,15 @@
-"""The folder of a run's checkpoints: which run is resumed, and which makes room for the next.
+"""The folder of a run's checkpoints: which run goes on, and which makes room for the next.
 
     checkpoint-120/         of the run that goes on, or went last
     finished-1/             runs that finished before it, each with its last checkpoint
       checkpoint-200/
 
-Only an unfinished run is resumed. A finished one is set aside when another begins, so that a folder has room for stage
-after stage; it stays until somebody deletes it, since its nodes may be promoted from there.
+Only an unfinished run is resumed. A finished one is set aside when another begins, so that a folder
+has room for stage after stage. It stays there until the user deletes it, because its nodes may be
+promoted from there.
 
-A run is *finished* when all its steps are done, and *in the tree* when its owner said that the tree was saved
-(``saved`` in its run.json).
+A run is *finished* when all its steps are done, and *in the tree* when its caller said that the
+tree was saved (``saved`` in its run.json).
 """
 
 from __future__ import annotations
@@ -75,33 +76,41 @@ def last_of(folder: Path) -> LastCheckpoint | None:
     Raises:
         FolderError, FormatError: the folder or the checkpoint can't be read.
     """
+    # A process that was killed while it exchanged a checkpoint may have left it under another name.
     put_back(folder)
     found = checkpoints(folder)
     if not found:
         return None
-    file = found[-1][1] / ABOUT
+    checkpoint = found[-1][1]
+    file = checkpoint / ABOUT
     about = strict_json.loads(disk.read(file), str(file))
     step = about.get("step")
+    # True is an int in Python, and JSON has it.
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise FormatError(f"{file}: step is {step!r}, expected how many steps are done")
-    return LastCheckpoint(found[-1][1], about, step)
+    return LastCheckpoint(checkpoint, about, step)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints in a run's folder, in order.
+    """Return (step, folder) of the checkpoints in a run's folder, in order.
 
     Raises:
         FolderError: it is no folder, or can't be read.
     """
     if not is_folder(folder):
+        # A name that is taken by a file would fail later, at the first checkpoint.
         if stat_of(folder) is not None:
             raise FolderError(f"{folder}: is no folder", "name a folder for the run's checkpoints")
         return []
     with disk.named("list it", folder):
-        names = [
-            (match, folder / name) for name in os.listdir(folder) if (match := _NAME.match(name))
-        ]
-    return sorted((int(match[1]), path) for match, path in names)
+        names = os.listdir(folder)
+    found = []
+    for name in names:
+        match = _NAME.match(name)
+        if match:
+            found.append((int(match[1]), folder / name))
+    # By number: as text, checkpoint-90 would come after checkpoint-100.
+    return sorted(found)
 
 
 def set_aside(before: LastCheckpoint) -> Path:
@@ -112,16 +121,19 @@ def set_aside(before: LastCheckpoint) -> Path:
     """
     parent = before.folder.parent
     number = 1
+    # `make` says whether it made the folder, so two runs that end at once take two numbers.
     while not disk.make(parent / f"{_FINISHED}{number}"):
         number += 1
     place = parent / f"{_FINISHED}{number}" / before.folder.name
+    # The folder is moved by its name alone: on one file system that is atomic.
     disk.rename(before.folder, place)
     disk.sync(parent)
     return place
 
 
 def render_about(about: Mapping[str, Any]) -> bytes:
-    """The bytes of a run.json."""
+    """Return the bytes of a run.json."""
+    # Sorted, so that two runs of one kind differ in nothing but what is different.
     return json.dumps(about, indent=2, sort_keys=True).encode()
 
 
@@ -129,23 +141,32 @@ def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
     """Refuse to begin a run where another one is unfinished.
 
     Raises:
-        SpecError: says in what the two differ.
+        SpecError: the two differ; says in what.
     """
     what = differing(before.about, mine)
     if what is not None:
         raise SpecError(
-            f"{before.folder}: of a run with other {what}: {_told(before.about.get(what), mine[what])}",
-            "it is unfinished: go on with what it was, name another folder for this run, or delete that checkpoint",
+            f"{before.folder}: of a run with other {what}: "
+            f"{_difference(before.about.get(what), mine[what])}",
+            "it is unfinished: go on with what it was, name another folder for this run, "
+            "or delete that checkpoint",
         )
 
 
 def differing(about: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """The first word under which a run.json says something else than ``mine``; None: it is the same run."""
-    return next((what for what, value in mine.items() if about.get(what) != value), None)
+    """Return the first word of a run.json that differs from ``mine``; None: it is the same run."""
+    for what, value in mine.items():
+        if about.get(what) != value:
+            return what
+    return None
 
 
-def _told(theirs: Any, mine: Any) -> str:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
-        return "; ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in keys)
-    return f"was {theirs!r} and is {mine!r}"
+def _difference(theirs: Any, mine: Any) -> str:
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return f"was {theirs!r} and is {mine!r}"
+    differences = []
+    for key in sorted({*theirs, *mine}):
+        was, now = theirs.get(key), mine.get(key)
+        if was != now:
+            differences.append(f"{key} was {was!r} and is {now!r}")
+    return "; ".join(differences)

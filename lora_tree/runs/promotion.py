@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, PathError, listing, suggest
@@ -20,15 +21,15 @@ __all__ = ["promote"]
 def promote(
     tree: AdapterTree, path: str, checkpoint: str | os.PathLike[str], *, node: str | None = None
 ) -> Node:
-    """Make what a node was at a checkpoint the adapter of a node of a tree, which is added where it is not there.
+    """Make a checkpoint's node the adapter of a node of a tree, which is added if it is missing.
 
-    Warns (`StaleWarning`) where it was trained on other ancestors than it has now.
+    Warns (`StaleWarning`) if it was trained on other ancestors than it has now.
 
     Args:
         tree: changed in memory; `AdapterTree.save` writes it.
         path: the node to give it to.
         checkpoint: a folder ``checkpoint-N`` of a `Run` or a `TreeTrainer`.
-        node: which of the checkpoint's nodes; None: the one called ``path``.
+        node: the checkpoint's node to take; None: the one called ``path``.
 
     Raises:
         FolderError: it is no checkpoint of a tree.
@@ -36,23 +37,22 @@ def promote(
         FormatError: its files are broken, or its factors are not finite.
         TreeError: an attached model is using the node.
     """
-    folder, name = where_it_lies(as_path(checkpoint)) / NODES, path if node is None else node
+    name = path if node is None else node
+    # The name becomes a part of a file's path below, so it is judged as text first.
     check_path(name)
+    folder = where_it_lies(as_path(checkpoint)) / NODES
     if not is_folder(folder):
         raise FolderError(
             f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree"
         )
-    found = sorted(
-        os.path.relpath(where, folder).replace(os.sep, "/")
-        for where, _, files in os.walk(folder, onerror=disk.refuse)
-        if "adapter_config.json" in files
-    )
+    found = _nodes_in(folder)
     if name not in found:
         raise PathError(
             f"{checkpoint}: no node {name!r} in it{suggest(name, found)}",
             f"it has: {listing(found)}",
         )
     adapter = Adapter.load(folder / name)
+    # A diverged run may have left such a checkpoint before it was noticed.
     broken = [module for module, value in adapter.modules.items() if not value.is_finite]
     if broken:
         raise FormatError(
@@ -60,13 +60,27 @@ def promote(
             "promote an earlier checkpoint",
         )
     then, now = ancestors_then(folder.parent, name), ancestors_now(tree, path)
+    # Compared by content: a parent that was renamed since is the same model.
     if list(then.values()) != list(now.values()):
-        others = [above for above, told in now.items() if then.get(above, told) != told]
-        warnings.warn(
-            f"{path}: {name} was trained on {listing(then) or 'the bare base'}, and stands on "
-            f"{listing(now) or 'the bare base'} now"
-            + (f", with other numbers in {listing(others)}" if others else ""),
-            StaleWarning,
-            stacklevel=2,
-        )
-    return tree.update(path, adapter=adapter) if path in tree else tree.add(path, adapter=adapter)
+        warnings.warn(_other_ancestors(path, name, then, now), StaleWarning, stacklevel=2)
+    if path in tree:
+        return tree.update(path, adapter=adapter)
+    return tree.add(path, adapter=adapter)
+
+
+def _nodes_in(folder: Path) -> list[str]:
+    """Return the paths of the nodes that a checkpoint holds."""
+    found = []
+    for where, _, files in os.walk(folder, onerror=disk.refuse):
+        if "adapter_config.json" in files:
+            found.append(os.path.relpath(where, folder).replace(os.sep, "/"))
+    return sorted(found)
+
+
+def _other_ancestors(path: str, name: str, then: dict[str, str], now: dict[str, str]) -> str:
+    changed = [above for above, content in now.items() if then.get(above, content) != content]
+    numbers = f", with other numbers in {listing(changed)}" if changed else ""
+    return (
+        f"{path}: {name} was trained on {listing(then) or 'the bare base'}, and stands on "
+        f"{listing(now) or 'the bare base'} now{numbers}"
+    )

@@ -1,15 +1,17 @@
-"""What decides a run, and nothing else does: the same settings, data and base come to the same bits."""
+"""The settings of a run: the same settings, data and base come to the same bits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..errors import SpecError
 
 __all__ = ["Settings"]
+
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Settings:
         batch: rows in a micro-batch.
         accumulate: micro-batches in a step.
         lr: learning rate at its height.
-        lr_of: node → its own, where it has one.
+        lr_of: node → its own learning rate, where it has one.
         weight_decay: of AdamW.
         clip_norm: to which each node's gradients are clipped, by itself; None: not at all.
         dropout: the part of a site's input that nodes in training do not see.
@@ -54,40 +56,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):
-            _check(
-                name,
-                getattr(self, name),
-                lambda v: isinstance(v, int) and v >= 1,
-                "a whole number from 1",
-            )
+            _check(name, getattr(self, name), _is_count, "a whole number from 1")
         _check(
             "warm_up",
             self.warm_up,
             lambda v: isinstance(v, int) and 0 <= v <= self.steps,
             "from 0 to steps",
         )
-        for name, rate in {
-            "lr": self.lr,
-            **{f"lr of {n}": r for n, r in self.lr_of.items()},
-        }.items():
-            _check(name, rate, lambda v: 0 < v < math.inf, "a positive number")
-        _check("weight_decay", self.weight_decay, lambda v: 0 <= v < math.inf, "0 or more")
-        _check(
-            "clip_norm",
-            self.clip_norm,
-            lambda v: v is None or 0 < v < math.inf,
-            "a positive number",
-        )
+        _check("lr", self.lr, _is_positive, "a positive number")
+        for node, rate in self.lr_of.items():
+            _check(f"lr of {node}", rate, _is_positive, "a positive number")
+        _check("weight_decay", self.weight_decay, _is_at_least_0, "0 or more")
+        if self.clip_norm is not None:
+            _check("clip_norm", self.clip_norm, _is_positive, "a positive number")
         _check("dropout", self.dropout, lambda v: 0 <= v < 1, "from 0 to below 1")
+        # Infinity is meant here: it draws every path alike.
         _check("temperature", self.temperature, lambda v: v > 0, "more than 0")
         _check(
             "schedule",
             self.schedule,
-            lambda v: v in ("cosine", "linear", "constant"),
+            lambda v: v in SCHEDULES,
             "cosine, linear or constant",
         )
         for path, weight in self.weights.items():
-            _check(f"weight of {path}", weight, lambda v: 0 <= v < math.inf, "0 or more")
+            _check(f"weight of {path}", weight, _is_at_least_0, "0 or more")
 
     @property
     def rows_a_step(self) -> int:
@@ -95,7 +87,7 @@ class Settings:
         return self.batch * self.accumulate
 
     def rate_at(self, step: int) -> float:
-        """The part of the learning rate at a step, from 0."""
+        """Return the part of the learning rate that holds at a step, counted from 0."""
         if step < self.warm_up:
             return (step + 1) / self.warm_up
         done = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
@@ -104,17 +96,34 @@ class Settings:
         return 1 - done if self.schedule == "linear" else 1.0
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        made = {f.name: getattr(self, f.name) for f in fields(self)}
-        made["temperature"] = "inf" if math.isinf(self.temperature) else self.temperature
-        return {
-            name: dict(sorted(v.items())) if isinstance(v, Mapping) else v
-            for name, v in made.items()
-        }
+        """Return the settings as JSON has them.
+
+        Two runs are compared by this value, so mappings are sorted.
+        """
+        made: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            made[f.name] = dict(sorted(value.items())) if isinstance(value, Mapping) else value
+        if math.isinf(self.temperature):
+            made["temperature"] = "inf"  # JSON has no infinity
+        return made
 
 
-def _check(name: str, value: Any, fits: Any, expected: str) -> None:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return bool(0 < value < math.inf)  # false for NaN, too
+
+
+def _is_at_least_0(value: Any) -> bool:
+    return bool(0 <= value < math.inf)
+
+
+def _check(name: str, value: Any, fits: Callable[[Any], Any], expected: str) -> None:
     try:
+        # True is an int in Python, and steps=True is a mistake.
         good = not isinstance(value, bool) and bool(fits(value))
     except TypeError:
         good = False

@@ -1,0 +1,105 @@
+"""The numbers of a run on their way to a checkpoint and back.
+
+checkpoint-40/optimizer.safetensors      "3.exp_avg": of the optimiser's parameter 3
+              run.json                   losses so far, by path; a hash of the rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.safetensors import read_tensors, render_tensors
+from ..integrations.checkpoint import FACTORS, ancestors_now, ancestors_then, load_factors
+from ..model import TreeModel
+from .place import LastCheckpoint
+from .rows import Row
+
+__all__ = ["STATE", "digest_of_rows", "is_what_it_left", "losses_told", "render_state", "take_over"]
+
+STATE = "optimizer.safetensors"
+
+
+def render_state(optimizer: torch.optim.Optimizer) -> bytes:
+    """Return an optimiser's state as the bytes of a safetensors file."""
+    by_parameter: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    tensors: dict[str, Tensor] = {}
+    for index, state in by_parameter.items():
+        for name, tensor in state.items():
+            # On the CPU: a run may go on where another device is found.
+            tensors[f"{index}.{name}"] = tensor.detach().cpu()
+    return render_tensors(tensors, {"format": "pt"})
+
+
+def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put a checkpoint's numbers into the factors and into the optimiser.
+
+    Raises:
+        FolderError, FormatError: the checkpoint can't be read.
+    """
+    file = checkpoint / STATE
+    tensors, _ = read_tensors(file, str(file))
+    by_parameter: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, part = name.partition(".")
+        by_parameter.setdefault(int(index), {})[part] = tensor
+    load_factors(model, checkpoint)
+    # The groups are those of this run's settings: a checkpoint keeps no rates.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
+    # load_state_dict replaces the groups' dicts, so the model has to look at them anew.
+    model.follow(optimizer)
+
+
+def losses_told(about: Mapping[str, Any], which: str, known: set[str]) -> dict[str, float]:
+    """Return the losses in a run.json: ``which`` is ``first`` or ``last``.
+
+    Anything in the file that is no loss of a known path is passed over: it is shown, not computed
+    with.
+    """
+    losses = about.get("losses")
+    told = losses.get(which) if isinstance(losses, Mapping) else None
+    if not isinstance(told, Mapping):
+        return {}
+    found = {}
+    for path, loss in told.items():
+        if path in known and isinstance(loss, (int, float)):
+            found[path] = float(loss)
+    return found
+
+
+def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
+    """Tell whether the nodes, and those above them, are still what a finished run saved."""
+    file = before.folder / FACTORS
+    left, _ = read_tensors(file, str(file))
+    # The user may have trained the node elsewhere since, or replaced its files.
+    now: dict[str, Tensor] = {}
+    for name, parameter in model.factors.named_parameters():
+        if parameter.requires_grad:
+            now[name] = parameter.detach().cpu()
+    if left.keys() != now.keys():
+        return False
+    for name, tensor in left.items():
+        if not torch.equal(tensor, now[name]):
+            return False
+    for node in nodes:
+        # By content and not by name: a parent that was renamed is the same model.
+        then, above = ancestors_then(before.folder, node), ancestors_now(model.tree, node)
+        if list(then.values()) != list(above.values()):
+            return False
+    return True
+
+
+def digest_of_rows(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of the tokens, labels and paths, row by row."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        # JSON, not the raw bytes: it tells apart [1, 23] and [12, 3].
+        hashed.update(json.dumps([row.path, row.ids, row.labels]).encode())
+    return hashed.hexdigest()

@@ -1,0 +1,100 @@
+"""One step of a run: rows in, factors moved, the loss of each path out.
+
+Law: what a step does follows from the rows, the settings and the step's number, and from the
+factors and the optimiser's state that the steps before it left. Nothing else that is random is
+read, so a resumed run takes the same steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model import TreeModel
+from ..training.diverged import check_finite_step
+from ..training.losses import path_loss, token_counts
+from .rows import Row, padded
+from .settings import Settings
+
+__all__ = ["StepLosses", "take_step"]
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The outcome of one step of the optimiser.
+
+    Args:
+        number: how many steps are done.
+        losses: path → mean loss over its tokens in this step, in nats.
+        tokens: learnt in it.
+    """
+
+    number: int
+    losses: Mapping[str, float]
+    tokens: int
+
+
+def take_step(
+    model: TreeModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    settings: Settings,
+    rates: Mapping[str, float],
+    *,
+    done: int,
+) -> StepLosses:
+    """Move the factors by one step.
+
+    Args:
+        model: in training mode, with the nodes of ``rates`` trainable.
+        optimizer: over one parameter group per node, which the model follows.
+        rows: of this step, ``settings.accumulate`` micro-batches of them.
+        settings: of the run.
+        rates: node → its learning rate at its height.
+        done: how many steps were taken before this one.
+
+    Raises:
+        DivergedError: a factor or a loss is no longer finite.
+    """
+    device = next(model.base.parameters()).device
+    batches = []
+    for i in range(0, len(rows), settings.batch):
+        some = rows[i : i + settings.batch]
+        batches.append((padded(some, device=device), [row.path for row in some]))
+    # A path's mean is over its tokens in the whole step, so they are counted before the first
+    # micro-batch: how the rows fall into micro-batches changes nothing.
+    counts = token_counts(model.tree, [(batch["labels"], paths) for batch, paths in batches])
+    weights = {path: weight for path, weight in settings.weights.items() if path in counts}
+    # Set at each step from its number, not by a scheduler: a scheduler has state of its own, which
+    # a checkpoint would have to keep.
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]] * settings.rate_at(done)
+    losses: dict[str, float] = {}
+    # Dropout draws from torch's own generator. It gets a seed of this step's, and the caller's
+    # generator is put back afterwards.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_seed_of(settings.seed, done))
+        for batch, paths in batches:
+            labels = batch.pop("labels")
+            with model.route(paths):
+                logits: Tensor = model(**batch).logits
+                loss = path_loss(logits, labels, paths, counts=counts, weights=weights)
+                # The route stays open for backward: checkpointed layers run forward again in it.
+                torch.autograd.backward(loss.total)
+            for path, part in loss.by_path.items():
+                losses[path] = losses.get(path, 0.0) + float(part)
+        # AdamW clips nothing: each node is clipped by itself in a hook of `TreeModel.follow`.
+        optimizer.step()
+        optimizer.zero_grad()
+    # After the step, not before: only the factors show that a finite gradient was too large.
+    check_finite_step(model.factors, losses, step=done + 1)
+    return StepLosses(done + 1, losses, sum(counts.values()))
+
+
+def _seed_of(seed: int, step: int) -> int:
+    """Return a step's own seed; 63 bits, because torch takes no more."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "little") >> 1

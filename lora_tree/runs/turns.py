@@ -1,0 +1,109 @@
+"""A conversation as tokens: every turn of the assistant is learnt, everything else is read.
+
+    <user> Hi <assistant> Hello! <end> <user> Bye <assistant> Goodbye! <end>
+                          learnt                              learnt
+
+A chat template writes text, and does not say where a turn begins in it. So it is asked for the
+text up to each turn and for the text with it; the difference is the turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import SpecError
+from ..training.losses import IGNORED
+
+__all__ = ["tokens_of_messages"]
+
+PROMPT_INSTEAD = "give prompt and completion"
+
+
+def tokens_of_messages(messages: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return a conversation's tokens, and as labels those of the assistant's turns.
+
+    Args:
+        messages: ``[{"role": …, "content": …}, …]``.
+        tokenizer: of transformers, with a chat template.
+
+    Raises:
+        SpecError: it is no conversation; the template has no place where an answer begins; or
+            there is nothing to learn from it.
+    """
+    _check(messages, tokenizer)
+    text = ""
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _templated(tokenizer, messages[:i], asked=True)
+        after = _templated(tokenizer, messages[: i + 1], asked=False)
+        # Some templates drop an earlier turn's reasoning once another turn follows. Such a turn
+        # has no text of its own in the whole, so its tokens can't be told from the others.
+        if not (before.startswith(text) and after.startswith(before)):
+            raise SpecError(
+                f"the chat template writes what came before otherwise when turn {i + 1} follows, "
+                "so that turn has no text of its own",
+                PROMPT_INSTEAD,
+            )
+        asked = _grown(ids, text, before, tokenizer)
+        answered = _grown(asked, before, after, tokenizer)
+        labels += [IGNORED] * (len(asked) - len(ids)) + answered[len(asked) :]
+        text, ids = after, answered
+    if not ids:
+        raise SpecError("no turn of the messages is the assistant's, so there is nothing to learn")
+    return ids, labels
+
+
+def _check(messages: Any, tokenizer: Any) -> None:
+    is_list = isinstance(messages, list) and bool(messages)
+    if not is_list or not all(_is_message(message) for message in messages):
+        raise SpecError('\'messages\' must be a list of {"role": …, "content": …}')
+    if not getattr(tokenizer, "chat_template", None):
+        raise SpecError("the tokenizer has no chat template to write messages with", PROMPT_INSTEAD)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
+
+
+def _grown(ids: list[int], text: str, longer: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of ``longer``, which begins with ``text``, whose tokens are ``ids``.
+
+    A tokenizer may join characters on both sides of the border into one token. Then each side is
+    given to it alone: a model in use has read the text up to the border as tokens of its own, and
+    answers with the next ones.
+
+    Raises:
+        SpecError: the part after the border reads otherwise when it stands alone.
+    """
+    whole = _tokens(tokenizer, longer)
+    if whole[: len(ids)] == ids:
+        return whole
+    after = longer[len(text) :]
+    apart = ids + _tokens(tokenizer, after)
+    # Sentencepiece tokenizers put a space before a text of its own, which the whole has not.
+    if _read_back(tokenizer, apart) != _read_back(tokenizer, whole):
+        raise SpecError(
+            f"the tokenizer joins what stands before and after a turn's border, at {after[:20]!r}, "
+            "into one token, and reads the part after it otherwise when it stands alone",
+            PROMPT_INSTEAD,
+        )
+    return apart
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    # The template writes special tokens as text; the tokenizer must not add them once more.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _read_back(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _templated(tokenizer: Any, messages: list[Any], *, asked: bool) -> str:
+    """Return the text of some messages; ``asked`` adds the words that begin an answer."""
+    if not messages:
+        return ""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked))
