@@ -25,7 +25,7 @@ from lora_tree.errors import (
     UnlockedError,
     UnsupportedAdapter,
 )
-from lora_tree.folder import commit, lockfile, notes
+from lora_tree.folder import lockfile, notes, record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -1626,23 +1626,23 @@ def test_check_names_the_modules_whose_numbers_are_none(tmp_path: Path) -> None:
 
 def test_check_lists_what_killed_saves_left(zoo: Path) -> None:
     stage = f"stage-{'0' * 32}"
-    (zoo / commit.HIDDEN / stage).mkdir(parents=True)
+    (zoo / record.HIDDEN / stage).mkdir(parents=True)
     assert [(p.kind, stage in p.text) for p in lt.check(zoo)] == [("leftover", True)]
     lt.load(zoo).save(zoo)
     assert lt.check(zoo) == []
-    assert not (zoo / commit.HIDDEN).exists()
+    assert not (zoo / record.HIDDEN).exists()
 
 
 def test_check_lists_what_may_not_be_looked_into(
     zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (zoo / commit.HIDDEN).mkdir()
+    (zoo / record.HIDDEN).mkdir()
     real = os.listdir
 
     def refuse(
         path: str | Path,
     ) -> list[str]:  # root may look anywhere, so the answer is a made one
-        if Path(path).name == commit.HIDDEN:
+        if Path(path).name == record.HIDDEN:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 

@@ -21,9 +21,12 @@ from zoo import adapter, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import commit, disk, opening
+from lora_tree.folder import carry, commit, disk, opening, record, writer
+from lora_tree.folder.changes import Changes, NewFile
+from lora_tree.folder.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
+MODULES = (disk, carry, commit, record, locks, claims, durable, reading)
 WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
 
@@ -96,7 +99,7 @@ def faults(
         changed = change(folder)
         faulty = FaultyOs(at, kills=kills, interrupts=interrupts)
         with monkeypatch.context() as patched:
-            for module in (disk, commit, locks, claims, durable, reading):
+            for module in MODULES:
                 patched.setattr(module, "os", faulty)
             try:
                 changed.save(folder)
@@ -129,7 +132,7 @@ def test_killed_at_every_operation(
         again.remove("next")
         assert value(again) == found
         assert {p.kind for p in lt.check(folder)} <= {"stale"}
-        assert not (folder / commit.HIDDEN).exists()
+        assert not (folder / record.HIDDEN).exists()
     assert outcomes == sorted(outcomes), "old until the decision, new from then on"
     assert len(set(outcomes)) == 2
 
@@ -152,7 +155,7 @@ def test_a_fault_at_every_operation(
         assert value(changed) == new, "the tree in memory stays usable"
         changed.save(folder)
         assert value(opened(folder)) == new
-        assert not (folder / commit.HIDDEN).exists()
+        assert not (folder / record.HIDDEN).exists()
     assert outcomes == sorted(outcomes)
     assert len(set(outcomes)) == 2
 
@@ -176,7 +179,7 @@ def test_interrupted_at_every_operation(
             assert not [p for p in lt.check(folder) if p.kind != "stale"]
         changed.save(folder)
         assert value(opened(folder)) == value(changed) == new
-        assert not (folder / commit.HIDDEN).exists()
+        assert not (folder / record.HIDDEN).exists()
     assert outcomes == sorted(outcomes), "old until the decision, new from then on"
     assert len(set(outcomes)) == 2
 
@@ -188,7 +191,7 @@ def test_a_new_folder_is_not_left_half_made(
     for at in range(10_000):
         faulty = FaultyOs(at, kills=False)
         with monkeypatch.context() as patched:
-            for module in (disk, commit, locks, claims, durable, reading):
+            for module in MODULES:
                 patched.setattr(module, "os", faulty)
             try:
                 tree().save(target)
@@ -232,7 +235,7 @@ def test_one_adapter_is_whole_or_as_it_was(
             old.save(folder)
         faulty = FaultyOs(at, kills=kills)
         with monkeypatch.context() as patched:
-            for module in (disk, commit, locks, claims, durable, reading):
+            for module in MODULES:
                 patched.setattr(module, "os", faulty)
             with contextlib.suppress(LoraTreeError, Killed):
                 new.save(folder)
@@ -257,7 +260,7 @@ def cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> lt.AdapterTree:
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(commit, "_carry_out", kill)
+        patched.setattr(commit, "carry_out", kill)
         with pytest.raises(Killed):
             changed.save(folder)
     return changed
@@ -292,7 +295,7 @@ def test_a_node_saved_by_itself_and_cut_off_is_carried_out_before_the_tree_is_sa
 
     def cut_off_one() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(commit, "_carry_out", kill)
+            patched.setattr(commit, "carry_out", kill)
             with pytest.raises(Killed):
                 adapter(9).save(tmp_path / "fr")
 
@@ -324,7 +327,7 @@ def test_staged_files_that_are_not_what_was_decided(
 ) -> None:
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))
     cut_off(folder, monkeypatch)
-    staged = next((folder / commit.HIDDEN).glob("stage-*/0"))
+    staged = next((folder / record.HIDDEN).glob("stage-*/0"))
     staged.write_bytes(b"x" * staged.stat().st_size)
     with pytest.raises(FolderError, match=r"not the file that .*commit.json speaks of"):
         lt.lock(folder)
@@ -377,10 +380,9 @@ def test_a_place_on_the_way_to_another_is_refused_before_anything_is_decided(
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))
     files = listing(folder)
     with commit.writing(folder) as transaction:
-        for place in places:
-            transaction.put(place, b"{}")
+        changes = Changes(tuple(NewFile.of(place, b"{}") for place in places))
         with pytest.raises(LoraTreeError, match="is no file that a save writes"):
-            transaction.commit()
+            transaction.apply(changes)
         assert not transaction.decided
         transaction.abandon()
     assert listing(folder) == files
@@ -391,7 +393,7 @@ def test_a_second_writer_waits_and_then_says_so(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(before, tmp_path / "zoo"))
-    monkeypatch.setattr(commit, "WAIT_S", 0.2)
+    monkeypatch.setattr(writer, "WAIT_S", 0.2)
     with commit.writing(folder):
         with pytest.raises(FolderError, match="another process has been writing this folder"):
             lt.lock(folder)
@@ -408,7 +410,7 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
     changed.update("fr", adapter=adapter(30))
     with monkeypatch.context() as patched:  # killed after the decision: nothing is in its place yet
         patched.setattr(
-            commit, "_carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
+            commit, "carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
         )
         with contextlib.suppress(Killed):
             changed.save(folder)
@@ -418,7 +420,9 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
         there = real(path)
         if there and "/stage-" in str(path) and not moved:
             moved.append(path)
-            commit._carry_out(folder, commit._record(folder))  # type: ignore[arg-type]
+            decided = record.read_record(folder)
+            assert decided is not None
+            carry.carry_out(folder, decided)
         return there
 
     source = opened(folder)["fr"].source
@@ -443,19 +447,19 @@ def test_a_tree_opened_while_a_save_is_carried_out_is_the_new_one(
         changed.update(path, adapter=adapter(30))
     with monkeypatch.context() as patched:  # killed after the decision: nothing is in its place yet
         patched.setattr(
-            commit, "_carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
+            commit, "carry_out", lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
         )
         with contextlib.suppress(Killed):
             changed.save(folder)
     real, scans = opening.scan, []
 
-    def then_carried(root: str, decided: commit.Pending) -> opening.Scan:
+    def then_carried(root: str, decided: Pending) -> opening.Scan:
         found = real(root, decided)
         if not scans:
             for place, path in list(decided.staged.items())[:steps]:
                 os.replace(path, folder / place)
             if steps is None:
-                shutil.rmtree(folder / commit.HIDDEN)
+                shutil.rmtree(folder / record.HIDDEN)
         scans.append(root)
         return found
 
@@ -629,4 +633,4 @@ def test_killed_for_real(tmp_path: Path) -> None:
             again.update(path, adapter=adapter(seed))
         again.save(folder)
         assert value(lt.load(folder)) == value(tree())
-        assert not (folder / commit.HIDDEN).exists()
+        assert not (folder / record.HIDDEN).exists()

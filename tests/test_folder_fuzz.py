@@ -18,7 +18,8 @@ from zoo import adapter, tree
 
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError, NewerFormat, SpecError
-from lora_tree.folder import commit, lockfile, yamlfile
+from lora_tree.folder import lockfile, yamlfile
+from lora_tree.folder.record import HIDDEN
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning")
 CHEAP = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
@@ -282,7 +283,7 @@ def test_records_that_nobody_should_trust(
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(zoo / "fr", folder / "fr")
     (folder / "link").symlink_to(secret)
-    hidden, stage = folder / commit.HIDDEN, folder / commit.HIDDEN / f"stage-{'0' * 32}"
+    hidden, stage = folder / HIDDEN, folder / HIDDEN / f"stage-{'0' * 32}"
     if as_link == "hidden":
         hidden.symlink_to(secret)
     else:
@@ -390,7 +391,7 @@ def test_a_record_that_is_right_but_for_one_thing(
     deletes = [{"at": place, "was": None}] if how == "delete" else []
     record = {"version": 2, "stage": stage, "moves": [] if deletes else [move], "deletes": deletes}
     (real / "commit.json").write_text(json.dumps(record))
-    hidden = folder / commit.HIDDEN
+    hidden = folder / HIDDEN
     if how == "hidden is a link":
         hidden.symlink_to(real)
     else:

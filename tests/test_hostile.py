@@ -1110,7 +1110,7 @@ def test_a_cut_off_save_does_not_undo_what_came_after_it(
     tree = lt.load(project)
     tree.update("fr", adapter=adapter(4))
     with monkeypatch.context() as patched:
-        patched.setattr(commit, "_carry_out", killed)
+        patched.setattr(commit, "carry_out", killed)
         with pytest.raises(KeyboardInterrupt):
             tree.save(project)
     (project / f"fr/{CONFIG}").write_text("edited since")

@@ -19,7 +19,9 @@ from ..adapter import Adapter
 from ..errors import LoraTreeError
 from ..formats import peft
 from . import disk
-from .commit import leftovers, pending, writing
+from .changes import Changes, NewFile
+from .commit import writing
+from .pending import leftovers, pending
 from .scan import scan
 
 __all__ = ["finish_nodes", "make_all", "save_adapter"]
@@ -33,9 +35,8 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         _new_adapter(files, where)
         return
     with writing(where) as transaction:
-        for name in sorted(files):
-            transaction.put(name, files[name])
-        transaction.commit()
+        new = [NewFile.of(name, files[name]) for name in sorted(files)]
+        transaction.apply(Changes(tuple(new)))
 
 
 def _new_adapter(files: Mapping[str, bytes], where: Path) -> None:

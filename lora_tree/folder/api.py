@@ -32,10 +32,12 @@ from ..storage import install
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes, save_adapter
 from .bounds import no_folder, tree_above
-from .commit import leftovers, writing
+from .changes import Changes, NewFile
+from .commit import writing
 from .lockfile import dump
 from .memory import Seen, remember
 from .opening import Opened, inspect, named_bases, place_of, unusable
+from .pending import leftovers
 from .problem import HARMLESS, Kind, Problem, raise_any
 from .relock import Relocked, relocked
 from .resolve import step_of
@@ -207,8 +209,7 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
         result = relocked(opened, accept_stale=accept_stale)
         data = dump(result.lock)
         if data != opened.lock_bytes:
-            transaction.put(place.lock, data)
-            transaction.commit()
+            transaction.apply(Changes((NewFile.of(place.lock, data),)))
     return result
 
 

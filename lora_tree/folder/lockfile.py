@@ -30,6 +30,8 @@ from .disk import Stamp
 __all__ = [
     "ROOT",
     "BaseLock",
+    "Count",
+    "Digest",
     "FileLock",
     "LineageLock",
     "NodeLock",

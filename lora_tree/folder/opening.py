@@ -20,10 +20,10 @@ from ..spec import TreeSpec
 from ..storage import as_path
 from . import disk
 from .bounds import hub_hint, inside
-from .commit import Pending, pending, progress
 from .disk import Glimpse, glimpse
 from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, fingerprint
 from .lockfile import parse as parse_lock
+from .pending import Pending, pending, progress
 from .problem import HARMLESS, Kind, Problem
 from .resolve import Entry, resolve
 from .scan import FILES, Files, Scan, scan

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from ..errors import BudgetError, FormatError, LoraTreeError
 from .lockfile import NodeLock, TreeLock
 from .opening import Opened, base_at_hand, base_lock
-from .saving import node_lock
 from .source import Examined, examine
-from .trained import TOP, Trained, lineage_locks, stale_text, trained
+from .trained import TOP, Trained, lineage_locks, node_lock, stale_text, trained
 
 __all__ = ["Relocked", "relocked"]
 
@@ -78,7 +77,7 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
             stale = stale_text(path, on, above, base)
             if stale is not None:
                 result.stale[path] = stale
-            nodes[path] = node_lock(entry.files, content, on, base, written=written)
+            nodes[path] = node_lock(entry.files.stamps, content, on, base, written=written)
         lineages[path] = above.below(content, entry.weight, path)
     result.gone = [path for path in old.nodes if path not in nodes]
     result.lock = TreeLock(base=base, yaml=old.yaml, nodes=nodes, lineages=lineage_locks(mentioned))

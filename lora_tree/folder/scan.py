@@ -18,8 +18,9 @@ from ..formats.peft_read import PICKLE
 from ..spec import MAX_DEPTH
 from . import disk
 from .bounds import leaves
-from .commit import HIDDEN, Pending, pending
 from .disk import Stamp
+from .pending import Pending, pending
+from .record import HIDDEN
 
 __all__ = ["FILES", "Files", "Scan", "look", "scan"]
 

@@ -10,16 +10,27 @@ the steps of every lineage that it mentions: for each adapter on the way down it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .lockfile import ROOT, BaseLock, LineageLock, NodeLock, TreeLock, lineage
+from ..formats.peft import CONFIG, WEIGHTS
+from .disk import Stamp
+from .lockfile import ROOT, BaseLock, FileLock, LineageLock, NodeLock, TreeLock, lineage
 
-__all__ = ["TOP", "Lineage", "Step", "Trained", "lineage_locks", "stale_text", "trained"]
+__all__ = [
+    "TOP",
+    "Lineage",
+    "LineageStep",
+    "Trained",
+    "lineage_locks",
+    "node_lock",
+    "stale_text",
+    "trained",
+]
 
 
 @dataclass(frozen=True)
-class Step:
+class LineageStep:
     """One adapter on the way down a lineage; its name is for messages and counts for nothing."""
 
     content: str
@@ -32,14 +43,14 @@ class Lineage:
     """A lineage: its hash, and the adapters on the way down; None if the lock does not list them."""
 
     digest: str
-    steps: tuple[Step, ...] | None = None
+    steps: tuple[LineageStep, ...] | None = None
 
     def below(self, content: str | None, weight: float, node: str) -> Lineage:
         """Return the lineage of a node from that of its parent; the same where it has no adapter."""
         if content is None:
             return self
         digest = lineage(self.digest, content, weight)
-        steps = None if self.steps is None else (*self.steps, Step(content, weight, node))
+        steps = None if self.steps is None else (*self.steps, LineageStep(content, weight, node))
         return Lineage(digest, steps)
 
 
@@ -68,14 +79,14 @@ def trained(node: NodeLock, lock: TreeLock) -> Trained:
     return Trained(on, node.base or lock.base, node.untrained)
 
 
-def _steps(digest: str, lock: TreeLock) -> tuple[Step, ...] | None:
+def _steps(digest: str, lock: TreeLock) -> tuple[LineageStep, ...] | None:
     """The steps of a lineage as the lock tells them; None where it does not, or tells others."""
-    found: list[Step] = []
+    found: list[LineageStep] = []
     while digest != ROOT:
         told = lock.lineages.get(digest)
         if told is None or lineage(told.above, told.content, told.weight) != digest:
             return None
-        found.append(Step(told.content, told.weight, told.node))
+        found.append(LineageStep(told.content, told.weight, told.node))
         digest = told.above
     return tuple(reversed(found))
 
@@ -93,6 +104,29 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
             found.setdefault(digest, entry)
             above = digest
     return found
+
+
+def node_lock(
+    stamps: Mapping[str, Stamp], content: str, on: Trained, base: BaseLock, *, written: bool
+) -> NodeLock:
+    """Return a node's entry in the lock; it names a base only if that is not the lock's own.
+
+    Args:
+        stamps: size and time of its two files.
+        content: the hash of both.
+        on: what it was trained on.
+        base: the lock's base.
+        written: a save wrote the files.
+    """
+    return NodeLock(
+        content=content,
+        config=FileLock.of(stamps[CONFIG]),
+        weights=FileLock.of(stamps[WEIGHTS]),
+        trained_on=on.on.digest,
+        base=on.base if on.base.differs(base) else None,
+        written=written,
+        untrained=on.untrained,
+    )
 
 
 # ---------------------------------------------------------------------- stale
@@ -121,11 +155,11 @@ def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str |
     return f"{text}: {'; '.join(_changes(was.on.steps, above.steps))}"
 
 
-def _changes(was: tuple[Step, ...], now: tuple[Step, ...]) -> list[str]:
+def _changes(was: tuple[LineageStep, ...], now: tuple[LineageStep, ...]) -> list[str]:
     """Return what differs on the way down: contents and weights of ancestors, and which ancestors there are."""
     old = list(was)
     texts: list[str] = []
-    new: list[Step] = []
+    new: list[LineageStep] = []
     for step in now:
         # The same content under another name is the same node, renamed: so contents come first.
         same = next((one for one in old if one.content == step.content), None)
@@ -150,5 +184,5 @@ def _changes(was: tuple[Step, ...], now: tuple[Step, ...]) -> list[str]:
     return texts or ["the order of the nodes above it"]
 
 
-def _weight(node: str, was: Step, now: Step) -> str:
+def _weight(node: str, was: LineageStep, now: LineageStep) -> str:
     return f"the weight of {node} (was {was.weight!r}, now {now.weight!r})"

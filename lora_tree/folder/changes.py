@@ -1,0 +1,148 @@
+"""Changes: everything that one save does to a folder, as a value that is complete before the first byte is written.
+
+    decide (reads, hashes, refuses)  →  Changes  →  Transaction.apply (writes)
+
+Two things are not in it, because only the disk knows them: the times of the new files, and so the bytes of tree.lock,
+which lists these times. `NewLock.complete` adds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from ..tree import Node
+from .disk import Stamp
+from .lockfile import BaseLock, TreeLock, dump
+from .scan import FILES
+from .trained import Trained, lineage_locks, node_lock
+
+__all__ = ["Changes", "KeptAdapter", "NewFile", "NewLock", "Origin", "stamps_of"]
+
+Origin: TypeAlias = bytes | Path | Callable[[], bytes]
+"""Where the bytes of a new file come from: here they are; a file to copy; or a function that makes them again.
+
+The function is for weights. They were made once, to be hashed and checked, and dropped: a save of a large tree must not
+hold the bytes of all its files at once.
+"""
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file that a save writes.
+
+    Args:
+        place: where it goes, relative to the folder.
+        sha256: of the bytes that were decided on; other bytes are refused when it is written.
+        origin: where its bytes come from.
+    """
+
+    place: str
+    sha256: str
+    origin: Origin
+
+    @classmethod
+    def of(cls, place: str, data: bytes) -> NewFile:
+        """Return the file of these bytes."""
+        return cls(place, hashlib.sha256(data).hexdigest(), data)
+
+
+@dataclass(frozen=True)
+class KeptAdapter:
+    """A node's adapter as the folder will hold it.
+
+    Args:
+        folder: where its two files will be.
+        content: the hash of both.
+        stamps: size and time of its files; None if they are new, so that only the disk will know.
+        trained: the lineage and base that it was trained on; None if those are the ones that the save writes.
+        untrained: its increments are zero.
+        named: its user named the folder, which lies elsewhere and stays as it is.
+        written: a save wrote the files.
+    """
+
+    folder: str
+    content: str
+    stamps: Mapping[str, Stamp] | None
+    trained: Trained | None
+    untrained: bool = False
+    named: bool = False
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class NewLock:
+    """The tree.lock that a save leaves, but for the times of the files that it writes.
+
+    Args:
+        place: the name of the lock.
+        base: what is known of the base.
+        yaml: SHA-256 of tree.yaml, if a save wrote it.
+        adapters: node → its adapter.
+        trained: node → the lineage and base that it was trained on.
+    """
+
+    place: str
+    base: BaseLock
+    yaml: str | None
+    adapters: Mapping[str, KeptAdapter]
+    trained: Mapping[str, Trained]
+
+    def complete(self, written: Mapping[str, Stamp]) -> TreeLock:
+        """Return the lock, given the size and time of each new file by its place."""
+        nodes = {
+            path: node_lock(
+                stamps_of(path, kept, written),
+                kept.content,
+                self.trained[path],
+                self.base,
+                written=kept.written,
+            )
+            for path, kept in self.adapters.items()
+        }
+        lineages = lineage_locks(self.trained.values())
+        return TreeLock(base=self.base, yaml=self.yaml, nodes=nodes, lineages=lineages)
+
+    def to_bytes(self, written: Mapping[str, Stamp]) -> bytes:
+        """Return the bytes of the lock; see `complete`."""
+        return dump(self.complete(written))
+
+
+def stamps_of(path: str, kept: KeptAdapter, written: Mapping[str, Stamp]) -> Mapping[str, Stamp]:
+    """Return size and time of an adapter's two files, of new ones as they were written."""
+    if kept.stamps is not None:
+        return kept.stamps
+    return {name: written[f"{path}/{name}"] for name in FILES}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What one save does.
+
+    Args:
+        files: the files to write, in this order; the lock comes after them.
+        deletes: the places whose files go away.
+        lock: the lock to write; None if it says the same already.
+        kept: for the save of a tree: node → its adapter as the folder will hold it.
+        nodes: for the save of a tree: its nodes as they will be opened again; only the stamps of new files are missing.
+    """
+
+    files: tuple[NewFile, ...] = ()
+    deletes: frozenset[str] = frozenset()
+    lock: NewLock | None = None
+    kept: Mapping[str, KeptAdapter] = field(default_factory=dict)
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to do."""
+        return not self.files and not self.deletes and self.lock is None
+
+    @property
+    def writes(self) -> list[str]:
+        """The places that get a new file, the lock's included."""
+        places = [file.place for file in self.files]
+        return places if self.lock is None else [*places, self.lock.place]

@@ -1,0 +1,310 @@
+"""Decide what a save does, and write nothing: every node's files, tree.yaml, tree.lock, what goes.
+
+    a node with                           becomes
+    an adapter in memory alone            its two files, rendered
+    parameters, which an optimiser moves  the same, unless its files say just that already
+    an adapter whose files are gone       the same, from memory
+    files in their place already          nothing: they stay as they are
+    files elsewhere in this or a tree     a copy of their bytes
+    files that its user named             its folder's name in tree.yaml (with ``copy``: a copy)
+    neither                               a line in tree.yaml: fresh, or null for a group
+
+Law: a save deletes or replaces only files that are the tree's own (`ownership`). A save is refused
+here, or by `Transaction.apply` before it stages a file; so a refused save has written nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch.nn import Parameter
+
+from ..adapter import Adapter
+from ..errors import FolderError, LoraTreeError
+from ..formats import peft
+from ..formats.peft import WEIGHTS
+from ..tree import AdapterTree, Node
+from . import disk
+from .changes import Changes, KeptAdapter, NewFile, NewLock
+from .lockfile import content
+from .memory import Seen, digest
+from .opening import Opened, base_lock, local_base
+from .ownership import Ownership
+from .scan import FILES, Files
+from .source import FolderSource, adds_nothing, examine
+from .trained import TOP, Lineage, Trained, stale_text, trained
+from .treeyaml import YamlNeeds
+from .yamlfile import dump as dump_yaml
+
+__all__ = ["decide"]
+
+
+def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False) -> Changes:
+    """Return all that saving ``tree`` into a folder changes there.
+
+    Args:
+        tree: the tree to save.
+        opened: the folder as it is now; the caller keeps other writers out.
+        seen: the folder as this tree saw it last.
+        copy: bring adapters that lie elsewhere into the folder.
+
+    Raises:
+        FolderError: the save would undo somebody else's, or a node would come back.
+        FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the node.
+        UnlockedError: files that stay where they are have changed since the tree was opened.
+    """
+    draft = _Draft(tree, opened, Ownership(opened, seen), copy)
+    for path in tree.paths():
+        try:
+            _decide_node(draft, path)
+        except LoraTreeError as error:
+            raise error.within(path) from error
+    leaving = draft.rights.leaving(tree, draft.kept)
+    deletes = frozenset(f"{path}/{name}" for path in leaving for name in FILES)
+    _refuse_twins(draft.files, deletes)
+    needs = YamlNeeds(tree, opened, draft.kept, leaving)
+    yaml = _new_yaml(needs, draft.rights)
+    if yaml is not None:
+        draft.files.append(yaml)
+    lock = _new_lock(draft, needs.spelled_base(), yaml)
+    # New files have new times, which the lock lists. Without them its bytes are known by now.
+    same_lock = not draft.files and lock.to_bytes({}) == opened.lock_bytes
+    return Changes(
+        tuple(draft.files),
+        deletes,
+        None if same_lock else lock,
+        draft.kept,
+        _nodes_after(draft, lock),
+    )
+
+
+@dataclass
+class _Draft:
+    """What is decided so far."""
+
+    tree: AdapterTree
+    opened: Opened
+    rights: Ownership
+    copy: bool
+    kept: dict[str, KeptAdapter] = field(default_factory=dict)
+    files: list[NewFile] = field(default_factory=list)
+
+    def folder_of(self, path: str) -> str:
+        return os.path.join(self.opened.place.folder, path)
+
+
+# ---------------------------------------------------------------------- one node
+def _decide_node(draft: _Draft, path: str) -> None:
+    node = draft.tree[path]
+    draft.rights.check_present(node)
+    adapter = _only_in_memory(node)
+    rendered = _Rendered.of(adapter) if adapter is not None else None
+    if rendered is not None and not _is_in_files(node, rendered):
+        draft.kept[path] = _from_memory(draft, node, rendered)
+    elif isinstance(node.source, FolderSource):
+        draft.kept[path] = _from_files(draft, node, node.source)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """An adapter, and the two files that it makes: file → its bytes, and their hashes."""
+
+    adapter: Adapter
+    data: Mapping[str, bytes]
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> _Rendered:
+        data = peft.render(adapter)
+        hashes = {name: hashlib.sha256(data[name]).hexdigest() for name in FILES}
+        return cls(adapter, data, hashes)
+
+    @property
+    def content(self) -> str:
+        return content(*self.hashes.values())
+
+
+def _only_in_memory(node: Node) -> Adapter | None:
+    """Return the adapter of a node whose files may not hold it; None if they do, or if it has none."""
+    source, adapter = node.source, node.loaded
+    if source is None:
+        return adapter
+    if not isinstance(source, FolderSource):
+        return source.load() if adapter is None else adapter
+    if adapter is not None and (_trains(adapter) or source.gone()):
+        return adapter
+    return None
+
+
+def _is_in_files(node: Node, rendered: _Rendered) -> bool:
+    """Tell whether a node's own files hold these very bytes: without a step of an optimiser they do."""
+    source = node.source
+    if not isinstance(source, FolderSource) or source.content != rendered.content:
+        return False
+    return not source.gone()
+
+
+def _trains(adapter: Adapter) -> bool:
+    """Tell whether factors are parameters, which an optimiser may have changed since the files were written."""
+    tensors = (t for value in adapter.modules.values() for t in value.tensors)
+    return any(isinstance(t, Parameter) for t in tensors)
+
+
+def _from_memory(draft: _Draft, node: Node, rendered: _Rendered) -> KeptAdapter:
+    """Decide to write a node's files from memory."""
+    adapter, source = rendered.adapter, node.source
+    draft.rights.check_replace(node, rendered.content)
+    for name in FILES:
+        # Only the weights are large. They are rendered again when they are written.
+        origin = _weights_again(adapter) if name == WEIGHTS else rendered.data[name]
+        draft.files.append(NewFile(f"{node.path}/{name}", rendered.hashes[name], origin))
+    on = None
+    # A node that trained since it was opened was trained on the lineage of today. One that only
+    # lost its files, or has the same numbers as before, was not.
+    trained_since = node.loaded is not None and _trains(node.loaded)
+    is_same = isinstance(source, FolderSource) and source.content == rendered.content
+    if isinstance(source, FolderSource) and (is_same or not trained_since):
+        on = source.trained
+    return KeptAdapter(
+        draft.folder_of(node.path),
+        rendered.content,
+        None,
+        on,
+        untrained=adds_nothing(adapter),
+        written=True,
+    )
+
+
+def _weights_again(adapter: Adapter) -> Callable[[], bytes]:
+    return lambda: peft.render(adapter)[WEIGHTS]
+
+
+def _from_files(draft: _Draft, node: Node, source: FolderSource) -> KeptAdapter:
+    """Decide to leave a node's files where they are, to name them, or to copy them."""
+    files, home = source.files(), draft.folder_of(node.path)
+    if os.path.realpath(source.folder) == os.path.realpath(home):
+        return _in_place(draft, node.path, source, files)
+    if source.root is None and not draft.copy:
+        whole, untrained = _examined(source, files)
+        return KeptAdapter(files.folder, whole, files.stamps, source.trained, untrained, named=True)
+    draft.rights.check_replace(node, source.content)
+    # Every byte is hashed here, not only when it is copied: a copy that turns out to be of another content would be
+    # refused after it was written.
+    hashes = {name: disk.digest(files.now[name][0]) for name in FILES}
+    whole = content(*hashes.values())
+    if source.content not in (None, whole):
+        raise FolderError(
+            f"{source.folder}: its files have changed since the tree was opened",
+            "open the tree again",
+        )
+    for name in FILES:
+        origin = Path(files.now[name][0])
+        draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
+    untrained = source.trained is None and examine(files).untrained
+    return KeptAdapter(home, whole, None, source.trained, untrained, written=True)
+
+
+def _in_place(draft: _Draft, path: str, source: FolderSource, files: Files) -> KeptAdapter:
+    """Decide to leave files in their place, and take from the folder's lock what it says about them today."""
+    whole, untrained = _examined(source, files)
+    lock, home = draft.opened.lock, draft.folder_of(path)
+    known = lock.nodes.get(path) if lock else None
+    if lock is None or known is None or known.content != whole:
+        return KeptAdapter(home, whole, files.stamps, source.trained, untrained)
+    # `lora-tree lock` may have accepted it on another lineage since the tree was opened.
+    now = trained(known, lock)
+    return KeptAdapter(home, whole, files.stamps, now, written=known.written)
+
+
+def _examined(source: FolderSource, files: Files) -> tuple[str, bool]:
+    """Return the hash of files that stay where they are, and whether their increments are zero."""
+    if source.trained is not None:  # a lock says both, so no weights need be read
+        return source.unchanged(files), source.trained.untrained
+    found = examine(files)
+    return found.content, found.untrained
+
+
+# ---------------------------------------------------------------------- the folder as a whole
+def _refuse_twins(files: Iterable[NewFile], deletes: Iterable[str]) -> None:
+    """Refuse to write a file and to delete another one that differs only by case: on many disks they are one."""
+    folded = {file.place.casefold(): file.place for file in files}
+    for place in sorted(deletes):
+        twin = folded.get(place.casefold(), place)
+        if twin != place:
+            text = f"{twin} differs from {place}, which has to go, only by case"
+            raise FolderError(text, "save it under another name first")
+
+
+def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
+    """Return the tree.yaml to write; None if what is there, or nothing at all, says the same already."""
+    if needs.is_said():
+        return None
+    place, old = needs.opened.place, needs.opened.yaml_bytes
+    data = dump_yaml(needs.data())
+    if data == old:
+        return None
+    if old is not None:
+        rights.check_yaml(old)
+    return NewFile.of(place.yaml, data)
+
+
+def _new_lock(draft: _Draft, spelled_base: str | None, yaml: NewFile | None) -> NewLock:
+    tree, opened = draft.tree, draft.opened
+    before = [opened.lock.base] if opened.lock else []
+    before += [kept.trained.base for kept in draft.kept.values() if kept.trained]
+    base = base_lock(local_base(tree.base, "") or tree.base, spelled_base, before)
+    lineages = _lineages(draft)
+    trained_on = {
+        path: kept.trained or Trained(lineages[_parent(path)], base, kept.untrained)
+        for path, kept in draft.kept.items()
+    }
+    return NewLock(opened.place.lock, base, _yaml_hash(opened, yaml), draft.kept, trained_on)
+
+
+def _lineages(draft: _Draft) -> dict[str, Lineage]:
+    """Return the lineage that ends in each node, as the folder will hold them."""
+    found = {"": TOP}
+    for path in draft.tree.paths():  # parents first: a lineage is made of the one above it
+        kept, weight = draft.kept.get(path), draft.tree[path].weight
+        found[path] = found[_parent(path)].below(kept.content if kept else None, weight, path)
+    return found
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _yaml_hash(opened: Opened, new: NewFile | None) -> str | None:
+    """Return the hash of the tree.yaml if a save wrote it, this one or an earlier one."""
+    if new is not None:
+        return new.sha256
+    found = digest(opened.yaml_bytes)
+    return found if opened.lock is not None and opened.lock.yaml == found else None
+
+
+def _nodes_after(draft: _Draft, lock: NewLock) -> dict[str, Node]:
+    """Return the tree's nodes as they will be opened again; only the stamps of new files are missing."""
+    lineages = _lineages(draft)
+    nodes: dict[str, Node] = {}
+    for path in draft.tree.paths():
+        node, kept = draft.tree[path], draft.kept.get(path)
+        if kept is None:
+            nodes[path] = replace(node, home=None)
+            continue
+        on = lock.trained[path]
+        source = FolderSource(
+            kept.folder,
+            None if kept.named else draft.opened.place.folder,
+            kept.stamps or {},
+            kept.content,
+            on,
+            node.source.within if isinstance(node.source, FolderSource) else None,
+        )
+        home = None if kept.named else kept.folder
+        stale = stale_text(path, on, lineages[_parent(path)], lock.base)
+        nodes[path] = replace(node, source=source, home=home, stale=stale)
+    return nodes

@@ -1,0 +1,167 @@
+"""Ownership: which files in a folder a save may replace or delete, and what it says about the others.
+
+    a save wrote them, as the lock says, and they are still that     this library's own: may go
+    they are the very files that the node was opened from            the node's own: may be replaced by it
+    anything else                                                    somebody else's: stays, or the save is refused
+
+And of all these only what the tree has seen: files that another process wrote since the tree was opened or saved here
+are not to be undone (`Seen`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import FolderError, listing
+from ..tree import AdapterTree, Node
+from .changes import KeptAdapter
+from .lockfile import FileLock
+from .memory import Seen, digest
+from .opening import Opened
+from .resolve import step_of
+from .scan import FILES, Files
+from .source import hashed
+
+__all__ = ["Ownership"]
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """The rights of one save.
+
+    Args:
+        opened: the folder as it is now.
+        seen: the folder as the tree saw it last.
+    """
+
+    opened: Opened
+    seen: Seen
+
+    def is_ours(self, path: str, files: Files) -> bool:
+        """Tell whether a save wrote these files, and they are still what it wrote."""
+        known = self.opened.lock.nodes.get(path) if self.opened.lock else None
+        if known is None or not known.written or files.flaw is not None:
+            return False
+        locked = {FILES[0]: known.config, FILES[1]: known.weights}
+        unchanged = all(FileLock.of(stamp) == locked[name] for name, stamp in files.stamps.items())
+        # Another time alone is no other content: a copy of the folder has new times.
+        return unchanged or hashed(files) == known.content
+
+    def check_present(self, node: Node) -> None:
+        """Refuse to bring back a node that another save took out.
+
+        Raises:
+            FolderError: it was there when the tree was opened, and no file nor lock has it now.
+        """
+        path, lock = node.path, self.opened.lock
+        here = path in self.opened.scan.found or lock is None or path in lock.nodes
+        if node.has_adapter and path in self.seen.files and not here:
+            raise self.undoing([os.path.join(self.opened.place.folder, path)], "taken out")
+
+    def check_replace(self, node: Node, content: str | None) -> None:
+        """Refuse to write an adapter over one that is not this tree's to replace.
+
+        Args:
+            node: the node whose files are to be written.
+            content: the hash of the new content. Files that hold just that may be anybody's.
+
+        Raises:
+            FolderError: no save wrote what lies there, or this tree has not seen it.
+        """
+        there = self.opened.scan.found.get(node.path)
+        if there is None:
+            return
+        if not self.is_ours(node.path, there) and not _is_home(node, there.folder):
+            raise FolderError(
+                f"{there.folder}: an adapter that no save wrote lies where this node's files belong",
+                "move it away, or save to another folder",
+            )
+        if self.seen.knows(node.path, there):
+            return
+        if there.flaw is not None or content != hashed(there):
+            raise self.undoing([there.folder], "written")
+
+    def check_yaml(self, old: bytes) -> None:
+        """Refuse to replace a tree.yaml that this tree has not seen as it is now.
+
+        Args:
+            old: the bytes that lie there.
+
+        Raises:
+            FolderError: it is of another tree, or another process has changed it.
+        """
+        place, sha256 = self.opened.place, digest(old)
+        if sha256 == self.seen.yaml.get(place.yaml):
+            return
+        ours = self.opened.lock is not None and self.opened.lock.yaml == sha256
+        if not self.seen and not ours:
+            raise FolderError(
+                f"{place.yaml_file}: of another tree, and no save wrote it",
+                "move it away, or save to another folder",
+            )
+        raise self.undoing([place.yaml_file], "written")
+
+    def leaving(self, tree: AdapterTree, kept: Mapping[str, KeptAdapter]) -> list[str]:
+        """Return the paths of adapters that are no node's any more, and whose files have to go.
+
+        Args:
+            tree: the tree that is saved.
+            kept: node → its adapter as the folder will hold it.
+
+        Raises:
+            FolderError: the files of one have to stay, so that it would come back when the folder is opened.
+        """
+        going, unseen, back = [], [], []
+        folder = self.opened.place.folder
+        named = {os.path.relpath(own.folder, folder) for own in kept.values() if own.named}
+        for path, files in self.opened.scan.found.items():
+            if self._stays(path, kept, named):
+                continue
+            if not self.is_ours(path, files):
+                # A line of tree.yaml can say that a node has no adapter, whatever lies in its folder.
+                is_group = path in tree and not tree[path].has_adapter and tree[path].fresh is None
+                if not is_group:
+                    back.append(files.folder)
+            elif self.seen.knows(path, files):
+                going.append(path)
+            else:
+                unseen.append(files.folder)
+        if unseen:
+            raise self.undoing(unseen, "written")
+        if back:
+            raise FolderError(
+                f"{listing(back)}: no node's any more, but no save wrote them, so they stay and "
+                "would come back",
+                "move them out of the folder, save the tree elsewhere, or open the tree again to "
+                "have them in it",
+            )
+        return going
+
+    def _stays(self, path: str, kept: Mapping[str, KeptAdapter], named: set[str]) -> bool:
+        """Tell whether the adapter in a folder is a node's, or a step of a run whose node stays."""
+        if (path or ".") in named or (path in kept and not kept[path].named):
+            return True
+        # A step of such a run is passed over again when the folder is opened.
+        run = step_of(path) if path in self.opened.passed else None
+        return run is not None and (run in named or run in kept)
+
+    def undoing(self, what: list[str], how: str) -> FolderError:
+        """Return the refusal to save over what this tree has not seen."""
+        if self.seen:
+            return FolderError(
+                f"{listing(what)}: {how} by somebody else since this tree was opened or saved, "
+                "and this save would undo it",
+                f"open the tree again, lt.load({self.opened.place.folder!r}), and change that one; "
+                "or save into another folder",
+            )
+        return FolderError(
+            f"{listing(what)}: of another tree, which this save would overwrite",
+            "save into another folder; or open that tree and change it; or remove what is there first",
+        )
+
+
+def _is_home(node: Node, folder: str) -> bool:
+    """Tell whether a node was opened from this very folder."""
+    return node.home is not None and os.path.realpath(node.home) == os.path.realpath(folder)

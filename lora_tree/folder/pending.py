@@ -1,0 +1,86 @@
+"""Pending: a decision that is not wholly carried out, as readers see it.
+
+    staged file waits        the reader takes it for the file at its place
+    file is to be deleted    the reader takes it for absent
+
+So a reader sees the new tree from the moment the record has its name, wherever the writer is, and whether it lives.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..system.reading import is_folder
+from . import disk
+from .disk import Glimpse
+from .record import HIDDEN, RECORD, STAGE, read_record
+
+__all__ = ["Pending", "leftovers", "pending", "progress"]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The moves and deletions of a decision that is not wholly carried out.
+
+    Args:
+        staged: place → the staged file that waits for it; places are relative.
+        deleted: the places whose files go away.
+    """
+
+    staged: dict[str, str] = field(default_factory=dict)
+    deleted: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.staged or self.deleted)
+
+    def resolve(self, folder: str, place: str) -> str | None:
+        """Return where the file of a place is now; None if the place is to be empty."""
+        waiting = self.staged.get(place)
+        if waiting is not None and disk.exists(waiting):
+            return waiting
+        # A staged file that is gone has been carried to its place meanwhile.
+        return None if place in self.deleted else os.path.join(folder, place)
+
+
+def pending(folder: str | Path) -> Pending:
+    """Return what a reader of ``folder`` has to look through; empty if no decision is open.
+
+    Raises:
+        SpecError: the record is broken, or names what no save writes.
+    """
+    record = read_record(folder)
+    if record is None:
+        return Pending()
+    stage = os.path.join(folder, HIDDEN, record.stage)
+    staged: dict[str, str] = {}
+    if is_folder(stage, follow=False):  # a link would lead the reader to somebody else's files
+        for i, move in enumerate(record.moves):
+            staged[move.to] = os.path.join(stage, str(i))
+    return Pending(staged, frozenset(gone.at for gone in record.deletes))
+
+
+def progress(folder: str) -> tuple[Glimpse | None, ...]:
+    """Glimpse at the record and the stages: a save changes these when it decides, moves a file, and ends."""
+    hidden = os.path.join(folder, HIDDEN)
+    try:
+        names = os.listdir(hidden)
+    except OSError:
+        return ()
+    if RECORD not in names:  # what a save stages before it decides does not matter to readers
+        return ()
+    steps = [RECORD, *sorted(filter(STAGE.match, names))]
+    return tuple(disk.glimpse(os.path.join(hidden, name)) for name in steps)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """List what killed writers left; the next writer clears it away.
+
+    Raises:
+        FolderError: the hidden folder can't be read.
+    """
+    hidden = folder / HIDDEN
+    with disk.named("look into it", hidden):
+        names = os.listdir(hidden) if is_folder(hidden, follow=False) else []
+    return sorted(f"{HIDDEN}/{name}" for name in names if name == RECORD or STAGE.match(name))

@@ -1,0 +1,167 @@
+"""Which tree.yaml a tree needs: the data that says what the folders alone do not say.
+
+A tree.yaml that says the same already stays as it is, comments included. A folder whose adapters say everything needs
+none at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..spec import TreeSpec
+from ..tree import AdapterTree
+from .changes import KeptAdapter
+from .disk import Stamp
+from .opening import Opened, local_base
+from .resolve import is_step, resolve
+from .scan import FILES, Files, Scan
+
+__all__ = ["YamlNeeds"]
+
+
+@dataclass(frozen=True)
+class YamlNeeds:
+    """A tree, its adapters and the folder they are saved in: enough to tell what its tree.yaml has to say.
+
+    Args:
+        tree: the tree that is saved.
+        opened: the folder as it is now.
+        kept: node → its adapter as the folder will hold it.
+        leaving: the paths of adapters whose files go away.
+    """
+
+    tree: AdapterTree
+    opened: Opened
+    kept: Mapping[str, KeptAdapter]
+    leaving: Collection[str]
+
+    @property
+    def changes_adapters(self) -> bool:
+        """The save writes or removes an adapter in the folder."""
+        return bool(self.leaving) or any(kept.stamps is None for kept in self.kept.values())
+
+    # ------------------------------------------------------------------ is a new one needed?
+    def is_said(self) -> bool:
+        """Tell whether the tree.yaml that is there, or none at all, says what this tree is."""
+        spec = self.opened.spec
+        if spec is None and all(kept.named for kept in self.kept.values()):
+            return False  # without an adapter in it, only a tree.yaml makes a folder a tree
+        if spec is None and self.tree.base is not None and self.changes_adapters:
+            return False  # the adapters may name another base then, or agree no more
+        if _real_base(self.opened.base_name) != _real_base(self.tree.base):
+            return False
+        said = spec or TreeSpec(version=1)
+        if (said.defaults, said.cache) != (self.tree.defaults, self.tree.cache):
+            return False
+        return self._nodes_are_said(spec)
+
+    def _nodes_are_said(self, spec: TreeSpec | None) -> bool:
+        """Open the folder in thought, as this save will leave it, and compare the nodes."""
+        resolved = resolve(spec, None, self._scan_after(), self.opened.place.folder)
+        if resolved.problems or list(resolved.entries) != self.tree.paths():
+            return False
+        for path, found in resolved.entries.items():
+            node, kept = self.tree[path], self.kept.get(path)
+            if found.weight != node.weight:
+                return False
+            if found.fresh != (None if kept else node.fresh):
+                return False
+            there = os.path.realpath(found.files.folder) if found.files else None
+            here = os.path.realpath(kept.folder) if kept else None
+            if there != here:
+                return False
+        return True
+
+    def _scan_after(self) -> Scan:
+        """Return what a scan of the folder will find after this save."""
+        found = dict(self.opened.scan.found)
+        for path in self.leaving:
+            found.pop(path, None)
+        for path, kept in self.kept.items():
+            if not kept.named:
+                found[path] = _files_of(kept)
+        return Scan(found)
+
+    # ------------------------------------------------------------------ the data
+    def data(self) -> dict[str, Any]:
+        """Return what a new tree.yaml says, in the order of its keys."""
+        tree = self.tree
+        data: dict[str, Any] = {"version": 1}
+        base = self.spelled_base()
+        if base is not None:
+            data["base"] = base
+        defaults = tree.defaults.model_dump(exclude_none=True)
+        if defaults:
+            data["defaults"] = defaults  # patterns keep their order: the first that matches counts
+        cache = tree.cache.model_dump(exclude_none=True)
+        if cache:
+            data["cache"] = cache
+        nodes = self._nodes()
+        if nodes:
+            data["tree"] = {path: nodes[path] for path in tree.children() if path in nodes}
+        return data
+
+    def spelled_base(self) -> str | None:
+        """Return the base as tree.yaml spells it: a local folder as seen from there."""
+        if self.opened.spec is None and self.tree.base == self.opened.base_name:
+            return self.opened.base_spelled
+        local = local_base(self.tree.base, "")
+        return os.path.relpath(local, self.opened.place.folder) if local else self.tree.base
+
+    def _nodes(self) -> dict[str, dict[str, Any]]:
+        """Return path → what has to be said of the node; nodes of which nothing has to be said are left out."""
+        nodes: dict[str, dict[str, Any]] = {}
+        for path in reversed(self.tree.paths()):  # children first: their parent holds what they say
+            below = {
+                child.rpartition("/")[2]: nodes[child]
+                for child in self.tree.children(path)
+                if child in nodes
+            }
+            is_listed = bool(below) or self._must_be_listed(path)
+            said = dict(self._about(path, is_listed=is_listed))
+            if below:
+                said["children"] = below
+            if said or is_listed:
+                nodes[path] = said
+        return nodes
+
+    def _about(self, path: str, *, is_listed: bool) -> Iterator[tuple[str, Any]]:
+        """Yield what tree.yaml has to say of one node, apart from its children."""
+        node, kept = self.tree[path], self.kept.get(path)
+        is_group = kept is None and node.fresh is None
+        if kept is not None and kept.named:
+            yield "adapter", os.path.relpath(kept.folder, self.opened.place.folder)
+        elif is_group and (is_listed or node.weight != 1.0 or not self._is_group_by_itself(path)):
+            yield "adapter", None
+        if node.weight != 1.0:
+            yield "weight", node.weight
+        if kept is None and node.fresh is not None:
+            yield from node.fresh.model_dump(exclude_none=True).items()
+
+    def _must_be_listed(self, path: str) -> bool:
+        """Tell whether a node has to be named even if there is nothing to say of it."""
+        # A folder like checkpoint-500 is passed over unless tree.yaml lists it.
+        return is_step(path) or (path not in self.kept and self.tree[path].fresh is not None)
+
+    def _is_group_by_itself(self, path: str) -> bool:
+        """Tell whether the folder of this name will hold no adapter, and one further below."""
+        if path in self.opened.scan.found:
+            return False
+        below = self.tree.paths(path)
+        return any(node in self.kept and not self.kept[node].named for node in below)
+
+
+def _files_of(kept: KeptAdapter) -> Files:
+    """Return the files of an adapter as they will lie in its folder."""
+    # Only the disk will know the times of new files. `resolve` asks no more than whether both are there.
+    stamps = kept.stamps or dict.fromkeys(FILES, Stamp(0, 0))
+    now = {name: (os.path.join(kept.folder, name), stamps[name]) for name in FILES}
+    return Files(kept.folder, now)
+
+
+def _real_base(name: str | None) -> str | None:
+    local = local_base(name, "")
+    return os.path.realpath(local) if local else name
