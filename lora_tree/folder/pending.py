@@ -9,6 +9,7 @@ So a reader sees the new tree from the moment the record has its name, wherever 
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def progress(folder: str) -> tuple[Glimpse | None, ...]:
     """Glimpse at the record and the stages: a save changes these when it decides, moves a file, and ends."""
     hidden = os.path.join(folder, HIDDEN)
     try:
-        names = os.listdir(hidden)
+        # A link is refused where the record is read. Here it is not even followed to list what it leads to.
+        is_real = stat.S_ISDIR(os.lstat(hidden).st_mode)
+        names = os.listdir(hidden) if is_real else []
     except OSError:
         return ()
     if RECORD not in names:  # what a save stages before it decides does not matter to readers
