@@ -109,7 +109,7 @@ def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
         for file in files:
             hashlib.sha256(file.read_bytes()).hexdigest()
         read_ms.append(1e3 * (time.perf_counter() - start))
-        model.cache._tiers[0].clear()  # as if none of it had been used, nor hashed
+        model.cache._loader.tiers[0].clear()  # as if none of it had been used, nor hashed
         for node in lineage:
             object.__setattr__(tree[node].source, "_hashed", None)
         if handed_on:

@@ -59,7 +59,7 @@ def inputs() -> Tensor:
 
 def cached(model: lt.TreeModel) -> set[str]:
     """The nodes that the cache holds."""
-    tree, tier = model.tree, model.cache._tiers[-1]
+    tree, tier = model.tree, model.cache._loader.tiers[-1]
     sources = {path: tree[path].source for path in tree.paths() if tree[path].source is not None}
     return {path for path, source in sources.items() if tier.find(source.key) is not None}
 

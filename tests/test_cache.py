@@ -22,6 +22,7 @@ from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import buffer_of, held_bytes, pack
+from lora_tree.cache.shelf import Shelf
 from lora_tree.errors import (
     BudgetError,
     FormatError,
@@ -512,13 +513,13 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error_and_not_a_signal(
 ) -> None:
     """The header was read and the buffer is there; then the rest of the file goes."""
     model = attached(folder, 4000)
-    plain = Cache._allocate
+    plain = Shelf.take
 
-    def cut(self: Cache, nbytes: int) -> Tensor:
+    def cut(self: Shelf, nbytes: int) -> Tensor:
         os.truncate(weights(folder, "a"), weights(folder, "a").stat().st_size - 8)
         return plain(self, nbytes)
 
-    monkeypatch.setattr(Cache, "_allocate", cut)
+    monkeypatch.setattr(Shelf, "take", cut)
     with pytest.raises((FormatError, UnlockedError), match=r"^a: "):
         model.activate("a")
     stats = model.cache.stats().tiers[0]
@@ -595,7 +596,7 @@ def test_an_interrupt_at_the_beginning_of_a_load_leaves_the_node_to_be_loaded(
     model = attached(folder, "1MiB")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "lora_tree.cache.cache._Reservation",
+            "lora_tree.cache.loader.Reservation",
             lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()),
         )
         model.activate("a")
@@ -728,6 +729,19 @@ def test_a_host_smaller_than_one_node_says_so(
     model.activate("a/d")
     with pytest.raises(BudgetError, match=r"host_budget is 251 B\n  host_budget=252 "):
         model.activate("a/b")
+
+
+def test_a_hold_of_before_a_move_takes_no_pin_of_one_made_after_it(folder: Path) -> None:
+    tree = lt.load(folder)
+    cache = Cache(tree, Budgets(device_bytes=sum(BYTES.values())), link=Elsewhere())
+    before = cache.hold(["a"])
+    cache.follow(Elsewhere())
+    after = cache.hold(["a"])
+    before.release()
+    assert cache.stats().tiers[-1].in_use_bytes == BYTES["a"]
+    after.release()
+    after.release()
+    assert cache.stats().tiers[-1].in_use_bytes == 0
 
 
 # ---------------------------------------------------------------------- who goes first

@@ -207,7 +207,9 @@ class Caching(RuleBasedStateMachine):
     def the_books_balance(self) -> None:
         if hasattr(self, "model") and self.model.cache.wait(10):
             tier = self.model.cache.stats().tiers[0]
-            mine = sum(entry.nbytes for entry in self.model.cache._tiers[0]._residents.values())
+            mine = sum(
+                entry.nbytes for entry in self.model.cache._loader.tiers[0]._residents.values()
+            )
             assert mine >= sum(BYTES[node] for node in cached(self.model))
             assert tier.held_bytes == mine + tier.laid_out_bytes
             used = set(self.model.nodes_in_use()) - self.trained

@@ -13,7 +13,7 @@ from cached import BYTES, RANKS, adapter, base, inputs, lineage, zoo
 from torch import Tensor
 
 import lora_tree as lt
-from lora_tree.cache import Cache, shelf
+from lora_tree.cache import shelf
 from lora_tree.errors import BudgetError, FormatError
 from lora_tree.folder.source import FolderSource
 
@@ -106,7 +106,7 @@ def test_threads_that_request_prefetch_and_release(model: lt.TreeModel) -> None:
     assert tier.failures
     assert tier.evictions
     assert tier.held_bytes == tier.laid_out_bytes + sum(
-        entry.nbytes for entry in model.cache._tiers[0]._residents.values()
+        entry.nbytes for entry in model.cache._loader.tiers[0]._residents.values()
     )
 
 
@@ -137,16 +137,16 @@ def test_a_request_waits_for_room_that_a_load_under_way_will_give(
     model: lt.TreeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is being loaded in the background can't be evicted yet; in a moment it can."""
-    reserved, plain = threading.Event(), Cache._allocate
+    reserved, plain = threading.Event(), shelf.Shelf.take
 
-    def allocate(self: Cache, nbytes: int) -> Tensor:
+    def take(self: shelf.Shelf, nbytes: int) -> Tensor:
         if nbytes == BYTES["e"]:
             reserved.set()
             time.sleep(0.1)
         return plain(self, nbytes)
 
     monkeypatch.undo()
-    monkeypatch.setattr(Cache, "_allocate", allocate)
+    monkeypatch.setattr(shelf.Shelf, "take", take)
     tight = lt.attach(model.tree, base(), host_budget=BYTES["a"] + BYTES["a/b"])
     model.detach()
     tight.prefetch(["e"])

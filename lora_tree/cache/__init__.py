@@ -3,9 +3,11 @@
     files ──one read──▶ host: one packed buffer, pinned for CUDA ──one copy──▶ device
                         └── on a CPU base these two are one tier ──┘
 
-Law: a budget bounds what is held, whatever is asked for; what is in use stays; and what an adapter is does not depend
-on whether it was cached. `Cache` says who waits for whom, `Tier` what is held, `Policy` what goes first, `Link` how an
-adapter gets from one memory to the other.
+Laws. A budget bounds what is held, for every request. An adapter in use is never evicted. The
+numbers of an adapter do not depend on whether it was cached.
+
+`Cache` answers requests, `Loader` brings one adapter into a tier, `Tier` counts bytes and evicts in
+the order of a `Policy`, and a `Link` copies from host to device.
 """
 
 from .cache import Cache, Hold

@@ -1,11 +1,12 @@
-"""The way from host to device: what a base's own memory asks of the cache.
+"""The way from host to device: how an adapter gets into a base's own memory.
 
-    CPU     none: the host tier is the device tier, and adapters are used where they were read to
-    CUDA    pinned host buffers; one copy each, on a stream of its own, which runs beside the computation.
-            Whoever uses the adapter makes its own stream wait for that copy, and no other
+    CPU     no link: the host tier is the device tier, and adapters are used where they were read to
+    CUDA    pinned host buffers; one copy each, on a side stream that runs beside the computation;
+            a thread that uses the adapter makes its own stream wait for that copy alone
 
-What frees a device buffer must wait for the computation that reads it: `wait` records the reading stream on the buffer,
-and torch's allocator hands the memory out again only when that stream has got past this point.
+The allocator must not hand out a device buffer while a computation still reads it. So `wait`
+records the reading stream on the buffer, and torch's allocator reuses the memory only when that
+stream has passed this point.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
 
 @dataclass(frozen=True, eq=False)
 class Arrived:
-    """An adapter on the device, what says that its numbers are there (None: they are), and the buffer they lie in."""
+    """An adapter on its way to the device.
+
+    Args:
+        adapter: with its tensors on the device.
+        event: recorded when the copy is done; None: the numbers are there.
+        buffer: the device memory of all its tensors; None: it needs no record of the streams that
+            read it.
+    """
 
     adapter: Adapter
     event: Any = None
@@ -33,27 +41,27 @@ class Arrived:
 
 
 class Link(Protocol):
-    """How adapters get to a device that has memory of its own."""
+    """How adapters get to a device that has memory of its own. Any thread may call any method."""
 
     def holds(self, adapter: Adapter) -> bool:
-        """Whether an adapter's numbers lie on the device already."""
+        """Return whether an adapter lies on the device already."""
         ...
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Host memory for an adapter that is to be sent: (nbytes,) uint8."""
+        """Allocate host memory for an adapter that is to be sent: (nbytes,) uint8."""
         ...
 
     def send(self, adapter: Adapter) -> Arrived:
-        """Start the transfer of a packed adapter; any thread may ask."""
+        """Start the transfer of a packed adapter, without waiting for its end."""
         ...
 
     def wait(self, arrived: Arrived) -> None:
-        """What is computed from now on in this thread finds the numbers there, and keeps them there while it runs."""
+        """Make work that this thread starts from now on wait for the transfer; keep its buffer."""
         ...
 
 
 class CudaLink:
-    """To one CUDA device, by a side stream."""
+    """The link to one CUDA device, over a side stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -69,17 +77,19 @@ class CudaLink:
         host = buffer_of(adapter)
         assert host is not None, "only packed adapters are sent"
         if not host.is_pinned():
-            host = (
-                host.pin_memory()
-            )  # a caller's own buffer: a copy from it would make the host wait
+            # The buffer is a caller's own. From pageable memory even a non_blocking copy makes the
+            # host wait.
+            host = host.pin_memory()
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             there = torch.empty(host.shape, dtype=torch.uint8, device=self._device)
             there.copy_(host, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
+        # `host` may go now: torch frees pinned memory only when the copy from it is done.
         return Arrived(adapter.with_tensors(over(there)), event, there)
 
     def wait(self, arrived: Arrived) -> None:
+        # The stream of the calling thread; only the caller knows which one will compute.
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(arrived.event)
         if arrived.buffer is not None:
@@ -87,10 +97,10 @@ class CudaLink:
 
 
 def link_to(base: nn.Module) -> Link | None:
-    """The link to the device that most of the base's weights are on; None for one that computes in host memory."""
+    """Return the link to the device with most of a base's weights; None if that is the CPU."""
     held: dict[torch.device, int] = {}
     for parameter in base.parameters():
-        if not is_lazy(parameter):
+        if not is_lazy(parameter):  # which has no shape yet
             held[parameter.device] = held.get(parameter.device, 0) + parameter.numel()
     device = max(held, key=lambda d: held[d], default=torch.device("cpu"))
     return CudaLink(device) if device.type == "cuda" else None

@@ -1,10 +1,12 @@
-"""One adapter in one buffer: all its factors, and the base's tensors that came along, back to back.
+"""Pack an adapter into one buffer: its factors, and the tensors that it carries, back to back.
 
-A file that was read is packed already. Where a format had to turn a factor (fused experts), or an adapter was put
-together otherwise, it is copied into a buffer once, so that the way to a device is one copy for all of it.
+A file that was read is packed already. If a format had to transpose a factor (fused experts), or if
+the adapter was put together otherwise, it is copied into a buffer once. Then one copy sends all of
+it to a device.
 
-The numbers stay in the dtype of the file: what is merged and what is flattened is made from those, bit for bit; what a
-side path computes in is laid out from them when it is needed, and bf16 factors over an fp32 base take half the memory.
+The numbers keep the dtype of the file. Merged weights and flattened adapters are made from those,
+bit for bit. A side path converts what it needs when it is laid out, so bf16 factors over an fp32
+base take half the memory.
 """
 
 from __future__ import annotations
@@ -22,17 +24,23 @@ __all__ = ["buffer_of", "held_bytes", "pack", "tensors"]
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
-    """The same adapter in one buffer; the same object where it lies in one already."""
+    """Return the adapter in one buffer; the same object if it lies in one already."""
     if buffer_of(adapter) is not None:
         return adapter
-    spans = {id(t): t for t in tensors(adapter)}
-    slab = Slab(allocate(sum(Slab.takes(t.nbytes) for t in spans.values())))
-    copies = {key: slab.cut(t.dtype, t.shape).copy_(t) for key, t in spans.items()}
+    # By identity: one tensor may stand in two places of an adapter, and is copied once.
+    distinct = {id(tensor): tensor for tensor in tensors(adapter)}
+    slab = Slab(allocate(sum(Slab.takes(tensor.nbytes) for tensor in distinct.values())))
+    copies: dict[int, Tensor] = {}
+    for key, tensor in distinct.items():
+        copies[key] = slab.cut(tensor.dtype, tensor.shape).copy_(tensor)
     return adapter.with_tensors(lambda tensor: copies[id(tensor)])
 
 
 def buffer_of(adapter: Adapter) -> Tensor | None:
-    """The bytes of the one buffer of an adapter; None where it lies in several, or not row by row."""
+    """Return an adapter's one buffer, (bytes,) uint8; None if it has several, or one with gaps.
+
+    A part of a larger buffer is no buffer of its own: to send it would send what lies beside it.
+    """
     found = list(tensors(adapter))
     if not found or not all(t.is_contiguous() for t in found):
         return None
@@ -41,19 +49,24 @@ def buffer_of(adapter: Adapter) -> Tensor | None:
     if any(t.untyped_storage().data_ptr() != start for t in found):
         return None
     used = sum(t.nbytes for t in found)
+    # Each tensor begins at an aligned address, so there may be less than `ALIGNED` bytes before
+    # each.
     if storage.nbytes() > used + ALIGNED * len(found):
-        return None  # a view of something larger, or what a factor was turned from lies beside it
+        return None
     return torch.empty(0, dtype=torch.uint8, device=found[0].device).set_(storage)
 
 
 def held_bytes(adapter: Adapter) -> int:
-    """Bytes of the memory that an adapter keeps alive."""
-    storages = [t.untyped_storage() for t in tensors(adapter)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Return the bytes of memory that an adapter keeps alive: whole storages, each counted once."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors(adapter):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def tensors(adapter: Adapter) -> Iterator[Tensor]:
-    """Everything in it that takes memory."""
+    """Yield the tensors of an adapter: its factors, and the base's tensors that it carries."""
     for value in adapter.modules.values():
         yield from value.tensors
     yield from adapter.unchanged.values()

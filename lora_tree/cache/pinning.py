@@ -1,4 +1,4 @@
-"""Pins for what a base is about to do: the adapters of some nodes, held where the base is now."""
+"""Hold the adapters that a base is about to use, on the device where the base is now."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ __all__ = ["Pinning"]
 
 
 class Pinning:
-    """Hold adapters in a cache, which follows the base when that was moved.
+    """Holds adapters in a cache, and has the cache follow a base that was moved.
 
-    It holds no reference to the model, so that an unused model is freed at once.
+    It refers to the base and not to the `TreeModel`. The model refers to it, so a reference back
+    would be a cycle, and an unused model would keep its memory until the garbage collector runs.
     """
 
     def __init__(self, cache: Cache, base: nn.Module) -> None:
@@ -24,15 +25,19 @@ class Pinning:
         self._home = _home(base)
 
     def __call__(self, paths: Iterable[str]) -> Hold:
-        """Return a hold of some nodes' adapters; raises as `Cache.hold`."""
+        """Return a hold on some nodes' adapters; raises as `Cache.hold`."""
         home = _home(self._base)
         if home != self._home:
+            # torch has no hook for `base.to(…)`, so the move is noticed here, at the next request.
             self._cache.follow(link_to(self._base))
             self._home = home
         return self._cache.hold(paths)
 
 
 def _home(base: nn.Module) -> torch.device | None:
-    """Where a base's first parameter is: cheap to ask, and another one after the base was moved."""
+    """Return the device of a base's first parameter, which changes when the base is moved.
+
+    `link_to` looks at every parameter; this is asked at every switch.
+    """
     first = next(base.parameters(), None)
     return None if first is None else first.device

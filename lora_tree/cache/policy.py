@@ -1,14 +1,16 @@
-"""What leaves a full tier first: one small object, that a caller may replace.
+"""The order in which a full tier evicts adapters: one small object, which a caller may replace.
 
-A policy sees what is used, and names a victim among what is not in use now. It sees nodes, never paths: a request uses
-its whole lineage, so an ancestor is used at least as often, and as lately, as anything below it, and both orders here
-keep it at least as long. That is all that the tree has to add.
+A policy is told what is used, and names a victim among what is idle. It knows nodes and not paths.
+A request uses its whole lineage, so an ancestor is used at least as often, and as lately, as
+anything below it. Both policies here therefore keep an ancestor at least as long as its
+descendants, and need no rule about the tree.
 
-    Lru          what was used longest ago
-    Frequency    what was used least often for its size, old uses counting less and less; the default, since it was
-                 measured to be better (docs/benchmarks.md)
+    Lru          evicts the least recently used
+    Frequency    evicts the least frequently used for its size, old uses counting less; the default,
+                 because it measured better (docs/benchmarks.md)
 
-Reference: greedy-dual-size-frequency, Cherkasova 1998, HPL-98-69R1, with the counts of what left kept beside it.
+Reference: greedy-dual-size-frequency, Cherkasova 1998, HPL-98-69R1; the counts of evicted nodes are
+    kept too.
 """
 
 from __future__ import annotations
@@ -23,23 +25,29 @@ __all__ = ["Frequency", "Lru", "Policy"]
 
 
 class Policy(Protocol):
-    """The order in which a tier lets go of nodes. One object for a tier, never called by two threads at once."""
+    """The eviction order of one tier.
+
+    The tier calls it with the cache's lock held, so it needs none.
+    """
 
     def used(self, nodes: Sequence[tuple[Hashable, int]]) -> None:
-        """A request uses these (key, bytes), from the root down; all of them are in the tier now."""
+        """Note that one request uses these (key, bytes), from the root down."""
         ...
 
     def gone(self, key: Hashable) -> None:
-        """It left the tier."""
+        """Note that a key left the tier."""
         ...
 
     def victim(self, idle: Callable[[Hashable], bool]) -> Hashable | None:
-        """What should leave next, of what was used and is not gone, and is ``idle``; None where nothing is."""
+        """Return the key to evict next, of those used, not gone and ``idle``; None if none is.
+
+        The key counts as gone only when the tier calls `gone`.
+        """
         ...
 
 
 class Lru:
-    """What was used longest ago; of one request, the leaf before its ancestors.
+    """Evicts the least recently used; of one request, the leaf before its ancestors.
 
     >>> policy = Lru()
     >>> policy.used([("fr", 8), ("fr/legal", 8)]); policy.used([("fr", 8), ("fr/medical", 8)])
@@ -51,6 +59,7 @@ class Lru:
         self._order: OrderedDict[Hashable, None] = OrderedDict()
 
     def used(self, nodes: Sequence[tuple[Hashable, int]]) -> None:
+        # Reversed, so that the root is the most recent of its request.
         for key, _ in reversed(nodes):
             self._order[key] = None
             self._order.move_to_end(key)
@@ -59,16 +68,22 @@ class Lru:
         self._order.pop(key, None)
 
     def victim(self, idle: Callable[[Hashable], bool]) -> Hashable | None:
-        return next((key for key in self._order if idle(key)), None)
+        for key in self._order:
+            if idle(key):
+                return key
+        return None
 
 
 class Frequency:
-    """What was used least often for its size.
+    """Evicts the least frequently used for its size.
 
-        worth = floor + uses / bytes        floor: the worth of the last victim, so that old favourites age
+        worth = floor + uses / bytes        floor: the worth of the last victim
+
+    The floor rises with every eviction, so a node that was popular once ages beside nodes that are
+    used now.
 
     Args:
-        remembered: of how many keys the uses are known, though they are not in the tier.
+        remembered: the number of keys whose uses are counted, whether or not they are in the tier.
 
     >>> policy = Frequency()
     >>> for _ in range(3): policy.used([("fr", 8), ("fr/legal", 8)])
@@ -81,18 +96,24 @@ class Frequency:
         self._remembered = remembered
         self._uses: dict[Hashable, int] = {}
         self._worth: dict[Hashable, tuple[float, int]] = {}
+        # (worth, order, key). An entry stays here when its key is used again or leaves; `victim`
+        # skips it then, which is cheaper than to find it.
         self._heap: list[tuple[float, int, Hashable]] = []
-        self._order = itertools.count()
+        self._order = itertools.count()  # breaks ties, so that keys are never compared
         self._floor = 0.0
 
     def used(self, nodes: Sequence[tuple[Hashable, int]]) -> None:
         for key, nbytes in reversed(nodes):
+            # Popped and set again: the dictionary's order is then the order of the last use.
             uses = self._uses.pop(key, 0) + 1
             self._uses[key] = uses
-            self._worth[key] = worth = (self._floor + uses / max(nbytes, 1), next(self._order))
-            heapq.heappush(self._heap, (*worth, key))
+            worth = self._floor + uses / max(nbytes, 1)
+            order = next(self._order)
+            self._worth[key] = (worth, order)
+            heapq.heappush(self._heap, (worth, order, key))
         while len(self._uses) > self._remembered:
             del self._uses[next(iter(self._uses))]
+        # Rebuilt when most entries are outdated, so a push costs O(log n) on average.
         if len(self._heap) > 64 + 4 * len(self._worth):
             self._heap = [(*worth, key) for key, worth in self._worth.items()]
             heapq.heapify(self._heap)
@@ -101,15 +122,18 @@ class Frequency:
         self._worth.pop(key, None)
 
     def victim(self, idle: Callable[[Hashable], bool]) -> Hashable | None:
-        busy, found = [], None
+        popped: list[tuple[float, int, Hashable]] = []
+        found = None
         while self._heap and found is None:
             entry = heapq.heappop(self._heap)
             worth, order, key = entry
             if self._worth.get(key) != (worth, order):
-                continue  # used since, or gone
-            busy.append(entry)
+                continue  # it was used again, or is gone
+            popped.append(entry)
             if idle(key):
-                found, self._floor = key, max(self._floor, worth)
-        for entry in busy:  # the victim too: it counts as gone only when the tier says so
+                found = key
+                self._floor = max(self._floor, worth)
+        # The victim is pushed back too: the tier may decide not to evict it.
+        for entry in popped:
             heapq.heappush(self._heap, entry)
         return found

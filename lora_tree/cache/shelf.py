@@ -1,13 +1,15 @@
-"""Host memory that goes from hand to hand: what an evicted adapter leaves is the next one's.
+"""Host memory that is reused: an evicted adapter's pages hold the next adapter.
 
-    take ─▶ an adapter, or what is laid out for a path ─▶ nobody holds it any more ─▶ ready ─▶ take …
+    take ─▶ an adapter, or side paths ─▶ collected ─▶ ready ─▶ take …
 
-The system clears every page that it hands out, and in a virtual machine it may have to ask the host for it first: that
-takes as long as reading and hashing what goes into it. An allocator would keep memory too, but in pieces between what
-is still in use, and outside of every budget.
+The system clears every page that it hands out, and a virtual machine may have to ask its host for
+the page first. That takes as long as reading and hashing what goes into the page. An allocator
+would keep freed memory too, but in pieces between others that are in use, and outside of every
+budget.
 
-Law: what is ready is within the budget. It is at most what that leaves over (`at_most`), and a piece for which nothing
-fits replaces as much of it as it takes.
+Law: ready memory is within the budget. It is at most what the budget leaves over (`at_most`), and a
+    new piece for
+which no ready range is large enough takes the place of as many ready bytes.
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ from torch import Tensor
 
 __all__ = ["PAGED", "Shelf", "trim"]
 
-MOST_BYTES = 64 << 20  # as much stays ready, where a budget leaves it over
-PAGED = 128 << 10  # bytes; smaller pieces are left to the allocator, which has pages of its own
+MOST_BYTES = 64 << 20
+"""The most that stays ready, where the budget leaves it over."""
+
+PAGED = 128 << 10
+"""Pieces below this many bytes are left to the allocator, which has pages of its own."""
+
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which the mmap module does not name
 MREMAP_MAYMOVE = 1
 FAILED = ctypes.c_void_p(-1).value or -1
 
 
 def _libc() -> ctypes.CDLL | None:
+    """Load the C library with the types of the calls used here; None without Linux."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
@@ -48,7 +55,9 @@ LIBC = _libc()
 
 
 class Shelf:
-    """Pieces of host memory, which come back when nobody holds them any more. Any thread may ask.
+    """Hands out pieces of host memory, and gets each back when it is collected.
+
+    Any thread may call any method.
 
     >>> shelf = Shelf()
     >>> piece = shelf.take(1 << 20)
@@ -58,71 +67,84 @@ class Shelf:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most = most_bytes
+        # Guards all fields but `_back`. It may be taken while the cache's lock is held, so nothing
+        # that is called with this one held may take the cache's.
         self._lock = threading.Lock()
-        self._ready: dict[int, int] = {}  # address → bytes; no two of them touch
-        self._starts: dict[int, int] = {}  # where they end → where they begin
-        self._back: deque[tuple[int, int]] = (
-            deque()
-        )  # finalizers append: they may run while the lock is held
+        self._ready: dict[int, int] = {}  # address → bytes, of ranges that do not touch
+        self._starts: dict[int, int] = {}  # end of a range → its address
+        # Ranges that came back. A finalizer may run while this thread holds the lock, so it only
+        # appends here.
+        self._back: deque[tuple[int, int]] = deque()
         self._closed = False
         self._ready_bytes = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8, whatever is in it."""
+        """Return uninitialised memory, (nbytes,) uint8."""
         if LIBC is None or nbytes < PAGED:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         size = _paged(nbytes)
         with self._lock:
             self._collect()
             address, held = self._nearest(size)
+            # The range grows by size - held bytes; as many ready bytes go back, to stay within the
+            # budget.
             self._drop_to(self._ready_bytes - (size - held))
         if held < size:
             address = _grown(address, held, size)
         if not address:
-            return torch.empty(
-                nbytes, dtype=torch.uint8, device="cpu"
-            )  # which says that there is no memory
+            # The system has no memory. torch may find some, or else raises an error that says so.
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        # `frombuffer` keeps `memory` alive for as long as a view of the tensor lives.
         memory = (ctypes.c_char * nbytes).from_address(address)
         weakref.finalize(memory, self._come_back, address, size).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     @property
     def ready_bytes(self) -> int:
-        """What nobody holds."""
+        """The bytes that are ready to be taken."""
         with self._lock:
             self._collect()
             return self._ready_bytes
 
     def at_most(self, nbytes: int) -> None:
-        """Give what is more than that back to the system."""
+        """Keep at most ``nbytes`` ready; give the rest back to the system."""
         with self._lock:
             self._collect()
             self._drop_to(nbytes)
 
     def close(self) -> None:
-        """Give everything back to the system; what is in use, when it is let go of."""
+        """Give ready memory back to the system, and from now on each piece that comes back."""
         self._closed = True
         self.at_most(0)
 
     # ------------------------------------------------------------------ private
     def _come_back(self, address: int, size: int) -> None:
+        """Note that a range is free; runs as a finalizer, without the lock."""
         waiting = sum(each for _, each in list(self._back))
+        # If no thread takes anything for a while, `_back` is never emptied: it is bounded here.
         if self._closed or waiting + size > self._most:
             _unmap(address, size)
         else:
             self._back.append((address, size))
 
     def _collect(self) -> None:
+        """Make the ranges that came back ready."""
         while self._back:
             self._put(*self._back.popleft())
         self._drop_to(self._most)
 
     def _nearest(self, size: int) -> tuple[int, int]:
-        """So much of the smallest range that holds it; or else the largest range, and its size; or 0, 0."""
+        """Take ``size`` bytes from the smallest ready range that fits; return its address and size.
+
+        If none fits, return the largest range and its size, for the caller to grow; (0, 0) if
+        none is ready.
+        """
         ranges = [(held, address) for address, held in self._ready.items()]
-        held, address = min(
-            (r for r in ranges if r[0] >= size), default=max(ranges, default=(0, 0))
-        )
+        fitting = [(held, address) for held, address in ranges if held >= size]
+        if fitting:
+            held, address = min(fitting)
+        else:
+            held, address = max(ranges, default=(0, 0))
         if held:
             self._remove(address)
         if held > size:
@@ -130,7 +152,7 @@ class Shelf:
         return address, min(held, size)
 
     def _put(self, address: int, size: int) -> None:
-        """A range is ready; with those that it touches it is one."""
+        """Make a range ready, joined with the ready ranges that it touches."""
         if address in self._starts:
             before = self._starts[address]
             size += self._remove(before)
@@ -142,14 +164,17 @@ class Shelf:
         self._ready_bytes += size
 
     def _remove(self, address: int) -> int:
+        """Remove the ready range that begins at ``address``; return its size."""
         size = self._ready.pop(address)
         del self._starts[address + size]
         self._ready_bytes -= size
         return size
 
     def _drop_to(self, nbytes: int) -> None:
-        """The smallest go first: the least fits them."""
-        while (over := self._ready_bytes - max(nbytes, 0)) > 0:
+        """Unmap ready memory down to ``nbytes``; the smallest ranges, which fit least, go first."""
+        target = max(nbytes, 0)
+        while self._ready_bytes > target:
+            over = self._ready_bytes - target
             address = min(self._ready, key=lambda address: self._ready[address])
             size = self._remove(address)
             dropped = min(size, _paged(over))
@@ -159,26 +184,31 @@ class Shelf:
 
 
 def trim() -> None:
-    """Make the allocator give free memory back to the system, where it can be told to (glibc)."""
+    """Make the allocator give freed memory back to the system; a no-op without glibc."""
     give_back = getattr(LIBC, "malloc_trim", None)
     if give_back is not None:
         give_back(0)
 
 
 def _paged(nbytes: int) -> int:
+    """Round up to whole pages."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _grown(address: int, held: int, size: int) -> int:
-    """A range made larger, maybe elsewhere: its pages are moved, not copied. 0 where there is no memory.
+    """Grow a range, moving its pages if need be, and return its address; 0 if there is no memory.
 
-    New pages are made without the interpreter's lock; where an old kernel refuses that, they are made when written.
+    Args:
+        address, held: the range, or (0, 0) for a new one.
+        size: of the result; whole pages.
     """
     assert LIBC is not None
     found: int = FAILED
     if held:
         found = LIBC.mremap(address, held, size, MREMAP_MAYMOVE)
-        if found == FAILED:  # it was put together from several mappings
+        if found == FAILED:
+            # The range was joined from several mappings, and mremap moves only one. A new one
+            # replaces it.
             _unmap(address, held)
             held = 0
     if found == FAILED:
@@ -186,6 +216,9 @@ def _grown(address: int, held: int, size: int) -> int:
         found = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if found == FAILED:
         return 0
+    # ctypes releases the interpreter's lock for the call, so other threads run while the kernel
+    # makes the pages. A kernel before 5.14 refuses, and makes them at the first write: the result
+    # is not looked at.
     LIBC.madvise(found + held, size - held, POPULATE_WRITE)
     return found
 

@@ -1,4 +1,4 @@
-"""What a cache has done so far, as a value."""
+"""The state and the counts of a cache, as a value."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ __all__ = ["CacheStats", "TierStats"]
 
 @dataclass(frozen=True)
 class TierStats:
-    """One kind of memory.
+    """One kind of memory. Bytes are whole numbers, times are seconds.
 
     Args:
         name: ``host`` or ``device``; a base on the CPU has one tier, ``host``, for both.
         budget_bytes: the most that may be held; None: no bound.
-        held_bytes: what is held now: adapters, what is being loaded, and what is laid out for side paths.
-        laid_out_bytes: as much of it as is laid out for side paths.
-        in_use_bytes: as much of it as belongs to nodes that are in use, which can't be evicted.
-        ready_bytes: memory beside it that was let go of, for what comes next, where the budget has room for it.
+        held_bytes: held now: adapters, loads in progress, and side paths.
+        laid_out_bytes: the part of it that side paths take.
+        in_use_bytes: the part of it that belongs to pinned nodes, which can't be evicted.
+        ready_bytes: freed memory beside it, kept for reuse where the budget has room for it.
         nodes: adapters held now.
-        loads, loaded_bytes, load_s: adapters that came in, from files or from the host, their bytes, and the time taken
-            in seconds, also in the background. Transfers to a device run on; of these it is the time to start them.
+        loads, loaded_bytes, load_s: adapters that came in, from files or from the host, their
+            bytes, and the time taken, prefetches included. A transfer to a device runs on by
+            itself: of it, the time to start it is counted.
         slowest_s: the longest of these times.
-        evictions, evicted_bytes: adapters let go of for others.
-        failures: loads that came to nothing.
+        evictions, evicted_bytes: adapters evicted to make room.
+        failures: loads that ended in an error.
     """
 
     name: str
@@ -47,11 +48,11 @@ class CacheStats:
     """A cache, since the model was attached.
 
     Args:
-        requests: lineages (of a path, a blend or a batch) that were asked for, and have nodes with files.
-        served: those of them whose every node was there already.
-        waited_s: seconds for which requests waited for what was not.
-        prefetched: nodes that a prefetch brought in.
-        tiers: from the outside in: the host, and the device where that has memory of its own.
+        requests: requests (for a path, a blend or a batch) whose lineages have nodes with files.
+        served: the requests of which every node was cached.
+        waited_s: seconds for which requests waited for loads.
+        prefetched: nodes that a prefetch loaded.
+        tiers: from the outside in: the host, and the device if it has memory of its own.
 
     >>> CacheStats(requests=4, served=3).hit_rate
     0.75
@@ -65,5 +66,5 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """The part of the requests whose whole lineage was served from the cache; 0.0 before the first."""
+        """The fraction of requests whose every node was cached; 0.0 before the first request."""
         return self.served / self.requests if self.requests else 0.0

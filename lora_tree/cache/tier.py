@@ -2,10 +2,12 @@
 
     budget  ≥  adapters  +  reserved (being loaded)  +  laid out (side paths made of adapters)
 
-A full tier makes room in this order: side paths laid out for earlier paths, which can be computed again
+A full tier makes room in this order: side paths laid out for earlier paths, which can be computed
+    again
 without a file; then idle adapters, in the policy's order. Pinned adapters are never evicted.
 
-Thread safety: every method is called with the cache's lock held, and that lock guards every field. The one
+Thread safety: every method is called with the cache's lock held, and that lock guards every field.
+    The one
 exception is `_refunds`: finalizers append to it in whichever thread collects the owner.
 """
 
@@ -67,14 +69,15 @@ class Tier:
         self._residents: dict[Hashable, Resident] = {}
         self._pins: Counter[Hashable] = Counter()
         self._adapters = self._in_use = self._reserved = self._laid_out = 0  # bytes
-        # (bytes, churns) of owners that were collected. A finalizer may run in any thread, also while this
-        # thread holds the lock, so it must not take the lock. A deque's append is atomic.
+        # (bytes, churns) of owners that were collected. A finalizer may run in any thread, also
+        # while this thread holds the lock, so it must not take the lock. A deque's append is
+        # atomic.
         self._refunds: deque[tuple[int, bool]] = deque()
         self._spare: list[weakref.ref[LastUsed[Any]]] = []
         # Bytes of side paths that went back to the allocator since the cache last trimmed it.
         self.churn_bytes = 0
-        # Adapters pinned only while they are sent on to the next tier. Another thread may wait for these to
-        # become idle, because it needs no action of the user.
+        # Adapters pinned only while they are sent on to the next tier. Another thread may wait for
+        # these to become idle, because it needs no action of the user.
         self.passing = 0
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
@@ -144,8 +147,9 @@ class Tier:
         """Make room for an adapter that is about to be loaded.
 
         Args:
-            wait: whether to wait for adapters that other threads are loading or sending on: these can be
-                evicted afterwards. A thread that holds a reservation itself must not wait for others.
+            wait: whether to wait for adapters that other threads are loading or sending on: these
+                can be evicted afterwards. A thread that holds a reservation itself must not wait
+                for others.
 
         Raises:
             BudgetError: everything that is held is in use.
@@ -166,7 +170,8 @@ class Tier:
         """Make room for the side paths of ``owner`` and count them until ``owner`` is collected.
 
         Args:
-            churns: whether the memory comes in small pieces from the allocator, which keeps freed pieces.
+            churns: whether the memory comes in small pieces from the allocator, which keeps freed
+                pieces.
 
         Raises:
             BudgetError: everything that is held is in use.
@@ -180,7 +185,7 @@ class Tier:
         weakref.finalize(owner, self._refunds.append, (nbytes, churns)).atexit = False
 
     def busy_bytes(self, but: Sequence[Hashable] = ()) -> int:
-        """Return the bytes that can't be evicted: pinned adapters other than ``but``, and side paths."""
+        """Return the bytes that can't be evicted: side paths, and pinned adapters but ``but``."""
         self._take_refunds()
         pinned_but = {key for key in but if key in self._pins}
         return (
@@ -224,7 +229,8 @@ class Tier:
     def _make_room(self, nbytes: int, wait: bool) -> None:
         budget = self.budget_bytes
         while budget is not None:
-            # Dropping side paths, and waiting, let finalizers run: count again before every decision.
+            # Dropping side paths, and waiting, let finalizers run: count again before every
+            # decision.
             self._take_refunds()
             if self._held_bytes + nbytes <= budget:
                 break

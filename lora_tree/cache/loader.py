@@ -1,0 +1,219 @@
+"""Load one adapter into a tier: from its files to the host, from the host to the device.
+
+    load(device) ──not there──▶ load(host), pinned ──not there──▶ read the files
+         ◀── send, then unpin the host's ──          ◀── pack into one buffer
+
+Laws. One thread loads an adapter, and the others that need it wait for that thread. No file is read
+and nothing is sent while the lock is held. Room is reserved before the first byte is read. A load
+that fails, or is interrupted, gives its room back and leaves no trace.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import LoraTreeError, StateError
+from ..storage import Source
+from .copies import TreeSource, cache_key
+from .link import Arrived, Link
+from .pack import held_bytes, pack
+from .reservation import Reservation
+from .shelf import Shelf
+from .tier import Resident, Tier
+
+__all__ = ["Loader"]
+
+
+class Loader:
+    """The tiers of a cache, and the way of an adapter into them.
+
+    Args:
+        lock: the cache's lock. It guards the tiers, `link`, `closed` and `_loading`.
+        tiers: from the outside in.
+        link: the way from the host to the device; None: the two are one tier.
+        shelf: where host memory comes from.
+    """
+
+    def __init__(
+        self, lock: threading.Condition, tiers: list[Tier], link: Link | None, shelf: Shelf
+    ) -> None:
+        self.lock = lock
+        self.tiers, self.link = tiers, link
+        self.closed = False
+        self._shelf = shelf
+        self._loading: set[tuple[int, Hashable]] = set()  # (level, key) of the loads in progress
+        # An entry is written by the thread that made the adapter, before another thread can see the
+        # adapter.
+        self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
+
+    @property
+    def top(self) -> Tier:
+        """The last tier, whose adapters the base computes with."""
+        return self.tiers[-1]
+
+    def load(
+        self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True
+    ) -> Resident:
+        """Return a node's adapter in a tier, loading it there if it is missing.
+
+        Args:
+            level: of the tier; 0 is the host.
+            path: the node, for errors.
+            pinned: whether to pin the adapter; otherwise the policy is told that it was used.
+            wait: whether to wait for room that other threads are about to free.
+
+        Raises:
+            FolderError, FormatError: the files are gone, broken, or not what the lock says.
+            BudgetError: there is no room.
+            StateError: the model was detached meanwhile.
+        """
+        try:
+            return self._load(level, path, source, pinned, wait)
+        except LoraTreeError as error:
+            raise error.within(path) from error
+
+    def check_open(self) -> None:
+        """Raise if the model was detached; called with the lock held.
+
+        Raises:
+            StateError: it was.
+        """
+        if self.closed:
+            raise StateError(
+                "the model was detached while it was being loaded", "attach the tree again"
+            )
+
+    def origin(self, adapter: Adapter) -> Hashable:
+        """Return an adapter's identity: its files' content if the lock says it, or else itself."""
+        return self._origins.get(adapter) or weakref.ref(adapter)
+
+    def _load(self, level: int, path: str, source: Source, pinned: bool, wait: bool) -> Resident:
+        tier, key = self.tiers[level], cache_key(source)
+        start = time.perf_counter()
+        reservation = Reservation(tier, self.lock, wait)
+        claimed = False
+        try:
+            with self.lock:
+                found = self._awaited(tier, level, key)
+                if found is not None:
+                    _use(tier, key, pinned)
+                    return found
+                self.check_open()
+                # Before the claim itself: an interrupt may come between the two lines, and taking
+                # back a claim that was not made does no harm, while one that stays would make other
+                # threads wait forever.
+                claimed = True
+                self._loading.add((level, key))
+            if level == 0:
+                arrived = self._read(source, reservation)
+            elif isinstance(source, TreeSource):
+                arrived = self._send_from_tree(source, reservation)
+            else:
+                arrived = self._send(level, path, source, reservation)
+            nbytes = held_bytes(arrived.adapter)
+            reservation.resize(nbytes)
+            resident = Resident(arrived, nbytes)
+            with self.lock:
+                # In one step with `add`: another thread must see these bytes neither twice nor not
+                # at all.
+                reservation.close()
+                if pinned:
+                    self.check_open()
+                if not self.closed:
+                    tier.add(key, resident, time.perf_counter() - start)
+                    _use(tier, key, pinned)
+            return resident
+        finally:
+            if claimed:
+                with self.lock:
+                    if reservation.open:
+                        tier.failures += 1
+                        reservation.close()
+                    self._loading.discard((level, key))
+                    # Wake the threads in `_awaited`: they find the adapter, or load it themselves
+                    # and meet the error in their own call.
+                    self.lock.notify_all()
+
+    def _awaited(self, tier: Tier, level: int, key: Hashable) -> Resident | None:
+        """Wait while another thread loads the adapter; return it, or None to load it here."""
+        found = tier.find(key)
+        while found is None and (level, key) in self._loading:
+            self.lock.wait()
+            found = tier.find(key)
+        return found
+
+    def _read(self, source: Source, reservation: Reservation) -> Arrived:
+        """Read files into one host buffer."""
+
+        def first(nbytes: int) -> Tensor:
+            # Not `extend`: a source that finds its files changed starts anew, and has freed its
+            # first buffer.
+            reservation.resize(nbytes)
+            return self._allocate(nbytes)
+
+        def second(nbytes: int) -> Tensor:
+            # `pack` copies, so for a moment both buffers exist.
+            reservation.extend(nbytes)
+            return self._allocate(nbytes)
+
+        # A prefetch thread or a caller's inference_mode must not mark the factors: they may train
+        # later.
+        with torch.inference_mode(False), torch.no_grad():
+            adapter = pack(source.load(first), second)
+        if source.key is not None:
+            self._origins[adapter] = source.key
+        return Arrived(adapter)
+
+    def _send(self, level: int, path: str, source: Source, reservation: Reservation) -> Arrived:
+        """Send an adapter from the tier below, pinned there until the transfer has begun."""
+        link = self.link
+        assert link is not None
+        below, key = self.tiers[level - 1], cache_key(source)
+        # `_load` and not `load`: the caller names the node in the error.
+        resident = self._load(level - 1, path, source, pinned=True, wait=reservation.wait)
+        with self.lock:
+            below.passing += 1
+            below.used([key])
+        try:
+            reservation.resize(resident.nbytes)
+            arrived = link.send(resident.arrived.adapter)
+        finally:
+            with self.lock:
+                below.passing -= 1
+                below.unpin(key)
+        origin = self._origins.get(resident.arrived.adapter)
+        if origin is not None:
+            self._origins[arrived.adapter] = origin
+        return arrived
+
+    def _send_from_tree(self, source: TreeSource, reservation: Reservation) -> Arrived:
+        """Send an adapter from the tree.
+
+        The host's tier gets no copy of it: it lies in host memory anyway.
+        """
+        link = self.link
+        assert link is not None
+        adapter = source.load(link.allocate)
+        reservation.resize(held_bytes(adapter))
+        with torch.inference_mode(False), torch.no_grad():
+            arrived = link.send(adapter)
+        self._origins[arrived.adapter] = self.origin(source.adapter)
+        return arrived
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        return self.link.allocate(nbytes) if self.link else self._shelf.take(nbytes)
+
+
+def _use(tier: Tier, key: Hashable, pinned: bool) -> None:
+    """Pin an adapter for a request; or tell the policy of the use, for a load outside of one."""
+    if pinned:
+        tier.pin(key)
+    else:
+        tier.used([key])
