@@ -1,7 +1,8 @@
 """Arguments as callers gave them, before anything has checked their types.
 
-An annotation promises a type, and Python does not check it. A type checker believes the promise, so it
-calls the code that tests an argument unreachable. `unchecked` takes the promise back for one expression:
+An annotation promises a type, and Python does not check it. A type checker believes the promise, so
+it calls the code that tests an argument unreachable. `unchecked` takes the promise back for one
+expression:
 
     if not isinstance(unchecked(order), Mapping):
         raise SpecError(...)

@@ -29,6 +29,7 @@ RINGS = {
     "values": [
         "errors",
         "given",
+        "callers",
         "base_names",
         "budget",
         "patterns",

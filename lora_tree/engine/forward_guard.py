@@ -10,8 +10,6 @@ copy of a cache is as good as the cache) and in the backward's hooks.
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..callers import called_from
 from ..errors import StateError
 from ..sites import Site
 from .batch_axis import BatchAxis
@@ -132,10 +131,7 @@ def _in_checkpoint() -> bool:
     """Whether the layer that runs now will run again in backward."""
     if torch.is_grad_enabled() and not any_saved_tensor_hook():
         return False
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
-        frame = frame.f_back
-    return frame is not None
+    return called_from(_CHECKPOINT)
 
 
 def _main_first(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 import warnings
 import weakref
 
 from torch import nn
 
+from ..callers import called_by
 from ..errors import LoraTreeWarning, SpecError, StateError
 from .unpromised import compiled_frames, is_compiled
 
@@ -127,10 +127,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
 
 def warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A ``state_dict`` pre-hook for a base with a path merged into it: ``save_pretrained`` would write that path."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "save_pretrained":
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is not None:
+    if called_by("save_pretrained"):
         warnings.warn(
             "save_pretrained writes the base with a path merged into it; deactivate() first for the base's own "
             "weights, or tree.flatten(path).save(folder) for the path as an adapter",

@@ -17,13 +17,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from ..callers import caller_object
 from ..extras import need
 from .flatcache import Flattened
 
@@ -37,13 +36,7 @@ _numbers = itertools.count(1)
 
 def asking() -> Any:
     """Return vLLM's record of its adapters, which is among the callers; None where this version keeps it elsewhere."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        who = frame.f_locals.get("self")
-        if isinstance(getattr(who, "lora_requests", None), dict):
-            return who
-        frame = frame.f_back
-    return None
+    return caller_object(lambda owner: isinstance(getattr(owner, "lora_requests", None), dict))
 
 
 def request_of(found: Flattened) -> Any:

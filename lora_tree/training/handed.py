@@ -1,14 +1,15 @@
-"""Whether a trainer was given the bare base while nodes train.
+"""Refuse a trainer that was given the bare base while nodes train.
 
-It would find nothing in the base that trains, hand nothing to its optimiser, and save no factors; with a path active
-its loss goes down for nobody. A loop that calls the base by itself is as good as one that calls the `TreeModel`: the
-two differ in who looks for the parameters, and only a trainer that does so by itself can be wrong about it.
+Such a trainer looks for parameters that train, and finds none in the base: its optimiser moves
+    nothing, and its
+checkpoints hold no factors. The user would see a loss and get no adapter.
+
+A loop of the user's own may call the base: it has got its parameters from `trainable`. Only a
+trainer that looks for them itself is refused.
 """
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +17,21 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..callers import caller_in
 from ..errors import StateError
 
 __all__ = ["Handed"]
 
 TRAINERS = ("transformers.trainer",)
-"""Modules whose loops look for the parameters of what they were given."""
+"""Modules whose training loops look for the parameters of the model they were given."""
 
 
 class Handed:
-    """Looks once, at the first forward that autograd records, who called the base.
+    """Looks at the callers of the base once, at the first forward that autograd records.
 
     Args:
         base: the bare model.
-        through: the forward by which a trainer ought to come.
+        through: the forward of the model that a trainer should have been given.
     """
 
     def __init__(self, base: nn.Module, through: Callable[..., Any]) -> None:
@@ -38,11 +40,11 @@ class Handed:
 
     @property
     def looks(self) -> bool:
-        """It looks at the next forward."""
+        """Whether it will look at the next forward."""
         return self._handle is not None
 
     def look(self, wanted: bool) -> None:
-        """From now on, look at the next forward; or don't."""
+        """Begin to look, or stop; looking leaves one hook on the base."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -50,15 +52,16 @@ class Handed:
             self._handle = self._base.register_forward_pre_hook(self._before)
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        # An evaluation says nothing about who trains. While torch compiles, the stack is the
+        # compiler's.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not self._through.__code__:
-            if frame.f_globals.get("__name__") in TRAINERS:
-                raise StateError(
-                    f"a {type(frame.f_locals.get('self')).__name__} was given the bare base while nodes train: "
-                    "it would move no factors, save none, and resume from nothing",
-                    "give it the TreeModel: lora_tree.integrations.transformers.TreeTrainer(model, …)",
-                )
-            frame = frame.f_back
+        trainer = caller_in(TRAINERS, until=self._through.__code__)
+        if trainer is not None:
+            # The hook stays: a trainer that catches the error and goes on meets it again.
+            raise StateError(
+                f"a {trainer} was given the bare base while nodes train: "
+                "it would move no factors, save none, and resume from nothing",
+                "give it the TreeModel: lora_tree.integrations.transformers.TreeTrainer(model, …)",
+            )
         self.look(False)

@@ -1,0 +1,87 @@
+"""Walks up the call stack, each under the name of the question it answers.
+
+A hook or a plugin is called with arguments that do not say who is calling: a trainer,
+    `save_pretrained`, a
+checkpointed layer that will run again. The stack says it, and these four functions are the only
+ones that look.
+
+A frame keeps the locals of its function alive, tensors included, so none is returned or stored.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from types import CodeType, FrameType
+from typing import Any
+
+__all__ = ["called_by", "called_from", "caller_in", "caller_object"]
+
+
+def called_by(function: str) -> bool:
+    """Return whether a function of that name is among the callers.
+
+    >>> def save_pretrained(): return called_by("save_pretrained")
+    >>> save_pretrained(), called_by("save_pretrained")
+    (True, False)
+    """
+    return _nearest(lambda frame: frame.f_code.co_name == function) is not None
+
+
+def called_from(module: str) -> bool:
+    """Return whether a function of that module, given by its full name, is among the callers.
+
+    >>> called_from("doctest"), called_from("torch.utils.checkpoint")
+    (True, False)
+    """
+    return _nearest(lambda frame: _module(frame) == module) is not None
+
+
+def caller_object(matches: Callable[[Any], bool]) -> Any:
+    """Return the nearest caller's ``self`` that matches; None if there is none.
+
+    Args:
+        matches: is shown the ``self`` of each caller, from the nearest outward; None for a function
+            without one.
+
+    >>> class Engine:
+    ...     def run(self): return caller_object(lambda owner: isinstance(owner, Engine))
+    >>> engine = Engine()
+    >>> engine.run() is engine
+    True
+    """
+    found = _nearest(lambda frame: matches(frame.f_locals.get("self")))
+    return None if found is None else found.f_locals.get("self")
+
+
+def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:
+    """Return the class of the nearest caller in some modules, or a function's own name; None if none is there.
+
+    Args:
+        modules: full names of modules.
+        until: the code of a function that ends the walk; the callers of that function are not
+            asked.
+
+    >>> caller_in(["doctest"], until=(lambda: None).__code__)
+    'DocTestRunner'
+    """
+
+    def ends(frame: FrameType) -> bool:
+        return frame.f_code is until or _module(frame) in modules
+
+    found = _nearest(ends)
+    if found is None or found.f_code is until:
+        return None
+    owner = found.f_locals.get("self")
+    return found.f_code.co_name if owner is None else type(owner).__name__
+
+
+def _nearest(matches: Callable[[FrameType], bool]) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not matches(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
