@@ -1,0 +1,462 @@
+"""The outline of an adapter: all that its config and the header of its weights say, and no numbers.
+
+    keys ──▶ wrappers: module → depth → tensors ──▶ increments: name → LowRank
+         └─▶ whole tensors of the base
+
+Most adapters of a tree have the same two texts and so the same outline. It is made once for them,
+and all that is left to do for each is to read its numbers (`Outline.filled`).
+
+PEFT puts one wrapper around a module, or one for each raw parameter of it that was trained (see
+`peft_keys`). So the depth of a wrapper says which parameter it holds: the outermost holds the one
+that the module registers last. The file does not say the order in which the module registers them.
+Where our own metadata does not say it either, an order is assumed, and `Adapter.assumed` names the
+module; the base puts it right when the adapter is bound to it.
+
+Law: every key of the file ends up in the outline or in an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, over
+from ..errors import FormatError, UnsupportedAdapter
+from ..lowrank import LowRank
+from . import peft_keys, strict_json
+from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
+from .peft_factors import FactorReader, Parts
+from .peft_keys import NESTING, PREFIX, WEIGHTS
+from .safetensors import Header, parse_header
+
+__all__ = ["Outline", "PeftTexts", "outline_of"]
+
+KEPT_OUTLINES = 8
+MAX_KEPT_BYTES = 256 << 10
+"""The most bytes of config and header whose outline is kept; it takes ten times as much."""
+
+LEFTOVERS = {
+    "lora_magnitude_vector": VARIANTS["use_dora"],
+    "trainable_tokens": VARIANTS["trainable_token_indices"],
+    "modules_to_save": VARIANTS["modules_to_save"],
+    "lora_diag": VARIANTS["kasa_config"],
+}
+"""Parts of a key that tell a kind of adapter that we refuse, whatever the config says."""
+
+WHOLE = {
+    "embed_in",
+    "embed_out",
+    "embed_tokens",
+    "embeddings",
+    "lm_head",
+    "output",
+    "shared",
+    "word_embeddings",
+    "wte",
+}
+"""Embeddings and heads: PEFT writes them whole after the vocabulary was resized.
+
+That is ``save_embedding_layers="auto"``, its default.
+"""
+
+VELORA_BUFFER = ".lora_velora_embed"
+"""The end of a key of VeLoRA's projection, which compresses activations and adds nothing."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """An adapter without its numbers.
+
+    Args:
+        adapter: its tensors are views of the header's storage, on the meta device.
+        header: of the weights.
+        unused_biases: module → a bias that PEFT wrote and never reads. The adapter leaves it out,
+            so it must be zero.
+    """
+
+    adapter: Adapter
+    header: Header
+    unused_biases: Mapping[str, Tensor]
+
+    def filled(self, memory: Tensor, where: str) -> Adapter:
+        """Return the adapter itself, with its numbers in ``memory``: (header.nbytes,) uint8.
+
+        Raises:
+            UnsupportedAdapter: an unused bias is not zero.
+        """
+        in_memory = over(memory)
+        for name, bias in self.unused_biases.items():
+            if torch.count_nonzero(in_memory(bias)):
+                raise UnsupportedAdapter(
+                    f"{where}: {name}: lora_B.bias is not zero, but PEFT never applies it to an "
+                    "nn.MultiheadAttention",
+                    "train it without lora_bias, or set this bias to zero",
+                )
+        return self.adapter.with_tensors(lambda tensor: in_memory(tensor).contiguous())
+
+
+@dataclass(frozen=True)
+class PeftTexts:
+    """The two texts that make an outline, and how errors name their files.
+
+    The names do not count in a comparison: two folders with the same texts have the same outline.
+    """
+
+    config: bytes
+    head: bytes
+    nbytes: int
+    config_named: str = field(compare=False)
+    weights_named: str = field(compare=False)
+
+
+def outline_of(texts: PeftTexts) -> Outline:
+    """Return the outline of an adapter, kept from before where its texts were seen lately.
+
+    Raises:
+        FormatError: one of the two is broken, or they do not fit each other; names the file and the
+            key.
+        UnsupportedAdapter: the adapter does not add up to W + B·A.
+    """
+    # A refusal is never kept: lru_cache keeps no exceptions, so each folder's own name stands in
+    # its error.
+    if len(texts.config) + len(texts.head) <= MAX_KEPT_BYTES:
+        return _kept_outline(texts)
+    return _make_outline(texts)
+
+
+@lru_cache(KEPT_OUTLINES)
+def _kept_outline(texts: PeftTexts) -> Outline:
+    return _make_outline(texts)
+
+
+def _make_outline(texts: PeftTexts) -> Outline:
+    config = parse_config(texts.config, texts.config_named)
+    header = parse_header(texts.head, texts.nbytes, texts.weights_named)
+    return _OutlineMaker(config, texts.weights_named, header).outline()
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """The raw parameters of one module that its wrappers hold.
+
+    Args:
+        names: in the order in which the module registers them; empty where the wrapper is the
+            module's own.
+        is_assumed: nothing in the file says so; only a base can tell.
+    """
+
+    names: tuple[str, ...] = ()
+    is_assumed: bool = False
+
+
+_Wrappers = dict[int, Parts]
+"""The wrappers around one module: how deep → the tensors of that wrapper."""
+
+
+class _OutlineMaker:
+    """One config and one header on their way to an outline; `outline` is called once."""
+
+    def __init__(self, config: PeftConfig, where: str, header: Header) -> None:
+        self._config = config
+        self._where = where
+        self._header = header
+        self._factors = FactorReader(config, where)
+        self._recorded = _recorded_nesting(header.metadata, where)
+        self._modules: dict[str, _Wrappers] = {}
+        self._paths: dict[str, set[str]] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._registered: dict[str, _Registered] = {}
+
+    def outline(self) -> Outline:
+        self._sort_keys()
+        for module, wrappers in self._modules.items():
+            self._registered[module] = self._raw_parameters(module, wrappers)
+        depths = {module: len(wrappers) for module, wrappers in self._modules.items()}
+        # A key is only right if PEFT would write it, so each is compared with the one that we would
+        # write.
+        for module, paths in self._paths.items():
+            self._check_paths(module, paths, depths)
+        increments: dict[str, LowRank] = {}
+        attentions: set[str] = set()
+        for module, wrappers in self._modules.items():
+            owner = self._module_around(module)
+            if owner is not None:
+                self._check_attention(owner, module, wrappers[0])
+                attentions.add(owner)
+            self._add_increments(increments, module, wrappers, rank_of=owner or module)
+        unused_biases: dict[str, Tensor] = {}
+        for owner in sorted(attentions):
+            bias = self._in_projection_bias(owner, increments[owner])
+            if bias is not None:
+                unused_biases[owner] = bias
+                increments[owner] = replace(increments[owner], bias=None)
+        adapter = self._adapter(increments, self._base_tensors(depths))
+        return Outline(adapter, self._header, unused_biases)
+
+    # ------------------------------------------------------------------ keys
+    def _sort_keys(self) -> None:
+        """Sort the keys into wrappers of modules, and whole tensors of the base."""
+        # In the order of names, not of the file, so that the same tensors always give the same
+        # adapter or error.
+        for key in sorted(self._header.tensors):
+            path, part = self._split(key)
+            tensor = self._header.tensors[key]
+            if part:
+                module, depth = peft_keys.plain(path)
+                self._modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
+                self._paths.setdefault(module, set()).add(path)
+            elif not (self._config.velora and key.endswith(VELORA_BUFFER)):
+                self._whole[path] = tensor
+        if not self._modules:
+            raise FormatError(
+                f"{self._where}: no lora_A and lora_B of any module",
+                "the file holds no LoRA factors",
+            )
+
+    def _split(self, key: str) -> tuple[str, str | None]:
+        """Split a key into (path, part); the part is None for a whole tensor.
+
+        Raises:
+            FormatError: PEFT writes no such key.
+            UnsupportedAdapter: it belongs to a kind of adapter that does not add up.
+        """
+        for name, reason in LEFTOVERS.items():
+            if name in key:
+                raise UnsupportedAdapter(f"{self._where}: {key}: {reason}")
+        if not key.startswith(PREFIX):
+            raise FormatError(
+                f"{self._where}: unexpected key {key[:200]!r}, expected "
+                f"{PREFIX}<module>.lora_A.weight",
+                "kohya and diffusers name their keys otherwise; save the adapter with PEFT",
+            )
+        path, part = peft_keys.split(key.removeprefix(PREFIX))
+        if part is None and ".lora_" in path and not key.endswith(VELORA_BUFFER):
+            raise FormatError(
+                f"{self._where}: unexpected key {key[:200]!r}, expected it to end in one of "
+                f"{' '.join(peft_keys.PARTS)}",
+                "the adapter's own name is no part of a key: save it with PEFT's save_pretrained",
+            )
+        if "" in path.split(".") or not peft_keys.plain(path)[0]:
+            raise FormatError(
+                f"{self._where}: {key[:200]!r} names no module, expected "
+                f"{PREFIX}<module>.lora_A.weight",
+                "save the adapter again with PEFT",
+            )
+        return path, part
+
+    def _check_paths(self, module: str, paths: set[str], depths: Mapping[str, int]) -> None:
+        expected = peft_keys.key_path(module, depths)
+        for path in paths:
+            if path != expected + ".base_layer" * peft_keys.plain(path)[1]:
+                raise FormatError(
+                    f"{self._where}: unexpected key {PREFIX}{path}.…, expected "
+                    f"{PREFIX}{expected}.…",
+                    "PEFT adds .base_layer for each wrapper and nowhere else: save the adapter "
+                    "again with PEFT",
+                )
+
+    # ------------------------------------------------------------------ modules and raw parameters
+    def _raw_parameters(self, module: str, wrappers: _Wrappers) -> _Registered:
+        """Say whether the wrappers of ``module`` hold its own factors or raw parameters'."""
+        recorded = self._recorded.get(module)
+        names = recorded or self._config.parameters(module)
+        is_own: bool | None = not names
+        if names and len(wrappers) == 1 and not recorded:
+            is_own = self._is_its_own(module, names, next(iter(wrappers.values())))
+        if is_own:
+            if set(wrappers) != {0}:
+                raise FormatError(
+                    f"{self._where}: {module}: {len(wrappers)} nested factors, but "
+                    "target_parameters names none of its "
+                    "parameters",
+                    "name each trained parameter as module.parameter in target_parameters",
+                )
+            return _Registered()
+        if set(wrappers) != set(range(len(names))):
+            raise FormatError(
+                f"{self._where}: {module}: factors of {len(wrappers)} parameters, expected "
+                f"{len(names)}: "
+                f"{', '.join(names)}",
+                "name each trained parameter as module.parameter in target_parameters",
+            )
+        if recorded:
+            return _Registered(names)
+        if not self._differ(module, names):
+            return _Registered(names, is_assumed=is_own is None or len(names) > 1)
+        # Each parameter has an r or alpha of its own, so a wrong order would give wrong scales, and
+        # a base could not put it right afterwards. Only for the fused experts of transformers we
+        # know the order.
+        if set(names) <= set(FUSED):
+            return _Registered(names)
+        raise FormatError(
+            f"{self._where}: {module}: {' and '.join(names)} differ in r or lora_alpha, and the "
+            "file does not say "
+            "whose factors are whose",
+            f"put the order in which the module registers them into the metadata of {WEIGHTS}: "
+            f"{NESTING!r} = " + repr(json.dumps({module: names})),
+        )
+
+    def _differ(self, module: str, parameters: tuple[str, ...]) -> bool:
+        """Return whether the config gives these parameters different ranks or scales."""
+        kinds = set()
+        for parameter in parameters:
+            name = f"{module}.{parameter}"
+            kinds.add((self._config.rank(name), self._config.scale(name)))
+        return len(kinds) > 1
+
+    def _is_its_own(self, module: str, names: tuple[str, ...], parts: Parts) -> bool | None:
+        """Tell a module's own pair from that of a raw parameter which ``target_parameters`` names.
+
+        A Linear and its raw weight have the same keys, so ``target_modules`` says which was
+        trained. Return None where only a base can say what that matches: the parameter is assumed
+        then, and the base decides in the end.
+        """
+        A = parts.get("lora_A")
+        if A is None or A.ndim != 2:
+            return True  # an embedding or a convolution; a raw parameter has a matrix called lora_A
+        if A.shape[0] != self._config.rank(module) and len(names) == 1:
+            return False  # the factors of several experts, one below the other
+        targeted = self._config.targets(module)
+        if targeted is None and len(names) > 1:
+            return True  # several parameters would have several pairs
+        return targeted
+
+    def _module_around(self, module: str) -> str | None:
+        """Return the nearest module around this one that has factors of its own."""
+        for above in peft_keys.ancestors(module):
+            if above in self._modules and not self._registered[above].names:
+                return above
+        return None
+
+    def _check_attention(self, owner: str, module: str, parts: Parts) -> None:
+        """Check that a module inside another one is the out_proj of an nn.MultiheadAttention.
+
+        PEFT (0.21) wraps that out_proj as a part of the attention, with the attention's r and
+        alpha. Everywhere else a wrapped module has no wrapped module inside.
+        """
+        if module != f"{owner}.out_proj" or "lora_A" not in parts:
+            raise FormatError(
+                f"{self._where}: {module} lies in {owner}, which has factors of its own",
+                "only the out_proj of an nn.MultiheadAttention may",
+            )
+
+    def _in_projection_bias(self, name: str, value: LowRank) -> Tensor | None:
+        """Return the lora_bias of an in-projection, which PEFT (0.21) writes and never reads."""
+        if value.layout.kind != "linear" or value.A.ndim != 2:
+            raise FormatError(
+                f"{self._where}: {name}: A is {tuple(value.A.shape)} ({value.layout.kind}), "
+                "expected the in-projection of an nn.MultiheadAttention, since its out_proj has "
+                "factors too",
+                "save the adapter again with PEFT",
+            )
+        return value.bias
+
+    # ------------------------------------------------------------------ putting it together
+    def _add_increments(
+        self, into: dict[str, LowRank], module: str, wrappers: _Wrappers, *, rank_of: str
+    ) -> None:
+        names = self._registered[module].names
+        if not names:
+            into[module] = self._factors.module(module, wrappers[0], rank_of=rank_of)
+            return
+        for depth, parts in wrappers.items():
+            # PEFT wraps the parameters in the order of registration, so the outermost wrapper holds
+            # the last of them.
+            name = f"{module}.{names[-1 - depth]}"
+            if name in self._modules:
+                raise FormatError(
+                    f"{self._where}: {name}: has factors both as a module and as a raw parameter",
+                    "remove it from target_modules or from target_parameters, and save the adapter "
+                    "again with PEFT",
+                )
+            into[name] = self._factors.parameter(name, parts)
+
+    def _adapter(self, modules: Mapping[str, LowRank], unchanged: Mapping[str, Tensor]) -> Adapter:
+        nesting: dict[str, tuple[str, ...]] = {}
+        assumed: set[str] = set()
+        for module, registered in self._registered.items():
+            if registered.is_assumed or len(registered.names) > 1:
+                nesting[module] = registered.names
+            if registered.is_assumed:
+                assumed.add(module)
+        return Adapter(
+            modules,
+            base=self._config.base,
+            config=self._config.kept,
+            unchanged=unchanged,
+            nesting=nesting,
+            assumed=frozenset(assumed),
+        )
+
+    def _base_tensors(self, depths: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return the tensors of the base that came along, by the plain names of its parameters.
+
+        PEFT saves a targeted embedding's own weight beside its factors, embeddings and heads after
+        a resize, and all biases or those of trained modules with ``bias="all"`` or ``"lora_only"``.
+        They replace and do not add, so binding compares them with the base's.
+        """
+        found: dict[str, Tensor] = {}
+        for path, tensor in self._whole.items():
+            name, depth = peft_keys.plain(path)
+            shown = repr((PREFIX + path)[:200])
+            if name in found:
+                raise FormatError(
+                    f"{self._where}: unexpected key {shown}: a second value of {name}",
+                    "save the adapter again with PEFT, which writes each tensor once",
+                )
+            is_spelled_right = depth == 0 and path in (peft_keys.key_path(name, depths), name)
+            if is_spelled_right and self._may_come_along(path, name, depths):
+                found[name] = tensor
+                continue
+            kind = name.rpartition(".")[2]
+            if kind == "weight":
+                raise UnsupportedAdapter(
+                    f"{self._where}: {shown} is a whole weight: {VARIANTS['modules_to_save']}"
+                )
+            hint = "; adapter_config.json has bias = 'none'" if kind == "bias" else ""
+            raise FormatError(
+                f"{self._where}: unexpected key {shown}{hint}",
+                "expected factors (lora_A, lora_B), and of the base's own tensors only biases and "
+                "embeddings",
+            )
+        return found
+
+    def _may_come_along(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
+        """Return whether PEFT may write the base's own parameter ``name`` beside the factors."""
+        module, _, kind = name.rpartition(".")
+        if kind == "weight":
+            return module in depths or module.rpartition(".")[2] in WHOLE
+        if kind == "bias":
+            # save_embedding_layers takes all parameters of a head, so its weight brings its bias
+            # along.
+            has_weight = f"{path.removesuffix('.bias')}.weight" in self._whole
+            return self._config.bias != "none" or has_weight
+        return False
+
+
+def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
+    """Return the order of raw parameters that a file of ours records: module → names."""
+    if NESTING not in metadata:
+        return {}
+    where = f"{where}: metadata {NESTING}"
+    recorded = strict_json.loads(metadata[NESTING].encode("utf-8"), where)
+    found: dict[str, tuple[str, ...]] = {}
+    for module, names in recorded.items():
+        is_list = isinstance(names, list) and len(names) > 0
+        if not is_list or not all(isinstance(name, str) and name for name in names):
+            raise FormatError(
+                f"{where}: {module}: expected a list of names, got {str(names)[:80]}",
+                "lora_tree writes this entry: save the adapter with it again",
+            )
+        if len(set(names)) != len(names):
+            raise FormatError(
+                f"{where}: {module}: a name occurs twice in {names}, expected each once",
+                "lora_tree writes this entry: save the adapter with it again",
+            )
+        found[module] = tuple(names)
+    return found
