@@ -4,7 +4,8 @@
     /models/model                                    a folder
     ~/.cache/…/models--org--model/snapshots/1f…      a snapshot in the hub's cache: org/model
 
-A folder and a hub id are taken for the same where they end alike: a model that was downloaded keeps its name.
+A folder and a hub id are taken for the same where they end alike: a model that was downloaded keeps
+its name.
 """
 
 from __future__ import annotations

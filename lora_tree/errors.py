@@ -20,9 +20,10 @@
     ├── BudgetError             what is in use at once does not fit into the budget
     └── MissingExtra            an optional package is needed and not installed
 
-The first line says what failed and where (node, module, file, line), with what was found and what was expected; the
-lines after it say what to do. Names and keys come out of files that strangers wrote, so what a terminal would not show
-but obey is escaped here, once, for every error and warning.
+The first line says what failed and where (node, module, file, line), with what was found and what
+was expected; the lines after it say what to do. Names and keys come out of files that strangers
+wrote, so what a terminal would not show but obey is escaped here, once, for every error and
+warning.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ _MOST_SUGGESTED = 1000
 def printable(text: str, *, keep: str = "") -> str:
     """Return ``text`` with every character escaped that is no visible sign and no space.
 
-    Control characters drive a terminal: they write to its clipboard, move its cursor, hide text. Signs that
-    turn the direction of text show another order than the one that is there. Both are shown as Python would.
+    Control characters drive a terminal: they write to its clipboard, move its cursor, hide text.
+    Signs that turn the direction of text show another order than the one that is there. Both are
+    shown as Python would.
 
     Args:
         keep: characters that stay as they are: ``"\\n"`` where lines are meant.

@@ -89,8 +89,8 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
 def hub_answers() -> bool:
     """Whether the model hub can be reached; one try of a few seconds.
 
-    Its own client tries six times, with pauses that add up to half a minute, before it looks into its
-    cache. Through a proxy only that client can tell, so True is returned.
+    Its own client tries six times, with pauses that add up to half a minute, before it looks into
+    its cache. Through a proxy only that client can tell, so True is returned.
     """
     constants = importlib.import_module("huggingface_hub.constants")
     if constants.HF_HUB_OFFLINE:  # the user's own word

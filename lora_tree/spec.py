@@ -10,7 +10,8 @@
         children:
           legal: {adapter: ../elsewhere/legal, weight: 0.8}
 
-Every model refuses unknown keys. The words of `LoraSpec` are PEFT's, with PEFT's meaning and PEFT's defaults.
+Every model refuses unknown keys. The words of `LoraSpec` are PEFT's, with PEFT's meaning and PEFT's
+defaults.
 """
 
 from __future__ import annotations
@@ -238,11 +239,13 @@ def check_name(name: str) -> str:
     ):
         raise PathError(
             f"{name!r} is not a valid node name",
-            "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no device name like 'con'",
+            "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no "
+            "device name like 'con'",
         )
     if name.lower() in _OF_A_NODE:
         raise PathError(
-            f"{name!r} is not a valid node name: it is that of an adapter's file in the folder of the node above",
+            f"{name!r} is not a valid node name: it is that of an adapter's file in the folder of "
+            "the node above",
             "choose another name",
         )
     return name
@@ -276,8 +279,8 @@ def check_path(path: str) -> tuple[str, ...]:
 def check_format(data: object, where: str, reads: int = FORMAT) -> None:
     """Refuse a file of ours in a format that a later version of this library writes.
 
-    It is asked before anything else about the file: what else looks wrong in it is right there, most likely, and
-    advice to repair or to remove it would destroy what the newer version knows.
+    It is asked before anything else about the file: what else looks wrong in it is right there,
+    most likely, and advice to repair or to remove it would destroy what the newer version knows.
 
     Args:
         data: the file's content, as far as it is known; its ``version`` is what counts.
@@ -290,7 +293,8 @@ def check_format(data: object, where: str, reads: int = FORMAT) -> None:
     version = data.get("version") if isinstance(data, Mapping) else None
     if isinstance(version, int) and not isinstance(version, bool) and version > reads:
         raise NewerFormat(
-            f"{where}: written by a newer lora_tree (format {str(version)[:20]}); this one reads {reads}",
+            f"{where}: written by a newer lora_tree (format {str(version)[:20]}); this one reads "
+            f"{reads}",
             "upgrade: pip install --upgrade lora_tree",
         )
 

@@ -939,7 +939,7 @@ def test_thousands_of_mistakes_are_not_all_spelled_out(monkeypatch: pytest.Monke
 def test_a_header_of_too_many_tensors_is_refused_before_they_are_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lora_tree.formats.safetensors._entry", refuse_to_work())
+    monkeypatch.setattr("lora_tree.formats.safetensors_header._entry", refuse_to_work())
     head = b"{" + b",".join(b'"t%d":0' % i for i in range(limits.TENSORS + 1)) + b"}"
     with pytest.raises(FormatError, match="200,001 tensors; the most is 200,000"):
         parse_header(head, 0, "adapter_model.safetensors")

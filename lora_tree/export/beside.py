@@ -6,8 +6,8 @@
     code                                left out, unless the caller asks for it
     a link that leads out of the base   refused: a base from elsewhere could name any file of this machine
 
-Law: what is copied lay in the folder that the user named. A snapshot in the hub's cache consists of links into the
-``blobs`` of the same repository, so those count as its own.
+Law: what is copied lay in the folder that the user named. A snapshot in the hub's cache consists of
+links into the ``blobs`` of the same repository, so those count as its own.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
     """Sort the files of a base's folder; hidden ones are passed over.
 
     Args:
-        checkpoint: the weights, which are written by other means; their files are looked at for links only.
+        checkpoint: the weights, which are written by other means; their files are looked at for
+            links only.
         with_code: copy code as well.
 
     Raises:
-        FolderError: a file that would be written is a link out of the folder, or no plain file; names it.
+        FolderError: a file that would be written is a link out of the folder, or no plain file;
+            names it.
     """
     inside = own_files(folder)
     for name in checkpoint.files:

@@ -5,8 +5,9 @@
     what is made of several     put together, changed and taken apart by transformers' own conversion (see `names`)
     config, tokenizer, …        copied, config.json and the index last
 
-Every file keeps its name, size and header, so dtypes, sharding and ties are the base's. All is written beside the
-place, synced and renamed: an interrupted run leaves a hidden folder without a config.json, which the next one clears.
+Every file keeps its name, size and header, so dtypes, sharding and ties are the base's. All is
+written beside the place, synced and renamed: an interrupted run leaves a hidden folder without a
+config.json, which the next one clears.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class MergedCheckpoint:
         folder: the checkpoint.
         changed: names on the disk of the tensors that have other values than the base's.
         nbytes: bytes of all weight files.
-        left_out: files of the base's folder that were not copied: its weights in other formats, an adapter's files,
-            code, linked folders.
+        left_out: files of the base's folder that were not copied: its weights in other formats, an
+            adapter's files, code, linked folders.
     """
 
     path: str
@@ -81,34 +82,39 @@ def export_model(
 ) -> MergedCheckpoint:
     """Write a path or a blend as a checkpoint of its own: the base's, with its increments in the weights.
 
-    Loaded by transformers in its own dtype it has the bits that ``activate(path)`` gives the loaded base. Memory: the
-    largest tensor and its factors; for fused experts three times what transformers fuses them to.
+    Loaded by transformers in its own dtype it has the bits that ``activate(path)`` gives the loaded
+    base. Memory: the largest tensor and its factors; for fused experts three times what
+    transformers fuses them to.
 
     Args:
         folder: made; it must not be there yet, or be empty.
-        base: the base's folder with its safetensors files, or its hub id; the tree's own base without it.
-        with_code: copy the base's own code (``*.py``, …) as well, which loads with ``trust_remote_code`` only.
+        base: the base's folder with its safetensors files, or its hub id; the tree's own base
+            without it.
+        with_code: copy the base's own code (``*.py``, …) as well, which loads with
+            ``trust_remote_code`` only.
         progress: called with (bytes written, bytes to write).
         trust_remote_code: run the Python code that the base brings along, if its class is in there.
 
     Raises:
         PathError: a node is not there.
-        SpecError: no base is known; or it is quantised; or transformers can't read its config; or it is code of its
-            own, and the caller did not allow it to run.
+        SpecError: no base is known; or it is quantised; or transformers can't read its config; or
+            it is code of its own, and the caller did not allow it to run.
         FormatError: the base has no whole safetensors checkpoint.
-        BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor in the checkpoint;
-            or its tensors' conversion can't be inverted; or a weight would get a number that is not finite.
+        BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor
+            in the checkpoint; or its tensors' conversion can't be inverted; or a weight would get a
+            number that is not finite.
         TiedWeights: a weight to change is used by a second module.
         UnmergedOnly: a delta can't be written into its weight.
-        FolderError: the folder is there already or can't be written; or a file of the base is a link that leads out
-            of it.
+        FolderError: the folder is there already or can't be written; or a file of the base is a
+            link that leads out of it.
 
     See docs/export.md for an example that runs.
     """
     if not hasattr(os, "pwrite"):
         raise FolderError(
             "a merged checkpoint can't be written on this operating system, which has no pwrite",
-            "run it under Linux, WSL or macOS; or export one adapter: lora-tree export --as portable",
+            "run it under Linux, WSL or macOS; or export one adapter: lora-tree export --as "
+            "portable",
         )
     path = spelled(blend)
     source = _source(tree, base)

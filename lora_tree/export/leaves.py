@@ -40,8 +40,10 @@ def export_leaves(
 
     Args:
         rank, max_error, ceil_rank, dtype, base, complete, shapes: as `portable`.
-        workers: how many at once; as many as there are cores, at most 4, without it. Each holds one leaf in memory.
-        progress: called for each leaf once it is written, in the tree's order, with how many are done and of how many.
+        workers: how many at once; as many as there are cores, at most 4, without it. Each holds one
+            leaf in memory.
+        progress: called for each leaf once it is written, in the tree's order, with how many are
+            done and of how many.
 
     Returns:
         what was written, in the tree's order; without their factors, which are on the disk.

@@ -3,11 +3,11 @@
     model.layers.0.mlp.experts.gate_up_proj   ⇄   model.layers.0.block_sparse_moe.experts.0.w1.weight
     (E, 2 · out, in)                              model.layers.0.block_sparse_moe.experts.0.w3.weight, …
 
-Its own mapping says which tensors of a checkpoint a parameter is made of; its own operations make it, and their
-reverse takes it apart again. Nothing here knows an architecture.
+Its own mapping says which tensors of a checkpoint a parameter is made of; its own operations make
+it, and their reverse takes it apart again. Nothing here knows an architecture.
 
-Law: what can't be inverted is refused. A parameter that is made of several tensors is taken apart before it is changed,
-and must give the very bits that it was made of.
+Law: what can't be inverted is refused. A parameter that is made of several tensors is taken apart
+before it is changed, and must give the very bits that it was made of.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class TensorGroup:
     Args:
         first: the parameter that transformers files them under.
         parts: the tensors in the order in which they are loaded, each with the pattern of its name.
-        converter: what makes the parameters of them; None where the one tensor is the one parameter.
+        converter: what makes the parameters of them; None where the one tensor is the one
+            parameter.
     """
 
     first: str
@@ -82,7 +83,8 @@ class CheckpointNames:
         found = self._by_parameter.get(parameter)
         if found is None:
             raise BaseMismatch(
-                f"{parameter}: the checkpoint has no tensor for it{suggest(parameter, self._by_parameter)}",
+                f"{parameter}: the checkpoint has no tensor for "
+                f"it{suggest(parameter, self._by_parameter)}",
                 "is this the base that the adapter was trained on, with its head?",
             )
         return found
@@ -130,9 +132,12 @@ class CheckpointNames:
             ):
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
-            f"{group.first}: transformers loads it from {len(wanted)} tensors, like {next(iter(wanted))}, and would "
-            f"save it as {len(parts)}, like {next(iter(parts), 'none')}: its conversion can't be inverted",
-            "save the base again with the transformers installed here, and export from that: save_pretrained(folder)",
+            f"{group.first}: transformers loads it from {len(wanted)} tensors, like "
+            f"{next(iter(wanted))}, and would "
+            f"save it as {len(parts)}, like {next(iter(parts), 'none')}: its conversion can't be "
+            "inverted",
+            "save the base again with the transformers installed here, and export from that: "
+            "save_pretrained(folder)",
         )
 
     def check_inverse(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> None:
@@ -147,8 +152,10 @@ class CheckpointNames:
                 parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)
             ):
                 raise BaseMismatch(
-                    f"{group.first}: taken apart again, {stored.name} has other values: its conversion loses something",
-                    "save the base again with the transformers installed here, and export from that",
+                    f"{group.first}: taken apart again, {stored.name} has other values: its "
+                    "conversion loses something",
+                    "save the base again with the transformers installed here, and export from "
+                    "that",
                 )
 
     def _made_of(self, group: TensorGroup) -> Iterable[str]:

@@ -5,9 +5,10 @@
     nothing else        no rank or alpha patterns, no rslora, no biases, no tensors of the base
     on demand           q, k and v together, gate and up together: zero factors for those that no node changes
 
-Law: the form of a path depends on its lineage and on what the caller names, never on what else lies in the tree.
-Law: what the form costs is known. Every module's error is ‖ΔW − ΔW'‖ / ‖ΔW‖, from QR cores in float64, against the
-exact sum of the lineage; it counts truncation, the folding of scales and the rounding to a dtype alike.
+Law: the form of a path depends on its lineage and on what the caller names, never on what else lies
+in the tree. Law: what the form costs is known. Every module's error is ‖ΔW − ΔW'‖ / ‖ΔW‖, from QR
+cores in float64, against the exact sum of the lineage; it counts truncation, the folding of scales
+and the rounding to a dtype alike.
 """
 
 from __future__ import annotations
@@ -89,21 +90,25 @@ def portable(
     """A path or a blend as the one adapter that PEFT and the engines read alike.
 
     Args:
-        rank: the largest rank to keep; exact, at the largest Σr of a module, without it and ``max_error``.
-        max_error: the largest error allowed in any module; the smallest rank that reaches it everywhere is taken.
+        rank: the largest rank to keep; exact, at the largest Σr of a module, without it and
+            ``max_error``.
+        max_error: the largest error allowed in any module; the smallest rank that reaches it
+            everywhere is taken.
         ceil_rank: take the next of `ENGINE_RANKS`, which costs an engine no more and loses less.
-        dtype: round the factors to it; fp32, or the factors' own where nothing has to be rounded, without it.
-        base: the model, its folder or its hub id, for the names that modules have in it today and for the shapes of
-            modules that no node changes; the tree's own folder without it.
-        complete: give q, k, v and gate, up zero factors where some of them have factors. Engines fill these by
-            themselves; SGLang can't load q without v.
-        shapes: (out, in) of modules that no node changes, by name or by the end of it, for ``complete`` where no base
-            is at hand.
+        dtype: round the factors to it; fp32, or the factors' own where nothing has to be rounded,
+            without it.
+        base: the model, its folder or its hub id, for the names that modules have in it today and
+            for the shapes of modules that no node changes; the tree's own folder without it.
+        complete: give q, k, v and gate, up zero factors where some of them have factors. Engines
+            fill these by themselves; SGLang can't load q without v.
+        shapes: (out, in) of modules that no node changes, by name or by the end of it, for
+            ``complete`` where no base is at hand.
 
     Raises:
         PathError, ShapeMismatch, BaseMismatch: as `AdapterTree.flatten`.
         SpecError: the bounds can't be met; names the module. Or a shape makes no sense.
-        FormatError: the form has no way to say a module's increment (a bias), or its group can't be completed.
+        FormatError: the form has no way to say a module's increment (a bias), or its group can't be
+            completed.
 
     >>> import torch
     >>> import lora_tree as lt
@@ -134,7 +139,8 @@ def portable(
     nodes = [node for node, _, _ in terms]
     if not flat.modules:
         raise FormatError(
-            f"{path or 'the bare base'}: there is nothing to export, no node on the way has an adapter"
+            f"{path or 'the bare base'}: there is nothing to export, no node on the way has an "
+            "adapter"
         )
     try:
         _plain(flat, terms, known)
@@ -194,7 +200,8 @@ def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -
     Raises:
         FormatError: a module has a bias.
         SpecError: a factor is not finite.
-        BaseMismatch: an adapter carries a tensor that is not the base's, or there is no base to tell.
+        BaseMismatch: an adapter carries a tensor that is not the base's, or there is no base to
+            tell.
     """
     for name, value in flat.modules.items():
         if not value.is_finite:
@@ -206,9 +213,11 @@ def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -
                 n for n, _, a in terms if name in a.modules and a.modules[name].bias is not None
             ]
             raise FormatError(
-                f"{name}: it adds a bias (lora_bias), which vLLM refuses and an adapter of the portable "
+                f"{name}: it adds a bias (lora_bias), which vLLM refuses and an adapter of the "
+                "portable "
                 f"form can't hold; node {listing(whose)}",
-                "write it for PEFT alone (--as peft, tree.flatten), or merged into a checkpoint (--as model)",
+                "write it for PEFT alone (--as peft, tree.flatten), or merged into a checkpoint "
+                "(--as model)",
             )
     for name, tensor in flat.unchanged.items():
         base.check_unchanged(name, tensor)
@@ -318,7 +327,8 @@ def _within(
         if max_error is not None and error > max_error + ROUNDING:
             kind = str(dtype or torch.float32)[6:]
             raise SpecError(
-                f"{name}: relative error {error:.3g} once the factors are rounded to {kind}, max_error={max_error:g}",
+                f"{name}: relative error {error:.3g} once the factors are rounded to {kind}, "
+                f"max_error={max_error:g}",
                 "keep a wider dtype, or allow more",
             )
 

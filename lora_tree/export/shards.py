@@ -3,7 +3,8 @@
     model.safetensors                   one file
     model.safetensors.index.json        or an index, {"weight_map": {tensor: file}}, and its shards
 
-Tensors of any dtype are known by place and size; numbers are read only of those whose dtype torch has here.
+Tensors of any dtype are known by place and size; numbers are read only of those whose dtype torch
+has here.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Stored:
         """
         if self.dtype is None:
             raise FormatError(
-                f"{self.file}: {self.name}: nothing can be added to a tensor of dtype {self.spelled}"
+                f"{self.file}: {self.name}: nothing can be added to a tensor of dtype "
+                f"{self.spelled}"
             )
         room = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu") if into is None else into
         tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
@@ -164,9 +166,11 @@ def own_files(folder: Path) -> Inside:
 def leads_outside(file: Path) -> FolderError:
     """The error for a file of a base that would be copied, and lies elsewhere."""
     return FolderError(
-        f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be copied into the "
+        f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be "
+        "copied into the "
         "checkpoint",
-        "if you trust it, put the file itself there: cp --remove-destination TARGET LINK; otherwise remove it",
+        "if you trust it, put the file itself there: cp --remove-destination TARGET LINK; "
+        "otherwise remove it",
     )
 
 
@@ -186,7 +190,8 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
     if not is_file(folder / INDEX):
         raise FormatError(
             f"{folder}: no {SINGLE} and no {INDEX}",
-            "give the folder of a transformers model saved as safetensors: model.save_pretrained(folder)",
+            "give the folder of a transformers model saved as safetensors: "
+            "model.save_pretrained(folder)",
         )
     placed = _index(folder / INDEX, inside)
     files = tuple(sorted(set(placed.values())))

@@ -3,9 +3,9 @@
     q_proj  k_proj  v_proj      one matrix in an engine's memory
     gate_proj  up_proj          and the same here
 
-An engine fills what an adapter does not change by itself, so nothing has to be added. SGLang is the exception: it can't
-load q without v. A module that is added needs a shape, which the base says, or the caller: what else lies in the tree's
-folder decides nothing.
+An engine fills what an adapter does not change by itself, so nothing has to be added. SGLang is the
+exception: it can't load q without v. A module that is added needs a shape, which the base says, or
+the caller: what else lies in the tree's folder decides nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
 
     Raises:
         FormatError: nobody knows the shape of one; names it and says how to give a base.
-        BaseMismatch: its input is not as wide as that of its sibling, so the two are not one matrix.
+        BaseMismatch: its input is not as wide as that of its sibling, so the two are not one
+            matrix.
     """
     made = dict(modules)
     unknown = []
@@ -58,7 +59,8 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
         into = modules[sibling].A.shape[-1]
         if shape[1] != into:
             raise BaseMismatch(
-                f"{name}: it is said to be {shape}, which reads {shape[1]} numbers, but {sibling} reads {into}"
+                f"{name}: it is said to be {shape}, which reads {shape[1]} numbers, but {sibling} "
+                f"reads {into}"
             )
         dtype = modules[sibling].dtype
         A, B = (
@@ -67,10 +69,12 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
         made[name] = LowRank(A, B)
     if unknown:
         raise FormatError(
-            f"{listing(unknown, most=3)}: no node on the way changes these, so nothing says their shapes",
+            f"{listing(unknown, most=3)}: no node on the way changes these, so nothing says their "
+            "shapes",
             "name the base, whose config or weights say them: --base FOLDER_OR_ID, base=…",
             "or state them: --shape k_proj=1024x4096, shapes={'k_proj': (1024, 4096)}",
-            "or leave them as they are, which is the default: PEFT, vLLM and llama.cpp take them so",
+            "or leave them as they are, which is the default: PEFT, vLLM and llama.cpp take them "
+            "so",
         )
     return made
 
@@ -100,8 +104,10 @@ def stated(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
         whole = [size for size in sizes if type(size) is int and size > 0]
         if not isinstance(name, str) or not name or len(sizes) != 2 or len(whole) != 2:
             raise SpecError(
-                f"shapes: {name!r:.80}: got {shape!r:.80}, expected two positive whole numbers, (out, in)",
-                "name a module or the end of its name: shapes={'k_proj': (1024, 4096)}, --shape k_proj=1024x4096",
+                f"shapes: {name!r:.80}: got {shape!r:.80}, expected two positive whole numbers, "
+                "(out, in)",
+                "name a module or the end of its name: shapes={'k_proj': (1024, 4096)}, --shape "
+                "k_proj=1024x4096",
             )
 
     def shape_of(module: str) -> tuple[int, int] | None:

@@ -78,7 +78,8 @@ def class_of(
         base: a folder or a hub id.
         transformers: the package.
         failed: the message where its config can't be read.
-        trust_remote_code: the class may be in the base's own Python code: then an Auto class that opens it.
+        trust_remote_code: the class may be in the base's own Python code: then an Auto class that
+            opens it.
 
     Raises:
         SpecError: transformers can't read the config, or it needs code that may not run.
@@ -169,8 +170,8 @@ class Base:
     def renamer(self, names: Iterable[str]) -> nn.Module | None:
         """The model whose names an adapter is to be written in; None where its own names do.
 
-        They do where the checkpoint has a tensor for each of them, or where that can't be known. Where two of them look
-        like one module's, the model is needed.
+        They do where the checkpoint has a tensor for each of them, or where that can't be known.
+        Where two of them look like one module's, the model is needed.
 
         Raises:
             SpecError, MissingExtra: it is needed and can't be had.
@@ -200,7 +201,8 @@ class Base:
         own = self._own(name)
         if own is None:
             raise BaseMismatch(
-                f"{name}: the adapter carries this tensor of its base, and no weights are at hand to compare it with",
+                f"{name}: the adapter carries this tensor of its base, and no weights are at hand "
+                "to compare it with",
                 "name the base's folder: --base FOLDER, base=…",
             )
         todo = "train without bias= and without resizing embeddings, or name the base it was trained on"

@@ -30,7 +30,8 @@ class Write:
     """One parameter and what is added to it.
 
     Args:
-        node, module: who changes it, for messages: the first node that does, and its name for the place.
+        node, module: who changes it, for messages: the first node that does, and its name for the
+            place.
         values: in the order of the sum, with their coefficients; nodes: whose each of them is.
         is_bias: their biases go into it, not their products.
     """
@@ -53,7 +54,8 @@ class Write:
         if own is None or tuple(own.shape) != tuple(shape):
             expected = None if own is None else tuple(own.shape)
             raise BaseMismatch(
-                f"{self.node}: {self.module}: the checkpoint's tensor is {tuple(shape)}, its config says {expected}"
+                f"{self.node}: {self.module}: the checkpoint's tensor is {tuple(shape)}, its "
+                f"config says {expected}"
             )
 
     def check_finite(self, dtype: torch.dtype, own: Callable[[], torch.Tensor]) -> None:
@@ -79,7 +81,8 @@ class Write:
         """
         if stored.dtype is None:
             raise UnmergedOnly(
-                f"{self.node}: {self.module}: {stored.name} is stored as {stored.spelled}, nothing can be added to it",
+                f"{self.node}: {self.module}: {stored.name} is stored as {stored.spelled}, nothing "
+                "can be added to it",
                 "name the folder of the base in bf16, fp16 or fp32; or serve the adapter beside it",
             )
 
@@ -92,7 +95,8 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
         names: the tensors that its parameters are made of, for those that adapters carry.
 
     Raises:
-        BaseMismatch: a module is not there, or of another kind or shape, or carries a tensor that is not the base's.
+        BaseMismatch: a module is not there, or of another kind or shape, or carries a tensor that
+            is not the base's.
         TiedWeights: a parameter is another module's too, or has two names in the adapters.
         UnmergedOnly: a delta can't be written into its weight.
     """
@@ -147,13 +151,15 @@ def _one_owner(made: Sequence[Write], model: Any) -> None:
         other = written.setdefault(write.parameter, write.module)
         if other != write.module:
             raise TiedWeights(
-                f"{write.node}: {other} and {write.module} are two names of one weight: one would be lost",
+                f"{write.node}: {other} and {write.module} are two names of one weight: one would "
+                "be lost",
                 "call it by the same name in every adapter on the path",
             )
         shared = [name for name in owners.get(write.parameter, []) if name != write.parameter]
         if shared:
             raise TiedWeights(
-                f"{write.node}: {write.module}: its weight is tied to {listing(shared)}: merging would change both",
+                f"{write.node}: {write.module}: its weight is tied to {listing(shared)}: merging "
+                "would change both",
                 "leave the module out of the adapter, or untie the base and save it again",
             )
 

@@ -1,6 +1,7 @@
 """Limits on files that anybody may have written, checked before any work is done on them.
 
-Each is far above what real files need, and bounds the time and memory that a file can cost. docs/folder.md lists them.
+Each is far above what real files need, and bounds the time and memory that a file can cost.
+docs/folder.md lists them.
 """
 
 from __future__ import annotations

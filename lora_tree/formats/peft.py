@@ -1,9 +1,16 @@
-"""PEFT adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, in and out.
+"""PEFT adapter folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    read_adapter(config_file, weights_file, where=folder) → Adapter        render(adapter) → {file name: its bytes}
+    read_adapter(config_file, weights_file, where=folder) → Adapter
+    render(adapter) → {file name: its bytes}
 
-Read, write and read again: the factors are the same bits and the scales the same numbers. Write, read and write again:
-the files are the same bytes.
+    peft_config     the config: scales, targets, kinds that are refused
+    peft_keys       names of modules ↔ keys
+    peft_outline    config and header → an adapter without numbers; peft_factors: one module of it
+    peft_read       the files → the adapter
+    peft_write      the adapter → the files; peft_fields: the config of them
+
+Law: read, write and read again gives the same bits of the factors and the same scales. Write, read
+and write again gives the same bytes.
 """
 
 from __future__ import annotations

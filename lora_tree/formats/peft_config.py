@@ -1,11 +1,15 @@
-"""adapter_config.json of a PEFT adapter: what it says about scales and targets, and what we must refuse.
+"""adapter_config.json of a PEFT adapter: its scales and targets, and the kinds that we refuse.
 
     scale = lora_alpha / r      or, with use_rslora,      lora_alpha / sqrt(r)
 
-``rank_pattern`` and ``alpha_pattern`` replace r and lora_alpha where ``(.*\\.)?(key)$`` matches the module's name, the
-first key in the file's order winning (``peft.utils.other.get_pattern_key``); a raw parameter goes by
-``module.parameter``. Patterns are somebody else's, and all those of one file are matched out of one budget of work: see
-`patterns`. Only configs whose increment is B·A·scale and nothing else pass.
+``rank_pattern`` and ``alpha_pattern`` replace r and lora_alpha where ``(.*\\.)?(key)$`` matches the
+module's name. The first key in the file's order wins, as in ``get_pattern_key`` of
+``peft.utils.other`` (0.21). A raw parameter goes by ``module.parameter``.
+
+The patterns come from strangers, and Python's ``re`` can take forever. So all patterns of one file
+are matched out of one budget of work: see `patterns`.
+
+Law: only configs whose increment is B·A·scale and nothing else pass.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ __all__ = ["DERIVED", "FUSED", "TRAINING", "VARIANTS", "PeftConfig", "mutates_ba
 VARIANTS = {
     "use_dora": "DoRA rescales the whole weight, which is no sum of W and B·A",
     "modules_to_save": "its modules replace the base's, they do not add to them",
-    "trainable_token_indices": "trained tokens replace rows of the embedding, they do not add to them",
-    "alora_invocation_tokens": "aLoRA acts on the tokens after its invocation only, not on every input",
+    "trainable_token_indices": "trained tokens replace rows of the embedding, and add nothing",
+    "alora_invocation_tokens": "aLoRA acts on the tokens after its invocation only",
     "use_qalora": "QALoRA pools the input before A, so B·A is no increment of the weight",
     "use_bdlora": "BD-LoRA stores one factor as its blocks, not as a matrix",
     "arrow_config": "Arrow routes between adapters by the input, which is no fixed increment",
@@ -37,6 +41,8 @@ VARIANTS = {
     "layer_replication": "it repeats layers of the base, which is another model",
     "megatron_config": "Megatron's parallel layers hold shards of the factors",
 }
+"""Fields of PEFT's LoraConfig (0.21) that make something else than W + B·A, with the reasons."""
+
 MUTATING = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -44,15 +50,14 @@ MUTATING = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
-FUSED = (
-    "gate_proj",
-    "gate_up_proj",
-    "up_proj",
-    "down_proj",
-)  # as every fused experts of transformers registers them
+"""How ``init_lora_weights`` begins for methods that change the base's weights → the method."""
 
-# what the values of an adapter say themselves; not kept in Adapter.config
+KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
+"""The ``use_…`` fields that we know. Another one that is set is a kind of LoRA newer than this."""
+
+FUSED = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
+"""Parameters of fused experts, in the order in which all of transformers 5 registers them."""
+
 DERIVED = {
     "alpha_pattern",
     "base_model_name_or_path",
@@ -65,16 +70,30 @@ DERIVED = {
     "runtime_config",
     "target_parameters",
 }
-# what only the start or the course of a training needs; not written
+"""Fields that follow from the values of an adapter; `Adapter.config` does not keep them."""
+
 TRAINING = {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config"}
+"""Fields that only the start or the course of a training needs; they are not written."""
 
 TURNED = (0, 19, 1)
-"""Since this PEFT, a parameter (experts, out, in) has its A for in and B for out. Before it was the other way round."""
+"""The PEFT since which a parameter (experts, out, in) has A for its in and B for its out.
+
+Before, PEFT took the second axis of every 3-D parameter for in, so the two were the other way
+round.
+"""
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """A checked adapter_config.json; ``kept`` are the fields that do not change the value."""
+    """A checked adapter_config.json.
+
+    Args:
+        where: the file, as errors name it.
+        base: the base that it names; None where it names none.
+        velora: the factors were trained with VeLoRA, whose buffers may lie beside them.
+        kept: the fields that do not change the value, for `Adapter.config`.
+        work: the budget out of which all its patterns are matched.
+    """
 
     where: str
     r: int
@@ -92,19 +111,21 @@ class PeftConfig:
     work: MatchingBudget = field(compare=False)
 
     def rank(self, name: str) -> int:
-        """r of the module ``name``, or of the raw parameter ``module.parameter``."""
+        """Return r of the module ``name``, or of the raw parameter ``module.parameter``."""
         return self.rank_pattern.first(name, self.r)
 
     def scale(self, name: str) -> float:
-        """The scale of ``name``, computed as PEFT does."""
-        alpha, r = self.alpha_pattern.first(name, self.lora_alpha), self.rank(name)
+        """Return the scale of ``name``, by the very operations of PEFT, so that the bits agree."""
+        alpha = self.alpha_pattern.first(name, self.lora_alpha)
+        r = self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def targets(self, module: str) -> bool | None:
-        """Whether ``target_modules`` names the module; None where only a base can tell.
+        """Return whether ``target_modules`` names the module; None where only a base can tell.
 
-        PEFT writes it for its own sake: the keys of the file say what was trained. So it is looked at only where the
-        keys can be read in two ways, and a pattern that can't be matched in bounded time is no reason to refuse a file.
+        PEFT writes it for its own sake: the keys of the file say what was trained. So it counts
+        only where the keys can be read in two ways, and a pattern that can't be matched in bounded
+        time is no reason to refuse a file.
         """
         if not isinstance(self.target_modules, str):
             return _ends(module, self.target_modules)
@@ -117,19 +138,24 @@ class PeftConfig:
         return pattern.whole(module)
 
     def parameters(self, module: str) -> tuple[str, ...]:
-        """The parameters of ``module`` that ``target_parameters`` names, in the order of `FUSED` or else its own.
+        """Return the parameters of ``module`` that ``target_parameters`` names.
 
-        That order says little: PEFT writes it from a set for some models.
+        They come in the order of `FUSED` where it has them all, else in that of the config. The
+        latter says little: for some models PEFT writes it from a set.
         """
-        exact, short = [], []
+        exact: list[str] = []
+        by_suffix: list[str] = []
         for target in self.target_parameters:
             owner, _, parameter = target.rpartition(".")
             if owner == module:
                 exact.append(parameter)
-            elif _ends(f"{module}.{parameter}", [target]):
-                short.append(parameter)
-        names = dict.fromkeys(exact or short)
-        return tuple(sorted(names, key=FUSED.index) if names.keys() <= set(FUSED) else names)
+            elif _ends(f"{module}.{parameter}", (target,)):
+                by_suffix.append(parameter)
+        # a dict drops what occurs twice and keeps the order, which a set would not
+        names = dict.fromkeys(exact or by_suffix)
+        if names.keys() <= set(FUSED):
+            return tuple(sorted(names, key=FUSED.index))
+        return tuple(names)
 
 
 def parse_config(data: bytes, where: str) -> PeftConfig:
@@ -141,9 +167,8 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
     """
     fields = strict_json.loads(data, where)
     _refuse(fields, where)
-    check = _Checks(fields, where)
-    targets = check.targets("target_modules")
-    config = PeftConfig(
+    check = _ConfigChecks(fields, where)
+    return PeftConfig(
         where=where,
         r=check.rank(fields.get("r", 8), "r"),
         lora_alpha=check.number(fields.get("lora_alpha", 8), "lora_alpha"),
@@ -152,26 +177,29 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
         bias=check.bias(),
         rank_pattern=check.patterns("rank_pattern", check.rank),
         alpha_pattern=check.patterns("alpha_pattern", check.number),
-        target_modules=targets,
+        target_modules=check.targets("target_modules"),
         target_parameters=check.names("target_parameters"),
         base=check.text("base_model_name_or_path"),
         velora=bool(fields.get("velora_config")),
         kept={key: value for key, value in fields.items() if key not in DERIVED},
         work=check.work,
     )
-    return config
 
 
 def says_which_way(config: Mapping[str, Any]) -> bool:
-    """Whether a config's ``peft_version`` says that a fused parameter's factors lie as in PEFT since `TURNED`."""
+    """Return whether a fused parameter's factors are known to lie as in PEFT since `TURNED`.
+
+    Its ``peft_version`` says so; older PEFT wrote none.
+    """
     said = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
     return said is not None and tuple(map(int, said[0].split("."))) >= TURNED
 
 
 def mutates_base(init: Any) -> str | None:
-    """The name of the method, where this ``init_lora_weights`` changed the base's weights before the training."""
+    """Return the method's name if this ``init_lora_weights`` changes the base before training."""
     if not isinstance(init, str):
         return None
+    # LoftQ and PiSSA add parameters to the name: pissa_niter_16
     return next((name for start, name in MUTATING.items() if init.lower().startswith(start)), None)
 
 
@@ -179,29 +207,41 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
     kind = fields.get("peft_type")
     if kind is None:
         raise FormatError(
-            f"{where}: no peft_type; is this the adapter_config.json of a PEFT adapter?"
+            f"{where}: no peft_type; is this the adapter_config.json of a PEFT adapter?",
+            "expected the file that PEFT's save_pretrained writes",
         )
     if kind != "LORA":
-        raise UnsupportedAdapter(f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA'")
+        raise UnsupportedAdapter(
+            f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA'",
+            "other methods do not add up to W + B·A: train it with LoRA, or convert it in PEFT",
+        )
     for name, reason in VARIANTS.items():
         if fields.get(name):
-            raise UnsupportedAdapter(f"{where}: {name} = {str(fields[name])[:80]}: {reason}")
+            raise UnsupportedAdapter(
+                f"{where}: {name} = {str(fields[name])[:80]}: {reason}",
+                f"train the adapter without {name}, or merge it into a base of its own with PEFT",
+            )
     for name, value in fields.items():
         if name.startswith("use_") and name not in KNOWN_USES and value:
             raise UnsupportedAdapter(
-                f"{where}: {name} = {str(value)[:80]} is a kind of LoRA that is not known here"
+                f"{where}: {name} = {str(value)[:80]} is a kind of LoRA that is not known here",
+                f"expected none of the use_ fields but {', '.join(sorted(KNOWN_USES))}: upgrade "
+                "lora_tree, or train it without",
             )
     method = mutates_base(fields.get("init_lora_weights"))
     if method:
         raise UnsupportedAdapter(
-            f"{where}: init_lora_weights = {fields['init_lora_weights'][:40]!r}: {method} changed the base's own "
-            "weights, and these factors are increments of the changed ones",
+            f"{where}: init_lora_weights = {fields['init_lora_weights'][:40]!r}: {method} changed "
+            "the base's own weights, and these factors are increments of the changed ones",
             "convert it in PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
 
 
-class _Checks:
-    """Fields of one config, each with the error that says what it should have been."""
+class _ConfigChecks:
+    """The fields of one config, each checked when it is read.
+
+    Python's bool is an int and PEFT's JSON is read as it is, so types are compared exactly.
+    """
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
@@ -228,9 +268,9 @@ class _Checks:
 
     def text(self, name: str) -> str | None:
         value = self.fields.get(name)
-        if not (value is None or isinstance(value, str)):
+        if value is not None and not isinstance(value, str):
             raise self.wrong(name, value, "a string or null")
-        return value or None
+        return value or None  # PEFT writes "" where it knows no base
 
     def bias(self) -> str:
         value = self.fields.get("bias", "none")
@@ -242,7 +282,7 @@ class _Checks:
         value = self.fields.get(name)
         if value is None:
             return ()
-        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(name, value, "a list of names or null")
         return tuple(value)
 
@@ -252,7 +292,7 @@ class _Checks:
 
     def patterns(self, name: str, check: Callable[[Any, str], T]) -> ByPattern[T]:
         value = self.fields.get(name)
-        if not (value is None or isinstance(value, dict)):
+        if value is not None and not isinstance(value, dict):
             raise self.wrong(name, value, "an object or null")
         entries = []
         for key, given in (value or {}).items():
@@ -263,17 +303,22 @@ class _Checks:
     def understood(self, pattern: str, name: str) -> None:
         try:
             NamePattern(pattern, self.work)
-            re.compile(rf"(.*\.)?({pattern})$")  # as PEFT puts it: flags can't stand in the middle
+            # PEFT puts the key into this pattern, where some keys are no regular expression any
+            # more, (?i)q_proj for one: flags can't stand in the middle.
+            re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
             raise FormatError(
-                f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}"
+                f"{self.where}: {name}: {pattern[:80]!r} is no regular expression: {error}",
+                "expected the end of a module's name, or a pattern for it: write . as \\.",
             ) from error
         except (ValueError, OverflowError, RecursionError) as error:
             raise FormatError(
                 f"{self.where}: {name}: {pattern[:80]!r}: {error}",
-                r"write it with names, ., \., [0-9], \d, (a|b), *, +, ? and {2,3}: these are matched in bounded time",
+                r"write it with names, ., \., [0-9], \d, (a|b), *, +, ? and {2,3}: "
+                "these are matched in bounded time",
             ) from error
 
 
 def _ends(name: str, with_one_of: Iterable[str]) -> bool:
+    """Return whether a name is one of these or ends in one after a dot, which is PEFT's rule."""
     return any(name == end or name.endswith(f".{end}") for end in with_one_of)

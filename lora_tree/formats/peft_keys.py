@@ -1,14 +1,17 @@
 """Names of modules ↔ keys of a PEFT file.
 
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight       q_proj
-    base_model.model.model.layers.0.mlp.experts.lora_A.weight            the raw parameter of experts registered last
-    base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight the one before it
-    base_model.model.attn.base_layer.out_proj.lora_A.weight              out_proj of the nn.MultiheadAttention attn
-    base_model.model.embed_tokens.base_layer.weight                      the base's own weight of a targeted embedding
+    base_model.model.                                   before every key, left out below
+    layers.0.self_attn.q_proj.lora_A.weight             q_proj
+    layers.0.mlp.experts.lora_A.weight                  the parameter of experts registered last
+    layers.0.mlp.experts.base_layer.lora_A.weight       the one before it
+    attn.base_layer.out_proj.lora_A.weight              out_proj of the nn.MultiheadAttention attn
+    embed_tokens.lora_embedding_A                       an embedding: no .weight at the end
+    embed_tokens.base_layer.weight                      the base's own weight of that embedding
 
-PEFT puts wrappers around a module, and each wrapper adds ``.base_layer`` to the names of everything below it. So a
-key is the plain name with ``.base_layer`` after every wrapped module on the way: `key_path` is that rule, the only
-one, and a key that it would not write is refused.
+PEFT puts wrappers around a module, and each wrapper adds ``.base_layer`` to the names of everything
+below it. So a key is the plain name with ``.base_layer`` after every wrapped module on the way.
+
+Law: `key_path` is that rule, the only one, and a key that it would not write is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ __all__ = [
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-NESTING = "lora_tree.nesting"  # in the metadata of our files: module → its raw parameters, in registration order
+NESTING = "lora_tree.nesting"
+"""Our own entry in a file's metadata: module → its raw parameters, in the order of registration."""
+
 PREFIX = "base_model.model."
 PARTS = {
     ".lora_A.weight": "lora_A",
@@ -41,7 +46,7 @@ PARTS = {
 
 
 def split(path: str) -> tuple[str, str | None]:
-    """A key without its prefix → (path, part); the part is None for a key that is no factor's.
+    """Split a key without its prefix into (path, part); the part is None if it is no factor's.
 
     >>> split("mlp.up_proj.lora_A.weight"), split("norm.bias")
     (('mlp.up_proj', 'lora_A'), ('norm.bias', None))
@@ -53,12 +58,12 @@ def split(path: str) -> tuple[str, str | None]:
 
 
 def plain(path: str) -> tuple[str, int]:
-    """A path → (the plain name, how many wrappers deep its module lies).
+    """Turn a path into (the plain name, how many wrappers deep its module lies).
 
     >>> plain("mlp.experts.base_layer.base_layer"), plain("attn.base_layer.out_proj")
     (('mlp.experts', 2), ('attn.out_proj', 0))
     """
-    if "base_layer" not in path:
+    if "base_layer" not in path:  # nearly every key; there may be a hundred thousand
         return path, 0
     names = path.split(".")
     depth = 0
@@ -69,20 +74,23 @@ def plain(path: str) -> tuple[str, int]:
 
 
 def key_path(name: str, wrappers: Mapping[str, int]) -> str:
-    """A plain name → the path in a key, given how many wrappers each wrapped module has.
+    """Turn a plain name into the path in a key, given how many wrappers each wrapped module has.
 
-    >>> key_path("attn.out_proj", {"attn": 1}), key_path("attn.out_proj.bias", {"attn": 1, "attn.out_proj": 1})
-    ('attn.base_layer.out_proj', 'attn.base_layer.out_proj.base_layer.bias')
+    >>> key_path("attn.out_proj", {"attn": 1})
+    'attn.base_layer.out_proj'
+    >>> key_path("attn.out_proj.bias", {"attn": 1, "attn.out_proj": 1})
+    'attn.base_layer.out_proj.base_layer.bias'
     """
     names = name.split(".")
     path = names[0]
     for at in range(1, len(names)):
-        path += ".base_layer" * wrappers.get(".".join(names[:at]), 0) + "." + names[at]
+        around = wrappers.get(".".join(names[:at]), 0)
+        path += ".base_layer" * around + "." + names[at]
     return path
 
 
 def ancestors(name: str) -> list[str]:
-    """The names of the modules above ``name``, nearest first.
+    """Return the names of the modules above ``name``, nearest first.
 
     >>> ancestors("a.b.c")
     ['a.b', 'a']

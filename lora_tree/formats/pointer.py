@@ -1,4 +1,8 @@
-"""Git LFS pointers: the three lines that stand in a clone for a file that was never fetched."""
+"""Git LFS pointers: the three lines that stand in a clone for a file that was never fetched.
+
+Whoever clones a repository of adapters without git-lfs has these in place of every weights file. As
+safetensors they would look like a broken download, and the advice to download again would not help.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ _ENOUGH = 8  # characters that no other file of an adapter begins with
 
 
 def check_pointer(first: bytes, where: str, kind: str) -> None:
-    """Refuse a file that begins like a pointer.
+    """Refuse a file that begins as a pointer does.
 
     Args:
         first: its first bytes; eight are enough.

@@ -1,4 +1,8 @@
-"""JSON from files that anybody may have written: one object, UTF-8, no key twice, no NaN, else a `FormatError`."""
+"""JSON from strangers' files: one object, UTF-8, no key twice, no NaN, of bounded size and depth.
+
+Python's own parser accepts NaN and takes the last of two equal keys, where another program may take
+the first: a file could show one value to us and another one to PEFT or to safetensors.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,15 @@ from .limits import JSON_DEPTH, JSON_VALUES
 
 __all__ = ["loads"]
 
+DAMAGED = "correct it there; or, if a program wrote the file, download it or save it again"
+
 
 def loads(data: bytes, where: str) -> dict[str, Any]:
-    """The object that ``data`` spells.
+    """Return the object that ``data`` spells.
 
     Raises:
-        FormatError: it is not UTF-8, not JSON, too large, nested too deeply, not an object, or says one key twice.
+        FormatError: it is not UTF-8, not JSON, too large, nested too deeply, not an object, or says
+            one key twice.
 
     >>> loads(b'{"r": 8}', "adapter_config.json")
     {'r': 8}
@@ -23,32 +30,40 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
     _check_size(data, where)
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode(
-                "utf-8"
-            )  # half a surrogate pair is no text
+            # JSON may spell half a surrogate pair, which Python reads and no file can hold: it
+            # would fail only when the value is written again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
-        raise FormatError(f"{where}: not valid UTF-8: {error}") from error
+        raise FormatError(f"{where}: not valid UTF-8: {error}", DAMAGED) from error
     except RecursionError as error:
-        raise FormatError(f"{where}: nested too deeply to be a real file") from error
+        raise FormatError(f"{where}: nested too deeply to be a real file", DAMAGED) from error
     except ValueError as error:
-        raise FormatError(f"{where}: not valid JSON: {error}") from error
+        raise FormatError(f"{where}: not valid JSON: {error}", DAMAGED) from error
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    if text.count("{") + text.count("[") > JSON_DEPTH:  # with fewer it can't be nested so deeply
+        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}", DAMAGED)
+    # A text with fewer brackets can't be nested so deeply, and most have fewer.
+    if text.count("{") + text.count("[") > JSON_DEPTH:
         _check_depth(value, where)
     return value
 
 
 def _check_size(data: bytes, where: str) -> None:
-    """Refuse what would take minutes and gigabytes to parse: every value costs a comma or a bracket."""
+    """Refuse a text that would take minutes and gigabytes to parse.
+
+    Every value costs a comma or a bracket, and counting these takes milliseconds.
+    """
     values = sum(data.count(sign) for sign in (b",", b"[", b"{"))
     if values > JSON_VALUES:
-        raise FormatError(f"{where}: some {values:,} values; the most is {JSON_VALUES:,}")
+        raise FormatError(
+            f"{where}: some {values:,} values; the most is {JSON_VALUES:,}",
+            "is it the right file? no adapter needs so many",
+        )
 
 
 def _check_depth(value: Any, where: str) -> None:
+    # Level by level in a loop: a recursion would fail on the very texts that are looked for.
     level = [value]
     for _ in range(JSON_DEPTH):
         inner: list[Any] = []
@@ -57,10 +72,10 @@ def _check_depth(value: Any, where: str) -> None:
         level = [item for item in inner if isinstance(item, (dict, list))]
         if not level:
             return
-    raise FormatError(f"{where}: nested more than {JSON_DEPTH} levels deep")
+    raise FormatError(f"{where}: nested more than {JSON_DEPTH} levels deep", DAMAGED)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

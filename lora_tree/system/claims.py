@@ -3,13 +3,16 @@
     lock.alone.<token>      the claim of the one holder
     lock.shared.<token>     the claim of one of several holders
 
-A claim is a file that its holder made (O_EXCL). A process makes its claim first and looks for others afterwards. So of
-two that come at once, at least one sees the other, takes its own claim back and tries later.
+A claim is a file that its holder made (O_EXCL). A process makes its claim first and looks for
+others afterwards. So of two that come at once, at least one sees the other, takes its own claim
+back and tries later.
 
-A claim is left over when its process has ended, where that can be asked: same machine, same start. A claim from another
-machine is left over when its holder has not touched it for `STALE_S`; a holder touches its claims all the time.
+A claim is left over when its process has ended, where that can be asked: same machine, same start.
+A claim from another machine is left over when its holder has not touched it for `STALE_S`; a holder
+touches its claims all the time.
 
-Law: no claim's name is ever used twice. So a process that removes a claim that was left over can't hit a newer one.
+Law: no claim's name is ever used twice. So a process that removes a claim that was left over can't
+hit a newer one.
 """
 
 from __future__ import annotations
@@ -112,7 +115,8 @@ def clear(folder: Path, name: re.Pattern[str]) -> None:
                 os.unlink(folder / entry)
 
 
-# ---------------------------------------------------------------------- whose, and whether left over
+# ---------------------------------------------------------------------- whose, and whether left
+# over
 def _create(claim: Path, token: str) -> None:
     owner = {
         "token": token,

@@ -1,8 +1,9 @@
 """Make files and names last: fsync, as far as the operating system and the file system have it.
 
-A file's bytes must be on the disk before the file gets its name, and a folder is synced after names in it have changed.
-Network shares and some FUSE file systems can't sync a folder (EINVAL, ENOTSUP). They keep names by themselves or not at
-all, so git, SQLite and borg pass over these answers, and so does this library. A file that can't be synced is an error.
+A file's bytes must be on the disk before the file gets its name, and a folder is synced after names
+in it have changed. Network shares and some FUSE file systems can't sync a folder (EINVAL, ENOTSUP).
+They keep names by themselves or not at all, so git, SQLite and borg pass over these answers, and so
+does this library. A file that can't be synced is an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lock a path between processes, on every file system.
 
-flock is used where the file system has it: the lock ends with its process. Where it has not (ENOSYS, EOPNOTSUPP,
-ENOLCK; Windows), each holder makes a file that tells its owner (see `claims`).
+flock is used where the file system has it: the lock ends with its process. Where it has not
+(ENOSYS, EOPNOTSUPP, ENOLCK; Windows), each holder makes a file that tells its owner (see `claims`).
 
 A mount with flock and a mount without it do not see each other's locks.
 """
@@ -42,7 +42,8 @@ class Held:
         """Let go; a second call does nothing.
 
         Args:
-            remove: take the lock file away too. Processes that wait for it notice, and make it again.
+            remove: take the lock file away too. Processes that wait for it notice, and make it
+                again.
         """
         try:
             if remove and (self._file is not None or self._claim is not None):
@@ -203,7 +204,8 @@ def _say(path: Path, reason: str) -> None:
         return
     _said.add(device)
     warnings.warn(
-        f"{path.parent}: this file system has no flock ({reason}); lora_tree uses lock files there instead, which "
+        f"{path.parent}: this file system has no flock ({reason}); lora_tree uses lock files there "
+        "instead, which "
         "processes that reach the same folder through a mount with flock do not see",
         RuntimeWarning,
         stacklevel=2,

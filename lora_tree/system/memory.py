@@ -41,7 +41,8 @@ def check_fits(nbytes: int, what: str, *, free: bool = True) -> None:
     Args:
         nbytes: how much it takes.
         what: named first in the error.
-        free: compare with the memory that is free now; else with all there is, for memory that is taken from a pool.
+        free: compare with the memory that is free now; else with all there is, for memory that is
+            taken from a pool.
 
     Raises:
         BudgetError: it is more than that.
@@ -53,7 +54,8 @@ def check_fits(nbytes: int, what: str, *, free: bool = True) -> None:
         there = "are free" if free else "is all there is"
         raise BudgetError(
             f"{what}: takes {nbytes:,} bytes of memory, and {most:,} {there}",
-            "open it on a machine with more memory; or, where it should be small, its file is broken",
+            "open it on a machine with more memory; or, where it should be small, its file is "
+            "broken",
         )
 
 

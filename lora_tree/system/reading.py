@@ -1,11 +1,11 @@
 """Open files to read: plain files only, without waiting, and what was checked is what is read.
 
-A name can lead to a pipe, which would make its reader wait for ever, to a device, or through a link to somewhere else;
-and it can be given to another file between a look at it and the opening. So the file is opened first, in a way that
-waits for nothing, and the open file itself is checked.
+A name can lead to a pipe, which would make its reader wait for ever, to a device, or through a link
+to somewhere else; and it can be given to another file between a look at it and the opening. So the
+file is opened first, in a way that waits for nothing, and the open file itself is checked.
 
-A file is missing only where the system says so. Any other answer (no permission, a broken disk) is an error: a caller
-that takes it for "not there" deletes or overwrites the file.
+A file is missing only where the system says so. Any other answer (no permission, a broken disk) is
+an error: a caller that takes it for "not there" deletes or overwrites the file.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None =
         inside: where the file may lie.
 
     Raises:
-        OSError: it can't be opened, is no plain file, or lies where it may not. The caller puts the name to it.
+        OSError: it can't be opened, is no plain file, or lies where it may not. The caller puts the
+            name to it.
     """
     try:
         file = os.open(path, os.O_RDONLY | PLAIN | NO_WAIT | (0 if follow else NO_FOLLOW))

@@ -1,0 +1,243 @@
+"""The fields of adapter_config.json for an adapter that is written.
+
+    r, lora_alpha                the commonest of all modules
+    rank_pattern, alpha_pattern  the others, under keys that match one full name and nothing else
+    target_modules               the adapter's own list, if it still names exactly these modules
+    the rest                     as the adapter's config has it, unless the value says otherwise
+
+Law: PEFT builds from these fields exactly the wrappers whose factors are in the weights file, with
+the scales of the value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter
+from ..errors import FormatError
+from ..lowrank import LowRank
+from .peft_config import DERIVED, TRAINING, TURNED, says_which_way
+
+__all__ = ["PeftForm", "config_bytes", "parameter_names", "peft_rank"]
+
+OTHER_TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields that narrow ``target_modules`` down."""
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """The modules of an adapter as PEFT can say them.
+
+    Args:
+        modules: name → value, with the ranks that are written.
+        alphas: name → its lora_alpha.
+        use_rslora: whether the scale is lora_alpha / √r.
+        nested: module → its raw parameters, in the order in which PEFT nests their wrappers.
+        attentions: the modules that are an nn.MultiheadAttention with both projections changed.
+    """
+
+    modules: Mapping[str, LowRank]
+    alphas: Mapping[str, int | float]
+    use_rslora: bool
+    nested: Mapping[str, tuple[str, ...]]
+    attentions: frozenset[str]
+
+
+def peft_rank(value: LowRank) -> int:
+    """Return r as PEFT counts it.
+
+    That is over all groups of a convolution, but for each single expert of a raw parameter.
+    """
+    if value.layout.kind == "conv" and value.A.ndim == 3:
+        return value.rank * value.A.shape[0]
+    return value.rank
+
+
+def parameter_names(module: str, nested: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the full names of a module's raw parameters."""
+    return tuple(f"{module}.{parameter}" for parameter in nested[module])
+
+
+def config_bytes(adapter: Adapter, form: PeftForm) -> bytes:
+    """Return adapter_config.json, which depends on the value alone.
+
+    Raises:
+        FormatError: a field of the adapter's config is no JSON.
+    """
+    try:
+        text = json.dumps(_fields(adapter, form), indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(
+            f"the adapter's config can't be written as JSON: {error}",
+            "expected strings, numbers, true, false, null, lists and objects: "
+            "change or remove the field in Adapter.config",
+        ) from error
+    return (text + "\n").encode("ascii")
+
+
+def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
+    # PEFT makes the out_proj of an attention with the attention's r and alpha, and has no pattern
+    # for it.
+    out_projections = {f"{name}.out_proj" for name in form.attentions}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    for name, value in form.modules.items():
+        if name not in out_projections:
+            ranks[name] = peft_rank(value)
+            alphas[name] = form.alphas[name]
+    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    lora_bias = any(value.bias is not None for value in form.modules.values())
+    fields: dict[str, Any] = {"task_type": None, "lora_dropout": 0.0, "fan_in_fan_out": False}
+    for key, kept in adapter.config.items():
+        if key not in DERIVED | TRAINING:
+            # PEFT writes its sets in an order that changes from process to process.
+            fields[key] = sorted(kept) if isinstance(kept, (set, frozenset)) else kept
+    fields |= {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": form.use_rslora,
+        "rank_pattern": _pattern(ranks, r),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "lora_bias": lora_bias,
+        "bias": _bias(adapter),
+    }
+    if "ensure_weight_tying" in fields:
+        wanted = fields["ensure_weight_tying"] is True
+        fields["ensure_weight_tying"] = wanted and _has_tied_factors(form.modules)
+    if fields.get("init_lora_weights") != "gaussian" or lora_bias:
+        # PEFT runs the named initialisation before it loads the factors over it. Most of them (an
+        # SVD of the weight, orthogonal A and B) fail at a rank over the weight's own, which a sum
+        # may have, and PEFT refuses them beside lora_bias. None of them says anything about a
+        # trained adapter.
+        fields["init_lora_weights"] = fields.get("init_lora_weights") is not False
+    if form.nested:
+        # PEFT refuses these two beside a raw parameter; neither changes the value.
+        fields |= {"lora_dropout": 0.0, "fan_in_fan_out": False}
+        targeted: list[str] = []
+        for module in sorted(form.nested):
+            targeted += parameter_names(module, form.nested)
+        fields["target_parameters"] = targeted
+        if not says_which_way(fields):
+            # The factors lie as PEFT writes them since this version, and its readers go by it.
+            fields["peft_version"] = ".".join(map(str, TURNED))
+    _set_targets(fields, form, out_projections)
+    return fields
+
+
+def _set_targets(fields: dict[str, Any], form: PeftForm, out_projections: set[str]) -> None:
+    """Set ``target_modules`` so that PEFT wraps the modules that have factors, and no other."""
+    targets: list[str] = []
+    for name, value in form.modules.items():
+        if value.layout.kind != "parameter" and name not in out_projections:
+            targets.append(name)
+    targets.sort()
+    others = {*out_projections, *form.nested}
+    kept = fields.get("target_modules")
+    if isinstance(kept, list) and _names_exactly(kept, targets, others, fields):
+        fields["target_modules"] = sorted(kept)
+        return
+    for field in ("target_modules", *OTHER_TARGETS):
+        fields.pop(field, None)
+    if _names_exactly(targets, targets, others, fields):
+        fields["target_modules"] = targets
+    else:
+        # One name is the end of another, so a list of suffixes would match both. PEFT matches a
+        # string as a regular expression on the whole name.
+        fields["target_modules"] = "|".join(map(re.escape, targets))
+
+
+def _names_exactly(
+    entries: list[Any], targets: list[str], others: set[str], fields: Mapping[str, Any]
+) -> bool:
+    """Return whether a list stands for these targets and for none of the others, by PEFT's rule.
+
+    That rule takes every module whose name is an entry or ends in ``.entry``.
+    """
+    if any(fields.get(field) is not None for field in OTHER_TARGETS):
+        return False
+    known = {str(entry) for entry in entries}
+    if len(known) < len(entries):
+        return False
+    used: set[str] = set()
+    # Names are cut at their dots and looked up. A comparison with each entry would take the product
+    # of the two numbers, and a mixture of experts has some ten thousand of both.
+    for target in targets:
+        naming = known.intersection(_ends_of(target))
+        if not naming:
+            return False
+        used |= naming
+    if any(known.intersection(_ends_of(name)) for name in others):
+        return False
+    # An entry that names none of them is a word about another model.
+    return used == known
+
+
+def _ends_of(name: str) -> list[str]:
+    """Return a name and all its ends after a dot.
+
+    >>> _ends_of("a.b.c")
+    ['a.b.c', 'b.c', 'c']
+    """
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _has_tied_factors(modules: Mapping[str, LowRank]) -> bool:
+    """Return whether every head of an embedding's size has its factors, transposed.
+
+    With ``ensure_weight_tying`` PEFT reads the factors of the embedding alone and uses them for the
+    head as well. That is true of what it has just trained, but not of a sum with a node that
+    changes one of the two by itself.
+    """
+    embeddings = [value for value in modules.values() if value.layout.kind == "embedding"]
+    linear = [
+        value for value in modules.values() if value.layout.kind == "linear" and value.A.ndim == 2
+    ]
+    for embedding in embeddings:
+        A, B = embedding.B.mT, embedding.A.mT  # of the head, if it is tied
+        has_head = False
+        for head in linear:
+            if head.A.shape != A.shape or head.B.shape != B.shape:
+                continue
+            has_head = True
+            same = torch.equal(head.A, A) and torch.equal(head.B, B)
+            if head.scale != embedding.scale or not same:
+                return False
+        if not has_head:
+            return False
+    return bool(embeddings)
+
+
+def _bias(adapter: Adapter) -> str:
+    """Return ``bias``, by which PEFT looks for biases of the base in the weights."""
+    if not any(name.rpartition(".")[2] == "bias" for name in adapter.unchanged):
+        return "none"
+    kept = adapter.config.get("bias", "none")
+    return "all" if kept == "none" else str(kept)
+
+
+def _pattern(of: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return a rank_pattern or alpha_pattern for the modules that differ from the default."""
+    found: dict[str, Any] = {}
+    for name, value in of.items():
+        if value != default:
+            # PEFT (0.21) matches ``(.*\.)?(key)$``. The ^ inside the key leaves the first part
+            # empty, so that a key never matches the end of a longer name.
+            found["^" + re.escape(name)] = value
+    return found
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    counts = Counter(values)
+    # Of two that are as common the smaller one, so that the file does not depend on any order.
+    return min(counts, key=lambda value: (-counts[value], value))
