@@ -239,5 +239,5 @@ def _pattern(of: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def _commonest(values: Iterable[Any]) -> Any:
     counts = Counter(values)
-    # Of two that are as common the smaller one, so that the file does not depend on any order.
+    # If two are as common, take the smaller one, so that the file does not depend on any order.
     return min(counts, key=lambda value: (-counts[value], value))

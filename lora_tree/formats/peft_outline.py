@@ -46,7 +46,7 @@ LEFTOVERS = {
     "modules_to_save": VARIANTS["modules_to_save"],
     "lora_diag": VARIANTS["kasa_config"],
 }
-"""Parts of a key that tell a kind of adapter that we refuse, whatever the config says."""
+"""Parts of a key that tell a kind of adapter that we refuse, even where the config does not say so."""
 
 WHOLE = {
     "embed_in",

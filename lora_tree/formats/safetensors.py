@@ -90,7 +90,7 @@ class TensorFile:
 
         Raises:
             FormatError: the file was cut short meanwhile.
-            BudgetError: there is not so much memory.
+            BudgetError: the memory is too small.
         """
         # Memory that is handed in may come from a pool, which is taken already.
         check_fits(header.nbytes, self._where, free=allocate is None)
