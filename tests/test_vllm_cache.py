@@ -606,7 +606,7 @@ def test_what_an_engine_can_not_load_leaves_what_it_has_in_use(
         assert front.answers("fr", "de") == before
         kept = front.resolver._cache
         assert kept is not None
-        assert set(before) <= kept._in_use().keys()  # no other path may take their place
+        assert set(before) <= kept.in_use.keys()  # no other path may take their place
         front.fails = False
         waits(lambda: not set(front.answers("fr", "de")) & set(before), "they were not taken later")
 

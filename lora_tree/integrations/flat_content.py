@@ -1,0 +1,129 @@
+"""The content of a flattened path: a hash that names it before it is made.
+
+    fr ── hash of its files, coefficient 1.0 ──┐
+    fr/legal ── hash, coefficient 0.8 ─────────┼─→ 1f0c…  the folder's name
+    the form: rank and error bound ────────────┘
+
+Law: two paths of one content are one adapter, bit for bit. A node that is changed, or another
+form, is another content. No weight is read for it where the lock knows the files' hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from ..blend import Blend, parse_blend
+from ..errors import FolderError, FormatError, LoraTreeError, SpecError, listing
+from ..folder import Problem
+from ..folder.problem import HARMLESS
+from ..folder.source import FolderSource
+from ..tree import AdapterTree
+
+__all__ = ["Contents", "FlatForm", "is_blend", "lineages"]
+
+VERSION = "lora_tree flattened 2"
+
+
+@dataclass(frozen=True)
+class FlatForm:
+    """How paths are flattened.
+
+    Args:
+        max_rank: the engine's; a lineage of more is recompressed to it.
+        max_error: refuse a path that loses more in any module by that.
+        base: a folder with the base's weights, to compare with tensors of the base that an adapter
+            carries.
+    """
+
+    max_rank: int
+    max_error: float | None = None
+    base: str | None = None
+
+
+class Contents:
+    """The contents of paths in one form. Hashes of files are remembered until the files change.
+
+    Args:
+        form: how paths are flattened.
+    """
+
+    def __init__(self, form: FlatForm) -> None:
+        self._form = form
+        # folder of a node → (its files' stamps, their hash)
+        self._hashes: dict[str, tuple[object, str]] = {}
+
+    def of(
+        self, tree: AdapterTree, problems: list[Problem], path: Blend
+    ) -> tuple[str, tuple[str, ...]]:
+        """Return the content of a path as the tree is now, and what is stale on its way.
+
+        Raises:
+            PathError, SpecError: there is no such path, or it says nothing that can be served.
+            FolderError, FormatError: a node on its way is broken, or not what the lock says.
+        """
+        on_the_way = _on_the_way(path)
+        mine = [problem for problem in problems if problem.node in on_the_way]
+        broken = [str(problem) for problem in mine if problem.kind not in HARMLESS]
+        if broken:
+            raise FolderError(listing(broken, most=3))
+        parts = []
+        for node, coefficient in tree.coefficients(path).items():
+            if tree[node].has_adapter:
+                # In hexadecimal, where every bit of a float has its place.
+                parts.append((self._hash(tree, node), coefficient.hex()))
+        if not parts:
+            raise FormatError(
+                "there is nothing to serve: no node on the way has an adapter",
+                "ask for the base itself",
+            )
+        said = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
+        stale = tuple(problem.text for problem in mine if problem.kind == "stale")
+        return hashlib.sha256(said.encode()).hexdigest()[:32], stale
+
+    def is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
+        """Tell whether a path still has this content."""
+        try:
+            return self.of(tree, problems, path)[0] == content
+        except LoraTreeError:
+            return False
+
+    def _hash(self, tree: AdapterTree, node: str) -> str:
+        source = tree[node].source
+        if not isinstance(source, FolderSource):
+            raise SpecError(f"{node}: it is in memory alone", "save the tree")
+        files = source.files()
+        if source.content is not None:
+            return source.unchanged(files)  # the lock's hash, if the files are still those
+        # Without a lock the files are hashed, which reads them whole: once for each change.
+        stamps = sorted(files.stamps.items())
+        known = self._hashes.get(source.folder)
+        if known is None or known[0] != stamps:
+            known = self._hashes[source.folder] = stamps, source.unchanged(files)
+        return known[1]
+
+
+def is_blend(name: str) -> bool:
+    """Tell whether a name in its one spelling is a blend."""
+    return ":" in name or "+" in name
+
+
+def lineages(tree: AdapterTree, path: Blend) -> AdapterTree:
+    """Return a tree of the nodes on the way alone.
+
+    What is read for them is freed with that tree, and no neighbour can fail the request.
+    """
+    on_the_way = _on_the_way(path)
+    nodes = [tree[node] for node in tree.paths() if node in on_the_way]
+    return AdapterTree.from_nodes(nodes, base=tree.base, home=tree.home)
+
+
+def _on_the_way(path: Blend) -> set[str]:
+    """Return the nodes from the root to each path, whether they are in a tree or not."""
+    found: set[str] = set()
+    for one in parse_blend(path):
+        names = one.split("/")
+        for depth in range(1, len(names) + 1):
+            found.add("/".join(names[:depth]))
+    return found

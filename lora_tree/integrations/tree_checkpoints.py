@@ -1,0 +1,148 @@
+"""The files of a ``transformers.Trainer`` that trains a tree.
+
+    the Trainer's                        here
+    checkpoint-N with the whole model    checkpoint-N with the factors that train, and each node
+                                         as a PEFT adapter; it appears whole or not at all
+    ``save_model``: one model            the tree, as a folder
+
+Law: a folder named checkpoint-N is whole. It is written under another name and renamed at the end,
+and renamed again before it is deleted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import DivergedError, SpecError
+from ..extras import need
+from ..model import TreeModel
+from ..training.diverged import Start
+from ..training.losses import ranks
+from .checkpoint import appearing, load_factors, put_back, retire, save_factors
+
+for _needed in ("transformers", "accelerate"):
+    need(_needed, extra="train", what="TreeTrainer")
+
+from transformers import Trainer  # noqa: E402
+from transformers.trainer_utils import sort_checkpoints  # noqa: E402
+
+__all__ = ["TreeCheckpoints"]
+
+
+class TreeCheckpoints(Trainer):  # type: ignore[misc]
+    """The part of `TreeTrainer` that writes and reads files."""
+
+    tree_model: TreeModel
+    save_to: str | os.PathLike[str] | None
+    _stage: Path | None = None  # where the checkpoint lies that is being written
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; at the end save the tree where ``save_to`` says.
+
+        Raises:
+            DivergedError: a step made factors or losses that are not finite. Nothing of it was
+                saved, and the factors are put back to what they were before.
+        """
+        named = args[0] if args else kwargs.get("resume_from_checkpoint")
+        if self.args.should_save:
+            # Before the Trainer looks for its last checkpoint: a process that was killed while it
+            # exchanged one may have left it under another name.
+            if isinstance(named, str | os.PathLike):
+                put_back(Path(named).parent)
+            else:
+                put_back(Path(self.args.output_dir))
+        _meet()
+        start = Start(self.tree_model.factors)
+        try:
+            out = super().train(*args, **kwargs)
+        except DivergedError:
+            start.restore()
+            raise
+        if self.save_to is not None:
+            self.save_model(os.fspath(self.save_to))
+        return out
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the tree as a folder, atomically as a whole; one process writes.
+
+        Args:
+            output_dir: where; None: ``save_to``.
+
+        Raises:
+            SpecError: neither was given.
+            FolderError: as `AdapterTree.save`.
+        """
+        # The Trainer calls this method for a checkpoint, too, and marks the call.
+        if _internal_call and output_dir is not None:
+            save_factors(self.tree_model, Path(output_dir), writes=self.args.should_save)
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+            return
+        where = output_dir if output_dir is not None else self.save_to
+        if where is None:
+            raise SpecError(
+                "save_model has no folder: checkpoints lie in output_dir, and a tree can't",
+                "save_model('zoo/')",
+            )
+        # All ranks enter, because gathering a sharded factor is work of all of them.
+        with self.tree_model.gathered() as tree:
+            if self.args.should_save:
+                tree.save(where)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as the Trainer does, in a folder that appears when everything is in it."""
+        parent, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with appearing(parent, name, writes=self.args.should_save, meet=_meet) as stage:
+            self._stage = stage
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._stage = None
+            best = self.state.best_model_checkpoint
+            # The Trainer has noted the name of the moment, and written it into its state.
+            if best is not None and Path(best).parent == stage:
+                self.state.best_model_checkpoint = str(parent / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(stage / name / "trainer_state.json"))
+        if self.args.should_save:
+            self._retire_old_checkpoints(parent)
+
+    def _retire_old_checkpoints(self, parent: Path) -> None:
+        """Delete the checkpoints that ``save_total_limit`` has the Trainer delete.
+
+        The Trainer looks for them in the folder of the moment, where there is one only. And it
+        deletes in place: if it is killed meanwhile, half a checkpoint is left under its name.
+        """
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        found = sort_checkpoints(str(parent), use_mtime=True)
+        kept = {found[-1]}  # to resume from
+        if self.state.best_model_checkpoint is not None:
+            kept.add(str(Path(self.state.best_model_checkpoint)))
+        others = [checkpoint for checkpoint in found if checkpoint not in kept]
+        too_many = max(len(found) - max(limit, len(kept)), 0)
+        for checkpoint in others[:too_many]:
+            retire(Path(checkpoint))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage) if self._stage is not None else str(super()._get_output_dir(trial))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_factors(self.tree_model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_factors(self.tree_model, Path(self.state.best_model_checkpoint))
+
+
+def _meet() -> None:
+    """Wait for all ranks: one writes, and the others must not run ahead of it."""
+    if ranks() > 1:
+        dist.barrier()
