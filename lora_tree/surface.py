@@ -1,6 +1,18 @@
 """The map: every name that ``lora_tree`` offers. It is read at the first use of one, see ``__init__.py``."""
 
 from .adapter import Adapter, combine
+from .algebra import (
+    Deviation,
+    Diff,
+    Likeness,
+    ModuleDiff,
+    TreeDiff,
+    deviation,
+    diff,
+    diff_paths,
+    diff_trees,
+    similar,
+)
 from .base_names import BaseWarning
 from .blend import Blend, parse_blend
 from .export import (
@@ -27,11 +39,15 @@ __all__ = [
     "AdapterTree",
     "BaseWarning",
     "Blend",
+    "Deviation",
+    "Diff",
     "Layout",
+    "Likeness",
     "LoraSpec",
     "LowRank",
     "MergedCheckpoint",
     "MergedWarning",
+    "ModuleDiff",
     "Node",
     "PathLoss",
     "PathSampler",
@@ -40,6 +56,7 @@ __all__ = [
     "SkippedWarning",
     "StaleWarning",
     "State",
+    "TreeDiff",
     "TreeModel",
     "Truncated",
     "attach",
@@ -48,6 +65,10 @@ __all__ = [
     "clashes",
     "combine",
     "concat",
+    "deviation",
+    "diff",
+    "diff_paths",
+    "diff_trees",
     "export_leaves",
     "export_model",
     "inner",
@@ -57,5 +78,6 @@ __all__ = [
     "parse_blend",
     "path_loss",
     "portable",
+    "similar",
     "token_counts",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import transformers
 
+from lora_tree.cli import main
 from lora_tree.demo import bytelevel
 
 
@@ -33,3 +38,26 @@ def save_base(folder: Path, *, hidden: int = 32) -> Path:
     torch.manual_seed(0)
     bytelevel.save_base(bytelevel.new_base(hidden=hidden, layers=1, window=32), folder)
     return folder
+
+
+class Shell:
+    """One command in this process: its exit code, stdout and stderr."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
+            warnings.simplefilter("default")
+            main([str(argument) for argument in arguments])
+        printed = self._capsys.readouterr()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        assert "Traceback" not in printed.err
+        return code, printed.out, printed.err
+
+
+def answer(shell: Shell, *arguments: str | Path) -> Any:
+    code, out, err = shell(*arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)

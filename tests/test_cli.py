@@ -11,15 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import shell as processes
 import torch
 import transformers
+from shell import Shell, answer
 from zoo import listing
 
 import lora_tree as lt
@@ -61,32 +60,9 @@ def zoo(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "zoo"
 
 
-class Shell:
-    """One command in this process: its exit code, stdout and stderr."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
-            warnings.simplefilter("default")
-            main([str(argument) for argument in arguments])
-        printed = self._capsys.readouterr()
-        code = exit_.value.code
-        assert isinstance(code, int)
-        assert "Traceback" not in printed.err
-        return code, printed.out, printed.err
-
-
 @pytest.fixture
 def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capsys)
-
-
-def answer(shell: Shell, *arguments: str | Path) -> Any:
-    code, out, err = shell(*arguments, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
 
 
 # ---------------------------------------------------------------------- show

@@ -41,6 +41,7 @@ RINGS = {
         "blend",
         "spelling",
         "tree",
+        "algebra",
     ],
     "files": ["system", "formats", "folder"],
     "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],

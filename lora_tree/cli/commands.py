@@ -21,6 +21,8 @@ COMMANDS = {
     "show": "show:show",
     "check": "check:list_problems",
     "lock": "lock:accept_files",
+    "diff": "diff:difference",
+    "similar": "similar:alike",
     "export": "export:export",
     "generate": "generate:generate",
     "train": "train:train",

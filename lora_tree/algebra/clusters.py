@@ -1,0 +1,129 @@
+"""Clusters: average linkage over a matrix of distances.
+
+    d(I ∪ J, K) = (|I| d(I, K) + |J| d(J, K)) / (|I| + |J|)        Lance & Williams, 1967
+
+The nearest-neighbour chain (Murtagh, 1983) finds the merges in n² steps: it walks from one cluster
+to its nearest until two are each other's nearest. Average linkage is reducible, so those may be
+joined at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SpecError
+
+__all__ = ["Join", "average_linkage", "groups", "leaf_order"]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Two clusters become one. Items are 0 … n − 1, the cluster of join number i is n + i."""
+
+    left: int
+    right: int
+    distance: float
+    size: int
+
+
+def average_linkage(distances: Tensor) -> list[Join]:
+    """Return the n − 1 joins of n items, nearest first.
+
+    Args:
+        distances: (n, n), symmetric.
+
+    Raises:
+        SpecError: they are not symmetric, or one is NaN.
+
+    >>> apart = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 6.0], [4.0, 6.0, 0.0]])
+    >>> [(join.left, join.right, join.distance) for join in average_linkage(apart)]
+    [(0, 1, 1.0), (2, 3, 5.0)]
+    """
+    count = len(distances)
+    apart = distances.double().clone()
+    apart.fill_diagonal_(torch.inf)
+    sizes = [1] * count
+    alive = [True] * count
+    chain: list[int] = []
+    found: list[tuple[float, int, int]] = []
+    for _ in range(count - 1):
+        if not chain:
+            chain.append(alive.index(True))
+        while True:
+            here = chain[-1]
+            row = apart[here]
+            near = int(row.argmin())
+            # On a tie with the cluster we came from, stay with it: otherwise the walk could go
+            # round.
+            if len(chain) > 1 and float(row[chain[-2]]) <= float(row[near]):
+                near = chain[-2]
+                break
+            if len(chain) > count:
+                raise SpecError(
+                    "distances that are not symmetric, or not numbers, have no clusters"
+                )
+            chain.append(near)
+        chain.pop()
+        chain.pop()
+        keep, gone = min(here, near), max(here, near)
+        found.append((float(apart[here, near]), keep, gone))
+        whole = sizes[keep] + sizes[gone]
+        mixed = (apart[keep] * sizes[keep] + apart[gone] * sizes[gone]) / whole
+        mixed[keep] = torch.inf
+        apart[keep], apart[:, keep] = mixed, mixed
+        apart[gone], apart[:, gone] = torch.inf, torch.inf
+        sizes[keep], alive[gone] = whole, False
+    return _numbered(found, count)
+
+
+def groups(joins: list[Join], count: int, distance: float) -> list[list[int]]:
+    """Return the clusters that are left where joins above a distance are not made, largest first.
+
+    >>> apart = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 6.0], [4.0, 6.0, 0.0]])
+    >>> groups(average_linkage(apart), 3, 2.0)
+    [[0, 1], [2]]
+    """
+    members: dict[int, list[int]] = {i: [i] for i in range(count)}
+    for i, join in enumerate(joins):
+        if join.distance <= distance:
+            members[count + i] = sorted(members.pop(join.left) + members.pop(join.right))
+    return sorted(members.values(), key=lambda items: (-len(items), items))
+
+
+def leaf_order(joins: list[Join], count: int) -> list[int]:
+    """Return the items so that every cluster's items stand side by side."""
+    members: dict[int, list[int]] = {i: [i] for i in range(count)}
+    for i, join in enumerate(joins):
+        both = [members.pop(join.left), members.pop(join.right)]
+        members[count + i] = [item for items in sorted(both) for item in items]
+    return [item for items in sorted(members.values()) for item in items]
+
+
+def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
+    """The joins sorted by distance, with the numbers of the clusters that they join."""
+    joins: list[Join] = []
+    cluster = list(range(count))  # item → the cluster that it is the first item of
+    sizes = dict.fromkeys(range(count), 1)
+    # The chain finds joins out of order; a stable sort keeps a cluster behind those that it is made
+    # of.
+    for distance, keep, gone in sorted(found, key=lambda each: each[0]):
+        one, other = sorted((_top(cluster, keep), _top(cluster, gone)))
+        made = count + len(joins)
+        cluster.append(made)
+        cluster[one] = cluster[other] = made
+        sizes[made] = sizes[one] + sizes[other]
+        joins.append(Join(one, other, distance, sizes[made]))
+    return joins
+
+
+def _top(cluster: list[int], item: int) -> int:
+    """The largest cluster so far that holds an item; shortens the way there for the next call."""
+    way = [item]
+    while cluster[way[-1]] != way[-1]:
+        way.append(cluster[way[-1]])
+    for each in way:
+        cluster[each] = way[-1]
+    return way[-1]

@@ -1,0 +1,181 @@
+"""Deviation: how far an adapter is from the one that it stands for, module by module.
+
+    error     √ Σ ‖ΔW − ΔW'‖²      over all modules, in the Frobenius norm
+    relative  error / √ Σ ‖ΔW‖²
+
+Every verb of this room that cuts, rounds or merges returns one. A value that nothing was cut from
+has
+an error of 0: adding up factors is exact but for the rounding of a scale (see `lora_tree.concat`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import LoraTreeError
+from ..lowrank import LowRank
+from .core import joint
+
+__all__ = ["Deviation", "cut", "deviation", "measured"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Errors and norms of an adapter's modules, absolute and in the Frobenius norm.
+
+    Args:
+        errors: module → ‖ΔW − ΔW'‖; modules without an error may be left out.
+        norms: module → ‖ΔW‖, of what was wanted.
+
+    >>> told = Deviation({"q": 3.0}, {"q": 5.0, "v": 12.0})
+    >>> told.error, told.norm, round(told.relative_error, 4), told.relative
+    (3.0, 13.0, 0.2308, {'q': 0.6, 'v': 0.0})
+    """
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """√ Σ ‖ΔW − ΔW'‖² over all modules."""
+        return math.hypot(*self.errors.values())
+
+    @property
+    def norm(self) -> float:
+        """√ Σ ‖ΔW‖² over all modules."""
+        return math.hypot(*self.norms.values())
+
+    @property
+    def relative_error(self) -> float:
+        """`error` as a part of `norm`; infinite where something stands for nothing."""
+        return _ratio(self.error, self.norm)
+
+    @property
+    def relative(self) -> dict[str, float]:
+        """Module → its error as a part of its own norm."""
+        names = sorted({*self.errors, *self.norms})
+        return {n: _ratio(self.errors.get(n, 0.0), self.norms.get(n, 0.0)) for n in names}
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of a module."""
+        return max(self.relative.values(), default=0.0)
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures as plain data, for JSON."""
+        return {
+            "error": self.error,
+            "norm": self.norm,
+            "relative_error": self.relative_error,
+            "worst": self.worst,
+        }
+
+
+def deviation(wanted: Adapter, got: Adapter) -> Deviation:
+    """Measure how far ``got`` is from ``wanted``; a module that one of them lacks is zero there.
+
+    Raises:
+        ShapeMismatch: they change one module in different shapes; names it.
+        SpecError: a factor has no finite numbers; names the module.
+    """
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    for name in sorted({*wanted.modules, *got.modules}):
+        pair = (wanted.modules.get(name), got.modules.get(name))
+        errors[name], norms[name] = named(name, measured, *pair)
+    return Deviation(errors, norms)
+
+
+def measured(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]:
+    """Return ‖ΔW − ΔW'‖ and ‖ΔW‖ of one module, biases included; None is zero.
+
+    Raises:
+        ShapeMismatch, SpecError: as `deviation`.
+    """
+    if wanted is got:
+        return 0.0, 0.0 if wanted is None else norm(wanted)
+    if wanted is None or got is None:
+        only = norm(wanted if got is None else got)  # type: ignore[arg-type]
+        return only, only if got is None else 0.0
+    both = joint([wanted, got])
+    moved = [both.cores[0] - both.cores[1], minus(*both.biases)]
+    return length(moved), length([both.cores[0], both.biases[0]])
+
+
+def norm(value: LowRank) -> float:
+    """‖ΔW‖ with its bias, as if that were one more column.
+
+    Raises:
+        SpecError: the factors have no finite numbers.
+    """
+    alone = joint([value])
+    return length([alone.cores[0], alone.biases[0]])
+
+
+def length(parts: Iterable[Tensor | None]) -> float:
+    """√ Σ x² over all numbers of some tensors."""
+    return math.hypot(*(float(torch.linalg.vector_norm(p)) for p in parts if p is not None))
+
+
+def minus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The difference of two biases, where None is zero."""
+    if other is None:
+        return one
+    return -other if one is None else one - other
+
+
+def cut(
+    adapter: Adapter,
+    rank: int | None = None,
+    *,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Adapter, Deviation]:
+    """Cut an adapter to a rank or an error, round it to a dtype, and measure what both cost.
+
+    Args:
+        adapter: the wanted one; it comes back as it is, with no error, if nothing is asked for.
+        rank, max_error: as `lora_tree.Adapter.truncate`.
+        dtype: of the result's factors; None keeps what truncation gives.
+
+    Raises:
+        SpecError: a bound makes no sense, or both can't be met; names the module.
+    """
+    got = adapter
+    if rank is not None or max_error is not None:
+        got = got.truncate(rank, max_error=max_error)
+    if dtype is not None:
+        got = got.to(dtype=dtype)
+    told = Deviation({}, {name: named(name, norm, v) for name, v in adapter.modules.items()})
+    if got is adapter:
+        return adapter, told
+    # Measured on the factors as they are in the end: their rounding is a part of the error.
+    errors = {
+        name: named(name, measured, value, got.modules[name])[0]
+        for name, value in adapter.modules.items()
+        if value is not got.modules[name]
+    }
+    return got, replace(told, errors=errors)
+
+
+def named(name: str, call: Callable[..., T], *arguments: object) -> T:
+    """Call, and put a module's or a node's name before the first line of an error."""
+    try:
+        return call(*arguments)
+    except LoraTreeError as error:
+        raise error.within(name) from error
+
+
+def _ratio(error: float, whole: float) -> float:
+    if whole == 0.0:
+        return 0.0 if error == 0.0 else math.inf
+    return error / whole

@@ -1,0 +1,270 @@
+"""Diff: in what two adapters, paths or trees differ, module by module.
+
+    moved        ‖ΔW_b − ΔW_a‖
+    cosine       ⟨ΔW_a, ΔW_b⟩ / ‖ΔW_a‖ ‖ΔW_b‖
+    share        the part of Σ moved² over all modules that lies in this one
+    angles       between the column spaces (what they write to) and the row spaces (what they read)
+    rank         how many directions carry each of them, see `lora_tree.algebra.core.effective_rank`
+
+Law: a value does not differ from itself, however its factors are written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..blend import Blend, spelled
+from ..carried import is_same_tensor
+from ..errors import SpecError
+from ..lowrank import LowRank
+from ..tree import AdapterTree
+from .core import angles, effective_rank, joint, spectrum
+from .deviation import length, minus, named
+from .sums import added_up, check_spelling, less
+
+__all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
+
+_ROUNDING = 1e-12
+"""Moves below this part of the norms are rounding of float64, in which all of this is computed."""
+
+
+@dataclass(frozen=True)
+class ModuleDiff:
+    """One module of two adapters.
+
+    Args:
+        norm_a, norm_b: ‖ΔW‖, biases included; 0 where an adapter lacks the module.
+        moved: ‖ΔW_b − ΔW_a‖.
+        cosine: of the angle between the two as vectors; None where one of them is zero.
+        rank_a, rank_b: the effective rank.
+        angles_out, angles_in: principal angles in degrees between what they write to and what they
+            read from, smallest first; empty where one of them is zero.
+        share: the part of the whole moved² that is this module's.
+    """
+
+    norm_a: float
+    norm_b: float
+    moved: float
+    cosine: float | None
+    rank_a: float
+    rank_b: float
+    angles_out: tuple[float, ...]
+    angles_in: tuple[float, ...]
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two adapters compared; `b` less `a`.
+
+    Args:
+        a, b: what the two are called.
+        modules: module → its figures, by name.
+        carried: tensors of the base that both adapters carry, with different values.
+    """
+
+    a: str
+    b: str
+    modules: Mapping[str, ModuleDiff]
+    carried: tuple[str, ...] = ()
+
+    @property
+    def norm_a(self) -> float:
+        return math.hypot(*(m.norm_a for m in self.modules.values()))
+
+    @property
+    def norm_b(self) -> float:
+        return math.hypot(*(m.norm_b for m in self.modules.values()))
+
+    @property
+    def moved(self) -> float:
+        """‖ΔW_b − ΔW_a‖ over all modules."""
+        return math.hypot(*(m.moved for m in self.modules.values()))
+
+    @property
+    def cosine(self) -> float | None:
+        """Of the angle between the two over all modules; None where one of them is zero."""
+        lengths = self.norm_a * self.norm_b
+        if lengths == 0.0:
+            return None
+        inner = (m.cosine * m.norm_a * m.norm_b for m in self.modules.values() if m.cosine)
+        return max(-1.0, min(1.0, math.fsum(inner) / lengths))
+
+    @property
+    def is_nothing(self) -> bool:
+        """The two are one value: no module moved, and no carried tensor differs."""
+        return self.moved == 0.0 and not self.carried
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures as plain data, for JSON."""
+        return {
+            "a": self.a,
+            "b": self.b,
+            "norm_a": self.norm_a,
+            "norm_b": self.norm_b,
+            "moved": self.moved,
+            "cosine": self.cosine,
+            "carried": list(self.carried),
+            "modules": {name: vars(module) for name, module in self.modules.items()},
+        }
+
+
+@dataclass(frozen=True)
+class TreeDiff:
+    """Two trees compared: which nodes one of them lacks, and the nodes of both.
+
+    Args:
+        only_a, only_b: paths of one tree alone.
+        weights: path → its weights in the two trees, where these differ.
+        nodes: path → the diff of the node's own increments, for every path of both with an adapter
+            in one of them at least.
+        base: the names of the two bases, where these differ.
+    """
+
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    weights: Mapping[str, tuple[float, float]]
+    nodes: Mapping[str, Diff]
+    base: tuple[str | None, str | None] | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        """The two trees say the same."""
+        alike = all(node.is_nothing for node in self.nodes.values())
+        return alike and not (self.only_a or self.only_b or self.weights or self.base)
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures as plain data, for JSON."""
+        return {
+            "only_a": list(self.only_a),
+            "only_b": list(self.only_b),
+            "weights": {path: list(two) for path, two in self.weights.items()},
+            "base": None if self.base is None else list(self.base),
+            "nodes": {path: node.as_dict() for path, node in self.nodes.items()},
+        }
+
+
+def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff:
+    """Compare two adapters module by module, from their factors.
+
+    Args:
+        a, b: of one base. A module that one of them lacks is zero there.
+        names: what to call them in the result and in errors.
+
+    Raises:
+        ShapeMismatch: they change one module in different shapes; names it.
+        BaseMismatch: they name one module in two ways.
+        SpecError: a factor has no finite numbers; names the module.
+
+    >>> x = LowRank(torch.eye(1, 4), torch.eye(3, 1))
+    >>> found = diff(Adapter({"q": x}), Adapter({"q": x.scaled(2.0)}))
+    >>> found.moved, found.cosine, found.modules["q"].angles_in
+    (1.0, 1.0, (0.0,))
+    """
+    for adapter in (a, b):
+        given: object = adapter
+        if not isinstance(given, Adapter):
+            raise SpecError(
+                f"diff compares two adapters, got {type(given).__name__}",
+                "diff_paths compares paths of a tree, diff_trees two trees",
+            )
+    check_spelling([(names[0], 1.0, a), (names[1], 1.0, b)])
+    found = {}
+    for name in sorted({*a.modules, *b.modules}):
+        found[name] = named(name, _module, a.modules.get(name), b.modules.get(name))
+    whole = math.fsum(module.moved**2 for module in found.values())
+    shares = {
+        name: ModuleDiff(**{**vars(m), "share": m.moved**2 / whole if whole else 0.0})
+        for name, m in found.items()
+    }
+    both = sorted(a.unchanged.keys() & b.unchanged.keys())
+    carried = [name for name in both if not is_same_tensor(a.unchanged[name], b.unchanged[name])]
+    return Diff(*names, shares, tuple(carried))
+
+
+def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None = None) -> Diff:
+    """Compare what two paths or blends of a tree add to the base; nodes that both have cost
+    nothing.
+
+    The difference is that of the effective weights. Norms, cosines and angles are those of the two
+    sums without the nodes that both have with one coefficient, for those would hide what differs.
+
+    Args:
+        tree: both are its paths.
+        a, b: a path or a blend each; ``""`` is the bare base.
+        base: a model, if nodes name one module in two ways.
+
+    Raises:
+        PathError: a node is not there.
+        ShapeMismatch, BaseMismatch: two nodes do not add up.
+        FolderError, FormatError: a node's files are gone or broken; names the node.
+    """
+    ours, theirs = tree.coefficients(a), tree.coefficients(b)
+    shared = {node: c for node, c in ours.items() if theirs.get(node) == c}
+    sides = []
+    for blend in (a, b):
+        terms = less(tree, blend, base=base)
+        own = [term for term in terms if term[0] not in shared]
+        sides.append(added_up(own, base=base))
+    return diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
+
+
+def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
+    """Compare two trees node by node: which are there, their weights, and their own increments.
+
+    Raises:
+        ShapeMismatch, BaseMismatch, SpecError: as `diff`; names the node.
+        FolderError, FormatError: a node's files are gone or broken; names the node.
+    """
+    both = [path for path in a.paths() if path in b]
+    weights, nodes = {}, {}
+    for path in both:
+        if a[path].weight != b[path].weight:
+            weights[path] = (a[path].weight, b[path].weight)
+        if a[path].has_adapter or b[path].has_adapter:
+            ours = a.adapter(path) or Adapter({})
+            theirs = b.adapter(path) or Adapter({})
+            nodes[path] = named(path, diff, ours, theirs)
+    return TreeDiff(
+        tuple(path for path in a.paths() if path not in b),
+        tuple(path for path in b.paths() if path not in a),
+        weights,
+        nodes,
+        (a.base, b.base) if a.base != b.base else None,
+    )
+
+
+def _module(a: LowRank | None, b: LowRank | None) -> ModuleDiff:
+    present = [value for value in (a, b) if value is not None]
+    both = joint(present)
+    one = (both.cores[0], both.biases[0])
+    other = (both.cores[-1], both.biases[-1])
+    norm_a, norm_b = (length(side) for side in (one, other))
+    rank_a, rank_b = (effective_rank(spectrum(value)) for value in (present[0], present[-1]))
+    if a is None:
+        return ModuleDiff(0.0, norm_b, norm_b, None, 0.0, rank_b, (), ())
+    if b is None:
+        return ModuleDiff(norm_a, 0.0, norm_a, None, rank_a, 0.0, (), ())
+    moved = length([one[0] - other[0], minus(one[1], other[1])])
+    if moved <= _ROUNDING * (norm_a + norm_b):
+        moved = 0.0
+    cosine = None
+    if norm_a and norm_b:
+        inner = float((one[0] * other[0]).sum()) + _inner(one[1], other[1])
+        cosine = max(-1.0, min(1.0, inner / norm_a / norm_b))
+    out, into = (_degrees(each) for each in angles(a, b))
+    return ModuleDiff(norm_a, norm_b, moved, cosine, rank_a, rank_b, out, into)
+
+
+def _inner(one: Tensor | None, other: Tensor | None) -> float:
+    return 0.0 if one is None or other is None else float(one @ other)
+
+
+def _degrees(radians: Tensor) -> tuple[float, ...]:
+    return tuple(round(float(x), 9) for x in torch.rad2deg(radians))

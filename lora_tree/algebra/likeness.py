@@ -1,0 +1,180 @@
+"""Similar: which nodes, or which of many flat adapters, are alike.
+
+All pairs by the cosine of the angle between their increments (`gram`), clustered by average linkage
+over 1 − cosine (`clusters`), as figures, as JSON, or as a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import SpecError
+from ..lowrank import LowRank
+from ..tree import AdapterTree
+from .clusters import Join, average_linkage, groups, leaf_order
+from .deviation import named
+from .gram import gram
+from .picture import heat_map
+from .sums import check_spelling
+
+__all__ = ["Likeness", "similar"]
+
+Read: TypeAlias = Callable[[str], Adapter]
+Of: TypeAlias = Literal["own", "lineage"]
+
+
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """How alike some adapters are.
+
+    Args:
+        names: of the adapters, in the order of rows and columns.
+        cosines: (n, n) in float64; 1 on the diagonal, 0 beside an adapter that is zero.
+        norms: (n,) ‖ΔW‖ over all modules.
+        joins: the clusters, as `lora_tree.algebra.clusters.average_linkage` gives them.
+        error: the standard error of a cosine; 0 where they are exact.
+    """
+
+    names: tuple[str, ...]
+    cosines: Tensor
+    norms: Tensor
+    joins: tuple[Join, ...]
+    error: float = 0.0
+
+    def groups(self, cosine: float = 0.5) -> list[list[str]]:
+        """Return the clusters whose members have at least this cosine on average, largest first.
+
+        Raises:
+            SpecError: ``cosine`` is not between −1 and 1.
+        """
+        if not -1.0 <= cosine <= 1.0:
+            raise SpecError(f"a cosine lies between -1 and 1, got {cosine!r}")
+        found = groups(list(self.joins), len(self.names), 1.0 - cosine)
+        return [[self.names[i] for i in members] for members in found]
+
+    def order(self) -> list[str]:
+        """Return the names so that those of every cluster stand side by side."""
+        return [self.names[i] for i in leaf_order(list(self.joins), len(self.names))]
+
+    def nearest(self, most: int = 10) -> list[tuple[str, str, float]]:
+        """Return the pairs of the largest cosines, largest first."""
+        count = len(self.names)
+        if count < 2:
+            return []
+        upper = torch.triu_indices(count, count, 1)
+        values = self.cosines[upper[0], upper[1]]
+        best = values.topk(min(most, len(values))).indices
+        pairs = []
+        for i in best.tolist():
+            one, other = (self.names[int(side[i])] for side in upper)
+            pairs.append((one, other, float(values[i])))
+        return pairs
+
+    def picture(self) -> str:
+        """Return an SVG document: all cosines as a heat map, clusters side by side."""
+        at = leaf_order(list(self.joins), len(self.names))
+        ordered = self.cosines[at][:, at] if at else self.cosines
+        return heat_map([self.names[i] for i in at], ordered, self.error)
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures as plain data, for JSON."""
+        return {
+            "names": list(self.names),
+            "norms": self.norms.tolist(),
+            "cosines": self.cosines.tolist(),
+            "error": self.error,
+            "joins": [vars(join) for join in self.joins],
+        }
+
+
+def similar(
+    among: AdapterTree | Mapping[str, Adapter],
+    paths: Iterable[str] | None = None,
+    *,
+    of: Of = "own",
+    exact: bool | None = None,
+) -> Likeness:
+    """Compare all pairs of a tree's nodes, or of named adapters.
+
+    Args:
+        among: a tree, whose adapters are read one after the other and not kept; or name → adapter.
+        paths: which nodes, as paths or patterns; all that have an adapter where None.
+        of: ``own`` compares the nodes' own increments, ``lineage`` all that a path adds to the
+            base.
+        exact: True multiplies all factors with each other, False sketches them; None takes the
+            exact way where that takes some seconds at most.
+
+    Raises:
+        PathError: a path or pattern matches no node.
+        ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
+        SpecError: a factor has no finite numbers; names the adapter and the module.
+        FolderError, FormatError: a node's files are gone or broken; names the node.
+
+    >>> from lora_tree import LowRank
+    >>> x, y = (LowRank(torch.eye(1, 4), torch.eye(3)[:, i : i + 1]) for i in (0, 1))
+    >>> zoo = {"a": Adapter({"q": x}), "b": Adapter({"q": y}), "c": Adapter({"q": x.scaled(3.0)})}
+    >>> similar(zoo).groups()
+    [['a', 'c'], ['b']]
+    """
+    if of not in ("own", "lineage"):
+        raise SpecError(f"of: expected 'own' or 'lineage', got {of!r}")
+    if isinstance(among, AdapterTree):
+        return _of_tree(among, paths, of, exact)
+    if paths is not None or of != "own":
+        raise SpecError("paths= and of='lineage' are for a tree; choose the adapters yourself")
+    return _of_adapters(dict(among), exact)
+
+
+def _of_tree(
+    tree: AdapterTree, paths: Iterable[str] | None, of: Of, exact: bool | None
+) -> Likeness:
+    chosen = tree.paths() if paths is None else tree.matching(paths)
+    if of == "own":
+        chosen = [path for path in chosen if tree[path].has_adapter]
+        return _alike(
+            chosen, lambda path: _own(tree, path), lambda path: _outline(tree, path), exact
+        )
+    # A lineage has the modules and at most the ranks of all its nodes, which their headers tell.
+    return _alike(chosen, tree.flatten, lambda path: _lineage_outline(tree, path), exact)
+
+
+def _of_adapters(adapters: dict[str, Adapter], exact: bool | None) -> Likeness:
+    for name, adapter in adapters.items():
+        given: object = adapter
+        if not isinstance(name, str) or not isinstance(given, Adapter):
+            raise SpecError(f"similar takes name → Adapter, got {name!r} → {type(given).__name__}")
+    return _alike(list(adapters), adapters.__getitem__, adapters.__getitem__, exact)
+
+
+def _alike(names: list[str], read: Read, outline: Read, exact: bool | None) -> Likeness:
+    outlines = {name: outline(name) for name in names}
+    check_spelling([(name, 1.0, each) for name, each in outlines.items()])
+    found = gram(names, read, outlines.__getitem__, exact=exact)
+    cosines = found.cosines
+    joins = average_linkage(1.0 - cosines) if names else []
+    return Likeness(found.names, cosines, found.norms, tuple(joins), found.error)
+
+
+def _own(tree: AdapterTree, path: str) -> Adapter:
+    """A node's adapter; where it is not in memory, from its files, and the tree does not keep it."""
+    node = tree[path]
+    if node.loaded is None and node.source is not None:
+        return named(path, node.source.load)
+    return tree.adapter(path) or Adapter({})
+
+
+def _outline(tree: AdapterTree, path: str) -> Adapter:
+    return tree.outline(path) or Adapter({})
+
+
+def _lineage_outline(tree: AdapterTree, path: str) -> Adapter:
+    modules: dict[str, LowRank] = {}
+    for node in tree.lineage(path):
+        modules.update(_outline(tree, node).modules)
+    return Adapter(modules)

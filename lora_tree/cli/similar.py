@@ -1,0 +1,65 @@
+"""``lora-tree similar``: which nodes are alike, as clusters, as JSON, as a picture."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..algebra import similar
+from ..folder import disk, load
+from .arguments import AsJson, Folder, Nodes, SkipBroken
+from .console import out, print_json
+
+__all__ = ["alike"]
+
+
+class Of(StrEnum):
+    """What of a node is compared."""
+
+    own = "own"
+    lineage = "lineage"
+
+
+def alike(
+    folder: Folder,
+    nodes: Nodes = None,
+    of: Annotated[
+        Of, typer.Option(help="own: the nodes' own increments. lineage: all that a path adds.")
+    ] = Of.own,
+    cosine: Annotated[
+        float, typer.Option(min=-1.0, max=1.0, help="The least mean cosine within a cluster.")
+    ] = 0.5,
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--sketch",
+            help="Multiply all factors, or sketch them; exact where that takes seconds without it.",
+        ),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
+    most: Annotated[int, typer.Option(min=0, help="Pairs to list, most alike first.")] = 10,
+    skip_broken: SkipBroken = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare all pairs of nodes, from their factors: the nearest pairs and the clusters."""
+    tree = load(folder, skip_broken=skip_broken)
+    found = similar(tree, nodes or None, of=of.value, exact=exact)
+    clusters = found.groups(cosine)
+    if picture is not None:
+        disk.replace(picture, found.picture().encode())
+    if as_json:
+        print_json({"of": of, "clusters": clusters, **found.as_dict()})
+        return
+    how = "exact" if found.error == 0.0 else f"sketched: each cosine ± {found.error:.2g}"
+    out().print(f"{len(found.names)} adapters, {how}", soft_wrap=True)
+    for one, other, value in found.nearest(most):
+        out().print(f"{value:7.3f}   {one}   {other}", soft_wrap=True)
+    many = [names for names in clusters if len(names) > 1]
+    for names in many:
+        out().print(f"alike: {', '.join(names)}", soft_wrap=True)
+    alone = len(clusters) - len(many)
+    if alone:
+        out().print(f"like no other by {cosine:g}: {alone}", soft_wrap=True)
