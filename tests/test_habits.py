@@ -28,6 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 RINGS = {
     "values": [
         "errors",
+        "svg",
         "given",
         "callers",
         "base_names",
@@ -45,7 +46,7 @@ RINGS = {
     ],
     "files": ["system", "formats", "folder"],
     "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],
-    "edges": ["extras", "svg", "export", "integrations", "runs", "demo", "cli"],
+    "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
 }
 SEES = {
     "values": [],
