@@ -55,7 +55,7 @@ def caller_object(matches: Callable[[Any], bool]) -> Any:
 
 
 def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:
-    """Return the class of the nearest caller in some modules, or a function's own name; None if none is there.
+    """Return the class of the nearest caller in some modules; a function's name; or None.
 
     Args:
         modules: full names of modules.

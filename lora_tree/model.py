@@ -44,7 +44,8 @@ from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
 from .errors import SpecError, StateError, listing, suggest
-from .lowrank import LowRank, check_dtype
+from .given import check_dtype
+from .lowrank import LowRank
 from .sites import Site
 from .training.every_rank import joined
 from .training.factors import Factors

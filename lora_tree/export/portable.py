@@ -25,7 +25,8 @@ from torch import nn
 from ..adapter import Adapter, combine
 from ..blend import Blend, spelled
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
-from ..lowrank import LowRank, check_rank, concat
+from ..given import check_rank
+from ..lowrank import LowRank, concat
 from ..tree import AdapterTree
 from .siblings import Shapes, completed, missing, stated
 from .unloaded_base import Base

@@ -27,7 +27,7 @@ from ..engine.plan import Binder
 from ..engine.side import Manner, side_device
 from ..engine.stage import Stage
 from ..errors import SpecError, StateError
-from ..lowrank import check_dtype
+from ..given import check_dtype
 from ..tree import AdapterTree, Node
 from .every_rank import every_layer
 from .factors import Factors

@@ -1,0 +1,33 @@
+"""One increment of one weight, kept as its factors, and the algebra on them.
+
+    ΔW = scale · B A            A: (*batch, r, in)    B: (*batch, out, r)
+
+    layout.py    how the (out, in) matrix lies in a module's weight
+    value.py     LowRank, and what one value becomes: scaled, cast, truncated, dense
+    core.py      the (r, r) core of a product, and its nearest smaller rank
+    sums.py      what several values make: their sum, their inner product
+
+Law: no operation builds an (out, in) matrix except `LowRank.dense`, and that one can be had in
+    blocks of rows.
+
+References: LoRA, https://arxiv.org/abs/2106.09685 §4.1 (ΔW = α/r · B A);
+rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
+"""
+
+from .layout import EMBEDDING, LINEAR, PARAMETER, Layout
+from .sums import concat, inner, same_place, stacked
+from .value import LowRank, Truncated, is_sharded
+
+__all__ = [
+    "EMBEDDING",
+    "LINEAR",
+    "PARAMETER",
+    "Layout",
+    "LowRank",
+    "Truncated",
+    "concat",
+    "inner",
+    "is_sharded",
+    "same_place",
+    "stacked",
+]

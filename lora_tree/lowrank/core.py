@@ -1,0 +1,88 @@
+"""The (r, r) core of a product B A, and the nearest product of a smaller rank.
+
+    scale · B A = Q_B M Q_Aᵀ      Q_B: (*batch, out, k)  M: (*batch, k, l)  Q_A: (*batch, in, l)
+
+Q_B and Q_A have orthonormal columns, so the norm and the singular values of the product are those
+of M. Two QRs and an SVD of (r, r) replace one SVD of (out, in). All of it is computed in float64:
+the result is rounded once, by the caller.
+
+Reference: Eckart and Young, 1936; the batch shares one rank, and its error is the root of the
+    summed squares.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Core", "Cut", "core_of"]
+
+
+class Core(NamedTuple):
+    """A product as Q_B M Q_Aᵀ; see the module."""
+
+    Qb: Tensor
+    M: Tensor
+    Qa: Tensor
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the product, over the whole batch."""
+        return float(torch.linalg.vector_norm(self.M))
+
+
+class Cut:
+    """The singular values of a core, from which every smaller rank can be read.
+
+    Args:
+        core: of the product.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._Qb, self._Qa = core.Qb, core.Qa
+        self._U, self._S, self._Vh = torch.linalg.svd(core.M)  # (k, k) (m,) (l, l), m = min(k, l)
+        squares = self._S.square().reshape(-1, self._S.shape[-1]).sum(0)  # (m,): over the batch
+        # Summed from the smallest up, so that small values are not lost beside large ones.
+        tails = squares.flip(0).cumsum(0).flip(0)
+        self._errors = torch.cat([tails, tails.new_zeros(1)]).sqrt()  # [k]: the error of rank k
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖: the error of rank 0."""
+        return float(self._errors[0])
+
+    def error(self, rank: int) -> float:
+        """Return ‖ΔW − ΔW'‖ of the nearest ΔW' of that rank; 0.0 from the largest rank on."""
+        return float(self._errors[min(rank, self._S.shape[-1])])
+
+    def least_rank(self, max_error: float) -> int:
+        """Return the smallest rank with a relative error of at most ``max_error``; 0 for ΔW = 0."""
+        small_enough = self._errors <= max_error * self.norm
+        return int(small_enough.nonzero()[0].item())
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return B (*batch, out, rank) and A (*batch, rank, in) of the nearest such product.
+
+        Each gets the square roots of the singular values, so that neither overflows a narrow dtype
+        alone.
+        """
+        rank = min(rank, self._S.shape[-1])
+        root = self._S[..., :rank].sqrt()
+        B = self._Qb @ (self._U[..., :, :rank] * root[..., None, :])  # (out, rank)
+        A = (root[..., :, None] * self._Vh[..., :rank, :]) @ self._Qa.mT  # (rank, in)
+        return B, A
+
+
+def core_of(B: Tensor, A: Tensor, scale: float) -> Core | None:
+    """Return the core of scale · B A in float64, outside of autograd; None if it is not finite.
+
+    Args:
+        B: (*batch, out, r).
+        A: (*batch, r, in).
+    """
+    Qb, Rb = torch.linalg.qr(B.detach().double())  # (out, k) (k, r)
+    Qa, Ra = torch.linalg.qr(A.detach().double().mT)  # (in, l) (l, r)
+    M = (Rb @ Ra.mT) * scale
+    # A NaN or an infinity in a factor reaches its R and so M: no pass over the factors is needed.
+    return Core(Qb, M, Qa) if bool(M.isfinite().all()) else None

@@ -1,0 +1,147 @@
+"""Sums and inner products of several increments of one weight, from their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeMismatch, SpecError
+from ..given import unchecked
+from .value import LowRank, check_has_numbers
+
+__all__ = ["concat", "inner", "same_place", "stacked"]
+
+
+def concat(terms: Sequence[LowRank]) -> LowRank:
+    """Return Σ of the terms as one value: A's rows stacked, B's columns side by side, rank Σr.
+
+    A common scale is kept; otherwise every scale is folded into its B. The sum is exact but for
+    that rounding (see `LowRank.folded`), and the result has the widest dtype of its terms.
+
+    Raises:
+        SpecError: no terms, or one is no `LowRank`, or they are on several devices.
+        ShapeMismatch: the terms differ in (\\*batch, out, in) or in layout.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> both = concat([x, x.scaled(2.0)])
+    >>> both.rank, both.dense()[0, 0].item()
+    (2, 3.0)
+    """
+    if isinstance(terms, LowRank) or not isinstance(unchecked(terms), Iterable):
+        raise SpecError(f"concat takes several terms, got {terms!r:.80}", "concat([x, y])")
+    terms = list(terms)
+    if not terms:
+        raise SpecError("concat needs at least one term")
+    first = terms[0]
+    for other in terms:
+        same_place(first, other)
+    if len(terms) == 1:
+        return first
+    _check_one_device(terms)
+    if any(t.scale != first.scale for t in terms):
+        terms = [t.folded() for t in terms]
+    dtype = first.dtype
+    for t in terms:
+        # Folding may have widened a term, so the dtypes are compared after it.
+        dtype = torch.promote_types(dtype, t.dtype)
+    biases = [t.bias.to(dtype) for t in terms if t.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    A = torch.cat([t.A.to(dtype) for t in terms], dim=-2)
+    B = torch.cat([t.B.to(dtype) for t in terms], dim=-1)
+    return LowRank(A, B, terms[0].scale, bias, first.layout)
+
+
+def stacked(
+    terms: Sequence[LowRank],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    into: Callable[[tuple[int, ...]], Tensor] | None = None,
+) -> LowRank:
+    """Return `concat` of the terms for one device and dtype, with every scale folded into B.
+
+    Args:
+        terms: of one (\\*batch, out, in) and layout; not empty, and not checked.
+        dtype: of the result, fp32 or wider unless a rounded scale · B is wanted.
+        device: of the result.
+        into: makes the memory of A, and then of B, from their shapes; None: ordinary memory, and
+            autograd may record.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1), scale=0.1)
+    >>> both = stacked([x, x], dtype=torch.float64, device=torch.device("cpu"))
+    >>> both.scale, both.dense()[0, 0].item()
+    (1.0, 0.2)
+    """
+
+    def folded(tensor: Tensor, scale: float) -> Tensor:
+        there = tensor.to(device=device, dtype=dtype)
+        # A product with 1.0 would copy the tensor, which may be used where it lies.
+        return there if scale == 1.0 else there * scale
+
+    A = _side_by_side([folded(t.A, 1.0) for t in terms], -2, into)
+    B = _side_by_side([folded(t.B, t.scale) for t in terms], -1, into)
+    biases = [folded(t.bias, t.scale) for t in terms if t.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    return LowRank(A, B, 1.0, bias, terms[0].layout)
+
+
+def inner(x: LowRank, y: LowRank) -> float:
+    """Return the Frobenius inner product ⟨ΔW_x, ΔW_y⟩, from the factors, in float64.
+
+    tr(ΔW_xᵀ ΔW_y) = Σ (B_xᵀ B_y) ∘ (A_x A_yᵀ): two (r_x, r_y) products, never an (out, in) matrix.
+
+    Raises:
+        ShapeMismatch: the two do not have the same (out, in) or layout.
+        SpecError: they are no `LowRank`, or on different devices, or on the meta device.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> inner(x, x)
+    8.0
+    """
+    same_place(x, y)
+    _check_one_device([x, y])
+    check_has_numbers(x)
+    left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
+    right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
+    return float((left * right).sum()) * x.scale * y.scale
+
+
+def same_place(x: LowRank, y: LowRank) -> None:
+    """Check that the two change one weight, from their shapes alone.
+
+    Raises:
+        ShapeMismatch: they do not have the same (\\*batch, out, in) or layout.
+        SpecError: one is no `LowRank`.
+    """
+    for value in (x, y):
+        if not isinstance(unchecked(value), LowRank):
+            raise SpecError(f"expected a LowRank, got {type(value).__name__}")
+    if x.shape != y.shape or x.layout != y.layout:
+        raise ShapeMismatch(
+            f"{x.shape} ({x.layout}) and {y.shape} ({y.layout}) are not increments of one weight"
+        )
+
+
+def _check_one_device(terms: Sequence[LowRank]) -> None:
+    devices = {str(term.device) for term in terms}
+    if len(devices) > 1:
+        raise SpecError(
+            f"the terms are on {' and '.join(sorted(devices))}: expected one device",
+            "x.to(device=…) moves one",
+        )
+
+
+def _side_by_side(
+    parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None
+) -> Tensor:
+    """Concatenate parts along one axis, into memory from ``into`` where that is given."""
+    if into is None:
+        return torch.cat(parts, dim=dim)  # type: ignore[arg-type]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return torch.cat(parts, dim=dim, out=into(tuple(shape)))  # type: ignore[arg-type]

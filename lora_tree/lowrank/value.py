@@ -1,0 +1,440 @@
+"""LowRank: one increment of one weight as a frozen value, and everything that is made of it alone.
+
+The increment is a matrix, or a batch of them: the experts of a fused parameter, the groups of a
+    convolution. Nothing
+here depends on the `Layout`, which says how the matrix lies in a module's weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeMismatch, SpecError
+from ..given import (
+    check_device,
+    check_dtype,
+    check_max_error,
+    check_rank,
+    check_whole_number,
+    finite_number,
+    unchecked,
+)
+from .core import Core, Cut, core_of
+from .layout import LINEAR, Layout
+
+__all__ = ["LowRank", "Truncated", "check_has_numbers", "is_sharded"]
+
+
+class Truncated(NamedTuple):
+    """The result of `LowRank.truncate`: the value and ‖ΔW − ΔW'‖, absolute and relative to ‖ΔW‖."""
+
+    value: LowRank
+    error: float
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · B A, as a frozen value.
+
+    Args:
+        A: (\\*batch, r, in), floating point.
+        B: (\\*batch, out, r), on A's device.
+        scale: a finite factor, ``lora_alpha / r`` or ``lora_alpha / sqrt(r)``.
+        bias: (out,) or None, on A's device: an addition to the output (`lora_bias`), before
+            ``scale``. For a batch, (batch · out,).
+        layout: how the matrix lies in the weight that it changes.
+
+    Raises:
+        ShapeMismatch: A, B and bias do not fit together, or are empty.
+        SpecError: a factor is no floating point tensor, or they are on several devices; or the
+            scale is no finite number, or ``layout`` no `Layout`.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(2, 5), torch.ones(3, 2), scale=0.5)
+    >>> x.shape, x.rank, x.dense().sum().item()
+    ((3, 5), 2, 15.0)
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+    layout: Layout = LINEAR
+
+    def __post_init__(self) -> None:
+        # Ten thousand of these are made when a tree is opened, so the common case costs one
+        # comparison each.
+        _check_tensors(self.A, self.B, self.bias)
+        if type(self.scale) is not float or not math.isfinite(self.scale):
+            object.__setattr__(self, "scale", finite_number(self.scale, "scale"))
+        if not isinstance(unchecked(self.layout), Layout):
+            raise SpecError(
+                f"layout must be a Layout, got {self.layout!r:.80}",
+                "LINEAR, EMBEDDING and PARAMETER are the plain ones: layout=LINEAR",
+            )
+        _check_shapes(self.A.shape, self.B.shape, None if self.bias is None else self.bias.shape)
+        _check_one_place(self.A, self.B, self.bias)
+
+    # ------------------------------------------------------------------ what it is
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(\\*batch, out, in): the shape of ΔW."""
+        return (*self.A.shape[:-2], self.B.shape[-2], self.A.shape[-1])
+
+    @property
+    def rank(self) -> int:
+        """r, of each matrix of the batch."""
+        return self.A.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the factors' dtypes."""
+        a, b = self.A.dtype, self.B.dtype
+        return a if a == b else torch.promote_types(a, b)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all its tensors."""
+        return self.A.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A, B and, if there is one, the bias."""
+        return (self.A, self.B) if self.bias is None else (self.A, self.B, self.bias)
+
+    @property
+    def numel(self) -> int:
+        """The count of its numbers: r · (in + out) for each matrix of the batch, and the bias."""
+        return sum(t.numel() for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its numbers."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank of a run holds only a part of the factors (FSDP2)."""
+        return any(is_sharded(t) for t in self.tensors)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether A, B and the bias are free of NaN and infinities.
+
+        Raises:
+            SpecError: the factors have no numbers (the meta device).
+        """
+        check_has_numbers(self)
+        return all(bool(_comparable(t).isfinite().all()) for t in self.tensors)
+
+    def fits(self, dtype: torch.dtype | None = None) -> bool:
+        """Return whether ΔW, and scale · B on the way to it, are finite in a dtype.
+
+        Args:
+            dtype: None: fp32, or the factors' own if that is wider.
+
+        Raises:
+            SpecError: ``dtype`` is no floating dtype, or the factors have no numbers (the meta
+                device).
+
+        >>> import torch
+        >>> LowRank(torch.ones(1, 2), torch.ones(2, 1), scale=1e5).fits(torch.float16)
+        False
+        """
+        check_dtype(dtype)
+        check_has_numbers(self)
+        most = torch.finfo(dtype or torch.promote_types(self.dtype, torch.float32)).max
+        a, b, *bias = (_largest(t) for t in self.tensors)
+        scale = abs(self.scale)
+        # A NaN compares as false, so it fails here.
+        if not all(scale * size <= most for size in (b, *bias)) or not math.isfinite(a):
+            return False
+        # No entry of B A is larger than this bound. It costs one pass over the factors, and almost
+        # always decides.
+        if scale * self.rank * a * b <= most:
+            return True
+        blocks = self.dense_blocks(dtype=torch.float64)
+        return all(bool((block.abs() <= most).all()) for block in blocks)
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"LowRank({shape}, r={self.rank}, scale={self.scale:g}, {self.layout}, {dtype})"
+
+    # ------------------------------------------------------------------ the same ΔW otherwise
+    def scaled(self, by: float) -> LowRank:
+        """Return ``by`` · ΔW; the factors are shared, and nothing is rounded.
+
+        Raises:
+            SpecError: ``by`` is no finite number, or makes the scale one that is not finite.
+        """
+        if type(by) is not float:
+            by = finite_number(by, "the factor")
+        return self if by == 1.0 else replace(self, scale=self.scale * by)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LowRank:
+        """Return the value with other tensors, of the same shapes, in the places of its own."""
+        bias = None if self.bias is None else change(self.bias)
+        return LowRank(change(self.A), change(self.B), self.scale, bias, self.layout)
+
+    def to(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LowRank:
+        """Return the value on another device, or, only if ``dtype`` is given, rounded to that.
+
+        Raises:
+            SpecError: torch knows no such device, or ``dtype`` is not a floating one.
+        """
+        check_dtype(dtype)
+        check_device(device)
+        moved = [t.to(device=device, dtype=dtype) for t in self.tensors]
+        # The same object where nothing changes: a plan and its kept side paths go by the identity
+        # of values.
+        if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
+            return self
+        bias = moved[2] if len(moved) > 2 else None
+        return replace(self, A=moved[0], B=moved[1], bias=bias)
+
+    def folded(self) -> LowRank:
+        """Return the value with scale 1, folded into B.
+
+        The product is in fp32 or wider, unless it is exact in B's own dtype.
+        """
+        if self.scale == 1.0:
+            return self
+        return replace(self, B=_times(self.B, self.scale), scale=1.0, bias=self._folded_bias())
+
+    def padded(self, rank: int) -> LowRank:
+        """Return the value with zero rows and columns up to ``rank``.
+
+        Some engines want one rank for all modules.
+
+        Raises:
+            SpecError: ``rank`` is no whole number, or smaller than the value's own.
+        """
+        check_rank(rank)
+        extra = rank - self.rank
+        if extra < 0:
+            raise SpecError(f"can't pad rank {self.rank} down to {rank}; truncate it")
+        if extra == 0:
+            return self
+        A = torch.nn.functional.pad(self.A, (0, 0, 0, extra))
+        B = torch.nn.functional.pad(self.B, (0, extra))
+        return replace(self, A=A, B=B)
+
+    # ------------------------------------------------------------------ ΔW itself
+    def dense(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ΔW itself, (\\*batch, out, in); `dense_blocks` takes less memory.
+
+        Args:
+            dtype: of the product and the result; None: the factors' own.
+        """
+        check_dtype(dtype)
+        dtype = dtype or self.dtype
+        return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+
+    def dense_blocks(
+        self, rows: int = 256, *, dtype: torch.dtype | None = None
+    ) -> Iterator[Tensor]:
+        """Yield ΔW in blocks of its rows, (\\*batch, ≤ rows, in), top to bottom.
+
+        Raises:
+            SpecError: ``rows`` is no whole number of at least 1, or ``dtype`` no floating dtype.
+        """
+        check_whole_number(rows, "rows")
+        check_dtype(dtype)
+        dtype = dtype or self.dtype
+        A = self.A.to(dtype)
+        for start in range(0, self.B.shape[-2], rows):
+            B = self.B[..., start : start + rows, :].to(dtype)  # (*batch, ≤ rows, r)
+            yield (B @ A) * self.scale
+
+    # ------------------------------------------------------------------ its core
+    def core(self) -> Core:
+        """Return Q_B, M, Q_A with ΔW = Q_B M Q_Aᵀ, in float64; M is (\\*batch, ≤ r, ≤ r).
+
+        Q_B and Q_A have orthonormal columns.
+
+        Raises:
+            SpecError: a factor, or the product, is not finite.
+        """
+        check_has_numbers(self)
+        core = core_of(self.B, self.A, self.scale)
+        if core is None:
+            why = "the factors are not finite"
+            if self.is_finite:
+                why = "their product is too large for float64"
+            raise SpecError(f"{why}: it has no norm, and no nearest value of a smaller rank")
+        return core
+
+    def norm(self) -> float:
+        """Return ‖ΔW‖ in the Frobenius norm, over the whole batch.
+
+        Raises:
+            SpecError: a factor, or the product, is not finite.
+        """
+        return self.core().norm()
+
+    def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Truncated:
+        """Return the nearest value of a smaller rank (Eckart–Young), and its error.
+
+        Args:
+            rank: the rank to keep; or the most to keep, if ``max_error`` is given too.
+            max_error: the largest ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed; the smallest rank that reaches it is
+                taken.
+
+        Returns:
+            The value (scale 1, in fp32 or wider), and its error in the Frobenius norm. A value
+            whose rank is small enough already comes back as it is, with error 0. ``bias`` is kept,
+            up to its scale.
+
+        Raises:
+            SpecError: neither bound is given, or one makes no sense, or both can't be met; or a
+                factor of this value, or of the one to return, is not finite.
+
+        >>> import torch
+        >>> x = LowRank(torch.eye(3, 4), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+        >>> short = x.truncate(2)
+        >>> short.value.rank, round(short.error, 6)
+        (2, 1.0)
+        """
+        if rank is None and max_error is None:
+            raise SpecError("truncate needs rank= or max_error=")
+        if rank is not None:
+            check_rank(rank)
+            if max_error is None and rank >= self.rank:
+                return Truncated(self, 0.0, 0.0)
+        if max_error is not None:
+            check_max_error(max_error)
+        cut = Cut(self.core())
+        keep = _rank_to_keep(cut, self.rank, rank, max_error)
+        if keep >= self.rank:
+            return Truncated(self, 0.0, 0.0)
+        B, A = cut.factors(keep)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        value = LowRank(
+            A.to(dtype).contiguous(),
+            B.to(dtype).contiguous(),
+            bias=self._folded_bias(),
+            layout=self.layout,
+        )
+        if not value.is_finite:
+            narrow = str(dtype).removeprefix("torch.")
+            raise SpecError(
+                f"the factors of the nearest value of rank {value.rank} are too large for {narrow}"
+            )
+        error = cut.error(keep)
+        return Truncated(value, error, error / cut.norm if cut.norm else 0.0)
+
+    def _folded_bias(self) -> Tensor | None:
+        return None if self.bias is None else _times(self.bias, self.scale)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether every rank of a run holds only a part of a tensor, as FSDP2 leaves it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def check_has_numbers(value: LowRank) -> None:
+    """Refuse a value that is an outline: shapes on the meta device.
+
+    Raises:
+        SpecError: it is.
+    """
+    if value.A.is_meta:
+        raise SpecError(
+            "the factors have no numbers: they are on the meta device",
+            "load the adapter itself first",
+        )
+
+
+def _check_tensors(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+    is_bias = bias is None or isinstance(unchecked(bias), Tensor)
+    if not (isinstance(unchecked(A), Tensor) and isinstance(unchecked(B), Tensor) and is_bias):
+        raise SpecError(
+            f"factors must be torch tensors, got A {type(A).__name__}, B {type(B).__name__}"
+            f", bias {type(bias).__name__}",
+            "torch.from_numpy makes one of a numpy array",
+        )
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
+    if bias is not None and not bias.is_floating_point():
+        raise SpecError(f"factors must be floating point, got a bias of {bias.dtype}")
+
+
+def _check_shapes(a: torch.Size, b: torch.Size, bias: torch.Size | None) -> None:
+    is_product = len(a) >= 2 and len(a) == len(b) and a[-2] == b[-1]
+    # Slices of a Size are slow, and nearly all factors have no batch.
+    if not is_product or (len(a) > 2 and a[:-2] != b[:-2]):
+        raise ShapeMismatch(
+            f"A is {tuple(a)}, B is {tuple(b)}: they do not multiply to an (out, in)",
+            "A is (*batch, r, in) and B is (*batch, out, r)",
+        )
+    if 0 in a or 0 in b:
+        raise ShapeMismatch(
+            f"A is {tuple(a)}, B is {tuple(b)}: there is nothing in them, "
+            "expected every size to be at least 1",
+            "leave the module out of the adapter",
+        )
+    if bias is None:
+        return
+    outputs = math.prod(b[:-1])  # batch · out
+    if bias != (outputs,):
+        raise ShapeMismatch(f"bias is {tuple(bias)}, expected ({outputs},)")
+
+
+def _check_one_place(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+    if A.device == B.device and (bias is None or bias.device == A.device):
+        return
+    where = f"A is on {A.device}, B on {B.device}"
+    if bias is not None:
+        where += f", the bias on {bias.device}"
+    raise SpecError(f"{where}: expected one device for all", "move them first: B.to(A.device)")
+
+
+def _rank_to_keep(cut: Cut, own: int, rank: int | None, max_error: float | None) -> int:
+    """Return the rank that a truncation keeps, at least 1.
+
+    Raises:
+        SpecError: both bounds are given and can't be met.
+    """
+    most = own if rank is None else min(rank, own)
+    if max_error is None:
+        return most
+    least = cut.least_rank(max_error)
+    if least > most:
+        raise SpecError(
+            f"rank {most} leaves a relative error of {cut.error(most) / cut.norm:.3g}, "
+            f"max_error={max_error:g} needs rank {least}"
+        )
+    # A product that is zero needs rank 0, and there is no value of rank 0.
+    return max(least, 1)
+
+
+def _comparable(t: Tensor) -> Tensor:
+    """Return the tensor in a dtype that torch compares: it has no kernels for 8-bit floats."""
+    return t.float() if t.element_size() == 1 else t
+
+
+def _largest(t: Tensor) -> float:
+    """Return max |x|; NaN if there is one."""
+    least, most = torch.aminmax(_comparable(t.detach()))
+    return float(torch.maximum(least.abs(), most.abs()))
+
+
+def _times(t: Tensor, scale: float) -> Tensor:
+    """Return ``t · scale``, in fp32 or wider unless it is exact in t's own dtype."""
+    wide = t.to(torch.promote_types(t.dtype, torch.float32)) * scale
+    is_power_of_two = abs(math.frexp(scale)[0]) == 0.5
+    if wide.dtype == t.dtype or not is_power_of_two:
+        return wide
+    # A power of two moves the exponent alone. It is exact unless a number leaves the dtype's range.
+    narrow = wide.to(t.dtype)
+    return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
