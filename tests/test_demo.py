@@ -16,7 +16,7 @@ import lora_tree as lt
 from lora_tree.demo import QUICK, Report, bytelevel, run
 from lora_tree.demo.corpus import find_corpus
 from lora_tree.demo.learning import as_one_row, bits_per_byte, spread
-from lora_tree.demo.staging import staged
+from lora_tree.demo.staging import demo_folders
 from lora_tree.errors import FolderError
 from lora_tree.folder import load
 
@@ -143,7 +143,7 @@ def test_a_folder_that_the_demo_did_not_make_is_refused(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_leaves_what_was_there(tmp_path: Path) -> None:
     targets = [tmp_path / "zoo", tmp_path / "zoo-base"]
-    with staged(targets) as folders:
+    with demo_folders(targets) as folders:
         (folders[0] / "file").write_text("first")
     with pytest.raises(KeyboardInterrupt):
         _interrupted(targets)
@@ -152,7 +152,7 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def _interrupted(targets: list[Path]) -> None:
-    with staged(targets) as folders:
+    with demo_folders(targets) as folders:
         (folders[0] / "file").write_text("half")
         raise KeyboardInterrupt
 
@@ -160,7 +160,7 @@ def _interrupted(targets: list[Path]) -> None:
 def test_its_own_folder_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "zoo"
     for text in ("first", "second"):
-        with staged([target]) as (folder,):
+        with demo_folders([target]) as (folder,):
             (folder / text).write_text(text)
     assert sorted(p.name for p in target.iterdir()) == [".lora-tree-demo", "second"]
 

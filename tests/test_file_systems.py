@@ -33,8 +33,9 @@ import lora_tree as lt
 from lora_tree.errors import LoraTreeError
 from lora_tree.folder import survey
 from lora_tree.folder.commit import writing
-from lora_tree.integrations.checkpoint import appearing, load_factors, put_back, save_factors
 from lora_tree.integrations.flatcache import FlatCache, FlatForm
+from lora_tree.runs.checkpoint_factors import load_factors, save_factors
+from lora_tree.runs.checkpoint_place import appearing, put_back
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no flock:RuntimeWarning"),
@@ -516,9 +517,9 @@ def test_without_flock_the_stage_of_a_killed_export_is_cleared_and_that_of_a_liv
 ) -> None:
     _zoo(tmp_path)
     body = """
-from lora_tree.export.stage import staged
+from lora_tree.export.model_folder import new_model_folder
 from pathlib import Path
-with staged(Path(folder) / "merged", needs_bytes=0) as stage:
+with new_model_folder(Path(folder) / "merged", needs_bytes=0) as stage:
     print(stage.folder.name, flush=True)
     time.sleep(600)
 """

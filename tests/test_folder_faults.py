@@ -21,12 +21,12 @@ from zoo import adapter, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import carry, commit, disk, opening, record, writer
+from lora_tree.folder import carry, commit, disk, opening, record, whole, writer
 from lora_tree.folder.changes import Changes, NewFile
 from lora_tree.folder.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
-MODULES = (disk, carry, commit, record, locks, claims, durable, reading)
+MODULES = (disk, carry, commit, record, whole, locks, claims, durable, reading)
 WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
 
@@ -46,9 +46,9 @@ class FaultyOs:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
-        return self._watched(name, real) if name in WATCHED else real
+        return self.watched(name, real) if name in WATCHED else real
 
-    def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             turn = self.seen
             self.seen += 1
@@ -237,6 +237,7 @@ def test_one_adapter_is_whole_or_as_it_was(
         with monkeypatch.context() as patched:
             for module in MODULES:
                 patched.setattr(module, "os", faulty)
+            patched.setattr(whole, "rmtree", faulty.watched("rmtree", shutil.rmtree))
             with contextlib.suppress(LoraTreeError, Killed):
                 new.save(folder)
         if folder.exists():

@@ -46,7 +46,7 @@ RINGS = {
     ],
     "files": ["system", "formats", "folder"],
     "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],
-    "edges": ["extras", "export", "integrations", "runs", "demo", "cli"],
+    "edges": ["extras", "export", "runs", "integrations", "demo", "cli"],
 }
 SEES = {
     "values": [],

@@ -27,8 +27,8 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError
-from lora_tree.integrations.checkpoint import appearing, put_back, retire
 from lora_tree.runs import LossMatrix, Run, Settings, evaluate, promote, read_rows
+from lora_tree.runs.checkpoint_place import appearing, put_back, retire
 
 END = 256
 CHAT = (

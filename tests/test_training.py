@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, BudgetError, PathError, SpecError, StateError
-from lora_tree.integrations.checkpoint import load_factors, save_factors
+from lora_tree.runs.checkpoint_factors import load_factors, save_factors
 from lora_tree.training.factors import Factors, path_of
 
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")

@@ -29,7 +29,7 @@ from .bytelevel import TARGETS, new_base, open_base, save_base
 from .corpus import Domain, find_corpus
 from .learning import as_one_row, bits_per_byte, spread, train_base, train_tree
 from .report import BASE_ROW, Report
-from .staging import staged
+from .staging import demo_folders
 
 __all__ = ["FULL", "QUICK", "Report", "Size", "run"]
 
@@ -67,7 +67,7 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
     targets = [out, out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-export")]
     clock = _Clock()
     with (
-        staged(targets) as (zoo, base, export),
+        demo_folders(targets) as (zoo, base, export),
         torch.random.fork_rng(devices=[]),
         _progress(console) as bar,
     ):

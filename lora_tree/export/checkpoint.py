@@ -33,9 +33,9 @@ from ..storage import as_path
 from ..system.reading import is_folder, open_stream
 from ..tree import AdapterTree
 from .beside import beside_weights
+from .model_folder import ModelFolder, new_model_folder
 from .names import CheckpointNames, TensorGroup
 from .shards import Checkpoint, Stored, open_checkpoint, own_files, raw
-from .stage import Stage, staged
 from .unloaded_base import skeleton
 from .writes import Write, writes
 
@@ -130,7 +130,7 @@ def export_model(
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error
     where = Path(os.path.abspath(as_path(folder)))
-    with staged(where, needs_bytes=checkpoint.nbytes) as stage:
+    with new_model_folder(where, needs_bytes=checkpoint.nbytes) as stage:
         writer = _Writer(checkpoint, stage, names, progress)
         writer.run(jobs)
         for name in beside.copied:
@@ -188,7 +188,7 @@ class _Writer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        stage: Stage,
+        stage: ModelFolder,
         names: CheckpointNames,
         progress: Callable[[int, int], None] | None,
     ) -> None:

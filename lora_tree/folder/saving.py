@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..tree import AdapterTree, Node
-from .alone import finish_nodes, make_all
+from .alone import finish_nodes
 from .changes import Changes, stamps_of
 from .commit import writing
 from .decide import decide
@@ -17,6 +17,7 @@ from .memory import Seen, digest, recall, remember
 from .opening import Opened, inspect, place_of
 from .problem import raise_any
 from .source import FolderSource
+from .whole import make_all
 
 __all__ = ["save_tree"]
 

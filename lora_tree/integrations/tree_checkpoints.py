@@ -23,7 +23,8 @@ from ..extras import need
 from ..model import TreeModel
 from ..training.diverged import Start
 from ..training.losses import ranks
-from .checkpoint import appearing, load_factors, put_back, retire, save_factors
+from ..runs.checkpoint_factors import load_factors, save_factors
+from ..runs.checkpoint_place import appearing, put_back, retire
 
 for _needed in ("transformers", "accelerate"):
     need(_needed, extra="train", what="TreeTrainer")

@@ -27,13 +27,14 @@ import torch
 
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
-from ..integrations.checkpoint import appearing, retire, save_factors
 from ..model import TreeModel
 from ..storage import as_path
 from ..system.reading import is_file
 from ..training.diverged import Start
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
+from .checkpoint_factors import save_factors
+from .checkpoint_place import appearing, retire
 from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
 from .place import (
     ABOUT,

@@ -25,8 +25,8 @@ from typing import Any
 from ..errors import FolderError, FormatError, SpecError
 from ..folder import disk
 from ..formats import strict_json
-from ..integrations.checkpoint import put_back
 from ..system.reading import is_folder, stat_of
+from .checkpoint_place import put_back
 
 __all__ = [
     "ABOUT",

@@ -9,11 +9,12 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, PathError, listing, suggest
 from ..folder import StaleWarning, disk
-from ..integrations.checkpoint import NODES, ancestors_now, ancestors_then, where_it_lies
 from ..spec import check_path
 from ..storage import as_path
 from ..system.reading import is_folder
 from ..tree import AdapterTree, Node
+from .checkpoint_factors import NODES, ancestors_now, ancestors_then
+from .checkpoint_place import where_it_lies
 
 __all__ = ["promote"]
 

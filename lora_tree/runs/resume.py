@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..formats.safetensors import read_tensors, render_tensors
-from ..integrations.checkpoint import FACTORS, ancestors_now, ancestors_then, load_factors
 from ..model import TreeModel
+from .checkpoint_factors import FACTORS, ancestors_now, ancestors_then, load_factors
 from .place import LastCheckpoint
 from .rows import Row
 

@@ -1,27 +1,17 @@
-"""A training run's checkpoint: what is in it of ours, and how it appears whole or not at all.
+"""What a checkpoint holds of ours: the factors that train, what each of them stands on, and the nodes as adapters.
 
-    checkpoint-120/
-      factors.safetensors          every parameter of every node that trains, bit for bit: what a run resumes from;
-                                   and what each of them stands on, node by node, which has to be the same then
-      nodes/fr/legal/…             the same nodes as PEFT adapters: tree.update("fr/legal", adapter=…) takes one
-      optimizer.pt, …              what the trainer writes of its own
-
-All of it is written below ``.unfinished/`` first, synced, and then has its name at once. A run that was killed while it
-wrote leaves only that folder, which nobody takes for a checkpoint and the next save clears. A checkpoint that is
-replaced lies there as ``checkpoint-120.replaced`` between two renames: where a run was killed just then its place is
-empty. Resuming and saving put it back first; reading reads it there. A checkpoint that is deleted
-goes there first too, so that nothing half deleted has a checkpoint's name.
+checkpoint-120/
+  factors.safetensors          every parameter of every node that trains, bit for bit: a run resumes from this.
+                               Its metadata tells what each node stands on, which has to be the same then
+  nodes/fr/legal/…             the same nodes as PEFT adapters: tree.update("fr/legal", adapter=…) takes one
+  optimizer.pt, …              the trainer's own files
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +26,17 @@ from ..formats.safetensors import read_tensors, render_tensors
 from ..lowrank import is_sharded
 from ..model import TreeModel
 from ..spec import check_path
-from ..system.durable import sync_file
-from ..system.reading import is_file, is_folder, stat_of
+from ..system.reading import is_file
 from ..training.factors import path_of
 from ..training.sharded import full
 from ..tree import AdapterTree
 
-__all__ = [
-    "FACTORS",
-    "NODES",
-    "UNFINISHED",
-    "ancestors_now",
-    "ancestors_then",
-    "appearing",
-    "load_factors",
-    "put_back",
-    "retire",
-    "save_factors",
-    "where_it_lies",
-]
+__all__ = ["FACTORS", "NODES", "ancestors_now", "ancestors_then", "load_factors", "save_factors"]
 
 FACTORS = "factors.safetensors"
 NODES = "nodes"
-UNFINISHED = ".unfinished"
-REPLACED = ".replaced"
-TRAINED = "trained"  # in place of the hash of a node that is in the checkpoint itself
+# It stands in place of the hash of a node that is in the checkpoint itself.
+TRAINED = "trained"
 
 
 def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None:
@@ -168,97 +144,6 @@ def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
     """The same of a place in a tree: every node above ``path`` that has an adapter, its weight and its hash."""
     above = tree.lineage(path.rpartition("/")[0])
     return {node: told for node in above if (told := _told(tree, node)) is not None}
-
-
-def put_back(parent: Path) -> None:
-    """Put back a checkpoint that was to be replaced when its run was killed, where its place is empty.
-
-    Args:
-        parent: of the checkpoints; need not be there.
-
-    Raises:
-        FolderError: the folder can't be read or written.
-    """
-    stage = parent / UNFINISHED
-    with disk.named("look into it", stage):
-        names = os.listdir(stage) if is_folder(stage) else []
-    for name in names:
-        place = parent / name.removesuffix(REPLACED)
-        if name.endswith(REPLACED) and stat_of(place, follow=False) is None:
-            disk.rename(stage / name, place)
-
-
-def where_it_lies(checkpoint: Path) -> Path:
-    """Return where to read a checkpoint: at its place, or where a run had put it aside when it was killed."""
-    aside = checkpoint.parent / UNFINISHED / f"{checkpoint.name}{REPLACED}"
-    return aside if stat_of(checkpoint, follow=False) is None and is_folder(aside) else checkpoint
-
-
-def retire(checkpoint: Path) -> None:
-    """Delete a checkpoint. It loses its name first: a run that is killed meanwhile leaves none that is torn.
-
-    What can't be deleted is left for the next save, which clears it.
-    """
-    stage = checkpoint.parent / UNFINISHED
-    gone = stage / f"{checkpoint.name}.{uuid.uuid4().hex}"
-    with suppress(OSError):
-        stage.mkdir(exist_ok=True)
-        os.rename(checkpoint, gone)
-        shutil.rmtree(gone)
-        os.rmdir(stage)
-
-
-@contextmanager
-def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]) -> Iterator[Path]:
-    """A folder to fill, which appears as ``parent/name`` when the block ends, whole, in place of one that was there.
-
-    Args:
-        parent: where.
-        name: of the folder.
-        writes: this process clears up, and gives the name; one of all.
-        meet: waits for the other processes.
-
-    Raises:
-        FolderError: the folder can't be written.
-    """
-    stage = parent / UNFINISHED
-    if writes:
-        put_back(parent)
-        with disk.named("clear it", stage):
-            shutil.rmtree(stage, ignore_errors=True)
-            os.makedirs(stage)
-    meet()
-    yield stage
-    meet()
-    if writes:
-        _sync_all(stage / name)
-        old = stage / f"{name}{REPLACED}"
-        replaces = stat_of(parent / name) is not None
-        if replaces:
-            disk.rename(parent / name, old)
-        disk.rename(stage / name, parent / name)
-        if (
-            replaces
-        ):  # by a name that nobody puts back: it is whole no longer once its removal has begun
-            disk.rename(old, stage / name)
-        disk.sync(parent)
-        with disk.named("clear it", stage):
-            shutil.rmtree(stage)
-    meet()
-
-
-def _sync_all(folder: Path) -> None:
-    for root, _, files in os.walk(folder, onerror=disk.refuse):
-        for file in files:
-            path = os.path.join(root, file)
-            with disk.named("sync it", path):
-                # Windows syncs only what may be written
-                handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-                try:
-                    sync_file(handle)
-                finally:
-                    os.close(handle)
-        disk.sync(root)
 
 
 def _trained(model: TreeModel) -> dict[str, Any]:

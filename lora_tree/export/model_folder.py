@@ -1,0 +1,107 @@
+"""ModelFolder: an exported model's folder while it is written. It appears whole or not at all, however large it is.
+
+``config.json`` and the index are written last. So even the hidden folder that a killed export leaves is no model to any
+program before all its weights are in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import FolderError
+from ..folder import disk
+from ..folder.whole import new_folder
+from ..system.durable import sync_file
+from ..system.flags import NO_FOLLOW, PLAIN
+from ..system.reading import Inside
+
+__all__ = ["ModelFolder", "new_model_folder"]
+
+
+class ModelFolder:
+    """The hidden folder of an export, and the operations by which it is filled.
+
+    Args:
+        folder: where it is now.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[int]:
+        """Yield the descriptor of a new file."""
+        with self._file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            yield file
+
+    @contextmanager
+    def reopen(self, name: str) -> Iterator[int]:
+        """Yield the descriptor of a file that `create` made, to write more of it."""
+        with self._file(name, os.O_WRONLY) as file:
+            yield file
+
+    def sync(self, name: str) -> None:
+        """Make a file's bytes last.
+
+        All files are synced once more at the end. A large file that is synced as soon as it is complete is on its way
+        to the disk while the next one is computed.
+        """
+        with disk.named("sync it", self.folder / name), self._file(name, os.O_RDONLY) as file:
+            sync_file(file)
+
+    def copy(self, source: Path, name: str, *, inside: Inside | None = None) -> None:
+        """Copy a small file, and make the folders around it.
+
+        Args:
+            source: the file.
+            name: its name here; may have folders in it.
+            inside: tells where ``source`` may lie when it is opened.
+        """
+        above = Path(name).parent
+        for part in [*reversed(above.parents), above]:
+            if part != Path():
+                disk.make(self.folder / part)
+        disk.copy(source, self.folder / name, inside=inside)
+
+    @contextmanager
+    def _file(self, name: str, flags: int) -> Iterator[int]:
+        with disk.named("open it", self.folder / name):
+            file = os.open(self.folder / name, flags | PLAIN | NO_FOLLOW, 0o666)
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+
+@contextmanager
+def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
+    """Yield a folder to write a model into; it becomes ``place`` when the block ends, and nothing if the block fails.
+
+    Args:
+        place: where the model is to appear.
+        needs_bytes: how much of the disk it will take.
+
+    Raises:
+        FolderError: ``place`` is there and not empty, or can't be written, or the disk is too small.
+    """
+    with disk.named("look into it", place):
+        taken = os.path.lexists(place) and not _is_empty_folder(place)
+    if taken:
+        raise FolderError(f"{place}: is there already", "name a new folder, or remove it first")
+    with disk.named("ask for its disk's room", place.parent):
+        # The folders around the place may not be there yet: nothing is made before all is checked.
+        nearest = next(above for above in place.absolute().parents if above.exists())
+        free = shutil.disk_usage(nearest).free
+    if free < needs_bytes:
+        raise FolderError(f"{place}: needs {needs_bytes:,} bytes, the disk has {free:,} left")
+    with new_folder(place) as folder:
+        yield ModelFolder(folder)
+
+
+def _is_empty_folder(place: Path) -> bool:
+    # A rename would put the model over a link, not over the folder that the link leads to.
+    return not place.is_symlink() and place.is_dir() and not any(place.iterdir())
