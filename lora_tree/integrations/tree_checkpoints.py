@@ -21,10 +21,10 @@ from torch import nn
 from ..errors import DivergedError, SpecError
 from ..extras import need
 from ..model import TreeModel
-from ..training.diverged import Start
-from ..training.losses import ranks
 from ..runs.checkpoint_factors import load_factors, save_factors
 from ..runs.checkpoint_place import appearing, put_back, retire
+from ..training.diverged import Start
+from ..training.losses import ranks
 
 for _needed in ("transformers", "accelerate"):
     need(_needed, extra="train", what="TreeTrainer")
