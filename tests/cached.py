@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from oracle import NET, random_adapter
+from torch import Tensor
 
 import lora_tree as lt
 from lora_tree.cache.pack import buffer_of
@@ -17,22 +18,9 @@ RANKS = {"a": 1, "a/b": 3, "a/b/c": 2, "a/d": 1, "e": 2, "e/f": 1, "e/g": 4}
 BYTES = {path: 4 * rank * (5 + 6 + 6 + 4) for path, rank in RANKS.items()}
 
 
-def base() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
-
-
 def adapter(path: str, seed: int = 0) -> lt.Adapter:
-    draw, r = torch.Generator().manual_seed(1000 * seed + sorted(RANKS).index(path)), RANKS[path]
-    shapes = {"0": (6, 5), "2": (4, 6)}
-    return lt.Adapter(
-        {
-            name: lt.LowRank(
-                torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw), 0.5
-            )
-            for name, (out, into) in shapes.items()
-        }
-    )
+    drawn = 1000 * seed + sorted(RANKS).index(path)
+    return random_adapter(NET, drawn, r=RANKS[path], scale=0.5)
 
 
 def zoo(folder: Path) -> Path:
@@ -48,11 +36,6 @@ def weights(folder: Path, path: str) -> Path:
     return folder / path / "adapter_model.safetensors"
 
 
-def lineage(path: str) -> list[str]:
-    names = path.split("/") if path else []
-    return ["/".join(names[: i + 1]) for i in range(len(names))]
-
-
 def inputs() -> Tensor:
     return torch.randn(3, 5, generator=torch.Generator().manual_seed(7))
 
@@ -62,6 +45,11 @@ def cached(model: lt.TreeModel) -> set[str]:
     tree, tier = model.tree, model.cache._loader.tiers[-1]
     sources = {path: tree[path].source for path in tree.paths() if tree[path].source is not None}
     return {path for path, source in sources.items() if tier.find(source.key) is not None}
+
+
+def resident_bytes(model: lt.TreeModel) -> int:
+    """Return the bytes of the adapters that the host's tier holds."""
+    return sum(entry.nbytes for entry in model.cache._loader.tiers[0]._residents.values())
 
 
 class Evicted(list[Hashable]):

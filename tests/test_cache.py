@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached import BYTES, RANKS, adapter, base, cached, inputs, lineage, poison, weights, zoo
+from cached import BYTES, RANKS, adapter, cached, inputs, poison, weights, zoo
+from oracle import lineage
+from oracle import net as base
 from torch import Tensor, nn
 
 import lora_tree as lt

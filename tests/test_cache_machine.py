@@ -12,9 +12,11 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from cached import BYTES, RANKS, base, cached, inputs, lineage, poison, weights, zoo
+from cached import BYTES, RANKS, cached, inputs, poison, resident_bytes, weights, zoo
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from oracle import lineage
+from oracle import net as base
 
 import lora_tree as lt
 from lora_tree.cache import Frequency, Lru, shelf
@@ -207,9 +209,7 @@ class Caching(RuleBasedStateMachine):
     def the_books_balance(self) -> None:
         if hasattr(self, "model") and self.model.cache.wait(10):
             tier = self.model.cache.stats().tiers[0]
-            mine = sum(
-                entry.nbytes for entry in self.model.cache._loader.tiers[0]._residents.values()
-            )
+            mine = resident_bytes(self.model)
             assert mine >= sum(BYTES[node] for node in cached(self.model))
             assert tier.held_bytes == mine + tier.laid_out_bytes
             used = set(self.model.nodes_in_use()) - self.trained

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached import BYTES, RANKS, adapter, base, inputs, lineage, zoo
+from cached import BYTES, RANKS, adapter, inputs, resident_bytes, zoo
+from oracle import lineage
+from oracle import net as base
 from torch import Tensor
 
 import lora_tree as lt
@@ -105,9 +107,7 @@ def test_threads_that_request_prefetch_and_release(model: lt.TreeModel) -> None:
     assert tier.in_use_bytes == 0
     assert tier.failures
     assert tier.evictions
-    assert tier.held_bytes == tier.laid_out_bytes + sum(
-        entry.nbytes for entry in model.cache._loader.tiers[0]._residents.values()
-    )
+    assert tier.held_bytes == tier.laid_out_bytes + resident_bytes(model)
 
 
 def test_many_threads_that_need_one_node_read_it_once(

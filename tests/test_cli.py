@@ -18,6 +18,7 @@ import pytest
 import shell as processes
 import torch
 import transformers
+from oracle import random_adapter, shapes_of
 from shell import Shell, answer
 from zoo import listing
 
@@ -40,13 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter(base: Path, seed: int, r: int = 2) -> lt.Adapter:
-    model, draw, modules = bytelevel.open_base(base), torch.Generator().manual_seed(seed), {}
-    for name, module in model.named_modules():
-        if name.endswith(tuple(TARGETS)):
-            out, into = module.weight.shape
-            A, B = torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw)
-            modules[name] = lt.LowRank(A, B)
-    return lt.Adapter(modules)
+    return random_adapter(shapes_of(bytelevel.open_base(base), *TARGETS), seed, r=r)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHS, BLEND, BLENDED, PATHS, Arch, along, dense, run
+from oracle import low_rank
 from safetensors.torch import load_file, save_file
 from test_architectures import in_peft, with_quiet_peft
 from test_peft_format import CASES, IDS, Case, loaded_in_peft, saved
@@ -116,8 +117,7 @@ def test_what_peft_may_get_wrong_is_the_dense_sum(name: str, tmp_path: Path) -> 
 
 # ---------------------------------------------------------------------- small trees
 def value(out: int = 6, into: int = 4, r: int = 2, seed: int = 0, **more: Any) -> lt.LowRank:
-    g = torch.Generator().manual_seed(seed)
-    return lt.LowRank(torch.randn(r, into, generator=g), torch.randn(out, r, generator=g), **more)
+    return low_rank(out, into, r, seed=seed, **more)
 
 
 def stack(**modules: lt.LowRank) -> lt.AdapterTree:

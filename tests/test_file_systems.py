@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -48,19 +49,13 @@ BROKEN = errno.EIO
 
 
 def adapter(seed: int) -> lt.Adapter:
-    g = torch.Generator().manual_seed(seed)
-    return lt.Adapter(
-        {Q: lt.LowRank(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 0.5)}
-    )
+    return oracle.random_adapter({Q: (32, 32)}, seed, scale=0.5)
 
 
 def dense(*seeds: int) -> torch.Tensor:
     """ΔW of a lineage, in float64."""
-    factors = [adapter(seed).modules[Q] for seed in seeds]
-    return sum(
-        (f.B.double() @ f.A.double() * f.scale for f in factors),
-        torch.zeros(32, 32, dtype=torch.float64),
-    )
+    parts = [oracle.dense(adapter(seed).modules[Q]) for seed in seeds]
+    return torch.stack(parts).sum(0)
 
 
 def tree(*seeds: int) -> lt.AdapterTree:

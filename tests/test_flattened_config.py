@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from oracle import with_sum
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -83,12 +84,7 @@ def dense(tree: lt.AdapterTree, path: str) -> torch.Tensor:
     model = base()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for _, coefficient, adapter in tree.terms(path):
-            for name, value in adapter.modules.items():
-                delta = coefficient * value.scale * (value.B.double() @ value.A.double())
-                weight = model.get_submodule(name).weight
-                weight += delta.mT if value.layout.kind == "embedding" else delta
-        found: torch.Tensor = model(IDS).logits
+        found: torch.Tensor = with_sum(model, tree, path).float()(IDS).logits
     return found
 
 

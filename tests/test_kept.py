@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from oracle import random_adapter
 from torch import nn
 
 import lora_tree as lt
@@ -19,11 +21,7 @@ class Made:
     """Something that can be known to be alive."""
 
 
-def adapter(seed: int) -> lt.Adapter:
-    draw = torch.Generator().manual_seed(seed)
-    return lt.Adapter(
-        {"0": lt.LowRank(torch.randn(2, 4, generator=draw), torch.randn(3, 2, generator=draw))}
-    )
+adapter = partial(random_adapter, {"0": (3, 4)})
 
 
 def test_the_last_ones_stay_and_what_is_in_use_is_found_again() -> None:

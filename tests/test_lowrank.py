@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import dense
 from torch import Tensor
 
 import lora_tree as lt
@@ -19,14 +20,6 @@ from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.errors import ShapeMismatch, SpecError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def dense(x: lt.LowRank) -> Tensor:
-    """ΔW by a slow, obvious loop over rank."""
-    total = torch.zeros(x.shape, dtype=torch.float64)
-    for k in range(x.rank):
-        total += x.B[..., :, k : k + 1].double() * x.A[..., k : k + 1, :].double()
-    return total * x.scale
 
 
 @st.composite

@@ -11,33 +11,19 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from torch import Tensor, nn
+from oracle import NET, random_adapter
+from oracle import net as base
+from torch import Tensor
 
 import lora_tree as lt
 
-SHAPES = {"0": (6, 5), "2": (4, 6)}
 MODES = st.sampled_from(["merged", "unmerged"])
 
 
-def base(dtype: torch.dtype) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).to(dtype)
-
-
 def adapter(seed: int) -> lt.Adapter:
-    generator = torch.Generator().manual_seed(seed)
     sites = [["0"], ["2"], ["0", "2"]][seed % 3]
-    r, scale = seed % 4 + 1, (0.5, 2.0, 0.3)[seed % 3]
-    return lt.Adapter(
-        {
-            name: lt.LowRank(
-                torch.randn(r, SHAPES[name][1], generator=generator),
-                torch.randn(SHAPES[name][0], r, generator=generator),
-                scale,
-            )
-            for name in sites
-        }
-    )
+    scale = (0.5, 2.0, 0.3)[seed % 3]
+    return random_adapter({name: NET[name] for name in sites}, seed, r=seed % 4 + 1, scale=scale)
 
 
 Value = dict[str, tuple[Tensor, Tensor, float]]

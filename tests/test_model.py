@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import low_rank
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -47,14 +48,12 @@ PATHS = ["a", "a/b", "a/b/c", "a/b/d", "a/e", "f", "f/g", "f/g/h", "f/i", "j"]
 
 
 def adapter(rng: random.Random, *, sites: list[str] | None = None) -> lt.Adapter:
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    draw = torch.Generator().manual_seed(rng.randrange(2**31))
     modules = {}
     for name in sites or rng.sample(sorted(SITES), rng.randint(1, len(SITES))):
-        out, into = SITES[name]
-        r = rng.choice([1, 2, 4, 7])
+        r, scale = rng.choice([1, 2, 4, 7]), rng.choice([0.5, 2.0, 0.3, -1.7])
         layout = lt.Layout("embedding" if name == "embed" else "linear")
-        A, B = torch.randn(r, into, generator=generator), torch.randn(out, r, generator=generator)
-        modules[name] = lt.LowRank(A, B, rng.choice([0.5, 2.0, 0.3, -1.7]), None, layout)
+        modules[name] = low_rank(*SITES[name], r, seed=draw, scale=scale, layout=layout)
     return lt.Adapter(modules)
 
 

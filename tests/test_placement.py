@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from oracle import random_adapter
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -30,17 +32,7 @@ def base() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).requires_grad_(False)
 
 
-def adapter(seed: int) -> lt.Adapter:
-    draw = torch.Generator().manual_seed(seed)
-    pair = {"0": (6, 5), "2": (5, 4)}
-    return lt.Adapter(
-        {
-            name: lt.LowRank(
-                torch.randn(2, into, generator=draw), torch.randn(out, 2, generator=draw)
-            )
-            for name, (into, out) in pair.items()
-        }
-    )
+adapter = partial(random_adapter, {"0": (5, 6), "2": (4, 5)})
 
 
 def forest() -> lt.AdapterTree:

@@ -15,6 +15,7 @@ import torch
 import transformers as T
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import low_rank
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from shell import command
@@ -228,14 +229,21 @@ either_way = pytest.mark.parametrize(
 
 
 def adapter(shapes: Mapping[str, tuple[int, ...]], seed: int, r: int = 2) -> lt.Adapter:
-    g = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
     modules = {}
     for at, (name, (*batch, out, into)) in enumerate(sorted(shapes.items())):
         rank = r + at % 2  # ranks and scales differ from module to module
-        A = torch.randn(*batch, rank, into, generator=g, dtype=torch.float64)
-        B = torch.randn(*batch, out, rank, generator=g, dtype=torch.float64)
         layout = {"layout": PARAMETER} if batch else {}
-        modules[name] = lt.LowRank(A, B, 0.1 * (1 + at % 3), **layout)
+        modules[name] = low_rank(
+            out,
+            into,
+            rank,
+            seed=draw,
+            batch=tuple(batch),
+            dtype=torch.float64,
+            scale=0.1 * (1 + at % 3),
+            **layout,
+        )
     holders = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 3}
     return lt.Adapter(modules, nesting=dict.fromkeys(holders, ("gate_up_proj", "down_proj")))
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import summed as dense64
 from test_sites import DTYPES, EPS, KINDS, Base, Kind
 from torch import Tensor, nn
 
@@ -61,27 +62,6 @@ def tree_for(
             weight=weight,
         )
     return tree
-
-
-def dense64(
-    tree: lt.AdapterTree, blend: lt.Blend, name: str
-) -> tuple[Tensor | float, Tensor | float, int]:
-    """ΔW and Σ|s||B||A| of one path in float64, and Σr, by hand."""
-    delta: Tensor | float = 0.0
-    sizes: Tensor | float = 0.0
-    rank = 0
-    for entry, share in ({blend: 1.0} if isinstance(blend, str) else dict(blend)).items():
-        names = entry.split("/") if entry else []
-        for node in ("/".join(names[: i + 1]) for i in range(len(names))):
-            adapter = tree.adapter(node)
-            assert adapter is not None
-            if name in adapter.modules:
-                v = adapter.modules[name]
-                s = share * v.scale * tree[node].weight
-                delta = delta + s * (v.B.detach().double() @ v.A.detach().double())
-                sizes = sizes + abs(s) * (v.B.detach().double().abs() @ v.A.detach().double().abs())
-                rank += v.rank
-    return delta, sizes, rank
 
 
 def widened(kind: Kind, base: nn.Module, more: Tensor | float, *, magnitude: bool = False) -> Base:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import summed
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -175,18 +176,10 @@ def lineage(
 
 
 def dense64(tree: lt.AdapterTree, path: str, name: str) -> tuple[Tensor, Tensor, int]:
-    """ΔW and Σ|s||B||A| in float64, and Σr, by hand."""
-    total, sizes, rank = 0.0, 0.0, 0
-    for node in tree.lineage(path):
-        adapter = tree.adapter(node)
-        assert adapter is not None
-        v = adapter.modules[name]
-        s = v.scale * tree[node].weight
-        total = total + s * (v.B.double() @ v.A.double())
-        sizes = sizes + abs(s) * (v.B.double().abs() @ v.A.double().abs())
-        rank += v.rank
-    assert isinstance(total, Tensor) and isinstance(sizes, Tensor)  # noqa: PT018
-    return total, sizes, rank
+    """`summed`, of a module that every node of the path changes."""
+    delta, sizes, rank = summed(tree, path, name)
+    assert isinstance(delta, Tensor) and isinstance(sizes, Tensor)  # noqa: PT018
+    return delta, sizes, rank
 
 
 def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:

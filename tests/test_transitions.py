@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import NET, low_rank, net, with_sum
 from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.errors import StateError
 
 PACKAGE = str(Path(lt.__file__).parent)
-SHAPES = {"0": (6, 5), "2": (4, 6)}
 ROWS = 3
 
 
@@ -35,20 +35,13 @@ class Broken(BaseException):
 
 
 # ---------------------------------------------------------------------- a base, a tree, and dense weights
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
 
 
 def forest() -> lt.AdapterTree:
     draw = torch.Generator().manual_seed(1)
     tree = lt.AdapterTree()
     for path, names in (("a", ["0"]), ("a/b", ["0", "2"]), ("c", ["2"])):
-        modules = {}
-        for name in names:
-            out, into = SHAPES[name]
-            A, B = torch.randn(2, into, generator=draw), torch.randn(out, 2, generator=draw)
-            modules[name] = lt.LowRank(A, B, 0.5)
+        modules = {name: low_rank(*NET[name], seed=draw, scale=0.5) for name in names}
         tree.add(path, adapter=lt.Adapter(modules))
     return tree
 
@@ -59,15 +52,8 @@ def inputs() -> Tensor:
 
 def dense(tree: lt.AdapterTree, blend: lt.Blend, x: Tensor) -> Tensor:
     """The base's answer on x with the blend's increments added densely, in float64."""
-    base = net().double()
     with torch.no_grad():
-        for node, coefficient in tree.coefficients(blend).items():
-            adapter = tree.adapter(node)
-            assert adapter is not None
-            for name, value in adapter.modules.items():
-                delta = value.B.detach().double() @ value.A.detach().double() * value.scale
-                base.get_submodule(name).weight += coefficient * delta
-        answer: Tensor = base(x.double())
+        answer: Tensor = with_sum(net(), tree, blend)(x.double())
     return answer
 
 

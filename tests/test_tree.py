@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import random_adapter
 
 import lora_tree as lt
 from lora_tree.blend import spelled
@@ -32,18 +33,8 @@ from lora_tree.formats.peft_read import PICKLE
 
 
 def adapter(seed: int, **shapes: tuple[int, int]) -> lt.Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    rank = seed % 3 + 1
-    return lt.Adapter(
-        {
-            name.replace("_", "."): lt.LowRank(
-                torch.randn(rank, into, generator=generator),
-                torch.randn(out, rank, generator=generator),
-                0.5 + seed,
-            )
-            for name, (out, into) in shapes.items()
-        }
-    )
+    dotted = {name.replace("_", "."): shape for name, shape in shapes.items()}
+    return random_adapter(dotted, seed, r=seed % 3 + 1, scale=0.5 + seed)
 
 
 def family() -> lt.AdapterTree:

@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from oracle import with_sum as dense
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import adapter
@@ -99,17 +100,6 @@ def grown(dtype: torch.dtype = torch.float32) -> lt.AdapterTree:
             A, B = torch.randn(8, 16, generator=draw), torch.randn(16, 8, generator=draw)
             pairs[name] = lt.LowRank((A / 4).to(dtype), (B / 4).to(dtype))
         made.add(path, adapter=lt.Adapter(pairs))
-    return made
-
-
-def dense(base: Net, tree: lt.AdapterTree, path: str) -> Net:
-    """The base in float64, with the sum of a lineage's B·A in its weights."""
-    made = Net().double()
-    made.load_state_dict({name: value.double() for name, value in base.state_dict().items()})
-    for end in range(1, path.count("/") + 2) if path else ():
-        node = "/".join(path.split("/")[:end])
-        for name, value in tree.adapter(node).modules.items():  # type: ignore[union-attr]
-            made.get_submodule(name).weight.data += value.B.double() @ value.A.double()
     return made
 
 

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from front import LoRARequest, front_end
+from oracle import random_adapter
 from zoo import opened
 
 import lora_tree as lt
@@ -37,11 +39,7 @@ from lora_tree.integrations.vllm_settings import PluginSettings
 ROOM = (1 << 20) + 4096  # what one small adapter is counted as while room is made
 
 
-def adapter(seed: int, r: int = 2) -> lt.Adapter:
-    g = torch.Generator().manual_seed(seed)
-    return lt.Adapter(
-        {"up": lt.LowRank(torch.randn(r, 8, generator=g), torch.randn(6, r, generator=g))}
-    )
+adapter = partial(random_adapter, {"up": (6, 8)})
 
 
 @pytest.fixture

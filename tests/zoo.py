@@ -5,19 +5,14 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import torch
+from oracle import random_adapter
 
 import lora_tree as lt
 
 
 def adapter(seed: int) -> lt.Adapter:
     """A tiny adapter; another seed, another value, files of the same size."""
-    g = torch.Generator().manual_seed(seed)
-    pair = {
-        name: (torch.randn(2, 8, generator=g), torch.randn(8, 2, generator=g))
-        for name in ("q_proj", "v_proj")
-    }
-    return lt.Adapter({name: lt.LowRank(A, B) for name, (A, B) in pair.items()}, base="org/model")
+    return random_adapter({"q_proj": (8, 8), "v_proj": (8, 8)}, seed, base="org/model")
 
 
 def tree(*, weight: float = 0.8) -> lt.AdapterTree:
