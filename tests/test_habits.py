@@ -256,6 +256,42 @@ def test_a_base_is_opened_at_one_place() -> None:
             )
 
 
+# ---------------------------------------------------------------------- the design says what is
+DESIGN = ROOT / "docs" / "design.md"
+PROOF = re.compile(r"^\| (\d+) \| `(tests\w*/\w+\.py)` \| `(\w+)` \|$", re.MULTILINE)
+
+
+def defined(file: Path) -> set[str]:
+    """The functions, classes and variables at the top of a file."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_every_law_has_tests_and_they_exist() -> None:
+    page = DESIGN.read_text()
+    laws = re.findall(r"^(\d+)\. \*\*", page, re.MULTILINE)
+    proofs = PROOF.findall(page)
+    assert laws
+    assert {law for law, _, _ in proofs} == set(laws)
+    for law, file, name in proofs:
+        assert name in defined(ROOT / file), f"law {law}: {file} has no {name}"
+
+
+def test_every_file_that_the_design_names_exists() -> None:
+    page = DESIGN.read_text()
+    for name in re.findall(r"`((?:lora_tree|tests|tests_gpu)/[\w/]+\.py)`", page):
+        assert (ROOT / name).is_file(), name
+    for room, table in re.findall(r"^\| in `(\w+)/` \|.*\n((?:\|.*\n)+)", page, re.MULTILINE):
+        named = {PACKAGE / room / name for name in re.findall(r"`(\w+\.py)`", table)}
+        there = {file for file in (PACKAGE / room).glob("*.py") if file.name != "__init__.py"}
+        assert not named - there, f"not in {room}/: {sorted(file.name for file in named - there)}"
+
+
 # ---------------------------------------------------------------------- the docs run
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()
