@@ -1,6 +1,6 @@
 """The map: every name that ``lora_tree`` offers. It is read at the first use of one, see ``__init__.py``."""
 
-from .adapter import Adapter, combine
+from .adapter import Adapter
 from .algebra import (
     Deviation,
     Diff,
@@ -15,6 +15,7 @@ from .algebra import (
 )
 from .base_names import BaseWarning
 from .blend import Blend, parse_blend
+from .combining import combine
 from .export import (
     ENGINE_RANKS,
     MergedCheckpoint,

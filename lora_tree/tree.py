@@ -20,8 +20,9 @@ import networkx as nx
 import torch
 from torch import nn
 
-from .adapter import Adapter, combine
+from .adapter import Adapter
 from .blend import Blend, check_finite, depth_first, parse_blend, total
+from .combining import combine
 from .errors import BaseMismatch, LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .lowrank import LowRank
 from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec

@@ -19,7 +19,6 @@ from oracle import net as base
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.adapter import over
 from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
 from lora_tree.cache.link import Arrived
@@ -35,6 +34,7 @@ from lora_tree.errors import (
     UnlockedError,
 )
 from lora_tree.folder import source as source_room
+from lora_tree.overlay import over
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from oracle import random_adapter
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.adapter import combine, over
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import buffer_of
+from lora_tree.combining import combine
 from lora_tree.engine import batch as batch_module
 from lora_tree.engine import pristine as pristine_module
 from lora_tree.errors import BudgetError, SpecError
+from lora_tree.overlay import over
 from lora_tree.training.factors import Factors
 
 PATHS = ("a", "a/b", "a/c", "d")

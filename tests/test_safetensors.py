@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_tree.adapter import over
 from lora_tree.errors import FormatError
 from lora_tree.formats.safetensors import open_tensors, parse_header, read_tensors, render_tensors
+from lora_tree.overlay import over
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}

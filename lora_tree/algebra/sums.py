@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..adapter import Adapter, combine
+from ..adapter import Adapter
 from ..blend import Blend, depth_first
+from ..combining import combine
 from ..errors import BaseMismatch, listing
 from ..lowrank import LowRank
 from ..spelling import spelled_twice

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..adapter import Adapter, over
+from ..adapter import Adapter
+from ..overlay import over
 from .pack import buffer_of, tensors
 
 __all__ = ["Arrived", "CudaLink", "Link", "link_to"]

@@ -22,8 +22,9 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from ..adapter import Adapter, combine
+from ..adapter import Adapter
 from ..blend import Blend, spelled
+from ..combining import combine
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
 from ..given import check_rank
 from ..lowrank import LowRank, concat

@@ -25,9 +25,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, over
+from ..adapter import Adapter
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import LowRank
+from ..overlay import over
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_factors import FactorReader, Parts

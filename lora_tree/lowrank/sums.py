@@ -47,8 +47,7 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     for t in terms:
         # Folding may have widened a term, so the dtypes are compared after it.
         dtype = torch.promote_types(dtype, t.dtype)
-    biases = [t.bias.to(dtype) for t in terms if t.bias is not None]
-    bias = torch.stack(biases).sum(0) if biases else None
+    bias = _sum_of([t.bias.to(dtype) for t in terms if t.bias is not None])
     A = torch.cat([t.A.to(dtype) for t in terms], dim=-2)
     B = torch.cat([t.B.to(dtype) for t in terms], dim=-1)
     return LowRank(A, B, terms[0].scale, bias, first.layout)
@@ -84,8 +83,7 @@ def stacked(
 
     A = _side_by_side([folded(t.A, 1.0) for t in terms], -2, into)
     B = _side_by_side([folded(t.B, t.scale) for t in terms], -1, into)
-    biases = [folded(t.bias, t.scale) for t in terms if t.bias is not None]
-    bias = torch.stack(biases).sum(0) if biases else None
+    bias = _sum_of([folded(t.bias, t.scale) for t in terms if t.bias is not None])
     return LowRank(A, B, 1.0, bias, terms[0].layout)
 
 
@@ -134,6 +132,13 @@ def _check_one_device(terms: Sequence[LowRank]) -> None:
             f"the terms are on {' and '.join(sorted(devices))}: expected one device",
             "x.to(device=…) moves one",
         )
+
+
+def _sum_of(biases: Sequence[Tensor]) -> Tensor | None:
+    """Return the sum of the terms' biases; None if no term has one."""
+    if not biases:
+        return None
+    return torch.stack(list(biases)).sum(0)
 
 
 def _side_by_side(

@@ -79,7 +79,7 @@ class LowRank:
                 f"layout must be a Layout, got {self.layout!r:.80}",
                 "LINEAR, EMBEDDING and PARAMETER are the plain ones: layout=LINEAR",
             )
-        _check_shapes(self.A.shape, self.B.shape, None if self.bias is None else self.bias.shape)
+        _check_shapes(self.A.shape, self.B.shape, self.bias)
         _check_one_place(self.A, self.B, self.bias)
 
     # ------------------------------------------------------------------ what it is
@@ -97,7 +97,9 @@ class LowRank:
     def dtype(self) -> torch.dtype:
         """The wider of the factors' dtypes."""
         a, b = self.A.dtype, self.B.dtype
-        return a if a == b else torch.promote_types(a, b)
+        if a == b:  # nearly always, and cheaper than to ask torch
+            return a
+        return torch.promote_types(a, b)
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +109,9 @@ class LowRank:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """A, B and, if there is one, the bias."""
-        return (self.A, self.B) if self.bias is None else (self.A, self.B, self.bias)
+        if self.bias is None:
+            return (self.A, self.B)
+        return (self.A, self.B, self.bias)
 
     @property
     def numel(self) -> int:
@@ -331,7 +335,9 @@ class LowRank:
                 f"the factors of the nearest value of rank {value.rank} are too large for {narrow}"
             )
         error = cut.error(keep)
-        return Truncated(value, error, error / cut.norm if cut.norm else 0.0)
+        # `keep` is below the rank of the factors. ΔW itself may be of lower rank still, or zero.
+        relative_error = error / cut.norm if cut.norm else 0.0
+        return Truncated(value, error, relative_error)
 
     def _folded_bias(self) -> Tensor | None:
         return None if self.bias is None else _times(self.bias, self.scale)
@@ -369,7 +375,7 @@ def _check_tensors(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         raise SpecError(f"factors must be floating point, got a bias of {bias.dtype}")
 
 
-def _check_shapes(a: torch.Size, b: torch.Size, bias: torch.Size | None) -> None:
+def _check_shapes(a: torch.Size, b: torch.Size, bias: Tensor | None) -> None:
     is_product = len(a) >= 2 and len(a) == len(b) and a[-2] == b[-1]
     # Slices of a Size are slow, and nearly all factors have no batch.
     if not is_product or (len(a) > 2 and a[:-2] != b[:-2]):
@@ -386,8 +392,8 @@ def _check_shapes(a: torch.Size, b: torch.Size, bias: torch.Size | None) -> None
     if bias is None:
         return
     outputs = math.prod(b[:-1])  # batch · out
-    if bias != (outputs,):
-        raise ShapeMismatch(f"bias is {tuple(bias)}, expected ({outputs},)")
+    if bias.shape != (outputs,):
+        raise ShapeMismatch(f"bias is {tuple(bias.shape)}, expected ({outputs},)")
 
 
 def _check_one_place(A: Tensor, B: Tensor, bias: Tensor | None) -> None:

@@ -1,0 +1,183 @@
+"""The sum of several adapters as one; an error names the terms that do not add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .adapter import Adapter
+from .carried import is_same_tensor, widest
+from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
+from .lowrank import LowRank, concat, same_place
+
+__all__ = ["combine"]
+
+
+def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()) -> Adapter:
+    """Return Σ coefficient · adapter, module by module, as one adapter of rank Σr.
+
+    ``base`` comes from the first term that has one. ``config`` holds the fields on which all terms
+    that have a config
+    agree: a field that one term alone has is not true of the sum. Terms on several devices are
+        brought to the first
+    one's: a node that trains is where the base is, its parent where it was read to.
+
+    Args:
+        terms: each adapter with its coefficient.
+        names: the name of each term in an error, if they have names: the nodes of a tree.
+
+    Raises:
+        ShapeMismatch: two terms change one module in different shapes; names the terms and the
+            module.
+        BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
+        SpecError: a coefficient times a scale is not finite.
+
+    >>> import torch
+    >>> x = Adapter({"q": LowRank(torch.ones(1, 4), torch.ones(2, 1))})
+    >>> both = combine([(x, 1.0), (x, 0.5)])
+    >>> both.ranks, both.modules["q"].dense()[0, 0].item()
+    ({'q': 2}, 1.5)
+    """
+    terms = _pairs(terms)
+    # A file may leave open how a module's raw parameters are ordered. A term that knows it settles
+    # it for all.
+    certain: dict[str, tuple[str, ...]] = {}
+    for adapter, _ in terms:
+        for module, order in adapter.nesting.items():
+            if module not in adapter.assumed:
+                certain[module] = order
+    total = _Combination(names)
+    for at, (adapter, coefficient) in enumerate(terms):
+        total.add(at, adapter.renested(certain), coefficient)
+    return total.adapter()
+
+
+class _Combination:
+    """A sum of adapters that is being put together.
+
+    Beside everything that was taken stands the index of the term it came from, for an error that
+    names both terms.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._taken: list[Adapter] = []
+        self._parts: dict[str, dict[int, LowRank]] = {}
+        self._carried: dict[str, tuple[int, Tensor]] = {}
+        self._nesting: dict[str, tuple[int, tuple[str, ...]]] = {}
+
+    def add(self, at: int, adapter: Adapter, coefficient: float) -> None:
+        """Add a term; raises as `combine`."""
+        self._taken.append(adapter)
+        for name, value in adapter.modules.items():
+            self._add_module(at, name, value, coefficient)
+        for name, tensor in adapter.unchanged.items():
+            self._add_carried(at, name, tensor)
+        for module, order in adapter.nesting.items():
+            self._add_order(at, module, order)
+
+    def adapter(self) -> Adapter:
+        """Return the sum of the terms so far."""
+        modules: dict[str, LowRank] = {}
+        for name, values in self._parts.items():
+            with self._naming(name):
+                modules[name] = _sum(list(values.values()))
+        return Adapter(
+            modules,
+            base=next((term.base for term in self._taken if term.base), None),
+            config=_agreed([term.config for term in self._taken if term.config]),
+            unchanged={name: tensor for name, (_, tensor) in self._carried.items()},
+            nesting={module: order for module, (_, order) in self._nesting.items()},
+            assumed=frozenset().union(*(term.assumed for term in self._taken)),
+        )
+
+    def _add_module(self, at: int, name: str, value: LowRank, coefficient: float) -> None:
+        mine = self._parts.setdefault(name, {})
+        with self._naming(name, at):
+            mine[at] = value.scaled(coefficient)
+        first = next(iter(mine))
+        with self._naming(name, *sorted({first, at})):
+            same_place(mine[first], mine[at])
+
+    def _add_carried(self, at: int, name: str, tensor: Tensor) -> None:
+        before, known = self._carried.setdefault(name, (at, tensor))
+        if not is_same_tensor(known, tensor):
+            with self._naming(name, before, at):
+                raise BaseMismatch("two adapters carry different values of this base tensor")
+        # The wider of two roundings of one tensor says more about the base that is loaded later.
+        self._carried[name] = before, widest(known, tensor)
+
+    def _add_order(self, at: int, module: str, order: tuple[str, ...]) -> None:
+        before, known = self._nesting.get(module, (at, ()))
+        if not _is_one_order(known, order):
+            with self._naming(module, before, at):
+                raise ShapeMismatch(
+                    f"two adapters order its parameters differently: {known} and {order}"
+                )
+        if len(order) > len(known):
+            before, known = at, order
+        self._nesting[module] = before, known
+
+    @contextmanager
+    def _naming(self, module: str, *terms: int) -> Iterator[None]:
+        """Put the terms and the module that an error is about before its first line."""
+        try:
+            yield
+        except LoraTreeError as error:
+            where = module
+            if self._names and terms:
+                where = f"{' and '.join(self._names[at] for at in terms)}: {module}"
+            raise error.within(where) from error
+
+
+def _is_one_order(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Return whether the names that both have stand in one order."""
+    common = set(one) & set(other)
+    first = [name for name in one if name in common]
+    second = [name for name in other if name in common]
+    return first == second
+
+
+def _pairs(terms: object) -> list[tuple[Adapter, float]]:
+    """Return the terms as a list.
+
+    Raises:
+        SpecError: they are not pairs of an adapter and a number.
+    """
+    pairs: list[Any] = list(terms) if isinstance(terms, Iterable) else [terms]
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Adapter)):
+            raise SpecError(
+                f"combine takes (adapter, coefficient) pairs, got {terms!r:.80}",
+                "combine([(x, 1.0), (y, 0.5)])",
+            )
+    return pairs
+
+
+def _sum(values: list[LowRank]) -> LowRank:
+    """Return the sum of values, on the first one's device."""
+    return concat([value.to(device=values[0].device) for value in values])
+
+
+def _agreed(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields that all configs have with the same value."""
+    if not configs:
+        return {}
+    first, *others = configs
+    agreed = dict(first)
+    for other in others:
+        for key in list(agreed):
+            if key not in other or not _is_same_field(agreed[key], other[key]):
+                del agreed[key]
+    return agreed
+
+
+def _is_same_field(one: Any, other: Any) -> bool:
+    """Return whether two values of a config's field are one."""
+    if isinstance(one, list) and isinstance(other, list):
+        # PEFT writes sets of names as lists, in an order that changes from run to run.
+        return sorted(map(repr, one)) == sorted(map(repr, other))
+    return bool(one == other)
