@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -281,7 +281,7 @@ class Adapter:
     # ------------------------------------------------------------------ files
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
-        """Read a PEFT folder (``adapter_config.json`` and ``adapter_model.safetensors``).
+        """Read a PEFT folder, or one ``.safetensors`` file of kohya's or diffusers'; its keys say which.
 
         Raises:
             FormatError: the files are broken or incomplete; names the file and the key.
@@ -289,16 +289,27 @@ class Adapter:
         """
         return storage().read_adapter(as_path(folder))
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a PEFT folder. It appears whole or not at all.
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        form: Literal["peft", "kohya", "diffusers"] = "peft",
+    ) -> None:
+        """Write a PEFT folder, or a file of an image format; its bytes depend on the value alone.
 
-        The bytes of its files depend on the value alone.
+        It appears whole or not at all.
+
+        Args:
+            folder: the folder to write. The image formats write one file: its name ends in ``.safetensors``, or for
+                ``diffusers`` it is the folder in which ``load_lora_weights`` looks for one.
+            form: ``kohya`` and ``diffusers`` are for modules named by the component of a pipeline, ``unet.…``.
 
         Raises:
-            FormatError: PEFT has no way to write this value; names the module and the reason.
+            FormatError: the format has no way to write this value; names the module and the reason.
+            SpecError: there is no such format.
             FolderError: the folder can't be written.
         """
-        storage().write_adapter(self, as_path(folder))
+        storage().write_adapter(self, as_path(folder), form)
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ from .training.losses import ranks
 from .training.session import Training
 from .tree import AdapterTree
 
-__all__ = ["MergedWarning", "State", "TreeModel", "attach"]
+__all__ = ["MergedWarning", "State", "TreeModel", "attach", "attach_as"]
 
 
 def attach(
@@ -101,6 +101,33 @@ def attach(
     >>> model.active, model.state.value
     ('', 'bare')
     """
+    return attach_as(
+        TreeModel,
+        tree,
+        base,
+        pristine=pristine,
+        compute_dtype=compute_dtype,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        eviction=eviction,
+    )
+
+
+Made = TypeVar("Made", bound="TreeModel")
+
+
+def attach_as(
+    kind: type[Made],
+    tree: AdapterTree,
+    base: nn.Module,
+    *,
+    pristine: Place = "auto",
+    compute_dtype: torch.dtype | None = None,
+    host_budget: int | str | None = None,
+    device_budget: int | str | None = None,
+    eviction: Callable[[], Policy] = Frequency,
+) -> Made:
+    """Make a model of a given kind, as `attach` makes a `TreeModel`; the arguments are the same and checked here."""
     given: object = tree
     if not isinstance(given, AdapterTree):
         first = "the tree comes first: attach(tree, base)" if isinstance(given, nn.Module) else ""
@@ -120,7 +147,7 @@ def attach(
         )
     said = (tree.cache.host_budget, tree.cache.device_budget)
     budgets = Budgets.of(host_budget, device_budget, spec=said)
-    return TreeModel(
+    return kind(
         tree,
         base,
         pristine=pristine,
@@ -361,13 +388,7 @@ class TreeModel(nn.Module):
         with self._lock:
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
-            axis = BatchAxis(
-                len(batch),
-                repeat=repeat,
-                tile=tile,
-                batch_first=batch_first,
-                known=self._seen_sites,
-            )
+            axis = self._row_axis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first)
             self._usable()
             with self._stage.coming_back():
                 self._stage.become(
@@ -611,6 +632,12 @@ class TreeModel(nn.Module):
         )
 
     # ------------------------------------------------------------------ private
+    def _row_axis(self, rows: int, *, repeat: int, tile: int, batch_first: bool) -> BatchAxis:
+        """How the rows of a routed batch lie in what the base is given."""
+        return BatchAxis(
+            rows, repeat=repeat, tile=tile, batch_first=batch_first, known=self._seen_sites
+        )
+
     def _attached(self) -> None:
         if self._detached:
             raise StateError(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .assembly import Assembly, AssemblyNames
 from .errors import BaseMismatch, LoraTreeError
 from .lowrank import LINEAR, PARAMETER, LowRank, concat
 from .sites import ParameterSite, Site, find_site, is_there, takes_delta
@@ -57,6 +58,7 @@ class Renaming:
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
+        self._assembled = AssemblyNames(base) if isinstance(base, Assembly) else None
 
     def bound(self, adapter: Adapter) -> Adapter:
         """The adapter in the base's names; itself where it has them already.
@@ -69,6 +71,8 @@ class Renaming:
                 today; names the module.
             ShapeMismatch: two names become one, and their increments don't add up.
         """
+        if self._assembled is not None:
+            return self._assembled.bound(adapter)
         found = adapter
         if any(self._moves(adapter, name, value) for name, value in adapter.modules.items()) or any(
             not self._has_parameter(name) for name in adapter.unchanged

@@ -5,6 +5,8 @@
     layers.0.mlp.up_proj                            an adapter of the model without its head
     model.layers.0.block_sparse_moe.experts.3.w1    a Linear for each expert
     model.layers.0.mlp.experts.gate_up_proj         one parameter for all of them
+    unet.mid_block.attentions.0.proj_in             as the base has it
+    unet.mid_block_attentions_0_proj_in             with underscores for dots, as files of image makers have it
 
 A sum that holds a module twice, once under each name, is loaded by PEFT or transformers with one of the
 two missing. So such a sum is not made without a base: a base says which name counts.
@@ -19,6 +21,8 @@ __all__ = ["spelled_twice"]
 
 _MOVED = {"model", "language_model"}
 _RENAMED = {"block_sparse_moe": "mlp"}
+_FLAT = re.compile(r"[a-z_0-9]+\.[^.]*_[0-9]+(?:_[^.]*)?")
+"""A component, and a path in it that has the number of a block and no dot."""
 _OF_AN_EXPERT = re.compile(r"(?P<holder>.*\bexperts)\.[0-9]+\.[^.]+\Z")
 _OF_ALL_EXPERTS = re.compile(r"(?P<holder>.*\bexperts)\.[^.]+\Z")
 
@@ -37,12 +41,30 @@ def spelled_twice(
     >>> spelled_twice(["vision_tower.layers.0.q_proj", "model.language_model.layers.0.q_proj"])
     >>> spelled_twice(["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.experts.down_proj"])
     ('mlp.experts.0.up_proj', 'mlp.experts.down_proj')
+    >>> spelled_twice(["unet.mid.0.to_q", "unet.mid_0_to_q"])
+    ('unet.mid.0.to_q', 'unet.mid_0_to_q')
     """
+    names = sorted(names)
     known: dict[str, tuple[str, str]] = {}
-    for name in sorted(names):
+    for name in names:
         place, spelling = _place(name)
         other, spelled = known.setdefault(place, (name, spelling))
         if spelled != spelling and not (has(other) and has(name)):
+            return other, name
+    return _spelled_flat(names, has)
+
+
+def _spelled_flat(names: list[str], has: Callable[[str], bool]) -> tuple[str, str] | None:
+    """The first two names of which one is the other with underscores for dots."""
+    if not any(_FLAT.fullmatch(name) for name in names):
+        return None  # names with dots are never compared: a_b and a.b may well be two modules
+    known: dict[str, str] = {}
+    for name in names:
+        # CLIP's names began with text_model once, and those of files still do
+        flat = name.replace(".", "_").replace("_text_model_", "_")
+        other = known.setdefault(flat, name)
+        either = _FLAT.fullmatch(other) or _FLAT.fullmatch(name)
+        if other != name and either and not (has(other) and has(name)):
             return other, name
     return None
 

@@ -272,7 +272,8 @@ class AdapterTree:
 
         Args:
             path: its name; the node above must be there already.
-            adapter: an `Adapter`, or a PEFT folder, read when first needed.
+            adapter: an `Adapter`, or a PEFT folder, or a ``.safetensors`` file of kohya's or diffusers'; files are
+                read when first needed.
             weight: factor on its increments.
             group: the node has no adapter of its own, now or later.
             **lora: how to make a fresh adapter when the tree is attached (words of `LoraSpec`), over ``defaults``.
@@ -281,7 +282,7 @@ class AdapterTree:
             PathError: the name is not valid, or the node above is missing.
             TreeError: the node exists, or one that differs only by case does.
             SpecError: a value makes no sense, or ``adapter``, ``group`` and ``lora`` were mixed.
-            FormatError: the folder does not hold a whole adapter.
+            FormatError: the folder, or the file, does not hold a whole adapter.
 
         >>> tree = AdapterTree(defaults=dict(target_modules=["q_proj"]))
         >>> _ = tree.add("fr", r=16)                      # fresh: made when the tree is attached

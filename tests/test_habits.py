@@ -47,7 +47,7 @@ RINGS = {
         "algebra",
     ],
     "files": ["system", "formats", "folder"],
-    "binding": ["sites", "renaming", "engine", "training", "cache", "model", "fit"],
+    "binding": ["sites", "assembly", "renaming", "engine", "training", "cache", "model", "fit"],
     "edges": ["extras", "export", "runs", "integrations", "demo", "cli"],
 }
 SEES = {

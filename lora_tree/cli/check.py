@@ -12,12 +12,12 @@ from typing import Annotated
 import torch
 import typer
 
-from ..export.unloaded_base import skeleton as skeleton_of
 from ..fit import clashes, misfits
 from ..folder import StaleWarning, check, load, notes
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
 from .console import out, print_json
+from .open_base import skeleton_of
 
 __all__ = ["list_problems"]
 
@@ -37,7 +37,9 @@ def list_problems(
     dtype = torch.float32
     if base is not None:
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
-        named = getattr(skeleton.config, "dtype", None)  # what transformers loads it in
+        named = getattr(
+            getattr(skeleton, "config", None), "dtype", None
+        )  # what transformers loads it in
         dtype = named if isinstance(named, torch.dtype) else dtype
     found = check(folder, dtype=dtype)
     problems = [(problem.node, str(problem.kind), problem.text) for problem in found]

@@ -15,12 +15,12 @@ from ..adapter import Adapter
 from ..errors import SpecError
 from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
 from ..export.siblings import without_v
-from ..export.unloaded_base import skeleton
 from ..folder import load
 from ..storage import as_path
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder, SkipBroken, TrustRemoteCode
 from .console import out, print_json
+from .open_base import skeleton_of
 from .progress import Bar
 
 __all__ = ["export"]
@@ -39,6 +39,8 @@ class As(StrEnum):
 
     portable = "portable"
     peft = "peft"
+    kohya = "kohya"
+    diffusers = "diffusers"
     model = "model"
 
 
@@ -62,6 +64,7 @@ def export(
         typer.Option(
             "--as",
             help="portable: one rank, alpha = r, no patterns, for any engine. peft: ranks as they are. "
+            "kohya, diffusers: one .safetensors file for programs that make images. "
             "model: the base's checkpoint with the path merged into it.",
         ),
     ] = As.portable,
@@ -146,18 +149,20 @@ def export(
             "--with-code copies a base's code, and only --as model copies anything of a base"
         )
     rounded_to = DTYPES[dtype] if dtype else None
-    if kind is As.peft:
+    if kind is not As.portable:
         if path is None or ceil_rank or complete or shape:
             raise SpecError(
-                "--as peft writes one path with its ranks as they are", "leave --as peft out"
+                f"--as {kind} writes one path with its ranks as they are", f"leave --as {kind} out"
             )
-        what = "export --as peft --base"
+        what = f"export --as {kind} --base"
         model = (
-            None if base is None else skeleton(base, what=what, trust_remote_code=trust_remote_code)
+            None
+            if base is None
+            else skeleton_of(base, what=what, trust_remote_code=trust_remote_code)
         )
         flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
-        flat.save(to)
-        _tell_flat(path, to, flat, dtype, as_json=as_json)
+        flat.save(to, form=kind.value)  # type: ignore[arg-type]
+        _tell_flat(path, to, flat, kind, dtype, as_json=as_json)
         return
     form = {
         "rank": rank,
@@ -287,14 +292,16 @@ def _plain(one: Portable, where: str) -> dict[str, Any]:
     }
 
 
-def _tell_flat(path: str, to: str, flat: Adapter, dtype: Dtype | None, *, as_json: bool) -> None:
+def _tell_flat(
+    path: str, to: str, flat: Adapter, kind: As, dtype: Dtype | None, *, as_json: bool
+) -> None:
     ranks = sorted(set(flat.ranks.values()))
     if as_json:
         print_json(
             {
                 "path": path,
                 "out": to,
-                "as": As.peft,
+                "as": kind,
                 "modules": len(flat),
                 "ranks": ranks,
                 "parameters": flat.numel,

@@ -8,11 +8,23 @@ from typing import Any
 import torch
 
 from ..errors import SpecError
-from ..export.unloaded_base import class_of
+from ..export.unloaded_base import class_of, skeleton
 from ..extras import need, open_pretrained
+from ..integrations import diffusers as pipelines
 from ..tree import AdapterTree
 
-__all__ = ["open_model", "open_tokenizer"]
+__all__ = ["open_model", "open_tokenizer", "skeleton_of"]
+
+
+def skeleton_of(base: str, *, what: str, trust_remote_code: bool = False) -> Any:
+    """The shapes of a base, without memory: of a transformers model, or of a diffusers pipeline's folder.
+
+    Raises:
+        MissingExtra, SpecError: as `skeleton`.
+    """
+    if pipelines.is_pipeline(base):
+        return pipelines.skeleton(base)
+    return skeleton(base, what=what, trust_remote_code=trust_remote_code)
 
 
 def open_tokenizer(

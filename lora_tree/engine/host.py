@@ -8,11 +8,21 @@ import weakref
 
 from torch import nn
 
+from ..assembly import Assembly
 from ..callers import called_by
 from ..errors import LoraTreeWarning, SpecError, StateError
 from .unpromised import compiled_frames, is_compiled
 
-__all__ = ["Claim", "CompileWatch", "MergedWarning", "claim", "let_go", "unwrapped", "warn_on_save"]
+__all__ = [
+    "Claim",
+    "CompileWatch",
+    "MergedWarning",
+    "claim",
+    "let_go",
+    "saved_by_themselves",
+    "unwrapped",
+    "warn_on_save",
+]
 
 
 class MergedWarning(LoraTreeWarning):
@@ -123,6 +133,16 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
             raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
         compiled = compiled or is_compiled(module) or "_orig_mod" in module._modules
     return base, compiled
+
+
+def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
+    """The modules of a base whose own ``save_pretrained`` would write what is merged into them.
+
+    It is the base; of an assembly of several models, each of those.
+    """
+    if isinstance(base, Assembly):
+        return [part for part in base.children() if hasattr(part, "save_pretrained")]
+    return [base] if hasattr(base, "save_pretrained") else []
 
 
 def warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:

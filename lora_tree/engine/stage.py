@@ -23,7 +23,7 @@ from .behaviour import Behaviour, FactorParameters, LaidOut, Pins, Request, Side
 from .blocks import Blocks
 from .finite import check_beside
 from .fresh import settle_fresh
-from .host import Claim, CompileWatch, warn_on_save
+from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
 from .merged import Merged
 from .plan import EMPTY_PLAN, Binder, Plan
 from .routed import Router
@@ -65,7 +65,7 @@ class Stage:
         self._merged, self._router, self._binder = merged, router, binder
         self._manner, self._compiled = manner, compiled
         self._pin, self._factors = pin, factors
-        self._save_hook: RemovableHandle | None = None
+        self._save_hooks: list[RemovableHandle] = []
         self.blocks = Blocks()
         self.beside = beside
         self._closed = False
@@ -249,12 +249,12 @@ class Stage:
 
     def _warn_on_save(self, merged: bool) -> None:
         """``save_pretrained`` of a base with a path merged into it would write that path: warn while there is one."""
-        if merged and self._save_hook is None and hasattr(self._base, "save_pretrained"):
-            hook = self._base.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
-            self._save_hook = hook
-        elif not merged and self._save_hook is not None:
-            self._save_hook.remove()
-            self._save_hook = None
+        if merged and not self._save_hooks:
+            for module in saved_by_themselves(self._base):
+                hook = module.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
+                self._save_hooks.append(hook)
+        while self._save_hooks and not merged:
+            self._save_hooks.pop().remove()
 
     def _retire(self, behaviour: Behaviour) -> None:
         """Release the pins of a behaviour that is neither current nor remembered by a block."""

@@ -27,6 +27,7 @@ from ..errors import (
     UnlockedError,
     listing,
 )
+from ..formats.recognise import recognise
 from ..lowrank import LowRank
 from ..storage import install
 from ..tree import AdapterTree, Node
@@ -34,8 +35,10 @@ from .alone import finish_nodes, save_adapter
 from .bounds import no_folder, tree_above
 from .changes import Changes, NewFile
 from .commit import writing
+from .foreign import ForeignSource
 from .lockfile import dump
 from .memory import Seen, remember
+from .one_file import save_one_file
 from .opening import Opened, inspect, named_bases, place_of, unusable
 from .pending import leftovers
 from .problem import HARMLESS, Kind, Problem, raise_any
@@ -373,12 +376,21 @@ class _Edge:
     """What the values call for files; see `lora_tree.storage.Storage`."""
 
     def read_adapter(self, folder: Path) -> Adapter:
+        found = recognise(Path(os.path.abspath(folder)))
+        if found.file is not None:
+            return ForeignSource(found).load()
         return FolderSource(_adapter_folder(folder)).load()
 
-    def write_adapter(self, adapter: Adapter, folder: Path) -> None:
-        save_adapter(adapter, folder)
+    def write_adapter(self, adapter: Adapter, folder: Path, form: str) -> None:
+        if form == "peft":
+            save_adapter(adapter, folder)
+        else:
+            save_one_file(adapter, folder, form)
 
-    def source(self, folder: Path) -> FolderSource:
+    def source(self, folder: Path) -> FolderSource | ForeignSource:
+        found = recognise(Path(os.path.abspath(folder)))
+        if found.file is not None:
+            return ForeignSource(found)
         where = _adapter_folder(folder)
         files = look(where)
         if files.flaw is not None:

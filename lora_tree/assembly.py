@@ -1,0 +1,202 @@
+"""Assembly: several models as one base, for a tree whose nodes change more than one of them.
+
+    unet.down_blocks.0.attentions.0.….to_q          the module of a component
+    unet.down_blocks_0_attentions_0_…_to_q          the same, as a file names it that writes dots as underscores
+    down_blocks.0.attentions.0.….to_q               the same, of an adapter that was made for the component alone
+
+Underscores can't be turned back into dots by themselves. So each component's own names are written with underscores
+too, once, and a name is looked up among them.
+
+Law: a name that could be two modules' is refused, and one that is none's is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from torch import nn
+
+from .adapter import Adapter
+from .errors import BaseMismatch, LoraTreeError, StateError, listing, suggest
+from .lowrank import LINEAR, Layout, LowRank, concat
+from .sites import is_there
+
+__all__ = ["Assembly", "AssemblyNames", "Convert"]
+
+Convert = Callable[[str, LowRank], Mapping[str, LowRank]]
+"""A name that no component has, and its value → names as the components spell them; empty where it is unknown."""
+
+
+class Assembly(nn.Module):
+    """Models side by side, each called by its own owner; the assembly itself has no forward.
+
+    Args:
+        components: name → model; a name has no dots.
+        name_or_path: what the whole is called.
+        aliases: other words for components, which files use.
+        prefixes: component → what its modules' names began with once; files that are older still do.
+        convert: knows names of other programs; asked only for those that no component has.
+
+    >>> base = Assembly({"unet": nn.Sequential(nn.Linear(4, 4))})
+    >>> [name for name, _ in base.named_parameters()]
+    ['unet.0.weight', 'unet.0.bias']
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        *,
+        name_or_path: str = "",
+        aliases: Mapping[str, str] | None = None,
+        prefixes: Mapping[str, str] | None = None,
+        convert: Convert | None = None,
+    ) -> None:
+        super().__init__()
+        for name, component in components.items():
+            self.add_module(name, component)
+        self.name_or_path = name_or_path
+        self.aliases = dict(aliases or {})
+        self.prefixes = dict(prefixes or {})
+        self.convert = convert
+        self.training = any(component.training for component in components.values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to run: there is no order in which the components follow each other.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(
+            f"an assembly of {listing(self._modules)} has no forward of its own",
+            "call the pipeline, or a component",
+        )
+
+
+class AssemblyNames:
+    """How an assembly names the modules of an adapter.
+
+    Args:
+        base: the assembly.
+    """
+
+    def __init__(self, base: Assembly) -> None:
+        self._base = base
+        self._flat: dict[str, dict[str, list[str]]] = {}
+
+    def bound(self, adapter: Adapter) -> Adapter:
+        """The adapter in the assembly's names; itself where it has them already.
+
+        Raises:
+            BaseMismatch: a name could be two modules', or is none's; or another program's names can't be converted.
+            ShapeMismatch: two names become one, and their increments don't add up.
+        """
+        if all(self._fits(name, value) for name, value in adapter.modules.items()):
+            return adapter
+        parts: dict[str, list[LowRank]] = {}
+        sources: dict[str, list[str]] = {}
+        for name, value in adapter.modules.items():
+            for own, moved in self._placed(name, value).items():
+                parts.setdefault(own, []).append(self._as_module_has_it(own, moved))
+                sources.setdefault(own, []).append(name)
+        modules: dict[str, LowRank] = {}
+        errors: dict[str, float] = {}
+        rounded: set[str] = set()
+        for own, values in parts.items():
+            try:
+                modules[own] = concat(values)
+            except LoraTreeError as error:
+                raise error.within(f"{own} (from {listing(sources[own], most=2)})") from error
+            errors[own] = max(adapter.errors.get(name, 0.0) for name in sources[own])
+            if not adapter.rounded.isdisjoint(sources[own]):
+                rounded.add(own)
+        told = {own: error for own, error in errors.items() if error}
+        return replace(adapter, modules=modules, errors=told, rounded=frozenset(rounded))
+
+    def _placed(self, name: str, value: LowRank) -> Mapping[str, LowRank]:
+        """The modules of the base that a name stands for; several where other programs fuse what the base splits."""
+        own = self._own(name)
+        if own is not None:
+            return {own: value}
+        converted = self._base.convert(name, value) if self._base.convert is not None else {}
+        found: dict[str, LowRank] = {}
+        for other, moved in converted.items():
+            own = self._own(other)
+            if own is None:
+                raise self._unknown(other, f"{name}: ")
+            found[own] = moved
+        if not found:
+            raise self._unknown(name)
+        return found
+
+    def _own(self, name: str) -> str | None:
+        """The one module of the base that ``name`` stands for; None where there is none."""
+        if is_there(self._base, name):
+            return name
+        first, _, rest = name.partition(".")
+        component = self._base.aliases.get(first, first)
+        if component in self._base._modules and rest:
+            found = self._spelled(component, rest)
+        else:
+            # An adapter of one component alone has no prefix; the component that has such a module takes it.
+            found = [own for each in self._base._modules for own in self._spelled(each, name)]
+        if len(found) > 1:
+            raise BaseMismatch(
+                f"{name}: could be {listing(found)}: it is spelled so that this base can't tell them apart",
+                "rename the module in the file, with the dots of the module's own name",
+            )
+        return found[0] if found else None
+
+    def _spelled(self, component: str, path: str) -> Sequence[str]:
+        """The modules of a component whose path reads like ``path`` with underscores for dots."""
+        table = self._flat.get(component)
+        if table is None:
+            prefix = self._base.prefixes.get(component, "")
+            table = _flattened(self._base.get_submodule(component), prefix)
+            self._flat[component] = table
+        return [f"{component}.{own}" for own in table.get(path.replace(".", "_"), ())]
+
+    def _fits(self, name: str, value: LowRank) -> bool:
+        """Whether the base has the module, and a factor of its own layout."""
+        return is_there(self._base, name) and self._as_module_has_it(name, value) is value
+
+    def _as_module_has_it(self, name: str, value: LowRank) -> LowRank:
+        """The value, where programs take a Linear for a convolution of kernel 1, or the other way round."""
+        holder, _, leaf = name.rpartition(".")
+        module: Any = self._base.get_submodule(holder)._modules.get(leaf)
+        kernel = value.layout.kernel
+        if isinstance(module, nn.Linear) and kernel and set(kernel) == {1}:
+            return replace(value, layout=LINEAR)
+        is_conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        if is_conv and value.layout == LINEAR and set(module.kernel_size) == {1}:
+            return replace(value, layout=Layout("conv", tuple(module.kernel_size)))
+        return value
+
+    def _unknown(self, name: str, where: str = "") -> BaseMismatch:
+        """The error for a name that is no module's."""
+        first, _, rest = name.partition(".")
+        component = self._base.aliases.get(first, first)
+        if component not in self._base._modules:
+            return BaseMismatch(
+                f"{where}{name}: this base has no component {first!r}; it has {listing(self._base._modules)}"
+            )
+        names = [own for own, _ in self._base.get_submodule(component).named_modules() if own]
+        flat = {own.replace(".", "_"): own for own in names}
+        near = suggest(rest.replace(".", "_"), flat, prefix="; the nearest is ")
+        return BaseMismatch(
+            f"{where}{name}: no module of this base's {component} has that name, dots or underscores{near}",
+            "was the file made for another architecture?",
+        )
+
+
+def _flattened(component: nn.Module, prefix: str) -> dict[str, list[str]]:
+    """A component's module names with underscores for dots, with the former prefix and without → the names."""
+    found: dict[str, list[str]] = {}
+    for name, module in component.named_modules():
+        if not name or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        spellings = [name, f"{prefix}.{name}"] if prefix else [name]
+        for spelling in spellings:
+            found.setdefault(spelling.replace(".", "_"), []).append(name)
+    return found

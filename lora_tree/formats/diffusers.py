@@ -1,0 +1,174 @@
+"""diffusers' files of LoRA factors: ``pytorch_lora_weights.safetensors``, in and out.
+
+    unet.down_blocks.0.….to_q.lora_A.weight                    written since 0.22; lora_B.bias with lora_bias
+    unet.down_blocks.0.….proj_in.lora.down.weight              before that, also ….lora_linear_layer.down.weight
+    down_blocks.0.….attn1.processor.to_q_lora.down.weight      before 0.17, of the UNet alone
+    unet.down_blocks.0.….to_q.alpha                            an alpha beside the factors
+
+    metadata  lora_adapter_metadata: {"unet.r": 4, "unet.lora_alpha": 8, "unet.rank_pattern": {…}, …}
+
+The scale is alpha / r where an alpha stands beside the factors, else as the metadata say (one PEFT config for each
+component), else 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import FormatError, LoraTreeError, UnsupportedAdapter, listing
+from ..lowrank import LowRank
+from . import safetensors, strict_json
+from .pairs import ModuleTensors, as_lowrank, down_and_up
+from .peft_config import PeftConfig, parse_config
+
+__all__ = ["METADATA", "read", "render"]
+
+METADATA = "lora_adapter_metadata"
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_[23])?\Z")
+_ENDS = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_B.bias": "bias",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".alpha": "alpha",
+}
+_OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA rescales the whole weight, which is no sum of W and B·A",
+    "dora_scale": "DoRA rescales the whole weight, which is no sum of W and B·A",
+}
+# A block's number stands between dots in every name, so without dots the underscores stand for them.
+_NUMBERED = re.compile(r"_[0-9]+(?:_|\Z)")
+# the projections of an attention, as the attention processors of old files call them
+_OF_AN_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> Adapter:
+    """Read a file's tensors as an adapter.
+
+    Args:
+        tensors: key → tensor.
+        metadata: of the file.
+        where: names the file in errors.
+
+    Raises:
+        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names the key.
+        UnsupportedAdapter: a kind that does not add up to W + B·A.
+    """
+    configs = _configs(metadata, where)
+    groups: dict[str, dict[str, Tensor]] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for key in sorted(tensors):
+        module, part = _split(key, where)
+        earlier = keys.setdefault((module, part), key)
+        if earlier != key:
+            raise FormatError(f"{where}: {earlier[:200]} and {key[:200]} are the same factor")
+        groups.setdefault(module, {})[part] = tensors[key]
+    modules: dict[str, LowRank] = {}
+    for module, parts in groups.items():
+        component, _, path = module.partition(".")
+        config = configs.get(component)
+        scale = None
+        if config is not None and "alpha" not in parts:
+            scale = config.scale(path)
+        found = ModuleTensors(module, f"{where}: {module}", parts)
+        modules[module] = as_lowrank(found, scale=scale)
+    return Adapter(modules)
+
+
+def _split(key: str, where: str) -> tuple[str, str]:
+    """A key → (component and module, part)."""
+    for word, reason in _OTHER_KINDS.items():
+        if word in key:
+            raise UnsupportedAdapter(f"{where}: {key[:200]}: {reason}")
+    end = next((end for end in _ENDS if key.endswith(end)), None)
+    if end is None or len(key) > 1000:
+        raise FormatError(
+            f"{where}: unexpected key {key[:200]!r}, expected it to end in one of {listing(_ENDS)}"
+        )
+    path = key.removesuffix(end)
+    first, _, rest = path.partition(".")
+    if _COMPONENT.match(first) is None or not rest:
+        first, rest = "unet", path  # before components had prefixes there was the UNet alone
+    if end.startswith("_lora"):
+        rest = _of_a_processor(rest, encoder=first.startswith("text_encoder"))
+    if "" in rest.split("."):
+        raise FormatError(f"{where}: {key[:200]!r} names no module")
+    return f"{first}.{rest}", _ENDS[end]
+
+
+def _of_a_processor(path: str, *, encoder: bool) -> str:
+    """The module that an attention processor's factors belong to."""
+    above, _, leaf = path.replace(".processor.", ".").rpartition(".")
+    if encoder:
+        leaf = _OF_AN_ENCODER.get(leaf, leaf)
+    elif leaf == "to_out":
+        leaf = "to_out.0"  # a list of the projection and a dropout
+    return f"{above}.{leaf}" if above else leaf
+
+
+def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
+    """Component → the PEFT config that the metadata hold for it."""
+    said = metadata.get(METADATA)
+    if said is None:
+        return {}
+    fields: dict[str, dict[str, object]] = {}
+    named = f"{where}: {METADATA}"
+    for key, value in strict_json.loads(said.encode("utf-8", "surrogatepass"), named).items():
+        component, _, field = key.partition(".")
+        if _COMPONENT.match(component) is None:
+            raise FormatError(f"{named}: {key[:80]!r} begins with no component of a pipeline")
+        fields.setdefault(component, {})[field] = value
+    configs = {}
+    for component, own in fields.items():
+        own["peft_type"] = "LORA"
+        configs[component] = parse_config(json.dumps(own).encode(), f"{named}: {component}")
+    return configs
+
+
+def render(adapter: Adapter) -> bytes:
+    """The bytes of a file that holds the adapter, its scales folded into the factors.
+
+    Without an alpha every reader takes the scale to be 1, old versions of diffusers and other programs too; metadata
+    would be passed over by those.
+
+    Raises:
+        FormatError: a module has no key in this format.
+    """
+    if not adapter.modules:
+        raise FormatError("an adapter without modules can't be written")
+    tensors: dict[str, Tensor] = {}
+    for module, value in adapter.modules.items():
+        component, _, path = module.partition(".")
+        if _COMPONENT.match(component) is None or not path:
+            raise FormatError(
+                f"{module}: {component!r} is no component of a diffusers pipeline",
+                "names begin with unet., transformer., text_encoder., … as they do in a tree that is attached to one",
+            )
+        if "." not in path and _NUMBERED.search(path):
+            raise FormatError(
+                f"{module}: it has underscores for dots, as kohya's files do, and diffusers' keys have dots",
+                "flatten it with the pipeline that says which module is meant: tree.flatten(path, base=model.base)",
+            )
+        folded = value.folded()
+        if folded.bias is not None:
+            raise FormatError(f"{module}: it adds a bias, which diffusers does not load")
+        try:
+            A, B = down_and_up(folded)
+        except LoraTreeError as error:
+            raise error.within(module) from error
+        # diffusers asks for the text_model that CLIP had before transformers 5, and drops it where it is gone
+        if component.startswith("text_encoder") and path.startswith("encoder.layers."):
+            path = f"text_model.{path}"
+        tensors[f"{component}.{path}.lora_A.weight"] = A
+        tensors[f"{component}.{path}.lora_B.weight"] = B
+    return safetensors.render_tensors(tensors, {"format": "pt"})

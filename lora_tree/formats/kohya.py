@@ -1,0 +1,173 @@
+"""kohya's single ``.safetensors`` file, which most trainers of image models write, in and out.
+
+    lora_unet_mid_block_attentions_0_proj_in.lora_down.weight      unet.mid_block_attentions_0_proj_in
+    └ component └ module path, dots as underscores                 └ component and the rest, as `Adapter` has it
+
+    lora_unet → unet        lora_te, lora_te1 → text_encoder        lora_te2 → text_encoder_2        lora_te3 → …_3
+
+The underscores can't be turned back into dots without the model: ``to_q`` has one of its own. So the adapter keeps the
+name as it stands, and the base says which of its modules is meant when the adapter is bound to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import FormatError, LoraTreeError, UnsupportedAdapter, listing
+from ..lowrank import LowRank
+from . import safetensors
+from .pairs import ModuleTensors, as_lowrank, down_and_up
+
+__all__ = ["keys_of", "read", "render"]
+
+_KEY = re.compile(r"(?P<module>lora_(?P<word>unet|te[123]?)_(?P<rest>[^.]+))\.(?P<part>.+)\Z")
+_COMPONENT = {
+    "unet": "unet",
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}
+_PARTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+}
+_OTHER_KINDS = {
+    "dora_scale": "DoRA rescales the whole weight, which is no sum of W and B·A",
+    "oft_blocks": "OFT rotates the weight, which is no sum of W and B·A",
+    "oft_diag": "OFT rotates the weight, which is no sum of W and B·A",
+    "on_input": "IA³ scales inputs or outputs, which is no sum of W and B·A",
+    "diff": "a full difference of the weight has no low rank of its own",
+    "diff_b": "a full difference of a bias has no low rank of its own",
+    "hada_w": "LoHa's factors are read in PEFT's and LyCORIS' names only where that kind is known",
+    "lokr_w": "LoKr's factors are read in PEFT's and LyCORIS' names only where that kind is known",
+}
+
+
+def read(tensors: Mapping[str, Tensor], where: str) -> Adapter:
+    """Read a file's tensors as an adapter.
+
+    Args:
+        tensors: key → tensor.
+        where: names the file in errors.
+
+    Raises:
+        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names the key.
+        UnsupportedAdapter: a kind that does not add up to W + B·A.
+    """
+    words: dict[str, str] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
+    named: dict[str, str] = {}
+    for key in sorted(tensors):
+        matched = _KEY.match(key) if len(key) <= 1000 else None
+        if matched is None:
+            raise FormatError(
+                f"{where}: unexpected key {key[:200]!r}, expected lora_unet_<module>.lora_down.weight"
+            )
+        part = _part(matched["part"], key, where)
+        component = _COMPONENT[matched["word"]]
+        # lora_te and lora_te1 are one encoder; a file with both would say its modules twice
+        word = words.setdefault(component, matched["word"])
+        if word != matched["word"]:
+            raise FormatError(f"{where}: keys of both lora_{word}_ and lora_{matched['word']}_")
+        module = f"{component}.{matched['rest']}"
+        groups.setdefault(module, {})[part] = tensors[key]
+        named[module] = f"{where}: {matched['module']}"
+    modules: dict[str, LowRank] = {}
+    for module, parts in groups.items():
+        modules[module] = as_lowrank(ModuleTensors(module, named[module], parts))
+    return Adapter(modules)
+
+
+def _part(part: str, key: str, where: str) -> str:
+    """The part of a pair that a key's end stands for."""
+    found = _PARTS.get(part)
+    if found is not None:
+        return found
+    for word, reason in _OTHER_KINDS.items():
+        if (
+            part == word
+            or (word.endswith("_w") and part.startswith(word))
+            or word in part.split(".")
+        ):
+            raise UnsupportedAdapter(f"{where}: {key[:200]}: {reason}")
+    raise FormatError(
+        f"{where}: unexpected key {key[:200]!r}, expected it to end in one of {listing(_PARTS)}"
+    )
+
+
+def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[str, Tensor]:
+    """The three tensors of one module, by key: down, up and alpha.
+
+    Args:
+        module: component and path.
+        only_encoder: no other text encoder has factors, so its word is ``lora_te``.
+
+    Raises:
+        FormatError: the format has no word for the component, or no way to hold the value.
+    """
+    component, _, rest = module.partition(".")
+    words = {name: word for word, name in _COMPONENT.items()}  # the last of two: lora_te1
+    word = words.get(component)
+    if word is None or not rest:
+        raise FormatError(
+            f"{module}: kohya's keys have words for {listing(sorted(words))}, not for {component!r}",
+            "--as diffusers writes the components of every pipeline",
+        )
+    if word == "te1" and only_encoder:
+        word = "te"
+    if value.bias is not None:
+        raise FormatError(f"{module}: it adds a bias, which no key of kohya's format holds")
+    try:
+        A, B = down_and_up(value)
+    except LoraTreeError as error:
+        raise error.within(module) from error
+    name = f"lora_{word}_{_clip(component, rest).replace('.', '_')}"
+    alpha = torch.tensor(value.scale * value.rank, dtype=torch.float32)
+    return {
+        f"{name}.lora_down.weight": A,
+        f"{name}.lora_up.weight": B,
+        f"{name}.alpha": alpha,
+    }
+
+
+def render(adapter: Adapter) -> bytes:
+    """The bytes of a file that holds the adapter.
+
+    Raises:
+        FormatError: a module has no key in this format; or two would have the same.
+    """
+    if not adapter.modules:
+        raise FormatError("an adapter without modules can't be written")
+    encoders = {name.partition(".")[0] for name in adapter.modules}
+    only_encoder = not encoders & {"text_encoder_2", "text_encoder_3"}
+    tensors: dict[str, Tensor] = {}
+    whose: dict[str, str] = {}
+    for module, value in adapter.modules.items():
+        value = value if _is_alpha(value) else value.folded()
+        for key, tensor in keys_of(module, value, only_encoder=only_encoder).items():
+            if key in tensors:
+                raise FormatError(f"{module} and {whose[key]} would have the same key, {key}")
+            tensors[key], whose[key] = tensor, module
+    return safetensors.render_tensors(tensors, {"format": "pt"})
+
+
+def _is_alpha(value: LowRank) -> bool:
+    """Whether alpha / r gives the scale back, bit for bit, from the fp32 in which alpha is written."""
+    alpha = torch.tensor(value.scale * value.rank, dtype=torch.float32)
+    return float(alpha) / value.rank == value.scale
+
+
+def _clip(component: str, rest: str) -> str:
+    """A CLIP module's path with the ``text_model`` that it had before transformers 5, as every reader knows it."""
+    is_clip = component.startswith("text_encoder") and rest.startswith(
+        ("encoder.layers.", "encoder_layers_")
+    )
+    return f"text_model.{rest}" if is_clip else rest

@@ -1,0 +1,134 @@
+"""Recognise the format of an adapter's files, by a sign that can be named.
+
+    a folder with adapter_config.json            PEFT          adapter_model.safetensors holds its factors
+    a folder with pytorch_lora_weights only      by its keys   as diffusers' save_lora_weights leaves it
+    a .safetensors file                          by its keys   lora_unet_…, lora_te1_…       kohya, LyCORIS
+                                                               unet.….lora_A.weight          diffusers
+                                                               base_model.model.…            PEFT, without its config
+
+Law: nothing is tried out. A folder is recognised by the names in it, a file by the keys in its header; the reader of
+that format then refuses every key that is not its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import FormatError, UnsupportedAdapter, listing
+from ..system.reading import is_file, is_folder
+from .peft_keys import CONFIG, PREFIX, WEIGHTS
+from .safetensors import open_tensors, parse_header
+
+__all__ = ["DIFFUSERS_WEIGHTS", "FileKind", "Recognised", "kind_of_keys", "recognise"]
+
+FileKind = Literal["peft", "kohya", "diffusers"]
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_EXPECTED = (
+    f"an adapter is a folder that holds {CONFIG} and {WEIGHTS}, or one .safetensors file "
+    "with kohya's keys (lora_unet_…) or diffusers' (unet.….lora_A.weight)"
+)
+_COMPONENTS = r"(?:unet|transformer|text_encoder)(?:_[23])?"
+_SIGNS: tuple[tuple[FileKind, re.Pattern[str], str], ...] = (
+    ("peft", re.compile(re.escape(PREFIX)), "its keys begin with base_model.model."),
+    ("kohya", re.compile(r"lora_(?:unet|te[123]?)_"), "its keys begin with lora_unet_ or lora_te_"),
+    (
+        "diffusers",
+        re.compile(
+            rf"{_COMPONENTS}\..*\.(?:lora_[AB]|lora\.(?:down|up)|lora_linear_layer\.|alpha)"
+            r"|.*_lora\.(?:down|up)\.weight"
+        ),
+        "its keys begin with a component of a diffusers pipeline",
+    ),
+)
+"""The first format whose pattern matches the beginning of a key; no two patterns match the same key."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A recognised adapter.
+
+    Args:
+        kind: of its files.
+        sign: what it was recognised by, for messages.
+        file: the one file with its factors; None for a PEFT folder, which `lora_tree.folder` reads.
+    """
+
+    kind: FileKind
+    sign: str
+    file: Path | None = None
+
+
+def recognise(path: Path) -> Recognised:
+    """Say what lies at ``path``. Of a file no more than the header is read.
+
+    A name that can only be meant as a PEFT folder is told as one, also where nothing is there: the reader of that
+    format says what it lacks.
+
+    Raises:
+        FormatError: a file of no known format; names some of its keys.
+        UnsupportedAdapter: a pickle.
+    """
+    if is_folder(path):
+        is_peft = is_file(path / CONFIG) or is_file(path / WEIGHTS)
+        if is_peft or not is_file(path / DIFFUSERS_WEIGHTS):
+            return Recognised("peft", f"a folder with {CONFIG} and {WEIGHTS}")
+        return _file(path / DIFFUSERS_WEIGHTS)
+    if path.suffix in _PICKLES and is_file(path):
+        raise UnsupportedAdapter(
+            f"{path}: {path.suffix} files are pickles, which can run code when they are opened",
+            "convert it where you trust it, and save it as .safetensors",
+        )
+    if path.name == WEIGHTS or path.suffix != ".safetensors" or not is_file(path):
+        return Recognised("peft", "an adapter is a folder unless it is a .safetensors file")
+    return _file(path)
+
+
+def _file(path: Path) -> Recognised:
+    """Say what a single file is, by the keys of its header."""
+    where = str(path)
+    try:
+        with open_tensors(path, where) as reading:
+            header = parse_header(reading.head, reading.nbytes, where)
+        kind, sign = kind_of_keys(header.tensors, where)
+        if kind == "peft":
+            raise FormatError(
+                f"{where}: {sign}: the factors of a PEFT adapter, without the config that says their scales"
+            )
+    except FormatError as error:
+        raise type(error)(error.what, *error.todo, _EXPECTED) from error
+    return Recognised(kind, sign, path)
+
+
+def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
+    """The format of a single file, and the sign, from the keys of its header.
+
+    Raises:
+        FormatError: the keys are of no known format, or of two; names some of them.
+
+    >>> kind_of_keys(["lora_unet_mid_block_attentions_0_proj_in.alpha"], "style.safetensors")
+    ('kohya', 'its keys begin with lora_unet_ or lora_te_')
+    """
+    found: dict[FileKind, str] = {}
+    unknown = []
+    for key in sorted(keys):
+        hit = next((sign for sign in _SIGNS if sign[1].match(key[:500])), None)
+        if hit is None:
+            unknown.append(key[:200])
+        else:
+            found.setdefault(hit[0], hit[2])
+    if len(found) > 1:
+        raise FormatError(
+            f"{where}: its keys are of {' and '.join(sorted(found))} at once, expected one format"
+        )
+    if not found:
+        raise FormatError(
+            f"{where}: no adapter of a known format: its keys are {listing(unknown, most=3) or 'none'}"
+        )
+    ((kind, sign),) = found.items()
+    return kind, sign

@@ -1,0 +1,53 @@
+"""An adapter in one ``.safetensors`` file: recognised by its keys, and read by the one format that has such keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..overlay import over
+from ..storage import Allocate
+from ..system.reading import Inside
+from . import diffusers, kohya
+from .recognise import Recognised
+from .safetensors import open_tensors, parse_header
+
+__all__ = ["read_single"]
+
+
+def read_single(
+    found: Recognised,
+    *,
+    outline: bool = False,
+    allocate: Allocate | None = None,
+    inside: Inside | None = None,
+) -> Adapter:
+    """Read a single file of an image format; the factors are copies in memory, in the dtypes of the file.
+
+    Args:
+        found: what `recognise` said of the file.
+        outline: the factors have shapes and dtypes, and no numbers (the meta device). The file is read all the same:
+            its scales lie among the tensors.
+        allocate: makes the one buffer in which they lie; None: ordinary memory.
+        inside: where the file may lie, all links followed; None: anywhere.
+
+    Raises:
+        FormatError: the file is broken, or has keys of another format; names the file and the key.
+        UnsupportedAdapter: an adapter of a kind that does not add up.
+    """
+    assert found.file is not None
+    file, where = found.file, str(found.file)
+    # read under inference_mode, it may be trained on top of later
+    with open_tensors(file, where, inside=inside) as reading, torch.inference_mode(False):
+        header = parse_header(reading.head, reading.nbytes, where)
+        there = over(reading.numbers(header, allocate))
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in header.tensors.items():
+            tensors[name] = there(tensor).contiguous()
+        adapter = (
+            kohya.read(tensors, where)
+            if found.kind == "kohya"
+            else diffusers.read(tensors, header.metadata, where)
+        )
+    return adapter.with_tensors(lambda tensor: tensor.to("meta")) if outline else adapter
