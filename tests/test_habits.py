@@ -1,13 +1,10 @@
-"""The habits that no linter knows: imports point inward, the map is complete, the docs run, data is never code."""
+"""The habits that no linter knows: imports point inward, the map is complete, data is never code, laws have tests."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import doctest
 import importlib
 import importlib.metadata
-import io
 import re
 import subprocess
 import sys
@@ -292,89 +289,3 @@ def test_every_file_that_the_design_names_exists() -> None:
         named = {PACKAGE / room / name for name in re.findall(r"`(\w+\.py)`", table)}
         there = {file for file in (PACKAGE / room).glob("*.py") if file.name != "__init__.py"}
         assert not named - there, f"not in {room}/: {sorted(file.name for file in named - there)}"
-
-
-# ---------------------------------------------------------------------- the docs run
-PAGES = [
-    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()
-]
-# ```python blocks; and <!-- python … --> for what a page needs first but a reader does not
-BLOCK = re.compile(r"^```python\n(.*?)^```$|^<!-- python\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
-
-
-def blocks(page: str) -> Iterator[tuple[int, str]]:
-    """(line, code) of every snippet of a page, in order."""
-    for match in BLOCK.finditer(page):
-        code = match[1] if match[1] is not None else match[2]
-        yield page.count("\n", 0, match.start()) + 2, code
-
-
-def run(code: str, name: str, line: int, namespace: dict[str, object]) -> None:
-    """Run one snippet as a reader would: plain code, or a session with ``>>>`` whose answers are compared."""
-    if ">>> " not in code:
-        exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
-        return
-    session = doctest.DocTestParser().get_doctest(code, namespace, name, name, line - 1)
-    report = io.StringIO()
-    with contextlib.redirect_stdout(report):
-        failed = (
-            doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-            .run(session, clear_globs=False)
-            .failed
-        )
-    namespace.update(session.globs)
-    assert not failed, report.getvalue()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_snippets_of_a_page_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__snippet__"}
-    for line, code in blocks(page.read_text()):
-        run(code, str(page), line, namespace)
-
-
-# What is longer than this does not fit beside code in an editor, or in a diff.
-MOST_COLUMNS = 120
-LINK = re.compile(r"\]\(([^)\s]+)\)")
-FENCED = re.compile(r"^```.*?^```$|^<!--.*?-->$", re.DOTALL | re.MULTILINE)
-TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
-
-
-def anchors(page: Path) -> set[str]:
-    """The names by which links reach a page's headings, made as GitHub makes them."""
-    text = FENCED.sub("", page.read_text())
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    for link in LINK.findall(FENCED.sub("", page.read_text())):
-        if link.startswith(("https://", "http://")):
-            continue
-        name, _, anchor = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
-        assert target.exists(), f"{page.name}: no file {link}"
-        if anchor:
-            assert anchor in anchors(target), f"{page.name}: {target.name} has no heading {anchor}"
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_prose_of_a_page_fits_beside_code(page: Path) -> None:
-    """Headings of benchmarks are printed by a command, and the rows of a table can't be broken."""
-    prose = FENCED.sub("", page.read_text()).splitlines()
-    lines = [line for line in prose if not line.startswith(("|", "#"))]
-    assert not [line for line in lines if len(line) > MOST_COLUMNS]
-
-
-def test_the_harness_itself_notices(tmp_path: Path) -> None:
-    page = "# A page\n<!-- python\nx = 1\n-->\n```python\nassert x == 1\ny = 2\n```\n```python\n>>> x + y\n3\n```\n"
-    namespace: dict[str, object] = {}
-    for line, code in blocks(page):
-        run(code, "page", line, namespace)
-    assert [line for line, _ in blocks(page)] == [3, 6, 10]
-    with pytest.raises(AssertionError, match=r"(?s)Expected:.*4.*Got:.*3"):
-        run(">>> x + y\n4\n", "page", 1, namespace)
