@@ -1,0 +1,18 @@
+"""Patterns on module names that came with a download, matched within a bounded amount of work.
+
+A file may hold thousands of patterns, a base thousands of names, and one pattern may make ``re``
+run for years. So every step of every match is paid for out of a `MatchingBudget`: one for all
+patterns of an adapter, one for all of a tree.
+
+    parse.py             a pattern → instructions; refuses what bounded matching can't do
+    match.py             NamePattern: the instructions, run over a name
+    tables.py            ByPattern, Patterns: many patterns on many names
+    matching_budget.py   MatchingBudget
+"""
+
+from .match import NamePattern
+from .matching_budget import MatchingBudget
+from .parse import check_pattern
+from .tables import ByPattern, Patterns
+
+__all__ = ["ByPattern", "MatchingBudget", "NamePattern", "Patterns", "check_pattern"]
