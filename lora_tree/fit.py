@@ -51,7 +51,8 @@ def _misfits(
         if adapter is not None:
             adapter = renaming.bound(adapter)
         elif node.fresh is not None:
-            for name in target_names(base, node.fresh.over(tree.defaults), patterns):
+            spec = tree.defaults.complete(node.fresh, path)
+            for name in target_names(base, spec, patterns):
                 yield from _unfit(base, name)
     except LoraTreeError as error:
         yield error

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from .budget import parse_bytes
@@ -41,7 +42,9 @@ __all__ = [
     "LoraSpec",
     "NodeSpec",
     "StrictModel",
+    "TreeDefaults",
     "TreeSpec",
+    "at_depth",
     "check_format",
     "check_name",
     "check_path",
@@ -63,6 +66,9 @@ _WORDS = {
     "modules": "target_modules",
     "path": "adapter",
 }
+
+T = TypeVar("T")
+SpecT = TypeVar("SpecT", bound="LoraSpec")
 
 Loc: TypeAlias = tuple[str | int, ...]
 """The way to a place in nested data: keys and indices."""
@@ -101,6 +107,7 @@ Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_end_of_name)]
 Size = Annotated[int | str, AfterValidator(_size)]
 
@@ -181,6 +188,49 @@ class LoraSpec(StrictModel):
         return bool(self.target_modules or self.target_parameters)
 
 
+class TreeDefaults(LoraSpec):
+    """What holds for the nodes of a tree that do not say otherwise.
+
+    >>> defaults = TreeDefaults(rank_by_depth=[48, 8, 2])
+    >>> [defaults.complete(LoraSpec(), path).r for path in ("all", "all/fr", "all/fr/legal", "all/fr/legal/x")]
+    [48, 8, 2, 2]
+    """
+
+    rank_by_depth: Annotated[list[Rank], Field(min_length=1)] | None = Field(
+        default=None,
+        description="rank at depth 0, 1, …, the last one below that too; lora_alpha is then twice the rank",
+    )
+    decay_by_depth: Annotated[list[Decay], Field(min_length=1)] | None = Field(
+        default=None,
+        description="weight decay of AdamW at depth 0, 1, …, likewise, where nodes are trained",
+    )
+
+    @model_validator(mode="after")
+    def _one_rank(self) -> TreeDefaults:
+        # One lora_alpha over different ranks would give each depth another scale.
+        if self.rank_by_depth and not (self.r is None and self.lora_alpha is None):
+            raise ValueError("says rank_by_depth, so r and lora_alpha belong to single nodes")
+        return self
+
+    def complete(self, fresh: LoraSpec, path: str) -> LoraSpec:
+        """Return the spec of a fresh node at ``path``, with what it leaves open as these say."""
+        made = fresh.over(self)
+        if self.rank_by_depth is None:
+            return made
+        rank = made.r or at_depth(self.rank_by_depth, path)
+        alpha = made.lora_alpha or 2.0 * rank
+        return made.model_copy(update={"r": rank, "lora_alpha": alpha})
+
+
+def at_depth(values: Sequence[T], path: str) -> T:
+    """Return the value that holds at a node's depth: the first for nodes at the top, the last one also below it.
+
+    >>> at_depth([0, 1, 3], "fr/legal")
+    1
+    """
+    return values[min(path.count("/"), len(values) - 1)]
+
+
 class NodeSpec(LoraSpec):
     """One node: its weight, where its adapter lives, or how a fresh one is made, and its children."""
 
@@ -214,8 +264,8 @@ class TreeSpec(StrictModel):
     base: str | None = Field(
         default=None, description="the base model: a hub id, or a folder relative to tree.yaml"
     )
-    defaults: LoraSpec = Field(
-        default_factory=LoraSpec, description="for fresh adapters that do not say otherwise"
+    defaults: TreeDefaults = Field(
+        default_factory=TreeDefaults, description="for fresh adapters that do not say otherwise"
     )
     cache: CacheSpec = Field(
         default_factory=CacheSpec, description="budgets, where the caller does not give others"
@@ -300,25 +350,34 @@ def check_format(data: object, where: str, reads: int = FORMAT) -> None:
 
 
 def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
-    """A `LoraSpec` from what a caller wrote in Python.
+    """Return the `LoraSpec` that a caller wrote in Python.
 
     Raises:
         SpecError: an unknown word, or a value of the wrong kind; with the nearest known word.
     """
-    if isinstance(source, LoraSpec):
+    return _written(LoraSpec, source, where)
+
+
+def tree_defaults(source: LoraSpec | dict[str, Any] | None) -> TreeDefaults:
+    """Return the `TreeDefaults` that a caller wrote in Python; raises like `lora_spec`."""
+    if isinstance(source, LoraSpec) and not isinstance(source, TreeDefaults):
+        source = source.model_dump(exclude_none=True)
+    return _written(TreeDefaults, source, "defaults")
+
+
+def _written(kind: type[SpecT], source: Any, where: str) -> SpecT:
+    if isinstance(source, kind):
         return source
-    given: object = {} if source is None else source
+    given = {} if source is None else source
     if not isinstance(given, Mapping):
         raise SpecError(
             f"{where}: expected a mapping like dict(r=16, lora_alpha=32), got {given!r:.80}"
         )
     data = dict(given)
     try:
-        return LoraSpec.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise SpecError(
-            *(f"{where}: {text}" for _, text in explain(error, data, LoraSpec))
-        ) from error
+        raise SpecError(*(f"{where}: {text}" for _, text in explain(error, data, kind))) from error
 
 
 def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:

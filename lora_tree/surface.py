@@ -30,6 +30,7 @@ from .folder import Problem, SkippedWarning, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .spec import LoraSpec
+from .training.levels import weight_decays
 from .training.losses import PathLoss, path_loss, token_counts
 from .training.sampling import PathSampler
 from .tree import AdapterTree, Node
@@ -81,4 +82,5 @@ __all__ = [
     "portable",
     "similar",
     "token_counts",
+    "weight_decays",
 ]

@@ -25,7 +25,7 @@ from .blend import Blend, check_finite, depth_first, parse_blend, total
 from .combining import combine
 from .errors import BaseMismatch, LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .lowrank import LowRank
-from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec
+from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec, tree_defaults
 from .spelling import spelled_twice
 from .storage import Source, as_path, names_of, storage
 
@@ -99,7 +99,7 @@ class AdapterTree:
         defaults: LoraSpec | dict[str, Any] | None = None,
     ) -> None:
         self.base = _base_name(base)
-        self.defaults = lora_spec(defaults, "defaults")
+        self.defaults = tree_defaults(defaults)
         self.cache = CacheSpec()
         self.home: Path | None = None
         self._keepers: list[weakref.ref[Keeper]] = []

@@ -159,6 +159,7 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
         model,
         args,
         groups=groups,
+        loss="paths",
         train_dataset=in_order,
         eval_dataset=joint.rows(["a", "d", "a"], 8),
     )
@@ -173,7 +174,7 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
     base = joint.base()
     again = lt.attach(joint.tree(base), base)
     resumed = TreeTrainer(
-        again, args, groups=joint.groups(again, *TRAINING), train_dataset=in_order
+        again, args, loss="paths", groups=joint.groups(again, *TRAINING), train_dataset=in_order
     )
     resumed.train(resume_from_checkpoint=str(folder / "run/checkpoint-2"))
     one, other = joint.factors(model.tree), joint.factors(again.tree)
@@ -189,7 +190,7 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
         )
         args = joint.arguments(folder / "drawn", **more)
         data: dict[str, Any] = dict(train_dataset=in_order, temperature=2.0)
-        TreeTrainer(again, args, groups=joint.groups(again, *TRAINING), **data).train(
+        TreeTrainer(again, args, loss="paths", groups=joint.groups(again, *TRAINING), **data).train(
             resume_from_checkpoint=str(folder / "drawn" / start) if start else None
         )
         drawn[start] = joint.factors(again.tree)
@@ -227,7 +228,12 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
     )
     data = dict(train_dataset=in_order, eval_dataset=evaluated["eval_dataset"])
     made = TreeTrainer(
-        model, args, groups=joint.groups(model, *TRAINING), **data, save_to=folder / "zoo"
+        model,
+        args,
+        loss="paths",
+        groups=joint.groups(model, *TRAINING),
+        **data,
+        save_to=folder / "zoo",
     )
     made.train()
     with model.gathered() as tree:

@@ -45,7 +45,11 @@ def run(
     groups = joint.groups(model, *training)
     rows = joint.rows(MIXED) if rows is None else rows
     made = TreeTrainer(
-        model, joint.arguments(folder, **args), groups=groups, train_dataset=rows, **(more or {})
+        model,
+        joint.arguments(folder, **args),
+        groups=groups,
+        train_dataset=rows,
+        **{"loss": "paths", **(more or {})},
     )
     return made, model
 

@@ -36,6 +36,14 @@ class Schedule(StrEnum):
     constant = "constant"
 
 
+class Over(StrEnum):
+    """What the loss is a mean over."""
+
+    auto = "auto"
+    rows = "rows"
+    paths = "paths"
+
+
 def train(
     folder: Folder,
     nodes: Nodes = None,
@@ -58,7 +66,23 @@ def train(
     weight: Annotated[
         list[str] | None, typer.Option(help="A path's in the loss: fr=2.", metavar="PATH=NUMBER")
     ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
+    loss: Annotated[
+        Over,
+        typer.Option(
+            help="rows: every token weighs alike; paths: each path as if it trained alone; "
+            "auto: rows where several levels train."
+        ),
+    ] = Over.auto,
+    weight_decay: Annotated[
+        float | None, typer.Option(min=0, help="Of every node; by depth without it.")
+    ] = None,
+    decay_by_depth: Annotated[
+        str | None,
+        typer.Option(help="Weight decay at depth 0, 1, …: 0,1,3.", metavar="NUMBERS"),
+    ] = None,
+    decay_of: Annotated[
+        list[str] | None, typer.Option(help="One node's own: fr=0.", metavar="NODE=NUMBER")
+    ] = None,
     clip_norm: Annotated[
         float, typer.Option(min=0, help="Of each node's gradients; 0: not at all.")
     ] = 1.0,
@@ -83,7 +107,10 @@ def train(
         accumulate=accumulate,
         lr=lr,
         lr_of=_numbers(lr_of, "--lr-of"),
+        loss=loss.value,
         weight_decay=weight_decay,
+        decay_by_depth=_by_depth(decay_by_depth),
+        decay_of=_numbers(decay_of, "--decay-of"),
         clip_norm=clip_norm or None,
         dropout=dropout,
         warm_up=warm_up,
@@ -202,6 +229,17 @@ def _numbers(pairs: list[str] | None, option: str) -> dict[str, float]:
         if not equals:
             raise SpecError(f"{option} {pair}: expected a path and a number, like fr/legal=0.5")
     return found
+
+
+def _by_depth(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise SpecError(
+            f"--decay-by-depth {text}: expected numbers with commas between, like 0,1,3"
+        ) from None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def settle_fresh(tree: AdapterTree, base: nn.Module, paths: Iterable[str]) -> No
             continue
         try:
             with torch.inference_mode(False):  # the factors may train later
-                spec = fresh.over(tree.defaults)
+                spec = tree.defaults.complete(fresh, path)
                 made[path] = fresh_adapter(base, spec, base_name=tree.base, patterns=patterns)
         except LoraTreeError as error:
             raise error.within(path) from error

@@ -31,6 +31,7 @@ from ..errors import MissingExtra, SpecError, listing
 from ..model import TreeModel
 from ..training.diverged import BASE_LABEL, check_finite_step
 from ..training.every_rank import joined
+from ..training.levels import Over, over_of, weight_decays
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
@@ -61,6 +62,10 @@ class TreeTrainer(TreeCheckpoints):
             wanted; for what a group does not say, ``args`` count. None: ``args`` count for every
             node.
         path_weights: path → its weight in the loss; 1 where it is not named.
+        loss: "rows": the mean over all tokens; "paths": the sum of each path's own mean; "auto":
+            rows where several levels of the tree train, else paths.
+        decay_by_depth: weight decay at depth 0, 1, …, the last one also below, for groups that say
+            nothing. None: ``args.weight_decay``; where that is 0, see `lora_tree.weight_decays`.
         temperature: draw rows path by path with it, as `PathSampler` does; None: as the Trainer
             draws them.
         path_column: where a row of the data says its path, ``""`` for the bare base.
@@ -85,6 +90,8 @@ class TreeTrainer(TreeCheckpoints):
         *,
         groups: Sequence[Mapping[str, Any]] | None = None,
         path_weights: Mapping[str, float] | None = None,
+        loss: Over = "auto",
+        decay_by_depth: Sequence[float] | None = None,
         temperature: float | None = None,
         path_column: str = "path",
         save_to: str | os.PathLike[str] | None = None,
@@ -97,6 +104,8 @@ class TreeTrainer(TreeCheckpoints):
         for path in path_weights or ():
             self.tree_model.tree.coefficients(path)
         self.path_weights = {spelled(path): weight for path, weight in (path_weights or {}).items()}
+        self._over = over_of(loss, [str(group["name"]) for group in self._groups])
+        self._decay_by_depth = decay_by_depth
         refuse_arguments(args, trainer)
         check_asked(self.tree_model, args)
         if self.tree_model.factors.sharded:
@@ -198,10 +207,7 @@ class TreeTrainer(TreeCheckpoints):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """Return Σ over paths of weight · mean over the path's own tokens.
-
-        While training, the mean is over the tokens of the whole step.
-        """
+        """Return the loss of a micro-batch; while training, as its part of the whole step's."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -227,7 +233,15 @@ class TreeTrainer(TreeCheckpoints):
             # `path_loss` refuses the weight of a path that has no row in the step.
             weights = {path: weight for path, weight in weights.items() if path in counts}
         shift = not self._whole_rows
-        parts = path_loss(logits, labels, self._paths, counts=counts, weights=weights, shift=shift)
+        parts = path_loss(
+            logits,
+            labels,
+            self._paths,
+            counts=counts,
+            weights=weights,
+            over=self._over,
+            shift=shift,
+        )
         self._means.add(parts.by_path)
         loss: Tensor = parts.total
         if not loss.requires_grad:
@@ -261,14 +275,29 @@ class TreeTrainer(TreeCheckpoints):
                 raise SpecError(
                     f"{made}: an optimiser that makes its own groups does not train node by node"
                 )
-            shared: dict[str, Any] = {"weight_decay": self.args.weight_decay}
+            shared: dict[str, Any] = {}
             if self.args.max_grad_norm:
                 shared["clip_norm"] = self.args.max_grad_norm
-            self.optimizer = made([{**shared, **group} for group in self._groups], **options)
+            decays = self._decays()
+            groups = []
+            for group in self._groups:
+                decay = decays[str(group["name"])]
+                groups.append({**shared, "weight_decay": decay, **group})
+            self.optimizer = made(groups, **options)
         # Accelerate wraps an optimiser. The steps are seen at the one inside.
         self.tree_model.follow(getattr(self.optimizer, "optimizer", self.optimizer))
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
+
+    def _decays(self) -> dict[str, float]:
+        """Return every node's weight decay, where its group says nothing."""
+        by_depth = self._decay_by_depth
+        if by_depth is None and self.args.weight_decay:
+            by_depth = [self.args.weight_decay]
+        rates = {}
+        for group in self._groups:
+            rates[str(group["name"])] = float(group.get("lr", self.args.learning_rate))
+        return weight_decays(self.tree_model.tree, list(rates), rates, by_depth=by_depth)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Switch off DDP's search for unused parameters, which walks the graph at every step.

@@ -19,7 +19,7 @@ one step; `resume.py` writes and reads a checkpoint's numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..model import TreeModel
 from ..storage import as_path
 from ..system.reading import is_file
 from ..training.diverged import Start
+from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
 from .checkpoint_factors import save_factors
@@ -125,10 +126,11 @@ class Run:
             refuse_other(before, self._about)
         groups = model.trainable(*self.nodes, dropout=settings.dropout)
         self._rates = {path: settings.lr_of.get(path, settings.lr) for path in self.nodes}
-        options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
-        self.optimizer = torch.optim.AdamW(
-            [{**group, **options} for group in groups], lr=settings.lr
-        )
+        decays = _decays(settings, tree, self._rates)
+        for group in groups:
+            group["weight_decay"] = decays[group["name"]]
+            group["clip_norm"] = settings.clip_norm
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
         model.follow(self.optimizer)
         # Before a checkpoint is loaded: the forecast tells of the tree as the user knows it.
         self.trained: list[NodeForecast] = what_trains(tree, self.nodes, self.rows)
@@ -290,11 +292,18 @@ def _refuse_encoder(model: TreeModel) -> None:
 
 def _check_names(settings: Settings, nodes: Sequence[str], tree: AdapterTree) -> None:
     """Refuse a rate of a node that does not train, and a weight of a path that is not there."""
-    known = {"lr_of": set(nodes), "weights": {"", *tree}}
+    known = {"lr_of": set(nodes), "decay_of": set(nodes), "weights": {"", *tree}}
     for what, names in known.items():
         for path in getattr(settings, what):
             if path not in names:
                 raise SpecError(f"{what} names {path!r}; what trains: {listing(nodes)}")
+
+
+def _decays(settings: Settings, tree: AdapterTree, rates: Mapping[str, float]) -> dict[str, float]:
+    by_depth = settings.decay_by_depth
+    if settings.weight_decay is not None:
+        by_depth = [settings.weight_decay]
+    return weight_decays(tree, list(rates), rates, by_depth=by_depth, of_node=settings.decay_of)
 
 
 def _through(rows: Sequence[Row], nodes: Sequence[str], tree: AdapterTree) -> list[Row]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..errors import SpecError
+from ..training.levels import Over
 
 __all__ = ["Settings"]
 
+LOSSES = ("auto", "rows", "paths")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -24,7 +26,11 @@ class Settings:
         accumulate: micro-batches in a step.
         lr: learning rate at its height.
         lr_of: node → its own learning rate, where it has one.
-        weight_decay: of AdamW.
+        loss: what it is a mean over: ``rows``, every token alike; ``paths``, each path's own tokens;
+            ``auto``: rows where several levels of the tree train, else paths.
+        weight_decay: of AdamW, for every node; None: by depth, see `lora_tree.weight_decays`.
+        decay_by_depth: the decay at depth 0, 1, …, the last one also below; None: as the tree says.
+        decay_of: node → its own decay, where it has one.
         clip_norm: to which each node's gradients are clipped, by itself; None: not at all.
         dropout: the part of a site's input that nodes in training do not see.
         warm_up: steps in which the rate rises.
@@ -45,7 +51,10 @@ class Settings:
     accumulate: int = 1
     lr: float = 2e-4
     lr_of: Mapping[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.0
+    loss: Over = "auto"
+    weight_decay: float | None = None
+    decay_by_depth: Sequence[float] | None = None
+    decay_of: Mapping[str, float] = field(default_factory=dict)
     clip_norm: float | None = 1.0
     dropout: float = 0.0
     warm_up: int = 0
@@ -66,7 +75,17 @@ class Settings:
         _check("lr", self.lr, _is_positive, "a positive number")
         for node, rate in self.lr_of.items():
             _check(f"lr of {node}", rate, _is_positive, "a positive number")
-        _check("weight_decay", self.weight_decay, _is_at_least_0, "0 or more")
+        _check("loss", self.loss, lambda v: v in LOSSES, "auto, rows or paths")
+        if self.weight_decay is not None:
+            _check("weight_decay", self.weight_decay, _is_at_least_0, "0 or more")
+            if self.decay_by_depth is not None:
+                raise SpecError(
+                    "weight_decay and decay_by_depth both say how nodes decay", "give one"
+                )
+        for decay in self.decay_by_depth or ():
+            _check("a decay by depth", decay, _is_at_least_0, "0 or more")
+        for node, decay in self.decay_of.items():
+            _check(f"decay of {node}", decay, _is_at_least_0, "0 or more")
         if self.clip_norm is not None:
             _check("clip_norm", self.clip_norm, _is_positive, "a positive number")
         _check("dropout", self.dropout, lambda v: 0 <= v < 1, "from 0 to below 1")
@@ -103,7 +122,11 @@ class Settings:
         made: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            made[f.name] = dict(sorted(value.items())) if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):
+                value = dict(sorted(value.items()))
+            elif isinstance(value, tuple):
+                value = list(value)
+            made[f.name] = value
         if math.isinf(self.temperature):
             made["temperature"] = "inf"  # JSON has no infinity
         return made

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..model import TreeModel
 from ..training.diverged import check_finite_step
+from ..training.levels import over_of
 from ..training.losses import path_loss, token_counts
 from .rows import Row, padded
 from .settings import Settings
@@ -69,6 +70,7 @@ def take_step(
     # micro-batch: how the rows fall into micro-batches changes nothing.
     counts = token_counts(model.tree, [(batch["labels"], paths) for batch, paths in batches])
     weights = {path: weight for path, weight in settings.weights.items() if path in counts}
+    over = over_of(settings.loss, rates)
     # Set at each step from its number, not by a scheduler: a scheduler has state of its own, which
     # a checkpoint would have to keep.
     for group in optimizer.param_groups:
@@ -82,7 +84,7 @@ def take_step(
             labels = batch.pop("labels")
             with model.route(paths):
                 logits: Tensor = model(**batch).logits
-                loss = path_loss(logits, labels, paths, counts=counts, weights=weights)
+                loss = path_loss(logits, labels, paths, counts=counts, weights=weights, over=over)
                 # The route stays open for backward: checkpointed layers run forward again in it.
                 torch.autograd.backward(loss.total)
             for path, part in loss.by_path.items():

@@ -1,16 +1,20 @@
-"""Losses path by path, so that leaves trained together get the gradients that they would get alone.
+"""The loss of rows that go by different paths: each path's own mean, or the mean over all tokens.
 
-    loss = Σ_p weight_p · ( Σ of p's own tokens' −log p(token) ) / tokens_p
+    over="paths"    loss = Σ_p weight_p · ( Σ of p's own tokens' −log p(token) ) / tokens_p
+    over="rows"     loss = Σ_p weight_p · ( Σ of p's own tokens' −log p(token) ) / Σ_p tokens_p
 
-tokens_p counts over every micro-batch and every rank of one step of the optimiser. With one common mean instead, a path
-would weigh as much as its rows are long and many, and would learn another thing in company than alone.
+tokens_p counts over every micro-batch and every rank of one step of the optimiser.
+
+Over paths, each path learns in company what it would learn alone, however many rows the others have. Over rows, every
+token weighs alike: that is what several levels want that train at once, since the nodes that paths share then get
+gradients of the size that a single adapter would get (`levels.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,9 +54,10 @@ def path_loss(
     *,
     counts: Mapping[str, int] | None = None,
     weights: Mapping[str, float] | None = None,
+    over: Literal["paths", "rows"] = "paths",
     shift: bool = True,
 ) -> PathLoss:
-    """Cross-entropy as the sum over paths of the mean over each path's own tokens.
+    """Return the cross-entropy as the sum over paths of each one's mean, or as the mean over all tokens.
 
     Args:
         logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider where they are.
@@ -61,10 +66,12 @@ def path_loss(
         counts: path → tokens that are learnt in the whole step, over micro-batches and ranks: `token_counts`. None:
             this batch is the whole step.
         weights: path → its weight in the sum; 1 where it is not named.
+        over: "paths": the sum over paths of the mean over each path's own tokens. "rows": the mean over all tokens.
         shift: the logits at a token are for the next one, as causal models' are.
 
     Raises:
-        SpecError: the rows are not as many as the paths, or a path has no count or is weighed but not there.
+        SpecError: the rows are not as many as the paths, a path has no count or is weighed but not there, or ``over``
+            is another word.
         StateError: several ranks train and ``counts`` was not given.
 
     >>> labels = torch.tensor([[0, 1], [0, 1], [0, -100]])
@@ -72,6 +79,8 @@ def path_loss(
     >>> round(loss.total.item(), 4), {path: round(part.item(), 4) for path, part in loss.by_path.items()}
     (1.3863, {'fr': 1.3863, 'de': 0.0})
     """
+    if over not in ("paths", "rows"):
+        raise SpecError(f"over must be paths or rows, got {over!r}")
     names = [spelled(path) for path in paths]
     if len(names) != len(logits) or logits.shape[:2] != labels.shape:
         raise SpecError(
@@ -94,6 +103,7 @@ def path_loss(
     else:
         of_row = _like(sums, [1 / max(counts[name], 1) for name in names])
     means = sums * of_row
+    taken = means if over == "paths" else sums / _all_tokens(tokens, counts)
     weigh = _like(means, [weights.get(name, 1.0) for name in names])
     # The rows of each path side by side: one list of indices goes to the device for all of them.
     in_order = [row for rows in places.values() for row in rows]
@@ -101,7 +111,7 @@ def path_loss(
     each = torch.split(parts, [len(rows) for rows in places.values()])
     by_path = {name: part.sum() for name, part in zip(places, each, strict=True)}
     return PathLoss(
-        (means * weigh).sum() * ranks(), by_path
+        (taken * weigh).sum() * ranks(), by_path
     )  # data parallelism takes the mean over ranks
 
 
@@ -183,6 +193,11 @@ def _shares(names: Sequence[str], places: Mapping[str, Sequence[int]], tokens: T
     which = _like(tokens, [order[name] for name in names])
     of_path = tokens.new_zeros(len(order)).index_add(0, which, tokens)
     return 1 / of_path.clamp(min=1).double().index_select(0, which)
+
+
+def _all_tokens(tokens: Tensor, counts: Mapping[str, int] | None) -> Tensor | int:
+    """Return how many tokens the whole step learns, at least 1."""
+    return tokens.sum().clamp(min=1) if counts is None else max(sum(counts.values()), 1)
 
 
 def _like(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
