@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import oracle
 import torch
 from torch import Tensor
 
@@ -21,10 +22,7 @@ def draw(
     scale: float = 0.7,
 ) -> lt.LowRank:
     """A small increment; another seed, another value."""
-    g = torch.Generator().manual_seed(seed)
-    A = torch.randn(*batch, rank, into, generator=g)
-    B = torch.randn(*batch, out, rank, generator=g)
-    return lt.LowRank(A, B, scale)
+    return oracle.low_rank(out, into, rank, seed=seed, batch=batch, scale=scale)
 
 
 def conv(seed: int, rank: int = 2) -> lt.LowRank:
@@ -47,8 +45,7 @@ def zoo_of(seed: int, *, rank: int = 2, without: str = "") -> lt.Adapter:
 
 def dense(value: lt.LowRank) -> Tensor:
     """ΔW in float64, and a bias as one more column."""
-    B, A = value.B.double(), value.A.double()
-    whole = (B @ A) * value.scale
+    whole = oracle.dense(value)
     if value.bias is None:
         return whole
     column = value.bias.double() * value.scale
