@@ -24,7 +24,7 @@ from torch import nn
 
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, FolderError, FormatError, SpecError, TiedWeights
-from lora_tree.export import checkpoint as checkpoint_module
+from lora_tree.export import checkpoint_writer
 from lora_tree.export.names import CheckpointNames
 from lora_tree.export.shards import open_checkpoint
 
@@ -369,7 +369,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         if calls == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_module, "add_weight", failing)
+    monkeypatch.setattr(checkpoint_writer, "add_weight", failing)
     with pytest.raises(KeyboardInterrupt):
         lt.export_model(tree, "a", tmp_path / "deep" / "out", base=tmp_path / "base")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

@@ -16,7 +16,7 @@ from zoo import adapter, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError
-from lora_tree.export import checkpoint
+from lora_tree.export import checkpoint_writer
 from lora_tree.system import durable
 
 # what `import fcntl` and these names give on Windows: an error
@@ -121,8 +121,8 @@ def test_no_more_is_written_at_once_than_macos_takes(
         assert len(data) <= most, "Invalid argument"
         return real(file, data, at)
 
-    monkeypatch.setattr(checkpoint, "_MOST_AT_ONCE", most)
-    monkeypatch.setattr(checkpoint, "PLAIN_BYTES", most)
+    monkeypatch.setattr(checkpoint_writer, "WRITE_BYTES", most)
+    monkeypatch.setattr(checkpoint_writer, "PLAIN_BYTES", most)
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.delattr(os, "copy_file_range", raising=False)  # nor has macOS that
     parts = lt.export_model(made, "fr", tmp_path / "parts", base=base).folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Hand-over: a path as one adapter of the form that every engine reads, or merged into a checkpoint of its own."""
+"""Hand-over of a path: as one adapter that every engine reads, or as a merged checkpoint."""
 
 from .checkpoint import MergedCheckpoint, export_model
 from .leaves import export_leaves

@@ -1,10 +1,10 @@
-"""The files beside a base's weights: which are copied into a merged checkpoint, and which stay behind.
+"""The files beside a base's weights: which are copied into a merged checkpoint, and which are not.
 
     config, tokenizer, templates, …     copied
     weights in other formats            left out: they would still be the base's
-    an adapter's or a tree's own files  left out: transformers would put the adapter on top of the merged weights
+    an adapter's or a tree's own files  left out: transformers would load the adapter on top
     code                                left out, unless the caller asks for it
-    a link that leads out of the base   refused: a base from elsewhere could name any file of this machine
+    a link that leads out of the base   refused: a stranger's base could name any file
 
 Law: what is copied lay in the folder that the user named. A snapshot in the hub's cache consists of
 links into the ``blobs`` of the same repository, so those count as its own.
@@ -26,10 +26,8 @@ from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
 
 __all__ = ["OtherFiles", "beside_weights"]
 
-LAST = (
-    INDEX,
-    "config.json",
-)  # a folder that was cut off half-way has no config, so nothing takes it for a model
+LAST = (INDEX, "config.json")
+"""Written last: without a config, nothing takes a folder that was cut off half-way for a model."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb")
@@ -42,7 +40,7 @@ class OtherFiles:
     """The other files of a base's folder, by their paths in it.
 
     Args:
-        copied: in the order in which they are written.
+        copied: the files to copy, in the order in which they are written.
         left_out: files, and linked folders, that stay behind.
     """
 
@@ -63,6 +61,7 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
             names it.
     """
     inside = own_files(folder)
+    # Before anything is written: a refusal in the middle would cost the minutes of a large copy.
     for name in checkpoint.files:
         _check_inside(folder / name, inside)
     copied: list[str] = []
@@ -71,13 +70,9 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
         if relative in checkpoint.files:
             continue
         name = os.path.basename(relative)
-        code = name.endswith(_CODE) and not with_code
-        if (
-            is_linked_folder
-            or code
-            or name in _OF_AN_ADAPTER
-            or _is_other_weights(relative, checkpoint)
-        ):
+        is_unwanted_code = name.endswith(_CODE) and not with_code
+        is_not_copied = is_linked_folder or is_unwanted_code or name in _OF_AN_ADAPTER
+        if is_not_copied or _is_other_weights(relative, checkpoint):
             left.append(relative)
             continue
         _check_inside(folder / relative, inside)
@@ -87,22 +82,24 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """(Path in the folder, whether it is a link to a folder), in order; hidden files and folders are passed over."""
+    """Yield (path in the folder, is it a link to a folder), in order, without hidden ones."""
     for above, folders, files in os.walk(folder, onerror=disk.refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             yield os.path.relpath(os.path.join(above, name), folder), False
         for name in folders:
-            if os.path.islink(os.path.join(above, name)):  # `os.walk` does not follow it
+            # os.walk lists such a link among the folders and does not follow it
+            if os.path.islink(os.path.join(above, name)):
                 yield os.path.relpath(os.path.join(above, name), folder), True
 
 
 def _is_other_weights(relative: str, checkpoint: Checkpoint) -> bool:
-    """The same weights in another format, an adapter's, or an index that says nothing about what is written."""
+    """Return whether a file holds weights in another format, or is an index of such files."""
     name = os.path.basename(relative)
     if name.endswith(_WEIGHTS):
         return True
     if relative == INDEX:
+        # transformers prefers a single file and reads no index beside it, so that is an old one
         return checkpoint.files == (SINGLE,)
     return bool(_OTHER_INDEX.match(name))
 
@@ -114,7 +111,10 @@ def _check_inside(file: Path, inside: Inside) -> None:
     try:
         plain = stat.S_ISREG(os.stat(real).st_mode)
     except OSError as error:
-        raise FolderError(f"{file}: can't be read: {error.strerror or error}") from error
+        raise FolderError(
+            f"{file}: can't be read: {error.strerror or error}",
+            "make it readable, or remove it from the base's folder",
+        ) from error
     if not plain:
         raise FolderError(
             f"{file}: is no plain file, and can't be copied", "remove it from the base's folder"

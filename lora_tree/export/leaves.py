@@ -1,6 +1,9 @@
 """Every leaf of a tree as a portable adapter of its own, several at a time.
 
-out/fr/legal, out/fr/medical, out/de      the leaves under their own paths: no folder holds two of them
+    out/fr/legal   out/fr/medical   out/de      each leaf in a folder of its own path
+
+Law: a leaf's bytes are those that `portable` gives for it alone, in any order and with any number
+of workers.
 """
 
 from __future__ import annotations
@@ -40,13 +43,14 @@ def export_leaves(
 
     Args:
         rank, max_error, ceil_rank, dtype, base, complete, shapes: as `portable`.
-        workers: how many at once; as many as there are cores, at most 4, without it. Each holds one
+        workers: how many at once; without it as many as there are cores, at most 4. Each holds one
             leaf in memory.
         progress: called for each leaf once it is written, in the tree's order, with how many are
             done and of how many.
 
     Returns:
-        what was written, in the tree's order; without their factors, which are on the disk.
+        the adapters that were written, in the tree's order. Their factors are on the disk, not in
+        here.
 
     Raises:
         LoraTreeError: as `portable`, at the first leaf that fails; those written before it stay.
@@ -55,18 +59,19 @@ def export_leaves(
     >>> import lora_tree as lt
     >>> tree = lt.AdapterTree()
     >>> for path in ("fr", "fr/legal", "fr/medical"):
-    ...     _ = tree.add(path, adapter=lt.Adapter({"up": lt.LowRank(torch.ones(2, 4), torch.ones(4, 2))}))
+    ...     value = lt.LowRank(torch.ones(2, 4), torch.ones(4, 2))
+    ...     _ = tree.add(path, adapter=lt.Adapter({"up": value}))
     >>> with tempfile.TemporaryDirectory() as out:
     ...     written = lt.export_leaves(tree, out, ceil_rank=True)
     ...     [(one.path, one.rank) for one in written], lt.Adapter.load(f"{out}/fr/legal").ranks
     ([('fr/legal', 8), ('fr/medical', 8)], {'up': 8})
     """
     if workers is not None and workers < 1:
-        raise SpecError(f"workers must be at least 1, got {workers}")
+        raise SpecError(
+            f"workers must be at least 1, got {workers}", "leave workers out, or give a number"
+        )
     out = as_path(folder)
-    leaves = [
-        path for path in tree.leaves() if any(tree[node].has_adapter for node in tree.lineage(path))
-    ]
+    leaves = [path for path in tree.leaves() if _has_something(tree, path)]
     if not leaves:
         raise SpecError(
             "the tree has no leaf with something to export",
@@ -75,8 +80,9 @@ def export_leaves(
     _open_shared(tree, leaves)
 
     def one(path: str) -> Portable:
+        # A tree of its own: the nodes that this leaf reads go away with it.
         made = portable(
-            _forgetful(tree),
+            _same_nodes(tree),
             path,
             rank=rank,
             max_error=max_error,
@@ -87,32 +93,45 @@ def export_leaves(
             shapes=shapes,
         )
         made.save(out / path)
+        # The factors are on the disk now. Kept, the results of a thousand leaves would fill the
+        # memory.
         return replace(made, adapter=_without_factors(made.adapter))
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         jobs = {path: pool.submit(one, path) for path in leaves}
         try:
-            done = []
+            done: list[Portable] = []
             for job in jobs.values():
                 done.append(job.result())
                 if progress is not None:
                     progress(done[-1], len(done), len(leaves))
         except BaseException:
+            # Ctrl-C too: leaves that have not begun are dropped, those under way are awaited, so
+            # that each is written whole or not at all.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return done
 
 
+def _has_something(tree: AdapterTree, path: str) -> bool:
+    return any(tree[node].has_adapter for node in tree.lineage(path))
+
+
 def _open_shared(tree: AdapterTree, leaves: Sequence[str]) -> None:
-    """Read what several leaves stand on once, before the threads ask for it."""
-    above = {node for path in leaves for node in tree.lineage(path)[:-1]}
+    """Read the nodes above the leaves once, before the threads ask for them."""
+    above: set[str] = set()
+    for path in leaves:
+        above.update(tree.lineage(path)[:-1])
     for node in tree.paths():
         if node in above:
             tree.adapter(node)
 
 
-def _forgetful(tree: AdapterTree) -> AdapterTree:
-    """The same tree: what it reads goes when it does, so that no more than ``workers`` leaves are in memory."""
+def _same_nodes(tree: AdapterTree) -> AdapterTree:
+    """Return the same tree as a new object, which keeps what it reads to itself.
+
+    When it goes, its leaf's factors go, so that no more than ``workers`` leaves are in memory.
+    """
     return AdapterTree.from_nodes(
         (tree[path] for path in tree.paths()), base=tree.base, home=tree.home
     )

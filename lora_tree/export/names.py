@@ -1,13 +1,13 @@
-"""Names in memory ↔ names on the disk, as transformers itself converts them when it loads and saves.
+"""Names in memory ↔ names on the disk, by the conversion of transformers itself.
 
-    model.layers.0.mlp.experts.gate_up_proj   ⇄   model.layers.0.block_sparse_moe.experts.0.w1.weight
-    (E, 2 · out, in)                              model.layers.0.block_sparse_moe.experts.0.w3.weight, …
+    layers.0.mlp.experts.gate_up_proj   ⇄   layers.0.block_sparse_moe.experts.0.w1.weight
+    (E, 2 · out, in)                        layers.0.block_sparse_moe.experts.0.w3.weight, …
 
-Its own mapping says which tensors of a checkpoint a parameter is made of; its own operations make
-it, and their reverse takes it apart again. Nothing here knows an architecture.
+The mapping of transformers (5) says which tensors of a checkpoint a parameter is made of; its own
+operations make it, and their reverse takes it apart again. Nothing here knows an architecture.
 
-Law: what can't be inverted is refused. A parameter that is made of several tensors is taken apart
-before it is changed, and must give the very bits that it was made of.
+Law: a conversion that can't be inverted is refused. A parameter that is made of several tensors is
+taken apart before it is changed, and must give the very bits that it was made of.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class TensorGroup:
     Args:
         first: the parameter that transformers files them under.
         parts: the tensors in the order in which they are loaded, each with the pattern of its name.
-        converter: what makes the parameters of them; None where the one tensor is the one
-            parameter.
+        converter: transformers' own object that makes the parameters; None where the one tensor is
+            the one parameter.
     """
 
     first: str
@@ -60,7 +60,7 @@ class CheckpointNames:
         self._model = model
         self._groups: dict[str, TensorGroup] = {}
         loading = Loading(model)
-        # expert 10 comes after expert 9
+        # The experts are stacked in this order, so expert 10 has to come after expert 9.
         order: Callable[[str], Any] = getattr(loading_module(), "dot_natural_key", str)
         for name in sorted(tensors, key=order):
             renamed, pattern, _ = loading.renamed(name)
@@ -68,17 +68,19 @@ class CheckpointNames:
             group.parts.append((tensors[name], pattern or name))
             if pattern is not None:
                 group.converter = loading.converters[pattern]
-        # what revert_weight_conversion goes by: those that renamed something
+        # transformers' revert_weight_conversion reads this attribute, which from_pretrained sets:
+        # the conversions that renamed something.
         model._weight_conversions = [each for each in loading.conversions if each.was_used()]
-        self._by_parameter = {
-            name: group for group in self._groups.values() for name in self._made_of(group)
-        }
+        self._by_parameter: dict[str, TensorGroup] = {}
+        for group in self._groups.values():
+            for name in self._parameters_of(group):
+                self._by_parameter[name] = group
 
     def group(self, parameter: str) -> TensorGroup:
-        """The tensors that a parameter is made of.
+        """Return the tensors that a parameter is made of.
 
         Raises:
-            BaseMismatch: none is.
+            BaseMismatch: the checkpoint has none for it.
         """
         found = self._by_parameter.get(parameter)
         if found is None:
@@ -90,11 +92,12 @@ class CheckpointNames:
         return found
 
     def together(self, group: TensorGroup, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
-        """The parameters of a group, made of what ``read`` gives for each tensor: name → values.
+        """Make the parameters of a group from what ``read`` gives for each tensor: name → values.
 
         Raises:
             SpecError: transformers can't make them.
         """
+        # A converter collects its tensors in itself, and is used for every layer.
         converter: Any = copy.deepcopy(group.converter)
         for stored, pattern in group.parts:
             converter.add_tensor(group.first, stored.name, pattern, read(stored))
@@ -102,16 +105,17 @@ class CheckpointNames:
             f"{group.first}: transformers can't put it together from {group.parts[0][0].name}"
         ):
             made = converter.convert(group.first, model=self._model, config=self._model.config)
-        return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
-        }
+        found: dict[str, Tensor] = {}
+        for name, value in made.items():
+            found[name] = value[0] if isinstance(value, list) else value
+        return found
 
     def apart(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that a group's parameters are made of, by their names on the disk.
+        """Return the tensors that a group's parameters are made of, by their names on the disk.
 
         Raises:
             SpecError: transformers can't take them apart.
-            BaseMismatch: what comes of it are not the tensors that they were made of.
+            BaseMismatch: the result is not the set of tensors that they were made of.
         """
         loading = loading_module()
         with foreign(
@@ -119,6 +123,8 @@ class CheckpointNames:
         ):
             parts = loading.revert_weight_conversion(self._model, dict(parameters))
         wanted = {stored.name: stored for stored in group.stored}
+        # transformers loads a checkpoint of the bare model into a model with a head, and the other
+        # way round. So names on the disk may have the prefix or lack it.
         prefix = f"{self._model.base_model_prefix}."
         spellings: tuple[Callable[[str], str], ...] = (
             str,
@@ -127,9 +133,9 @@ class CheckpointNames:
         )
         for spelled in spellings:
             named = {spelled(name): value for name, value in parts.items()}
-            if named.keys() == wanted.keys() and all(
-                named[n].shape == wanted[n].shape for n in wanted
-            ):
+            if named.keys() != wanted.keys():
+                continue
+            if all(named[name].shape == wanted[name].shape for name in wanted):
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
             f"{group.first}: transformers loads it from {len(wanted)} tensors, like "
@@ -141,16 +147,16 @@ class CheckpointNames:
         )
 
     def check_inverse(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> None:
-        """That taking a group's parameters apart gives the bits in the files.
+        """Check that taking a group's parameters apart gives the bits in the files.
 
         Raises:
-            BaseMismatch, SpecError: it does not.
+            BaseMismatch, SpecError: it gives other tensors, or fails.
         """
         parts = self.apart(group, parameters)
         for stored in group.stored:
-            if not torch.equal(
-                parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)
-            ):
+            # As bytes: a NaN is not equal to itself, and −0.0 is equal to 0.0.
+            again, own = parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)
+            if not torch.equal(again, own):
                 raise BaseMismatch(
                     f"{group.first}: taken apart again, {stored.name} has other values: its "
                     "conversion loses something",
@@ -158,7 +164,8 @@ class CheckpointNames:
                     "that",
                 )
 
-    def _made_of(self, group: TensorGroup) -> Iterable[str]:
+    def _parameters_of(self, group: TensorGroup) -> Iterable[str]:
+        """Return the names of the parameters that a group makes, by making them without numbers."""
         if group.converter is None:
             return (group.first,)
         try:
@@ -166,4 +173,5 @@ class CheckpointNames:
                 group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
             )
         except LoraTreeError:
-            return (group.first,)  # told when somebody wants to change it
+            # The error is raised when this parameter is to be changed; most never are.
+            return (group.first,)

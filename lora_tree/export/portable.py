@@ -1,14 +1,22 @@
 """The portable adapter: a lineage as one adapter of the one form that every engine reads alike.
 
     uniform rank        short modules are padded with zeros
-    lora_alpha = r      every scale is folded into B, so that alpha/r, alpha/√r and alpha over B's own rank agree
+    lora_alpha = r      every scale is folded into B: alpha/r, alpha/√r and alpha over B's own rank
+                        are then the same number
     nothing else        no rank or alpha patterns, no rslora, no biases, no tensors of the base
-    on demand           q, k and v together, gate and up together: zero factors for those that no node changes
+    on demand           q, k and v together, gate and up together: zero factors for those that no
+                        node changes
+
+Why: vLLM before 0.32 ignores the patterns without a word; SGLang (0.5) always divides lora_alpha by
+r and wants one r; llama.cpp (2025) takes alpha over the rank of each B; vLLM refuses biases and
+whole modules.
 
 Law: the form of a path depends on its lineage and on what the caller names, never on what else lies
-in the tree. Law: what the form costs is known. Every module's error is ‖ΔW − ΔW'‖ / ‖ΔW‖, from QR
-cores in float64, against the exact sum of the lineage; it counts truncation, the folding of scales
-and the rounding to a dtype alike.
+in the tree.
+
+Law: what the form costs is known. Every module's error is ‖ΔW − ΔW'‖ / ‖ΔW‖, from QR cores in
+float64, against the exact sum of the lineage; it counts truncation, the folding of scales and the
+rounding to a dtype alike.
 """
 
 from __future__ import annotations
@@ -35,10 +43,10 @@ from .unloaded_base import Base
 __all__ = ["ENGINE_RANKS", "Portable", "ceil_rank_of", "portable"]
 
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's ``max_lora_rank`` may be (0.32): an adapter costs as much as the next of them."""
+"""The values of vLLM's ``max_lora_rank`` (0.32). An adapter costs as much as the next of them."""
 
 ROUNDING = 1e-6
-"""What a ``max_error`` lets through for fp32's own rounding, which no rank can mend."""
+"""The error that a ``max_error`` always allows: fp32 rounds by that much, and no rank mends it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +97,7 @@ def portable(
     complete: bool = False,
     shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> Portable:
-    """A path or a blend as the one adapter that PEFT and the engines read alike.
+    """Make a path or a blend the one adapter that PEFT and the engines read alike.
 
     Args:
         rank: the largest rank to keep; exact, at the largest Σr of a module, without it and
@@ -130,59 +138,63 @@ def portable(
     path = spelled(blend)
     if shapes and not complete:
         raise SpecError(
-            "shapes= says how wide the modules are that complete=True adds",
+            "shapes= says how wide the modules are that complete=True adds, and complete is False",
             "complete=True, --complete",
         )
-    told = stated(shapes or {})
+    shape_of = stated(shapes or {})
     known = Base(tree.base if base is None else base, asked=base is not None)
-    names = known.renamer(name for _, _, adapter in tree.terms(blend) for name in adapter.modules)
-    flat = tree.flatten(blend, base=names)
-    terms = tree.terms(blend, base=names)
-    nodes = [node for node, _, _ in terms]
+    names: list[str] = []
+    for _, _, adapter in tree.terms(blend):
+        names += adapter.modules
+    renamer = known.renamer(names)
+    flat = tree.flatten(blend, base=renamer)
+    terms = tree.terms(blend, base=renamer)
     if not flat.modules:
         raise FormatError(
             f"{path or 'the bare base'}: there is nothing to export, no node on the way has an "
-            "adapter"
+            "adapter",
+            "name a path with an adapter on it: lora-tree show FOLDER lists them",
         )
     try:
-        _plain(flat, terms, known)
-        exact = combine(
-            [(adapter.to(dtype=torch.float64), c) for _, c, adapter in terms], names=nodes
-        )
-        kept = _rank(exact.modules, rank, max_error, ceil_rank=ceil_rank)
+        _check_sayable(flat, terms, known)
+        exact = _exact_sum(terms)
+        rank_written = _rank(exact, rank, max_error, ceil_rank=ceil_rank)
         cut = {
-            name: exact.modules[name].truncate(kept // _groups(value)).value
-            if value.rank > kept // _groups(value)
-            else value.folded()
+            name: _of_rank(value, exact[name], rank_written // _groups(value))
             for name, value in flat.modules.items()
         }
-        rounded = _in_one_dtype(cut, dtype).modules
-        errors, error = _errors(exact.modules, rounded)
-        _within(errors, max_error, dtype)
-        full = completed(rounded, lambda name: _shape(name, known, told)) if complete else rounded
+        rounded = _in_one_dtype(cut, dtype)
+        errors, error = _errors(exact, rounded)
+        _check_within(errors, max_error, dtype)
+        full = rounded
+        if complete:
+            full = completed(rounded, lambda name: _shape(name, known, shape_of))
     except LoraTreeError as wrong:
         raise wrong.within(path) from wrong
-    padded = {name: value.padded(kept // _groups(value)) for name, value in full.items()}
-    config = {"task_type": flat.config.get("task_type")}
+    padded = {name: value.padded(rank_written // _groups(value)) for name, value in full.items()}
     made = Adapter(
         padded,
         base=flat.base or tree.base,
-        config=config,
+        config={"task_type": flat.config.get("task_type")},
         nesting=flat.nesting,
         assumed=flat.assumed,
     )
-    added = tuple(sorted(set(padded) - set(flat.modules)))
-    left = tuple(missing(padded))
     return Portable(
-        path, _with_targets(made, known), kept, MappingProxyType(errors), error, added, left
+        path,
+        _with_short_targets(made, known),
+        rank_written,
+        MappingProxyType(errors),
+        error,
+        added=tuple(sorted(set(padded) - set(flat.modules))),
+        incomplete=tuple(missing(padded)),
     )
 
 
 def ceil_rank_of(rank: int) -> int:
-    """The next rank that an engine allows.
+    """Return the next rank that an engine allows.
 
     Raises:
-        SpecError: there is none.
+        SpecError: the rank is larger than all of them.
 
     >>> ceil_rank_of(17)
     32
@@ -196,8 +208,23 @@ def ceil_rank_of(rank: int) -> int:
     return found
 
 
-def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
-    """That the form can say it.
+def _exact_sum(terms: list[tuple[str, float, Adapter]]) -> Mapping[str, LowRank]:
+    """Return the lineage's sum in float64, with which everything is compared."""
+    nodes = [node for node, _, _ in terms]
+    wide = [(adapter.to(dtype=torch.float64), by) for _, by, adapter in terms]
+    return combine(wide, names=nodes).modules
+
+
+def _of_rank(flat: LowRank, exact: LowRank, rank: int) -> LowRank:
+    """Return a module's value with at most this rank, and its scale in B."""
+    if flat.rank > rank:
+        return exact.truncate(rank).value
+    # Nothing is cut, so the file gets the flattened factors themselves, in the dtype they have.
+    return flat.folded()
+
+
+def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
+    """Check that the portable form can say every module.
 
     Raises:
         FormatError: a module has a bias.
@@ -208,16 +235,17 @@ def _plain(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -
     for name, value in flat.modules.items():
         if not value.is_finite:
             raise SpecError(
-                f"{name}: the factors are not finite: it has no norm, and no engine can use it"
+                f"{name}: the factors are not finite: it has no norm, and no engine can use it",
+                "train it again: an infinity or a NaN in the factors is a diverged training",
             )
         if value.bias is not None:
-            whose = [
-                n for n, _, a in terms if name in a.modules and a.modules[name].bias is not None
-            ]
+            whose: list[str] = []
+            for node, _, adapter in terms:
+                if name in adapter.modules and adapter.modules[name].bias is not None:
+                    whose.append(node)
             raise FormatError(
                 f"{name}: it adds a bias (lora_bias), which vLLM refuses and an adapter of the "
-                "portable "
-                f"form can't hold; node {listing(whose)}",
+                f"portable form can't hold; node {listing(whose)}",
                 "write it for PEFT alone (--as peft, tree.flatten), or merged into a checkpoint "
                 "(--as model)",
             )
@@ -229,7 +257,7 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
     """Return the shape that the base has, or else the one that the caller stated.
 
     Raises:
-        BaseMismatch: they say different things.
+        BaseMismatch: the two differ.
     """
     own, told = base.shape(name), stated(name)
     if own is not None and told is not None and own != told:
@@ -240,8 +268,9 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
 
 
 def _groups(value: LowRank) -> int:
-    """How many matrices share PEFT's r: the groups of a convolution."""
-    return value.A.shape[0] if value.layout.kind == "conv" and value.A.ndim == 3 else 1
+    """Return how many matrices share PEFT's r: the groups of a convolution."""
+    is_grouped = value.layout.kind == "conv" and value.A.ndim == 3
+    return value.A.shape[0] if is_grouped else 1
 
 
 def _rank(
@@ -255,79 +284,98 @@ def _rank(
     step = math.lcm(*(_groups(value) for value in modules.values()))
     if rank is not None:
         check_rank(rank)
-    if rank is not None and rank < step:
-        raise SpecError(
-            f"rank {rank} is less than the {step} groups of a convolution, which share it",
-            "rank=… more",
-        )
-    needs = 1
+        if rank < step:
+            raise SpecError(
+                f"rank {rank} is less than the {step} groups of a convolution, which share it",
+                f"rank={step} or more",
+            )
+    needed = 1
     for name, value in modules.items():
-        least = value.rank
-        if max_error is not None:
-            try:
-                most = None if rank is None else rank // _groups(value)
-                least = value.truncate(most, max_error=max_error).value.rank
-            except SpecError as error:
-                raise error.within(name) from error
-        needs = max(needs, least * _groups(value))
-    kept = needs if rank is None else min(rank, needs)
-    kept = ceil_rank_of(kept) if ceil_rank else kept
-    return math.ceil(kept / step) * step if rank is None or ceil_rank else kept // step * step
+        needed = max(needed, _needed(name, value, rank, max_error) * _groups(value))
+    kept = needed if rank is None else min(rank, needed)
+    if ceil_rank:
+        kept = ceil_rank_of(kept)
+    # PEFT divides r by the groups. A bound that the caller gave is not exceeded; otherwise nothing
+    # is lost.
+    if rank is None or ceil_rank:
+        return math.ceil(kept / step) * step
+    return kept // step * step
 
 
-def _in_one_dtype(modules: Mapping[str, LowRank], dtype: torch.dtype | None) -> Adapter:
-    """All in the dtype asked for, or else in one that every flat factor fits, at most fp32 where one was cut.
+def _needed(name: str, value: LowRank, rank: int | None, max_error: float | None) -> int:
+    """Return the rank that one module needs, for each of its groups."""
+    if max_error is None:
+        return value.rank
+    most = None if rank is None else rank // _groups(value)
+    try:
+        return value.truncate(most, max_error=max_error).value.rank
+    except SpecError as error:
+        raise error.within(name) from error
+
+
+def _in_one_dtype(
+    modules: Mapping[str, LowRank], dtype: torch.dtype | None
+) -> Mapping[str, LowRank]:
+    """Return all modules in the dtype asked for, or else in one that holds every factor.
+
+    Truncated factors come in float64, so with one of them that is fp32.
 
     Raises:
         SpecError: a factor is too large for it; names the module.
     """
     if dtype is None:
-        dtype = (
-            torch.bfloat16
-            if all(value.dtype == torch.bfloat16 for value in modules.values())
-            else None
-        )
-    if dtype is None:
-        dtype = (
-            torch.float16
-            if all(value.dtype == torch.float16 for value in modules.values())
-            else torch.float32
-        )
-    return Adapter(modules).to(dtype=dtype)
+        dtypes = {value.dtype for value in modules.values()}
+        dtype = torch.float32
+        if dtypes == {torch.bfloat16} or dtypes == {torch.float16}:
+            dtype = dtypes.pop()
+    return Adapter(modules).to(dtype=dtype).modules
 
 
 def _errors(
     exact: Mapping[str, LowRank], made: Mapping[str, LowRank]
 ) -> tuple[dict[str, float], float]:
-    """(Module → relative error, the same over all of them), in float64."""
+    """Return module → relative error, and the same over all of them, in float64."""
     errors: dict[str, float] = {}
-    lost, whole = 0.0, 0.0
+    all_off, all_norm = 0.0, 0.0
     for name, wanted in exact.items():
-        got = made[name].to(dtype=torch.float64)
         norm = wanted.norm()
-        lies = wanted.folded()
-        same = (
-            lies.A.shape == got.A.shape
-            and torch.equal(lies.A, got.A)
-            and torch.equal(lies.B, got.B)
-        )
-        off = 0.0 if same else concat([got.folded(), lies.scaled(-1.0)]).norm()
-        errors[name] = off / norm if norm else (0.0 if off == 0.0 else math.inf)
-        lost, whole = math.hypot(lost, off), math.hypot(whole, norm)
-    return errors, lost / whole if whole else (0.0 if lost == 0.0 else math.inf)
+        off = _distance(wanted, made[name])
+        errors[name] = _relative(off, norm)
+        all_off = math.hypot(all_off, off)
+        all_norm = math.hypot(all_norm, norm)
+    return errors, _relative(all_off, all_norm)
 
 
-def _within(
+def _distance(wanted: LowRank, made: LowRank) -> float:
+    """Return ‖ΔW − ΔW'‖."""
+    got = made.to(dtype=torch.float64)
+    folded = wanted.folded()
+    # The norm of a difference is never quite zero in floating point; equal factors are equal.
+    has_same_rank = folded.A.shape == got.A.shape
+    if has_same_rank and torch.equal(folded.A, got.A) and torch.equal(folded.B, got.B):
+        return 0.0
+    return concat([got.folded(), folded.scaled(-1.0)]).norm()
+
+
+def _relative(off: float, norm: float) -> float:
+    if norm:
+        return off / norm
+    return 0.0 if off == 0.0 else math.inf
+
+
+def _check_within(
     errors: Mapping[str, float], max_error: float | None, dtype: torch.dtype | None
 ) -> None:
-    """That no module is further off than was allowed, once its factors are rounded.
+    """Check that no module is further off than was allowed, once its factors are rounded.
 
     Raises:
         SpecError: one is; names it.
     """
+    if max_error is None:
+        return
     for name, error in errors.items():
-        if max_error is not None and error > max_error + ROUNDING:
-            kind = str(dtype or torch.float32)[6:]
+        if error > max_error + ROUNDING:
+            kind = str(dtype or torch.float32).removeprefix("torch.")
             raise SpecError(
                 f"{name}: relative error {error:.3g} once the factors are rounded to {kind}, "
                 f"max_error={max_error:g}",
@@ -335,16 +383,21 @@ def _within(
             )
 
 
-def _with_targets(adapter: Adapter, base: Base) -> Adapter:
-    """With ``target_modules`` as the last parts of names, where the base has no other module of these names."""
-    last = {
-        name.rpartition(".")[2]
-        for name, value in adapter.modules.items()
-        if value.layout.kind != "parameter"
-    }
-    there = base.last_names()
-    if there is None or any(value.layout.kind == "parameter" for value in adapter.modules.values()):
+def _with_short_targets(adapter: Adapter, base: Base) -> Adapter:
+    """Return the adapter with ``target_modules`` as the last parts of names, where that is clear.
+
+    It is where the base has no other module of these names. Full names would do for PEFT; the short
+    ones are what its own files have, and so what engines are used to.
+    """
+    last: set[str] = set()
+    for name, value in adapter.modules.items():
+        if value.layout.kind == "parameter":
+            return adapter  # PEFT names raw parameters elsewhere
+        last.add(name.rpartition(".")[2])
+    modules_by_last = base.last_names()
+    if modules_by_last is None:
         return adapter
-    if any(there.get(name, set()) - set(adapter.modules) for name in last):
-        return adapter
+    for name in last:
+        if modules_by_last.get(name, set()) - set(adapter.modules):
+            return adapter
     return replace(adapter, config={**adapter.config, "target_modules": sorted(last)})

@@ -3,8 +3,11 @@
     model.safetensors                   one file
     model.safetensors.index.json        or an index, {"weight_map": {tensor: file}}, and its shards
 
-Tensors of any dtype are known by place and size; numbers are read only of those whose dtype torch
+Tensors of any dtype are known by place and size. Numbers are read only of those whose dtype torch
 has here.
+
+Law: what is read is the file whose header was read. A file that was replaced or cut short in
+between is an error, never a mixture.
 """
 
 from __future__ import annotations
@@ -43,9 +46,10 @@ __all__ = [
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
+"""Far above the index of the largest bases, which has some 10 MB."""
 
 Identity = tuple[int, int, int, int]
-"""Device, inode, size and time of a file."""
+"""Device, inode, size and time of a file: together they change when the file is replaced."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ class Stored:
     """One tensor of a checkpoint.
 
     Args:
-        file: the file that holds it; begin, end: its bytes, counted from the start of the file.
+        file: the file that holds it.
+        begin, end: its bytes, counted from the start of the file.
         dtype: None for one that this library does not compute with.
         spelled: the dtype as the file has it.
-        seen: the file whose header was read. No other of its name is read.
+        seen: the file whose header was read; no other of its name is read.
     """
 
     name: str
@@ -89,31 +94,40 @@ class Stored:
         return stream
 
     def read(self, into: Tensor | None = None) -> Tensor:
-        """The numbers, in memory of their own; or at the start of ``into``, bytes (uint8) that are enough.
+        """Read the numbers.
+
+        Args:
+            into: memory to read them to, its first `nbytes` bytes (uint8); None: new memory.
 
         Raises:
             FormatError: the file was cut short, or its dtype is none that can be computed with.
         """
         if self.dtype is None:
             raise FormatError(
-                f"{self.file}: {self.name}: nothing can be added to a tensor of dtype "
-                f"{self.spelled}"
+                f"{self.file}: {self.name}: got dtype {self.spelled}, expected one of "
+                f"{', '.join(DTYPES)}: nothing can be added to it",
+                "name the folder of the base in bf16, fp16 or fp32",
             )
-        room = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu") if into is None else into
-        tensor = room[: self.nbytes].view(self.dtype).reshape(self.shape)
-        view = raw(tensor)
+        memory = into
+        if memory is None:
+            memory = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+        tensor = memory[: self.nbytes].view(self.dtype).reshape(self.shape)
+        rest = raw(tensor)
         try:
             with self.open() as stream:
                 stream.seek(self.begin)
-                while view:
-                    got = stream.readinto(view)  # type: ignore[attr-defined]
+                while rest:  # an unbuffered stream may give less than was asked for
+                    got = stream.readinto(rest)  # type: ignore[attr-defined]
                     if not got:
                         raise FormatError(
-                            f"{self.file}: {self.name}: the file was cut short while it was read"
+                            f"{self.file}: {self.name}: the file was cut short while it was read",
+                            "another program writes to it: try again when that is done",
                         )
-                    view = view[got:]
+                    rest = rest[got:]
         except OSError as error:
-            raise FormatError(f"{self.file}: can't be read: {error.strerror or error}") from error
+            raise FormatError(
+                f"{self.file}: can't be read: {error.strerror or error}", "download it again"
+            ) from error
         return tensor
 
 
@@ -123,15 +137,17 @@ def _identity(stream: BinaryIO) -> Identity:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which must live as long as they are used.
+    """Return the bytes of a contiguous tensor on the CPU, as a view of its memory.
+
+    The caller keeps the tensor alive as long as the view is used: torch frees its memory otherwise.
 
     >>> one = torch.tensor([1.0])
     >>> bytes(raw(one)).hex()
     '0000803f'
     """
-    held = (ctypes.c_ubyte * (tensor.numel() * tensor.element_size())).from_address(
-        tensor.data_ptr()
-    )
+    # numpy would do the same for the dtypes that it has; bf16 is not among them
+    nbytes = tensor.numel() * tensor.element_size()
+    held = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
     return memoryview(held).cast("B")
 
 
@@ -146,15 +162,18 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all its weight files."""
-        sizes = 0
+        total = 0
         for name in self.files:
             with named("look at it", self.folder / name):
-                sizes += (self.folder / name).stat().st_size
-        return sizes
+                total += (self.folder / name).stat().st_size
+        return total
 
 
 def own_files(folder: Path) -> Inside:
-    """Where the files of a base may lie: in its folder, and in its repository's blobs in the hub's cache."""
+    """Return where the files of a base may lie: in its folder, or in its own blobs.
+
+    A snapshot in the hub's cache consists of links into the ``blobs`` of the same repository.
+    """
     real = Path(os.path.realpath(folder))
     own = [str(real)]
     # …/huggingface/hub/models--org--name/snapshots/<commit>/config.json → ../../blobs/<hash>
@@ -164,18 +183,17 @@ def own_files(folder: Path) -> Inside:
 
 
 def leads_outside(file: Path) -> FolderError:
-    """The error for a file of a base that would be copied, and lies elsewhere."""
+    """Return the error for a file of a base that would be copied, and lies elsewhere."""
     return FolderError(
         f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be "
-        "copied into the "
-        "checkpoint",
+        "copied into the checkpoint",
         "if you trust it, put the file itself there: cp --remove-destination TARGET LINK; "
         "otherwise remove it",
     )
 
 
 def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint:
-    """The safetensors checkpoint in a folder, headers only.
+    """Open the safetensors checkpoint in a folder, headers only.
 
     Args:
         inside: where its files may lie; None: wherever links lead.
@@ -184,7 +202,8 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
         FormatError: there is none, or a file is missing, broken, or not what the index says.
         FolderError: a file lies where it may not.
     """
-    if is_file(folder / SINGLE):  # before the index, as transformers looks for them
+    # transformers (5) takes the single file where both are there, so the index would be an old one
+    if is_file(folder / SINGLE):
         tensors = {stored.name: stored for stored in _tensors(folder / SINGLE, inside)}
         return Checkpoint(folder, (SINGLE,), tensors)
     if not is_file(folder / INDEX):
@@ -200,33 +219,36 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
         for stored in _tensors(folder / name, inside):
             if placed.get(stored.name) != name:
                 raise FormatError(
-                    f"{folder / name}: {stored.name} is in the file, but not there in {INDEX}"
+                    f"{folder / name}: {stored.name} is in the file, but not there in {INDEX}",
+                    "download the base again, or save it again with save_pretrained",
                 )
             tensors[stored.name] = stored
     gone = [name for name in placed if name not in tensors]
     if gone:
         raise FormatError(
-            f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}"
+            f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}",
+            "download the base again, or save it again with save_pretrained",
         )
     return Checkpoint(folder, files, tensors)
 
 
 def _reading(file: Path, inside: Inside | None) -> BinaryIO:
-    """A file of a base, open to read; one that lies where it may not is not even opened."""
+    """Open a file of a base to read; one that lies where it may not is not even opened."""
     if inside is not None and not inside(os.path.realpath(file)):
         raise leads_outside(file)
-    return open_stream(file, inside=inside)  # and the one that was opened is looked at again
+    # A link may be turned round between the look and the opening, so the open file is checked too.
+    return open_stream(file, inside=inside)
 
 
 @contextlib.contextmanager
-def _told(file: Path) -> Iterator[None]:
-    """Say which file can't be read, and why: it leads out of the base, or the system says no."""
+def _naming(file: Path) -> Iterator[None]:
+    """Name the file that can't be read, and say why."""
     try:
         yield
     except FolderError:
         raise
     except OSError as error:
-        if error.errno == errno.EXDEV:
+        if error.errno == errno.EXDEV:  # from `open_stream`: the open file lies outside
             raise leads_outside(file) from error
         raise FormatError(
             f"{file}: can't be read: {error.strerror or error}", "download it again"
@@ -234,28 +256,31 @@ def _told(file: Path) -> Iterator[None]:
 
 
 def _index(file: Path, inside: Inside | None) -> dict[str, str]:
-    with _told(file), _reading(file, inside) as stream:
+    with _naming(file), _reading(file, inside) as stream:
         data = stream.read(MAX_INDEX_BYTES + 1)
     if len(data) > MAX_INDEX_BYTES:
-        raise FormatError(f"{file}: too large for an index")
+        raise FormatError(
+            f"{file}: more than {MAX_INDEX_BYTES:,} bytes, too large for an index",
+            "download it again",
+        )
     placed = strict_json.loads(data, str(file)).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise FormatError(f"{file}: no weight_map")
-    for tensor, name in placed.items():
-        plain = (
-            isinstance(name, str)
-            and name == os.path.basename(name)
-            and name.endswith(".safetensors")
+        raise FormatError(
+            f"{file}: no weight_map, expected an object of tensor: file", "download it again"
         )
-        if not plain or "\0" in name:
+    for tensor, name in placed.items():
+        # The index is a stranger's: a name with a slash in it could lead anywhere.
+        is_plain = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
+        if not is_plain or not name.endswith(".safetensors"):
             raise FormatError(
-                f"{file}: {tensor}: {str(name)[:80]!r} is no safetensors file of this folder"
+                f"{file}: {tensor}: {str(name)[:80]!r} is no safetensors file of this folder",
+                "download the base again from where you trust it",
             )
     return placed
 
 
 def _tensors(file: Path, inside: Inside | None) -> list[Stored]:
-    with _told(file), _reading(file, inside) as stream:
+    with _naming(file), _reading(file, inside) as stream:
         return _header(stream, file)
 
 
@@ -263,14 +288,13 @@ def _header(stream: BinaryIO, file: Path) -> list[Stored]:
     fields, position, size = header_fields(stream, str(file))
     fields.pop("__metadata__", None)
     seen = _identity(stream)
-    found = sorted(
-        (_stored(name, value, file, position, seen) for name, value in fields.items()),
-        key=lambda s: s.begin,
-    )
+    found = [_stored(name, value, file, position, seen) for name, value in fields.items()]
+    found.sort(key=lambda stored: stored.begin)
     for stored in found:
         if stored.begin != position:
             raise FormatError(
-                f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}"
+                f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}",
+                "download it again",
             )
         position = stored.end
     if position != size:
@@ -283,17 +307,23 @@ def _header(stream: BinaryIO, file: Path) -> list[Stored]:
 
 def _stored(name: str, value: Any, file: Path, start: int, seen: Identity) -> Stored:
     try:
-        spelled, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = (
-            all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end
-        )
+        spelled, shape = value["dtype"], tuple(value["shape"])
+        begin, end = value["data_offsets"]
+        sizes = (*shape, begin, end)
+        is_whole = all(type(size) is int and 0 <= size < 2**48 for size in sizes)
+        is_whole = is_whole and begin <= end and isinstance(spelled, str)
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole or not isinstance(spelled, str):
-        raise FormatError(f"{file}: {name}: malformed in the header: {json.dumps(value)[:120]}")
+        is_whole = False
+    if not is_whole:
+        raise FormatError(
+            f"{file}: {name}: malformed in the header: {json.dumps(value)[:120]}",
+            "expected dtype, shape and data_offsets: download it again",
+        )
+    # A dtype that is not known here (fp8, packed integers) may have any size: it is only copied.
     dtype = DTYPES.get(spelled)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
         raise FormatError(
-            f"{file}: {name}: {spelled} {shape} does not fill its bytes {begin} to {end}"
+            f"{file}: {name}: {spelled} {shape} does not fill its bytes {begin} to {end}",
+            "download it again",
         )
     return Stored(name, file, start + begin, start + end, dtype, spelled, shape, seen)

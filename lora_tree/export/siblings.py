@@ -1,11 +1,11 @@
-"""Projections that engines fuse: which of them an adapter leaves alone, and zero factors for those, where asked for.
+"""Projections that engines fuse: the ones an adapter lacks, and zero factors for them on demand.
 
     q_proj  k_proj  v_proj      one matrix in an engine's memory
     gate_proj  up_proj          and the same here
 
-An engine fills what an adapter does not change by itself, so nothing has to be added. SGLang is the
-exception: it can't load q without v. A module that is added needs a shape, which the base says, or
-the caller: what else lies in the tree's folder decides nothing.
+vLLM and llama.cpp fill in by themselves the ones that an adapter does not change, so nothing has to
+be added for them. SGLang (0.5) is the exception: it fills in a missing k, but can't load q without
+v. A module that is added needs a shape, which the base says, or the caller.
 """
 
 from __future__ import annotations
@@ -22,50 +22,49 @@ __all__ = ["GROUPS", "Shapes", "completed", "missing", "stated", "without_v"]
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Shapes = Callable[[str], tuple[int, int] | None]
-"""The name of a module → its (out, in), or None where nobody knows."""
+"""The name of a module → its (out, in), or None where that is not known."""
 
 
 def missing(modules: Mapping[str, LowRank]) -> list[str]:
-    """The modules that the groups of these are short of, by name.
+    """Return the names of the modules that the groups of these lack.
 
     >>> missing({"layers.0.q_proj": LowRank(torch.ones(1, 4), torch.ones(4, 1))})
     ['layers.0.k_proj', 'layers.0.v_proj']
     """
-    wanted = set()
+    wanted: set[str] = set()
     for name, value in modules.items():
-        before, dot, leaf = name.rpartition(".")
-        for group in GROUPS:
-            if leaf in group and value.layout == LINEAR:
-                wanted |= {f"{before}{dot}{other}" for other in group}
+        # a convolution may be called q_proj too, and no engine fuses it
+        if value.layout == LINEAR:
+            wanted.update(_group(name))
     return sorted(wanted - set(modules))
 
 
 def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRank]:
-    """The modules with zero factors of rank 1 for `missing` ones.
+    """Return the modules, and `missing` ones with zero factors of rank 1.
 
     Raises:
-        FormatError: nobody knows the shape of one; names it and says how to give a base.
+        FormatError: the shape of one is not known; names it and says how to give a base.
         BaseMismatch: its input is not as wide as that of its sibling, so the two are not one
             matrix.
     """
     made = dict(modules)
-    unknown = []
+    unknown: list[str] = []
     for name in missing(modules):
         shape = shapes(name)
         if shape is None:
             unknown.append(name)
             continue
-        sibling = next(n for n in _group(name) if n in modules)
-        into = modules[sibling].A.shape[-1]
-        if shape[1] != into:
+        sibling = next(other for other in _group(name) if other in modules)
+        width = modules[sibling].A.shape[-1]
+        if shape[1] != width:
             raise BaseMismatch(
                 f"{name}: it is said to be {shape}, which reads {shape[1]} numbers, but {sibling} "
-                f"reads {into}"
+                f"reads {width}",
+                "the two are one matrix in an engine: correct the shape, or name the right base",
             )
         dtype = modules[sibling].dtype
-        A, B = (
-            torch.zeros(size, dtype=dtype, device="cpu") for size in ((1, shape[1]), (shape[0], 1))
-        )
+        A = torch.zeros((1, shape[1]), dtype=dtype, device="cpu")  # (1, in)
+        B = torch.zeros((shape[0], 1), dtype=dtype, device="cpu")  # (out, 1)
         made[name] = LowRank(A, B)
     if unknown:
         raise FormatError(
@@ -80,7 +79,7 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
 
 
 def without_v(modules: Mapping[str, LowRank]) -> list[str]:
-    """The q projections of these whose v projection is not among them: SGLang can't load such an adapter.
+    """Return the q projections whose v projection is missing: SGLang (0.5) can't load them.
 
     >>> without_v({"layers.0.q_proj": LowRank(torch.ones(1, 4), torch.ones(4, 1))})
     ['layers.0.q_proj']
@@ -90,10 +89,12 @@ def without_v(modules: Mapping[str, LowRank]) -> list[str]:
 
 
 def stated(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
-    """Shapes that the caller states, by a module's full name or by the end of it; the longest that fits counts.
+    """Turn the shapes that a caller states into a function of a module's full name.
+
+    A shape is stated for a full name or for the end of one; the longest that fits counts.
 
     Raises:
-        SpecError: one is no (out, in); names it.
+        SpecError: a shape is no (out, in); names the module.
 
     >>> of = stated({"k_proj": (2, 8), "layers.0.k_proj": (4, 8)})
     >>> of("layers.0.k_proj"), of("layers.1.k_proj"), of("layers.1.v_proj")
@@ -129,5 +130,9 @@ def _q_of(v_proj: str) -> str:
 
 
 def _group(name: str) -> list[str]:
+    """Return the full names of all modules that an engine fuses with this one, and its own."""
     before, dot, leaf = name.rpartition(".")
-    return [f"{before}{dot}{other}" for group in GROUPS if leaf in group for other in group]
+    for group in GROUPS:
+        if leaf in group:
+            return [f"{before}{dot}{other}" for other in group]
+    return []

@@ -1,8 +1,10 @@
-"""What a base is, asked without loading it: its modules' shapes, from headers or from its config alone.
+"""A base that is not loaded: the shapes of its modules, from headers or from its config alone.
 
-a folder     the headers of its safetensors files: name → shape, no numbers
-a hub id     its config.json, and the class that it names, made without memory for weights (the meta device)
-a module     itself
+    a folder     the headers of its safetensors files: name → shape, no numbers
+    a hub id     its config.json, and the class that it names, made on the meta device
+    a module     itself
+
+Law: nothing here allocates memory for weights, and nothing is fetched for a name that no user gave.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from ..storage import as_path
 from ..system.reading import is_file, is_folder
 from .shards import Checkpoint, Stored, open_checkpoint
 
-__all__ = ["Base", "class_of", "skeleton"]
+__all__ = ["NOTHING_CARRIED", "Base", "class_of", "skeleton"]
+
+NOTHING_CARRIED = (
+    "train without bias= and without resizing embeddings, or name the base it was trained on"
+)
+"""Advice where an adapter carries a tensor that is not this base's own."""
 
 
 def skeleton(
@@ -33,7 +40,7 @@ def skeleton(
     what: str = "a base's config",
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model that a base's config.json names, with shapes and no memory.
+    """Make the model that a base's config.json names, with shapes and no memory.
 
     Args:
         base: a folder or a hub id.
@@ -55,10 +62,14 @@ def skeleton(
     if kind is None:
         named = getattr(config, "architectures", None)
         raise SpecError(
-            f"{base}: its config.json names no architecture that transformers has: {named}"
+            f"{base}: its config.json names no architecture that transformers has: {named}",
+            "upgrade transformers; or, if the class is the base's own code and you trust it, "
+            "--trust-remote-code",
         )
     make: Callable[[Any], nn.Module] = kind
-    if not issubclass(kind, nn.Module):  # an Auto class, for code of the base's own
+    if not issubclass(kind, nn.Module):
+        # An Auto class, which finds the class in the base's own code. The caller has allowed that,
+        # or `class_of` would have returned None.
         make = partial(kind.from_config, trust_remote_code=True)
     with (
         foreign(
@@ -72,7 +83,7 @@ def skeleton(
 def class_of(
     base: str | os.PathLike[str], transformers: Any, *, failed: str, trust_remote_code: bool
 ) -> tuple[Any, Any]:
-    """A base's config, and the class that its config.json names; None where transformers has none.
+    """Return a base's config and the class that it names; None where transformers has none.
 
     Args:
         base: a folder or a hub id.
@@ -94,11 +105,13 @@ def class_of(
     kind = getattr(transformers, architecture, None)
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         return config, kind
-    return config, _own_class(transformers, config, architecture) if trust_remote_code else None
+    if not trust_remote_code:
+        return config, None
+    return config, _own_class(transformers, config, architecture)
 
 
 def _own_class(transformers: Any, config: Any, architecture: str) -> Any:
-    """The Auto class under which a base's config files its own class ``architecture``."""
+    """Return the Auto class under which a base's config files its own class ``architecture``."""
     for auto, reference in (getattr(config, "auto_map", None) or {}).items():
         if auto.startswith("AutoModel") and str(reference).rpartition(".")[2] == architecture:
             return getattr(transformers, auto, None)
@@ -109,27 +122,28 @@ class Base:
     """A base that may or may not be at hand.
 
     Args:
-        base: a model, a folder, a hub id; None where nobody said.
-        asked: a user named it, so a hub's config may be fetched for it.
+        base: a model, a folder, a hub id; None where none was named.
+        asked: the caller named it. Otherwise the name comes out of a tree's files, and nothing is
+            fetched from the hub for it.
     """
 
     def __init__(
         self, base: nn.Module | str | os.PathLike[str] | None, *, asked: bool = True
     ) -> None:
         self._model = base if isinstance(base, nn.Module) else None
-        self._name = None if base is None or isinstance(base, nn.Module) else os.fspath(base)
+        self._name: str | None = None
+        if base is not None and not isinstance(base, nn.Module):
+            self._name = os.fspath(base)
         self._asked = asked
-        folder = as_path(self._name) if self._name else None
-        self._folder: Path | None = folder if folder is not None and is_folder(folder) else None
+        self._folder: Path | None = None
+        if self._name and is_folder(as_path(self._name)):
+            self._folder = as_path(self._name)
 
     @property
     def known(self) -> bool:
-        """Something can be asked of it."""
-        return (
-            self._model is not None
-            or self._folder is not None
-            or (self._asked and self._name is not None)
-        )
+        """Whether anything can be asked of it."""
+        is_at_hand = self._model is not None or self._folder is not None
+        return is_at_hand or (self._asked and self._name is not None)
 
     @cached_property
     def model(self) -> Any:
@@ -145,33 +159,33 @@ class Base:
         try:
             checkpoint: Checkpoint = open_checkpoint(self._folder)
         except FormatError:
-            return {}  # no safetensors there, or broken ones: its config may still do
+            # No safetensors there, or broken ones: the shapes can still come from its config.
+            return {}
         return checkpoint.tensors
 
     def shape(self, module: str) -> tuple[int, int] | None:
-        """The (out, in) of a linear layer; None where nobody knows."""
+        """Return the (out, in) of a linear layer; None where it is not known."""
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
-        if not self.known or (
-            self._folder is not None and not is_file(self._folder / "config.json")
-        ):
+        if not self.known:
+            return None
+        # A folder of weights alone is no mistake here, and making its skeleton would be an error.
+        if self._folder is not None and not is_file(self._folder / "config.json"):
             return None
         try:
             weight = self.model.get_submodule(module).weight
         except AttributeError:
             return None
-        return (
-            (weight.shape[0], weight.shape[1])
-            if isinstance(weight, Tensor) and weight.ndim == 2
-            else None
-        )
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        return weight.shape[0], weight.shape[1]
 
     def renamer(self, names: Iterable[str]) -> nn.Module | None:
-        """The model whose names an adapter is to be written in; None where its own names do.
+        """Return the model in whose names an adapter is to be written; None to keep its own.
 
-        They do where the checkpoint has a tensor for each of them, or where that can't be known.
-        Where two of them look like one module's, the model is needed.
+        They are kept where the checkpoint has a tensor for each of them, or where that can't be
+        known. Where two of them look like one module's, the model is needed.
 
         Raises:
             SpecError, MissingExtra: it is needed and can't be had.
@@ -189,14 +203,16 @@ class Base:
         except LoraTreeError:
             if twice:
                 raise
-            return None  # the shapes of the checkpoint will do
+            return None  # only the names are kept as they are; the checkpoint has the shapes
         return model
 
     def check_unchanged(self, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor that an adapter carries and that is not this base's own; see `check_carried`.
+        """Refuse a tensor that an adapter carries if it is not this base's own.
+
+        See `check_carried`.
 
         Raises:
-            BaseMismatch: it is not, or there is no base at hand to compare it with.
+            BaseMismatch: it differs, or there is no base at hand to compare it with.
         """
         own = self._own(name)
         if own is None:
@@ -205,8 +221,7 @@ class Base:
                 "to compare it with",
                 "name the base's folder: --base FOLDER, base=…",
             )
-        todo = "train without bias= and without resizing embeddings, or name the base it was trained on"
-        check_carried(name, tensor, own, todo)
+        check_carried(name, tensor, own, NOTHING_CARRIED)
 
     def _own(self, name: str) -> Tensor | None:
         if self._model is not None:
@@ -216,16 +231,13 @@ class Base:
         return None if stored is None or stored.dtype is None else stored.read()
 
     def last_names(self) -> dict[str, set[str]] | None:
-        """The last part of a module's name → every module of that name; None where no model can be had."""
-        if self._model is None and self._folder is None:
+        """Return the last part of a name → all modules with it; None if they are not known."""
+        if self._model is not None:
+            names = [name for name, _ in self._model.named_modules()]
+        elif self._stored:
+            names = [name.rpartition(".")[0] for name in self._stored]
+        else:
             return None
-        if self._model is None and not self._stored:
-            return None
-        names = (
-            [name for name, _ in self._model.named_modules()]
-            if self._model is not None
-            else [name.rpartition(".")[0] for name in self._stored]
-        )
         found: dict[str, set[str]] = {}
         for name in names:
             found.setdefault(name.rpartition(".")[2], set()).add(name)

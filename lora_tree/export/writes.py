@@ -1,4 +1,10 @@
-"""What a path changes in a base: parameter → the increments to add up in it, checked against shapes alone."""
+"""The changes of a path in a base: parameter → the increments to add, checked by shapes alone.
+
+Nothing is read of the base but its skeleton; only where a bound on the factors can't tell whether
+a sum stays finite, the parameter itself is read (`Write.check_finite`).
+
+Law: each parameter is written once, under one name, and is no other module's.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +27,7 @@ from ..sites import Site, find_site
 from ..tree import AdapterTree
 from .names import CheckpointNames
 from .shards import Stored
+from .unloaded_base import NOTHING_CARRIED
 
 __all__ = ["Write", "writes"]
 
@@ -30,9 +37,9 @@ class Write:
     """One parameter and what is added to it.
 
     Args:
-        node, module: who changes it, for messages: the first node that does, and its name for the
-            place.
-        values: in the order of the sum, with their coefficients; nodes: whose each of them is.
+        node, module: the first node that changes it, and the module's name, for messages.
+        values: the increments in the order of the sum, with their coefficients.
+        nodes: the node of each of them.
         is_bias: their biases go into it, not their products.
     """
 
@@ -45,17 +52,18 @@ class Write:
     is_bias: bool = False
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """That a tensor of the checkpoint is as large as the parameter.
+        """Check that a tensor of the checkpoint has the shape of the parameter.
 
         Raises:
-            BaseMismatch: it is not.
+            BaseMismatch: it has another one.
         """
         own = self.site.bias if self.is_bias else self.site.weight
         if own is None or tuple(own.shape) != tuple(shape):
             expected = None if own is None else tuple(own.shape)
             raise BaseMismatch(
                 f"{self.node}: {self.module}: the checkpoint's tensor is {tuple(shape)}, its "
-                f"config says {expected}"
+                f"config says {expected}",
+                "config.json and the weights are not of one model: download the base again",
             )
 
     def check_finite(self, dtype: torch.dtype, own: Callable[[], torch.Tensor]) -> None:
@@ -66,15 +74,16 @@ class Write:
             own: reads the parameter; called only where a bound on the factors can't tell.
 
         Raises:
-            BaseMismatch: one would; names the node that adds the most.
+            BaseMismatch: one would not; names the node that adds the most.
         """
+        # A bound on the factors shows it for nearly every parameter, without a read of the weight.
         if harmless([(value, 1.0) for value in self.values], dtype):
             return
         parts = [(node, value, 1.0) for node, value in zip(self.nodes, self.values, strict=True)]
         check_sum(self.site, self.module, own(), parts, Scratch(), is_bias=self.is_bias)
 
     def check_dtype(self, stored: Stored) -> None:
-        """That something can be added to a tensor of the checkpoint.
+        """Check that something can be added to a tensor of the checkpoint.
 
         Raises:
             UnmergedOnly: it is quantised.
@@ -88,7 +97,7 @@ class Write:
 
 
 def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) -> list[Write]:
-    """Everything that a path writes into a model of these shapes.
+    """Return everything that a path writes into a model of these shapes.
 
     Args:
         model: on the meta device, or anywhere.
@@ -116,36 +125,48 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
                     )
                 if not value.is_finite:
                     raise BaseMismatch(
-                        f"{name}: the factors are not finite, and would leave no finite weight"
+                        f"{name}: the factors are not finite, and would leave no finite weight",
+                        "train it again, or remove the node: a diverged training left an infinity "
+                        "or a NaN",
                     )
                 found.setdefault(name, []).append((node, value.scaled(coefficient)))
             for name, tensor in bound.unchanged.items():
-                _same(name, tensor, names)
+                _check_same(name, tensor, names)
         except LoraTreeError as error:
             raise error.within(node) from error
-    made = [write for name, values in found.items() for write in _writes(name, sites[name], values)]
-    _one_owner(made, model)
+    made: list[Write] = []
+    for name, values in found.items():
+        made += _writes_of_module(name, sites[name], values)
+    _check_one_owner(made, model)
     return made
 
 
-def _writes(name: str, site: Site, values: list[tuple[str, LowRank]]) -> list[Write]:
+def _writes_of_module(name: str, site: Site, values: list[tuple[str, LowRank]]) -> list[Write]:
     prefix = f"{site.module_name}." if site.module_name else ""
-    nodes, own = [node for node, _ in values], [value for _, value in values]
+    nodes = [node for node, _ in values]
+    own = [value for _, value in values]
     made = [Write(nodes[0], name, f"{prefix}{site.weight_name}", site, own, nodes)]
     if any(value.bias is not None for value in own):
-        made.append(
-            Write(nodes[0], name, f"{prefix}{site.bias_name}", site, own, nodes, is_bias=True)
-        )
+        bias_name = f"{prefix}{site.bias_name}"
+        made.append(Write(nodes[0], name, bias_name, site, own, nodes, is_bias=True))
     return made
 
 
-def _one_owner(made: Sequence[Write], model: Any) -> None:
-    """That a parameter is written under one name, and is no other module's."""
+def _check_one_owner(made: Sequence[Write], model: Any) -> None:
+    """Check that a parameter is written under one name, and is no other module's.
+
+    Raises:
+        TiedWeights: two modules have it, or two names in the adapters mean it.
+    """
+    # A skeleton made on the meta device has its tied weights apart until it is told to tie them.
     model.tie_weights()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    owners = {name: shared for shared in names.values() for name in shared}
+    owners: dict[str, list[str]] = {}
+    for shared in names.values():
+        for name in shared:
+            owners[name] = shared
     written: dict[str, str] = {}
     for write in made:
         other = written.setdefault(write.parameter, write.module)
@@ -155,21 +176,23 @@ def _one_owner(made: Sequence[Write], model: Any) -> None:
                 "be lost",
                 "call it by the same name in every adapter on the path",
             )
-        shared = [name for name in owners.get(write.parameter, []) if name != write.parameter]
-        if shared:
+        others = [name for name in owners.get(write.parameter, []) if name != write.parameter]
+        if others:
             raise TiedWeights(
-                f"{write.node}: {write.module}: its weight is tied to {listing(shared)}: merging "
+                f"{write.node}: {write.module}: its weight is tied to {listing(others)}: merging "
                 "would change both",
                 "leave the module out of the adapter, or untie the base and save it again",
             )
 
 
-def _same(name: str, tensor: torch.Tensor, names: CheckpointNames) -> None:
+def _check_same(name: str, tensor: torch.Tensor, names: CheckpointNames) -> None:
+    """Check that a tensor which an adapter carries is the checkpoint's own."""
     group = names.group(name)
+    # One that transformers fuses from several is not compared: no adapter of PEFT carries such one.
     stored = group.stored[0] if group.converter is None else None
     if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
         raise BaseMismatch(
-            f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one"
+            f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one",
+            NOTHING_CARRIED,
         )
-    todo = "train without bias= and without resizing embeddings, or name the base it was trained on"
-    check_carried(name, tensor, stored.read().reshape(tensor.shape), todo)
+    check_carried(name, tensor, stored.read().reshape(tensor.shape), NOTHING_CARRIED)

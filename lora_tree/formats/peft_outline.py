@@ -47,7 +47,7 @@ LEFTOVERS = {
     "modules_to_save": VARIANTS["modules_to_save"],
     "lora_diag": VARIANTS["kasa_config"],
 }
-"""Parts of a key that tell a kind of adapter that we refuse, even where the config does not say so."""
+"""Parts of a key that tell a kind of adapter that we refuse, if the config says so or not."""
 
 WHOLE = {
     "embed_in",
