@@ -1,27 +1,50 @@
 """The algebra of a tree: compare, cut, move and merge nodes. Values only: no base, no files.
 
-core ─ deviation ─ sums ─┬─ difference                    what differs
-                         ├─ gram ─ clusters ─ likeness    which nodes are alike
-                         └─ …
+core ─ deviation ─ sums ─┬─ difference                            what differs
+                         ├─ gram ─ clusters ─ picture ─ likeness  which nodes are alike
+                         └─ edit ─┬─ cutting                      squash, split
+                                  ├─ moving                       pick, rebase
+                                  ├─ elementwise ─ merging        merge
+                                  ├─ sharing                      hoist
+                                  └─ compression                  compress
 
-Law: nothing here builds an (out, in) matrix, and every result says its error.
+Law: nothing here builds an (out, in) matrix but `merge` where it is told to, and every result says
+its error.
 """
 
 from .clusters import Join
+from .compression import Compressed, compress
+from .cutting import split, squash
 from .deviation import Deviation, deviation
 from .difference import Diff, ModuleDiff, TreeDiff, diff, diff_paths, diff_trees
+from .edit import Edited
 from .likeness import Likeness, similar
+from .merging import Merged, merge, merge_paths
+from .moving import pick, rebase, rebase_all
+from .sharing import hoist
 
 __all__ = [
+    "Compressed",
     "Deviation",
     "Diff",
+    "Edited",
     "Join",
     "Likeness",
+    "Merged",
     "ModuleDiff",
     "TreeDiff",
+    "compress",
     "deviation",
     "diff",
     "diff_paths",
     "diff_trees",
+    "hoist",
+    "merge",
+    "merge_paths",
+    "pick",
+    "rebase",
+    "rebase_all",
     "similar",
+    "split",
+    "squash",
 ]

@@ -8,6 +8,7 @@ sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -22,7 +23,7 @@ from ..storage import names_of
 from ..tree import AdapterTree
 from .deviation import named
 
-__all__ = ["Term", "added_up", "less"]
+__all__ = ["Term", "added_up", "aligned", "less"]
 
 Term = tuple[str, float, Adapter]
 """(node, coefficient, its adapter)."""
@@ -72,6 +73,15 @@ def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
     # A negative lora_alpha is legal and surprises every reader of the files; the sign belongs into
     # B.
     return replace(flat, modules={name: _upright(v) for name, v in flat.modules.items()})
+
+
+def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return adapters whose raw parameters have the names that those certain of their order give them."""
+    certain: dict[str, tuple[str, ...]] = {}
+    for adapter in adapters:
+        sure = {m: order for m, order in adapter.nesting.items() if m not in adapter.assumed}
+        certain.update(sure)
+    return [adapter.renested(certain) for adapter in adapters]
 
 
 def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:

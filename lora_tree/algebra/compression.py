@@ -1,0 +1,328 @@
+"""Compress: all nodes of a tree to a rank, an error or a number of bytes.
+
+    minimise  Σ c_n² ‖(ΔW_n − ΔW'_n) C^½‖²     with   Σ bytes ≤ budget
+
+One more rank in a module lowers the error by a singular value squared and costs (out + in) numbers.
+The ranks of a module fall in value, so taking the best value for its bytes, again and again over
+all nodes and modules, gives the least error that those bytes allow (a knapsack whose items can be
+sorted). Only the last bytes, too few for the next rank in line, go to ranks that still fit.
+
+C is the second moment E[x xᵀ] of a module's inputs, where it is given: then an error counts by what
+it does to outputs. The best factors of a rank are then B U, (Uᵀ B) A with U from the (r, r) core of
+ΔW C ΔWᵀ.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..budget import parse_bytes
+from ..errors import BudgetError, ShapeMismatch, SpecError
+from ..lowrank import LowRank, check_dtype, check_rank
+from ..tree import AdapterTree
+from .core import check_readable
+from .deviation import Deviation, measured, named
+from .edit import Edited, changeable
+
+__all__ = ["Compressed", "compress"]
+
+Place = tuple[str, str]
+"""(node, module)."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` did.
+
+    Args:
+        edited: the nodes, each with its error.
+        ranks: node → module → its rank now; modules that were left out have none.
+        bytes_before, bytes_after: of all factors of these nodes.
+        error, relative_error: √ Σ c_n² ‖ΔW_n − ΔW'_n‖², and as a part of √ Σ c_n² ‖ΔW_n‖²; weighted
+            by second moments where these were given.
+    """
+
+    edited: Edited
+    ranks: Mapping[str, Mapping[str, int]]
+    bytes_before: int
+    bytes_after: int
+    error: float
+    relative_error: float
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures as plain data, for JSON."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "error": self.error,
+            "relative_error": self.relative_error,
+            "ranks": {node: dict(ranks) for node, ranks in self.ranks.items()},
+            **self.edited.as_dict(),
+        }
+
+
+def compress(
+    tree: AdapterTree,
+    paths: Iterable[str] | None = None,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    budget_bytes: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+) -> Compressed:
+    """Cut the nodes of a tree; which ranks go is decided across all of them together.
+
+    A node's error counts by its weight and once for every leaf below it, because each of those has
+    it. Modules may be left out; a node keeps one at least, of rank 1.
+
+    Args:
+        tree: changed in memory. Nodes that are cut no longer fit what their descendants were
+            trained on, so those become stale with the next save.
+        paths: which nodes, as paths or patterns; all with an adapter where None.
+        rank: the largest rank in any module.
+        max_error: the largest relative error over all of these nodes together; as few bytes as that
+            takes.
+        budget_bytes: of all factors of these nodes together: a number, or ``"512MiB"``.
+        dtype: of the factors; None keeps each module's own.
+        moments: module → E[x xᵀ] of its inputs: (in, in); or its diagonal, (in,); or rows of
+            inputs, (rows, in) with more rows than one. Modules without count as if their inputs
+            were white.
+
+    Raises:
+        PathError: a path or pattern matches no node.
+        SpecError: not one of ``rank``, ``max_error`` and ``budget_bytes`` was given, or it makes no
+            sense; or a factor has no finite numbers.
+        BudgetError: one rank in one module of every node takes more than the budget.
+        ShapeMismatch: a moment does not have the size of its module's input; names it.
+        TreeError: a model is using a node.
+    """
+    if sum(bound is not None for bound in (rank, max_error, budget_bytes)) != 1:
+        raise SpecError("compress to rank=, max_error= or budget_bytes=, one of the three")
+    check_dtype(dtype)
+    if rank is not None:
+        check_rank(rank)
+    if max_error is not None and not 0.0 <= max_error < 1.0:
+        raise SpecError(
+            f"max_error: expected a part of the whole, 0 ≤ max_error < 1, got {max_error}"
+        )
+    chosen = tree.paths() if paths is None else tree.matching(paths)
+    chosen = [path for path in chosen if tree[path].has_adapter]
+    changeable(tree, chosen)
+    if not chosen:
+        raise SpecError("no node with an adapter to compress")
+    adapters = {path: _read(tree, path) for path in chosen}
+    shares = {path: _share(tree, path) for path in chosen}
+    cuts = _cuts(adapters, shares, dtype, moments or {})
+    if rank is not None:
+        ranks = {place: min(rank, cut.value.rank) for place, cut in cuts.items()}
+    else:
+        budget = None if budget_bytes is None else parse_bytes(budget_bytes)
+        ranks = _chosen(cuts, budget, max_error)
+    return _cut_down(tree, adapters, cuts, ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How one module can be cut.
+
+    Args:
+        value: as it is.
+        gains: (r,) what each further rank lowers the squared error by, largest first.
+        unit: bytes of one rank.
+        fixed: bytes of the bias, which a module has at any rank.
+        dtype: of the factors afterwards; None keeps those that they have.
+        basis: (\\*batch, out, r): the columns that B is cut to.
+        rows: (\\*batch, r, in): those of A that go with them.
+    """
+
+    value: LowRank
+    gains: Tensor
+    unit: int
+    fixed: int
+    dtype: torch.dtype | None
+    basis: Tensor
+    rows: Tensor
+
+    def at(self, rank: int) -> LowRank:
+        """Return the module at a rank; itself where nothing is cut and nothing rounded."""
+        if rank >= self.value.rank:
+            return self.value if self.dtype is None else self.value.to(dtype=self.dtype)
+        both = LowRank(
+            self.rows[..., :rank, :].contiguous(),
+            self.basis[..., :rank].contiguous(),
+            layout=self.value.layout,
+        )
+        short = _balanced(both)
+        bias = None if self.value.bias is None else self.value.bias.double() * self.value.scale
+        return replace(short, bias=bias).to(dtype=self.dtype or self.value.dtype)
+
+
+def _read(tree: AdapterTree, path: str) -> Adapter:
+    adapter = tree.adapter(path)
+    assert adapter is not None  # the nodes are those that have one
+    return adapter
+
+
+def _share(tree: AdapterTree, path: str) -> float:
+    """How much a squared error of this node counts: its weight squared, for each leaf that has it."""
+    below = tree.paths(path)
+    leaves = sum(1 for node in below if not tree.children(node)) if below else 1
+    return tree[path].weight ** 2 * leaves
+
+
+def _cuts(
+    adapters: Mapping[str, Adapter],
+    shares: Mapping[str, float],
+    dtype: torch.dtype | None,
+    moments: Mapping[str, Tensor],
+) -> dict[Place, Cut]:
+    cuts: dict[Place, Cut] = {}
+    for path, adapter in adapters.items():
+        for name, value in adapter.modules.items():
+            cut = named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
+            cuts[path, name] = replace(cut, gains=cut.gains * shares[path])
+    return cuts
+
+
+def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cut:
+    check_readable(value)
+    Q_B, M, Q_A = value.core()
+    if moment is None:
+        U, S, _ = torch.linalg.svd(M, full_matrices=False)
+        squares = S.square()
+    else:
+        inside = _moved(M, Q_A, moment)  # (k, k): the core of ΔW C ΔWᵀ
+        squares, U = torch.linalg.eigh(inside)
+        squares, U = squares.flip(-1).clamp(min=0.0), U.flip(-1)
+    rows = U.mT @ M @ Q_A.mT  # (r, in)
+    gains = squares.reshape(-1, squares.shape[-1]).sum(0)
+    batch = math.prod(value.shape[:-2])
+    sizes = [(dtype or t.dtype).itemsize for t in value.tensors]
+    unit = batch * (value.shape[-1] * sizes[0] + value.shape[-2] * sizes[1])
+    fixed = 0 if value.bias is None else value.bias.numel() * sizes[2]
+    return Cut(value, gains.cpu(), unit, fixed, dtype, Q_B @ U, rows)
+
+
+def _moved(M: Tensor, Q_A: Tensor, moment: Tensor) -> Tensor:
+    """M (Q_Aᵀ C Q_A) Mᵀ, without building C where rows or its diagonal are given."""
+    size = Q_A.shape[-2]
+    C = moment.detach().to(device=M.device, dtype=torch.float64)
+    if C.shape == (size,):
+        inner = Q_A.mT @ (C[:, None] * Q_A)
+    elif C.shape == (size, size):
+        inner = Q_A.mT @ C @ Q_A
+    elif C.ndim == 2 and C.shape[1] == size:
+        seen = C @ Q_A  # (rows, l)
+        inner = seen.mT @ seen / len(C)
+    else:
+        raise ShapeMismatch(
+            f"moments: got {tuple(C.shape)}, expected ({size},), ({size}, {size}) or (rows, {size})"
+        )
+    return M @ inner @ M.mT
+
+
+def _chosen(
+    cuts: Mapping[Place, Cut], budget: int | None, max_error: float | None
+) -> dict[Place, int]:
+    """The rank of every module: the best value for its bytes first."""
+    ranks = dict.fromkeys(cuts, 0)
+    spent = 0
+    for place in _first_of_each_node(cuts):
+        ranks[place] = 1
+        spent += cuts[place].unit + cuts[place].fixed
+    if budget is not None and spent > budget:
+        raise BudgetError(
+            f"one rank in one module of every node takes {spent:,} bytes, the budget is {budget:,}",
+            "give more bytes, or compress fewer nodes",
+        )
+    whole = math.fsum(float(cut.gains.sum()) for cut in cuts.values())
+    left = whole - math.fsum(float(cuts[p].gains[0]) for p, r in ranks.items() if r)
+    allowed = None if max_error is None else whole * max_error**2
+    queue = [_offer(cuts[place], place, rank) for place, rank in ranks.items()]
+    heapq.heapify(queue)
+    while queue:
+        value, place = heapq.heappop(queue)
+        cut, rank = cuts[place], ranks[place]
+        if rank >= cut.value.rank or value == 0.0:
+            continue  # nothing left to gain in this module
+        if allowed is not None and left <= allowed:
+            break
+        if budget is not None and spent + cut.unit > budget:
+            continue  # it does not fit any more, and the next ranks of this module cost as much
+        ranks[place] = rank + 1
+        spent += cut.unit
+        left -= float(cut.gains[rank])
+        heapq.heappush(queue, _offer(cut, place, rank + 1))
+    return ranks
+
+
+def _first_of_each_node(cuts: Mapping[Place, Cut]) -> list[Place]:
+    """The modules that are never left out: in every node the one whose first rank is worth most."""
+    best: dict[str, Place] = {}
+    for place, cut in cuts.items():
+        known = best.get(place[0])
+        if known is None or float(cut.gains[0]) > float(cuts[known].gains[0]):
+            best[place[0]] = place
+    # A bias is no part of any rank: a module that has one stays, so that the bias does.
+    biased = [place for place, cut in cuts.items() if cut.fixed]
+    return list(dict.fromkeys([*best.values(), *biased]))
+
+
+def _offer(cut: Cut, place: Place, rank: int) -> tuple[float, Place]:
+    """The value of the next rank for its bytes, negative because a heap gives its smallest first."""
+    if rank >= len(cut.gains):
+        return 0.0, place
+    return -float(cut.gains[rank]) / cut.unit, place
+
+
+def _balanced(value: LowRank) -> LowRank:
+    """The same value with factors of like size, which lose least when they are rounded."""
+    half = value.A.norm(dim=-1, keepdim=True).sqrt()  # (k, 1); the columns of B have length 1
+    safe = torch.where(half > 0, half, 1.0)
+    return replace(value, A=value.A / safe, B=value.B * safe.mT)
+
+
+def _cut_down(
+    tree: AdapterTree,
+    adapters: Mapping[str, Adapter],
+    cuts: Mapping[Place, Cut],
+    ranks: Mapping[Place, int],
+) -> Compressed:
+    """Compute every node, then change the tree."""
+    made: dict[str, Adapter] = {}
+    errors: dict[str, Deviation] = {}
+    for path, adapter in adapters.items():
+        modules: dict[str, LowRank] = {}
+        far: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        for name, value in adapter.modules.items():
+            rank = ranks[path, name]
+            if rank:
+                modules[name] = cuts[path, name].at(rank)
+            far[name], norms[name] = measured(value, modules.get(name))
+        made[path] = replace(adapter, modules=modules, errors={}, rounded=frozenset())
+        errors[path] = Deviation(far, norms)
+    lost = math.fsum(float(cut.gains[ranks[place] :].sum()) for place, cut in cuts.items())
+    whole = math.fsum(float(cut.gains.sum()) for cut in cuts.values())
+    before = sum(adapter.nbytes for adapter in adapters.values())
+    changed = [path for path in made if _differs(adapters[path], made[path])]
+    for path in changed:
+        tree.update(path, adapter=made[path])
+    told = {path: {n: v.rank for n, v in made[path].modules.items()} for path in made}
+    edited = Edited(changed=tuple(changed), errors={path: errors[path] for path in changed})
+    after = sum(adapter.nbytes for adapter in made.values())
+    ratio = math.sqrt(lost / whole) if whole else 0.0
+    return Compressed(edited, told, before, after, math.sqrt(lost), ratio)
+
+
+def _differs(before: Adapter, after: Adapter) -> bool:
+    same = before.modules.keys() == after.modules.keys()
+    return not same or any(before.modules[n] is not v for n, v in after.modules.items())

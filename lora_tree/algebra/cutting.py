@@ -1,0 +1,182 @@
+"""Squash and split: a lineage becomes one node, one node becomes a lineage.
+
+squash   new = Σ lineage of a path − Σ lineage of the new node's parent
+split    node = part + rest: the part stays, the rest becomes its child, and the children move below that
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..blend import Blend, spelled
+from ..errors import PathError, SpecError
+from ..lowrank import LowRank, check_rank
+from ..spec import check_path
+from ..tree import AdapterTree
+from .core import joint
+from .deviation import cut, deviation, named
+from .edit import Edited, changeable, free, own, stale_notes, still_fits
+from .sums import added_up, less
+
+__all__ = ["split", "squash"]
+
+
+def squash(
+    tree: AdapterTree,
+    blend: Blend,
+    *,
+    to: str,
+    rank: int | None = None,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+    base: nn.Module | None = None,
+) -> Edited:
+    """Add one node whose effective weight is that of a whole lineage, or of a blend.
+
+    Args:
+        tree: changed in memory.
+        blend: a path or a blend; its nodes stay as they are.
+        to: the new node. It lies on its own parent's lineage, so that is taken off the sum.
+        rank: the largest rank in any module; None keeps the sum exact, at rank Σr.
+        max_error: the largest relative error in any module.
+        dtype: round the factors to it.
+        base: a model, if nodes name one module in two ways.
+
+    Raises:
+        PathError: a node, or the one above ``to``, is not there.
+        TreeError: ``to`` exists.
+        SpecError: the blend adds nothing to the parent of ``to``; or a bound makes no sense.
+        ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
+
+    >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> tree = AdapterTree()
+    >>> for path in ("fr", "fr/legal"): _ = tree.add(path, adapter=Adapter({"q": x}), weight=0.5)
+    >>> squash(tree, "fr/legal", to="legal", rank=1).added
+    ('legal',)
+    >>> tree.adapter("legal").modules["q"].dense()[0, 0].item()
+    1.0
+    """
+    free(tree, to)
+    terms = less(tree, blend, to.rpartition("/")[0], base=base)
+    if not terms:
+        raise SpecError(
+            f"{spelled(blend) or 'the base'}: it adds nothing to what lies above {to}",
+            "add a group instead: tree.add(path, group=True)",
+        )
+    flat, told = cut(added_up(terms, base=base), rank, max_error=max_error, dtype=dtype)
+    tree.add(to, adapter=flat)
+    notes = stale_notes(tree, (node for node, _, _ in terms))
+    return Edited(added=(to,), errors={to: told}, notes=notes)
+
+
+def split(
+    tree: AdapterTree,
+    path: str,
+    *,
+    to: str,
+    rank: int | None = None,
+    modules: Iterable[str] | None = None,
+) -> Edited:
+    """Move a part of a node into a new child of it, and the children that it had below that.
+
+    Every child, and the new one, has the effective weight that it had, or that the node had. The
+    node itself keeps the part that stays.
+
+    Args:
+        tree: changed in memory.
+        path: the node.
+        to: the new child.
+        rank: keep the best value of this rank in the node, in every module; the rest moves.
+        modules: move these modules: full names, ends of names as PEFT's target_modules, or patterns
+            like ``"*.mlp.*"``.
+
+    Raises:
+        PathError: the node is not there, or ``to`` is no child of it.
+        TreeError: ``to`` exists; or the node is a group; or a model is using one of the nodes.
+        SpecError: not one of ``rank`` and ``modules`` was given; or nothing would move, or all.
+    """
+    own(tree, path)
+    if to.rpartition("/")[0] != path:
+        raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")
+    free(tree, to)
+    if (rank is None) == (modules is None):
+        raise SpecError("split by rank= or by modules=, one of the two")
+    below = tree.paths(path)
+    renamed = {old: to + old[len(path) :] for old in below}
+    for new in renamed.values():
+        check_path(new)  # the tree may grow too deep
+    changeable(tree, [path, *below])
+    whole = tree.adapter(path)
+    assert whole is not None  # `own` has seen that
+    stays, moves = _by_rank(whole, rank) if rank is not None else _by_name(whole, modules or ())
+    if not moves.modules:
+        raise SpecError(f"{path}: nothing of it would move")
+    if not stays.modules:
+        raise SpecError(f"{path}: all of it would move", "name fewer modules")
+    weight = tree[path].weight
+    notes = stale_notes(tree, [path])
+    told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
+    children = tree.children(path)
+    tree.add(to, adapter=moves, weight=weight)
+    for child in children:
+        tree.move(child, to + child[len(path) :])
+    tree.update(path, adapter=stays)
+    still_fits(tree, renamed.values())
+    return Edited((to,), (path,), renamed, {to: told}, notes)
+
+
+def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
+    check_rank(rank)
+    stays: dict[str, LowRank] = {}
+    moves: dict[str, LowRank] = {}
+    for name, value in whole.modules.items():
+        if rank >= value.rank:
+            stays[name] = value
+        else:
+            stays[name], moves[name] = named(name, _parts, value, rank)
+    return replace(whole, modules=stays, errors={}), _only(whole, moves)
+
+
+def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
+    """The best value of a rank, with the bias, and the rest of rank r − k, both from one decomposition."""
+    alone = joint([value])
+    U, S, Vh = torch.linalg.svd(alone.cores[0], full_matrices=False)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    found = []
+    for some in (slice(None, rank), slice(rank, value.rank)):
+        root = S[..., some].sqrt()
+        B = alone.Q_B @ (U[..., some] * root[..., None, :])
+        A = (root[..., :, None] * Vh[..., some, :]) @ alone.Q_A.mT
+        bias = alone.biases[0] if some.start is None else None
+        factors = LowRank(A.contiguous(), B.contiguous(), 1.0, bias, value.layout)
+        found.append(factors.to(dtype=dtype))
+    return found[0], found[1]
+
+
+def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    moves: dict[str, LowRank] = {}
+    for pattern in patterns:
+        hits = {n: v for n, v in whole.modules.items() if _is_meant(n, pattern)}
+        if not hits:
+            raise SpecError(
+                f"{pattern!r} names no module", f"there are: {', '.join(whole.modules)}"
+            )
+        moves |= hits
+    stays = {name: value for name, value in whole.modules.items() if name not in moves}
+    return replace(whole, modules=stays, errors={}), _only(whole, moves)
+
+
+def _is_meant(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+
+
+def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
+    """Some modules as an adapter of their own; what the whole carries of the base stays with the other part."""
+    return replace(whole, modules=modules, unchanged={}, errors={})

@@ -1,0 +1,278 @@
+"""Merge: several adapters become one, by the methods of `elementwise`, in one of three spaces.
+
+    core     M_i = U_Bᵀ ΔW_i U_A      (k, l), k, l ≤ Σr: in the singular bases of all increments together
+    knots    V_i = Σ⁻¹ U_Bᵀ ΔW_i      (k, in): the increments' own rows in those bases (KnOTS, arXiv 2410.19735)
+    dense    ΔW_i                     (out, in): the definition, for weights that are small enough
+
+Which numbers are large, and which signs agree, depends on the basis. The singular bases of [ΔW_1 …
+ΔW_n] and of its transposed twin are those of the increments alone, so neither their order nor the
+gauge of their factors changes a merge (columns may change their sign, which turns all tensors
+alike).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, combine
+from ..blend import check_finite
+from ..errors import SpecError
+from ..given import unchecked
+from ..lowrank import LowRank
+from ..tree import AdapterTree
+from .core import Joint, joint
+from .deviation import Deviation, cut, deviation, named
+from .edit import Edited, free, stale_notes
+from .elementwise import Method, check_method, merged
+from .sums import added_up, aligned, check_spelling, less
+
+__all__ = ["Merged", "Space", "merge", "merge_paths"]
+
+Space: TypeAlias = Literal["core", "knots", "dense"]
+SPACES = ("core", "knots", "dense")
+
+MOST_DENSE = 2**24
+"""Numbers in a dense weight above which merging in ``dense`` is refused: 128 MiB in float64."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` returns.
+
+    Args:
+        adapter: the merged one.
+        cut: what the cut to a rank cost, beside the merge at its full rank.
+        distances: for each of the adapters ‖merged − it‖ / ‖it‖.
+    """
+
+    adapter: Adapter
+    cut: Deviation
+    distances: tuple[float, ...]
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    method: Method = "ties",
+    density: float = 1.0,
+    space: Space = "core",
+    rank: int | None = None,
+    max_error: float | None = None,
+    seed: int = 0,
+    names: Sequence[str] = (),
+) -> Merged:
+    """Merge adapters of one base into one.
+
+    Args:
+        adapters: at least one. A module that one of them lacks is zero there.
+        weights: one for each; 1 where None.
+        method: ``linear``, ``magnitude_prune``, ``ties``, ``dare_linear``, ``dare_ties`` or
+            ``sce``.
+        density: the part of the numbers that is kept of each adapter.
+        space: ``core`` and ``knots`` never build an (out, in) matrix; ``dense`` does.
+        rank: the largest rank in any module; needed in ``dense``, whose results have every rank.
+        max_error: the largest relative error in any module, of the cut.
+        seed: of the methods that drop at random.
+        names: what to call the adapters in errors.
+
+    Raises:
+        SpecError: an argument makes no sense; or a weight is too large for ``dense``.
+        ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
+
+    >>> x = LowRank(torch.eye(1, 4), torch.eye(3, 1))
+    >>> y = LowRank(torch.eye(1, 4), 3 * torch.eye(3, 1))
+    >>> found = merge([Adapter({"q": x}), Adapter({"q": y})], method="ties")
+    >>> round(found.adapter.modules["q"].norm(), 6), found.distances[0]
+    (2.0, 1.0)
+    """
+    recipe = Recipe(method, density, space, seed)
+    given = [1.0] * len(adapters) if weights is None else list(weights)
+    names = list(names) or [f"adapter {i}" for i in range(len(adapters))]
+    _check(adapters, given)
+    if space == "dense" and rank is None and max_error is None:
+        raise SpecError("space='dense': the result has every rank", "give rank= or max_error=")
+    check_spelling(list(zip(names, given, adapters, strict=True)))
+    # The sum says whether they fit together, and has the base, the config and what they carry.
+    whole = combine(list(zip(adapters, given, strict=True)), names=names)
+    several = aligned(adapters)
+    values: dict[str, LowRank] = {}
+    for name in whole.modules:
+        parts = [adapter.modules.get(name) for adapter in several]
+        values[name] = named(name, recipe.module, name, parts, given)
+    full = replace(whole, modules=values, errors={}, rounded=frozenset())
+    short, told = cut(full, rank, max_error=max_error, dtype=widest(whole))
+    # The merge ran in float64; its dtype is not one that a caller's factors were rounded from.
+    short = replace(short, rounded=frozenset())
+    distances = tuple(deviation(adapter, short).relative_error for adapter in several)
+    return Merged(short, told, distances)
+
+
+def merge_paths(
+    tree: AdapterTree,
+    paths: Sequence[str],
+    *,
+    to: str,
+    weights: Sequence[float] | None = None,
+    method: Method = "ties",
+    density: float = 1.0,
+    space: Space = "core",
+    rank: int | None = None,
+    max_error: float | None = None,
+    seed: int = 0,
+) -> tuple[Edited, Merged]:
+    """Add a node that merges what some paths add to the parent of the new node.
+
+    To make a parent of siblings, which keep their effective weights, see `lora_tree.hoist`.
+
+    Args:
+        tree: changed in memory.
+        paths: siblings of the new node, as a rule; any paths will do.
+        to: the new node.
+        weights, method, density, space, rank, max_error, seed: as `merge`.
+
+    Raises:
+        PathError: a node, or the one above ``to``, is not there.
+        TreeError: ``to`` exists.
+        SpecError, ShapeMismatch, BaseMismatch: as `merge`.
+    """
+    free(tree, to)
+    parent = to.rpartition("/")[0]
+    several = [added_up(less(tree, path, parent)) for path in paths]
+    found = merge(
+        several,
+        weights,
+        method=method,
+        density=density,
+        space=space,
+        rank=rank,
+        max_error=max_error,
+        seed=seed,
+        names=paths,
+    )
+    tree.add(to, adapter=found.adapter)
+    notes = stale_notes(tree, paths)
+    return Edited(added=(to,), errors={to: found.cut}, notes=notes), found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How adapters are merged, checked when it is made.
+
+    Args:
+        method, density, space, seed: as `merge`.
+    """
+
+    method: Method
+    density: float
+    space: Space
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_method(self.method, self.density)
+        if self.space not in SPACES:
+            raise SpecError(f"space: expected one of {', '.join(SPACES)}, got {self.space!r}")
+
+    def module(
+        self, name: str, parts: Sequence[LowRank | None], weights: Sequence[float]
+    ) -> LowRank:
+        """Merge the increments of one module; None is zero. The result is in float64.
+
+        Raises:
+            SpecError: a factor has no finite numbers, or the weight is too large for ``dense``.
+        """
+        # Each module draws by its own name, so a merge doesn't depend on what other modules there
+        # are.
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        both = joint([part for part in parts if part is not None])
+        cores, biases = spread(both, parts)
+        bias = None
+        if any(part is not None and part.bias is not None for part in parts):
+            bias = self._merged(biases, weights, draw)
+        if self.space == "dense":
+            return self._dense(both, cores, weights, draw, bias)
+        U, S = _left(torch.cat(cores, dim=-1))  # (k, m) (m,)
+        if self.space == "knots":
+            rows = [_knot(U, S, core) @ both.Q_A.mT for core in cores]  # (m, in)
+            A = self._merged(rows, weights, draw)
+            B = both.Q_B @ (U * S[..., None, :])
+            return LowRank(A.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
+        W, _ = _left(torch.cat([core.mT for core in cores], dim=-1))  # (l, m)
+        core = self._merged([U.mT @ core @ W for core in cores], weights, draw)
+        return both.value(U @ core @ W.mT, bias)
+
+    def _merged(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], draw: torch.Generator
+    ) -> Tensor:
+        return merged(tensors, weights, method=self.method, density=self.density, draw=draw)
+
+    def _dense(
+        self,
+        both: Joint,
+        cores: Sequence[Tensor],
+        weights: Sequence[float],
+        draw: torch.Generator,
+        bias: Tensor | None,
+    ) -> LowRank:
+        shape = both.like.shape
+        if math.prod(shape) > MOST_DENSE:
+            raise SpecError(
+                f"space='dense': a weight of {' × '.join(map(str, shape))} is too large to merge
+                so", "space='core' and space='knots' build no matrix of that size",
+            )
+        whole = self._merged([both.Q_B @ core @ both.Q_A.mT for core in cores], weights, draw)
+        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        B = U * S[..., None, :]
+        return LowRank(Vh.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
+
+
+def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The cores and the biases of all parts, with zeros for those that are None."""
+    mine = iter(zip(both.cores, both.biases, strict=True))
+    cores: list[Tensor] = []
+    biases: list[Tensor] = []
+    no_bias = both.Q_B.new_zeros(math.prod(both.Q_B.shape[:-1]))
+    for part in parts:
+        core, bias = (torch.zeros_like(both.cores[0]), None) if part is None else next(mine)
+        cores.append(core)
+        biases.append(no_bias if bias is None else bias)
+    return cores, biases
+
+
+def widest(adapter: Adapter) -> torch.dtype:
+    """The dtype that holds the numbers of all modules, fp32 at least."""
+    dtype = torch.float32
+    for value in adapter.modules.values():
+        dtype = torch.promote_types(dtype, value.dtype)
+    return dtype
+
+
+def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values, (k, m) and (m,), without the directions that hold nothing."""
+    U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
+    largest = S.max()
+    there = int((S > largest * 1e-12).reshape(-1, S.shape[-1]).any(0).sum())
+    return U[..., : max(there, 1)], S[..., : max(there, 1)]
+
+
+def _knot(U: Tensor, S: Tensor, core: Tensor) -> Tensor:
+    """Σ⁻¹ Uᵀ M; zero in the rows of singular values that are zero."""
+    inverse = torch.where(S > 0, 1.0 / S.clamp(min=1e-300), 0.0)
+    return inverse[..., :, None] * (U.mT @ core)
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    if not adapters or not all(isinstance(unchecked(each), Adapter) for each in adapters):
+        raise SpecError(f"merge takes a list of adapters, got {adapters!r:.80}")
+    if len(weights) != len(adapters):
+        raise SpecError(f"{len(adapters)} adapters, but {len(weights)} weights")
+    for weight in weights:
+        check_finite(weight, "weights: each")

@@ -1,0 +1,229 @@
+"""Pick and rebase: a node under another parent, or over a parent that has changed.
+
+pick      the same increments elsewhere: the effective weight is another one
+rebase    the same effective weight:  child' = child + (Σ old lineage − Σ new lineage) / weight of the child
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..errors import SpecError
+from ..tree import AdapterTree, Node
+from .deviation import Deviation, cut
+from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
+from .sums import Term, added_up, less
+
+__all__ = ["pick", "rebase", "rebase_all"]
+
+
+def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
+    """Add a node with the increments and the weight of another one.
+
+    Its effective weight is another one there. A node that was trained is stale in its new place, as
+    after `AdapterTree.move`: it was trained on other ancestors.
+
+    Args:
+        tree: changed in memory.
+        path: the node whose increments are taken; it stays where it is.
+        to: the new node.
+
+    Raises:
+        PathError: ``path``, or the node above ``to``, is not there.
+        TreeError: ``to`` exists, or ``path`` is a group.
+        SpecError: ``path`` is fresh.
+    """
+    own(tree, path)
+    free(tree, to)
+    node = tree[path]
+    # `put`, not `add`: the copy keeps its source, and with it what the lock knows of its training.
+    tree.put([Node(to, node.weight, node.loaded, node.source)], home=tree.home)
+    notes = stale_notes(tree, [path])
+    if _above(tree, path) != _above(tree, to):
+        notes = (*notes, f"{to}: trained on the ancestors of {path}, and stands on others")
+    return Edited(added=(to,), notes=notes)
+
+
+def rebase(
+    tree: AdapterTree,
+    path: str,
+    *,
+    to: str,
+    rank: int | None = None,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+    base: nn.Module | None = None,
+) -> Edited:
+    """Move a node, its children with it, and keep its effective weight and theirs.
+
+    Ancestors that the old and the new place have in common, with the same coefficient, cost
+    nothing.
+
+    Args:
+        tree: changed in memory.
+        path: the node. A group that has to make up for its ancestors gets an adapter.
+        to: its new path.
+        rank: the largest rank in any module; None keeps the sum exact.
+        max_error: the largest relative error in any module.
+        dtype: round the factors to it.
+        base: a model, if nodes name one module in two ways.
+
+    Returns:
+        what moved; ``errors`` says how far the node's increments are from the exact ones, and all
+        effective weights below it change by the node's weight times that.
+
+    Raises:
+        PathError: ``path``, or the node above ``to``, is not there.
+        TreeError: ``to`` exists or lies below ``path``; or a model is using a node.
+        SpecError: the node is fresh, or its weight is 0, so that no increment of it makes up for
+            anything.
+        ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
+    """
+    made(tree, path)
+    below = tree.paths(path)
+    if not (to + "/").startswith(path + "/"):
+        free(
+            tree, to
+        )  # a name that differs from the old one by case alone is the tree's own business
+    changeable(tree, [path, *below])
+    gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base)
+    notes = stale_notes(tree, [path])
+    renamed = {old: to + old[len(path) :] for old in (path, *below)}
+    adapter, told = _made_up(tree, path, gap, rank, max_error, dtype, base)
+    tree.move(path, to)
+    if adapter is None:
+        still_fits(tree, renamed.values())
+        return Edited(moved=renamed, notes=notes)
+    tree.update(to, adapter=adapter)
+    still_fits(tree, list(renamed.values())[1:])
+    return Edited(changed=(to,), moved=renamed, errors={to: told}, notes=notes)
+
+
+def rebase_all(
+    tree: AdapterTree,
+    path: str,
+    *,
+    adapter: Adapter | str | os.PathLike[str] | None = None,
+    was: Adapter | None = None,
+    weight: float | None = None,
+    was_weight: float | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+    base: nn.Module | None = None,
+) -> Edited:
+    """Give a node another adapter or weight, and keep the effective weights of all nodes below it.
+
+    Call it instead of `AdapterTree.update`; or afterwards, with ``was=`` and ``was_weight=``, once
+    a parent was retrained.
+
+    Args:
+        tree: changed in memory.
+        path: the node that changes, or has changed.
+        adapter, weight: the new ones; None: those that it has.
+        was, was_weight: the old ones; None: those that it has.
+        rank: the largest rank in any module of a child; None keeps the sums exact.
+        max_error: the largest relative error in any module.
+        dtype: round the factors to it.
+        base: a model, if nodes name one module in two ways.
+
+    Raises:
+        PathError: the node is not there.
+        TreeError: a model is using one of the nodes.
+        SpecError: nothing differs from what it was; or a child's weight is 0.
+        ShapeMismatch, BaseMismatch: two adapters do not add up; names them.
+    """
+    below = tree.paths(path)
+    changeable(tree, [path, *below])
+    before = _term(tree, path, was, was_weight)
+    scratch = AdapterTree()
+    scratch.add("new", adapter=adapter) if adapter is not None else None
+    new = scratch.adapter("new") if adapter is not None else None
+    after = _term(tree, path, new, weight)
+    if before[1:] == after[1:]:
+        raise SpecError(
+            f"{path}: nothing differs from what it was",
+            "give adapter= or weight=, or what it had before: was=, was_weight=",
+        )
+    gap = [before, (f"{path} (new)", -after[1], after[2])]
+    children, notes = _nearest(tree, path)
+    found: dict[str, tuple[Adapter | None, Deviation]] = {}
+    for child in children:
+        found[child] = _made_up(tree, child, gap, rank, max_error, dtype, base)
+    if adapter is not None or weight is not None:
+        tree.update(path, adapter=adapter, weight=weight)
+    errors: dict[str, Deviation] = {}
+    for child, (made_up, told) in found.items():
+        if made_up is not None:
+            tree.update(child, adapter=made_up)
+            errors[child] = told
+    still_fits(tree, (node for node in below if node not in found))
+    notes += stale_notes(tree, (node for node in below if node not in found))
+    changed = [path] * (adapter is not None or weight is not None) + list(errors)
+    return Edited(changed=tuple(changed), errors=errors, notes=notes)
+
+
+def _above(tree: AdapterTree, path: str) -> list[tuple[str, float]]:
+    """The ancestors that add something, with their weights."""
+    above = tree.lineage(path)[:-1]
+    return [(node, tree[node].weight) for node in above if tree[node].has_adapter]
+
+
+def _made_up(
+    tree: AdapterTree,
+    path: str,
+    gap: list[Term],
+    rank: int | None,
+    max_error: float | None,
+    dtype: torch.dtype | None,
+    base: nn.Module | None,
+) -> tuple[Adapter | None, Deviation]:
+    """A node's increments with a gap in its lineage made up for; None where there is nothing to do.
+
+    Raises:
+        SpecError: its weight is 0.
+    """
+    weight = tree[path].weight
+    mine = less(tree, {path: 1.0}, tree.parent(path), base=base)
+    kept = [(node, 1.0, adapter) for node, _, adapter in mine]
+    if not gap and rank is None and max_error is None and dtype is None:
+        return None, Deviation()
+    if weight == 0.0 and gap:
+        raise SpecError(
+            f"{path}: its weight is 0, so no increment of it makes up for another lineage",
+            f"give it a weight first: tree.update({path!r}, weight=1.0)",
+        )
+    terms = [*kept, *((node, c / weight, adapter) for node, c, adapter in gap)]
+    if not terms:
+        return None, Deviation()
+    adapter, told = cut(added_up(terms, base=base), rank, max_error=max_error, dtype=dtype)
+    return replace(adapter, errors={}), told
+
+
+def _term(tree: AdapterTree, path: str, adapter: Adapter | None, weight: float | None) -> Term:
+    """(node, weight, adapter) of a node, with what is given in the place of its own."""
+    known = tree.adapter(path) if adapter is None else adapter
+    own_weight = tree[path].weight if weight is None else weight
+    return path, own_weight, Adapter({}) if known is None else known
+
+
+def _nearest(tree: AdapterTree, path: str) -> tuple[list[str], tuple[str, ...]]:
+    """The nearest nodes below that have an adapter; and a note on each fresh one."""
+    found: list[str] = []
+    notes: list[str] = []
+    waiting = tree.children(path)
+    while waiting:
+        child = waiting.pop(0)
+        if tree[child].has_adapter:
+            found.append(child)
+            continue
+        if tree[child].fresh is not None:
+            notes.append(f"{child}: fresh, so it starts from {path} as it is now")
+        # A group can't make up for anything, so the nodes below it do.
+        waiting += tree.children(child)
+    return found, tuple(notes)

@@ -1,0 +1,307 @@
+"""Hoist: what siblings share moves into their parent, and every effective weight stays.
+
+    parent' = parent + S / w            child_i' = L_i / w_i         with  S + L_i ≈ w_i · child_i
+
+At full rank S is the mean of the weighted children, and S + L_i is exact. With a rank for S alone
+it is the best value of that rank of the mean, and the L_i, which hold the rest, are still exact.
+With ranks for both, S and the L_i are fitted in turn, each the best one for the others as they are
+(alternating least squares):
+
+    minimise  Σ_i ‖ w_i · child_i − S − L_i ‖²      rank S ≤ k,  rank L_i ≤ l
+
+which falls in every round, to a local minimum. All of it happens on the cores in joint bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, combine
+from ..errors import PathError, SpecError, TreeError, listing
+from ..lowrank import LowRank, check_rank
+from ..spec import check_path
+from ..tree import AdapterTree
+from .core import Joint, joint
+from .deviation import Deviation, deviation, named
+from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
+from .elementwise import Method
+from .merging import Recipe, Space, spread, widest
+from .sums import Term, added_up, aligned, check_spelling
+
+__all__ = ["hoist"]
+
+_MOST_ROUNDS = 50
+_SETTLED = 1e-6
+"""A round that lowers the error by a smaller part than this is the last one."""
+
+
+def hoist(
+    tree: AdapterTree,
+    parent: str,
+    siblings: Sequence[str] | None = None,
+    *,
+    into: str | None = None,
+    rank: int | None = None,
+    leaf_rank: int | None = None,
+    method: Method | None = None,
+    density: float = 1.0,
+    space: Space = "core",
+    seed: int = 0,
+) -> Edited:
+    """Move what siblings share into their parent, or into a new node between.
+
+    Args:
+        tree: changed in memory.
+        parent: the node above the siblings.
+        siblings: its children that take part; all where None.
+        into: a new child of the parent that gets the shared part; the siblings move below it, and
+            nothing else changes. Without it the parent gets that part, so all of its children must
+            take part, and the parent itself is another model afterwards.
+        rank: of the shared part in any module; None: full.
+        leaf_rank: of what is left of a sibling in any module; None: as much as is needed to be
+            exact.
+        method: share what this way of merging finds (see `lora_tree.merge`) instead of the mean.
+        density, space, seed: for ``method``.
+
+    Returns:
+        what changed; ``errors`` says for each sibling how far its effective weight is from what it
+        was, as a part of its own increments. Above rounding it is 0 unless ``leaf_rank`` cuts.
+
+    Raises:
+        PathError: a node is not there, or ``siblings`` are not the parent's children.
+        TreeError: ``into`` exists; or a sibling is a group; or other children would change; or a
+            model is using a node.
+        SpecError: a node is fresh, or has the weight 0; or a rank makes no sense; or ``leaf_rank``
+            and ``method`` are mixed.
+        ShapeMismatch, BaseMismatch: the siblings are not of one base; names them and the module.
+    """
+    names = _siblings(tree, parent, siblings, into)
+    for bound in (rank, leaf_rank):
+        if bound is not None:
+            check_rank(bound)
+    if method is not None and leaf_rank is not None:
+        raise SpecError(
+            "leaf_rank: only the mean is fitted together with what is left; leave method out"
+        )
+    recipe = None if method is None else Recipe(method, density, space, seed)
+    terms = [_weighted(tree, path) for path in names]
+    check_spelling(terms)
+    whole = combine([(adapter, weight) for _, weight, adapter in terms], names=names)
+    dtype = widest(whole)
+    adapters = aligned([adapter for _, _, adapter in terms])
+    shared: dict[str, LowRank] = {}
+    rests: list[dict[str, LowRank]] = [{} for _ in names]
+    for module in whole.modules:
+        parts = [
+            None if (value := adapter.modules.get(module)) is None else value.scaled(weight)
+            for adapter, (_, weight, _) in zip(adapters, terms, strict=True)
+        ]
+        fitting = _Fitting(module, parts, rank, leaf_rank, recipe)
+        S, left = named(module, fitting.fitted)
+        shared[module] = S.to(dtype=dtype)
+        for rest, value in zip(rests, left, strict=True):
+            if value is not None:
+                rest[module] = value.to(dtype=dtype)
+    top = replace(whole, modules=shared, errors={})
+    children = [
+        _child(term, adapter, rest)
+        for term, adapter, rest in zip(terms, adapters, rests, strict=True)
+    ]
+    errors = {}
+    for (path, weight, adapter), child in zip(terms, children, strict=True):
+        now = added_up([("shared", 1.0, top), (path, weight, child)])
+        errors[path] = deviation(adapter.scaled(weight), now)
+    return _installed(tree, parent, into, top, dict(zip(names, children, strict=True)), errors)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """One module of the siblings, to be taken apart.
+
+    Args:
+        module: its name.
+        parts: each sibling's increment with its weight in it; None is zero.
+        rank, leaf_rank: as `hoist`.
+        recipe: how the shared part is merged; None takes the mean.
+    """
+
+    module: str
+    parts: Sequence[LowRank | None]
+    rank: int | None
+    leaf_rank: int | None
+    recipe: Recipe | None
+
+    def fitted(self) -> tuple[LowRank, list[LowRank | None]]:
+        """The shared part and what is left of each sibling, in float64; None where nothing is left."""
+        both = joint([part for part in self.parts if part is not None])
+        cores, biases = spread(both, self.parts)
+        biased = any(part is not None and part.bias is not None for part in self.parts)
+        bias = torch.stack(biases).mean(0) if biased else None
+        if self.recipe is not None:
+            S = self._by_recipe(both)
+            left = [core - S for core in cores]
+        elif self.leaf_rank is None:
+            S = _best(_mean(cores), self.rank)
+            left = [core - S for core in cores]
+        else:
+            S, left = _alternate(cores, self.rank, self.leaf_rank)
+        rests: list[LowRank | None] = []
+        for core, own_bias in zip(left, biases, strict=True):
+            rest = None if bias is None else own_bias - bias
+            rests.append(_shortest(both, core, rest))
+        return _shortest(both, S, bias) or both.value(S, bias), rests
+
+    def _by_recipe(self, both: Joint) -> Tensor:
+        """The core of what the siblings merge to, with weights that add up to 1."""
+        assert self.recipe is not None
+        share = [1.0 / len(self.parts)] * len(self.parts)
+        merged = self.recipe.module(self.module, self.parts, share)
+        # A merge in another space leaves the joint bases; what they can't hold of it is left out.
+        core = (both.Q_B.mT @ merged.B.double()) @ (merged.A.double() @ both.Q_A)
+        return _best(core * merged.scale, self.rank)
+
+
+def _alternate(
+    cores: Sequence[Tensor], rank: int | None, leaf_rank: int
+) -> tuple[Tensor, list[Tensor]]:
+    left = [torch.zeros_like(core) for core in cores]
+    before = torch.inf
+    for _ in range(_MOST_ROUNDS):
+        S = _best(_mean([core - rest for core, rest in zip(cores, left, strict=True)]), rank)
+        left = [_best(core - S, leaf_rank) for core in cores]
+        gaps = [core - S - rest for core, rest in zip(cores, left, strict=True)]
+        error = float(torch.stack(gaps).square().sum())
+        if error >= before * (1.0 - _SETTLED):
+            break
+        before = error
+    return S, left
+
+
+def _mean(cores: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(cores)).mean(0)
+
+
+def _best(core: Tensor, rank: int | None) -> Tensor:
+    """The nearest core of a rank."""
+    if rank is None or rank >= min(core.shape[-2:]):
+        return core
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    best: Tensor = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+    return best
+
+
+def _shortest(both: Joint, core: Tensor, bias: Tensor | None) -> LowRank | None:
+    """The value of a core at the rank that it has, rounding left out; None where it and its bias are zero."""
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    scale = max(float(torch.linalg.matrix_norm(each).max()) for each in both.cores)
+    there = int((S > scale * 1e-13).reshape(-1, S.shape[-1]).any(0).sum())
+    if there == 0 and (bias is None or not bool(bias.any())):
+        return None
+    keep = max(there, 1)
+    root = S[..., :keep].sqrt()
+    B = both.Q_B @ (U[..., :keep] * root[..., None, :])
+    A = (root[..., :, None] * Vh[..., :keep, :]) @ both.Q_A.mT
+    return LowRank(A.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
+
+
+# ---------------------------------------------------------------------- the tree
+def _siblings(
+    tree: AdapterTree, parent: str, siblings: Sequence[str] | None, into: str | None
+) -> list[str]:
+    """The nodes that take part, in the tree's order.
+
+    Raises:
+        PathError, TreeError, SpecError: as `hoist`.
+    """
+    if into is None:
+        _takes(tree, parent)
+    children = tree.children(parent)
+    chosen = children if siblings is None else tree.matching(siblings)
+    strangers = [path for path in chosen if path not in children]
+    if strangers:
+        raise PathError(f"{listing(strangers)}: not children of {parent or 'the root'}")
+    if len(chosen) < 2:
+        raise SpecError(f"{parent or 'the root'}: hoist needs two siblings at least, got {chosen}")
+    for path in chosen:
+        own(tree, path)
+        if tree[path].weight == 0.0:
+            raise SpecError(f"{path}: its weight is 0, so it shares nothing", "name the others")
+    changeable(tree, [path for path in (parent, *tree.paths(parent)) if path])
+    if into is not None:
+        if into.rpartition("/")[0] != parent:
+            raise PathError(f"{into} is no child of {parent or 'the root'}")
+        free(tree, into)
+        return chosen
+    others = [path for path in children if path not in chosen]
+    if others:
+        raise TreeError(
+            f"{listing(others)}: below {parent} too, and would change with it",
+            "name all children, or give into=: a new node between",
+        )
+    return chosen
+
+
+def _takes(tree: AdapterTree, parent: str) -> None:
+    """Refuse a parent that can't hold what its children share."""
+    if not parent:
+        raise TreeError("the root is the bare base and holds no adapter", "give into=: a new node")
+    made(tree, parent)
+    if tree[parent].weight == 0.0:
+        raise SpecError(f"{parent}: its weight is 0, so nothing in it has an effect")
+
+
+def _weighted(tree: AdapterTree, path: str) -> Term:
+    adapter = tree.adapter(path)
+    assert adapter is not None  # `own` has seen that
+    return path, tree[path].weight, adapter
+
+
+def _child(term: Term, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
+    """What is left of a sibling, without its weight. Where nothing is left, one module of zeros stays."""
+    _, weight, _ = term
+    modules = {name: value.scaled(1.0 / weight).folded() for name, value in rest.items()}
+    if not modules:
+        name, value = next(iter(adapter.modules.items()))
+        A = value.A[..., :1, :]
+        modules = {name: LowRank(A, torch.zeros_like(value.B[..., :1]), 1.0, None, value.layout)}
+    return replace(adapter, modules=modules, errors={}, rounded=frozenset())
+
+
+def _installed(
+    tree: AdapterTree,
+    parent: str,
+    into: str | None,
+    top: Adapter,
+    children: dict[str, Adapter],
+    errors: dict[str, Deviation],
+) -> Edited:
+    """Change the tree: nothing here can fail any more but the names, which are tried first."""
+    below = {path: tree.paths(path) for path in children}
+    renamed: dict[str, str] = {}
+    if into is not None:
+        for path, nodes in below.items():
+            for old in (path, *nodes):
+                renamed[old] = into + old[len(parent) :] if parent else f"{into}/{old}"
+                check_path(renamed[old])
+    notes = stale_notes(tree, children)
+    if into is not None:
+        tree.add(into, adapter=top)
+        for path in children:
+            tree.move(path, renamed[path])
+    else:
+        weight = tree[parent].weight
+        mine = [("", 1.0, had)] if (had := tree.adapter(parent)) is not None else []
+        tree.update(parent, adapter=added_up([*mine, ("", 1.0 / weight, top)]))
+        notes = (f"{parent}: by itself another model now: it holds what its children share", *notes)
+    for path, adapter in children.items():
+        tree.update(renamed.get(path, path), adapter=adapter)
+        still_fits(tree, [renamed.get(node, node) for node in below[path]])
+    changed = [renamed.get(path, path) for path in children]
+    if into is None:
+        changed.insert(0, parent)
+    told = {renamed.get(path, path): error for path, error in errors.items()}
+    return Edited((into,) if into else (), tuple(changed), renamed, told, notes)
