@@ -49,14 +49,14 @@ def test_each_method_is_peft_s(
         torch.manual_seed(seed)
         wanted = peer()
         draw_ = torch.Generator().manual_seed(seed)
-        found = merged(given_, weights, method=method, density=density, draw=draw_)  # type:
-        ignore[arg-type] torch.testing.assert_close(found, wanted)
+        found = merged(given_, weights, method=method, density=density, draw=draw_)
+        torch.testing.assert_close(found, wanted)
 
 
 @settings(max_examples=25)
 @given(SEEDS, DENSITIES)
 def test_sce_is_what_its_paper_says(seed: int, density: float) -> None:
-    """Select by variance, weigh by energy, erase minorities: in loops over single numbers (arXiv 2408.07990)."""
+    """Select by variance, weigh by energy, erase minorities: in loops (arXiv 2408.07990)."""
     given_ = tensors(seed)
     stack = torch.stack(given_).double()
     variance = stack.var(dim=0, unbiased=False).flatten()
@@ -103,9 +103,10 @@ def test_what_is_linear_is_the_same_in_every_space(seed: int) -> None:
     wanted = denses(lt.combine(list(zip(adapters, weights, strict=True))))
     for space in ("core", "knots", "dense"):
         rank = 8 if space == "dense" else None
-        found = lt.merge(adapters, weights, method="linear", space=space, rank=rank)  # type:
-        ignore[arg-type] got = denses(found.adapter) assert got.keys() == wanted.keys() for name,
-        value in wanted.items():
+        found = lt.merge(adapters, weights, method="linear", space=space, rank=rank)
+        got = denses(found.adapter)
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
             torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4)
 
 
@@ -137,15 +138,16 @@ def test_order_and_gauge_do_not_change_a_merge(seed: int) -> None:
     adapters = [zoo_of(seed + i) for i in range(3)]
     twins = [gauged(adapter, seed) for adapter in reversed(adapters)]
     for space in ("core", "knots"):
-        one, other = (lt.merge(each, density=0.8, space=space) for each in (adapters, twins))  #
-        type: ignore[arg-type] assert lt.deviation(one.adapter, other.adapter).relative_error < 1e-4
+        one, other = (lt.merge(each, density=0.8, space=space) for each in (adapters, twins))
+        assert lt.deviation(one.adapter, other.adapter).relative_error < 1e-4
 
 
 def test_random_drops_go_by_the_seed_and_the_module() -> None:
     adapters = [zoo_of(1), zoo_of(2)]
-    merge = lambda given_, seed=0: (
-        lt.merge(given_, method="dare_linear", density=0.5, seed=seed).adapter
-    )  # noqa: E731
+
+    def merge(given_: list[lt.Adapter], seed: int = 0) -> lt.Adapter:
+        return lt.merge(given_, method="dare_linear", density=0.5, seed=seed).adapter
+
     assert lt.diff(merge(adapters), merge(adapters)).is_nothing
     assert not lt.diff(merge(adapters), merge(adapters, 1)).is_nothing
     few = [lt.Adapter({"q_proj": adapter.modules["q_proj"]}) for adapter in adapters]
@@ -165,11 +167,11 @@ def test_biases_are_merged_like_the_rest() -> None:
 def test_what_can_t_be_merged_is_refused() -> None:
     x, y = lt.Adapter({"q": draw(1, 2)}), lt.Adapter({"q": draw(1, 2, out=9)})
     with pytest.raises(SpecError, match="did you mean 'ties'"):
-        lt.merge([x], method="tise")  # type: ignore[arg-type]
+        lt.merge([x], method="tise")
     with pytest.raises(SpecError, match="0 < density"):
         lt.merge([x], density=0.0)
     with pytest.raises(SpecError, match="expected one of core, knots, dense"):
-        lt.merge([x], space="flat")  # type: ignore[arg-type]
+        lt.merge([x], space="flat")
     with pytest.raises(SpecError, match="the result has every rank"):
         lt.merge([x], space="dense")
     with pytest.raises(SpecError, match="takes a list of adapters"):

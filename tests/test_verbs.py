@@ -1,4 +1,4 @@
-"""The verbs that change a tree keep what they promise to keep: effective weights, against dense float64."""
+"""The verbs that change a tree keep its effective weights, against dense float64."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def family(seed: int = 0, weights: list[float] | None = None) -> lt.AdapterTree:
 
 
 def saved(folder: Path) -> lt.AdapterTree:
-    """The seven nodes without biases, which PEFT can't write beside experts; saved and opened again."""
+    """The seven nodes without biases (PEFT can't write them beside experts), saved and opened."""
     tree = lt.AdapterTree(base="org/model")
     for i, path in enumerate(NAMES):
         tree.add(path, adapter=zoo_of(i, rank=2))
@@ -55,7 +55,7 @@ def saved(folder: Path) -> lt.AdapterTree:
 
 
 def effective(tree: lt.AdapterTree, path: str) -> dict[str, Tensor]:
-    """What a path adds to the base, node by node, in float64; a bias is one more row of the name."""
+    """The sum of a path, node by node, in float64; a bias has a name of its own."""
     found: dict[str, Tensor] = {}
     for node in tree.lineage(path):
         adapter = tree.adapter(node)
@@ -121,7 +121,7 @@ def test_squash_of_a_blend_and_to_a_rank() -> None:
     wanted.add("mix", adapter=tree.flatten(blend))
     error = apart(effective(tree, "mix"), effective(wanted, "mix"))
     assert told.errors["mix"].error == pytest.approx(error, rel=1e-6)
-    assert set(tree.adapter("mix").ranks.values()) == {2}  # type: ignore[union-attr]
+    assert set(tree.adapter("mix").ranks.values()) == {2}
     assert told.relative_error == pytest.approx(
         error / apart(effective(wanted, "mix"), {}), rel=1e-6
     )
@@ -170,9 +170,9 @@ def test_split_by_rank_keeps_every_child(seed: int, weights: list[float]) -> Non
     kept(before, tree, moved)
     assert told.relative_error < 1e-6
     stays, rest = (tree.adapter(path) for path in ("fr/legal", "fr/legal/rest"))
-    best = before.adapter("fr/legal").truncate(1)  # type: ignore[union-attr]
-    assert lt.deviation(best, stays).relative_error < 1e-6  # type: ignore[arg-type]
-    assert set(rest.ranks.values()) == {1}  # type: ignore[union-attr]
+    best = before.adapter("fr/legal").truncate(1)
+    assert lt.deviation(best, stays).relative_error < 1e-6
+    assert set(rest.ranks.values()) == {1}
 
 
 @settings(max_examples=12)
@@ -182,9 +182,9 @@ def test_split_by_module_keeps_every_child(seed: int) -> None:
     before = copy.copy(tree)
     told = lt.split(tree, "fr", to="fr/rest", modules=["mlp", "c_*"])
     kept(before, tree, dict(told.moved) | {"fr": "fr/rest"})
-    assert set(tree.adapter("fr/rest").modules) == {"block.mlp", "c_attn"}  # type:
-    ignore[union-attr] assert "block.mlp" not in tree.adapter("fr").modules  # type:
-    ignore[union-attr] assert told.relative_error == 0.0
+    assert set(tree.adapter("fr/rest").modules) == {"block.mlp", "c_attn"}
+    assert "block.mlp" not in tree.adapter("fr").modules
+    assert told.relative_error == 0.0
 
 
 def test_split_refuses_what_it_can_t_do() -> None:
@@ -346,13 +346,14 @@ def test_hoist_keeps_every_effective_weight(seed: int, weights: list[float]) -> 
     ):
         tree = family(seed, weights)
         before = copy.copy(tree)
-        told = lt.hoist(tree, "fr", **how)  # type: ignore[arg-type]
+        told = lt.hoist(tree, "fr", **how)
         kept(before, tree, {}, but=("fr",))
         assert told.relative_error < 1e-5
         assert told.changed == ("fr", "fr/legal", "fr/medical")
         between = copy.copy(before)
-        told = lt.hoist(between, "fr", ["fr/legal", "fr/medical"], into="fr/law", **how)  # type:
-        ignore[arg-type] kept(before, between, dict(told.moved)) assert told.added == ("fr/law",)
+        told = lt.hoist(between, "fr", ["fr/legal", "fr/medical"], into="fr/law", **how)
+        kept(before, between, dict(told.moved))
+        assert told.added == ("fr/law",)
         assert told.moved["fr/legal/a"] == "fr/law/legal/a"
 
 
@@ -378,13 +379,13 @@ def siblings(ranks: tuple[int, int], count: int = 4) -> lt.AdapterTree:
 
 
 def test_a_shared_part_is_found_again() -> None:
-    """Truly shared rank 3 over rests of rank 2: fitted in turn the error is far below that of the mean's best."""
+    """Children that share rank 3 and have rests of rank 2: fitting in turn finds both."""
     tree = siblings((3, 2))
     before = copy.copy(tree)
     told = lt.hoist(tree, "fr", rank=3, leaf_rank=2)
     assert told.relative_error < 0.02
-    assert set(tree.adapter("fr/n0").ranks.values()) == {2}  # type: ignore[union-attr]
-    assert set(tree.adapter("fr").ranks.values()) == {3}  # type: ignore[union-attr]
+    assert set(tree.adapter("fr/n0").ranks.values()) == {2}
+    assert set(tree.adapter("fr").ranks.values()) == {3}
     for path in before.leaves():
         error = apart(effective(before, path), effective(tree, path))
         assert told.errors[path].error == pytest.approx(error, rel=1e-4, abs=1e-5)
@@ -396,7 +397,7 @@ def test_a_leaf_that_has_nothing_of_its_own_left_stays_a_node(tmp_path: Path) ->
     for name in ("a", "b"):
         tree.add(f"fr/{name}", adapter=zoo_of(1))
     lt.hoist(tree, "fr")
-    assert len(tree.adapter("fr/a")) == 1  # type: ignore[arg-type]
+    assert len(tree.adapter("fr/a")) == 1
     tree.save(tmp_path / "zoo")
     again = lt.load(tmp_path / "zoo")
     assert lt.deviation(zoo_of(1), again.flatten("fr/a")).relative_error < 1e-6
@@ -412,10 +413,11 @@ def test_hoist_refuses_what_it_can_t_do() -> None:
     refused(tree, lambda: lt.hoist(tree, "fr", into="de/x"), PathError, "de/x is no child of fr")
     refused(tree, lambda: lt.hoist(tree, "fr", into="fr/legal"), TreeError, "exists already")
     refused(tree, lambda: lt.hoist(tree, "fr", leaf_rank=1, method="ties"), SpecError, "leaf_rank")
-    refused(tree, lambda: lt.hoist(tree, "fr", method="tise"), SpecError, "did you mean 'ties'")  #
-    type: ignore[arg-type] refused(tree, lambda: lt.hoist(tree, "", into="x"), TreeError, "misc: a
-    group") tree.add("fr/g", group=True) refused(tree, lambda: lt.hoist(tree, "fr"), TreeError,
-    "fr/g: a group") refused(
+    refused(tree, lambda: lt.hoist(tree, "fr", method="tise"), SpecError, "did you mean 'ties'")
+    refused(tree, lambda: lt.hoist(tree, "", into="x"), TreeError, "misc: a group")
+    tree.add("fr/g", group=True)
+    refused(tree, lambda: lt.hoist(tree, "fr"), TreeError, "fr/g: a group")
+    refused(
         tree,
         lambda: lt.hoist(tree, "fr", ["fr/legal", "fr/medical"]),
         TreeError,
@@ -452,7 +454,7 @@ def spectra(tree: lt.AdapterTree) -> dict[tuple[str, str], Tensor]:
 def test_a_byte_budget_is_spent_where_it_lowers_the_error_most(
     seed: int, weights: list[float]
 ) -> None:
-    """No choice of ranks of the same bytes has a lower error: all choices of a small tree are tried."""
+    """No choice of ranks of the same bytes has a lower error: all of them are tried."""
     tree = lt.AdapterTree()
     for i, path in enumerate(("a", "a/x", "b")):
         modules = {n: draw(9 * seed + 3 * i + j, 2, out=4, into=4) for j, n in enumerate("qv")}
@@ -508,9 +510,10 @@ def test_compress_to_a_rank_and_a_dtype() -> None:
     tree = family()
     found = lt.compress(tree, rank=1, dtype=torch.bfloat16)
     assert all(rank == 1 for ranks in found.ranks.values() for rank in ranks.values())
-    assert all(tree.adapter(path).modules["q_proj"].dtype == torch.bfloat16 for path in NAMES)  #
-    type: ignore[union-attr] assert tree.adapter("fr/legal").modules["q_proj"].bias is not None  #
-    type: ignore[union-attr] again = lt.compress(tree, rank=1) assert again.edited.changed == ()
+    assert all(tree.adapter(path).modules["q_proj"].dtype == torch.bfloat16 for path in NAMES)
+    assert tree.adapter("fr/legal").modules["q_proj"].bias is not None
+    again = lt.compress(tree, rank=1)
+    assert again.edited.changed == ()
     assert again.error == pytest.approx(0.0, abs=1e-9)
 
 
@@ -521,14 +524,13 @@ def test_an_error_of_zero_cuts_only_what_holds_nothing() -> None:
     tree.add("a", adapter=lt.Adapter({"q": padded}))
     found = lt.compress(tree, max_error=1e-7)
     assert found.ranks == {"a": {"q": 2}}
-    assert lt.deviation(lt.Adapter({"q": x}), tree.adapter("a")).relative_error < 1e-6  # type:
-    ignore[arg-type]
+    assert lt.deviation(lt.Adapter({"q": x}), tree.adapter("a")).relative_error < 1e-6
 
 
 @settings(max_examples=12)
 @given(SEEDS)
 def test_inputs_decide_what_a_cut_costs(seed: int) -> None:
-    """The best cut under rows of inputs, against the SVD of the dense ΔW C^½, which gives the least error there is."""
+    """The best cut under rows of inputs, against the SVD of the dense ΔW C^½: the least error."""
     g = torch.Generator().manual_seed(seed)
     X = torch.randn(40, 8, generator=g).double() * torch.tensor([5.0, 3, 1, 1, 1, 0.1, 0.1, 0.1])
     value = draw(seed, 4)
@@ -541,7 +543,7 @@ def test_inputs_decide_what_a_cut_costs(seed: int) -> None:
         tree = lt.AdapterTree()
         tree.add("a", adapter=lt.Adapter({"q": value}))
         found = lt.compress(tree, rank=2, moments={"q": moment})
-        after = tree.adapter("a").modules["q"]  # type: ignore[union-attr]
+        after = tree.adapter("a").modules["q"]
         gap = after.dense(dtype=torch.float64) - whole
         error = float(torch.trace(gap @ C @ gap.mT).sqrt())
         root = torch.linalg.cholesky(C)
@@ -570,7 +572,7 @@ def test_compress_refuses_what_it_can_t_do() -> None:
 @settings(max_examples=12)
 @given(SEEDS)
 def test_neither_gauge_nor_order_matters(seed: int) -> None:
-    """The same values with other factors, added in another order, give the same effective weights."""
+    """The same values with other factors, added in another order, give the same weights."""
 
     def twin() -> lt.AdapterTree:
         tree = lt.AdapterTree(base="org/model")

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..budget import parse_bytes
 from ..errors import BudgetError, ShapeMismatch, SpecError
-from ..lowrank import LowRank, check_dtype, check_rank
+from ..given import check_dtype, check_rank
+from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import check_readable
 from .deviation import Deviation, measured, named
@@ -172,7 +173,7 @@ def _read(tree: AdapterTree, path: str) -> Adapter:
 
 
 def _share(tree: AdapterTree, path: str) -> float:
-    """How much a squared error of this node counts: its weight squared, for each leaf that has it."""
+    """The share of a node's squared error: its weight squared, for each leaf that has it."""
     below = tree.paths(path)
     leaves = sum(1 for node in below if not tree.children(node)) if below else 1
     return tree[path].weight ** 2 * leaves
@@ -277,7 +278,7 @@ def _first_of_each_node(cuts: Mapping[Place, Cut]) -> list[Place]:
 
 
 def _offer(cut: Cut, place: Place, rank: int) -> tuple[float, Place]:
-    """The value of the next rank for its bytes, negative because a heap gives its smallest first."""
+    """The value of the next rank for its bytes; negative, for a heap gives the smallest first."""
     if rank >= len(cut.gains):
         return 0.0, place
     return -float(cut.gains[rank]) / cut.unit, place

@@ -1,7 +1,7 @@
 """Squash and split: a lineage becomes one node, one node becomes a lineage.
 
 squash   new = Σ lineage of a path − Σ lineage of the new node's parent
-split    node = part + rest: the part stays, the rest becomes its child, and the children move below that
+split    node = part + rest: the rest becomes its child, and the children move below that
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import nn
 from ..adapter import Adapter
 from ..blend import Blend, spelled
 from ..errors import PathError, SpecError
-from ..lowrank import LowRank, check_rank
+from ..given import check_rank
+from ..lowrank import LowRank
 from ..spec import check_path
 from ..tree import AdapterTree
 from .core import joint
@@ -144,7 +145,7 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
 
 
 def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
-    """The best value of a rank, with the bias, and the rest of rank r − k, both from one decomposition."""
+    """The best value of a rank, with the bias, and the rest, both from one decomposition."""
     alone = joint([value])
     U, S, Vh = torch.linalg.svd(alone.cores[0], full_matrices=False)
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -178,5 +179,5 @@ def _is_meant(name: str, pattern: str) -> bool:
 
 
 def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
-    """Some modules as an adapter of their own; what the whole carries of the base stays with the other part."""
+    """Some modules as an adapter of their own; the other part carries the base's tensors."""
     return replace(whole, modules=modules, unchanged={}, errors={})

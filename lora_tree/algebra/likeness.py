@@ -162,7 +162,7 @@ def _alike(names: list[str], read: Read, outline: Read, exact: bool | None) -> L
 
 
 def _own(tree: AdapterTree, path: str) -> Adapter:
-    """A node's adapter; where it is not in memory, from its files, and the tree does not keep it."""
+    """A node's adapter. The tree keeps nothing of what is read from files here."""
     node = tree[path]
     if node.loaded is None and node.source is not None:
         return named(path, node.source.load)

@@ -1,8 +1,8 @@
 """Merge: several adapters become one, by the methods of `elementwise`, in one of three spaces.
 
-    core     M_i = U_Bᵀ ΔW_i U_A      (k, l), k, l ≤ Σr: in the singular bases of all increments together
-    knots    V_i = Σ⁻¹ U_Bᵀ ΔW_i      (k, in): the increments' own rows in those bases (KnOTS, arXiv 2410.19735)
-    dense    ΔW_i                     (out, in): the definition, for weights that are small enough
+    core     M_i = U_Bᵀ ΔW_i U_A    (k, l), k, l ≤ Σr: in the singular bases of all increments
+    knots    V_i = Σ⁻¹ U_Bᵀ ΔW_i    (k, in): their rows in those bases (KnOTS, arXiv 2410.19735)
+    dense    ΔW_i                   (out, in): the definition, for weights that are small enough
 
 Which numbers are large, and which signs agree, depends on the basis. The singular bases of [ΔW_1 …
 ΔW_n] and of its transposed twin are those of the increments alone, so neither their order nor the
@@ -21,8 +21,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, combine
+from ..adapter import Adapter
 from ..blend import check_finite
+from ..combining import combine
 from ..errors import SpecError
 from ..given import unchecked
 from ..lowrank import LowRank
@@ -225,8 +226,8 @@ class Recipe:
         shape = both.like.shape
         if math.prod(shape) > MOST_DENSE:
             raise SpecError(
-                f"space='dense': a weight of {' × '.join(map(str, shape))} is too large to merge
-                so", "space='core' and space='knots' build no matrix of that size",
+                f"space='dense': a weight of {' × '.join(map(str, shape))} is too large to merge so",
+                "space='core' and space='knots' build no matrix of that size",
             )
         whole = self._merged([both.Q_B @ core @ both.Q_A.mT for core in cores], weights, draw)
         U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
@@ -256,7 +257,7 @@ def widest(adapter: Adapter) -> torch.dtype:
 
 
 def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values, (k, m) and (m,), without the directions that hold nothing."""
+    """Left singular vectors (k, m) and values (m,), without directions that hold nothing."""
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
     largest = S.max()
     there = int((S > largest * 1e-12).reshape(-1, S.shape[-1]).any(0).sum())

@@ -1,7 +1,7 @@
 """Pick and rebase: a node under another parent, or over a parent that has changed.
 
 pick      the same increments elsewhere: the effective weight is another one
-rebase    the same effective weight:  child' = child + (Σ old lineage − Σ new lineage) / weight of the child
+rebase    the same effective weight:  child' = child + (Σ old lineage − Σ new one) / weight
 """
 
 from __future__ import annotations

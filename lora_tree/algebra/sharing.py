@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, combine
+from ..adapter import Adapter
+from ..combining import combine
 from ..errors import PathError, SpecError, TreeError, listing
-from ..lowrank import LowRank, check_rank
+from ..given import check_rank
+from ..lowrank import LowRank
 from ..spec import check_path
 from ..tree import AdapterTree
 from .core import Joint, joint
@@ -136,7 +138,7 @@ class _Fitting:
     recipe: Recipe | None
 
     def fitted(self) -> tuple[LowRank, list[LowRank | None]]:
-        """The shared part and what is left of each sibling, in float64; None where nothing is left."""
+        """The shared part, and the rest of each sibling or None where there is none; in float64."""
         both = joint([part for part in self.parts if part is not None])
         cores, biases = spread(both, self.parts)
         biased = any(part is not None and part.bias is not None for part in self.parts)
@@ -195,7 +197,7 @@ def _best(core: Tensor, rank: int | None) -> Tensor:
 
 
 def _shortest(both: Joint, core: Tensor, bias: Tensor | None) -> LowRank | None:
-    """The value of a core at the rank that it has, rounding left out; None where it and its bias are zero."""
+    """The value of a core at the rank that it has beyond rounding; None where all is zero."""
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     scale = max(float(torch.linalg.matrix_norm(each).max()) for each in both.cores)
     there = int((S > scale * 1e-13).reshape(-1, S.shape[-1]).any(0).sum())
@@ -261,7 +263,7 @@ def _weighted(tree: AdapterTree, path: str) -> Term:
 
 
 def _child(term: Term, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
-    """What is left of a sibling, without its weight. Where nothing is left, one module of zeros stays."""
+    """The rest of a sibling, without its weight; one module of zeros where nothing is left."""
     _, weight, _ = term
     modules = {name: value.scaled(1.0 / weight).folded() for name, value in rest.items()}
     if not modules:

@@ -76,7 +76,7 @@ def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return adapters whose raw parameters have the names that those certain of their order give them."""
+    """Return the adapters with raw parameters named as those that are certain of the order do."""
     certain: dict[str, tuple[str, ...]] = {}
     for adapter in adapters:
         sure = {m: order for m, order in adapter.nesting.items() if m not in adapter.assumed}
