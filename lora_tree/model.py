@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args
 import torch
 from torch import nn
 
+from .adapter import Adapter
 from .base_names import warn_of_base
 from .blend import Blend, parse_blend
 from .budget import Budgets
@@ -47,6 +48,7 @@ from .errors import SpecError, StateError, listing, suggest
 from .given import check_dtype
 from .lowrank import LowRank
 from .sites import Site
+from .storage import Source
 from .training.every_rank import joined
 from .training.factors import Factors
 from .training.handed import Handed
@@ -203,7 +205,6 @@ class TreeModel(nn.Module):
         except BaseException:  # its traceback may keep this model, and so its claim, for long
             let_go(inner)
             raise
-        tree.guard(self)
         self.cache = Cache(tree, budgets, policy=eviction, link=link)
         kept = {"kept": 0} if self.cache.bounded else {}
         name = getattr(inner, "name_or_path", None)
@@ -241,6 +242,7 @@ class TreeModel(nn.Module):
                 stacklevel=3,
             )
         self._answers = True
+        tree.attach(self, reads=self.cache.bounded)
 
     # ------------------------------------------------------------------ answering for the base
     def __getattr__(self, name: str) -> Any:
@@ -451,10 +453,15 @@ class TreeModel(nn.Module):
             self._stage.beside.forget()
             self._router.forget()
             self._binder.forget()
-            self.cache.close()
+            # First: a tree that still asked this model would read from a cache that is closed.
             self.tree.release(self)
+            self.cache.close()
             let_go(self.base)
             self._detached = True
+
+    def read_adapter(self, path: str, source: Source) -> Adapter:
+        """Read a node's files within the budgets; the tree asks this of the first model that has some."""
+        return self.cache.read(path, source)
 
     def nodes_in_use(self) -> list[str]:
         """The nodes that the base's behaviour depends on, or will again when a ``with`` is left, and those that train.

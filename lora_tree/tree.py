@@ -12,7 +12,7 @@ import fnmatch
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from .blend import Blend, check_finite, depth_first, parse_blend, total
 from .combining import combine
 from .errors import BaseMismatch, LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .lowrank import LowRank
+from .node import Node
 from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec, tree_defaults
 from .spelling import spelled_twice
 from .storage import Source, as_path, names_of, storage
@@ -32,49 +33,16 @@ from .storage import Source, as_path, names_of, storage
 __all__ = ["AdapterTree", "Node"]
 
 
-@dataclass(frozen=True, eq=False)
-class Node:
-    """A place in the tree below the root.
+class AttachedModel(Protocol):
+    """A model that the tree is attached to, as the tree sees it."""
 
-    Args:
-        path: its name, ``fr/legal``.
-        weight: factor on its increments, on every path through it.
-        loaded: its adapter, where that is in memory.
-        source: where its adapter lives, where it came from files.
-        fresh: how its adapter is to be made when the tree is attached, where it has none yet.
-        stale: why it no longer fits its lineage, where the lock says so.
-        home: the folder that is this node's own place in a saved tree, where it has one; a save may write there.
-    """
+    def nodes_in_use(self) -> Iterable[str]:
+        """Return the nodes that must stay as they are."""
+        ...
 
-    path: str
-    weight: float = 1.0
-    loaded: Adapter | None = None
-    source: Source | None = None
-    fresh: LoraSpec | None = None
-    stale: str | None = None
-    home: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition("/")[2]
-
-    @property
-    def has_adapter(self) -> bool:
-        """It has increments of its own, in memory or in files."""
-        return self.loaded is not None or self.source is not None
-
-
-class Guard(Protocol):
-    """Whoever relies on nodes staying as they are: an attached model."""
-
-    def nodes_in_use(self) -> Iterable[str]: ...
-
-
-class Keeper(Protocol):
-    """Whoever decides how long what was read from files stays in memory: an attached model's cache."""
-
-    def read(self, path: str, source: Source) -> Adapter: ...
+    def read_adapter(self, path: str, source: Source) -> Adapter:
+        """Read a node's files within the model's budgets, which decide how long the adapter stays in memory."""
+        ...
 
 
 class AdapterTree:
@@ -102,11 +70,12 @@ class AdapterTree:
         self.defaults = tree_defaults(defaults)
         self.cache = CacheSpec()
         self.home: Path | None = None
-        self._keepers: list[weakref.ref[Keeper]] = []
-        self._read: weakref.WeakSet[Adapter] = weakref.WeakSet()
+        # Weak, and in the order of attaching. A program may drop a model without detaching it.
+        self._models: list[weakref.ref[AttachedModel]] = []
+        # Those of them that have budgets. The first one reads what the tree needs from files.
+        self._readers: list[weakref.ref[AttachedModel]] = []
         self._graph: nx.DiGraph[str] = nx.DiGraph()
         self._graph.add_node("")
-        self._guards: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # ------------------------------------------------------------------ looking
     @property
@@ -138,18 +107,8 @@ class AdapterTree:
         return f"AdapterTree({len(self)} nodes, base={self.base!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: no model is attached to those, so none has a say over their nodes."""
-        read = [node.loaded for path in self if (node := self[path]).loaded in self._read]
-        return vars(self) | {
-            "_graph": self._graph.copy(),
-            "_read": read,
-            "_keepers": [],
-            "_guards": (),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        weak = {name: weakref.WeakSet(state[name]) for name in ("_read", "_guards")}
-        vars(self).update(state | weak)
+        """Return the state for a copy or a pickle: no model is attached to it, so it has none to ask."""
+        return vars(self) | {"_graph": self._graph.copy(), "_models": [], "_readers": []}
 
     def paths(self, under: str = "") -> list[str]:
         """Every path below ``under``, depth-first, children by name: the order of every sum.
@@ -315,7 +274,7 @@ class AdapterTree:
         elif not group:
             fresh = lora_spec(lora, path)
         node = Node(path, float(weight), loaded, source, fresh)
-        self._put(node)
+        self.replace(node)
         return node
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
@@ -357,7 +316,7 @@ class AdapterTree:
         nodes = [self[p] for p in (path, *below)]
         self._graph.remove_nodes_from([n.path for n in nodes])
         for node in nodes:
-            self._put(replace(node, path=to + node.path[len(path) :]))
+            self.replace(replace(node, path=to + node.path[len(path) :]))
 
     def rename(self, path: str, name: str) -> None:
         """Give a node another name below the same parent; see `move`.
@@ -389,11 +348,11 @@ class AdapterTree:
             check_finite(weight, f"{path}: weight")
             node = replace(node, weight=float(weight))
         if isinstance(adapter, Adapter):
-            node = replace(node, loaded=adapter, source=None, fresh=None, stale=None)
+            node = node.holding(adapter)
         elif adapter is not None:
-            node = replace(node, loaded=None, source=_source(path, adapter), fresh=None, stale=None)
+            node = node.read_from(_source(path, adapter))
         self._unused([path], "changed")
-        self._put(node)
+        self.replace(node)
         return node
 
     # ------------------------------------------------------------------ values
@@ -410,16 +369,13 @@ class AdapterTree:
         node = self[path]
         if node.loaded is not None or node.source is None:
             return node.loaded
-        keeper = next(
-            (keeper for keeper in (ref() for ref in self._keepers) if keeper is not None), None
-        )
-        if keeper is not None:
-            return keeper.read(path, node.source)
+        for model in _alive(self._readers):
+            return model.read_adapter(path, node.source)
         try:
             adapter = node.source.load()
         except LoraTreeError as error:
             raise error.within(path) from error
-        self.loaded(path, node.source, adapter)
+        self.replace(node.with_loaded(adapter, rereadable=True), was=node)
         return adapter
 
     def outline(self, path: str) -> Adapter | None:
@@ -547,54 +503,47 @@ class AdapterTree:
         """A tree of nodes whose paths are known to fit together, parents before children."""
         tree = cls(base, defaults)
         tree.cache = cache or tree.cache
-        tree.put(nodes, home=home)
+        for node in nodes:
+            tree.replace(node)
+        tree.home = home
         return tree
 
-    def put(self, nodes: Iterable[Node], *, home: Path | None) -> None:
-        """Nodes as they are in the tree.yaml ``home``, from which the tree was opened or to which it was saved."""
-        for node in nodes:
-            self._put(node)
-        self.home = home
-
     # ------------------------------------------------------------------ for an attached model
-    def guard(self, guard: Guard) -> None:
-        """From now on, refuse to change nodes that ``guard`` says are in use; held weakly."""
-        self._guards.add(guard)
+    def attach(self, model: AttachedModel, *, reads: bool) -> None:
+        """Ask a model, held weakly, before its nodes are changed; see `lora_tree.attach`.
 
-    def release(self, guard: Guard) -> None:
-        """`guard` no longer has a say."""
-        self._guards.discard(guard)
-
-    def kept_by(self, keeper: Keeper) -> None:
-        """From now on ``keeper``, held weakly, has what is read from files; what was read before is let go of."""
-        self._keepers.append(weakref.ref(keeper))
+        Args:
+            model: the model.
+            reads: it has budgets. From now on it reads what is needed from files, and the tree drops what it has read
+                itself: that would lie beside the budgets.
+        """
+        self._models.append(weakref.ref(model))
+        if not reads:
+            return
+        self._readers.append(weakref.ref(model))
         for path in self.paths():
             node = self[path]
-            if node.loaded in self._read and node.source is not None:
-                self._put(replace(node, loaded=None))
+            if node.rereadable:
+                self.replace(node.holding_nothing())
 
-    def keep(self, keeper: Keeper) -> None:
-        """`keeper` has nothing more of it: the tree keeps what it reads."""
-        self._keepers = [ref for ref in self._keepers if ref() not in (None, keeper)]
+    def release(self, model: AttachedModel) -> None:
+        """Ask a model no more; the tree keeps what it reads from now on, unless another model reads for it."""
+        for refs in (self._models, self._readers):
+            # References to models that are gone go as well.
+            refs[:] = [ref for ref in refs if ref() not in (None, model)]
 
-    def loaded(self, path: str, source: Source, adapter: Adapter) -> None:
-        """Keep what was read from a node's files, where the node is still what it was."""
-        node = self._graph.nodes[path]["node"] if path in self else None
-        if node is not None and node.source is source and node.loaded is None:
-            self._read.add(adapter)
-            self._put(replace(node, loaded=adapter))
+    def replace(self, node: Node, *, was: Node | None = None) -> None:
+        """Hold another value for a node. For the library's own use: no attached model is asked.
 
-    def settle(self, path: str, adapter: Adapter) -> None:
-        """A fresh node's adapter was made, or a node's factors went into training: this is its adapter from now on."""
-        self._put(replace(self[path], loaded=adapter, source=None, fresh=None, stale=None))
-
-    def take_back(self, node: Node) -> None:
-        """A change of a node failed half-way: it is again what it was."""
-        self._put(node)
-
-    def exchange(self, path: str, adapter: Adapter) -> None:
-        """The node's adapter is held in other tensors from now on; its files, if it has any, are what they were."""
-        self._put(replace(self[path], loaded=adapter))
+        Args:
+            node: the new value; it is known to fit below its parent.
+            was: the value that it was made from. If the tree holds another one by now, nothing happens: the node was
+                changed, or removed, while its files were read.
+        """
+        if was is not None and self._graph.nodes.get(node.path, {}).get("node") is not was:
+            return
+        self._graph.add_node(node.path, node=node)
+        self._graph.add_edge(node.path.rpartition("/")[0], node.path)
 
     # ------------------------------------------------------------------ private
     def _known(self, path: str) -> None:
@@ -616,7 +565,9 @@ class AdapterTree:
                 raise TreeError(f"{path} {detail}", "remove or rename the other one first")
 
     def _unused(self, paths: Iterable[str], verb: str) -> None:
-        used = {path for guard in self._guards for path in guard.nodes_in_use()}
+        used: set[str] = set()
+        for model in _alive(self._models):
+            used.update(model.nodes_in_use())
         hit = [path for path in paths if path in used]
         if hit:
             raise TreeError(
@@ -624,9 +575,12 @@ class AdapterTree:
                 "model.deactivate() first, or activate another path",
             )
 
-    def _put(self, node: Node) -> None:
-        self._graph.add_node(node.path, node=node)
-        self._graph.add_edge(node.path.rpartition("/")[0], node.path)
+
+def _alive(models: Iterable[weakref.ref[AttachedModel]]) -> Iterator[AttachedModel]:
+    for ref in models:
+        model = ref()
+        if model is not None:
+            yield model
 
 
 def _named(path: str, adapter: Adapter, base: nn.Module) -> Adapter:

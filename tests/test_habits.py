@@ -40,6 +40,7 @@ RINGS = {
         "spec",
         "blend",
         "spelling",
+        "node",
         "tree",
         "algebra",
     ],

@@ -84,8 +84,6 @@ class Cache:
         # A cache may be collected without `close`; its freed memory would stay mapped. At exit the
         # system takes it anyway.
         weakref.finalize(self, self._shelf.close).atexit = False
-        if self.bounded:
-            tree.kept_by(self)
 
     # ------------------------------------------------------------------ asking for adapters
     def hold(self, paths: Iterable[str]) -> Hold:
@@ -104,7 +102,7 @@ class Cache:
         unread = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
         waited = False
         if not self.bounded and unread:
-            waited = self._into_tree(unread)
+            waited = self._into_tree(unread, {node.path: node for node in nodes})
             # The tree has new node values for these now.
             nodes = [self._tree[path] for path in paths]
         tier = self._loader.top
@@ -202,9 +200,8 @@ class Cache:
             return CacheStats(self._requests, self._served, self._waited_s, self._prefetched, tiers)
 
     def close(self) -> None:
-        """Release everything; from now on the tree keeps what it reads."""
+        """Release everything; the tree must not ask for adapters here any more."""
         self._background.forget()
-        self._tree.keep(self)
         with self._lock:
             # Set before the tiers are cleared: a load that is in progress must not add its adapter
             # afterwards.
@@ -274,7 +271,7 @@ class Cache:
             for key in keys:
                 tier.unpin(key)
 
-    def _into_tree(self, unread: Mapping[str, Source]) -> bool:
+    def _into_tree(self, unread: Mapping[str, Source], nodes: Mapping[str, Node]) -> bool:
         """Read some nodes and give them to the tree: all of them, or on an error none.
 
         Return whether any had to be read; a prefetch may have been there before.
@@ -294,8 +291,9 @@ class Cache:
             raise
         finally:
             self._unpin(host, pinned)
-        for path, source in unread.items():
-            self._tree.loaded(path, source, read[path])
+        for path in unread:
+            node = nodes[path]
+            self._tree.replace(node.with_loaded(read[path], rereadable=True), was=node)
         with self._lock:
             for source in unread.values():
                 # The tree has it now. If another thread has it pinned, that thread discards it here

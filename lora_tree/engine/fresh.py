@@ -33,4 +33,4 @@ def settle_fresh(tree: AdapterTree, base: nn.Module, paths: Iterable[str]) -> No
         except LoraTreeError as error:
             raise error.within(path) from error
     for path, adapter in made.items():
-        tree.settle(path, adapter)
+        tree.replace(tree[path].holding(adapter))

@@ -37,7 +37,9 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
             finally:
                 # Once the save is decided the folder opens as the new tree, also if carrying it out failed.
                 if transaction.decided or changes.is_empty:
-                    tree.put(_nodes(changes, transaction.written), home=Path(place.yaml_file))
+                    for node in _nodes(changes, transaction.written):
+                        tree.replace(node)
+                    tree.home = Path(place.yaml_file)
                     remember(tree, place, _seen(opened, seen, changes, transaction.written))
         undo.pop_all()
 

@@ -147,7 +147,7 @@ class Factors(nn.ModuleDict):
             ):
                 now = node.shown()
                 if now is not node.adapter:
-                    tree.exchange(path, now)
+                    tree.replace(tree[path].with_loaded(now))
                     node.adapter = now
 
     def train_only(self, paths: Iterable[str]) -> None:

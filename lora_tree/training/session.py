@@ -150,11 +150,11 @@ class Training:
         full = {path: whole(adapter) for path, adapter in parts.items()}
         try:
             for path, adapter in full.items():
-                self._tree.exchange(path, adapter)
+                self._tree.replace(self._tree[path].with_loaded(adapter))
             yield
         finally:
             for path, adapter in parts.items():
-                self._tree.exchange(path, adapter)
+                self._tree.replace(self._tree[path].with_loaded(adapter))
 
     def close(self) -> None:
         """Give the base its flags back, and take every hook out."""
@@ -205,7 +205,7 @@ class Training:
                 places[name] = side_device(self._binder.site(name), value)
             owned = self._factors.own(path, adapter, dtype, places)
             if owned is not adapter:
-                self._tree.settle(path, owned)
+                self._tree.replace(self._tree[path].holding(owned))
 
     @contextlib.contextmanager
     def _as_before_on_failure(self) -> Iterator[None]:
@@ -226,7 +226,7 @@ class Training:
     def _put_back(self, before: _TrainingSnapshot) -> None:
         for node in before.nodes:
             if self._tree[node.path] is not node:
-                self._tree.take_back(node)
+                self._tree.replace(node)
         self._factors.clear()
         self._factors.update(before.factors)
         for parameter, flag in before.flags:

@@ -1,0 +1,76 @@
+"""Node: one place in the tree, as a value. What changes is which value the tree holds for a path.
+
+loaded    source    fresh      the node is
+·         ·         ·          a group: no increments of its own
+·         ·         a recipe   fresh: its adapter is made when the tree meets a base
+·         files     ·          not read yet
+adapter   ·         ·          in memory only
+adapter   files     ·          in memory, and in files that held the same when it was read or saved
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .adapter import Adapter
+from .spec import LoraSpec
+from .storage import Source
+
+__all__ = ["Node"]
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A place in the tree below the root.
+
+    Args:
+        path: its name, ``fr/legal``.
+        weight: factor on its increments, on every path through it.
+        loaded: its adapter, if it is in memory.
+        source: where its adapter lives, if it came from files.
+        fresh: how its adapter is to be made when the tree is attached, if it has none yet.
+        stale: why it no longer fits its lineage, if the lock says so.
+        home: the folder that is this node's own place in a saved tree; a save may write there.
+        rereadable: ``loaded`` was read from ``source``, so it can be let go of and read again.
+    """
+
+    path: str
+    weight: float = 1.0
+    loaded: Adapter | None = None
+    source: Source | None = None
+    fresh: LoraSpec | None = None
+    stale: str | None = None
+    home: str | None = None
+    rereadable: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def has_adapter(self) -> bool:
+        """It has increments of its own, in memory or in files."""
+        return self.loaded is not None or self.source is not None
+
+    # ------------------------------------------------------------------ the same node, changed
+    def holding(self, adapter: Adapter) -> Node:
+        """Return the node with an adapter of its own: its files, its recipe and its staleness count no more."""
+        return replace(self, loaded=adapter, source=None, fresh=None, stale=None, rereadable=False)
+
+    def read_from(self, source: Source) -> Node:
+        """Return the node with an adapter in other files, which are read when it is first needed."""
+        return replace(self, loaded=None, source=source, fresh=None, stale=None, rereadable=False)
+
+    def with_loaded(self, adapter: Adapter, *, rereadable: bool = False) -> Node:
+        """Return the node with its adapter in these tensors; its files, if it has any, stay what they are.
+
+        Args:
+            adapter: the same numbers, or numbers that the files will get at the next save.
+            rereadable: it was read from the node's files just now.
+        """
+        return replace(self, loaded=adapter, rereadable=rereadable)
+
+    def holding_nothing(self) -> Node:
+        """Return the node without its adapter in memory."""
+        return replace(self, loaded=None, rereadable=False)
