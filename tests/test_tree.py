@@ -647,3 +647,30 @@ def test_a_base_is_named_by_a_string_or_a_path(tmp_path: Path) -> None:
     for wrong in (3, b"base", ["base"], torch.nn.Linear(1, 1)):
         with pytest.raises(SpecError, match=r"^base: a model's name is a hub id or a folder, got "):
             lt.AdapterTree(base=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", ["another adapter", "removed"])
+def test_what_is_read_while_its_node_changes_does_not_come_into_the_tree(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread changes the node while its files are read; what it did is not undone."""
+    adapter(1, q=(4, 5)).save(tmp_path / "fr")
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=tmp_path / "fr")
+    source, other = tree["fr"].source, adapter(2, q=(4, 5))
+    load = type(source).load
+
+    def slow(self: Any, allocate: Any = None) -> lt.Adapter:
+        read = load(self, allocate)
+        if change == "removed":
+            tree.remove("fr")
+        else:
+            tree.update("fr", adapter=other)
+        return read
+
+    monkeypatch.setattr(type(source), "load", slow)
+    assert tree.adapter("fr") is not None
+    if change == "removed":
+        assert tree.paths() == []
+    else:
+        assert tree["fr"].loaded is other
