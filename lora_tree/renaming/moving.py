@@ -1,0 +1,248 @@
+"""One adapter on its way into the names of one base: each value to its name of today."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..errors import BaseMismatch, LoraTreeError
+from ..lowrank import LINEAR, PARAMETER, LowRank, concat
+from ..sites import ParameterSite, find_site, is_there, takes_delta
+from .conversion import Conversion, Increment
+from .loading import Loading
+
+__all__ = ["Moving", "modules_or_parameters"]
+
+
+class Moving:
+    """The values of one adapter, collected under their names of today.
+
+    Args:
+        base: whose names.
+        adapter: to be renamed.
+    """
+
+    def __init__(self, base: nn.Module, adapter: Adapter) -> None:
+        self._base, self._adapter = base, adapter
+        self._loading = Loading(base)
+        self._parts: dict[str, list[LowRank]] = {}  # name of today → the values that add up there
+        self._from: dict[str, list[str]] = {}  # name of today → the names they had
+        self._conversions: dict[str, Conversion] = {}  # first parameter → the modules it is made of
+
+    def moved(self) -> Adapter:
+        """Return the adapter in the names of the base; raises as `Renaming.bound`."""
+        old = self._adapter
+        open_modules = modules_or_parameters(old)
+        for name, value in old.modules.items():
+            self._take(name, value, may_be_module=name.rpartition(".")[0] in open_modules)
+        # Only now: a conversion needs all its modules together.
+        for conversion in self._conversions.values():
+            self._convert(conversion)
+        modules = {name: self._sum(name) for name in self._parts}
+        nesting, assumed = self._nesting(modules)
+        return replace(
+            old,
+            modules=modules,
+            errors=self._errors(),
+            rounded=frozenset(name for name, was in self._from.items() if old.rounded & set(was)),
+            unchanged=self._unchanged(),
+            nesting=nesting,
+            assumed=assumed,
+        )
+
+    # ------------------------------------------------------------------ the modules
+    def _take(self, name: str, value: LowRank, *, may_be_module: bool) -> None:
+        """Put one value under its name of today, or into the conversion that it is a part of.
+
+        Args:
+            may_be_module: whether the file left open if it is of a raw parameter or of the module
+                around it.
+        """
+        module, _, leaf = name.rpartition(".")
+        if may_be_module and _is_weight(self._base, module, leaf) and value.A.shape[0] == 1:
+            self._put(module, _as_linear(value), name)
+            return
+        if is_there(self._base, name) and (value.layout != LINEAR or takes_delta(self._base, name)):
+            self._put(name, value, name)
+            return
+        for parameter in _parameters_of(name, value):
+            renamed, source, number = self._loading.renamed(parameter)
+            if source is not None:
+                one = _as_matrix(value, may_be_batch="*" not in source)
+                if one is not None:
+                    converter = self._loading.converters[source]
+                    conversion = self._conversions.setdefault(
+                        renamed, Conversion(renamed, converter)
+                    )
+                    conversion.add(name, source, number, one)
+                    return
+            if renamed in self._loading.parameters:
+                found = self._placed(renamed, value)
+                if found is not None:
+                    self._put(*found, name)
+                    return
+        # No mapping knows it. The caller finds no site of that name, and says so with the name in
+        # the file.
+        self._put(name, value, name)
+
+    def _put(self, name: str, value: LowRank, old: str) -> None:
+        self._parts.setdefault(name, []).append(value)
+        sources = self._from.setdefault(name, [])
+        if old not in sources:
+            sources.append(old)
+
+    def _placed(self, parameter: str, value: LowRank) -> tuple[str, LowRank] | None:
+        """Return the name and the value for a parameter of the base; None if it takes no delta."""
+        if value.layout == PARAMETER:
+            return parameter, value
+        module, _, leaf = parameter.rpartition(".")
+        if _is_weight(self._base, module, leaf):
+            return module, value
+        if value.layout == LINEAR and self._loading.parameters[parameter].ndim == 2:
+            # A router: once a Linear, now a module with a raw weight.
+            return parameter, LowRank(
+                value.A[None], value.B[None], value.scale, value.bias, PARAMETER
+            )
+        return None
+
+    def _convert(self, conversion: Conversion) -> None:
+        """Put what a conversion makes of its modules.
+
+        Raises:
+            BaseMismatch, ShapeMismatch: it makes nothing of them; names the first module.
+        """
+        try:
+            # All of them before the first is put: an error in the middle must not leave half of
+            # them.
+            increments = list(conversion.increments(self._loading))
+            placed = [self._as_site_has_it(increment) for increment in increments]
+        except LoraTreeError as error:
+            raise error.within(conversion.names[0]) from error
+        for name, value in placed:
+            for old in conversion.names:
+                self._from.setdefault(name, [])
+                if old not in self._from[name]:
+                    self._from[name].append(old)
+            self._parts.setdefault(name, []).append(value)
+
+    def _as_site_has_it(self, increment: Increment) -> tuple[str, LowRank]:
+        """Return the name and the value of the site whose stored weight gets this increment.
+
+        Raises:
+            BaseMismatch: the base has no such parameter.
+        """
+        parameter, left, right = increment.parameter, increment.left, increment.right
+        module, _, leaf = parameter.rpartition(".")
+        if left.ndim == 2 and _is_weight(self._base, module, leaf):
+            return module, LowRank(right, left, increment.scale)
+        if not is_there(self._base, parameter):
+            raise BaseMismatch(
+                f"{parameter}: the base has no such parameter, which transformers names"
+            )
+        if left.ndim == 2:
+            left, right = left[None], right[None]
+        site = find_site(self._base, parameter)
+        if isinstance(site, ParameterSite) and site.is_transposed:
+            left, right = right.mT, left.mT
+        return parameter, LowRank(right, left, increment.scale, layout=PARAMETER)
+
+    def _sum(self, name: str) -> LowRank:
+        try:
+            return concat(self._parts[name])
+        except LoraTreeError as error:
+            sources = " and ".join(self._from[name][:2])
+            raise error.within(f"{name} (from {sources})") from error
+
+    # ------------------------------------------------------------------ the rest of the adapter
+    def _errors(self) -> dict[str, float]:
+        errors: dict[str, float] = {}
+        for name, sources in self._from.items():
+            # The parts of a sum are orthogonal: its relative error is at most the largest of
+            # theirs.
+            error = max(self._adapter.errors.get(source, 0.0) for source in sources)
+            if error:
+                errors[name] = error
+        return errors
+
+    def _unchanged(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        parameters = self._loading.parameters
+        for name, tensor in self._adapter.unchanged.items():
+            renamed, source, _ = self._loading.renamed(name)
+            # A tensor that a conversion would take can't be compared with a part of a parameter: it
+            # keeps its name, and binding reports that the base has none such.
+            keeps_name = name in parameters or renamed not in parameters or source is not None
+            found.setdefault(name if keeps_name else renamed, tensor)
+        return found
+
+    def _nesting(
+        self, modules: Mapping[str, LowRank]
+    ) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+        """Return module → its raw parameters in order, and the modules whose order is assumed."""
+        old = self._adapter
+        today = {sources[0]: name for name, sources in self._from.items() if len(sources) == 1}
+        nesting: dict[str, tuple[str, ...]] = {}
+        assumed: set[str] = set()
+        for module, parameters in old.nesting.items():
+            was = [f"{module}.{p}" for p in parameters if f"{module}.{p}" in old.modules]
+            new = [today.get(name, "") for name in was]
+            holders = {name.rpartition(".")[0] for name in new}
+            if len(holders) != 1:
+                continue  # they lie in several modules now, so none has an order among them
+            holder = holders.pop()
+            if is_there(self._base, holder):
+                nesting[holder] = tuple(name.rpartition(".")[2] for name in new)
+                if module in old.assumed:
+                    assumed.add(holder)
+        for name, value in modules.items():
+            holder = name.rpartition(".")[0]
+            if value.layout == PARAMETER and holder not in nesting and is_there(self._base, name):
+                own = self._base.get_submodule(holder)._parameters
+                if len(own) > 1:
+                    nesting[holder] = tuple(own)
+        return nesting, frozenset(assumed)
+
+
+def modules_or_parameters(adapter: Adapter) -> set[str]:
+    """Return the modules whose one raw parameter may be the module's own weight.
+
+    A file can't tell the two apart; the base can.
+    """
+    return {m for m in adapter.assumed if len(adapter.nesting.get(m, ())) == 1}
+
+
+def _is_weight(base: nn.Module, module: str, leaf: str) -> bool:
+    """Return whether a parameter is the weight to which the deltas of its module are added."""
+    if not module:
+        return False
+    try:
+        site = find_site(base, module)
+    except BaseMismatch:
+        return False
+    return not isinstance(site, ParameterSite) and site.weight_name == leaf
+
+
+def _parameters_of(name: str, value: LowRank) -> tuple[str, ...]:
+    """Return the parameters in which a module of that name may have kept its weight."""
+    if value.layout == PARAMETER:
+        return (name,)
+    if value.layout == LINEAR:
+        return f"{name}.weight", f"{name}.in_proj_weight"
+    return (f"{name}.weight",)
+
+
+def _as_matrix(value: LowRank, *, may_be_batch: bool) -> LowRank | None:
+    """Return the value as a matrix, or as a batch if that may be; None if it is neither."""
+    if value.layout == PARAMETER and value.A.shape[0] == 1:
+        return _as_linear(value)
+    if value.layout == LINEAR and value.A.ndim == 2:
+        return value
+    return value if may_be_batch and value.layout == PARAMETER else None
+
+
+def _as_linear(value: LowRank) -> LowRank:
+    """Return a batch of one as the matrix in it."""
+    return LowRank(value.A[0], value.B[0], value.scale, value.bias, LINEAR)

@@ -1,0 +1,100 @@
+"""Renaming: an adapter's names and factors, as one base has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..assembly import Assembly, AssemblyNames
+from ..errors import BaseMismatch
+from ..lowrank import LINEAR, PARAMETER, LowRank
+from ..sites import is_there, takes_delta
+from .moving import Moving, modules_or_parameters
+
+__all__ = ["Renaming"]
+
+
+class Renaming:
+    """An adapter's names and factors, as one base has them.
+
+    Args:
+        base: the model; on the meta device as well.
+
+    >>> base = nn.ModuleDict({"lin": nn.Linear(4, 4)})
+    >>> fr = Adapter({"lin": LowRank(torch.ones(1, 4), torch.ones(4, 1))})
+    >>> Renaming(base).bound(fr) is fr
+    True
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._assembled = AssemblyNames(base) if isinstance(base, Assembly) else None
+
+    def bound(self, adapter: Adapter) -> Adapter:
+        """Return the adapter in the base's names; the same object if it has them already.
+
+        A name that the base does not have, and that no mapping knows, stays as it is: the caller
+            looks for its
+        site, and reports that there is none.
+
+        Raises:
+            BaseMismatch: factors can't be put together into the parameter that they are a part of
+                today; names the module.
+            ShapeMismatch: two names become one, and their increments don't add up.
+        """
+        if self._assembled is not None:
+            return self._assembled.bound(adapter)
+        renamed = adapter
+        if self._may_change(adapter):
+            # Outside of inference mode: tensors made within it could never train.
+            with torch.inference_mode(False):
+                renamed = Moving(self._base, adapter).moved()
+        if not renamed.nesting:
+            return renamed
+        return renamed.renested(_registered(self._base, renamed))
+
+    def has(self, name: str) -> bool:
+        """Return whether the base has a module, or a raw parameter, of that name."""
+        return is_there(self._base, name)
+
+    def _may_change(self, adapter: Adapter) -> bool:
+        """Return whether a name, or the kind of its factors, may be another one in this base.
+
+        The answer is nearly always no, and costs a look-up for each name. A `Moving` asks
+        transformers.
+        """
+        if any(self._may_move(adapter, name, value) for name, value in adapter.modules.items()):
+            return True
+        return not all(self._has_parameter(name) for name in adapter.unchanged)
+
+    def _may_move(self, adapter: Adapter, name: str, value: LowRank) -> bool:
+        if not is_there(self._base, name):
+            return True
+        if value.layout == PARAMETER:
+            return name.rpartition(".")[0] in modules_or_parameters(adapter)
+        return value.layout == LINEAR and not takes_delta(self._base, name)
+
+    def _has_parameter(self, parameter: str) -> bool:
+        module, _, leaf = parameter.rpartition(".")
+        try:
+            return leaf in self._base.get_submodule(module)._parameters
+        except AttributeError:
+            return False
+
+
+def _registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """Return each nested module's adapted parameters, in the order in which a base registers them.
+
+    Raises:
+        BaseMismatch: the base has no such module.
+    """
+    order = {}
+    for module, parameters in adapter.nesting.items():
+        try:
+            holder = base.get_submodule(module)
+        except AttributeError:
+            raise BaseMismatch(f"{module}: the base has no such module") from None
+        own = [name for name, _ in holder.named_parameters(recurse=False)]
+        order[module] = tuple(name for name in own if name in parameters)
+    return order
