@@ -1,71 +1,122 @@
-"""``lora-tree show``: the tree, with what each node is, holds and weighs, and what in its folder can't be used."""
+"""``lora-tree show``: the tree, with what each node is, holds and weighs, and what can't be used.
+
+The whole tree is told to programs (``--json``) and to pipes. A terminal shows as many levels as fit
+into `MOST_LINES`, and says how many nodes are hidden.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
 
-from ..errors import LoraTreeError, printable
-from ..folder import Problem, load, notes, survey
-from ..folder.problem import HARMLESS
+from ..errors import LoraTreeError
+from ..folder import Problem, disk, load, notes, survey
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder
 from .console import out, print_json
+from .drawing import DrawnNode, arranged
+from .node_lines import NodeLine, below, lines_of, matching_lines
+from .tree_picture import tree_picture
+from .tree_table import print_table
 
 __all__ = ["show"]
 
+MOST_LINES = 200
 NEVER_WRAPPED = 100_000
 
 
-@dataclass(frozen=True)
-class NodeLine:
-    """One node. ``ranks`` are the distinct ones of its modules, sorted."""
+class Sort(StrEnum):
+    """The order of siblings; numbers from the largest down."""
 
-    path: str
-    kind: Literal["adapter", "fresh", "group", "broken"]
-    weight: float
-    modules: int
-    ranks: list[int]
-    parameters: int
-    bytes: int
-    stale: str | None
+    name = "name"
+    bytes = "bytes"
+    parameters = "parameters"
+    rank = "rank"
+    weight = "weight"
 
 
 def show(
     folder: Folder,
+    node: Annotated[
+        str | None, typer.Argument(help="Show this node and what is below it.", metavar="[NODE]")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Show so many levels, counted from the top or NODE.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--filter",
+            help="Show only paths that match a pattern like 'fr/*', or that contain a word.",
+            metavar="PATTERN",
+        ),
+    ] = None,
+    sort: Annotated[Sort, typer.Option(help="Order siblings by name or from the largest.")] = (
+        Sort.name
+    ),
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Show at most so many lines, 0 for all; on a terminal "
+            f"{MOST_LINES} without it, and the deepest levels are hidden first.",
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Write the tree as a picture there.", metavar="FILE")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the tree: ranks, parameters, bytes, weights, what is stale, and what can't be used; then exit with 1."""
+    """Show the tree: ranks, sizes, weights, stale nodes and, in red, nodes that can't be used."""
     tree, problems, error = _opened(folder)
-    rows, broken = _rows(tree, problems)
+    whole, broken = lines_of(tree, problems)
+    lines = whole if node is None else below(whole, node)
+    matched = lines if pattern is None else matching_lines(lines, pattern)
     remarks = notes(folder)
     if as_json:
-        told = [{"node": p.node, "kind": p.kind, "text": p.text} for p in broken.values()]
-        nodes = [asdict(row) for row in rows]
-        print_json(
-            {
-                "folder": str(folder),
-                "base": tree.base,
-                "nodes": nodes,
-                "problems": told,
-                "notes": remarks,
-            }
-        )
+        _print_json(folder, tree, matched, broken, remarks)
     else:
+        known = {line.path: line for line in lines}
+        paths = {line.path for line in matched}
+        context = _ancestors(paths) & known.keys() - paths
+        is_terminal = sys.stdout.isatty()
+        if limit is None and depth is None and is_terminal:
+            limit = MOST_LINES
+        drawn = arranged(
+            paths | context,
+            key=_order(sort, known),
+            depth=depth,
+            limit=limit or None,
+            always=[path for path in broken if path in paths],
+        )
+        total = _total(tree, matched, whole, broken)
         console = out()
-        if not sys.stdout.isatty():
+        if not is_terminal:
             console.width = NEVER_WRAPPED  # a reason is one line, for grep
-        console.print(_table(tree, rows, broken, str(folder)))
+        title = (folder.name or str(folder)) if is_terminal else str(folder)
+        print_table(console, title, drawn, known, broken, dimmed=frozenset(context))
+        out().print(total, style="dim", soft_wrap=True)
+        hidden = len(paths | context) - len(drawn)
+        if hidden:
+            out().print(
+                f"{hidden:,} lines are hidden: name a node, or use --depth, --filter or --limit 0",
+                style="dim",
+                soft_wrap=True,
+            )
+        if is_terminal:
+            _print_reasons(drawn, broken, str(error))
         for note in remarks:
-            out().print(f"note: {note}", markup=False, soft_wrap=True)
+            out().print(f"note: {note}", soft_wrap=True)
+        if svg is not None:
+            picture = tree_picture(str(folder), drawn, known, broken, total)
+            disk.replace(svg, picture.encode())
     if error is not None:
         raise error
     if broken:
@@ -73,7 +124,7 @@ def show(
 
 
 def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | None]:
-    """The tree as far as it can be told, and the error with which `load` refuses the rest of it."""
+    """Return the tree as far as it can be told, and the error with which `load` refuses the rest."""
     try:
         return load(folder), [], None
     except LoraTreeError as refused:
@@ -81,104 +132,73 @@ def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | N
         return tree, problems, refused
 
 
-def _rows(tree: AdapterTree, problems: list[Problem]) -> tuple[list[NodeLine], dict[str, Problem]]:
-    """A row for each node, and for each place that can't be one; and the reasons for the latter."""
-    broken: dict[str, Problem] = {}
-    for problem in problems:
-        if problem.kind not in HARMLESS:
-            broken.setdefault(problem.node, problem)
-    rows: list[NodeLine] = []
-    for path in tree.paths():
-        if path in broken:
-            continue
-        try:
-            rows.append(_row(tree, path))
-        except LoraTreeError as error:
-            broken[path] = Problem(path, "adapter", str(error))
-    for path in broken:
-        weight = tree[path].weight if path in tree else 1.0
-        rows.append(NodeLine(path, "broken", weight, 0, [], 0, 0, None))
-    rows.sort(key=lambda row: row.path.split("/"))
-    return rows, broken
-
-
-def _row(tree: AdapterTree, path: str) -> NodeLine:
-    node, adapter = tree[path], tree.outline(path)
-    if adapter is None:
-        return NodeLine(
-            path,
-            "fresh" if node.fresh is not None else "group",
-            node.weight,
-            0,
-            [],
-            0,
-            0,
-            node.stale,
-        )
-    ranks = sorted(set(adapter.ranks.values()))
-    return NodeLine(
-        path, "adapter", node.weight, len(adapter), ranks, adapter.numel, adapter.nbytes, node.stale
+def _print_json(
+    folder: Path,
+    tree: AdapterTree,
+    lines: Sequence[NodeLine],
+    broken: Mapping[str, Problem],
+    remarks: Sequence[str],
+) -> None:
+    told = []
+    for problem in broken.values():
+        told.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
+    print_json(
+        {
+            "folder": str(folder),
+            "base": tree.base,
+            "nodes": [asdict(line) for line in lines],
+            "problems": told,
+            "notes": remarks,
+        }
     )
 
 
-def _table(
-    tree: AdapterTree, rows: list[NodeLine], broken: dict[str, Problem], title: str
-) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    table.add_column(Text(printable(title), "bold"), no_wrap=True)
-    for heading in ("weight", "r", "modules", "parameters", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
-    guides = dict(_guides([row.path for row in rows]))
-    for row in rows:
-        ranks = "/".join(map(str, row.ranks))
-        sizes = (
-            (ranks, str(row.modules), f"{row.parameters:,}", decimal(row.bytes))
-            if row.ranks
-            else ("", "", "", "")
-        )
-        name = Text(printable(guides[row.path]), "red" if row.path in broken else "")
-        table.add_row(name, f"{row.weight:g}", *sizes, _remark(row, broken.get(row.path)))
-    total = printable(f"{len(rows)} nodes over {tree.base or 'an unnamed base'}")
-    table.add_row(
-        Text(total, "dim"),
-        "",
-        "",
-        "",
-        f"{sum(r.parameters for r in rows):,}",
-        decimal(sum(r.bytes for r in rows)),
-    )
-    return table
+def _print_reasons(drawn: Sequence[DrawnNode], broken: Mapping[str, Problem], error: str) -> None:
+    """Print in full why nodes can't be used: a line of the table has no room for it.
 
-
-def _remark(row: NodeLine, problem: Problem | None) -> Text:
-    if problem is not None:
-        return Text(printable(f"{problem.kind}: {problem.text}", keep="\n"), "red")
-    if row.stale:
-        return Text(printable(f"stale: {row.stale}"), "yellow")
-    words = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", "broken": ""}
-    return Text(words[row.kind], "dim")
-
-
-def _guides(paths: list[str]) -> Iterator[tuple[str, str]]:
-    """(path, its name behind the lines that lead to it), depth-first.
-
-    A path whose parent has no row of its own hangs below the nearest one that has, with the rest of its name.
+    The reasons in ``error`` are left out, since it is printed after this.
     """
-    known = set(paths)
-    children: dict[str, list[str]] = {}
+    for node in drawn:
+        problem = broken.get(node.path)
+        if problem is not None and problem.text not in error:
+            out().print(f"{problem.kind}: {problem.text}", style="red", soft_wrap=True)
+
+
+def _ancestors(paths: set[str]) -> set[str]:
+    found: set[str] = set()
     for path in paths:
         above = path.rpartition("/")[0]
-        while above and above not in known:
+        while above and above not in found:
+            found.add(above)
             above = above.rpartition("/")[0]
-        children.setdefault(above, []).append(path)
-    yield from _drawn(children, "", "")
+    return found
 
 
-def _drawn(children: dict[str, list[str]], above: str, indent: str) -> Iterator[tuple[str, str]]:
-    below = children.get(above, [])
-    for child in below:
-        last = child == below[-1]
-        name = child.removeprefix(f"{above}/")
-        yield child, f"{indent}{'└── ' if last else '├── '}{name}"
-        yield from _drawn(children, child, indent + ("    " if last else "│   "))
+def _order(sort: Sort, lines: Mapping[str, NodeLine]) -> Callable[[str], Any] | None:
+    if sort is Sort.name:
+        return None
+    if sort is Sort.rank:
+        return lambda path: -max(lines[path].ranks, default=0)
+    return lambda path: -getattr(lines[path], sort.value)
+
+
+def _total(
+    tree: AdapterTree,
+    lines: Sequence[NodeLine],
+    whole: Sequence[NodeLine],
+    broken: Mapping[str, Problem],
+) -> str:
+    count = f"{len(lines):,}"
+    if len(lines) < len(whole):
+        count += f" of {len(whole):,}"
+    plural = "s" if len(whole) != 1 else ""
+    parts = [f"{count} node{plural} over {tree.base or 'an unnamed base'}"]
+    stale = sum(line.stale is not None for line in lines)
+    cannot = sum(line.path in broken for line in lines)
+    if stale:
+        parts.append(f"{stale:,} stale")
+    if cannot:
+        parts.append(f"{cannot:,} broken")
+    parts.append(f"{sum(line.parameters for line in lines):,} parameters")
+    parts.append(decimal(sum(line.bytes for line in lines)))
+    return ", ".join(parts)

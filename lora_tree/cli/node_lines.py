@@ -1,0 +1,112 @@
+"""The nodes of a folder, one line each: those that can be used, and those that can't, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Literal
+
+from ..errors import LoraTreeError, PathError, suggest
+from ..folder import Problem
+from ..folder.problem import HARMLESS
+from ..tree import AdapterTree
+
+__all__ = ["NodeLine", "below", "lines_of", "matching_lines"]
+
+
+@dataclass(frozen=True)
+class NodeLine:
+    """One node. ``ranks`` are the distinct ones of its modules, sorted."""
+
+    path: str
+    kind: Literal["adapter", "fresh", "group", "broken"]
+    weight: float
+    modules: int
+    ranks: list[int]
+    parameters: int
+    bytes: int
+    stale: str | None
+
+
+def lines_of(
+    tree: AdapterTree, problems: list[Problem]
+) -> tuple[list[NodeLine], dict[str, Problem]]:
+    """Return a line for each node and each place that can't be one, and the problem of the latter.
+
+    Only headers are read.
+
+    Args:
+        tree: the nodes that could be opened.
+        problems: the others', as `lora_tree.folder.survey` found them.
+    """
+    broken: dict[str, Problem] = {}
+    for problem in problems:
+        if problem.kind not in HARMLESS:
+            broken.setdefault(problem.node, problem)  # the first one is the cause of the others
+    lines: list[NodeLine] = []
+    for path in tree.paths():
+        if path in broken:
+            continue
+        try:
+            lines.append(_line(tree, path))
+        except LoraTreeError as error:
+            # Its files were whole when the folder was opened, and are not now.
+            broken[path] = Problem(path, "adapter", str(error))
+    for path in broken:
+        weight = tree[path].weight if path in tree else 1.0
+        lines.append(NodeLine(path, "broken", weight, 0, [], 0, 0, None))
+    # By names and not by text: "fr-x" must not come between "fr" and "fr/legal".
+    lines.sort(key=lambda line: line.path.split("/"))
+    return lines, broken
+
+
+def _line(tree: AdapterTree, path: str) -> NodeLine:
+    node, adapter = tree[path], tree.outline(path)
+    if adapter is None:
+        kind: Literal["fresh", "group"] = "fresh" if node.fresh is not None else "group"
+        return NodeLine(path, kind, node.weight, 0, [], 0, 0, node.stale)
+    return NodeLine(
+        path,
+        "adapter",
+        node.weight,
+        len(adapter),
+        sorted(set(adapter.ranks.values())),
+        adapter.numel,
+        adapter.nbytes,
+        node.stale,
+    )
+
+
+def below(lines: Iterable[NodeLine], path: str) -> list[NodeLine]:
+    """Return the lines of a node and of everything below it.
+
+    Raises:
+        PathError: there is no such node, broken or not.
+    """
+    lines = list(lines)
+    found = [line for line in lines if f"{line.path}/".startswith(f"{path}/")]
+    if not found:
+        near = suggest(path, [line.path for line in lines])
+        raise PathError(f"no node {path!r} in the tree{near}", "lora-tree show FOLDER lists them")
+    return found
+
+
+def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
+    """Return the lines whose path matches a pattern like ``fr/*``, or contains a word.
+
+    Raises:
+        PathError: no path does.
+    """
+    lines = list(lines)
+    if set(pattern) & set("*?["):
+        found = [line for line in lines if fnmatch(line.path, pattern)]
+    else:
+        found = [line for line in lines if pattern in line.path]
+    if not found:
+        near = suggest(pattern, [line.path for line in lines])
+        raise PathError(
+            f"no path matches --filter {pattern!r}{near}",
+            "a pattern is like 'fr/*' or '*/legal'; a word is found anywhere in a path",
+        )
+    return found

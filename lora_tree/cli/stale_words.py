@@ -1,0 +1,62 @@
+"""Why a node is stale, short enough for one cell of a table.
+
+The full reason names hashes and stands in a warning; a table says which ancestor changed, and in
+what: ``parent fr changed (weights)``.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["stale_words"]
+
+_CONTENT = re.compile(r"the content of (\S+) \(was .*\)\Z")
+_WEIGHT = re.compile(r"the weight of (\S+) \(was (\S+), now (\S+)\)\Z")
+_ADDED = re.compile(r"(\S+) is above it now\Z")
+_REMOVED = re.compile(r"(\S+) is no longer above it\Z")
+
+
+def stale_words(path: str, reason: str) -> str:
+    """Return a node's reason in a few words; the whole of it where it has none of the known forms.
+
+    Args:
+        path: the node.
+        reason: as `Node.stale` says it.
+
+    >>> told = "fr/a: the lineage of fr has changed since it was trained: "
+    >>> stale_words("fr/a", told + "the content of fr (was 1f…, now 2e…)")
+    'parent fr changed (weights)'
+    >>> stale_words("fr/a", told + "the weight of fr (was 0.8, now 0.5)")
+    'parent fr changed (weight 0.8 → 0.5)'
+    """
+    said = reason.removeprefix(f"{path}: ")
+    if said.startswith("it was trained on "):
+        return said.removeprefix("it was ").replace(", the tree names ", ", the tree is over ")
+    if said.startswith("the files of the base "):
+        return "the base's files changed"
+    head, has_changes, tail = said.partition(" since it was trained: ")
+    if not has_changes:
+        # A lock of an earlier version knows hashes alone, and they say nothing in a table.
+        known = re.match(r"(the lineage of \S+ has changed|it was moved to the top)", said)
+        return known[0] if known else said
+    parent = path.rpartition("/")[0]
+    words = [_change(text, parent) for text in tail.split("; ")]
+    if head == "it was moved to the top":
+        words.insert(0, "moved to the top")
+    return ", ".join(words)
+
+
+def _change(text: str, parent: str) -> str:
+    if found := _CONTENT.match(text):
+        return f"{_called(found[1], parent)} changed (weights)"
+    if found := _WEIGHT.match(text):
+        return f"{_called(found[1], parent)} changed (weight {found[2]} → {found[3]})"
+    if found := _ADDED.match(text):
+        return f"{_called(found[1], parent)} is new above it"
+    if found := _REMOVED.match(text):
+        return f"{found[1]} is gone from above it"
+    return text
+
+
+def _called(node: str, parent: str) -> str:
+    return f"parent {node}" if node == parent else f"ancestor {node}"

@@ -1,0 +1,126 @@
+"""The tree as a table on a console.
+
+    zoo          weight     r    bytes
+    ├── fr            1     2   1.0 kB
+    │   └── legal   0.5     3   1.5 kB    stale: parent fr changed (weights)
+    └── it            1                   adapter: …                            (in red)
+    3 nodes over org/model: …
+
+A line of the table is never wrapped: on a narrow terminal it has fewer columns, and a reason is cut
+at the edge. The caller tells the reasons of broken nodes below it in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import printable
+from ..folder import Problem
+from .drawing import DrawnNode
+from .node_lines import NodeLine
+from .stale_words import stale_words
+
+__all__ = ["print_table", "remark"]
+
+GAP = 3
+SHORTEST_REMARK, MOST_FOR_REMARK = 12, 44
+DROPPED_FIRST = ("modules", "parameters", "r", "weight")
+"""Columns in the order in which they give way to the names and the remarks."""
+WORDS = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", "broken": ""}
+
+
+def print_table(
+    console: Console,
+    title: str,
+    drawn: Sequence[DrawnNode],
+    lines: Mapping[str, NodeLine],
+    broken: Mapping[str, Problem],
+    *,
+    dimmed: frozenset[str] = frozenset(),
+) -> None:
+    """Print the table.
+
+    Args:
+        console: its width decides how many columns there are.
+        title: stands over the names.
+        drawn: the lines of the drawing, in order.
+        lines: path → what is told of it.
+        broken: path → why it can't be used.
+        dimmed: paths that are drawn only because others lie below them.
+    """
+    names = [_name(node, node.path in broken, node.path in dimmed) for node in drawn]
+    remarks = [remark(lines[node.path], broken.get(node.path)) for node in drawn]
+    columns = {
+        "weight": [f"{lines[node.path].weight:g}" for node in drawn],
+        "r": ["/".join(map(str, lines[node.path].ranks)) for node in drawn],
+        "modules": [_if_any(lines[node.path], "modules") for node in drawn],
+        "parameters": [_if_any(lines[node.path], "parameters") for node in drawn],
+        "bytes": [_if_any(lines[node.path], "bytes") for node in drawn],
+    }
+    head = Text(printable(title), "bold")
+    widths = {heading: _widest([heading, *cells]) + GAP for heading, cells in columns.items()}
+    name_width = max([head.cell_len, *(name.cell_len for name in names)]) + GAP
+    longest_remark = max((text.cell_len for text in remarks), default=0)
+    longest_remark = min(longest_remark, MOST_FOR_REMARK)
+    for heading in DROPPED_FIRST:
+        if name_width + sum(widths.values()) + longest_remark <= console.width:
+            break
+        del widths[heading], columns[heading]
+    # Given no bound, rich would take room from every column alike, from the names first.
+    left = console.width - name_width - sum(widths.values())
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    table.add_column(head, no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=max(left, SHORTEST_REMARK))
+    for name, *cells, text in zip(names, *columns.values(), remarks, strict=True):
+        table.add_row(name, *cells, text)
+    console.print(table)
+
+
+def _name(node: DrawnNode, is_broken: bool, is_dimmed: bool) -> Text:
+    style = ""
+    if is_broken:
+        style = "red"
+    elif is_dimmed:
+        style = "dim"
+    name = Text(printable(node.guide + node.name), style)
+    if node.hidden:
+        name.append(f" (+{node.hidden:,})", "dim")
+    return name
+
+
+def _if_any(line: NodeLine, what: Literal["modules", "parameters", "bytes"]) -> str:
+    """Return a number of an adapter as a cell; an empty one for a node without factors."""
+    if not line.ranks:
+        return ""
+    number = getattr(line, what)
+    return decimal(number) if what == "bytes" else f"{number:,}"
+
+
+def _widest(cells: Sequence[str]) -> int:
+    return max(len(cell) for cell in cells)
+
+
+def remark(line: NodeLine, problem: Problem | None) -> Text:
+    """Return the last cell of a line: why it is broken or stale, or what it is."""
+    if problem is not None:
+        # On one line, so that grep finds the node and its reason together.
+        reason = _without_place(problem).replace("\n", " ")
+        return Text(printable(f"{problem.kind}: {reason}"), "red")
+    if line.stale:
+        return Text(printable(f"stale: {stale_words(line.path, line.stale)}"), "yellow")
+    return Text(WORDS[line.kind], "dim")
+
+
+def _without_place(problem: Problem) -> str:
+    """Return a problem's text without the node and its folder, which the line begins with."""
+    text = problem.text.removeprefix(f"{problem.node}: ")
+    head, colon, rest = text.partition(": ")
+    return rest if colon and head.endswith(f"/{problem.node}") else text
