@@ -40,7 +40,7 @@ from .engine.merged import Merged
 from .engine.plan import Binder
 from .engine.prepared import Prepared
 from .engine.pristine import Copies, Place
-from .engine.routed import Router, Strategy
+from .engine.routed import Strategy
 from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
@@ -211,16 +211,13 @@ class TreeModel(nn.Module):
         own_name = name if isinstance(name, str) and name else None
         warn_of_base("the tree", tree.base, own_name, stacklevel=3)
         self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
-        self._router = Router(self._manner, ledger=self.cache)
         self._stage = Stage(
             inner,
             tree,
             mark,
             merged=self._merged,
             beside=Unmerged(inner, self._manner, ledger=self.cache),
-            router=self._router,
             binder=self._binder,
-            manner=self._manner,
             compiled=self._compiled,
             pin=Pinning(self.cache, inner),
             factors=self.factors,
@@ -451,7 +448,6 @@ class TreeModel(nn.Module):
             self._training.close()
             self._merged.forget()
             self._stage.beside.forget()
-            self._router.forget()
             self._binder.forget()
             # First: a tree that still asked this model would read from a cache that is closed.
             self.tree.release(self)

@@ -1,10 +1,9 @@
 """W ← round_once( W0 + left · right ), never with a second weight-sized tensor.
 
-The sum is computed in fp32, or in fp64 where the base or a factor is, and rounded once into W's dtype:
+The sum is computed in fp32, or in fp64 if the base or a factor is, and rounded once into W's dtype:
 
-    same dtype    W is fp32 or fp64, or bf16 with bf16 factors where this machine has a product for them that is fast
-                  and accumulates in fp32: one stock product reads W0 and writes W (cut into blocks it is slower:
-                  threads start anew for each)
+    same dtype    W is fp32 or fp64, or bf16 with bf16 factors on a machine whose bf16 product is fast and accumulates
+                  in fp32: one stock product reads W0 and writes W
     wider         a block of W0 is widened into a buffer, the product is added there, and the block is rounded into W
 
 Law: block sizes are constants, so the bits of a result depend on W0, left and right alone.
@@ -14,14 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..lowrank import LowRank, concat, stacked
+from ..sites import Site
 from .unpromised import slow_on_cpu
 
-__all__ = ["Scratch", "compute_dtype", "exact_mode", "product_dtype", "write_sum"]
+__all__ = [
+    "Scratch",
+    "add_bias",
+    "add_weight",
+    "compute_dtype",
+    "exact_mode",
+    "product_dtype",
+    "write_sum",
+]
 
 BLOCK = 1 << 21
 """Numbers in a block: 8 MiB of fp32, which stays in a cache, and large enough to pay for the calls."""
@@ -34,32 +43,73 @@ SLOW_ON_CPU = slow_on_cpu()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to multiply in where ``dtype`` would do: fp32 where that is faster."""
-    return torch.float32 if device.type == "cpu" and dtype in SLOW_ON_CPU else dtype
+    """Return the dtype to multiply in: ``dtype``, or fp32 on a CPU that is faster with it."""
+    if device.type == "cpu" and dtype in SLOW_ON_CPU:
+        return torch.float32
+    return dtype
 
 
 def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 where anything taking part is."""
+    """Return fp64 if anything that takes part is fp64, else fp32."""
     return torch.float64 if torch.float64 in (weight, *factors) else torch.float32
 
 
 class Scratch:
-    """The buffer in which blocks are widened: one for each dtype and device, kept, because fresh memory is slow."""
+    """The buffers in which blocks are widened, one for each dtype and device; kept, because fresh memory is slow."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def block(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory of ``like``'s shape and device in ``dtype``; what is in it is anybody's."""
+        """Return uninitialised memory of ``like``'s shape and device; the next call may return it again."""
         key = dtype, like.device
         held = self._held.get(key)
         if held is None or held.numel() < like.numel():
-            held = self._held[key] = torch.empty(
-                max(like.numel(), BLOCK), dtype=dtype, device=like.device
-            )
+            size = max(like.numel(), BLOCK)
+            held = self._held[key] = torch.empty(size, dtype=dtype, device=like.device)
         return held[: like.numel()].view(like.shape)
 
 
+# ---------------------------------------------------------------------- a site's weight and bias
+def add_weight(
+    site: Site, target: Tensor, source: Tensor, values: Sequence[LowRank], scratch: Scratch
+) -> None:
+    """``target ← round_once(source + Σ values)``; ``source`` may be ``target`` itself.
+
+    Args:
+        site: says how a delta lies in such a weight. Its own weight may be another one, on the meta device for example.
+        target: the weight to write.
+        source: what is added to.
+        values: on ``target``'s device.
+        scratch: the buffers.
+    """
+    if not values:
+        target.copy_(source, non_blocking=True)  # from pinned memory the host need not wait
+        return
+    dtypes = [value.dtype for value in values]
+    wide = compute_dtype(target.dtype, *dtypes)
+    if target.dtype != wide and set(dtypes) == {target.dtype}:
+        # `folded` widens only if a scale has to be rounded. Narrow factors may take the one stock product.
+        value = concat(values).folded()
+    else:
+        value = stacked(values, dtype=wide, device=target.device)
+    rows = site.rows(target)
+    write_sum(rows, site.rows(source), *site.sides_of(value), scratch)
+    if rows.data_ptr() != target.data_ptr():
+        # The weight is not laid out row by row, so `site.rows` returned a copy, and the sum is in that.
+        target.copy_(rows.reshape(target.shape))
+
+
+def add_bias(target: Tensor, source: Tensor, values: Sequence[LowRank]) -> None:
+    """``target ← round_once(source + Σ biases)``, in fp64: a bias is small enough."""
+    total = source.to(device=target.device, dtype=torch.float64)
+    for value in values:
+        if value.bias is not None:
+            total = total + value.bias.double() * value.scale
+    target.copy_(total)
+
+
+# ---------------------------------------------------------------------- the product
 def write_sum(
     weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor, scratch: Scratch
 ) -> None:
@@ -68,14 +118,16 @@ def write_sum(
     Args:
         weight: (batch, rows, cols), any floating dtype; a view is fine.
         pristine: (batch, rows, cols), weight's dtype, on any device; may be ``weight`` itself.
-        left: (batch, rows, R); right: (batch, R, cols); on weight's device.
+        left: (batch, rows, R), on weight's device.
+        right: (batch, R, cols), on weight's device.
+        scratch: the buffers.
     """
     wide = compute_dtype(weight.dtype, left.dtype, right.dtype)
     if weight.dtype == wide:
         left, right = left.to(wide), right.to(wide)
-    if left.dtype == right.dtype == weight.dtype and (
-        weight.dtype == wide or _bf16_rounds_once(weight)
-    ):
+    alike = left.dtype == right.dtype == weight.dtype
+    # Not in blocks: one call is faster than many, for each of which torch starts its threads anew.
+    if alike and (weight.dtype == wide or _bf16_rounds_once(weight)):
         if pristine.device != weight.device:
             pristine = weight.copy_(pristine, non_blocking=True)
         _fused(pristine, left, right, weight)
@@ -84,7 +136,10 @@ def write_sum(
     for w, w0, lft, rgt in _blocks(weight, pristine, left, right):
         block = scratch.block(w, wide)
         block.copy_(w0, non_blocking=True)
-        block.baddbmm_(lft, rgt) if w.ndim == 3 else block.addmm_(lft, rgt)
+        if w.ndim == 3:
+            block.baddbmm_(lft, rgt)
+        else:
+            block.addmm_(lft, rgt)
         w.copy_(block)
 
 
@@ -98,7 +153,7 @@ def _fused(pristine: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
 def _blocks(
     weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one matrix."""
+    """Yield blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one matrix."""
     batch, rows, cols = weight.shape
     numbers = BLOCK if weight.device.type == "cpu" else LARGE_BLOCK
     several = numbers // max(rows * cols, 1)
@@ -115,14 +170,17 @@ def _blocks(
 
 
 def _bf16_rounds_once(weight: Tensor) -> bool:
-    return (
-        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _cpu_bf16_rounds_once()
-    )
+    on_cpu = weight.device.type == "cpu"
+    return weight.dtype == torch.bfloat16 and on_cpu and _cpu_bf16_rounds_once()
 
 
 @functools.cache
 def _cpu_bf16_rounds_once() -> bool:
-    """Whether this machine's bf16 products keep their sums in fp32 until the end: tried once, on small ones."""
+    """Return whether this machine's bf16 products keep their sums in fp32 until the end.
+
+    torch does not say, so two small products are compared with fp64 once. A product that rounds between its partial
+    sums is wrong in far more than one number of a thousand.
+    """
     if torch.bfloat16 in SLOW_ON_CPU:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +191,7 @@ def _cpu_bf16_rounds_once() -> bool:
     exact = (W0.double() + left.double() @ right.double()).to(torch.bfloat16)
     got = torch.empty_like(W0)
     wrong = 0
-    for part in (slice(0, 1), slice(0, 3)):
+    for part in (slice(0, 1), slice(0, 3)):  # one matrix and a batch: torch has a kernel for each
         _fused(W0[part], left[part], right[part], got[part])
         wrong = max(wrong, int((got[part] != exact[part]).sum()))
     return wrong <= 256 * 256 // 1000
@@ -141,13 +199,14 @@ def _cpu_bf16_rounds_once() -> bool:
 
 @contextlib.contextmanager
 def exact_mode(*devices: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, no inference tensors, and no TF32 or bf16 in place of fp32 products."""
+    """Turn off autograd, autocast, inference tensors, and TF32 or bf16 in place of fp32 products."""
     precision = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in {device.type for device in devices}:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        # A setting of the whole process: it is touched only if it has to be, and put back after an exception too.
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
         try:

@@ -1,16 +1,16 @@
-"""Whether the first axis of what a site is given is the rows of the batch: else a row would go through another's path.
+"""Refuse an input whose first axis is not the rows of the batch: a row would go through another row's path.
 
     (rows, tokens, features)     taken
-    (rows · k, tokens, …)        taken where k was declared: `repeat=`, `tile=`, or generate's own expansion
+    (rows · k, tokens, …)        taken if k was declared: `repeat=`, `tile=`, or generate's own expansion
     (rows · tokens, features)    packed: refused
-    (tokens, rows, features)     time first: refused, also where there are as many tokens as rows
+    (tokens, rows, features)     time first: refused, even if there are as many tokens as rows
     (windows · rows, …)          refused
 
-Shapes can't tell rows from tokens where there are as many of both. A site that has once been seen with another number
-of tokens is known to put its rows first. Where none has been, the base is asked with shapes alone (`probe.py`), and a
-site that stays unknown is refused, unless `batch_first=True` says so. Vectors
-without a token axis (a pooler's, a classifier's) are taken where they are as many as the rows, but not in a list within
-a list (one expert of many in one layer of many), where they are tokens that were sent there.
+Shapes can't tell rows from tokens if there are as many of both. A site that has once been seen with another number of
+tokens is known to put its rows first. If none has been, the base is asked with shapes alone (`probe.py`), and a site
+that stays unknown is refused, unless `batch_first=True` says so. Vectors without a token axis (a pooler's, a
+classifier's) are taken if they are as many as the rows. But in a list within a list (one expert of many in one layer of
+many) such vectors are tokens that were sent there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,77 +29,91 @@ from .probe import grown, is_square
 
 __all__ = ["DECLARE", "BatchAxis", "SeenSites", "in_a_list_of_lists"]
 
-DECLARE = "rows that are repeated in place are declared by repeat=, whole batches that are stacked by tile="
+DECLARE = (
+    "pass repeat=k if each row occurs k times in succession, "
+    "tile=k if the whole batch is stacked k times"
+)
 
 
 class SeenSites:
-    """What is known of a base's sites, kept from batch to batch."""
+    """The sites of a base that were seen with rows on the first axis; kept from batch to batch."""
 
     def __init__(self) -> None:
         self.rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
-        self.asked: weakref.WeakSet[Site] = (
-            weakref.WeakSet()
-        )  # with shapes alone, whatever came of it
+        self.probed: weakref.WeakSet[Site] = weakref.WeakSet()
+        """The sites for which the base was run on shapes, whether or not that told anything."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The main input of the forward that runs now: its length, and whether it has one token a row."""
+
+    length: int
+    vectors: bool
 
 
 class BatchAxis:
-    """How the rows of one batch lie in what the base and its sites are given.
+    """How the rows of one batch lie in the inputs of the base and of its sites.
+
+    The base's forward calls `begin`, `probe` and `end` here, ``generate`` calls `expand`, and each site asks `spread`.
 
     Args:
         rows: how many paths were given.
-        repeat: how often each row stands in place, as beams do.
-        tile: how often the whole batch stands, one after the other, as preference pairs do.
+        repeat: how often each row occurs in succession, as beams do.
+        tile: how often the whole batch is stacked, as preference pairs are.
         batch_first: the caller knows that every site puts its rows first.
-        known: the sites that were seen to.
+        seen: the sites that were seen to do so.
 
     Raises:
         SpecError: a factor is not a positive whole number.
     """
 
     def __init__(
-        self, rows: int, *, repeat: int, tile: int, batch_first: bool, known: SeenSites
+        self, rows: int, *, repeat: int, tile: int, batch_first: bool, seen: SeenSites
     ) -> None:
         for name, factor in (("repeat", repeat), ("tile", tile)):
             if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
                 raise SpecError(f"{name} must be a whole number from 1, got {factor!r}")
         self.rows, self.repeat, self.tile = rows, repeat, tile
         self.batch_first = batch_first
-        self.expansion = 1
-        self._known = known
-        self._given: int | None = None
-        self._vectors = False
         self.probing = False
+        """A copy of the base runs on shapes; side paths note what they are given, and add nothing."""
+        self._seen = seen
+        self._given: _Given | None = None
+        self.expand(1)
 
-    @property
-    def lengths(self) -> dict[int, tuple[int, int]]:
-        """Length of the first axis → how often rows stand in place, and the batch as a whole."""
+    def expand(self, expansion: int) -> None:
+        """Note that ``generate`` repeats each row so many times in succession; 1: not any more."""
+        self._expansion = expansion
         declared = self.rows * self.repeat * self.tile
-        expanded = declared * self.expansion
-        return {
-            expanded: (self.repeat * self.expansion, self.tile),
+        self._lengths = {
+            declared * expansion: (self.repeat * expansion, self.tile),
             declared: (self.repeat, self.tile),
         }
+        """Length of the first axis → how often rows occur in succession, and the batch as a whole."""
 
     # ------------------------------------------------------------------ a forward of the base
     def begin(self, inputs: Sequence[Tensor]) -> None:
-        """The base's forward starts with these, its main input first.
+        """Begin a forward of the base with these inputs, its main input first.
 
         Raises:
             BaseMismatch: none of them has the rows that were declared.
         """
-        shaped = [x for x in inputs if x.ndim]
-        fitting = next((x for x in shaped if x.shape[0] in self.lengths), None)
-        if fitting is not None:
-            self._given = fitting.shape[0]
-            tokens = (
-                fitting.shape[1:2]
-                if fitting.ndim == 3 or not fitting.is_floating_point()
-                else fitting.shape[2:]
-            )
-            self._vectors = math.prod(tokens) == 1
-        elif shaped:
+        first = None
+        for x in inputs:
+            if not x.ndim:
+                continue
+            if x.shape[0] in self._lengths:
+                # Ids are (rows, tokens) and embeddings (rows, tokens, features); floats with another number of axes are
+                # images or sounds, whose second axis is channels.
+                ids_or_embeddings = x.ndim == 3 or not x.is_floating_point()
+                tokens = x.shape[1:2] if ids_or_embeddings else x.shape[2:]
+                self._given = _Given(x.shape[0], vectors=math.prod(tokens) == 1)
+                return
+            first = first if first is not None else x
+        if first is not None:
             raise BaseMismatch(
-                f"the base was given {tuple(shaped[0].shape)}, and the route is for {self._told()}",
+                f"the base was given {tuple(first.shape)}, and the route is for {self._told()}",
                 "give route one path for every row",
                 DECLARE,
             )
@@ -111,51 +126,52 @@ class BatchAxis:
         inputs: list[Tensor],
         sites: Sequence[Site],
     ) -> None:
-        """Where the batch is square and a site is not known yet: ask the base with shapes alone.
+        """Ask the base with shapes alone if the batch is square and a site is not known yet.
 
         Args:
+            base: the model.
+            args, kwargs: of the forward that begins.
+            inputs: the tensors among them.
             sites: the ones at which it matters which row is which.
         """
-        rows = self._given
-        known = self._known
-        unknown = [
-            site for site in sites if site not in known.rows_first and site not in known.asked
-        ]
-        if (
-            rows is None
-            or rows == 1
-            or self.batch_first
-            or not unknown
-            or not is_square(inputs, rows)
-        ):
+        given, seen = self._given, self._seen
+        if given is None or given.length == 1 or self.batch_first:
             return
-        known.asked.update(unknown)
+        unknown = []
+        for site in sites:
+            if site not in seen.rows_first and site not in seen.probed:
+                unknown.append(site)
+        if not unknown or not is_square(inputs, given.length):
+            return
+        seen.probed.update(unknown)
         self.probing = True
         try:
-            grown(base, args, kwargs, rows)
+            grown(base, args, kwargs, given.length)
         finally:
             self.probing = False
 
     def note(self, site: Site, x: Tensor) -> None:
-        """While probing: what a site is given has grown by one row, on its first axis or elsewhere."""
+        """Note, while probing, whether a site's input has grown by one row on its first axis."""
         others = site.token_axes(x)
         assert self._given is not None
-        if others and x.shape[0] == self._given + 1 and x.shape[0] not in others:
-            self._known.rows_first.add(site)
+        if others and x.shape[0] == self._given.length + 1 and x.shape[0] not in others:
+            self._seen.rows_first.add(site)
 
     def end(self) -> None:
-        """The base's forward is over."""
-        self._given, self._vectors = None, False
+        """End the base's forward."""
+        self._given = None
 
     # ------------------------------------------------------------------ a site
     def spread(self, site: Site, x: Tensor, out: Tensor) -> tuple[int, int]:
-        """How often every row stands in place in a site's input, and the batch as a whole.
+        """Return how often every row occurs in succession in a site's input, and the batch as a whole.
 
         Raises:
             BaseMismatch: the first axis is not the rows, or can't be known to be; names the site.
         """
         length = x.shape[0] if x.ndim else 0
-        fits = length in self.lengths if self._given is None else length == self._given
+        # Without a forward of the base, a part of it was called on its own.
+        lengths = self._lengths if self._given is None else (self._given.length,)
+        fits = length in lengths
         if not fits or out.shape[:1] != x.shape[:1]:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be {self._told()}",
@@ -165,44 +181,46 @@ class BatchAxis:
         others = site.token_axes(x)
         if others is not None and not self.batch_first:
             self._check(site, x, length, others)
-        return self.lengths[length]
+        return self._lengths[length]
 
     # ------------------------------------------------------------------ private
     def _check(self, site: Site, x: Tensor, length: int, others: Sequence[int]) -> None:
-        if not others:
-            if (
-                not self._vectors
-                and site not in self._known.rows_first
-                and in_a_list_of_lists(site.name)
-            ):
-                raise BaseMismatch(
-                    f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
-                    "experts with a module each can't be routed: leave them out, or activate one path at a time",
-                )
-        elif length not in others:
-            self._known.rows_first.add(site)
-        elif site not in self._known.rows_first:
+        """Refuse an input whose first axis may be something else.
+
+        Args:
+            others: the lengths of the other axes that might be the rows.
+        """
+        seen = self._seen.rows_first
+        if others and length not in others:
+            seen.add(site)  # from now on a square input is no question
+        elif site in seen:
+            return
+        elif others:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or as many tokens?",
                 "route(…, batch_first=True) says that the first axis is the rows at every site",
                 "or send a batch with another number of tokens once",
             )
+        elif in_a_list_of_lists(site.name):
+            if self._given is not None and self._given.vectors:
+                return
+            raise BaseMismatch(
+                f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
+                "experts with a module each can't be routed: leave them out, or activate one path at a time",
+            )
 
     def _told(self) -> str:
-        declared = next(reversed(self.lengths))
-        of = (
-            ""
-            if declared == self.rows
-            else f" (route of {self.rows}, repeat={self.repeat}, tile={self.tile})"
-        )
-        more = (
-            f", or {next(iter(self.lengths))} as generate expanded them"
-            if self.expansion > 1
-            else ""
-        )
-        return f"{declared} rows{of}{more}"
+        """Return the number of rows for a message, and what it is made of."""
+        declared = self.rows * self.repeat * self.tile
+        text = f"{declared} rows"
+        if declared != self.rows:
+            text += f" (route of {self.rows}, repeat={self.repeat}, tile={self.tile})"
+        if self._expansion > 1:
+            text += f", or {declared * self._expansion} as generate expanded them"
+        return text
 
 
 def in_a_list_of_lists(name: str) -> bool:
-    """One module of many in one of many: ``layers.3.experts.7.up_proj``."""
-    return sum(part.isdigit() for part in name.split(".")) > 1
+    """Return whether a module is one of many in one of many: ``layers.3.experts.7.up_proj``."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return len(numbers) > 1

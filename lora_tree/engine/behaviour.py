@@ -14,16 +14,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, TypeAlias
-
-import torch
 
 from ..adapter import Adapter
 from ..blend import Blend
 from .batch import Batch
 from .batch_axis import BatchAxis
-from .plan import EMPTY_PLAN, Plan
-from .routed import Route, Strategy
+from .plan import PlacedPlan, Plan
+from .routed import Strategy
 
 __all__ = [
     "Behaviour",
@@ -84,10 +83,10 @@ class LaidOut(Protocol):
 
     @property
     def of(self) -> object:
-        """Whose side paths they are: the `SideHooks` that laid them out."""
+        """The `SideHooks` that laid them out, and run them."""
 
     def install(self) -> None:
-        """Make them the ones that run. What fails half-way is mended by installing any of them anew."""
+        """Make them the ones that run. If that fails half-way, installing any of them anew mends it."""
 
 
 class SideHooks(Protocol):
@@ -97,14 +96,15 @@ class SideHooks(Protocol):
     def permanent(self) -> bool:
         """The hooks stay in the base while it is bare."""
 
-    def check(self, plan: Plan) -> None:
-        """Raise if a site of the plan can't have a side path."""
+    @property
+    def nothing(self) -> LaidOut:
+        """No side paths, ready to run."""
 
-    def lay_out(self, plan: Plan) -> LaidOut:
-        """Return the side paths of one path or blend; of an empty plan, none."""
+    def lay_out(self, placed: PlacedPlan) -> LaidOut:
+        """Return the side paths of one path or blend; raise if a site of the plan can't have one."""
 
-    def lay_out_rows(self, route: Route, axis: BatchAxis) -> LaidOut:
-        """Return the side paths of a batch whose rows lie as ``axis`` says."""
+    def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> LaidOut:
+        """Return the side paths of a batch; raise if a site of the plan can't have one."""
 
     @property
     def reached(self) -> set[str]:
@@ -142,31 +142,25 @@ class Behaviour:
 
     Args:
         request: what was asked.
-        plan: what every site gets.
-        beside: the side paths; none where the plan is written into the weights.
+        placed: what every site gets.
+        weights: the plan that is written into the weights: all of it, or an empty one.
+        beside: the side paths; none if the plan is written into the weights.
         pins: the adapters that the plan was made of.
         adapters: the same ones as the plan has them: with the parameters that train now.
-        dtypes: of the sites' weights when the side paths were laid out.
     """
 
     request: Request
-    plan: Plan
+    placed: PlacedPlan
+    weights: Plan
     beside: LaidOut
     pins: Pins
     adapters: Mapping[str, Adapter]
-    dtypes: tuple[torch.dtype | None, ...]
 
-    @property
-    def weights(self) -> Plan:
-        """The plan that is written into the weights: all of it, or nothing."""
-        merged = self.request.rows is None and self.request.mode == "merged"
-        return self.plan if merged else EMPTY_PLAN
-
-    @property
+    @cached_property
     def state(self) -> State:
         """The state that this behaviour puts the base in."""
         if self.request.rows is not None:
             return State.ROUTED
-        if not self.plan.terms:
+        if not self.placed.plan.terms:
             return State.BARE
-        return State.MERGED if self.request.mode == "merged" else State.UNMERGED
+        return State.MERGED if self.weights.terms else State.UNMERGED

@@ -1,9 +1,9 @@
-"""What a form of the sum costs, roughly: calls, bytes and arithmetic, and the machine that turns these into time.
+"""Estimate the time of a form of the sum: its calls, bytes and arithmetic, on a machine that turns these into seconds.
 
     time = calls · call_s + max(bytes / bytes_per_s, flops / flops_per_s)
 
-A machine's numbers decide only which form runs, never what comes of it beyond rounding, so they are constants: the
-CPU's were fitted to two AVX2 cores (`python -m benchmarks routed`), the GPU's to one H100 whose host launches slowly
+A machine's numbers decide which form runs, and of its result only the rounding, so they are constants. The CPU's were
+fitted to two AVX2 cores (`python -m benchmarks routed`), the GPU's to one H100 whose host launches slowly
 (`python -m benchmarks gpu`, 64 rows over 64 paths).
 """
 
@@ -22,7 +22,7 @@ FEW = 64
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast a kind of device is."""
+    """The speed of a kind of device."""
 
     call_s: float
     bytes_per_s: float
@@ -34,7 +34,7 @@ GPU = Machine(call_s=2e-5, bytes_per_s=2.9e12, flops_per_s=6e14)
 
 
 def machine(device: torch.device) -> Machine:
-    """The constants for a device."""
+    """Return the constants for a device."""
     return CPU if device.type == "cpu" else GPU
 
 
@@ -49,11 +49,15 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.calls + other.calls, self.bytes + other.bytes, self.flops + other.flops)
 
+    def times(self, count: int) -> Cost:
+        """Return the cost of doing it ``count`` times."""
+        return Cost(self.calls * count, self.bytes * count, self.flops * count)
+
     def seconds(self, on: Machine) -> float:
-        """The estimate for one machine."""
-        return self.calls * on.call_s + max(
-            self.bytes / on.bytes_per_s, self.flops / on.flops_per_s
-        )
+        """Return the estimate for one machine."""
+        # Memory and arithmetic overlap, so the slower of the two counts.
+        working = max(self.bytes / on.bytes_per_s, self.flops / on.flops_per_s)
+        return self.calls * on.call_s + working
 
     @classmethod
     def product(
@@ -66,15 +70,23 @@ class Cost:
         gathered: bool,
         copies: int = 1,
     ) -> Cost:
-        """The two products of an increment of ``shape`` (…, out, in) and ``rank`` for ``inputs`` vectors.
+        """Return the cost of the two products of an increment of ``shape`` (…, out, in) and ``rank``.
 
-        ``gathered``: the inputs are taken out of the batch, and the results added back in their places; ``copies``: how
-        many different factors of this size are read.
+        Args:
+            shape: of the increment.
+            rank: of the increment.
+            inputs: how many vectors go through it.
+            dtype: of the factors.
+            gathered: the inputs are taken out of the batch, and the results added back in their places.
+            copies: how many different factors of this size are read.
         """
         out, into = shape[-2], shape[-1]
-        moved = into + 2 * out + (into + 3 * out if gathered else 0)
+        moved = into + 2 * out
+        calls = 2
+        if gathered:
+            moved += into + 3 * out
+            calls = 4
         numbers = copies * rank * (into + out) + inputs * moved
-        flops = (
-            2.0 * (inputs + FEW) * rank * (into + out)
-        )  # a product of few inputs runs far below the rate
-        return cls(4 if gathered else 2, numbers * dtype.itemsize, flops)
+        # A product of few inputs runs far below the machine's rate.
+        flops = 2.0 * (inputs + FEW) * rank * (into + out)
+        return cls(calls, numbers * dtype.itemsize, flops)

@@ -31,7 +31,7 @@ def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
     @functools.wraps(expand)
     def noting(*args: Any, **kwargs: Any) -> Any:
         size = kwargs.get("expand_size", args[0] if args else 1)
-        axis.expansion = size if isinstance(size, int) else 1
+        axis.expand(size if isinstance(size, int) else 1)
         return expand(*args, **kwargs)
 
     @functools.wraps(generate)
@@ -39,7 +39,7 @@ def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
         try:
             return generate(*args, **kwargs)
         finally:
-            axis.expansion = 1
+            axis.expand(1)
 
     before = {name: own[name] for name in (EXPAND, GENERATE) if name in own}
     own.update({EXPAND: noting, GENERATE: ending})

@@ -58,7 +58,7 @@ class SumForm(ABC):
 
     @classmethod
     @abstractmethod
-    def work(cls, owed: Owed, tokens: int) -> Cost:
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
         """What it costs with ``tokens`` inputs a row."""
 
     def add(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor:
@@ -172,9 +172,9 @@ class NodesForm(_LoopForm):
         return _Product(owed.rows(rows), moved, None if alike else owed.numbers(coefficients))
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Cost:
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
         of = zip(owed.batch.by_node, owed.values, strict=True)
-        return sum((owed.work(rows, value.rank, tokens) for (rows, _), value in of), Cost())
+        return sum((owed.cost(rows, value.rank, tokens) for (rows, _), value in of), Cost())
 
 
 class EachPathForm(_LoopForm):
@@ -189,9 +189,9 @@ class EachPathForm(_LoopForm):
         )
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Cost:
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
         return sum(
-            (owed.work(rows, owed.rank(c), tokens) for rows, c in owed.batch.by_kind), Cost()
+            (owed.cost(rows, owed.rank(c), tokens) for rows, c in owed.batch.by_kind), Cost()
         )
 
 
@@ -214,10 +214,10 @@ class AllPathsForm(SumForm):
         return whole or owed.device.type != "cpu" or numbers <= AT_ONCE
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Cost:
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
         kinds = owed.batch.by_kind
         rows = [row for rows, _ in kinds for row in rows]
-        return owed.work(rows, max(owed.rank(c) for _, c in kinds), tokens, copies=len(kinds))
+        return owed.cost(rows, max(owed.rank(c) for _, c in kinds), tokens, copies=len(kinds))
 
     def _made(self) -> tuple[Tensor, Tensor]:
         """(paths, R, in) and (paths, R, out)."""
@@ -264,11 +264,11 @@ class GroupedForm(SumForm):
         return able and isinstance(owed.site, LinearSite) and owed.dtype in dtypes and aligned
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Cost:
-        work = NodesForm.work(owed, tokens)
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
+        cost = NodesForm.cost(owed, tokens)
         if owed.device.type == "cpu":  # where the grouped product is a loop over its groups
-            return work
-        return replace(work, calls=6.0 * len(_disjoint(owed.batch.by_node, lambda node: node[0])))
+            return cost
+        return replace(cost, calls=6.0 * len(_disjoint(owed.batch.by_node, lambda node: node[0])))
 
     def _layer(self, nodes: list[int]) -> _NodeLayer:
         owed, multiple = self.owed, STRIDE_BYTES // self.owed.dtype.itemsize
@@ -329,10 +329,10 @@ class MatrixForm(SumForm):
         self._coefficients = None if plain else owed.numbers(coefficients)
 
     @classmethod
-    def work(cls, owed: Owed, tokens: int) -> Cost:
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
         rank = sum(value.rank for value in owed.values)
         narrow = 4 * len(owed.batch.adapted) * tokens * rank * owed.dtype.itemsize
-        return owed.work(owed.batch.adapted, rank, tokens) + Cost(2, narrow)
+        return owed.cost(owed.batch.adapted, rank, tokens) + Cost(2, narrow)
 
     def _low(self, x: Tensor, value: LowRank) -> Tensor:
         low = self._down(self._rows.of(x), value, None)

@@ -1,16 +1,18 @@
-"""What has to hold around the base's own forward while paths run beside its weights.
+"""Refuse a forward or a backward of the base that would mix two behaviours, while paths run beside its weights.
 
-Before it: a key/value cache goes on only under the path that filled it, and a routed batch has the rows that were
-declared. After it: where layers are checkpointed, their forward runs again in backward, with whatever side paths are
-there then; a backward that would meet other ones is refused.
+    before a forward     a key/value cache goes on only under the path that filled it; a routed batch has the rows that
+                         were declared
+    after it             the cache is marked with what filled it
+    before a backward    checkpointed layers run their forward again, with the side paths that are there then: those
+                         have to be the ones of the first run
 
-What was filled or recorded is known by the mark of its plan or route, a number, which is noted on caches (so that a
-copy of a cache is as good as the cache) and in the backward's hooks.
+A behaviour is known here by its mark, a number. It is noted on caches, so that a copy of a cache is as good as the
+cache, and in the hooks of a backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +32,11 @@ _CHECKPOINT = "torch.utils.checkpoint"
 
 
 class ForwardGuard:
-    """The watch at the base's own forward."""
+    """The guard at the base's own forward.
+
+    Args:
+        base: the model.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
@@ -38,68 +44,76 @@ class ForwardGuard:
         self._axis: BatchAxis | None = None
         self._mixed: Sequence[Site] = ()
         self._admitted = False
+        """The forward that runs now was not refused."""
         self._recording = False
+        """A forward of the base runs, and autograd records it."""
         self._checkpointed = False
+        """A side path of this forward will run again in backward."""
         self.number: int | None = None
+        """The mark of the behaviour; None: nothing is guarded."""
 
     def watch(
         self, mark: int | None, axis: BatchAxis | None = None, mixed: Sequence[Site] = ()
     ) -> None:
-        """From now on the base runs under what ``mark`` says, one number for one behaviour; None: nothing to watch.
+        """Guard the behaviour of this mark from now on.
 
         Args:
-            mark: the plan's or the route's.
+            mark: the plan's or the route's; None: nothing to guard, and no hook stays on the base.
             axis: how a routed batch lies.
             mixed: the sites where its rows do not all owe the same.
         """
         self._axis, self._mixed = axis, mixed
+        self.number = mark
         if mark is None:
-            self.number = None
             while self._handles:
                 self._handles.pop().remove()
             return
-        self.number = mark
         if not self._handles:
             # One after the other into the list, so that a failure between them leaves no hook unknown.
-            self._handles += [self._base.register_forward_pre_hook(self._before, with_kwargs=True)]
+            before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._handles.append(before)
             after = self._base.register_forward_hook(
                 self._after, with_kwargs=True, always_call=True
             )
-            self._handles += [after]
+            self._handles.append(after)
 
+    # ------------------------------------------------------------------ a side path
     def side_path_runs(self) -> None:
-        """A side path runs now: note whether it will run again in backward."""
+        """Note whether the side path that runs now will run again in backward: it shows only inside of the layer."""
         if self._recording and not self._checkpointed:
             self._checkpointed = _in_checkpoint()
 
     def guard(self, out: Tensor) -> None:
-        """Watch over a side path that ran outside of the base's own forward: a loss may be taken through a part of it.
+        """Guard the backward of a side path that ran outside of the base's own forward.
+
+        A loss may be taken through a part of the base, and a layer of that part may be checkpointed.
 
         Args:
-            out: what the side path returned. Its layer may run again in backward.
+            out: what the side path returned.
         """
         if not self._recording and out.grad_fn is not None and _in_checkpoint():
-            out.grad_fn.register_prehook(self._guard(self.number))
+            out.grad_fn.register_prehook(self._before_backward(self.number))
 
     @property
     def probing(self) -> bool:
         """A copy of the base runs on shapes, to see where the rows are."""
         return self._axis is not None and self._axis.probing
 
-    # ------------------------------------------------------------------ private
+    # ------------------------------------------------------------------ hooks
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._admitted = False
-        for cache in _caches((args, kwargs)):
+        for cache in _caches(args, kwargs):
             if getattr(cache, _NOTE, None) != self.number and _is_filled(cache):
                 raise StateError(
                     "this key/value cache was filled under another path, or before this one was activated",
                     "start with an empty cache, or fill it again under what is active now",
                 )
-        inputs = list(_tensors(_main_first(module, args, kwargs)))
         if self._axis is not None:
+            inputs = _main_inputs_first(module, args, kwargs)
             self._axis.begin(inputs)
             self._axis.probe(module, args, kwargs, inputs, self._mixed)
-        self._recording, self._checkpointed, self._admitted = torch.is_grad_enabled(), False, True
+        self._recording, self._checkpointed = torch.is_grad_enabled(), False
+        self._admitted = True  # last: a forward that was refused gets no mark on its caches
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -108,53 +122,81 @@ class ForwardGuard:
             self._axis.end()
         if not self._admitted:
             return  # torch calls this after a forward that was refused, too
-        for cache in _caches((args, kwargs, out)):
+        for cache in _caches(args, kwargs, out):
             setattr(cache, _NOTE, self.number)
         if self._checkpointed:
             for tensor in _tensors(out):
                 if tensor.grad_fn is not None:
-                    tensor.grad_fn.register_prehook(self._guard(self.number))
+                    tensor.grad_fn.register_prehook(self._before_backward(self.number))
         self._recording = False
 
-    def _guard(self, number: int | None) -> Any:
-        def before_backward(grads: Any) -> None:
+    def _before_backward(self, number: int | None) -> Any:
+        def check(grads: Any) -> None:
             if self.number != number:
                 raise StateError(
                     "backward through checkpointed layers after their path was left: they would run again without it",
                     "call backward() inside the with, or while the same path is active; or turn checkpointing off",
                 )
 
-        return before_backward
+        return check
 
 
 def _in_checkpoint() -> bool:
-    """Whether the layer that runs now will run again in backward."""
+    """Return whether the layer that runs now will run again in backward."""
+    # Checkpointing either packs the tensors that autograd saves, or runs its first forward without recording.
     if torch.is_grad_enabled() and not any_saved_tensor_hook():
         return False
     return called_from(_CHECKPOINT)
 
 
-def _main_first(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """A forward's arguments, with what transformers calls the main input before the other ones."""
+# ---------------------------------------------------------------------- what a forward is given
+def _main_inputs_first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return a forward's tensors, those of transformers' main input before the other keywords."""
     main = getattr(module, "main_input_name", "")
-    return [*args, kwargs.get(main), *kwargs.values()]
+    return _tensors([*args, kwargs.get(main), *kwargs.values()])
 
 
-def _tensors(of: Any) -> Iterator[Tensor]:
-    if isinstance(of, Tensor):
-        yield of
-    elif isinstance(of, (list, tuple)):
-        for each in of:
-            yield from _tensors(each)
-    elif isinstance(of, Mapping):
-        yield from _tensors(list(of.values()))
+def _tensors(*given: Any) -> list[Tensor]:
+    """Return the tensors in some values, in order; lists and mappings are looked into."""
+    found = []
+    for value in _leaves(given):
+        if isinstance(value, Tensor):
+            found.append(value)
+    return found
+
+
+def _caches(*given: Any) -> list[Any]:
+    """Return the key/value caches in some values: transformers' own, and any object that has a length like theirs."""
+    found = []
+    for value in _leaves(given):
+        if not isinstance(value, Tensor) and callable(getattr(value, "get_seq_length", None)):
+            found.append(value)
+    return found
+
+
+def _leaves(given: Any) -> list[Any]:
+    """Return the values in lists, tuples and mappings, in order."""
+    found = []
+    waiting = [given]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, (list, tuple, Mapping)):
+            found.append(value)
+        elif id(value) not in seen:  # a list may hold itself
+            seen.add(id(value))
+            inside = value.values() if isinstance(value, Mapping) else value
+            waiting.extend(reversed(list(inside)))
+    return found
 
 
 def _is_filled(cache: Any) -> bool:
-    """Whether a cache holds something of an earlier forward.
+    """Return whether a cache holds something of an earlier forward.
 
-    A recurrent layer keeps a state and no tokens, so it has no length; a cache without attention layers has none either
-    (transformers raises where it is asked for one).
+    A recurrent layer keeps a state and no tokens, so it has no length. A cache without attention layers has none
+    either: transformers raises if it is asked for one.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, (list, tuple)):
@@ -167,14 +209,3 @@ def _is_filled(cache: Any) -> bool:
         if any(states.values()) if isinstance(states, Mapping) else bool(states):
             return True
     return False
-
-
-def _caches(of: Any) -> Iterator[Any]:
-    """transformers' caches, and what looks like them."""
-    if isinstance(of, (list, tuple)):
-        for each in of:
-            yield from _caches(each)
-    elif isinstance(of, Mapping):
-        yield from _caches(list(of.values()))
-    elif callable(getattr(of, "get_seq_length", None)):
-        yield of

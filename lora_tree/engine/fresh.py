@@ -27,10 +27,12 @@ def settle_fresh(tree: AdapterTree, base: nn.Module, paths: Iterable[str]) -> No
         if fresh is None:
             continue
         try:
-            with torch.inference_mode(False):  # the factors may train later
+            # Tensors made under the caller's inference_mode could never train.
+            with torch.inference_mode(False):
                 spec = tree.defaults.complete(fresh, path)
                 made[path] = fresh_adapter(base, spec, base_name=tree.base, patterns=patterns)
         except LoraTreeError as error:
             raise error.within(path) from error
+    # Only now, so that an error leaves every node fresh.
     for path, adapter in made.items():
         tree.replace(tree[path].holding(adapter))

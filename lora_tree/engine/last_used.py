@@ -1,7 +1,7 @@
-"""What was made for the last keys used, so that using one again costs nothing.
+"""Keep what was made for the last keys used, so that using one again costs nothing.
 
     strong    the last `count` values, the oldest first to go; any of them may be dropped at any time, by any thread
-    weak      every value that is alive, because it is in use somewhere
+    weak      every value that is alive, because something uses it
 
 Law: whether something is kept changes the cost of getting it, and nothing else. A value in use is found again,
 whatever was dropped. Where memory is bounded, a `Ledger` counts the memory that such values take (`ledger.py`).
@@ -23,7 +23,7 @@ class LastUsed(Generic[V]):
     """Key → value, for the last keys used.
 
     Args:
-        count: how many values stay though nobody uses them.
+        count: how many values stay while nothing uses them.
 
     >>> class Made: pass
     >>> kept = LastUsed(1)
@@ -39,24 +39,32 @@ class LastUsed(Generic[V]):
         self._alive: weakref.WeakValueDictionary[Hashable, V] = weakref.WeakValueDictionary()
 
     def get(self, key: Hashable, make: Callable[[], V], *, keep: bool = True) -> V:
-        """The value of ``key``, made where there is none; ``keep``: it stays when it is not in use any more."""
-        found = self.find(key)
+        """Return the value of ``key``, made if there is none; ``keep``: it stays when nothing uses it any more."""
+        found = self._alive.get(key)
         if found is None:
             found = self._alive[key] = make()
-        if not keep:
-            return found
-        self._last.pop(key, None)
-        self._last[key] = found
-        while len(self._last) > self._count and self.drop():
-            pass
+        if keep:
+            self._use(key, found)
         return found
 
+    def again(self, key: Hashable) -> V | None:
+        """Return the value of ``key`` if it is alive, and keep it: it is used again."""
+        found = self._alive.get(key)
+        if found is not None:
+            self._use(key, found)
+        return found
+
+    def keep(self, key: Hashable, value: V) -> None:
+        """Keep a value under a key that has none."""
+        self._alive[key] = value
+        self._use(key, value)
+
     def find(self, key: Hashable) -> V | None:
-        """The value of ``key`` where it is alive."""
+        """Return the value of ``key`` if it is alive."""
         return self._alive.get(key)
 
     def drop(self) -> bool:
-        """Let go of the value used longest ago; False where none is kept. Any thread may ask."""
+        """Let go of the value used longest ago; False if none is kept. Any thread may call this."""
         try:
             self._last.popitem(last=False)
         except KeyError:
@@ -64,6 +72,13 @@ class LastUsed(Generic[V]):
         return True
 
     def forget(self) -> None:
-        """Let go of all; what is in use is made anew when it is asked for next."""
+        """Let go of all. A value in use is made anew when its key is asked for next."""
         self._last.clear()
         self._alive.clear()
+
+    def _use(self, key: Hashable, value: V) -> None:
+        self._last.pop(key, None)
+        self._last[key] = value
+        # Another thread may have dropped values since the count was read: then there is nothing to do.
+        while len(self._last) > self._count and self.drop():
+            pass

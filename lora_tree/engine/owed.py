@@ -128,7 +128,7 @@ class Owed:
         """The rank of that sum."""
         return sum(v.rank for v, c in zip(self.values, coefficients, strict=True) if c)
 
-    def work(self, rows: Sequence[int], rank: int, tokens: int, *, copies: int = 1) -> Cost:
+    def cost(self, rows: Sequence[int], rank: int, tokens: int, *, copies: int = 1) -> Cost:
         """What a product of some rank costs for some rows; ``copies``: how many different factors are read."""
         shape = self.values[0].shape
         gathered = tuple(rows) != tuple(range(rows[0], rows[0] + len(rows)))

@@ -2,8 +2,8 @@
 
 Binding comes first: an adapter fits the base or it does not, whatever the path, so it is checked once.
 
-What a plan means is known by its `mark`, a number: key/value caches and recorded backwards are told apart by it. It is
-the same for a plan that was dropped and made again from the same factors, also where these were read anew meanwhile.
+A plan has a `mark`, a number by which key/value caches and recorded backwards are told apart. Two plans of the same
+factors have the same mark, even if one was dropped and made again, or its factors were read from files anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
@@ -27,7 +28,7 @@ from ..renaming import Renaming
 from ..sites import Site, find_site
 from .last_used import LastUsed
 
-__all__ = ["EMPTY_PLAN", "Binder", "Marks", "Plan", "Term", "Terms", "same_terms"]
+__all__ = ["EMPTY_PLAN", "Binder", "Marks", "PlacedPlan", "Plan", "Term", "Terms", "WeightDtypes"]
 
 KEPT_PLANS = 256
 KEPT_MARKS = 1024
@@ -36,10 +37,20 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 _MARKS = itertools.count(1)
 
+WeightDtypes = tuple[torch.dtype | None, ...]
+"""The dtypes of the weights of a plan's sites now. They change if the base is cast, and the sites stay."""
+
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One node's part at one site: ``coefficient`` · ΔW. ``version`` moves when a factor was trained in place."""
+    """One node's part at one site: ``coefficient`` · ΔW.
+
+    Args:
+        node: the node.
+        coefficient: its coefficient in the blend.
+        value: the node's increment here.
+        version: how often its factors had been written to in place, as training does.
+    """
 
     node: str
     coefficient: float
@@ -48,9 +59,14 @@ class Term:
 
     @property
     def trains(self) -> bool:
-        """Autograd follows its factors."""
+        """Whether autograd follows its factors."""
         A, B, bias = self.value.A, self.value.B, self.value.bias
         return A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+
+    @cached_property
+    def scaled(self) -> LowRank:
+        """The increment with the coefficient in its scale; it shares its factors with `value`."""
+        return self.value.scaled(self.coefficient)
 
 
 Terms = tuple[Term, ...]
@@ -58,10 +74,15 @@ Terms = tuple[Term, ...]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Site name → its terms, and the sites themselves; ``mark`` is the same for what behaves the same.
+    """Site name → its terms, and the sites themselves.
 
-    ``adapters`` are those it was made of. They live as long as the plan, so that it can be known by them. ``live`` are
-    the sites and nodes whose factors trained when it was made; where none ever did, it is ``fixed``, to be used again.
+    Args:
+        terms: site name → its terms.
+        sites: site name → the site.
+        mark: the same number for plans that behave the same.
+        adapters: the adapters it was made of. They live as long as the plan, so that it can be known by their ids.
+        live: the (site name, node) whose factors trained when it was made.
+        fixed: no factor is a parameter, so none is ever written to, and the plan can be used again.
     """
 
     terms: Mapping[str, Terms]
@@ -73,14 +94,34 @@ class Plan:
 
     @property
     def trains(self) -> bool:
-        """Autograd follows a factor or a bias of it now."""
+        """Whether autograd follows a factor or a bias of it now."""
         return any(map(_requires_grad, self._tensors))
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(
-            t for terms in self.terms.values() for term in terms for t in term.value.tensors
-        )
+        found: list[Tensor] = []
+        for terms in self.terms.values():
+            for term in terms:
+                found += term.value.tensors
+        return tuple(found)
+
+    @cached_property
+    def biased(self) -> frozenset[str]:
+        """The sites at which a term has a bias."""
+        found = []
+        for name, terms in self.terms.items():
+            if any(term.value.bias is not None for term in terms):
+                found.append(name)
+        return frozenset(found)
+
+    def look(self, base: nn.Module) -> WeightDtypes | None:
+        """Return the dtypes of the sites' weights now; None if the base does not have every site any more."""
+        found = []
+        for site in self.sites.values():
+            if not site.is_in(base):
+                return None
+            found.append(site.dtype)
+        return tuple(found)
 
     def is_as_it_was(self) -> bool:
         """Whether its factors have the numbers that they had, and those train that did."""
@@ -98,6 +139,21 @@ class Plan:
 EMPTY_PLAN = Plan({}, {})
 
 
+@dataclass(frozen=True, eq=False)
+class PlacedPlan:
+    """A plan whose sites were found in the base just now.
+
+    Args:
+        plan: the plan.
+        dtypes: of the sites' weights.
+        trains: autograd follows one of its factors.
+    """
+
+    plan: Plan
+    dtypes: WeightDtypes
+    trains: bool
+
+
 class Marks:
     """Key → mark, for the last keys used."""
 
@@ -105,7 +161,7 @@ class Marks:
         self._of: OrderedDict[Hashable, int] = OrderedDict()
 
     def of(self, key: Hashable) -> int:
-        """The mark of what is known by ``key``."""
+        """Return the mark of ``key``, a new one if it is not known."""
         mark = self._of.pop(key, None) or next(_MARKS)
         self._of[key] = mark
         if len(self._of) > KEPT_MARKS:
@@ -114,18 +170,8 @@ class Marks:
 
     @staticmethod
     def new() -> int:
-        """The mark of what nothing else behaves like."""
+        """Return a mark that nothing else has."""
         return next(_MARKS)
-
-
-def same_terms(x: Terms, y: Terms) -> bool:
-    """Whether two sites' plans write the same bits: the same values, as they are, with the same coefficients."""
-    if len(x) != len(y):
-        return False
-    for a, b in zip(x, y, strict=True):  # a loop: this is asked of every site at every switch
-        if a.value is not b.value or a.coefficient != b.coefficient or a.version != b.version:
-            return False
-    return True
 
 
 class Binder:
@@ -133,10 +179,10 @@ class Binder:
 
     Args:
         base: the model.
-        base_name: what the tree calls it.
-        own_name: what the model calls itself, where it does.
-        kept: how many plans stay, with their adapters, though nobody uses them.
-        origin: what an adapter is known by: itself, held weakly, or something that outlives it and stands for the same
+        base_name: the tree's name for it.
+        own_name: the model's own name, if it has one.
+        kept: how many plans stay, with their adapters, while nothing uses them.
+        origin: returns a key for an adapter: itself, held weakly, or a key that outlives it and stands for the same
             numbers.
     """
 
@@ -152,56 +198,77 @@ class Binder:
         self._base = base
         self._base_name = base_name
         self._own_name = own_name or base_name
-        self._said: set[str] = set()  # the bases that adapters named and a warning told of
+        self._warned: set[str] = set()
+        """The bases that adapters named and a warning told of."""
         self._origin = origin
         self._renaming = Renaming(base)
         self._sites: dict[str, Site] = {}
-        # an adapter that needs no change stands for itself: a value here must not hold its own key
+        # None stands for an adapter that needs no renaming: a value that held its own weak key would keep it alive.
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
         self._bound = weakref.WeakKeyDictionary()
         self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
-        """The plan of (node, coefficient, adapter) terms; the same object for a path that was used before.
+        """Return the plan of (node, coefficient, adapter) terms; the same object for a path that was used before.
+
+        Raises:
+            BaseMismatch: an adapter does not fit; names the node and the module.
+        """
+        return self.placed(terms).plan
+
+    def placed(self, terms: list[tuple[str, float, Adapter]]) -> PlacedPlan:
+        """Return the same plan, with the dtypes of its sites' weights in the base as it is now.
 
         Raises:
             BaseMismatch: an adapter does not fit; names the node and the module.
         """
         if not terms:
-            return EMPTY_PLAN
-        key = tuple((id(adapter), coefficient) for _, coefficient, adapter in terms)
-        known = self._plans.find(
-            key
-        )  # a plan holds its adapters, so that no id in its key is used again
+            return PlacedPlan(EMPTY_PLAN, (), False)
+        # An id names an adapter as long as it lives, and a plan keeps its adapters alive.
+        key = tuple([(id(adapter), coefficient) for _, coefficient, adapter in terms])
+        known = self._plans.again(key)
         if known is not None:
-            if all(site.is_in(self._base) for site in known.sites.values()):
-                return self._plans.get(key, lambda: known)
+            dtypes = known.look(self._base)
+            if dtypes is not None:
+                return PlacedPlan(known, dtypes, known.trains)
+            # The owner of the base replaced a module. Other plans may have the old one as well.
             self._plans.forget()
+        plan = self._made(terms)
+        if plan.fixed:
+            self._plans.keep(key, plan)
+        dtypes = tuple([site.dtype for site in plan.sites.values()])
+        return PlacedPlan(plan, dtypes, plan.trains)
+
+    def _made(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
         found: dict[str, list[Term]] = {}
+        live: set[tuple[str, str]] = set()
         fixed = True
         for node, coefficient, adapter in terms:
             for name, value in self.bind(node, adapter).modules.items():
-                trained = _trains(value)
-                fixed = fixed and not trained
-                found.setdefault(name, []).append(Term(node, coefficient, value, _version(value)))
-        origins = tuple((self._origin(adapter), coefficient) for _, coefficient, adapter in terms)
-        plan = Plan(
-            {name: tuple(ts) for name, ts in found.items()},
-            {name: self.site(name) for name in found},
-            self._marks.of(origins) if fixed else Marks.new(),
-            tuple(adapter for _, _, adapter in terms),
-            frozenset()
-            if fixed
-            else frozenset((n, t.node) for n, ts in found.items() for t in ts if t.trains),
-            fixed,
-        )
+                term = Term(node, coefficient, value, _version(value))
+                found.setdefault(name, []).append(term)
+                if _is_trainable(value):
+                    fixed = False
+                if term.trains:
+                    live.add((name, node))
+        # The mark comes after binding, which begins new marks if it finds that a module was replaced.
         if fixed:
-            return self._plans.get(key, lambda: plan)
-        return plan
+            origins = tuple([(self._origin(adapter), c) for _, c, adapter in terms])
+            mark = self._marks.of(origins)
+        else:
+            mark = Marks.new()
+        return Plan(
+            terms={name: tuple(at_site) for name, at_site in found.items()},
+            sites={name: self.site(name) for name in found},
+            mark=mark,
+            adapters=tuple([adapter for _, _, adapter in terms]),
+            live=frozenset() if fixed else frozenset(live),
+            fixed=fixed,
+        )
 
     def bind(self, node: str, adapter: Adapter) -> Adapter:
-        """``adapter`` with its names as this base has them, checked.
+        """Return ``adapter`` under the names of this base, checked.
 
         Raises:
             BaseMismatch: a module is missing, of another kind or shape, or carries a base tensor that differs.
@@ -217,33 +284,28 @@ class Binder:
             for name, tensor in bound.unchanged.items():
                 self._check_unchanged(name, tensor)
         except LoraTreeError as error:
-            where = error.within(node)
-            made_for = adapter.base and self._base_name and adapter.base != self._base_name
-            hint = (
-                f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}",
-            )
-            raise type(error)(where.what, *where.todo, *(hint if made_for else ())) from error
-        if adapter.base and adapter.base not in self._said:
-            self._said.add(adapter.base)
+            raise self._told(error, node, adapter) from error
+        if adapter.base and adapter.base not in self._warned:
+            self._warned.add(adapter.base)
             warn_of_base(node, adapter.base, self._own_name, stacklevel=2)
         self._bound[adapter] = None if bound is adapter else bound, sites
         return bound
 
     def site(self, name: str) -> Site:
-        """The site of that name in the base as it is now: a replaced module is found again."""
+        """Return the site of that name in the base as it is now: a replaced module is found again."""
         known = self._sites.get(name)
-        if known is None or not known.is_in(self._base):
-            self._marks = (
-                self._marks if known is None else Marks()
-            )  # another module behaves otherwise
-            known = self._sites[name] = find_site(self._base, name)
+        if known is not None and known.is_in(self._base):
+            return known
+        if known is not None:
+            self._marks = Marks()  # with another module the same factors behave otherwise
+        known = self._sites[name] = find_site(self._base, name)
         return known
 
     def site_for(self, node: str, name: str, value: LowRank) -> Site:
-        """The site of that name, which ``value`` fits.
+        """Return the site of that name, which ``value`` fits.
 
         Raises:
-            BaseMismatch: there is none, or it does not; names the node.
+            BaseMismatch: there is none, or the value does not fit; names the node.
         """
         try:
             site = self.site(name)
@@ -256,6 +318,17 @@ class Binder:
         """Drop the plans kept for paths used before."""
         self._plans.forget()
 
+    # ------------------------------------------------------------------ private
+    def _told(self, error: LoraTreeError, node: str, adapter: Adapter) -> LoraTreeError:
+        """Return an error with the node's name, and with the base that the adapter names if it is another one."""
+        where = error.within(node)
+        todo = list(where.todo)
+        if adapter.base and self._base_name and adapter.base != self._base_name:
+            todo.append(
+                f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}"
+            )
+        return type(error)(where.what, *todo)
+
     def _check_unchanged(self, name: str, tensor: Tensor) -> None:
         try:
             own = self._base.get_parameter(name)
@@ -263,15 +336,18 @@ class Binder:
             raise BaseMismatch(
                 f"{name}: the adapter carries this tensor of its base, this base has none"
             ) from None
-        todo = "train without bias= and without resizing embeddings, or attach the base it was trained on"
+        todo = (
+            "train without bias= and without resizing embeddings, "
+            "or attach the base it was trained on"
+        )
         check_carried(name, tensor, own, todo)
 
 
-def _trains(value: LowRank) -> bool:
+def _is_trainable(value: LowRank) -> bool:
     """Whether its factors are parameters, which training may write to in place."""
     return isinstance(value.A, nn.Parameter) or isinstance(value.B, nn.Parameter)
 
 
 def _version(value: LowRank) -> int:
-    """Return how often factors that train, or did, were written to; 0 for the others, which are never written to."""
-    return value.A._version + value.B._version if _trains(value) else 0
+    """Return how often factors that train, or did, were written to; 0 for others, which are never written to."""
+    return value.A._version + value.B._version if _is_trainable(value) else 0

@@ -15,6 +15,7 @@ run, over key/value caches, or over checkpointed backwards; and nodes that train
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,12 @@ from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch
-from .batch_axis import DECLARE, BatchAxis, in_a_list_of_lists
-from .plan import Plan, Terms
-from .routed import Route
-from .side import check_own, side_dtype, widened
+from .batch_axis import DECLARE, in_a_list_of_lists
+from .behaviour import RoutedRows
+from .finite import check_beside
+from .plan import PlacedPlan, Plan, Terms, WeightDtypes
+from .routed import check_strategy
+from .side import check_sites_beside, raise_for_copy, side_dtype, widened
 from .upload import uploaded
 
 __all__ = ["Numbers", "Prepared"]
@@ -67,84 +70,71 @@ class Prepared:
         dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
     """
 
+    permanent = True
+
     def __init__(
         self, sites: Mapping[Site, Sequence[LowRank]], *, max_rank: int, dtype: torch.dtype | None
     ) -> None:
         if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
             raise SpecError(f"max_rank must be a whole number from 1, got {max_rank!r}")
-        made = [
-            _Fixed(site, values, max_rank, side_dtype(site, values, dtype))
-            for site, values in sites.items()
-        ]
-        self._fixed = {fixed.site.name: fixed for fixed in made}
+        self._dtype = dtype
+        self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
+        """Plan → the dtypes of the weights for which its numbers were found to be finite."""
+        self._fixed: dict[str, _Fixed] = {}
+        for site, values in sites.items():
+            computed_in = side_dtype(site.weight, values, dtype)
+            self._fixed[site.name] = _Fixed(site, values, max_rank, computed_in)
         self._handles: list[RemovableHandle] = []
+        self.nothing = Numbers(self, OFF, {})
+        """No side paths, ready to run."""
         self.reached: set[str] = set()
         """Nothing that is prepared trains, so no gradient comes back to a node."""
         try:
-            for fixed in made:
+            for fixed in self._fixed.values():
                 hook = fixed.site.module.register_forward_hook(fixed.hook(), with_kwargs=True)
                 self._handles.append(hook)
         except BaseException:
             self.forget()
             raise
 
-    permanent = True
-
-    def check(self, plan: Plan) -> None:
-        """Check that every site of the plan has buffers, and that nothing of it trains.
+    def lay_out(self, placed: PlacedPlan) -> Numbers:
+        """Check one path or blend, and return its numbers; of an empty plan none, and side paths that are off.
 
         Raises:
             MergedOnly: a site's module is never called.
-            StateError: a node was not there when the model was prepared, or trains; names it.
+            BaseMismatch: a side path would hold a number that is not finite; names the node and the module.
+            StateError: a node was not there when the model was prepared, or trains; or the path's rank is larger than
+                what was prepared for; names the site.
         """
-        for name, terms in plan.terms.items():
-            site, fixed = plan.sites[name], self._fixed.get(name)
-            site.check_mode(terms[0].value, merged=False, node=terms[0].node)
-            if (
-                fixed is None
-                or fixed.site is not site
-                or (any(t.value.bias is not None for t in terms) > fixed.biased)
-            ):
-                raise StateError(
-                    f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module came later",
-                    "detach, attach the tree again, and prepare it before the base is compiled",
-                )
-            training = next((term.node for term in terms if term.trains), None)
-            if training is not None:
-                raise StateError(
-                    f"{training}: trains, which a prepared model can't do",
-                    "model.trainable() first",
-                )
-
-    def lay_out(self, plan: Plan) -> Numbers:
-        """Return the numbers of one path or blend; of an empty plan none, and side paths that are off.
-
-        Raises:
-            StateError: the path's rank is larger than what was prepared for; names the site.
-        """
+        plan = placed.plan
         if not plan.terms:
-            return Numbers(self, OFF, {})
-        made = {
-            name: fixed.numbers(plan.terms.get(name, ())) for name, fixed in self._fixed.items()
-        }
+            return self.nothing
+        self._check(placed, None)
+        made = {}
+        for name, fixed in self._fixed.items():
+            made[name] = fixed.numbers(plan.terms.get(name, ()))
         return Numbers(self, PATH, made)
 
-    def lay_out_rows(self, route: Route, axis: BatchAxis) -> Numbers:
-        """Return the numbers of a batch whose rows lie as ``axis`` says.
+    def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> Numbers:
+        """Check the nodes of a batch, and return its numbers.
 
         Raises:
-            SpecError: a strategy that can't be prepared.
-            StateError: the nodes of the batch have a larger rank together than what was prepared for; names the site.
+            SpecError: no such strategy, or one that can't be prepared.
+            MergedOnly, BaseMismatch, StateError: as `lay_out`, of the nodes of the batch together.
         """
-        if route.strategy not in ("auto", "matrix"):
+        axis, plan = rows.axis, placed.plan
+        check_strategy(rows.strategy)
+        if rows.strategy not in ("auto", "matrix"):
             raise SpecError(
-                f"a prepared model adds up as 'matrix' does, got strategy {route.strategy!r}"
+                f"a prepared model adds up as 'matrix' does, got strategy {rows.strategy!r}"
             )
+        self._check(placed, rows.batch.largest)
         made: dict[str, _SiteNumbers] = {}
         for name, fixed in self._fixed.items():
-            terms = route.plan.terms.get(name, ())
-            rows = route.batch.at([term.node for term in terms]).spread(axis.repeat, axis.tile)
-            made[name] = fixed.numbers(terms, rows, batch_first=axis.batch_first)
+            terms = plan.terms.get(name, ())
+            nodes = [term.node for term in terms]
+            batch = rows.batch.at(nodes).spread(axis.repeat, axis.tile)
+            made[name] = fixed.numbers(terms, batch, batch_first=axis.batch_first)
         return Numbers(self, ROWS, made)
 
     def write(self, numbers: Numbers) -> None:
@@ -162,20 +152,62 @@ class Prepared:
         while self._handles:
             self._handles.pop().remove()
 
+    # ------------------------------------------------------------------ private
+    def _check(self, placed: PlacedPlan, largest: Mapping[str, float] | None) -> None:
+        """Check that every site of the plan has buffers, that nothing of it trains, and that its numbers are finite."""
+        plan = placed.plan
+        check_sites_beside(plan)
+        for name, terms in plan.terms.items():
+            fixed = self._fixed.get(name)
+            known = fixed is not None and fixed.site is plan.sites[name]
+            if fixed is None or not known or (name in plan.biased and not fixed.biased):
+                raise StateError(
+                    f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module came later",
+                    "detach, attach the tree again, and prepare it before the base is compiled",
+                )
+            for term in terms:
+                if term.trains:
+                    raise StateError(
+                        f"{term.node}: trains, which a prepared model can't do",
+                        "model.trainable() first",
+                    )
+        # A row may owe more than a node's whole weight. Such a batch is looked at each time.
+        ordinary = largest is None or max(largest.values(), default=0.0) <= 1.0
+        if ordinary and self._finite.get(plan) == placed.dtypes:
+            return
+        check_beside(placed, self._dtype, largest)
+        if ordinary and plan.fixed:
+            self._finite[plan] = placed.dtypes
+
 
 @dataclass(frozen=True, eq=False)
 class _SiteNumbers:
-    """What goes into one site's buffers: a value of any rank; and for a batch what each row owes of it."""
+    """The numbers for one site's buffers: a value of any rank; and for a batch each row's coefficients.
+
+    Args:
+        value: what is added up; None: no node changes the site.
+        rows: (rows, max_rank · groups): coefficients.
+        bias: (rows, out).
+        uniform: all rows owe the same.
+        batch_first: the caller knows that the first axis is the rows.
+    """
 
     value: LowRank | None
-    rows: Tensor | None = None  # (rows, max_rank · groups): coefficients
-    bias: Tensor | None = None  # (rows, out)
+    rows: Tensor | None = None
+    bias: Tensor | None = None
     uniform: bool = False
     batch_first: bool = False
 
 
 class _Fixed:
-    """One site's buffers."""
+    """One site's buffers.
+
+    Args:
+        site: the site.
+        values: the increments that nodes have there.
+        max_rank: columns of the buffers.
+        dtype: of the buffers.
+    """
 
     def __init__(
         self, site: Site, values: Sequence[LowRank], max_rank: int, dtype: torch.dtype
@@ -184,6 +216,7 @@ class _Fixed:
         *batch, out, into = values[0].shape
         device = site.weight.device if site.weight is not None else values[0].device
         self.biased = any(value.bias is not None for value in values)
+        # Tensors made under the caller's inference_mode could not be rewritten outside of it.
         with torch.inference_mode(False):
             self.A = torch.zeros(*batch, max_rank, into, dtype=dtype, device=device)
             self.B = torch.zeros(*batch, out, max_rank, dtype=dtype, device=device)
@@ -194,7 +227,12 @@ class _Fixed:
     def numbers(
         self, terms: Terms, rows: Batch | None = None, *, batch_first: bool = False
     ) -> _SiteNumbers:
-        """The numbers for some terms; ``rows``: what each row owes to them, whose coefficients then are 1.
+        """Return the numbers for some terms.
+
+        Args:
+            terms: the terms at this site; of a batch, their coefficients are 1.
+            rows: what each row owes to them; None: for one path.
+            batch_first: the caller knows that the first axis is the rows.
 
         Raises:
             StateError: their rank is larger than what was prepared for.
@@ -206,23 +244,28 @@ class _Fixed:
                 f"{self.site.name}: {nodes} have rank {rank} together, and {self.max_rank} was prepared for",
                 f"prepare(max_rank={rank}) or more, after attaching anew; or route fewer paths at a time",
             )
-        device, values = self.A.device, [term.value.scaled(term.coefficient) for term in terms]
+        device, values = self.A.device, [term.scaled for term in terms]
         with exact_mode(device):
             value = stacked(values, dtype=self.dtype, device=device) if values else None
             if rows is None:
                 return _SiteNumbers(value)
             owed = rows.coefficients(range(len(rows)))  # (rows, nodes)
-            there = uploaded(owed, device)
-            column = [i for i, v in enumerate(values) for _ in range(v.rank)]
-            wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank)).repeat(
-                1, self._groups
-            )
-            bias = torch.zeros(len(rows), len(self.bias), dtype=torch.float64, device=device)
-            for i, v in enumerate(values):
-                if v.bias is not None:
-                    bias += there[:, i, None] * (v.bias.to(bias) * v.scale)
-            wide = uploaded(wide.to(self.dtype), device)
-            return _SiteNumbers(value, wide, bias.to(self.dtype), rows.is_uniform, batch_first)
+            column: list[int] = []
+            for i, each in enumerate(values):
+                column += [i] * each.rank
+            # A row's coefficient of a node stands once for each of the node's ranks, and that once for each group.
+            wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank))
+            wide = uploaded(wide.repeat(1, self._groups).to(self.dtype), device)
+            bias = self._biases(values, uploaded(owed, device)).to(self.dtype)
+            return _SiteNumbers(value, wide, bias, rows.is_uniform, batch_first)
+
+    def _biases(self, values: Sequence[LowRank], owed: Tensor) -> Tensor:
+        """Return the bias that each row is given, (rows, out), in fp64."""
+        bias = torch.zeros(len(owed), len(self.bias), dtype=torch.float64, device=owed.device)
+        for i, value in enumerate(values):
+            if value.bias is not None:
+                bias += owed[:, i, None] * (value.bias.to(bias) * value.scale)
+        return bias
 
     def write(self, numbers: _SiteNumbers, mode: int) -> None:
         """Rewrite the buffers in place; those of the rows are made anew only for another number of rows."""
@@ -233,9 +276,13 @@ class _Fixed:
             self.B[..., :rank].copy_(value.B)
         self.A[..., rank:, :].zero_()
         self.B[..., rank:].zero_()
-        self.bias.zero_() if value is None or value.bias is None else self.bias.copy_(value.bias)
+        if value is None or value.bias is None:
+            self.bias.zero_()
+        else:
+            self.bias.copy_(value.bias)
         if numbers.rows is not None and numbers.bias is not None:
             adapted = (numbers.rows != 0).any(1)
+            # In place, so that a traced forward finds them where they were. Another number of rows is another trace.
             if self.rows.shape == numbers.rows.shape:
                 self.rows.copy_(numbers.rows)
                 self.row_bias.copy_(numbers.bias)
@@ -248,7 +295,7 @@ class _Fixed:
         return len(self.A) if self.A.ndim == 3 else 1
 
     def hook(self) -> Callable[..., Any]:
-        """The site's forward hook: shapes and tensors only, so that it can be traced."""
+        """Return the site's forward hook: shapes and tensors only, so that it can be traced."""
         site = self.site
 
         def side_path(
@@ -256,26 +303,33 @@ class _Fixed:
         ) -> Any:
             if self.mode == OFF:
                 return None
-            check_own(module, site)
+            if module is not site.module:
+                raise_for_copy(module, site)
             x = args[0] if args else next(iter(kwargs.values()))
             before, taken, _ = widened(out, x, self.dtype, False)
-            low = site.down(taken, self.A.to(taken.dtype) if taken.is_floating_point() else self.A)
+            A = self.A.to(taken.dtype) if taken.is_floating_point() else self.A
+            low = site.down(taken, A)
             bias = self.bias
             if self.mode == ROWS:
                 rows, bias, adapted = self._rows_of(x, out)
                 owed = site.along_channels(rows.to(low.dtype), low.ndim)
+                # Masked, not multiplied by zero: another path's factor may have overflowed, and 0 · inf is NaN.
                 low = torch.where(owed != 0, low, torch.zeros_like(low)) * owed
             after = site.onto(before, low, self.B.to(low.dtype), scale=1.0, spare=False)
             if self.biased:
                 after = after + site.along_channels(bias.to(after.dtype), after.ndim)
             if self.mode == ROWS:
-                after = torch.where(adapted.view(-1, *(1 for _ in after.shape[1:])), after, before)
+                # A bare row keeps its bits: −0 + 0 would be +0.
+                each = adapted.view(-1, *[1] * (after.ndim - 1))
+                after = torch.where(each, after, before)
             return after.to(out.dtype)
 
         return side_path
 
     def _rows_of(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the rows of an input owe; all the same where its first axis is something else.
+        """Return coefficients, biases and whether it owes anything, for every row of an input.
+
+        If all rows owe the same, one row's are returned for an input whose first axis is something else.
 
         Raises:
             BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows differ here.
@@ -284,9 +338,8 @@ class _Fixed:
         fits = x.shape[0] == length and out.shape[0] == length
         others = self.site.token_axes(x)
         if fits and not self.batch_first and others is not None:
-            fits = length not in others and (
-                len(others) > 0 or not in_a_list_of_lists(self.site.name)
-            )
+            tokens_sent_here = not others and in_a_list_of_lists(self.site.name)
+            fits = length not in others and not tokens_sent_here
         if fits:
             return self.rows, self.row_bias, self.adapted
         if self.uniform:

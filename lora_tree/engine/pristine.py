@@ -165,9 +165,18 @@ class Pristine:
         kept = self._kept.get((id(module), attribute))
         return None if kept is None else kept.copy
 
-    def wrote(self, module: nn.Module, attribute: str, *, merged: bool) -> None:
-        """Note that we write to it. `look` has to follow once everything is written."""
-        self._kept[id(module), attribute].merged = merged
+    def begin(self, module: nn.Module, attribute: str, *, merged: bool) -> Tensor:
+        """Return the base's own value of ``module.attribute``, which the caller is about to write to.
+
+        `look` has to follow once everything is written.
+
+        Args:
+            module, attribute: the weight.
+            merged: a path is in it then.
+        """
+        kept = self._kept[id(module), attribute]
+        kept.merged = merged
+        return kept.copy
 
     def look(self) -> None:
         """Note how every weight with a copy looks now, so that `verify` recognises it."""

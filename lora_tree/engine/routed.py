@@ -4,15 +4,15 @@
              Route: what is owed at each site                 once for a batch, when a site first runs
                     in one form for the whole batch           once for a batch and a number of tokens a row
 
-The last routes are kept, so that the same paths in the same order cost nothing again. A site where all rows owe the
+The last routes are kept, so that the same paths in the same order cost nothing again. A site at which all rows owe the
 same is one product, whatever lies on its first axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -28,14 +28,31 @@ from .forms import FORMS, SumForm
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .owed import Owed
-from .plan import Marks, Plan, Terms
+from .plan import Marks, PlacedPlan, Plan, Terms
 from .side import Draft, Manner, PathSide, Side, Sides, side_dtype, widened
 
-__all__ = ["Route", "Router", "Strategy"]
+__all__ = ["Route", "Router", "Strategy", "check_strategy"]
 
 Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix"]
 
 KEPT_ROUTES = 2
+
+Spread: TypeAlias = tuple[int, int]
+"""How often each row occurs in succession, and the whole batch after that."""
+
+
+def check_strategy(strategy: str) -> None:
+    """Check that a strategy is one.
+
+    Raises:
+        SpecError: no such strategy.
+    """
+    known = get_args(Strategy)
+    if strategy not in known:
+        raise SpecError(
+            f"no strategy {strategy!r}{suggest(str(strategy), known)}",
+            f"there are {listing(known)}",
+        )
 
 
 class Router:
@@ -43,7 +60,7 @@ class Router:
 
     Args:
         manner: how side paths compute.
-        ledger: who bounds what is laid out.
+        ledger: bounds the memory that is laid out.
     """
 
     def __init__(self, manner: Manner, *, ledger: Ledger | None = None) -> None:
@@ -53,29 +70,31 @@ class Router:
         self._marks = Marks()
         self._ledger.spare(self._kept)
 
-    def route(self, batch: Batch, plan: Plan, strategy: Strategy) -> Route:
-        """The route of a batch; the same object where it was used before.
+    def route(
+        self,
+        placed: PlacedPlan,
+        batch: Batch,
+        strategy: Strategy,
+        *,
+        check: Callable[[], None],
+    ) -> Route:
+        """Return the route of a batch; the same object if it was used before.
 
-        Raises:
-            SpecError: no such strategy.
+        Args:
+            placed: the terms of all the batch's nodes, with coefficient 1.
+            batch: what the rows owe.
+            strategy: one form for all sites, or ``auto``.
+            check: is called before a route is made; a route that is kept passed it.
         """
-        if strategy not in get_args(Strategy):
-            known = get_args(Strategy)
-            raise SpecError(
-                f"no strategy {strategy!r}{suggest(str(strategy), known)}",
-                f"there are {listing(known)}",
-            )
-        owed = (
-            batch.nodes,
-            batch.kinds,
-            batch.of_row,
-            strategy,
-            *[site.dtype for site in plan.sites.values()],
-        )
-        mark = self._marks.of((plan.mark, *owed))
-        return self._kept.get(
-            (plan, *owed), lambda: Route(batch, plan, strategy, self._manner, mark, self._ledger)
-        )
+        owed = batch.nodes, batch.kinds, batch.of_row, strategy, placed.dtypes
+        key = placed.plan, owed
+        route = self._kept.again(key)
+        if route is None:
+            check()
+            mark = self._marks.of((placed.plan.mark, owed))
+            route = Route(batch, placed.plan, strategy, self._manner, mark, self._ledger)
+            self._kept.keep(key, route)
+        return route
 
     def forget(self) -> None:
         """Drop the routes kept."""
@@ -88,10 +107,10 @@ class Route:
     Args:
         batch: what the rows owe.
         plan: the terms of all the batch's nodes, with coefficient 1.
-        strategy: one form for all, or ``auto``.
+        strategy: one form for all sites, or ``auto``.
         manner: how side paths compute.
-        mark: what it is known by: see `Plan`.
-        ledger: who bounds what is laid out.
+        mark: the number that key/value caches know it by: see `Plan`.
+        ledger: bounds the memory that is laid out.
     """
 
     def __init__(
@@ -103,137 +122,139 @@ class Route:
         mark: int,
         ledger: Ledger,
     ) -> None:
-        self.batch, self.plan, self.strategy, self.manner, self.mark = (
-            batch,
-            plan,
-            strategy,
-            manner,
-            mark,
-        )
-        self._charge = partial(
-            ledger.charge, _LifetimeToken()
-        )  # not self: what is laid out must not hold its route
-        self._seen: dict[Hashable, Batch] = {}
+        self.batch, self.plan, self.strategy = batch, plan, strategy
+        self.manner, self.mark = manner, mark
+        # The ledger counts the bytes until the token is gone. Not until the route is: forms and their factors hold the
+        # token through `_charge` and may outlive the route, and if they held the route itself it would never go.
+        self._charge = partial(ledger.charge, _LifetimeToken())
+        self._batches: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, SumForm] = {}
-        self._whole: dict[str, Side] = {}
         self._picked: dict[Hashable, str] = {}
 
+    # ------------------------------------------------------------------ before a forward
     def sides(self, axis: BatchAxis) -> Sides:
-        """The side path of every site, for rows that lie as ``axis`` says."""
-        sides = Sides()
-        for name, site in self.plan.sites.items():
-            alike = self._alike(site)
-            sides[name] = _RoutedSide(self, site, axis) if alike is None else alike
+        """Return the side path of every site, for rows that lie as ``axis`` says."""
+        sides = Sides(self._uniform)
+        for site in self.mixed:
+            sides[site.name] = _RoutedSide(self, site, axis)
         return sides
 
-    def forms(
-        self, site: Site, spread: tuple[int, int], tokens: int, device: torch.device
-    ) -> list[SumForm]:
-        """How a site's sum is added up: what is frozen, and then what trains.
+    @cached_property
+    def mixed(self) -> list[Site]:
+        """The sites at which the rows do not all owe the same."""
+        found = []
+        for name, site in self.plan.sites.items():
+            if not self._batch(self.plan.terms[name], (1, 1)).is_uniform:
+                found.append(site)
+        return found
+
+    @cached_property
+    def _uniform(self) -> dict[str, Side]:
+        """Site → its one side path, at sites where all rows owe the same."""
+        mixed = {site.name for site in self.mixed}
+        found: dict[str, Side] = {}
+        for name, site in self.plan.sites.items():
+            if name in mixed:
+                continue
+            terms = self.plan.terms[name]
+            (kind,) = self._batch(terms, (1, 1)).kinds
+            owed = [replace(t, coefficient=c) for t, c in zip(terms, kind, strict=True)]
+            draft = Draft(site, tuple(owed), self.manner.dtype)
+            self._charge(draft.nbytes)
+            with exact_mode(draft.device):
+                found[name] = PathSide(draft, self.manner)
+        return found
+
+    # ------------------------------------------------------------------ in a forward
+    def forms(self, site: Site, spread: Spread, tokens: int, device: torch.device) -> list[SumForm]:
+        """Return the ways in which a site's sum is added up: of what is frozen, and then of what trains.
 
         Args:
             site: of the plan.
-            spread: how often each row stands in place, and the batch as a whole.
+            spread: how the rows lie.
             tokens: inputs a row.
             device: of the site's output.
         """
-        if self.strategy != "auto":
-            strategy: str = self.strategy
-        else:
+        strategy: str = self.strategy
+        if strategy == "auto":
             key = spread, tokens, device
-            strategy = self._picked.get(key) or self._picked.setdefault(key, self._cheapest(*key))
-        return [self._form(owed, strategy, tokens) for owed in self.owed(site, spread, device)]
+            found = self._picked.get(key)
+            strategy = found or self._picked.setdefault(key, self._cheapest(spread, tokens, device))
+        forms = []
+        for owed in self._owed_at(site, spread, device):
+            forms.append(self._form(owed, strategy, tokens))
+        return forms
 
-    def owed(self, site: Site, spread: tuple[int, int], device: torch.device) -> list[Owed]:
-        """What the rows owe at a site to nodes that are frozen, and to nodes that train."""
+    def _owed_at(self, site: Site, spread: Spread, device: torch.device) -> list[Owed]:
+        """Return what the rows owe at a site to nodes that are frozen, and to nodes that train."""
         key = site.name, spread, device
         found = self._owed.get(key)
         if found is None:
-            terms = self.plan.terms[site.name]
-            parts = [tuple(t for t in terms if t.trains == trains) for trains in (False, True)]
-            found = self._owed[key] = [
-                self._part(site, part, spread, device) for part in parts if part
-            ]
+            found = []
+            for trains in (False, True):
+                terms = tuple([t for t in self.plan.terms[site.name] if t.trains == trains])
+                if not terms:
+                    continue
+                values = [term.value for term in terms]
+                dtype = side_dtype(site.weight, values, self.manner.dtype)
+                batch = self._batch(terms, spread)
+                found.append(Owed(site, values, batch, dtype, device, self._charge))
+            self._owed[key] = found
         return found
 
-    @property
-    def mixed(self) -> list[Site]:
-        """The sites where the rows do not all owe the same."""
-        return [site for site in self.plan.sites.values() if self._alike(site) is None]
-
-    # ------------------------------------------------------------------ private
-    def _alike(self, site: Site) -> Side | None:
-        """The one side path of a site where all rows owe the same."""
-        terms = self.plan.terms[site.name]
-        batch = self._batch(tuple(term.node for term in terms), (1, 1))
-        if not batch.is_uniform:
-            return None
-        found = self._whole.get(site.name)
-        if found is None:
-            owed = tuple(
-                replace(t, coefficient=c) for t, c in zip(terms, batch.kinds[0], strict=True)
-            )
-            draft = Draft(site, owed, self.manner.dtype)
-            self._charge(draft.nbytes)
-            with exact_mode(draft.device):
-                found = self._whole[site.name] = PathSide(draft, self.manner)
-        return found
-
-    def _part(
-        self, site: Site, terms: Terms, spread: tuple[int, int], device: torch.device
-    ) -> Owed:
-        values = [term.value for term in terms]
-        batch = self._batch(tuple(term.node for term in terms), spread)
-        return Owed(
-            site, values, batch, side_dtype(site, values, self.manner.dtype), device, self._charge
-        )
-
-    def _batch(self, nodes: tuple[str, ...], spread: tuple[int, int]) -> Batch:
-        """The batch as these nodes see it; sites with the same nodes share it."""
+    def _batch(self, terms: Terms, spread: Spread) -> Batch:
+        """Return the batch as the nodes of some terms see it; sites with the same nodes share it."""
+        nodes = tuple([term.node for term in terms])
         key = nodes, spread
-        found = self._seen.get(key)
+        found = self._batches.get(key)
         if found is None:
-            found = self._seen[key] = self.batch.at(nodes).spread(*spread)
+            found = self._batches[key] = self.batch.at(nodes).spread(*spread)
         return found
 
     def _form(self, owed: Owed, strategy: str, tokens: int) -> SumForm:
-        way = _way(owed, strategy, tokens)
-        key = id(owed), way
+        """Return the form that adds up what is owed, laid out when it is first needed."""
+        key = id(owed), strategy, tokens
         found = self._forms.get(key)
         if found is None:
-            with exact_mode(owed.device):
-                found = self._forms[key] = way(owed)
+            way = _way(owed, strategy, tokens)
+            laid_out = id(owed), way  # the same for any number of tokens
+            found = self._forms.get(laid_out)
+            if found is None:
+                with exact_mode(owed.device):
+                    found = self._forms[laid_out] = way(owed)
+            self._forms[key] = found
         return found
 
-    def _cheapest(self, spread: tuple[int, int], tokens: int, device: torch.device) -> str:
-        """The form with the least estimated time over all sites."""
-        owed = [each for site in self.mixed for each in self.owed(site, spread, device)]
+    def _cheapest(self, spread: Spread, tokens: int, device: torch.device) -> str:
+        """Return the form with the least estimated time over all sites."""
         alike: dict[Hashable, list[Owed]] = {}
-        for each in owed:
-            shapes = tuple((v.shape, v.rank) for v in each.values)
-            alike.setdefault((each.batch.nodes, shapes, each.dtype, type(each.site)), []).append(
-                each
-            )
+        for site in self.mixed:
+            for owed in self._owed_at(site, spread, device):
+                shapes = tuple([(value.shape, value.rank) for value in owed.values])
+                kind = owed.batch.nodes, shapes, owed.dtype, type(owed.site)
+                alike.setdefault(kind, []).append(owed)
 
         def seconds(strategy: str) -> float:
             total = Cost()
             for same in alike.values():
-                work = _way(same[0], strategy, tokens).work(same[0], tokens)
-                total += Cost(
-                    work.calls * len(same), work.bytes * len(same), work.flops * len(same)
-                )
+                cost = _way(same[0], strategy, tokens).cost(same[0], tokens)
+                total += cost.times(len(same))
             return total.seconds(machine(device))
 
         return min(FORMS, key=seconds)
 
 
 def _way(owed: Owed, strategy: str, tokens: int) -> type[SumForm]:
-    return next(way for way in FORMS[strategy] if way.suits(owed, tokens))
+    """Return the first way of a form that suits what is owed."""
+    for way in FORMS[strategy]:
+        if way.suits(owed, tokens):
+            return way
+    raise AssertionError(f"the last way of {strategy} suits everything")
 
 
 class _LifetimeToken:
-    """What is there as long as anything that was laid out for a route."""
+    """A lifetime token: the ledger gets the bytes of a route back when this object is collected."""
 
 
 class _RoutedSide:
@@ -253,4 +274,4 @@ class _RoutedSide:
                 x = self._route.manner.dropped(x, self._site)
             out, taken, spare = widened(out, x, form.owed.dtype, spare)
             out, spare = form.add(out, taken, spare=spare), True
-        return out.to(dtype)
+        return out if out.dtype == dtype else out.to(dtype)

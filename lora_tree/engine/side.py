@@ -1,7 +1,7 @@
 """A side path: what is added to the output of a site's own module while the weights stay the base's own.
 
-y = base(x) + B (A x)        in the widest of the factors' and the weight's own dtype, or in the one asked for;
-                             in fp32 on a CPU that has no fast product for a narrower one
+y = base(x) + B (A x)      in the widest of the factors' and the weight's own dtype, or in the one asked for;
+                           in fp32 on a CPU that has no fast product for a narrower one
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
-from ..sites.site import in_dtype, wider_of
 from .arithmetic import product_dtype
-from .plan import Terms
+from .plan import Plan, Terms
 from .slab import Slab
 
 __all__ = [
@@ -29,7 +28,8 @@ __all__ = [
     "PathSide",
     "Side",
     "Sides",
-    "check_own",
+    "check_sites_beside",
+    "raise_for_copy",
     "side_device",
     "side_dtype",
     "widened",
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass
 class Manner:
-    """How side paths compute; one object for a model, looked at in every forward.
+    """How side paths compute; one object for a model, read in every forward.
 
     Args:
         dtype: what they compute in; None: the widest of the factors' and the weight's own.
@@ -49,76 +49,79 @@ class Manner:
     dropout: float = 0.0
 
     def dropped(self, x: Tensor, site: Site) -> Tensor:
-        """What nodes in training are given of ``x``: one mask for all of them, as it is where nothing trains."""
+        """Return the input of nodes in training: ``x`` with one mask for all of them; ``x`` itself in evaluation."""
         if not (self.dropout and site.module.training and x.is_floating_point()):
             return x
         return F.dropout(x, self.dropout, training=True)
 
 
 class Side(Protocol):
-    """What a site's hook runs."""
+    """One site's side path, which the site's hook runs."""
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
-        """``out`` plus the site's part of what is active.
+        """Return ``out`` plus the site's part of what is active.
 
         Args:
             out: the module's output.
             x: its input.
-            spare: nobody else holds ``out``, it may be written over.
+            spare: nothing else holds ``out``, it may be written over.
         """
         ...
 
 
 class Sides(dict[str, Side]):
-    """Site → its side path, for everything that is active; one object, that can be known to be alive."""
+    """Site → its side path. A class of its own, because a plain dict takes no weak reference."""
 
 
 class Draft:
     """One path's or blend's side path at one site, before anything is laid out for it.
 
     Args:
-        site: where.
+        site: the site.
         terms: in the order of the sum.
         asked: what to compute in; None: the widest of the factors' and the weight's own.
     """
 
     def __init__(self, site: Site, terms: Terms, asked: torch.dtype | None) -> None:
+        self.site = site
         self.frozen: list[LowRank] = []
         self.live: list[LowRank] = []
         for term in terms:
-            (self.live if term.trains else self.frozen).append(term.value.scaled(term.coefficient))
-        self.site = site
-        self.dtype = side_dtype(site, [term.value for term in terms], asked)
-        self.device = side_device(site, terms[0].value)
-        self.nbytes = sum(value.numel for value in self.frozen) * self.dtype.itemsize
-        """What laying it out takes: a copy of what does not train."""
-
-    @property
-    def slab_bytes(self) -> int:
-        """As much of a slab: A's and B's, both from an aligned beginning."""
-        numbers = sum(v.A.numel() for v in self.frozen), sum(v.B.numel() for v in self.frozen)
-        return sum(Slab.takes(n * self.dtype.itemsize) for n in numbers)
+            (self.live if term.trains else self.frozen).append(term.scaled)
+        weight, values = site.weight, [term.value for term in terms]
+        self.dtype = side_dtype(weight, values, asked)
+        self.device = side_device(weight, values[0])
+        up = down = biases = 0
+        for value in self.frozen:
+            down += value.A.numel()
+            up += value.B.numel()
+            biases += 0 if value.bias is None else value.bias.numel()
+        itemsize = self.dtype.itemsize
+        self.nbytes = (down + up + biases) * itemsize
+        """Bytes that laying it out takes: a copy of what does not train."""
+        self.slab_bytes = Slab.takes(down * itemsize) + Slab.takes(up * itemsize)
+        """Bytes of a slab for A's and B's, both from an aligned beginning."""
 
 
 class PathSide:
-    """One path or blend for all that comes: a whole frozen lineage as one product, then every trained node.
+    """One path or blend for every input: a whole frozen lineage as one product, then every trained node.
 
     Args:
-        draft: of what.
-        manner: what is computed in, and the dropout of what trains.
-        slab: where what does not train is laid out; None: in ordinary memory.
+        draft: the side path to lay out.
+        manner: the dtype to compute in, and the dropout of what trains.
+        slab: where the frozen factors are laid out; None: in memory of their own.
     """
 
     def __init__(self, draft: Draft, manner: Manner, slab: Slab | None = None) -> None:
         self._site, self._manner = draft.site, manner
-        into = None if slab is None else partial(slab.cut, draft.dtype)
-        frozen = (
-            [stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)]
-            if draft.frozen
-            else []
-        )
-        self._pieces = [*frozen, *draft.live]
-        self._frozen = len(frozen)
+        self._pieces: list[LowRank] = []
+        if draft.frozen:
+            into = None if slab is None else partial(slab.cut, draft.dtype)
+            frozen = stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)
+            self._pieces.append(frozen)
+        # Factors that train are not stacked: a parent's stack would have to be made anew at every step.
+        self._frozen = len(self._pieces)
+        self._pieces += draft.live
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
         for i, piece in enumerate(self._pieces):
@@ -133,59 +136,82 @@ class PathSide:
         return out
 
     def _added(self, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> Tensor:
-        """``out`` plus what one piece makes of ``x``, in the piece's dtype or a wider one, in out's dtype."""
+        """Return ``out`` plus one piece's part, computed in the piece's dtype or a wider one, in out's dtype."""
         site, dtype = self._site, out.dtype
-        if x.is_floating_point():
-            x = in_dtype(x, product_dtype(wider_of(piece.A.dtype, x.dtype), x.device))
-            A, B = in_dtype(piece.A, x.dtype), in_dtype(piece.B, x.dtype)
-        else:
-            A, B = piece.A, piece.B
+        A, B = piece.A, piece.B
+        if x.is_floating_point():  # ids are looked up, not multiplied
+            wide = A.dtype
+            if x.dtype != wide:
+                wide = torch.promote_types(wide, x.dtype)
+            wide = product_dtype(wide, x.device)
+            # Each is asked first: `to` costs a call into torch even if it returns the tensor itself.
+            x = x if x.dtype == wide else x.to(wide)
+            A = A if A.dtype == wide else A.to(wide)
+            B = B if B.dtype == wide else B.to(wide)
         out = site.onto(out, site.down(x, A), B, scale=piece.scale, spare=spare)
         if piece.bias is not None:
             out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
-        return in_dtype(out, dtype)
+        return out if out.dtype == dtype else out.to(dtype)
 
 
-def check_own(module: nn.Module, site: Site) -> None:
-    """That a hook runs where it was put, and not in a copy of the base, which has the hooks but is no one's.
+def check_sites_beside(plan: Plan) -> None:
+    """Check that every site of a plan runs when its module is called.
 
     Raises:
-        StateError: it is a copy; names the site.
+        MergedOnly: one does not; says which and why.
     """
-    if module is not site.module and not getattr(module, "_is_replica", False):
-        raise StateError(
-            f"{site.name}: this is a copy of a base that had a path beside its weights; side paths are not copied",
-            "copy the base while it is bare: model.deactivate(), or model.detach(), first",
-        )
+    for name, terms in plan.terms.items():
+        plan.sites[name].check_mode(terms[0].value, merged=False, node=terms[0].node)
 
 
-def side_dtype(site: Site, values: Sequence[LowRank], asked: torch.dtype | None) -> torch.dtype:
-    """What a site's side path computes in: as asked, or the widest of the factors' and the weight's own."""
+def raise_for_copy(module: nn.Module, site: Site) -> None:
+    """Refuse to run a site's hook on another module: in a copy of the base, which has the hooks but no owner.
+
+    Raises:
+        StateError: it is a copy, and not a replica that `nn.DataParallel` made for one forward; names the site.
+    """
+    if getattr(module, "_is_replica", False):
+        return
+    raise StateError(
+        f"{site.name}: this is a copy of a base that had a path beside its weights; side paths are not copied",
+        "copy the base while it is bare: model.deactivate(), or model.detach(), first",
+    )
+
+
+def side_dtype(
+    weight: Tensor | None, values: Sequence[LowRank], asked: torch.dtype | None
+) -> torch.dtype:
+    """Return what a site's side path computes in: as asked, or the widest of the factors' and the weight's own.
+
+    Args:
+        weight: the site's; its dtype does not count if it is quantised.
+        values: the increments at the site.
+        asked: the dtype asked for, if one was.
+    """
     if asked is not None:
         return asked
-    weight = site.weight
-    held = [value.dtype for value in values]
-    if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        held.append(weight.dtype)
-    dtype = held[0]
-    for other in held[1:]:
-        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
-    return dtype
+    dtype = values[0].A.dtype
+    for value in values:
+        for factor in (value.A, value.B):
+            if factor.dtype != dtype:
+                dtype = torch.promote_types(dtype, factor.dtype)
+    if weight is None or not weight.is_floating_point() or weight.element_size() == 1:
+        return dtype
+    return dtype if weight.dtype == dtype else torch.promote_types(dtype, weight.dtype)
 
 
-def side_device(site: Site, value: LowRank) -> torch.device:
-    """Where a site's side path computes: where its weight is; without one, where ``value``, its increment, is."""
-    return site.weight.device if site.weight is not None else value.device
+def side_device(weight: Tensor | None, value: LowRank) -> torch.device:
+    """Return where a site's side path computes: where its weight is; without one, where ``value`` is."""
+    return value.A.device if weight is None else weight.device
 
 
 def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:
-    """``out`` and ``x`` in dtypes that hold a sum computed in ``dtype``; and whether ``out`` may be written over."""
+    """Return ``out`` and ``x`` in dtypes that hold a sum in ``dtype``; and whether ``out`` may be written over."""
     if x.is_floating_point():
         x = x.to(product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype
-    wide = (
-        out.dtype
-        if torch.is_autocast_enabled(out.device.type)
-        else torch.promote_types(out.dtype, dtype)
-    )
+    # Under autocast the module's own output is narrow on purpose, and what follows expects it so.
+    wide = out.dtype
+    if not torch.is_autocast_enabled(out.device.type):
+        wide = torch.promote_types(out.dtype, dtype)
     return (out, x, spare) if wide == out.dtype else (out.to(wide), x, True)

@@ -21,13 +21,10 @@ from ..errors import StateError
 from ..tree import AdapterTree
 from .behaviour import Behaviour, FactorParameters, LaidOut, Pins, Request, SideHooks, State
 from .blocks import Blocks
-from .finite import check_beside
 from .fresh import settle_fresh
 from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
 from .merged import Merged
-from .plan import EMPTY_PLAN, Binder, Plan
-from .routed import Router
-from .side import Manner
+from .plan import EMPTY_PLAN, Binder, PlacedPlan, Plan
 
 __all__ = ["Stage"]
 
@@ -38,9 +35,10 @@ class Stage:
     Args:
         base: the model.
         tree: whose nodes.
-        claim: what the next model that attaches to this base will be told of it.
-        merged, beside, router, binder: what this composes with.
-        manner: how side paths compute.
+        claim: tells the next model that attaches to this base whether it is bare.
+        merged: writes plans into the weights.
+        beside: runs plans beside the weights.
+        binder: makes plans.
         compiled: whether the base was compiled, which no side path survives.
         pin: paths → their adapters, which stay in memory until they are released.
         factors: the factors that train, or did.
@@ -54,16 +52,14 @@ class Stage:
         *,
         merged: Merged,
         beside: SideHooks,
-        router: Router,
         binder: Binder,
-        manner: Manner,
         compiled: CompileWatch,
         pin: Callable[[Iterable[str]], Pins],
         factors: FactorParameters,
     ) -> None:
         self._base, self._tree, self._claim = base, tree, claim
-        self._merged, self._router, self._binder = merged, router, binder
-        self._manner, self._compiled = manner, compiled
+        self._merged, self._binder = merged, binder
+        self._compiled = compiled
         self._pin, self._factors = pin, factors
         self._save_hooks: list[RemovableHandle] = []
         self.blocks = Blocks()
@@ -84,7 +80,10 @@ class Stage:
             StateError: a node that trains was to be merged, or the base is compiled.
         """
         coefficients = self._coefficients(request)
-        settle_fresh(self._tree, self._base, coefficients)
+        for node in coefficients:
+            if self._tree[node].fresh is not None:
+                settle_fresh(self._tree, self._base, coefficients)
+                break  # that settled all of them
         pins = self._pin(coefficients)
         try:
             adapters: dict[str, Adapter] = {}
@@ -94,23 +93,39 @@ class Stage:
                     continue  # a group
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
                 terms.append((node, coefficient, adapters[node]))
-            plan = self._binder.plan(terms)
-            laid = self._laid_out(request, plan)
-            dtypes = tuple([site.dtype for site in plan.sites.values()])
-            return Behaviour(request, plan, laid, pins, adapters, dtypes)
+            placed = self._binder.placed(terms)
+            weights, beside = self._parts(request, placed)
+            return Behaviour(request, placed, weights, beside, pins, adapters)
         except BaseException:
             pins.release()
             raise
 
+    def _coefficients(self, request: Request) -> Mapping[str, float]:
+        """Return node → its coefficient. In a batch every node counts once: its rows have coefficients of their own."""
+        if request.rows is not None:
+            return dict.fromkeys(request.rows.batch.nodes, 1.0)
+        assert not isinstance(request.asked, tuple)
+        return self._tree.coefficients(request.asked)
+
+    def _parts(self, request: Request, placed: PlacedPlan) -> tuple[Plan, LaidOut]:
+        """Check a plan in the mode asked for; return the plan to write into the weights, and the side paths."""
+        if request.rows is None and request.mode == "merged":
+            self._merged.mergeable.check(placed, self._factors)
+            return placed.plan, self.beside.nothing
+        # Permanent hooks were there when the base was compiled. Any other hook would be ignored in silence.
+        if placed.plan.terms and not self.beside.permanent:
+            self._compiled.check(self._base)
+        if request.rows is None:
+            return EMPTY_PLAN, self.beside.lay_out(placed)
+        return EMPTY_PLAN, self.beside.lay_out_rows(placed, request.rows)
+
     def is_current(self, behaviour: Behaviour) -> bool:
-        """Whether composing its request anew would give the same: its sites, adapters and factors are as they were."""
-        plan = behaviour.plan
+        """Return whether composing its request anew would give the same: sites, adapters and factors are as then."""
         if behaviour.beside.of is not self.beside:
             return False  # the base was prepared meanwhile
-        if not all(site.is_in(self._base) for site in plan.sites.values()):
-            return False
-        if behaviour.dtypes != tuple([site.dtype for site in plan.sites.values()]):
-            return False  # the base was cast
+        plan = behaviour.placed.plan
+        if plan.look(self._base) != behaviour.placed.dtypes:
+            return False  # a module was replaced, or the base was cast
         for node, adapter in behaviour.adapters.items():
             now = self._tree[node].loaded or behaviour.pins.adapters.get(node)
             if now is None or self._factors.shown(node, now) is not adapter:
@@ -134,6 +149,7 @@ class Stage:
             MemoryError, RuntimeError: what torch raised. The old behaviour is back.
         """
         old = self.current
+        # Outside of the `try`: a roll-back would take the foreign write for one of ours.
         self._merged.verify(new.weights)
         try:
             self._write(new)
@@ -172,6 +188,7 @@ class Stage:
         self.become(Request(""))
         self._closed = True
 
+    # ------------------------------------------------------------------ blocks
     @contextlib.contextmanager
     def coming_back(self) -> Iterator[None]:
         """Bring back what is active now when the ``with`` is left, after exceptions too."""
@@ -191,47 +208,6 @@ class Stage:
             finally:
                 self._retire(block.before)
 
-    # ------------------------------------------------------------------ what is in use
-    def requests(self) -> Iterator[Request]:
-        """The request that the base does now, and those that blocks will bring back."""
-        yield self.current.request
-        for before in self.blocks.befores:
-            yield before.request
-
-    def merged_nodes(self) -> set[str]:
-        """The nodes that are in the weights now, or will be when a block is left."""
-        behaviours = [self.current, *self.blocks.befores]
-        return {
-            node
-            for behaviour in behaviours
-            if behaviour.weights.terms
-            for node in behaviour.adapters
-        }
-
-    # ------------------------------------------------------------------ private
-    def _coefficients(self, request: Request) -> Mapping[str, float]:
-        """Node → its coefficient. In a batch every node counts once: its rows have coefficients of their own."""
-        if request.rows is not None:
-            return dict.fromkeys(request.rows.batch.nodes, 1.0)
-        (blend,) = request.blends
-        return self._tree.coefficients(blend)
-
-    def _laid_out(self, request: Request, plan: Plan) -> LaidOut:
-        """The side paths of a request; where it is merged, the check that it can be, and none."""
-        rows = request.rows
-        if rows is None and request.mode == "merged":
-            self._merged.check(plan, owned=self._factors.paths)
-            return self.beside.lay_out(EMPTY_PLAN)
-        if plan.terms and not self.beside.permanent:
-            self._compiled.check(self._base)
-        self.beside.check(plan)
-        check_beside(plan, self._manner.dtype, None if rows is None else rows.batch.largest)
-        if rows is None:
-            return self.beside.lay_out(plan)
-        return self.beside.lay_out_rows(
-            self._router.route(rows.batch, plan, rows.strategy), rows.axis
-        )
-
     def _bring_back(self, before: Behaviour) -> None:
         if before is self.current:
             return
@@ -240,15 +216,32 @@ class Stage:
         else:
             self.become(before.request)
 
+    # ------------------------------------------------------------------ what is in use
+    def requests(self) -> Iterator[Request]:
+        """Yield the request that the base does now, and those that blocks will bring back."""
+        for behaviour in (self.current, *self.blocks.befores):
+            yield behaviour.request
+
+    def merged_nodes(self) -> set[str]:
+        """Return the nodes that are in the weights now, or will be when a block is left."""
+        nodes: set[str] = set()
+        for behaviour in (self.current, *self.blocks.befores):
+            if behaviour.weights.terms:
+                nodes.update(behaviour.adapters)
+        return nodes
+
+    # ------------------------------------------------------------------ private
     def _write(self, behaviour: Behaviour, *, after_failure: bool = False) -> None:
         """Make every write to the base that a behaviour needs. Called again, it mends what a failure left half done."""
         self._merged.switch(behaviour.weights, after_failure=after_failure)
         behaviour.beside.install()
         self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
-        self._warn_on_save(bool(behaviour.weights.terms))
+        merged = bool(behaviour.weights.terms)
+        if merged != bool(self._save_hooks):
+            self._warn_on_save(merged)
 
     def _warn_on_save(self, merged: bool) -> None:
-        """``save_pretrained`` of a base with a path merged into it would write that path: warn while there is one."""
+        """Warn in ``save_pretrained`` while a path is merged: it would write the base with that path in it."""
         if merged and not self._save_hooks:
             for module in saved_by_themselves(self._base):
                 hook = module.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]

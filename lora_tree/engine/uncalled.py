@@ -1,8 +1,8 @@
 """A side path that never runs is an error, not a silent base output.
 
 Some modules read a child's weight without calling the child. So after a switch every module around a planned site is
-watched: when its forward has run and the site's own has never been called since, the forward is refused. Of several in
-one container (a list of experts, a dict of heads) one that was called is enough: a forward may choose. A module whose
+watched: if its forward has run and the site's own has never been called since, the forward is refused. Of several
+sites in one container (a list of experts, a dict of heads) one call is enough: a forward may choose. A module whose
 sites have all been called once is not watched any more, so a path in use costs nothing here.
 """
 
@@ -20,58 +20,73 @@ __all__ = ["UncalledSites"]
 
 
 class UncalledSites:
-    """The watch over a base's side paths; ``fired`` is where a side path says that it ran."""
+    """The sites of a base whose side paths have not run since the last switch.
+
+    Args:
+        base: the model.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._handles: dict[str, RemovableHandle] = {}
         self._children: dict[str, list[str]] = {}
+        """Parent module → the planned sites in it."""
         self._plan = EMPTY_PLAN
-        self.fired: set[str] = set()
+        self.called: set[str] = set()
+        """The sites that were called; every side path adds its own."""
 
     def expect(self, plan: Plan) -> None:
-        """From now on the plan's sites have to run when the modules around them do."""
-        self.fired.clear()
+        """Require from now on that the plan's sites run when the modules around them do."""
+        self.called.clear()
         self._plan, self._children = plan, {}
         for name, site in plan.sites.items():
             self._children.setdefault(site.parent, []).append(name)
-        for parent in [p for p in self._handles if p not in self._children]:
-            self._handles.pop(parent).remove()
+        for parent in list(self._handles):
+            if parent not in self._children:
+                self._handles.pop(parent).remove()
         for parent in self._children:
             if parent not in self._handles:
-                self._handles[parent] = self._base.get_submodule(parent).register_forward_hook(
-                    self._hook(parent)
-                )
-
-    def _tied_to(self, name: str) -> list[str]:
-        """The other modules that use a site's weight."""
-        site = self._plan.sites[name]
-        return [
-            n
-            for n, m in self._base.named_modules()
-            if any(p is site.weight for p in m._parameters.values()) and m is not site.module
-        ]
+                module = self._base.get_submodule(parent)
+                self._handles[parent] = module.register_forward_hook(self._hook(parent))
 
     def _hook(self, parent: str) -> Any:
-        def ran(module: nn.Module, args: Any, out: Any) -> None:
-            children = self._children.get(parent, ())
-            heard = {_child(parent, name) for name in children if name in self.fired}
-            silent = [name for name in children if _child(parent, name) not in heard]
+        def parent_ran(module: nn.Module, args: Any, out: Any) -> None:
+            sites = self._children.get(parent, ())
+            ran = {_child(parent, name) for name in sites if name in self.called}
+            silent = [name for name in sites if _child(parent, name) not in ran]
             if silent:
-                tied = listing(name for site in silent for name in self._tied_to(site))
-                raise MergedOnly(
-                    f"{listing(silent)}: {type(module).__name__} ran without calling it, so its side path did not run",
-                    f"its weight is tied: adapt {tied} instead"
-                    if tied
-                    else 'use activate(…, mode="merged")',
-                )
+                raise self._never_ran(silent, type(module).__name__)
             handle = self._handles.pop(parent, None)
             if handle is not None:
                 handle.remove()
 
-        return ran
+        return parent_ran
+
+    def _never_ran(self, silent: list[str], parent: str) -> MergedOnly:
+        tied = []
+        for name in silent:
+            tied += self._tied_to(name)
+        todo = 'use activate(…, mode="merged")'
+        if tied:
+            todo = f"its weight is tied: adapt {listing(tied)} instead"
+        return MergedOnly(
+            f"{listing(silent)}: {parent} ran without calling it, so its side path did not run",
+            todo,
+        )
+
+    def _tied_to(self, name: str) -> list[str]:
+        """Return the other modules that use a site's weight."""
+        site = self._plan.sites[name]
+        found = []
+        for other, module in self._base.named_modules():
+            if module is site.module:
+                continue
+            if any(parameter is site.weight for parameter in module._parameters.values()):
+                found.append(other)
+        return found
 
 
 def _child(parent: str, name: str) -> str:
-    """The child of ``parent`` that a site is, or lies in."""
-    return (name.removeprefix(f"{parent}.") if parent else name).partition(".")[0]
+    """Return the child of ``parent`` that a site is, or lies in."""
+    inside = name.removeprefix(f"{parent}.") if parent else name
+    return inside.partition(".")[0]

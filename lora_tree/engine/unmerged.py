@@ -1,9 +1,13 @@
 """Unmerged: the base untouched, and one side path per site, for one path (however deep) or for a path per row.
 
-A side path is a forward hook on the site's own module, there while something is active and gone after it. What is laid
-out for a path is kept for the last paths used, as far as there is room; factors that train go through as they are, so
-that autograd sees them. A node is noted as trained on when a gradient comes back through a side path of its own: a step
-of an optimiser moves no other, and it does not matter which module of the base the forward began at.
+A side path is a forward hook on the site's own module, there while something is active and gone after it. The side
+paths laid out for a path are kept for the last paths used, as far as there is room. Factors that train go through as
+they are, so that autograd sees them.
+
+A node is noted as trained on when a gradient comes back through a side path of its own: a step of an optimiser moves no
+other node, and it does not matter which module of the base the forward began at.
+
+Law: side paths that are laid out passed every check. So a path that is found among the kept ones is not checked again.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,13 +24,24 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import BaseMismatch, BudgetError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
+from .batch import Batch
 from .batch_axis import BatchAxis
+from .behaviour import RoutedRows
+from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
-from .plan import EMPTY_PLAN, Plan
-from .routed import Route
-from .side import Draft, Manner, PathSide, Side, Sides, check_own
+from .plan import EMPTY_PLAN, PlacedPlan, Plan
+from .routed import Router
+from .side import (
+    Draft,
+    Manner,
+    PathSide,
+    Side,
+    Sides,
+    check_sites_beside,
+    raise_for_copy,
+)
 from .slab import Slab
 from .uncalled import UncalledSites
 from .unpromised import any_global_hook
@@ -35,18 +49,19 @@ from .unpromised import any_global_hook
 __all__ = ["SidePaths", "Unmerged"]
 
 KEPT_PATHS = 64
-PORTION = 1 << 20  # bytes that are taken at once for what is laid out
+PORTION = 1 << 20
+"""Bytes that are taken at once for factors that are laid out."""
 
 
 @dataclass(frozen=True, eq=False)
 class SidePaths:
-    """The side paths that run, for one path or for a batch.
+    """The side paths of one path or of a batch, ready to run.
 
     Args:
-        of: whose hooks run it.
+        of: whose hooks run them.
         plan: its sites and terms.
         sides: site → its side path.
-        mark: what key/value caches and recorded backwards know it by; None: nothing to watch.
+        mark: the behaviour's number for key/value caches and recorded backwards; None: nothing to guard.
         axis: how the rows of a batch lie.
         mixed: the sites where the rows of a batch do not all owe the same.
     """
@@ -77,8 +92,10 @@ class Unmerged:
     Args:
         base: the model.
         manner: how side paths compute.
-        ledger: who bounds what is laid out.
+        ledger: bounds the memory that is laid out.
     """
+
+    permanent = False
 
     def __init__(self, base: nn.Module, manner: Manner, *, ledger: Ledger | None = None) -> None:
         self._manner = manner
@@ -86,98 +103,126 @@ class Unmerged:
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._kept: LastUsed[Sides] = LastUsed(KEPT_PATHS)
         self._ledger.spare(self._kept)
+        self._router = Router(manner, ledger=self._ledger)
         self._uncalled = UncalledSites(base)
         self._forward_guard = ForwardGuard(base)
-        self._running = SidePaths(self, EMPTY_PLAN, {}, None)
+        self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
+        """No side paths, ready to run."""
+        self._running = self.nothing
+        self._settled = True
+        """False: a call failed half-way, and the hooks may be those of two behaviours."""
         self.reached: set[str] = set()
         """The nodes that a gradient has come back to; the reader clears it."""
 
-    permanent = False
-
-    def check(self, plan: Plan) -> None:
-        """Check that every site of the plan runs when its module is called.
-
-        Raises:
-            MergedOnly: one does not; says which and why.
-        """
-        for name, terms in plan.terms.items():
-            plan.sites[name].check_mode(terms[0].value, merged=False, node=terms[0].node)
-
-    def lay_out(self, plan: Plan) -> SidePaths:
-        """Return the side paths of one path or blend; what is laid out is kept for the last plans.
+    # ------------------------------------------------------------------ what can fail
+    def lay_out(self, placed: PlacedPlan) -> SidePaths:
+        """Check one path or blend, and return its side paths; they are kept for the last plans.
 
         Raises:
+            MergedOnly: a site does not run when its module is called; says which and why.
+            BaseMismatch: a side path would hold a number that is not finite; names the node and the module.
             BudgetError: there is no room for them; names the nodes.
         """
-        key = plan, *[site.dtype for site in plan.sites.values()]  # the base may be cast
-        sides = self._kept.get(key, lambda: self._laid_out(plan), keep=plan.fixed)
-        return SidePaths(self, plan, sides, plan.mark if plan.terms else None)
+        plan = placed.plan
+        if not plan.terms:
+            return self.nothing
+        key = plan, placed.dtypes  # the base may be cast
+        sides = self._kept.again(key)
+        if sides is None:
+            check_sites_beside(plan)
+            check_beside(placed, self._manner.dtype)
+            # Factors that train may be written to by anybody, so nothing made of them is kept.
+            sides = self._kept.get(key, partial(self._laid_out, plan), keep=plan.fixed)
+        return SidePaths(self, plan, sides, plan.mark)
 
-    def lay_out_rows(self, route: Route, axis: BatchAxis) -> SidePaths:
-        """Return the side paths of a batch whose rows lie as ``axis`` says."""
-        return SidePaths(self, route.plan, route.sides(axis), route.mark, axis, route.mixed)
+    def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> SidePaths:
+        """Check the nodes of a batch, and return its side paths.
 
+        Raises:
+            MergedOnly, BaseMismatch, BudgetError: as `lay_out`.
+            SpecError: no such strategy.
+        """
+        batch, axis = rows.batch, rows.axis
+        check = partial(self._check_rows, placed, batch)
+        route = self._router.route(placed, batch, rows.strategy, check=check)
+        return SidePaths(self, placed.plan, route.sides(axis), route.mark, axis, route.mixed)
+
+    def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
+        check_sites_beside(placed.plan)
+        check_beside(placed, self._manner.dtype, batch.largest)
+
+    def _laid_out(self, plan: Plan) -> Sides:
+        laid = Sides()
+        drafts = []
+        total = 0
+        for name, terms in plan.terms.items():
+            draft = Draft(plan.sites[name], terms, self._manner.dtype)
+            drafts.append(draft)
+            total += draft.nbytes
+        try:
+            # The ledger counts the bytes until `laid` is gone.
+            lend = self._ledger.lend(laid, total)
+        except BudgetError as error:
+            raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
+        with exact_mode(*{draft.device for draft in drafts}):
+            for device, nbytes, portion in _portions(drafts):
+                slab = Slab(lend(nbytes, device))
+                for draft in portion:
+                    laid[draft.site.name] = PathSide(draft, self._manner, slab)
+        return laid
+
+    # ------------------------------------------------------------------ the only writer of hooks
     def run(self, paths: SidePaths) -> None:
         """Let the base run these, and no others. Called again, it mends what a call that failed left half done."""
-        self._running = paths
+        if paths is self._running and self._settled:
+            return
+        self._running, self._settled = paths, False
         sites = paths.plan.sites
-        gone = [name for name, (site, _) in self._hooked.items() if sites.get(name) is not site]
-        for name in gone:
-            self._hooked[name][1].remove()
-            del self._hooked[name]
+        for name in list(self._hooked):
+            site, handle = self._hooked[name]
+            if sites.get(name) is not site:
+                handle.remove()
+                del self._hooked[name]
         for name, site in sites.items():
             if name not in self._hooked:
                 handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
                 self._hooked[name] = site, handle
         self._uncalled.expect(paths.plan)
         self._forward_guard.watch(paths.mark, paths.axis, paths.mixed)
+        self._settled = True
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
         self._kept.forget()
+        self._router.forget()
 
-    # ------------------------------------------------------------------ private
-    def _laid_out(self, plan: Plan) -> Sides:
-        laid, sites, manner = Sides(), plan.sites, self._manner
-        drafts = {
-            name: Draft(sites[name], terms, manner.dtype) for name, terms in plan.terms.items()
-        }
-        try:
-            lend = self._ledger.lend(laid, sum(draft.nbytes for draft in drafts.values()))
-        except BudgetError as error:
-            nodes = listing(
-                dict.fromkeys(term.node for terms in plan.terms.values() for term in terms)
-            )
-            raise error.within(f"{nodes}: laid out beside the weights") from error
-        with exact_mode(*{draft.device for draft in drafts.values()}):
-            for device, nbytes, names in _portions(drafts):
-                slab = Slab(lend(nbytes, device))
-                laid.update((name, PathSide(drafts[name], manner, slab)) for name in names)
-        return laid
-
+    # ------------------------------------------------------------------ in a forward
     def _hook(self, site: Site) -> Any:
-        name, fired = site.name, self._uncalled.fired
+        name, called, guard = site.name, self._uncalled.called, self._forward_guard
 
         def side_path(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         ) -> Any:
-            if not self._forward_guard.probing:
-                check_own(module, site)
-            fired.add(name)
+            probing = guard.probing  # then a copy of the base runs, on purpose
+            if module is not site.module and not probing:
+                raise_for_copy(module, site)
+            called.add(name)
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor):
                 raise BaseMismatch(
                     f"{name}: called with {type(x).__name__}, returned {type(out).__name__}; a side path needs tensors",
                     'use activate(…, mode="merged")',
                 )
-            self._forward_guard.side_path_runs()
+            guard.side_path_runs()
+            # Another hook, on the module or on all modules, may have kept the output.
             spare = (
-                site.makes_its_output and len(module._forward_hooks) == 1 and not any_global_hook()
+                len(module._forward_hooks) == 1 and site.makes_its_output and not any_global_hook()
             )
-            after = self._running.sides[name](out, x, spare)
-            if after.grad_fn is not None and not self._forward_guard.probing:
-                self._forward_guard.guard(after)
-                training = self._running.training.get(name)
+            running = self._running
+            after = running.sides[name](out, x, spare)
+            if after.grad_fn is not None and not probing:
+                guard.guard(after)
+                training = running.training.get(name)
                 if training:
                     after.grad_fn.register_prehook(partial(self._reach, training))
             return after
@@ -185,20 +230,28 @@ class Unmerged:
         return side_path
 
     def _reach(self, nodes: Sequence[str], grads: object) -> None:
-        """A backward comes by a side path: the gradients of these nodes are made next."""
+        """Note that a backward comes by a side path: the gradients of these nodes are made next."""
         self.reached.update(nodes)
 
 
-def _portions(drafts: Mapping[str, Draft]) -> Iterator[tuple[torch.device, int, list[str]]]:
-    """Sites one after the other on one device, and the bytes of slab that they take together: about `PORTION`."""
-    for device, names in groupby(drafts, key=lambda name: drafts[name].device):
-        portion: list[str] = []
-        nbytes = 0
-        for name in names:
-            portion.append(name)
-            nbytes += drafts[name].slab_bytes
-            if nbytes >= PORTION:
-                yield device, nbytes, portion
-                portion, nbytes = [], 0
-        if portion:
-            yield device, nbytes, portion
+def _portions(drafts: Sequence[Draft]) -> Iterator[tuple[torch.device, int, list[Draft]]]:
+    """Yield successive drafts on one device, with the bytes of slab that they take together: about `PORTION`."""
+    portion: list[Draft] = []
+    nbytes = 0
+    for draft in drafts:
+        if portion and (nbytes >= PORTION or draft.device != portion[0].device):
+            yield portion[0].device, nbytes, portion
+            portion, nbytes = [], 0
+        portion.append(draft)
+        nbytes += draft.slab_bytes
+    if portion:
+        yield portion[0].device, nbytes, portion
+
+
+def _nodes(plan: Plan) -> str:
+    """Return the nodes of a plan for a message, in the order of the sum."""
+    nodes: dict[str, None] = {}
+    for terms in plan.terms.values():
+        for term in terms:
+            nodes[term.node] = None
+    return listing(nodes)

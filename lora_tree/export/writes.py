@@ -18,8 +18,7 @@ import torch
 from ..blend import Blend
 from ..carried import check_carried
 from ..engine.arithmetic import Scratch
-from ..engine.finite import harmless
-from ..engine.merged import check_sum
+from ..engine.finite import check_sum, harmless
 from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import LowRank
 from ..renaming import Renaming

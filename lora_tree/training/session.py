@@ -202,7 +202,7 @@ class Training:
         for path, adapter in bound.items():
             places = {}
             for name, value in adapter.modules.items():
-                places[name] = side_device(self._binder.site(name), value)
+                places[name] = side_device(self._binder.site(name).weight, value)
             owned = self._factors.own(path, adapter, dtype, places)
             if owned is not adapter:
                 self._tree.replace(self._tree[path].holding(owned))

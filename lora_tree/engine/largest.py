@@ -1,0 +1,110 @@
+"""The largest numbers of factors, found with one pass over the buffers in which they lie and one wait for a device."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..lowrank import LowRank
+from .plan import Plan
+
+__all__ = ["badness", "largest_in_plan", "largest_of"]
+
+_LARGEST: weakref.WeakKeyDictionary[Adapter, tuple[int, float]] = weakref.WeakKeyDictionary()
+"""Adapter → how often its parameters had been written to, and its largest number then."""
+
+
+def badness(size: float) -> float:
+    """Return a size to compare by: NaN is the worst of all."""
+    return math.inf if math.isnan(size) else size
+
+
+def largest_of(value: LowRank) -> tuple[float, float, float]:
+    """Return the largest numbers of A, of B and of the bias, without their signs; 0 for no bias."""
+    a, b, *bias = _largest(value.tensors)
+    return a, b, bias[0] if bias else 0.0
+
+
+def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
+    """Return the largest number in any factor of some adapters as a plan has them; NaN if one is NaN.
+
+    Args:
+        plan: the plan. Where a base fuses modules that an adapter has apart, its values are not the adapter's own.
+        adapters: the adapters of the plan that are looked at.
+    """
+    found = [_largest_in(adapter) for adapter in adapters]
+    own = {id(value) for adapter in plan.adapters for value in adapter.modules.values()}
+    made: list[Tensor] = []
+    for terms in plan.terms.values():
+        for term in terms:
+            # Fused values have scales folded into them, so the adapter's own largest number says nothing of these.
+            if id(term.value) not in own and not term.trains:
+                made += term.value.tensors
+    found += _largest(_runs(made))
+    if any(map(math.isnan, found)):
+        return math.nan
+    return max(found, default=0.0)
+
+
+def _largest_in(adapter: Adapter) -> float:
+    tensors: list[Tensor] = []
+    for value in adapter.modules.values():
+        tensors += value.tensors
+    # Parameters may be written to in place; nothing else is. A look at the numbers themselves waits for a device.
+    writes = sum([tensor._version for tensor in tensors if isinstance(tensor, nn.Parameter)])
+    known = _LARGEST.get(adapter)
+    if known is not None and known[0] == writes:
+        return known[1]
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors):
+        return 0.0  # every rank has a part; `Merged.check` keeps these from being merged
+    found = max(_largest(_runs(tensors)), default=0.0, key=badness)
+    _LARGEST[adapter] = writes, found
+    return found
+
+
+def _largest(tensors: Iterable[Tensor]) -> list[float]:
+    """Return max |x| of each tensor, NaN if it has one; the host waits once for each device and dtype."""
+    ends: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    places: list[tuple[tuple[torch.device, torch.dtype], int]] = []
+    for tensor in tensors:
+        plain = tensor.detach()
+        if plain.element_size() == 1:
+            plain = plain.float()  # torch finds no extremes of 8-bit floats
+        key = plain.device, plain.dtype
+        found = ends.setdefault(key, [])
+        places.append((key, len(found) // 2))
+        found += torch.aminmax(plain)
+    sizes = {key: _sizes(found) for key, found in ends.items()}
+    return [sizes[key][i] for key, i in places]
+
+
+def _sizes(ends: Sequence[Tensor]) -> list[float]:
+    """Return the larger in size of each tensor's least and most number; 0 on the meta device."""
+    if ends[0].is_meta:
+        return [0.0] * (len(ends) // 2)
+    found: list[float] = torch.stack(list(ends)).abs().view(-1, 2).amax(1).tolist()
+    return found
+
+
+def _runs(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors, those that lie close together in one buffer as one: a call costs more than a gap."""
+    buffers: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        key = tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device
+        buffers.setdefault(key, []).append(tensor.detach())
+    for found in buffers.values():
+        start = min(tensor.storage_offset() for tensor in found)
+        end = max(tensor.storage_offset() + _reach(tensor) for tensor in found)
+        if len(found) > 1 and end - start <= 2 * sum(tensor.numel() for tensor in found):
+            yield found[0].as_strided((end - start,), (1,), start)
+        else:
+            yield from found
+
+
+def _reach(tensor: Tensor) -> int:
+    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1

@@ -1,0 +1,231 @@
+"""Check that a plan can be written into the weights, before anything is written.
+
+    training    factors that autograd follows can't be merged: their gradient would be lost
+    shards      a weight of which every rank has a part takes no whole sum
+    sites       a weight takes a write, under one name, and shares its memory with no other module
+    numbers     every number of a weight stays finite
+
+The answer for a plan holds as long as no tensor of the base lies elsewhere and no weight was cast, so a path that was
+merged before costs one walk over the base's addresses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import StateError, TiedWeights, listing
+from ..lowrank import is_sharded
+from ..sites import Site
+from .arithmetic import Scratch, exact_mode
+from .finite import check_sum, suspects
+from .plan import PlacedPlan, Plan, WeightDtypes
+from .pristine import Pristine
+
+__all__ = ["Mergeable"]
+
+
+class _Owner(Protocol):
+    @property
+    def paths(self) -> Sequence[str]:
+        """The nodes whose factors the model has made parameters."""
+
+
+class Mergeable:
+    """The plans that were found to be mergeable into a base.
+
+    Args:
+        base: the model.
+        pristine: the copies of the base's own weights.
+        scratch: buffers for sums that are computed and dropped.
+    """
+
+    def __init__(self, base: nn.Module, pristine: Pristine, scratch: Scratch) -> None:
+        self._base, self._pristine, self._scratch = base, pristine, scratch
+        self._untied: set[tuple[str, str]] = set()
+        """(site, tensor) that shares its memory with no other module."""
+        self._writable: weakref.WeakSet[Plan] = weakref.WeakSet()
+        self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
+        """Plan → the dtypes of the weights that it was found to leave finite, whatever their numbers."""
+        self._addresses: list[int] = []
+
+    def check(self, placed: PlacedPlan, owner: _Owner | None = None) -> None:
+        """Check that every site of the plan can be written to.
+
+        Args:
+            placed: the plan.
+            owner: knows the nodes whose factors the model has made parameters.
+
+        Raises:
+            UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
+            BaseMismatch: a weight would get a number that is not finite; names the node and the module.
+            StateError: a node trains, or the base is sharded; names the node or the site.
+        """
+        plan = placed.plan
+        if not plan.terms:
+            return
+        if placed.trains:
+            # Shards first: with a sharded base it would not help to freeze the node.
+            _refuse_sharded(plan)
+            _refuse_training(plan, () if owner is None else owner.paths)
+        # A weight at another address was replaced or moved. It may be tied now, or of another kind.
+        addresses = _addresses(self._base)
+        if addresses != self._addresses:
+            self._untied.clear()
+            self._writable.clear()
+            self._addresses = addresses
+        if plan not in self._writable:
+            self._check_sites(plan)
+            self._writable.add(plan)
+        if self._finite.get(plan) != placed.dtypes:
+            self._check_finite(placed)
+
+    # ------------------------------------------------------------------ numbers
+    def _check_finite(self, placed: PlacedPlan) -> None:
+        """Check that every number of a weight stays finite; the sum is computed only where a bound can't tell."""
+        plan = placed.plan
+        names = suspects(plan)
+        for name in names:
+            site, terms = plan.sites[name], plan.terms[name]
+            parts = [(term.node, term.value, term.coefficient) for term in terms]
+            for attribute in _written(plan, name):
+                target: Tensor = getattr(site.module, attribute)
+                is_bias = attribute == site.bias_name
+                with exact_mode(target.device):
+                    own = self._own_value(site, attribute).to(target.device)
+                    check_sum(site, name, own, parts, self._scratch, is_bias=is_bias)
+        # A bound holds for any weight of these dtypes; a sum that was computed holds for this weight alone. And factors
+        # that are parameters may be written to.
+        if not names and plan.fixed:
+            self._finite[plan] = placed.dtypes
+
+    def _own_value(self, site: Site, attribute: str) -> Tensor:
+        """Return the base's own numbers: the copy, or the weight as it stands while there is none."""
+        kept = self._pristine.known(site.module, attribute)
+        if kept is not None:
+            return kept
+        own: Tensor = getattr(site.module, attribute)
+        return own.detach()
+
+    # ------------------------------------------------------------------ sites
+    def _check_sites(self, plan: Plan) -> None:
+        """Check that each site takes a write, under one name, and shares its memory with no other module."""
+        _refuse_sharded(plan)
+        names: dict[tuple[int, str], str] = {}
+        unknown: list[tuple[Site, str, str]] = []
+        for name, terms in plan.terms.items():
+            site = plan.sites[name]
+            for term in terms:
+                site.check_mode(term.value, merged=True, node=term.node)
+            other = names.setdefault((id(site.module), site.weight_name), name)
+            if other != name:
+                raise TiedWeights(
+                    f"{terms[0].node}: {other} and {name} are two names of one weight: "
+                    "written one after the other, one would be lost",
+                    "call it by the same name in every adapter on the path",
+                )
+            for attribute in _written(plan, name):
+                if (name, attribute) not in self._untied:
+                    unknown.append((site, attribute, terms[0].node))
+        if unknown:
+            self._check_ties(unknown)
+
+    def _check_ties(self, written: Sequence[tuple[Site, str, str]]) -> None:
+        """Check that no other module uses a tensor that is about to be written: (site, tensor, a node that does)."""
+        spans = list(_spans(self._base))
+        for site, attribute, node in written:
+            start, end = _span(getattr(site.module, attribute))
+            own = id(site.module), attribute
+            shared = []
+            for first, last, module, (name, leaf) in spans:
+                if first < end and last > start and (module, leaf) != own:
+                    shared.append(f"{name}.{leaf}")
+            if shared:
+                raise TiedWeights(
+                    f"{node}: {site.name}: its {attribute} is tied to {listing(sorted(shared))}: "
+                    "merging would change both",
+                    'use activate(…, mode="unmerged"), which changes this module alone',
+                    f"or untie the base: module.{attribute} = nn.Parameter(module.{attribute}.detach().clone())",
+                    "or leave the module out of the adapter",
+                )
+            self._untied.add((site.name, attribute))
+
+
+def _written(plan: Plan, name: str) -> list[str]:
+    """Return the tensors that a plan writes at a site: the weight, and the bias if a term has one."""
+    site = plan.sites[name]
+    return [site.weight_name, site.bias_name] if name in plan.biased else [site.weight_name]
+
+
+def _refuse_sharded(plan: Plan) -> None:
+    """Raise for the first site of a plan of whose weight every rank has a part."""
+    for name, site in plan.sites.items():
+        weight = site.weight
+        if weight is not None and is_sharded(weight):
+            raise StateError(
+                f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
+                'activate(…, mode="unmerged")',
+            )
+
+
+def _refuse_training(plan: Plan, owned: Sequence[str]) -> None:
+    """Raise for the first node of a plan that trains."""
+    for name, terms in plan.terms.items():
+        for term in terms:
+            if not term.trains:
+                continue
+            freeze = "adapter.with_tensors(torch.Tensor.detach)"
+            if term.node in owned:
+                freeze = "model.trainable()"
+            raise StateError(
+                f"{term.node}: {name}: trains, and can't be merged while it does",
+                f'activate(…, mode="unmerged"), or {freeze} first',
+            )
+
+
+# ---------------------------------------------------------------------- where tensors lie
+def _addresses(base: nn.Module) -> list[int]:
+    """Return the address of every tensor of every module, of a shared one each time."""
+    found: list[int] = []
+    # By hand, because this is asked at every switch, and `modules()` takes several times as long.
+    waiting = [base]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:  # under a second name, or a child that refers to its parent
+            continue
+        seen.add(id(module))
+        for held in (module._parameters, module._buffers):
+            for tensor in held.values():
+                if tensor is not None and tensor.layout is torch.strided and not is_lazy(tensor):
+                    found.append(tensor.data_ptr())
+        for child in module._modules.values():
+            if child is not None:
+                waiting.append(child)
+    return found
+
+
+def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:
+    """Yield every tensor of every module, a shared one each time: (start, end, id of module, (module, name))."""
+    for name, module in base.named_modules():
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                if tensor is None or is_lazy(tensor) or tensor.layout is not torch.strided:
+                    continue  # it lies nowhere yet, or in several pieces
+                if not tensor.is_meta:
+                    yield (*_span(tensor), id(module), (name, leaf))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor and the one behind its last number."""
+    reach = 0
+    if tensor.numel():
+        reach = 1
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            reach += (size - 1) * stride
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
