@@ -154,7 +154,8 @@ class AdapterTree:
             PathError: ``path`` is not there; with the nearest that is.
         """
         self._known(path)
-        names = check_path(path)
+        # A node's names were checked when it came into the tree, so its path is only taken apart.
+        names = path.split("/") if path else []
         return ["/".join(names[: i + 1]) for i in range(len(names))]
 
     def common_ancestor(self, *paths: str) -> str:
@@ -183,6 +184,15 @@ class AdapterTree:
         >>> tree.coefficients("fr/legal:0.5+fr/medical:0.5")
         {'fr': 1.0, 'fr/legal': 0.5, 'fr/medical': 0.5}
         """
+        # A path of the tree is no blend of several: no name holds ':' or '+'. It needs no parsing, and its nodes have
+        # their own weights.
+        if isinstance(blend, str) and blend in self._graph:
+            weights = {}
+            for node in self.lineage(blend):
+                weight = self._graph.nodes[node]["node"].weight
+                if weight != 0.0:
+                    weights[node] = weight
+            return weights
         shares: dict[str, list[float]] = {}
         for path, weight in parse_blend(blend).items():
             for ancestor in self.lineage(path):

@@ -41,7 +41,7 @@ from .policy import Frequency, Policy
 from .shelf import PAGED, Shelf, trim
 from .shortage import explained
 from .stats import CacheStats
-from .tier import Tier
+from .tier import Resident, Tier
 
 __all__ = ["Cache", "Hold"]
 
@@ -105,15 +105,19 @@ class Cache:
             waited = self._into_tree(unread, {node.path: node for node in nodes})
             # The tree has new node values for these now.
             nodes = [self._tree[path] for path in paths]
-        tier = self._loader.top
         needed = self._needed(nodes)
-        waited = self._pin(tier, needed) or waited
         keys = [cache_key(source) for source in needed.values()]
+        tier = self._loader.top
+        residents: dict[str, Resident | None] = {}
+        if needed or self._loader.link is not None:
+            waited = self._pin(tier, needed) or waited
         with self._lock:
             # `close` clears the tiers, pinned adapters too.
             self._loader.check_open()
-            residents = {path: tier.find(cache_key(source)) for path, source in needed.items()}
-            tier.used(keys)
+            if needed:
+                for path, source in needed.items():
+                    residents[path] = tier.find(cache_key(source))
+                tier.used(keys)
             if has_files:
                 self._requests += 1
                 self._served += not waited
@@ -304,13 +308,16 @@ class Cache:
     def _needed(self, nodes: Iterable[Node]) -> dict[str, Source]:
         """Return node → source, for the nodes whose adapter the last tier has to hold."""
         needed: dict[str, Source] = {}
+        link = self._loader.link
         for node in nodes:
             source: Source | None
             if node.loaded is None:
                 source = node.source
+            elif link is None:
+                continue  # it lies in host memory, and is used there
             else:
                 with self._lock:
-                    source = self._copies.source(node, self._loader.link)
+                    source = self._copies.source(node, link)
             if source is not None:
                 needed[node.path] = source
         return needed

@@ -28,7 +28,6 @@ __all__ = [
     "add_weight",
     "compute_dtype",
     "exact_mode",
-    "product_dtype",
     "write_sum",
 ]
 
@@ -38,15 +37,8 @@ BLOCK = 1 << 21
 LARGE_BLOCK = 1 << 24
 """The same on a device with memory of its own, where a call costs more and caches help less."""
 
-
 SLOW_ON_CPU = slow_on_cpu()
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to multiply in: ``dtype``, or fp32 on a CPU that is faster with it."""
-    if device.type == "cpu" and dtype in SLOW_ON_CPU:
-        return torch.float32
-    return dtype
+"""The dtypes for which a CPU is faster with fp32 products."""
 
 
 def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:
@@ -86,9 +78,11 @@ def add_weight(
     if not values:
         target.copy_(source, non_blocking=True)  # from pinned memory the host need not wait
         return
-    dtypes = [value.dtype for value in values]
+    dtypes: set[torch.dtype] = set()
+    for value in values:
+        dtypes |= {value.A.dtype, value.B.dtype}
     wide = compute_dtype(target.dtype, *dtypes)
-    if target.dtype != wide and set(dtypes) == {target.dtype}:
+    if target.dtype != wide and dtypes == {target.dtype}:
         # `folded` widens only if a scale has to be rounded. Narrow factors may take the one stock product.
         value = concat(values).folded()
     else:

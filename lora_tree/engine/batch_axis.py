@@ -201,9 +201,9 @@ class BatchAxis:
                 "route(…, batch_first=True) says that the first axis is the rows at every site",
                 "or send a batch with another number of tokens once",
             )
+        elif self._given is not None and self._given.vectors:
+            return  # the base itself was given vectors
         elif in_a_list_of_lists(site.name):
-            if self._given is not None and self._given.vectors:
-                return
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
                 "experts with a module each can't be routed: leave them out, or activate one path at a time",

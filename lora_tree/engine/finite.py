@@ -26,7 +26,7 @@ from ..sites import Site
 from .arithmetic import Scratch, add_bias, add_weight
 from .largest import badness, largest_in_plan, largest_of
 from .plan import PlacedPlan, Plan
-from .side import side_dtype
+from .side import SideKind
 
 __all__ = ["check_beside", "check_sum", "harmless", "suspects"]
 
@@ -125,13 +125,15 @@ def _is_harmless(total: float, biases: float, folded: float, dtype: torch.dtype)
 
 # ---------------------------------------------------------------------- unmerged
 def check_beside(
-    placed: PlacedPlan, asked: torch.dtype | None, largest: Mapping[str, float] | None = None
+    placed: PlacedPlan,
+    kinds: Mapping[str, SideKind],
+    largest: Mapping[str, float] | None = None,
 ) -> None:
     """Refuse a plan whose side paths would hold a number that is not finite; what trains is not looked at.
 
     Args:
         placed: the plan.
-        asked: what side paths compute in; None: the widest of the factors' and the weight's own.
+        kinds: site → what its side path computes in.
         largest: node → the largest coefficient of any row, beside the plan's own; None: no rows differ.
 
     Raises:
@@ -144,8 +146,7 @@ def check_beside(
         adapters = tuple([adapter for adapter in adapters if not _all_train(adapter)])
     most = largest_in_plan(plan, adapters)
     for name, terms in plan.terms.items():
-        values = [term.value for term in terms]
-        dtype = side_dtype(plan.sites[name].weight, values, asked)
+        dtype, _ = kinds[name]
         info = torch.finfo(dtype)
         limit = info.max * (
             1 + info.eps / 4

@@ -48,7 +48,8 @@ class CompileWatch:
         Raises:
             StateError: the base, or something around it, is compiled.
         """
-        if self._compiled or is_compiled(base) or self.sees(base):
+        frames = compiled_frames()
+        if self._compiled or is_compiled(base) or self._sees(base, frames):
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
                 'activate(…, mode="merged") works under torch.compile as it is',
@@ -56,8 +57,11 @@ class CompileWatch:
             )
 
     def sees(self, base: nn.Module) -> bool:
-        """Whether a compiled wrapper of ``base`` is there."""
-        frames = compiled_frames()
+        """Return whether a compiled wrapper of ``base`` is there."""
+        return self._sees(base, compiled_frames())
+
+    def _sees(self, base: nn.Module, frames: int | None) -> bool:
+        # Nothing was compiled since the last look.
         if frames is not None and frames == self._frames:
             return False
         if any(

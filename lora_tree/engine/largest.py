@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,22 @@ from .plan import Plan
 
 __all__ = ["badness", "largest_in_plan", "largest_of"]
 
-_LARGEST: weakref.WeakKeyDictionary[Adapter, tuple[int, float]] = weakref.WeakKeyDictionary()
-"""Adapter → how often its parameters had been written to, and its largest number then."""
+_LARGEST: weakref.WeakKeyDictionary[Adapter, _Known] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The largest number of an adapter.
+
+    Args:
+        parameters: its factors that may be written to in place; no other is.
+        writes: how often they had been written to when the number was found.
+        largest: the number.
+    """
+
+    parameters: Sequence[Tensor]
+    writes: int
+    largest: float
 
 
 def badness(size: float) -> float:
@@ -52,19 +67,24 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
 
 
 def _largest_in(adapter: Adapter) -> float:
+    known = _LARGEST.get(adapter)
+    # Versions are compared, not numbers: a look at the numbers waits for a device.
+    if known is not None and _writes(known.parameters) == known.writes:
+        return known.largest
     tensors: list[Tensor] = []
     for value in adapter.modules.values():
         tensors += value.tensors
-    # Parameters may be written to in place; nothing else is. A look at the numbers themselves waits for a device.
-    writes = sum([tensor._version for tensor in tensors if isinstance(tensor, nn.Parameter)])
-    known = _LARGEST.get(adapter)
-    if known is not None and known[0] == writes:
-        return known[1]
     if any(hasattr(tensor, "full_tensor") for tensor in tensors):
         return 0.0  # every rank has a part; `Merged.check` keeps these from being merged
+    parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    writes = _writes(parameters)
     found = max(_largest(_runs(tensors)), default=0.0, key=badness)
-    _LARGEST[adapter] = writes, found
+    _LARGEST[adapter] = _Known(parameters, writes, found)
     return found
+
+
+def _writes(parameters: Sequence[Tensor]) -> int:
+    return sum([parameter._version for parameter in parameters])
 
 
 def _largest(tensors: Iterable[Tensor]) -> list[float]:

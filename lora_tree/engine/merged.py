@@ -8,7 +8,7 @@ base's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,17 +72,16 @@ class Merged:
             self.plan = plan
             return
         before = self.plan
-        devices = {weight.device for write in writes if (weight := write.site.weight) is not None}
+        devices = {write.target(write.site.weight_name).device for write in writes}
         launched = {device for device in devices if usable(device)}
         with exact_mode(*devices):
-            if not self._in_place:
-                self._keep(writes)
+            sources = self._sources(writes)
             begun: list[_SiteWrite] = []
             done: list[_SiteWrite] = []
             # In place, a launch reads what the last switch left, and the copies that it is known by do not exist.
             kept_for = plan if plan.fixed and not self._in_place else None
             try:
-                self._write(writes, launched, begun, done, kept_for)
+                self._write(writes, sources, launched, begun, done, kept_for)
                 self.plan = plan
             except BaseException:
                 self.plan = before
@@ -90,7 +89,9 @@ class Merged:
                 # written can't be taken back, and what was not begun must not be.
                 undone = done if self._in_place else begun
                 back = [write.undone() for write in reversed(undone)]
-                self._write(back, launched, [], [], None)
+                # All of them: the writes that were not begun count as written since `_sources`.
+                self._sources([write.undone() for write in writes])
+                self._write(back, sources, launched, [], [], None)
                 raise
             finally:
                 if not self._in_place:
@@ -144,18 +145,26 @@ class Merged:
         # What goes bare comes first: the same weight may be written under a second name in the new plan.
         return [*bare, *merged]
 
-    def _keep(self, writes: Sequence[_SiteWrite]) -> None:
-        """Copy the base's own values of everything that will be written, before the first write."""
+    def _sources(self, writes: Sequence[_SiteWrite]) -> dict[tuple[int, str], Tensor]:
+        """Return what each weight or bias is computed from, by (id of module, name), before the first write."""
+        if self._in_place:
+            sources = {}
+            for write in writes:
+                for name in write.tensors:
+                    sources[id(write.site.module), name] = write.target(name).detach()
+            return sources
         wanted = []
         for write in writes:
-            for attribute in write.tensors:
-                wanted.append((write.site.module_name, write.site.module, attribute))
-        self.pristine.keep(wanted)
+            site = write.site
+            for name in write.tensors:
+                wanted.append((site.module_name, site.module, name, bool(write.new)))
+        return self.pristine.begin(wanted)
 
     # ------------------------------------------------------------------ the only writer of weights
     def _write(
         self,
         writes: Sequence[_SiteWrite],
+        sources: Mapping[tuple[int, str], Tensor],
         launched: set[torch.device],
         begun: list[_SiteWrite],
         done: list[_SiteWrite],
@@ -165,6 +174,7 @@ class Merged:
 
         Args:
             writes: in the order in which they are written.
+            sources: what each weight or bias is computed from.
             launched: the devices on which a kernel writes all weights in one launch.
             begun: gets every write before anything of it is written.
             done: gets every write when it is written.
@@ -176,21 +186,21 @@ class Merged:
                 merged.append(write)
                 continue
             begun.append(write)
-            self._write_bare(write)
+            for name in write.tensors:
+                self._write_now(write, name, sources)
             done.append(write)
-        waiting = merged
         if launched:
-            waiting = self._launch(merged, launched, begun, done, plan)
-        for write in waiting:
+            merged = self._launch(merged, sources, launched, begun, done, plan)
+        for write in merged:
             begun.append(write)
-            for attribute in write.tensors:
-                source = self._source(write, attribute)
-                self._write_now(write, getattr(write.site.module, attribute), source)
+            for name in write.tensors:
+                self._write_now(write, name, sources)
             done.append(write)
 
     def _launch(
         self,
         writes: Sequence[_SiteWrite],
+        sources: Mapping[tuple[int, str], Tensor],
         launched: set[torch.device],
         begun: list[_SiteWrite],
         done: list[_SiteWrite],
@@ -205,13 +215,12 @@ class Merged:
         others: list[_SiteWrite] = []
         keeps = plan is not None
         for write in writes:
-            site = write.site
-            target: Tensor = getattr(site.module, site.weight_name)
+            site, weight = write.site, write.site.weight_name
+            target, source = write.target(weight), sources[id(write.site.module), weight]
             if target.device not in launched:
                 others.append(write)
                 continue
             if known is None:
-                source = self._own(write, site.weight_name)
                 found = part_of(site, target, source, self._terms(write))
                 if found is None:
                     others.append(write)
@@ -223,12 +232,10 @@ class Merged:
                 others.append(write)
                 continue
             begun.append(write)
-            source = self._source(write, site.weight_name)
             if source.device != target.device:
                 target.copy_(source, non_blocking=True)  # the launch reads it there
-            for attribute in write.tensors[1:]:  # no kernel writes a bias
-                source = self._source(write, attribute)
-                self._write_now(write, getattr(site.module, attribute), source)
+            for name in write.tensors[1:]:  # no kernel writes a bias
+                self._write_now(write, name, sources)
             targets.append(target)
             mine.append(write)
         if not targets:
@@ -244,37 +251,19 @@ class Merged:
         done += mine
         return others
 
-    def _write_bare(self, write: _SiteWrite) -> None:
-        """Put the base's own values back at a site."""
-        module = write.site.module
-        for attribute in write.tensors:
-            source = self.pristine.begin(module, attribute, merged=False)
-            _add(write.site, getattr(module, attribute), source, [], self._scratch)
-
-    def _write_now(self, write: _SiteWrite, target: Tensor, source: Tensor) -> None:
+    def _write_now(
+        self, write: _SiteWrite, name: str, sources: Mapping[tuple[int, str], Tensor]
+    ) -> None:
         """Write a site's weight or bias with stock operations, on its device."""
-        values = []
-        for term in write.new:
-            values.append(term.scaled)
+        target = write.target(name)
+        values = [term.scaled for term in write.new]
         if self._in_place:
-            for term in write.old:
-                values.append(term.value.scaled(-term.coefficient))
-        here = target.device
-        values = [value if value.A.device == here else value.to(device=here) for value in values]
-        _add(write.site, target, source, values, self._scratch)
-
-    def _own(self, write: _SiteWrite, attribute: str) -> Tensor:
-        """Return the tensor that a site's weight or bias is computed from."""
-        if self._in_place:
-            tensor: Tensor = getattr(write.site.module, attribute)
-            return tensor.detach()
-        return self.pristine.of(write.site.module, attribute)
-
-    def _source(self, write: _SiteWrite, attribute: str) -> Tensor:
-        """Return the same tensor, and count the weight or bias as written: the caller is about to."""
-        if self._in_place:
-            return self._own(write, attribute)
-        return self.pristine.begin(write.site.module, attribute, merged=bool(write.new))
+            # There is no copy to begin from: the terms of before are taken back in the same sum.
+            values += [term.value.scaled(-term.coefficient) for term in write.old]
+        for i, value in enumerate(values):
+            if value.A.device != target.device:
+                values[i] = value.to(device=target.device)
+        _add(write.site, target, sources[id(write.site.module), name], values, self._scratch)
 
     def _terms(self, write: _SiteWrite) -> list[tuple[LowRank, float]]:
         """Return values and their coefficients; in place, what was written before is taken back too."""
@@ -299,6 +288,11 @@ class _SiteWrite:
     tensors: list[str]
     new: Terms
     old: Terms
+
+    def target(self, name: str) -> Tensor:
+        """Return the weight or bias as the module shows it now."""
+        tensor: Tensor = getattr(self.site.module, name)
+        return tensor
 
     def undone(self) -> _SiteWrite:
         """Return the write that takes this one back."""

@@ -92,13 +92,9 @@ class Plan:
     live: frozenset[tuple[str, str]] = frozenset()
     fixed: bool = True
 
-    @property
-    def trains(self) -> bool:
-        """Whether autograd follows a factor or a bias of it now."""
-        return any(map(_requires_grad, self._tensors))
-
     @cached_property
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every factor and bias of it."""
         found: list[Tensor] = []
         for terms in self.terms.values():
             for term in terms:
@@ -231,14 +227,14 @@ class Binder:
         if known is not None:
             dtypes = known.look(self._base)
             if dtypes is not None:
-                return PlacedPlan(known, dtypes, known.trains)
+                return PlacedPlan(known, dtypes, any(map(_requires_grad, known.tensors)))
             # The owner of the base replaced a module. Other plans may have the old one as well.
             self._plans.forget()
         plan = self._made(terms)
         if plan.fixed:
             self._plans.keep(key, plan)
         dtypes = tuple([site.dtype for site in plan.sites.values()])
-        return PlacedPlan(plan, dtypes, plan.trains)
+        return PlacedPlan(plan, dtypes, any(map(_requires_grad, plan.tensors)))
 
     def _made(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
         found: dict[str, list[Term]] = {}

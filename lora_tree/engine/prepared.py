@@ -34,7 +34,7 @@ from .behaviour import RoutedRows
 from .finite import check_beside
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .routed import check_strategy
-from .side import check_sites_beside, raise_for_copy, side_dtype, widened
+from .side import check_sites_beside, raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
 __all__ = ["Numbers", "Prepared"]
@@ -175,7 +175,7 @@ class Prepared:
         ordinary = largest is None or max(largest.values(), default=0.0) <= 1.0
         if ordinary and self._finite.get(plan) == placed.dtypes:
             return
-        check_beside(placed, self._dtype, largest)
+        check_beside(placed, side_kinds(plan, self._dtype), largest)
         if ordinary and plan.fixed:
             self._finite[plan] = placed.dtypes
 

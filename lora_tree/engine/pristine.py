@@ -23,12 +23,16 @@ from ..budget import format_bytes
 from ..errors import ForeignWrite, listing
 from .watch import Watch, WatchedWeight
 
-__all__ = ["Copies", "Place", "Pristine"]
+__all__ = ["Copies", "Place", "Pristine", "Wanted"]
 
 Place: TypeAlias = Literal["auto", "device", "host", "none"]
 
 MARGIN = 8
 """One part in so many of a device's memory stays free for activations when ``auto`` puts copies there."""
+
+
+Wanted: TypeAlias = tuple[str, nn.Module, str, bool]
+"""A weight that a switch writes: the module's name, the module, which of its tensors, and if a path is in it then."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Pristine:
         self.number = 0
         """Another one whenever a copy was made or dropped."""
 
-    def verify(self, replaced: Iterable[str] = ()) -> None:
+    def verify(self, replaced: Sequence[str] = ()) -> None:
         """Check that every copy is still what its weight was. The copy of a changed bare weight is dropped.
 
         Args:
@@ -110,7 +114,9 @@ class Pristine:
         Raises:
             ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into it.
         """
-        touched = set(self._watch.touched([kept.weight for kept in self._kept.values()]))
+        touched = self._watch.touched([kept.weight for kept in self._kept.values()])
+        if not touched and not replaced:
+            return
         changed = [key for key, kept in self._kept.items() if kept.weight in touched]
         lost = list(replaced)
         for key in changed:
@@ -128,17 +134,32 @@ class Pristine:
             del self._kept[key]
             self.number += 1
 
-    def keep(self, wanted: Iterable[tuple[str, nn.Module, str]]) -> None:
-        """Copy the weights that have no copy yet, before anything of them is written: all, or on an error none.
+    def begin(self, wanted: Sequence[Wanted]) -> dict[tuple[int, str], Tensor]:
+        """Return the base's own values of some weights, before anything of them is written.
+
+        Weights that have no copy yet are copied: all, or on an error none. `look` has to follow once everything is
+        written.
 
         Args:
-            wanted: (the module's name, the module, which of its tensors), of everything that a switch will write.
+            wanted: everything that a switch will write.
+
+        Returns:
+            (id of the module, which of its tensors) → the copy.
 
         Raises:
             MemoryError, RuntimeError: no memory for the copies, neither on the device nor on the host.
         """
+        self._keep(wanted)
+        sources = {}
+        for _, module, attribute, merged in wanted:
+            kept = self._kept[id(module), attribute]
+            kept.merged = merged
+            sources[id(module), attribute] = kept.copy
+        return sources
+
+    def _keep(self, wanted: Sequence[Wanted]) -> None:
         missing = []
-        for name, module, attribute in wanted:
+        for name, module, attribute, _ in wanted:
             if (id(module), attribute) not in self._kept:
                 weight = getattr(module, attribute)
                 missing.append(WatchedWeight(f"{name}.{attribute}", module, attribute, weight))
@@ -156,27 +177,10 @@ class Pristine:
         self.number += 1
         self.look()
 
-    def of(self, module: nn.Module, attribute: str) -> Tensor:
-        """Return the base's own value of ``module.attribute``, which is kept."""
-        return self._kept[id(module), attribute].copy
-
     def known(self, module: nn.Module, attribute: str) -> Tensor | None:
         """Return the base's own value of ``module.attribute``; None if there is no copy."""
         kept = self._kept.get((id(module), attribute))
         return None if kept is None else kept.copy
-
-    def begin(self, module: nn.Module, attribute: str, *, merged: bool) -> Tensor:
-        """Return the base's own value of ``module.attribute``, which the caller is about to write to.
-
-        `look` has to follow once everything is written.
-
-        Args:
-            module, attribute: the weight.
-            merged: a path is in it then.
-        """
-        kept = self._kept[id(module), attribute]
-        kept.merged = merged
-        return kept.copy
 
     def look(self) -> None:
         """Note how every weight with a copy looks now, so that `verify` recognises it."""

@@ -29,7 +29,7 @@ from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .owed import Owed
 from .plan import Marks, PlacedPlan, Plan, Terms
-from .side import Draft, Manner, PathSide, Side, Sides, side_dtype, widened
+from .side import Draft, Manner, PathSide, Side, Sides, side_device, side_dtype, widened
 
 __all__ = ["Route", "Router", "Strategy", "check_strategy"]
 
@@ -85,11 +85,15 @@ class Router:
             batch: what the rows owe.
             strategy: one form for all sites, or ``auto``.
             check: is called before a route is made; a route that is kept passed it.
+
+        Raises:
+            SpecError: no such strategy.
         """
         owed = batch.nodes, batch.kinds, batch.of_row, strategy, placed.dtypes
         key = placed.plan, owed
         route = self._kept.again(key)
         if route is None:
+            check_strategy(strategy)
             check()
             mark = self._marks.of((placed.plan.mark, owed))
             route = Route(batch, placed.plan, strategy, self._manner, mark, self._ledger)
@@ -158,9 +162,11 @@ class Route:
             if name in mixed:
                 continue
             terms = self.plan.terms[name]
-            (kind,) = self._batch(terms, (1, 1)).kinds
-            owed = [replace(t, coefficient=c) for t, c in zip(terms, kind, strict=True)]
-            draft = Draft(site, tuple(owed), self.manner.dtype)
+            (coefficients,) = self._batch(terms, (1, 1)).kinds
+            owed = [replace(t, coefficient=c) for t, c in zip(terms, coefficients, strict=True)]
+            dtype = side_dtype(site.weight, [t.value for t in owed], self.manner.dtype)
+            device = side_device(site.weight, owed[0].value)
+            draft = Draft(site, tuple(owed), (dtype, device), trains=True)
             self._charge(draft.nbytes)
             with exact_mode(draft.device):
                 found[name] = PathSide(draft, self.manner)

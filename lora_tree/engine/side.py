@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
-from .arithmetic import product_dtype
+from . import arithmetic
 from .plan import Plan, Terms
 from .slab import Slab
 
@@ -27,11 +27,13 @@ __all__ = [
     "Manner",
     "PathSide",
     "Side",
+    "SideKind",
     "Sides",
     "check_sites_beside",
     "raise_for_copy",
     "side_device",
     "side_dtype",
+    "side_kinds",
     "widened",
 ]
 
@@ -69,6 +71,10 @@ class Side(Protocol):
         ...
 
 
+SideKind: TypeAlias = tuple[torch.dtype, torch.device]
+"""What a site's side path computes in."""
+
+
 class Sides(dict[str, Side]):
     """Site → its side path. A class of its own, because a plain dict takes no weak reference."""
 
@@ -79,18 +85,17 @@ class Draft:
     Args:
         site: the site.
         terms: in the order of the sum.
-        asked: what to compute in; None: the widest of the factors' and the weight's own.
+        kind: the dtype and the device to compute in.
+        trains: whether some terms of the plan train; else none is asked.
     """
 
-    def __init__(self, site: Site, terms: Terms, asked: torch.dtype | None) -> None:
+    def __init__(self, site: Site, terms: Terms, kind: SideKind, *, trains: bool) -> None:
         self.site = site
+        self.dtype, self.device = kind
         self.frozen: list[LowRank] = []
         self.live: list[LowRank] = []
         for term in terms:
-            (self.live if term.trains else self.frozen).append(term.scaled)
-        weight, values = site.weight, [term.value for term in terms]
-        self.dtype = side_dtype(weight, values, asked)
-        self.device = side_device(weight, values[0])
+            (self.live if trains and term.trains else self.frozen).append(term.scaled)
         up = down = biases = 0
         for value in self.frozen:
             down += value.A.numel()
@@ -143,7 +148,7 @@ class PathSide:
             wide = A.dtype
             if x.dtype != wide:
                 wide = torch.promote_types(wide, x.dtype)
-            wide = product_dtype(wide, x.device)
+            wide = _product_dtype(wide, x.device)
             # Each is asked first: `to` costs a call into torch even if it returns the tensor itself.
             x = x if x.dtype == wide else x.to(wide)
             A = A if A.dtype == wide else A.to(wide)
@@ -178,6 +183,21 @@ def raise_for_copy(module: nn.Module, site: Site) -> None:
     )
 
 
+def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
+    """Return site → the dtype and the device that its side path computes in.
+
+    Args:
+        plan: its sites and terms.
+        asked: the dtype asked for; None: the widest of the factors' and the weight's own.
+    """
+    weights = [site.weight for site in plan.sites.values()]
+    kinds = {}
+    for weight, (name, terms) in zip(weights, plan.terms.items(), strict=True):
+        values = [term.value for term in terms]
+        kinds[name] = side_dtype(weight, values, asked), side_device(weight, values[0])
+    return kinds
+
+
 def side_dtype(
     weight: Tensor | None, values: Sequence[LowRank], asked: torch.dtype | None
 ) -> torch.dtype:
@@ -205,10 +225,17 @@ def side_device(weight: Tensor | None, value: LowRank) -> torch.device:
     return value.A.device if weight is None else weight.device
 
 
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to multiply in: ``dtype``, or fp32 on a CPU that is faster with it."""
+    if device.type == "cpu" and dtype in arithmetic.SLOW_ON_CPU:
+        return torch.float32
+    return dtype
+
+
 def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:
     """Return ``out`` and ``x`` in dtypes that hold a sum in ``dtype``; and whether ``out`` may be written over."""
     if x.is_floating_point():
-        x = x.to(product_dtype(torch.promote_types(dtype, x.dtype), x.device))
+        x = x.to(_product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype
     # Under autocast the module's own output is narrow on purpose, and what follows expects it so.
     wide = out.dtype

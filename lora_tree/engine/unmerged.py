@@ -38,9 +38,11 @@ from .side import (
     Manner,
     PathSide,
     Side,
+    SideKind,
     Sides,
     check_sites_beside,
     raise_for_copy,
+    side_kinds,
 )
 from .slab import Slab
 from .uncalled import UncalledSites
@@ -130,9 +132,12 @@ class Unmerged:
         sides = self._kept.again(key)
         if sides is None:
             check_sites_beside(plan)
-            check_beside(placed, self._manner.dtype)
-            # Factors that train may be written to by anybody, so nothing made of them is kept.
-            sides = self._kept.get(key, partial(self._laid_out, plan), keep=plan.fixed)
+            kinds = side_kinds(plan, self._manner.dtype)
+            check_beside(placed, kinds)
+            sides = self._laid_out(placed, kinds)
+            # Anybody may write to factors that train, so nothing made of them is kept.
+            if plan.fixed:
+                self._kept.keep(key, sides)
         return SidePaths(self, plan, sides, plan.mark)
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> SidePaths:
@@ -149,14 +154,14 @@ class Unmerged:
 
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
         check_sites_beside(placed.plan)
-        check_beside(placed, self._manner.dtype, batch.largest)
+        check_beside(placed, side_kinds(placed.plan, self._manner.dtype), batch.largest)
 
-    def _laid_out(self, plan: Plan) -> Sides:
-        laid = Sides()
+    def _laid_out(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> Sides:
+        plan, laid = placed.plan, Sides()
         drafts = []
         total = 0
         for name, terms in plan.terms.items():
-            draft = Draft(plan.sites[name], terms, self._manner.dtype)
+            draft = Draft(plan.sites[name], terms, kinds[name], trains=placed.trains)
             drafts.append(draft)
             total += draft.nbytes
         try:
@@ -215,9 +220,8 @@ class Unmerged:
                 )
             guard.side_path_runs()
             # Another hook, on the module or on all modules, may have kept the output.
-            spare = (
-                len(module._forward_hooks) == 1 and site.makes_its_output and not any_global_hook()
-            )
+            alone = len(module._forward_hooks) == 1 and not any_global_hook()
+            spare = alone and site.makes_its_output
             running = self._running
             after = running.sides[name](out, x, spare)
             if after.grad_fn is not None and not probing:
