@@ -39,7 +39,8 @@ class Budgets:
 
     Args:
         host_bytes: in RAM.
-        device_bytes: on the device that the base is on. Of a base on the CPU that is RAM too, and the smaller counts.
+        device_bytes: on the device that the base is on. Of a base on the CPU that is RAM too, and
+            the smaller counts.
 
     Raises:
         SpecError: one is no positive whole number.
@@ -53,7 +54,8 @@ class Budgets:
             given: object = nbytes
             if given is not None and (type(given) is not int or not 0 < given <= MOST):
                 raise SpecError(
-                    f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got {_spelled(given)}"
+                    f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got "
+                    f"{_spelled(given)}"
                 )
 
     @staticmethod
@@ -64,7 +66,8 @@ class Budgets:
         spec: tuple[int | str | None, int | str | None] = (None, None),
         environment: Mapping[str, str] = os.environ,
     ) -> Budgets:
-        """From what was asked for, or else the environment, or else tree.yaml's ``spec``; each budget by itself.
+        """From what was asked for, or else the environment, or else tree.yaml's ``spec``; each
+        budget by itself.
 
         Raises:
             SpecError: a size makes no sense; says where it stands.

@@ -27,7 +27,8 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
 
     Args:
         tree: of adapters that are not in memory only the headers are read.
-        base: its modules are asked for kinds and shapes; ``with torch.device("meta")`` makes one of any size at once.
+        base: its modules are asked for kinds and shapes; ``with torch.device("meta")`` makes one of
+            any size at once.
 
     >>> tree = AdapterTree(defaults=dict(target_modules=["1"]))
     >>> _ = tree.add("fr")
@@ -71,12 +72,15 @@ def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator
 
 
 def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str, str]]:
-    """Every module in which a node does not add up with the nearest node above it that changes the same: (node, what).
+    """Every module in which a node does not add up with the nearest node above it that changes the
+    same: (node, what).
 
-    Two names that look like one module's, as an earlier transformers named it and as today's does, are told as well.
+    Two names that look like one module's, as an earlier transformers named it and as today's does,
+    are told as well.
 
     Args:
-        base: says how the modules are named today, so that two names of one module are one; on the meta device as well.
+        base: says how the modules are named today, so that two names of one module are one; on the
+            meta device as well.
 
     Raises:
         FormatError: the files of a node are gone or broken.
@@ -112,7 +116,9 @@ def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
 
 
 def _two_names(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> Iterator[str]:
-    """One module under two names, of which this node has at least one; told once, where the second comes in."""
+    """One module under two names, of which this node has at least one; told once, where the second
+    comes in.
+    """
     lineage = [above for above in tree.lineage(path) if above in outlines]
     names = [name for above in lineage for name in outlines[above].modules]
     twice = spelled_twice(names)

@@ -5,9 +5,9 @@
     UNMERGED, ROUTED     the weights are the base's own; side paths run as hooks, for one path or for one per row
     DETACHED             nothing of ours is left; the model can't be used again
 
-Every state but the last leads to every other. A call checks everything before it changes anything, and leaves the
-state before it where it fails. One lock guards the switches: whoever is inside ``using`` or ``route`` keeps other
-threads from switching the base under it.
+Every state but the last leads to every other. A call checks everything before it changes anything,
+and leaves the state before it where it fails. One lock guards the switches: whoever is inside
+``using`` or ``route`` keeps other threads from switching the base under it.
 """
 
 from __future__ import annotations
@@ -74,22 +74,25 @@ def attach(
     Args:
         tree: fresh nodes get their adapters now.
         base: any ``torch.nn.Module``; ``torch.compile`` and DDP wrappers are looked through.
-        pristine: where the base's own weights are kept while a path is merged: a copy of the weights that adapters
-            touch, made when first needed. ``device``: beside the weights; ``host``: in host memory, pinned on CUDA;
-            ``auto``: on the device where it has room for them and an eighth of its memory stays free, else on the
-            host. Where memory runs out on the device a warning says so, and the host is taken. ``none``: nowhere;
-            paths are added and subtracted in place, and the weights drift by a rounding with every switch. See
+        pristine: where the base's own weights are kept while a path is merged: a copy of the
+            weights that adapters touch, made when first needed. ``device``: beside the weights;
+            ``host``: in host memory, pinned on CUDA; ``auto``: on the device where it has room for
+            them and an eighth of its memory stays free, else on the host. Where memory runs out on
+            the device a warning says so, and the host is taken. ``none``: nowhere; paths are added
+            and subtracted in place, and the weights drift by a rounding with every switch. See
             `TreeModel.pristine`.
-        compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the weight's own.
-        host_budget, device_budget: how much memory adapters that come from files may take, in RAM and on the base's
-            device: bytes, or ``"8GiB"``. None: what ``LORA_TREE_HOST_BUDGET`` and ``LORA_TREE_DEVICE_BUDGET`` say, or
-            tree.yaml, or else no bound. Of a base on the CPU both are RAM, and the smaller counts.
-        eviction: a class, or a function, that makes what decides who leaves a full cache first: one for each kind of
-            memory.
+        compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the
+            weight's own.
+        host_budget, device_budget: how much memory adapters that come from files may take, in RAM
+            and on the base's device: bytes, or ``"8GiB"``. None: what ``LORA_TREE_HOST_BUDGET`` and
+            ``LORA_TREE_DEVICE_BUDGET`` say, or tree.yaml, or else no bound. Of a base on the CPU
+            both are RAM, and the smaller counts.
+        eviction: a class, or a function, that makes what decides who leaves a full cache first: one
+            for each kind of memory.
 
     Raises:
-        SpecError: ``tree`` or ``base`` is something else, a budget or a dtype makes no sense, or ``eviction`` is no
-            such maker.
+        SpecError: ``tree`` or ``base`` is something else, a budget or a dtype makes no sense, or
+            ``eviction`` is no such maker.
         StateError: the base is attached already, or wrapped by PEFT or FSDP.
         BaseMismatch: a fresh node targets nothing in this base; names the node.
 
@@ -138,7 +141,8 @@ def attach_as(
     if pristine not in get_args(Place):
         known = get_args(Place)
         raise SpecError(
-            f"pristine must be {listing(map(repr, known))}, got {pristine!r}{suggest(str(pristine), known)}"
+            f"pristine must be {listing(map(repr, known))}, got "
+            f"{pristine!r}{suggest(str(pristine), known)}"
         )
     maker: object = eviction
     if not callable(maker):
@@ -160,10 +164,12 @@ def attach_as(
 
 
 class TreeModel(nn.Module):
-    """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys stay bare.
+    """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys
+    stay bare.
 
-    What is no attribute of a `TreeModel` is its base's, to read and to set, as trainers expect (``config``,
-    ``get_input_embeddings``, ``dtype``, …). A few names by which the base alone would be saved or changed are refused.
+    What is no attribute of a `TreeModel` is its base's, to read and to set, as trainers expect
+    (``config``, ``get_input_embeddings``, ``dtype``, …). A few names by which the base alone would
+    be saved or changed are refused.
 
     >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> base.config = "the base's own"
@@ -246,8 +252,8 @@ class TreeModel(nn.Module):
         """Return an attribute of the base, where it is none of ours.
 
         Raises:
-            AttributeError: the base has none either, or it is one of those that must not pass (then a `StateError`,
-                too).
+            AttributeError: the base has none either, or it is one of those that must not pass (then
+                a `StateError`, too).
         """
         try:
             return super().__getattr__(name)
@@ -289,7 +295,9 @@ class TreeModel(nn.Module):
 
     @property
     def active(self) -> Blend | tuple[Blend, ...]:
-        """The path or blend that the base behaves as now; ``""`` is the bare base; one for each row while routed."""
+        """The path or blend that the base behaves as now; ``""`` is the bare base; one for each row
+        while routed.
+        """
         return self._stage.current.request.asked
 
     @property
@@ -306,18 +314,19 @@ class TreeModel(nn.Module):
         """Make a path or a blend the base's behaviour.
 
         Args:
-            blend: ``"fr/legal"``, ``{"fr/legal": 0.5, "fr/medical": 0.5}``, or the same as a string; ``""`` for the
-                bare base.
-            mode: ``merged`` writes it into the weights (no cost in forward); ``unmerged`` runs it beside them (a
-                switch costs next to nothing, the weights stay the base's own).
+            blend: ``"fr/legal"``, ``{"fr/legal": 0.5, "fr/medical": 0.5}``, or the same as a
+                string; ``""`` for the bare base.
+            mode: ``merged`` writes it into the weights (no cost in forward); ``unmerged`` runs it
+                beside them (a switch costs next to nothing, the weights stay the base's own).
 
         Raises:
             PathError, SpecError: not a path of the tree, or not a blend.
-            BaseMismatch: an adapter on the way does not fit this base, or can't be applied in this mode, or its scale
-                times its factors is not finite in the base's dtype.
+            BaseMismatch: an adapter on the way does not fit this base, or can't be applied in this
+                mode, or its scale times its factors is not finite in the base's dtype.
             FolderError, FormatError: an adapter's files can't be read.
             BudgetError: the path does not fit into a budget; says how much is needed.
-            StateError: detached, or a node that trains was to be merged, or somebody else wrote to a merged weight.
+            StateError: detached, or a node that trains was to be merged, or somebody else wrote to
+                a merged weight.
 
         The state before the call is kept where it fails.
         """
@@ -330,12 +339,15 @@ class TreeModel(nn.Module):
             self._stage.become(Request(asked, mode))
 
     def deactivate(self) -> None:
-        """Make the base bare again: weights, buffers, hooks and flags are what they were before `attach`."""
+        """Make the base bare again: weights, buffers, hooks and flags are what they were before
+        `attach`.
+        """
         self.activate("")
 
     @contextlib.contextmanager
     def using(self, blend: Blend, *, mode: Mode = "merged") -> Iterator[TreeModel]:
-        """`activate` for the length of a ``with``; what was active before comes back, after exceptions too.
+        """`activate` for the length of a ``with``; what was active before comes back, after
+        exceptions too.
 
         Other threads that switch this base wait until the block is left.
         """
@@ -355,26 +367,32 @@ class TreeModel(nn.Module):
         tile: int = 1,
         batch_first: bool = False,
     ) -> Iterator[TreeModel]:
-        """Give every row of a batch its own path, for the length of a ``with``; what was active before comes back.
+        """Give every row of a batch its own path, for the length of a ``with``; what was active
+        before comes back.
 
-        Any row takes any path or blend, in any order, in forward and in backward; ``""`` is the bare base, bit for
-        bit. Only the nodes on the batch's lineages are loaded. ``generate`` may repeat rows for beams and sequences.
+        Any row takes any path or blend, in any order, in forward and in backward; ``""`` is the
+        bare base, bit for bit. Only the nodes on the batch's lineages are loaded. ``generate`` may
+        repeat rows for beams and sequences.
 
         Args:
             paths: one path or blend for every row.
-            strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped`` or ``matrix``; they agree to
-                rounding, and ``auto`` takes the one with the least estimated time.
+            strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped`` or ``matrix``;
+                they agree to rounding, and ``auto`` takes the one with the least estimated time.
             repeat: the base is given every row so many times in place, as for beams.
-            tile: the base is given the whole batch so many times over, as for preference pairs or guidance.
-            batch_first: every site puts the rows on the first axis; needed only where a first batch has as many tokens
-                as rows and the base can't be run on shapes alone (a mixture of experts), to see which is which.
+            tile: the base is given the whole batch so many times over, as for preference pairs or
+                guidance.
+            batch_first: every site puts the rows on the first axis; needed only where a first batch
+                has as many tokens as rows and the base can't be run on shapes alone (a mixture of
+                experts), to see which is which.
 
         Raises:
-            PathError, SpecError: a path is not in the tree; names the row. Or a factor or strategy makes no sense.
-            BaseMismatch: an adapter does not fit, or changes a weight that no side path can reach; in forward: a site
-                is given something whose first axis is not the rows.
+            PathError, SpecError: a path is not in the tree; names the row. Or a factor or strategy
+                makes no sense.
+            BaseMismatch: an adapter does not fit, or changes a weight that no side path can reach;
+                in forward: a site is given something whose first axis is not the rows.
             FolderError, FormatError: an adapter's files can't be read.
-            StateError: detached, or the base was compiled before; in forward: a key/value cache of another path.
+            StateError: detached, or the base was compiled before; in forward: a key/value cache of
+                another path.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -397,9 +415,11 @@ class TreeModel(nn.Module):
                     yield self
 
     def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
-        """Load the nodes of some paths or blends in the background, so that they are there when they are needed.
+        """Load the nodes of some paths or blends in the background, so that they are there when
+        they are needed.
 
-        It comes back at once. What can't be loaded is an error of the call that needs it, if there ever is one.
+        It comes back at once. What can't be loaded is an error of the call that needs it, if there
+        ever is one.
 
         Args:
             paths: the ones needed soonest first. What the budget has no room for is left out.
@@ -423,10 +443,12 @@ class TreeModel(nn.Module):
         """After somebody else wrote to merged weights: say which are the base's own, and be bare.
 
         Args:
-            what: ``pristine`` puts the copies back; ``weights`` takes what stands in the model now for the base.
+            what: ``pristine`` puts the copies back; ``weights`` takes what stands in the model now
+                for the base.
 
         Raises:
-            ForeignWrite: the copies fit no more, because a module was replaced or resized; nothing was changed.
+            ForeignWrite: the copies fit no more, because a module was replaced or resized; nothing
+                was changed.
             StateError: detached, or there are no copies (``pristine="none"``).
         """
         with self._lock:
@@ -439,7 +461,9 @@ class TreeModel(nn.Module):
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
 
     def detach(self) -> None:
-        """Make the base bare and let go of it; what `trainable` froze of it is as it was. This object is spent then."""
+        """Make the base bare and let go of it; what `trainable` froze of it is as it was. This
+        object is spent then.
+        """
         with self._lock:
             if self._detached:
                 return
@@ -460,7 +484,8 @@ class TreeModel(nn.Module):
         return self.cache.read(path, source)
 
     def nodes_in_use(self) -> list[str]:
-        """The nodes that the base's behaviour depends on, or will again when a ``with`` is left, and those that train.
+        """The nodes that the base's behaviour depends on, or will again when a ``with`` is left,
+        and those that train.
 
         The tree refuses to change them.
         """
@@ -472,18 +497,22 @@ class TreeModel(nn.Module):
         )
 
     def prepare(self, *, max_rank: int) -> None:
-        """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they stay until `detach`.
+        """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they
+        stay until `detach`.
 
-        After it, ``activate(…, mode="unmerged")`` and `route` rewrite the buffers in place, so a base that is compiled
-        next is traced once while bare, once for a path and once for each number of routed rows, and never again for
-        another path. Merged switching needs none of this.
+        After it, ``activate(…, mode="unmerged")`` and `route` rewrite the buffers in place, so a
+        base that is compiled next is traced once while bare, once for a path and once for each
+        number of routed rows, and never again for another path. Merged switching needs none of
+        this.
 
         Args:
-            max_rank: columns of every buffer: the largest Σr of a path, or of all nodes of a batch together, at any
-                site. A site costs ``max_rank · (in + out)`` numbers, and as much work as that at every step.
+            max_rank: columns of every buffer: the largest Σr of a path, or of all nodes of a batch
+                together, at any site. A site costs ``max_rank · (in + out)`` numbers, and as much
+                work as that at every step.
 
         Raises:
-            StateError: a path is active, the model is prepared or detached already, or the base is compiled already.
+            StateError: a path is active, the model is prepared or detached already, or the base is
+                compiled already.
             SpecError: ``max_rank`` is not a positive whole number.
             BaseMismatch, FormatError: a node does not fit the base, or its files can't be read.
 
@@ -523,21 +552,23 @@ class TreeModel(nn.Module):
 
         Args:
             *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
-            dtype: of the factors that train, whatever the base's; wider where a factor is wider; None: as they are.
-            dropout: the part of a site's input that they do not see while the model is in training mode; a row has
-                one mask for all nodes on its lineage that train.
+            dtype: of the factors that train, whatever the base's; wider where a factor is wider;
+                None: as they are.
+            dropout: the part of a site's input that they do not see while the model is in training
+                mode; a row has one mask for all nodes on its lineage that train.
 
         Returns:
-            one parameter group per node, ``{"name": path, "params": [A and B of every module]}``, in the order of the
-            sum. ``lr``, ``weight_decay`` and whatever else an optimiser takes may be put in; so may ``clip_norm``,
-            which `follow` heeds.
+            one parameter group per node, ``{"name": path, "params": [A and B of every module]}``,
+            in the order of the sum. ``lr``, ``weight_decay`` and whatever else an optimiser takes
+            may be put in; so may ``clip_norm``, which `follow` heeds.
 
         Raises:
             PathError: a path or pattern matches no node.
-            SpecError: ``dropout`` is not from 0 to below 1, or ``dtype`` is none that factors can train in.
+            SpecError: ``dropout`` is not from 0 to below 1, or ``dtype`` is none that factors can
+                train in.
             BudgetError: what is active does not fit into a budget once other nodes train.
-            StateError: a node is merged into the weights now; or the factors are sharded, and others train, or in
-                another dtype.
+            StateError: a node is merged into the weights now; or the factors are sharded, and
+                others train, or in another dtype.
 
         On an error everything is as it was: what trains, in which parameters, and what is frozen.
 
@@ -554,15 +585,17 @@ class TreeModel(nn.Module):
             return self._training.train(chosen, dtype, dropout, within=self)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on a step of ``optimizer`` does to each node what one over that node alone would do.
+        """From now on a step of ``optimizer`` does to each node what one over that node alone would
+        do.
 
-        A node without rows since the last step, in no micro-batch and on no rank, is not moved at all: no momentum, no
-        decay. It had rows where a gradient came back through a side path of its own, whichever module of the base the
-        forward began at. Where a group has a ``clip_norm``, its gradients are clipped to it, before each step. With
-        several ranks every one of them has to make the step.
+        A node without rows since the last step, in no micro-batch and on no rank, is not moved at
+        all: no momentum, no decay. It had rows where a gradient came back through a side path of
+        its own, whichever module of the base the forward began at. Where a group has a
+        ``clip_norm``, its gradients are clipped to it, before each step. With several ranks every
+        one of them has to make the step.
 
-        The step raises `StateError`, and moves nothing, where a node without rows has a gradient other than zero: the
-        loss took its factors themselves.
+        The step raises `StateError`, and moves nothing, where a node without rows has a gradient
+        other than zero: the loss took its factors themselves.
 
         Args:
             optimizer: made of the groups that `trainable` returned. Followed until it is collected.
@@ -586,15 +619,17 @@ class TreeModel(nn.Module):
             self._training.follow(optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Throw the gradients away, and with them what `follow` knows of the rows that they came from."""
+        """Throw the gradients away, and with them what `follow` knows of the rows that they came
+        from.
+        """
         super().zero_grad(set_to_none)
         self._training.forget_rows()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, as it behaves now.
 
-        Where several ranks train together, every factor that trains is in every rank's backward, so that a node may
-        have rows on one rank only.
+        Where several ranks train together, every factor that trains is in every rank's backward, so
+        that a node may have rows on one rank only.
         """
         self._training.renew_if_moved()
         out = self.base(*args, **kwargs)
@@ -604,9 +639,11 @@ class TreeModel(nn.Module):
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[AdapterTree]:
-        """The tree with whole factors, for the length of a ``with``, where FSDP2 shards them: to save or flatten it.
+        """The tree with whole factors, for the length of a ``with``, where FSDP2 shards them: to
+        save or flatten it.
 
-        Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2 it is the tree.
+        Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2
+        it is the tree.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -638,7 +675,7 @@ class TreeModel(nn.Module):
     def _row_axis(self, rows: int, *, repeat: int, tile: int, batch_first: bool) -> BatchAxis:
         """How the rows of a routed batch lie in what the base is given."""
         return BatchAxis(
-            rows, repeat=repeat, tile=tile, batch_first=batch_first, known=self._seen_sites
+            rows, repeat=repeat, tile=tile, batch_first=batch_first, seen=self._seen_sites
         )
 
     def _attached(self) -> None:
@@ -648,6 +685,8 @@ class TreeModel(nn.Module):
             )
 
     def _usable(self) -> None:
-        """The caller, who holds the lock, may switch: other threads are outside, but not other tasks of this one."""
+        """The caller, who holds the lock, may switch: other threads are outside, but not other
+        tasks of this one.
+        """
         self._attached()
         self._stage.blocks.check_mine()

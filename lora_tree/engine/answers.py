@@ -1,9 +1,10 @@
 """The attributes that a `TreeModel` answers for its base, and those that it refuses.
 
-One rule: what is no attribute of ours is the base's, to read and to set. Trainers, pipelines and loops ask a model for
-``config``, ``generation_config``, ``get_input_embeddings``, ``dtype``, ``device``, … and the base knows.
+One rule: an attribute that a `TreeModel` does not have is its base's, to read and to set. Trainers, pipelines and
+loops ask a model for ``config``, ``generation_config``, ``get_input_embeddings``, ``dtype``,
+``device``, … and the base knows.
 
-The exceptions are names by which somebody would save, publish or change the base and believe
+The exceptions are names by which a caller would save, publish or change the base and believe
 that this was the model. They raise an `AttributeError`, so that ``hasattr`` says no and a trainer
 takes its other way; read by name they say what to do. Names with two underscores at both ends are
 Python's own protocols, and never pass.
@@ -19,9 +20,18 @@ from ..errors import StateError
 
 __all__ = ["REFUSED", "RefusedAttribute", "base_attribute", "is_answered"]
 
-_SAVES = "it would write the base and none of its nodes: tree.save(folder); or model.base.{name} for the base alone"
-_ADAPTERS = "it would put other adapters into the base: add nodes to the tree, and choose one with model.activate(path)"
-_RESIZES = "it would exchange a weight under the adapters: model.detach(), change the base, and attach again"
+_SAVES = (
+    "it would write the base and none of its nodes: tree.save(folder); "
+    "or model.base.{name} for the base alone"
+)
+_ADAPTERS = (
+    "it would put other adapters into the base: add nodes to the tree, "
+    "and choose one with model.activate(path)"
+)
+_RESIZES = (
+    "it would exchange a weight under the adapters: model.detach(), change the base, "
+    "and attach again"
+)
 _QUANTISED = "the base may be quantised, the factors that train are not: ask model.base.{name}"
 
 REFUSED = {
@@ -50,17 +60,20 @@ REFUSED = {
 
 
 class RefusedAttribute(StateError, AttributeError):
-    """The model does not answer this in its base's name."""
+    """An attribute of the base that the model refuses to answer in its name.
+
+    Both a `StateError`, for callers of this library, and an `AttributeError`, for ``hasattr``.
+    """
 
 
 def is_answered(base: nn.Module | None, name: str) -> bool:
-    """Whether an attribute that is none of ours is the base's."""
+    """Return whether an attribute that a `TreeModel` does not have is answered by its base."""
     is_protocol = name.startswith("__") and name.endswith("__")
     return base is not None and not is_protocol and name not in REFUSED and hasattr(base, name)
 
 
 def base_attribute(base: nn.Module, name: str) -> Any:
-    """The base's attribute.
+    """Return the base's attribute.
 
     Raises:
         RefusedAttribute: it is one of those that do not pass.
@@ -74,4 +87,5 @@ def base_attribute(base: nn.Module, name: str) -> Any:
     try:
         return getattr(base, name)
     except AttributeError as error:
+        # torch's own text names the base's class alone, and the caller asked a TreeModel.
         raise AttributeError(f"neither TreeModel nor its base has {name!r}: {error}") from None

@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 BLOCK = 1 << 21
-"""Numbers in a block: 8 MiB of fp32, which stays in a cache, and large enough to pay for the calls."""
+"""Numbers in a block: 8 MiB of fp32, which stays in a cache, and large enough to pay for the calls.
+"""
 
 LARGE_BLOCK = 1 << 24
 """The same on a device with memory of its own, where a call costs more and caches help less."""
@@ -47,13 +48,17 @@ def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:
 
 
 class Scratch:
-    """The buffers in which blocks are widened, one for each dtype and device; kept, because fresh memory is slow."""
+    """The buffers in which blocks are widened, one for each dtype and device; kept, because fresh
+    memory is slow.
+    """
 
     def __init__(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def block(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return uninitialised memory of ``like``'s shape and device; the next call may return it again."""
+        """Return uninitialised memory of ``like``'s shape and device; the next call may return it
+        again.
+        """
         key = dtype, like.device
         held = self._held.get(key)
         if held is None or held.numel() < like.numel():
@@ -69,7 +74,8 @@ def add_weight(
     """``target ← round_once(source + Σ values)``; ``source`` may be ``target`` itself.
 
     Args:
-        site: says how a delta lies in such a weight. Its own weight may be another one, on the meta device for example.
+        site: says how a delta lies in such a weight. Its own weight may be another one, on the meta
+            device for example.
         target: the weight to write.
         source: what is added to.
         values: on ``target``'s device.
@@ -83,14 +89,16 @@ def add_weight(
         dtypes |= {value.A.dtype, value.B.dtype}
     wide = compute_dtype(target.dtype, *dtypes)
     if target.dtype != wide and dtypes == {target.dtype}:
-        # `folded` widens only if a scale has to be rounded. Narrow factors may take the one stock product.
+        # `folded` widens only if a scale has to be rounded. Narrow factors may take the one stock
+        # product.
         value = concat(values).folded()
     else:
         value = stacked(values, dtype=wide, device=target.device)
     rows = site.rows(target)
     write_sum(rows, site.rows(source), *site.sides_of(value), scratch)
     if rows.data_ptr() != target.data_ptr():
-        # The weight is not laid out row by row, so `site.rows` returned a copy, and the sum is in that.
+        # The weight is not laid out row by row, so `site.rows` returned a copy, and the sum is in
+        # that.
         target.copy_(rows.reshape(target.shape))
 
 
@@ -147,7 +155,9 @@ def _fused(pristine: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
 def _blocks(
     weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one matrix."""
+    """Yield blocks of about `BLOCK` numbers: several matrices of the batch, or several rows of one
+    matrix.
+    """
     batch, rows, cols = weight.shape
     numbers = BLOCK if weight.device.type == "cpu" else LARGE_BLOCK
     several = numbers // max(rows * cols, 1)
@@ -172,8 +182,8 @@ def _bf16_rounds_once(weight: Tensor) -> bool:
 def _cpu_bf16_rounds_once() -> bool:
     """Return whether this machine's bf16 products keep their sums in fp32 until the end.
 
-    torch does not say, so two small products are compared with fp64 once. A product that rounds between its partial
-    sums is wrong in far more than one number of a thousand.
+    torch does not say, so two small products are compared with fp64 once. A product that rounds
+    between its partial sums is wrong in far more than one number of a thousand.
     """
     if torch.bfloat16 in SLOW_ON_CPU:
         return False
@@ -200,7 +210,8 @@ def exact_mode(*devices: torch.device) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for kind in {device.type for device in devices}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        # A setting of the whole process: it is touched only if it has to be, and put back after an exception too.
+        # A setting of the whole process: it is touched only if it has to be, and put back after an
+        # exception too.
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
         try:

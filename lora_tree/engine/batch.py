@@ -1,12 +1,13 @@
-"""What each row of a batch owes to each node of the tree.
+"""Decide what each row of a batch owes to each node of the tree.
 
     rows  0 1 2 3 4 5 6 7          in depth-first order of their paths
     fr    █ █ █ █ █ · · ·          every node owns one slice:
     legal █ █ · · · · · ·          an ancestor's product can be done once
     de    · · · · · █ █ █          for all the rows below it
 
-Rows may come in any order; nothing here moves them. Where a form of the sum wants rows of a kind side by side it takes
-them out of the input and adds its result back in their places, site by site (`forms.py` says at what cost).
+Rows may come in any order; nothing here moves them. A form of the sum that wants rows of a kind
+side by side takes them out of the input and adds its result back in their places, site by site
+(`forms.py` says at what cost). `batch_axis.py` refuses an input that has another number of rows.
 
 Law: what a row owes depends on its own path alone.
 """
@@ -27,6 +28,9 @@ from .upload import uploaded
 
 __all__ = ["Batch"]
 
+Kind = tuple[float, ...]
+"""What a row owes: a coefficient for every node, 0 for a node that is not on its lineage."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -34,7 +38,7 @@ class Batch:
 
     Args:
         nodes: in the order of the sum.
-        kinds: the distinct things that a row can owe: a coefficient for every node, 0 where it is not on the lineage.
+        kinds: the distinct things that a row can owe.
         of_row: row → its kind.
 
     >>> tree = AdapterTree()
@@ -47,102 +51,119 @@ class Batch:
     """
 
     nodes: tuple[str, ...]
-    kinds: tuple[tuple[float, ...], ...]
+    kinds: tuple[Kind, ...]
     of_row: tuple[int, ...]
 
     @staticmethod
     def of(tree: AdapterTree, paths: Iterable[Blend]) -> Batch:
-        """The batch whose rows go by ``paths``.
+        """Return the batch whose rows go by ``paths``.
 
         Raises:
-            PathError, SpecError: a path is not in the tree, or a blend makes no sense; names the row.
+            PathError, SpecError: a path is not in the tree, or a blend makes no sense; names the
+                row.
         """
         if isinstance(paths, str) or not isinstance(paths, Iterable):
             raise SpecError(
                 f"route takes one path or blend for every row, got {paths!r}",
-                "route([path] * rows) sends every row the same way; activate(path) does too, for any number of rows",
+                "route([path] * rows) sends every row the same way; activate(path) does too, for "
+                "any number of rows",
             )
         known: dict[object, int] = {}
         owed: list[dict[str, float]] = []
         of_row: list[int] = []
+        nodes: set[str] = set()
         for row, blend in enumerate(paths):
             try:
-                key = blend if isinstance(blend, str) else tuple(sorted(parse_blend(blend).items()))
+                # A mapping has no hash, and two spellings of one blend owe the same.
+                key: object = blend
+                if not isinstance(blend, str):
+                    key = tuple(sorted(parse_blend(blend).items()))
                 if key not in known:
                     known[key] = len(owed)
                     owed.append(tree.coefficients(blend))
+                    nodes.update(owed[-1])
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
             of_row.append(known[key])
         if not of_row:
             raise SpecError("route needs at least one row, got an empty list of paths")
-        nodes = tuple(sorted({node for each in owed for node in each}, key=depth_first))
-        return _distinct(
-            nodes, [tuple(each.get(node, 0.0) for node in nodes) for each in owed], of_row
-        )
+        in_order = tuple(sorted(nodes, key=depth_first))
+        kinds = [tuple([each.get(node, 0.0) for node in in_order]) for each in owed]
+        return _distinct(in_order, kinds, of_row)
 
     def __len__(self) -> int:
         return len(self.of_row)
 
-    # ------------------------------------------------------------------ the same rows, seen otherwise
+    # ------------------------------------------------------------------ the same rows, otherwise
     def at(self, nodes: Sequence[str]) -> Batch:
-        """What the rows owe to some of the nodes: those that change one site, in the order of the sum."""
+        """Return the batch as some of the nodes see it: those that change one site.
+
+        Args:
+            nodes: in the order of the sum.
+        """
         columns = [self.nodes.index(node) for node in nodes]
-        return _distinct(
-            tuple(nodes), [tuple(kind[c] for c in columns) for kind in self.kinds], self.of_row
-        )
+        kinds = [tuple([kind[column] for column in columns]) for kind in self.kinds]
+        return _distinct(tuple(nodes), kinds, self.of_row)
 
     def spread(self, repeat: int, tile: int) -> Batch:
-        """Every row ``repeat`` times in place, and the whole of that ``tile`` times over."""
-        rows = [kind for kind in self.of_row for _ in range(repeat)]
+        """Return every row ``repeat`` times in succession, and that whole batch ``tile`` times."""
+        rows: list[int] = []
+        for kind in self.of_row:
+            rows += [kind] * repeat
         return Batch(self.nodes, self.kinds, tuple(rows) * tile)
 
-    # ------------------------------------------------------------------ what follows from it
+    # ------------------------------------------------------------------ derived
     @cached_property
     def is_uniform(self) -> bool:
-        """All rows owe the same, so that nobody has to know which is which."""
+        """All rows owe the same, so it does not matter which is which."""
         return len(self.kinds) == 1
 
     @cached_property
-    def by_kind(self) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        """(rows, coefficients) of every kind that owes anything, in the order of their first rows."""
+    def by_kind(self) -> list[tuple[tuple[int, ...], Kind]]:
+        """(rows, coefficients) of every kind that owes anything, in the order of the first rows."""
         rows: dict[int, list[int]] = {}
         for row, kind in enumerate(self.of_row):
             rows.setdefault(kind, []).append(row)
-        return [
-            (tuple(found), self.kinds[kind])
-            for kind, found in rows.items()
-            if any(self.kinds[kind])
-        ]
+        found = []
+        for kind, members in rows.items():
+            if any(self.kinds[kind]):
+                found.append((tuple(members), self.kinds[kind]))
+        return found
 
     @cached_property
     def by_node(self) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        """(rows, the rows' coefficients) of every node."""
+        """(rows, the rows' coefficients) of every node; rows that owe it nothing are left out."""
         found = []
         for column in range(len(self.nodes)):
-            owed = [self.kinds[kind][column] for kind in self.of_row]
-            rows = tuple(row for row, c in enumerate(owed) if c)
-            found.append((rows, tuple(owed[row] for row in rows)))
+            rows, coefficients = [], []
+            for row, kind in enumerate(self.of_row):
+                coefficient = self.kinds[kind][column]
+                if coefficient:
+                    rows.append(row)
+                    coefficients.append(coefficient)
+            found.append((tuple(rows), tuple(coefficients)))
         return found
 
     @cached_property
     def largest(self) -> dict[str, float]:
         """Node → the largest coefficient that any row owes to it, without its sign."""
-        return {node: max(abs(kind[i]) for kind in self.kinds) for i, node in enumerate(self.nodes)}
+        found = {}
+        for column, node in enumerate(self.nodes):
+            found[node] = max(abs(kind[column]) for kind in self.kinds)
+        return found
 
     @cached_property
     def adapted(self) -> tuple[int, ...]:
         """The rows that owe anything."""
-        return tuple(row for row, kind in enumerate(self.of_row) if any(self.kinds[kind]))
+        return tuple([row for row, kind in enumerate(self.of_row) if any(self.kinds[kind])])
 
     def coefficients(self, rows: Sequence[int]) -> Tensor:
-        """(rows, nodes), float64."""
-        return torch.tensor(
-            [self.kinds[self.of_row[row]] for row in rows], dtype=torch.float64, device="cpu"
-        )
+        """Return what some rows owe to each node: (rows, nodes), float64, in host memory."""
+        numbers = [self.kinds[self.of_row[row]] for row in rows]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        """(rows,) int64: some of the rows, where a device reads them; the same tensor for all sites."""
+        """Return some of the rows as (rows,) int64 on a device; the same tensor for all sites."""
         found = self._indices.get((rows, device))
         if found is None:
             numbers = torch.tensor(rows, dtype=torch.int64, device="cpu")
@@ -155,10 +176,8 @@ class Batch:
         return {}
 
 
-def _distinct(
-    nodes: tuple[str, ...], owed: Sequence[tuple[float, ...]], of_row: Sequence[int]
-) -> Batch:
-    """A batch whose kinds are in use, and different from each other."""
-    kinds: dict[tuple[float, ...], int] = {}
+def _distinct(nodes: tuple[str, ...], owed: Sequence[Kind], of_row: Sequence[int]) -> Batch:
+    """Return a batch whose kinds are in use, and different from each other."""
+    kinds: dict[Kind, int] = {}
     mine = [kinds.setdefault(owed[kind], len(kinds)) for kind in of_row]
     return Batch(nodes, tuple(kinds), tuple(mine))

@@ -1,4 +1,5 @@
-"""Refuse an input whose first axis is not the rows of the batch: a row would go through another row's path.
+"""Refuse an input whose first axis is not the rows of the batch: a row would go through another
+row's path.
 
     (rows, tokens, features)     taken
     (rows · k, tokens, …)        taken if k was declared: `repeat=`, `tile=`, or generate's own expansion
@@ -6,11 +7,12 @@
     (tokens, rows, features)     time first: refused, even if there are as many tokens as rows
     (windows · rows, …)          refused
 
-Shapes can't tell rows from tokens if there are as many of both. A site that has once been seen with another number of
-tokens is known to put its rows first. If none has been, the base is asked with shapes alone (`probe.py`), and a site
-that stays unknown is refused, unless `batch_first=True` says so. Vectors without a token axis (a pooler's, a
-classifier's) are taken if they are as many as the rows. But in a list within a list (one expert of many in one layer of
-many) such vectors are tokens that were sent there.
+Shapes can't tell rows from tokens if there are as many of both. A site that has once been seen with
+another number of tokens is known to put its rows first. If none has been, the base is asked with
+shapes alone (`probe.py`), and a site that stays unknown is refused, unless `batch_first=True` says
+so. Vectors without a token axis (a pooler's, a classifier's) are taken if they are as many as the
+rows. But in a list within a list (one expert of many in one layer of many) such vectors are tokens
+that were sent there.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class _Given:
 class BatchAxis:
     """How the rows of one batch lie in the inputs of the base and of its sites.
 
-    The base's forward calls `begin`, `probe` and `end` here, ``generate`` calls `expand`, and each site asks `spread`.
+    The base's forward calls `begin`, `probe` and `end` here, ``generate`` calls `expand`, and each
+    site asks `spread`.
 
     Args:
         rows: how many paths were given.
@@ -77,7 +80,8 @@ class BatchAxis:
         self.rows, self.repeat, self.tile = rows, repeat, tile
         self.batch_first = batch_first
         self.probing = False
-        """A copy of the base runs on shapes; side paths note what they are given, and add nothing."""
+        """A copy of the base runs on shapes; side paths note what they are given, and add nothing.
+        """
         self._seen = seen
         self._given: _Given | None = None
         self.expand(1)
@@ -90,7 +94,8 @@ class BatchAxis:
             declared * expansion: (self.repeat * expansion, self.tile),
             declared: (self.repeat, self.tile),
         }
-        """Length of the first axis → how often rows occur in succession, and the batch as a whole."""
+        """Length of the first axis → how often rows occur in succession, and the batch as a whole.
+        """
 
     # ------------------------------------------------------------------ a forward of the base
     def begin(self, inputs: Sequence[Tensor]) -> None:
@@ -104,8 +109,8 @@ class BatchAxis:
             if not x.ndim:
                 continue
             if x.shape[0] in self._lengths:
-                # Ids are (rows, tokens) and embeddings (rows, tokens, features); floats with another number of axes are
-                # images or sounds, whose second axis is channels.
+                # Ids are (rows, tokens) and embeddings (rows, tokens, features); floats with
+                # another number of axes are images or sounds, whose second axis is channels.
                 ids_or_embeddings = x.ndim == 3 or not x.is_floating_point()
                 tokens = x.shape[1:2] if ids_or_embeddings else x.shape[2:]
                 self._given = _Given(x.shape[0], vectors=math.prod(tokens) == 1)
@@ -163,7 +168,8 @@ class BatchAxis:
 
     # ------------------------------------------------------------------ a site
     def spread(self, site: Site, x: Tensor, out: Tensor) -> tuple[int, int]:
-        """Return how often every row occurs in succession in a site's input, and the batch as a whole.
+        """Return how often every row occurs in succession in a site's input, and the batch as a
+        whole.
 
         Raises:
             BaseMismatch: the first axis is not the rows, or can't be known to be; names the site.
@@ -174,8 +180,10 @@ class BatchAxis:
         fits = length in lengths
         if not fits or out.shape[:1] != x.shape[:1]:
             raise BaseMismatch(
-                f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be {self._told()}",
-                "inputs that are packed, time first or cut into windows can't be routed: activate one path at a time",
+                f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "
+                f"{self._told()}",
+                "inputs that are packed, time first or cut into windows can't be routed: activate "
+                "one path at a time",
                 DECLARE,
             )
         others = site.token_axes(x)
@@ -205,8 +213,10 @@ class BatchAxis:
             return  # the base itself was given vectors
         elif in_a_list_of_lists(site.name):
             raise BaseMismatch(
-                f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were sent here?",
-                "experts with a module each can't be routed: leave them out, or activate one path at a time",
+                f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were "
+                "sent here?",
+                "experts with a module each can't be routed: leave them out, or activate one path "
+                "at a time",
             )
 
     def _told(self) -> str:

@@ -6,7 +6,8 @@
        │ install    the only writer to the base; puts the old one back if it fails
     the base
 
-Nothing about a base's state is kept anywhere else, so to go back to an earlier state is to install an earlier value.
+Nothing about a base's state is kept anywhere else, so to go back to an earlier state is to install
+an earlier value.
 """
 
 from __future__ import annotations
@@ -86,11 +87,15 @@ class LaidOut(Protocol):
         """The `SideHooks` that laid them out, and run them."""
 
     def install(self) -> None:
-        """Make them the ones that run. If that fails half-way, installing any of them anew mends it."""
+        """Make them the ones that run. If that fails half-way, installing any of them anew mends
+        it.
+        """
 
 
 class SideHooks(Protocol):
-    """The side paths of one base: hooks that come and go (`Unmerged`), or permanent ones (`Prepared`)."""
+    """The side paths of one base: hooks that come and go (`Unmerged`), or permanent ones
+    (`Prepared`).
+    """
 
     @property
     def permanent(self) -> bool:

@@ -1,6 +1,7 @@
-"""The ``with`` blocks that are open around a base: whose they are, and the order in which they are left.
+"""The open ``with`` blocks around a base: their owners, and the order in which they are left.
 
-A block belongs to the context (an asyncio task, or a thread) that opened it, and to tasks that were made inside it.
+A block belongs to the context (an asyncio task, or a thread) that opened it, and to tasks that were
+made inside it.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ class Blocks:
         return block
 
     def leave(self, block: Block) -> bool:
-        """Close a block; False where one that was opened after it is still open."""
+        """Close a block; return False if one that was opened after it is still open."""
         last = self._open[-1]
         self._open.remove(block)
+        # By identity, and wherever it stands: blocks may be left out of order, or in another task.
         _set_inside(tuple([other for other in _INSIDE.get() if other is not block]))
         return last is block
 
@@ -66,8 +68,9 @@ class Blocks:
 
 
 def _set_inside(blocks: tuple[Block, ...]) -> None:
-    # The old tuple must outlive the call. If it died inside, what it frees could run other blocks' exits, which set
-    # this variable in turn, and CPython would go on with a cached pointer to a value that is gone.
+    # The old tuple must outlive the call. If it died inside, what it frees could run other blocks'
+    # exits, which set this variable in turn, and CPython would go on with a cached pointer to a
+    # value that is gone.
     old = _INSIDE.get()
     _INSIDE.set(blocks)
     del old

@@ -1,10 +1,11 @@
-"""Estimate the time of a form of the sum: its calls, bytes and arithmetic, on a machine that turns these into seconds.
+"""Estimate the time of a form of the sum: its calls, bytes and arithmetic, on a machine that turns
+these into seconds.
 
     time = calls · call_s + max(bytes / bytes_per_s, flops / flops_per_s)
 
-A machine's numbers decide which form runs, and of its result only the rounding, so they are constants. The CPU's were
-fitted to two AVX2 cores (`python -m benchmarks routed`), the GPU's to one H100 whose host launches slowly
-(`python -m benchmarks gpu`, 64 rows over 64 paths).
+A machine's numbers decide which form runs, and of its result only the rounding, so they are
+constants. The CPU's were fitted to two AVX2 cores (`python -m benchmarks routed`), the GPU's to one
+H100 whose host launches slowly (`python -m benchmarks gpu`, 64 rows over 64 paths).
 """
 
 from __future__ import annotations
@@ -70,14 +71,16 @@ class Cost:
         gathered: bool,
         copies: int = 1,
     ) -> Cost:
-        """Return the cost of the two products of an increment of ``shape`` (…, out, in) and ``rank``.
+        """Return the cost of the two products of an increment of ``shape`` (…, out, in) and
+        ``rank``.
 
         Args:
             shape: of the increment.
             rank: of the increment.
             inputs: how many vectors go through it.
             dtype: of the factors.
-            gathered: the inputs are taken out of the batch, and the results added back in their places.
+            gathered: the inputs are taken out of the batch, and the results added back in their
+                places.
             copies: how many different factors of this size are read.
         """
         out, into = shape[-2], shape[-1]

@@ -1,7 +1,8 @@
-"""What transformers' ``generate`` does to a batch: it repeats rows in place, for beams and for several sequences.
+"""Notice that transformers' ``generate`` repeats rows in succession, for beams and sequences.
 
-It says so in one place, ``_expand_inputs_for_generation(expand_size=…)``. While a batch is routed the base's own method
-is listened to, and so is ``generate``, which ends what it began.
+``generate`` repeats them in one place, ``_expand_inputs_for_generation(expand_size=…)``. While a
+batch is routed, that method and ``generate`` itself are wrapped on the base object: the one tells
+how often rows are repeated, the other that it is over.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ EXPAND, GENERATE = "_expand_inputs_for_generation", "generate"
 
 @contextlib.contextmanager
 def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
-    """For the length of a ``with``: ``axis`` knows how often ``generate`` has repeated each row."""
-    own, expand, generate = vars(base), getattr(base, EXPAND, None), getattr(base, GENERATE, None)
+    """Tell ``axis``, for the length of a ``with``, how often ``generate`` has repeated each row."""
+    expand, generate = getattr(base, EXPAND, None), getattr(base, GENERATE, None)
     if not callable(expand) or not callable(generate):
         yield
         return
@@ -41,6 +42,9 @@ def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
         finally:
             axis.expand(1)
 
+    # Into the object's own `__dict__`: `nn.Module.__setattr__` has its own ideas, and the class
+    # belongs to other models too.
+    own = vars(base)
     before = {name: own[name] for name in (EXPAND, GENERATE) if name in own}
     own.update({EXPAND: noting, GENERATE: ending})
     try:

@@ -1,12 +1,13 @@
 """Refuse numbers that are not finite before one is written into a base, or laid out beside it.
 
-A file's scale may be any number that a float holds (``lora_alpha: 1e300``), and its factors may be NaN. What a base
-would be given has to be finite:
+A file's scale may be any number that a float holds (``lora_alpha: 1e300``), and its factors may be
+NaN. What a base would be given has to be finite:
 
     merged      W0 + Σ c · scale · B A, rounded to the dtype of W        fp16 ends at 65504
     unmerged    A, and c · scale · B, in the dtype of the side path
 
-Most adapters are known to be fine by one number, the largest M of all their factors: |c · scale · B A| is at most
+Most adapters are known to be fine by one number, the largest M of all their factors: |c · scale · B
+A| is at most
 |c · scale| · r · M². It is found once for each adapter (`largest.py`). Only sites for which that bound is too coarse
 cost more: first the site's own factors are looked at, then the sum is computed and dropped.
 """
@@ -36,7 +37,9 @@ NodeShare = tuple[str, LowRank, float]
 
 # ---------------------------------------------------------------------- merged
 def suspects(plan: Plan) -> list[str]:
-    """Return the sites of a plan whose weight might get a number that is not finite, as far as a bound can tell."""
+    """Return the sites of a plan whose weight might get a number that is not finite, as far as a
+    bound can tell.
+    """
     most = largest_in_plan(plan, plan.adapters)
     found = []
     for name, terms in plan.terms.items():
@@ -79,7 +82,8 @@ def check_sum(
     *,
     is_bias: bool,
 ) -> None:
-    """Refuse a sum that is not finite where ``source`` is; it is computed as it would be written, and dropped.
+    """Refuse a sum that is not finite where ``source`` is; it is computed as it would be written,
+    and dropped.
 
     Args:
         site: says how a delta lies in such a weight.
@@ -92,7 +96,8 @@ def check_sum(
     Raises:
         BaseMismatch: it is not finite; names the node that adds the most.
     """
-    # A scale that is not finite has no sum to compute: `scaled` would refuse it without naming the node.
+    # A scale that is not finite has no sum to compute: `scaled` would refuse it without naming the
+    # node.
     if all(math.isfinite(value.scale * coefficient) for _, value, coefficient in parts):
         values = [value.scaled(c).to(device=source.device) for _, value, c in parts]
         trial = torch.empty_like(source, requires_grad=False)
@@ -129,12 +134,14 @@ def check_beside(
     kinds: Mapping[str, SideKind],
     largest: Mapping[str, float] | None = None,
 ) -> None:
-    """Refuse a plan whose side paths would hold a number that is not finite; what trains is not looked at.
+    """Refuse a plan whose side paths would hold a number that is not finite; what trains is not
+    looked at.
 
     Args:
         placed: the plan.
         kinds: site → what its side path computes in.
-        largest: node → the largest coefficient of any row, beside the plan's own; None: no rows differ.
+        largest: node → the largest coefficient of any row, beside the plan's own; None: no rows
+            differ.
 
     Raises:
         BaseMismatch: one would; names the node and the module.
@@ -142,7 +149,8 @@ def check_beside(
     plan, largest = placed.plan, largest or {}
     adapters = plan.adapters
     if placed.trains:
-        # Factors that train are not checked: they change at every step, and reading them waits for the device.
+        # Factors that train are not checked: they change at every step, and reading them waits for
+        # the device.
         adapters = tuple([adapter for adapter in adapters if not _all_train(adapter)])
     most = largest_in_plan(plan, adapters)
     for name, terms in plan.terms.items():
@@ -152,7 +160,8 @@ def check_beside(
             1 + info.eps / 4
         )  # the largest size that still rounds to a finite number
         for term in terms:
-            # A row may owe more of a node than its whole weight; a row that owes less needs no look of its own.
+            # A row may owe more of a node than its whole weight; a row that owes less needs no look
+            # of its own.
             coefficient = term.coefficient * max(1.0, abs(largest.get(term.node, 1.0)))
             scale = abs(coefficient * term.value.scale)
             if most <= limit and scale * most <= limit:
@@ -178,7 +187,8 @@ def _not_finite(name: str, parts: Sequence[NodeShare], dtype: torch.dtype) -> Ba
     node, value, coefficient = max(parts, key=_size)
     if not value.is_finite:
         return BaseMismatch(
-            f"{node}: {name}: a factor holds NaN or an infinity, as a training that diverged leaves it",
+            f"{node}: {name}: a factor holds NaN or an infinity, as a training that diverged "
+            "leaves it",
             "train it again, or put back an earlier version of its files",
         )
     wider: tuple[str, ...] = ()

@@ -1,4 +1,5 @@
-"""Refuse a forward or a backward of the base that would mix two behaviours, while paths run beside its weights.
+"""Refuse a forward or a backward of the base that would mix two behaviours, while paths run beside
+its weights.
 
     before a forward     a key/value cache goes on only under the path that filled it; a routed batch has the rows that
                          were declared
@@ -6,8 +7,8 @@
     before a backward    checkpointed layers run their forward again, with the side paths that are there then: those
                          have to be the ones of the first run
 
-A behaviour is known here by its mark, a number. It is noted on caches, so that a copy of a cache is as good as the
-cache, and in the hooks of a backward.
+A behaviour is known here by its mark, a number. It is noted on caches, so that a copy of a cache is
+as good as the cache, and in the hooks of a backward.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class ForwardGuard:
                 self._handles.pop().remove()
             return
         if not self._handles:
-            # One after the other into the list, so that a failure between them leaves no hook unknown.
+            # One after the other into the list, so that a failure between them leaves no hook
+            # unknown.
             before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
             self._handles.append(before)
             after = self._base.register_forward_hook(
@@ -79,14 +81,17 @@ class ForwardGuard:
 
     # ------------------------------------------------------------------ a side path
     def side_path_runs(self) -> None:
-        """Note whether the side path that runs now will run again in backward: it shows only inside of the layer."""
+        """Note whether the side path that runs now will run again in backward: it shows only inside
+        of the layer.
+        """
         if self._recording and not self._checkpointed:
             self._checkpointed = _in_checkpoint()
 
     def guard(self, out: Tensor) -> None:
         """Guard the backward of a side path that ran outside of the base's own forward.
 
-        A loss may be taken through a part of the base, and a layer of that part may be checkpointed.
+        A loss may be taken through a part of the base, and a layer of that part may be
+        checkpointed.
 
         Args:
             out: what the side path returned.
@@ -105,7 +110,8 @@ class ForwardGuard:
         for cache in _caches(args, kwargs):
             if getattr(cache, _NOTE, None) != self.number and _is_filled(cache):
                 raise StateError(
-                    "this key/value cache was filled under another path, or before this one was activated",
+                    "this key/value cache was filled under another path, or before this one was "
+                    "activated",
                     "start with an empty cache, or fill it again under what is active now",
                 )
         if self._axis is not None:
@@ -134,8 +140,10 @@ class ForwardGuard:
         def check(grads: Any) -> None:
             if self.number != number:
                 raise StateError(
-                    "backward through checkpointed layers after their path was left: they would run again without it",
-                    "call backward() inside the with, or while the same path is active; or turn checkpointing off",
+                    "backward through checkpointed layers after their path was left: they would "
+                    "run again without it",
+                    "call backward() inside the with, or while the same path is active; or turn "
+                    "checkpointing off",
                 )
 
         return check
@@ -143,7 +151,8 @@ class ForwardGuard:
 
 def _in_checkpoint() -> bool:
     """Return whether the layer that runs now will run again in backward."""
-    # Checkpointing either packs the tensors that autograd saves, or runs its first forward without recording.
+    # Checkpointing either packs the tensors that autograd saves, or runs its first forward without
+    # recording.
     if torch.is_grad_enabled() and not any_saved_tensor_hook():
         return False
     return called_from(_CHECKPOINT)
@@ -168,7 +177,9 @@ def _tensors(*given: Any) -> list[Tensor]:
 
 
 def _caches(*given: Any) -> list[Any]:
-    """Return the key/value caches in some values: transformers' own, and any object that has a length like theirs."""
+    """Return the key/value caches in some values: transformers' own, and any object that has a
+    length like theirs.
+    """
     found = []
     for value in _leaves(given):
         if not isinstance(value, Tensor) and callable(getattr(value, "get_seq_length", None)):
@@ -195,8 +206,8 @@ def _leaves(given: Any) -> list[Any]:
 def _is_filled(cache: Any) -> bool:
     """Return whether a cache holds something of an earlier forward.
 
-    A recurrent layer keeps a state and no tokens, so it has no length. A cache without attention layers has none
-    either: transformers raises if it is asked for one.
+    A recurrent layer keeps a state and no tokens, so it has no length. A cache without attention
+    layers has none either: transformers raises if it is asked for one.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, (list, tuple)):

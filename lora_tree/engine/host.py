@@ -1,4 +1,4 @@
-"""Whose a base is, and what it is wrapped in: looked at once, when a tree is attached to it."""
+"""The claim of one model on a base, and the wrappers around the base."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class MergedWarning(LoraTreeWarning):
 
 
 class CompileWatch:
-    """Whether ``torch.compile`` wraps a base. Nothing on the base says so, and finding out takes a while.
+    """The watch for a ``torch.compile`` wrapper around a base.
 
-    So it is looked for only when torch has compiled something since the last look.
+    Nothing on the base tells of its wrapper: every object that refers to the base is looked at,
+    which takes a while. So the look is repeated only if torch has compiled something since.
 
     Args:
-        compiled: it was compiled before the tree was attached.
+        compiled: the base was compiled before the tree was attached.
     """
 
     def __init__(self, compiled: bool) -> None:
@@ -43,7 +44,7 @@ class CompileWatch:
         self._frames = 0
 
     def check(self, base: nn.Module) -> None:
-        """Raise where hooks that come now would be ignored.
+        """Refuse hooks that would be ignored.
 
         Raises:
             StateError: the base, or something around it, is compiled.
@@ -64,53 +65,60 @@ class CompileWatch:
         # Nothing was compiled since the last look.
         if frames is not None and frames == self._frames:
             return False
-        if any(
-            isinstance(held, dict) and held.get("_orig_mod") is base
-            for held in gc.get_referrers(base)
-        ):
-            return True
+        for holder in gc.get_referrers(base):
+            # The wrapper's `_modules`, by the name that torch gives to a wrapped module.
+            if isinstance(holder, dict) and holder.get("_orig_mod") is base:
+                return True
         self._frames = frames or 0
         return False
 
 
 class Claim:
-    """What is known of a base after its TreeModel is gone."""
+    """A model's claim on a base.
+
+    It outlives the model, so that the next one knows whether it finds a bare base.
+
+    Args:
+        model: held weakly.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
         self.bare = True
+        """Nothing of the model is in the base."""
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Claim] = weakref.WeakKeyDictionary()
 
 
 def claim(base: nn.Module, model: nn.Module) -> Claim:
-    """Note that ``model`` holds ``base``.
+    """Claim ``base`` for ``model``.
 
     Raises:
         StateError: another one does, or was dropped while a path was active.
     """
-    mark = _ATTACHED.get(base)
-    if mark is not None and mark.model() is not None:
+    earlier = _ATTACHED.get(base)
+    if earlier is not None and earlier.model() is not None:
         raise StateError(
             "this base is attached already", "use that model, or call its detach() first"
         )
-    if mark is not None and not mark.bare:
+    if earlier is not None and not earlier.bare:
         raise StateError(
-            "an earlier model of this base was dropped while a path was active, or prepared, and left it there",
+            "an earlier model of this base was dropped while a path was active, or prepared, and "
+            "left it there",
             "load the base again; next time keep the model that attach returns, and detach() it",
         )
-    _ATTACHED[base] = mark = Claim(model)
-    return mark
+    _ATTACHED[base] = mine = Claim(model)
+    return mine
 
 
 def let_go(base: nn.Module) -> None:
-    """Nobody holds ``base`` any more."""
+    """Drop the claim on ``base``."""
     _ATTACHED.pop(base, None)
 
 
 def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
-    """The module inside torch.compile and DDP wrappers, and whether it was compiled.
+    """Return the module inside torch.compile and DDP wrappers, and whether it was compiled.
 
     Raises:
         SpecError, StateError: not a module, or wrapped by PEFT or FSDP.
@@ -119,19 +127,20 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
         raise SpecError(f"the base must be a torch.nn.Module, got {type(base).__name__}")
     compiled = False
     while True:
-        name = f"{type(base).__module__}.{type(base).__name__}"
         if isinstance(inner := base._modules.get("_orig_mod"), nn.Module):
             base, compiled = inner, True
         elif isinstance(base, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             base = base.module
         else:
             break
+    # Wrappers of inner modules count as well: PEFT wraps layers, and a block may be compiled alone.
     for module in base.modules():
         name = f"{type(module).__module__}.{type(module).__name__}"
         if name.startswith("peft."):
             raise StateError(
                 f"the base is wrapped by PEFT ({name})",
-                "peft_model.unload() gives the base back; save its adapters first and add them to the tree",
+                "peft_model.unload() gives the base back; save its adapters first and add them to "
+                "the tree",
             )
         if ".fsdp" in name.lower():
             raise StateError(f"the base is sharded ({name})", "attach the tree before sharding")
@@ -150,11 +159,14 @@ def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
 
 
 def warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A ``state_dict`` pre-hook for a base with a path merged into it: ``save_pretrained`` would write that path."""
+    """Warn if ``save_pretrained`` is about to write a base with a path merged into it.
+
+    A ``state_dict`` pre-hook. `state_dict` itself is left alone: checkpoints of a training use it.
+    """
     if called_by("save_pretrained"):
         warnings.warn(
-            "save_pretrained writes the base with a path merged into it; deactivate() first for the base's own "
-            "weights, or tree.flatten(path).save(folder) for the path as an adapter",
+            "save_pretrained writes the base with a path merged into it; deactivate() first for "
+            "the base's own weights, or tree.flatten(path).save(folder) for the path as an adapter",
             MergedWarning,
             stacklevel=2,
         )

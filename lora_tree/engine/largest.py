@@ -1,4 +1,6 @@
-"""The largest numbers of factors, found with one pass over the buffers in which they lie and one wait for a device."""
+"""The largest numbers of factors, found with one pass over the buffers in which they lie and one
+wait for a device.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,12 @@ def largest_of(value: LowRank) -> tuple[float, float, float]:
 
 
 def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
-    """Return the largest number in any factor of some adapters as a plan has them; NaN if one is NaN.
+    """Return the largest number in any factor of some adapters as a plan has them; NaN if one is
+    NaN.
 
     Args:
-        plan: the plan. Where a base fuses modules that an adapter has apart, its values are not the adapter's own.
+        plan: the plan. Where a base fuses modules that an adapter has apart, its values are not the
+            adapter's own.
         adapters: the adapters of the plan that are looked at.
     """
     found = [_largest_in(adapter) for adapter in adapters]
@@ -57,7 +61,8 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
     made: list[Tensor] = []
     for terms in plan.terms.values():
         for term in terms:
-            # Fused values have scales folded into them, so the adapter's own largest number says nothing of these.
+            # Fused values have scales folded into them, so the adapter's own largest number says
+            # nothing of these.
             if id(term.value) not in own and not term.trains:
                 made += term.value.tensors
     found += _largest(_runs(made))
@@ -88,7 +93,9 @@ def _writes(parameters: Sequence[Tensor]) -> int:
 
 
 def _largest(tensors: Iterable[Tensor]) -> list[float]:
-    """Return max |x| of each tensor, NaN if it has one; the host waits once for each device and dtype."""
+    """Return max |x| of each tensor, NaN if it has one; the host waits once for each device and
+    dtype.
+    """
     ends: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     places: list[tuple[tuple[torch.device, torch.dtype], int]] = []
     for tensor in tensors:
@@ -112,7 +119,9 @@ def _sizes(ends: Sequence[Tensor]) -> list[float]:
 
 
 def _runs(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors, those that lie close together in one buffer as one: a call costs more than a gap."""
+    """Yield the tensors, those that lie close together in one buffer as one: a call costs more than
+    a gap.
+    """
     buffers: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         key = tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device

@@ -3,8 +3,9 @@
     strong    the last `count` values, the oldest first to go; any of them may be dropped at any time, by any thread
     weak      every value that is alive, because something uses it
 
-Law: whether something is kept changes the cost of getting it, and nothing else. A value in use is found again,
-whatever was dropped. Where memory is bounded, a `Ledger` counts the memory that such values take (`ledger.py`).
+Law: whether something is kept changes the cost of getting it, and nothing else. A value in use is
+found again, whatever was dropped. Where memory is bounded, a `Ledger` counts the memory that such
+values take (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class LastUsed(Generic[V]):
         self._alive: weakref.WeakValueDictionary[Hashable, V] = weakref.WeakValueDictionary()
 
     def get(self, key: Hashable, make: Callable[[], V], *, keep: bool = True) -> V:
-        """Return the value of ``key``, made if there is none; ``keep``: it stays when nothing uses it any more."""
+        """Return the value of ``key``, made if there is none; ``keep``: it stays when nothing uses
+        it any more.
+        """
         found = self._alive.get(key)
         if found is None:
             found = self._alive[key] = make()
@@ -79,6 +82,7 @@ class LastUsed(Generic[V]):
     def _use(self, key: Hashable, value: V) -> None:
         self._last.pop(key, None)
         self._last[key] = value
-        # Another thread may have dropped values since the count was read: then there is nothing to do.
+        # Another thread may have dropped values since the count was read: then there is nothing to
+        # do.
         while len(self._last) > self._count and self.drop():
             pass

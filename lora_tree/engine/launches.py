@@ -1,12 +1,14 @@
-"""Together: the weights that a kernel writes in one launch, and the launches of the last switches.
+"""Launches: the kernel launches of the last switches, kept with their plans.
 
-A launch is a table of addresses. To make it, hundreds of tensors are asked where they are and how they lie, which takes
-about as long as the launch itself; from switch to switch it comes out the same. So it is kept with its plan, and run
-again while everything is where it was:
+A launch is a table of addresses. To make it, hundreds of tensors are asked where they are and how
+they lie, which takes about as long as the launch itself; from switch to switch it comes out the
+same. So it is kept with its plan, and run again while everything is where it was:
 
     weights     their addresses are compared
-    pristine    its copies have a number; where another copy was made or dropped, no launch is known any more
-    factors     the plan holds them; where a factor trains, or had to be copied for the launch, none is kept
+    pristine    its copies have a number; once a copy is made or dropped, no launch is known any
+                more
+    factors     the plan holds them; if a factor trains, or had to be copied for the launch, the
+                launch is not kept
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ KEPT = 4
 
 @dataclass(frozen=True, eq=False)
 class KeptLaunch:
-    """A launch, and where its weights are: site → address."""
+    """A launch, and the addresses of its weights.
+
+    Args:
+        launch: the launch.
+        addresses: site → address.
+    """
 
     launch: Launch
     addresses: Mapping[str, int]
@@ -45,7 +52,7 @@ class Launches:
         self._number = 0
 
     def find(self, plan: Plan, sites: Sequence[Site], number: int) -> KeptLaunch | None:
-        """The launch that writes ``plan`` to some of its sites, where everything is where it was.
+        """Return the launch that writes ``plan`` to some of its sites; None if anything has moved.
 
         Args:
             plan: what is written.
@@ -55,7 +62,7 @@ class Launches:
         if number != self._number:
             self._of.clear()
             self._number = number
-        known = self._of.get(plan, {}).get(tuple(site.name for site in sites))
+        known = self._of.get(plan, {}).get(_names(sites))
         if known is None:
             return None
         for site in sites:
@@ -65,27 +72,33 @@ class Launches:
         return known
 
     def keep(self, plan: Plan, sites: Sequence[Site], known: KeptLaunch) -> None:
-        """Remember what `find` shall find."""
+        """Keep a launch for `find`; of one plan, the oldest go."""
         kept = self._of.setdefault(plan, {})
         while len(kept) >= KEPT:
             del kept[next(iter(kept))]
-        kept[tuple(site.name for site in sites)] = known
+        kept[_names(sites)] = known
 
     def forget(self) -> None:
         """Drop all."""
         self._of.clear()
 
 
+def _names(sites: Sequence[Site]) -> tuple[str, ...]:
+    return tuple([site.name for site in sites])
+
+
 def part_of(
     site: Site, target: Tensor, source: Tensor, terms: Sequence[tuple[LowRank, float]]
 ) -> tuple[MergePart, bool] | None:
-    """A site's weight as kernels take it, and whether its factors lie in memory of their own; None: they can't.
+    """Return a site's weight as kernels take it, and whether any factor was copied for it.
+
+    None if no kernel covers it.
 
     Args:
-        site: where.
+        site: the site.
         target: its weight.
-        source: what it is computed from; where that is on another device, it is the weight itself, to
-            which the caller copies it first.
+        source: what it is computed from. If that is on another device, the kernel reads the weight
+            itself, to which the caller copies it first.
         terms: values with their coefficients; not empty.
     """
     rows = site.rows(target)
@@ -102,8 +115,6 @@ def part_of(
     if not can_merge(rows, pristine, found):
         return None
     part = MergePart.of(rows, pristine, found)
-    copied = any(
-        a.left is not b.left or a.right is not b.right
-        for a, b in zip(found, part.terms, strict=True)
-    )
-    return part, own or copied
+    for before, after in zip(found, part.terms, strict=True):
+        own = own or before.left is not after.left or before.right is not after.right
+    return part, own

@@ -5,8 +5,8 @@
     sites       a weight takes a write, under one name, and shares its memory with no other module
     numbers     every number of a weight stays finite
 
-The answer for a plan holds as long as no tensor of the base lies elsewhere and no weight was cast, so a path that was
-merged before costs one walk over the base's addresses.
+The answer for a plan holds as long as no tensor of the base lies elsewhere and no weight was cast,
+so a path that was merged before costs one walk over the base's addresses.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Mergeable:
         """(site, tensor) that shares its memory with no other module."""
         self._writable: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
-        """Plan → the dtypes of the weights that it was found to leave finite, whatever their numbers."""
+        """Plan → the dtypes of the weights that it was found to leave finite, whatever their
+        numbers.
+        """
         self._addresses: list[int] = []
 
     def check(self, placed: PlacedPlan, owner: _Owner | None = None) -> None:
@@ -63,7 +65,8 @@ class Mergeable:
 
         Raises:
             UnmergedOnly, TiedWeights: one can't; says which, why and what to do.
-            BaseMismatch: a weight would get a number that is not finite; names the node and the module.
+            BaseMismatch: a weight would get a number that is not finite; names the node and the
+                module.
             StateError: a node trains, or the base is sharded; names the node or the site.
         """
         plan = placed.plan
@@ -87,7 +90,9 @@ class Mergeable:
 
     # ------------------------------------------------------------------ numbers
     def _check_finite(self, placed: PlacedPlan) -> None:
-        """Check that every number of a weight stays finite; the sum is computed only where a bound can't tell."""
+        """Check that every number of a weight stays finite; the sum is computed only where a bound
+        can't tell.
+        """
         plan = placed.plan
         names = suspects(plan)
         for name in names:
@@ -99,8 +104,8 @@ class Mergeable:
                 with exact_mode(target.device):
                     own = self._own_value(site, attribute).to(target.device)
                     check_sum(site, name, own, parts, self._scratch, is_bias=is_bias)
-        # A bound holds for any weight of these dtypes; a sum that was computed holds for this weight alone. And factors
-        # that are parameters may be written to.
+        # A bound holds for any weight of these dtypes; a sum that was computed holds for this
+        # weight alone. And factors that are parameters may be written to.
         if not names and plan.fixed:
             self._finite[plan] = placed.dtypes
 
@@ -114,7 +119,9 @@ class Mergeable:
 
     # ------------------------------------------------------------------ sites
     def _check_sites(self, plan: Plan) -> None:
-        """Check that each site takes a write, under one name, and shares its memory with no other module."""
+        """Check that each site takes a write, under one name, and shares its memory with no other
+        module.
+        """
         _refuse_sharded(plan)
         names: dict[tuple[int, str], str] = {}
         unknown: list[tuple[Site, str, str]] = []
@@ -136,7 +143,9 @@ class Mergeable:
             self._check_ties(unknown)
 
     def _check_ties(self, written: Sequence[tuple[Site, str, str]]) -> None:
-        """Check that no other module uses a tensor that is about to be written: (site, tensor, a node that does)."""
+        """Check that no other module uses a tensor that is about to be written: (site, tensor, a
+        node that does).
+        """
         spans = list(_spans(self._base))
         for site, attribute, node in written:
             start, end = _span(getattr(site.module, attribute))
@@ -150,7 +159,8 @@ class Mergeable:
                     f"{node}: {site.name}: its {attribute} is tied to {listing(sorted(shared))}: "
                     "merging would change both",
                     'use activate(…, mode="unmerged"), which changes this module alone',
-                    f"or untie the base: module.{attribute} = nn.Parameter(module.{attribute}.detach().clone())",
+                    f"or untie the base: module.{attribute} = "
+                    f"nn.Parameter(module.{attribute}.detach().clone())",
                     "or leave the module out of the adapter",
                 )
             self._untied.add((site.name, attribute))
@@ -168,7 +178,8 @@ def _refuse_sharded(plan: Plan) -> None:
         weight = site.weight
         if weight is not None and is_sharded(weight):
             raise StateError(
-                f"{name}: the base is sharded, and a path can't be merged into parts of its weights",
+                f"{name}: the base is sharded, and a path can't be merged into parts of its "
+                "weights",
                 'activate(…, mode="unmerged")',
             )
 
@@ -211,7 +222,9 @@ def _addresses(base: nn.Module) -> list[int]:
 
 
 def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:
-    """Yield every tensor of every module, a shared one each time: (start, end, id of module, (module, name))."""
+    """Yield every tensor of every module, a shared one each time: (start, end, id of module,
+    (module, name)).
+    """
     for name, module in base.named_modules():
         for held in (module._parameters, module._buffers):
             for leaf, tensor in held.items():

@@ -1,9 +1,10 @@
-"""Merged: a path written into the weights, each from pristine, each rounded once, and only where the plan changed.
+"""Merged: a path written into the weights, each from pristine, each rounded once, and only where
+the plan changed.
 
     changed sites ─→ keep pristine of all ─→ write all ─→ on any failure, write the old ones again
 
-`mergeable.py` has checked the plan before. Addresses stay what they were, no hook is left, and the forward is the plain
-base's.
+`mergeable.py` has checked the plan before. Addresses stay what they were, no hook is left, and the
+forward is the plain base's.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Merged:
 
     Args:
         base: the model.
-        place: where the base's own weights are kept; ``none``: nowhere, paths are added to and subtracted from the
-            weights in place, which drifts with every switch.
+        place: where the base's own weights are kept; ``none``: nowhere, paths are added to and
+            subtracted from the weights in place, which drifts with every switch.
     """
 
     def __init__(self, base: nn.Module, *, place: Place) -> None:
@@ -46,7 +47,8 @@ class Merged:
         self.plan = EMPTY_PLAN
 
     def verify(self, plan: Plan) -> None:
-        """Check that nobody else wrote to a weight since the last switch, before the switch to ``plan``.
+        """Check that nobody else wrote to a weight since the last switch, before the switch to
+        ``plan``.
 
         Raises:
             ForeignWrite: somebody did while a path was merged into it; names the weight.
@@ -59,11 +61,12 @@ class Merged:
 
         Args:
             plan: what the weights become.
-            after_failure: a call of ours failed: how the weights look has to be noted anew, even if they are those of
-                ``plan`` already.
+            after_failure: a call of ours failed: how the weights look has to be noted anew, even if
+                they are those of ``plan`` already.
 
         Raises:
-            MemoryError, RuntimeError: what torch raised; the weights are as they were before the call.
+            MemoryError, RuntimeError: what torch raised; the weights are as they were before the
+                call.
         """
         if not (plan.terms or self.plan.terms):
             return
@@ -78,15 +81,16 @@ class Merged:
             sources = self._sources(writes)
             begun: list[_SiteWrite] = []
             done: list[_SiteWrite] = []
-            # In place, a launch reads what the last switch left, and the copies that it is known by do not exist.
+            # In place, a launch reads what the last switch left, and the copies that it is known by
+            # do not exist.
             kept_for = plan if plan.fixed and not self._in_place else None
             try:
                 self._write(writes, sources, launched, begun, done, kept_for)
                 self.plan = plan
             except BaseException:
                 self.plan = before
-                # From pristine any weight can be written anew, whatever it holds now. In place, what is half
-                # written can't be taken back, and what was not begun must not be.
+                # From pristine any weight can be written anew, whatever it holds now. In place,
+                # what is half written can't be taken back, and what was not begun must not be.
                 undone = done if self._in_place else begun
                 back = [write.undone() for write in reversed(undone)]
                 # All of them: the writes that were not begun count as written since `_sources`.
@@ -102,12 +106,14 @@ class Merged:
 
         Raises:
             StateError: no copies were kept.
-            ForeignWrite: a module was replaced or resized, and its copy fits no more; nothing was written.
+            ForeignWrite: a module was replaced or resized, and its copy fits no more; nothing was
+                written.
         """
         if self._in_place and self.plan.terms:
             raise StateError(
                 'pristine="none" kept no copies to put back',
-                'model.trust("weights") takes the weights as they are now for the base, or load the base again',
+                'model.trust("weights") takes the weights as they are now for the base, or load '
+                "the base again",
             )
         self.pristine.restore(self._replaced())
         self._launches.forget()
@@ -129,7 +135,9 @@ class Merged:
         return found
 
     def _changes(self, plan: Plan) -> list[_SiteWrite]:
-        """Return the sites whose terms differ from those that are written now, in the order in which to write them."""
+        """Return the sites whose terms differ from those that are written now, in the order in
+        which to write them.
+        """
         old = self.plan
         bare: list[_SiteWrite] = []
         merged: list[_SiteWrite] = []
@@ -142,11 +150,14 @@ class Merged:
             if name in plan.biased or name in old.biased:
                 tensors.append(site.bias_name)
             (merged if now else bare).append(_SiteWrite(site, tensors, now, then))
-        # What goes bare comes first: the same weight may be written under a second name in the new plan.
+        # What goes bare comes first: the same weight may be written under a second name in the new
+        # plan.
         return [*bare, *merged]
 
     def _sources(self, writes: Sequence[_SiteWrite]) -> dict[tuple[int, str], Tensor]:
-        """Return what each weight or bias is computed from, by (id of module, name), before the first write."""
+        """Return what each weight or bias is computed from, by (id of module, name), before the
+        first write.
+        """
         if self._in_place:
             sources = {}
             for write in writes:
@@ -206,7 +217,9 @@ class Merged:
         done: list[_SiteWrite],
         plan: Plan | None,
     ) -> list[_SiteWrite]:
-        """Write the weights that a kernel covers in one launch; return the writes that it does not cover."""
+        """Write the weights that a kernel covers in one launch; return the writes that it does not
+        cover.
+        """
         sites = [write.site for write in writes]
         known = None if plan is None else self._launches.find(plan, sites, self.pristine.number)
         parts: dict[str, MergePart] = {}
@@ -266,7 +279,9 @@ class Merged:
         _add(write.site, target, sources[id(write.site.module), name], values, self._scratch)
 
     def _terms(self, write: _SiteWrite) -> list[tuple[LowRank, float]]:
-        """Return values and their coefficients; in place, what was written before is taken back too."""
+        """Return values and their coefficients; in place, what was written before is taken back
+        too.
+        """
         terms = [(term.value, term.coefficient) for term in write.new]
         if self._in_place:
             terms += [(term.value, -term.coefficient) for term in write.old]
@@ -300,7 +315,9 @@ class _SiteWrite:
 
 
 def _same_terms(x: Terms, y: Terms) -> bool:
-    """Return whether two sites' terms write the same bits: the same values, as they are, with the same coefficients."""
+    """Return whether two sites' terms write the same bits: the same values, as they are, with the
+    same coefficients.
+    """
     if len(x) != len(y):
         return False
     for a, b in zip(x, y, strict=True):  # a loop: this is asked of every site at every switch

@@ -1,4 +1,4 @@
-"""What the rows of a batch owe at one site, and the ways to get at some of the rows."""
+"""What the rows of a batch owe at one site, and some of the rows as one value."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class RowSubset:
-    """Some rows of a batch in an order of their own: taken out of an input, and what comes of them added back.
+    """Some rows of a batch, in an order of their own: to take out of an input, and to add back.
 
     Args:
-        rows: which, in the order wanted; no row twice.
+        rows: the rows in the order wanted; no row twice.
         batch: the whole batch.
         device: where it is computed.
     """
@@ -33,44 +33,43 @@ class RowSubset:
     def __init__(self, rows: Sequence[int], batch: Batch, device: torch.device) -> None:
         self.rows = tuple(rows)
         self.whole = self.rows == tuple(range(len(batch)))
-        start = self.rows[0]
-        self.slice = (
-            slice(start, start + len(rows))
-            if self.rows == tuple(range(start, start + len(rows)))
-            else None
-        )
+        """All rows of the batch, in order."""
+        self.slice: slice | None = None
+        """Their place, if they lie side by side and in order."""
+        start, end = self.rows[0], self.rows[0] + len(rows)
+        if self.rows == tuple(range(start, end)):
+            self.slice = slice(start, end)
         self.index = batch.index(self.rows, device)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def gathered(self) -> bool:
-        """They do not lie side by side."""
-        return self.slice is None
-
     def of(self, x: Tensor) -> Tensor:
-        """The rows of ``x``: a view where they lie side by side, unless autograd would have to unpick it."""
+        """Return these rows of ``x``: a view if they lie side by side."""
         if self.whole:
             return x
-        return (
-            x.index_select(0, self.index)
-            if self.slice is None or x.requires_grad
-            else x[self.slice]
-        )
+        # The backward of a view fills a gradient as large as the batch with zeros, each time.
+        if self.slice is None or x.requires_grad:
+            return x.index_select(0, self.index)
+        return x[self.slice]
 
     def added(self, out: Tensor, delta: Tensor, *, spare: bool) -> Tensor:
-        """``out`` with ``delta``, any view of (rows, …), added in their places; written over where it is ``spare``.
+        """Return ``out`` with ``delta`` added to these rows.
 
-        One operation puts all rows back, and its backward hands on a gradient that lies in memory as it seems, which
-        grouped products want.
+        One operation puts all rows back. The gradient that its backward hands on is contiguous, as
+        grouped products want it.
+
+        Args:
+            out: (all rows, …).
+            delta: any view of (these rows, …).
+            spare: ``out`` may be written over.
         """
         delta = delta.reshape(len(self.rows), *out.shape[1:]).to(out.dtype)
-        if self.whole and spare:
+        if not spare:
+            return out.index_add(0, self.index, delta)
+        if self.whole:
             return out.add_(delta)
-        return (
-            out.index_add_(0, self.index, delta) if spare else out.index_add(0, self.index, delta)
-        )
+        return out.index_add_(0, self.index, delta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +77,12 @@ class Owed:
     """What the rows of a batch owe at one site.
 
     Args:
-        site: where.
+        site: the site.
         values: the increment of every node that has one here, in the order of the sum.
         batch: what the rows owe to these nodes.
         dtype: what side paths compute in, at least.
         device: where the factors go.
-        charge: is told how many bytes were laid out here, and raises where there is no room for them.
+        charge: is told how many bytes were laid out here, and raises if there is no room for them.
     """
 
     site: Site
@@ -96,10 +95,15 @@ class Owed:
     @cached_property
     def live(self) -> bool:
         """Factors train, so nothing made of them can be kept."""
-        return any(t.requires_grad for value in self.values for t in value.tensors)
+        tensors: list[Tensor] = []
+        for value in self.values:
+            tensors += value.tensors
+        return any(tensor.requires_grad for tensor in tensors)
 
     def held(self, make: Callable[[], T]) -> Callable[[], T]:
-        """What is made of the factors: once, or anew at every call where they train.
+        """Return a function that returns what ``make`` makes of the factors.
+
+        It is made now, once; if the factors train, anew at every call.
 
         Raises:
             BudgetError: there is no room for it.
@@ -111,35 +115,56 @@ class Owed:
         return lambda: made
 
     def rows(self, rows: Sequence[int]) -> RowSubset:
-        """Some of the rows."""
+        """Return some of the rows."""
         return RowSubset(rows, self.batch, self.device)
 
     def numbers(self, of: Sequence[float] | Tensor) -> Tensor:
-        """Coefficients, where and as what the factors are."""
+        """Return coefficients in the factors' dtype, on their device."""
         numbers = torch.as_tensor(of, dtype=torch.float64, device="cpu").to(self.dtype)
         return uploaded(numbers, self.device)
 
     def stacked(self, coefficients: Sequence[float]) -> LowRank:
-        """Σ coefficient · value as one value of scale 1."""
-        terms = [v.scaled(c) for v, c in zip(self.values, coefficients, strict=True) if c]
+        """Return Σ coefficient · value as one value of scale 1."""
+        terms = []
+        for value, coefficient in zip(self.values, coefficients, strict=True):
+            if coefficient:
+                terms.append(value.scaled(coefficient))
         return stacked(terms, dtype=self.dtype, device=self.device)
 
     def rank(self, coefficients: Sequence[float]) -> int:
-        """The rank of that sum."""
+        """Return the rank of that sum."""
         return sum(v.rank for v, c in zip(self.values, coefficients, strict=True) if c)
 
     def cost(self, rows: Sequence[int], rank: int, tokens: int, *, copies: int = 1) -> Cost:
-        """What a product of some rank costs for some rows; ``copies``: how many different factors are read."""
-        shape = self.values[0].shape
-        gathered = tuple(rows) != tuple(range(rows[0], rows[0] + len(rows)))
+        """Return the cost of a product for some rows.
+
+        Args:
+            rows: the rows.
+            rank: of the product.
+            tokens: inputs a row.
+            copies: how many different factors are read.
+        """
+        in_place = tuple(rows) == tuple(range(rows[0], rows[0] + len(rows)))
         return Cost.product(
-            shape, rank, len(rows) * tokens, self.dtype, gathered=gathered, copies=copies
+            self.values[0].shape,
+            rank,
+            len(rows) * tokens,
+            self.dtype,
+            gathered=not in_place,
+            copies=copies,
         )
 
 
 def _new_bytes(made: object, values: Sequence[LowRank]) -> int:
-    """Bytes of tensors, or of a value's factors, that are not the factors of ``values`` themselves."""
+    """Return the bytes of tensors, or of a value's factors, that are not factors of ``values``."""
     tensors = made.tensors if isinstance(made, LowRank) else made
-    known = {t.data_ptr() for value in values for t in value.tensors}
-    new = [t for t in tensors if isinstance(t, Tensor)] if isinstance(tensors, tuple) else []
-    return sum(t.numel() * t.element_size() for t in new if t.data_ptr() not in known)
+    if not isinstance(tensors, tuple):
+        return 0
+    known: set[int] = set()
+    for value in values:
+        known.update(tensor.data_ptr() for tensor in value.tensors)
+    total = 0
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.data_ptr() not in known:
+            total += tensor.numel() * tensor.element_size()
+    return total

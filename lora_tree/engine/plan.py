@@ -1,9 +1,11 @@
 """Plan: what each site gets for a path or a blend: site name → terms in the order of the sum.
 
-Binding comes first: an adapter fits the base or it does not, whatever the path, so it is checked once.
+Binding comes first: an adapter fits the base or it does not, whatever the path, so it is checked
+once.
 
-A plan has a `mark`, a number by which key/value caches and recorded backwards are told apart. Two plans of the same
-factors have the same mark, even if one was dropped and made again, or its factors were read from files anew.
+A plan has a `mark`, a number by which key/value caches and recorded backwards are told apart. Two
+plans of the same factors have the same mark, even if one was dropped and made again, or its factors
+were read from files anew.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _requires_grad = operator.attrgetter("requires_grad")
 _MARKS = itertools.count(1)
 
 WeightDtypes = tuple[torch.dtype | None, ...]
-"""The dtypes of the weights of a plan's sites now. They change if the base is cast, and the sites stay."""
+"""The dtypes of the weights of a plan's sites now. They change if the base is cast, and the sites
+stay.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,8 @@ class Plan:
         terms: site name → its terms.
         sites: site name → the site.
         mark: the same number for plans that behave the same.
-        adapters: the adapters it was made of. They live as long as the plan, so that it can be known by their ids.
+        adapters: the adapters it was made of. They live as long as the plan, so that it can be
+            known by their ids.
         live: the (site name, node) whose factors trained when it was made.
         fixed: no factor is a parameter, so none is ever written to, and the plan can be used again.
     """
@@ -111,7 +116,9 @@ class Plan:
         return frozenset(found)
 
     def look(self, base: nn.Module) -> WeightDtypes | None:
-        """Return the dtypes of the sites' weights now; None if the base does not have every site any more."""
+        """Return the dtypes of the sites' weights now; None if the base does not have every site
+        any more.
+        """
         found = []
         for site in self.sites.values():
             if not site.is_in(base):
@@ -178,8 +185,8 @@ class Binder:
         base_name: the tree's name for it.
         own_name: the model's own name, if it has one.
         kept: how many plans stay, with their adapters, while nothing uses them.
-        origin: returns a key for an adapter: itself, held weakly, or a key that outlives it and stands for the same
-            numbers.
+        origin: returns a key for an adapter: itself, held weakly, or a key that outlives it and
+            stands for the same numbers.
     """
 
     def __init__(
@@ -199,14 +206,16 @@ class Binder:
         self._origin = origin
         self._renaming = Renaming(base)
         self._sites: dict[str, Site] = {}
-        # None stands for an adapter that needs no renaming: a value that held its own weak key would keep it alive.
+        # None stands for an adapter that needs no renaming: a value that held its own weak key
+        # would keep it alive.
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
         self._bound = weakref.WeakKeyDictionary()
         self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
 
     def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
-        """Return the plan of (node, coefficient, adapter) terms; the same object for a path that was used before.
+        """Return the plan of (node, coefficient, adapter) terms; the same object for a path that
+        was used before.
 
         Raises:
             BaseMismatch: an adapter does not fit; names the node and the module.
@@ -248,7 +257,8 @@ class Binder:
                     fixed = False
                 if term.trains:
                     live.add((name, node))
-        # The mark comes after binding, which begins new marks if it finds that a module was replaced.
+        # The mark comes after binding, which begins new marks if it finds that a module was
+        # replaced.
         if fixed:
             origins = tuple([(self._origin(adapter), c) for _, c, adapter in terms])
             mark = self._marks.of(origins)
@@ -267,7 +277,8 @@ class Binder:
         """Return ``adapter`` under the names of this base, checked.
 
         Raises:
-            BaseMismatch: a module is missing, of another kind or shape, or carries a base tensor that differs.
+            BaseMismatch: a module is missing, of another kind or shape, or carries a base tensor
+                that differs.
         """
         known = self._bound.get(adapter)
         if known is not None and all(site.is_in(self._base) for site in known[1]):
@@ -316,12 +327,15 @@ class Binder:
 
     # ------------------------------------------------------------------ private
     def _told(self, error: LoraTreeError, node: str, adapter: Adapter) -> LoraTreeError:
-        """Return an error with the node's name, and with the base that the adapter names if it is another one."""
+        """Return an error with the node's name, and with the base that the adapter names if it is
+        another one.
+        """
         where = error.within(node)
         todo = list(where.todo)
         if adapter.base and self._base_name and adapter.base != self._base_name:
             todo.append(
-                f"the adapter names base {adapter.base!r}, the model attached is {self._base_name!r}"
+                f"the adapter names base {adapter.base!r}, the model attached is "
+                f"{self._base_name!r}"
             )
         return type(error)(where.what, *todo)
 
@@ -345,5 +359,7 @@ def _is_trainable(value: LowRank) -> bool:
 
 
 def _version(value: LowRank) -> int:
-    """Return how often factors that train, or did, were written to; 0 for others, which are never written to."""
+    """Return how often factors that train, or did, were written to; 0 for others, which are never
+    written to.
+    """
     return value.A._version + value.B._version if _is_trainable(value) else 0

@@ -1,16 +1,19 @@
 """Prepared: permanent hooks over buffers of a fixed rank, for a base that is compiled.
 
-A compiled forward keeps the hooks that were there when it was traced, and ignores later ones in silence. So the hooks
-are put in once, before, and what they read is rewritten in place:
+A compiled forward keeps the hooks that were there when it was traced, and ignores later ones in
+silence. So the hooks are put in once, before, and what they read is rewritten in place:
 
     y = base(x) + B (c ∘ A x)        A: (max_rank, in), B: (out, max_rank), zeros past the rank in use
-                                     c: (rows, max_rank), which columns a row owes; only while a batch is routed
+                                     c: (rows, max_rank), which columns a row owes; only while a
+                                         batch is routed
 
-The hook's code is plain tensor work, and all sites are in one mode: one trace while bare, one for a path, one for a
-batch of as many rows. From path to path, and from batch to batch of the same size, only numbers change.
+The hook's code is plain tensor work, and all sites are in one mode: one trace while bare, one for a
+path, one for a batch of as many rows. From path to path, and from batch to batch of the same size,
+only numbers change.
 
-What the other side paths have beside that is not here, since it could not be compiled: no watch over sites that never
-run, over key/value caches, or over checkpointed backwards; and nodes that train.
+What the other side paths have beside that is not here, since it could not be compiled: no watch
+over sites that never run, over key/value caches, or over checkpointed backwards; and nodes that
+train.
 """
 
 from __future__ import annotations
@@ -65,8 +68,10 @@ class Prepared:
     """Fixed side paths at some sites of a base.
 
     Args:
-        sites: every site, with the increments that nodes have there; the shapes of these are enough.
-        max_rank: columns of every buffer: the largest Σr of a path, or of all the nodes of a batch together.
+        sites: every site, with the increments that nodes have there; the shapes of these are
+            enough.
+        max_rank: columns of every buffer: the largest Σr of a path, or of all the nodes of a batch
+            together.
         dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
     """
 
@@ -98,13 +103,15 @@ class Prepared:
             raise
 
     def lay_out(self, placed: PlacedPlan) -> Numbers:
-        """Check one path or blend, and return its numbers; of an empty plan none, and side paths that are off.
+        """Check one path or blend, and return its numbers; of an empty plan none, and side paths
+        that are off.
 
         Raises:
             MergedOnly: a site's module is never called.
-            BaseMismatch: a side path would hold a number that is not finite; names the node and the module.
-            StateError: a node was not there when the model was prepared, or trains; or the path's rank is larger than
-                what was prepared for; names the site.
+            BaseMismatch: a side path would hold a number that is not finite; names the node and the
+                module.
+            StateError: a node was not there when the model was prepared, or trains; or the path's
+                rank is larger than what was prepared for; names the site.
         """
         plan = placed.plan
         if not plan.terms:
@@ -154,7 +161,9 @@ class Prepared:
 
     # ------------------------------------------------------------------ private
     def _check(self, placed: PlacedPlan, largest: Mapping[str, float] | None) -> None:
-        """Check that every site of the plan has buffers, that nothing of it trains, and that its numbers are finite."""
+        """Check that every site of the plan has buffers, that nothing of it trains, and that its
+        numbers are finite.
+        """
         plan = placed.plan
         check_sites_beside(plan)
         for name, terms in plan.terms.items():
@@ -162,7 +171,8 @@ class Prepared:
             known = fixed is not None and fixed.site is plan.sites[name]
             if fixed is None or not known or (name in plan.biased and not fixed.biased):
                 raise StateError(
-                    f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module came later",
+                    f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module "
+                    "came later",
                     "detach, attach the tree again, and prepare it before the base is compiled",
                 )
             for term in terms:
@@ -182,7 +192,8 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class _SiteNumbers:
-    """The numbers for one site's buffers: a value of any rank; and for a batch each row's coefficients.
+    """The numbers for one site's buffers: a value of any rank; and for a batch each row's
+    coefficients.
 
     Args:
         value: what is added up; None: no node changes the site.
@@ -241,8 +252,10 @@ class _Fixed:
         if rank > self.max_rank:
             nodes = ", ".join(term.node for term in terms)
             raise StateError(
-                f"{self.site.name}: {nodes} have rank {rank} together, and {self.max_rank} was prepared for",
-                f"prepare(max_rank={rank}) or more, after attaching anew; or route fewer paths at a time",
+                f"{self.site.name}: {nodes} have rank {rank} together, and {self.max_rank} was "
+                "prepared for",
+                f"prepare(max_rank={rank}) or more, after attaching anew; or route fewer paths at "
+                "a time",
             )
         device, values = self.A.device, [term.scaled for term in terms]
         with exact_mode(device):
@@ -253,7 +266,8 @@ class _Fixed:
             column: list[int] = []
             for i, each in enumerate(values):
                 column += [i] * each.rank
-            # A row's coefficient of a node stands once for each of the node's ranks, and that once for each group.
+            # A row's coefficient of a node stands once for each of the node's ranks, and that once
+            # for each group.
             wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank))
             wide = uploaded(wide.repeat(1, self._groups).to(self.dtype), device)
             bias = self._biases(values, uploaded(owed, device)).to(self.dtype)
@@ -268,7 +282,9 @@ class _Fixed:
         return bias
 
     def write(self, numbers: _SiteNumbers, mode: int) -> None:
-        """Rewrite the buffers in place; those of the rows are made anew only for another number of rows."""
+        """Rewrite the buffers in place; those of the rows are made anew only for another number of
+        rows.
+        """
         self.mode, self.uniform, self.batch_first = mode, numbers.uniform, numbers.batch_first
         value, rank = numbers.value, 0 if numbers.value is None else numbers.value.rank
         if value is not None:
@@ -282,7 +298,8 @@ class _Fixed:
             self.bias.copy_(value.bias)
         if numbers.rows is not None and numbers.bias is not None:
             adapted = (numbers.rows != 0).any(1)
-            # In place, so that a traced forward finds them where they were. Another number of rows is another trace.
+            # In place, so that a traced forward finds them where they were. Another number of rows
+            # is another trace.
             if self.rows.shape == numbers.rows.shape:
                 self.rows.copy_(numbers.rows)
                 self.row_bias.copy_(numbers.bias)
@@ -313,7 +330,8 @@ class _Fixed:
             if self.mode == ROWS:
                 rows, bias, adapted = self._rows_of(x, out)
                 owed = site.along_channels(rows.to(low.dtype), low.ndim)
-                # Masked, not multiplied by zero: another path's factor may have overflowed, and 0 · inf is NaN.
+                # Masked, not multiplied by zero: another path's factor may have overflowed, and 0 ·
+                # inf is NaN.
                 low = torch.where(owed != 0, low, torch.zeros_like(low)) * owed
             after = site.onto(before, low, self.B.to(low.dtype), scale=1.0, spare=False)
             if self.biased:
@@ -329,10 +347,12 @@ class _Fixed:
     def _rows_of(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return coefficients, biases and whether it owes anything, for every row of an input.
 
-        If all rows owe the same, one row's are returned for an input whose first axis is something else.
+        If all rows owe the same, one row's are returned for an input whose first axis is something
+        else.
 
         Raises:
-            BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows differ here.
+            BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows
+                differ here.
         """
         length = len(self.rows)
         fits = x.shape[0] == length and out.shape[0] == length
@@ -345,7 +365,9 @@ class _Fixed:
         if self.uniform:
             return self.rows[:1], self.row_bias[:1], self.adapted[:1]
         raise BaseMismatch(
-            f"{self.site.name}: its input is {tuple(x.shape)}, and the first axis should be {length} rows",
-            "where it may be tokens: route(…, batch_first=True) says that the first axis is the rows at every site",
+            f"{self.site.name}: its input is {tuple(x.shape)}, and the first axis should be "
+            f"{length} rows",
+            "where it may be tokens: route(…, batch_first=True) says that the first axis is the "
+            "rows at every site",
             DECLARE,
         )

@@ -5,8 +5,8 @@ A copy is taken of a weight when a path is first merged into it:
     device    beside the weight: a switch reads and writes at the speed of the device's memory
     host      in host memory, pinned where the weight is on CUDA: a switch is as fast as the bus
 
-A copy counts as long as only we write to its weight. `watch.py` notices other writes, and `Pristine.verify` asks it
-before every switch.
+A copy counts as long as only we write to its weight. `watch.py` notices other writes, and
+`Pristine.verify` asks it before every switch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ __all__ = ["Copies", "Place", "Pristine", "Wanted"]
 Place: TypeAlias = Literal["auto", "device", "host", "none"]
 
 MARGIN = 8
-"""One part in so many of a device's memory stays free for activations when ``auto`` puts copies there."""
+"""One part in so many of a device's memory stays free for activations when ``auto`` puts copies
+there.
+"""
 
 
 Wanted: TypeAlias = tuple[str, nn.Module, str, bool]
-"""A weight that a switch writes: the module's name, the module, which of its tensors, and if a path is in it then."""
+"""A weight that a switch writes: the module's name, the module, which of its tensors, and if a path
+is in it then.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Copies:
 
     @property
     def kind(self) -> str:
-        """``device``, ``host``, ``device+host``, or ``none`` where nothing is kept, as before the first merge."""
+        """``device``, ``host``, ``device+host``, or ``none`` where nothing is kept, as before the
+        first merge.
+        """
         parts = {"device": self.device_bytes, "host": self.host_bytes}
         return "+".join(name for name, nbytes in parts.items() if nbytes) or "none"
 
@@ -94,8 +100,8 @@ class Pristine:
     """The copies of one base's own weights, by (module, attribute).
 
     Args:
-        place: where copies go: ``device``, ``host``, or ``auto``, which takes the device if there is room. The copies
-            of a base in host memory are in host memory, whatever is asked.
+        place: where copies go: ``device``, ``host``, or ``auto``, which takes the device if there
+            is room. The copies of a base in host memory are in host memory, whatever is asked.
     """
 
     def __init__(self, place: Place = "auto") -> None:
@@ -106,13 +112,15 @@ class Pristine:
         """Another one whenever a copy was made or dropped."""
 
     def verify(self, replaced: Sequence[str] = ()) -> None:
-        """Check that every copy is still what its weight was. The copy of a changed bare weight is dropped.
+        """Check that every copy is still what its weight was. The copy of a changed bare weight is
+        dropped.
 
         Args:
             replaced: merged weights whose module the base does not have any more.
 
         Raises:
-            ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into it.
+            ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into
+                it.
         """
         touched = self._watch.touched([kept.weight for kept in self._kept.values()])
         if not touched and not replaced:
@@ -124,12 +132,14 @@ class Pristine:
                 lost.append(self._kept[key].weight.name)
         if lost:
             raise ForeignWrite(
-                f"{listing(dict.fromkeys(lost))}: written or replaced by somebody else while a path was merged",
+                f"{listing(dict.fromkeys(lost))}: written or replaced by somebody else while a "
+                "path was merged",
                 'model.trust("pristine") puts the base\'s own weights back',
                 'model.trust("weights") takes the weights as they are now for the base',
                 "next time: model.deactivate() before loading, casting or resizing the base",
             )
-        # Nothing is merged into these: what stands there now is the base's own, and is copied when it is needed next.
+        # Nothing is merged into these: what stands there now is the base's own, and is copied when
+        # it is needed next.
         for key in changed:
             del self._kept[key]
             self.number += 1
@@ -137,8 +147,8 @@ class Pristine:
     def begin(self, wanted: Sequence[Wanted]) -> dict[tuple[int, str], Tensor]:
         """Return the base's own values of some weights, before anything of them is written.
 
-        Weights that have no copy yet are copied: all, or on an error none. `look` has to follow once everything is
-        written.
+        Weights that have no copy yet are copied: all, or on an error none. `look` has to follow
+        once everything is written.
 
         Args:
             wanted: everything that a switch will write.
@@ -147,7 +157,8 @@ class Pristine:
             (id of the module, which of its tensors) → the copy.
 
         Raises:
-            MemoryError, RuntimeError: no memory for the copies, neither on the device nor on the host.
+            MemoryError, RuntimeError: no memory for the copies, neither on the device nor on the
+                host.
         """
         self._keep(wanted)
         sources = {}
@@ -193,7 +204,8 @@ class Pristine:
             replaced: merged weights whose module the base does not have any more.
 
         Raises:
-            ForeignWrite: a weight was replaced or resized, and its copy fits no more; nothing was written.
+            ForeignWrite: a weight was replaced or resized, and its copy fits no more; nothing was
+                written.
         """
         merged = [kept for kept in self._kept.values() if kept.merged]
         lost = [*replaced, *(kept.weight.name for kept in merged if not kept.fits())]
@@ -202,7 +214,8 @@ class Pristine:
                 f"{listing(dict.fromkeys(lost))}: replaced or resized while a path was merged: "
                 "the base's own values do not fit there any more",
                 "put the old module back and call this again, or load the base again",
-                'model.trust("weights") takes the weights as they are now, the path in them, for the base',
+                'model.trust("weights") takes the weights as they are now, the path in them, for '
+                "the base",
             )
         for kept in merged:
             getattr(kept.weight.module, kept.weight.attribute).copy_(kept.copy)
@@ -248,14 +261,18 @@ def _is_apart(device: torch.device) -> bool:
 
 
 def _room_bytes(device: torch.device) -> int:
-    """Bytes that copies may take on a device: what is free there, without a margin for what the base computes."""
+    """Bytes that copies may take on a device: what is free there, without a margin for what the
+    base computes.
+    """
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + cached - total // MARGIN
 
 
 def _beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
-    """Copies where the parameters are; None, with a warning, where there is no room for all of them."""
+    """Copies where the parameters are; None, with a warning, where there is no room for all of
+    them.
+    """
     try:
         return [_copy(parameter, parameter.device) for parameter in parameters]
     except torch.OutOfMemoryError as error:
@@ -263,7 +280,8 @@ def _beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
         reason = str(error).partition("\n")[0]
     # Here the exception, whose traceback holds the copies made so far, is gone.
     warnings.warn(
-        f"no room on the device for {format_bytes(nbytes)} of copies of the base's own weights ({reason:.200}): "
+        f"no room on the device for {format_bytes(nbytes)} of copies of the base's own weights "
+        f"({reason:.200}): "
         'they are kept on the host, and switches are slower; pristine="host" asks for that',
         RuntimeWarning,
         stacklevel=2,

@@ -4,8 +4,8 @@
              Route: what is owed at each site                 once for a batch, when a site first runs
                     in one form for the whole batch           once for a batch and a number of tokens a row
 
-The last routes are kept, so that the same paths in the same order cost nothing again. A site at which all rows owe the
-same is one product, whatever lies on its first axis.
+The last routes are kept, so that the same paths in the same order cost nothing again. A site at
+which all rows owe the same is one product, whatever lies on its first axis.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ class Route:
     ) -> None:
         self.batch, self.plan, self.strategy = batch, plan, strategy
         self.manner, self.mark = manner, mark
-        # The ledger counts the bytes until the token is gone. Not until the route is: forms and their factors hold the
-        # token through `_charge` and may outlive the route, and if they held the route itself it would never go.
+        # The ledger counts the bytes until the token is gone. Not until the route is: forms and
+        # their factors hold the token through `_charge` and may outlive the route, and if they held
+        # the route itself it would never go.
         self._charge = partial(ledger.charge, _LifetimeToken())
         self._batches: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
@@ -174,7 +175,8 @@ class Route:
 
     # ------------------------------------------------------------------ in a forward
     def forms(self, site: Site, spread: Spread, tokens: int, device: torch.device) -> list[SumForm]:
-        """Return the ways in which a site's sum is added up: of what is frozen, and then of what trains.
+        """Return the ways in which a site's sum is added up: of what is frozen, and then of what
+        trains.
 
         Args:
             site: of the plan.

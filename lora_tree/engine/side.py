@@ -1,4 +1,5 @@
-"""A side path: what is added to the output of a site's own module while the weights stay the base's own.
+"""A side path: what is added to the output of a site's own module while the weights stay the base's
+own.
 
 y = base(x) + B (A x)      in the widest of the factors' and the weight's own dtype, or in the one asked for;
                            in fp32 on a CPU that has no fast product for a narrower one
@@ -44,14 +45,17 @@ class Manner:
 
     Args:
         dtype: what they compute in; None: the widest of the factors' and the weight's own.
-        dropout: the part of a site's input that nodes in training do not see, while the site's module trains.
+        dropout: the part of a site's input that nodes in training do not see, while the site's
+            module trains.
     """
 
     dtype: torch.dtype | None = None
     dropout: float = 0.0
 
     def dropped(self, x: Tensor, site: Site) -> Tensor:
-        """Return the input of nodes in training: ``x`` with one mask for all of them; ``x`` itself in evaluation."""
+        """Return the input of nodes in training: ``x`` with one mask for all of them; ``x`` itself
+        in evaluation.
+        """
         if not (self.dropout and site.module.training and x.is_floating_point()):
             return x
         return F.dropout(x, self.dropout, training=True)
@@ -109,7 +113,8 @@ class Draft:
 
 
 class PathSide:
-    """One path or blend for every input: a whole frozen lineage as one product, then every trained node.
+    """One path or blend for every input: a whole frozen lineage as one product, then every trained
+    node.
 
     Args:
         draft: the side path to lay out.
@@ -124,7 +129,8 @@ class PathSide:
             into = None if slab is None else partial(slab.cut, draft.dtype)
             frozen = stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)
             self._pieces.append(frozen)
-        # Factors that train are not stacked: a parent's stack would have to be made anew at every step.
+        # Factors that train are not stacked: a parent's stack would have to be made anew at every
+        # step.
         self._frozen = len(self._pieces)
         self._pieces += draft.live
 
@@ -141,7 +147,9 @@ class PathSide:
         return out
 
     def _added(self, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> Tensor:
-        """Return ``out`` plus one piece's part, computed in the piece's dtype or a wider one, in out's dtype."""
+        """Return ``out`` plus one piece's part, computed in the piece's dtype or a wider one, in
+        out's dtype.
+        """
         site, dtype = self._site, out.dtype
         A, B = piece.A, piece.B
         if x.is_floating_point():  # ids are looked up, not multiplied
@@ -149,7 +157,8 @@ class PathSide:
             if x.dtype != wide:
                 wide = torch.promote_types(wide, x.dtype)
             wide = _product_dtype(wide, x.device)
-            # Each is asked first: `to` costs a call into torch even if it returns the tensor itself.
+            # Each is asked first: `to` costs a call into torch even if it returns the tensor
+            # itself.
             x = x if x.dtype == wide else x.to(wide)
             A = A if A.dtype == wide else A.to(wide)
             B = B if B.dtype == wide else B.to(wide)
@@ -170,15 +179,18 @@ def check_sites_beside(plan: Plan) -> None:
 
 
 def raise_for_copy(module: nn.Module, site: Site) -> None:
-    """Refuse to run a site's hook on another module: in a copy of the base, which has the hooks but no owner.
+    """Refuse to run a site's hook on another module: in a copy of the base, which has the hooks but
+    no owner.
 
     Raises:
-        StateError: it is a copy, and not a replica that `nn.DataParallel` made for one forward; names the site.
+        StateError: it is a copy, and not a replica that `nn.DataParallel` made for one forward;
+            names the site.
     """
     if getattr(module, "_is_replica", False):
         return
     raise StateError(
-        f"{site.name}: this is a copy of a base that had a path beside its weights; side paths are not copied",
+        f"{site.name}: this is a copy of a base that had a path beside its weights; side paths are "
+        "not copied",
         "copy the base while it is bare: model.deactivate(), or model.detach(), first",
     )
 
@@ -201,7 +213,8 @@ def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
 def side_dtype(
     weight: Tensor | None, values: Sequence[LowRank], asked: torch.dtype | None
 ) -> torch.dtype:
-    """Return what a site's side path computes in: as asked, or the widest of the factors' and the weight's own.
+    """Return what a site's side path computes in: as asked, or the widest of the factors' and the
+    weight's own.
 
     Args:
         weight: the site's; its dtype does not count if it is quantised.
@@ -221,7 +234,9 @@ def side_dtype(
 
 
 def side_device(weight: Tensor | None, value: LowRank) -> torch.device:
-    """Return where a site's side path computes: where its weight is; without one, where ``value`` is."""
+    """Return where a site's side path computes: where its weight is; without one, where ``value``
+    is.
+    """
     return value.A.device if weight is None else weight.device
 
 
@@ -233,7 +248,9 @@ def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:
-    """Return ``out`` and ``x`` in dtypes that hold a sum in ``dtype``; and whether ``out`` may be written over."""
+    """Return ``out`` and ``x`` in dtypes that hold a sum in ``dtype``; and whether ``out`` may be
+    written over.
+    """
     if x.is_floating_point():
         x = x.to(_product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype

@@ -10,7 +10,8 @@ from torch import Tensor
 
 __all__ = ["ALIGNED", "Slab"]
 
-ALIGNED = 64  # bytes; what the widest vector loads want
+ALIGNED = 64
+"""Bytes: the widest vector loads want addresses that are multiples of it."""
 
 
 class Slab:
@@ -25,11 +26,12 @@ class Slab:
 
     @staticmethod
     def takes(nbytes: int) -> int:
-        """Bytes of it that a part of ``nbytes`` takes."""
+        """Return the bytes of a slab that a part of ``nbytes`` takes."""
         return -(-nbytes // ALIGNED) * ALIGNED
 
     def cut(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """The next part of it, as a tensor; whatever is in it."""
+        """Return the next part as an uninitialised tensor."""
         begin, nbytes = self._end, math.prod(shape) * dtype.itemsize
         self._end += self.takes(nbytes)
+        # A view: the buffer lives as long as any tensor that was cut from it.
         return self._memory[begin : begin + nbytes].view(dtype).view(shape)

@@ -3,8 +3,9 @@
     compose(request) → Behaviour     everything that can fail: checks, pins, lays out; the base is not touched
     install(behaviour)               the only writer: weights, side paths, save hook, claim; rolls back if it fails
 
-Law: after a call that failed the base does what it did before, and `current` says so. A behaviour that a block
-remembers keeps its pins, so bringing it back needs no room and no file that it did not have.
+Law: after a call that failed the base does what it did before, and `current` says so. A behaviour
+that a block remembers keeps its pins, so bringing it back needs no room and no file that it did not
+have.
 """
 
 from __future__ import annotations
@@ -101,18 +102,23 @@ class Stage:
             raise
 
     def _coefficients(self, request: Request) -> Mapping[str, float]:
-        """Return node → its coefficient. In a batch every node counts once: its rows have coefficients of their own."""
+        """Return node → its coefficient. In a batch every node counts once: its rows have
+        coefficients of their own.
+        """
         if request.rows is not None:
             return dict.fromkeys(request.rows.batch.nodes, 1.0)
         assert not isinstance(request.asked, tuple)
         return self._tree.coefficients(request.asked)
 
     def _parts(self, request: Request, placed: PlacedPlan) -> tuple[Plan, LaidOut]:
-        """Check a plan in the mode asked for; return the plan to write into the weights, and the side paths."""
+        """Check a plan in the mode asked for; return the plan to write into the weights, and the
+        side paths.
+        """
         if request.rows is None and request.mode == "merged":
             self._merged.mergeable.check(placed, self._factors)
             return placed.plan, self.beside.nothing
-        # Permanent hooks were there when the base was compiled. Any other hook would be ignored in silence.
+        # Permanent hooks were there when the base was compiled. Any other hook would be ignored in
+        # silence.
         if placed.plan.terms and not self.beside.permanent:
             self._compiled.check(self._base)
         if request.rows is None:
@@ -120,7 +126,9 @@ class Stage:
         return EMPTY_PLAN, self.beside.lay_out_rows(placed, request.rows)
 
     def is_current(self, behaviour: Behaviour) -> bool:
-        """Return whether composing its request anew would give the same: sites, adapters and factors are as then."""
+        """Return whether composing its request anew would give the same: sites, adapters and
+        factors are as then.
+        """
         if behaviour.beside.of is not self.beside:
             return False  # the base was prepared meanwhile
         plan = behaviour.placed.plan
@@ -200,7 +208,8 @@ class Stage:
             try:
                 if not in_order:
                     raise StateError(
-                        "a `using` or `route` was left while one that was entered after it is still open",
+                        "a `using` or `route` was left while one that was entered after it is "
+                        "still open",
                         "leave them in reverse order; model.deactivate() makes the base bare again",
                     )
                 if not self._closed:
@@ -232,7 +241,9 @@ class Stage:
 
     # ------------------------------------------------------------------ private
     def _write(self, behaviour: Behaviour, *, after_failure: bool = False) -> None:
-        """Make every write to the base that a behaviour needs. Called again, it mends what a failure left half done."""
+        """Make every write to the base that a behaviour needs. Called again, it mends what a
+        failure left half done.
+        """
         self._merged.switch(behaviour.weights, after_failure=after_failure)
         behaviour.beside.install()
         self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent

@@ -1,9 +1,10 @@
 """A side path that never runs is an error, not a silent base output.
 
-Some modules read a child's weight without calling the child. So after a switch every module around a planned site is
-watched: if its forward has run and the site's own has never been called since, the forward is refused. Of several
-sites in one container (a list of experts, a dict of heads) one call is enough: a forward may choose. A module whose
-sites have all been called once is not watched any more, so a path in use costs nothing here.
+Some modules read a child's weight without calling the child. So after a switch every module around
+a planned site is watched: if its forward has run and the site's own has never been called since,
+the forward is refused. Of several sites in one container (a list of experts, a dict of heads) one
+call is enough: a forward may choose. A module whose sites have all been called once is not watched
+any more, so a path in use costs nothing here.
 """
 
 from __future__ import annotations

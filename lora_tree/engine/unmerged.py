@@ -1,13 +1,16 @@
-"""Unmerged: the base untouched, and one side path per site, for one path (however deep) or for a path per row.
+"""Unmerged: the base untouched, and one side path per site, for one path (however deep) or for a
+path per row.
 
-A side path is a forward hook on the site's own module, there while something is active and gone after it. The side
-paths laid out for a path are kept for the last paths used, as far as there is room. Factors that train go through as
-they are, so that autograd sees them.
+A side path is a forward hook on the site's own module, there while something is active and gone
+after it. The side paths laid out for a path are kept for the last paths used, as far as there is
+room. Factors that train go through as they are, so that autograd sees them.
 
-A node is noted as trained on when a gradient comes back through a side path of its own: a step of an optimiser moves no
-other node, and it does not matter which module of the base the forward began at.
+A node is noted as trained on when a gradient comes back through a side path of its own: a step of
+an optimiser moves no other node, and it does not matter which module of the base the forward began
+at.
 
-Law: side paths that are laid out passed every check. So a path that is found among the kept ones is not checked again.
+Law: side paths that are laid out passed every check. So a path that is found among the kept ones is
+not checked again.
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ class SidePaths:
         of: whose hooks run them.
         plan: its sites and terms.
         sides: site → its side path.
-        mark: the behaviour's number for key/value caches and recorded backwards; None: nothing to guard.
+        mark: the behaviour's number for key/value caches and recorded backwards; None: nothing to
+            guard.
         axis: how the rows of a batch lie.
         mixed: the sites where the rows of a batch do not all owe the same.
     """
@@ -122,7 +126,8 @@ class Unmerged:
 
         Raises:
             MergedOnly: a site does not run when its module is called; says which and why.
-            BaseMismatch: a side path would hold a number that is not finite; names the node and the module.
+            BaseMismatch: a side path would hold a number that is not finite; names the node and the
+                module.
             BudgetError: there is no room for them; names the nodes.
         """
         plan = placed.plan
@@ -178,7 +183,9 @@ class Unmerged:
 
     # ------------------------------------------------------------------ the only writer of hooks
     def run(self, paths: SidePaths) -> None:
-        """Let the base run these, and no others. Called again, it mends what a call that failed left half done."""
+        """Let the base run these, and no others. Called again, it mends what a call that failed
+        left half done.
+        """
         if paths is self._running and self._settled:
             return
         self._running, self._settled = paths, False
@@ -215,7 +222,8 @@ class Unmerged:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor):
                 raise BaseMismatch(
-                    f"{name}: called with {type(x).__name__}, returned {type(out).__name__}; a side path needs tensors",
+                    f"{name}: called with {type(x).__name__}, returned {type(out).__name__}; a "
+                    "side path needs tensors",
                     'use activate(…, mode="merged")',
                 )
             guard.side_path_runs()
@@ -239,7 +247,9 @@ class Unmerged:
 
 
 def _portions(drafts: Sequence[Draft]) -> Iterator[tuple[torch.device, int, list[Draft]]]:
-    """Yield successive drafts on one device, with the bytes of slab that they take together: about `PORTION`."""
+    """Yield successive drafts on one device, with the bytes of slab that they take together: about
+    `PORTION`.
+    """
     portion: list[Draft] = []
     nbytes = 0
     for draft in drafts:

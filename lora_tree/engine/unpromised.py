@@ -1,18 +1,23 @@
-"""Names of torch that may be missing: private ones, and public ones younger than the oldest torch we support.
+"""Ask torch for names that may be missing: private ones, and ones younger than our oldest torch.
 
 Every such name is asked for here and nowhere else, with what is right in its absence: a slower way
 to the same result, or an answer on the safe side. So a torch that drops or renames one costs time,
 not correctness. The tests take each of them away (tests/test_versions.py).
 
-    name                                         since    without it
-    F.grouped_mm                                 2.10     batches are added up node by node
-    _C._autograd._top_saved_tensors_default_hooks  2.8    every recorded side path looks for checkpointing itself
-    ops.mkldnn._is_mkldnn_{bf16,fp16}_supported  2.0      narrow products on a CPU are widened to fp32
-    _subclasses.fake_tensor                      2.0      a batch with as many tokens as rows is not probed
-    nn.modules.module._global_forward_hooks      1.8      no output is written to in place
-    _dynamo.convert_frame.FRAME_COUNTER          2.0      a compiled wrapper is looked for at every switch
-    nn.Module._compiled_call_impl                2.2      base.compile() is not seen, the compiled wrapper still is
-    utils._pytree                                1.8      nothing: training over FSDP2 takes outputs apart with it
+    name                                           since  without it
+    F.grouped_mm                                   2.10   batches are added up node by node
+    _C._autograd._top_saved_tensors_default_hooks  2.8    every recorded side path walks the stack to
+                                                          look for checkpointing
+    ops.mkldnn._is_mkldnn_{bf16,fp16}_supported    2.0    narrow products on a CPU are widened
+    _subclasses.fake_tensor                        2.0    a batch with as many tokens as rows is not
+                                                          probed
+    nn.modules.module._global_forward_hooks        1.8    no output is written to in place
+    _dynamo.convert_frame.FRAME_COUNTER            2.0    a compiled wrapper is looked for at every
+                                                          switch
+    nn.Module._compiled_call_impl                  2.2    base.compile() is not seen; the compiled
+                                                          wrapper still is
+    utils._pytree                                  1.8    nothing: training over FSDP2 takes outputs
+                                                          apart with it
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ autograd: Any = torch._C._autograd
 
 
 def grouped_product() -> Callable[..., Tensor] | None:
-    """`torch.nn.functional.grouped_mm`, where there is one."""
+    """Return `torch.nn.functional.grouped_mm`; None if this torch has none."""
     found: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)
     return found
 
@@ -53,18 +58,23 @@ def any_saved_tensor_hook() -> bool:
     True if torch does not say.
     """
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
-    return True if top is None else top(False) is not None
+    if top is None:
+        return True
+    # False: not only the hooks that tracing may ignore.
+    return top(False) is not None
 
 
 def slow_on_cpu() -> frozenset[torch.dtype]:
-    """The narrow dtypes for which this machine's torch has no product but a plain loop, as far as it tells.
+    """Return the narrow dtypes for which this machine's torch has no fast product, as far as it tells.
 
-    Without AVX-512 or its like that loop is far slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
+    Without AVX-512 or its like torch multiplies them in a plain loop, which is far slower than
+    widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
     """
     asked = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
+    # Without mkldnn the ops below exist and can't be called.
     if not getattr(torch._C, "_has_mkldnn", False):
         return frozenset(asked)
     slow = set()
@@ -76,7 +86,7 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
 
 
 def fake_tensors() -> tuple[Any, Any] | None:
-    """(FakeTensorMode, FakeCopyMode), with which a module runs on shapes alone; None where they are not to be had."""
+    """Return (FakeTensorMode, FakeCopyMode), which run a module on shapes; None if there are none."""
     try:
         from torch._subclasses import fake_tensor
     except ImportError:
@@ -91,7 +101,11 @@ def any_global_hook() -> bool:
 
 
 def compiled_frames() -> int | None:
-    """Return how many frames torch.compile has compiled in this process; None if torch does not say."""
+    """Return the number of frames that torch.compile has compiled in this process.
+
+    None if torch does not say.
+    """
+    # Not imported here: that takes a second, and where it was not imported nothing was compiled.
     compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
     if compiler is None:
         return 0
@@ -100,5 +114,5 @@ def compiled_frames() -> int | None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called."""
+    """Return whether ``module.compile()`` was called."""
     return getattr(module, "_compiled_call_impl", None) is not None

@@ -1,4 +1,4 @@
-"""Small tables on their way to a device: index lists, coefficients, addresses.
+"""Send small tables to a device: index lists, coefficients, addresses.
 
 A copy from ordinary host memory makes CUDA wait until it is done. One from pinned memory is queued
 behind the computation like everything else, so that a new batch costs no synchronisation.
@@ -17,9 +17,10 @@ def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
 
     Args:
         numbers: in host memory, small.
-        device: where they are read; the stream that is current now reads them.
+        device: where they are read, by the stream that is current now.
     """
     if device.type != "cuda" or numbers.device.type != "cpu":
         return numbers.to(device)
-    # torch's pinned allocator hands this memory out again only when the copy is done
+    # The pinned copy is dropped at once. torch's pinned allocator knows of the copy that is queued,
+    # and hands this memory out again only when it is done.
     return numbers.pin_memory().to(device, non_blocking=True)

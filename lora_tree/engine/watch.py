@@ -1,14 +1,15 @@
 """Notice a write to a watched weight that was not ours.
 
-Between two switches the base belongs to its owner, who may load other weights into it, cast it or replace a module. A
-copy of the base's own weight is worth nothing then. Three kinds of evidence, the cheapest first:
+Between two switches the base belongs to its owner, who may load other weights into it, cast it or
+replace a module. A copy of the base's own weight is worth nothing then. Three kinds of evidence,
+the cheapest first:
 
     identity    the module shows another parameter, or one of another dtype or shape
     version     torch counted a write in place
     sample      some of the numbers differ: torch does not count what goes through ``.data``
 
-The samples of all weights lie in one buffer for each device and dtype, so that the host waits for a device once a
-switch and not once a weight.
+The samples of all weights lie in one buffer for each device and dtype, so that the host waits for a
+device once a switch and not once a weight.
 
 Limit: a write through ``.data`` that misses every sampled number is not noticed.
 """
@@ -48,12 +49,15 @@ class WatchedWeight:
     version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # Kept apart from the parameter, whose `.data` somebody may exchange for one of another dtype or shape.
+        # Kept apart from the parameter, whose `.data` somebody may exchange for one of another
+        # dtype or shape.
         self.dtype, self.shape = self.parameter.dtype, self.parameter.shape
         self.version = self.parameter._version
 
     def is_untouched(self) -> bool:
-        """Whether the same parameter is there and torch counted no write. A move to another device is no write."""
+        """Whether the same parameter is there and torch counted no write. A move to another device
+        is no write.
+        """
         now = getattr(self.module, self.attribute, None)
         weight = self.parameter
         return (
@@ -96,13 +100,15 @@ class _Samples:
 
     Args:
         weights: the weights.
-        before: earlier samples. If they are of the same weights in the same places, their tables are used again.
+        before: earlier samples. If they are of the same weights in the same places, their tables
+            are used again.
     """
 
     def __init__(self, weights: Sequence[WatchedWeight], before: _Samples | None) -> None:
         self._weights = weights
         self._places = [weight.parameter.data_ptr() for weight in weights]
-        # To lay out a launch takes about as long as the launch, and from switch to switch it comes out the same.
+        # To lay out a launch takes about as long as the launch, and from switch to switch it comes
+        # out the same.
         if before is not None and before._places == self._places and before._weights == weights:
             groups = before._groups
         else:
@@ -111,7 +117,9 @@ class _Samples:
         self._buffers: list[Tensor] = [group.take() for group in self._groups]
 
     def differing(self, before: _Samples) -> list[WatchedWeight]:
-        """Return the weights whose samples are not what they were; those that were not sampled before, too."""
+        """Return the weights whose samples are not what they were; those that were not sampled
+        before, too.
+        """
         if self._groups is before._groups and all(map(torch.equal, self._buffers, before._buffers)):
             return []  # the host waited once for each buffer
         now, then = self._by_weight(), before._by_weight()
@@ -142,11 +150,14 @@ class _SampleGroup:
     sampler: Callable[[], Tensor] | None
 
     def take(self) -> Tensor:
-        """Return the samples of all, one after the other, as integers: NaN equals NaN then, and 0 is not −0."""
+        """Return the samples of all, one after the other, as integers: NaN equals NaN then, and 0
+        is not −0.
+        """
         if self.sampler is not None:
             return self.sampler()
         parts = []
-        # The views are not kept: they would hold a weight's memory after the weight has gone elsewhere.
+        # The views are not kept: they would hold a weight's memory after the weight has gone
+        # elsewhere.
         for weight, step in zip(self.weights, self.steps, strict=True):
             tensor = weight.parameter.detach()
             flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()

@@ -1,8 +1,8 @@
-"""Kernels in Triton, and when they are used.
+"""Kernels in Triton, and the decision whether a device uses them.
 
-A kernel is loaded when a device first needs it: Triton is slow to import, and not there on every platform. It is tried
-once, on a small problem; where it can't be compiled (Triton needs a C compiler) or comes out wrong, a warning says so,
-and stock operations do the same work on the device.
+A kernel is loaded when a device first needs it: Triton is slow to import, and some platforms have
+none. It is tried once, on a small problem. If it can't be compiled (Triton needs a C compiler) or
+its result is wrong, a warning says so, and stock operations do the same work on the device.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ class Launch(Protocol):
 
 
 def usable(device: torch.device) -> bool:
-    """Whether kernels run on a device: it is CUDA, Triton is installed, and a small problem came out right."""
+    """Return whether kernels run on a device.
+
+    It has to be CUDA, Triton has to be installed, and a small problem has to come out right.
+    """
     return device.type == "cuda" and _tried(device)
 
 
 def merge_launch(parts: Sequence[MergePart]) -> Launch:
-    """Lay out ``weight ← round_once(pristine + Σ scale · left @ right)`` of many weights for one launch a kind of part.
+    """Lay out ``weight ← round_once(pristine + Σ scale · left @ right)`` for many weights.
+
+    Weights of one kind share a launch.
 
     Args:
         parts: of devices for which `usable` is true; `can_merge` says yes to each.
@@ -54,11 +59,15 @@ def merge_launch(parts: Sequence[MergePart]) -> Launch:
 
 
 def sample_launch(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
-    """Lay out a sample of some tensors, the bits of a number every few numbers; calling it takes it in one launch."""
-    made: Callable[[], Tensor] = importlib.import_module(f"{__name__}.sample").lay_out_samples(
-        tensors, steps
-    )
-    return made
+    """Return a function that takes a sample of some tensors, as bits, in one launch.
+
+    Args:
+        tensors: on one device, laid out row by row.
+        steps: how far the sampled numbers of each lie apart.
+    """
+    module = importlib.import_module(f"{__name__}.sample")
+    take: Callable[[], Tensor] = module.lay_out_samples(tensors, steps)
+    return take
 
 
 @functools.cache
@@ -68,7 +77,9 @@ def _tried(device: torch.device) -> bool:
     try:
         module = importlib.import_module(f"{__name__}.merge")
         return bool(module.is_right_on(device))
-    except Exception as error:  # whatever a compiler, or a driver, may say
+    except Exception as error:
+        # A compiler, a driver and a cache folder may each fail with an error of their own, and a
+        # slower switch is better than none.
         warnings.warn(
             f"Triton can't be used on {device} ({type(error).__name__}: {error!s:.200}): "
             "merged switches take stock operations, which are slower",

@@ -1,19 +1,22 @@
 """W ← round_once( W0 + Σ scale · left @ right ) for many weights in one launch.
 
-    parts ──▶ one table: addresses, shapes, factors ──▶ a program for every few tiles of every weight
+    parts ──▶ one table: addresses, shapes, factors ──▶ a program for every few tiles of every
+    weight
 
     a tile (64 rows, 128 columns):   load W0 ────┐
        for each slot, 16 ranks of a term:        ├─▶ + acc · scale ─▶ round ─▶ store W
           acc += left (64, 16) @ right (16, 128)    in fp32
 
-The weights are read once and written once, and so nearly all the time goes into moving them; how large the ranks are
-hardly matters. Factors are read from where they are: nothing is stacked.
+The weights are read once and written once, and so nearly all the time goes into moving them; how
+large the ranks are hardly matters. Factors are read from where they are: nothing is stacked.
 
-Law: the bits of a tile depend on W0, the factors and the scales alone. Tile sizes and the order of the sum are
-constants, never tuned for a machine or a size; which weights share a launch changes nothing.
+Law: the bits of a tile depend on W0, the factors and the scales alone. Tile sizes and the order of
+the sum are constants, never tuned for a machine or a size; which weights share a launch changes
+nothing.
 
-Products of bf16 and fp16 factors are exact, and summed in fp32. Factors in fp32 over narrow weights are taken apart
-into three tf32 products (an error of about 2⁻²²); over fp32 weights they are multiplied in fp32.
+Products of bf16 and fp16 factors are exact, and summed in fp32. Factors in fp32 over narrow weights
+are taken apart into three tf32 products (an error of about 2⁻²²); over fp32 weights they are
+multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -34,10 +37,14 @@ __all__ = ["MergeLaunch", "is_right_on", "lay_out_parts", "merged_plainly"]
 
 COLUMNS, RANKS = 128, 16
 ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
-"""Rows of a tile, by the factors' dtype: wide factors need more registers. These constants decide the bits."""
+"""Rows of a tile, by the factors' dtype: wide factors need more registers. These constants decide
+the bits.
+"""
 
 UNROLLED = 4
-"""Slots whose loads are in flight together; with more, one comes after the other. It changes no bits."""
+"""Slots whose loads are in flight together; with more, one comes after the other. It changes no
+bits.
+"""
 
 TILES = 8
 """Tiles, side by side in the same rows, that a program does one after the other."""
@@ -64,7 +71,9 @@ def _left(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """A slot's left tile (rows, ranks), zeros outside; and its right factor: address, stride and ranks."""
+    """A slot's left tile (rows, ranks), zeros outside; and its right factor: address, stride and
+    ranks.
+    """
     left = tl.load(fields).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 5)
     right = tl.load(fields + 1).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 6)
     ranks = tl.load(fields + 2).to(tl.int32)
@@ -264,7 +273,9 @@ def _call(
 
 
 def merged_plainly(part: MergePart) -> Tensor:
-    """Compute with stock operations what a launch writes: the sum in fp32, rounded once; (batch, rows, cols)."""
+    """Compute with stock operations what a launch writes: the sum in fp32, rounded once; (batch,
+    rows, cols).
+    """
     total = part.pristine.to(part.weight.device).float()
     for term in part.terms:
         total = total + (term.left.float() @ term.right.float()) * term.scale
@@ -272,7 +283,9 @@ def merged_plainly(part: MergePart) -> Tensor:
 
 
 def is_right_on(device: torch.device) -> bool:
-    """Whether a small problem comes out right on a device: the compiler is there, and sums are kept in fp32."""
+    """Whether a small problem comes out right on a device: the compiler is there, and sums are kept
+    in fp32.
+    """
     draw = torch.Generator("cpu").manual_seed(0)
     base, left, right = (
         torch.randn(shape, generator=draw, device="cpu").to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""MergePart: one weight of a merged switch, as a kernel sees it."""
+"""MergePart: one weight of a merged switch, laid out as a kernel reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ LARGEST = 1 << 31
 """Numbers in one matrix: a kernel counts within it in 32 bits."""
 
 RATIO = 2.0**40
-"""How far the scales of one weight's terms may lie apart: a kernel carries the sum from one to the next."""
+"""How far the scales of one weight's terms may lie apart: a kernel carries the sum from one to the
+next.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,8 @@ class MergePart:
     Args:
         weight: (batch, rows, cols), a view of the weight itself.
         pristine: of the same shape and dtype, on any device; may be ``weight`` itself.
-        terms: in the order of the sum, on weight's device, alike in dtype and in how they lie; not empty.
+        terms: in the order of the sum, on weight's device, alike in dtype and in how they lie; not
+            empty.
     """
 
     weight: Tensor
@@ -51,17 +54,17 @@ class MergePart:
 
     @staticmethod
     def of(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> MergePart:
-        """A part of any terms: copies are made of factors that are not like the others.
+        """Return a part of any terms; factors that are not like the others are copied.
 
         Where dtypes differ all become fp32, which holds each of them exactly.
         """
         dtypes = {t.left.dtype for t in terms} | {t.right.dtype for t in terms}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         turned = _is_turned(terms)
-        alike = [
-            MergeTerm(_laid(t.left, dtype, turned), _laid(t.right, dtype, turned), t.scale)
-            for t in terms
-        ]
+        alike = []
+        for term in terms:
+            left, right = _laid(term.left, dtype, turned), _laid(term.right, dtype, turned)
+            alike.append(MergeTerm(left, right, term.scale))
         return MergePart(weight, pristine, alike)
 
 
@@ -70,21 +73,26 @@ def _is_turned(terms: Sequence[MergeTerm]) -> bool:
 
 
 def _laid(factor: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
-    """A factor in ``dtype``, with its rows, or where it is turned its columns, in one piece."""
+    """Return a factor in ``dtype`` with each row, or if it is turned each column, in one piece."""
     if factor.dtype != dtype:
         factor = factor.to(dtype)
-    if turned:
-        return factor if factor.stride(-2) == 1 else factor.mT.contiguous().mT
-    return factor if factor.stride(-1) == 1 else factor.contiguous()
+    if turned and factor.stride(-2) != 1:
+        return factor.mT.contiguous().mT
+    if not turned and factor.stride(-1) != 1:
+        return factor.contiguous()
+    return factor
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches inside go to ``device``; in the interpreter there is none."""
+    """Return a context whose launches go to ``device``; in the interpreter there is no device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def can_merge(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> bool:
-    """Whether a kernel covers such a part; asked of values, shapes and dtypes, so that history does not decide."""
+    """Return whether a kernel covers such a part.
+
+    Values, shapes and dtypes decide alone: if history did, the same path would have other bits.
+    """
     _, rows, cols = weight.shape
     if weight.dtype not in DTYPES or not weight.is_contiguous() or not pristine.is_contiguous():
         return False

@@ -1,8 +1,10 @@
 """A sample of many tensors in one launch: what the watch over written weights compares.
 
-    addresses ──▶ a program for each tensor ──▶ some of its numbers, at fixed steps, as integers in one buffer
+    addresses ──▶ a program for each tensor ──▶ some of its numbers, at fixed steps, as integers in
+    one buffer
 
-The plain way cuts a view of each tensor and puts them side by side; on a GPU these are a thousand small calls a switch.
+The plain way cuts a view of each tensor and puts them side by side; on a GPU these are a thousand
+small calls a switch.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def _kernel(table, out, NUMBER: tl.constexpr, MOST: tl.constexpr):  # type: igno
 
 
 def lay_out_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
-    """Lay out a sample of some tensors; calling it takes it, as long as they lie where they lie now.
+    """Lay out a sample of some tensors; calling it takes it, as long as they lie where they lie
+    now.
 
     Args:
         tensors: on one device, of 2 or 4 bytes a number, each laid out row by row and not empty.

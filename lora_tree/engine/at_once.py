@@ -1,0 +1,265 @@
+"""Forms that run few products over all rows at once.
+
+paths     one batched product over the distinct paths, if every path has as many rows (eight
+          rows, eight paths)
+grouped   a grouped product per depth over the nodes there (`torch.nn.functional.grouped_mm`)
+matrix    the factors of all nodes side by side: two dense products, with the coefficients on
+          the narrow result
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..lowrank import LowRank
+from ..sites.linear import LinearSite
+from .cost import Cost
+from .in_turn import NodesForm
+from .owed import Owed, RowSubset
+from .sum_form import SumForm, disjoint_layers
+from .unpromised import grouped_product
+from .upload import uploaded
+
+__all__ = ["AllPathsForm", "GroupedForm", "MatrixForm"]
+
+AT_ONCE = 1 << 20
+"""Numbers of scattered rows that a CPU takes out at once. More would leave its cache; the rows of
+one path at a time stay in it."""
+
+STRIDE_BYTES = 16
+"""The rows of a grouped product's operands have to be multiples of this."""
+
+
+class AllPathsForm(SumForm):
+    """One batched product over the distinct paths."""
+
+    def __init__(self, owed: Owed) -> None:
+        super().__init__(owed)
+        self._rows = owed.rows(_rows_by_kind(owed))
+        self._factors = owed.held(self._made)
+
+    @classmethod
+    def suits(cls, owed: Owed, tokens: int) -> bool:
+        counts = {len(rows) for rows, _ in owed.batch.by_kind}
+        if not isinstance(owed.site, LinearSite) or len(counts) != 1:
+            return False
+        in_order = _rows_by_kind(owed) == list(range(len(owed.batch)))
+        if in_order or owed.device.type != "cpu":
+            return True
+        numbers = len(owed.batch) * tokens * max(owed.values[0].shape[-2:])
+        return numbers <= AT_ONCE
+
+    @classmethod
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
+        kinds = owed.batch.by_kind
+        # Shorter paths are filled up with zeros, so all cost as much as the longest.
+        rank = max(owed.rank(coefficients) for _, coefficients in kinds)
+        return owed.cost(_rows_by_kind(owed), rank, tokens, copies=len(kinds))
+
+    def _made(self) -> tuple[Tensor, Tensor]:
+        """Return (paths, R, in) and (paths, R, out)."""
+        sums = [coefficients for _, coefficients in self.owed.batch.by_kind]
+        return _side_by_side(self.owed, sums)
+
+    def _low(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the narrow products (paths, inputs, R), and the factors that take them up."""
+        A, B = self._factors()
+        taken = self._rows.of(x)
+        by_path = taken.reshape(len(A), -1, taken.shape[-1])
+        return torch.bmm(by_path, A.to(x.dtype).mT), B
+
+    def _add(self, out: Tensor, x: Tensor) -> Tensor:
+        low, B = self._low(x)
+        if self._rows.whole:
+            wide = torch.baddbmm(_by_path(out, B), low.to(out.dtype), B.to(out.dtype))
+            return wide.view(out.shape)
+        return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=False)
+
+    def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
+        low, B = self._low(x)
+        # Of a tensor that is not contiguous `_by_path` makes a copy, and the sum would go there.
+        if self._rows.whole and out.is_contiguous():
+            _by_path(out, B).baddbmm_(low.to(out.dtype), B.to(out.dtype))
+            return out
+        return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _NodeLayer:
+    """Nodes of which no two have a row in common.
+
+    Args:
+        rows: their rows, one node's after the other's.
+        ends: where in these each node's end.
+        factors: returns (nodes, R, in) and (nodes, R, out).
+        each: the rows' coefficients; None: all are 1.
+    """
+
+    rows: RowSubset
+    ends: Tensor
+    factors: Callable[[], tuple[Tensor, Tensor]]
+    each: Tensor | None
+
+
+class GroupedForm(SumForm):
+    """A grouped product per layer of nodes; for paths, the layers are the depths of the tree."""
+
+    def __init__(self, owed: Owed) -> None:
+        super().__init__(owed)
+        by_node = owed.batch.by_node
+        layers = disjoint_layers(range(len(owed.values)), lambda node: by_node[node][0])
+        self._layers = [self._layer(nodes) for nodes in layers]
+
+    @classmethod
+    def suits(cls, owed: Owed, tokens: int) -> bool:
+        if grouped_product() is None or not isinstance(owed.site, LinearSite):
+            return False
+        dtypes = [torch.bfloat16]
+        if owed.device.type == "cpu":
+            dtypes += [torch.float32, torch.float16]
+        out, into = owed.values[0].shape[-2:]
+        itemsize = owed.dtype.itemsize
+        aligned = out * itemsize % STRIDE_BYTES == 0 and into * itemsize % STRIDE_BYTES == 0
+        return owed.dtype in dtypes and aligned
+
+    @classmethod
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
+        cost = NodesForm.cost(owed, tokens)
+        if owed.device.type == "cpu":  # torch's grouped product is a loop over its groups there
+            return cost
+        layers = disjoint_layers(owed.batch.by_node, lambda node: node[0])
+        return replace(cost, calls=6.0 * len(layers))
+
+    def _layer(self, nodes: list[int]) -> _NodeLayer:
+        owed = self.owed
+        rows: list[int] = []
+        coefficients: list[float] = []
+        counts = []
+        alone = []
+        for node in nodes:
+            mine, each = owed.batch.by_node[node]
+            rows += mine
+            coefficients += each
+            counts.append(len(mine))
+            alone.append([float(i == node) for i in range(len(owed.values))])
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
+        multiple = STRIDE_BYTES // owed.dtype.itemsize
+        return _NodeLayer(
+            owed.rows(rows),
+            uploaded(ends, owed.device),
+            owed.held(partial(_side_by_side, owed, alone, multiple=multiple)),
+            None if set(coefficients) == {1.0} else owed.numbers(coefficients),
+        )
+
+    def _add(self, out: Tensor, x: Tensor, *, spare: bool = False) -> Tensor:
+        product = grouped_product()
+        assert product is not None  # or this form does not suit
+        for layer in self._layers:
+            taken = layer.rows.of(x)
+            inputs = taken.numel() // (len(layer.rows) * taken.shape[-1])  # of each row
+            offsets = layer.ends * inputs
+            A, B = (factor.to(x.dtype) for factor in layer.factors())
+            low = product(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
+            if layer.each is not None:
+                by_row = low.view(len(layer.rows), -1) * layer.each.to(low.dtype)[:, None]
+                low = by_row.view(low.shape)
+            out = layer.rows.added(out, product(low, B, offs=offsets), spare=spare)
+        return out
+
+    def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
+        return self._add(out, x, spare=True)
+
+
+class MatrixForm(SumForm):
+    """The factors of all nodes side by side, and a matrix of coefficients on the narrow result."""
+
+    def __init__(self, owed: Owed) -> None:
+        super().__init__(owed)
+        self._rows = owed.rows(owed.batch.adapted)
+        self._value = owed.held(partial(owed.stacked, [1.0] * len(owed.values)))
+        # A row's coefficient of a node stands once for each of the node's ranks, and all of that
+        # once for each group.
+        column: list[int] = []
+        for i, value in enumerate(owed.values):
+            column += [i] * value.rank
+        coefficients = owed.batch.coefficients(owed.batch.adapted)[:, column]  # (rows, Σr)
+        coefficients = coefficients.repeat(1, math.prod(owed.values[0].shape[:-2]))
+        self._mine = uploaded(coefficients != 0, owed.device)
+        plain = bool(((coefficients == 0) | (coefficients == 1)).all())
+        self._coefficients = None if plain else owed.numbers(coefficients)
+
+    @classmethod
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
+        rank = sum(value.rank for value in owed.values)
+        narrow = 4 * len(owed.batch.adapted) * tokens * rank * owed.dtype.itemsize
+        return owed.cost(owed.batch.adapted, rank, tokens) + Cost(2, narrow)
+
+    def _low(self, x: Tensor, value: LowRank) -> Tensor:
+        low = self._down(self._rows.of(x), value, None)
+        # Masked, not multiplied by zero: another path's product may be infinite.
+        mine = self.site.along_channels(self._mine, low.ndim)
+        low = torch.where(mine, low, low.new_zeros(()))
+        if self._coefficients is None:
+            return low
+        return low * self.site.along_channels(self._coefficients.to(low.dtype), low.ndim)
+
+    def _add(self, out: Tensor, x: Tensor, *, spare: bool = False) -> Tensor:
+        value = self._value()
+        low = self._low(x, value)
+        if self._rows.whole:
+            return self.site.onto(out, low, value.B.to(low.dtype), scale=1.0, spare=spare)
+        return self._rows.added(out, self._up(low, value.B), spare=spare)
+
+    def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
+        return self._add(out, x, spare=True)
+
+
+# ---------------------------------------------------------------------- helpers
+def _rows_by_kind(owed: Owed) -> list[int]:
+    """Return the rows that owe anything, those of one path side by side."""
+    found: list[int] = []
+    for rows, _ in owed.batch.by_kind:
+        found += rows
+    return found
+
+
+def _side_by_side(
+    owed: Owed, sums: Sequence[Sequence[float]], *, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return sums of the values, one beside the other: (sums, R, in) and (sums, R, out).
+
+    B is turned over and has the scales in it. Every factor is copied once.
+
+    Args:
+        owed: the values.
+        sums: a coefficient for each value, for each sum.
+        multiple: R is a multiple of this. Sums of a smaller rank are filled up with zeros.
+    """
+    rank = -(-max(owed.rank(c) for c in sums) // multiple) * multiple
+    into, out = owed.values[0].shape[-1], owed.values[0].shape[-2]
+    values = [v.to(device=owed.device, dtype=owed.dtype) for v in owed.values]
+    zeros = values[0].A.new_zeros(())
+    A, B = [], []
+    for coefficients in sums:
+        for value, coefficient in zip(values, coefficients, strict=True):
+            if not coefficient:
+                continue
+            scale = value.scale * coefficient
+            A.append(value.A)
+            B.append(value.B.mT if scale == 1.0 else value.B.mT * scale)
+        if missing := rank - owed.rank(coefficients):
+            A.append(zeros.expand(missing, into))
+            B.append(zeros.expand(missing, out))
+    return torch.cat(A).view(len(sums), rank, into), torch.cat(B).view(len(sums), rank, out)
+
+
+def _by_path(out: Tensor, B: Tensor) -> Tensor:
+    """Return (rows, …, out) as (paths, inputs, out)."""
+    return out.reshape(len(B), -1, out.shape[-1])
