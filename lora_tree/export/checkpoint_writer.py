@@ -19,8 +19,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..engine.arithmetic import Scratch, exact_mode
-from ..engine.merged import add_bias, add_weight
+from ..engine.arithmetic import Scratch, add_bias, add_weight, exact_mode
 from ..folder import disk
 from ..system.reading import open_stream
 from .model_folder import ModelFolder
