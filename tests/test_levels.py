@@ -369,3 +369,88 @@ def test_the_trainer_takes_the_same_mean(tmp_path: Path, loss: Any) -> None:
     assert logged == pytest.approx(expected, rel=1e-5)
     decays = {group["name"]: group["weight_decay"] for group in trainer.optimizer.param_groups}
     assert decays == pytest.approx({"a": 0.0, "a/b/c": 2.4})
+
+
+# ---------------------------------------------------------------------- rows held back
+def one_leaf(zoo: Path, base: Path, where: Path, texts: list[str], **settings: Any) -> Run:
+    import transformers
+
+    from lora_tree.demo.bytelevel import open_base
+
+    tree = lt.load(zoo)
+    lines = [json.dumps({"path": "fr/legal", "text": text}) for text in texts]
+    (zoo.parent / "leaf.jsonl").write_text("\n".join(lines))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    rows = read_rows([zoo.parent / "leaf.jsonl"], tree, tokenizer)
+    torch.manual_seed(1)
+    model = lt.attach(tree, open_base(base).eval())
+    return Run(model, rows, Settings(batch=4, **settings), where, nodes=["fr/legal"])
+
+
+def test_rows_are_held_back_evenly_and_few_rows_are_not(
+    zoo: Path, base: Path, tmp_path: Path
+) -> None:
+    texts = [f"row number {i}" for i in range(40)]
+    run = one_leaf(zoo, base, tmp_path / "run", texts, steps=1)
+    assert [row.where.rpartition(":")[2] for row in run.held_back] == ["11", "31"]
+    assert len(run.rows) == 38
+    assert not set(run.rows) & set(run.held_back)
+    assert one_leaf(zoo, base, tmp_path / "few", texts[:19], steps=1).held_back == []
+    assert one_leaf(zoo, base, tmp_path / "none", texts, steps=1, hold_back=0.0).held_back == []
+
+
+def test_a_leaf_that_learnt_the_wrong_thing_is_kept_at_the_weight_that_does_best(
+    zoo: Path, base: Path, tmp_path: Path
+) -> None:
+    """Rows held back are nothing like the others, so what is learnt from those does harm."""
+    texts = ["zzzz qqqq zzzz qqqq"] * 30 + ["Le bail est nul."] * 10
+    run = one_leaf(zoo, base, tmp_path / "run", texts, steps=30, lr=2e-2, hold_back=0.0)
+    run.rows, run.held_back = run.rows[:30], run.rows[30:]
+    list(run.steps())
+    tree = run.model.tree
+    (verdict,) = run.keep_what_helps()
+    assert not verdict.beats_parent
+    assert verdict.trained > verdict.parent
+    assert tree["fr/legal"].weight == verdict.weight < 1
+    losses = {}
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
+        tree.update("fr/legal", weight=part)
+        losses[part] = dense_loss(run, tree, run.held_back)
+    assert verdict.weight == min(losses, key=losses.__getitem__)
+    assert verdict.parent == pytest.approx(losses[0.0], rel=1e-4)
+    assert verdict.trained == pytest.approx(losses[1.0], rel=1e-4)
+    assert verdict.kept == pytest.approx(losses[verdict.weight], rel=1e-4)
+
+
+def test_a_leaf_that_helps_keeps_its_weight(zoo: Path, base: Path, tmp_path: Path) -> None:
+    texts = ["Le bail est nul."] * 40
+    run = one_leaf(zoo, base, tmp_path / "run", texts, steps=20, lr=1e-2)
+    list(run.steps())
+    (verdict,) = run.keep_what_helps()
+    assert verdict.beats_parent
+    assert verdict.weight == run.model.tree["fr/legal"].weight == 1.0
+
+
+def test_a_node_of_weight_0_is_refused(zoo: Path, base: Path, tmp_path: Path) -> None:
+    file = zoo / "tree.yaml"
+    file.write_text(file.read_text().replace('"legal": {}', '"legal": {"weight": 0}'))
+    with pytest.raises(SpecError, match="fr/legal has weight 0, so no row can train it"):
+        one_leaf(zoo, base, tmp_path / "run", ["abc"], steps=1)
+
+
+def dense_loss(run: Run, tree: lt.AdapterTree, rows: list[Any]) -> float:
+    """Return the loss of the base with W + w·s·B·A written into its weights by hand, in float64."""
+    model = copy.deepcopy(run.model.base).double()
+    node = tree["fr/legal"]
+    adapter = tree.adapter("fr/legal")
+    assert adapter is not None
+    for name, value in adapter.modules.items():
+        delta = node.weight * value.scale * value.B.double() @ value.A.double()
+        model.get_submodule(name).weight.data += delta
+    total, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logits = model(input_ids=ids).logits[0, :-1]
+        total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        tokens += len(row.ids) - 1
+    return total / tokens

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from ..errors import SpecError
 from ..folder import load
 from ..folder.opening import YAML
 from ..model import attach
-from ..runs import Run, Settings
+from ..runs import Run, Settings, Verdict
 from ..training.diverged import BASE_LABEL
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, TrustRemoteCode
 from .console import err, out, print_json
@@ -92,6 +93,15 @@ def train(
     temperature: Annotated[
         float, typer.Option(help="1: rows as they are; inf: every path alike.")
     ] = 1.0,
+    hold_back: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of each path's rows to judge by, not to train on: a leaf that does not "
+            "beat its parent on them is kept at the weight that does.",
+        ),
+    ] = 0.05,
     seed: Annotated[int, typer.Option()] = 0,
     max_length: Length = 1024,
     save_every: Annotated[
@@ -117,6 +127,7 @@ def train(
         schedule=schedule.value,
         temperature=temperature,
         weights=_numbers(weight, "--weight"),
+        hold_back=hold_back,
         seed=seed,
     )
     tree = load(folder)
@@ -139,11 +150,12 @@ def train(
                     f"stopped after {step.number} of {steps} steps; the same command goes on from {kept}"
                 )
                 raise typer.Exit(130)
+    verdicts: list[Verdict] = []
     if running.was_over:
         kept = where / f"checkpoint-{running.done}"
     else:
         kept = running.save()
-        model.trainable()
+        verdicts = running.keep_what_helps()
         tree.save(folder)
         running.finish()
     stale = [path for path in tree.paths() if tree[path].stale]
@@ -157,6 +169,7 @@ def train(
                 "checkpoint": str(kept),
                 "rows": len(running.rows),
                 "left_out": running.left_out,
+                "held_back": [asdict(verdict) for verdict in verdicts],
                 "losses": running.last,
                 "first": {node: first for node, (first, _) in losses.items()},
                 "last": {node: last for node, (_, last) in losses.items()},
@@ -167,6 +180,8 @@ def train(
     for node in running.nodes:
         first, last = losses.get(node, (math.nan, math.nan))
         out().print(f"{node}: loss {first:.3f} at first, {last:.3f} at last")
+    for verdict in verdicts:
+        out().print(str(verdict))
     out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
     if stale:
         out().print(f"stale now: {', '.join(stale)}")
@@ -197,6 +212,9 @@ def _foretell(running: Run, rows: int) -> None:
     told.print("what trains:")
     for trained in running.trained:
         told.print(f"  {trained}")
+    if running.held_back:
+        plural = "s" if len(running.held_back) != 1 else ""
+        told.print(f"held back: {len(running.held_back)} row{plural}, to judge leaves by")
     if running.outdated:
         told.print(f"becomes stale: {', '.join(running.outdated)}")
     if running.done:

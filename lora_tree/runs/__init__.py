@@ -1,10 +1,21 @@
 """Training runs over a tree: rows from JSON lines, a loop that resumes bit for bit, evaluation."""
 
 from .evaluation import LossMatrix, evaluate
+from .held_back import Verdict
 from .loop import Run
 from .promotion import promote
 from .rows import Row, read_rows
 from .settings import Settings
 from .step import StepLosses
 
-__all__ = ["LossMatrix", "Row", "Run", "Settings", "StepLosses", "evaluate", "promote", "read_rows"]
+__all__ = [
+    "LossMatrix",
+    "Row",
+    "Run",
+    "Settings",
+    "StepLosses",
+    "Verdict",
+    "evaluate",
+    "promote",
+    "read_rows",
+]

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 import torch
 
-from ..blend import depth_first
+from ..blend import Blend, depth_first
 from ..errors import SpecError
 from ..model import TreeModel
 from ..training.losses import IGNORED, row_losses
 from .heat_map import heat_map
 from .rows import Row, padded
 
-__all__ = ["LossMatrix", "evaluate"]
+__all__ = ["LossMatrix", "evaluate", "evaluate_at"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,22 @@ def evaluate(
         model.train(was_training)
     tokens = tuple(_learnt(own) for own in domains.values())
     return LossMatrix(paths, tuple(domains), tuple(losses), tokens)
+
+
+@torch.no_grad()
+def evaluate_at(model: TreeModel, rows: Sequence[Row], path: Blend, *, batch: int = 8) -> float:
+    """Return the mean loss of some rows under one path or blend, in nats per learnt token.
+
+    Raises:
+        PathError: a node is not in the tree.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with model.using(path):
+            return _mean(model, rows, batch)
+    finally:
+        model.train(was_training)
 
 
 def _by_path(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -37,6 +37,7 @@ from ..tree import AdapterTree
 from .checkpoint_factors import save_factors
 from .checkpoint_place import appearing, retire
 from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
+from .held_back import Verdict, keep_what_helps, split
 from .place import (
     ABOUT,
     LastCheckpoint,
@@ -76,6 +77,7 @@ class Run:
 
     Attributes:
         nodes: what trains, in the order of the tree.
+        rows, held_back: the rows that are trained on, and those that are not.
         trained: the same, with what each begins from and stands on.
         outdated: the nodes that become stale: they were trained on what is about to change.
         first, last: path → its loss in the first and the last step that had rows of it, resumed
@@ -106,8 +108,10 @@ class Run:
         _refuse_encoder(model)
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
         _check_names(settings, self.nodes, tree)
-        self.rows = _through(rows, self.nodes, tree)
-        self.left_out = len(rows) - len(self.rows)
+        _check_weights(tree, self.nodes)
+        through = _through(rows, self.nodes, tree)
+        self.rows, self.held_back = split(through, settings.hold_back)
+        self.left_out = len(rows) - len(through)
         if not self.rows:
             raise SpecError(
                 f"no row goes through {listing(self.nodes)}",
@@ -217,6 +221,15 @@ class Run:
             raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
         disk.replace(file, render_about(self._told(saved=True)))
 
+    def keep_what_helps(self) -> list[Verdict]:
+        """Give each leaf that does not beat its parent on the rows held back the weight that does.
+
+        Call it after the last step, before the tree is saved. Nothing trains any more after it.
+        """
+        self._check_sound()
+        self.model.trainable()
+        return keep_what_helps(self.model, self.held_back, self.nodes, batch=self.settings.batch)
+
     def losses(self) -> dict[str, tuple[float, float]]:
         """Return each node's first and last loss, in nats per token.
 
@@ -297,6 +310,16 @@ def _check_names(settings: Settings, nodes: Sequence[str], tree: AdapterTree) ->
         for path in getattr(settings, what):
             if path not in names:
                 raise SpecError(f"{what} names {path!r}; what trains: {listing(nodes)}")
+
+
+def _check_weights(tree: AdapterTree, nodes: Sequence[str]) -> None:
+    """Refuse a node of weight 0: no gradient would come back to it, and the run would train nothing."""
+    for path in nodes:
+        if tree[path].weight == 0:
+            raise SpecError(
+                f"{path} has weight 0, so no row can train it",
+                f"tree.update({path!r}, weight=1.0), or weight: 1 in tree.yaml",
+            )
 
 
 def _decays(settings: Settings, tree: AdapterTree, rates: Mapping[str, float]) -> dict[str, float]:
