@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from .errors import PathError, SpecError
-from .spec import check_path
+from .node_names import check_path
 
 __all__ = ["Blend", "check_finite", "depth_first", "parse_blend", "spelled", "total"]
 

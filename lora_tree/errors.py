@@ -195,16 +195,26 @@ class MissingExtra(LoraTreeError, ImportError):
     """An optional package is needed and not installed."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like ``name``; None if none is near.
+
+    >>> nearest("rnak", ["rank", "weight"])
+    'rank'
+    """
+    if len(name) > _MOST_SUGGESTED:
+        return None  # a comparison costs the product of the lengths
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
 def suggest(name: str, known: Iterable[str], *, prefix: str = "; did you mean ") -> str:
-    """``; did you mean 'r'?`` for the nearest known name, or an empty string where none is near.
+    """Return ``; did you mean 'r'?`` for the nearest known name, or an empty string if none is near.
 
     >>> suggest("rnak", ["rank", "weight"])
     "; did you mean 'rank'?"
     """
-    if len(name) > _MOST_SUGGESTED:
-        return ""  # comparing costs the product of the lengths
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"{prefix}{near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    return "" if near is None else f"{prefix}{near!r}?"
 
 
 def listing(names: Iterable[str], *, most: int = 8) -> str:

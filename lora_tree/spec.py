@@ -1,4 +1,4 @@
-"""What a tree.yaml may say, as pydantic models; the YAML itself is read in ``folder/yamlfile.py``.
+"""The contents of a tree.yaml, as pydantic models; ``folder/yamlfile.py`` reads the YAML itself.
 
     version: 1
     base: org/model
@@ -10,16 +10,17 @@
         children:
           legal: {adapter: ../elsewhere/legal, weight: 0.8}
 
-Every model refuses unknown keys. The words of `LoraSpec` are PEFT's, with PEFT's meaning and PEFT's
-defaults.
+The words of `LoraSpec` are PEFT's, with PEFT's meaning and PEFT's defaults.
+
+Law: every model refuses unknown keys and values of another type. A misspelled key that is passed
+over would train something else than was written.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -33,8 +34,10 @@ from pydantic import (
 )
 
 from .budget import parse_bytes
-from .errors import NewerFormat, PathError, SpecError
+from .errors import NewerFormat, SpecError
+from .node_names import NAME
 from .patterns import check_pattern
+from .spec_errors import explain
 
 __all__ = [
     "FORMAT",
@@ -46,44 +49,31 @@ __all__ = [
     "TreeSpec",
     "at_depth",
     "check_format",
-    "check_name",
-    "check_path",
+    "lora_spec",
+    "tree_defaults",
 ]
 
-FORMAT = 1  # of tree.yaml, of tree.lock and of the commit record: the newest that is read here
-
-NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
-_NAME = re.compile(rf"{NAME}\Z")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNORECASE)
-_OF_A_NODE = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
-_OF_A_TREE = (".yaml", ".yml", ".lock")
-MAX_DEPTH = 64
-_MOST_HINTS = 50  # a spelling is compared with every word there is, which takes its time
-_WORDS = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "targets": "target_modules",
-    "modules": "target_modules",
-    "path": "adapter",
-}
+FORMAT = 1
+"""The newest format of tree.yaml, tree.lock and the commit record that is read here."""
 
 T = TypeVar("T")
 SpecT = TypeVar("SpecT", bound="LoraSpec")
 
-Loc: TypeAlias = tuple[str | int, ...]
-"""The way to a place in nested data: keys and indices."""
-
 
 def _compiles(pattern: str, inside: str = "{}") -> str:
-    """The pattern itself, where it is a regular expression, alone and where it will stand.
+    """Return a pattern if it is a regular expression, alone and inside another one.
+
+    Args:
+        inside: the pattern into which PEFT puts it, with ``{}`` for its place.
 
     Raises:
-        ValueError: it is none, or it can't be matched in bounded time; says what.
+        ValueError: it is none, or it can't be matched in bounded time; says what is wrong.
     """
     try:
         check_pattern(pattern)
         re.compile(inside.format(pattern))
-    except (re.error, OverflowError, RecursionError) as error:  # a{99999999999} is an OverflowError
+    except (re.error, OverflowError, RecursionError) as error:
+        # a{99999999999} is an OverflowError, a thousand nested groups are a RecursionError
         raise ValueError(f"is not a regular expression: {error}") from error
     except ValueError as error:
         raise ValueError(f"can't be matched in bounded time: {error}") from error
@@ -92,6 +82,10 @@ def _compiles(pattern: str, inside: str = "{}") -> str:
 
 def _end_of_name(pattern: str) -> str:
     return _compiles(pattern, r"(.*\.)?({})$")
+
+
+def _layers_pattern(pattern: str) -> str:
+    return _compiles(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
 
 
 def _size(value: int | str) -> int | str:
@@ -119,12 +113,13 @@ class StrictModel(BaseModel):
 
 
 class LoraSpec(StrictModel):
-    """How a fresh adapter is made when the tree is attached; the words are those of PEFT's LoraConfig."""
+    """How a fresh adapter is made when the tree is attached, in the words of PEFT's LoraConfig."""
 
     r: Rank | None = Field(default=None, description="rank; 8 where nothing says otherwise")
     lora_alpha: Alpha | None = Field(
         default=None,
-        description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; 8 where nothing says otherwise",
+        description="scale = lora_alpha / r, or / sqrt(r) with use_rslora; "
+        "8 where nothing says otherwise",
     )
     use_rslora: bool | None = Field(
         default=None, description="scale by lora_alpha / sqrt(r) (arXiv 2312.03732)"
@@ -164,24 +159,23 @@ class LoraSpec(StrictModel):
     @field_validator("layers_pattern")
     @classmethod
     def _regexes(cls, value: Any) -> Any:
-        for pattern in [value] if isinstance(value, str) else value or ():
+        if isinstance(value, str):
+            return _layers_pattern(value)
+        for pattern in value or ():
             try:
-                _compiles(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+                _layers_pattern(pattern)
             except ValueError as error:
-                raise (
-                    error
-                    if isinstance(value, str)
-                    else ValueError(f"holds {pattern!r}, which {error}")
-                ) from error
+                raise ValueError(f"holds {pattern!r}, which {error}") from error
         return value
 
     def over(self, other: LoraSpec) -> LoraSpec:
-        """This spec, with what it leaves open taken from ``other``."""
-        mine = {name: getattr(self, name) for name in LoraSpec.model_fields}
-        theirs = {name: getattr(other, name) for name in LoraSpec.model_fields}
-        return LoraSpec(
-            **{name: theirs[name] if mine[name] is None else mine[name] for name in mine}
-        )
+        """Return this spec, with the fields that it leaves open taken from ``other``."""
+        fields: dict[str, Any] = {}
+        # LoraSpec's own fields: a NodeSpec has more, and they are no part of how it is made.
+        for name in LoraSpec.model_fields:
+            own = getattr(self, name)
+            fields[name] = getattr(other, name) if own is None else own
+        return LoraSpec(**fields)
 
     @property
     def has_targets(self) -> bool:
@@ -189,16 +183,18 @@ class LoraSpec(StrictModel):
 
 
 class TreeDefaults(LoraSpec):
-    """What holds for the nodes of a tree that do not say otherwise.
+    """Defaults for the nodes of a tree that do not say otherwise.
 
     >>> defaults = TreeDefaults(rank_by_depth=[48, 8, 2])
-    >>> [defaults.complete(LoraSpec(), path).r for path in ("all", "all/fr", "all/fr/legal", "all/fr/legal/x")]
+    >>> paths = ("all", "all/fr", "all/fr/legal", "all/fr/legal/x")
+    >>> [defaults.complete(LoraSpec(), path).r for path in paths]
     [48, 8, 2, 2]
     """
 
     rank_by_depth: Annotated[list[Rank], Field(min_length=1)] | None = Field(
         default=None,
-        description="rank at depth 0, 1, …, the last one below that too; lora_alpha is then twice the rank",
+        description="rank at depth 0, 1, …, the last one below that too; "
+        "lora_alpha is then twice the rank",
     )
     decay_by_depth: Annotated[list[Decay], Field(min_length=1)] | None = Field(
         default=None,
@@ -223,7 +219,7 @@ class TreeDefaults(LoraSpec):
 
 
 def at_depth(values: Sequence[T], path: str) -> T:
-    """Return the value that holds at a node's depth: the first for nodes at the top, the last one also below it.
+    """Return the value for a node's depth: the first at the top, the last also below its depth.
 
     >>> at_depth([0, 1, 3], "fr/legal")
     1
@@ -232,11 +228,12 @@ def at_depth(values: Sequence[T], path: str) -> T:
 
 
 class NodeSpec(LoraSpec):
-    """One node: its weight, where its adapter lives, or how a fresh one is made, and its children."""
+    """One node: its weight, its adapter's folder or how a fresh one is made, and its children."""
 
     adapter: str | None = Field(
         default=None,
-        description="folder of a PEFT adapter, relative to tree.yaml; null: a node without an adapter of its own",
+        description="folder of a PEFT adapter, relative to tree.yaml; "
+        "null: a node without an adapter of its own",
     )
     weight: Weight = Field(
         default=1.0, description="factor on this node's increments, on every path through it"
@@ -275,62 +272,11 @@ class TreeSpec(StrictModel):
     )
 
 
-def check_name(name: str) -> str:
-    """A node's own name: a file name that is safe on every system, and that no file of an adapter has.
-
-    Raises:
-        PathError: it is not.
-    """
-    if (
-        not isinstance(name, str)
-        or not _NAME.match(name)
-        or name.endswith(".")
-        or _RESERVED.match(name)
-    ):
-        raise PathError(
-            f"{name!r} is not a valid node name",
-            "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no "
-            "device name like 'con'",
-        )
-    if name.lower() in _OF_A_NODE:
-        raise PathError(
-            f"{name!r} is not a valid node name: it is that of an adapter's file in the folder of "
-            "the node above",
-            "choose another name",
-        )
-    return name
-
-
-def check_path(path: str) -> tuple[str, ...]:
-    """The names on a path, ``"fr/legal"`` → ``("fr", "legal")``; the root ``""`` is ``()``.
-
-    Raises:
-        PathError: a name is not valid, or the path is too deep.
-    """
-    if not isinstance(path, str):
-        raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
-    names = tuple(path.split("/")) if path else ()
-    if len(names) > MAX_DEPTH:
-        raise PathError(f"{path[:60]}…: {len(names)} levels deep, the most is {MAX_DEPTH}")
-    for name in names:
-        try:
-            check_name(name)
-        except PathError as error:
-            raise error if len(names) == 1 else error.within(repr(path)) from error
-    if names and names[0].lower().endswith(_OF_A_TREE):
-        raise PathError(
-            f"{names[0]!r} is not a valid name for a node at the top: "
-            f"a tree's own files lie there, which end in {', '.join(_OF_A_TREE)}",
-            "choose another name",
-        )
-    return names
-
-
 def check_format(data: object, where: str, reads: int = FORMAT) -> None:
     """Refuse a file of ours in a format that a later version of this library writes.
 
-    It is asked before anything else about the file: what else looks wrong in it is right there,
-    most likely, and advice to repair or to remove it would destroy what the newer version knows.
+    Call it before any other check of the file: everything else that looks wrong in it is most
+    likely right in the newer format, and advice to repair or to remove it would destroy data.
 
     Args:
         data: the file's content, as far as it is known; its ``version`` is what counts.
@@ -371,108 +317,11 @@ def _written(kind: type[SpecT], source: Any, where: str) -> SpecT:
     given = {} if source is None else source
     if not isinstance(given, Mapping):
         raise SpecError(
-            f"{where}: expected a mapping like dict(r=16, lora_alpha=32), got {given!r:.80}"
+            f"{where}: expected a mapping like dict(r=16, lora_alpha=32), got {given!r:.80}",
+            "the words are those of PEFT's LoraConfig",
         )
     data = dict(given)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise SpecError(*(f"{where}: {text}" for _, text in explain(error, data, kind))) from error
-
-
-def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
-    """What pydantic found, in this library's words: (the way to the value or key, the message), one for each place."""
-    found: dict[tuple[Loc, str], list[str]] = {}
-    hints = 0
-    for e in error.errors(include_url=False, include_context=False):
-        loc, value = _within(e["loc"], data)
-        match e["type"], e["loc"][-1:]:
-            case "extra_forbidden", _:
-                head, text = f"unknown key {loc[-1]!r}{_place(loc[:-1])}", ""
-                hints += 1
-                if hints <= _MOST_HINTS:
-                    text = _nearest(str(loc[-1]), loc, top)
-            case "missing", last:
-                head, text = f"{last[0]!r} is missing{_place(loc)}", ""
-            case _, ("[key]",) if loc[-2] not in ("tree", "children"):
-                head, text = f"{_name(loc[:-1])}: the key {str(loc[-1])!r} {_plain(e['msg'])}", ""
-            case _, ("[key]",):
-                head = f"{str(loc[-1])!r} is not a valid node name"
-                text = ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
-            case kind, _:
-                hint = (
-                    "; write {} where there is nothing to say"
-                    if value is None and kind == "model_type"
-                    else ""
-                )
-                text = (
-                    "should be a mapping"
-                    if kind in ("model_type", "dict_type")
-                    else _plain(e["msg"])
-                )
-                head, text = f"{_name(loc)}: got {_short(value)}, which ", text + hint
-        texts = found.setdefault((loc, head), [])  # the members of a union share a place and a head
-        if text not in texts:
-            texts.append(text)
-    return [(loc, head + " or ".join(texts)) for (loc, head), texts in found.items()]
-
-
-def node_path(loc: Loc) -> str:
-    """The node that a place in a tree.yaml belongs to: ``("tree", "fr", "children", "legal", "r")`` is ``fr/legal``."""
-    names = []
-    for i in range(0, len(loc) - 1, 2):
-        if loc[i] != ("children" if i else "tree"):
-            break
-        names.append(str(loc[i + 1]))
-    return "/".join(names)
-
-
-def _within(loc: Loc, data: Any) -> tuple[Loc, Any]:
-    """As much of pydantic's location as leads into the data (it also names union members), and what lies there."""
-    for depth, step in enumerate(loc):
-        inside = isinstance(data, dict) and step in data
-        inside = inside or (isinstance(data, list) and isinstance(step, int) and step < len(data))
-        if not inside:
-            return loc[:depth], data
-        data = data[step]
-    return loc, data
-
-
-def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:
-    model = top
-    if top is TreeSpec and len(loc) > 1:
-        models: dict[object, type[BaseModel]] = {"defaults": LoraSpec, "cache": CacheSpec}
-        model = models.get(loc[0], NodeSpec)
-    words = {
-        **{field: field for field in model.model_fields},
-        **(_WORDS if "r" in model.model_fields else {}),
-    }
-    near = difflib.get_close_matches(key, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {words[near[0]]!r}?" if near else ""
-
-
-def _name(loc: Loc) -> str:
-    node = node_path(loc)
-    rest = loc[2 * len(node.split("/")) if node else 0 :]
-    said = ".".join(map(str, rest))
-    return f"node {node}: {said}".removesuffix(": ") if node else said or "the file"
-
-
-def _place(loc: Loc) -> str:
-    return f" in {_name(loc)}" if loc else ""
-
-
-def _plain(text: str) -> str:
-    text = text.removeprefix("Value error, ").removeprefix("Input ")
-    return text[:1].lower() + text[1:]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    text = (
-        repr(value)
-        if isinstance(value, (str, float))
-        else str(value).lower().replace("none", "null")
-    )
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -26,7 +26,8 @@ from .combining import combine
 from .errors import BaseMismatch, LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .lowrank import LowRank
 from .node import Node
-from .spec import CacheSpec, LoraSpec, check_name, check_path, lora_spec, tree_defaults
+from .node_names import check_name, check_path
+from .spec import CacheSpec, LoraSpec, lora_spec, tree_defaults
 from .spelling import spelled_twice
 from .storage import Source, as_path, names_of, storage
 

@@ -37,6 +37,8 @@ RINGS = {
         "carried",
         "adapter",
         "combining",
+        "node_names",
+        "spec_errors",
         "spec",
         "blend",
         "spelling",

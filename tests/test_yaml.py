@@ -15,8 +15,9 @@ from torch import nn
 from lora_tree.errors import SpecError
 from lora_tree.folder.yamlfile import dump, json_schema, parse, read_spec
 from lora_tree.formats.limits import YAML_BYTES
+from lora_tree.node_names import MAX_DEPTH
 from lora_tree.sites.targets import fresh_adapter
-from lora_tree.spec import MAX_DEPTH, LoraSpec, lora_spec
+from lora_tree.spec import LoraSpec, lora_spec
 
 FILE = "zoo/tree.yaml"
 
@@ -25,6 +26,17 @@ def wrong(text: str | bytes) -> str:
     with pytest.raises(SpecError) as caught:
         read_spec(text.encode() if isinstance(text, str) else text, FILE)
     return str(caught.value)
+
+
+def test_a_hint_comes_from_the_words_of_that_very_place() -> None:
+    text = "version: 1\ndefaults: {rank_by_dept: [8]}\ncache: {host_budgte: 1}\n"
+    text += "tree: {fr: {children: {cache: {wieght: 1, rank_by_dept: [8]}}}}"
+    assert wrong(text).splitlines() == [
+        "zoo/tree.yaml:2:12: unknown key 'rank_by_dept' in defaults; did you mean 'rank_by_depth'?",
+        "  zoo/tree.yaml:3:9: unknown key 'host_budgte' in cache; did you mean 'host_budget'?",
+        "  zoo/tree.yaml:4:32: unknown key 'wieght' in node fr/cache; did you mean 'weight'?",
+        "  zoo/tree.yaml:4:43: unknown key 'rank_by_dept' in node fr/cache",
+    ]
 
 
 def test_the_page_of_the_design_reads() -> None:

@@ -18,7 +18,7 @@ from ..blend import Blend, spelled
 from ..errors import PathError, SpecError
 from ..given import check_rank
 from ..lowrank import LowRank
-from ..spec import check_path
+from ..node_names import check_path
 from ..tree import AdapterTree
 from .core import joint
 from .deviation import cut, deviation, named

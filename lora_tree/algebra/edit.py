@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import SpecError, TreeError
-from ..spec import check_path
+from ..node_names import check_path
 from ..tree import AdapterTree
 from .deviation import Deviation
 

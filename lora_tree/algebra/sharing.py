@@ -25,7 +25,7 @@ from ..combining import combine
 from ..errors import PathError, SpecError, TreeError, listing
 from ..given import check_rank
 from ..lowrank import LowRank
-from ..spec import check_path
+from ..node_names import check_path
 from ..tree import AdapterTree
 from .core import Joint, joint
 from .deviation import Deviation, deviation, named

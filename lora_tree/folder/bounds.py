@@ -12,7 +12,7 @@ import os
 import re
 
 from ..formats.peft import CONFIG, WEIGHTS
-from ..spec import MAX_DEPTH
+from ..node_names import MAX_DEPTH
 
 __all__ = ["blobs", "homes", "hub_hint", "inside", "leaves", "lies_in", "no_folder", "tree_above"]
 

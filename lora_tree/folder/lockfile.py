@@ -22,7 +22,9 @@ from pydantic import Field, StringConstraints, ValidationError
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..formats.limits import LOCK_BYTES
-from ..spec import StrictModel, check_format, check_path, explain
+from ..node_names import check_path
+from ..spec import StrictModel, check_format
+from ..spec_errors import explain
 from ..system.reading import is_folder, open_stream
 from . import disk
 from .disk import Stamp

@@ -24,7 +24,9 @@ from ..errors import FolderError, FormatError, PathError, SpecError, listing
 from ..formats import strict_json
 from ..formats.limits import LOCK_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
-from ..spec import StrictModel, check_format, check_path, explain
+from ..node_names import check_path
+from ..spec import StrictModel, check_format
+from ..spec_errors import explain
 from . import disk
 from .lockfile import Count, Digest, FileLock
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import FormatError, LoraTreeError, PathError
-from ..spec import LoraSpec, NodeSpec, TreeSpec, check_path
+from ..node_names import check_path
+from ..spec import LoraSpec, NodeSpec, TreeSpec
 from .bounds import inside, no_folder, tree_above
 from .problem import Problem
 from .scan import Files, Scan, look

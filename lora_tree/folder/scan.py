@@ -15,7 +15,7 @@ from functools import cached_property
 from ..errors import LoraTreeError
 from ..formats.peft import CONFIG, WEIGHTS
 from ..formats.peft_read import PICKLE
-from ..spec import MAX_DEPTH
+from ..node_names import MAX_DEPTH
 from . import disk
 from .bounds import leaves
 from .disk import Stamp

@@ -22,7 +22,9 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from ..errors import PathError, SpecError
 from ..formats.limits import YAML_BYTES, YAML_VALUES
-from ..spec import MAX_DEPTH, Loc, NodeSpec, TreeSpec, check_format, check_path, explain
+from ..node_names import MAX_DEPTH, check_path
+from ..spec import NodeSpec, TreeSpec, check_format
+from ..spec_errors import Loc, explain
 
 __all__ = ["Located", "dump", "json_schema", "parse", "read_spec"]
 

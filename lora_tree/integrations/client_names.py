@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 
 from ..blend import parse_blend, spelled
 from ..errors import LoraTreeError, PathError, SpecError, printable
-from ..spec import MAX_DEPTH
+from ..node_names import MAX_DEPTH
 
 __all__ = ["Asked", "NameRules", "shown"]
 

@@ -25,7 +25,7 @@ from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
 from ..lowrank import is_sharded
 from ..model import TreeModel
-from ..spec import check_path
+from ..node_names import check_path
 from ..system.reading import is_file
 from ..training.factors import path_of
 from ..training.sharded import full

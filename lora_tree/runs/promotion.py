@@ -9,7 +9,7 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, PathError, listing, suggest
 from ..folder import StaleWarning, disk
-from ..spec import check_path
+from ..node_names import check_path
 from ..storage import as_path
 from ..system.reading import is_folder
 from ..tree import AdapterTree, Node

@@ -1,0 +1,82 @@
+"""Names of nodes and their paths: which are valid, since each node may be a folder of its name.
+
+    fr            a name: letters, digits, "-", "_" and ".", at most 128
+    fr/legal      a path: the names from the top of the tree down; the root's path is ""
+
+Law: a valid name is a file name on every operating system, and no file that an adapter or a tree
+has in the same folder is called like it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import PathError
+
+__all__ = ["MAX_DEPTH", "NAME", "check_name", "check_path"]
+
+NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
+"""The characters of a name. A leading dot would hide the folder."""
+
+MAX_DEPTH = 64
+"""How deep a tree may be, so that paths stay below the 4096 bytes that systems allow."""
+
+_NAME = re.compile(rf"{NAME}\Z")  # \Z: $ would let a name end in a newline
+# Windows opens a device by these names, in every folder and with any ending.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNORECASE)
+_OF_A_NODE = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
+_OF_A_TREE = (".yaml", ".yml", ".lock")
+
+
+def check_name(name: str) -> str:
+    """Return a node's own name if it is valid.
+
+    Raises:
+        PathError: it is no file name that is safe on every system, or an adapter has such a file.
+    """
+    is_spelled_right = isinstance(name, str) and _NAME.match(name) is not None
+    # Windows drops a dot at the end of a name, so two nodes would have one folder.
+    if not is_spelled_right or name.endswith(".") or _RESERVED.match(name):
+        raise PathError(
+            f"{name!r} is not a valid node name",
+            "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no "
+            "device name like 'con'",
+        )
+    if name.lower() in _OF_A_NODE:  # many file systems do not tell capitals apart
+        raise PathError(
+            f"{name!r} is not a valid node name: it is that of an adapter's file in the folder of "
+            "the node above",
+            "choose another name",
+        )
+    return name
+
+
+def check_path(path: str) -> tuple[str, ...]:
+    """Return the names on a path: those of ``"fr/legal"`` are ``("fr", "legal")``, of ``""`` none.
+
+    Raises:
+        PathError: a name is not valid, or the path is too deep.
+    """
+    if not isinstance(path, str):
+        raise PathError(
+            f"a path is a string like 'fr/legal', got {path!r}", "join the names with '/'"
+        )
+    names = tuple(path.split("/")) if path else ()
+    if len(names) > MAX_DEPTH:
+        raise PathError(
+            f"{path[:60]}…: {len(names)} levels deep, the most is {MAX_DEPTH}",
+            "put nodes that only group others together: a level costs nothing but its name",
+        )
+    for name in names:
+        try:
+            check_name(name)
+        except PathError as error:
+            # a path of one name is named by the error already
+            raise error if len(names) == 1 else error.within(repr(path)) from error
+    if names and names[0].lower().endswith(_OF_A_TREE):
+        raise PathError(
+            f"{names[0]!r} is not a valid name for a node at the top: "
+            f"a tree's own files lie there, which end in {', '.join(_OF_A_TREE)}",
+            "choose another name",
+        )
+    return names

@@ -1,0 +1,180 @@
+"""pydantic's errors about a value from a file, in the words of this library.
+
+    tree.fr.children.legal.r: Input should be a valid integer    pydantic
+    node fr/legal: r: got "16", which should be a valid integer  here
+
+Law: one message for each place. Where a value may be of several kinds (a union), pydantic gives an
+error for each; they become one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from .errors import nearest
+
+__all__ = ["Loc", "explain", "node_path"]
+
+Loc: TypeAlias = tuple[str | int, ...]
+"""The way to a place in nested data: keys and indices."""
+
+_MOST_HINTS = 50
+"""How many unknown keys get a hint: each is compared with every word there is, which takes time."""
+
+_SYNONYMS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "targets": "target_modules",
+    "modules": "target_modules",
+    "path": "adapter",
+}
+"""Words that people write for those of a LoraSpec, which are PEFT's."""
+
+
+def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
+    """Say what pydantic found, one message for each place.
+
+    Args:
+        data: the value that was validated.
+        top: the model that it was validated as.
+
+    Returns:
+        (the way to the value or key, the message), in pydantic's order.
+    """
+    found: dict[tuple[Loc, str], list[str]] = {}
+    hints = 0
+    for detail in error.errors(include_url=False, include_context=False):
+        loc, value = _inside(detail["loc"], data)
+        hint = ""
+        if detail["type"] == "extra_forbidden":
+            hints += 1
+            if hints <= _MOST_HINTS:
+                hint = _nearest(str(loc[-1]), loc, top)
+        head, text = _said(detail, loc, value, hint)
+        # The members of a union share a place and a head.
+        texts = found.setdefault((loc, head), [])
+        if text not in texts:
+            texts.append(text)
+    return [(loc, head + " or ".join(texts)) for (loc, head), texts in found.items()]
+
+
+def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[str, str]:
+    """Return the beginning of a message, which says where, and its end, which says what."""
+    match detail["type"], detail["loc"][-1:]:
+        case "extra_forbidden", _:
+            return f"unknown key {loc[-1]!r}{_in_place(loc[:-1])}", hint
+        case "missing", last:
+            return f"{last[0]!r} is missing{_in_place(loc)}", ""
+        case _, ("[key]",) if loc[-2] not in ("tree", "children"):
+            text = _in_lower_case(detail["msg"])
+            return f"{_place(loc[:-1])}: the key {str(loc[-1])!r} {text}", ""
+        case _, ("[key]",):
+            head = f"{str(loc[-1])!r} is not a valid node name"
+            return head, ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
+        case kind, _:
+            return f"{_place(loc)}: got {_short(value)}, which ", _wrong(kind, detail, value)
+
+
+def _wrong(kind: str, detail: Mapping[str, Any], value: Any) -> str:
+    if kind not in ("model_type", "dict_type"):
+        return _in_lower_case(detail["msg"])
+    # "legal:" with nothing after it is null in YAML, which surprises whoever wrote it
+    is_empty_node = value is None and kind == "model_type"
+    hint = "; write {} where there is nothing to say" if is_empty_node else ""
+    return "should be a mapping" + hint
+
+
+def node_path(loc: Loc) -> str:
+    """Return the path of the node that a place in a tree.yaml belongs to.
+
+    >>> node_path(("tree", "fr", "children", "legal", "r"))
+    'fr/legal'
+    """
+    names: list[str] = []
+    above = "tree"  # the key above the nodes at the top; below it is "children"
+    for at in range(0, len(loc) - 1, 2):
+        if loc[at] != above:
+            break
+        names.append(str(loc[at + 1]))
+        above = "children"
+    return "/".join(names)
+
+
+def _inside(loc: Loc, data: Any) -> tuple[Loc, Any]:
+    """Return the part of pydantic's location that leads into the data, and the value there.
+
+    pydantic also names the members of a union and writes "[key]" for a key of a mapping.
+    """
+    for depth, step in enumerate(loc):
+        is_key = isinstance(data, dict) and step in data
+        is_index = isinstance(data, list) and isinstance(step, int) and step < len(data)
+        if not is_key and not is_index:
+            return loc[:depth], data
+        data = data[step]
+    return loc, data
+
+
+def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:
+    model = _model_at(loc[:-1], top)
+    words = list(model.model_fields)
+    if "lora_alpha" in words:
+        words += _SYNONYMS
+    word = nearest(key, words)
+    if word is None:
+        return ""
+    return f"; did you mean {_SYNONYMS.get(word, word)!r}?"
+
+
+def _model_at(loc: Loc, model: type[BaseModel]) -> type[BaseModel]:
+    """Return the model of a place; a step that is no field of a model is a key or an index."""
+    for step in loc:
+        field = model.model_fields.get(str(step))
+        inner = None if field is None else _model_in(field.annotation)
+        if inner is not None:
+            model = inner
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the model in an annotation: that of ``dict[str, NodeSpec]`` is NodeSpec."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _place(loc: Loc) -> str:
+    node = node_path(loc)
+    if not node:
+        return ".".join(map(str, loc)) or "the file"
+    rest = loc[2 * len(node.split("/")) :]
+    return f"node {node}: {'.'.join(map(str, rest))}".removesuffix(": ")
+
+
+def _in_place(loc: Loc) -> str:
+    return f" in {_place(loc)}" if loc else ""
+
+
+def _in_lower_case(text: str) -> str:
+    """Return a message of pydantic's as the end of a sentence."""
+    text = text.removeprefix("Value error, ").removeprefix("Input ")
+    return text[:1].lower() + text[1:]
+
+
+def _short(value: Any) -> str:
+    """Return a value as YAML spells it, cut where it is long."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, (str, float)):
+        text = repr(value)
+    else:
+        text = str(value).lower().replace("none", "null")  # true, false, null, integers
+    return text if len(text) <= 80 else f"{text[:77]}…"
