@@ -41,8 +41,9 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
     own(tree, path)
     free(tree, to)
     node = tree[path]
-    # `put`, not `add`: the copy keeps its source, and with it what the lock knows of its training.
-    tree.put([Node(to, node.weight, node.loaded, node.source)], home=tree.home)
+    # `replace`, not `add`: the copy keeps its source, and with it what the lock knows of its training.
+    copied = Node(to, node.weight, node.loaded, node.source, rereadable=node.rereadable)
+    tree.replace(copied)
     notes = stale_notes(tree, [path])
     if _above(tree, path) != _above(tree, to):
         notes = (*notes, f"{to}: trained on the ancestors of {path}, and stands on others")
