@@ -284,6 +284,15 @@ def test_every_law_has_tests_and_they_exist() -> None:
         assert name in defined(ROOT / file), f"law {law}: {file} has no {name}"
 
 
+def test_the_design_has_a_row_for_every_room() -> None:
+    page = DESIGN.read_text()
+    for rooms in RINGS.values():
+        for name in rooms:
+            assert f"`{name}/`" in page or f"`{name}.py`" in page, (
+                f"docs/design.md: no row for {name}"
+            )
+
+
 def test_every_file_that_the_design_names_exists() -> None:
     page = DESIGN.read_text()
     for name in re.findall(r"`((?:lora_tree|tests|tests_gpu)/[\w/]+\.py)`", page):
