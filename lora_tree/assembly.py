@@ -20,8 +20,8 @@ from torch import nn
 
 from .adapter import Adapter
 from .errors import BaseMismatch, LoraTreeError, StateError, listing, suggest
-from .lowrank import LINEAR, Layout, LowRank, concat
-from .sites import is_there
+from .lowrank import LowRank, concat
+from .sites import as_site_has_it, is_there
 
 __all__ = ["Assembly", "AssemblyNames", "Convert"]
 
@@ -98,7 +98,7 @@ class AssemblyNames:
         sources: dict[str, list[str]] = {}
         for name, value in adapter.modules.items():
             for own, moved in self._placed(name, value).items():
-                parts.setdefault(own, []).append(self._as_module_has_it(own, moved))
+                parts.setdefault(own, []).append(as_site_has_it(self._base, own, moved))
                 sources.setdefault(own, []).append(name)
         modules: dict[str, LowRank] = {}
         errors: dict[str, float] = {}
@@ -159,19 +159,7 @@ class AssemblyNames:
 
     def _fits(self, name: str, value: LowRank) -> bool:
         """Whether the base has the module, and a factor of its own layout."""
-        return is_there(self._base, name) and self._as_module_has_it(name, value) is value
-
-    def _as_module_has_it(self, name: str, value: LowRank) -> LowRank:
-        """The value, where programs take a Linear for a convolution of kernel 1, or the other way round."""
-        holder, _, leaf = name.rpartition(".")
-        module: Any = self._base.get_submodule(holder)._modules.get(leaf)
-        kernel = value.layout.kernel
-        if isinstance(module, nn.Linear) and kernel and set(kernel) == {1}:
-            return replace(value, layout=LINEAR)
-        is_conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
-        if is_conv and value.layout == LINEAR and set(module.kernel_size) == {1}:
-            return replace(value, layout=Layout("conv", tuple(module.kernel_size)))
-        return value
+        return is_there(self._base, name) and as_site_has_it(self._base, name, value) is value
 
     def _unknown(self, name: str, where: str = "") -> BaseMismatch:
         """The error for a name that is no module's."""

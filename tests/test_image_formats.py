@@ -359,6 +359,14 @@ def test_a_tree_keeps_a_file_where_it_is_and_saves_a_folder(tmp_path: Path) -> N
 VALID = pair(UNET) | {f"{UNET}.alpha": torch.tensor(1.0)}
 SAVED = {
     "kohya": safetensors.torch.save(VALID, {"format": "pt"}),
+    "lycoris": safetensors.torch.save(
+        {
+            f"{UNET}.hada_w1_a": torch.ones(5, 2),
+            f"{UNET}.hada_w1_b": torch.ones(2, 6),
+            f"{UNET}.hada_w2_a": torch.ones(5, 2),
+            f"{UNET}.hada_w2_b": torch.ones(2, 6),
+        },
+    ),
     "diffusers": safetensors.torch.save(
         {"unet.a.lora_A.weight": torch.ones(2, 4), "unet.a.lora_B.weight": torch.ones(3, 2)},
         {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})},

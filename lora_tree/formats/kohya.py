@@ -5,6 +5,8 @@
 
     lora_unet → unet        lora_te, lora_te1 → text_encoder        lora_te2 → text_encoder_2        lora_te3 → …_3
 
+LyCORIS' files have the same names with LoHa's and LoKr's parts (`products`).
+
 The underscores can't be turned back into dots without the model: ``to_q`` has one of its own. So the adapter keeps the
 name as it stands, and the base says which of its modules is meant when the adapter is bound to it.
 """
@@ -22,6 +24,7 @@ from ..errors import FormatError, LoraTreeError, UnsupportedAdapter, listing
 from ..lowrank import LowRank
 from . import safetensors
 from .pairs import ModuleTensors, as_lowrank, down_and_up
+from .products import PRODUCT_PARTS, as_product, is_product
 
 __all__ = ["keys_of", "read", "render"]
 
@@ -46,8 +49,6 @@ _OTHER_KINDS = {
     "on_input": "IA³ scales inputs or outputs, which is no sum of W and B·A",
     "diff": "a full difference of the weight has no low rank of its own",
     "diff_b": "a full difference of a bias has no low rank of its own",
-    "hada_w": "LoHa's factors are read in PEFT's and LyCORIS' names only where that kind is known",
-    "lokr_w": "LoKr's factors are read in PEFT's and LyCORIS' names only where that kind is known",
 }
 
 
@@ -82,7 +83,8 @@ def read(tensors: Mapping[str, Tensor], where: str) -> Adapter:
         named[module] = f"{where}: {matched['module']}"
     modules: dict[str, LowRank] = {}
     for module, parts in groups.items():
-        modules[module] = as_lowrank(ModuleTensors(module, named[module], parts))
+        found = ModuleTensors(module, named[module], parts)
+        modules[module] = as_product(found) if is_product(parts) else as_lowrank(found)
     return Adapter(modules)
 
 
@@ -91,12 +93,10 @@ def _part(part: str, key: str, where: str) -> str:
     found = _PARTS.get(part)
     if found is not None:
         return found
+    if part in PRODUCT_PARTS:
+        return part
     for word, reason in _OTHER_KINDS.items():
-        if (
-            part == word
-            or (word.endswith("_w") and part.startswith(word))
-            or word in part.split(".")
-        ):
+        if word in part.split("."):
             raise UnsupportedAdapter(f"{where}: {key[:200]}: {reason}")
     raise FormatError(
         f"{where}: unexpected key {key[:200]!r}, expected it to end in one of {listing(_PARTS)}"

@@ -212,7 +212,7 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
         )
     if kind != "LORA":
         raise UnsupportedAdapter(
-            f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA'",
+            f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA', 'LOHA' or 'LOKR'",
             "other methods do not add up to W + B·A: train it with LoRA, or convert it in PEFT",
         )
     for name, reason in VARIANTS.items():

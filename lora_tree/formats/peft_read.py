@@ -23,14 +23,16 @@ import torch
 from ..adapter import Adapter
 from ..errors import FormatError, LoraTreeWarning, UnsupportedAdapter, listing
 from ..lowrank import PARAMETER
+from ..overlay import over
 from ..storage import Allocate, Witness
 from ..system.reading import Inside, open_stream
 from .limits import CONFIG_BYTES
 from .peft_config import TURNED, says_which_way
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_outline import PeftTexts, outline_of
+from .peft_products import product_config, read_products
 from .pointer import check_pointer
-from .safetensors import open_tensors
+from .safetensors import open_tensors, parse_header
 
 __all__ = ["read_adapter", "read_folder"]
 
@@ -84,6 +86,14 @@ def read_adapter(
         # afterwards.
         torch.inference_mode(False),
     ):
+        products = product_config(config, config_named)
+        if products is not None:
+            header = parse_header(weights.head, weights.nbytes, weights_named)
+            tensors = dict(header.tensors)
+            if not outline:
+                in_memory = over(weights.numbers(header))
+                tensors = {key: in_memory(tensor) for key, tensor in tensors.items()}
+            return read_products(products, tensors, weights_named)
         texts = PeftTexts(config, weights.head, weights.nbytes, config_named, weights_named)
         found = outline_of(texts)
         if outline:

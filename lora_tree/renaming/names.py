@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from ..adapter import Adapter
 from ..assembly import Assembly, AssemblyNames
 from ..errors import BaseMismatch
 from ..lowrank import LINEAR, PARAMETER, LowRank
-from ..sites import is_there, takes_delta
+from ..sites import as_site_has_it, is_there, takes_delta
 from .moving import Moving, modules_or_parameters
 
 __all__ = ["Renaming"]
@@ -50,9 +52,21 @@ class Renaming:
             # Outside of inference mode: tensors made within it could never train.
             with torch.inference_mode(False):
                 renamed = Moving(self._base, adapter).moved()
+        renamed = self._in_layouts_of_sites(renamed)
         if not renamed.nesting:
             return renamed
         return renamed.renested(_registered(self._base, renamed))
+
+    def _in_layouts_of_sites(self, adapter: Adapter) -> Adapter:
+        """Give a matrix that stands for a convolution the module's kernel; some files say none."""
+        changed: dict[str, LowRank] = {}
+        for name, value in adapter.modules.items():
+            own = as_site_has_it(self._base, name, value)
+            if own is not value:
+                changed[name] = own
+        if not changed:
+            return adapter
+        return replace(adapter, modules={**adapter.modules, **changed})
 
     def has(self, name: str) -> bool:
         """Return whether the base has a module, or a raw parameter, of that name."""

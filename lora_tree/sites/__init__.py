@@ -5,9 +5,13 @@ A new kind of layer is one file beside this one and one row in `KINDS`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
 from ..errors import BaseMismatch, suggest
+from ..lowrank import LINEAR, Layout, LowRank
 from .attention import InProjectionSite, OutProjectionSite
 from .conv import ConvSite
 from .embedding import EmbeddingSite
@@ -15,7 +19,16 @@ from .linear import Conv1DSite, LinearSite
 from .parameter import ParameterSite
 from .site import Site
 
-__all__ = ["KINDS", "ParameterSite", "Site", "find_site", "is_there", "supports", "takes_delta"]
+__all__ = [
+    "KINDS",
+    "ParameterSite",
+    "Site",
+    "as_site_has_it",
+    "find_site",
+    "is_there",
+    "supports",
+    "takes_delta",
+]
 
 KINDS = (InProjectionSite, EmbeddingSite, ConvSite, Conv1DSite, LinearSite)
 """The first kind that claims a module takes it; raw parameters are found by name."""
@@ -40,6 +53,23 @@ def takes_delta(base: nn.Module, name: str) -> bool:
     """Whether the base has a module of that name that some kind of site claims."""
     _, _, module = _walk(base, name)
     return module is not None and supports(module)
+
+
+def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
+    """The value in the layout of the module that it changes; the same object where it has that already.
+
+    Some files do not say a kernel's size: a matrix may stand for a convolution, and a convolution of kernel 1 for a
+    Linear. Whether the sizes fit is checked by the site.
+    """
+    _, _, module = _walk(base, name)
+    kernel = value.layout.kernel
+    if isinstance(module, nn.Linear) and kernel and set(kernel) == {1}:
+        return replace(value, layout=LINEAR)
+    is_conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+    if is_conv and value.layout == LINEAR and value.A.ndim == 2:
+        size: Any = getattr(module, "kernel_size", ())
+        return replace(value, layout=Layout("conv", tuple(size)))
+    return value
 
 
 def find_site(base: nn.Module, name: str) -> Site:

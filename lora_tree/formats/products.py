@@ -1,0 +1,193 @@
+"""LoHa and LoKr as exact factors: products of two small increments are low-rank themselves.
+
+    LoHa   ΔW = (B₁A₁) ∘ (B₂A₂)     rank r₁·r₂: B's columns are the products b₁ᵢ ∘ b₂ⱼ, A's rows a₁ᵢ ∘ a₂ⱼ
+    LoKr   ΔW = W₁ ⊗ W₂             (U₁V₁) ⊗ (U₂V₂) = (U₁ ⊗ U₂)(V₁ ⊗ V₂)
+
+A full half of a LoKr is W = W·I or I·W, whichever is of the smaller rank. A Tucker core (``t``) is contracted with the
+factor beside it: W[p, c, k] = Σᵢ a[i, p] Σⱼ t[i, j, k] b[j, c].
+
+The numbers are products of two, or sums of such for a Tucker core, in fp32 or wider; products of two fp16 or bf16
+numbers are exact there. The ranks grow, so a caller may cut them: `lora_tree.Adapter.truncate` tells what that costs.
+
+References: FedPara, https://arxiv.org/abs/2108.06098 (LoHa's Hadamard product); KronA,
+https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..lowrank import LINEAR, Layout, LowRank
+from ..system.memory import check_fits
+from .pairs import ModuleTensors, alpha_of
+
+__all__ = ["PRODUCT_PARTS", "as_product", "is_product"]
+
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+HADAMARD_CORES = ("hada_t1", "hada_t2")
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+PRODUCT_PARTS = (*HADAMARD, *HADAMARD_CORES, *KRONECKER)
+"""The last parts of keys, in PEFT's files as in LyCORIS' own."""
+
+
+class _Factored(NamedTuple):
+    """W = U V, with the kernel that V's columns count; () for a plain matrix.
+
+    Args:
+        U: (out, r).
+        V: (r, in · kernel).
+        kernel: of a convolution.
+        is_full: the file holds W itself, and U or V is the identity.
+    """
+
+    U: Tensor
+    V: Tensor
+    kernel: tuple[int, ...] = ()
+    is_full: bool = False
+
+
+def is_product(parts: Collection[str]) -> bool:
+    """Whether a module's tensors are those of a LoHa or a LoKr."""
+    return any(part in PRODUCT_PARTS for part in parts)
+
+
+def as_product(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
+    """Return one module's increment as factors.
+
+    Args:
+        found: with parts of LoHa, or of LoKr, and perhaps an ``alpha``.
+        scale: where a config says it; None: as LyCORIS does, from alpha and the rank of the halves.
+
+    Raises:
+        FormatError: parts are missing, or don't fit together; names the module.
+        BudgetError: the factors would take more memory than there is.
+    """
+    parts = found.parts
+    others = [part for part in parts if part not in PRODUCT_PARTS and part != "alpha"]
+    is_hadamard = any(part.startswith("hada_") for part in parts)
+    if others or (is_hadamard and any(part.startswith("lokr_") for part in parts)):
+        raise FormatError(f"{found.named}: parts of several kinds: {', '.join(sorted(parts))}")
+    wide = torch.float32
+    for tensor in parts.values():
+        wide = torch.promote_types(wide, tensor.dtype)
+    widened = {part: tensor.to(wide) for part, tensor in parts.items()}
+    if is_hadamard:
+        first = _half(found, widened, "hada_w1", core="hada_t1")
+        second = _half(found, widened, "hada_w2", core="hada_t2")
+        A, B = _hadamard(found.named, first, second)
+        rank: int | None = second.V.shape[0]
+    else:
+        first = _half(found, widened, "lokr_w1", core=None)
+        second = _half(found, widened, "lokr_w2", core="lokr_t2")
+        A, B = _kronecker(found.named, first, second)
+        ranks = [half.V.shape[0] for half in (second, first) if not half.is_full]
+        # LyCORIS applies alpha only where a half is factored: two full halves have no rank of their own.
+        rank = ranks[0] if ranks else None
+    if scale is None:
+        scale = 1.0 if rank is None else alpha_of(found, rank) / rank
+    kernel = second.kernel
+    layout = Layout("conv", kernel) if kernel else LINEAR
+    return LowRank(A, B, scale, layout=layout)
+
+
+def _half(
+    found: ModuleTensors, parts: Mapping[str, Tensor], name: str, *, core: str | None
+) -> _Factored:
+    """One of the two matrices of a product, as factors.
+
+    Raises:
+        FormatError: a part is missing, or the parts don't multiply.
+    """
+    full, a, b = (parts.get(part) for part in (name, f"{name}_a", f"{name}_b"))
+    t = parts.get(core) if core is not None else None
+    if full is not None:
+        if a is not None or b is not None or t is not None:
+            raise FormatError(f"{found.named}: {name} both whole and in factors")
+        return _full(found, full, name)
+    if a is None or b is None:
+        raise FormatError(
+            f"{found.named}: no {name if a is None and b is None else f'{name}_a or _b'}"
+        )
+    if a.ndim != 2 or b.ndim != 2:
+        raise FormatError(f"{found.named}: {name}_a {tuple(a.shape)}, {name}_b {tuple(b.shape)}")
+    if t is None:
+        if a.shape[1] != b.shape[0]:
+            raise _misfit(found, name, a, b)
+        return _Factored(a, b)
+    if t.ndim not in (3, 4, 5) or t.shape[:2] != (a.shape[0], b.shape[0]):
+        raise _misfit(found, name, a, b, t)
+    kernel = tuple(t.shape[2:])
+    check_fits(a.shape[0] * b.shape[1] * math.prod(kernel) * a.element_size(), found.named)
+    V = torch.einsum("ijk,jc->ick", t.flatten(2), b).flatten(1)  # (r, in · kernel)
+    return _Factored(a.mT, V, kernel)
+
+
+def _full(found: ModuleTensors, full: Tensor, name: str) -> _Factored:
+    """A half that the file holds whole, beside the identity of its shorter side."""
+    if full.ndim not in (2, 3, 4, 5) or (name == "lokr_w1" and full.ndim != 2):
+        raise FormatError(f"{found.named}: {name} is {tuple(full.shape)}, expected a matrix")
+    kernel = tuple(full.shape[2:])
+    W = full.flatten(1)
+    rows, columns = W.shape
+    eye = torch.eye(min(rows, columns), dtype=W.dtype, device=W.device)
+    if rows <= columns:
+        return _Factored(eye, W, kernel, is_full=True)
+    return _Factored(W, eye, kernel, is_full=True)
+
+
+def _hadamard(named: str, first: _Factored, second: _Factored) -> tuple[Tensor, Tensor]:
+    """A and B of an elementwise product: the row-wise Khatri–Rao products of the factors."""
+    if first.U.shape[0] != second.U.shape[0] or first.V.shape[1] != second.V.shape[1]:
+        raise FormatError(
+            f"{named}: the two matrices of a LoHa differ in shape: {_shapes(first, second)}"
+        )
+    if first.kernel != second.kernel:
+        raise FormatError(f"{named}: kernels of {first.kernel} and {second.kernel}")
+    rank = first.V.shape[0] * second.V.shape[0]
+    _check_room(named, rank, first.U.shape[0], first.V.shape[1], first.U)
+    # b₁ᵢ ∘ b₂ⱼ and a₁ᵢ ∘ a₂ⱼ in the same order of the pairs (i, j)
+    B = (first.U[:, :, None] * second.U[:, None, :]).flatten(1)  # (out, r₁·r₂)
+    A = (first.V[:, None, :] * second.V[None, :, :]).flatten(0, 1)  # (r₁·r₂, in)
+    return A, B
+
+
+def _kronecker(named: str, first: _Factored, second: _Factored) -> tuple[Tensor, Tensor]:
+    """A and B of a Kronecker product: the Kronecker products of the factors."""
+    rank = first.V.shape[0] * second.V.shape[0]
+    out = first.U.shape[0] * second.U.shape[0]
+    into = first.V.shape[1] * second.V.shape[1]
+    _check_room(named, rank, out, into, first.U)
+    return _kron(first.V, second.V), _kron(first.U, second.U)
+
+
+def _kron(x: Tensor, y: Tensor) -> Tensor:
+    """x ⊗ y of two matrices, spelled out: torch.kron fails on transposed ones with an axis of size 1."""
+    blocks = x[:, None, :, None] * y[None, :, None, :]  # (x rows, y rows, x columns, y columns)
+    return blocks.flatten(2).flatten(0, 1)
+
+
+def _check_room(named: str, rank: int, out: int, into: int, like: Tensor) -> None:
+    """Refuse factors that memory can't hold, before they are made: a small file may stand for large ones."""
+    check_fits(rank * (out + into) * like.element_size(), named)
+
+
+def _shapes(first: _Factored, second: _Factored) -> str:
+    """The (out, in) of both halves."""
+    shapes = [(half.U.shape[0], half.V.shape[1]) for half in (first, second)]
+    return f"{shapes[0]} and {shapes[1]}"
+
+
+def _misfit(found: ModuleTensors, name: str, a: Tensor, b: Tensor, *core: Tensor) -> FormatError:
+    shapes = f"{name}_a {tuple(a.shape)}, {name}_b {tuple(b.shape)}"
+    for t in core:
+        shapes += f", core {tuple(t.shape)}"
+    return FormatError(
+        f"{found.named}: {shapes} do not multiply",
+        "a is (out, r) and b is (r, in); with a core (r, r, *kernel) a is (r, out) and b is (r, in)",
+    )
