@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from dense import zoo_of
 from shell import Shell, answer
+from zoo import listing, opened
 
 import lora_tree as lt
 
@@ -84,3 +85,241 @@ def test_similar_lists_pairs_and_clusters(shell: Shell, zoo: Path, tmp_path: Pat
     lineage = answer(shell, "similar", zoo, "fr/*", "--of", "lineage")
     wanted = lt.similar(lt.load(zoo), ["fr/*"], of="lineage").cosines.tolist()
     assert lineage["cosines"] == wanted
+
+
+# ---------------------------------------------------------------------- editing
+def adapter_at(folder: Path, seed: int) -> Path:
+    zoo_of(seed).save(folder)
+    return folder
+
+
+def test_init_begins_an_empty_tree(shell: Shell, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    code, out, _ = shell("init", folder, "--base", "org/model", "--r", 4, "--target", "q_proj")
+    assert (code, out) == (0, f"{folder}: a tree of 0 nodes over org/model\n")
+    tree = lt.load(folder)
+    assert (tree.base, tree.defaults.r, tree.defaults.target_modules) == (
+        "org/model",
+        4,
+        ["q_proj"],
+    )
+    assert "it has a tree.yaml already" in shell("init", folder)[2]
+
+
+def test_init_takes_the_adapters_that_lie_there(shell: Shell, tmp_path: Path) -> None:
+    adapter_at(tmp_path / "zoo" / "a", 1)
+    assert shell("init", tmp_path / "zoo", "--dry-run")[0] == 0
+    assert not (tmp_path / "zoo" / "tree.lock").exists()
+    told = answer(shell, "init", tmp_path / "zoo")
+    assert told == {
+        "folder": str(tmp_path / "zoo"),
+        "base": "org/model",
+        "nodes": ["a"],
+        "dry_run": False,
+    }
+    assert lt.load(tmp_path / "zoo").paths() == ["a"]
+
+
+def test_add_says_what_it_added(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    away = adapter_at(tmp_path / "away", 7)
+    code, out, err = shell("add", zoo, "fr/new", away, "--weight", 0.5)
+    assert (code, err) == (0, "")
+    size = f"{zoo_of(7).nbytes:,}"
+    assert out == f"added fr/new: an adapter of 5 modules, r=2, {size} bytes, weight 0.5\n"
+    assert lt.load(zoo)["fr/new"].weight == 0.5
+    assert not (zoo / "fr" / "new").exists()
+    shell("add", zoo, "fr/mine", away, "--copy")
+    assert (zoo / "fr" / "mine" / "adapter_config.json").exists()
+    assert shell("add", zoo, "g", "--group")[1] == "added g: a group\n"
+    fresh = shell("add", zoo, "g/x", "--r", 4, "--target", "q_proj")[1]
+    assert fresh == "added g/x: fresh, made when the tree is attached\n"
+    code, _, err = shell("add", zoo, "fr/new", away)
+    assert code == 1
+    assert "fr/new exists already" in err
+
+
+def test_add_hangs_another_tree_below_a_path(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    other = lt.AdapterTree(base="org/model")
+    other.add("x", adapter=zoo_of(8))
+    other.add("x/y", adapter=zoo_of(9), weight=0.5)
+    other.save(tmp_path / "other")
+    told = answer(shell, "add", zoo, "team", tmp_path / "other")
+    assert told["added"] == ["team", "team/x", "team/x/y"]
+    tree = lt.load(zoo)
+    assert tree["team/x/y"].weight == 0.5
+    assert lt.diff(tree.flatten("team/x/y"), other.flatten("x/y")).is_nothing
+    assert not any(tree[path].stale for path in tree)
+    stranger = lt.AdapterTree(base="org/other")
+    stranger.add("x", group=True)
+    stranger.save(tmp_path / "stranger")
+    assert (
+        "can't be a part of one over 'org/model'"
+        in shell("add", zoo, "s", tmp_path / "stranger")[2]
+    )
+    (tmp_path / "empty").mkdir()
+    assert "adapter_config.json" in shell("add", zoo, "e", tmp_path / "empty")[2]
+
+
+def test_mv_says_what_becomes_stale(shell: Shell, zoo: Path) -> None:
+    before = lt.load(zoo).flatten("fr/legal")
+    code, out, _ = shell("mv", zoo, "fr/legal", "misc/law", "--dry-run")
+    assert code == 0
+    assert out.splitlines() == [
+        "moved fr/legal to misc/law",
+        "stale from now on: misc/law: trained on another lineage",
+        "dry run: nothing was written",
+    ]
+    assert "fr/legal" in lt.load(zoo)
+    told = answer(shell, "mv", zoo, "fr/legal", "misc/law", "--keep-effective")
+    assert told["stale"] == []
+    tree = lt.load(zoo)
+    assert not tree["misc/law"].stale
+    assert lt.deviation(before, tree.flatten("misc/law")).relative_error < 1e-6
+    told = answer(shell, "mv", zoo, "fr/medical", "medical")
+    assert told["stale"] == ["medical"]
+    assert opened(zoo)["medical"].stale
+    assert "a plain move cuts nothing" in shell("mv", zoo, "de", "d", "--rank", 1)[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "stale"),
+    [
+        (("set", "fr", "--weight", "0.7"), ["fr/legal", "fr/medical"]),
+        (("mv", "fr", "misc/fr"), []),  # a group adds nothing, so no lineage has changed
+        (("mv", "fr", "de/fr"), ["de/fr", "de/fr/legal", "de/fr/medical"]),
+        (("set", "de", "--weight", "0.7"), []),
+        (("compress", "fr", "--rank", "1"), ["fr/legal", "fr/medical"]),
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_what_is_foretold_to_be_stale_is_what_the_lock_finds(
+    shell: Shell, zoo: Path, command: tuple[str, ...], stale: list[str]
+) -> None:
+    name, *rest = command
+    assert answer(shell, name, zoo, *rest)["stale"] == stale
+    tree = opened(zoo)
+    assert [path for path in tree.paths() if tree[path].stale] == stale
+
+
+def test_rm_takes_nodes_and_their_files(shell: Shell, zoo: Path) -> None:
+    code, _, err = shell("rm", zoo, "fr")
+    assert code == 1
+    assert "fr has children" in err
+    assert shell("rm", zoo, "fr/*", "--dry-run")[0] == 0
+    assert "fr/legal" in lt.load(zoo)
+    assert shell("rm", zoo, "fr/legal")[1] == "removed fr/legal\n"
+    assert not (zoo / "fr" / "legal").exists()
+    assert answer(shell, "rm", zoo, "fr", "-r")["removed"] == ["fr", "fr/medical"]
+
+
+def test_set_changes_weights_and_adapters(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    before = lt.load(zoo).flatten("fr/legal")
+    away = adapter_at(tmp_path / "away", 7)
+    told = answer(shell, "set", zoo, "fr", "--adapter", away, "--keep-effective")
+    assert told["changed"] == ["fr", "fr/legal", "fr/medical"]
+    assert told["stale"] == []
+    tree = lt.load(zoo)
+    assert lt.deviation(before, tree.flatten("fr/legal")).relative_error < 1e-6
+    code, out, _ = shell("set", zoo, "fr", "--weight", 2)
+    assert code == 0
+    assert "stale from now on: fr/legal, fr/medical" in out
+    assert "nothing to set" in shell("set", zoo, "fr")[2]
+
+
+# ---------------------------------------------------------------------- the verbs
+def test_squash_split_and_pick(shell: Shell, zoo: Path) -> None:
+    before = lt.load(zoo).flatten("fr/legal")
+    code, out, err = shell("squash", zoo, "fr/legal", "--to", "flat")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == "error of flat: none, exact"
+    assert lt.deviation(before, lt.load(zoo).flatten("flat")).relative_error < 1e-6
+    cut = answer(shell, "squash", zoo, "fr/legal", "--to", "short", "--rank", 1)
+    assert 0.0 < cut["errors"]["short"]["relative_error"] < 1.0
+    told = answer(shell, "split", zoo, "fr", "--to", "fr/rest", "--module", "q_proj")
+    assert told["moved"]["fr/legal"] == "fr/rest/legal"
+    assert lt.deviation(before, lt.load(zoo).flatten("fr/rest/legal")).relative_error < 1e-6
+    told = answer(shell, "pick", zoo, "fr/rest/legal", "--to", "de/legal")
+    assert told["added"] == ["de/legal"]
+    assert "trained on the ancestors of fr/rest/legal" in told["notes"][0]
+    assert opened(zoo)["de/legal"].stale
+
+
+def test_rebase_gives_children_their_models_back(shell: Shell, zoo: Path, tmp_path: Path) -> None:
+    tree = lt.load(zoo)
+    before = tree.flatten("fr/legal")
+    tree.adapter("fr").save(tmp_path / "old")
+    tree.update("fr", adapter=zoo_of(12))
+    tree.save(zoo)
+    assert opened(zoo)["fr/legal"].stale
+    code, out, _ = shell("rebase", zoo, "--all", "fr", "--was", tmp_path / "old")
+    assert code == 0
+    assert "changed fr/legal" in out
+    tree = lt.load(zoo)
+    assert not tree["fr/legal"].stale
+    assert lt.deviation(before, tree.flatten("fr/legal")).relative_error < 1e-6
+
+
+def test_hoist_and_merge(shell: Shell, zoo: Path) -> None:
+    before = lt.load(zoo).flatten("fr/legal")
+    told = answer(shell, "hoist", zoo, "fr", "--into", "fr/law", "--rank", 1)
+    assert told["added"] == ["fr/law"]
+    assert lt.deviation(before, lt.load(zoo).flatten("fr/law/legal")).relative_error < 1e-6
+    code, out, _ = shell("hoist", zoo, "fr/law", "--method", "ties", "--density", 0.5)
+    assert code == 0
+    assert "note: fr/law: by itself another model now" in out
+    made = answer(
+        shell,
+        "merge",
+        zoo,
+        "fr/law/legal",
+        "fr/law/medical",
+        "--to",
+        "fr/law/both",
+        "--space",
+        "knots",
+    )
+    assert made["distances"].keys() == {"fr/law/legal", "fr/law/medical"}
+    assert "fr/law/both" in lt.load(zoo)
+
+
+def test_compress_tells_bytes_and_error(shell: Shell, zoo: Path) -> None:
+    size = sum(lt.load(zoo).adapter(path).nbytes for path in ("fr", "fr/legal", "fr/medical", "de"))
+    told = answer(shell, "compress", zoo, "--budget", size // 2)
+    assert told["bytes_before"] == size
+    assert told["bytes_after"] <= size // 2
+    assert told["stale"] == ["fr/legal", "fr/medical"] or told["stale"] == []
+    code, out, _ = shell("compress", zoo, "--rank", 1, "--dtype", "bf16", "--dry-run")
+    assert code == 0
+    assert "relative error" in out
+    assert "one of the three" in shell("compress", zoo)[2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("squash", "fr/legal", "--to", "x"),
+        ("split", "fr", "--to", "fr/x", "--rank", "1"),
+        ("pick", "fr/legal", "--to", "de/x"),
+        ("mv", "fr/legal", "x", "--keep-effective"),
+        ("set", "fr", "--weight", "2", "--keep-effective"),
+        ("hoist", "fr", "--into", "fr/x"),
+        ("merge", "fr/legal", "fr/medical", "--to", "fr/x"),
+        ("compress", "--rank", "1"),
+        ("rm", "de"),
+        ("add", "x", "--group"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_dry_run_writes_nothing_and_a_run_goes_through(
+    shell: Shell, zoo: Path, command: tuple[str, ...]
+) -> None:
+    name, *rest = command
+    before = listing(zoo)
+    code, out, _ = shell(name, zoo, *rest, "--dry-run")
+    assert code == 0
+    assert out.endswith("dry run: nothing was written\n")
+    assert listing(zoo) == before
+    told = answer(shell, name, zoo, *rest)
+    assert told["dry_run"] is False
+    assert listing(zoo) != before
+    lt.load(zoo, strict=not told["stale"] and name not in ("compress", "pick"))

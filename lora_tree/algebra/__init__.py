@@ -3,7 +3,7 @@
 core ─ deviation ─ sums ─┬─ difference                            what differs
                          ├─ gram ─ clusters ─ picture ─ likeness  which nodes are alike
                          └─ edit ─┬─ cutting                      squash, split
-                                  ├─ moving                       pick, rebase
+                                  ├─ moving                       pick, graft, rebase
                                   ├─ elementwise ─ merging        merge
                                   ├─ sharing                      hoist
                                   └─ compression                  compress
@@ -20,8 +20,9 @@ from .difference import Diff, ModuleDiff, TreeDiff, diff, diff_paths, diff_trees
 from .edit import Edited
 from .likeness import Likeness, similar
 from .merging import Merged, merge, merge_paths
-from .moving import pick, rebase, rebase_all
+from .moving import graft, pick, rebase, rebase_all
 from .sharing import hoist
+from .staleness import made_stale
 
 __all__ = [
     "Compressed",
@@ -38,7 +39,9 @@ __all__ = [
     "diff",
     "diff_paths",
     "diff_trees",
+    "graft",
     "hoist",
+    "made_stale",
     "merge",
     "merge_paths",
     "pick",

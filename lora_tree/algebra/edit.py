@@ -77,7 +77,7 @@ def still_fits(tree: AdapterTree, paths: Iterable[str]) -> None:
         trained = getattr(node.source, "trained", None)
         if node.source is None or node.stale is not None or trained is None:
             continue
-        if node.home is None:
+        if node.home is None and (node.loaded is None or node.rereadable):
             # Its user named a folder elsewhere: only the name is written, and its files stay there.
             tree.update(path, adapter=node.source.where)
         else:

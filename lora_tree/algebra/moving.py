@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import SpecError
-from ..tree import AdapterTree, Node
+from ..base_names import other_base
+from ..errors import BaseMismatch, SpecError, TreeError
+from ..spec import check_path
+from ..tree import AdapterTree
 from .deviation import Deviation, cut
 from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
 from .sums import Term, added_up, less
 
-__all__ = ["pick", "rebase", "rebase_all"]
+__all__ = ["graft", "pick", "rebase", "rebase_all"]
 
 
 def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
@@ -41,13 +43,49 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
     own(tree, path)
     free(tree, to)
     node = tree[path]
-    # `replace`, not `add`: the copy keeps its source, and with it what the lock knows of its training.
-    copied = Node(to, node.weight, node.loaded, node.source, rereadable=node.rereadable)
-    tree.replace(copied)
+    # Not `add`: the copy keeps its source, and with it what the lock knows of its training.
+    tree.replace(replace(node, path=to, stale=None, home=None))
     notes = stale_notes(tree, [path])
     if _above(tree, path) != _above(tree, to):
         notes = (*notes, f"{to}: trained on the ancestors of {path}, and stands on others")
     return Edited(added=(to,), notes=notes)
+
+
+def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
+    """Add all nodes of another tree below a path, each with its weight; they stay in the other tree too.
+
+    Args:
+        tree: changed in memory.
+        path: a node, or a new one, which is then a group.
+        other: of the same base. Its fresh nodes keep the defaults that they have there.
+
+    Raises:
+        PathError: the node above ``path`` is not there, or a path gets too deep.
+        TreeError: one of the new nodes exists.
+        BaseMismatch: the two trees name different bases.
+    """
+    if tree.base is not None and other.base is not None and other_base(tree.base, other.base):
+        raise BaseMismatch(
+            f"{path}: a tree over {other.base!r} can't be a part of one over {tree.base!r}",
+            "if they are one model, give both trees one name for it",
+        )
+    is_new = path not in tree
+    renamed = {old: f"{path}/{old}" for old in other.paths()}
+    if is_new:
+        free(tree, path)
+    for new in renamed.values():
+        check_path(new)
+        if new in tree:
+            raise TreeError(f"{new} exists already", "remove or rename one of the two first")
+    if is_new:
+        tree.add(path, group=True)
+    for old, new in renamed.items():
+        node = other[old]
+        fresh = None if node.fresh is None else node.fresh.over(other.defaults)
+        # As in `pick`, the copies keep their sources: a save copies files and what is known of them.
+        tree.replace(replace(node, path=new, fresh=fresh, home=None))
+    added = [path] * is_new + list(renamed.values())
+    return Edited(added=tuple(added), notes=stale_notes(tree, renamed.values()))
 
 
 def rebase(

@@ -1,0 +1,49 @@
+"""Which nodes a change of a tree makes stale, told before anything is saved.
+
+A node's files are stale where its lineage is not the one that it was trained on: other ancestors, other
+contents of them, or other weights. A save finds that by hashes; here the same is asked of two trees in
+memory, one a copy of the other from before the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..tree import AdapterTree
+
+__all__ = ["made_stale"]
+
+
+def made_stale(
+    before: AdapterTree, after: AdapterTree, moved: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the paths in ``after`` of nodes that fitted their lineage and no longer do.
+
+    Args:
+        before: the tree before the change: ``copy.copy(tree)``.
+        after: the tree after it.
+        moved: old path → new path, of the nodes that have another one.
+    """
+    renamed = moved or {}
+    found: list[str] = []
+    for path in before.paths():
+        now = renamed.get(path, path)
+        if now not in after or before[path].stale is not None:
+            continue
+        trained = getattr(after[now].source, "trained", None)
+        # What is in memory alone, or was never trained, fits any lineage when it is saved.
+        if trained is None or getattr(trained, "untrained", False):
+            continue
+        if _ancestors(before, path) != _ancestors(after, now):
+            found.append(now)
+    return found
+
+
+def _ancestors(tree: AdapterTree, path: str) -> list[tuple[object, float]]:
+    """The adapters above a node, as what they came from, and their weights. Names don't count."""
+    above = [tree[node] for node in tree.lineage(path)[:-1]]
+    return [
+        (id(node.loaded) if node.source is None else id(node.source), node.weight)
+        for node in above
+        if node.has_adapter
+    ]

@@ -1,0 +1,60 @@
+"""``lora-tree add``: one more node, or all nodes of another tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..algebra import Edited, graft
+from ..errors import FormatError, LoraTreeError
+from ..folder import load
+from ..tree import AdapterTree
+from .arguments import AsJson, Folder
+from .editing import DryRun, Work
+
+__all__ = ["add_node"]
+
+
+def add_node(
+    folder: Folder,
+    path: Annotated[str, typer.Argument(help="The new node; the one above it is there.")],
+    adapter: Annotated[
+        Path | None, typer.Argument(help="An adapter, or a tree to hang below PATH.")
+    ] = None,
+    weight: Annotated[float, typer.Option(help="Factor on its increments.")] = 1.0,
+    group: Annotated[bool, typer.Option("--group", help="A node without an adapter.")] = False,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of a fresh adapter.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Its lora_alpha.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A module that it targets, q_proj; repeat it.")
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the files; else tree.yaml names where they are.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a node: an adapter, a group, a fresh one, or another tree; say what it was."""
+    work = Work(load(folder), folder, dry_run=dry_run)
+    given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
+    lora = {word: value for word, value in given.items() if value is not None}
+    if adapter is None or lora or group:
+        work.tree.add(path, adapter=adapter, weight=weight, group=group, **lora)
+        edited = Edited(added=(path,))
+    else:
+        edited = _from_files(work.tree, path, adapter, weight)
+    work.done(edited, as_json=as_json, copy_files=copy)
+
+
+def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: float) -> Edited:
+    try:
+        tree.add(path, adapter=adapter, weight=weight)
+    except FormatError as no_adapter:
+        try:
+            other = load(adapter)
+        except LoraTreeError:
+            raise no_adapter from None  # what it lacks of an adapter says more than of a tree
+        return graft(tree, path, other)
+    return Edited(added=(path,))

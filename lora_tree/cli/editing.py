@@ -1,0 +1,101 @@
+"""Options and output of the commands that change a tree."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..algebra import Edited, made_stale
+from ..errors import listing
+from ..tree import AdapterTree
+from .console import out, print_json
+
+__all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text"]
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")
+]
+Rank = Annotated[int | None, typer.Option(help="The largest rank in a module; exact without it.")]
+MaxError = Annotated[
+    float | None,
+    typer.Option(help="The largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in a module."),
+]
+
+
+class Work:
+    """One command's change of a tree: made in memory, saved as one transaction, and told.
+
+    Args:
+        tree: as it was opened. The command changes it after this.
+        folder: where it lives.
+        dry_run: save nothing.
+    """
+
+    def __init__(self, tree: AdapterTree, folder: Path, *, dry_run: bool) -> None:
+        self.tree, self.folder, self.dry_run = tree, folder, dry_run
+        self._before = copy.copy(tree)
+
+    def done(self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any) -> None:
+        """Save the tree, and say what happened to it.
+
+        Args:
+            edited: what the verb did.
+            as_json: for a program.
+            copy_files: bring adapters that live elsewhere into the folder.
+            more: further figures, for a program alone.
+        """
+        stale = made_stale(self._before, self.tree, edited.moved)
+        gone = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
+        if not self.dry_run:
+            self.tree.save(self.folder, copy=copy_files)
+        if as_json:
+            document = {"folder": str(self.folder), "dry_run": self.dry_run}
+            told = {"removed": gone, "stale": stale}
+            print_json(document | edited.as_dict() | told | more)
+            return
+        for line in self._lines(edited, gone, stale):
+            out().print(line, soft_wrap=True)
+
+    def _lines(self, edited: Edited, gone: list[str], stale: list[str]) -> list[str]:
+        lines = [f"added {path}: {adapter_text(self.tree, path)}" for path in edited.added]
+        lines += [f"moved {old} to {new}" for old, new in edited.moved.items()]
+        lines += [f"removed {path}" for path in gone]
+        for path in edited.changed:
+            lines.append(f"changed {path}: {adapter_text(self.tree, path)}")
+        lines += _errors(edited)
+        lines += [f"note: {note}" for note in edited.notes]
+        if stale:
+            lines.append(f"stale from now on: {listing(stale)}: trained on another lineage")
+        if self.dry_run:
+            lines.append("dry run: nothing was written")
+        return lines
+
+
+def adapter_text(tree: AdapterTree, path: str) -> str:
+    """Say in a few words what a node is and holds."""
+    node, adapter = tree[path], tree.outline(path)
+    weight = "" if node.weight == 1.0 else f", weight {node.weight:g}"
+    if adapter is None:
+        kind = "a group" if node.fresh is None else "fresh, made when the tree is attached"
+        return kind + weight
+    ranks = "/".join(map(str, sorted(set(adapter.ranks.values()))))
+    of = f", made for {adapter.base}" if adapter.base and adapter.base != tree.base else ""
+    size = f"{len(adapter)} modules, r={ranks}, {adapter.nbytes:,} bytes"
+    return f"an adapter of {size}{weight}{of}"
+
+
+def _errors(edited: Edited) -> list[str]:
+    lines = []
+    for path, told in edited.errors.items():
+        if told.error == 0.0:
+            lines.append(f"error of {path}: none, exact")
+            continue
+        worst = max(told.relative, key=lambda name: told.relative[name])
+        lines.append(
+            f"error of {path}: {told.relative_error:.2g} of its norm, "
+            f"at most {told.worst:.2g} in a module ({worst})"
+        )
+    return lines

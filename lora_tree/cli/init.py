@@ -1,0 +1,49 @@
+"""``lora-tree init``: a new tree, or a tree.yaml for a folder of adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import FolderError
+from ..folder import load
+from ..tree import AdapterTree
+from .arguments import AsJson
+from .console import out, print_json
+from .editing import DryRun
+
+__all__ = ["new_tree"]
+
+
+def new_tree(
+    folder: Annotated[Path, typer.Argument(help="Made where it is missing.", metavar="FOLDER")],
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of fresh adapters.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Their lora_alpha.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A module that they target, q_proj; repeat it.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Begin a tree: write a tree.yaml and a lock, for an empty folder or for the adapters in it."""
+    if (folder / "tree.yaml").exists():
+        raise FolderError(
+            f"{folder}: it has a tree.yaml already", "lora-tree add, mv, rm and set change a tree"
+        )
+    given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
+    words = {word: value for word, value in given.items() if value is not None}
+    holds_adapters = any(folder.rglob("adapter_config.json"))
+    tree = load(folder) if holds_adapters else AdapterTree()
+    tree.base = base or tree.base
+    tree.defaults = AdapterTree(defaults=words).defaults
+    if not dry_run:
+        tree.save(folder)
+    if as_json:
+        told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
+        print_json({"folder": str(folder), **told})
+        return
+    over = tree.base or "an unnamed base"
+    out().print(f"{folder}: a tree of {len(tree)} nodes over {over}", soft_wrap=True)

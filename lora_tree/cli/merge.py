@@ -1,0 +1,76 @@
+"""``lora-tree merge``: one node that merges what several paths add."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from ..algebra import Edited, merge_paths
+from ..folder import load
+from .arguments import AsJson, Folder
+from .editing import DryRun, MaxError, Rank, Work
+
+__all__ = ["Density", "Method", "Seed", "Space", "merge_nodes"]
+
+
+class Method(StrEnum):
+    """The ways to merge."""
+
+    linear = "linear"
+    magnitude_prune = "magnitude_prune"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+    sce = "sce"
+
+
+class Space(StrEnum):
+    """Whose numbers are compared."""
+
+    core = "core"
+    knots = "knots"
+    dense = "dense"
+
+
+Density = Annotated[float, typer.Option(help="The part of the numbers that is kept of each.")]
+Seed = Annotated[int, typer.Option(help="Of the methods that drop at random.")]
+
+
+def merge_nodes(
+    folder: Folder,
+    paths: Annotated[list[str], typer.Argument(help="The paths to merge.")],
+    to: Annotated[str, typer.Option("--to", help="The new node; a sibling of theirs, as a rule.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="One for each path; 1 without any.")
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How they are merged.")] = Method.ties,
+    density: Density = 1.0,
+    space: Annotated[
+        Space, typer.Option(help="core and knots work on factors; dense is for small weights.")
+    ] = Space.core,
+    rank: Rank = None,
+    max_error: MaxError = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a node that merges what some paths add: TIES, DARE, SCE, task arithmetic."""
+    work = Work(load(folder), folder, dry_run=dry_run)
+    edited, merged = merge_paths(
+        work.tree,
+        paths,
+        to=to,
+        weights=weight or None,
+        method=method.value,
+        density=density,
+        space=space.value,
+        rank=rank,
+        max_error=max_error,
+        seed=seed,
+    )
+    apart = dict(zip(paths, merged.distances, strict=True))
+    notes = [f"{path}: the merge lies {far:.2g} of its norm away" for path, far in apart.items()]
+    told = Edited(edited.added, errors=edited.errors, notes=(*edited.notes, *notes))
+    work.done(told, as_json=as_json, distances=apart)

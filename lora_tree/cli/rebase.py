@@ -1,0 +1,41 @@
+"""``lora-tree rebase``: children as they were, over a parent that has changed.
+
+``mv --keep-effective`` moves one node so; ``set --keep-effective`` changes a parent and keeps its
+children in one step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..adapter import Adapter
+from ..algebra import rebase_all
+from ..folder import load
+from .arguments import AsJson, Folder
+from .editing import DryRun, MaxError, Rank, Work
+
+__all__ = ["rebase_children"]
+
+
+def rebase_children(
+    folder: Folder,
+    path: Annotated[str, typer.Option("--all", help="The node that has changed.")],
+    was: Annotated[
+        Path | None, typer.Option(help="The folder of the adapter that it had before.")
+    ] = None,
+    was_weight: Annotated[float | None, typer.Option(help="The weight that it had before.")] = None,
+    rank: Rank = None,
+    max_error: MaxError = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give all children of a changed node the effective weights that they had before."""
+    work = Work(load(folder), folder, dry_run=dry_run)
+    old = None if was is None else Adapter.load(was)
+    edited = rebase_all(
+        work.tree, path, was=old, was_weight=was_weight, rank=rank, max_error=max_error
+    )
+    work.done(edited, as_json=as_json)

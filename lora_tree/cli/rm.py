@@ -1,0 +1,31 @@
+"""``lora-tree rm``: nodes out of the tree, and their files with them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..algebra import Edited
+from ..folder import load
+from .arguments import AsJson, Folder
+from .editing import DryRun, Work
+
+__all__ = ["remove_nodes"]
+
+
+def remove_nodes(
+    folder: Folder,
+    nodes: Annotated[list[str], typer.Argument(help="Paths or patterns like 'fr/*'.")],
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="All nodes below them too.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove nodes. Files that a save wrote go with them; files that live elsewhere stay."""
+    work = Work(load(folder), folder, dry_run=dry_run)
+    # Children stand after their parents in the tree's order, so they are taken out first.
+    for path in reversed(work.tree.matching(nodes)):
+        work.tree.remove(path, recursive=recursive)
+    work.done(Edited(), as_json=as_json)
