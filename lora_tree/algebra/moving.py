@@ -15,7 +15,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..base_names import other_base
 from ..errors import BaseMismatch, SpecError, TreeError
-from ..spec import check_path
+from ..node_names import check_path
 from ..tree import AdapterTree
 from .deviation import Deviation, cut
 from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
