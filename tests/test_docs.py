@@ -22,6 +22,7 @@ import pytest
 
 import lora_tree
 from lora_tree.cli import main
+from lora_tree.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -97,6 +98,11 @@ def test_the_snippets_of_a_page_run(
     namespace: dict[str, object] = {"__name__": "__snippet__"}
     for line, code in blocks(page.read_text()):
         run(code, str(page), line, namespace)
+
+
+def test_every_command_is_in_a_page() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    assert [name for name in COMMANDS if f"lora-tree {name}" not in text] == []
 
 
 # What is longer than this does not fit beside code in an editor, or in a diff.
