@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, MergedOnly, TiedWeights, UnmergedOnly
 from lora_tree.lowrank import EMBEDDING, LINEAR, PARAMETER, Layout
+from lora_tree.sites import Site, finding
 
 EPS = {
     torch.float64: 2.0**-53,
@@ -61,6 +62,57 @@ class Scaled(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * self.embed_scale
+
+
+class Pointwise(nn.Module):
+    """A layer unlike those of the library: channels first, its weight called kernel, its output doubled."""
+
+    def __init__(self, out: int, into: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(into, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bit,io->bot", x, self.kernel) * 2
+
+
+class PointwiseSite(Site):
+    """All that the library has to be told of a new kind of layer."""
+
+    weight_name = "kernel"
+    bias_name = ""
+    channels = -2
+
+    @staticmethod
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
+        return isinstance(module, Pointwise)
+
+    @staticmethod
+    def is_linear(module: nn.Module) -> bool:
+        return True
+
+    @property
+    def layout(self) -> Layout:
+        return LINEAR
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        assert self.weight is not None
+        return self.weight.shape[1], self.weight.shape[0]
+
+    def sides_of(self, value: lt.LowRank) -> tuple[Tensor, Tensor]:
+        return value.A.mT[None], value.B.mT[None]
+
+    def token_axes(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape[2:])
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return torch.einsum("bit,ri->brt", x, A)
+
+    def up(self, low: Tensor, B: Tensor) -> Tensor:
+        return torch.einsum("brt,or->bot", low, B) * 2
+
+
+finding.KINDS.append(PointwiseSite)  # its one row
 
 
 @dataclass
@@ -130,6 +182,9 @@ KINDS: dict[str, Kind] = {
     "2-D parameter": Kind(
         lambda: nn.Linear(20, 12), "m.weight", (1,), 12, 20, PARAMETER, "m.weight", lambda d: d[0], _float(2, 20),
         ("merged",),
+    ),
+    "a new kind": Kind(
+        lambda: Pointwise(12, 20), "m", (), 12, 20, LINEAR, "m.kernel", _transposed, _float(2, 20, 5)
     ),
     "attention in": Kind(
         lambda: nn.MultiheadAttention(8, 2), "m", (), 24, 8, LINEAR, "m.in_proj_weight", _same, _float(3, 2, 8),
@@ -647,6 +702,29 @@ def test_raw_parameters_of_siblings_flatten_in_the_order_their_module_registers_
     read = lt.Adapter.load(tmp_path / "flat")
     assert read.nesting == flat.nesting
     assert all(torch.equal(read.modules[n].A, v.A) for n, v in flat.modules.items())
+
+
+def test_a_new_kind_of_layer_is_targeted_and_made_fresh_by_what_it_says_itself() -> None:
+    base = Base(Pointwise(12, 20))
+    tree = lt.AdapterTree(defaults=dict(r=4, target_modules="all-linear"))
+    tree.add("a")
+    model = lt.attach(tree, base)
+    fresh = tree.adapter("a")
+    assert fresh is not None
+    assert {name: (v.shape, v.layout) for name, v in fresh.modules.items()} == {
+        "m": ((12, 20), LINEAR)
+    }
+    model.trainable("a")
+    x = torch.randn(2, 20, 5)
+    with model.using("a", mode="unmerged"):
+        base(x).sum().backward()
+    (grad_A, grad_B) = (p.grad for p in model.factors.of("a"))
+    assert grad_A is not None
+    assert grad_B is not None
+    # out = 2 · (W + scale · B A)ᵀ x, so d sum / dB = 2 · scale · Σ over rows and tokens of (A x), in every row of B.
+    value = fresh.modules["m"]
+    low = torch.einsum("bit,ri->r", x.double(), value.A.double()) * 2 * value.scale
+    torch.testing.assert_close(grad_B.double(), low.expand(12, 4), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")

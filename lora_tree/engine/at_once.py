@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from ..sites.linear import LinearSite
 from .cost import Cost
 from .in_turn import NodesForm
 from .owed import Owed, RowSubset
@@ -48,7 +47,7 @@ class AllPathsForm(SumForm):
     @classmethod
     def suits(cls, owed: Owed, tokens: int) -> bool:
         counts = {len(rows) for rows, _ in owed.batch.by_kind}
-        if not isinstance(owed.site, LinearSite) or len(counts) != 1:
+        if not owed.site.is_product or len(counts) != 1:
             return False
         in_order = _rows_by_kind(owed) == list(range(len(owed.batch)))
         if in_order or owed.device.type != "cpu":
@@ -119,7 +118,7 @@ class GroupedForm(SumForm):
 
     @classmethod
     def suits(cls, owed: Owed, tokens: int) -> bool:
-        if grouped_product() is None or not isinstance(owed.site, LinearSite):
+        if grouped_product() is None or not owed.site.is_product:
             return False
         dtypes = [torch.bfloat16]
         if owed.device.type == "cpu":

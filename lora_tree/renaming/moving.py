@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..errors import BaseMismatch, LoraTreeError
 from ..lowrank import LINEAR, PARAMETER, LowRank, concat
-from ..sites import ParameterSite, find_site, is_there, takes_delta
+from ..sites import ParameterSite, find_site, is_there, takes_delta, weight_names
 from .conversion import Conversion, Increment
 from .loading import Loading
 
@@ -222,16 +222,14 @@ def _is_weight(base: nn.Module, module: str, leaf: str) -> bool:
         site = find_site(base, module)
     except BaseMismatch:
         return False
-    return not isinstance(site, ParameterSite) and site.weight_name == leaf
+    return not site.is_raw and site.weight_name == leaf
 
 
-def _parameters_of(name: str, value: LowRank) -> tuple[str, ...]:
+def _parameters_of(name: str, value: LowRank) -> list[str]:
     """Return the parameters in which a module of that name may have kept its weight."""
     if value.layout == PARAMETER:
-        return (name,)
-    if value.layout == LINEAR:
-        return f"{name}.weight", f"{name}.in_proj_weight"
-    return (f"{name}.weight",)
+        return [name]
+    return [f"{name}.{leaf}" for leaf in weight_names()]
 
 
 def _as_matrix(value: LowRank, *, may_be_batch: bool) -> LowRank | None:

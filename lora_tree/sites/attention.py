@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: both of its projections are read by the attention itself, so both are merged only."""
+"""nn.MultiheadAttention: it reads both of its projections itself, so both are merged only."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ __all__ = ["InProjectionSite", "OutProjectionSite"]
 class InProjectionSite(Site):
     """The stacked q, k, v projection (3·dim, dim), under the attention's own name."""
 
-    kind = "attention"
+    layers = "MultiheadAttention"
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
     @staticmethod
-    def claims(module: nn.Module) -> bool:
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
         return isinstance(module, nn.MultiheadAttention)
 
-    def accepts(self, layout: Layout) -> bool:
-        return layout == LINEAR
+    @property
+    def layout(self) -> Layout:
+        return LINEAR
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        assert self.weight is not None, "`check` was there before"
+        return tuple(self.weight.shape)
 
     def check(self, value: LowRank) -> None:
         if self.weight is None:
             raise BaseMismatch(
-                f"{self.name}: the attention has separate q, k, v weights (kdim or vdim differ from embed_dim)",
+                f"{self.name}: the attention has separate q, k, v weights "
+                "(kdim or vdim differ from embed_dim)",
                 "target q_proj_weight, k_proj_weight and v_proj_weight as parameters instead",
             )
         super().check(value)
-
-    def expected(self, value: LowRank) -> tuple[int, ...]:
-        assert self.weight is not None
-        return tuple(self.weight.shape)
 
     @property
     def why_merged_only(self) -> str | None:
@@ -46,7 +49,13 @@ class InProjectionSite(Site):
 class OutProjectionSite(LinearSite):
     """``out_proj``: a Linear whose forward is never called."""
 
-    kind = "attention output"
+    layers = ""
+
+    @staticmethod
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
+        return (
+            isinstance(holder, nn.MultiheadAttention) and holder._modules.get("out_proj") is module
+        )
 
     @property
     def why_merged_only(self) -> str | None:

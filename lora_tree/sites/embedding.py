@@ -1,4 +1,4 @@
-"""Embeddings: the weight is (vocab, dim), the delta of PEFT's factors (dim, vocab), so it is written transposed."""
+"""Embeddings: the weight is (vocab, dim), PEFT's delta (dim, vocab), and written transposed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ __all__ = ["EmbeddingSite"]
 
 
 class EmbeddingSite(Site):
-    """``y = W[ids]``, times ``embed_scale`` where the module multiplies its output by one (Gemma, BART)."""
+    """``y = W[ids]``, times ``embed_scale`` if the module has one (Gemma, BART)."""
 
-    kind = "embedding"
+    layers = "Embedding"
 
     @staticmethod
-    def claims(module: nn.Module) -> bool:
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
         return isinstance(module, nn.Embedding)
 
-    def accepts(self, layout: Layout) -> bool:
-        return layout == EMBEDDING
+    @property
+    def layout(self) -> Layout:
+        return EMBEDDING
 
-    def expected(self, value: LowRank) -> tuple[int, ...]:
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
         assert isinstance(self.module, nn.Embedding)
         return self.module.embedding_dim, self.module.num_embeddings
 
@@ -34,19 +36,23 @@ class EmbeddingSite(Site):
         super().check(value)
         if getattr(self.module, "max_norm", None) is not None:
             raise BaseMismatch(
-                f"{self.name}: the embedding renormalises its rows at every look-up (max_norm), which does not add up",
+                f"{self.name}: the embedding renormalises its rows at every look-up (max_norm), "
+                "which does not add up",
                 "leave this module out of the adapter",
             )
 
     @property
     def why_merged_only(self) -> str | None:
-        known = (
-            type(self.module).forward is nn.Embedding.forward
-            or getattr(self.module, "embed_scale", None) is not None
-        )
-        if known or type(self.weight) is not nn.Parameter:
+        is_plain = type(self.module).forward is nn.Embedding.forward
+        is_scaled = getattr(self.module, "embed_scale", None) is not None
+        # A quantised one has a weight of another class, and can't be merged: its forward is
+        # trusted.
+        if is_plain or is_scaled or type(self.weight) is not nn.Parameter:
             return None
-        return f"{type(self.module).__name__} has a forward of its own, which may look up other rows than it is given"
+        return (
+            f"{type(self.module).__name__} has a forward of its own, "
+            "which may look up other rows than it is given"
+        )
 
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         return value.A.mT[None], value.B.mT[None]
@@ -62,4 +68,5 @@ class EmbeddingSite(Site):
         scale = getattr(self.module, "embed_scale", None)
         if scale is None:
             return delta
+        # A tensor of fp32 would make a bf16 delta wider than the output.
         return delta * (scale.to(delta.dtype) if isinstance(scale, Tensor) else scale)

@@ -1,10 +1,13 @@
-"""Linear layers: nn.Linear and its kin (out, in), and HF's Conv1D, which stores (in, out)."""
+"""Linear layers: nn.Linear and its kin, (out, in), and HF's Conv1D, which stores (in, out)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..lowrank import LINEAR, Layout, LowRank
 from .site import Site, in_dtype, recorded, wider_of
@@ -13,30 +16,51 @@ __all__ = ["Conv1DSite", "LinearSite"]
 
 
 class LinearSite(Site):
-    """``y = x Wᵀ``; also layers that only look like it from outside (quantised ones with ``in_features``)."""
+    """``y = x Wᵀ``; also quantised layers, whose weight is no plain tensor."""
 
-    kind = "linear"
+    layers = "Linear"
+    is_product = True
 
     @staticmethod
-    def claims(module: nn.Module) -> bool:
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
         if isinstance(module, nn.Linear):
             return True
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         weight = getattr(module, "weight", None)
-        quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
-        return all(isinstance(n, int) for n in sizes) and quantised
+        # A module with these sizes and a plain weight may compute anything with it, so it is not
+        # claimed.
+        is_quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
+        return all(isinstance(n, int) for n in sizes) and is_quantised
 
-    def accepts(self, layout: Layout) -> bool:
-        return layout == LINEAR
+    @staticmethod
+    def is_linear(module: nn.Module) -> bool:
+        if not isinstance(module, nn.Linear):
+            return False
+        # A lazy one has no input yet. It is targeted, and then refused with a reason, not passed
+        # over in silence.
+        return module.in_features * module.out_features > 0 or is_lazy(module.weight)
+
+    @staticmethod
+    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+        if isinstance(module, nn.Linear) and set(value.layout.kernel) == {1}:
+            return replace(value, layout=LINEAR)
+        return value
 
     @property
-    def makes_its_output(self) -> bool:
-        return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
+    def layout(self) -> Layout:
+        return LINEAR
 
-    def expected(self, value: LowRank) -> tuple[int, ...]:
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        # The module's sizes and not the weight's: a quantised weight has a shape of its own.
         out_features, in_features = self.module.out_features, self.module.in_features
         assert isinstance(out_features, int) and isinstance(in_features, int)  # noqa: PT018
         return out_features, in_features
+
+    @property
+    def makes_its_output(self) -> bool:
+        # `vars`: a wrapper may have put a forward on the instance, which may return its input.
+        return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)  # (…, in) → (…, r)
@@ -45,7 +69,7 @@ class LinearSite(Site):
         return F.linear(low, B)  # (…, r) → (…, out)
 
     def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
-        """The product adds itself to ``out`` and rounds once: no delta of out's size is made, nor a sum of it."""
+        """Add the product to ``out`` in one call, which rounds once and makes no delta."""
         low = low.reshape(-1, low.shape[-1])  # (rows, r); autocast may have made it narrower
         dtype = wider_of(out.dtype, low.dtype)
         if out.dtype != dtype:
@@ -58,15 +82,21 @@ class LinearSite(Site):
 
 
 class Conv1DSite(LinearSite):
-    """HF's Conv1D of GPT-2: ``y = x W``, stored as (in, out), so the delta is written transposed."""
+    """HF's Conv1D of GPT-2: ``y = x W``, stored as (in, out); the delta is written transposed."""
 
-    kind = "Conv1D"
+    layers = "Conv1D"
 
     @staticmethod
-    def claims(module: nn.Module) -> bool:
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
+        # By its name: transformers is not imported here.
         return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
-    def expected(self, value: LowRank) -> tuple[int, ...]:
+    @staticmethod
+    def is_linear(module: nn.Module) -> bool:
+        return True
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
         assert self.weight is not None
         return self.weight.shape[1], self.weight.shape[0]
 

@@ -1,13 +1,16 @@
-"""Site: one module (or raw parameter) of the base that an adapter changes, and how it takes a delta.
+"""Site: a module (or raw parameter) of the base that an adapter changes, and how it takes a delta.
 
-A kind of site says three things, and inherits the rest:
+A kind of site is a class that says
 
-    matrix shape    the (*batch, out, in) that a LowRank must have here            `expected`
-    write           how W += left @ right lies in the stored weight                `rows`, `sides_of`
-    side path       what is added to the module's output when nothing is written,  `down`, `up`
-                    in two halves, with the rank in between
+    claims          which modules it takes
+    layout          the layout of the deltas that it takes
+    matrix_shape    the (*batch, out, in) that a LowRank must have here
+    rows, sides_of  how W += left @ right lies in the stored weight
+    down, up        the side path: an addition to the module's output, in two halves
 
-Law: a site never keeps state of a path. What is active where is the engine's business.
+and inherits the rest. What is not said has a default that is right for a plain (out, in) weight.
+
+Law: a site keeps no state of a path. The engine knows what is active where.
 """
 
 from __future__ import annotations
@@ -35,7 +38,20 @@ class Site(ABC):
         parent: the dotted name of the nearest module around it that runs a forward of its own.
     """
 
-    kind: ClassVar[str]
+    layers: ClassVar[str] = ""
+    """The layers of this kind, for the error that says which layers take a delta."""
+
+    is_raw: ClassVar[bool] = False
+    """Whether it is a raw parameter, which is named by itself, and not by its module."""
+
+    is_product: ClassVar[bool] = False
+    """Whether `down` and `up` are `F.linear` over the last axis; the engine then joins rows."""
+
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+
+    channels: ClassVar[int] = -1
+    """The axis of an output's features; between the halves of a side path it counts the rank."""
 
     def __init__(self, name: str, module: nn.Module, parent: str) -> None:
         self.name = name
@@ -45,127 +61,174 @@ class Site(ABC):
         self._way: tuple[str, tuple[str, ...]] = ("", ())
         self._shape = self._shape_now()
 
-    weight_name: str = "weight"
-    bias_name: str = "bias"
-    channels: ClassVar[int] = -1
-    """The axis of an output's features; between the two halves of a side path the rank lies there."""
-
     # ------------------------------------------------------------------ what a kind says
+    @staticmethod
     @abstractmethod
-    def expected(self, value: LowRank) -> tuple[int, ...]:
-        """The (\\*batch, out, in) that ``value`` must have to fit this weight."""
+    def claims(module: nn.Module, holder: nn.Module | None) -> bool:
+        """Return whether a module is of this kind; a kind further down in `KINDS` is asked first.
 
+        Args:
+            module: of the base.
+            holder: the module that it is a child of; None for the base itself.
+        """
+
+    @staticmethod
+    def is_linear(module: nn.Module) -> bool:
+        """Return whether PEFT's ``all-linear`` means a module of this kind."""
+        return False
+
+    @staticmethod
+    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+        """Return a value in this kind's layout, if a file left the layout open; else as it is."""
+        return value
+
+    @property
     @abstractmethod
-    def accepts(self, layout: Layout) -> bool:
-        """Whether a delta of this layout belongs here."""
+    def layout(self) -> Layout:
+        """The layout of the deltas that it takes."""
+
+    @property
+    @abstractmethod
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The (\\*batch, out, in) that a value must have to fit this weight."""
+
+    @property
+    def groups(self) -> int:
+        """The groups among which the rank of a delta is divided; its batch has as many matrices."""
+        return 1
 
     def rows(self, weight: Tensor) -> Tensor:
-        """A view of the stored weight as (batch, rows, cols), the shape that left @ right has."""
+        """Return a view of the stored weight as (batch, rows, cols), the shape of left @ right."""
         return weight.reshape(1, *weight.shape)
 
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
-        """Left (batch, rows, r) and right (batch, r, cols), views of the factors: rows(ΔW) = scale · left @ right."""
+        """Return left (batch, rows, r) and right (batch, r, cols): rows(ΔW) = scale · left @ right.
+
+        Both are views of the factors: a plan holds them for as long as the adapter lives.
+        """
         return _batched(value.B), _batched(value.A)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
-        """The first half of a side path: A x, the rank (of every group, one after the other) on axis `channels`."""
+        """Return the first half of a side path, A x.
+
+        Axis `channels` of the result counts the rank, of every group one after the other.
+        """
         raise NotImplementedError(self.why_merged_only)
 
     def up(self, low: Tensor, B: Tensor) -> Tensor:
-        """The second half: what B makes of `down`'s result, in the shape of the module's output."""
+        """Return the second half: B times `down`'s result, in the shape of the module's output."""
         raise NotImplementedError(self.why_merged_only)
 
     def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
-        """``out + scale · up(low, B)``; ``spare``: nobody else holds ``out``, it may be written over."""
+        """Return ``out + scale · up(low, B)``.
+
+        Args:
+            out: the module's output.
+            low: the result of `down`.
+            B: of the value.
+            scale: of the value, times its coefficient.
+            spare: whether ``out`` may be written over, because no other code holds it.
+        """
         delta = self.up(low, B)
-        if (
-            spare
-            and out.dtype == torch.promote_types(out.dtype, delta.dtype)
-            and not recorded(out, delta)
-        ):
+        # Autograd would need the output that is written over.
+        is_wide_enough = out.dtype == wider_of(out.dtype, delta.dtype)
+        if spare and is_wide_enough and not recorded(out, delta):
             return out.add_(delta, alpha=scale)
         return torch.add(out, delta, alpha=scale)
 
     def token_axes(self, x: Tensor) -> Sequence[int] | None:
-        """The axes of an input, beside the first, that might be its rows; None where none can be."""
+        """Return the sizes of the axes after the first that might be an input's rows, or None."""
         return x.shape[1:-1] if x.ndim > 1 else x.shape
 
-    def along_channels(self, numbers: Tensor, ndim: int) -> Tensor:
-        """(…, features) in the shape that broadcasts over an output of ``ndim`` axes, a row each where it is 2-D."""
-        *rows, features = numbers.shape
-        after = -1 - self.channels
-        between = ndim - len(rows) - 1 - after
-        return numbers.reshape(
-            *rows, *(1 for _ in range(between)), features, *(1 for _ in range(after))
-        )
-
-    # ------------------------------------------------------------------ inherited
     @property
     def makes_its_output(self) -> bool:
-        """Whether the module's output is known to be new memory, so that a side path may add to it in place."""
+        """Whether the module's output is known to be new memory, which may be added to in place."""
         return False
 
     @property
-    def weight(self) -> Tensor | None:
-        """The stored weight, whatever it is; None where the module has none by that name."""
-        found = self.module._parameters.get(self.weight_name)
-        return _tensor(self.module, self.weight_name) if found is None else found
-
-    @property
-    def bias(self) -> Tensor | None:
-        return _tensor(self.module, self.bias_name)
-
-    @property
     def why_merged_only(self) -> str | None:
-        """Why a side path would never run here; None where it would."""
+        """Why a side path would never run here; None if it would."""
         return None
 
     def why_unmerged_only(self, value: LowRank) -> str | None:
-        """Why this delta can't be written into the weight; None where it can."""
+        """Return why this delta can't be written into the weight; None if it can."""
         weight = self.weight
-        if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
-            held = "no plain weight" if weight is None else f"a weight of {str(weight.dtype)[6:]}"
-            return f"{type(self.module).__name__} holds {held} (quantised)"
+        kind = type(self.module).__name__
+        if weight is None:
+            return f"{kind} holds no plain weight (quantised)"
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            return f"{kind} holds a weight of {dtype} (quantised)"
         if type(weight) not in (Tensor, nn.Parameter):
             return f"its weight is a {type(weight).__name__}, not a plain tensor"
         if value.bias is not None and self.bias is None:
             return "the adapter adds a bias (lora_bias) and the layer has none to add it to"
         return None
 
-    def is_in(self, base: nn.Module) -> bool:
-        """Whether the base still has this very module under this name; it may have been replaced or resized since."""
-        holder: nn.Module | None = base
-        name, way = self._way
-        if name != self.module_name:  # split once: this is asked of every site at every switch
-            way = tuple(self.module_name.split("."))
-            self._way = self.module_name, way
-        for part in way:
-            holder = holder._modules.get(part) if holder is not None else None
-        return holder is self.module and self._shape_now() == self._shape
+    # ------------------------------------------------------------------ inherited
+    @property
+    def weight(self) -> Tensor | None:
+        """The stored weight, of any class; None if the module has none by that name."""
+        return _tensor(self.module, self.weight_name)
 
-    def _shape_now(self) -> tuple[int, ...] | None:
-        weight = self.module._parameters.get(
-            self.weight_name
-        )  # not getattr: this is asked of every site at every switch
-        return None if weight is None or is_lazy(weight) else weight.shape
+    @property
+    def bias(self) -> Tensor | None:
+        """The stored bias; None if the module has none."""
+        return _tensor(self.module, self.bias_name)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The stored weight's; None where it is no parameter."""
+        """The stored weight's dtype; None if it is no parameter."""
         weight = self.module._parameters.get(self.weight_name)
         return None if weight is None else weight.dtype
 
+    def accepts(self, layout: Layout) -> bool:
+        """Return whether a delta of this layout belongs here."""
+        return layout == self.layout
+
+    def along_channels(self, numbers: Tensor, ndim: int) -> Tensor:
+        """Return (features,) or (rows, features) in a shape that broadcasts over ``ndim`` axes."""
+        *rows, features = numbers.shape
+        after = -1 - self.channels
+        between = ndim - len(rows) - 1 - after
+        return numbers.reshape(*rows, *[1] * between, features, *[1] * after)
+
+    def is_in(self, base: nn.Module) -> bool:
+        """Return whether the base still has this module under this name, with this shape.
+
+        Other code may have replaced or resized it since. Every site is asked at every switch, so
+        the name is split once.
+        """
+        holder: nn.Module | None = base
+        name, way = self._way
+        if name != self.module_name:
+            way = tuple(self.module_name.split("."))
+            self._way = self.module_name, way
+        for part in way:
+            if holder is None:
+                return False
+            holder = holder._modules.get(part)
+        return holder is self.module and self._shape_now() == self._shape
+
+    def _shape_now(self) -> tuple[int, ...] | None:
+        # `_parameters` and not getattr, which is slow on modules: every site is asked at every
+        # switch.
+        weight = self.module._parameters.get(self.weight_name)
+        return None if weight is None or is_lazy(weight) else weight.shape
+
+    # ------------------------------------------------------------------ checks
     def check(self, value: LowRank) -> None:
-        """That ``value`` fits, whatever the mode.
+        """Check that ``value`` fits, in any mode.
 
         Raises:
-            BaseMismatch: wrong kind or shape, or a weight that nothing can be added to (parametrised, meta, offloaded).
+            BaseMismatch: wrong kind or shape, or a weight that nothing can be added to
+                (parametrised, meta, offloaded).
         """
         self._check_plain()
         self.check_shape(value)
 
     def check_shape(self, value: LowRank) -> None:
-        """That ``value`` is of the right kind and shape, whatever is in the weight; the meta device will do.
+        """Check the layout and the shape of ``value``; the weight may be on the meta device.
 
         Raises:
             BaseMismatch: it is not.
@@ -175,21 +238,20 @@ class Site(ABC):
                 f"{self.name}: the adapter holds {_article(str(value.layout))} delta, the base has "
                 f"{_article(type(self.module).__name__)} there"
             )
-        expected = self.expected(value)
+        expected = self.matrix_shape
         if value.shape != expected:
-            A, B = (
-                (*expected[:-2], value.rank, expected[-1]),
-                (*expected[:-2], expected[-2], value.rank),
-            )
+            *batch, out, into = expected
+            A, B = (*batch, value.rank, into), (*batch, out, value.rank)
             raise BaseMismatch(
-                f"{self.name}: A is {tuple(value.A.shape)} and B {tuple(value.B.shape)}, this base needs {A} and {B}"
+                f"{self.name}: A is {tuple(value.A.shape)} and B {tuple(value.B.shape)}, "
+                f"this base needs {A} and {B}"
             )
 
     def check_mode(self, value: LowRank, *, merged: bool, node: str) -> None:
-        """That ``value``, which is ``node``'s, can be applied in the mode asked for.
+        """Check that ``value``, which is ``node``'s, can be applied in a mode.
 
         Raises:
-            UnmergedOnly, MergedOnly: it can't; says why and which mode does.
+            UnmergedOnly, MergedOnly: it can't; says why, and which mode can.
         """
         where = f"{node}: {self.name}"
         if merged:
@@ -205,30 +267,31 @@ class Site(ABC):
             )
 
     def _check_plain(self) -> None:
+        """Check that the weight is one that a delta can be added to.
+
+        Raises:
+            BaseMismatch: it is not; says why.
+        """
         module, name = self.module, self.weight_name
-        parametrised = name in (module._modules.get("parametrizations") or ())  # type: ignore[operator]
-        if (
-            parametrised
-            or f"{name}_g" in module._parameters
-            or f"{name}_orig" in module._parameters
-        ):
+        if _is_computed(module, name):
             raise BaseMismatch(
-                f"{self.name}: its {name} is computed from other parameters (weight norm or another parametrisation)",
-                "remove the parametrisation from the base first: torch.nn.utils.parametrize.remove_parametrizations",
+                f"{self.name}: its {name} is computed from other parameters "
+                "(weight norm or another parametrisation)",
+                "remove the parametrisation from the base first: "
+                "torch.nn.utils.parametrize.remove_parametrizations",
             )
-        hook = vars(module).get("_hf_hook")
-        if hook is not None and any(
-            getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))
-        ):
+        if _is_offloaded(module):
             raise BaseMismatch(
                 f"{self.name}: its weight is offloaded", "load the base without offloading"
             )
         weight = self.weight
-        if weight is not None and weight.is_meta:
+        if weight is None:
+            return
+        if weight.is_meta:
             raise BaseMismatch(
                 f"{self.name}: its weight is on the meta device", "load the base's weights first"
             )
-        if weight is not None and weight.is_inference():
+        if weight.is_inference():
             raise BaseMismatch(
                 f"{self.name}: its weight was made under inference_mode",
                 "load the base outside of it",
@@ -239,26 +302,44 @@ class Site(ABC):
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in ``dtype``. Where it is in that already nothing is called: side paths ask for every site."""
+    """Return the tensor in ``dtype``, without a call of torch if it is in that already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def wider_of(x: torch.dtype, y: torch.dtype) -> torch.dtype:
-    """The dtype that holds both."""
+    """Return the dtype that holds the numbers of both."""
     return x if x == y else torch.promote_types(x, y)
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether autograd is watching what is done to these."""
+    """Return whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """A module's tensor of that name: asked of every site at every switch, and getattr is slow on modules."""
+    """Return a module's tensor of that name; parameters first, since getattr is slow on modules."""
     found = module._parameters.get(name)
     if found is None:
         found = getattr(module, name, None)
     return found if isinstance(found, Tensor) else None
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Return whether a weight is computed anew at every forward, which loses a write to it."""
+    # torch.nn.utils.parametrize keeps a module of that name; the older weight_norm and pruning keep
+    # a parameter.
+    parametrised = name in (module._modules.get("parametrizations") or ())  # type: ignore[operator]
+    older = f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters
+    return parametrised or older
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate keeps the module's weights elsewhere between forwards."""
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return False
+    hooks = (hook, *getattr(hook, "hooks", ()))  # one hook, or a sequence of them
+    return any(getattr(each, "offload", False) for each in hooks)
 
 
 def _batched(factor: Tensor) -> Tensor:

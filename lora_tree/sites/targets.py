@@ -1,32 +1,29 @@
-"""Which modules a fresh adapter changes, and the adapter itself.
+"""The modules that a fresh adapter changes, and the adapter itself.
 
-The rules are PEFT's: ``target_modules`` is a list of names or ends of names, one regex for the whole name, or
-``all-linear`` (every Linear and Conv1D but the output embeddings and empty ones); ``exclude_modules`` takes away, and
-``layers_to_transform`` with ``layers_pattern`` narrows by the first index in the name.
+The rules are PEFT's: ``target_modules`` is a list of names or ends of names, one regex for the
+whole name, or ``all-linear`` (every Linear and Conv1D but the output embeddings and empty ones);
+``exclude_modules`` takes away, and ``layers_to_transform`` with ``layers_pattern`` narrows by the
+first index in the name.
 
-Initialisation as in the LoRA paper (arXiv 2106.09685 §4.1): A random, B zero, so a fresh adapter changes nothing.
+Initialisation as in the LoRA paper (arXiv 2106.09685 §4.1): A random, B zero, so a fresh adapter
+changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch, listing, suggest
-from ..lowrank import EMBEDDING, LINEAR, PARAMETER, Layout, LowRank
+from ..lowrank import LowRank
 from ..patterns import MatchingBudget, Patterns
 from ..spec import LoraSpec
-from . import find_site
-from .conv import ConvSite
-from .embedding import EmbeddingSite
-from .linear import Conv1DSite
-from .parameter import ParameterSite
+from .finding import find_site, kind_of
 from .site import Site
 
 __all__ = ["fresh_adapter", "patterns_of_a_tree", "target_names"]
@@ -38,15 +35,15 @@ DEFAULT_ALPHA = 8.0
 
 
 def patterns_of_a_tree() -> Patterns:
-    """The patterns of one tree's fresh nodes, to be matched out of one budget of work."""
+    """Return a memory for the patterns of one tree's fresh nodes, which share a budget of work."""
     return Patterns(MatchingBudget("the tree's fresh nodes"))
 
 
 def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = None) -> list[str]:
-    """The modules and parameters that ``spec`` targets in ``base``, sorted.
+    """Return the modules and parameters that ``spec`` targets in ``base``, sorted.
 
     Args:
-        patterns: those of the whole tree; without it, the spec has a budget of its own.
+        patterns: those of the whole tree; None: the spec has a budget of its own.
 
     Raises:
         BaseMismatch: a target matches nothing, or the spec has none; with the nearest name.
@@ -55,34 +52,51 @@ def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = No
     patterns = patterns or patterns_of_a_tree()
     if not spec.has_targets:
         raise BaseMismatch("nothing to adapt: neither target_modules nor target_parameters is set")
+    modules = _target_modules(base, spec, patterns)
+    parameters = _by_ends(
+        {name for name, _ in base.named_parameters()}, spec.target_parameters or []
+    )
+    if not modules and not parameters:
+        raise BaseMismatch(
+            "nothing to adapt: every target was excluded, "
+            "or lies in no layer of layers_to_transform"
+        )
+    return sorted(modules | parameters)
+
+
+def _target_modules(base: nn.Module, spec: LoraSpec, patterns: Patterns) -> set[str]:
+    """Return the modules that a spec targets; raises as `target_names`."""
     modules = {name for name, _ in base.named_modules() if name}
-    wanted = spec.target_modules
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+    wanted = spec.target_modules or []
+    if not isinstance(wanted, str):
+        found = _by_ends(modules, wanted)
+    elif wanted.lower() == "all-linear":
         found = _all_linear(base)
-    elif isinstance(wanted, str):
-        found = {name for name in modules if patterns.whole(wanted, name)}
-        _matched({wanted: bool(found)}, modules)
     else:
-        found = {name for name in modules if _ends_with(name, wanted or ())}
-        _matched({t: any(_ends_with(name, (t,)) for name in found) for t in wanted or ()}, modules)
-    if spec.exclude_modules:
-        out = spec.exclude_modules
-        if isinstance(out, str):
-            found -= {name for name in found if patterns.whole(out, name)}
-        else:
-            found -= {name for name in found if _ends_with(name, out)}
+        found = {name for name in modules if patterns.whole(wanted, name)}
+        if not found:
+            _refuse_target(wanted, modules)
+    excluded = spec.exclude_modules
+    if isinstance(excluded, str):
+        found = {name for name in found if not patterns.whole(excluded, name)}
+    elif excluded:
+        found = {name for name in found if not _ends_with(name, excluded)}
     if spec.layers_to_transform is not None:
         layers = _as_list(spec.layers_to_transform)
         found = {name for name in found if _layer_of(name, spec, patterns) in layers}
-    parameters = {name for name, _ in base.named_parameters()}
-    ends = spec.target_parameters or ()
-    raw = {name for name in parameters if _ends_with(name, ends)}
-    _matched({t: any(_ends_with(name, (t,)) for name in raw) for t in ends}, parameters)
-    if not found and not raw:
-        raise BaseMismatch(
-            "nothing to adapt: every target was excluded, or lies in no layer of layers_to_transform"
-        )
-    return sorted(found | raw)
+    return found
+
+
+def _by_ends(names: set[str], ends: Sequence[str]) -> set[str]:
+    """Return the names that are one of the ends, or end with one after a dot.
+
+    Raises:
+        BaseMismatch: an end matches nothing; it was misspelled, or is another model's.
+    """
+    for end in ends:
+        if not any(_ends_with(name, [end]) for name in names):
+            _refuse_target(end, names)
+    return {name for name in names if _ends_with(name, ends)}
 
 
 def fresh_adapter(
@@ -92,10 +106,12 @@ def fresh_adapter(
     base_name: str | None = None,
     patterns: Patterns | None = None,
 ) -> Adapter:
-    """An adapter that changes nothing yet: A drawn from torch's global generator, B zero, both fp32 beside the weight.
+    """Return an adapter that changes nothing yet: A random, B zero, in fp32 beside the weight.
+
+    A is drawn from torch's global generator.
 
     Args:
-        patterns: those of the whole tree; without it, the spec has a budget of its own.
+        patterns: those of the whole tree; None: the spec has a budget of its own.
 
     Raises:
         BaseMismatch: a target matches nothing, or a module that takes no delta.
@@ -112,76 +128,68 @@ def fresh_adapter(
 
 
 def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
+    """Return a module's fresh value; raises as `fresh_adapter`."""
     name = site.name
+    # The rank and its alpha may be said for each module; the first pattern that matches counts, as
+    # in PEFT.
     r = _first(spec.rank_pattern, name, spec.r or DEFAULT_RANK, patterns)
     alpha = _first(spec.alpha_pattern, name, spec.lora_alpha or DEFAULT_ALPHA, patterns)
     scale = alpha / math.sqrt(r) if spec.use_rslora else alpha / r
-    layout, groups = _layout(site)
-    if r % groups:
+    if r % site.groups:
         raise BaseMismatch(
-            f"{name}: rank {r} does not divide among the convolution's {groups} groups"
+            f"{name}: rank {r} does not divide among the convolution's {site.groups} groups"
         )
-    weight = site.weight
-    device = weight.device if weight is not None else torch.device("cpu")
-    probe = LowRank(torch.empty(1, 1), torch.empty(1, 1), layout=layout)
-    *batch, out, into = shape = site.expected(probe)
+    rank = r // site.groups
+    *batch, out, into = shape = site.matrix_shape
     if 0 in shape:
         raise BaseMismatch(
             f"{name}: its weight is empty, {shape}, so there is nothing to adapt",
             "leave it out: exclude_modules=[…]; where it is lazy, run the base once before attach",
         )
-    A = torch.empty(*batch, r // groups, into, dtype=torch.float32, device=device)
+    device = torch.device("cpu") if site.weight is None else site.weight.device
+    # On the weight's device: a draw on another one would give other numbers than it does there, and
+    # be copied.
+    A = torch.empty(*batch, rank, into, dtype=torch.float32, device=device)
     if spec.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / r)
     else:
-        bound = 1 / math.sqrt(into)  # kaiming_uniform_(a=√5), of each matrix
+        # kaiming_uniform_(a=√5) of each matrix. That of torch would take a batch for a kernel.
+        bound = 1 / math.sqrt(into)
         nn.init.uniform_(A, -bound, bound)
-    B = torch.zeros(*batch, out, r // groups, dtype=torch.float32, device=device)
-    bias = (
-        torch.zeros(math.prod(B.shape[:-1]), dtype=torch.float32, device=device)
-        if spec.lora_bias
-        else None
-    )
-    return LowRank(A, B, scale, bias, layout)
-
-
-def _layout(site: Site) -> tuple[Layout, int]:
-    if isinstance(site, ConvSite):
-        return Layout("conv", tuple(site.conv.kernel_size)), site.conv.groups
-    if isinstance(site, EmbeddingSite):
-        return EMBEDDING, 1
-    return (PARAMETER if isinstance(site, ParameterSite) else LINEAR), 1
+    B = torch.zeros(*batch, out, rank, dtype=torch.float32, device=device)
+    bias = None
+    if spec.lora_bias:
+        bias = torch.zeros(math.prod(B.shape[:-1]), dtype=torch.float32, device=device)
+    return LowRank(A, B, scale, bias, site.layout)
 
 
 def _nesting(base: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Modules of which raw parameters are adapted → all of theirs, in the order the base registers them.
+    """Return module → all its raw parameters in the base's order, if one of them is adapted.
 
     All of them, because a sibling may adapt the others, and a flattened lineage has both.
     """
-    modules = {
-        name.rpartition(".")[0]
-        for name in names
-        if isinstance(find_site(base, name), ParameterSite)
-    }
-    return {
-        m: tuple(n for n, _ in base.get_submodule(m).named_parameters(recurse=False))
-        for m in modules
-    }
+    nesting: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        if find_site(base, name).is_raw:
+            holder = name.rpartition(".")[0]
+            own = base.get_submodule(holder).named_parameters(recurse=False)
+            nesting[holder] = tuple(parameter for parameter, _ in own)
+    return nesting
 
 
 def _all_linear(base: nn.Module) -> set[str]:
+    """Return the modules of PEFT's ``all-linear``: the linear layers but the output embeddings."""
     get_head = getattr(base, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    found = {n for n, m in base.named_modules() if n and m is not head}
-    return {n for n in found if _is_linear(base.get_submodule(n))}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(
-        module, nn.Linear
-    ):  # a lazy one has no input yet, and is not passed over in silence
-        return module.in_features * module.out_features > 0 or is_lazy(module.weight)
-    return Conv1DSite.claims(module)
+    found: set[str] = set()
+    # `named_modules` names a shared module once, so it is adapted once.
+    for name, module in base.named_modules():
+        if not name or module is head:
+            continue
+        kind = kind_of(module, base.get_submodule(name.rpartition(".")[0]))
+        if kind is not None and kind.is_linear(module):
+            found.add(name)
+    return found
 
 
 def _ends_with(name: str, ends: Iterable[str]) -> bool:
@@ -197,7 +205,7 @@ def _layer_of(name: str, spec: LoraSpec, patterns: Patterns) -> int | None:
 
 
 def _first(values: dict[str, T] | None, name: str, default: T, patterns: Patterns) -> T:
-    """The value of the first key that matches the name, or its end after a dot."""
+    """Return the value of the first key that matches the name, or its end after a dot."""
     for key, value in (values or {}).items():
         if patterns.ends(key, name):
             return value
@@ -208,11 +216,11 @@ def _as_list(value: T | list[T]) -> list[T]:
     return value if isinstance(value, list) else [value]
 
 
-def _matched(targets: dict[str, bool], names: Iterable[str]) -> None:
-    lost = [target for target, hit in targets.items() if not hit]
-    if lost:
-        ends = {name.rpartition(".")[2] for name in names}
-        raise BaseMismatch(
-            f"target {lost[0]!r} matches nothing in the base{suggest(lost[0], ends)}",
-            f"the last parts of its names: {listing(sorted(e for e in ends if not e.isdigit())) or 'none'}",
-        )
+def _refuse_target(target: str, names: Iterable[str]) -> NoReturn:
+    """Raise for a target that matches none of the names."""
+    ends = {name.rpartition(".")[2] for name in names}
+    known = sorted(end for end in ends if not end.isdigit())  # a list's indices say nothing
+    raise BaseMismatch(
+        f"target {target!r} matches nothing in the base{suggest(target, ends)}",
+        f"the last parts of its names: {listing(known) or 'none'}",
+    )

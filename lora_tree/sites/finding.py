@@ -1,0 +1,155 @@
+"""Find the site that an adapter calls by a name: a module of some kind, or a raw parameter."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import BaseMismatch, suggest
+from ..lowrank import LowRank
+from .attention import InProjectionSite, OutProjectionSite
+from .conv import ConvSite
+from .embedding import EmbeddingSite
+from .linear import Conv1DSite, LinearSite
+from .parameter import ParameterSite
+from .site import Site
+
+__all__ = [
+    "KINDS",
+    "as_site_has_it",
+    "find_site",
+    "is_there",
+    "kind_of",
+    "takes_delta",
+    "weight_names",
+]
+
+KINDS: list[type[Site]] = [
+    LinearSite,
+    Conv1DSite,
+    EmbeddingSite,
+    ConvSite,
+    InProjectionSite,
+    OutProjectionSite,
+]
+"""The last kind that claims a module takes it, so a special case stands below the general one."""
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def kind_of(module: nn.Module, holder: nn.Module | None) -> type[Site] | None:
+    """Return the kind of site that claims a module; None if no kind does.
+
+    Args:
+        module: of the base.
+        holder: the module that it is a child of; None for the base itself.
+    """
+    for kind in reversed(KINDS):
+        if kind.claims(module, holder):
+            return kind
+    return None
+
+
+def is_there(base: nn.Module, name: str) -> bool:
+    """Return whether the base has a module, or a raw parameter, of that name."""
+    holder, leaf, module = _walk(base, name)
+    return module is not None or _has_parameter(holder, leaf)
+
+
+def takes_delta(base: nn.Module, name: str) -> bool:
+    """Return whether the base has a module of that name that some kind of site claims."""
+    holder, _, module = _walk(base, name)
+    return module is not None and kind_of(module, holder) is not None
+
+
+def find_site(base: nn.Module, name: str) -> Site:
+    """Return the site that an adapter calls ``name``.
+
+    Raises:
+        BaseMismatch: no such module or parameter, or one of a kind that takes no delta.
+    """
+    holder, leaf, module = _walk(base, name)
+    if module is None:
+        if holder is None or not _has_parameter(holder, leaf):
+            raise BaseMismatch(
+                f"{name}: the base has no such module or parameter{_hint(base, name)}"
+            )
+        return ParameterSite(name, holder, _running_parent(base, name))
+    kind = kind_of(module, holder)
+    if kind is not None:
+        return kind(name, module, _running_parent(base, name))
+    *most, last = [kind.layers for kind in KINDS if kind.layers]
+    own = [n for n, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)]
+    parameters = ", ".join(f"{name}.{n}" for n in own)
+    raise BaseMismatch(
+        f"{name}: a {type(module).__name__} takes no delta",
+        f"{', '.join(most)} and {last} do; other weights as parameters: "
+        + (parameters or "it has no 2-D or 3-D parameter of its own"),
+    )
+
+
+def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
+    """Return the value in the layout of the module that it changes; the same object if it has it.
+
+    Some files do not say a kernel's size: a matrix may stand for a convolution, and a convolution of
+    kernel 1 for a Linear. The site checks whether the sizes fit.
+    """
+    holder, _, module = _walk(base, name)
+    if module is None:
+        return value
+    kind = kind_of(module, holder)
+    return value if kind is None else kind.relaid(module, value)
+
+
+def weight_names() -> list[str]:
+    """Return the names under which the kinds keep their weights: ``weight`` and others."""
+    return list(dict.fromkeys(kind.weight_name for kind in KINDS))
+
+
+def _walk(base: nn.Module, name: str) -> tuple[nn.Module | None, str, nn.Module | None]:
+    """Return the module around ``name``, its last part, and the module of that name.
+
+    A module that is missing is None.
+
+    `nn.Module._modules` and not getattr: a name from a file must not reach other attributes, and it
+    is faster.
+    """
+    holder: nn.Module | None = base
+    *way, leaf = name.split(".")
+    for part in way:
+        if holder is None:
+            return None, leaf, None
+        holder = holder._modules.get(part)
+    if holder is None:
+        return None, leaf, None
+    return holder, leaf, holder._modules.get(leaf)
+
+
+def _has_parameter(holder: nn.Module | None, leaf: str) -> bool:
+    return holder is not None and isinstance(holder._parameters.get(leaf), nn.Parameter)
+
+
+def _running_parent(base: nn.Module, name: str) -> str:
+    """Return the nearest module around ``name`` that runs a forward of its own; "" for the base.
+
+    A ModuleList runs none, so it could not tell that its children should have run.
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        module: nn.Module | None = base
+        if name:
+            _, _, module = _walk(base, name)
+        if module is not None and not isinstance(module, _CONTAINERS):
+            break
+    return name
+
+
+def _hint(base: nn.Module, name: str) -> str:
+    """Return the end of an error for a missing name: the likely mistake, or the nearest name."""
+    names = [n for n, _ in base.named_modules() if n]
+    # The most frequent mistake: an adapter made for the model without its head, or with it.
+    for full in names:
+        if full.endswith("." + name) or (name.endswith("." + full) and "." in full):
+            return (
+                f"; it has {full!r}: was the adapter made for the model with, or without, its head?"
+            )
+    return suggest(name, names)
