@@ -29,7 +29,7 @@ from ..assembly import Assembly
 from ..blend import Blend
 from ..cache import Frequency, Policy
 from ..callers import locals_of_call
-from ..engine.batch_axis import BatchAxis
+from ..engine.batch_axis import BatchAxis, SeenSites
 from ..engine.pristine import Place
 from ..engine.routed import Strategy
 from ..errors import BaseMismatch, LoraTreeError, SpecError, StateError, listing
@@ -235,7 +235,7 @@ class PipelineModel(TreeModel):
             repeat=repeat,
             tile=tile,
             batch_first=batch_first,
-            known=self._seen_sites,
+            seen=self._seen_sites,
         )
 
     def _usable(self) -> None:
@@ -255,11 +255,20 @@ class PipelineAxis(BatchAxis):
     Args:
         pipe: whose call is looked at.
         rows: how many paths were given.
-        others: as for `BatchAxis`.
+        repeat, tile, batch_first, seen: as for `BatchAxis`.
     """
 
-    def __init__(self, pipe: Any, rows: int, **others: Any) -> None:
-        super().__init__(rows, **others)
+    def __init__(
+        self,
+        pipe: Any,
+        rows: int,
+        *,
+        repeat: int,
+        tile: int,
+        batch_first: bool,
+        seen: SeenSites,
+    ) -> None:
+        super().__init__(rows, repeat=repeat, tile=tile, batch_first=batch_first, seen=seen)
         self._pipe = pipe
         self._lie: dict[str, tuple[int, tuple[int, int] | None]] = {}
 
