@@ -27,7 +27,7 @@ class BaseWarning(LoraTreeWarning):
 
 
 def other_base(one: str | None, other: str | None) -> bool:
-    """Whether two names are known to mean different bases; a name that is not there means any.
+    """Return whether two names are known to mean different bases; None and "" stand for any base.
 
     >>> other_base("org/model-8b", "org/model-1b"), other_base("org/model-8b", "/models/model-8b")
     (True, False)
@@ -36,9 +36,12 @@ def other_base(one: str | None, other: str | None) -> bool:
     """
     if not one or not other or one == other:
         return False
+    # Two spellings of one folder: a link, a relative path.
     if os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other):
         return False
     first, second = _id(one), _id(other)
+    # Two hub ids are compared whole: of org/model and other/model one may be a changed copy. A
+    # folder says nothing about the organisation, so there the last part has to do.
     if _HUB_ID.match(first) and _HUB_ID.match(second):
         return first.casefold() != second.casefold()
     return _last(first) != _last(second)
@@ -59,9 +62,11 @@ def warn_of_base(what: str, named: str | None, base: str | None, *, stacklevel: 
 
 
 def _id(name: str) -> str:
-    """The hub id of a snapshot in the hub's cache; any other name as it is, without slashes at its end."""
+    """Return the hub id of a snapshot in the hub's cache, other names without a slash at the end."""
     snapshot = _SNAPSHOT.search(name)
-    return f"{snapshot[1]}/{snapshot[2]}" if snapshot is not None else name.rstrip("/")
+    if snapshot is None:
+        return name.rstrip("/")
+    return f"{snapshot[1]}/{snapshot[2]}"
 
 
 def _last(name: str) -> str:

@@ -1,29 +1,32 @@
 """Every error this library raises, in one tree.
 
     LoraTreeError
-    ├── SpecError               a tree.yaml, a lock or an argument says something that makes no sense
-    │   └── NewerFormat         a file was written by a newer lora_tree, in a format that this one does not know
-    ├── PathError               a path or a blend names a node that is not there, or is no valid name
+    ├── SpecError               a tree.yaml, a lock or an argument makes no sense
+    │   └── NewerFormat         a newer lora_tree wrote the file, in a format unknown to this one
+    ├── PathError               a path or a blend names no node of the tree, or is no valid name
     ├── TreeError               the change asked of the tree can't be made
-    ├── ShapeMismatch           two values do not have the same (out, in), or two factors do not multiply
+    ├── ShapeMismatch           two values differ in (out, in), or two factors do not multiply
     ├── FormatError             the files of an adapter are broken or incomplete
-    │   └── UnsupportedAdapter  they are whole, but of a kind that does not add up to W + B·A
+    │   └── UnsupportedAdapter  the files are whole, but their kind does not add up to W + B·A
     ├── FolderError             a folder of adapters can't be read or written as a tree
     │   ├── StaleError          a node's lineage has changed since it was trained
-    │   └── UnlockedError       a node's files are not what tree.lock says
-    ├── BaseMismatch            the adapter names something that this base does not have, or has otherwise
+    │   └── UnlockedError       a node's files are not those of tree.lock
+    ├── BaseMismatch            the adapter names a module that this base lacks, or has otherwise
     │   ├── TiedWeights         a weight to be merged is used by a second module
-    │   └── MergedOnly / UnmergedOnly   the site can be changed, but not in the mode that was asked for
-    ├── StateError              the call does not fit what the model is doing now
-    │   └── ForeignWrite        somebody else wrote to a weight while a path was merged into it
+    │   ├── MergedOnly          the site can be changed merged, but was asked for unmerged
+    │   └── UnmergedOnly        the site can be changed unmerged, but was asked for merged
+    ├── StateError              the call does not fit the present state of the model
+    │   └── ForeignWrite        other code wrote to a weight that a path is merged into
     ├── DivergedError           training made a factor or a loss that is not finite
-    ├── BudgetError             what is in use at once does not fit into the budget
+    ├── BudgetError             the adapters in use at once do not fit into the budget
     └── MissingExtra            an optional package is needed and not installed
 
-The first line says what failed and where (node, module, file, line), with what was found and what
-was expected; the lines after it say what to do. Names and keys come out of files that strangers
-wrote, so what a terminal would not show but obey is escaped here, once, for every error and
-warning.
+The first line of a message says what failed and where (node, module, file, line), with the value
+found and the one expected; the lines after it say what to do.
+
+Law: no message obeys a stranger. Names and keys come out of files that strangers wrote, and a
+terminal obeys some characters instead of showing them. They are escaped here, once, for every error
+and warning.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def _line(text: str) -> str:
-    """One line of a message: printable, and cut in the middle where a name in it has no end."""
+    """Return one line of a message: printable, and cut in the middle if it is very long."""
     if len(text) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         text = f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
@@ -104,7 +107,7 @@ class LoraTreeError(Exception):
         super().__init__("\n  ".join((self.what, *self.todo)))
 
     def within(self, where: str) -> LoraTreeError:
-        """The same error, with ``where`` (a node, a file) put before its first line."""
+        """Return the same error with ``where`` (a node, a file) put before its first line."""
         return type(self)(f"{where}: {self.what}", *self.todo)
 
 
@@ -124,7 +127,7 @@ class SpecError(LoraTreeError, ValueError):
 
 
 class NewerFormat(SpecError):
-    """A file was written by a newer lora_tree, in a format that this one does not know; upgrade to read it."""
+    """A newer lora_tree wrote the file, in a format unknown to this one; upgrade to read it."""
 
 
 class PathError(LoraTreeError, LookupError):
@@ -208,7 +211,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def suggest(name: str, known: Iterable[str], *, prefix: str = "; did you mean ") -> str:
-    """Return ``; did you mean 'r'?`` for the nearest known name, or an empty string if none is near.
+    """Return ``; did you mean 'r'?`` for the nearest known name; an empty string if none is near.
 
     >>> suggest("rnak", ["rank", "weight"])
     "; did you mean 'rank'?"

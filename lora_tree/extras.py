@@ -1,6 +1,8 @@
-"""What is optional is imported here, when it is first used, or its absence is told with the line that repairs it.
+"""Optional packages: imported at their first use, or an error with the line that installs them.
 
-What it raises becomes ours at this boundary, once: its words, with what was being done before them.
+Their errors become ours at this boundary, once: their words, with what was being done before them.
+
+Law: a base's own Python code never runs unless the user said so (`open_pretrained`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .errors import LoraTreeError, MissingExtra, SpecError
 __all__ = ["OTHER_BASE", "foreign", "hub_answers", "need", "open_pretrained"]
 
 MOST_CHARACTERS = 300
-"""Of a foreign message; transformers lists every model it knows."""
+"""The most of a foreign message that is shown; transformers lists every model it knows."""
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -31,7 +33,7 @@ OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODE
 
 
 def need(module: str, *, extra: str, what: str) -> Any:
-    """The module, imported now.
+    """Import an optional module and return it.
 
     Args:
         module: its name, ``transformers``.
@@ -39,7 +41,7 @@ def need(module: str, *, extra: str, what: str) -> Any:
         what: what is being done, for the message.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: the module is not installed.
 
     >>> need("no_such_module", extra="peft", what="the demo")
     Traceback (most recent call last):
@@ -48,7 +50,7 @@ def need(module: str, *, extra: str, what: str) -> Any:
     """
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # nor is the package that it is a part of
+    except ModuleNotFoundError:  # find_spec imports the package around a.b, which may be missing
         found = None
     if found is None:
         raise MissingExtra(
@@ -59,14 +61,16 @@ def need(module: str, *, extra: str, what: str) -> Any:
 
 @contextmanager
 def foreign(what: str, *todo: str) -> Iterator[None]:
-    """Whatever an optional package raises inside is told as a `SpecError`; our own errors pass as they are.
+    """Raise an optional package's error inside the block as a `SpecError`.
+
+    Our own errors pass as they are, and so does a MemoryError.
 
     Args:
         what: what was being done, for the message.
         todo: what to do about it.
 
     Raises:
-        SpecError: something was raised inside.
+        SpecError: the block raised an error.
 
     >>> with foreign("the folder 'x' is no model", "name another: --base MODEL"):
     ...     1 / 0
@@ -79,21 +83,23 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
     except (LoraTreeError, MemoryError):
         raise
     except Exception as error:
+        # The first line: transformers adds paragraphs of links to its own documentation.
         said = next(iter(str(error).strip().splitlines()), "")
-        said = said if len(said) <= MOST_CHARACTERS else f"{said[:MOST_CHARACTERS]}…"
+        if len(said) > MOST_CHARACTERS:
+            said = f"{said[:MOST_CHARACTERS]}…"
         raise SpecError(
             f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo
         ) from error
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached; one try of a few seconds.
+    """Return whether the model hub can be reached, after one try of a few seconds.
 
-    Its own client tries six times, with pauses that add up to half a minute, before it looks into
-    its cache. Through a proxy only that client can tell, so True is returned.
+    The hub's own client tries six times, with pauses that add up to half a minute, before it looks
+    into its cache. Through a proxy only that client can tell, so True is returned.
     """
     constants = importlib.import_module("huggingface_hub.constants")
-    if constants.HF_HUB_OFFLINE:  # the user's own word
+    if constants.HF_HUB_OFFLINE:  # the user said so, by an environment variable
         return False
     endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
     port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
@@ -131,6 +137,8 @@ def open_pretrained(
         SpecError: transformers can't open it, or it needs code of its own.
     """
     todo = [OTHER_BASE]
+    # Without this, from_pretrained waits half a minute for a hub that does not answer. For a folder
+    # there is nothing to ask.
     if not os.path.isdir(base) and HUB_ID.fullmatch(os.fspath(base)) and not hub_answers():
         options["local_files_only"] = True
         todo.insert(0, "the hub does not answer, so a hub id opens only what was fetched before")
@@ -138,6 +146,7 @@ def open_pretrained(
         with foreign(f"{base}: {failed}", *todo):
             return kind.from_pretrained(base, trust_remote_code=trust_remote_code, **options)
     except SpecError as error:
+        # transformers (5) has no exception of its own for this; its text names the argument.
         if trust_remote_code or "trust_remote_code" not in str(error.__cause__):
             raise
         raise SpecError(

@@ -92,14 +92,16 @@ def _size(value: int | str) -> int | str:
     try:
         parse_bytes(value)
     except SpecError as error:
+        # pydantic puts the place before it, so the place in our own text is cut off
         said = error.what.partition(": ")[2]
         raise ValueError(f"is no size: {said or error.todo[0]}") from error
     return value
 
 
+# pydantic's strict mode takes no "8" for 8; the bounds below refuse what would fail only later.
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
-Rank = Annotated[int, Field(ge=1, le=65536)]
+Rank = Annotated[int, Field(ge=1, le=65536)]  # a typo like 160000000 would allocate gigabytes
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_end_of_name)]
@@ -257,6 +259,7 @@ class CacheSpec(StrictModel):
 class TreeSpec(StrictModel):
     """A whole tree.yaml."""
 
+    # Without a default: a file that does not say its format can't be told from a newer one.
     version: Literal[1] = Field(description="version of this format")
     base: str | None = Field(
         default=None, description="the base model: a hub id, or a folder relative to tree.yaml"

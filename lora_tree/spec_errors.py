@@ -68,6 +68,7 @@ def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[s
             return f"unknown key {loc[-1]!r}{_in_place(loc[:-1])}", hint
         case "missing", last:
             return f"{last[0]!r} is missing{_in_place(loc)}", ""
+        # pydantic says that a key does not match a pattern, which for a node's name is no help
         case _, ("[key]",) if loc[-2] not in ("tree", "children"):
             text = _in_lower_case(detail["msg"])
             return f"{_place(loc[:-1])}: the key {str(loc[-1])!r} {text}", ""
@@ -81,7 +82,7 @@ def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[s
 def _wrong(kind: str, detail: Mapping[str, Any], value: Any) -> str:
     if kind not in ("model_type", "dict_type"):
         return _in_lower_case(detail["msg"])
-    # "legal:" with nothing after it is null in YAML, which surprises whoever wrote it
+    # "legal:" with nothing after it is null in YAML, which surprises its author
     is_empty_node = value is None and kind == "model_type"
     hint = "; write {} where there is nothing to say" if is_empty_node else ""
     return "should be a mapping" + hint

@@ -1,4 +1,8 @@
-"""The map: every name that ``lora_tree`` offers. It is read at the first use of one, see ``__init__.py``."""
+"""The map: every name that ``lora_tree`` offers.
+
+It is read at the first use of a name (see ``__init__.py``), so that ``import lora_tree`` alone does
+not wait for torch.
+"""
 
 from .adapter import Adapter
 from .algebra import (

@@ -39,7 +39,7 @@ def without_flock(patched: pytest.MonkeyPatch, code: int = errno.ENOSYS) -> None
         raise OSError(code, os.strerror(code))
 
     patched.setattr(fcntl, "flock", refuse)
-    patched.setattr(locks, "_said", Everything())
+    patched.setattr(locks, "_warned", Everything())
 
 
 class Everything(set[int]):

@@ -1,1 +1,1 @@
-"""Differences between operating systems and file systems, each settled in one place: locks, and writes that last."""
+"""Differences between operating systems and file systems, each settled in one place."""

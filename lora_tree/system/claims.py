@@ -49,32 +49,35 @@ _beating = False
 
 
 def make_claim(path: Path, shared: bool) -> Path | None:
-    """Make a claim on a path and return it, or take it back and return None if another stands against it.
+    """Make a claim on a path and return it; if another stands against it, return None.
 
     Raises:
         OSError: it can't be made.
         FolderError: another claim is no plain file.
     """
     token = uuid.uuid4().hex
-    claim = path.with_name(f"{path.name}.{'shared' if shared else 'alone'}.{token}")
+    kind = "shared" if shared else "alone"
+    claim = path.with_name(f"{path.name}.{kind}.{token}")
     with _changed:
-        _mine[token] = (
-            claim  # before the file is there: a claim of this process without an entry is left over
-        )
+        # Before the file is there: a claim of this process without an entry counts as left over,
+        # and another thread would remove it.
+        _mine[token] = claim
     try:
         _create(claim, token)
-        now_s = os.lstat(
-            claim
-        ).st_mtime  # the clock of the file system, which all its machines share
+        # The clock of the file system, which all its machines share; their own clocks may differ.
+        now_s = os.lstat(claim).st_mtime
+        # The look comes after the making. The other way round, two processes could both see no
+        # other claim.
         for other in _claims(path):
-            if other == claim or (shared and ".shared." in other.name):
+            is_compatible = shared and ".shared." in other.name
+            if other == claim or is_compatible:
                 continue
             if not _left_over(other, now_s):
                 drop_claim(claim)
                 return None
             with suppress(FileNotFoundError):
                 os.unlink(other)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: a claim that stays behind would shut everybody out
         drop_claim(claim)
         raise
     _keep_touching()
@@ -91,7 +94,10 @@ def drop_claim(claim: Path) -> None:
 
 
 def owners(path: Path) -> list[str]:
-    """Describe the holders of a lock, as far as their claims tell: ``["process 7 on 'host', for 30 s"]``."""
+    """Describe the holders of a lock, as far as their claims tell.
+
+    One of them reads ``process 7 on 'host', for 30 s``.
+    """
     with suppress(OSError):
         return [_describe(claim) for claim in _claims(path)]
     return []
@@ -140,7 +146,7 @@ def _claims(path: Path) -> list[Path]:
 
 
 def _owner(claim: Path) -> dict[str, Any]:
-    """The owner that a claim names. Any process may have written it, so it counts only if it is well-formed."""
+    """Return the owner that a claim names; any process may have written it, so it is checked."""
     try:
         with open_plain(claim, follow=False) as file:
             said = json.loads(os.read(file, _MOST_BYTES))
@@ -153,7 +159,7 @@ def _owner(claim: Path) -> dict[str, Any]:
 
 
 def _left_over(claim: Path, now_s: float) -> bool:
-    """Nobody holds this claim any more."""
+    """Return whether the holder of a claim is gone."""
     try:
         seen = os.lstat(claim)
     except FileNotFoundError:
@@ -172,7 +178,7 @@ def _left_over(claim: Path, now_s: float) -> bool:
 
 
 def _lives(pid: int, started: str) -> bool:
-    """The process that told its start runs still; another one may have its number by now."""
+    """Return whether a process still runs; another one may have its number by now."""
     if pid <= 0:
         return False
     try:
@@ -180,7 +186,7 @@ def _lives(pid: int, started: str) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True  # another user's
+        return True  # PermissionError: it runs, and is another user's
     return _started(pid) == started
 
 
@@ -196,10 +202,12 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty where the system does not tell."""
+    """Return when a process began, in the kernel's ticks; empty where the system does not tell."""
     if not sys.platform.startswith("linux"):
         return ""
     try:
+        # The second field is the program's name in parentheses, and may have blanks and
+        # parentheses in it; the 22nd is the start.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
@@ -214,7 +222,7 @@ def _describe(claim: Path) -> str:
 
 
 def _keep_touching() -> None:
-    """See to it that this process's claims are touched while it has some."""
+    """Start the thread that touches this process's claims, if it does not run yet."""
     global _beating
     with _changed:
         if not _beating:
@@ -231,13 +239,14 @@ def _touch_all() -> None:
                 _beating = False
                 return
             claims = list(_mine.values())
+        # Without the condition: a network share may take seconds, and a release must not wait.
         for claim in claims:
             with suppress(OSError):
                 _touch(claim)
 
 
 def _touch(claim: Path) -> None:
-    """Write the first byte of a claim again: some file systems have no utime, and all note a write."""
+    """Write the first byte of a claim again, which every file system notes; some have no utime."""
     file = os.open(claim, os.O_RDWR | PLAIN | NO_FOLLOW)
     try:
         first = os.read(file, 1)
@@ -249,16 +258,18 @@ def _touch(claim: Path) -> None:
 
 @atexit.register
 def _drop_all() -> None:
-    """A process that ends leaves no claims, as it leaves no flocks."""
+    """Leave no claims when the process ends, as it leaves no flocks."""
     for claim in list(_mine.values()):
         with suppress(OSError):
             os.unlink(claim)
 
 
 def _forget_all() -> None:
-    """The child of a fork holds no claims: they tell of its parent, who still does."""
+    """Forget the parent's claims in the child of a fork: the parent still holds them."""
     global _beating, _changed
     _mine.clear()
+    # A new condition: another thread of the parent may have held the old one during the fork, and
+    # that thread does not exist here to release it.
     _changed = threading.Condition()
     _beating = False
 

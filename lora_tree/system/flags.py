@@ -15,7 +15,8 @@ def _flags(*names: str) -> int:
 
 
 PLAIN = _flags("O_CLOEXEC", "O_BINARY")
-"""Bytes as they are (Windows changes the ends of lines otherwise), and not handed on to other programs."""
+"""Bytes as they are, where Windows would change line ends; closed when another program starts."""
 NO_FOLLOW = _flags("O_NOFOLLOW")
+"""A link at the end of the path is an error."""
 NO_WAIT = _flags("O_NONBLOCK", "O_NOCTTY")
 """Opening a pipe does not wait for its writer."""

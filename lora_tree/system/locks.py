@@ -46,8 +46,10 @@ class Held:
                 again.
         """
         try:
-            if remove and (self._file is not None or self._claim is not None):
-                with suppress(OSError):  # still held, so no other process is inside
+            is_held = self._file is not None or self._claim is not None
+            if remove and is_held:
+                # Before the lock is let go of: afterwards the file may be another process's.
+                with suppress(OSError):
                     os.unlink(self.path)
         finally:
             file, self._file = self._file, None
@@ -75,7 +77,10 @@ def attempt(path: str | Path, *, shared: bool = False, make: bool = True) -> Hel
 def acquire(
     path: str | Path, *, shared: bool = False, make: bool = True, wait_s: float | None = None
 ) -> Held | None:
-    """Wait for a lock, and return None if it is not to be had within ``wait_s`` seconds (None: for ever).
+    """Wait for a lock and return it, or return None after ``wait_s`` seconds without it.
+
+    Args:
+        wait_s: None waits for ever.
 
     Raises:
         FolderError: see `attempt`.
@@ -91,7 +96,11 @@ def acquire(
 
 
 def pause() -> None:
-    """Wait a moment before the next attempt; of several that came at once, not all come back at once."""
+    """Wait a moment before the next attempt.
+
+    The time is drawn at random. Processes that came at once would otherwise come back at once, see
+    each other's claims and all withdraw again.
+    """
     time.sleep(POLL_S * random.uniform(0.5, 1.5))
 
 
@@ -130,7 +139,7 @@ def _attempt(path: Path, shared: bool, make: bool, *, wait: bool) -> Held | None
 
 
 def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
-    there = os.path.lexists(path)
+    was_there = os.path.lexists(path)
     file = _open(path, make)
     try:
         _flock(file, shared, wait)
@@ -144,14 +153,15 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         if code in _BUSY:
             return None
         if code in _NO_FLOCK:
-            _say(path, str(error))
+            _warn_once(path, str(error))
             raise _NoFlock from error
-        if (
-            code is not None and not there
-        ):  # not after Ctrl-C: the process that was waited for holds it
+        # A file that this call made is taken away again; but not after Ctrl-C, where the process
+        # that was waited for may hold it.
+        if code is not None and not was_there:
             with suppress(OSError):
                 os.unlink(path)
         raise
+    # The last holder removed the file while we waited, so this is a lock that nobody else sees.
     os.close(file)
     return None
 
@@ -161,12 +171,13 @@ def _open(path: Path, make: bool) -> int:
         if not hasattr(os, "O_DIRECTORY"):
             raise _NoFlock  # Windows opens no folders
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | PLAIN | NO_FOLLOW)
-    file = os.open(
-        path, os.O_RDWR | (os.O_CREAT if make else 0) | PLAIN | NO_FOLLOW | NO_WAIT, 0o666
-    )
+    flags = os.O_RDWR | PLAIN | NO_FOLLOW | NO_WAIT
+    if make:
+        flags |= os.O_CREAT
+    file = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise FolderError(f"{path}: not a plain file", "move it away")
+        raise FolderError(f"{path}: not a plain file, but a lock file goes there", "move it away")
     return file
 
 
@@ -180,7 +191,7 @@ def _flock(file: int, shared: bool, wait: bool) -> None:
 
 
 def _same(file: int, path: Path) -> bool:
-    """The open file is still the one of that name; its last holder may have removed it meanwhile."""
+    """Return whether the open file still has that name; its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), os.lstat(path))
     except FileNotFoundError:
@@ -194,15 +205,15 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-_said: set[int] = set()
+_warned: set[int] = set()
 
 
-def _say(path: Path, reason: str) -> None:
+def _warn_once(path: Path, reason: str) -> None:
     """Warn once for each file system."""
     device = os.lstat(path.parent).st_dev
-    if device in _said:
+    if device in _warned:
         return
-    _said.add(device)
+    _warned.add(device)
     warnings.warn(
         f"{path.parent}: this file system has no flock ({reason}); lora_tree uses lock files there "
         "instead, which "

@@ -1,4 +1,8 @@
-"""Memory: how much of it there is, and whether something fits, asked before it is allocated."""
+"""The memory of this machine or container, asked before something large is allocated.
+
+Linux hands out more memory than it has, and kills the process when it is written to. A file that
+claims to hold a terabyte would end the process without an error, so it is refused here.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +14,58 @@ from ..errors import BudgetError
 __all__ = ["check_fits", "free_bytes", "total_bytes"]
 
 _MEMINFO = "/proc/meminfo"
-_GROUP = "/sys/fs/cgroup"  # of a container, which may have less than the machine
-_SMALL = 256 << 20  # not worth a look
+_GROUP = "/sys/fs/cgroup"  # of a container, which may have less memory than the machine
+_SMALL = 256 << 20  # not worth the milliseconds that the files of /proc take
 
 
 def total_bytes() -> int | None:
-    """Return the memory that this process could have at most; None where the system does not say."""
-    told = _meminfo()
+    """Return the most memory that this process could have; None where the system does not say."""
+    meminfo = _meminfo()
     known = _pages("SC_PHYS_PAGES")
-    if "MemTotal" in told:
-        known = [told["MemTotal"] + told.get("SwapTotal", 0)]
+    if "MemTotal" in meminfo:
+        known = [meminfo["MemTotal"] + meminfo.get("SwapTotal", 0)]
     known += [group.limit for group in _groups()]
     return min(known, default=None)
 
 
 def free_bytes() -> int | None:
     """Return the memory that this process can still have; None where the system does not say."""
-    told = _meminfo()
+    meminfo = _meminfo()
     known = _pages("SC_AVPHYS_PAGES")
-    if "MemAvailable" in told:  # counts what the page cache would give back, which the pages do not
-        known = [told["MemAvailable"] + told.get("SwapFree", 0)]
-    # The page cache's part of a container's memory is given back when a process needs it.
+    # MemAvailable counts the page cache, which the kernel gives back; SC_AVPHYS_PAGES does not.
+    if "MemAvailable" in meminfo:
+        known = [meminfo["MemAvailable"] + meminfo.get("SwapFree", 0)]
+    # A container's usage counts its page cache too, which is given back when a process needs it.
     known += [max(group.limit - group.used + group.files, 0) for group in _groups()]
     return min(known, default=None)
 
 
 def check_fits(nbytes: int, what: str, *, free: bool = True) -> None:
-    """Refuse what can't be held in memory, before it is allocated.
+    """Refuse an allocation that the memory can't hold.
 
     Args:
-        nbytes: how much it takes.
+        nbytes: its size.
         what: named first in the error.
         free: compare with the memory that is free now; else with all there is, for memory that is
             taken from a pool.
 
     Raises:
-        BudgetError: it is more than that.
+        BudgetError: it is larger than that memory.
     """
     if nbytes <= _SMALL:
         return
     most = free_bytes() if free else total_bytes()
     if most is not None and nbytes > most:
-        there = "are free" if free else "is all there is"
+        reason = "are free" if free else "is all there is"
         raise BudgetError(
-            f"{what}: takes {nbytes:,} bytes of memory, and {most:,} {there}",
+            f"{what}: takes {nbytes:,} bytes of memory, and {most:,} {reason}",
             "open it on a machine with more memory; or, where it should be small, its file is "
             "broken",
         )
 
 
 def _meminfo() -> dict[str, int]:
-    """The lines of Linux's own account, in bytes."""
+    """Return the lines of Linux's own account, in bytes."""
     found: dict[str, int] = {}
     for line in _lines(_MEMINFO):
         name, _, rest = line.partition(":")
@@ -79,7 +84,7 @@ def _pages(name: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _ControlGroup:
-    """The memory of a container: its limit, what is used of it, and how much of that are files' pages."""
+    """The memory of a container: its limit, its usage, and the part of that for pages of files."""
 
     limit: int
     used: int
@@ -87,9 +92,9 @@ class _ControlGroup:
 
 
 def _groups() -> list[_ControlGroup]:
-    """The container that this process runs in, as either version of Linux's control groups tells of it."""
+    """Return the container of this process, by either version of Linux's control groups."""
     found: list[_ControlGroup] = []
-    for limit_file, used_file, stat_file, files in (
+    versions = (
         ("memory.max", "memory.current", "memory.stat", "file"),
         (
             "memory/memory.limit_in_bytes",
@@ -97,8 +102,10 @@ def _groups() -> list[_ControlGroup]:
             "memory/memory.stat",
             "cache",
         ),
-    ):
-        limit, used = _number(f"{_GROUP}/{limit_file}"), _number(f"{_GROUP}/{used_file}")
+    )
+    for limit_file, used_file, stat_file, files in versions:
+        limit = _number(f"{_GROUP}/{limit_file}")  # the word "max" where there is no limit
+        used = _number(f"{_GROUP}/{used_file}")
         if limit is not None and used is not None:
             found.append(_ControlGroup(limit, used, _stat(f"{_GROUP}/{stat_file}", files)))
     return found

@@ -1,4 +1,7 @@
-"""Turn the operating system's refusals into this library's errors, at the boundary, with the file's name."""
+"""Turn the operating system's refusals into this library's errors, with the file's name.
+
+An OSError from a descriptor names no file, and none says what was being done.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ __all__ = ["named"]
 
 @contextmanager
 def named(doing: str, path: str | Path) -> Iterator[None]:
-    """Raise what the operating system refuses inside the block as a `FolderError` that names ``path``.
+    """Raise an OSError inside the block as a `FolderError` that names ``path``.
+
+    Args:
+        doing: what the block does, as in "can't read it".
+        path: the file or folder.
 
     >>> with named("read it", "a/file"):
     ...     raise PermissionError(13, "Permission denied")

@@ -30,13 +30,13 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def stat_of(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
-    """Return what the system tells of a path, or None where nothing is there.
+    """Return the system's ``stat`` of a path, or None if nothing is there.
 
     Args:
-        follow: tell of what a link leads to, not of the link.
+        follow: look at the file that a link leads to, not at the link.
 
     Raises:
-        FolderError: the system does not tell.
+        FolderError: the system refuses to tell.
     """
     try:
         return os.stat(path, follow_symlinks=follow)
@@ -45,7 +45,10 @@ def stat_of(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise FolderError(f"{path}: can't look at it: {error.strerror or error}") from error
+        raise FolderError(
+            f"{path}: can't look at it: {error.strerror or error}",
+            "it may be there all the same, so it is not taken for missing: mend the access to it",
+        ) from error
 
 
 def is_file(path: str | Path, *, follow: bool = True) -> bool:
@@ -98,11 +101,11 @@ def _check_inside(file: int, path: str | Path, inside: Inside) -> None:
 
 
 def _real_path(file: int, path: str | Path) -> str:
-    """Where an open file lies; its name may lead elsewhere since it was opened."""
+    """Return where an open file lies; its name may lead elsewhere since it was opened."""
     with suppress(OSError):
-        return os.readlink(
-            f"/proc/self/fd/{file}"
-        )  # Linux: one call, and it tells of the open file itself
+        # Linux: one call, and it tells of the open file itself
+        return os.readlink(f"/proc/self/fd/{file}")
+    # Elsewhere the name is followed again, and the result compared with the open file.
     real = os.path.realpath(path)
     if not os.path.samestat(os.fstat(file), os.lstat(real)):
         raise OSError(errno.EXDEV, "became another file while it was opened")
@@ -113,7 +116,7 @@ def _real_path(file: int, path: str | Path) -> str:
 def open_plain(
     path: str | Path, *, follow: bool = True, inside: Inside | None = None
 ) -> Iterator[int]:
-    """Have a plain file open to read while the block runs; see `plain_file`."""
+    """Yield the descriptor of a plain file while the block runs; see `plain_file`."""
     file = plain_file(path, follow=follow, inside=inside)
     try:
         yield file
