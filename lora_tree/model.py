@@ -215,7 +215,8 @@ class TreeModel(nn.Module):
         kept = {"kept": 0} if self.cache.bounded else {}
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
-        warn_of_base("the tree", tree.base, own_name, stacklevel=3)
+        # The caller stands behind attach, attach_as and this method.
+        warn_of_base("the tree", tree.base, own_name, stacklevel=4)
         self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
         self._stage = Stage(
             inner,

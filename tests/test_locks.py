@@ -291,7 +291,7 @@ def test_a_file_system_without_flock_is_told_of_once(
 ) -> None:
     for code in NO_FLOCK:
         without_flock(monkeypatch, code)
-        monkeypatch.setattr(locks, "_said", set())
+        monkeypatch.setattr(locks, "_warned", set())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
