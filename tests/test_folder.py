@@ -25,7 +25,7 @@ from lora_tree.errors import (
     UnlockedError,
     UnsupportedAdapter,
 )
-from lora_tree.folder import lockfile, notes, record
+from lora_tree.folder import bases, notes, record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -962,14 +962,14 @@ def test_the_fingerprint_of_a_base_reads_little(tmp_path: Path) -> None:
         file.write((1000).to_bytes(8, "little") + b" " * 1000)
         file.truncate(8 << 30)  # sparse: reading it whole would take seconds
     start = time.perf_counter()
-    first = lockfile.fingerprint(base)
+    first = bases.fingerprint(base)
     assert time.perf_counter() - start < 1
     with (base / "model.safetensors").open("r+b") as file:
         file.seek(500)
         file.write(b"x")
     assert first is not None
-    assert lockfile.fingerprint(base) not in (None, first)
-    assert lockfile.fingerprint(tmp_path / "none") is None
+    assert bases.fingerprint(base) not in (None, first)
+    assert bases.fingerprint(tmp_path / "none") is None
 
 
 def by_the_page(base: Path) -> str:
@@ -1022,7 +1022,7 @@ def test_the_fingerprint_is_what_the_page_says(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    assert lockfile.fingerprint(tmp_path) == by_the_page(tmp_path)
+    assert bases.fingerprint(tmp_path) == by_the_page(tmp_path)
 
 
 def test_without_a_lock_nothing_is_stale_or_unlocked(zoo: Path) -> None:

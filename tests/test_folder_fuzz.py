@@ -176,7 +176,7 @@ JSON = st.recursive(
 @given(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40))
 def test_a_lock_of_any_shape(data: bytes) -> None:
     try:
-        lockfile.parse(data, "tree.lock")
+        lockfile.parse_lock(data, "tree.lock")
     except SpecError as error:
         assert str(error).startswith("tree.lock")
         assert isinstance(error, NewerFormat) or "lora-tree lock" in str(error)
@@ -187,11 +187,11 @@ def test_a_lock_of_any_shape(data: bytes) -> None:
 def test_a_mutated_lock(zoo: Path, data: st.DataObject) -> None:
     raw = data.draw(mutated((zoo / "tree.lock").read_bytes(), words=JSON_WORDS))
     try:
-        again = lockfile.parse(raw, "tree.lock")
+        again = lockfile.parse_lock(raw, "tree.lock")
     except SpecError as error:
         assert str(error).startswith("tree.lock")
     else:
-        assert lockfile.parse(lockfile.dump(again), "tree.lock") == again
+        assert lockfile.parse_lock(lockfile.render_lock(again), "tree.lock") == again
 
 
 # ---------------------------------------------------------------------- whole folders

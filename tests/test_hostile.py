@@ -901,11 +901,11 @@ def test_ten_thousand_nodes_are_far_below_the_limits() -> None:
     paths = [f"language-{i % 10}/domain-{i % 100}/customer-{i}" for i in range(10_000)]
     lineages = {f"{i:064x}": step for i in range(10_000)}
     lock = lockfile.TreeLock(nodes=dict.fromkeys(paths, node), lineages=lineages)
-    data = lockfile.dump(lock)
+    data = lockfile.render_lock(lock)
     assert len(data) < limits.LOCK_BYTES / 4
-    assert lockfile.parse(data, "tree.lock") == lock
+    assert lockfile.parse_lock(data, "tree.lock") == lock
     nodes = {path.replace("/", "."): {"weight": 0.8} for path in paths}
-    text = yamlfile.dump({"version": 1, "tree": nodes})
+    text = yamlfile.render_yaml({"version": 1, "tree": nodes})
     assert len(text) < limits.YAML_BYTES / 2
     assert len(yamlfile.read_spec(text, "tree.yaml")[0].tree) == 10_000
 
@@ -974,8 +974,8 @@ def many_nodes(n: int) -> Callable[[], object]:
 def many_locked(n: int) -> Callable[[], object]:
     digest, file = "0" * 64, lockfile.FileLock(size=1, mtime_ns=1)
     node = lockfile.NodeLock(content=digest, config=file, weights=file, trained_on=digest)
-    data = lockfile.dump(lockfile.TreeLock(nodes={f"n{i}": node for i in range(n)}))
-    return lambda: lockfile.parse(data, "tree.lock")
+    data = lockfile.render_lock(lockfile.TreeLock(nodes={f"n{i}": node for i in range(n)}))
+    return lambda: lockfile.parse_lock(data, "tree.lock")
 
 
 MANY = {"tensors": (many_tensors, 1_000), "yaml": (many_nodes, 100), "lock": (many_locked, 500)}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_tree.errors import SpecError
-from lora_tree.folder.yamlfile import dump, json_schema, parse, read_spec
+from lora_tree.folder.yamlfile import json_schema, parse_yaml, read_spec, render_yaml
 from lora_tree.formats.limits import YAML_BYTES
 from lora_tree.node_names import MAX_DEPTH
 from lora_tree.sites.targets import fresh_adapter
@@ -190,7 +190,7 @@ def test_depth_and_size_are_bounded() -> None:
     deep: dict[str, Any] = {}
     for _ in range(MAX_DEPTH):
         deep = {"children": {"a": deep}}
-    assert f"the most is {MAX_DEPTH}" in wrong(dump({"version": 1, "tree": {"a": deep}}))
+    assert f"the most is {MAX_DEPTH}" in wrong(render_yaml({"version": 1, "tree": {"a": deep}}))
 
 
 def test_a_bomb_of_aliases_is_refused_at_its_first() -> None:
@@ -229,7 +229,7 @@ def test_the_readme_s_mistake_has_the_place_that_it_says() -> None:
     ],
 )
 def test_plain_scalars_mean_what_the_core_schema_says(text: str, expected: object) -> None:
-    found = parse(f"key: {text}".encode(), FILE).data["key"]
+    found = parse_yaml(f"key: {text}".encode(), FILE).data["key"]
     assert (found, type(found)) == (expected, type(expected))
 
 
@@ -252,15 +252,15 @@ DATA = st.recursive(
 
 @given(DATA)
 def test_what_is_written_reads_as_the_same(data: dict[str, Any]) -> None:
-    written = dump(data)
+    written = render_yaml(data)
     if data:
-        assert parse(written, FILE).data == data
-        assert dump(parse(written, FILE).data) == written
+        assert parse_yaml(written, FILE).data == data
+        assert render_yaml(parse_yaml(written, FILE).data) == written
 
 
 def test_a_long_key_survives() -> None:
     data = {"rank_pattern": {"x" * 3000: 4, "y z" * 1000: {"a": 1}}}
-    assert parse(dump(data), FILE).data == data
+    assert parse_yaml(render_yaml(data), FILE).data == data
 
 
 # ---------------------------------------------------------------------- the schema, and errors in Python

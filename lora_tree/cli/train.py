@@ -16,7 +16,7 @@ import typer
 
 from ..errors import SpecError
 from ..folder import load
-from ..folder.opening import YAML
+from ..folder.tree_place import YAML
 from ..model import attach
 from ..runs import Run, Settings, Verdict
 from ..training.diverged import BASE_LABEL

@@ -36,18 +36,19 @@ from .bounds import no_folder, tree_above
 from .changes import Changes, NewFile
 from .commit import writing
 from .foreign import ForeignSource
-from .lockfile import dump
-from .memory import Seen, remember
+from .lockfile import render_lock
 from .one_file import save_one_file
-from .opening import Opened, inspect, named_bases, place_of, unusable
+from .opening import Opened, inspect, named_bases, unusable
 from .pending import leftovers
 from .problem import HARMLESS, Kind, Problem, raise_any
 from .relock import Relocked, relocked
-from .resolve import step_of
 from .saving import save_tree
-from .scan import look
+from .scan import find_files
+from .seen import Seen, remember
 from .source import FolderSource
 from .trained import trained
+from .training_steps import step_of
+from .tree_place import place_of
 
 __all__ = [
     "Problem",
@@ -210,7 +211,7 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
         _there_is_a_tree(opened)
         result = relocked(opened, accept_stale=accept_stale)
-        data = dump(result.lock)
+        data = render_lock(result.lock)
         if data != opened.lock_bytes:
             transaction.apply(Changes((NewFile.of(place.lock, data),)))
     return result
@@ -392,7 +393,7 @@ class _Edge:
         if found.file is not None:
             return ForeignSource(found)
         where = _adapter_folder(folder)
-        files = look(where)
+        files = find_files(where)
         if files.flaw is not None:
             raise FormatError(files.flaw)
         return FolderSource(where, stamps=files.stamps)

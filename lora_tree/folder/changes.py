@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from ..tree import Node
 from .disk import Stamp
-from .lockfile import BaseLock, TreeLock, dump
+from .lockfile import BaseLock, TreeLock, render_lock
 from .scan import FILES
 from .trained import Trained, lineage_locks, node_lock
 
@@ -108,7 +108,7 @@ class NewLock:
 
     def to_bytes(self, written: Mapping[str, Stamp]) -> bytes:
         """Return the bytes of the lock; see `complete`."""
-        return dump(self.complete(written))
+        return render_lock(self.complete(written))
 
 
 def stamps_of(path: str, kept: KeptAdapter, written: Mapping[str, Stamp]) -> Mapping[str, Stamp]:

@@ -29,16 +29,17 @@ from ..formats import peft
 from ..formats.peft import WEIGHTS
 from ..tree import AdapterTree, Node
 from . import disk
+from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock
 from .lockfile import content
-from .memory import Seen, digest
-from .opening import Opened, base_lock, local_base
+from .opening import Opened
 from .ownership import Ownership
 from .scan import FILES, Files
+from .seen import Seen, yaml_sha256
 from .source import FolderSource, adds_nothing, examine
 from .trained import TOP, Lineage, Trained, stale_text, trained
 from .treeyaml import YamlNeeds
-from .yamlfile import dump as dump_yaml
+from .yamlfile import render_yaml
 
 __all__ = ["decide"]
 
@@ -57,7 +58,7 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
         FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the node.
         UnlockedError: files that stay where they are have changed since the tree was opened.
     """
-    draft = _Draft(tree, opened, Ownership(opened, seen), copy)
+    draft = _Decisions(tree, opened, Ownership(opened, seen), copy)
     for path in tree.paths():
         try:
             _decide_node(draft, path)
@@ -83,7 +84,7 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
 
 
 @dataclass
-class _Draft:
+class _Decisions:
     """What is decided so far."""
 
     tree: AdapterTree
@@ -98,7 +99,7 @@ class _Draft:
 
 
 # ---------------------------------------------------------------------- one node
-def _decide_node(draft: _Draft, path: str) -> None:
+def _decide_node(draft: _Decisions, path: str) -> None:
     node = draft.tree[path]
     draft.rights.check_present(node)
     adapter = _only_in_memory(node)
@@ -154,7 +155,7 @@ def _trains(adapter: Adapter) -> bool:
     return any(isinstance(t, Parameter) for t in tensors)
 
 
-def _from_memory(draft: _Draft, node: Node, rendered: _Rendered) -> KeptAdapter:
+def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdapter:
     """Decide to write a node's files from memory."""
     adapter, source = rendered.adapter, node.source
     draft.rights.check_replace(node, rendered.content)
@@ -183,7 +184,7 @@ def _weights_again(adapter: Adapter) -> Callable[[], bytes]:
     return lambda: peft.render(adapter)[WEIGHTS]
 
 
-def _from_files(draft: _Draft, node: Node, source: FolderSource) -> KeptAdapter:
+def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdapter:
     """Decide to leave a node's files where they are, to name them, or to copy them."""
     files, home = source.files(), draft.folder_of(node.path)
     if os.path.realpath(source.folder) == os.path.realpath(home):
@@ -208,7 +209,7 @@ def _from_files(draft: _Draft, node: Node, source: FolderSource) -> KeptAdapter:
     return KeptAdapter(home, whole, None, source.trained, untrained, written=True)
 
 
-def _in_place(draft: _Draft, path: str, source: FolderSource, files: Files) -> KeptAdapter:
+def _in_place(draft: _Decisions, path: str, source: FolderSource, files: Files) -> KeptAdapter:
     """Decide to leave files in their place, and take from the folder's lock what it says about them today."""
     whole, untrained = _examined(source, files)
     lock, home = draft.opened.lock, draft.folder_of(path)
@@ -244,7 +245,7 @@ def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
     if needs.is_said():
         return None
     place, old = needs.opened.place, needs.opened.yaml_bytes
-    data = dump_yaml(needs.data())
+    data = render_yaml(needs.data())
     if data == old:
         return None
     if old is not None:
@@ -252,7 +253,7 @@ def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
     return NewFile.of(place.yaml, data)
 
 
-def _new_lock(draft: _Draft, spelled_base: str | None, yaml: NewFile | None) -> NewLock:
+def _new_lock(draft: _Decisions, spelled_base: str | None, yaml: NewFile | None) -> NewLock:
     tree, opened = draft.tree, draft.opened
     before = [opened.lock.base] if opened.lock else []
     before += [kept.trained.base for kept in draft.kept.values() if kept.trained]
@@ -265,7 +266,7 @@ def _new_lock(draft: _Draft, spelled_base: str | None, yaml: NewFile | None) -> 
     return NewLock(opened.place.lock, base, _yaml_hash(opened, yaml), draft.kept, trained_on)
 
 
-def _lineages(draft: _Draft) -> dict[str, Lineage]:
+def _lineages(draft: _Decisions) -> dict[str, Lineage]:
     """Return the lineage that ends in each node, as the folder will hold them."""
     found = {"": TOP}
     for path in draft.tree.paths():  # parents first: a lineage is made of the one above it
@@ -282,11 +283,11 @@ def _yaml_hash(opened: Opened, new: NewFile | None) -> str | None:
     """Return the hash of the tree.yaml if a save wrote it, this one or an earlier one."""
     if new is not None:
         return new.sha256
-    found = digest(opened.yaml_bytes)
+    found = yaml_sha256(opened.yaml_bytes)
     return found if opened.lock is not None and opened.lock.yaml == found else None
 
 
-def _nodes_after(draft: _Draft, lock: NewLock) -> dict[str, Node]:
+def _nodes_after(draft: _Decisions, lock: NewLock) -> dict[str, Node]:
     """Return the tree's nodes as they will be opened again; only the stamps of new files are missing."""
     lineages = _lineages(draft)
     nodes: dict[str, Node] = {}

@@ -18,11 +18,11 @@ from ..errors import FolderError, listing
 from ..tree import AdapterTree, Node
 from .changes import KeptAdapter
 from .lockfile import FileLock
-from .memory import Seen, digest
 from .opening import Opened
-from .resolve import step_of
 from .scan import FILES, Files
+from .seen import Seen, yaml_sha256
 from .source import hashed
+from .training_steps import step_of
 
 __all__ = ["Ownership"]
 
@@ -92,7 +92,7 @@ class Ownership:
         Raises:
             FolderError: it is of another tree, or another process has changed it.
         """
-        place, sha256 = self.opened.place, digest(old)
+        place, sha256 = self.opened.place, yaml_sha256(old)
         if sha256 == self.seen.yaml.get(place.yaml):
             return
         ours = self.opened.lock is not None and self.opened.lock.yaml == sha256

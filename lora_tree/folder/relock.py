@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import BudgetError, FormatError, LoraTreeError
+from .bases import base_lock
 from .lockfile import NodeLock, TreeLock
-from .opening import Opened, base_at_hand, base_lock
+from .opening import Opened, base_at_hand
 from .source import Examined, examine
 from .trained import TOP, Trained, lineage_locks, node_lock, stale_text, trained
 

@@ -1,35 +1,33 @@
-"""What a tree.yaml and the folders below it mean together: path → `Entry`.
+"""Resolve: what tree.yaml and the folders below it mean together, as path → `FolderNode`.
 
 tree.yaml says                      and the folder <path> holds   the node is
 adapter: elsewhere                  no adapter                    the adapter that is named
 adapter: null                       anything                      a group: no adapter of its own
 the node, without ``adapter``       an adapter                    that adapter
-                                    none                          fresh where it or defaults say how, else a group
+                                    none                          fresh if it or defaults say how, else a group
 nothing                             an adapter                    that adapter, with groups above it where needed
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from ..errors import FormatError, LoraTreeError, PathError
 from ..node_names import check_path
 from ..spec import LoraSpec, NodeSpec, TreeSpec
 from .bounds import inside, no_folder, tree_above
 from .problem import Problem
-from .scan import Files, Scan, look
+from .scan import Files, Scan, find_files
+from .training_steps import is_step, paths_above, step_of
 from .yamlfile import Located, walk
 
-__all__ = ["Entry", "Resolved", "is_step", "resolve", "step_of"]
-
-_CHECKPOINT = re.compile(r"checkpoint-[0-9]+\Z")
+__all__ = ["FolderNode", "Resolved", "resolve"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class FolderNode:
     """A node as its folder has it.
 
     Args:
@@ -57,7 +55,7 @@ class Resolved:
         passed: the paths of adapters that are steps of a node's own training run, which are passed over.
     """
 
-    entries: dict[str, Entry]
+    entries: dict[str, FolderNode]
     problems: list[Problem]
     passed: list[str]
 
@@ -73,165 +71,216 @@ def resolve(
     """Find every node, and what can't be one.
 
     Args:
-        spec, located: what tree.yaml says, and where it says it; None where there is none.
-        scan: what lies below ``folder``.
+        spec, located: what tree.yaml says, and where it says it; None if there is none.
+        scan: the adapters below ``folder``.
+        folder: the tree's.
         outside: whether tree.yaml may name adapters that lie outside of ``folder``.
     """
-    entries: dict[str, Entry] = {}
-    problems = [Problem(path, "folder", text) for path, text in scan.wrong]
-    passed: list[str] = []
-    claimed: set[str] = set()
-    for path, node, loc in walk(spec) if spec else ():
-        at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
-        if node.adapter is not None:
-            claimed.add(os.path.relpath(_home(node.adapter, folder), folder))
-        if (
-            node.adapter is not None
-            and not outside
-            and not inside(_home(node.adapter, folder), folder)
-        ):
-            problems.append(Problem(path, "folder", at + _outside(node.adapter, folder)))
-            continue
-        try:
-            entry = _listed(path, node, spec.defaults if spec else LoraSpec(), scan, folder)
-        except LoraTreeError as error:
-            problems.append(Problem(path, "adapter", f"{at}{error}"))
-            continue
-        entries[path] = entry
-        if entry.named and entry.files is not None:
-            if entry.files.flaw is not None:
-                problems.append(Problem(path, "adapter", at + entry.files.flaw))
-            if path in scan.found and os.path.relpath(entry.files.folder, folder) != path:
-                text = f"{entry.files.folder} is named, but {scan.found[path].folder} holds an adapter too; remove one"
-                problems.append(Problem(path, "adapter", at + text))
+    found = _Resolving(scan, folder, outside)
+    found.problems += [Problem(path, "folder", text) for path, text in scan.wrong]
+    # What tree.yaml lists comes first: an adapter in a folder is judged by it.
+    if spec is not None:
+        for path, node, loc in walk(spec):
+            at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
+            found.add_listed(path, node, spec.defaults, at)
     for path, files in scan.found.items():
-        key = path or "."
-        if key in claimed or (path in entries and (entries[path].null or entries[path].named)):
-            continue
-        if _of_a_run(path, entries, claimed):
-            passed.append(path)
-            continue
-        wrong = _misplaced(path, files, scan, entries)
-        if wrong is not None:
-            problems.append(wrong)
-        elif path not in entries:
-            for above in _above(path):
-                entries.setdefault(above, Entry())
-            entries[path] = Entry(files=files)
-    root = os.path.realpath(folder)
+        found.add_folder(path, files)
     for path, target in scan.links.items():
-        within = os.path.relpath(target, root)
-        steps = (path, within)  # a run may hold a link to its last step, and a step may hold links
-        if path in claimed or any(_of_a_run(step, entries, claimed) for step in steps):
-            continue
-        text = f"{os.path.join(folder, path)}: a link to {target}; a tree's folders are its own"
-        todo = f"name it in tree.yaml ({{adapter: {target}}}), or move it away"
-        problems.append(Problem(path, "folder", f"{text}: {todo}"))
-    ordered = {path: entries[path] for path in sorted(entries, key=lambda path: path.split("/"))}
-    return Resolved(ordered, [*problems, *_twins(ordered, folder)], passed)
+        found.judge_link(path, target)
+    ordered = {path: found.entries[path] for path in sorted(found.entries, key=_by_level)}
+    problems = [*found.problems, *_twins(ordered, folder)]
+    return Resolved(ordered, problems, found.passed)
 
 
-def _listed(path: str, node: NodeSpec, defaults: LoraSpec, scan: Scan, folder: str) -> Entry:
-    if node.adapter is not None:
-        home = _home(node.adapter, folder)
-        wrong = no_folder(home, node.adapter, folder)
+def _by_level(path: str) -> list[str]:
+    """A key that sorts paths depth-first: ``a/b`` before ``a-b``."""
+    return path.split("/")
+
+
+@dataclass
+class _Resolving:
+    """What is found so far.
+
+    Args:
+        claimed: the folders, relative to the tree's, that tree.yaml names; an adapter there is no node by its place.
+    """
+
+    scan: Scan
+    folder: str
+    outside: bool
+    entries: dict[str, FolderNode] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+    claimed: set[str] = field(default_factory=set)
+
+    # ------------------------------------------------------------------ a node that tree.yaml lists
+    def add_listed(self, path: str, node: NodeSpec, defaults: LoraSpec, at: str) -> None:
+        """Add a node of tree.yaml, or the problem that it is; ``at`` says where it stands."""
+        if node.adapter is not None:
+            home = self._home(node.adapter)
+            self.claimed.add(os.path.relpath(home, self.folder))
+            if not self.outside and not inside(home, self.folder):
+                text = at + _leads_out(node.adapter, self.folder)
+                self.problems.append(Problem(path, "folder", text))
+                return
+        try:
+            entry = self._listed(path, node, defaults)
+        except LoraTreeError as error:
+            self.problems.append(Problem(path, "adapter", f"{at}{error}"))
+            return
+        self.entries[path] = entry
+        if entry.named and entry.files is not None:
+            self._check_named(path, entry.files, at)
+
+    def _listed(self, path: str, node: NodeSpec, defaults: LoraSpec) -> FolderNode:
+        if node.adapter is not None:
+            return FolderNode(node.weight, self._named_files(node.adapter), named=True)
+        if "adapter" in node.model_fields_set:  # it says null, which is not the same as nothing
+            return FolderNode(node.weight, null=True)
+        if path in self.scan.found:
+            return FolderNode(node.weight, self.scan.found[path])
+        recipe = LoraSpec(**{name: getattr(node, name) for name in LoraSpec.model_fields})
+        is_fresh = recipe != LoraSpec() or defaults.has_targets
+        return FolderNode(node.weight, fresh=recipe if is_fresh else None)
+
+    def _named_files(self, named: str) -> Files:
+        """Find the adapter's files in a folder that tree.yaml names."""
+        home = self._home(named)
+        wrong = no_folder(home, named, self.folder)
         if wrong is not None:
             raise FormatError(*wrong)
-        below = os.path.relpath(home, folder)
-        files = scan.found.get("" if below == "." else below) or look(home)
-        return Entry(node.weight, files, named=True)
-    if "adapter" in node.model_fields_set:
-        return Entry(node.weight, null=True)
-    if path in scan.found:
-        return Entry(node.weight, scan.found[path])
-    own = LoraSpec(**{name: getattr(node, name) for name in LoraSpec.model_fields})
-    made = own != LoraSpec() or defaults.has_targets
-    return Entry(node.weight, fresh=own if made else None)
+        below = os.path.relpath(home, self.folder)
+        # If it lies in the tree's own folder the scan has looked already, through an undecided save.
+        return self.scan.found.get("" if below == "." else below) or find_files(home)
+
+    def _check_named(self, path: str, files: Files, at: str) -> None:
+        """Refuse a named adapter that is not whole, and one beside an adapter in the node's own folder."""
+        if files.flaw is not None:
+            self.problems.append(Problem(path, "adapter", at + files.flaw))
+        own = self.scan.found.get(path)
+        if own is not None and os.path.relpath(files.folder, self.folder) != path:
+            text = f"{files.folder} is named, but {own.folder} holds an adapter too; remove one"
+            self.problems.append(Problem(path, "adapter", at + text))
+
+    def _home(self, named: str) -> str:
+        """Return the folder of an adapter that tree.yaml names."""
+        return os.path.normpath(os.path.join(self.folder, os.path.expanduser(named)))
+
+    # ------------------------------------------------------------------ an adapter in a folder
+    def add_folder(self, path: str, files: Files) -> None:
+        """Add the node that an adapter's folder is, or the problem that it is; pass over what is no node."""
+        if (path or ".") in self.claimed:
+            return
+        if path in self.entries and (self.entries[path].null or self.entries[path].named):
+            return  # tree.yaml says that this adapter is not the node's
+        if self._is_passed_over(path):
+            self.passed.append(path)
+            return
+        problem = self._misplaced(path, files)
+        if problem is not None:
+            self.problems.append(problem)
+        elif path not in self.entries:
+            for above in paths_above(path):
+                self.entries.setdefault(above, FolderNode())  # a group
+            self.entries[path] = FolderNode(files=files)
+
+    def _is_passed_over(self, path: str) -> bool:
+        """Tell whether this is a step of the run that left a node's adapter.
+
+        If ``french`` is a node, ``french/checkpoint-500`` is none. But a step that tree.yaml lists is a node like any
+        other, and the folders in it are not its steps.
+        """
+        run = step_of(path)
+        if run is None or any(on in self.entries for on in _steps_on(path)):
+            return False
+        if run in self.claimed:
+            return True
+        return run in self.entries and self.entries[run].files is not None
+
+    def _misplaced(self, path: str, files: Files) -> Problem | None:
+        """Say why the adapter in a folder can't be the node of that path; None if it can."""
+        if not path:
+            text = (
+                f"{files.folder}: an adapter in the top folder, "
+                "but the root of a tree is the bare base"
+            )
+            return Problem("", "folder", f"{text}: {_advice_at_top(self.scan, files.folder)}")
+        unlisted = [on for on in _steps_on(path) if on not in self.entries]
+        if unlisted:
+            name = unlisted[0].rpartition("/")[2]
+            text = f"{files.folder}: {name} looks like a step of a Trainer's run, not like a node"
+            todo = (
+                f"name the one you want in tree.yaml ({{adapter: {path}}}), "
+                "and move the others away"
+            )
+            return Problem(path, "folder", f"{text}; {todo}")
+        try:
+            check_path(path)
+        except PathError as error:
+            return Problem(path, "folder", f"{files.folder}: {error}")
+        if files.flaw is not None:
+            return Problem(path, "adapter", files.flaw)
+        return None
+
+    # ------------------------------------------------------------------ a link to a folder
+    def judge_link(self, path: str, target: str) -> None:
+        """Refuse a link to a folder, unless it belongs to a training run that is passed over."""
+        if path in self.claimed:
+            return
+        # A run may hold a link to its last step, and a step may hold links.
+        real_path = os.path.relpath(target, os.path.realpath(self.folder))
+        if self._is_passed_over(path) or self._is_passed_over(real_path):
+            return
+        text = (
+            f"{os.path.join(self.folder, path)}: a link to {target}; a tree's folders are its own"
+        )
+        todo = f"name it in tree.yaml ({{adapter: {target}}}), or move it away"
+        self.problems.append(Problem(path, "folder", f"{text}: {todo}"))
 
 
-def _home(named: str, folder: str) -> str:
-    """The folder of an adapter that tree.yaml names."""
-    return os.path.normpath(os.path.join(folder, os.path.expanduser(named)))
+def _steps_on(path: str) -> list[str]:
+    """Return the paths on the way to ``path``, itself included, that look like steps of a run."""
+    return [on for on in (*paths_above(path), path) if is_step(on)]
 
 
-def _outside(named: str, folder: str) -> str:
+def _leads_out(named: str, folder: str) -> str:
     return (
-        f"adapter: {named} leads out of {folder}, and outside=False allows only what lies in it\n  "
-        f"copy that adapter into the folder; or, where you trust this tree, open it with outside=True"
+        f"adapter: {named} leads out of {folder}, and outside=False allows only what lies in it\n"
+        "  copy that adapter into the folder; "
+        "or, where you trust this tree, open it with outside=True"
     )
 
 
-def _above(path: str) -> Iterator[str]:
-    names = path.split("/")[:-1]
-    return ("/".join(names[: i + 1]) for i in range(len(names)))
-
-
-def is_step(path: str) -> bool:
-    """Its folder looks like a step of a Trainer's run: it is a node only where tree.yaml lists it."""
-    return _CHECKPOINT.match(path.rpartition("/")[2]) is not None
-
-
-def step_of(path: str) -> str | None:
-    """Return the run that an adapter in a folder like ``run/checkpoint-500`` is a step of; None where it is none.
-
-    >>> step_of("fr/run/checkpoint-500"), step_of("checkpoint-500"), step_of("fr/run")
-    ('fr/run', None, None)
-    """
-    step = next((on for on in (*_above(path), path) if is_step(on)), "")
-    return step.rpartition("/")[0] or None
-
-
-def _of_a_run(path: str, entries: Mapping[str, Entry], claimed: set[str]) -> bool:
-    """A step of the run that left the adapter of a node: ``french`` is the node, and ``french/checkpoint-500`` is not.
-
-    A step that tree.yaml lists is a node like any other, and what lies in its folder is not its steps.
-    """
-    run = step_of(path)
-    if run is None or any(on in entries for on in (*_above(path), path) if is_step(on)):
-        return False
-    return run in claimed or (run in entries and entries[run].files is not None)
-
-
-def _misplaced(path: str, files: Files, scan: Scan, entries: Mapping[str, Entry]) -> Problem | None:
-    """Why the adapter in a folder can't be the node of that path; a step among ``entries`` is listed in tree.yaml."""
-    if not path:
-        text = (
-            f"{files.folder}: an adapter in the top folder, but the root of a tree is the bare base"
-        )
-        return Problem("", "folder", f"{text}: {_top(scan, files.folder)}")
-    step = next((on for on in (*_above(path), path) if is_step(on) and on not in entries), None)
-    if step is not None:
-        text = f"{files.folder}: {step.rpartition('/')[2]} looks like a step of a Trainer's run, not like a node"
-        todo = f"name the one you want in tree.yaml ({{adapter: {path}}}), and move the others away"
-        return Problem(path, "folder", f"{text}; {todo}")
-    try:
-        check_path(path)
-    except PathError as error:
-        return Problem(path, "folder", f"{files.folder}: {error}")
-    if files.flaw is not None:
-        return Problem(path, "adapter", files.flaw)
-    return None
-
-
-def _top(scan: Scan, folder: str) -> str:
-    """What a folder with an adapter of its own probably is, and what to do."""
+def _advice_at_top(scan: Scan, folder: str) -> str:
+    """Say what a folder with an adapter of its own probably is, and what to do."""
     part = tree_above(folder)
     if part is not None:
         return f"this is the node {part[1]} of the tree {part[0]}; open that tree"
     if any(is_step(path.split("/")[0]) for path in scan.found):
-        return "this looks like the output of a Trainer; open the folder above it, in which this run is a node"
+        return (
+            "this looks like the output of a Trainer; "
+            "open the folder above it, in which this run is a node"
+        )
     if len(scan.found) > 1:
         return (
-            "where this is a node of a tree, open the folder above it; where it is PEFT's save of several adapters, "
-            "whose 'default' lies in the top folder, copy its two files into a folder of their own below"
+            "where this is a node of a tree, open the folder above it; where it is PEFT's save of "
+            "several adapters, whose 'default' lies in the top folder, copy its two files into a "
+            "folder of their own below"
         )
-    return "this is one adapter: open it with Adapter.load, open the folder above it, or name it in a tree.yaml"
+    return (
+        "this is one adapter: open it with Adapter.load, open the folder above it, "
+        "or name it in a tree.yaml"
+    )
 
 
-def _twins(entries: dict[str, Entry], folder: str) -> Iterator[Problem]:
+def _twins(entries: Iterable[str], folder: str) -> Iterator[Problem]:
+    """Find paths that are one on a disk that does not tell case apart."""
     folded: dict[str, str] = {}
     for path in entries:
         twin = folded.setdefault(path.casefold(), path)
         if twin != path:
-            text = f"node {path} differs from {twin} only by case, which many disks can't hold; rename one of them"
+            text = (
+                f"node {path} differs from {twin} only by case, which many disks can't hold; "
+                "rename one of them"
+            )
             yield Problem(path, "folder", f"{folder}: {text}")

@@ -13,10 +13,11 @@ from .changes import Changes, stamps_of
 from .commit import writing
 from .decide import decide
 from .disk import Stamp
-from .memory import Seen, digest, recall, remember
-from .opening import Opened, inspect, place_of
+from .opening import Opened, inspect
 from .problem import raise_any
+from .seen import Seen, recall, remember, yaml_sha256
 from .source import FolderSource
+from .tree_place import place_of
 from .whole import make_all
 
 __all__ = ["save_tree"]
@@ -63,7 +64,7 @@ def _seen(opened: Opened, before: Seen, changes: Changes, written: Mapping[str, 
     for path, kept in changes.kept.items():
         if not kept.named:
             files[path] = stamps_of(path, kept, written), kept.content
-    yaml = digest(opened.yaml_bytes)
+    yaml = yaml_sha256(opened.yaml_bytes)
     for file in changes.files:
         if file.place == opened.place.yaml:
             yaml = file.sha256

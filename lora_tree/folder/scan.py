@@ -1,7 +1,7 @@
-"""Which folders below a tree's folder hold an adapter, and where its files are at the moment.
+"""Scan: which folders below a tree's folder hold an adapter, and where its files are at the moment.
 
-Nothing is read but names, sizes and times. Links between folders are not followed: a tree's folders are its own, and
-what lives elsewhere is named in tree.yaml.
+Only names, sizes and times are read. Links between folders are not followed: a tree's folders are its own, and adapters
+that lie elsewhere are named in tree.yaml.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 from ..errors import LoraTreeError
 from ..formats.peft import CONFIG, WEIGHTS
@@ -22,16 +23,24 @@ from .disk import Stamp
 from .pending import Pending, pending
 from .record import HIDDEN
 
-__all__ = ["FILES", "Files", "Scan", "look", "scan"]
+__all__ = ["FILES", "Files", "Scan", "find_files", "scan"]
 
 FILES = (CONFIG, WEIGHTS)
 _NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
 _MOST_FOLDERS = 1_000_000
 
+Found: TypeAlias = dict[str, tuple[str, Stamp]]
+"""The files of one adapter: name → its path at the moment, and its stamp."""
+
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one adapter: name → where it is now, and what can be seen of it."""
+    """The files of one adapter.
+
+    Args:
+        folder: where they belong.
+        now: name → its path at the moment, which may be in the stage of a save, and its stamp.
+    """
 
     folder: str
     now: Mapping[str, tuple[str, Stamp]]
@@ -43,82 +52,137 @@ class Files:
 
     @property
     def flaw(self) -> str | None:
-        """Why this is no whole adapter, and what to do; None where it is one."""
+        """Why this is no whole adapter, and what to do; None if it is one."""
         missing = [name for name in FILES if name not in self.now]
         if not missing:
             return None
         if WEIGHTS in missing and PICKLE in self.now:
-            return f"{self.folder}: {PICKLE} is a pickle, which can run code; load it in PEFT and save it as {WEIGHTS}"
+            return (
+                f"{self.folder}: {PICKLE} is a pickle, which can run code; "
+                f"load it in PEFT and save it as {WEIGHTS}"
+            )
         if len(missing) == 2:
             return f"{self.folder}: no adapter there: expected {CONFIG} and {WEIGHTS}"
         half = next(iter(self.now))
-        return f"{self.folder}: half an adapter: {half} without {missing[0]}; copy the other half, or move it away"
+        return (
+            f"{self.folder}: half an adapter: {half} without {missing[0]}; "
+            "copy the other half, or move it away"
+        )
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The findings below a folder: relative path → its adapter's files; folder links; and problems with their paths."""
+    """The findings below a folder; paths are relative to it.
+
+    Args:
+        found: path → the adapter's files there.
+        links: path of a link to a folder → the folder that it leads to.
+        wrong: (path, problem).
+    """
 
     found: dict[str, Files] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     wrong: list[tuple[str, str]] = field(default_factory=list)
 
 
-def look(folder: str, root: str | None = None) -> Files:
-    """The files of one adapter, through whatever a cut-off save of it, or of the tree in ``root``, left to be done.
+# ---------------------------------------------------------------------- one adapter
+def find_files(folder: str, root: str | None = None) -> Files:
+    """Find the files of one adapter, also those that a cut-off save has not carried to their places.
+
+    Args:
+        folder: where the files belong.
+        root: the folder of the tree that it is a part of; a save of that tree counts as well.
 
     Raises:
         SpecError: a commit record that can't be trusted.
     """
-    own, whole = pending(folder), pending(root) if root is not None else Pending()
-    above = os.path.relpath(folder, root) if whole and root is not None else ""
-
-    def places(name: str) -> Iterator[str]:
-        plain = os.path.join(folder, name)
-        place = own.resolve(folder, name) if own else plain
-        if whole and root is not None and place == plain:
-            place = whole.resolve(root, name if above == "." else f"{above}/{name}")
-        if place is not None and place != plain:
-            yield place
-        if place is not None:
-            yield plain  # a file that waits may be carried to its place between two looks at it
-
-    now: dict[str, tuple[str, Stamp]] = {}
-    for name in (*FILES, PICKLE):
-        if name == PICKLE and len(now) == len(FILES):
-            break  # asked only to explain what is missing
-        for at in places(name):
-            stamp = disk.stamp(at)
-            if stamp is not None and not leaves(at, root):
-                now[name] = at, stamp
-                break
+    saves = _Saves(folder, root)
+    now: Found = {}
+    for name in FILES:
+        found = saves.find(name)
+        if found is not None:
+            now[name] = found
+    if len(now) < len(FILES):
+        # A pickle counts for nothing. It is looked for only to explain what is missing.
+        pickle = saves.find(PICKLE)
+        if pickle is not None:
+            now[PICKLE] = pickle
     return Files(folder, now)
 
 
+class _Saves:
+    """The two saves that may have decided on files of one folder: of the adapter alone, and of its tree."""
+
+    def __init__(self, folder: str, root: str | None) -> None:
+        self._folder, self._root = folder, root
+        self._of_adapter = pending(folder)
+        self._of_tree = Pending() if root is None else pending(root)
+        self._path = ""
+        if root is not None and self._of_tree:
+            self._path = os.path.relpath(folder, root)
+
+    def find(self, name: str) -> tuple[str, Stamp] | None:
+        """Return where a file of the adapter is, and its stamp; None if it is nowhere."""
+        for at in self._candidates(name):
+            stamp = disk.stamp(at)
+            if stamp is not None and not leaves(at, self._root):
+                return at, stamp
+        return None
+
+    def _candidates(self, name: str) -> Iterator[str]:
+        """Yield the paths at which a file may be, the likelier one first."""
+        plain = os.path.join(self._folder, name)
+        place = self._of_adapter.resolve(self._folder, name) if self._of_adapter else plain
+        if self._root is not None and self._of_tree and place == plain:
+            own = name if self._path == "." else f"{self._path}/{name}"
+            place = self._of_tree.resolve(self._root, own)
+        if place is None:
+            return  # a save has decided to delete it
+        if place != plain:
+            yield place
+        # A file that waits in a stage may be carried to its place between two looks at it.
+        yield plain
+
+
+# ---------------------------------------------------------------------- all below a folder
 def scan(root: str, decided: Pending) -> Scan:
-    """Every adapter below ``root``, as it is once ``decided`` is carried out; the top folder's own is under ``""``."""
+    """Find every adapter below a folder.
+
+    Args:
+        root: the folder; an adapter in it itself has the path ``""``.
+        decided: a save of the tree that is not wholly carried out. The result is as if it were.
+    """
     result = Scan()
-    found: dict[str, dict[str, tuple[str, Stamp]]] = {}
+    found: dict[str, Found] = {}
     stack = [("", 0)]
     seen = 0
     while stack:
         above, depth = stack.pop()
         seen += 1
-        if depth > MAX_DEPTH or seen > _MOST_FOLDERS:
-            limit = (
-                f"deeper than {MAX_DEPTH} levels"
-                if depth > MAX_DEPTH
-                else f"more than {_MOST_FOLDERS} folders"
-            )
-            text = f"{os.path.join(root, above)}: {limit}; is this the folder of a tree?"
-            result.wrong.append((above if seen <= _MOST_FOLDERS else "", text))
-            if seen > _MOST_FOLDERS:
-                break
+        if seen > _MOST_FOLDERS:
+            _note_limit(result, root, above, "", f"more than {_MOST_FOLDERS} folders")
+            break
+        if depth > MAX_DEPTH:
+            _note_limit(result, root, above, above, f"deeper than {MAX_DEPTH} levels")
             continue
-        here, below = _one(root, above, result)
+        here, below = _look_into(root, above, result)
         if here:
             found[above] = here
         stack.extend((path, depth + 1) for path in below)
+    _carry_out_in_thought(found, decided)
+    for above in sorted(found, key=lambda path: path.split("/")):
+        if found[above]:
+            result.found[above] = Files(os.path.join(root, above) if above else root, found[above])
+    return result
+
+
+def _note_limit(result: Scan, root: str, above: str, node: str, limit: str) -> None:
+    text = f"{os.path.join(root, above)}: {limit}; is this the folder of a tree?"
+    result.wrong.append((node, text))
+
+
+def _carry_out_in_thought(found: dict[str, Found], decided: Pending) -> None:
+    """Let staged files stand for their places, and take files that are to be deleted away."""
     for place, staged in decided.staged.items():
         above, _, name = place.rpartition("/")
         stamp = disk.stamp(staged) if disk.exists(staged) else None
@@ -127,41 +191,30 @@ def scan(root: str, decided: Pending) -> Scan:
     for place in decided.deleted:
         above, _, name = place.rpartition("/")
         found.get(above, {}).pop(name, None)
-    for above in sorted(found, key=lambda path: path.split("/")):
-        if found[above]:
-            result.found[above] = Files(os.path.join(root, above) if above else root, found[above])
-    return result
 
 
-def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stamp]], list[str]]:
-    """Return the adapter files in one folder, and the folders below it.
-
-    A folder or file that another process removes after it was listed is absent, as if it had been removed before.
-    """
+def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
+    """Return the adapter files in one folder, and the folders below it."""
     folder = os.path.join(root, above) if above else root
-    here: dict[str, tuple[str, Stamp]] = {}
+    here: Found = {}
     below: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 path = f"{above}/{entry.name}" if above else entry.name
-                if entry.name.startswith("."):
-                    if entry.name == HIDDEN and above:
-                        here.update(_replaced(folder))
+                if entry.name == HIDDEN and above:
+                    here.update(_decided_alone(folder))
+                elif entry.name.startswith("."):
+                    continue
                 elif entry.is_dir(follow_symlinks=False):
                     below.append(path)
                 elif entry.is_symlink() and entry.is_dir():
                     result.links[path] = os.path.realpath(entry.path)
                 elif entry.name in _NAMES and entry.name not in here:
-                    if entry.is_symlink() and leaves(entry.path, root):
-                        text = f"{entry.path}: a link that leads out of {root}, to {os.path.realpath(entry.path)}"
-                        todo = "name that folder in tree.yaml, or copy the file here"
-                        result.wrong.append((above, f"{text}; {todo}"))
-                    elif entry.is_file():
-                        with suppress(FileNotFoundError):
-                            stat = entry.stat()
-                            here[entry.name] = entry.path, Stamp(stat.st_size, stat.st_mtime_ns)
+                    _look_at(entry, root, above, here, result)
     except OSError as error:
+        # A folder that another process removes after it was listed is absent, as if it had been
+        # removed before. The top folder itself has to be there.
         if above and isinstance(error, FileNotFoundError | NotADirectoryError):
             return {}, []
         result.wrong.append((above, f"{folder}: can't be read: {error.strerror or error}"))
@@ -170,6 +223,20 @@ def _one(root: str, above: str, result: Scan) -> tuple[dict[str, tuple[str, Stam
     return here, below
 
 
-def _replaced(folder: str) -> dict[str, tuple[str, Stamp]]:
-    """The files that a cut-off `Adapter.save` into this very folder has decided on."""
-    return {name: seen for name, seen in look(folder).now.items() if f"/{HIDDEN}/" in seen[0]}
+def _look_at(entry: os.DirEntry[str], root: str, above: str, here: Found, result: Scan) -> None:
+    """Note a file of an adapter, or that it is a link out of the tree's folder."""
+    if entry.is_symlink() and leaves(entry.path, root):
+        target = os.path.realpath(entry.path)
+        text = f"{entry.path}: a link that leads out of {root}, to {target}"
+        todo = "name that folder in tree.yaml, or copy the file here"
+        result.wrong.append((above, f"{text}; {todo}"))
+    elif entry.is_file():
+        with suppress(FileNotFoundError):  # removed since it was listed
+            stat = entry.stat()
+            here[entry.name] = entry.path, Stamp(stat.st_size, stat.st_mtime_ns)
+
+
+def _decided_alone(folder: str) -> Found:
+    """Return the files that a cut-off `Adapter.save` into this very folder has decided on."""
+    now = find_files(folder).now
+    return {name: found for name, found in now.items() if f"/{HIDDEN}/" in found[0]}

@@ -28,7 +28,7 @@ from . import disk
 from .bounds import homes, inside, lies_in
 from .disk import Stamp
 from .lockfile import content
-from .scan import FILES, Files, look
+from .scan import FILES, Files, find_files
 from .trained import Trained
 
 __all__ = ["Examined", "FolderSource", "adds_nothing", "broken_text", "examine", "hashed"]
@@ -76,10 +76,10 @@ class FolderSource:
         Raises:
             FormatError: they are gone, or not whole.
         """
-        files = look(self.folder, self.root)
+        files = find_files(self.folder, self.root)
         # A save that removes them may have been seen between two of its steps; the next look sees all of it.
         while files.flaw is not None:
-            again = look(self.folder, self.root)
+            again = find_files(self.folder, self.root)
             if again == files:
                 raise FormatError(files.flaw)
             files = again
@@ -89,7 +89,7 @@ class FolderSource:
 
     def gone(self) -> bool:
         """One of its files, or both, are not there any more."""
-        return look(self.folder, self.root).flaw is not None
+        return find_files(self.folder, self.root).flaw is not None
 
     def load(self, allocate: Allocate | None = None) -> Adapter:
         """Read and check the adapter; a new value at every call.
@@ -112,7 +112,7 @@ class FolderSource:
                 after = _identity(files)
             except (LoraTreeError, OSError) as error:
                 replaced = hashing is not None and self._replaced(files)
-                if look(self.folder, self.root) != files:
+                if find_files(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
                 if replaced:
                     raise _not_even_whole(self.folder, error) from error
@@ -157,7 +157,7 @@ class FolderSource:
             try:
                 return self._parse(files, outline=True)
             except LoraTreeError:
-                if look(self.folder, self.root) == files:
+                if find_files(self.folder, self.root) == files:
                     raise
         raise self._restless()
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from ..spec import TreeSpec
 from ..tree import AdapterTree
+from .bases import local_base
 from .changes import KeptAdapter
 from .disk import Stamp
-from .opening import Opened, local_base
-from .resolve import is_step, resolve
+from .opening import Opened
+from .resolve import resolve
 from .scan import FILES, Files, Scan
+from .training_steps import is_step
 
 __all__ = ["YamlNeeds"]
 

@@ -26,7 +26,7 @@ from ..node_names import MAX_DEPTH, check_path
 from ..spec import NodeSpec, TreeSpec, check_format
 from ..spec_errors import Loc, explain
 
-__all__ = ["Located", "dump", "json_schema", "parse", "read_spec"]
+__all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml"]
 
 _MOST_MISTAKES = 50  # that one error lists
 _MAX_NESTING = (
@@ -105,7 +105,7 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
         SpecError: not YAML, not plain data, or not what a tree.yaml may say; every mistake with line and column.
     """
     try:
-        found = parse(raw, file)
+        found = parse_yaml(raw, file)
     except SpecError:
         _check_newer(raw, file)  # a later format may well use what plain YAML has not
         raise
@@ -144,7 +144,7 @@ def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:
         stack.extend(reversed(below))
 
 
-def parse(raw: bytes, file: str) -> Located:
+def parse_yaml(raw: bytes, file: str) -> Located:
     """YAML as dicts, lists, strings, numbers, booleans and None.
 
     Raises:
@@ -283,13 +283,13 @@ def _contradictions(spec: TreeSpec) -> Iterator[tuple[Loc, str]]:
 
 
 # ---------------------------------------------------------------------- writing
-def dump(data: Mapping[str, Any]) -> bytes:
+def render_yaml(data: Mapping[str, Any]) -> bytes:
     """Plain data as YAML, in the given order of keys; the same data gives the same bytes.
 
     Raises:
         SpecError: a string that UTF-8 can't hold.
 
-    >>> print(dump({"version": 1, "tree": {"fr": {"weight": 0.5}, "no": {}}}).decode(), end="")
+    >>> print(render_yaml({"version": 1, "tree": {"fr": {"weight": 0.5}, "no": {}}}).decode(), end="")
     version: 1
     tree:
       fr:
