@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, BudgetError, PathError, SpecError, StateError
 from lora_tree.runs.checkpoint_factors import load_factors, save_factors
-from lora_tree.training.factors import Factors, path_of
+from lora_tree.training.factors import Factors
+from lora_tree.training.node_factors import path_of
 
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 INTO, HIDDEN, VOCABULARY = 8, 12, 10

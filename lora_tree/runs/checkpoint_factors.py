@@ -27,7 +27,7 @@ from ..lowrank import is_sharded
 from ..model import TreeModel
 from ..node_names import check_path
 from ..system.reading import is_file
-from ..training.factors import path_of
+from ..training.node_factors import path_of
 from ..training.sharded import full
 from ..tree import AdapterTree
 

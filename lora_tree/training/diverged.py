@@ -1,7 +1,10 @@
-"""Training that leaves the finite numbers: noticed at the step where it happens, before anything of it is saved.
+"""Training that leaves the finite numbers: refused at the step where it happens.
 
-A learning rate that is too large, or a row that overflows, makes factors or losses NaN or infinite. What comes after is
-NaN as well, so a run has nothing to go on to. It stops, and its nodes become what they were when it began.
+Nothing of such a step is saved.
+
+A learning rate that is too large, or a row that overflows, makes factors or losses NaN or infinite.
+Every later step is NaN as well, so a run has nothing to go on with. It stops, and its nodes become
+what they were when it began.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from ..errors import DivergedError, listing
 from ..lowrank import is_sharded
 from .factors import Factors
 from .losses import ranks
+from .sharded import local_part
 
 __all__ = ["BASE_LABEL", "Start", "check_finite_step"]
 
 BASE_LABEL = "(base)"
-"""The name of the bare base in logs and tables. No node can have it: a path holds no parentheses."""
+"""The name of the bare base in logs and tables.
+
+No node can have it: a path holds no parentheses.
+"""
 
 
 class Start:
@@ -33,13 +40,15 @@ class Start:
     """
 
     def __init__(self, factors: Factors) -> None:
-        trained = [p for p in factors.parameters() if p.requires_grad]
-        self._kept: list[tuple[nn.Parameter, Tensor]] = [(p, _copy(p)) for p in trained]
+        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter in factors.parameters():
+            if parameter.requires_grad:
+                self._copies.append((parameter, _copy(parameter)))
 
     def restore(self) -> None:
-        """Put them back, and drop the gradients."""
+        """Put the copies back into the parameters, and drop the gradients."""
         with torch.no_grad():
-            for parameter, before in self._kept:
+            for parameter, before in self._copies:
                 parameter.copy_(before)
                 parameter.grad = None
 
@@ -47,7 +56,9 @@ class Start:
 def check_finite_step(
     factors: Factors, losses: Mapping[str, float] | Mapping[str, Tensor], *, step: int
 ) -> None:
-    """Raise where a step made factors or losses that are not finite; the device is waited for once.
+    """Raise if a step made factors or losses that are not finite.
+
+    The host waits for the device once.
 
     Args:
         factors: of the model. With several ranks every one of them has to call this.
@@ -58,46 +69,54 @@ def check_finite_step(
         DivergedError: names the nodes, the step and the losses.
     """
     nodes = factors.training_paths
-    norms = [
-        nn.utils.get_total_norm([_here(p) for p in factors.of(node)], math.inf) for node in nodes
-    ]
+    norms = [_largest(factors.of(node)) for node in nodes]
     device = norms[0].device if norms else torch.device("cpu")
-    found = [
-        torch.as_tensor(x).detach().to(device, torch.float64) for x in (*norms, *losses.values())
-    ]
-    numbers = torch.stack(found).tolist() if found else []
-    told = dict(zip(losses, numbers[len(nodes) :], strict=True))
-    broken = [not math.isfinite(x) for x in numbers[: len(nodes)]]
-    lost = any(not math.isfinite(x) for x in told.values())
-    if ranks() > 1:  # one rank's loss stops all of them
-        flags = torch.tensor([*broken, lost], dtype=torch.int64, device=device)
+    # One tensor of all numbers, so that they come from the device in one transfer.
+    numbers: list[float] = []
+    if norms or losses:
+        each = [torch.as_tensor(number).detach() for number in (*norms, *losses.values())]
+        numbers = torch.stack([number.to(device, torch.float64) for number in each]).tolist()
+    losses_now = dict(zip(losses, numbers[len(nodes) :], strict=True))
+    is_broken = [not math.isfinite(norm) for norm in numbers[: len(nodes)]]
+    is_lost = any(not math.isfinite(loss) for loss in losses_now.values())
+    if ranks() > 1:
+        # One rank's loss stops all of them; a rank that went on alone would wait for the others
+        # forever.
+        flags = torch.tensor([*is_broken, is_lost], dtype=torch.int64, device=device)
         dist.all_reduce(flags)
-        *broken, lost = (bool(flag) for flag in flags.tolist())
-    if lost or any(broken):
-        _refuse(
-            [node for node, is_broken in zip(nodes, broken, strict=True) if is_broken], told, step
-        )
+        *is_broken, is_lost = (bool(flag) for flag in flags.tolist())
+    broken = [node for node, bad in zip(nodes, is_broken, strict=True) if bad]
+    if broken or is_lost:
+        _refuse(broken, losses_now, step)
 
 
 def _refuse(broken: list[str], losses: Mapping[str, float], step: int) -> NoReturn:
-    """Say what diverged: the nodes whose factors did, or else the paths whose losses did."""
+    """Raise for a step that diverged: name the nodes whose factors did, or the paths."""
     lost = [path for path, loss in losses.items() if not math.isfinite(loss)]
     where = listing(path or BASE_LABEL for path in broken or lost) or "another rank"
     what = "the factors are" if broken else "the loss is"
-    said = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
+    told = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
     raise DivergedError(
-        f"{where}: step {step}: {what} not finite; losses of this step: {said or 'none on this rank'}",
+        f"{where}: step {step}: {what} not finite; "
+        f"losses of this step: {told or 'none on this rank'}",
         "nothing of it was saved, and what trained is again what it was when the run began",
-        "train with a smaller learning rate or clip norm; its checkpoints of the steps before are good",
+        "train with a smaller learning rate or clip norm; "
+        "its checkpoints of the steps before are good",
     )
 
 
-def _here(parameter: Tensor) -> Tensor:
-    """The part of a factor that this rank holds; one number where that is nothing, since nothing has no norm."""
-    local: Tensor = parameter.to_local() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
-    local = local.detach()
-    return local if local.numel() else local.new_zeros(1)
+def _largest(parameters: list[nn.Parameter]) -> Tensor:
+    """Return max |x| over this rank's parts of some parameters, (); NaN if there is one."""
+    parts = []
+    for parameter in parameters:
+        part = local_part(parameter).detach()
+        # A rank may hold nothing of a small factor, and torch has no norm of nothing.
+        parts.append(part if part.numel() else part.new_zeros(1))
+    return nn.utils.get_total_norm(parts, math.inf)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone() if is_sharded(tensor) else tensor.detach().to("cpu", copy=True)
+    # A sharded tensor stays where it is: its copy has to be sharded in the same way.
+    if is_sharded(tensor):
+        return tensor.detach().clone()
+    return tensor.detach().to("cpu", copy=True)

@@ -1,13 +1,17 @@
-"""Every trained factor in every rank's backward, also where no row of that rank goes through its node.
+"""Put every factor that trains into every rank's backward.
+
+A rank may have no row that goes through a factor's node.
 
     outputs of the forward ─→ the same outputs ─→ loss
     factors that train     ─↗                        backward: zeros for the factors
 
-Data parallelism waits for a gradient of every parameter on every rank, and sharding adds them up by position: a node
-with rows on one rank only would stop or break both. A batch of bare rows, whose loss needs no gradient, works too.
+Data parallelism waits for a gradient of every parameter on every rank, and sharding adds them up by
+position. A node with rows on one rank only would stop the one and break the other. A batch of bare
+rows, whose loss has no gradient, works too.
 
-Sharded layers are gathered again for their backward, by all ranks at once. So each of them has to be in every rank's
-backward as well, also where nothing below it trains for that rank's rows (`every_layer`).
+Sharded layers are gathered again for their backward, by all ranks at once. So `every_layer` puts
+each of them into every rank's backward as well, even if nothing below it trains for that rank's
+rows.
 """
 
 from __future__ import annotations
@@ -25,56 +29,67 @@ __all__ = ["every_layer", "joined"]
 
 
 def joined(out: Any, parameters: Sequence[Tensor]) -> Any:
-    """``out`` with every floating tensor in it depending on all of ``parameters``, which get zeros for gradients."""
+    """Return ``out`` with every floating tensor in it depending on all of ``parameters``.
+
+    The parameters get zeros for gradients.
+
+    Args:
+        out: what a model returned: a tensor, or tensors in tuples, lists, dictionaries and
+            registered classes.
+        parameters: of this rank; none leaves ``out`` as it is.
+    """
     leaves, shape = pytree.tree_flatten(out)
-    places = [
-        i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+    places = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
     if not places or not parameters:
         return out
-    tied = _Tie.apply(len(places), *(leaves[i] for i in places), *parameters)  # type: ignore[no-untyped-call]
+    outs = [leaves[i] for i in places]
+    tied = _Tie.apply(len(outs), *outs, *parameters)  # type: ignore[no-untyped-call]
     for i, leaf in zip(places, tied, strict=True):
         leaves[i] = leaf
     return pytree.tree_unflatten(leaves, shape)
 
 
 def every_layer(base: nn.Module) -> list[RemovableHandle]:
-    """Hooks that put each module of ``base`` that FSDP2 shards by itself into every recorded forward's backward."""
+    """Put each module that FSDP2 shards by itself into the backward of every recorded forward.
+
+    Returns:
+        the handles of the hooks that do it.
+    """
 
     def after(module: nn.Module, args: Any, out: Any) -> Any:
-        tensors = [
-            t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()
-        ]
+        tensors = [leaf for leaf in pytree.tree_leaves(out) if _is_floating(leaf)]
         if not tensors or not torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
             return out
-        return joined(
-            out,
-            [torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device, requires_grad=True)],
-        )
+        leaf = tensors[0].new_zeros((), requires_grad=True)
+        return joined(out, [leaf])
 
-    sharded = [
-        m
-        for m in base.modules()
-        if hasattr(m, "reshard") and hasattr(m, "set_requires_gradient_sync")
-    ]
-    return [
-        m.register_forward_hook(after, prepend=True) for m in sharded
-    ]  # before FSDP's own, which looks at ``out``
+    handles = []
+    for module in base.modules():
+        if hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync"):
+            # Before FSDP's own hook, which looks at the output for tensors that require a gradient.
+            handles.append(module.register_forward_hook(after, prepend=True))
+    return handles
+
+
+def _is_floating(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 class _Tie(torch.autograd.Function):
+    """Identity on outputs, with parameters as further inputs that get zeros."""
+
     @staticmethod
     def forward(ctx: Any, outs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # An output that the loss does not use passes None on, not zeros of its size.
         ctx.set_materialize_grads(False)
         ctx.outs, ctx.parameters = outs, [(t.shape, t.dtype, t.device) for t in tensors[outs:]]
-        return tuple(
-            t.detach() for t in tensors[:outs]
-        )  # the same memory, and no view for FSDP to warn of
+        # `detach` shares the memory, and makes no view: FSDP warns of views.
+        return tuple(t.detach() for t in tensors[:outs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        zeros = (
-            torch.zeros((), dtype=dtype, device=device).expand(shape)
-            for shape, dtype, device in ctx.parameters
-        )
+        zeros = []
+        for shape, dtype, device in ctx.parameters:
+            # Expanded from one number: zeros of the factors' size would take their memory again.
+            zeros.append(torch.zeros((), dtype=dtype, device=device).expand(shape))
         return (None, *grads, *zeros)

@@ -1,7 +1,7 @@
 """Training several levels of a tree at once: what the loss is a mean over, and how factors decay.
 
     all              decay 0        every row of the tree trains it
-    ├── fr           decay 0.8 %    its factors shrink by so much a step, at the full learning rate
+    ├── fr           decay 0.8 %    its factors shrink by that in a step, at the full learning rate
     │   └── legal    decay 2.4 %    few rows train it: what they do not keep up falls back on its parent
 
 Two things let a tree do at least as well as one adapter that all rows train:
@@ -81,7 +81,8 @@ def weight_decays(
         nodes: what trains.
         rates: node → its full learning rate.
         by_depth: the decay at depth 0, 1, …, the last one also below. None: as the tree's
-            defaults say; if they say nothing, `SHRINKAGE` over several levels, and no decay over one.
+            defaults say; if they say nothing, `SHRINKAGE` over several levels, and no decay over
+            one.
         of_node: node → its own decay, which comes first.
 
     >>> tree = AdapterTree(); _ = tree.add("fr"); _ = tree.add("fr/legal")

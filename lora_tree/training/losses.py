@@ -5,13 +5,16 @@
 
 tokens_p counts over every micro-batch and every rank of one step of the optimiser.
 
-Over paths, each path learns in company what it would learn alone, however many rows the others have. Over rows, every
-token weighs alike: that is what several levels want that train at once, since the nodes that paths share then get
+Over paths, each path learns in company what it would learn alone, however many rows the others
+have. Over rows, every
+token weighs alike: that is what several levels want that train at once, since the nodes that paths
+    share then get
 gradients of the size that a single adapter would get (`levels.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -36,11 +39,12 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class PathLoss:
-    """What `path_loss` returns.
+    """The result of `path_loss`.
 
     Args:
-        total: () what to call ``backward`` on.
-        by_path: path → () its part before weights, detached: of the mean over its tokens, what this batch adds.
+        total: (), the loss to call ``backward`` on.
+        by_path: path → (), detached: this batch's part of the mean over the path's tokens, before
+            weights.
     """
 
     total: Tensor
@@ -57,35 +61,41 @@ def path_loss(
     over: Literal["paths", "rows"] = "paths",
     shift: bool = True,
 ) -> PathLoss:
-    """Return the cross-entropy as the sum over paths of each one's mean, or as the mean over all tokens.
+    """Return the cross-entropy: the sum over paths of each one's mean, or the mean over all tokens.
 
     Args:
-        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider where they are.
+        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider
+            where they are.
         labels: (rows, tokens), int64; −100 where nothing is learnt.
-        paths: one path or blend a row, as given to `TreeModel.route`; losses know each by its one spelling.
-        counts: path → tokens that are learnt in the whole step, over micro-batches and ranks: `token_counts`. None:
-            this batch is the whole step.
+        paths: one path or blend a row, as given to `TreeModel.route`; losses know each by its one
+            spelling.
+        counts: path → tokens that are learnt in the whole step, over micro-batches and ranks:
+            `token_counts`. None: this batch is the whole step.
         weights: path → its weight in the sum; 1 where it is not named.
-        over: "paths": the sum over paths of the mean over each path's own tokens. "rows": the mean over all tokens.
+        over: "paths": the sum over paths of the mean over each path's own tokens. "rows": the mean
+            over all tokens.
         shift: the logits at a token are for the next one, as causal models' are.
 
     Raises:
-        SpecError: the rows are not as many as the paths, a path has no count or is weighed but not there, or ``over``
-            is another word.
+        SpecError: the rows are not as many as the paths, a path has no count or is weighed but not
+            there, or ``over`` is another word.
         StateError: several ranks train and ``counts`` was not given.
 
     >>> labels = torch.tensor([[0, 1], [0, 1], [0, -100]])
     >>> loss = path_loss(torch.zeros(3, 2, 4), labels, ["fr", "fr", "de"])
-    >>> round(loss.total.item(), 4), {path: round(part.item(), 4) for path, part in loss.by_path.items()}
-    (1.3863, {'fr': 1.3863, 'de': 0.0})
+    >>> parts = [(path, round(part.item(), 4)) for path, part in loss.by_path.items()]
+    >>> round(loss.total.item(), 4), parts
+    (1.3863, [('fr', 1.3863), ('de', 0.0)])
     """
     if over not in ("paths", "rows"):
         raise SpecError(f"over must be paths or rows, got {over!r}")
     names = [spelled(path) for path in paths]
     if len(names) != len(logits) or logits.shape[:2] != labels.shape:
         raise SpecError(
-            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths do not fit together",
-            "labels are (rows, tokens), logits (rows, tokens, vocabulary), and every row has one path",
+            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths "
+            "do not fit together",
+            "labels are (rows, tokens), logits (rows, tokens, vocabulary), "
+            "and every row has one path",
         )
     if counts is None and ranks() > 1:
         raise StateError(
@@ -94,6 +104,7 @@ def path_loss(
     counts = None if counts is None else _by_spelling(counts, "counts")
     weights = _by_spelling(weights or {}, "weights")
     _known_paths(names, dict.fromkeys(names, 0) if counts is None else counts, weights)
+    # From here on nothing is read back from the device: a step must not wait for its loss.
     sums, tokens = row_losses(logits, labels, shift=shift)
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -106,20 +117,20 @@ def path_loss(
     taken = means if over == "paths" else sums / _all_tokens(tokens, counts)
     weigh = _like(means, [weights.get(name, 1.0) for name in names])
     # The rows of each path side by side: one list of indices goes to the device for all of them.
-    in_order = [row for rows in places.values() for row in rows]
+    in_order = list(itertools.chain.from_iterable(places.values()))
     parts = means.detach().index_select(0, _like(tokens, in_order))
     each = torch.split(parts, [len(rows) for rows in places.values()])
     by_path = {name: part.sum() for name, part in zip(places, each, strict=True)}
-    return PathLoss(
-        (taken * weigh).sum() * ranks(), by_path
-    )  # data parallelism takes the mean over ranks
+    # Data parallelism takes the mean over ranks, and this is a sum over them.
+    return PathLoss((taken * weigh).sum() * ranks(), by_path)
 
 
 def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
-    """What each row loses over all its tokens, and how many those are.
+    """Return each row's loss, summed over its tokens, and the number of these tokens.
 
     Args:
-        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider where they are.
+        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider
+            where they are.
         labels: (rows, tokens), int64; −100 where nothing is learnt.
         shift: the logits at a token are for the next one.
 
@@ -132,6 +143,7 @@ def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[T
     """
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
+    # In fp32 at least: a sum over a vocabulary in bf16 keeps two digits.
     flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     each = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
     return each.view(labels.shape).sum(1), labels.ne(IGNORED).sum(1)
@@ -140,24 +152,30 @@ def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[T
 def token_counts(
     tree: AdapterTree, batches: Iterable[tuple[Tensor, Sequence[Blend]]], *, shift: bool = True
 ) -> dict[str, int]:
-    """Path → the tokens that one step of the optimiser learns on it, over its micro-batches and over all ranks.
+    """Return path → the tokens that one step of the optimiser learns on it.
 
-    Every rank of a distributed run has to call it, with micro-batches of its own.
+    They are counted over the step's micro-batches and over all ranks. Every rank of a distributed
+    run has to call it, with micro-batches of its own.
 
     Args:
         tree: whose paths they are.
-        batches: (labels, paths) of every micro-batch of the step; labels (rows, tokens), paths one a row.
+        batches: (labels, paths) of every micro-batch of the step; labels (rows, tokens), paths one
+            a row.
         shift: as in `path_loss`: the first token of a row is not learnt.
 
     Raises:
-        SpecError: a batch has not as many paths as rows; or ranks train blends, which have no common order.
+        SpecError: a batch has not as many paths as rows; or ranks train blends, which have no
+            common order.
 
     >>> tree = AdapterTree(); _ = tree.add("fr")
-    >>> token_counts(tree, [(torch.tensor([[0, 1, 2]]), ["fr"]), (torch.tensor([[0, 1, -100]]), ["fr"])])
+    >>> batches = [torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, -100]])]
+    >>> token_counts(tree, [(labels, ["fr"]) for labels in batches])
     {'fr': 3}
     """
-    named = [(labels, [spelled(path) for path in paths]) for labels, paths in batches]
-    for labels, names in named:
+    named: list[tuple[Tensor, list[str]]] = []
+    for labels, paths in batches:
+        names = [spelled(path) for path in paths]
+        named.append((labels, names))
         if len(labels) != len(names):
             raise SpecError(
                 f"labels of {len(labels)} rows, and {len(names)} paths",
@@ -166,6 +184,7 @@ def token_counts(
     mine = _counted(named, shift)
     if ranks() == 1:
         return mine
+    # The ranks add up by position, so the order has to be one that all of them know: the tree's.
     order = ["", *tree.paths()]
     strange = [name for name in mine if name not in order]
     if strange:
@@ -175,20 +194,19 @@ def token_counts(
     device = named[0][0].device if named else torch.device("cpu")
     total = torch.tensor([mine.get(path, 0) for path in order], dtype=torch.int64, device=device)
     dist.all_reduce(total)
-    return {
-        path: count
-        for path, count in zip(order, total.tolist(), strict=True)
-        if count or path in mine
-    }
+    counts = dict(zip(order, total.tolist(), strict=True))
+    return {path: count for path, count in counts.items() if count or path in mine}
 
 
 def ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return how many processes train together; 1 outside of a distributed run."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def _shares(names: Sequence[str], places: Mapping[str, Sequence[int]], tokens: Tensor) -> Tensor:
-    """(rows,) float64: one over the tokens of the row's path, counted where the labels are."""
+    """Return (rows,) float64: one over the tokens of the row's path, counted on the device."""
     order = {name: place for place, name in enumerate(places)}
     which = _like(tokens, [order[name] for name in names])
     of_path = tokens.new_zeros(len(order)).index_add(0, which, tokens)
@@ -201,7 +219,7 @@ def _all_tokens(tokens: Tensor, counts: Mapping[str, int] | None) -> Tensor | in
 
 
 def _like(tensor: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Some numbers where ``tensor`` is and in its dtype; the host does not wait for them."""
+    """Upload numbers to the device and in the dtype of ``tensor``; the host does not wait."""
     made = torch.tensor(numbers, dtype=tensor.dtype, device="cpu")
     return uploaded(made, tensor.device)
 
@@ -216,7 +234,7 @@ def _counted(batches: Iterable[tuple[Tensor, Sequence[str]]], shift: bool) -> di
 
 
 def _by_spelling(numbers: Mapping[str, T], what: str) -> dict[str, T]:
-    """The same, with every path or blend in its one spelling.
+    """Return the numbers with every path or blend in its one spelling.
 
     Raises:
         SpecError: two of them are the same blend.
@@ -235,6 +253,11 @@ def _by_spelling(numbers: Mapping[str, T], what: str) -> dict[str, T]:
 def _known_paths(
     names: Iterable[str], counts: Mapping[str, int], weights: Mapping[str, float]
 ) -> None:
+    """Refuse rows without a count, and weights that are all of other paths.
+
+    Raises:
+        SpecError: names the path.
+    """
     uncounted = [name for name in names if name not in counts]
     if uncounted:
         raise SpecError(
@@ -243,5 +266,6 @@ def _known_paths(
         )
     if counts and weights and not set(weights) & set(counts):
         raise SpecError(
-            f"weights name {next(iter(weights))!r}, which is no path of this step, nor is another of them"
+            f"weights name {next(iter(weights))!r}, which is no path of this step, "
+            "nor is another of them"
         )

@@ -1,11 +1,12 @@
-"""Which rows come next: a path first, with a temperature, then its next row.
+"""Draw the next row: first a path, with a temperature, then the path's next row.
 
     p(path) ∝ rows(path) ** (1 / temperature)        1: as the rows are; ∞: every path alike
 
-A path's rows come in an order drawn anew whenever they are through, so none comes twice before all have come once.
-Temperature sampling as in multilingual pre-training: Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019 §4.
+A path's rows come in a random order, which is drawn anew when all of them have come: none comes
+twice before that. Temperature sampling as in multilingual pre-training: Arivazhagan et al. 2019,
+https://arxiv.org/abs/1907.05019 §4.
 
-Law: what an epoch brings is a function of the paths, the seed and the epoch.
+Law: the rows of an epoch are a function of the paths, the seed and the epoch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ __all__ = ["PathSampler"]
 
 
 class PathSampler(Sampler[int]):
-    """Indices of rows, path by path; for a ``DataLoader``'s ``sampler``.
+    """Yields indices of rows, path by path; for a ``DataLoader``'s ``sampler``.
 
     Args:
         paths: the path of every row.
-        temperature: from 0 (excluded) to ``math.inf``.
-        seed: with the epoch it decides everything.
+        temperature: more than 0, up to ``math.inf``.
+        seed: of the draws; with the epoch it decides every one of them.
         length: indices in an epoch; None: as many as rows.
 
     Raises:
@@ -61,24 +62,25 @@ class PathSampler(Sampler[int]):
         self._rows: dict[str, list[int]] = {}
         for row, path in enumerate(paths):
             self._rows.setdefault(path, []).append(row)
+        # Shares of the largest: a power of the counts themselves overflows at a low temperature.
         most = max(map(len, self._rows.values()))
         shares = [math.pow(len(rows) / most, 1 / temperature) for rows in self._rows.values()]
         self._shares = torch.tensor(shares, dtype=torch.float64, device="cpu")
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch comes next; data loaders call it."""
+        """Set the epoch that comes next; data loaders call this."""
         self._epoch = epoch
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
+        # A generator of its own: the rows must not depend on what else draws random numbers.
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         rows = list(self._rows.values())
-        left: list[list[int]] = [[] for _ in rows]
-        for which in torch.multinomial(
-            self._shares, self._length, replacement=True, generator=generator
-        ).tolist():
+        left: list[list[int]] = [[] for _ in rows]  # of each path, the rows still to come
+        drawn = torch.multinomial(self._shares, self._length, replacement=True, generator=generator)
+        for which in drawn.tolist():
             if not left[which]:
                 order = torch.randperm(len(rows[which]), generator=generator, device="cpu")
                 left[which] = [rows[which][i] for i in order.tolist()]

@@ -1,4 +1,4 @@
-"""Training over one base: the factors as parameters, the flags of the base, and the optimisers that are followed.
+"""Training over one base now: its factors, the flags of the base, the optimisers it follows.
 
     train(paths)    check everything; then the nodes' factors become parameters, the rest is frozen
     follow(opt)     each node is stepped as by an optimiser over it alone (steps.py)
@@ -67,9 +67,10 @@ class Training:
         self._handed = handed
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
         self._steps = weakref.WeakKeyDictionary()
+        # The base's `requires_grad` flags before the first call of `train`, for `close`. A second
+        # call must not take its own flags for the base's.
         self._flags: list[tuple[nn.Parameter, bool]] | None = None
-        """The flags of the base's parameters, before anything trained."""
-        self._layers: list[RemovableHandle] = []
+        self._layers: list[RemovableHandle] = []  # hooks of `every_layer`
 
     def train(
         self,
@@ -86,14 +87,15 @@ class Training:
 
         Raises:
             SpecError: ``dropout`` or ``dtype`` makes no sense.
-            StateError: a node is merged into the weights, or has no adapter; or the factors are sharded, and others
-                train, or in another dtype.
+            StateError: a node is merged into the weights, or has no adapter; or the factors are
+                sharded, and others train, or in another dtype.
         """
         _check_dropout(dropout)
         check_dtype(dtype)
         if dtype is not None and dtype.itemsize == 1:
             raise SpecError(f"dtype: factors can't train in {dtype}", "dtype=torch.float32")
         self._check_unmerged(chosen)
+        # A parameter that is made under inference_mode could never train.
         with torch.inference_mode(False):
             bound = self._bound(chosen, dtype, within)
             with self._as_before_on_failure():
@@ -105,6 +107,7 @@ class Training:
                     self._flags = _flags_of(self._base)
                 self._base.requires_grad_(False)
                 self._factors.train_only(chosen)
+                # Last: side paths are laid out from the factors and the flags as they are now.
                 self._renew()
         return [{"name": path, "params": self._factors.of(path)} for path in chosen]
 
@@ -119,6 +122,7 @@ class Training:
             raise StateError(
                 "a prepared model can't train", "attach again, and train before prepare()"
             )
+        # The new one is made before the old one goes: if its groups are refused, the old one stays.
         before = self._steps.get(optimizer)
         steps = NodeSteps(optimizer, self._factors, self._stage.beside.reached)
         if before is not None:
@@ -130,7 +134,7 @@ class Training:
         self._stage.beside.reached.clear()
 
     def renew_if_moved(self) -> None:
-        """Lay out anew where other parameters stand in the factors' places: FSDP2 swaps them around a forward."""
+        """Lay out side paths anew if FSDP2 has swapped the parameters that they were made from."""
         if self._factors.moved:
             self._renew()
 
@@ -147,6 +151,8 @@ class Training:
             adapter = self._tree.adapter(path) if path in self._tree else None
             if adapter is not None:
                 parts[path] = adapter
+        # All of them before the first is put into the tree: every rank has to gather each factor,
+        # also if another rank fails in between.
         full = {path: whole(adapter) for path, adapter in parts.items()}
         try:
             for path, adapter in full.items():
@@ -157,7 +163,7 @@ class Training:
                 self._tree.replace(self._tree[path].with_loaded(adapter))
 
     def close(self) -> None:
-        """Give the base its flags back, and take every hook out."""
+        """Give the base its flags back, and take every hook out; a second call is a no-op."""
         for parameter, flag in self._flags or ():
             parameter.requires_grad_(flag)
         self._handed.look(False)
@@ -169,9 +175,9 @@ class Training:
         merged = next((path for path in chosen if path in in_weights), None)
         if merged is None:
             return
-        later = (
-            "" if merged in self._stage.current.adapters else ", or will be when a `with` is left,"
-        )
+        later = ""
+        if merged not in self._stage.current.adapters:
+            later = ", or will be when a `with` is left,"
         raise StateError(
             f"{merged} is merged into the weights{later} and can't train",
             'activate(…, mode="unmerged") first',
@@ -182,7 +188,8 @@ class Training:
     ) -> dict[str, Adapter]:
         """Return the adapters of some nodes, each found to fit the base and free to train.
 
-        Fresh nodes are made here, and the tree gets the parts of sharded factors that this rank has: both would be
+        Fresh nodes are made here, and the tree gets the parts of sharded factors that this rank
+            has: both would be
         done again by the next call, so nothing has to be undone.
         """
         settle_fresh(self._tree, self._base, paths)
@@ -209,6 +216,7 @@ class Training:
 
     @contextlib.contextmanager
     def _as_before_on_failure(self) -> Iterator[None]:
+        """Put everything that trains back as it was, if the block fails."""
         before = _TrainingSnapshot(
             nodes=[self._tree[path] for path in self._tree.paths()],
             factors=dict(self._factors.items()),
@@ -224,6 +232,7 @@ class Training:
             raise
 
     def _put_back(self, before: _TrainingSnapshot) -> None:
+        # The tree first, and then the factors: their law is that both hold the same parameters.
         for node in before.nodes:
             if self._tree[node.path] is not node:
                 self._tree.replace(node)
@@ -236,10 +245,12 @@ class Training:
         self._sharded_together(self._factors.sharded)
 
     def _renew(self) -> None:
+        # A merged path has no factor that trains, and a bare base has no path.
         if self._stage.current.state in (State.UNMERGED, State.ROUTED):
             self._stage.renew()
 
     def _sharded_together(self, wanted: bool) -> None:
+        """Put the hooks of `every_layer` on the base, or take them off."""
         while self._layers:
             self._layers.pop().remove()
         if wanted:

@@ -1,4 +1,7 @@
-"""Tensors of which every rank of a run holds a part, as FSDP2 leaves them; to read one, all ranks have to meet."""
+"""Tensors of which every rank of a run holds a part, as FSDP2 leaves them.
+
+To read such a tensor all ranks have to meet: a rank that calls these functions alone waits forever.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,39 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..lowrank import LowRank, is_sharded
 
-__all__ = ["full", "whole"]
+__all__ = ["full", "local_part", "whole"]
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of it; where it is sharded, every rank has to call this."""
-    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    """Return all of a tensor; if it is sharded, every rank has to call this."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, which may be empty; no other rank is asked."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
 def whole(adapter: Adapter) -> Adapter:
-    """The adapter with every factor whole; where they are sharded, every rank has to call this."""
+    """Return the adapter with whole factors; if they are sharded, every rank has to call this."""
+    if not any(value.is_sharded for value in adapter.modules.values()):
+        return adapter
 
     def one(tensor: Tensor) -> Tensor:
         if not is_sharded(tensor):
             return tensor
-        return nn.Parameter(
-            full(tensor).detach(), requires_grad=False
-        )  # a parameter: a save writes what trained since
+        # A parameter, since a save writes the factors that are parameters: they trained since they
+        # were read.
+        return nn.Parameter(full(tensor).detach(), requires_grad=False)
 
-    def all_of(value: LowRank) -> LowRank:
-        return replace(
-            value,
-            A=one(value.A),
-            B=one(value.B),
-            bias=None if value.bias is None else one(value.bias),
-        )
+    def gathered(value: LowRank) -> LowRank:
+        bias = None if value.bias is None else one(value.bias)
+        return replace(value, A=one(value.A), B=one(value.B), bias=bias)
 
-    return (
-        adapter.map(all_of)
-        if any(value.is_sharded for value in adapter.modules.values())
-        else adapter
-    )
+    return adapter.map(gathered)

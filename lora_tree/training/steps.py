@@ -1,13 +1,16 @@
-"""A step of an optimiser, node by node: what had no rows is not moved, and gradients are clipped for each on its own.
+"""A step of an optimiser, node by node: a node without rows does not move, each is clipped alone.
 
     has a gradient come back through a side path of the node since its last step, on any rank?
 
-    no      its gradients, zeros at most, are dropped before the step: no momentum, no decay, no count of a step
-    yes     they are clipped to its group's own ``clip_norm``, where it has one
+    no      its gradients, zeros at most, are dropped before the step:
+            no momentum, no decay, no step counted
+    yes     they are clipped to its group's own ``clip_norm``, if it has one
 
-Law: an optimiser over many nodes does to each what one over that node alone would do. A missing gradient would not
-decide it: `zero_grad(set_to_none=False)` and data parallelism leave zeros where a node had no rows. Gradients that are
-thrown away, as after a step that a `GradScaler` skipped, take with them what was noted of their rows.
+Law: an optimiser over many nodes does to each node what an optimiser over that node alone would do.
+
+Whether a gradient is missing can't decide it: `zero_grad(set_to_none=False)` and data parallelism
+leave zeros for a node without rows. When gradients are thrown away, as after a step that a
+`GradScaler` skipped, the notes about their rows are thrown away too.
 """
 
 from __future__ import annotations
@@ -22,20 +25,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SpecError, StateError
-from ..lowrank import is_sharded
 from .factors import Factors
 from .losses import ranks
+from .sharded import local_part
 
 __all__ = ["NodeSteps"]
 
 
 class NodeSteps:
-    """The watch over one optimiser's steps.
+    """Hooks on one optimiser's steps.
 
     Args:
-        optimizer: over groups as `TreeModel.trainable` returns them; a group may have a ``clip_norm``.
+        optimizer: over groups as `TreeModel.trainable` returns them; a group may have a
+            ``clip_norm``.
         factors: where the nodes' parameters are.
-        reached: the nodes that a gradient has come back to; a step forgets its own nodes, and so does `zero_grad`.
+        reached: the nodes that a gradient has come back to; a step forgets its own nodes, and so
+            does `zero_grad`.
 
     Raises:
         SpecError: a group is not one node's, or a clip norm is not a positive number.
@@ -47,26 +52,28 @@ class NodeSteps:
         for group in optimizer.param_groups:
             _check(group, factors)
         self._reached = reached
-        self._optimizer = weakref.ref(
-            optimizer
-        )  # the model keeps this object for as long as the optimiser lives
+        # Weak: the model keeps this object for as long as the optimiser lives, and must not keep
+        # that alive.
+        self._optimizer = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]  # torch has no hook for it
+        # torch has hooks for a step, and none for this.
+        optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Let the optimiser go."""
+        """Take the hooks off the optimiser."""
         while self._handles:
             self._handles.pop().remove()
         optimizer = self._optimizer()
+        # Other code may have replaced the method since; its own stays.
         if optimizer is not None and vars(optimizer).get("zero_grad") == self._zero_grad:
             del optimizer.zero_grad
 
     def forget(self, optimizer: torch.optim.Optimizer) -> None:
-        """The gradients of its nodes are gone, and with them what they came of."""
-        for group in optimizer.param_groups:  # another optimiser may have nodes of its own
+        """Forget that gradients came back to this optimiser's nodes, but not to another's."""
+        for group in optimizer.param_groups:
             self._reached.discard(group["name"])
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
@@ -76,9 +83,11 @@ class NodeSteps:
             self.forget(optimizer)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Drop or clip the gradients of every group; torch calls this before a step."""
         groups = optimizer.param_groups
         moving = self._moving(groups)
         still = [group for group, moves in zip(groups, moving, strict=True) if not moves]
+        # The check is before the first drop: an error must leave all gradients as they are.
         _check_still(still)
         for group in still:
             for parameter in group["params"]:
@@ -91,7 +100,8 @@ class NodeSteps:
         self.forget(optimizer)
 
     def _moving(self, groups: Sequence[dict[str, Any]]) -> list[bool]:
-        """Which groups had rows, on any rank."""
+        """Return which groups had rows, on any rank."""
+        # All ranks have to agree: a node that moved on one of them only would differ from then on.
         mine = [group["name"] in self._reached for group in groups]
         if ranks() == 1:
             return mine
@@ -101,21 +111,19 @@ class NodeSteps:
 
 
 def _check_still(groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse to drop a gradient that came about otherwise than by a row.
+    """Refuse to drop a gradient that came from something else than a row.
 
-    Where there are no gradients at all, which is the rule, nothing is read; zeros are read from the device once.
+    Usually there are no gradients at all, and nothing is read. Zeros are read from the device once,
+    for all groups.
 
     Raises:
-        StateError: a node that had no rows has one; names the node.
+        StateError: a node that had no rows has a gradient that is not zero; names the node.
     """
-    of_node = {
-        group["name"]: [p.grad for p in group["params"] if p.grad is not None] for group in groups
-    }
-    found = {
-        name: torch.stack([_any(t) for t in grads]).any()
-        for name, grads in of_node.items()
-        if grads
-    }
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        if gradients:
+            found[group["name"]] = torch.stack([_is_any(t) for t in gradients]).any()
     if not found:
         return
     device = next(iter(found.values())).device
@@ -123,27 +131,43 @@ def _check_still(groups: Sequence[dict[str, Any]]) -> None:
     for name, is_wrong in zip(found, wrong, strict=True):
         if is_wrong:
             raise StateError(
-                f"{name}: its factors have gradients, and no row went through it since the last step",
-                "the loss took the factors themselves (a penalty on them, say), or they were written into .grad: "
-                "step this node with an optimiser that model.follow does not know, or zero these gradients first",
+                f"{name}: its factors have gradients, "
+                "and no row went through it since the last step",
+                "the loss took the factors themselves (a penalty on them, say), "
+                "or they were written into .grad: "
+                "step this node with an optimiser that model.follow does not know, "
+                "or zero these gradients first",
             )
 
 
-def _any(gradient: Tensor) -> Tensor:
-    local: Tensor = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
-    return local.ne(0).any()
+def _is_any(gradient: Tensor) -> Tensor:
+    """Return whether this rank's part of a gradient has a number that is not zero, ()."""
+    return local_part(gradient).ne(0).any()
 
 
 def _clip(parameters: Sequence[nn.Parameter], norm: float, scale: Tensor | None) -> None:
-    """Clip a node's gradients; ``scale``: what a `GradScaler` multiplied them by and a fused step will divide by."""
+    """Clip a node's gradients.
+
+    Args:
+        parameters: of the node.
+        norm: the largest norm that its gradients may have together.
+        scale: (), the factor that a `GradScaler` multiplied them by, and by which a fused step will
+            divide them.
+    """
     if scale is None:
         nn.utils.clip_grad_norm_(parameters, norm)
         return
+    # The norm is that of the gradients as they will be, so they are clipped as without a scaler.
     found = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grads_with_norm_(parameters, norm, found / scale.to(found.device))
 
 
 def _check(group: dict[str, Any], factors: Factors) -> None:
+    """Refuse a group that is not one training node's.
+
+    Raises:
+        SpecError: names the group.
+    """
     name, clip = group.get("name"), group.get("clip_norm")
     if name not in factors.training_paths:
         raise SpecError(
