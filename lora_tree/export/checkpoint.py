@@ -109,9 +109,11 @@ def export_model(
         )
     path = spelled(blend)
     source = _source(tree, base)
+    # A stranger's base may hold links to any file of this machine.
     inside = own_files(source)
     checkpoint = open_checkpoint(source, inside=inside)
     others = beside_weights(source, checkpoint, with_code=with_code)
+    # The class says which parameters there are, which are tied and how they are stored.
     model = skeleton(source, what="a merged checkpoint", trust_remote_code=trust_remote_code)
     _check_not_quantised(model, source)
     names = CheckpointNames(model, checkpoint.tensors)
@@ -120,9 +122,11 @@ def export_model(
         _check_finite(changes, names)
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error
+    # All checks are done. A failure from here on is one of the disk, and leaves no folder.
     where = Path(os.path.abspath(as_path(folder)))
     with new_model_folder(where, needs_bytes=checkpoint.nbytes) as out:
         CheckpointWriter(checkpoint, out, names, progress).run(changes)
+        # config.json is the last of these, so a folder that was cut off is no model to anything.
         for name in others.copied:
             out.copy(source / name, name, inside=inside)
     changed: list[str] = []
@@ -204,6 +208,7 @@ def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
 
 def _check_not_quantised(model: object, source: Path) -> None:
     config = getattr(model, "config", None)
+    # Packed values can't be added to, and their scales would no longer fit.
     quantised: Mapping[str, object] | None = getattr(config, "quantization_config", None)
     if quantised is not None:
         raise SpecError(

@@ -142,10 +142,12 @@ def portable(
             "complete=True, --complete",
         )
     shape_of = stated(shapes or {})
+    # The tree's own name of a base may be a stranger's, so nothing is fetched from the hub for it.
     known = Base(tree.base if base is None else base, asked=base is not None)
     names: list[str] = []
     for _, _, adapter in tree.terms(blend):
         names += adapter.modules
+    # All three in the names that the base has today: what is compared below has to have one name.
     renamer = known.renamer(names)
     flat = tree.flatten(blend, base=renamer)
     terms = tree.terms(blend, base=renamer)
@@ -157,6 +159,7 @@ def portable(
         )
     try:
         _check_sayable(flat, terms, known)
+        # Apart from `flat`, whose factors may be in bf16 and have rounded scales already.
         exact = _exact_sum(terms)
         rank_written = _rank(exact, rank, max_error, ceil_rank=ceil_rank)
         cut = {
@@ -164,17 +167,21 @@ def portable(
             for name, value in flat.modules.items()
         }
         rounded = _in_one_dtype(cut, dtype)
+        # After the rounding, so that it counts; before the completion, which adds zeros only.
         errors, error = _errors(exact, rounded)
         _check_within(errors, max_error, dtype)
         full = rounded
         if complete:
             full = completed(rounded, lambda name: _shape(name, known, shape_of))
     except LoraTreeError as wrong:
+        # an export of all leaves has many paths
         raise wrong.within(path) from wrong
+    # Zero factors of the completion have rank 1 and are padded like the others.
     padded = {name: value.padded(rank_written // _groups(value)) for name, value in full.items()}
     made = Adapter(
         padded,
         base=flat.base or tree.base,
+        # Everything else would say something that engines ignore or refuse.
         config={"task_type": flat.config.get("task_type")},
         nesting=flat.nesting,
         assumed=flat.assumed,
@@ -341,6 +348,7 @@ def _errors(
         norm = wanted.norm()
         off = _distance(wanted, made[name])
         errors[name] = _relative(off, norm)
+        # hypot: the squares of norms could overflow
         all_off = math.hypot(all_off, off)
         all_norm = math.hypot(all_norm, norm)
     return errors, _relative(all_off, all_norm)
@@ -360,6 +368,7 @@ def _distance(wanted: LowRank, made: LowRank) -> float:
 def _relative(off: float, norm: float) -> float:
     if norm:
         return off / norm
+    # A sum that is zero has no relative error, unless something was added to it.
     return 0.0 if off == 0.0 else math.inf
 
 

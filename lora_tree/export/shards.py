@@ -213,7 +213,7 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
             "model.save_pretrained(folder)",
         )
     placed = _index(folder / INDEX, inside)
-    files = tuple(sorted(set(placed.values())))
+    files = tuple(sorted(set(placed.values())))  # sorted: the same order on every machine
     tensors = {}
     for name in files:
         for stored in _tensors(folder / name, inside):
@@ -291,6 +291,8 @@ def _header(stream: BinaryIO, file: Path) -> list[Stored]:
     found = [_stored(name, value, file, position, seen) for name, value in fields.items()]
     found.sort(key=lambda stored: stored.begin)
     for stored in found:
+        # Without gaps every byte belongs to the header or to a tensor, so a copy that leaves out
+        # the changed tensors is complete.
         if stored.begin != position:
             raise FormatError(
                 f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}",

@@ -62,6 +62,7 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
                 f"reads {width}",
                 "the two are one matrix in an engine: correct the shape, or name the right base",
             )
+        # The sibling's dtype: an adapter of two dtypes is one that engines refuse or cast.
         dtype = modules[sibling].dtype
         A = torch.zeros((1, shape[1]), dtype=dtype, device="cpu")  # (1, in)
         B = torch.zeros((shape[0], 1), dtype=dtype, device="cpu")  # (out, 1)

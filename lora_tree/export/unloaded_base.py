@@ -75,6 +75,7 @@ def skeleton(
         foreign(
             f"{base}: transformers can't make the {config.architectures[0]} of its config.json"
         ),
+        # Every tensor is made on the meta device, without memory: a base of 100 GB is a few MB.
         torch.device("meta"),
     ):
         return make(config).eval()
@@ -165,6 +166,7 @@ class Base:
 
     def shape(self, module: str) -> tuple[int, int] | None:
         """Return the (out, in) of a linear layer; None where it is not known."""
+        # The headers first: they are there without transformers.
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]

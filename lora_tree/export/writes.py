@@ -128,6 +128,8 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
                         "train it again, or remove the node: a diverged training left an infinity "
                         "or a NaN",
                     )
+                # As a switch does it: the coefficient goes into the scale, and the factors keep
+                # their bits.
                 found.setdefault(name, []).append((node, value.scaled(coefficient)))
             for name, tensor in bound.unchanged.items():
                 _check_same(name, tensor, names)
@@ -168,6 +170,7 @@ def _check_one_owner(made: Sequence[Write], model: Any) -> None:
             owners[name] = shared
     written: dict[str, str] = {}
     for write in made:
+        # One adapter may name the module (lin), another one its raw parameter (lin.weight).
         other = written.setdefault(write.parameter, write.module)
         if other != write.module:
             raise TiedWeights(

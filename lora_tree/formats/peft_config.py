@@ -221,6 +221,7 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
                 f"{where}: {name} = {str(fields[name])[:80]}: {reason}",
                 f"train the adapter without {name}, or merge it into a base of its own with PEFT",
             )
+    # PEFT calls each new kind of LoRA use_…, and reads it in silence where it is too old for it.
     for name, value in fields.items():
         if name.startswith("use_") and name not in KNOWN_USES and value:
             raise UnsupportedAdapter(
@@ -251,11 +252,14 @@ class _ConfigChecks:
         return FormatError(f"{self.where}: {name}: got {str(got)[:80]!r}, expected {expected}")
 
     def rank(self, value: Any, name: str) -> int:
+        # larger than any matrix; torch could not even say the shape
         if type(value) is not int or not 0 < value < 2**31:
             raise self.wrong(name, value, "a positive integer")
         return value
 
     def number(self, value: Any, name: str) -> int | float:
+        # Written so that it refuses NaN too. JSON's integers have no end, and the bound keeps
+        # alpha / r a finite float.
         if type(value) not in (int, float) or not abs(value) < 2**1000:
             raise self.wrong(name, value, "a number")
         return value  # type: ignore[no-any-return]
