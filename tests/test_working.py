@@ -120,6 +120,17 @@ def test_init_takes_the_adapters_that_lie_there(shell: Shell, tmp_path: Path) ->
     assert lt.load(tmp_path / "zoo").paths() == ["a"]
 
 
+def test_init_copies_what_it_begins_with(shell: Shell, tmp_path: Path) -> None:
+    """A tree may move and remove files that it wrote, and never those that a user put there."""
+    adapter_at(tmp_path / "mine" / "a", 1)
+    before = listing(tmp_path / "mine")
+    told = answer(shell, "init", tmp_path / "zoo", "--from", tmp_path / "mine")
+    assert told["nodes"] == ["a"]
+    assert shell("mv", tmp_path / "zoo", "a", "b")[0] == 0
+    assert lt.load(tmp_path / "zoo").paths() == ["b"]
+    assert listing(tmp_path / "mine") == before
+
+
 def test_add_says_what_it_added(shell: Shell, zoo: Path, tmp_path: Path) -> None:
     away = adapter_at(tmp_path / "away", 7)
     code, out, err = shell("add", zoo, "fr/new", away, "--weight", 0.5)

@@ -24,6 +24,9 @@ MaxError = Annotated[
     typer.Option(help="The largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in a module."),
 ]
 
+ROUNDING = 1e-6
+"""Relative errors below this come from factors in fp32, not from a cut."""
+
 
 class Work:
     """One command's change of a tree: made in memory, saved as one transaction, and told.
@@ -92,6 +95,9 @@ def _errors(edited: Edited) -> list[str]:
     for path, told in edited.errors.items():
         if told.error == 0.0:
             lines.append(f"error of {path}: none, exact")
+            continue
+        if told.worst < ROUNDING:
+            lines.append(f"error of {path}: none beyond rounding")
             continue
         worst = max(told.relative, key=lambda name: told.relative[name])
         lines.append(

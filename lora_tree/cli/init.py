@@ -19,6 +19,10 @@ __all__ = ["new_tree"]
 
 def new_tree(
     folder: Annotated[Path, typer.Argument(help="Made where it is missing.", metavar="FOLDER")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Begin with copies of the adapters in this folder or tree."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of fresh adapters.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Their lora_alpha.")] = None,
@@ -28,19 +32,23 @@ def new_tree(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Begin a tree: write a tree.yaml and a lock, for an empty folder or for the adapters in it."""
+    """Begin a tree: empty, over the adapters that lie there, or with copies of other ones."""
     if (folder / "tree.yaml").exists():
         raise FolderError(
             f"{folder}: it has a tree.yaml already", "lora-tree add, mv, rm and set change a tree"
         )
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     words = {word: value for word, value in given.items() if value is not None}
-    holds_adapters = any(folder.rglob("adapter_config.json"))
-    tree = load(folder) if holds_adapters else AdapterTree()
+    if source is not None:
+        tree = load(source)
+    else:
+        holds_adapters = any(folder.rglob("adapter_config.json"))
+        tree = load(folder) if holds_adapters else AdapterTree()
     tree.base = base or tree.base
-    tree.defaults = AdapterTree(defaults=words).defaults
+    if words or source is None:
+        tree.defaults = AdapterTree(defaults=words).defaults
     if not dry_run:
-        tree.save(folder)
+        tree.save(folder, copy=source is not None)
     if as_json:
         told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
         print_json({"folder": str(folder), **told})
