@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import BaseMismatch
 
-__all__ = ["check_carried", "is_same_tensor", "widest"]
+__all__ = ["check_carried", "is_same_tensor", "wider_tensor"]
 
 BLOCK = 1 << 21
 """How many numbers are compared at once: a head is large, and most that differ do so early."""
@@ -72,7 +72,7 @@ def is_same_tensor(one: Tensor, other: Tensor) -> bool:
     return all(_agree(x, y) for x, y in zip(_blocks(one), _blocks(other), strict=True))
 
 
-def widest(one: Tensor, other: Tensor) -> Tensor:
+def wider_tensor(one: Tensor, other: Tensor) -> Tensor:
     """The tensor whose dtype holds the other's numbers; the first where neither does."""
     wide = torch.promote_types(one.dtype, other.dtype)
     return other if wide == other.dtype != one.dtype else one

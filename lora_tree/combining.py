@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import Adapter
-from .carried import is_same_tensor, widest
+from .carried import is_same_tensor, wider_tensor
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
 
@@ -108,7 +108,7 @@ class _Combination:
             with self._naming(name, before, at):
                 raise BaseMismatch("two adapters carry different values of this base tensor")
         # The wider of two roundings of one tensor says more about the base that is loaded later.
-        self._carried[name] = before, widest(known, tensor)
+        self._carried[name] = before, wider_tensor(known, tensor)
 
     def _add_order(self, at: int, module: str, order: tuple[str, ...]) -> None:
         before, known = self._nesting.get(module, (at, ()))

@@ -19,7 +19,7 @@ from ..errors import StateError
 from ..storage import Allocate, Source
 from ..tree import Node
 from .link import Link
-from .pack import pack, tensors
+from .pack import pack
 from .tier import Tier
 
 __all__ = ["TreeCopies", "TreeSource", "cache_key"]
@@ -93,8 +93,8 @@ class TreeCopies:
             return None
         if adapter in self._sources:
             return self._sources[adapter]
-        live = any(isinstance(t, torch.nn.Parameter) or t.requires_grad for t in tensors(adapter))
-        if live or link.holds(adapter):
+        changes = any(value.is_trainable or value.trains for value in adapter.modules.values())
+        if changes or link.holds(adapter):
             self._sources[adapter] = None
             return None
         source = TreeSource(adapter, None if node.source is None else node.source.key)

@@ -64,8 +64,7 @@ class Term:
     @property
     def trains(self) -> bool:
         """Whether autograd follows its factors."""
-        A, B, bias = self.value.A, self.value.B, self.value.bias
-        return A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+        return self.value.trains
 
     @cached_property
     def scaled(self) -> LowRank:
@@ -253,7 +252,7 @@ class Binder:
             for name, value in self.bind(node, adapter).modules.items():
                 term = Term(node, coefficient, value, _version(value))
                 found.setdefault(name, []).append(term)
-                if _is_trainable(value):
+                if value.is_trainable:
                     fixed = False
                 if term.trains:
                     live.add((name, node))
@@ -353,13 +352,8 @@ class Binder:
         check_carried(name, tensor, own, todo)
 
 
-def _is_trainable(value: LowRank) -> bool:
-    """Whether its factors are parameters, which training may write to in place."""
-    return isinstance(value.A, nn.Parameter) or isinstance(value.B, nn.Parameter)
-
-
 def _version(value: LowRank) -> int:
     """Return how often factors that train, or did, were written to; 0 for others, which are never
     written to.
     """
-    return value.A._version + value.B._version if _is_trainable(value) else 0
+    return value.A._version + value.B._version if value.is_trainable else 0

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch.nn import Parameter
-
 from ..adapter import Adapter
 from ..errors import FolderError, LoraTreeError
 from ..formats import peft
@@ -136,7 +134,7 @@ def _only_in_memory(node: Node) -> Adapter | None:
         return adapter
     if not isinstance(source, FolderSource):
         return source.load() if adapter is None else adapter
-    if adapter is not None and (_trains(adapter) or source.gone()):
+    if adapter is not None and (_may_have_trained(adapter) or source.gone()):
         return adapter
     return None
 
@@ -149,10 +147,9 @@ def _is_in_files(node: Node, rendered: _Rendered) -> bool:
     return not source.gone()
 
 
-def _trains(adapter: Adapter) -> bool:
-    """Tell whether factors are parameters, which an optimiser may have changed since the files were written."""
-    tensors = (t for value in adapter.modules.values() for t in value.tensors)
-    return any(isinstance(t, Parameter) for t in tensors)
+def _may_have_trained(adapter: Adapter) -> bool:
+    """Tell whether an optimiser may have changed a factor since the files were written."""
+    return any(value.is_trainable for value in adapter.modules.values())
 
 
 def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdapter:
@@ -166,7 +163,7 @@ def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdap
     on = None
     # A node that trained since it was opened was trained on the lineage of today. One that only
     # lost its files, or has the same numbers as before, was not.
-    trained_since = node.loaded is not None and _trains(node.loaded)
+    trained_since = node.loaded is not None and _may_have_trained(node.loaded)
     is_same = isinstance(source, FolderSource) and source.content == rendered.content
     if isinstance(source, FolderSource) and (is_same or not trained_since):
         on = source.trained

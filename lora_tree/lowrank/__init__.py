@@ -4,8 +4,8 @@
 
     layout.py    how the (out, in) matrix lies in a module's weight
     value.py     LowRank, and what one value becomes: scaled, cast, truncated, dense
-    core.py      the (r, r) core of a product, and its nearest smaller rank
-    sums.py      what several values make: their sum, their inner product
+    qr_core.py   the (r, r) core of a product, and its nearest smaller rank
+    adding.py    what several values make: their sum, their inner product
 
 Law: no operation builds an (out, in) matrix except `LowRank.dense`, and that one can be had in
     blocks of rows.
@@ -14,8 +14,8 @@ References: LoRA, https://arxiv.org/abs/2106.09685 §4.1 (ΔW = α/r · B A);
 rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
 """
 
+from .adding import concat, inner, same_place, stacked
 from .layout import EMBEDDING, LINEAR, PARAMETER, Layout
-from .sums import concat, inner, same_place, stacked
 from .value import LowRank, Truncated, is_sharded
 
 __all__ = [

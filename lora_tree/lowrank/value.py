@@ -25,8 +25,8 @@ from ..given import (
     finite_number,
     unchecked,
 )
-from .core import Core, Cut, core_of
 from .layout import LINEAR, Layout
+from .qr_core import Core, SingularValues, core_of
 
 __all__ = ["LowRank", "Truncated", "check_has_numbers", "is_sharded"]
 
@@ -127,6 +127,19 @@ class LowRank:
     def is_sharded(self) -> bool:
         """Whether each rank of a run holds only a part of the factors (FSDP2)."""
         return any(is_sharded(t) for t in self.tensors)
+
+    @property
+    def trains(self) -> bool:
+        """Whether autograd follows a factor: a step of an optimiser will change it."""
+        # Asked of every term at every switch, so without a generator.
+        if self.A.requires_grad or self.B.requires_grad:
+            return True
+        return self.bias is not None and self.bias.requires_grad
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a factor is a parameter, which an optimiser may have changed in place since it was read."""
+        return any(isinstance(t, torch.nn.Parameter) for t in self.tensors)
 
     @property
     def is_finite(self) -> bool:
@@ -317,7 +330,7 @@ class LowRank:
                 return Truncated(self, 0.0, 0.0)
         if max_error is not None:
             check_max_error(max_error)
-        cut = Cut(self.core())
+        cut = SingularValues(self.core())
         keep = _rank_to_keep(cut, self.rank, rank, max_error)
         if keep >= self.rank:
             return Truncated(self, 0.0, 0.0)
@@ -405,7 +418,7 @@ def _check_one_place(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
     raise SpecError(f"{where}: expected one device for all", "move them first: B.to(A.device)")
 
 
-def _rank_to_keep(cut: Cut, own: int, rank: int | None, max_error: float | None) -> int:
+def _rank_to_keep(cut: SingularValues, own: int, rank: int | None, max_error: float | None) -> int:
     """Return the rank that a truncation keeps, at least 1.
 
     Raises:

@@ -5,8 +5,8 @@ moved (``language_model.model.layers…`` is ``model.language_model.layers…`` 
 a layer became one parameter. transformers renames a checkpoint when it loads one, by a mapping of
 its own. The same mapping renames adapters here, so nothing below knows an architecture.
 
-    names.py         Renaming: an adapter in the names of one base
-    moving.py        one adapter on its way: each value to its name of today
+    bound.py         Renaming: an adapter in the names of one base
+    renamed.py       one adapter on its way: each value to its name of today
     conversion.py    several modules that became one parameter, by transformers' own operation
     loading.py       transformers' mapping, behind one class
 
@@ -17,8 +17,8 @@ over a skeleton, with factors as with their outlines.
 """
 
 from ..storage import install_names
+from .bound import Renaming
 from .loading import Loading, loading_module
-from .names import Renaming
 
 __all__ = ["Loading", "Renaming", "loading_module"]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Core", "Cut", "core_of"]
+__all__ = ["Core", "SingularValues", "core_of"]
 
 
 class Core(NamedTuple):
@@ -32,7 +32,7 @@ class Core(NamedTuple):
         return float(torch.linalg.vector_norm(self.M))
 
 
-class Cut:
+class SingularValues:
     """The singular values of a core, from which every smaller rank can be read.
 
     Args:

@@ -12,7 +12,7 @@ from ..assembly import Assembly, AssemblyNames
 from ..errors import BaseMismatch
 from ..lowrank import LINEAR, PARAMETER, LowRank
 from ..sites import as_site_has_it, is_there, takes_delta
-from .moving import Moving, modules_or_parameters
+from .renamed import Moving, modules_or_parameters
 
 __all__ = ["Renaming"]
 
