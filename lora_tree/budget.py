@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import LoraTreeError, SpecError, suggest
+from .given import unchecked
 
 __all__ = ["Budgets", "format_bytes", "parse_bytes"]
 
@@ -51,7 +52,7 @@ class Budgets:
 
     def __post_init__(self) -> None:
         for name, nbytes in (("host_bytes", self.host_bytes), ("device_bytes", self.device_bytes)):
-            given: object = nbytes
+            given = unchecked(nbytes)
             if given is not None and (type(given) is not int or not 0 < given <= MOST):
                 raise SpecError(
                     f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got "

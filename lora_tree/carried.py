@@ -1,15 +1,19 @@
-"""Tensors of a base that an adapter carries, and whether they are the base's own.
+"""Check that the tensors of a base that an adapter carries are the base's own.
 
-PEFT saves some tensors of the base beside the factors: every bias with ``bias="all"``, the whole of an embedding or a
-head that is targeted. They replace and do not add up, so they are accepted only where they change nothing.
+PEFT saves some tensors of the base beside the factors: every bias with ``bias="all"``, the whole of
+    an embedding or a
+head that is targeted. Such a tensor replaces the base's. Replacements of two nodes do not add up,
+so a carried tensor is accepted only if it changes nothing.
 
-The base may be loaded in another dtype than it was trained in, so both may be roundings of the same stored numbers:
+The base may be loaded in another dtype than it was trained in. So both may be roundings of the same
+stored numbers:
 
     one dtype holds the other    equal, once the wider one is rounded to the narrower one
-    fp16 and bf16                within one rounding of each: no number lies nearer that both could have come from
+    fp16 and bf16                within one rounding of each other: one stored number may have become both
 
-Law: a load of the same stored numbers in any dtype is accepted; a step of training that shows in the narrower of the
-two dtypes is not.
+Law: a load of the same stored numbers in any dtype is accepted. A step of training that shows in
+    the narrower of the
+two dtypes is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from .errors import BaseMismatch
 __all__ = ["check_carried", "is_same_tensor", "wider_tensor"]
 
 BLOCK = 1 << 21
-"""How many numbers are compared at once: a head is large, and most that differ do so early."""
+"""Numbers compared at once: a head is large, and most tensors that differ do so early."""
 
 
 def check_carried(name: str, carried: Tensor, own: Tensor, *todo: str) -> None:
@@ -35,10 +39,11 @@ def check_carried(name: str, carried: Tensor, own: Tensor, *todo: str) -> None:
         name: of the parameter.
         carried: the adapter's.
         own: the base's, on any device, in any dtype.
-        todo: what to do about it.
+        todo: the advice of the error, one line each.
 
     Raises:
-        BaseMismatch: they differ in shape or in a number; or the base's has no numbers (the meta device).
+        BaseMismatch: they differ in shape or in a number; or the base's has no numbers (the meta
+            device).
     """
     if own.is_meta:
         raise BaseMismatch(
@@ -47,7 +52,8 @@ def check_carried(name: str, carried: Tensor, own: Tensor, *todo: str) -> None:
         )
     if own.shape != carried.shape:
         raise BaseMismatch(
-            f"{name}: the adapter carries it as {tuple(carried.shape)}, the base has it as {tuple(own.shape)}",
+            f"{name}: the adapter carries it as {tuple(carried.shape)}, "
+            f"the base has it as {tuple(own.shape)}",
             *todo,
         )
     if not is_same_tensor(own, carried):
@@ -59,7 +65,7 @@ def check_carried(name: str, carried: Tensor, own: Tensor, *todo: str) -> None:
 
 
 def is_same_tensor(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape may be the same stored numbers, each loaded in its own dtype.
+    """Return whether two tensors may be the same stored numbers, each loaded in its own dtype.
 
     >>> third = torch.tensor([1 / 3])
     >>> is_same_tensor(third, third.bfloat16()), is_same_tensor(third.half(), third.bfloat16())
@@ -73,36 +79,41 @@ def is_same_tensor(one: Tensor, other: Tensor) -> bool:
 
 
 def wider_tensor(one: Tensor, other: Tensor) -> Tensor:
-    """The tensor whose dtype holds the other's numbers; the first where neither does."""
+    """Return the tensor whose dtype holds the other's numbers; the first if neither dtype does."""
     wide = torch.promote_types(one.dtype, other.dtype)
-    return other if wide == other.dtype != one.dtype else one
+    if wide == other.dtype != one.dtype:
+        return other
+    return one
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor in blocks on the CPU; an empty one is one empty block."""
     flat = tensor.detach().reshape(-1)
     for start in range(0, max(flat.numel(), 1), BLOCK):
         yield flat[start : start + BLOCK].cpu()
 
 
 def _agree(x: Tensor, y: Tensor) -> bool:
+    """Return whether two blocks may be the same stored numbers."""
     wide = torch.promote_types(x.dtype, y.dtype)
     if wide in (x.dtype, y.dtype):
+        # The wider one may hold more digits of the stored number: it is rounded as the narrower one
+        # was.
         narrow = y.dtype if wide == x.dtype else x.dtype
         return torch.equal(x.to(narrow), y.to(narrow))
     apart = (x.double() - y.double()).abs()
     near = apart <= _half_step(x) + _half_step(y)
-    return bool(
-        (near | (x.double() == y.double())).all()
-    )  # infinities are equal, and have no distance
+    # Two infinities are equal, and their distance is NaN.
+    equal = x.double() == y.double()
+    return bool((near | equal).all())
 
 
 def _half_step(t: Tensor) -> Tensor:
-    """The most that rounding to ``t`` can have changed each of its numbers, in float64."""
+    """Return the most that rounding to ``t``'s dtype can have changed each number, in float64."""
     info = torch.finfo(t.dtype)
     _, exponent = torch.frexp(t.double().abs())  # |t| lies in [2^(e-1), 2^e)
-    least = round(
-        math.log2(info.smallest_normal)
-    )  # below it the numbers lie no nearer to each other
+    # Below the smallest normal number, the numbers of a dtype lie no nearer to each other.
+    least = round(math.log2(info.smallest_normal))
     exponent = torch.where(t == 0, least, (exponent - 1).clamp(min=least))
     step = exponent + round(math.log2(info.eps))
     return torch.ldexp(torch.ones_like(step, dtype=torch.float64), step - 1)

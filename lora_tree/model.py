@@ -45,7 +45,7 @@ from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
 from .errors import SpecError, StateError, listing, suggest
-from .given import check_dtype
+from .given import check_dtype, unchecked
 from .lowrank import LowRank
 from .sites import Site
 from .storage import Source
@@ -133,7 +133,7 @@ def attach_as(
     eviction: Callable[[], Policy] = Frequency,
 ) -> Made:
     """Make a model of a given kind, as `attach` makes a `TreeModel`; the arguments are the same and checked here."""
-    given: object = tree
+    given = unchecked(tree)
     if not isinstance(given, AdapterTree):
         first = "the tree comes first: attach(tree, base)" if isinstance(given, nn.Module) else ""
         opened = "a folder is opened as one by lora_tree.load: attach(lora_tree.load('zoo/'), base)"
@@ -144,12 +144,12 @@ def attach_as(
             f"pristine must be {listing(map(repr, known))}, got "
             f"{pristine!r}{suggest(str(pristine), known)}"
         )
-    maker: object = eviction
-    if not callable(maker):
-        what = type(maker).__name__
+    if not callable(unchecked(eviction)):
+        kind_of_policy = type(eviction).__name__
         raise SpecError(
-            f"eviction: got {what} itself, expected what makes one for each kind of memory",
-            f"eviction={what}",
+            "eviction: expected a class or a factory (it is called once per tier), "
+            f"got an instance of {kind_of_policy}",
+            f"eviction={kind_of_policy}",
         )
     said = (tree.cache.host_budget, tree.cache.device_budget)
     budgets = Budgets.of(host_budget, device_budget, spec=said)

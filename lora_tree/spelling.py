@@ -1,4 +1,4 @@
-"""Two names that look like one module's, where no base is at hand to tell.
+"""Find two names that look like one module's, without a base that could tell.
 
     language_model.model.layers.0.mlp.up_proj       before transformers 4.52
     model.language_model.layers.0.mlp.up_proj       today
@@ -8,8 +8,8 @@
     unet.mid_block.attentions.0.proj_in             as the base has it
     unet.mid_block_attentions_0_proj_in             with underscores for dots, as files of image makers have it
 
-A sum that holds a module twice, once under each name, is loaded by PEFT or transformers with one of the
-two missing. So such a sum is not made without a base: a base says which name counts.
+If a sum held a module twice, once under each name, PEFT and transformers would load one of the two
+and drop the other. So such a sum is refused without a base: a base says which name counts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _OF_ALL_EXPERTS = re.compile(r"(?P<holder>.*\bexperts)\.[^.]+\Z")
 def spelled_twice(
     names: Iterable[str], has: Callable[[str], bool] = lambda name: False
 ) -> tuple[str, str] | None:
-    """The first two names that look like two spellings of one module; None where none do.
+    """Return the first two names that look like two spellings of one module; None if none do.
 
     Args:
         names: of modules and raw parameters.
-        has: whether a base is known to have one of that name; two that it has are two modules.
+        has: tells whether a base is known to have a module of that name; if it has both, they are
+            two modules.
 
     >>> spelled_twice(["model.layers.0.q_proj", "model.language_model.layers.0.q_proj"])
     ('model.language_model.layers.0.q_proj', 'model.layers.0.q_proj')
@@ -47,6 +48,8 @@ def spelled_twice(
     names = sorted(names)
     known: dict[str, tuple[str, str]] = {}
     for name in names:
+        # The first spelling of a place stands for all that follow: sorted, so that the error is
+        # always the same.
         place, spelling = _place(name)
         other, spelled = known.setdefault(place, (name, spelling))
         if spelled != spelling and not (has(other) and has(name)):
@@ -70,10 +73,11 @@ def _spelled_flat(names: list[str], has: Callable[[str], bool]) -> tuple[str, st
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Return what two spellings of a module have in common, and what tells them apart."""
+    """Return the part that two spellings of a module share, and one that tells them apart."""
     one = _OF_AN_EXPERT.match(name)
     every = _OF_ALL_EXPERTS.match(name)
     if one is not None:
+        # Any expert stands for all: two of them are two modules in one spelling.
         return _common(one["holder"]), f"{one['holder']}.0"
     if every is not None:
         return _common(every["holder"]), every["holder"]
@@ -81,8 +85,10 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _common(name: str) -> str:
-    """The name without the parts around its layers that have moved."""
+    """Return the name without the parts before its layers that have moved."""
     parts = name.split(".")
+    # The first number is a layer's index. Parts after it name modules of a layer, and are renamed,
+    # not moved.
     start = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
     head = [part for part in parts[:start] if part not in _MOVED]
     rest = [_RENAMED.get(part, part) for part in parts[start:]]

@@ -22,6 +22,7 @@ from ..adapter import Adapter
 from ..blend import Blend, spelled
 from ..carried import is_same_tensor
 from ..errors import SpecError
+from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import angles, effective_rank, joint, spectrum
@@ -168,10 +169,9 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
     (1.0, 1.0, (0.0,))
     """
     for adapter in (a, b):
-        given: object = adapter
-        if not isinstance(given, Adapter):
+        if not isinstance(unchecked(adapter), Adapter):
             raise SpecError(
-                f"diff compares two adapters, got {type(given).__name__}",
+                f"diff compares two adapters, got {type(adapter).__name__}",
                 "diff_paths compares paths of a tree, diff_trees two trees",
             )
     check_spelling([(names[0], 1.0, a), (names[1], 1.0, b)])

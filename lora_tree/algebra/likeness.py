@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import SpecError
+from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .clusters import Join, average_linkage, groups, leaf_order
@@ -146,9 +147,9 @@ def _of_tree(
 
 def _of_adapters(adapters: dict[str, Adapter], exact: bool | None) -> Likeness:
     for name, adapter in adapters.items():
-        given: object = adapter
-        if not isinstance(name, str) or not isinstance(given, Adapter):
-            raise SpecError(f"similar takes name → Adapter, got {name!r} → {type(given).__name__}")
+        if not isinstance(name, str) or not isinstance(unchecked(adapter), Adapter):
+            kind = type(adapter).__name__
+            raise SpecError(f"similar takes name → Adapter, got {name!r} → {kind}")
     return _alike(list(adapters), adapters.__getitem__, adapters.__getitem__, exact)
 
 

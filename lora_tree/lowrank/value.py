@@ -138,7 +138,7 @@ class LowRank:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether a factor is a parameter, which an optimiser may have changed in place since it was read."""
+        """Whether a factor is a parameter: an optimiser may have changed it since it was read."""
         return any(isinstance(t, torch.nn.Parameter) for t in self.tensors)
 
     @property

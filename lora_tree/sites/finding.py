@@ -90,8 +90,8 @@ def find_site(base: nn.Module, name: str) -> Site:
 def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
     """Return the value in the layout of the module that it changes; the same object if it has it.
 
-    Some files do not say a kernel's size: a matrix may stand for a convolution, and a convolution of
-    kernel 1 for a Linear. The site checks whether the sizes fit.
+    Some files do not say a kernel's size: a matrix may stand for a convolution, and a convolution
+    of kernel 1 for a Linear. The site checks whether the sizes fit.
     """
     holder, _, module = _walk(base, name)
     if module is None:
