@@ -32,7 +32,7 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.demo.bytelevel import TARGETS, new_base
 from lora_tree.demo.corpus import Domain, find_corpus
-from lora_tree.demo.learning import as_one_row, bits_per_byte, spread, train_base, train_tree
+from lora_tree.demo.learning import as_one_row, bits_per_byte, evenly_spread, train_base, train_tree
 
 __all__ = [
     "FULL",
@@ -139,7 +139,7 @@ def compare(
     base = _base(size)
     say("base trained")
     held_out = {
-        d.path: spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
+        d.path: evenly_spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
         for d in leaves
     }
     bare = [bits_per_byte(base, rows) for rows in held_out.values()]
@@ -273,7 +273,7 @@ def _rate(base: Any, system: System, leaves: Sequence[Domain], size: Size) -> fl
         tokens = as_one_row(leaf.train)
         cut = len(tokens) * 9 // 10
         streams[leaf.path] = tokens[:cut]
-        kept[leaf.path] = spread(tokens[cut:], windows=size.windows // 2, length=size.length)
+        kept[leaf.path] = evenly_spread(tokens[cut:], windows=size.windows // 2, length=size.length)
     paths = [leaf.path for leaf in leaves]
     tried = {
         r: mean(_run(base, tree_of(system, paths), streams, kept, r, 0, size)) for r in size.rates

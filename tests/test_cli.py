@@ -913,8 +913,8 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path: Path) -> No
 def test_a_training_in_the_background_goes_on_through_the_ctrl_c_of_another(ignored: bool) -> None:
     code = (
         "import os, signal\n"
-        "from lora_tree.cli.train import _interrupts\n"
-        "with _interrupts() as interrupted:\n"
+        "from lora_tree.cli.interrupts import noted_interrupts\n"
+        "with noted_interrupts() as interrupted:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print(interrupted())\n"
     )

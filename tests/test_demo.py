@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import lora_tree as lt
 from lora_tree.demo import QUICK, Report, bytelevel, run
 from lora_tree.demo.corpus import find_corpus
-from lora_tree.demo.learning import as_one_row, bits_per_byte, spread
+from lora_tree.demo.learning import as_one_row, bits_per_byte, evenly_spread
 from lora_tree.demo.staging import demo_folders
 from lora_tree.errors import FolderError
 from lora_tree.folder import load
@@ -126,7 +126,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing_is_the_entropy_of_its_vocab
         def __call__(self, input_ids: torch.Tensor) -> object:
             return type("Out", (), {"logits": torch.zeros(*input_ids.shape, bytelevel.VOCABULARY)})
 
-    windows = spread(as_one_row([b"abc" * 50, b"xyz" * 50]), windows=5, length=16)
+    windows = evenly_spread(as_one_row([b"abc" * 50, b"xyz" * 50]), windows=5, length=16)
     assert windows.shape == (5, 16)
     assert bits_per_byte(Uniform(), windows, at_once=2) == pytest.approx(
         math.log2(bytelevel.VOCABULARY)

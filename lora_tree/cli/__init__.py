@@ -1,4 +1,4 @@
-"""``lora-tree``: the public Python surface from a shell. Nothing is possible here alone.
+"""``lora-tree``: the public Python surface from a shell. No command can do more than Python can.
 
 0  done          1  an error, in one message on stderr; problems found by check
 2  wrong usage   130  interrupted
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code.
 
     Args:
-        arguments: those of the process where None.
+        arguments: of the command line; None: the process's own.
     """
     own_process = arguments is None
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -43,8 +43,8 @@ def _run(given: list[str], *, own_process: bool) -> None:
             from .commands import application
 
             app = application(given)
-        app(given)
-    except Exception as error:  # the last resort: whoever uses a shell is not who reads a traceback
+        app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
+    except Exception as error:  # the last resort: a user of a shell does not read tracebacks
         print_error(error)
         sys.exit(1)
 
@@ -61,7 +61,7 @@ def _interrupts_end_it() -> Iterator[None]:
         before is not signal.default_int_handler
         or threading.current_thread() is not threading.main_thread()
     ):
-        yield  # the caller has a mind of its own about interrupts
+        yield  # the caller has decided about interrupts, or this thread may not
         return
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:

@@ -7,9 +7,19 @@ from typing import Annotated
 
 import typer
 
-from .console import stdout_is_json
+from .console import keep_quiet, stdout_is_json
 
-__all__ = ["AsJson", "Base", "Data", "Folder", "Length", "Nodes", "SkipBroken", "TrustRemoteCode"]
+__all__ = [
+    "AsJson",
+    "Base",
+    "Data",
+    "Folder",
+    "Length",
+    "Nodes",
+    "Quiet",
+    "SkipBroken",
+    "TrustRemoteCode",
+]
 
 
 def _only_json(context: typer.Context, wanted: bool) -> bool:
@@ -19,19 +29,38 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.", callback=_only_json)]
+def _no_progress(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.with_resource(keep_quiet())
+    return wanted
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document, for programs.", callback=_only_json)
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", help="Print no progress and no notes.", callback=_no_progress),
+]
 Folder = Annotated[
     Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")
 ]
 Nodes = Annotated[
-    list[str] | None, typer.Argument(help="Paths or patterns like 'fr/*'.", metavar="[NODES]...")
+    list[str] | None,
+    typer.Argument(help="Take these nodes: paths, or patterns like 'fr/*'.", metavar="NODES"),
 ]
 Data = Annotated[
     list[Path],
-    typer.Option(help="JSON lines: path, and text, or prompt and completion, or messages."),
+    typer.Option(
+        help="Read rows from this file of JSON lines; see lora-tree help data.", metavar="FILE"
+    ),
 ]
 Base = Annotated[
-    str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")
+    str | None,
+    typer.Option(
+        help="Use this base, a folder or a hub id; without it the one that the tree names.",
+        metavar="MODEL",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -39,6 +68,8 @@ TrustRemoteCode = Annotated[
 ]
 SkipBroken = Annotated[
     bool,
-    typer.Option("--skip-broken", help="Leave out nodes that can't be used, and all below them."),
+    typer.Option(
+        "--skip-broken", help="Leave out nodes that can't be used, and everything below them."
+    ),
 ]
-Length = Annotated[int, typer.Option(min=2, help="Tokens to keep of a row.")]
+Length = Annotated[int, typer.Option(min=2, help="Keep so many tokens of a row.")]

@@ -1,8 +1,13 @@
-"""The commands by name. Only the one that is asked for is imported: most of them need torch, which takes seconds."""
+"""The commands by name. Only the command that is asked for is imported.
+
+Most of them need torch, which takes seconds to import. The list of commands, the topics of ``help``
+and the names that a shell completes must not wait for it.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +18,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import printable
+from .examples import EXAMPLES
 
 __all__ = ["COMMANDS", "application"]
 
@@ -43,49 +49,69 @@ COMMANDS = {
     "vllm-args": "vllm_args:vllm_args",
     "schema": "schema:schema",
     "demo": "demo:demo",
+    "help": "explain:explain",
 }
 """Name → ``module:function``, in this package."""
 
 
 class _CommandGroup(TyperGroup):
-    """The commands. A wrong use of one is told with the command line in it, which may hold names out of a glob."""
+    """The commands; errors of usage are escaped, since they quote the command line.
+
+    A command line may hold names out of a glob, and so anything that a file can be called.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:
-            said = getattr(
-                error, "message", None
-            )  # typer's own kinds, whichever click they are built on
+            # Told by the attribute and not by the class: typer up to 0.25 raises click's own
+            # errors, later ones raise those of the copy of click that typer brings along.
+            said = getattr(error, "message", None)
             if isinstance(said, str):
                 error.message = printable(said)  # type: ignore[attr-defined]
             raise
 
 
 def application(arguments: Sequence[str]) -> typer.Typer:
-    """The application for these arguments: all commands in its help, and the one they name, whole."""
+    """Return the application: every command in its list, and whole the one that is asked for."""
     app = typer.Typer(
         cls=_CommandGroup,
         name="lora-tree",
         help="LoRA adapters as a tree over one base model.",
         no_args_is_help=True,
-        add_completion=False,
+        # Names and errors are strangers' words; typer would print locals around them.
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    asked = _asked(arguments)
     for name, place in COMMANDS.items():
         module, _, function = place.partition(":")
         if name == asked:
             command = getattr(import_module(f".{module}", __package__), function)
         else:
             command = _listed(module, function)
-        app.command(name)(command)
+        app.command(name, epilog=_epilog(name))(command)
     return app
 
 
+def _asked(arguments: Sequence[str]) -> str | None:
+    """Return the command that is named, on the command line or in the one that is completed."""
+    words = list(arguments)
+    if "_LORA_TREE_COMPLETE" in os.environ:
+        # The shell's words come in the environment: bash's in the one, the other shells' in the
+        # other. Quotes may still be open, so they are split at blanks.
+        line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+        words = line.split()[1:]
+    return next((word for word in words if not word.startswith("-")), None)
+
+
+def _epilog(name: str) -> str:
+    """Return a command's examples, each a paragraph, which typer does not join."""
+    return "\n\n".join(["Examples:", *EXAMPLES.get(name, ())])
+
+
 def _listed(module: str, function: str) -> Callable[[], None]:
-    """A stand-in for the list of commands: the docstring of one, read from its source and not by importing it."""
+    """Return a stand-in for the list, with the docstring that the source has."""
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
     found = (
         n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function

@@ -27,6 +27,9 @@ from ..errors import LoraTreeError, printable
 __all__ = [
     "any_encoding",
     "err",
+    "is_quiet",
+    "keep_quiet",
+    "note",
     "out",
     "print_error",
     "print_json",
@@ -87,6 +90,31 @@ def err() -> Console:
 def print_text(text: str) -> None:
     """Text that a model wrote, on stdout: as it is for a program, escaped for a person's terminal."""
     sys.stdout.write((printable(text, keep=LINES) if sys.stdout.isatty() else text) + "\n")
+
+
+_quiet = False
+
+
+def is_quiet() -> bool:
+    """Tell whether progress and notes are left out."""
+    return _quiet
+
+
+@contextmanager
+def keep_quiet() -> Iterator[None]:
+    """Leave out progress and notes; warnings, errors and results are printed."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def note(text: str) -> None:
+    """Print a line about what is being done, on stderr, unless the user wants none."""
+    if not _quiet:
+        err().print(text, soft_wrap=True)
 
 
 _document: TextIO | None = None

@@ -1,4 +1,4 @@
-"""``lora-tree demo``: the main job on real input, and what it measured."""
+"""``lora-tree demo``: the main job on real input, and the figures that it measured."""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ from typing import Annotated
 import typer
 
 from ..demo import FULL, QUICK, run
-from .console import err, out
+from .arguments import Quiet
+from .console import err, is_quiet, out
 
 __all__ = ["demo"]
 
 
 def demo(
     folder: Annotated[
-        Path, typer.Argument(help="Where to write; -base and -export go beside it.")
+        Path,
+        typer.Argument(
+            help="Write this folder; its base goes beside it as FOLDER-base, an export as FOLDER-export.",
+            metavar="FOLDER",
+        ),
     ] = Path("demo-zoo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A toy size, in under a minute.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed trains the same adapters.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train a toy size, in under a minute.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Draw from this seed; the same one trains the same.")
+    ] = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a small base and a tree of adapters on the standard library; reopen, switch, measure, export, compare."""
-    out().print(run(folder, size=QUICK if quick else FULL, console=err(), seed=seed))
+    """Train a small base and a tree on Python's own library; switch, measure, export, compare."""
+    console = err()
+    console.quiet = is_quiet()
+    out().print(run(folder, size=QUICK if quick else FULL, console=console, seed=seed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,7 +14,7 @@ from ..folder import disk, load
 from ..model import attach
 from ..runs import LossMatrix, evaluate
 from ..training.diverged import BASE_LABEL
-from .arguments import AsJson, Base, Data, Folder, Length, Nodes, SkipBroken, TrustRemoteCode
+from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, SkipBroken, TrustRemoteCode
 from .console import out, print_json
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
@@ -29,14 +29,17 @@ def evaluation(
     *,
     data: Data,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
     max_length: Length = 1024,
-    picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a heat map there, as SVG.", metavar="FILE")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The loss of every node, and of the bare base, on the rows of every path."""
+    """Measure the loss of every node, and of the bare base, on the rows of every path."""
     tree = load(folder, skip_broken=skip_broken)
     for node in nodes or ():
         tree.lineage(node)
@@ -51,32 +54,34 @@ def evaluation(
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())
     if as_json:
-        columns = [
-            dict(zip(matrix.domains, row, strict=True)) for row in (*matrix.losses, matrix.tokens)
-        ]
-        losses = dict(zip(matrix.paths, columns[:-1], strict=True))
-        print_json({"unit": "nats per token", "losses": losses, "tokens": columns[-1]})
+        print_json(_plain(matrix))
     else:
         out().print(_table(matrix))
 
 
+def _plain(matrix: LossMatrix) -> dict[str, Any]:
+    losses = {}
+    for path, row in zip(matrix.paths, matrix.losses, strict=True):
+        losses[path] = dict(zip(matrix.domains, row, strict=True))
+    tokens = dict(zip(matrix.domains, matrix.tokens, strict=True))
+    return {"unit": "nats per token", "losses": losses, "tokens": tokens}
+
+
 def _table(matrix: LossMatrix) -> Table:
+    """Return the matrix as a table, with each column's best loss in bold."""
     table = Table(
         title="nats per token",
         title_justify="left",
-        caption="rows: the active path; columns: whose rows",
+        caption="rows: the active path; columns: the path of the rows",
     )
     table.add_column("active path")
-    for domain in matrix.domains:
+    best = []
+    for domain, column in zip(matrix.domains, zip(*matrix.losses, strict=True), strict=True):
         table.add_column(domain or BASE_LABEL, justify="right")
-    best = [
-        min((x for x in column if math.isfinite(x)), default=None)
-        for column in zip(*matrix.losses, strict=True)
-    ]
+        best.append(min((loss for loss in column if math.isfinite(loss)), default=None))
     for path, losses in zip(matrix.paths, matrix.losses, strict=True):
-        cells = [
-            Text(f"{x:.3f}", "bold" if x == low else "")
-            for x, low in zip(losses, best, strict=True)
-        ]
+        cells = []
+        for loss, low in zip(losses, best, strict=True):
+            cells.append(Text(f"{loss:.3f}", "bold" if loss == low else ""))
         table.add_row(path or BASE_LABEL, *cells)
     return table

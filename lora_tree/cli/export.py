@@ -1,4 +1,4 @@
-"""``lora-tree export``: a path, a blend or every leaf as adapters, or a path merged into a checkpoint of its own."""
+"""``lora-tree export``: a path, a blend or every leaf as adapters, or merged into a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..adapter import Adapter
 from ..errors import SpecError
 from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
-from ..export.siblings import without_v
 from ..folder import load
-from ..storage import as_path
 from ..tree import AdapterTree
-from .arguments import AsJson, Folder, SkipBroken, TrustRemoteCode
-from .console import out, print_json
+from .arguments import AsJson, Folder, Quiet, SkipBroken, TrustRemoteCode
+from .console import print_json
+from .export_place import check_place
+from .export_told import plain_portable, tell_flat, tell_merged, tell_portable
 from .open_base import skeleton_of
 from .progress import Bar
 
@@ -52,36 +51,42 @@ def export(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="fr/legal, or a blend: fr/legal:0.5+fr/medical:0.5", metavar="PATH_OR_BLEND"
+            help="Write this path, fr/legal, or blend, fr/legal:0.5+fr/medical:0.5.",
+            metavar="PATH_OR_BLEND",
         ),
     ] = None,
     to: Annotated[
         str,
-        typer.Option("--out", help="The folder to write, outside the tree's own.", metavar="DIR"),
+        typer.Option("--out", help="Write this folder, outside the tree's own.", metavar="DIR"),
     ] = "",
     kind: Annotated[
         As,
         typer.Option(
             "--as",
-            help="portable: one rank, alpha = r, no patterns, for any engine. peft: ranks as they are. "
+            help="portable: one rank, alpha = r, no patterns, for any engine. "
+            "peft: ranks as they are. "
             "kohya, diffusers: one .safetensors file for programs that make images. "
             "model: the base's checkpoint with the path merged into it.",
         ),
     ] = As.portable,
-    every: Annotated[bool, typer.Option("--all", help="Every leaf, as DIR/<path>.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Write every leaf, as DIR/<path>.")] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of the base; the tree's own folder without it."),
+        typer.Option(
+            help="Use this base, a folder or a hub id; without it the tree's own, if a folder.",
+            metavar="MODEL",
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="The largest rank to keep; exact, at rank Σr, without it.")
+        int | None,
+        typer.Option(help="Keep at most this rank; without it the sum is exact, at rank Σr."),
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="The largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in a module."),
+        typer.Option(help="Allow a relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ of so much in a module."),
     ] = None,
     ceil_rank: Annotated[
-        bool, typer.Option("--ceil-rank", help="The next rank that vLLM allows.")
+        bool, typer.Option("--ceil-rank", help="Round the rank up to one that vLLM allows.")
     ] = False,
     dtype: Annotated[
         Dtype | None,
@@ -93,13 +98,14 @@ def export(
         bool,
         typer.Option(
             "--complete/--incomplete",
-            help="Fill q/k/v and gate/up with zeros where some of them are missing; SGLang needs v where q is.",
+            help="Fill q/k/v and gate/up with zeros where some of them are missing; "
+            "SGLang needs v where q is.",
         ),
     ] = False,
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --complete and no base: how large a module is, k_proj=1024x4096.",
+            help="With --complete and no base: say how large a module is, k_proj=1024x4096.",
             metavar="NAME=OUTxIN",
         ),
     ] = None,
@@ -107,42 +113,37 @@ def export(
         bool,
         typer.Option("--with-code", help="With --as model: copy the base's own code (*.py) too."),
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Leaves at once, with --all.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --all: make so many leaves at once.")
+    ] = None,
     per_module: Annotated[
-        bool, typer.Option("--per-module", help="Tell every module's error.")
+        bool, typer.Option("--per-module", help="Print every module's error.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a path, a blend or every leaf as one adapter that any engine loads; or merged into a checkpoint."""
+    """Write a path, a blend or every leaf as an adapter for any engine, or merge it into a base."""
     if every == (path is not None):
         raise SpecError(
-            "name one path or blend, or every leaf: lora-tree export FOLDER PATH --out DIR, or --all"
+            "name one path or blend, or every leaf: "
+            "lora-tree export FOLDER PATH --out DIR, or --all"
         )
     tree = load(folder, skip_broken=skip_broken)
-    _outside(tree, folder, to)
+    check_place(tree, folder, to)
+    # Options of one form alone; a form that can't heed one refuses it.
+    shaped = ceil_rank or complete or bool(shape)
     if kind is As.model:
-        if (
-            path is None
-            or (rank, max_error, dtype) != (None, None, None)
-            or ceil_rank
-            or complete
-            or shape
-        ):
+        if path is None or shaped or (rank, max_error, dtype) != (None, None, None):
             raise SpecError(
                 "--as model writes one path as it is, in the base's dtypes",
                 "leave the other options out",
             )
-        _merge(
-            tree,
-            path,
-            to,
-            base,
-            with_code=with_code,
-            trust_remote_code=trust_remote_code,
-            as_json=as_json,
+        merged = _merged(
+            tree, path, to, base, with_code=with_code, trust_remote_code=trust_remote_code
         )
+        tell_merged(merged, path, as_json=as_json)
         return
     if with_code:
         raise SpecError(
@@ -150,19 +151,18 @@ def export(
         )
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is not As.portable:
-        if path is None or ceil_rank or complete or shape:
+        if path is None or shaped:
             raise SpecError(
                 f"--as {kind} writes one path with its ranks as they are", f"leave --as {kind} out"
             )
-        what = f"export --as {kind} --base"
-        model = (
-            None
-            if base is None
-            else skeleton_of(base, what=what, trust_remote_code=trust_remote_code)
-        )
+        model = None
+        if base is not None:
+            model = skeleton_of(
+                base, what=f"export --as {kind} --base", trust_remote_code=trust_remote_code
+            )
         flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
         flat.save(to, form=kind.value)  # type: ignore[arg-type]
-        _tell_flat(path, to, flat, kind, dtype, as_json=as_json)
+        tell_flat(path, to, flat, kind, dtype, as_json=as_json)
         return
     form = {
         "rank": rank,
@@ -178,23 +178,29 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        with Bar() as bar:
-            task = bar.add_task("exporting", total=None)
-
-            def show(one: Portable, done: int, leaves: int) -> None:
-                bar.update(task, completed=done, total=leaves, description=one.path)
-
-            several = export_leaves(tree, to, workers=workers, progress=show, **form)  # type: ignore[arg-type]
-        written = {str(Path(to, one.path)): one for one in several}
+        leaves = _leaves(tree, to, workers, form)
+        written = {str(Path(to, leaf.path)): leaf for leaf in leaves}
     if as_json:
-        told = [_plain(one, where) for where, one in written.items()]
+        told = [plain_portable(one, where) for where, one in written.items()]
         print_json({"exports": told} if every else told[0])
     else:
         for where, one in written.items():
-            _tell(one, where, per_module=per_module)
+            tell_portable(one, where, per_module=per_module)
 
 
-def _merge(
+def _leaves(
+    tree: AdapterTree, to: str, workers: int | None, form: dict[str, Any]
+) -> list[Portable]:
+    with Bar() as bar:
+        task = bar.add_task("exporting", total=None)
+
+        def show(one: Portable, done: int, leaves: int) -> None:
+            bar.update(task, completed=done, total=leaves, description=one.path)
+
+        return export_leaves(tree, to, workers=workers, progress=show, **form)
+
+
+def _merged(
     tree: AdapterTree,
     path: str,
     to: str,
@@ -202,59 +208,26 @@ def _merge(
     *,
     with_code: bool,
     trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+) -> MergedCheckpoint:
     with Bar() as bar:
         task = bar.add_task("merging", total=None)
-        told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        made: MergedCheckpoint = export_model(
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return export_model(
             tree,
             path,
             to,
             base=base,
             with_code=with_code,
             trust_remote_code=trust_remote_code,
-            progress=told,
+            progress=show,
         )
-    if as_json:
-        print_json(
-            {
-                "path": path,
-                "out": str(made.folder),
-                "as": As.model,
-                "changed": list(made.changed),
-                "bytes": made.nbytes,
-                "left_out": list(made.left_out),
-            }
-        )
-        return
-    left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
-    changed = f"{len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
-    what = f"{path or 'the bare base'} → {made.folder}: {changed}"
-    out().print(what, markup=False, soft_wrap=True)
-
-
-def _tell(one: Portable, where: str, *, per_module: bool) -> None:
-    added = f" ({len(one.added)} of them zeros)" if one.added else ""
-    what = f"{one.path} → {where}: {len(one.adapter)} modules{added}, r={one.rank}, {_cost(one)}{_left(one)}"
-    out().print(what, markup=False, soft_wrap=True)
-    for name, error in one.errors.items() if per_module else ():
-        out().print(f"  {error:.2e}  {name}", markup=False, soft_wrap=True)
-
-
-def _left(one: Portable) -> str:
-    """A word about q/k/v and gate/up; what SGLang needs is said only where it is not there."""
-    if not one.incomplete:
-        return ""
-    kinds = sorted({name.rpartition(".")[2] for name in one.incomplete})
-    words = f"; no node changes {', '.join(kinds)}: left as they are"
-    if without_v(one.adapter.modules):
-        words += " (SGLang needs v_proj where q_proj is: --complete adds zeros)"
-    return words
 
 
 def _shapes(told: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """``k_proj=1024x4096`` → k_proj: (1024, 4096).
+    """Read ``k_proj=1024x4096`` as k_proj: (1024, 4096).
 
     Raises:
         SpecError: one is written otherwise.
@@ -266,89 +239,3 @@ def _shapes(told: Iterable[str]) -> dict[str, tuple[int, int]]:
             raise SpecError(f"--shape {text[:80]!r}: expected NAME=OUTxIN, as in k_proj=1024x4096")
         shapes[found[1]] = int(found[2]), int(found[3])
     return shapes
-
-
-def _cost(one: Portable) -> str:
-    if one.worst == 0.0:
-        return "exact"
-    worst = max(one.errors, key=lambda name: one.errors[name])
-    return f"relative error {one.error:.2g} in total, at most {one.worst:.2g} in a module ({worst})"
-
-
-def _plain(one: Portable, where: str) -> dict[str, Any]:
-    return {
-        "path": one.path,
-        "out": where,
-        "as": As.portable,
-        "modules": len(one.adapter),
-        "rank": one.rank,
-        "parameters": one.adapter.numel,
-        "bytes": one.adapter.nbytes,
-        "error": one.error,
-        "worst": one.worst,
-        "errors": dict(one.errors),
-        "added": list(one.added),
-        "incomplete": list(one.incomplete),
-    }
-
-
-def _tell_flat(
-    path: str, to: str, flat: Adapter, kind: As, dtype: Dtype | None, *, as_json: bool
-) -> None:
-    ranks = sorted(set(flat.ranks.values()))
-    if as_json:
-        print_json(
-            {
-                "path": path,
-                "out": to,
-                "as": kind,
-                "modules": len(flat),
-                "ranks": ranks,
-                "parameters": flat.numel,
-                "bytes": flat.nbytes,
-                "error": flat.error,  # of the truncation
-                "dtype": dtype,
-                "rounded": bool(flat.rounded),
-            }
-        )
-    else:
-        out().print(
-            f"{path} → {to}: {len(flat)} modules, r={'/'.join(map(str, ranks)) or '-'}, {_exactness(flat, dtype)}",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def _exactness(flat: Adapter, dtype: Dtype | None) -> str:
-    cut = [f"relative error at most {flat.error:.2g} in a module"] if flat.errors else []
-    rounded = [f"{'then ' * bool(cut)}rounded to {dtype}"] if flat.rounded else []
-    return ", ".join(cut + rounded) or "exact"
-
-
-def _outside(tree: AdapterTree, folder: Path, to: str) -> None:
-    """Refuse to write where the tree lives: what is written there becomes a node of it, or replaces one."""
-    if not to.strip():  # Path("") would be the current folder
-        raise SpecError("--out is empty", "name a folder for the adapter: --out export/legal")
-    where = as_path(to).resolve()
-    home = as_path(folder).resolve()
-    if _lies_in(where, home if home.is_dir() else home.parent):
-        raise SpecError(
-            f"--out {to} is in the tree's own folder, where an adapter is a node",
-            f"write it elsewhere, or add it to the tree: AdapterTree.add(path, adapter={to!r})",
-        )
-    for path in tree.paths():
-        source = tree[path].source
-        if source is not None and _same(where, source.where.resolve()):
-            raise SpecError(
-                f"--out {to} would write over the files of {path}, {source.where}",
-                "write it elsewhere",
-            )
-
-
-def _lies_in(where: Path, folder: Path) -> bool:
-    return any(_same(above, folder) for above in (where, *where.parents))
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Asked of the file system too, for which two spellings may be one folder."""
-    return one == other or (one.exists() and other.exists() and one.samefile(other))

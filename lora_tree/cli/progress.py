@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .console import err
+from .console import err, is_quiet
 
 __all__ = ["Bar", "steps_done"]
 
@@ -29,20 +29,25 @@ class Bar(Progress):
 
     def __init__(self, *columns: ProgressColumn) -> None:
         console = err()
-        super().__init__(*columns, console=console, disable=not console.is_terminal, transient=True)
+        hidden = is_quiet() or not console.is_terminal
+        super().__init__(*columns, console=console, disable=hidden, transient=True)
 
     def stop(self) -> None:
-        """Leave no trace where nothing was shown: older versions of rich end it with an empty line."""
+        """End the bar. rich before 14 ends one that was never shown with an empty line."""
         if not self.disable:
             super().stop()
 
 
 @contextmanager
 def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], None]]:
-    """A function to call after every step, with what to say beside the bar.
+    """Yield a function to call after every step, with the words beside the bar.
 
-    Where stderr is no terminal, the first step, the last one and some between are a line each, if they say anything.
+    Where stderr is no terminal, the first step, the last one and some between are a line each, if
+    they have words.
     """
+    if is_quiet():
+        yield lambda text: None
+        return
     if not sys.stderr.isatty():
         yield _in_lines(what, total, done)
         return

@@ -45,7 +45,7 @@ class Sort(StrEnum):
 def show(
     folder: Folder,
     node: Annotated[
-        str | None, typer.Argument(help="Show this node and what is below it.", metavar="[NODE]")
+        str | None, typer.Argument(help="Show this node and what is below it.", metavar="NODE")
     ] = None,
     depth: Annotated[
         int | None, typer.Option(min=1, help="Show so many levels, counted from the top or NODE.")

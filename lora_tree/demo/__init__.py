@@ -27,7 +27,7 @@ from ..model import TreeModel, attach
 from ..tree import AdapterTree
 from .bytelevel import TARGETS, new_base, open_base, save_base
 from .corpus import Domain, find_corpus
-from .learning import as_one_row, bits_per_byte, spread, train_base, train_tree
+from .learning import as_one_row, bits_per_byte, evenly_spread, train_base, train_tree
 from .report import BASE_ROW, Report
 from .staging import demo_folders
 
@@ -85,7 +85,7 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             tree = load(zoo)
             attached = attach(tree, model)
         held_out = {
-            d.path: spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
+            d.path: evenly_spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
             for d in (corpus, *leaves)
         }
         with clock("measuring"):

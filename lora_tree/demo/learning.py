@@ -17,7 +17,7 @@ from ..model import TreeModel
 from ..training.losses import path_loss
 from .bytelevel import END
 
-__all__ = ["as_one_row", "bits_per_byte", "spread", "train_base", "train_tree"]
+__all__ = ["as_one_row", "bits_per_byte", "evenly_spread", "train_base", "train_tree"]
 
 
 def as_one_row(documents: Sequence[bytes]) -> Tensor:
@@ -27,7 +27,7 @@ def as_one_row(documents: Sequence[bytes]) -> Tensor:
     return torch.cat([piece for part in parts for piece in (part, end)])
 
 
-def spread(tokens: Tensor, *, windows: int, length: int) -> Tensor:
+def evenly_spread(tokens: Tensor, *, windows: int, length: int) -> Tensor:
     """At most ``windows`` windows, evenly spread over all tokens. (≤ windows, length)"""
     whole = tokens[: len(tokens) // length * length].view(-1, length)
     picks = torch.linspace(0, len(whole) - 1, min(windows, len(whole))).round().long()

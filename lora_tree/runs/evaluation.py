@@ -19,7 +19,7 @@ from ..blend import Blend, depth_first
 from ..errors import SpecError
 from ..model import TreeModel
 from ..training.losses import IGNORED, row_losses
-from .heat_map import heat_map
+from .loss_map import loss_map
 from .rows import Row, padded
 
 __all__ = ["LossMatrix", "evaluate", "evaluate_at"]
@@ -48,7 +48,7 @@ class LossMatrix:
         >>> matrix.picture().count("<rect"), "1.00" in matrix.picture()
         (2, True)
         """
-        return heat_map(self.paths, self.domains, self.losses)
+        return loss_map(self.paths, self.domains, self.losses)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..svg import Picture
 from ..training.diverged import BASE_LABEL
 
-__all__ = ["heat_map"]
+__all__ = ["loss_map"]
 
 CELL_WIDTH, CELL_HEIGHT = 76, 26
 CHARACTER_WIDTH = 7  # of 11 px monospace, rounded up: a viewer chooses the font
@@ -23,7 +23,7 @@ MOST_CHARACTERS = 10
 """Characters of a domain's name that fit over its column; the whole name is under the pointer."""
 
 
-def heat_map(
+def loss_map(
     paths: Sequence[str], domains: Sequence[str], losses: Sequence[Sequence[float]]
 ) -> str:
     """Return an SVG document.
@@ -33,7 +33,7 @@ def heat_map(
         domains: of the columns.
         losses: (paths, domains).
 
-    >>> picture = heat_map(["", "fr"], ["fr"], [[2.0], [1.0]])
+    >>> picture = loss_map(["", "fr"], ["fr"], [[2.0], [1.0]])
     >>> picture.count("<rect"), "1.00" in picture
     (2, True)
     """

@@ -1,0 +1,49 @@
+"""Command lines that each command's help shows; the tests run every one of them.
+
+They are about a folder of adapters ``zoo/``, its base in ``models/base`` and rows in JSON lines.
+"""
+
+from __future__ import annotations
+
+__all__ = ["EXAMPLES"]
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "show": (
+        "lora-tree show zoo/ --depth 2",
+        "lora-tree show zoo/ fr --sort bytes --svg tree.svg",
+    ),
+    "check": ("lora-tree check zoo/", "lora-tree check zoo/ --base models/base"),
+    "lock": ("lora-tree lock zoo/ --accept-stale",),
+    "init": ("lora-tree init new-zoo/ --base models/base --r 8 --target q_proj",),
+    "add": ("lora-tree add zoo/ fr/tax downloads/tax --copy",),
+    "mv": ("lora-tree mv zoo/ fr/medical medical --keep-effective",),
+    "rm": ("lora-tree rm zoo/ fr/medical --dry-run", "lora-tree rm zoo/ fr/medical"),
+    "set": ("lora-tree set zoo/ fr/legal --weight 0.8",),
+    "diff": (
+        "lora-tree diff zoo/ fr/legal fr/medical",
+        "lora-tree diff zoo/ fr --with zoo-before/",
+    ),
+    "similar": ("lora-tree similar zoo/ --picture alike.svg",),
+    "squash": ("lora-tree squash zoo/ fr/legal --to legal",),
+    "split": ("lora-tree split zoo/ fr --to fr/rest --rank 1",),
+    "pick": ("lora-tree pick zoo/ fr/legal --to de/legal",),
+    "rebase": ("lora-tree rebase zoo/ --all fr --was zoo-before/fr",),
+    "hoist": ("lora-tree hoist zoo/ fr",),
+    "merge": ("lora-tree merge zoo/ fr/legal fr/medical --to fr/both --density 0.5",),
+    "compress": ("lora-tree compress zoo/ --rank 1 --dry-run",),
+    "export": (
+        "lora-tree export zoo/ fr/legal --out export/legal",
+        "lora-tree export zoo/ fr/legal:0.5+de:0.5 --rank 8 --out export/blend",
+        "lora-tree export zoo/ fr/legal --as model --base models/base --out export/model",
+        "lora-tree export zoo/ --all --out export/leaves",
+    ),
+    "generate": ("lora-tree generate zoo/ fr/legal --base models/base --prompt 'Article 1'",),
+    "train": ("lora-tree train zoo/ --data rows.jsonl --base models/base --steps 20",),
+    "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),
+    "promote": ("lora-tree promote zoo/ fr/legal --from zoo/.training/checkpoint-20",),
+    "vllm-args": ("lora-tree vllm-args zoo/ --cache vllm-cache --allow 'fr/**'",),
+    "schema": ("lora-tree schema > tree.schema.json",),
+    "demo": ("lora-tree demo --quick",),
+    "help": ("lora-tree help paths",),
+}
+"""Command → lines of a shell, in an order in which one may follow the other."""

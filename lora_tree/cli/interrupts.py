@@ -1,0 +1,36 @@
+"""Ctrl-C during a run: the step in progress is finished and saved first."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["noted_interrupts"]
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C and a polite kill instead of raising them; raise a second one.
+
+    Yields a function that says whether one was noted.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell ignores Ctrl-C for what it runs in the background, and so does nohup: it is not
+        # meant for this run.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,65 @@
+"""The options of ``lora-tree train`` that are read from text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import SpecError
+from ..folder.tree_place import YAML
+
+__all__ = ["numbers", "numbers_by_depth", "run_folder"]
+
+
+def run_folder(folder: Path, run: Path | None) -> Path:
+    """Return where checkpoints go, so that they are not taken for nodes of the tree.
+
+    Raises:
+        SpecError: the user named a folder in which they would be.
+    """
+    zoo = folder if folder.is_dir() else folder.parent
+    if run is None:
+        # Each YAML of a folder is a tree of its own, and has runs of its own.
+        is_main = folder in (zoo, zoo / YAML)
+        return zoo / (".training" if is_main else f".training-{folder.name}")
+    if run.resolve().is_relative_to(zoo.resolve()):
+        inside = run.resolve().relative_to(zoo.resolve()).parts
+        if not any(part.startswith(".") for part in inside):
+            raise SpecError(
+                f"--run {run} lies in {zoo}, where folders of adapters are nodes of the tree",
+                f"name one beside it, or {zoo}/.{run.name}, which the tree passes over",
+            )
+    return run
+
+
+def numbers(pairs: list[str] | None, option: str) -> dict[str, float]:
+    """Read ``fr=1e-5`` as fr: 1e-5.
+
+    Raises:
+        SpecError: one is written otherwise; names the option.
+    """
+    found = {}
+    for pair in pairs or ():
+        path, equals, number = pair.rpartition("=")
+        try:
+            found[path] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise SpecError(f"{option} {pair}: expected a path and a number, like fr/legal=0.5")
+    return found
+
+
+def numbers_by_depth(text: str | None) -> tuple[float, ...] | None:
+    """Read ``0,1,3`` as a number for each depth.
+
+    Raises:
+        SpecError: it is written otherwise.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise SpecError(
+            f"--decay-by-depth {text}: expected numbers with commas between, like 0,1,3"
+        ) from None

@@ -1,0 +1,101 @@
+"""The words of ``lora-tree train``: what is about to happen, and how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..runs import Run, Verdict
+from .console import note, out, print_json
+
+__all__ = ["foretell", "tell_outcome"]
+
+
+def foretell(running: Run, rows: int) -> None:
+    """Say what is about to happen, before anything does.
+
+    Args:
+        running: before its first step.
+        rows: how many were read.
+    """
+    if running.aside is not None:
+        tree = running.model.tree
+        before = running.aside.about.get("nodes", ())
+        nodes = ", ".join(path for path in tree.paths() if path in before)
+        note(
+            f"the run before this one, of {nodes}, is finished, "
+            f"and lies in {running.aside.folder} now"
+        )
+        if not running.aside.is_saved:
+            note("  it did not save the tree: lora-tree promote takes its nodes from there")
+    if running.left_out:
+        note(f"{running.left_out} of {rows} rows go through no node that trains")
+    if running.was_over:
+        note(
+            f"this run has finished, and the tree has its nodes: {running.folder}\n"
+            "  nothing is left to do; any other setting (--steps, --seed, …) begins another run from "
+            "there"
+        )
+        return
+    note("what trains:")
+    for trained in running.trained:
+        note(f"  {trained}")
+    if running.held_back:
+        plural = "s" if len(running.held_back) != 1 else ""
+        note(f"held back: {len(running.held_back)} row{plural}, to judge leaves by")
+    if running.outdated:
+        note(f"becomes stale: {', '.join(running.outdated)}")
+    if running.done:
+        note(f"going on after step {running.done}")
+
+
+def tell_outcome(
+    running: Run,
+    folder: Path,
+    checkpoint: Path,
+    verdicts: Sequence[Verdict],
+    *,
+    resumed_at: int,
+    as_json: bool,
+) -> None:
+    """Print how a run ended.
+
+    Args:
+        running: whose tree was saved.
+        folder: of the tree.
+        checkpoint: the run's last.
+        verdicts: on the leaves that were judged by rows held back.
+        resumed_at: the step after which it went on.
+        as_json: print one JSON document.
+    """
+    tree = running.model.tree
+    stale = [path for path in tree.paths() if tree[path].stale]
+    losses = running.losses()
+    if as_json:
+        print_json(
+            {
+                "nodes": running.nodes,
+                "steps": running.done,
+                "resumed_at": resumed_at,
+                "checkpoint": str(checkpoint),
+                "rows": len(running.rows),
+                "left_out": running.left_out,
+                "held_back": [asdict(verdict) for verdict in verdicts],
+                "losses": running.last,
+                "first": {node: first for node, (first, _) in losses.items()},
+                "last": {node: last for node, (_, last) in losses.items()},
+                "stale": stale,
+            }
+        )
+        return
+    for node in running.nodes:
+        # A node trains on rows of nodes below it, too; one with none at all has no loss.
+        first, last = losses.get(node, (math.nan, math.nan))
+        out().print(f"{node}: loss {first:.3f} at first, {last:.3f} at last")
+    for verdict in verdicts:
+        out().print(str(verdict))
+    out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
+    if stale:
+        out().print(f"stale now: {', '.join(stale)}")
