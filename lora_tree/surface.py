@@ -36,11 +36,13 @@ from .blend import Blend, parse_blend
 from .combining import combine
 from .export import (
     ENGINE_RANKS,
+    Extracted,
     MergedCheckpoint,
     Portable,
     ceil_rank_of,
     export_leaves,
     export_model,
+    extract,
     portable,
 )
 from .fit import clashes, misfits
@@ -63,6 +65,7 @@ __all__ = [
     "Deviation",
     "Diff",
     "Edited",
+    "Extracted",
     "Layout",
     "Likeness",
     "LoraSpec",
@@ -95,6 +98,7 @@ __all__ = [
     "diff_trees",
     "export_leaves",
     "export_model",
+    "extract",
     "graft",
     "hoist",
     "inner",

@@ -42,6 +42,7 @@ COMMANDS = {
     "merge": "merge:merge_nodes",
     "compress": "compress:compress_nodes",
     "export": "export:export",
+    "extract": "extract:extract_difference",
     "generate": "generate:generate",
     "train": "train:train",
     "eval": "eval:evaluation",

@@ -52,6 +52,12 @@ MUTATING = {
 }
 """How ``init_lora_weights`` begins for methods that change the base's weights → the method."""
 
+EXTRACT = (
+    "what PEFT merged (merge_and_unload, save_pretrained) comes in as a difference: "
+    "lora-tree extract BASE MERGED --max-error 0.05"
+)
+"""The way in for what is no sum of W and B·A."""
+
 KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
 """The ``use_…`` fields that we know. Another one that is set is a kind of LoRA newer than this."""
 
@@ -214,12 +220,14 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
         raise UnsupportedAdapter(
             f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA', 'LOHA' or 'LOKR'",
             "other methods do not add up to W + B·A: train it with LoRA, or convert it in PEFT",
+            EXTRACT,
         )
     for name, reason in VARIANTS.items():
         if fields.get(name):
             raise UnsupportedAdapter(
                 f"{where}: {name} = {str(fields[name])[:80]}: {reason}",
                 f"train the adapter without {name}, or merge it into a base of its own with PEFT",
+                EXTRACT,
             )
     # PEFT calls each new kind of LoRA use_…, and reads it in silence where it is too old for it.
     for name, value in fields.items():

@@ -1,0 +1,376 @@
+"""A tuned checkpoint minus its base, as an adapter: the door for merged models and for DoRA.
+
+    D = W_tuned − W_base        one parameter at a time, in fp32 or wider
+    D ≈ B A                     randomised SVD: Q = orth(D (Dᵀ D)² Ω), and the SVD of Qᵀ D
+    error = ‖D − B A‖ / ‖D‖     of the factors as they are written, computed block by block
+
+A parameter that only differs by a rounding (the tuned one in bf16, the base in fp32) has not
+changed. A change that no low rank holds (norms, biases, a grown vocabulary) is listed by name, and
+refused unless the caller says to leave it behind.
+
+Law: the result depends on the two checkpoints and the bounds alone. The random numbers of a module
+are drawn from a generator of their own, with a fixed seed.
+
+Reference: Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061 (Algorithms 4.4 and 5.1).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..errors import BaseMismatch, LoraTreeError, SpecError, listing
+from ..given import check_dtype, check_rank
+from ..lowrank import EMBEDDING, LINEAR, PARAMETER, Layout, LowRank
+from ..sites import ParameterSite, Site, find_site
+from ..sites.conv import ConvSite
+from ..sites.embedding import EmbeddingSite
+from ..sites.linear import Conv1DSite
+from ..storage import as_path
+from .names import CheckpointNames, TensorGroup
+from .shards import Checkpoint, Stored, open_checkpoint, own_files
+from .unloaded_base import skeleton
+
+__all__ = ["Extracted", "extract"]
+
+SEED = 0
+FIRST_RANK = 16
+OVERSAMPLED = 8
+POWER_STEPS = 2
+ROUNDING = 1e-6
+"""A ``max_error`` lets this much through on top, for the rounding of the factors themselves."""
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Extracted:
+    """The difference of two checkpoints as an adapter.
+
+    Args:
+        adapter: the factors, and its `Adapter.errors`.
+        errors: module → ‖D − BA‖ / ‖D‖; every module that changed is in it.
+        left: tensor → why no low rank holds its change; nothing of it is in the adapter.
+        unchanged: how many parameters are the same in both.
+    """
+
+    adapter: Adapter
+    errors: Mapping[str, float]
+    left: Mapping[str, str] = field(default_factory=dict)
+    unchanged: int = 0
+
+    @property
+    def worst(self) -> float:
+        """The largest error of a module; 0.0 if none changed."""
+        return max(self.errors.values(), default=0.0)
+
+
+@torch.no_grad()
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    ignore: bool = False,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Extracted:
+    """Return what a fine-tune changed in its base, as an adapter.
+
+    Memory: one parameter of both checkpoints in fp32, and its factors.
+
+    Args:
+        base, tuned: folders of transformers models saved as safetensors, in shards or one file.
+        rank: the rank to keep; or the most to keep, if ``max_error`` is given too.
+        max_error: the largest relative error allowed in any module.
+        ignore: leave changes behind that no low rank holds, instead of refusing them.
+        dtype: round the factors to it; fp32 without it.
+        progress: called with (parameters compared, parameters there are).
+        trust_remote_code: run the Python code that the base brings along.
+
+    Raises:
+        SpecError: neither bound was given, or they can't both be met; names the module.
+        BaseMismatch: changes that no low rank holds, and not ``ignore``; or nothing changed; or the
+            two are not of one architecture.
+        FormatError: a folder has no whole safetensors checkpoint.
+    """
+    if rank is None and max_error is None:
+        raise SpecError(
+            "extract needs rank= or max_error=",
+            "--rank 64, or --max-error 0.05 for the rank that each module needs",
+        )
+    if rank is not None:
+        check_rank(rank)
+    check_dtype(dtype)
+    old, new = _opened(base), _opened(tuned)
+    model = skeleton(old.folder, what="extract", trust_remote_code=trust_remote_code)
+    pair = _Pair(model, old, new)
+    factors = _Factors(rank, max_error, dtype or torch.float32)
+    parameters = dict(model.named_parameters())
+    left = dict(pair.unmatched())
+    modules: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    unchanged = 0
+    for done, name in enumerate(parameters):
+        if progress is not None:
+            progress(done, len(parameters))
+        reason = pair.misfit(name)
+        if reason is not None:
+            left[name] = reason
+            continue
+        change = pair.change(name)
+        if change is None:
+            unchanged += 1
+            continue
+        site = _site_of(model, name)
+        reason = _why_left(model, name, site, change)
+        if reason is not None or site is None:
+            left[name] = reason or "no site"
+            continue
+        value, error = factors.of(site, change)
+        modules[site.name], errors[site.name] = value, error
+    _check_left(left, tuned, ignore=ignore)
+    if not modules:
+        raise BaseMismatch(
+            f"{tuned}: nothing that a low rank holds differs from {base}",
+            "are the two folders the right ones?",
+        )
+    told = {name: error for name, error in errors.items() if error}
+    adapter = Adapter(modules, base=os.fspath(base), errors=told)
+    return Extracted(adapter, dict(sorted(errors.items())), dict(sorted(left.items())), unchanged)
+
+
+def _opened(folder: str | os.PathLike[str]) -> Checkpoint:
+    path = Path(os.path.abspath(as_path(folder)))
+    return open_checkpoint(path, inside=own_files(path))
+
+
+def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None:
+    """Refuse changes that would be lost.
+
+    Raises:
+        BaseMismatch: there are some, and the caller did not say to leave them.
+    """
+    if not left or ignore:
+        return
+    told = [f"{name}: {reason}" for name, reason in sorted(left.items())]
+    raise BaseMismatch(
+        f"{tuned}: {len(left)} tensors changed in a way that no low rank holds",
+        *told[:20],
+        *([f"and {len(told) - 20} more"] if len(told) > 20 else []),
+        "to leave these changes behind: --ignore, ignore=True",
+    )
+
+
+class _Pair:
+    """Two checkpoints of one architecture.
+
+    Args:
+        model: of the base, with shapes and no memory.
+        old, new: the base's checkpoint and the tuned one.
+    """
+
+    def __init__(self, model: Any, old: Checkpoint, new: Checkpoint) -> None:
+        self._model, self._old, self._new = model, old, new
+        self._names = CheckpointNames(model, old.tensors), CheckpointNames(model, new.tensors)
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def unmatched(self) -> dict[str, str]:
+        """Tensors that only one of the two has → what that means."""
+        found: dict[str, str] = {}
+        for name in set(self._new.tensors) - set(self._old.tensors):
+            found[name] = "the base has no such tensor"
+        for name in set(self._old.tensors) - set(self._new.tensors):
+            found[name] = "the tuned checkpoint has no such tensor"
+        # A conversion makes its parameters of whatever names a checkpoint has, so names that
+        # differ only there are no loss.
+        groups = [self._group(which, name) for which in (0, 1) for name in self._shapes]
+        used = {stored.name for group in groups if group is not None for stored in group.stored}
+        return {name: reason for name, reason in found.items() if name not in used}
+
+    def misfit(self, parameter: str) -> str | None:
+        """Why a parameter's two values can't be subtracted; None if they can."""
+        groups = self._group(0, parameter), self._group(1, parameter)
+        if groups[0] is None and groups[1] is None:
+            return None  # tied to another parameter, which is compared
+        for which, group in zip(("base", "tuned checkpoint"), groups, strict=True):
+            if group is None:
+                return f"the {which} has no tensor for it"
+            for stored in group.stored:
+                if stored.dtype is None:
+                    return f"stored as {stored.spelled}, which can't be subtracted"
+        old, new = (group.stored for group in groups if group is not None)
+        if len(old) == len(new) == 1 and old[0].shape != new[0].shape:
+            return f"{new[0].shape}, and the base's is {old[0].shape}: a grown vocabulary?"
+        return None
+
+    def change(self, parameter: str) -> Tensor | None:
+        """The difference of a parameter, in fp32 or wider; None where nothing changed."""
+        if self._group(0, parameter) is None:
+            return None
+        old, new = self._read(0, parameter), self._read(1, parameter)
+        # The tuned one may have been saved in a narrower dtype: a rounding is no change.
+        if torch.equal(old.to(new.dtype), new) or torch.equal(new.to(old.dtype), old):
+            return None
+        wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+        return new.to(wide) - old.to(wide)
+
+    def _group(self, which: int, parameter: str) -> TensorGroup | None:
+        try:
+            return self._names[which].group(parameter)
+        except BaseMismatch:
+            return None
+
+    def _read(self, which: int, parameter: str) -> Tensor:
+        names = self._names[which]
+        group = names.group(parameter)
+        if group.converter is None:
+            return group.stored[0].read()
+        return names.together(group, Stored.read)[parameter].contiguous()
+
+
+def _site_of(model: nn.Module, parameter: str) -> Site | None:
+    """The site whose weight a parameter is; the parameter's own where it is read raw."""
+    module, _, leaf = parameter.rpartition(".")
+    try:
+        site = find_site(model, module)
+        if site.weight_name == leaf:
+            return site
+    except LoraTreeError:
+        pass  # no module that takes a delta; the parameter itself may
+    try:
+        return find_site(model, parameter)
+    except LoraTreeError:
+        return None
+
+
+def _why_left(model: nn.Module, name: str, site: Site | None, change: Tensor) -> str | None:
+    """Why a changed parameter can't be a module of the adapter; None if it can."""
+    if change.ndim < 2 or site is None:
+        return f"{tuple(change.shape)}: a norm, a bias or another vector"
+    if not change.isfinite().all():
+        return "its difference is not finite"
+    if isinstance(site, ConvSite) and site.conv.groups > 1:
+        return "a grouped convolution, whose kernel is no one matrix"
+    if isinstance(site, ParameterSite) and change.ndim not in (2, 3):
+        return f"{tuple(change.shape)}: no matrix, and no batch of them"
+    own = model.get_parameter(name)
+    sharing = []
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is own and other != name:
+            sharing.append(other)
+    if sharing:
+        return f"tied to {listing(sharing)}: merging it would change both"
+    return None
+
+
+class _Factors:
+    """The factors of changes, within the bounds that the caller gave.
+
+    Args:
+        rank, max_error: as for `extract`.
+        dtype: that they are rounded to.
+    """
+
+    def __init__(self, rank: int | None, max_error: float | None, dtype: torch.dtype) -> None:
+        self._rank, self._max_error, self._dtype = rank, max_error, dtype
+
+    def of(self, site: Site, change: Tensor) -> tuple[LowRank, float]:
+        """The value of a site's change, and its relative error.
+
+        Raises:
+            SpecError: the bounds can't both be met; names the module.
+        """
+        rows = site.rows(change)  # (batch, a, b): one batch per expert
+        norm = float(torch.linalg.vector_norm(rows.double()))
+        most = min(rows.shape[-2:])
+        bound = most if self._rank is None else min(self._rank, most)
+        asked = bound if self._max_error is None else min(FIRST_RANK, bound)
+        while True:
+            left, right, kept = _range_finder(rows, asked)
+            keep = self._smallest(kept, norm, asked)
+            if keep is not None or asked >= bound:
+                break
+            asked = min(
+                2 * asked, bound
+            )  # the spectrum falls slower than the last try had room for
+        keep = asked if keep is None else keep
+        left = left[..., :keep].to(self._dtype)
+        right = right[..., :keep, :].to(self._dtype)
+        error = _residual(rows, left, right) / norm
+        if self._max_error is not None and error > self._max_error + ROUNDING:
+            raise SpecError(
+                f"{site.name}: relative error {error:.3g} at rank {keep} in "
+                f"{str(self._dtype)[6:]}, max_error={self._max_error:g}",
+                "allow a larger rank or error, or keep the factors in fp32",
+            )
+        return _value(site, left.contiguous(), right.contiguous()), error
+
+    def _smallest(self, kept: Tensor, norm: float, asked: int) -> int | None:
+        """The smallest rank within ``max_error``; None if more than ``asked`` is needed.
+
+        Args:
+            kept: (k,) ‖·‖² that the first singular vectors hold, each for itself.
+            norm: of the whole change.
+        """
+        if self._max_error is None:
+            return asked
+        rest = (norm**2 - kept.cumsum(0)).clamp(min=0).sqrt() / norm
+        within = (rest <= self._max_error).nonzero()
+        return None if len(within) == 0 else int(within[0]) + 1
+
+
+def _range_finder(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left (batch, a, k), right (batch, k, b) and what each singular vector holds of ‖·‖², (k,)."""
+    *_, a, b = rows.shape
+    width = min(rank + OVERSAMPLED, a, b)
+    generator = torch.Generator(device="cpu").manual_seed(SEED)
+    omega = torch.randn(b, width, generator=generator, dtype=rows.dtype).to(rows.device)
+    Q, _ = torch.linalg.qr(rows @ omega)
+    # Each step squares the ratio of two singular values, so that the small ones fade.
+    for _ in range(POWER_STEPS):
+        P, _ = torch.linalg.qr(rows.mT @ Q)
+        Q, _ = torch.linalg.qr(rows @ P)
+    U, S, Vh = torch.linalg.svd(Q.mT @ rows, full_matrices=False)
+    k = min(rank, S.shape[-1])
+    root = S[..., :k].sqrt()
+    left = (Q @ U[..., :, :k]) * root[..., None, :]
+    right = root[..., :, None] * Vh[..., :k, :]
+    kept = S[..., :k].double().square().reshape(-1, k).sum(0)
+    return left, right, kept
+
+
+def _residual(rows: Tensor, left: Tensor, right: Tensor) -> float:
+    """‖rows − left @ right‖, in blocks of rows; of the factors as they are written."""
+    total = 0.0
+    right = right.to(rows.dtype)
+    for start in range(0, rows.shape[-2], BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        off = rows[..., block, :] - left[..., block, :].to(rows.dtype) @ right
+        total += float(off.double().square().sum())
+    return math.sqrt(total)
+
+
+def _value(site: Site, left: Tensor, right: Tensor) -> LowRank:
+    """The increment whose stored weight is left @ right."""
+    if isinstance(site, ParameterSite):
+        if site.is_transposed:
+            return LowRank(left.mT.contiguous(), right.mT.contiguous(), layout=PARAMETER)
+        return LowRank(right, left, layout=PARAMETER)
+    left, right = left[0], right[0]
+    if isinstance(site, EmbeddingSite):
+        return LowRank(left.mT.contiguous(), right.mT.contiguous(), layout=EMBEDDING)
+    if isinstance(site, Conv1DSite):
+        return LowRank(left.mT.contiguous(), right.mT.contiguous(), layout=LINEAR)
+    if isinstance(site, ConvSite):
+        return LowRank(right, left, layout=Layout("conv", tuple(site.conv.kernel_size)))
+    return LowRank(right, left, layout=LINEAR)
