@@ -1,1 +1,4 @@
-"""Timings against PEFT and against stock operations, in one process, interleaved. See `python -m benchmarks --help`."""
+"""Timings against PEFT and against stock operations, interleaved in one process.
+
+See ``python -m benchmarks --help``.
+"""

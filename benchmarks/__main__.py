@@ -1,4 +1,7 @@
-"""Run some or all: ``python -m benchmarks [NAMES] [--form table|markdown|json] [--small] [--repeats N]``"""
+"""Run some benchmarks, or all of them.
+
+python -m benchmarks [NAMES] [--form table|markdown|json] [--small] [--repeats N]
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A path merged into a sharded checkpoint, beside copying the same files with fsync; and the memory that it takes.
+"""Merge a path into a sharded checkpoint, beside a copy of the same files with fsync: time, memory.
 
-Both run in a process of their own, one after the other in turn, so that what is counted is theirs: the growth of its
-anonymous memory (RssAnon of /proc/self/status, looked at every 2 ms) over what it held once everything was imported.
+Both run in a process of their own, one after the other in turn, so that what is counted is theirs:
+the growth of its anonymous memory (RssAnon of /proc/self/status, looked at every 2 ms) over what it
+held once everything was imported.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .setting import FULL, Size
 __all__ = ["run"]
 
 LAYER = {
-    "self_attn.q_proj": (1, 1), "self_attn.k_proj": (1, 1), "self_attn.v_proj": (1, 1), "self_attn.o_proj": (1, 1),
+    "self_attn.q_proj": (1, 1), "self_attn.k_proj": (1, 1),
+    "self_attn.v_proj": (1, 1), "self_attn.o_proj": (1, 1),
     "mlp.gate_proj": (2.6875, 1), "mlp.up_proj": (2.6875, 1), "mlp.down_proj": (1, 2.6875),
 }  # fmt: skip
 VOCABULARY = 8000
@@ -76,8 +78,9 @@ def _base(folder: Path, hidden: int, layers: int) -> tuple[int, int]:
     """A Llama's files, a layer at a time: (bytes, those of the largest tensor)."""
     folder.mkdir()
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=_wide(hidden, 2.6875), num_hidden_layers=layers,
-        num_attention_heads=max(hidden // 128, 1), architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=_wide(hidden, 2.6875),
+        num_hidden_layers=layers, num_attention_heads=max(hidden // 128, 1),
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(folder)
     draw = torch.Generator().manual_seed(0)

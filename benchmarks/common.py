@@ -1,7 +1,7 @@
 """How things are timed and told: interleaved repeats, medians with quartiles, a table or JSON.
 
-One round runs every case once, in order, so that a slow moment of the machine falls on all of them; the first round
-warms up and is dropped. What has to be put in place first is not timed.
+One round runs every case once, in order, so that a slow moment of the machine falls on all of them;
+the first round warms up and is dropped. What has to be put in place first is not timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and what has to happen before it, untimed."""
+    """A function to time, and one to call before it, untimed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
@@ -56,7 +56,7 @@ class Timing:
         return self.quartiles_ms[1]
 
     def over(self, other: Timing) -> Timing:
-        """What this adds over ``other``, round by round."""
+        """Return the time that this adds over ``other``, round by round."""
         return Timing(tuple(x - y for x, y in zip(self.rounds_ms, other.rounds_ms, strict=True)))
 
     def plus(self, other: Timing) -> Timing:
@@ -168,7 +168,7 @@ def _plain(result: Result) -> dict[str, object]:
 
 
 def _rows(result: Result) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """What was timed, then what was made of it; name, median, quartiles and aim each."""
+    """Return rows of timings and then of ratios: name, median, quartiles and aim."""
     timed: list[tuple[str, ...]] = []
     made: list[tuple[str, ...]] = []
     for name, timing in result.timings.items():

@@ -1,4 +1,4 @@
-"""Does a tree pay? The same rows, learned by one pooled adapter, by a flat adapter for each leaf, and by a tree.
+"""Does a tree pay? The same rows, learned by one pooled adapter, flat adapters and a tree.
 
     bare            the base alone
     pooled          one adapter for all leaves
@@ -6,11 +6,12 @@
     tree            one for each group, one for each leaf on it
     tree + root     one for all, one for each group, one for each leaf
 
-Leaves are packages of the Python standard library, the base is the demo's, trained on its top-level modules. Every
-system sees the same rows in the same order, so as many tokens, from each leaf alike; ranks are chosen so that either
-all systems have as many trained parameters, or all have the same rank on a path, which is what serving costs. Learning
-rates are tried out for each system, on all the data, on a seed and on a part of the training text of their own.
-Held-out bits per byte decide: the mean over the leaves, over seeds.
+Leaves are packages of the Python standard library, the base is the demo's, trained on its top-level
+modules. Every system sees the same rows in the same order, so as many tokens, from each leaf alike;
+ranks are chosen so that either all systems have as many trained parameters, or all have the same
+rank on a path, which is what serving costs. Learning rates are tried out for each system, on all
+the data, on a seed and on a part of the training text of their own. Held-out bits per byte decide:
+the mean over the leaves, over seeds.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ SMALL = Size(
 
 @dataclass(frozen=True)
 class System:
-    """One way to share adapters: the ranks of a root, of each group and of each leaf; 0 where there is none."""
+    """One way to share adapters: the ranks of the root, of a group and of a leaf; 0 for none."""
 
     name: str
     root: int
@@ -177,7 +178,7 @@ def compare(
 
 
 def tree_of(system: System, leaves: Sequence[str]) -> lt.AdapterTree:
-    """The tree of a system: ``all`` above what it shares, groups, leaves; what has rank 0 is a group."""
+    """Make the tree of a system: ``all``, groups, leaves; a node of rank 0 has no adapter."""
     tree = lt.AdapterTree(defaults={"target_modules": TARGETS})
     for path, rank in _nodes(system, leaves).items():
         if rank:
@@ -191,13 +192,15 @@ def markdown(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     """A table for each comparison and amount of data."""
     bare, *others = outcomes
     text = [
-        f"{len(leaves)} leaves: {', '.join(leaves)}. The bare base: {bare.bits[0]:.3f} bits per byte.\n"
+        f"{len(leaves)} leaves: {', '.join(leaves)}. The bare base: {bare.bits[0]:.3f} bits per "
+        "byte.\n"
     ]
     seen = dict.fromkeys((o.comparison, o.data) for o in others)
     for comparison, data in seen:
         text.append(f"\n### {comparison}, {data}\n\n")
         text.append(
-            "| system | ranks: root, group, leaf | trained parameters | rank on a path | bits per byte | ± | rate |\n"
+            "| system | ranks: root, group, leaf | trained parameters | rank on a path | bits per "
+            "byte | ± | rate |\n"
         )
         text.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n")
         mine = [o for o in others if (o.comparison, o.data) == (comparison, data)]
@@ -208,7 +211,8 @@ def markdown(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> str:
             spread_ = stdev(o.bits) if len(o.bits) > 1 else 0.0
             ranks = f"{s.root or '–'}, {s.group or '–'}, {s.leaf or '–'}"
             text.append(
-                f"| {s.name} | {ranks} | {o.parameters:,} | {s.on_path} | {told} | {spread_:.3f} | {o.rate:g} |\n"
+                f"| {s.name} | {ranks} | {o.parameters:,} | {s.on_path} | {told} | {spread_:.3f} | "
+                f"{o.rate:g} |\n"
             )
     return "".join(text)
 
@@ -265,7 +269,7 @@ def _run(
 
 
 def _rate(base: Any, system: System, leaves: Sequence[Domain], size: Size) -> float:
-    """The learning rate that does best on the last tenth of the training text, trained without it."""
+    """Return the learning rate that does best on the last tenth of the text, trained without it."""
     if len(size.rates) == 1:
         return size.rates[0]
     streams, kept = {}, {}

@@ -1,8 +1,11 @@
-"""Decode steps of a large mixed batch: each form, eager and compiled, against the bare base and flattened adapters.
+"""Decode steps of a large mixed batch: each form, eager and compiled, beside the bare base.
 
-Meant for a GPU (`torch.cuda` is used where it is there): hidden 4096, bf16, 64 rows over 1 → 8 → 64 nodes, one token a
-row. There is no key/value cache, so what is timed is the linear layers, where the adapters are. "flattened" is the
-same 64 paths as 64 single adapters of rank 3·r without a tree. The bytes are those of the factors that a step reads.
+Flattened adapters stand beside them too.
+
+Meant for a GPU (`torch.cuda` is used where it is there): hidden 4096, bf16, 64 rows over 1 → 8 → 64
+nodes, one token a row. There is no key/value cache, so what is timed is the linear layers, where
+the adapters are. "flattened" is the same 64 paths as 64 single adapters of rank 3·r without a tree.
+The bytes are those of the factors that a step reads.
 """
 
 from __future__ import annotations
@@ -72,7 +75,10 @@ def run(size: Size = FULL) -> list[Result]:
         lambda: step(compiled), lambda: enter(models[2], routed, compiled)
     )
     where = torch.cuda.get_device_name() if cuda else "CPU"
-    title = f"a decode step, {ROWS} rows over 1 → {MIDDLE} → {ROWS} nodes; {size}, {str(dtype)[6:]}, {where}"
+    title = (
+        f"a decode step, {ROWS} rows over 1 → {MIDDLE} → {ROWS} nodes; "
+        f"{size}, {str(dtype)[6:]}, {where}"
+    )
     result = Result(title, interleaved(cases, size.repeats))
     stage.leave()
     for name, timing in list(result.timings.items()):

@@ -1,11 +1,13 @@
-"""The first use of a path that lies in files, beside PEFT's: the same adapters, loaded and made active together.
+"""The first use of a path from files, beside PEFT, which loads the same adapters.
 
-The page cache is warm for all. We read a file for every node of the path, compare each with the lock by its hash, and
-lay the lineage out beside the weights; PEFT reads the very same files. For whoever flattened every path beforehand
-there is the time of PEFT with one adapter of the whole lineage's rank.
+The page cache is warm for all. We read a file for every node of the path, compare each with the
+lock by its hash, and lay the lineage out beside the weights; PEFT reads the very same files. For
+whoever flattened every path beforehand there is the time of PEFT with one adapter of the whole
+lineage's rank.
 
-Once both let go of what was used before: our cache is full, and PEFT's adapters are deleted (untimed); so both find the
-memory that they had. Once both keep everything, and have to ask the system for more.
+Once both let go of what was used before: our cache is full, and PEFT's adapters are deleted
+(untimed); so both find the memory that they had. Once both keep everything, and have to ask the
+system for more.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ROOM = 4  # times a lineage's bytes: one in use, one that was, both laid out
 
 @torch.no_grad()
 def run(size: Size = FULL) -> list[Result]:
-    """A lineage that nobody used before, every round another one."""
+    """A lineage that was not used before, another one every round."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", FutureWarning

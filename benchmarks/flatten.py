@@ -1,4 +1,7 @@
-"""Flatten three adapters of rank r to one of rank r: QR cores against PEFT's SVD of the dense sum, with both errors."""
+"""Flatten three adapters of rank r to one: QR cores against PEFT's SVD of the dense sum.
+
+Both errors are printed.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""On one GPU, in bf16: switches, forwards, mixed batches, training and loads, each beside PEFT and the bytes' floor.
+"""On one GPU, in bf16: switches, forwards, mixed batches, training and loads.
 
-The base is a Llama of random weights: 32 layers of hidden 4096 with 8 key/value heads (8B, 224 linear sites) for
-switches and unmerged forwards; a few layers of the same for the rest. A floor is a copy, in the same run, of the
-bytes that have to be moved. All times end when the device is done.
+Each stands beside PEFT and beside the floor that its bytes set.
+
+The base is a Llama of random weights: 32 layers of hidden 4096 with 8 key/value heads (8B, 224
+linear sites) for switches and unmerged forwards; a few layers of the same for the rest. A floor is
+a copy, in the same run, of the bytes that have to be moved. All times end when the device is done.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def run(size: Size = FULL) -> list[Result]:
 
 
 def llama(shape: Shape) -> Any:
-    """Random weights, made on the device; a small vocabulary, so that the layers are what is timed."""
+    """Make random weights on the device; with a small vocabulary the layers take the time."""
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=shape.hidden,
@@ -94,7 +96,8 @@ def llama(shape: Shape) -> Any:
         torch.set_default_dtype(before)
 
 
-# ---------------------------------------------------------------------- switches and unmerged forwards
+# ---------------------------------------------------------------------- switches and unmerged
+# forwards
 @torch.no_grad()
 def _switches(shape: Shape, size: Size) -> list[Result]:
     model = llama(shape)
@@ -183,7 +186,7 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
 
 
 def _captured(attached: lt.TreeModel, model: Any, ids: Tensor, size: Size) -> Result:
-    """Forwards of one token as CUDA graphs: bare, beside the weights, and merged under the bare one's graph."""
+    """Time forwards of one token as CUDA graphs: bare, unmerged, merged under the bare graph."""
 
     def capture() -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -284,7 +287,7 @@ def _routed(shape: Shape, size: Size) -> list[Result]:
 def _peft_mixed(
     model: Any, nodes: lt.AdapterTree, order: list[str], size: Size, results: list[Result]
 ) -> list[Result]:
-    """PEFT's mixed batch over the same paths, flattened: put into the tables that are there already."""
+    """Put PEFT's mixed batch over the same paths, flattened, into the existing tables."""
     flat = lt.AdapterTree()
     for i, leaf in enumerate(order):
         flat.add(f"leaf{i}", adapter=nodes.flatten(leaf, dtype=DTYPE).to(device="cpu"))
@@ -300,7 +303,7 @@ def _peft_mixed(
 
 # ---------------------------------------------------------------------- training
 def _training(shape: Shape, size: Size) -> list[Result]:
-    """A joint step over eight leaves beside eight steps in PEFT: the benchmark of training, at this size."""
+    """Time a joint step over eight leaves beside eight steps in PEFT; see training.py."""
     return joint(
         replace(size, layers=min(shape.layers, 2), repeats=min(size.repeats, 7)),
         DTYPE,

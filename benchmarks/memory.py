@@ -1,5 +1,5 @@
-"""The most bytes of tensors alive at once, counted as they are made and freed: exact, and the same in every run; and an
-allocator that keeps what it has."""
+"""The most bytes of tensors alive at once, counted as they are made and freed: exact, and the same
+in every run; and an allocator that keeps what it has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def keep_memory() -> bool:
-    """Let the C library keep what is freed, as jemalloc and tcmalloc do; whether it could be told so.
+    """Let the C library keep freed memory, as jemalloc and tcmalloc do; return whether it does.
 
     glibc maps large tensors anew at every use, and the system clears every page of them.
     """
@@ -30,7 +30,7 @@ def keep_memory() -> bool:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """What ``run`` holds at most beyond what was there before; on CUDA as its allocator says.
+    """Return the most bytes that ``run`` holds beyond those before it; on CUDA by its allocator.
 
     Memory that an operation takes and gives back inside itself does not count on a CPU.
     """

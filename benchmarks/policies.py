@@ -1,10 +1,11 @@
-"""Who should leave a full cache first: what each policy serves and loads on the same traffic, at equal bytes.
+"""Eviction from a full cache: hits and loads of each policy on the same traffic, at equal bytes.
 
-    flattened leaves   every path is one adapter of its own, as without a tree: its bytes are its whole lineage's
-    nodes              a lineage is served where all its nodes are there; shared ancestors are there once
-    offline            of what is there, the node whose next use is farthest away goes (Belady); it knows the future
+    flattened leaves   every path is one adapter of its own, as large as its whole lineage
+    nodes              a lineage is a hit if all its nodes are in memory; ancestors are shared
+    offline            evict the node whose next use is farthest away (Belady): it knows the future
 
-The policies are the library's own objects; nothing is loaded, so what is counted is exact and no clock is involved.
+The policies are the library's own objects; nothing is loaded, so what is counted is exact and no
+clock is involved.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Make = Callable[[Sequence[Request]], Policy]
 
 
 class LeavesFirst(Lru):
-    """LRU that evicts no node above one that is held: what the tree alone adds, and LRU on lineages has already."""
+    """LRU that evicts no node above one in memory; plain LRU on lineages behaves so already."""
 
     def victim(self, idle: Callable[[Hashable], bool]) -> Hashable | None:
         above = {str(key).rpartition("/")[0] for key in self._order}
@@ -90,7 +91,8 @@ def run(size: Size = FULL) -> list[Result]:
     ranks = {path: draw.choice(SIZES) for path in paths}
     total = sum(ranks.values())
     result = Result(
-        f"{size.nodes * 50:,} requests for {len(paths):,} nodes of depth {DEPTH}; Zipf; whole lineages served from the "
+        f"{size.nodes * 50:,} requests for {len(paths):,} nodes of depth {DEPTH}; Zipf; whole "
+        "lineages served from the "
         f"cache, and bytes loaded as a multiple of all nodes' bytes; room for {PART:.0%} of these"
     )
     for skew in SKEWS:
@@ -172,7 +174,7 @@ def tree_of(nodes: int) -> list[str]:
 
 
 def zipf(paths: Sequence[str], skew: float, requests: int, *, seed: int = 1) -> list[str]:
-    """Paths drawn independently, the k-th most wanted with weight 1 / k^skew; which that is, is shuffled."""
+    """Draw paths independently, the k-th most popular with weight 1 / k^skew, in random order."""
     draw = random.Random(seed)
     order = list(paths)
     draw.shuffle(order)

@@ -1,7 +1,8 @@
-"""Many paths in one batch: the time added over the bare base, by each form and by PEFT's mixed batch.
+"""Many paths in one batch: the time that each form and PEFT's mixed batch add to the bare base.
 
-PEFT is given the same paths flattened: one adapter of rank 3·r for each, chosen row by row with ``adapter_names``. Rows
-are shuffled. "auto" is what `route` does by itself; the other forms show what its cost rule chose between.
+PEFT is given the same paths flattened: one adapter of rank 3·r for each, chosen row by row with
+``adapter_names``. Rows are shuffled. "auto" is what `route` does by itself; the other forms show
+what its cost rule chose between.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
 
 __all__ = ["grown", "run"]
 
-# (rows, distinct paths, nodes on the second level, tokens a row; the aim, as a part of what PEFT adds)
+# (rows, distinct paths, nodes on the second level, tokens a row; the aim, as a part of what PEFT
+# adds)
 BATCHES: list[tuple[int, int, int, tuple[int, ...], float | None]] = [
     (8, 8, 2, (1, 16, 128), 0.5),
     (64, 8, 2, (1, 16), None),
@@ -83,7 +85,8 @@ def _batch(
 
 
 def _one(
-    size: Size, model: Any, theirs: Any, attached: lt.TreeModel, routed: list[str], named: list[str], middle: int,
+    size: Size, model: Any, theirs: Any, attached: lt.TreeModel,
+    routed: list[str], named: list[str], middle: int,
     tokens: int, aim: float | None,
 ) -> Result:  # fmt: skip
     rows, paths = len(routed), len(set(routed))
@@ -106,7 +109,10 @@ def _one(
         cases[strategy] = Case(ours, lambda strategy=strategy: enter(strategy))  # type: ignore[misc]
     cases["auto, another batch each time"] = Case(new_batch, stage.leave)
     cases["PEFT"] = Case(lambda: theirs(input_ids=ids, use_cache=False, adapter_names=named))
-    what = f"{rows} rows over {paths} paths (1 → {middle} → {paths}), {tokens} tokens a row; {size}, fp32"
+    what = (
+        f"{rows} rows over {paths} paths (1 → {middle} → {paths}), {tokens} tokens a row; "
+        f"{size}, fp32"
+    )
     result = Result(what, interleaved(cases, size.repeats))
     stage.leave()
     times = result.timings

@@ -1,4 +1,4 @@
-"""What is timed on: a Llama of a few layers, random adapters on its seven projections, the same ones in PEFT."""
+"""The models that are timed: a Llama of a few layers with random adapters, and the same in PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PATHS = ("a", "a/b", START, SIBLING, "a/e", COUSIN)
 
 @dataclass(frozen=True)
 class Size:
-    """Of the base and of the measurement."""
+    """The size of the base and of the measurement."""
 
     hidden: int
     layers: int
@@ -56,7 +56,7 @@ SMALL = Size(hidden=64, layers=2, r=4, repeats=2, nodes=20, rows=2, tokens=8)
 
 
 def base(size: Size, dtype: torch.dtype) -> Any:
-    """Random weights from a fixed seed; a small vocabulary, so that the layers are what is timed."""
+    """Make random weights from a seed; with a small vocabulary the layers take the time."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=256,
@@ -96,12 +96,12 @@ def tree(model: Any, size: Size, *, dtype: torch.dtype, scale: float = 1.0) -> l
 
 
 def name_in_peft(path: str) -> str:
-    """PEFT's adapter names are keys of modules: no dots, and nothing that its own prefix ``lora_`` contains."""
+    """Return a name for PEFT, whose names are keys of modules: no dots and no part of ``lora_``."""
     return "node-" + path.replace("/", "-")
 
 
 def with_peft(model: Any, adapters: lt.AdapterTree, folder: Path) -> Any:
-    """``model`` wrapped by PEFT, every node of the tree loaded as an adapter of its own, in its own dtype."""
+    """Wrap ``model`` by PEFT, with every node of the tree as an adapter, in its own dtype."""
     adapters.save(folder)
     first, *others = adapters.paths()
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Merged switches: ours, PEFT's unmerge and merge, and the floor of stock operations.
 
-floor = a copy of the touched weights from their pristine values + W.addmm_(B, A) of rank Σr over them
+floor = a copy of the touched weights from their pristine values + W.addmm_(B, A) of rank Σr over
+them
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _one(
 
 
 def _peft_switch(wrapped: Any, adapters: lt.AdapterTree, *paths: str) -> Callable[[], None]:
-    """Unmerge the lineage that is merged, whichever, and merge the next one's: the same work every time."""
+    """Unmerge the merged lineage and merge the next one: the same work every time."""
     following = cycle(*paths)
 
     def switch() -> None:
@@ -92,7 +93,7 @@ def _merge_in_peft(wrapped: Any, adapters: lt.AdapterTree, path: str) -> None:
 
 
 def _floor(model: Any, adapters: lt.AdapterTree) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The two stock operations over every touched weight, on copies, with factors in the weights' dtype."""
+    """Run the two stock operations over every touched weight; factors have the weights' dtype."""
     flat = adapters.flatten(START)
     sites: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for name, value in flat.modules.items():

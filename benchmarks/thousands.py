@@ -1,6 +1,7 @@
-"""Ten thousand nodes on disk: opening them, the first use of a path, and the memory that traffic takes.
+"""Ten thousand nodes on disk: opening them, the first use of a path, memory under traffic.
 
-What is said of memory is measured in a fresh process each: anonymous resident bytes, as Linux counts them.
+What is said of memory is measured in a fresh process each: anonymous resident bytes, as Linux
+counts them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def run(size: Size = FULL) -> list[Result]:
                 )
         traffic = _child("traffic", str(zoo), size.nodes * 50)
     second = Result(
-        f"{size.nodes * 50:,} requests, Zipf {SKEW}, budget {PART:.0%} of all nodes' bytes; unmerged"
+        f"{size.nodes * 50:,} requests, Zipf {SKEW}, budget {PART:.0%} of all nodes' bytes; "
+        "unmerged"
     )
     second.facts["budget, MB"] = traffic["budget_bytes"] / 1e6
     for key in ("served", "requests_per_s", "loaded_bytes", "evictions"):
@@ -72,7 +74,8 @@ def run(size: Size = FULL) -> list[Result]:
     return [result, second]
 
 
-# ---------------------------------------------------------------------- what is measured, in a process of its own
+# ---------------------------------------------------------------------- what is measured, in a
+# process of its own
 def opening(folder: str) -> dict[str, Any]:
     """Seconds, and bytes above what the import left."""
     before, start = _anonymous(), time.perf_counter()
@@ -84,7 +87,7 @@ def opening(folder: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def first_uses(folder: str) -> dict[str, Any]:
-    """Milliseconds of activating paths whose lineages nobody used before, and of reading and hashing their files.
+    """Return the ms of activating paths for the first time, and of reading and hashing their files.
 
     In memory that is new to the process; and in that of the path before, as in a full cache.
     """
@@ -125,7 +128,7 @@ def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def traffic(folder: str, requests: int) -> dict[str, Any]:
-    """Requests one after the other, and how far anonymous memory rose above what it was after one."""
+    """Make requests one after the other; return how far memory rose above that after the first."""
     tree = lt.load(folder)
     budget = int(max(PART * len(tree), LEAST) * _bytes_of_a_node())
     model, base_x = lt.attach(tree, (base := _base()), host_budget=budget), torch.randn(1, WIDTH)
@@ -156,7 +159,10 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def _child(name: str, *arguments: object) -> Any:
-    code = f"import json; from benchmarks import thousands; print(json.dumps(thousands.{name}(*{arguments!r})))"
+    code = (
+        "import json; from benchmarks import thousands; "
+        f"print(json.dumps(thousands.{name}(*{arguments!r})))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
@@ -171,7 +177,7 @@ def _bytes_of_a_node() -> int:
 
 
 def _grow(folder: Path, nodes: int) -> None:
-    """A folder of so many nodes, all with the same numbers: what they are is nothing to what is measured."""
+    """Write a folder of so many nodes, all with the same numbers, which do not matter here."""
     value = lt.Adapter(
         {
             str(i): lt.LowRank(torch.randn(R, WIDTH) * 0.01, torch.randn(WIDTH, R) * 0.01)

@@ -1,8 +1,8 @@
-"""One step over eight leaves at once, beside eight steps in PEFT, an adapter each; and what frozen ancestors cost.
+"""One step over eight leaves at once, beside eight steps in PEFT; and the cost of frozen ancestors.
 
-Both learn the same rows, with the same loss, in fp32 factors, with AdamW: here one forward, one backward and one step
-over eight groups; in PEFT eight of each, with `set_adapter` before. The last table is a step of a child on one frozen
-ancestor and on three.
+Both learn the same rows, with the same loss, in fp32 factors, with AdamW: here one forward, one
+backward and one step over eight groups; in PEFT eight of each, with `set_adapter` before. The last
+table is a step of a child on one frozen ancestor and on three.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ __all__ = ["joint", "run"]
 
 LEAVES = 8
 PARTS = 4
-# (rows a leaf, tokens a row; times faster than PEFT, at least; whether the C library keeps what is freed)
+# (rows a leaf, tokens a row; times faster than PEFT, at least; whether the C library keeps what is
+# freed)
 BATCHES = [(1, 32, 1.5, False), (4, 32, 1.0, False), (16, 32, 1.0, False), (16, 32, 1.0, True)]
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """A table for each number of rows a leaf, and one for frozen ancestors; hidden 4096 in bf16 on a GPU."""
+    """Make a table for each number of rows, and one for frozen ancestors; on a GPU in bf16."""
     size = replace(size, layers=min(size.layers, 2))
     dtype = torch.float32
     if torch.cuda.is_available() and size.hidden == FULL.hidden:
@@ -71,7 +72,10 @@ def joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
             for step, part in zip(steps, parts, strict=True):
                 step(part)
 
-        what = f"a step of {LEAVES} leaves, {rows} rows each, {tokens} tokens a row; {size}, {str(dtype)[6:]} base"
+        what = (
+            f"a step of {LEAVES} leaves, {rows} rows each, {tokens} tokens a row; "
+            f"{size}, {str(dtype)[6:]} base"
+        )
         what += ", memory kept" * kept
         cases = {
             "together": Case(_waited(ours, device)),
@@ -115,7 +119,10 @@ def _ancestors(size: Size, dtype: torch.dtype, device: torch.device) -> Result:
     for path in ("a/shallow", "a/b/c/deep"):
         runs[path] = lambda path=path: _step(model, optimizers[path], ids, None)  # type: ignore[misc]
     cases = {path: Case(_waited(runs[path], device), partial(prepare, path)) for path in runs}
-    what = f"a step of a leaf on one frozen ancestor (shallow) and on three (deep), 4 rows of 32 tokens; {size}"
+    what = (
+        "a step of a leaf on one frozen ancestor (shallow) and on three (deep), "
+        f"4 rows of 32 tokens; {size}"
+    )
     result = Result(what, interleaved(cases, size.repeats))
     peaks = {}
     for path in runs:
@@ -134,7 +141,8 @@ def _step(
     model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str] | None
 ) -> None:
     if paths is None:
-        _loss(model(input_ids=ids, use_cache=False).logits, ids).backward()  # type: ignore[no-untyped-call]
+        loss = _loss(model(input_ids=ids, use_cache=False).logits, ids)
+        loss.backward()  # type: ignore[no-untyped-call]
     else:
         with model.route(paths, batch_first=True):
             logits = model(input_ids=ids, use_cache=False).logits
@@ -152,7 +160,8 @@ def _step_in_parts(
         part, of = ids[start::PARTS], paths[start::PARTS]
         with model.route(of, batch_first=True):
             logits = model(input_ids=part, use_cache=False).logits
-            lt.path_loss(logits, part, of, counts=counts).total.backward()  # type: ignore[no-untyped-call]
+            total = lt.path_loss(logits, part, of, counts=counts).total
+            total.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 
@@ -165,7 +174,8 @@ def _peft_step(wrapped: Any, path: str) -> Callable[[Tensor], None]:
 
     def step(ids: Tensor) -> None:
         wrapped.set_adapter(name)
-        _loss(wrapped(input_ids=ids, use_cache=False).logits, ids).backward()  # type: ignore[no-untyped-call]
+        loss = _loss(wrapped(input_ids=ids, use_cache=False).logits, ids)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 

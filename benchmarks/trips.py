@@ -1,10 +1,11 @@
-"""The trip of one call through the code: how many functions it calls, and how often the next one is in another file.
+"""The trip of one call through the code: its function calls, and its changes of file.
 
     calls    functions of the package that ran
     moves    calls whose file is not that of the call before: a reader opens another file there
 
-Counted with `sys.setprofile` on a model of two linear sites under a tree a, a/b, a/c, d; no time is taken, so the
-numbers are the same on every machine. Run it with ``python -m benchmarks.trips``; ``--calls`` prints every call.
+Counted with `sys.setprofile` on a model of two linear sites under a tree a, a/b, a/c, d; no time is
+taken, so the numbers are the same on every machine. Run it with ``python -m benchmarks.trips``;
+``--calls`` prints every call.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _followed(name: str, act: Callable[[], object]) -> Trip:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each trip; with ``--calls`` its calls, and with ``--files`` how many are in each file."""
+    """Print a line for each trip; with ``--calls`` all calls, with ``--files`` counts by file."""
     for trip in trips():
         print(f"{trip.name:42} {len(trip.calls):4} calls {trip.moves:4} moves")
         if "--files" in arguments:

@@ -1,4 +1,4 @@
-"""Unmerged: what a switch costs, whatever the size of the tree, and what a forward pays for a side path of depth 3."""
+"""Unmerged: the cost of a switch in a small and a large tree, and of a side path of depth 3."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _switches(size: Size) -> Result:
 
 
 def _wide_tree(nodes: int, shared: list[lt.Adapter]) -> lt.AdapterTree:
-    """Two inner nodes and leaves below the second; factors are shared, weights differ, so every path is another."""
+    """Make two inner nodes and leaves below them; factors are shared, weights differ by path."""
     grown = lt.AdapterTree()
     grown.add("a", adapter=shared[0])
     grown.add("a/b", adapter=shared[1])

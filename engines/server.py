@@ -1,4 +1,4 @@
-"""A vLLM server on loopback for the length of a test: started, waited for, asked, and ended by its process id."""
+"""A vLLM server on loopback for the length of a test; it is ended by its process id."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASK_S = 60.0
 
 
 class Server:
-    """What can be asked of it."""
+    """The requests that a test makes to it."""
 
     def __init__(self, port: int, log: Path, group: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
@@ -34,7 +34,7 @@ class Server:
 
     @property
     def open_files(self) -> int:
-        """Of all its processes."""
+        """Return the open files of all its processes."""
         return sum(len(os.listdir(f"/proc/{process}/fd")) for process in self._processes())
 
     @property

@@ -1,4 +1,4 @@
-"""A real vLLM and clients who send whatever they like: what it takes of the machine stays within its bounds."""
+"""A real vLLM and clients that send any name they like: what they cost the machine is bounded."""
 
 from __future__ import annotations
 
@@ -159,9 +159,12 @@ def test_ten_thousand_names_of_eight_clients_stay_within_the_bounds(world: World
     took_s = time.monotonic() - began
     grown = server.resident_bytes - memory
     print(
-        f"{NAMES} names, {valid} of them paths and {served_blends}/{blends} blends; the last {NAMES - NAMES // 5} "
-        f"in {took_s:.0f} s: open files {server.open_files - files:+d}, memory {grown / 2**20:+.1f} MiB, "
-        f"log {(len(server.log) - log) / (NAMES - NAMES // 5):.0f} characters a name, cache at most {most:,} bytes"
+        f"{NAMES} names, {valid} of them paths and {served_blends}/{blends} blends; the last "
+        f"{NAMES - NAMES // 5} "
+        f"in {took_s:.0f} s: open files {server.open_files - files:+d}, memory "
+        f"{grown / 2**20:+.1f} MiB, "
+        f"log {(len(server.log) - log) / (NAMES - NAMES // 5):.0f} characters a name, cache at "
+        f"most {most:,} bytes"
     )
     assert valid > NAMES / 20
     assert served_blends > 10

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU: its log-probabilities are the tree's, through exported folders and by path name."""
+"""A real vLLM on the CPU has the tree's log-probabilities, by exported folders and by path."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Own:
 
     @torch.no_grad()
     def __call__(self, path: str, prompt: list[int]) -> torch.Tensor:
-        """Of every token of the prompt but the first, and of the likeliest next one."""
+        """Return the log-probabilities of the prompt after its first token, and of the next one."""
         with self.tree.using(path):
             logs = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         ids = torch.tensor([*prompt[1:], int(logs[-1].argmax())])
         return logs[torch.arange(len(prompt)), ids]
 
     def greedy(self, path: str, prompt: list[int], tokens: int) -> list[float]:
-        """Of the likeliest next tokens, one after the other."""
+        """Return log-probabilities of the likeliest next tokens, one after the other."""
         logs = []
         for _ in range(tokens):
             logs.append(float(self(path, prompt)[-1]))
@@ -83,7 +83,7 @@ class Own:
 
 
 def theirs(server: Server, model: str, prompt: list[int]) -> torch.Tensor:
-    """The same of vLLM: the prompt's tokens read anew, the next one with whatever its caches hold."""
+    """Return the same of vLLM: prompt tokens computed anew, the next one through its caches."""
     status, answer = server.complete(model, prompt, prompt_logprobs=0)
     assert status == 200, answer
     read = zip(prompt[1:], answer["choices"][0]["prompt_logprobs"][1:], strict=True)
@@ -152,7 +152,10 @@ def test_path_names_give_the_tree_s_log_probabilities(world: World) -> None:
 
 
 def test_eight_clients_ask_for_eight_cold_paths_at_once(world: World) -> None:
-    """Only sampled tokens are asked for: vLLM 0.32 dies of prompt log-probabilities in a batch of several adapters."""
+    """Ask for sampled tokens only.
+
+    vLLM 0.32 dies of prompt log-probabilities in a batch of several adapters.
+    """
 
     def asked(path: str) -> list[float]:
         status, answer = world.server.complete(path, PROMPTS[1], logprobs=1, max_tokens=4)
@@ -201,8 +204,8 @@ def test_a_node_that_is_replaced_gives_new_answers_and_a_stale_one_a_warning(wor
     )
     assert furthest(world.server, now, "de") < TOLERANCE
     assert (
-        "'fr/legal/eu' is served though it is stale: fr/legal/eu: the lineage of fr/legal has changed"
-        in world.server.log
+        "'fr/legal/eu' is served though it is stale: fr/legal/eu: the lineage of fr/legal has "
+        "changed" in world.server.log
     )
 
 

@@ -13,7 +13,8 @@ from lora_tree.demo import bytelevel
 
 HIDDEN, WIDE = 128, 224
 SHAPES = {
-    "q_proj": (HIDDEN, HIDDEN), "k_proj": (64, HIDDEN), "v_proj": (64, HIDDEN), "o_proj": (HIDDEN, HIDDEN),
+    "q_proj": (HIDDEN, HIDDEN), "k_proj": (64, HIDDEN),
+    "v_proj": (64, HIDDEN), "o_proj": (HIDDEN, HIDDEN),
     "gate_proj": (WIDE, HIDDEN), "up_proj": (WIDE, HIDDEN), "down_proj": (HIDDEN, WIDE),
 }  # fmt: skip
 
@@ -39,8 +40,9 @@ def save_base(folder: Path) -> None:
     """Two layers, four heads, two of them for keys and values."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=bytelevel.VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.08,
+        vocab_size=bytelevel.VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, initializer_range=0.08,
         bos_token_id=bytelevel.END, eos_token_id=bytelevel.END,
     )  # fmt: skip
     bytelevel.save_base(transformers.LlamaForCausalLM(config), folder)

@@ -1,4 +1,4 @@
-"""The laws on CUDA. Without a device one line says that these tests were left out, and nothing runs."""
+"""The laws on CUDA. Without a device nothing runs, and one line says so."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The contract of every kind of site, and of every form of a routed batch, with the base and its adapters on CUDA.
+"""The contract of every kind of site and of every form of a routed batch, on CUDA.
 
-The tests are those of the CPU, which compare with dense float64 algebra; here everything they make is on the device.
+The tests are those of the CPU, which compare with dense float64 algebra; here everything they make
+is on the device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test makes is made on the device; convolutions compute in fp32, not in TF32, as their base does too."""
+    """Make a test's tensors on the device; convolutions compute in fp32, not TF32, as the base."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with torch.device("cuda"):
         yield

@@ -1,4 +1,4 @@
-"""What only a GPU can show: bits after any history, no synchronisations, placement, streams, compilation and graphs."""
+"""Laws that need a GPU: bits after any history, no synchronisations, streams, graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ RANKS = {"a": 4, "a/b": 16, "a/b/c": 3, "a/d": 24, "e": 1, "e/f": 8}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 pytestmark = [
-    # what torch says of its own tools: the debug mode is a prototype, the compiler would rather use TF32
+    # what torch says of its own tools: the debug mode is a prototype, the compiler would rather use
+    # TF32
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),
@@ -273,7 +274,7 @@ def small(
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device is an error."""
+    """Make it an error if the host waits for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
