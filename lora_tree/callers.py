@@ -74,7 +74,9 @@ def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:
     if found is None or found.f_code is until:
         return None
     owner = found.f_locals.get("self")
-    return found.f_code.co_name if owner is None else type(owner).__name__
+    if owner is None:  # a plain function
+        return found.f_code.co_name
+    return type(owner).__name__
 
 
 def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[str, Any] | None:
@@ -102,6 +104,8 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
 
 
 def _nearest(matches: Callable[[FrameType], bool]) -> FrameType | None:
+    # Frames of this module come first. None of their functions is asked for, so they are not
+    # skipped.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not matches(frame):
         frame = frame.f_back

@@ -87,6 +87,7 @@ class _Combination:
                 modules[name] = _sum(list(values.values()))
         return Adapter(
             modules,
+            # Fields that terms disagree on are dropped: they would not be true of the sum.
             base=next((term.base for term in self._taken if term.base), None),
             config=_agreed([term.config for term in self._taken if term.config]),
             unchanged={name: tensor for name, (_, tensor) in self._carried.items()},
@@ -98,6 +99,7 @@ class _Combination:
         mine = self._parts.setdefault(name, {})
         with self._naming(name, at):
             mine[at] = value.scaled(coefficient)
+        # Comparing with the first alone is enough: all of them have its shape.
         first = next(iter(mine))
         with self._naming(name, *sorted({first, at})):
             same_place(mine[first], mine[at])

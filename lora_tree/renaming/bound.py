@@ -109,6 +109,6 @@ def _registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]
             holder = base.get_submodule(module)
         except AttributeError:
             raise BaseMismatch(f"{module}: the base has no such module") from None
-        own = [name for name, _ in holder.named_parameters(recurse=False)]
+        own = dict(holder.named_parameters(recurse=False))
         order[module] = tuple(name for name in own if name in parameters)
     return order

@@ -92,6 +92,7 @@ class Conversion:
         self._check_no_bias()
         target = loading.parameters.get(self.first)
         experts = self._count_experts(target)
+        # One value a source first: the number of rows of one may follow from that of another.
         values: dict[str, LowRank] = {}
         for source, numbered in self._values.items():
             if self._counts_experts:
@@ -213,6 +214,7 @@ def _order(made: Tensor) -> Tensor | None:
         made = made[None]
     if made.shape[-1] != len(_COLUMNS):
         return None
+    # The first number of each matrix says which expert it was, and so what the others have to be.
     order = made[:, 0, 0].div(len(_COLUMNS)).long()
     wanted = order.reshape(-1, 1, 1) * len(_COLUMNS) + _COLUMNS
     return order if bool((made == wanted).all()) else None
@@ -228,15 +230,20 @@ def _stack(numbered: Mapping[int, list[LowRank]], experts: int) -> LowRank:
         raise BaseMismatch(
             f"it is of expert {max(numbered)}, and this base has {experts}, counted from 0"
         )
-    summed = {number: concat(values) for number, values in numbered.items()}
+    summed: dict[int, LowRank] = {}
+    scales: set[float] = set()
+    rank = 0
+    for number, values in numbered.items():
+        summed[number] = concat(values)
+        scales.add(summed[number].scale)
+        rank = max(rank, summed[number].rank)
     # A batch has one scale. If the experts differ in it, every scale is folded into its B.
-    scales = {value.scale for value in summed.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    rank = max(value.rank for value in summed.values())
     padded: dict[int, LowRank] = {}
     for number, value in summed.items():
         one_scale = value if value.scale == scale else value.folded()
         padded[number] = one_scale.padded(rank)
+    # Zero factors: an expert that no adapter changes stays as it is.
     zero = next(iter(padded.values())).with_tensors(torch.zeros_like)
     batch = [padded.get(number, zero) for number in range(experts)]
     try:

@@ -46,8 +46,11 @@ class Loading:
 
     def _ask_transformers(self) -> None:
         model, mapping, loading = self._model, _module(MAPPING), loading_module()
+        # Buffers too: a checkpoint holds both, and transformers looks a name up among both.
         prefix = model.base_model_prefix
         keys = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        # Before version 5 there was no mapping: a checkpoint's names were the model's, but for the
+        # prefix.
         if mapping is None or loading is None:
             self._rename = lambda name: (_prefixed(name, prefix, keys), None)
             return
@@ -59,9 +62,13 @@ class Loading:
                 f"transformers can't tell how {type(model).__name__} is loaded: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self._renamings = [c for c in self.conversions if isinstance(c, loading.WeightRenaming)]
-        converters = [c for c in self.conversions if isinstance(c, loading.WeightConverter)]
-        self.converters = {source: c for c in converters for source in c.source_patterns}
+        converters: list[Any] = []
+        for each in self.conversions:
+            if isinstance(each, loading.WeightRenaming):
+                self._renamings.append(each)
+            elif isinstance(each, loading.WeightConverter):
+                converters.append(each)
+                self.converters.update(dict.fromkeys(each.source_patterns, each))
 
         def rename(name: str) -> tuple[str, str | None]:
             renamed, source = loading.rename_source_key(

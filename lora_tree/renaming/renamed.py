@@ -62,9 +62,11 @@ class Moving:
                 around it.
         """
         module, _, leaf = name.rpartition(".")
+        # A file that names one parameter of a module may mean the module itself: the base decides.
         if may_be_module and _is_weight(self._base, module, leaf) and value.A.shape[0] == 1:
             self._put(module, _as_linear(value), name)
             return
+        # The law: a name that the base has is left alone, unless its module can't take a matrix.
         if is_there(self._base, name) and (value.layout != LINEAR or takes_delta(self._base, name)):
             self._put(name, value, name)
             return
@@ -78,7 +80,7 @@ class Moving:
                         renamed, Conversion(renamed, converter)
                     )
                     conversion.add(name, source, number, one)
-                    return
+                    return  # its increment comes with those of the other sources, in `_convert`
             if renamed in self._loading.parameters:
                 found = self._placed(renamed, value)
                 if found is not None:
@@ -183,18 +185,22 @@ class Moving:
     ) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
         """Return module → its raw parameters in order, and the modules whose order is assumed."""
         old = self._adapter
+        # A name that several became tells no order, so only single ones are taken.
         today = {sources[0]: name for name, sources in self._from.items() if len(sources) == 1}
         nesting: dict[str, tuple[str, ...]] = {}
         assumed: set[str] = set()
         for module, parameters in old.nesting.items():
-            was = [f"{module}.{p}" for p in parameters if f"{module}.{p}" in old.modules]
-            new = [today.get(name, "") for name in was]
-            holders = {name.rpartition(".")[0] for name in new}
-            if len(holders) != 1:
-                continue  # they lie in several modules now, so none has an order among them
-            holder = holders.pop()
-            if is_there(self._base, holder):
-                nesting[holder] = tuple(name.rpartition(".")[2] for name in new)
+            holders: set[str] = set()
+            leaves: list[str] = []
+            for parameter in parameters:
+                if f"{module}.{parameter}" in old.modules:
+                    name = today.get(f"{module}.{parameter}", "")
+                    holder, _, leaf = name.rpartition(".")
+                    holders.add(holder)
+                    leaves.append(leaf)
+            # If they lie in several modules now, there is no order among them.
+            if len(holders) == 1 and is_there(self._base, holder):
+                nesting[holder] = tuple(leaves)
                 if module in old.assumed:
                     assumed.add(holder)
         for name, value in modules.items():

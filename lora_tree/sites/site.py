@@ -59,6 +59,8 @@ class Site(ABC):
         self.module = module
         self.parent = parent
         self._way: tuple[str, tuple[str, ...]] = ("", ())
+        # The shape at the beginning; `is_in` compares with it, since `resize_token_embeddings`
+        # keeps the module.
         self._shape = self._shape_now()
 
     # ------------------------------------------------------------------ what a kind says
@@ -159,6 +161,8 @@ class Site(ABC):
         if not weight.is_floating_point() or weight.element_size() < 2:
             dtype = str(weight.dtype).removeprefix("torch.")
             return f"{kind} holds a weight of {dtype} (quantised)"
+        # A subclass (DTensor, a quantised tensor) may keep its numbers elsewhere, and a write in
+        # place would miss them.
         if type(weight) not in (Tensor, nn.Parameter):
             return f"its weight is a {type(weight).__name__}, not a plain tensor"
         if value.bias is not None and self.bias is None:
@@ -291,6 +295,8 @@ class Site(ABC):
             raise BaseMismatch(
                 f"{self.name}: its weight is on the meta device", "load the base's weights first"
             )
+        # torch refuses to write to such a tensor outside of inference_mode, and has no version
+        # count for it.
         if weight.is_inference():
             raise BaseMismatch(
                 f"{self.name}: its weight was made under inference_mode",

@@ -118,6 +118,7 @@ def fresh_adapter(
         SpecError: the patterns take more work than the budget allows.
     """
     patterns = patterns or patterns_of_a_tree()
+    # In the order of the names, so that one seed gives one adapter.
     modules: dict[str, LowRank] = {}
     for name in target_names(base, spec, patterns):
         site = find_site(base, name)

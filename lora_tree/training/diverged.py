@@ -9,6 +9,7 @@ what they were when it began.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NoReturn
@@ -40,6 +41,7 @@ class Start:
     """
 
     def __init__(self, factors: Factors) -> None:
+        # In host memory: a device that is full of a run has no room for a second set.
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
         for parameter in factors.parameters():
             if parameter.requires_grad:
@@ -74,8 +76,10 @@ def check_finite_step(
     # One tensor of all numbers, so that they come from the device in one transfer.
     numbers: list[float] = []
     if norms or losses:
-        each = [torch.as_tensor(number).detach() for number in (*norms, *losses.values())]
-        numbers = torch.stack([number.to(device, torch.float64) for number in each]).tolist()
+        each = []
+        for number in (*norms, *losses.values()):
+            each.append(torch.as_tensor(number).detach().to(device, torch.float64))
+        numbers = torch.stack(each).tolist()
     losses_now = dict(zip(losses, numbers[len(nodes) :], strict=True))
     is_broken = [not math.isfinite(norm) for norm in numbers[: len(nodes)]]
     is_lost = any(not math.isfinite(loss) for loss in losses_now.values())
@@ -84,8 +88,8 @@ def check_finite_step(
         # forever.
         flags = torch.tensor([*is_broken, is_lost], dtype=torch.int64, device=device)
         dist.all_reduce(flags)
-        *is_broken, is_lost = (bool(flag) for flag in flags.tolist())
-    broken = [node for node, bad in zip(nodes, is_broken, strict=True) if bad]
+        *is_broken, is_lost = map(bool, flags.tolist())
+    broken = list(itertools.compress(nodes, is_broken))
     if broken or is_lost:
         _refuse(broken, losses_now, step)
 

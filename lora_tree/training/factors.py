@@ -37,6 +37,7 @@ class Factors(nn.ModuleDict):
         for module in self.values():
             for parameter in module.parameters():
                 owners[id(parameter)] = module
+        # Cleared first: two nodes may have exchanged their names.
         self.clear()
         for path in tree.paths():
             owner = _owner_of(tree[path].loaded, owners)
@@ -93,7 +94,7 @@ class Factors(nn.ModuleDict):
 
     def train_only(self, paths: Iterable[str]) -> None:
         """Let these nodes train, and freeze the others."""
-        chosen = {key_of(path) for path in paths}
+        chosen = set(map(key_of, paths))
         for key, module in self.items():
             module.requires_grad_(key in chosen)
 
@@ -113,7 +114,7 @@ class Factors(nn.ModuleDict):
     @property
     def paths(self) -> list[str]:
         """All nodes whose factors are here."""
-        return [path_of(key) for key in self]
+        return list(map(path_of, self))
 
     # ------------------------------------------------------------------ if they are sharded
     def shown(self, path: str, adapter: Adapter) -> Adapter:
@@ -131,13 +132,16 @@ class Factors(nn.ModuleDict):
     @property
     def moved(self) -> bool:
         """Whether other parameters stand here now than at the last call of `shown`."""
-        used = [node for _, node in self._nodes() if node.used is not None]
-        return any(node.shown() is not node.used for node in used)
+        for _, node in self._nodes():
+            is_other = node.used is not None and node.shown() is not node.used
+            if is_other:
+                return True
+        return False
 
     @property
     def sharded(self) -> bool:
         """Whether each of several ranks holds a part of every factor."""
-        return any(is_sharded(parameter) for parameter in self.parameters())
+        return any(map(is_sharded, self.parameters()))
 
     def check_sharded(self, paths: Iterable[str], dtype: torch.dtype | None) -> None:
         """Refuse to change which factors train, or their dtype, once they are sharded.

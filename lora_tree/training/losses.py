@@ -89,7 +89,7 @@ def path_loss(
     """
     if over not in ("paths", "rows"):
         raise SpecError(f"over must be paths or rows, got {over!r}")
-    names = [spelled(path) for path in paths]
+    names = list(map(spelled, paths))
     if len(names) != len(logits) or logits.shape[:2] != labels.shape:
         raise SpecError(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths "
@@ -104,7 +104,7 @@ def path_loss(
     counts = None if counts is None else _by_spelling(counts, "counts")
     weights = _by_spelling(weights or {}, "weights")
     _known_paths(names, dict.fromkeys(names, 0) if counts is None else counts, weights)
-    # From here on nothing is read back from the device: a step must not wait for its loss.
+    # Nothing is read back from the device below: a step must not wait for its loss.
     sums, tokens = row_losses(logits, labels, shift=shift)
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -115,6 +115,7 @@ def path_loss(
         of_row = _like(sums, [1 / max(counts[name], 1) for name in names])
     means = sums * of_row
     taken = means if over == "paths" else sums / _all_tokens(tokens, counts)
+    # Weights go on the rows, and not on the paths' sums: so one product serves them all.
     weigh = _like(means, [weights.get(name, 1.0) for name in names])
     # The rows of each path side by side: one list of indices goes to the device for all of them.
     in_order = list(itertools.chain.from_iterable(places.values()))
@@ -174,7 +175,7 @@ def token_counts(
     """
     named: list[tuple[Tensor, list[str]]] = []
     for labels, paths in batches:
-        names = [spelled(path) for path in paths]
+        names = list(map(spelled, paths))
         named.append((labels, names))
         if len(labels) != len(names):
             raise SpecError(
@@ -186,7 +187,7 @@ def token_counts(
         return mine
     # The ranks add up by position, so the order has to be one that all of them know: the tree's.
     order = ["", *tree.paths()]
-    strange = [name for name in mine if name not in order]
+    strange = sorted(set(mine) - set(order))
     if strange:
         raise SpecError(
             f"{strange[0]}: over several ranks every row has one node's path, not a blend"

@@ -151,8 +151,7 @@ class Training:
             adapter = self._tree.adapter(path) if path in self._tree else None
             if adapter is not None:
                 parts[path] = adapter
-        # All of them before the first is put into the tree: every rank has to gather each factor,
-        # also if another rank fails in between.
+        # All are gathered before the first is put into the tree: a failure leaves the tree as it is.
         full = {path: whole(adapter) for path, adapter in parts.items()}
         try:
             for path, adapter in full.items():
@@ -175,6 +174,8 @@ class Training:
         merged = next((path for path in chosen if path in in_weights), None)
         if merged is None:
             return
+        # A path may wait in the outer of two `with` blocks; it would be merged again when the inner
+        # one is left.
         later = ""
         if merged not in self._stage.current.adapters:
             later = ", or will be when a `with` is left,"
@@ -195,6 +196,7 @@ class Training:
         settle_fresh(self._tree, self._base, paths)
         self._factors.refresh(self._tree, within)
         self._factors.check_sharded(paths, dtype)
+        # Fresh nodes got their adapters above, so only a group has none.
         bound = {}
         for path in paths:
             adapter = self._tree.adapter(path)
@@ -211,6 +213,7 @@ class Training:
             for name, value in adapter.modules.items():
                 places[name] = side_device(self._binder.site(name).weight, value)
             owned = self._factors.own(path, adapter, dtype, places)
+            # The tree holds the parameters now: a save writes what they are then.
             if owned is not adapter:
                 self._tree.replace(self._tree[path].holding(owned))
 

@@ -92,6 +92,8 @@ class NodeSteps:
         for group in still:
             for parameter in group["params"]:
                 parameter.grad = None
+        # A group's own bound, and not one for all: else the norm of one node would shrink the step
+        # of another.
         for group, moves in zip(groups, moving, strict=True):
             if moves and group.get("clip_norm") is not None:
                 _clip(group["params"], group["clip_norm"], getattr(optimizer, "grad_scale", None))
@@ -107,7 +109,7 @@ class NodeSteps:
             return mine
         total = torch.tensor(mine, dtype=torch.int64, device=groups[0]["params"][0].device)
         dist.all_reduce(total)
-        return [bool(count) for count in total.tolist()]
+        return list(map(bool, total.tolist()))
 
 
 def _check_still(groups: Sequence[dict[str, Any]]) -> None:
@@ -174,8 +176,9 @@ def _check(group: dict[str, Any], factors: Factors) -> None:
             f"an optimiser's group is called {name!r}, and no node of that name trains",
             "make the optimiser of what model.trainable(…) returns, with its names",
         )
-    own = {id(parameter) for parameter in factors.of(name)}
-    if any(id(parameter) not in own for parameter in group["params"]):
+    # By identity: tensors compare number by number.
+    own = set(map(id, factors.of(name)))
+    if not own.issuperset(map(id, group["params"])):
         raise SpecError(f"the optimiser's group {name!r} has parameters that are not that node's")
     if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise SpecError(f"{name}: clip_norm must be a positive number, got {clip!r}")
