@@ -37,7 +37,7 @@ from .budget import parse_bytes
 from .errors import NewerFormat, SpecError
 from .node_names import NAME
 from .patterns import check_pattern
-from .spec_errors import explain
+from .spec_errors import describe_invalid
 
 __all__ = [
     "FORMAT",
@@ -327,4 +327,6 @@ def _written(kind: type[SpecT], source: Any, where: str) -> SpecT:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise SpecError(*(f"{where}: {text}" for _, text in explain(error, data, kind))) from error
+        raise SpecError(
+            *(f"{where}: {text}" for _, text in describe_invalid(error, data, kind))
+        ) from error

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import nearest
 
-__all__ = ["Loc", "explain", "node_path"]
+__all__ = ["Loc", "describe_invalid", "node_path"]
 
 Loc: TypeAlias = tuple[str | int, ...]
 """The way to a place in nested data: keys and indices."""
@@ -34,7 +34,9 @@ _SYNONYMS = {
 """Words that people write for those of a LoraSpec, which are PEFT's."""
 
 
-def explain(error: ValidationError, data: Any, top: type[BaseModel]) -> list[tuple[Loc, str]]:
+def describe_invalid(
+    error: ValidationError, data: Any, top: type[BaseModel]
+) -> list[tuple[Loc, str]]:
     """Say what pydantic found, one message for each place.
 
     Args:

@@ -21,7 +21,7 @@ from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..node_names import check_path
 from ..spec import StrictModel, check_format
-from ..spec_errors import explain
+from ..spec_errors import describe_invalid
 from .disk import Stamp
 
 __all__ = [
@@ -141,7 +141,7 @@ def parse_lock(raw: bytes, file: str) -> TreeLock:
             if not check_path(path):
                 raise PathError("a node without a name")
     except ValidationError as error:
-        mistakes = explain(error, data, TreeLock)[:8]
+        mistakes = describe_invalid(error, data, TreeLock)[:8]
         raise SpecError(*(f"{file}: {text}" for _, text in mistakes), _REPAIR) from error
     except FormatError as error:  # which names the file already
         raise SpecError(error.what, _REPAIR) from error

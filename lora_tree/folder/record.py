@@ -26,7 +26,7 @@ from ..formats.limits import LOCK_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
 from ..node_names import check_path
 from ..spec import StrictModel, check_format
-from ..spec_errors import explain
+from ..spec_errors import describe_invalid
 from . import disk
 from .lockfile import Count, Digest, FileLock
 
@@ -107,7 +107,7 @@ def read_record(folder: str | Path) -> Record | None:
         _refuse_earlier(data, file)
         record = Record.model_validate(data)
     except ValidationError as error:
-        mistakes = explain(error, data, Record)[:8]
+        mistakes = describe_invalid(error, data, Record)[:8]
         raise SpecError(*(f"{file}: {text}" for _, text in mistakes)) from error
     except FormatError as error:
         raise SpecError(error.what) from error

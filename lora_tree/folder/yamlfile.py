@@ -24,7 +24,7 @@ from ..errors import PathError, SpecError
 from ..formats.limits import YAML_BYTES, YAML_VALUES
 from ..node_names import MAX_DEPTH, check_path
 from ..spec import NodeSpec, TreeSpec, check_format
-from ..spec_errors import Loc, explain
+from ..spec_errors import Loc, describe_invalid
 
 __all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml"]
 
@@ -113,7 +113,7 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
     try:
         spec = TreeSpec.model_validate(found.data)
     except ValidationError as error:
-        raise found.refuse(explain(error, found.data, TreeSpec)) from error
+        raise found.refuse(describe_invalid(error, found.data, TreeSpec)) from error
     wrong = list(_contradictions(spec))
     if wrong:
         raise found.refuse(wrong)

@@ -27,7 +27,7 @@ __all__ = [
     "ancestors",
     "key_path",
     "plain",
-    "split",
+    "split_key",
 ]
 
 CONFIG = "adapter_config.json"
@@ -45,10 +45,10 @@ PARTS = {
 }
 
 
-def split(path: str) -> tuple[str, str | None]:
+def split_key(path: str) -> tuple[str, str | None]:
     """Split a key without its prefix into (path, part); the part is None if it is no factor's.
 
-    >>> split("mlp.up_proj.lora_A.weight"), split("norm.bias")
+    >>> split_key("mlp.up_proj.lora_A.weight"), split_key("norm.bias")
     (('mlp.up_proj', 'lora_A'), ('norm.bias', None))
     """
     for suffix, part in PARTS.items():

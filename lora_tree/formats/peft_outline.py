@@ -235,7 +235,7 @@ class _OutlineMaker:
                 f"{PREFIX}<module>.lora_A.weight",
                 "kohya and diffusers name their keys otherwise; save the adapter with PEFT",
             )
-        path, part = peft_keys.split(key.removeprefix(PREFIX))
+        path, part = peft_keys.split_key(key.removeprefix(PREFIX))
         if part is None and ".lora_" in path and not key.endswith(VELORA_BUFFER):
             raise FormatError(
                 f"{self._where}: unexpected key {key[:200]!r}, expected it to end in one of "
