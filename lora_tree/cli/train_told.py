@@ -25,7 +25,7 @@ def foretell(running: Run, rows: int) -> None:
         before = running.aside.about.get("nodes", ())
         nodes = ", ".join(path for path in tree.paths() if path in before)
         note(
-            f"the run before this one, of {nodes}, is finished, "
+            f"the run before this one, of {nodes}, is finished "
             f"and lies in {running.aside.folder} now"
         )
         if not running.aside.is_saved:

@@ -1,6 +1,6 @@
-"""The main job on real input: a base, a tree of adapters trained on it, reopened, switched, measured and exported.
+"""The main job on real input: a tree is trained, reopened, switched, measured and exported.
 
-    stdlib → base          net → net/email, net/asyncio          gui → gui/tkinter, …          all nodes at once
+    stdlib → base       net → net/email, net/asyncio       gui → gui/tkinter, …     all at once
 
 The real input is the Python standard library that is installed. Every number in the report is measured in the run.
 """
@@ -59,7 +59,8 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
 
     Raises:
         MissingExtra: transformers or peft is not installed.
-        FolderError: one of the folders exists and the demo did not make it, or the standard library has no sources.
+        FolderError: one of the folders exists and the demo did not make it, or the standard library
+            has no sources.
     """
     console = console or Console()
     need("peft", extra="peft", what="the demo")
@@ -80,19 +81,21 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             save_base(model, base)
         with clock("adapters"):
             _train_tree(model, leaves, size, seed, bar, base=f"../{base.name}").save(zoo)
+        # From the files: what is measured below is what a user gets who opens them.
         with clock("reopening"):
             model = open_base(base).eval()
             tree = load(zoo)
             attached = attach(tree, model)
-        held_out = {
-            d.path: evenly_spread(as_one_row(d.held_out), windows=size.windows, length=size.length)
-            for d in (corpus, *leaves)
-        }
+        held_out = {}
+        for domain in (corpus, *leaves):
+            tokens = as_one_row(domain.held_out)
+            windows = evenly_spread(tokens, windows=size.windows, length=size.length)
+            held_out[domain.path] = windows
         with clock("measuring"):
             bits = _bits(attached, model, held_out, bar)
-            switch_ms = {
-                mode: _switch_ms(attached, tree.leaves(), mode) for mode in ("merged", "unmerged")
-            }
+            switch_ms = {}
+            for mode in ("merged", "unmerged"):
+                switch_ms[mode] = _switch_ms(attached, tree.leaves(), mode)
         with clock("exporting"):
             leaf = "net/email" if "net/email" in tree else tree.leaves()[0]
             flat = tree.flatten(leaf)
@@ -130,7 +133,7 @@ def _train_base(model: Any, corpus: Domain, size: Size, seed: int, bar: Progress
 def _train_tree(
     model: Any, leaves: Sequence[Domain], size: Size, seed: int, bar: Progress, *, base: str
 ) -> AdapterTree:
-    """All nodes at once: a leaf learns from its own rows, a group from those of all its children."""
+    """Train all nodes at once: a leaf on its own rows, a group on those of all its children."""
     tree = AdapterTree(
         base=base, defaults={"r": size.r, "lora_alpha": 2 * size.r, "target_modules": TARGETS}
     )
@@ -160,27 +163,28 @@ def _train_tree(
 def _bits(
     attached: TreeModel, model: Any, held_out: Mapping[str, Tensor], bar: Progress
 ) -> dict[str, tuple[float, ...]]:
-    """Every node, and the bare base, on every domain."""
+    """Return the bits per byte of every node, and of the bare base, on every domain."""
     paths = ["", *attached.tree.paths()]
     bits: dict[str, tuple[float, ...]] = {}
     with _task(bar, "held-out bits per byte", len(paths)) as tick:
         for path in paths:
             with attached.using(path):
-                bits[path or BASE_ROW] = tuple(
-                    bits_per_byte(model, windows) for windows in held_out.values()
-                )
+                measured = [bits_per_byte(model, windows) for windows in held_out.values()]
+            bits[path or BASE_ROW] = tuple(measured)
             tick()
     return bits
 
 
 def _switch_ms(attached: TreeModel, leaves: Sequence[str], mode: Any, rounds: int = 5) -> float:
-    """The median time of one switch from leaf to leaf, each of them used once before."""
+    """Return the median milliseconds of one switch from leaf to leaf."""
     times = []
+    # The first round reads the adapters and makes what is kept for a path; it is not counted.
     for count in range(rounds + 1):
         for path in leaves:
             start = time.perf_counter()
             attached.activate(path, mode=mode)
-            times += [time.perf_counter() - start] if count else []
+            if count:
+                times.append(time.perf_counter() - start)
     attached.deactivate()
     return 1e3 * median(times)
 
@@ -189,14 +193,17 @@ def _switch_ms(attached: TreeModel, leaves: Sequence[str], mode: Any, rounds: in
 def _compare(
     attached: TreeModel, model: Any, leaf: str, base: Path, export: Path, windows: Tensor
 ) -> tuple[float, float]:
-    """The largest |difference| of a logit between the merged leaf and PEFT with its export, and the largest |logit|."""
+    """Compare the merged leaf with its export in PEFT.
+
+    Returns:
+        the largest |difference| of a logit, and the largest |logit|.
+    """
     peft = need("peft", extra="peft", what="the demo")
     with attached.using(leaf):
         ours = model(input_ids=windows).logits
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # PEFT reads an attribute that transformers has renamed
+        # PEFT 0.20 reads an attribute that transformers 5 has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
         wrapped = peft.PeftModel.from_pretrained(open_base(base), export).eval()
     theirs = wrapped(input_ids=windows).logits
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
@@ -204,7 +211,7 @@ def _compare(
 
 # ---------------------------------------------------------------------- clock and progress
 class _Clock:
-    """Seconds of each phase."""
+    """The seconds of each phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -217,7 +224,7 @@ class _Clock:
 
 
 def _progress(console: Console) -> Progress:
-    """Bars on a terminal; nothing elsewhere, where `_task` prints a line for each thing done."""
+    """Return bars for a terminal. Elsewhere they are off, and `_task` prints a line for each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

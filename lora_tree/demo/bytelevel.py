@@ -1,6 +1,7 @@
 """The demo's base: a small Llama over bytes, and a tokenizer that turns byte b into token b.
 
-About 1.9 M parameters: enough to learn the look of Python, few enough to do so in a minute or two on two cores.
+About 1.9 M parameters: enough to learn the look of Python, and few enough to do so in a minute or
+two on two cores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _WHAT = "the demo"
 
 
 def new_base(*, hidden: int, layers: int, window: int) -> Any:
-    """A ``LlamaForCausalLM`` with random weights, from torch's own generator."""
+    """Return a ``LlamaForCausalLM`` with random weights, from torch's own generator."""
     transformers = need("transformers", extra="transformers", what=_WHAT)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -37,19 +38,22 @@ def new_base(*, hidden: int, layers: int, window: int) -> Any:
 
 
 def save_base(model: Any, folder: Path) -> None:
-    """The model and its tokenizer, as transformers reads them."""
+    """Save the model and its tokenizer, as transformers reads them."""
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
 
 
 def open_base(folder: Path) -> Any:
-    """The model again, from its files."""
+    """Return the model again, from its files."""
     transformers = need("transformers", extra="transformers", what=_WHAT)
     return transformers.LlamaForCausalLM.from_pretrained(folder)
 
 
 def _tokenizer() -> Any:
-    """Byte b is token b; the letters that stand for bytes are those of GPT-2's byte-level alphabet."""
+    """Return a tokenizer in which byte b is token b.
+
+    The letters that stand for bytes are those of GPT-2's byte-level alphabet.
+    """
     transformers = need("transformers", extra="transformers", what=_WHAT)
     tokenizers = need("tokenizers", extra="transformers", what=_WHAT)
     vocabulary = {letter: byte for byte, letter in enumerate(_alphabet())}
@@ -70,7 +74,7 @@ def _tokenizer() -> Any:
 
 
 def _alphabet() -> list[str]:
-    """Byte → letter: itself where it prints, else the next unused code point from 256 on."""
+    """Return each byte's letter: itself if it prints, else the next code point from 256 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printing else chr(next(others)) for byte in range(256)]

@@ -1,10 +1,10 @@
-"""What the demo reads: the Python standard library that is installed, as bytes, each domain in two parts.
+"""The demo's text: the Python standard library that is installed, as bytes, in domains.
 
-    stdlib            the top-level modules: what the base is trained on
-    net/email, …      packages, two levels: what the adapters are trained on
+    stdlib            the top-level modules, on which the base is trained
+    net/email, …      packages in two levels, on which the adapters are trained
 
-Held out is every fifth file (of the base's, every tenth) in the order of their names, or the end of a file that stands
-alone. Nothing that is held out is ever trained on.
+Each domain has two parts. Every fifth file (of the base's, every tenth) in the order of their names
+is held out, or the end of a file that stands alone. Nothing that is held out is ever trained on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ..errors import FolderError
 __all__ = ["Domain", "find_corpus"]
 
 BASE_DOMAIN = "stdlib"
-LEAST_BYTES = 60_000  # below it a domain is too small to train on and to hold some back
+LEAST_BYTES = 60_000  # a smaller domain is too small to train on and to hold some back
 
-# Group → its packages, the likelier ones first: distributions leave some of them out, so each group has spares.
+# Group → its packages, the likelier ones first. Distributions leave some of them out (Debian has no
+# tkinter, containers no idlelib), so each group has spares.
 CANDIDATES: dict[str, dict[str, str]] = {
     "docs": {"pydoc": "pydoc_data/*.py"},
     "gui": {"tkinter": "tkinter/*.py", "idlelib": "idlelib/*.py", "turtledemo": "turtledemo/*.py"},
@@ -49,30 +50,34 @@ class Domain:
 
     @property
     def train_bytes(self) -> int:
+        """Bytes of the part to train on."""
         return sum(map(len, self.train))
 
 
 def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domain, list[Domain]]:
-    """The base's domain, and those of the leaves of the tree, in the order of their paths.
+    """Return the base's domain, and those of the tree's leaves in the order of their paths.
 
     Args:
-        stdlib: the folder of the standard library; that of this Python where None.
-        children: of each group, at most.
+        stdlib: the folder of the standard library; None: of this Python.
+        children: the most of each group.
 
     Raises:
-        FolderError: too little of the library is there to make a tree of.
+        FolderError: the library has too few sources to make a tree of.
     """
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
     base = _domain(BASE_DOMAIN, sorted(stdlib.glob("*.py")), every=10)
     leaves: list[Domain] = []
     for group, packages in CANDIDATES.items():
-        found = [
-            _domain(f"{group}/{name}", sorted(stdlib.glob(where)))
-            for name, where in packages.items()
-        ]
-        leaves += [domain for domain in found if domain.train_bytes >= LEAST_BYTES][:children]
+        found = []
+        for name, where in packages.items():
+            domain = _domain(f"{group}/{name}", sorted(stdlib.glob(where)))
+            if domain.train_bytes >= LEAST_BYTES:
+                found.append(domain)
+        leaves += found[:children]
     leaves.sort(key=lambda domain: domain.path)
-    if base.train_bytes < 10 * LEAST_BYTES or len({leaf.path.split("/")[0] for leaf in leaves}) < 2:
+    groups = {leaf.path.split("/")[0] for leaf in leaves}
+    # With one group there would be no path to switch to that shares nothing.
+    if base.train_bytes < 10 * LEAST_BYTES or len(groups) < 2:
         raise FolderError(
             f"{stdlib}: too few sources of the standard library to train on",
             "run the demo with a Python that has its library as .py files",
@@ -81,14 +86,18 @@ def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domai
 
 
 def _domain(path: str, files: Sequence[Path], every: int = 5) -> Domain:
-    texts = [text for text in (file.read_bytes() for file in files) if len(text) > 200]
-    if len(texts) < every:
-        cuts = [len(text) * (every - 1) // every for text in texts]
-        pairs = list(zip(texts, cuts, strict=True))
-        return Domain(path, tuple(t[:cut] for t, cut in pairs), tuple(t[cut:] for t, cut in pairs))
-    held = every // 2
-    return Domain(
-        path,
-        tuple(text for i, text in enumerate(texts) if i % every != held),
-        tuple(text for i, text in enumerate(texts) if i % every == held),
-    )
+    """Split some files into a part to train on and a part that is held out."""
+    train, held_out = [], []
+    texts = [file.read_bytes() for file in files]
+    texts = [text for text in texts if len(text) > 200]  # an empty __init__.py says nothing
+    for i, text in enumerate(texts):
+        if len(texts) < every:
+            # Too few files to hold one back: the end of each is.
+            cut = len(text) * (every - 1) // every
+            train.append(text[:cut])
+            held_out.append(text[cut:])
+        elif i % every == every // 2:
+            held_out.append(text)
+        else:
+            train.append(text)
+    return Domain(path, tuple(train), tuple(held_out))

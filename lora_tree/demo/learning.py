@@ -1,4 +1,4 @@
-"""Windows of bytes, the plainest training loops over them, and bits per byte on what was held out.
+"""Windows of bytes, plain training loops over them, and bits per byte on held-out text.
 
 bits per byte = − mean log2 p(next byte | the bytes before it in its window)
 """
@@ -21,14 +21,18 @@ __all__ = ["as_one_row", "bits_per_byte", "evenly_spread", "train_base", "train_
 
 
 def as_one_row(documents: Sequence[bytes]) -> Tensor:
-    """All documents in one row of tokens, END after each. (tokens,)"""
-    parts = [torch.frombuffer(bytearray(d), dtype=torch.uint8).long() for d in documents]
+    """Return all documents in one row of tokens, END after each. (tokens,)"""
     end = torch.tensor([END])
-    return torch.cat([piece for part in parts for piece in (part, end)])
+    pieces: list[Tensor] = []
+    for document in documents:
+        # A copy: frombuffer warns of bytes, which torch could not write to.
+        tokens = torch.frombuffer(bytearray(document), dtype=torch.uint8).long()
+        pieces += [tokens, end]
+    return torch.cat(pieces)
 
 
 def evenly_spread(tokens: Tensor, *, windows: int, length: int) -> Tensor:
-    """At most ``windows`` windows, evenly spread over all tokens. (≤ windows, length)"""
+    """Return at most ``windows`` windows, evenly spread over all tokens. (≤ windows, length)"""
     whole = tokens[: len(tokens) // length * length].view(-1, length)
     picks = torch.linspace(0, len(whole) - 1, min(windows, len(whole))).round().long()
     return whole[picks]
@@ -45,7 +49,16 @@ def train_base(
     seed: int,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """The whole model, on random windows of one row of tokens, each ``length`` long; ``tick`` after every step."""
+    """Train the whole model on random windows of one row of tokens.
+
+    Args:
+        model: of transformers.
+        tokens: (tokens,).
+        steps, batch, length: of the optimiser, windows in each, tokens in a window.
+        lr: learning rate at its height.
+        seed: of the windows.
+        tick: called after every step.
+    """
     optimiser, schedule = _optimiser(model.parameters(), steps, lr, weight_decay=0.1)
     model.train()
     for rows, _ in islice(_windows([tokens], batch=batch, length=length, seed=seed), steps):
@@ -70,22 +83,24 @@ def train_tree(
     seed: int,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """Some nodes at once: every row trains those on its own path.
+    """Train some nodes at once: every row trains those on its own path.
 
     Args:
         model: of the tree.
-        nodes: what trains.
-        streams: domain → the path that its rows go by, and its tokens; every row draws its domain, all alike.
+        nodes: the ones that train.
+        streams: domain → the path that its rows go by, and its tokens. Every row draws its domain,
+            each with the same chance.
         steps, batch, length: of the optimiser, rows in each, bytes in a row.
         tick: called after every step.
     """
     groups = [{**group, "clip_norm": 1.0} for group in model.trainable(*nodes)]
     optimiser, schedule = _optimiser(groups, steps, lr, weight_decay=0.0)
+    # `follow` moves no node without rows in a step, and clips each by itself.
     model.follow(optimiser)
     model.train()
-    of, tokens = zip(*streams.values(), strict=True)
+    path_of, tokens = zip(*streams.values(), strict=True)
     for rows, which in islice(_windows(tokens, batch=batch, length=length, seed=seed), steps):
-        paths = [of[i] for i in which]
+        paths = [path_of[i] for i in which]
         with model.route(paths, batch_first=True):
             logits = model(input_ids=rows[:, :-1]).logits
             torch.autograd.backward(path_loss(logits, rows[:, 1:], paths, shift=False).total)
@@ -94,27 +109,26 @@ def train_tree(
         schedule.step()
         tick()
     model.eval()
-    model.trainable()
+    model.trainable()  # nothing trains any more: the factors are the tree's adapters now
 
 
 def _windows(
     streams: Sequence[Tensor], *, batch: int, length: int, seed: int
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Rows (batch, length + 1), and the stream from which each was drawn, for ever."""
+    """Yield rows (batch, length + 1), and the stream from which each was drawn, without end."""
     draw = torch.Generator().manual_seed(seed)
     while True:
         which = torch.randint(len(streams), (batch,), generator=draw).tolist()
-        starts = [int(torch.randint(len(streams[i]) - length, (1,), generator=draw)) for i in which]
-        yield (
-            torch.stack(
-                [streams[i][s : s + length + 1] for i, s in zip(which, starts, strict=True)]
-            ),
-            which,
-        )
+        rows = []
+        for i in which:
+            start = int(torch.randint(len(streams[i]) - length, (1,), generator=draw))
+            # One token more than is read: each is the label of the one before it.
+            rows.append(streams[i][start : start + length + 1])
+        yield torch.stack(rows), which
 
 
 def _optimiser(parameters: Any, steps: int, lr: float, *, weight_decay: float) -> tuple[Any, Any]:
-    """AdamW, with a warm-up and a cosine."""
+    """Return AdamW and a schedule: a warm-up, then a cosine."""
     optimiser = torch.optim.AdamW(
         parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
     )
@@ -128,7 +142,8 @@ def _optimiser(parameters: Any, steps: int, lr: float, *, weight_decay: float) -
 
 @torch.no_grad()
 def bits_per_byte(model: Any, windows: Tensor, *, at_once: int = 16) -> float:
-    """The mean over every token but the first of each window. windows: (n, length)"""
+    """Return the mean over every token but the first of each window. windows: (n, length)"""
+    # Weighted by rows: the last part may have fewer of them.
     losses = [_loss(model, rows) * len(rows) for rows in torch.split(windows, at_once)]
     return float(torch.stack(losses).sum()) / len(windows) / math.log(2)
 

@@ -1,4 +1,4 @@
-"""What the demo measured, and how it is printed. Nothing here is computed from anything but the run."""
+"""The demo's figures, and how they are printed. All of them come from the run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class Report:
     Args:
         folders: the tree, its base and the exported leaf.
         domains: the columns of ``bits``.
-        bits: path (``base`` for the bare one) → held-out bits per byte on each domain, in the order of ``domains``.
+        bits: path (``base`` for the bare one) → held-out bits per byte on each domain, in the order
+            of ``domains``.
         switch_ms: mode → median milliseconds of a switch between leaves.
         leaf: the path that was exported.
         leaf_rank: its rank after flattening.
-        peft_difference: largest |difference| of a logit: the tree's merged model and PEFT with the exported leaf.
+        peft_difference: largest |difference| of a logit between the tree's merged model and PEFT
+            with the exported leaf.
         peft_largest: largest |logit| among those compared.
         seconds: phase → wall clock.
     """
@@ -46,11 +48,13 @@ class Report:
         switches = ", ".join(f"{mode} {ms:.2f} ms" for mode, ms in self.switch_ms.items())
         phases = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items())
         lines = [
-            "rows: the active path; columns: the domain it reads; lower is better, each column's best is bold",
+            "rows: the active path; columns: the domain it reads; lower is better, "
+            "each column's best is bold",
             "",
             f"switching between leaves, median: {switches}",
-            f"{self.leaf} as one adapter of rank {self.leaf_rank}, loaded in PEFT: logits differ from the tree's by at "
-            f"most {self.peft_difference:.1e} (the largest is {self.peft_largest:.1f})",
+            f"{self.leaf} as one adapter of rank {self.leaf_rank}, loaded in PEFT: logits differ "
+            f"from the tree's by at most {self.peft_difference:.1e} "
+            f"(the largest is {self.peft_largest:.1f})",
             f"time: {phases}; {sum(self.seconds.values()):.0f} s in all",
             "",
             f"written: {zoo} (the tree), {base} (its base), {export} ({self.leaf} for PEFT)",
@@ -67,9 +71,8 @@ class Report:
         best = [min(column) for column in zip(*self.bits.values(), strict=True)]
         for path, row in self.bits.items():
             name = path if path == BASE_ROW else "  " * path.count("/") + path
-            cells = [
-                Text(f"{b:.2f}", "bold" if b == low else "")
-                for b, low in zip(row, best, strict=True)
-            ]
+            cells = []
+            for bits, low in zip(row, best, strict=True):
+                cells.append(Text(f"{bits:.2f}", "bold" if bits == low else ""))
             table.add_row(name, *cells, end_section=path == BASE_ROW)
         return table
