@@ -10,6 +10,7 @@ joined at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -47,27 +48,27 @@ def average_linkage(distances: Tensor) -> list[Join]:
     apart.fill_diagonal_(torch.inf)
     sizes = [1] * count
     alive = [True] * count
-    chain: list[int] = []
+    walk: list[int] = []
     found: list[tuple[float, int, int]] = []
     for _ in range(count - 1):
-        if not chain:
-            chain.append(alive.index(True))
+        if not walk:
+            walk.append(alive.index(True))
         while True:
-            here = chain[-1]
+            here = walk[-1]
             row = apart[here]
             near = int(row.argmin())
             # On a tie with the cluster we came from, stay with it: otherwise the walk could go
             # round.
-            if len(chain) > 1 and float(row[chain[-2]]) <= float(row[near]):
-                near = chain[-2]
+            if len(walk) > 1 and float(row[walk[-2]]) <= float(row[near]):
+                near = walk[-2]
                 break
-            if len(chain) > count:
+            if len(walk) > count:
                 raise SpecError(
                     "distances that are not symmetric, or not numbers, have no clusters"
                 )
-            chain.append(near)
-        chain.pop()
-        chain.pop()
+            walk.append(near)
+        walk.pop()
+        walk.pop()
         keep, gone = min(here, near), max(here, near)
         found.append((float(apart[here, near]), keep, gone))
         whole = sizes[keep] + sizes[gone]
@@ -97,9 +98,10 @@ def leaf_order(joins: list[Join], count: int) -> list[int]:
     """Return the items so that every cluster's items stand side by side."""
     members: dict[int, list[int]] = {i: [i] for i in range(count)}
     for i, join in enumerate(joins):
-        both = [members.pop(join.left), members.pop(join.right)]
-        members[count + i] = [item for items in sorted(both) for item in items]
-    return [item for items in sorted(members.values()) for item in items]
+        # The side with the smallest item comes first, so that the order has no accident in it.
+        first, second = sorted((members.pop(join.left), members.pop(join.right)))
+        members[count + i] = first + second
+    return list(chain.from_iterable(sorted(members.values())))
 
 
 def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:

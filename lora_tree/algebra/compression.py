@@ -40,7 +40,7 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` did.
+    """The outcome of `compress`.
 
     Args:
         edited: the nodes, each with its error.
@@ -114,14 +114,15 @@ def compress(
         raise SpecError(
             f"max_error: expected a part of the whole, 0 ≤ max_error < 1, got {max_error}"
         )
-    chosen = tree.paths() if paths is None else tree.matching(paths)
-    chosen = [path for path in chosen if tree[path].has_adapter]
-    changeable(tree, chosen)
-    if not chosen:
+    adapters: dict[str, Adapter] = {}
+    for path in tree.paths() if paths is None else tree.matching(paths):
+        if tree[path].has_adapter:
+            # A model that uses one of them refuses the change, so it is asked before all the work.
+            changeable(tree, [path])
+            adapters[path] = tree.adapter(path) or Adapter({})
+    if not adapters:
         raise SpecError("no node with an adapter to compress")
-    adapters = {path: _read(tree, path) for path in chosen}
-    shares = {path: _share(tree, path) for path in chosen}
-    cuts = _cuts(adapters, shares, dtype, moments or {})
+    cuts = _cuts(tree, adapters, dtype, moments or {})
     if rank is not None:
         ranks = {place: min(rank, cut.value.rank) for place, cut in cuts.items()}
     else:
@@ -161,35 +162,31 @@ class Cut:
             self.basis[..., :rank].contiguous(),
             layout=self.value.layout,
         )
+        # B has orthonormal columns and A carries the sizes, which a narrow dtype would round worse.
         short = _balanced(both)
         bias = None if self.value.bias is None else self.value.bias.double() * self.value.scale
         return replace(short, bias=bias).to(dtype=self.dtype or self.value.dtype)
 
 
-def _read(tree: AdapterTree, path: str) -> Adapter:
-    adapter = tree.adapter(path)
-    assert adapter is not None  # the nodes are those that have one
-    return adapter
-
-
 def _share(tree: AdapterTree, path: str) -> float:
     """The share of a node's squared error: its weight squared, for each leaf that has it."""
-    below = tree.paths(path)
-    leaves = sum(1 for node in below if not tree.children(node)) if below else 1
-    return tree[path].weight ** 2 * leaves
+    leaves = [node for node in tree.paths(path) if not tree.children(node)]
+    # A node without children is the one leaf that has its error.
+    return tree[path].weight ** 2 * max(1, len(leaves))
 
 
 def _cuts(
+    tree: AdapterTree,
     adapters: Mapping[str, Adapter],
-    shares: Mapping[str, float],
     dtype: torch.dtype | None,
     moments: Mapping[str, Tensor],
 ) -> dict[Place, Cut]:
     cuts: dict[Place, Cut] = {}
     for path, adapter in adapters.items():
+        share = _share(tree, path)
         for name, value in adapter.modules.items():
             cut = named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
-            cuts[path, name] = replace(cut, gains=cut.gains * shares[path])
+            cuts[path, name] = replace(cut, gains=cut.gains * share)
     return cuts
 
 
@@ -202,13 +199,14 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
     else:
         inside = _moved(M, Q_A, moment)  # (k, k): the core of ΔW C ΔWᵀ
         squares, U = torch.linalg.eigh(inside)
+        # eigh gives the smallest first, and rounding may put a zero slightly below itself.
         squares, U = squares.flip(-1).clamp(min=0.0), U.flip(-1)
     rows = U.mT @ M @ Q_A.mT  # (r, in)
+    # All matrices of a batch have one rank, so their gains add up.
     gains = squares.reshape(-1, squares.shape[-1]).sum(0)
-    batch = math.prod(value.shape[:-2])
-    sizes = [(dtype or t.dtype).itemsize for t in value.tensors]
-    unit = batch * (value.shape[-1] * sizes[0] + value.shape[-2] * sizes[1])
-    fixed = 0 if value.bias is None else value.bias.numel() * sizes[2]
+    size = (dtype or value.dtype).itemsize
+    unit = math.prod(value.shape[:-2]) * (value.shape[-1] + value.shape[-2]) * size
+    fixed = 0 if value.bias is None else value.bias.numel() * size
     return Cut(value, gains.cpu(), unit, fixed, dtype, Q_B @ U, rows)
 
 
@@ -244,17 +242,20 @@ def _chosen(
             f"one rank in one module of every node takes {spent:,} bytes, the budget is {budget:,}",
             "give more bytes, or compress fewer nodes",
         )
-    whole = math.fsum(float(cut.gains.sum()) for cut in cuts.values())
-    left = whole - math.fsum(float(cuts[p].gains[0]) for p, r in ranks.items() if r)
-    allowed = None if max_error is None else whole * max_error**2
-    queue = [_offer(cuts[place], place, rank) for place, rank in ranks.items()]
-    heapq.heapify(queue)
+    whole = left = 0.0
+    queue: list[tuple[float, Place]] = []
+    for place, cut in cuts.items():
+        whole += float(cut.gains.sum())
+        left += float(cut.gains[ranks[place] :].sum())
+        heapq.heappush(queue, _offer(cut, place, ranks[place]))
+    # Without a bound on the error the bytes alone say where to stop.
+    allowed = -1.0 if max_error is None else whole * max_error**2
     while queue:
         value, place = heapq.heappop(queue)
         cut, rank = cuts[place], ranks[place]
         if rank >= cut.value.rank or value == 0.0:
             continue  # nothing left to gain in this module
-        if allowed is not None and left <= allowed:
+        if left <= allowed:
             break
         if budget is not None and spent + cut.unit > budget:
             continue  # it does not fit any more, and the next ranks of this module cost as much
@@ -306,24 +307,27 @@ def _cut_down(
         norms: dict[str, float] = {}
         for name, value in adapter.modules.items():
             rank = ranks[path, name]
+            # A module of rank 0 is left out: it is zero in the sum all the same.
             if rank:
                 modules[name] = cuts[path, name].at(rank)
             far[name], norms[name] = measured(value, modules.get(name))
         made[path] = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         errors[path] = Deviation(far, norms)
-    lost = math.fsum(float(cut.gains[ranks[place] :].sum()) for place, cut in cuts.items())
-    whole = math.fsum(float(cut.gains.sum()) for cut in cuts.values())
-    before = sum(adapter.nbytes for adapter in adapters.values())
-    changed = [path for path in made if _differs(adapters[path], made[path])]
-    for path in changed:
-        tree.update(path, adapter=made[path])
-    told = {path: {n: v.rank for n, v in made[path].modules.items()} for path in made}
-    edited = Edited(changed=tuple(changed), errors={path: errors[path] for path in changed})
-    after = sum(adapter.nbytes for adapter in made.values())
-    ratio = math.sqrt(lost / whole) if whole else 0.0
-    return Compressed(edited, told, before, after, math.sqrt(lost), ratio)
-
-
-def _differs(before: Adapter, after: Adapter) -> bool:
-    same = before.modules.keys() == after.modules.keys()
-    return not same or any(before.modules[n] is not v for n, v in after.modules.items())
+    lost = whole = 0.0
+    for place, cut in cuts.items():
+        whole += float(cut.gains.sum())
+        lost += float(cut.gains[ranks[place] :].sum())
+    changed: dict[str, Deviation] = {}
+    for path, adapter in made.items():
+        # A node of which nothing was cut keeps its files, and with them what it was trained on.
+        if dict(adapter.modules) != dict(adapters[path].modules):
+            tree.update(path, adapter=adapter)
+            changed[path] = errors[path]
+    return Compressed(
+        edited=Edited(changed=tuple(changed), errors=changed),
+        ranks={path: adapter.ranks for path, adapter in made.items()},
+        bytes_before=sum(adapter.nbytes for adapter in adapters.values()),
+        bytes_after=sum(adapter.nbytes for adapter in made.values()),
+        error=math.sqrt(lost),
+        relative_error=math.sqrt(lost / whole) if whole else 0.0,
+    )

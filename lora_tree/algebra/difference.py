@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import length, minus, named
-from .sums import added_up, check_spelling, less
+from .sums import added_up, check_spelling, read_terms
 
 __all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
 
@@ -77,25 +77,34 @@ class Diff:
 
     @property
     def norm_a(self) -> float:
-        return math.hypot(*(m.norm_a for m in self.modules.values()))
+        return self._whole("norm_a")
 
     @property
     def norm_b(self) -> float:
-        return math.hypot(*(m.norm_b for m in self.modules.values()))
+        return self._whole("norm_b")
 
     @property
     def moved(self) -> float:
         """‖ΔW_b − ΔW_a‖ over all modules."""
-        return math.hypot(*(m.moved for m in self.modules.values()))
+        return self._whole("moved")
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between the two over all modules; None where one of them is zero."""
+        """The cosine between the two over all modules; None where one of them is zero."""
         lengths = self.norm_a * self.norm_b
         if lengths == 0.0:
             return None
-        inner = (m.cosine * m.norm_a * m.norm_b for m in self.modules.values() if m.cosine)
-        return max(-1.0, min(1.0, math.fsum(inner) / lengths))
+        inner = 0.0
+        for module in self.modules.values():
+            # A module that one of the two lacks adds nothing to their inner product.
+            if module.cosine is not None:
+                inner += module.cosine * module.norm_a * module.norm_b
+        # Rounding may carry it past 1, where acos has no value.
+        return max(-1.0, min(1.0, inner / lengths))
+
+    def _whole(self, figure: str) -> float:
+        """√ Σ x² of a figure over all modules."""
+        return math.hypot(*(getattr(module, figure) for module in self.modules.values()))
 
     @property
     def is_nothing(self) -> bool:
@@ -175,17 +184,20 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
                 "diff_paths compares paths of a tree, diff_trees two trees",
             )
     check_spelling([(names[0], 1.0, a), (names[1], 1.0, b)])
-    found = {}
+    found: dict[str, ModuleDiff] = {}
     for name in sorted({*a.modules, *b.modules}):
         found[name] = named(name, _module, a.modules.get(name), b.modules.get(name))
     whole = math.fsum(module.moved**2 for module in found.values())
-    shares = {
-        name: ModuleDiff(**{**vars(m), "share": m.moved**2 / whole if whole else 0.0})
-        for name, m in found.items()
-    }
-    both = sorted(a.unchanged.keys() & b.unchanged.keys())
-    carried = [name for name in both if not is_same_tensor(a.unchanged[name], b.unchanged[name])]
-    return Diff(*names, shares, tuple(carried))
+    if whole:
+        # A share is known only once every module has moved.
+        for name, module in found.items():
+            found[name] = replace(module, share=module.moved**2 / whole)
+    carried = []
+    for name in sorted(a.unchanged.keys() & b.unchanged.keys()):
+        # Loaded in two dtypes, one stored tensor differs in its bits and is the same all the same.
+        if not is_same_tensor(a.unchanged[name], b.unchanged[name]):
+            carried.append(name)
+    return Diff(*names, found, tuple(carried))
 
 
 def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None = None) -> Diff:
@@ -206,12 +218,12 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
     ours, theirs = tree.coefficients(a), tree.coefficients(b)
-    shared = {node: c for node, c in ours.items() if theirs.get(node) == c}
+    # A node that both have with one coefficient would hide what differs, and need not be read.
+    shared = {node for node, c in ours.items() if theirs.get(node) == c}
     sides = []
     for blend in (a, b):
-        terms = less(tree, blend, base=base)
-        own = [term for term in terms if term[0] not in shared]
-        sides.append(added_up(own, base=base))
+        own = {node: c for node, c in tree.coefficients(blend).items() if node not in shared}
+        sides.append(added_up(read_terms(tree, own, base=base), base=base))
     return diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
 
 
@@ -222,31 +234,31 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
         ShapeMismatch, BaseMismatch, SpecError: as `diff`; names the node.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
-    both = [path for path in a.paths() if path in b]
     weights, nodes = {}, {}
-    for path in both:
+    for path in a.paths():
+        if path not in b:
+            continue
         if a[path].weight != b[path].weight:
             weights[path] = (a[path].weight, b[path].weight)
         if a[path].has_adapter or b[path].has_adapter:
+            # A group stands for no increments, so a group beside an adapter is a difference.
             ours = a.adapter(path) or Adapter({})
             theirs = b.adapter(path) or Adapter({})
             nodes[path] = named(path, diff, ours, theirs)
-    return TreeDiff(
-        tuple(path for path in a.paths() if path not in b),
-        tuple(path for path in b.paths() if path not in a),
-        weights,
-        nodes,
-        (a.base, b.base) if a.base != b.base else None,
-    )
+    only_a = tuple(path for path in a.paths() if path not in b)
+    only_b = tuple(path for path in b.paths() if path not in a)
+    bases = (a.base, b.base) if a.base != b.base else None
+    return TreeDiff(only_a, only_b, weights, nodes, bases)
 
 
 def _module(a: LowRank | None, b: LowRank | None) -> ModuleDiff:
     present = [value for value in (a, b) if value is not None]
+    # Both in one pair of bases: subtracting two dense matrices would cancel digits, and be dense.
     both = joint(present)
     one = (both.cores[0], both.biases[0])
     other = (both.cores[-1], both.biases[-1])
-    norm_a, norm_b = (length(side) for side in (one, other))
-    rank_a, rank_b = (effective_rank(spectrum(value)) for value in (present[0], present[-1]))
+    norm_a, norm_b = length(one), length(other)
+    rank_a, rank_b = effective_rank(spectrum(present[0])), effective_rank(spectrum(present[-1]))
     if a is None:
         return ModuleDiff(0.0, norm_b, norm_b, None, 0.0, rank_b, (), ())
     if b is None:
@@ -258,8 +270,9 @@ def _module(a: LowRank | None, b: LowRank | None) -> ModuleDiff:
     if norm_a and norm_b:
         inner = float((one[0] * other[0]).sum()) + _inner(one[1], other[1])
         cosine = max(-1.0, min(1.0, inner / norm_a / norm_b))
-    out, into = (_degrees(each) for each in angles(a, b))
-    return ModuleDiff(norm_a, norm_b, moved, cosine, rank_a, rank_b, out, into)
+    out, into = angles(a, b)
+    sides = _degrees(out), _degrees(into)
+    return ModuleDiff(norm_a, norm_b, moved, cosine, rank_a, rank_b, *sides)
 
 
 def _inner(one: Tensor | None, other: Tensor | None) -> float:
@@ -267,4 +280,4 @@ def _inner(one: Tensor | None, other: Tensor | None) -> float:
 
 
 def _degrees(radians: Tensor) -> tuple[float, ...]:
-    return tuple(round(float(x), 9) for x in torch.rad2deg(radians))
+    return tuple(torch.rad2deg(radians).round(decimals=9).tolist())

@@ -68,10 +68,11 @@ def merged(
     tensor([2., 2.])
     """
     check_method(method, density)
-    factors = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
-    factors = factors.reshape(-1, *(1 for _ in tensors[0].shape))
+    first = tensors[0]
+    factors = torch.tensor(weights, dtype=first.dtype, device=first.device)
+    factors = factors.reshape(-1, *[1] * first.ndim)  # (n, 1, …): one for each tensor
     if method == "sce":
-        return _sce(torch.stack([t * w for t, w in zip(tensors, weights, strict=True)]), density)
+        return _sce(torch.stack(list(tensors)) * factors, density)
     kept = list(tensors)
     if density < 1.0 and method in ("magnitude_prune", "ties"):
         kept = [_largest(tensor, density) for tensor in tensors]
@@ -87,6 +88,7 @@ def merged(
 
 def _largest(tensor: Tensor, density: float) -> Tensor:
     """The tensor with all but its largest numbers set to zero."""
+    # A count and not a threshold: of numbers that are alike, exactly as many stay as PEFT keeps.
     keep = int(density * tensor.numel())
     best = tensor.abs().flatten().topk(keep).indices
     mask = torch.zeros_like(tensor).flatten()
@@ -115,7 +117,10 @@ def _sce(stacked: Tensor, density: float) -> Tensor:
         stacked = stacked * mask.reshape(variance.shape)
     energy = stacked.square().flatten(1).mean(1)  # (n,)
     total = energy.sum()
-    shares = energy / total if float(total) else torch.full_like(energy, 1.0 / len(energy))
-    weighed = shares.reshape(-1, *(1 for _ in stacked.shape[1:])) * _majority(stacked)
+    if not float(total):
+        return torch.zeros_like(stacked[0])
+    shares = (energy / total).reshape(-1, *[1] * (stacked.ndim - 1))
+    weighed = shares * _majority(stacked)
     divisor = weighed.sum(0)
+    # Where no tensor has the majority's sign, all are zero, and so is the merge.
     return (stacked * weighed).sum(0) / torch.where(divisor == 0, 1.0, divisor)

@@ -87,15 +87,15 @@ def gram(
             module.
         SpecError: a factor has no finite numbers; names the adapter and the module.
     """
-    outlines = {name: _outlined(outline(name)) for name in names}
+    outlines: dict[str, dict[str, Outline]] = {}
+    for name in names:
+        modules = outline(name).modules
+        outlines[name] = {module: (value.shape, value.rank) for module, value in modules.items()}
+    # Shapes are compared before a number is read: a zoo of two bases is refused at once.
     places = _places(outlines)
     if exact is None:
         exact = _steps(outlines) <= EXACT_STEPS
     return _exact(names, read) if exact else _sketched(names, read, places)
-
-
-def _outlined(adapter: Adapter) -> dict[str, Outline]:
-    return {name: (value.shape, value.rank) for name, value in adapter.modules.items()}
 
 
 def _places(outlines: Mapping[str, Mapping[str, Outline]]) -> dict[str, tuple[int, ...]]:
@@ -130,16 +130,20 @@ def _exact(names: Sequence[str], read: Callable[[str], Adapter]) -> Gram:
     adapters = [read(name) for name in names]
     _check(names, adapters)
     inner = torch.zeros(len(names), len(names), dtype=torch.float64)
-    modules = sorted({name for adapter in adapters for name in adapter.modules})
-    for module in modules:
-        having = [i for i, adapter in enumerate(adapters) if module in adapter.modules]
-        values = [adapters[i].modules[module] for i in having]
+    having: dict[str, list[int]] = {}
+    for i, adapter in enumerate(adapters):
+        for module in adapter.modules:
+            having.setdefault(module, []).append(i)
+    for module, rows in sorted(having.items()):
+        values = [adapters[i].modules[module] for i in rows]
         for value in values[1:]:
+            # Layouts too: outlines were compared by shape alone.
             named(module, same_place, values[0], value)
-        at = torch.tensor(having)
+        at = torch.tensor(rows)
         inner[at[:, None], at[None, :]] += _products(values)
+    # Rounding may leave a square of zero slightly below it.
     norms = inner.diagonal().clamp(min=0.0).sqrt()
-    broken = [name for name, own in zip(names, norms.isfinite().tolist(), strict=True) if not own]
+    broken = [names[i] for i in (~norms.isfinite()).nonzero().flatten().tolist()]
     if broken:
         raise SpecError(f"{listing(broken)}: the factors are not finite, so they have no norm")
     return Gram(tuple(names), inner, norms)
@@ -152,6 +156,7 @@ def _products(values: Sequence[LowRank]) -> Tensor:
     left = torch.cat([_flat(v.B, batch) * v.scale for v in values], dim=-1)  # (batch, out, Σr)
     right = torch.cat([_flat(v.A, batch) for v in values], dim=-2)  # (batch, Σr, in)
     ranks = torch.tensor([value.rank for value in values])
+    # A chunk bounds the products that are in memory at once: (its ranks, all ranks).
     ends = ranks.cumsum(0).tolist()
     whose = torch.repeat_interleave(torch.arange(len(values)), ranks)
     for first in range(0, len(values), _CHUNK):
@@ -179,16 +184,15 @@ def _flat(factor: Tensor, batch: tuple[int, ...]) -> Tensor:
 def _biases(values: Sequence[LowRank]) -> Tensor:
     if all(value.bias is None for value in values):
         return torch.zeros((), dtype=torch.float64)
-    rows = [_bias(value).double() for value in values]
-    stacked = torch.stack(rows)
+    stacked = torch.stack([_bias(value) for value in values])
     return stacked @ stacked.mT
 
 
 def _bias(value: LowRank) -> Tensor:
     """(out,) with the scale in it; zeros where there is none."""
     if value.bias is None:
-        return torch.zeros(math.prod(value.B.shape[:-1]))
-    return value.bias.detach().cpu() * value.scale
+        return torch.zeros(math.prod(value.B.shape[:-1]), dtype=torch.float64)
+    return value.bias.detach().cpu().double() * value.scale
 
 
 def _check(names: Sequence[str], adapters: Iterable[Adapter]) -> None:
@@ -210,24 +214,29 @@ def _sketched(
         width += S.shape[-2] * T.shape[-2]
     sketches = torch.zeros(len(names), width)
     norms = torch.zeros(len(names), dtype=torch.float64)  # squared, without biases
-    bias_rows: list[dict[str, Tensor]] = []
+    biases: dict[str, dict[int, Tensor]] = {}
     for i, name in enumerate(names):
+        # One adapter at a time: a zoo may be larger than memory, and its sketches are not.
         adapter = read(name)
         _check([name], [adapter])
         squares = []
         for module, value in adapter.modules.items():
             small, square = _small(value, *maps[module])
             if not math.isfinite(square):
-                named(f"{name}: {module}", value.core)  # says why
+                named(f"{name}: {module}", value.core)  # it raises with the reason
             sketches[i, starts[module] : starts[module] + small.numel()] = small.flatten()
             squares.append(square)
+            if value.bias is not None:
+                biases.setdefault(module, {})[i] = _bias(value)
         norms[i] = math.fsum(squares)
-        biased = {m: v for m, v in adapter.modules.items() if v.bias is not None}
-        bias_rows.append({module: _bias(value) for module, value in biased.items()})
     inner = (sketches @ sketches.mT).double()
     error = _standard_error(inner.diagonal(), norms)
-    inner.diagonal().copy_(norms)  # what is known is not estimated
-    _add_biases(inner, bias_rows)
+    inner.diagonal().copy_(norms)  # these are known, so nothing is estimated here
+    for having in biases.values():
+        # Biases are short and few adapters have any, so their products are exact.
+        stacked = torch.stack(list(having.values()))
+        at = torch.tensor(list(having))
+        inner[at[:, None], at[None, :]] += stacked @ stacked.mT
     return Gram(tuple(names), inner, inner.diagonal().clamp(min=0.0).sqrt(), error)
 
 
@@ -256,8 +265,7 @@ def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
     batch, out, into = math.prod(shape[:-2]), shape[-2], shape[-1]
     maps = []
     for size in (out, into):
-        # One sketch is the sum over the batch, so no matrix of it may be left as it is beside
-        # others.
+        # A batch is summed up in one sketch: with identities its matrices would run together.
         if size <= side and batch == 1:
             maps.append(torch.eye(size)[None])
         else:
@@ -274,12 +282,3 @@ def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float]:
     sketch = ((S @ B) @ (T @ A.mT).mT) * value.scale  # (k, r) (r, k)
     square = ((B.mT @ B).double() * (A @ A.mT).double()).sum() * value.scale**2
     return sketch.reshape(batch, *sketch.shape[-2:]).sum(0), max(float(square), 0.0)
-
-
-def _add_biases(inner: Tensor, rows: Sequence[Mapping[str, Tensor]]) -> None:
-    """Add the exact products of biases; few adapters have any."""
-    for module in sorted({name for row in rows for name in row}):
-        having = [i for i, row in enumerate(rows) if module in row]
-        stacked = torch.stack([rows[i][module].double() for i in having])
-        at = torch.tensor(having)
-        inner[at[:, None], at[None, :]] += stacked @ stacked.mT

@@ -57,7 +57,10 @@ class Likeness:
         if not -1.0 <= cosine <= 1.0:
             raise SpecError(f"a cosine lies between -1 and 1, got {cosine!r}")
         found = groups(list(self.joins), len(self.names), 1.0 - cosine)
-        return [[self.names[i] for i in members] for members in found]
+        named_groups = []
+        for members in found:
+            named_groups.append([self.names[i] for i in members])
+        return named_groups
 
     def order(self) -> list[str]:
         """Return the names so that those of every cluster stand side by side."""
@@ -68,6 +71,7 @@ class Likeness:
         count = len(self.names)
         if count < 2:
             return []
+        # The matrix is symmetric, and its diagonal says nothing: the part above it is all pairs.
         upper = torch.triu_indices(count, count, 1)
         values = self.cosines[upper[0], upper[1]]
         best = values.topk(min(most, len(values))).indices
@@ -137,6 +141,7 @@ def _of_tree(
 ) -> Likeness:
     chosen = tree.paths() if paths is None else tree.matching(paths)
     if of == "own":
+        # A group has nothing of its own to compare; its lineage may have.
         chosen = [path for path in chosen if tree[path].has_adapter]
         return _alike(
             chosen, lambda path: _own(tree, path), lambda path: _outline(tree, path), exact
@@ -165,6 +170,7 @@ def _alike(names: list[str], read: Read, outline: Read, exact: bool | None) -> L
 def _own(tree: AdapterTree, path: str) -> Adapter:
     """A node's adapter. The tree keeps nothing of what is read from files here."""
     node = tree[path]
+    # The tree's own verb would keep every adapter of a zoo in memory.
     if node.loaded is None and node.source is not None:
         return named(path, node.source.load)
     return tree.adapter(path) or Adapter({})

@@ -45,7 +45,7 @@ MOST_DENSE = 2**24
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` returns.
+    """The outcome of `merge`.
 
     Args:
         adapter: the merged one.
@@ -146,6 +146,7 @@ def merge_paths(
     """
     free(tree, to)
     parent = to.rpartition("/")[0]
+    # Each as it stands below the new node's parent, so that the merge adds up with that.
     several = [added_up(less(tree, path, parent)) for path in paths]
     found = merge(
         several,
@@ -195,6 +196,7 @@ class Recipe:
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         both = joint([part for part in parts if part is not None])
         cores, biases = spread(both, parts)
+        # The bias is drawn for first, so that its numbers don't depend on the space.
         bias = None
         if any(part is not None and part.bias is not None for part in parts):
             bias = self._merged(biases, weights, draw)
@@ -202,6 +204,7 @@ class Recipe:
             return self._dense(both, cores, weights, draw, bias)
         U, S = _left(torch.cat(cores, dim=-1))  # (k, m) (m,)
         if self.space == "knots":
+            # The singular values go to B, so that all rows are of one size when they are compared.
             rows = [_knot(U, S, core) @ both.Q_A.mT for core in cores]  # (m, in)
             A = self._merged(rows, weights, draw)
             B = both.Q_B @ (U * S[..., None, :])
@@ -226,7 +229,7 @@ class Recipe:
         shape = both.like.shape
         if math.prod(shape) > MOST_DENSE:
             raise SpecError(
-                f"space='dense': a weight of {' × '.join(map(str, shape))} is too large to merge so",
+                f"space='dense': a weight of {' × '.join(map(str, shape))} is too large for it",
                 "space='core' and space='knots' build no matrix of that size",
             )
         whole = self._merged([both.Q_B @ core @ both.Q_A.mT for core in cores], weights, draw)
@@ -259,6 +262,7 @@ def widest(adapter: Adapter) -> torch.dtype:
 def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors (k, m) and values (m,), without directions that hold nothing."""
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
+    # Directions of rounding would be divided by next to nothing, and then counted as large.
     largest = S.max()
     there = int((S > largest * 1e-12).reshape(-1, S.shape[-1]).any(0).sum())
     return U[..., : max(there, 1)], S[..., : max(there, 1)]

@@ -19,7 +19,7 @@ from ..node_names import check_path
 from ..tree import AdapterTree
 from .deviation import Deviation, cut
 from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
-from .sums import Term, added_up, less
+from .sums import Term, added_up, less, read_terms
 
 __all__ = ["graft", "pick", "rebase", "rebase_all"]
 
@@ -52,7 +52,7 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
 
 
 def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
-    """Add all nodes of another tree below a path, each with its weight; they stay in the other tree too.
+    """Add all nodes of another tree below a path, with their weights; the other tree keeps them.
 
     Args:
         tree: changed in memory.
@@ -82,7 +82,7 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
     for old, new in renamed.items():
         node = other[old]
         fresh = None if node.fresh is None else node.fresh.over(other.defaults)
-        # As in `pick`, the copies keep their sources: a save copies files and what is known of them.
+        # As in `pick`, the copies keep their sources: a save copies the files, and their marks.
         tree.replace(replace(node, path=new, fresh=fresh, home=None))
     added = [path] * is_new + list(renamed.values())
     return Edited(added=tuple(added), notes=stale_notes(tree, renamed.values()))
@@ -180,10 +180,7 @@ def rebase_all(
     below = tree.paths(path)
     changeable(tree, [path, *below])
     before = _term(tree, path, was, was_weight)
-    scratch = AdapterTree()
-    scratch.add("new", adapter=adapter) if adapter is not None else None
-    new = scratch.adapter("new") if adapter is not None else None
-    after = _term(tree, path, new, weight)
+    after = _term(tree, path, _opened(adapter), weight)
     if before[1:] == after[1:]:
         raise SpecError(
             f"{path}: nothing differs from what it was",
@@ -191,19 +188,21 @@ def rebase_all(
         )
     gap = [before, (f"{path} (new)", -after[1], after[2])]
     children, notes = _nearest(tree, path)
-    found: dict[str, tuple[Adapter | None, Deviation]] = {}
+    found: dict[str, Adapter] = {}
+    errors: dict[str, Deviation] = {}
     for child in children:
-        found[child] = _made_up(tree, child, gap, rank, max_error, dtype, base)
+        made_up, errors[child] = _made_up(tree, child, gap, rank, max_error, dtype, base)
+        found[child] = made_up or Adapter({})
+    # Everything is computed, so the tree changes now: the parent, its children, the marks below.
+    changed = list(found)
     if adapter is not None or weight is not None:
         tree.update(path, adapter=adapter, weight=weight)
-    errors: dict[str, Deviation] = {}
-    for child, (made_up, told) in found.items():
-        if made_up is not None:
-            tree.update(child, adapter=made_up)
-            errors[child] = told
-    still_fits(tree, (node for node in below if node not in found))
-    notes += stale_notes(tree, (node for node in below if node not in found))
-    changed = [path] * (adapter is not None or weight is not None) + list(errors)
+        changed.insert(0, path)
+    for child, made_up in found.items():
+        tree.update(child, adapter=made_up)
+    deeper = [node for node in below if node not in found]
+    still_fits(tree, deeper)
+    notes += stale_notes(tree, deeper)
     return Edited(changed=tuple(changed), errors=errors, notes=notes)
 
 
@@ -228,8 +227,7 @@ def _made_up(
         SpecError: its weight is 0.
     """
     weight = tree[path].weight
-    mine = less(tree, {path: 1.0}, tree.parent(path), base=base)
-    kept = [(node, 1.0, adapter) for node, _, adapter in mine]
+    kept = read_terms(tree, {path: 1.0}, base=base)
     if not gap and rank is None and max_error is None and dtype is None:
         return None, Deviation()
     if weight == 0.0 and gap:
@@ -237,11 +235,21 @@ def _made_up(
             f"{path}: its weight is 0, so no increment of it makes up for another lineage",
             f"give it a weight first: tree.update({path!r}, weight=1.0)",
         )
-    terms = [*kept, *((node, c / weight, adapter) for node, c, adapter in gap)]
+    terms = list(kept)
+    for node, coefficient, adapter in gap:
+        # The node's weight stands before its increments, so what they make up for is divided by it.
+        terms.append((node, coefficient / weight, adapter))
     if not terms:
         return None, Deviation()
     adapter, told = cut(added_up(terms, base=base), rank, max_error=max_error, dtype=dtype)
     return replace(adapter, errors={}), told
+
+
+def _opened(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:
+    """An adapter as `AdapterTree.update` takes it, read."""
+    if adapter is None or isinstance(adapter, Adapter):
+        return adapter
+    return Adapter.load(adapter)
 
 
 def _term(tree: AdapterTree, path: str, adapter: Adapter | None, weight: float | None) -> Term:

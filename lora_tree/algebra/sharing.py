@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..combining import combine
 from ..errors import PathError, SpecError, TreeError, listing
 from ..given import check_rank
 from ..lowrank import LowRank
@@ -32,7 +31,7 @@ from .deviation import Deviation, deviation, named
 from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
 from .elementwise import Method
 from .merging import Recipe, Space, spread, widest
-from .sums import Term, added_up, aligned, check_spelling
+from .sums import added_up, aligned, read_terms
 
 __all__ = ["hoist"]
 
@@ -82,42 +81,40 @@ def hoist(
         ShapeMismatch, BaseMismatch: the siblings are not of one base; names them and the module.
     """
     names = _siblings(tree, parent, siblings, into)
-    for bound in (rank, leaf_rank):
-        if bound is not None:
-            check_rank(bound)
+    if rank is not None:
+        check_rank(rank)
+    if leaf_rank is not None:
+        check_rank(leaf_rank)
     if method is not None and leaf_rank is not None:
         raise SpecError(
             "leaf_rank: only the mean is fitted together with what is left; leave method out"
         )
     recipe = None if method is None else Recipe(method, density, space, seed)
-    terms = [_weighted(tree, path) for path in names]
-    check_spelling(terms)
-    whole = combine([(adapter, weight) for _, weight, adapter in terms], names=names)
+    terms = read_terms(tree, {path: tree[path].weight for path in names})
+    # The sum says whether the siblings fit together, and has what a new adapter needs beside
+    # modules.
+    whole = added_up(terms)
     dtype = widest(whole)
     adapters = aligned([adapter for _, _, adapter in terms])
+    weighted = [a.scaled(weight) for a, (_, weight, _) in zip(adapters, terms, strict=True)]
     shared: dict[str, LowRank] = {}
-    rests: list[dict[str, LowRank]] = [{} for _ in names]
+    rests: dict[str, dict[str, LowRank]] = {path: {} for path in names}
     for module in whole.modules:
-        parts = [
-            None if (value := adapter.modules.get(module)) is None else value.scaled(weight)
-            for adapter, (_, weight, _) in zip(adapters, terms, strict=True)
-        ]
-        fitting = _Fitting(module, parts, rank, leaf_rank, recipe)
-        S, left = named(module, fitting.fitted)
+        parts = [adapter.modules.get(module) for adapter in weighted]
+        S, left = named(module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted)
         shared[module] = S.to(dtype=dtype)
-        for rest, value in zip(rests, left, strict=True):
+        for path, value in zip(names, left, strict=True):
             if value is not None:
-                rest[module] = value.to(dtype=dtype)
+                rests[path][module] = value.to(dtype=dtype)
     top = replace(whole, modules=shared, errors={})
-    children = [
-        _child(term, adapter, rest)
-        for term, adapter, rest in zip(terms, adapters, rests, strict=True)
-    ]
-    errors = {}
-    for (path, weight, adapter), child in zip(terms, children, strict=True):
-        now = added_up([("shared", 1.0, top), (path, weight, child)])
-        errors[path] = deviation(adapter.scaled(weight), now)
-    return _installed(tree, parent, into, top, dict(zip(names, children, strict=True)), errors)
+    children: dict[str, Adapter] = {}
+    errors: dict[str, Deviation] = {}
+    for (path, weight, _), adapter, wanted in zip(terms, adapters, weighted, strict=True):
+        children[path] = _child(weight, adapter, rests[path])
+        # Measured on what will be saved, so that the rounding of factors is a part of the error.
+        now = added_up([("shared", 1.0, top), (path, weight, children[path])])
+        errors[path] = deviation(wanted, now)
+    return _installed(tree, parent, into, top, children, errors)
 
 
 @dataclass(frozen=True)
@@ -141,13 +138,14 @@ class _Fitting:
         """The shared part, and the rest of each sibling or None where there is none; in float64."""
         both = joint([part for part in self.parts if part is not None])
         cores, biases = spread(both, self.parts)
-        biased = any(part is not None and part.bias is not None for part in self.parts)
-        bias = torch.stack(biases).mean(0) if biased else None
+        bias: Tensor | None = torch.stack(biases).mean(0)
+        if all(own is None for own in both.biases):
+            bias = None  # zeros would be written as a lora_bias that no sibling has
         if self.recipe is not None:
             S = self._by_recipe(both)
             left = [core - S for core in cores]
         elif self.leaf_rank is None:
-            S = _best(_mean(cores), self.rank)
+            S = _best(torch.stack(cores).mean(0), self.rank)
             left = [core - S for core in cores]
         else:
             S, left = _alternate(cores, self.rank, self.leaf_rank)
@@ -170,21 +168,18 @@ class _Fitting:
 def _alternate(
     cores: Sequence[Tensor], rank: int | None, leaf_rank: int
 ) -> tuple[Tensor, list[Tensor]]:
-    left = [torch.zeros_like(core) for core in cores]
     before = torch.inf
+    # One stack for all siblings: every step is then one product or one SVD, not one for each.
+    stacked = torch.stack(list(cores))  # (n, *batch, k, l)
+    rests = torch.zeros_like(stacked)
     for _ in range(_MOST_ROUNDS):
-        S = _best(_mean([core - rest for core, rest in zip(cores, left, strict=True)]), rank)
-        left = [_best(core - S, leaf_rank) for core in cores]
-        gaps = [core - S - rest for core, rest in zip(cores, left, strict=True)]
-        error = float(torch.stack(gaps).square().sum())
+        S = _best((stacked - rests).mean(0), rank)
+        rests = _best(stacked - S, leaf_rank)
+        error = float((stacked - S - rests).square().sum())
         if error >= before * (1.0 - _SETTLED):
             break
         before = error
-    return S, left
-
-
-def _mean(cores: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(cores)).mean(0)
+    return S, list(rests)
 
 
 def _best(core: Tensor, rank: int | None) -> Tensor:
@@ -199,7 +194,9 @@ def _best(core: Tensor, rank: int | None) -> Tensor:
 def _shortest(both: Joint, core: Tensor, bias: Tensor | None) -> LowRank | None:
     """The value of a core at the rank that it has beyond rounding; None where all is zero."""
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    scale = max(float(torch.linalg.matrix_norm(each).max()) for each in both.cores)
+    # Measured by the siblings, not by the rest itself: where nothing is left, all of it is
+    # rounding.
+    scale = float(torch.stack(both.cores).abs().max())
     there = int((S > scale * 1e-13).reshape(-1, S.shape[-1]).any(0).sum())
     if there == 0 and (bias is None or not bool(bias.any())):
         return None
@@ -256,17 +253,11 @@ def _takes(tree: AdapterTree, parent: str) -> None:
         raise SpecError(f"{parent}: its weight is 0, so nothing in it has an effect")
 
 
-def _weighted(tree: AdapterTree, path: str) -> Term:
-    adapter = tree.adapter(path)
-    assert adapter is not None  # `own` has seen that
-    return path, tree[path].weight, adapter
-
-
-def _child(term: Term, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
+def _child(weight: float, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
     """The rest of a sibling, without its weight; one module of zeros where nothing is left."""
-    _, weight, _ = term
     modules = {name: value.scaled(1.0 / weight).folded() for name, value in rest.items()}
     if not modules:
+        # Files without a module can't be written, and the node has to stay.
         name, value = next(iter(adapter.modules.items()))
         A = value.A[..., :1, :]
         modules = {name: LowRank(A, torch.zeros_like(value.B[..., :1]), 1.0, None, value.layout)}
@@ -287,23 +278,22 @@ def _installed(
     if into is not None:
         for path, nodes in below.items():
             for old in (path, *nodes):
-                renamed[old] = into + old[len(parent) :] if parent else f"{into}/{old}"
-                check_path(renamed[old])
+                renamed[old] = f"{into}/{old.removeprefix(parent).removeprefix('/')}"
+                check_path(renamed[old])  # the tree may grow too deep
     notes = stale_notes(tree, children)
     if into is not None:
         tree.add(into, adapter=top)
         for path in children:
             tree.move(path, renamed[path])
     else:
-        weight = tree[parent].weight
-        mine = [("", 1.0, had)] if (had := tree.adapter(parent)) is not None else []
-        tree.update(parent, adapter=added_up([*mine, ("", 1.0 / weight, top)]))
+        mine = read_terms(tree, {parent: 1.0})
+        shared = ("shared", 1.0 / tree[parent].weight, top)
+        tree.update(parent, adapter=added_up([*mine, shared]))
         notes = (f"{parent}: by itself another model now: it holds what its children share", *notes)
     for path, adapter in children.items():
         tree.update(renamed.get(path, path), adapter=adapter)
         still_fits(tree, [renamed.get(node, node) for node in below[path]])
-    changed = [renamed.get(path, path) for path in children]
-    if into is None:
-        changed.insert(0, parent)
     told = {renamed.get(path, path): error for path, error in errors.items()}
-    return Edited((into,) if into else (), tuple(changed), renamed, told, notes)
+    if into is not None:
+        return Edited((into,), tuple(told), renamed, told, notes)
+    return Edited((), (parent, *told), renamed, told, notes)

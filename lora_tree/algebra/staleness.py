@@ -1,8 +1,8 @@
 """Which nodes a change of a tree makes stale, told before anything is saved.
 
-A node's files are stale where its lineage is not the one that it was trained on: other ancestors, other
-contents of them, or other weights. A save finds that by hashes; here the same is asked of two trees in
-memory, one a copy of the other from before the change.
+A node's files are stale where its lineage is not the one that it was trained on: other ancestors,
+other contents of them, or other weights. A save finds that by hashes; here the same is asked of two
+trees in memory, one a copy of the other from before the change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def made_stale(
         if now not in after or before[path].stale is not None:
             continue
         trained = getattr(after[now].source, "trained", None)
-        # What is in memory alone, or was never trained, fits any lineage when it is saved.
+        # An adapter in memory alone, or one that never trained, fits any lineage when it is saved.
         if trained is None or getattr(trained, "untrained", False):
             continue
         if _ancestors(before, path) != _ancestors(after, now):
@@ -41,9 +41,12 @@ def made_stale(
 
 def _ancestors(tree: AdapterTree, path: str) -> list[tuple[object, float]]:
     """The adapters above a node, as what they came from, and their weights. Names don't count."""
-    above = [tree[node] for node in tree.lineage(path)[:-1]]
-    return [
-        (id(node.loaded) if node.source is None else id(node.source), node.weight)
-        for node in above
-        if node.has_adapter
-    ]
+    found: list[tuple[object, float]] = []
+    for above in tree.lineage(path)[:-1]:
+        node = tree[above]
+        # Files before memory: an adapter that was only read since is the one that it was.
+        if node.source is not None:
+            found.append((id(node.source), node.weight))
+        elif node.loaded is not None:
+            found.append((id(node.loaded), node.weight))
+    return found

@@ -8,8 +8,7 @@ sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -23,7 +22,7 @@ from ..storage import names_of
 from ..tree import AdapterTree
 from .deviation import named
 
-__all__ = ["Term", "added_up", "aligned", "less"]
+__all__ = ["Term", "added_up", "aligned", "less", "read_terms"]
 
 Term = tuple[str, float, Adapter]
 """(node, coefficient, its adapter)."""
@@ -45,8 +44,21 @@ def less(
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
     coefficients = tree.coefficients(plus)
+    # Equal coefficients cancel exactly: both come from the same weights by the same sums.
     for node, coefficient in tree.coefficients(minus).items():
         coefficients[node] = coefficients.get(node, 0.0) - coefficient
+    return read_terms(tree, coefficients, base=base)
+
+
+def read_terms(
+    tree: AdapterTree, coefficients: Mapping[str, float], *, base: nn.Module | None = None
+) -> list[Term]:
+    """Return the terms of node → coefficient, in the order of the sum; zeros are not read.
+
+    Raises:
+        FolderError, FormatError: a node's files are gone or broken; names the node.
+        BaseMismatch: an adapter can't be put into the base's names; names the node.
+    """
     terms: list[Term] = []
     for node in sorted(coefficients, key=depth_first):
         coefficient = coefficients[node]
@@ -69,18 +81,23 @@ def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
         BaseMismatch: two nodes were made for bases that differ, or name one module in two ways.
     """
     check_spelling(terms, base)
-    flat = combine([(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms])
-    # A negative lora_alpha is legal and surprises every reader of the files; the sign belongs into
-    # B.
-    return replace(flat, modules={name: _upright(v) for name, v in flat.modules.items()})
+    pairs, nodes = [], []
+    for node, coefficient, adapter in terms:
+        pairs.append((adapter, coefficient))
+        nodes.append(node)
+    flat = combine(pairs, names=nodes)
+    # A negative lora_alpha is legal and surprises readers of the files: the sign belongs into B.
+    return flat.map(_upright)
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Return the adapters with raw parameters named as those that are certain of the order do."""
     certain: dict[str, tuple[str, ...]] = {}
     for adapter in adapters:
-        sure = {m: order for m, order in adapter.nesting.items() if m not in adapter.assumed}
-        certain.update(sure)
+        for module, order in adapter.nesting.items():
+            # An order that a file did not say is a guess, and must not rename what others know.
+            if module not in adapter.assumed:
+                certain[module] = order
     return [adapter.renested(certain) for adapter in adapters]
 
 
@@ -90,9 +107,12 @@ def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:
     Raises:
         BaseMismatch: two names look like one module's; names the nodes and the modules.
     """
-    whose = {name: node for node, _, adapter in reversed(terms) for name in adapter.modules}
-    has = names_of(base).has if base is not None else None
-    twice = spelled_twice(whose) if has is None else spelled_twice(whose, has)
+    whose: dict[str, str] = {}
+    for node, _, adapter in terms:
+        for name in adapter.modules:
+            whose.setdefault(name, node)
+    # Without a base nothing tells two spellings from two modules, so both are suspect.
+    twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
     if twice is None:
         return
     nodes = listing(dict.fromkeys(whose[name] for name in twice))
