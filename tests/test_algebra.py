@@ -75,7 +75,9 @@ def test_a_small_angle_is_not_lost_in_rounding() -> None:
 
 
 def test_directions_that_the_product_does_not_have_do_not_count() -> None:
-    twice = lt.LowRank(torch.eye(2, 5), torch.ones(4, 1).repeat(1, 2))
+    A = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    column = torch.tensor([[1.0], [0.3], [-2.0], [0.7]])
+    twice = lt.LowRank(A, column * torch.tensor([[1.0, 0.37]]))  # rank 2 in its factors, 1 in fact
     out, into = angles(twice, twice)
     assert (len(out), len(into)) == (1, 1)
     nothing = lt.LowRank(torch.zeros(1, 5), torch.ones(4, 1))
@@ -272,6 +274,15 @@ def test_biases_and_experts_and_kernels_count(exact: bool) -> None:
     assert found.norms.tolist() == pytest.approx(norms, rel=1e-5)
     wanted = lt.diff(named["a"], named["b"]).cosine
     assert float(found.cosines[0, 1]) == pytest.approx(wanted, abs=1e-6 if exact else 0.2)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_matrices_of_a_batch_do_not_run_together(exact: bool) -> None:
+    """The same two experts in another order: nearly orthogonal, though their sums are equal."""
+    x = draw(1, 3, batch=(2,), out=40, into=40)
+    swapped = lt.LowRank(x.A.flip(0), x.B.flip(0), x.scale)
+    found = lt.similar({"a": lt.Adapter({"e": x}), "b": lt.Adapter({"e": swapped})}, exact=exact)
+    assert abs(float(found.cosines[0, 1])) < 0.4
 
 
 def wide(seed: int) -> lt.Adapter:

@@ -136,7 +136,10 @@ def test_add_says_what_it_added(shell: Shell, zoo: Path, tmp_path: Path) -> None
     code, out, err = shell("add", zoo, "fr/new", away, "--weight", 0.5)
     assert (code, err) == (0, "")
     size = f"{zoo_of(7).nbytes:,}"
-    assert out == f"added fr/new: an adapter of 5 modules, r=2, {size} bytes, weight 0.5\n"
+    assert out.splitlines() == [
+        f"added fr/new: an adapter of 5 modules, r=2, {size} bytes, weight 0.5",
+        f"note: {away}: peft: a folder with adapter_config.json and adapter_model.safetensors",
+    ]
     assert lt.load(zoo)["fr/new"].weight == 0.5
     assert not (zoo / "fr" / "new").exists()
     shell("add", zoo, "fr/mine", away, "--copy")
@@ -156,6 +159,7 @@ def test_add_hangs_another_tree_below_a_path(shell: Shell, zoo: Path, tmp_path: 
     other.save(tmp_path / "other")
     told = answer(shell, "add", zoo, "team", tmp_path / "other")
     assert told["added"] == ["team", "team/x", "team/x/y"]
+    assert told["notes"] == [f"{tmp_path / 'other'}: a tree of 2 nodes"]
     tree = lt.load(zoo)
     assert tree["team/x/y"].weight == 0.5
     assert lt.diff(tree.flatten("team/x/y"), other.flatten("x/y")).is_nothing

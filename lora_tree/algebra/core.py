@@ -23,8 +23,8 @@ from ..lowrank import LowRank, same_place
 
 __all__ = ["Joint", "angles", "effective_rank", "energy", "joint", "spectrum"]
 
-_NEGLIGIBLE = 1e-9
-"""Singular values below this part of the largest count as zero: rounding makes as much."""
+_NEGLIGIBLE = 1e-6
+"""Singular values below this part of the largest count as zero: fp32 rounds by as much."""
 
 
 @dataclass(frozen=True, eq=False)

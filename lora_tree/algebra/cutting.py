@@ -63,6 +63,7 @@ def squash(
     >>> tree.adapter("legal").modules["q"].dense()[0, 0].item()
     1.0
     """
+    # A name that is taken is refused before the adapters are read.
     free(tree, to)
     terms = less(tree, blend, to.rpartition("/")[0], base=base)
     if not terms:
@@ -114,7 +115,7 @@ def split(
         check_path(new)  # the tree may grow too deep
     changeable(tree, [path, *below])
     whole = tree.adapter(path)
-    assert whole is not None  # `own` has seen that
+    assert whole is not None  # `own` has refused a node without one
     stays, moves = _by_rank(whole, rank) if rank is not None else _by_name(whole, modules or ())
     if not moves.modules:
         raise SpecError(f"{path}: nothing of it would move")
@@ -124,6 +125,7 @@ def split(
     notes = stale_notes(tree, [path])
     told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
     children = tree.children(path)
+    # The new child first: only its name can be refused, and then nothing has changed yet.
     tree.add(to, adapter=moves, weight=weight)
     for child in children:
         tree.move(child, to + child[len(path) :])
@@ -138,6 +140,7 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
     moves: dict[str, LowRank] = {}
     for name, value in whole.modules.items():
         if rank >= value.rank:
+            # Nothing to take off: the value stays as it is, to the bit.
             stays[name] = value
         else:
             stays[name], moves[name] = named(name, _parts, value, rank)
@@ -151,6 +154,7 @@ def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
     dtype = torch.promote_types(value.dtype, torch.float32)
     found = []
     for some in (slice(None, rank), slice(rank, value.rank)):
+        # The root of each singular value in either factor: both are of like size, and round alike.
         root = S[..., some].sqrt()
         B = alone.Q_B @ (U[..., some] * root[..., None, :])
         A = (root[..., :, None] * Vh[..., some, :]) @ alone.Q_A.mT
@@ -165,6 +169,7 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
     moves: dict[str, LowRank] = {}
     for pattern in patterns:
         hits = {n: v for n, v in whole.modules.items() if _is_meant(n, pattern)}
+        # A pattern without a module is a typing error, not a wish to move nothing.
         if not hits:
             raise SpecError(
                 f"{pattern!r} names no module", f"there are: {', '.join(whole.modules)}"

@@ -90,6 +90,7 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
     errors: dict[str, float] = {}
     norms: dict[str, float] = {}
     for name in sorted({*wanted.modules, *got.modules}):
+        # A module that one side lacks counts with all of its norm.
         pair = (wanted.modules.get(name), got.modules.get(name))
         errors[name], norms[name] = named(name, measured, *pair)
     return Deviation(errors, norms)
@@ -101,11 +102,14 @@ def measured(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]
     Raises:
         ShapeMismatch, SpecError: as `deviation`.
     """
-    if wanted is got:
-        return 0.0, 0.0 if wanted is None else norm(wanted)
-    if wanted is None or got is None:
-        only = norm(wanted if got is None else got)  # type: ignore[arg-type]
-        return only, only if got is None else 0.0
+    if wanted is None and got is None:
+        return 0.0, 0.0
+    if wanted is None or wanted is got:
+        whole = 0.0 if got is None else norm(got)
+        return (0.0, whole) if wanted is got else (whole, 0.0)
+    if got is None:
+        return (norm(wanted),) * 2
+    # In joint bases the difference is that of two cores; as values it would have both their ranks.
     both = joint([wanted, got])
     moved = [both.cores[0] - both.cores[1], minus(*both.biases)]
     return length(moved), length([both.cores[0], both.biases[0]])
@@ -117,12 +121,14 @@ def norm(value: LowRank) -> float:
     Raises:
         SpecError: the factors have no finite numbers.
     """
+    # One more column would change the QR; the length of a core and a bias together is the same.
     alone = joint([value])
     return length([alone.cores[0], alone.biases[0]])
 
 
 def length(parts: Iterable[Tensor | None]) -> float:
     """√ Σ x² over all numbers of some tensors."""
+    # hypot and not a sum of squares: those overflow where the length itself does not.
     return math.hypot(*(float(torch.linalg.vector_norm(p)) for p in parts if p is not None))
 
 

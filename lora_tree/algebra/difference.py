@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..blend import Blend, spelled
+from ..blend import Blend, depth_first, spelled
 from ..carried import is_same_tensor
 from ..errors import SpecError
 from ..given import unchecked
@@ -222,7 +222,9 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
     shared = {node for node, c in ours.items() if theirs.get(node) == c}
     sides = []
     for blend in (a, b):
-        own = {node: c for node, c in tree.coefficients(blend).items() if node not in shared}
+        own = tree.coefficients(blend)
+        for node in shared:
+            del own[node]
         sides.append(added_up(read_terms(tree, own, base=base), base=base))
     return diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
 
@@ -245,8 +247,9 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
             ours = a.adapter(path) or Adapter({})
             theirs = b.adapter(path) or Adapter({})
             nodes[path] = named(path, diff, ours, theirs)
-    only_a = tuple(path for path in a.paths() if path not in b)
-    only_b = tuple(path for path in b.paths() if path not in a)
+    paths_a, paths_b = a.paths(), b.paths()
+    only_a = tuple(sorted(set(paths_a) - set(paths_b), key=depth_first))
+    only_b = tuple(sorted(set(paths_b) - set(paths_a), key=depth_first))
     bases = (a.base, b.base) if a.base != b.base else None
     return TreeDiff(only_a, only_b, weights, nodes, bases)
 

@@ -74,6 +74,7 @@ def still_fits(tree: AdapterTree, paths: Iterable[str]) -> None:
     """
     for path in paths:
         node = tree[path]
+        # Only a source out of a locked folder knows what it was trained on; others fit anything.
         trained = getattr(node.source, "trained", None)
         if node.source is None or node.stale is not None or trained is None:
             continue
@@ -126,5 +127,6 @@ def free(tree: AdapterTree, path: str) -> None:
         TreeError: the node exists, or one that differs only by case does.
     """
     check_path(path)
+    # The tree itself knows which names it takes; a group that comes and goes leaves no trace.
     tree.add(path, group=True)
     tree.remove(path)

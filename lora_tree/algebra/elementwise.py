@@ -98,6 +98,7 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
 
 def _dropped(tensor: Tensor, density: float, draw: torch.Generator | None) -> Tensor:
     """The tensor with numbers dropped at random, and the others enlarged by as much."""
+    # The mask is drawn as PEFT draws it, so that one seed gives the same numbers in both.
     chance = torch.full_like(tensor, density)
     return tensor * torch.bernoulli(chance, generator=draw) / density
 

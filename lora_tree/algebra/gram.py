@@ -122,7 +122,10 @@ def _steps(outlines: Mapping[str, Mapping[str, Outline]]) -> float:
         for name, (shape, rank) in modules.items():
             ranks[name] = ranks.get(name, 0) + rank
             widths[name] = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
-    return math.fsum(widths[name] * float(ranks[name]) ** 2 for name in ranks)
+    steps = 0.0
+    for name, rank in ranks.items():
+        steps += widths[name] * float(rank) ** 2
+    return steps
 
 
 # ---------------------------------------------------------------------- exact
@@ -206,10 +209,12 @@ def _sketched(
     names: Sequence[str], read: Callable[[str], Adapter], places: Mapping[str, tuple[int, ...]]
 ) -> Gram:
     side = _side(len(names), len(places))
-    maps = {name: _map(name, shape, side) for name, shape in places.items()}
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
     starts: dict[str, int] = {}
     width = 0
-    for name, (S, T) in maps.items():
+    for name, shape in places.items():
+        # A module's sketch has its own place in the row, zero for adapters that lack the module.
+        S, T = maps[name] = _map(name, shape, side)
         starts[name] = width
         width += S.shape[-2] * T.shape[-2]
     sketches = torch.zeros(len(names), width)
@@ -276,7 +281,8 @@ def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
 def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float]:
     """(k, k): S ΔW T; and ‖ΔW‖², biases not included."""
     batch = math.prod(value.shape[:-2])
-    B, A = (f.detach().cpu().float().reshape(batch, *f.shape[-2:]) for f in (value.B, value.A))
+    B = value.B.detach().cpu().float().reshape(batch, *value.B.shape[-2:])
+    A = value.A.detach().cpu().float().reshape(batch, *value.A.shape[-2:])
     if batch == 1:
         B, A, S, T = B[0], A[0], S[0], T[0]  # a plain product is faster than a batch of one
     sketch = ((S @ B) @ (T @ A.mT).mT) * value.scale  # (k, r) (r, k)

@@ -56,6 +56,7 @@ class Likeness:
         """
         if not -1.0 <= cosine <= 1.0:
             raise SpecError(f"a cosine lies between -1 and 1, got {cosine!r}")
+        # Distances are 1 − cosine, so a least cosine is a largest distance.
         found = groups(list(self.joins), len(self.names), 1.0 - cosine)
         named_groups = []
         for members in found:
@@ -77,8 +78,8 @@ class Likeness:
         best = values.topk(min(most, len(values))).indices
         pairs = []
         for i in best.tolist():
-            one, other = (self.names[int(side[i])] for side in upper)
-            pairs.append((one, other, float(values[i])))
+            row, column = upper[:, i].tolist()
+            pairs.append((self.names[row], self.names[column], float(values[i])))
         return pairs
 
     def picture(self) -> str:

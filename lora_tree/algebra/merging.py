@@ -198,19 +198,19 @@ class Recipe:
         cores, biases = spread(both, parts)
         # The bias is drawn for first, so that its numbers don't depend on the space.
         bias = None
-        if any(part is not None and part.bias is not None for part in parts):
-            bias = self._merged(biases, weights, draw)
+        if any(own is not None for own in both.biases):
+            bias = self._merged(list(biases), weights, draw)
         if self.space == "dense":
             return self._dense(both, cores, weights, draw, bias)
-        U, S = _left(torch.cat(cores, dim=-1))  # (k, m) (m,)
+        U, S = _left(torch.cat(list(cores), dim=-1))  # (k, m) (m,)
         if self.space == "knots":
             # The singular values go to B, so that all rows are of one size when they are compared.
-            rows = [_knot(U, S, core) @ both.Q_A.mT for core in cores]  # (m, in)
-            A = self._merged(rows, weights, draw)
+            rows = _knot(U, S, cores) @ both.Q_A.mT  # (n, *batch, m, in)
+            A = self._merged(list(rows), weights, draw)
             B = both.Q_B @ (U * S[..., None, :])
             return LowRank(A.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
-        W, _ = _left(torch.cat([core.mT for core in cores], dim=-1))  # (l, m)
-        core = self._merged([U.mT @ core @ W for core in cores], weights, draw)
+        W, _ = _left(torch.cat(list(cores.mT), dim=-1))  # (l, m)
+        core = self._merged(list(U.mT @ cores @ W), weights, draw)
         return both.value(U @ core @ W.mT, bias)
 
     def _merged(
@@ -221,7 +221,7 @@ class Recipe:
     def _dense(
         self,
         both: Joint,
-        cores: Sequence[Tensor],
+        cores: Tensor,
         weights: Sequence[float],
         draw: torch.Generator,
         bias: Tensor | None,
@@ -232,22 +232,24 @@ class Recipe:
                 f"space='dense': a weight of {' × '.join(map(str, shape))} is too large for it",
                 "space='core' and space='knots' build no matrix of that size",
             )
-        whole = self._merged([both.Q_B @ core @ both.Q_A.mT for core in cores], weights, draw)
+        whole = self._merged(list(both.Q_B @ cores @ both.Q_A.mT), weights, draw)
         U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
         B = U * S[..., None, :]
         return LowRank(Vh.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
 
 
-def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """The cores and the biases of all parts, with zeros for those that are None."""
+def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor]:
+    """Return all parts' cores (n, \\*batch, k, l) and biases (n, out); None is zero in both."""
+    cores = both.Q_B.new_zeros(len(parts), *both.cores[0].shape)
+    biases = both.Q_B.new_zeros(len(parts), math.prod(both.Q_B.shape[:-1]))
     mine = iter(zip(both.cores, both.biases, strict=True))
-    cores: list[Tensor] = []
-    biases: list[Tensor] = []
-    no_bias = both.Q_B.new_zeros(math.prod(both.Q_B.shape[:-1]))
-    for part in parts:
-        core, bias = (torch.zeros_like(both.cores[0]), None) if part is None else next(mine)
-        cores.append(core)
-        biases.append(no_bias if bias is None else bias)
+    for i, part in enumerate(parts):
+        if part is None:
+            continue
+        # The joint bases were made of the parts that are there, in their order.
+        cores[i], bias = next(mine)
+        if bias is not None:
+            biases[i] = bias
     return cores, biases
 
 
@@ -275,7 +277,8 @@ def _knot(U: Tensor, S: Tensor, core: Tensor) -> Tensor:
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
-    if not adapters or not all(isinstance(unchecked(each), Adapter) for each in adapters):
+    strange = [each for each in adapters if not isinstance(unchecked(each), Adapter)]
+    if strange or not adapters:
         raise SpecError(f"merge takes a list of adapters, got {adapters!r:.80}")
     if len(weights) != len(adapters):
         raise SpecError(f"{len(adapters)} adapters, but {len(weights)} weights")

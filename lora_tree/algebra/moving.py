@@ -41,6 +41,7 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
         SpecError: ``path`` is fresh.
     """
     own(tree, path)
+    # `replace`, below, asks nothing, so whether the new path is free is asked here.
     free(tree, to)
     node = tree[path]
     # Not `add`: the copy keeps its source, and with it what the lock knows of its training.
@@ -130,6 +131,7 @@ def rebase(
             tree, to
         )  # a name that differs from the old one by case alone is the tree's own business
     changeable(tree, [path, *below])
+    # Before the move: afterwards the old lineage can't be asked for any more.
     gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base)
     notes = stale_notes(tree, [path])
     renamed = {old: to + old[len(path) :] for old in (path, *below)}
@@ -264,6 +266,7 @@ def _nearest(tree: AdapterTree, path: str) -> tuple[list[str], tuple[str, ...]]:
     found: list[str] = []
     notes: list[str] = []
     waiting = tree.children(path)
+    # Below the nearest node with an adapter all lineages go through it, so it makes up for them.
     while waiting:
         child = waiting.pop(0)
         if tree[child].has_adapter:

@@ -29,6 +29,7 @@ def heat_map(names: Sequence[str], cosines: Tensor, error: float = 0.0) -> str:
     """
     count = len(names)
     side = min(count, _MOST_CELLS)
+    # Past some thousand boxes a browser takes seconds to draw them.
     shown = cosines
     labels = [_shortened(name) for name in names]
     if count > side:

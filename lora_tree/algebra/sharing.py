@@ -138,15 +138,15 @@ class _Fitting:
         """The shared part, and the rest of each sibling or None where there is none; in float64."""
         both = joint([part for part in self.parts if part is not None])
         cores, biases = spread(both, self.parts)
-        bias: Tensor | None = torch.stack(biases).mean(0)
+        bias: Tensor | None = biases.mean(0)
         if all(own is None for own in both.biases):
             bias = None  # zeros would be written as a lora_bias that no sibling has
         if self.recipe is not None:
             S = self._by_recipe(both)
-            left = [core - S for core in cores]
+            left = cores - S
         elif self.leaf_rank is None:
-            S = _best(torch.stack(cores).mean(0), self.rank)
-            left = [core - S for core in cores]
+            S = _best(cores.mean(0), self.rank)
+            left = cores - S
         else:
             S, left = _alternate(cores, self.rank, self.leaf_rank)
         rests: list[LowRank | None] = []
@@ -165,21 +165,18 @@ class _Fitting:
         return _best(core * merged.scale, self.rank)
 
 
-def _alternate(
-    cores: Sequence[Tensor], rank: int | None, leaf_rank: int
-) -> tuple[Tensor, list[Tensor]]:
+def _alternate(cores: Tensor, rank: int | None, leaf_rank: int) -> tuple[Tensor, Tensor]:
+    """The shared core and the rests (n, \\*batch, k, l), each the best one for the others."""
     before = torch.inf
-    # One stack for all siblings: every step is then one product or one SVD, not one for each.
-    stacked = torch.stack(list(cores))  # (n, *batch, k, l)
-    rests = torch.zeros_like(stacked)
+    rests = torch.zeros_like(cores)
     for _ in range(_MOST_ROUNDS):
-        S = _best((stacked - rests).mean(0), rank)
-        rests = _best(stacked - S, leaf_rank)
-        error = float((stacked - S - rests).square().sum())
+        S = _best((cores - rests).mean(0), rank)
+        rests = _best(cores - S, leaf_rank)
+        error = float((cores - S - rests).square().sum())
         if error >= before * (1.0 - _SETTLED):
             break
         before = error
-    return S, list(rests)
+    return S, rests
 
 
 def _best(core: Tensor, rank: int | None) -> Tensor:
@@ -229,7 +226,9 @@ def _siblings(
         own(tree, path)
         if tree[path].weight == 0.0:
             raise SpecError(f"{path}: its weight is 0, so it shares nothing", "name the others")
-    changeable(tree, [path for path in (parent, *tree.paths(parent)) if path])
+    changeable(tree, tree.paths(parent))
+    if parent:
+        changeable(tree, [parent])
     if into is not None:
         if into.rpartition("/")[0] != parent:
             raise PathError(f"{into} is no child of {parent or 'the root'}")

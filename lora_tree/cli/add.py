@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from ..algebra import Edited, graft
 from ..errors import FormatError, LoraTreeError
 from ..folder import load
+from ..formats.recognise import recognise
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder
 from .editing import DryRun, Work
@@ -55,6 +57,8 @@ def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: float) -> E
         try:
             other = load(adapter)
         except LoraTreeError:
-            raise no_adapter from None  # what it lacks of an adapter says more than of a tree
-        return graft(tree, path, other)
-    return Edited(added=(path,))
+            raise no_adapter from None  # its flaws as an adapter say more than those as a tree
+        edited = graft(tree, path, other)
+        return replace(edited, notes=(*edited.notes, f"{adapter}: a tree of {len(other)} nodes"))
+    found = recognise(adapter)
+    return Edited(added=(path,), notes=(f"{adapter}: {found.kind}: {found.sign}",))
