@@ -1,9 +1,9 @@
-"""How many bytes a cache may hold: what was asked for, from the nearest place that says it.
+"""Find how many bytes a cache may hold. The nearest place that names a budget counts:
 
-lt.attach(tree, base, host_budget="8GiB")         first
-LORA_TREE_HOST_BUDGET=8GiB                        then the environment
-cache: {host_budget: 8GiB}                        then tree.yaml
-                                                  else there is no bound
+lt.attach(tree, base, host_budget="8GiB")     first
+LORA_TREE_HOST_BUDGET=8GiB                    then the environment
+cache: {host_budget: 8GiB}                    then tree.yaml
+                                              else there is no bound
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Budgets:
 
     Args:
         host_bytes: in RAM.
-        device_bytes: on the device that the base is on. Of a base on the CPU that is RAM too, and
-            the smaller counts.
+        device_bytes: on the base's device. For a base on the CPU that is RAM too, and the smaller
+            counts.
 
     Raises:
-        SpecError: one is no positive whole number.
+        SpecError: one is not a positive whole number.
     """
 
     host_bytes: int | None = None
@@ -52,11 +52,12 @@ class Budgets:
 
     def __post_init__(self) -> None:
         for name, nbytes in (("host_bytes", self.host_bytes), ("device_bytes", self.device_bytes)):
-            given = unchecked(nbytes)
-            if given is not None and (type(given) is not int or not 0 < given <= MOST):
+            # `type`, not `isinstance`: True is an int.
+            whole = type(unchecked(nbytes)) is int
+            if nbytes is not None and not (whole and 0 < nbytes <= MOST):
                 raise SpecError(
                     f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got "
-                    f"{_spelled(given)}"
+                    f"{_spelled(nbytes)}"
                 )
 
     @staticmethod
@@ -67,34 +68,42 @@ class Budgets:
         spec: tuple[int | str | None, int | str | None] = (None, None),
         environment: Mapping[str, str] = os.environ,
     ) -> Budgets:
-        """From what was asked for, or else the environment, or else tree.yaml's ``spec``; each
-        budget by itself.
+        """Return the budgets, each from the nearest place that names it.
+
+        Args:
+            host, device: the arguments of `attach`.
+            spec: tree.yaml's.
+            environment: the environment's variables.
 
         Raises:
-            SpecError: a size makes no sense; says where it stands.
+            SpecError: a size makes no sense; names the place.
 
         >>> Budgets.of("2MiB", None, environment={"LORA_TREE_DEVICE_BUDGET": "1kB"})
         Budgets(host_bytes=2097152, device_bytes=1000)
         """
         found = []
-        for name, asked, said in zip(VARIABLES, (host, device), spec, strict=True):
-            variable = VARIABLES[name]
+        for (name, variable), asked, in_yaml in zip(
+            VARIABLES.items(), (host, device), spec, strict=True
+        ):
             text, where = asked, f"{name}_budget"
+            # A variable that is set to nothing is how a shell unsets it for one command.
             if text is None and environment.get(variable, "").strip():
                 text, where = environment[variable], variable
             if text is None:
-                text, where = said, f"tree.yaml: cache.{name}_budget"
+                text, where = in_yaml, f"tree.yaml: cache.{name}_budget"
             found.append(None if text is None else _named(text, where))
         return Budgets(*found)
 
     @property
     def bounded(self) -> bool:
-        """There is a bound on one of them at least."""
+        """At least one of them is bounded."""
         return self.host_bytes is not None or self.device_bytes is not None
 
 
 def parse_bytes(size: int | str) -> int:
-    """A number of bytes, or a number with a unit: ``8GiB`` (1024³) or ``8GB`` (1000³).
+    """Return the bytes of a size: a number, or a number with a unit.
+
+    ``8GiB`` is 8 · 1024³ bytes, ``8GB`` is 8 · 1000³.
 
     Raises:
         SpecError: it is neither, or not positive, or more than 4 EiB.
@@ -109,8 +118,10 @@ def parse_bytes(size: int | str) -> int:
     todo = "write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)"
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise SpecError(f"got {size!r}, which is no size", todo)
+    unit = ""
     if isinstance(size, int):
-        number, unit = (str(size) if size.bit_length() < 64 else str(MOST + 1)), ""
+        # Python refuses to write out an integer of thousands of digits.
+        number = str(size) if size.bit_length() < 64 else str(MOST + 1)
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
@@ -118,13 +129,12 @@ def parse_bytes(size: int | str) -> int:
         number, unit = match[1], match[2]
     if unit and unit not in UNITS:
         raise SpecError(f"got {str(size)[:60]!r}: no unit {unit[:20]!r}{_unit_like(unit)}", todo)
-    whole, _, part = number.partition(".")
-    factor = UNITS[unit or "B"]
-    nbytes = (
-        -1
-        if number.startswith("-")
-        else int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
-    )
+    nbytes = -1
+    if not number.startswith("-"):
+        # In whole numbers: a float has too few digits for 4 EiB.
+        whole, _, part = number.partition(".")
+        factor = UNITS[unit or "B"]
+        nbytes = int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
     if not 0 < nbytes <= MOST:
         raise SpecError(
             f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo
@@ -133,7 +143,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(nbytes: int) -> str:
-    """A size for a person.
+    """Return a size for a person to read.
 
     >>> format_bytes(1536), format_bytes(12), format_bytes(3 << 30)
     ('1.5 KiB', '12 B', '3.0 GiB')
@@ -147,7 +157,7 @@ def format_bytes(nbytes: int) -> str:
 
 
 def _spelled(size: object) -> str:
-    """A size in a message; Python may refuse to write out an integer that is too large."""
+    """Return a size for a message; Python refuses to write out an integer that is too large."""
     if isinstance(size, int) and size.bit_length() > 1024:
         return "a huge integer"
     return repr(str(size)[:60])
@@ -161,5 +171,7 @@ def _named(size: int | str, where: str) -> int:
 
 
 def _unit_like(unit: str) -> str:
-    exact = [known for known in UNITS if known.casefold() == unit.casefold()]
-    return f"; did you mean {exact[0]!r}?" if exact else suggest(unit, UNITS)
+    for known in UNITS:
+        if known.casefold() == unit.casefold():
+            return f"; did you mean {known!r}?"
+    return suggest(unit, UNITS)

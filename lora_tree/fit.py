@@ -1,11 +1,11 @@
-"""Whether a tree fits a base, and its nodes each other, asked of shapes alone.
+"""Find the nodes that do not fit a base, or do not fit each other, by their shapes alone.
 
 No weight is read, and the base may be on the meta device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -23,7 +23,7 @@ __all__ = ["clashes", "misfits"]
 
 
 def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
-    """Everything in a tree that does not fit a base: (node, what, with the node's name before it).
+    """Return everything in a tree that does not fit a base.
 
     Args:
         tree: of adapters that are not in memory only the headers are read.
@@ -58,7 +58,9 @@ def _misfits(
     except LoraTreeError as error:
         yield error
         return
-    for name, value in adapter.modules.items() if adapter is not None else ():
+    if adapter is None:
+        return  # a group, or a fresh node, which was asked above
+    for name, value in adapter.modules.items():
         yield from _unfit(base, name, value)
 
 
@@ -72,15 +74,17 @@ def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator
 
 
 def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str, str]]:
-    """Every module in which a node does not add up with the nearest node above it that changes the
-    same: (node, what).
+    """Return every module in which a node does not add up with a node above it.
 
-    Two names that look like one module's, as an earlier transformers named it and as today's does,
-    are told as well.
+    A module is compared with the nearest node above that changes it. Two names that look like one
+    module's, an earlier transformers' and today's, are listed as well.
 
     Args:
-        base: says how the modules are named today, so that two names of one module are one; on the
-            meta device as well.
+        base: has the names of today, so that two names of one module are one; the meta device will
+            do.
+
+    Returns:
+        (node, error text) for each.
 
     Raises:
         FormatError: the files of a node are gone or broken.
@@ -101,59 +105,78 @@ def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str,
             outlines[path] = outline if renaming is None else _bound(renaming, outline)
     found = []
     for path in outlines:
-        found += [(path, text) for text in _clashes(tree, path, outlines)]
+        # The outlines from the root down to this node. A group has none.
+        above = {node: outlines[node] for node in tree.lineage(path) if node in outlines}
+        for text in _clashes(path, above):
+            found.append((path, text))
         if base is None:
-            found += [(path, text) for text in _two_names(tree, path, outlines)]
+            for text in _two_names(path, above):
+                found.append((path, text))
     return found
 
 
 def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
-    """The outline in the base's names; as it is where it does not fit, which `misfits` tells."""
+    """Return the outline in the base's names; as it is if it does not fit, which `misfits` lists."""
     try:
         return renaming.bound(outline)
     except LoraTreeError:
         return outline
 
 
-def _two_names(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> Iterator[str]:
-    """One module under two names, of which this node has at least one; told once, where the second
-    comes in.
+def _two_names(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
+    """Yield an error if a lineage names one module in two ways, one of them first at this node.
+
+    Args:
+        path: the last node of the lineage.
+        lineage: node → its outline, from the root down.
     """
-    lineage = [above for above in tree.lineage(path) if above in outlines]
-    names = [name for above in lineage for name in outlines[above].modules]
+    names: list[str] = []
+    for outline in lineage.values():
+        names += outline.modules
     twice = spelled_twice(names)
     if twice is None:
         return
-    mine = [name for name in twice if name in outlines[path].modules]
+    mine = [name for name in twice if name in lineage[path].modules]
     if not mine:
-        return  # told of a node above
+        return  # both names stand further up, and were listed there
     other = twice[0] if mine[0] == twice[1] else twice[1]
-    whose = next((above for above in reversed(lineage) if other in outlines[above].modules), path)
+    whose = path
+    for node, outline in lineage.items():
+        if other in outline.modules:
+            whose = node  # the nearest one counts, and comes last
     yield (
         f"{path}: {mine[0]} here and {other} in {whose} look like two names of one module: "
         "a base says which counts (lora-tree check --base FOLDER_OR_ID)"
     )
 
 
-def _clashes(tree: AdapterTree, path: str, outlines: dict[str, Adapter]) -> Iterator[str]:
-    lineage = [above for above in tree.lineage(path) if above in outlines]
-    certain = {
-        m: o
-        for n in lineage
-        for m, o in outlines[n].nesting.items()
-        if m not in outlines[n].assumed
-    }
-    mine, *above = (
-        (n, outlines[n].renested(certain).modules) for n in reversed(lineage)
-    )  # as `combine` adds them up
-    for module, value in mine[1].items():
-        theirs = next(((n, modules[module]) for n, modules in above if module in modules), None)
-        if theirs is None:
+def _clashes(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
+    """Yield an error for each module of a node that does not add up with the nearest one above.
+
+    Args:
+        path: the last node of the lineage.
+        lineage: node → its outline, from the root down.
+    """
+    # A delta of a file may not say how it lies in its weight. The lineage is read as `combine` adds
+    # it up: with what any node on it knows for certain.
+    certain = {}
+    for outline in lineage.values():
+        for module, nesting in outline.nesting.items():
+            if module not in outline.assumed:
+                certain[module] = nesting
+    modules = {node: outline.renested(certain).modules for node, outline in lineage.items()}
+    for module, value in modules[path].items():
+        nearest = None
+        for node in modules:
+            if node != path and module in modules[node]:
+                nearest = node  # from the root down, so the nearest comes last
+        if nearest is None:
             continue
+        theirs = modules[nearest][module]
         try:
-            same_place(value, theirs[1])
+            same_place(value, theirs)
         except ShapeMismatch:
             yield (
                 f"{path}: {module}: {value.shape} ({value.layout}) here and "
-                f"{theirs[1].shape} ({theirs[1].layout}) in {theirs[0]} do not add up"
+                f"{theirs.shape} ({theirs.layout}) in {nearest} do not add up"
             )

@@ -1,13 +1,15 @@
 """TreeModel: a tree bound to one base; makes a path the base's behaviour, and takes it away again.
 
     BARE                 the base alone
-    MERGED               the path is written into the weights; no hook, no wrapper, the same addresses
-    UNMERGED, ROUTED     the weights are the base's own; side paths run as hooks, for one path or for one per row
+    MERGED               the path is written into the weights; no hook, no wrapper, the same
+                         addresses
+    UNMERGED, ROUTED     the weights are the base's own; side paths run as hooks, for one path or
+                         for a path per row
     DETACHED             nothing of ours is left; the model can't be used again
 
-Every state but the last leads to every other. A call checks everything before it changes anything,
-and leaves the state before it where it fails. One lock guards the switches: whoever is inside
-``using`` or ``route`` keeps other threads from switching the base under it.
+Every state but the last leads to every other. A call checks everything before it changes anything.
+If it fails, the state of before is kept. One lock guards the switches: while one thread is inside
+``using`` or ``route``, other threads wait to switch the base.
 """
 
 from __future__ import annotations
@@ -76,23 +78,23 @@ def attach(
         base: any ``torch.nn.Module``; ``torch.compile`` and DDP wrappers are looked through.
         pristine: where the base's own weights are kept while a path is merged: a copy of the
             weights that adapters touch, made when first needed. ``device``: beside the weights;
-            ``host``: in host memory, pinned on CUDA; ``auto``: on the device where it has room for
-            them and an eighth of its memory stays free, else on the host. Where memory runs out on
-            the device a warning says so, and the host is taken. ``none``: nowhere; paths are added
-            and subtracted in place, and the weights drift by a rounding with every switch. See
+            ``host``: in host memory, pinned on CUDA; ``auto``: on the device if it has room for
+            them and an eighth of its memory stays free, else on the host. If memory runs out on the
+            device, a warning says so and the host is taken. ``none``: nowhere; paths are added and
+            subtracted in place, and the weights drift by a rounding with every switch. See
             `TreeModel.pristine`.
         compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the
             weight's own.
         host_budget, device_budget: how much memory adapters that come from files may take, in RAM
-            and on the base's device: bytes, or ``"8GiB"``. None: what ``LORA_TREE_HOST_BUDGET`` and
-            ``LORA_TREE_DEVICE_BUDGET`` say, or tree.yaml, or else no bound. Of a base on the CPU
-            both are RAM, and the smaller counts.
-        eviction: a class, or a function, that makes what decides who leaves a full cache first: one
-            for each kind of memory.
+            and on the base's device: bytes, or ``"8GiB"``. None: ``LORA_TREE_HOST_BUDGET`` and
+            ``LORA_TREE_DEVICE_BUDGET`` count, then tree.yaml, else there is no bound. For a base on
+            the CPU both are RAM, and the smaller counts.
+        eviction: a class or a function that makes an eviction policy; called once for each kind of
+            memory.
 
     Raises:
         SpecError: ``tree`` or ``base`` is something else, a budget or a dtype makes no sense, or
-            ``eviction`` is no such maker.
+            ``eviction`` is no class or function.
         StateError: the base is attached already, or wrapped by PEFT or FSDP.
         BaseMismatch: a fresh node targets nothing in this base; names the node.
 
@@ -132,12 +134,15 @@ def attach_as(
     device_budget: int | str | None = None,
     eviction: Callable[[], Policy] = Frequency,
 ) -> Made:
-    """Make a model of a given kind, as `attach` makes a `TreeModel`; the arguments are the same and checked here."""
-    given = unchecked(tree)
-    if not isinstance(given, AdapterTree):
-        first = "the tree comes first: attach(tree, base)" if isinstance(given, nn.Module) else ""
-        opened = "a folder is opened as one by lora_tree.load: attach(lora_tree.load('zoo/'), base)"
-        raise SpecError(f"expected an AdapterTree, got {type(given).__name__}", first or opened)
+    """Make a model of a given kind, as `attach` makes a `TreeModel`, with the same arguments.
+
+    They are checked here.
+    """
+    if not isinstance(unchecked(tree), AdapterTree):
+        todo = "lora_tree.load opens a folder as a tree: attach(lora_tree.load('zoo/'), base)"
+        if isinstance(unchecked(tree), nn.Module):
+            todo = "the tree comes first: attach(tree, base)"
+        raise SpecError(f"expected an AdapterTree, got {type(tree).__name__}", todo)
     if pristine not in get_args(Place):
         known = get_args(Place)
         raise SpecError(
@@ -151,8 +156,8 @@ def attach_as(
             f"got an instance of {kind_of_policy}",
             f"eviction={kind_of_policy}",
         )
-    said = (tree.cache.host_budget, tree.cache.device_budget)
-    budgets = Budgets.of(host_budget, device_budget, spec=said)
+    in_yaml = tree.cache.host_budget, tree.cache.device_budget
+    budgets = Budgets.of(host_budget, device_budget, spec=in_yaml)
     return kind(
         tree,
         base,
@@ -164,12 +169,12 @@ def attach_as(
 
 
 class TreeModel(nn.Module):
-    """A tree bound to a base; made by `attach`. Owns the factors that train; the base's own keys
-    stay bare.
+    """A tree bound to a base; made by `attach`.
 
-    What is no attribute of a `TreeModel` is its base's, to read and to set, as trainers expect
-    (``config``, ``get_input_embeddings``, ``dtype``, …). A few names by which the base alone would
-    be saved or changed are refused.
+    It owns the factors that train; the base's own keys stay as they are. An attribute that a
+    `TreeModel` does not have is its base's, to read and to set, as trainers expect (``config``,
+    ``get_input_embeddings``, ``dtype``, …). A few names by which the base alone would be saved or
+    changed are refused.
 
     >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> base.config = "the base's own"
@@ -205,13 +210,15 @@ class TreeModel(nn.Module):
         self._compiled = CompileWatch(compiled)
         self._seen_sites = SeenSites()
         link = link_to(inner)
-        mark = claim(inner, self)
+        mine = claim(inner, self)
         try:
             settle_fresh(tree, inner, tree.paths())
-        except BaseException:  # its traceback may keep this model, and so its claim, for long
+        except BaseException:
+            # The error's traceback may keep this model alive for long, and so its claim.
             let_go(inner)
             raise
         self.cache = Cache(tree, budgets, policy=eviction, link=link)
+        # A plan keeps its adapters alive, which under a budget is for the cache to decide.
         kept = {"kept": 0} if self.cache.bounded else {}
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
@@ -221,7 +228,7 @@ class TreeModel(nn.Module):
         self._stage = Stage(
             inner,
             tree,
-            mark,
+            mine,
             merged=self._merged,
             beside=Unmerged(inner, self._manner, ledger=self.cache),
             binder=self._binder,
@@ -245,15 +252,17 @@ class TreeModel(nn.Module):
                 MergedWarning,
                 stacklevel=3,
             )
+        # From here on a missing attribute is the base's. Before, it would be an error in this
+        # method, and the base's answer would hide it.
         self._answers = True
         tree.attach(self, reads=self.cache.bounded)
 
     # ------------------------------------------------------------------ answering for the base
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the base, where it is none of ours.
+        """Return an attribute of the base, if this object has none of that name.
 
         Raises:
-            AttributeError: the base has none either, or it is one of those that must not pass (then
+            AttributeError: the base has none either, or it is one of the refused names (then it is
                 a `StateError`, too).
         """
         try:
@@ -264,7 +273,7 @@ class TreeModel(nn.Module):
         return answers.base_attribute(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of ours, or else the base's where it has one of that name."""
+        """Set an attribute of this object; or the base's, if only the base has one of that name."""
         if not self._is_own(name) and answers.is_answered(self._answering_base, name):
             setattr(self.base, name, value)
         else:
@@ -272,7 +281,7 @@ class TreeModel(nn.Module):
 
     @property
     def _answering_base(self) -> nn.Module | None:
-        """The base, once this object is made; until then every attribute is ours."""
+        """The base once `__init__` is over; None before, when every attribute is this object's."""
         return self._modules["base"] if "_answers" in self.__dict__ else None
 
     def _is_own(self, name: str) -> bool:
@@ -296,8 +305,8 @@ class TreeModel(nn.Module):
 
     @property
     def active(self) -> Blend | tuple[Blend, ...]:
-        """The path or blend that the base behaves as now; ``""`` is the bare base; one for each row
-        while routed.
+        """The path or blend that is active now; ``""`` is the bare base; one for each row if
+        routed.
         """
         return self._stage.current.request.asked
 
@@ -308,7 +317,7 @@ class TreeModel(nn.Module):
 
     @property
     def epoch(self) -> int:
-        """A number that grows with every switch; it stays where a switch failed."""
+        """A number that grows with every switch that succeeds."""
         return self._stage.epoch
 
     def activate(self, blend: Blend, *, mode: Mode = "merged") -> None:
@@ -329,28 +338,27 @@ class TreeModel(nn.Module):
             StateError: detached, or a node that trains was to be merged, or somebody else wrote to
                 a merged weight.
 
-        The state before the call is kept where it fails.
+        If it fails, the state of before is kept.
         """
         with self._lock:
             self._usable()
             if mode not in get_args(Mode):
                 near = suggest(str(mode), get_args(Mode))
                 raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}{near}")
+            # A copy: the caller may go on to change the mapping, and a block may bring this back.
             asked = dict(blend) if isinstance(blend, Mapping) else blend
             self._stage.become(Request(asked, mode))
 
     def deactivate(self) -> None:
-        """Make the base bare again: weights, buffers, hooks and flags are what they were before
-        `attach`.
-        """
+        """Make the base bare again: weights, buffers and hooks are what they were before `attach`."""
         self.activate("")
 
     @contextlib.contextmanager
     def using(self, blend: Blend, *, mode: Mode = "merged") -> Iterator[TreeModel]:
-        """`activate` for the length of a ``with``; what was active before comes back, after
-        exceptions too.
+        """`activate` for the length of a ``with``.
 
-        Other threads that switch this base wait until the block is left.
+        The path that was active before comes back at its end, after exceptions too. Other threads
+        that switch this base wait until the block is left.
         """
         with self._lock:
             self._usable()
@@ -368,29 +376,28 @@ class TreeModel(nn.Module):
         tile: int = 1,
         batch_first: bool = False,
     ) -> Iterator[TreeModel]:
-        """Give every row of a batch its own path, for the length of a ``with``; what was active
-        before comes back.
+        """Give every row of a batch its own path, for the length of a ``with``.
 
-        Any row takes any path or blend, in any order, in forward and in backward; ``""`` is the
-        bare base, bit for bit. Only the nodes on the batch's lineages are loaded. ``generate`` may
-        repeat rows for beams and sequences.
+        The path that was active before comes back at its end, after exceptions too. Any row takes
+        any path or blend, in any order, in forward and in backward; ``""`` is the bare base, bit
+        for bit. Only the nodes on the batch's lineages are loaded. ``generate`` may repeat rows for
+        beams and sequences.
 
         Args:
             paths: one path or blend for every row.
             strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped`` or ``matrix``;
                 they agree to rounding, and ``auto`` takes the one with the least estimated time.
-            repeat: the base is given every row so many times in place, as for beams.
-            tile: the base is given the whole batch so many times over, as for preference pairs or
-                guidance.
-            batch_first: every site puts the rows on the first axis; needed only where a first batch
+            repeat: each row occurs so many times in succession in the base's input, as for beams.
+            tile: the whole batch is stacked so many times, as for preference pairs or guidance.
+            batch_first: every site puts the rows on the first axis. Needed only if a first batch
                 has as many tokens as rows and the base can't be run on shapes alone (a mixture of
-                experts), to see which is which.
+                experts) to see which is which.
 
         Raises:
             PathError, SpecError: a path is not in the tree; names the row. Or a factor or strategy
                 makes no sense.
             BaseMismatch: an adapter does not fit, or changes a weight that no side path can reach;
-                in forward: a site is given something whose first axis is not the rows.
+                in forward: the first axis of a site's input is not the rows.
             FolderError, FormatError: an adapter's files can't be read.
             StateError: detached, or the base was compiled before; in forward: a key/value cache of
                 another path.
@@ -416,14 +423,13 @@ class TreeModel(nn.Module):
                     yield self
 
     def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
-        """Load the nodes of some paths or blends in the background, so that they are there when
-        they are needed.
+        """Load the nodes of some paths or blends in the background, and return at once.
 
-        It comes back at once. What can't be loaded is an error of the call that needs it, if there
-        ever is one.
+        A node that can't be loaded is an error of the call that needs it, if one ever does.
 
         Args:
-            paths: the ones needed soonest first. What the budget has no room for is left out.
+            paths: the ones needed soonest first. Nodes that the budget has no room for are left
+                out.
 
         Raises:
             PathError, SpecError: not a path of the tree, or not a blend.
@@ -436,20 +442,21 @@ class TreeModel(nn.Module):
         """
         self._attached()
         blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
-        self.cache.prefetch(
-            dict.fromkeys(node for blend in blends for node in self.tree.coefficients(blend))
-        )
+        nodes: dict[str, None] = {}
+        for blend in blends:
+            nodes |= dict.fromkeys(self.tree.coefficients(blend))
+        self.cache.prefetch(nodes)
 
     def trust(self, what: Literal["pristine", "weights"]) -> None:
-        """After somebody else wrote to merged weights: say which are the base's own, and be bare.
+        """Settle which weights are the base's own, after a `ForeignWrite`; the base is bare then.
 
         Args:
-            what: ``pristine`` puts the copies back; ``weights`` takes what stands in the model now
-                for the base.
+            what: ``pristine`` puts the copies back; ``weights`` takes the weights as they are now
+                for the base's own.
 
         Raises:
-            ForeignWrite: the copies fit no more, because a module was replaced or resized; nothing
-                was changed.
+            ForeignWrite: the copies do not fit any more, because a module was replaced or resized;
+                nothing was changed.
             StateError: detached, or there are no copies (``pristine="none"``).
         """
         with self._lock:
@@ -462,8 +469,9 @@ class TreeModel(nn.Module):
                 raise SpecError(f"trust 'pristine' or 'weights', got {what!r}")
 
     def detach(self) -> None:
-        """Make the base bare and let go of it; what `trainable` froze of it is as it was. This
-        object is spent then.
+        """Make the base bare, unfreeze what `trainable` froze of it, and release it.
+
+        This object can't be used afterwards; a second call does nothing.
         """
         with self._lock:
             if self._detached:
@@ -474,37 +482,37 @@ class TreeModel(nn.Module):
             self._merged.forget()
             self._stage.beside.forget()
             self._binder.forget()
-            # First: a tree that still asked this model would read from a cache that is closed.
+            # Before the cache: a tree that still asked this model would read from a cache that is
+            # closed.
             self.tree.release(self)
             self.cache.close()
             let_go(self.base)
             self._detached = True
 
     def read_adapter(self, path: str, source: Source) -> Adapter:
-        """Read a node's files within the budgets; the tree asks this of the first model that has some."""
+        """Read a node's files within the budgets; the tree calls this on the first model with some."""
         return self.cache.read(path, source)
 
     def nodes_in_use(self) -> list[str]:
-        """The nodes that the base's behaviour depends on, or will again when a ``with`` is left,
-        and those that train.
+        """Return the nodes that the tree refuses to change.
 
-        The tree refuses to change them.
+        The base's behaviour depends on them now, or will again when a ``with`` is left, or they
+        train.
         """
-        blends = [blend for request in self._stage.requests() for blend in request.blends]
-        names = {entry for blend in blends for entry in parse_blend(blend) if entry}
-        lineages = {node for entry in names for node in self.tree.lineage(entry)}
-        return sorted(
-            lineages | {path for path in self.factors.training_paths if path in self.tree}
-        )
+        used = {path for path in self.factors.training_paths if path in self.tree}
+        for request in self._stage.requests():
+            for blend in request.blends:
+                for path in parse_blend(blend):
+                    used.update(self.tree.lineage(path))
+        return sorted(used)
 
     def prepare(self, *, max_rank: int) -> None:
-        """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``; they
-        stay until `detach`.
+        """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``.
 
-        After it, ``activate(…, mode="unmerged")`` and `route` rewrite the buffers in place, so a
-        base that is compiled next is traced once while bare, once for a path and once for each
-        number of routed rows, and never again for another path. Merged switching needs none of
-        this.
+        They stay until `detach`. After it, ``activate(…, mode="unmerged")`` and `route` rewrite the
+        buffers in place, so a base that is compiled next is traced once while bare, once for a path
+        and once for each number of routed rows, and never again for another path. Merged switching
+        needs none of this.
 
         Args:
             max_rank: columns of every buffer: the largest Σr of a path, or of all nodes of a batch
@@ -534,11 +542,13 @@ class TreeModel(nn.Module):
                     "deactivate(), or detach()",
                 )
             self._compiled.check(self.base)
-            values: dict[Site, list[LowRank]] = {}
             settle_fresh(self.tree, self.base, self.tree.paths())
+            values: dict[Site, list[LowRank]] = {}
             for path in self.tree.paths():
-                outline = self.tree.outline(path)
-                for name, value in outline.modules.items() if outline is not None else ():
+                outline = self.tree.outline(path)  # of files, only the headers are read
+                if outline is None:
+                    continue
+                for name, value in outline.modules.items():
                     site = self._binder.site_for(path, name, value)
                     if site.why_merged_only is None:
                         values.setdefault(site, []).append(value)
@@ -549,7 +559,7 @@ class TreeModel(nn.Module):
     def trainable(
         self, *paths: str, dtype: torch.dtype | None = torch.float32, dropout: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Say exactly which nodes train; everything else, the base too, is frozen.
+        """Let exactly these nodes train; everything else, the base too, is frozen.
 
         Args:
             *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
@@ -560,8 +570,8 @@ class TreeModel(nn.Module):
 
         Returns:
             one parameter group per node, ``{"name": path, "params": [A and B of every module]}``,
-            in the order of the sum. ``lr``, ``weight_decay`` and whatever else an optimiser takes
-            may be put in; so may ``clip_norm``, which `follow` heeds.
+            in the order of the sum. ``lr``, ``weight_decay`` and other options of an optimiser may
+            be added; so may ``clip_norm``, which `follow` obeys.
 
         Raises:
             PathError: a path or pattern matches no node.
@@ -586,17 +596,15 @@ class TreeModel(nn.Module):
             return self._training.train(chosen, dtype, dropout, within=self)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on a step of ``optimizer`` does to each node what one over that node alone would
-        do.
+        """Step each node, from now on, as an optimiser over that node alone would.
 
         A node without rows since the last step, in no micro-batch and on no rank, is not moved at
-        all: no momentum, no decay. It had rows where a gradient came back through a side path of
-        its own, whichever module of the base the forward began at. Where a group has a
-        ``clip_norm``, its gradients are clipped to it, before each step. With several ranks every
-        one of them has to make the step.
+        all: no momentum, no decay. It had rows if a gradient came back through a side path of its
+        own, whichever module of the base the forward began at. If a group has a ``clip_norm``, its
+        gradients are clipped to it before each step. With several ranks each has to make the step.
 
-        The step raises `StateError`, and moves nothing, where a node without rows has a gradient
-        other than zero: the loss took its factors themselves.
+        The step raises `StateError`, and moves nothing, if a node without rows has a gradient other
+        than zero: the loss used its factors directly.
 
         Args:
             optimizer: made of the groups that `trainable` returned. Followed until it is collected.
@@ -620,16 +628,14 @@ class TreeModel(nn.Module):
             self._training.follow(optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Throw the gradients away, and with them what `follow` knows of the rows that they came
-        from.
-        """
+        """Drop the gradients, and the record of `follow` of the nodes that they came back to."""
         super().zero_grad(set_to_none)
         self._training.forget_rows()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward, as it behaves now.
+        """Run the base's forward under the active path.
 
-        Where several ranks train together, every factor that trains is in every rank's backward, so
+        If several ranks train together, every factor that trains is in every rank's backward, so
         that a node may have rows on one rank only.
         """
         self._training.renew_if_moved()
@@ -640,11 +646,10 @@ class TreeModel(nn.Module):
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[AdapterTree]:
-        """The tree with whole factors, for the length of a ``with``, where FSDP2 shards them: to
-        save or flatten it.
+        """Yield the tree with whole factors, to save or flatten it while FSDP2 shards them.
 
         Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2
-        it is the tree.
+        it is the tree as it is.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -660,7 +665,7 @@ class TreeModel(nn.Module):
                 yield self.tree
 
     def __reduce__(self) -> NoReturn:
-        """For copies and pickles.
+        """Refuse to be copied or pickled.
 
         Raises:
             StateError: always.
@@ -674,7 +679,7 @@ class TreeModel(nn.Module):
 
     # ------------------------------------------------------------------ private
     def _row_axis(self, rows: int, *, repeat: int, tile: int, batch_first: bool) -> BatchAxis:
-        """How the rows of a routed batch lie in what the base is given."""
+        """Return how the rows of a routed batch lie in the base's inputs."""
         return BatchAxis(
             rows, repeat=repeat, tile=tile, batch_first=batch_first, seen=self._seen_sites
         )
@@ -686,8 +691,9 @@ class TreeModel(nn.Module):
             )
 
     def _usable(self) -> None:
-        """The caller, who holds the lock, may switch: other threads are outside, but not other
-        tasks of this one.
+        """Check that the caller may switch. It holds the lock, which keeps out other threads.
+
+        Other asyncio tasks of this thread hold the same lock, so blocks know their owners.
         """
         self._attached()
         self._stage.blocks.check_mine()

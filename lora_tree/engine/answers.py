@@ -1,8 +1,8 @@
 """The attributes that a `TreeModel` answers for its base, and those that it refuses.
 
-One rule: an attribute that a `TreeModel` does not have is its base's, to read and to set. Trainers, pipelines and
-loops ask a model for ``config``, ``generation_config``, ``get_input_embeddings``, ``dtype``,
-``device``, … and the base knows.
+One rule: an attribute that a `TreeModel` does not have is its base's, to read and to set. Trainers,
+pipelines and loops ask a model for ``config``, ``generation_config``, ``get_input_embeddings``,
+``dtype``, ``device``, … and the base knows.
 
 The exceptions are names by which a caller would save, publish or change the base and believe
 that this was the model. They raise an `AttributeError`, so that ``hasattr`` says no and a trainer

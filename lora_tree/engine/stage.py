@@ -63,6 +63,9 @@ class Stage:
         self._compiled = compiled
         self._pin, self._factors = pin, factors
         self._save_hooks: list[RemovableHandle] = []
+        self._warns_on_save: bool | None = False
+        """Whether the save hooks are in; None: a call failed while they were put in or taken out.
+        """
         self.blocks = Blocks()
         self.beside = beside
         self._closed = False
@@ -248,17 +251,21 @@ class Stage:
         behaviour.beside.install()
         self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
         merged = bool(behaviour.weights.terms)
-        if merged != bool(self._save_hooks):
+        if merged != self._warns_on_save:
             self._warn_on_save(merged)
 
     def _warn_on_save(self, merged: bool) -> None:
-        """Warn in ``save_pretrained`` while a path is merged: it would write the base with that path in it."""
-        if merged and not self._save_hooks:
+        """Warn in ``save_pretrained`` while a path is merged: it would write the base with that
+        path in it.
+        """
+        self._warns_on_save = None
+        while self._save_hooks:
+            self._save_hooks.pop().remove()
+        if merged:
             for module in saved_by_themselves(self._base):
                 hook = module.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
                 self._save_hooks.append(hook)
-        while self._save_hooks and not merged:
-            self._save_hooks.pop().remove()
+        self._warns_on_save = merged
 
     def _retire(self, behaviour: Behaviour) -> None:
         """Release the pins of a behaviour that is neither current nor remembered by a block."""

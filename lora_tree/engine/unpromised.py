@@ -65,7 +65,8 @@ def any_saved_tensor_hook() -> bool:
 
 
 def slow_on_cpu() -> frozenset[torch.dtype]:
-    """Return the narrow dtypes for which this machine's torch has no fast product, as far as it tells.
+    """Return the narrow dtypes for which this machine's torch has no fast product, as far as it
+    tells.
 
     Without AVX-512 or its like torch multiplies them in a plain loop, which is far slower than
     widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
