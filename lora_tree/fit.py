@@ -116,7 +116,7 @@ def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str,
 
 
 def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
-    """Return the outline in the base's names; as it is if it does not fit, which `misfits` lists."""
+    """Return the outline in the base's names; or as it is, if it does not fit: see `misfits`."""
     try:
         return renaming.bound(outline)
     except LoraTreeError:
@@ -157,8 +157,8 @@ def _clashes(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
         path: the last node of the lineage.
         lineage: node → its outline, from the root down.
     """
-    # A delta of a file may not say how it lies in its weight. The lineage is read as `combine` adds
-    # it up: with what any node on it knows for certain.
+    # A file may not say in which order the base registers a module's raw parameters. `combine`
+    # takes the order from a node on the lineage that does say, and so does this.
     certain = {}
     for outline in lineage.values():
         for module, nesting in outline.nesting.items():

@@ -252,8 +252,8 @@ class TreeModel(nn.Module):
                 MergedWarning,
                 stacklevel=3,
             )
-        # From here on a missing attribute is the base's. Before, it would be an error in this
-        # method, and the base's answer would hide it.
+        # A missing attribute is the base's from here on. Before, it is a mistake in this method,
+        # which the base's answer would hide.
         self._answers = True
         tree.attach(self, reads=self.cache.bounded)
 
@@ -350,7 +350,7 @@ class TreeModel(nn.Module):
             self._stage.become(Request(asked, mode))
 
     def deactivate(self) -> None:
-        """Make the base bare again: weights, buffers and hooks are what they were before `attach`."""
+        """Make the base bare again, as it was before `attach`: weights, buffers, hooks."""
         self.activate("")
 
     @contextlib.contextmanager
@@ -490,7 +490,7 @@ class TreeModel(nn.Module):
             self._detached = True
 
     def read_adapter(self, path: str, source: Source) -> Adapter:
-        """Read a node's files within the budgets; the tree calls this on the first model with some."""
+        """Read a node's files within the budgets; the tree calls this."""
         return self.cache.read(path, source)
 
     def nodes_in_use(self) -> list[str]:
@@ -563,7 +563,7 @@ class TreeModel(nn.Module):
 
         Args:
             *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
-            dtype: of the factors that train, whatever the base's; wider where a factor is wider;
+            dtype: of the factors that train, for a base of any dtype; wider if a factor is wider;
                 None: as they are.
             dropout: the part of a site's input that they do not see while the model is in training
                 mode; a row has one mask for all nodes on its lineage that train.

@@ -1,5 +1,5 @@
-"""What happens to the base when a path is activated: plan, arithmetic, pristine, merged, unmerged.
+"""The base's side of an activated path: plan, arithmetic, pristine, merged, unmerged.
 
-blend ─→ plan (site → terms) ─┬─→ merged:   pristine + terms, written into the weights once
+blend ─→ plan (site → terms) ─┬─→ merged:   pristine + terms, written once into the weights
                               └─→ unmerged: terms side by side, added to the site's output
 """

@@ -2,9 +2,10 @@
 
 The sum is computed in fp32, or in fp64 if the base or a factor is, and rounded once into W's dtype:
 
-    same dtype    W is fp32 or fp64, or bf16 with bf16 factors on a machine whose bf16 product is fast and accumulates
-                  in fp32: one stock product reads W0 and writes W
-    wider         a block of W0 is widened into a buffer, the product is added there, and the block is rounded into W
+    same dtype    W is fp32 or fp64, or bf16 with bf16 factors on a machine whose bf16 product is
+                  fast and accumulates in fp32: one stock product reads W0 and writes W
+    wider         a block of W0 is widened into a buffer, the product is added there, and the block
+                  is rounded into W
 
 Law: block sizes are constants, so the bits of a result depend on W0, left and right alone.
 """
@@ -203,7 +204,10 @@ def _cpu_bf16_rounds_once() -> bool:
 
 @contextlib.contextmanager
 def exact_mode(*devices: torch.device) -> Iterator[None]:
-    """Turn off autograd, autocast, inference tensors, and TF32 or bf16 in place of fp32 products."""
+    """Turn off all that changes bits or makes a graph, for the length of a ``with``.
+
+    That is autograd, autocast, inference tensors, and TF32 or bf16 in place of fp32 products.
+    """
     precision = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -83,7 +83,7 @@ class AllPathsForm(SumForm):
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
-        # Of a tensor that is not contiguous `_by_path` makes a copy, and the sum would go there.
+        # `_by_path` copies a tensor that is not contiguous, and the sum would go into the copy.
         if self._rows.whole and out.is_contiguous():
             _by_path(out, B).baddbmm_(low.to(out.dtype), B.to(out.dtype))
             return out

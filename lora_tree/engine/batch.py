@@ -29,7 +29,7 @@ from .upload import uploaded
 __all__ = ["Batch"]
 
 Kind = tuple[float, ...]
-"""What a row owes: a coefficient for every node, 0 for a node that is not on its lineage."""
+"""A row's coefficient of every node; 0 for a node that is not on its lineage."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,9 @@ class Batch:
         if not of_row:
             raise SpecError("route needs at least one row, got an empty list of paths")
         in_order = tuple(sorted(nodes, key=depth_first))
-        kinds = [tuple([each.get(node, 0.0) for node in in_order]) for each in owed]
+        kinds = []
+        for each in owed:
+            kinds.append(tuple([each.get(node, 0.0) for node in in_order]))
         return _distinct(in_order, kinds, of_row)
 
     def __len__(self) -> int:
@@ -102,7 +104,10 @@ class Batch:
             nodes: in the order of the sum.
         """
         columns = [self.nodes.index(node) for node in nodes]
-        kinds = [tuple([kind[column] for column in columns]) for kind in self.kinds]
+        kinds = []
+        for kind in self.kinds:
+            kinds.append(tuple([kind[column] for column in columns]))
+        # Kinds that differ in other nodes only are one kind here.
         return _distinct(tuple(nodes), kinds, self.of_row)
 
     def spread(self, repeat: int, tile: int) -> Batch:

@@ -2,7 +2,8 @@
 row's path.
 
     (rows, tokens, features)     taken
-    (rows · k, tokens, …)        taken if k was declared: `repeat=`, `tile=`, or generate's own expansion
+    (rows · k, tokens, …)        taken if k was declared: `repeat=`, `tile=`, or generate's own
+                                 expansion
     (rows · tokens, features)    packed: refused
     (tokens, rows, features)     time first: refused, even if there are as many tokens as rows
     (windows · rows, …)          refused
@@ -48,7 +49,12 @@ class SeenSites:
 
 @dataclass(frozen=True)
 class _Given:
-    """The main input of the forward that runs now: its length, and whether it has one token a row."""
+    """The main input of the forward that runs now.
+
+    Args:
+        length: of its first axis.
+        vectors: it has one token a row.
+    """
 
     length: int
     vectors: bool

@@ -106,7 +106,7 @@ class SideHooks(Protocol):
         """No side paths, ready to run."""
 
     def lay_out(self, placed: PlacedPlan) -> LaidOut:
-        """Return the side paths of one path or blend; raise if a site of the plan can't have one."""
+        """Return the side paths of one path or blend; raise if a site can't have one."""
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> LaidOut:
         """Return the side paths of a batch; raise if a site of the plan can't have one."""

@@ -6,10 +6,10 @@ NaN. What a base would be given has to be finite:
     merged      W0 + Σ c · scale · B A, rounded to the dtype of W        fp16 ends at 65504
     unmerged    A, and c · scale · B, in the dtype of the side path
 
-Most adapters are known to be fine by one number, the largest M of all their factors: |c · scale · B
-A| is at most
-|c · scale| · r · M². It is found once for each adapter (`largest.py`). Only sites for which that bound is too coarse
-cost more: first the site's own factors are looked at, then the sum is computed and dropped.
+Most adapters are known to be fine by one number, the largest M of all their factors: no number of
+c · scale · B A is larger than |c · scale| · r · M². It is found once for each adapter
+(`largest.py`). Only sites for which that bound is too coarse cost more: first the site's own
+factors are looked at, then the sum is computed and dropped.
 """
 
 from __future__ import annotations

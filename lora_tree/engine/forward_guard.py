@@ -1,11 +1,11 @@
 """Refuse a forward or a backward of the base that would mix two behaviours, while paths run beside
 its weights.
 
-    before a forward     a key/value cache goes on only under the path that filled it; a routed batch has the rows that
-                         were declared
-    after it             the cache is marked with what filled it
-    before a backward    checkpointed layers run their forward again, with the side paths that are there then: those
-                         have to be the ones of the first run
+    before a forward     a key/value cache goes on only under the path that filled it; a routed
+                         batch has the rows that were declared
+    after it             the cache is marked with the behaviour that filled it
+    before a backward    checkpointed layers run their forward again, with the side paths of then:
+                         those have to be the ones of the first run
 
 A behaviour is known here by its mark, a number. It is noted on caches, so that a copy of a cache is
 as good as the cache, and in the hooks of a backward.

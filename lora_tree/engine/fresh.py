@@ -1,4 +1,4 @@
-"""Adapters for fresh nodes: made when a tree meets its base, since only the base knows the shapes."""
+"""Make the adapters of fresh nodes when a tree meets its base: only the base knows the shapes."""
 
 from __future__ import annotations
 

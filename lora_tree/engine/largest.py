@@ -57,7 +57,9 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
         adapters: the adapters of the plan that are looked at.
     """
     found = [_largest_in(adapter) for adapter in adapters]
-    own = {id(value) for adapter in plan.adapters for value in adapter.modules.values()}
+    own: set[int] = set()
+    for adapter in plan.adapters:
+        own.update(map(id, adapter.modules.values()))
     made: list[Tensor] = []
     for terms in plan.terms.values():
         for term in terms:

@@ -1,11 +1,11 @@
 """Keep what was made for the last keys used, so that using one again costs nothing.
 
-    strong    the last `count` values, the oldest first to go; any of them may be dropped at any time, by any thread
+    strong    the last `count` values, the oldest first to go; any thread may drop any of them
     weak      every value that is alive, because something uses it
 
 Law: whether something is kept changes the cost of getting it, and nothing else. A value in use is
-found again, whatever was dropped. Where memory is bounded, a `Ledger` counts the memory that such
-values take (`ledger.py`).
+found again after a drop. Where memory is bounded, a `Ledger` counts the memory that such values
+take (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LastUsed(Generic[V]):
     >>> class Made: pass
     >>> kept = LastUsed(1)
     >>> first = kept.get("a", Made)
-    >>> _ = kept.get("b", Made)                         # the last one stays, "a" is alive because we hold it
+    >>> _ = kept.get("b", Made)              # "b" stays; "a" is alive because we hold it
     >>> kept.get("a", Made) is first
     True
     """

@@ -51,9 +51,7 @@ class Mergeable:
         """(site, tensor) that shares its memory with no other module."""
         self._writable: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
-        """Plan → the dtypes of the weights that it was found to leave finite, whatever their
-        numbers.
-        """
+        """Plan → the dtypes of weights of which it was found to leave any finite one finite."""
         self._addresses: list[int] = []
 
     def check(self, placed: PlacedPlan, owner: _Owner | None = None) -> None:
@@ -110,7 +108,7 @@ class Mergeable:
             self._finite[plan] = placed.dtypes
 
     def _own_value(self, site: Site, attribute: str) -> Tensor:
-        """Return the base's own numbers: the copy, or the weight as it stands while there is none."""
+        """Return the base's own numbers: the copy; or the weight as it is, if there is no copy."""
         kept = self._pristine.known(site.module, attribute)
         if kept is not None:
             return kept
@@ -167,7 +165,7 @@ class Mergeable:
 
 
 def _written(plan: Plan, name: str) -> list[str]:
-    """Return the tensors that a plan writes at a site: the weight, and the bias if a term has one."""
+    """Return the names of what a plan writes at a site: the weight, and a bias if a term has one."""
     site = plan.sites[name]
     return [site.weight_name, site.bias_name] if name in plan.biased else [site.weight_name]
 

@@ -47,11 +47,10 @@ class Merged:
         self.plan = EMPTY_PLAN
 
     def verify(self, plan: Plan) -> None:
-        """Check that nobody else wrote to a weight since the last switch, before the switch to
-        ``plan``.
+        """Check, before the switch to ``plan``, that all writes since the last switch were ours.
 
         Raises:
-            ForeignWrite: somebody did while a path was merged into it; names the weight.
+            ForeignWrite: somebody else wrote to a weight with a path merged into it; names it.
         """
         if plan.terms or self.plan.terms:
             self.pristine.verify(self._replaced())
@@ -89,7 +88,7 @@ class Merged:
                 self.plan = plan
             except BaseException:
                 self.plan = before
-                # From pristine any weight can be written anew, whatever it holds now. In place,
+                # From pristine any weight can be written anew, half-written ones too. In place,
                 # what is half written can't be taken back, and what was not begun must not be.
                 undone = done if self._in_place else begun
                 back = [write.undone() for write in reversed(undone)]
@@ -102,7 +101,7 @@ class Merged:
                     self.pristine.look()
 
     def restore(self) -> None:
-        """Put the base's own values back, whatever stands in its weights now.
+        """Put the base's own values back over any numbers that its weights hold now.
 
         Raises:
             StateError: no copies were kept.
@@ -150,8 +149,7 @@ class Merged:
             if name in plan.biased or name in old.biased:
                 tensors.append(site.bias_name)
             (merged if now else bare).append(_SiteWrite(site, tensors, now, then))
-        # What goes bare comes first: the same weight may be written under a second name in the new
-        # plan.
+        # Sites that go bare come first: the new plan may write the same weight under another name.
         return [*bare, *merged]
 
     def _sources(self, writes: Sequence[_SiteWrite]) -> dict[tuple[int, str], Tensor]:

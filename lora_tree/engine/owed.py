@@ -1,4 +1,4 @@
-"""What the rows of a batch owe at one site, and some of the rows as one value."""
+"""The debts of a batch's rows at one site, and some of the rows as one value."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RowSubset:
 
 @dataclass(frozen=True, eq=False)
 class Owed:
-    """What the rows of a batch owe at one site.
+    """The debts of a batch's rows at one site.
 
     Args:
         site: the site.

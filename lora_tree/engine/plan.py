@@ -1,7 +1,6 @@
 """Plan: what each site gets for a path or a blend: site name → terms in the order of the sum.
 
-Binding comes first: an adapter fits the base or it does not, whatever the path, so it is checked
-once.
+Binding comes first: an adapter fits the base or it does not, on any path, so it is checked once.
 
 A plan has a `mark`, a number by which key/value caches and recorded backwards are told apart. Two
 plans of the same factors have the same mark, even if one was dropped and made again, or its factors
@@ -298,7 +297,7 @@ class Binder:
         return bound
 
     def site(self, name: str) -> Site:
-        """Return the site of that name in the base as it is now: a replaced module is found again."""
+        """Return the site of that name in the base as it is now; a replaced module is looked up."""
         known = self._sites.get(name)
         if known is not None and known.is_in(self._base):
             return known

@@ -3,7 +3,7 @@
 A compiled forward keeps the hooks that were there when it was traced, and ignores later ones in
 silence. So the hooks are put in once, before, and what they read is rewritten in place:
 
-    y = base(x) + B (c ∘ A x)        A: (max_rank, in), B: (out, max_rank), zeros past the rank in use
+    y = base(x) + B (c ∘ A x)        A: (max_rank, in), B: (out, max_rank), zeros past the rank
                                      c: (rows, max_rank), which columns a row owes; only while a
                                          batch is routed
 

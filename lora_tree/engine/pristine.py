@@ -91,7 +91,7 @@ class _PristineCopy:
         return self.copy.numel() * self.copy.element_size()
 
     def fits(self) -> bool:
-        """Whether the copy can be put back, whatever else was done to the weight."""
+        """Return whether the copy can be put back into the module's present weight."""
         now = getattr(self.weight.module, self.weight.attribute, None)
         return isinstance(now, Tensor) and now.shape == self.copy.shape
 
@@ -101,7 +101,7 @@ class Pristine:
 
     Args:
         place: where copies go: ``device``, ``host``, or ``auto``, which takes the device if there
-            is room. The copies of a base in host memory are in host memory, whatever is asked.
+            is room. A base in host memory has its copies there in any case.
     """
 
     def __init__(self, place: Place = "auto") -> None:
@@ -198,7 +198,7 @@ class Pristine:
         self._watch.look([kept.weight for kept in self._kept.values()])
 
     def restore(self, replaced: Iterable[str] = ()) -> None:
-        """Put the base's own values back wherever a path is merged, whatever stands there now.
+        """Put the base's own values back over every weight with a path in it.
 
         Args:
             replaced: merged weights whose module the base does not have any more.

@@ -1,11 +1,11 @@
 """Routed: every row of a batch by its own path, each site's sum in the form that costs least.
 
-    paths ─→ Batch: what each row owes to each node           once for a batch
-             Route: what is owed at each site                 once for a batch, when a site first runs
-                    in one form for the whole batch           once for a batch and a number of tokens a row
+    paths ─→ Batch: what each row owes to each node    once for a batch
+             Route: what is owed at each site          once for a batch, when a site first runs
+                    in one form for the whole batch    once for a batch and a number of tokens a row
 
 The last routes are kept, so that the same paths in the same order cost nothing again. A site at
-which all rows owe the same is one product, whatever lies on its first axis.
+which all rows owe the same is one product, and its first axis may be anything.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Route:
         return found
 
     def _batch(self, terms: Terms, spread: Spread) -> Batch:
-        """Return the batch as the nodes of some terms see it; sites with the same nodes share it."""
+        """Return the batch as some terms' nodes see it; sites with the same nodes share it."""
         nodes = tuple([term.node for term in terms])
         key = nodes, spread
         found = self._batches.get(key)

@@ -1,8 +1,10 @@
 """A side path: what is added to the output of a site's own module while the weights stay the base's
 own.
 
-y = base(x) + B (A x)      in the widest of the factors' and the weight's own dtype, or in the one asked for;
-                           in fp32 on a CPU that has no fast product for a narrower one
+    y = base(x) + B (A x)
+
+It computes in the widest of the factors' and the weight's own dtype, or in the one asked for; in
+fp32 on a CPU that has no fast product for a narrower one.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class Side(Protocol):
 
 
 SideKind: TypeAlias = tuple[torch.dtype, torch.device]
-"""What a site's side path computes in."""
+"""The dtype and the device that a site's side path computes in."""
 
 
 class Sides(dict[str, Side]):

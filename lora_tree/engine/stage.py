@@ -1,7 +1,9 @@
 """Stage: makes behaviours, and makes one of them the base's.
 
-    compose(request) → Behaviour     everything that can fail: checks, pins, lays out; the base is not touched
-    install(behaviour)               the only writer: weights, side paths, save hook, claim; rolls back if it fails
+    compose(request) → Behaviour     everything that can fail: checks, pins, lays out; the base is
+                                     not touched
+    install(behaviour)               the only writer: weights, side paths, save hook, claim; rolls
+                                     back if it fails
 
 Law: after a call that failed the base does what it did before, and `current` says so. A behaviour
 that a block remembers keeps its pins, so bringing it back needs no room and no file that it did not
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -263,8 +266,8 @@ class Stage:
             self._save_hooks.pop().remove()
         if merged:
             for module in saved_by_themselves(self._base):
-                hook = module.register_state_dict_pre_hook(warn_on_save)  # type: ignore[no-untyped-call]
-                self._save_hooks.append(hook)
+                register: Any = module.register_state_dict_pre_hook  # torch has no types for it
+                self._save_hooks.append(register(warn_on_save))
         self._warns_on_save = merged
 
     def _retire(self, behaviour: Behaviour) -> None:

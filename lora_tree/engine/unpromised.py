@@ -6,8 +6,8 @@ not correctness. The tests take each of them away (tests/test_versions.py).
 
     name                                           since  without it
     F.grouped_mm                                   2.10   batches are added up node by node
-    _C._autograd._top_saved_tensors_default_hooks  2.8    every recorded side path walks the stack to
-                                                          look for checkpointing
+    _C._autograd._top_saved_tensors_default_hooks  2.8    every recorded side path walks the stack
+                                                          to look for checkpointing
     ops.mkldnn._is_mkldnn_{bf16,fp16}_supported    2.0    narrow products on a CPU are widened
     _subclasses.fake_tensor                        2.0    a batch with as many tokens as rows is not
                                                           probed
@@ -87,7 +87,7 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
 
 
 def fake_tensors() -> tuple[Any, Any] | None:
-    """Return (FakeTensorMode, FakeCopyMode), which run a module on shapes; None if there are none."""
+    """Return (FakeTensorMode, FakeCopyMode), which run a module on shapes; None without them."""
     try:
         from torch._subclasses import fake_tensor
     except ImportError:

@@ -75,7 +75,7 @@ class Watch:
         self._last: _Samples | None = None
 
     def look(self, weights: Sequence[WatchedWeight]) -> None:
-        """Remember how the weights look now: whatever was written to them so far was ours."""
+        """Remember how the weights look now: all writes so far were ours."""
         for weight in weights:
             weight.version = weight.parameter._version
         self._last = _Samples(weights, self._last)

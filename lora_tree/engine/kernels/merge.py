@@ -103,8 +103,11 @@ def _right(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    table,  # int64: programs before each part; then PART_FIELDS numbers a part; then SLOT_FIELDS numbers a slot
-    scales,  # fp32: for each part its last slot's scale; then for each slot the one before's over its own
+    # int64: programs before each part; then PART_FIELDS numbers a part; then SLOT_FIELDS a slot
+    table,
+    # fp32: each part's last slot's scale; then for each slot the scale of the one before over its
+    # own
+    scales,
     parts,
     WEIGHT: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -169,7 +172,8 @@ def _kernel(  # type: ignore[no-untyped-def]
             )
             if WIDEN:
                 x = x.to(tl.float32)
-            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuple into another)
+            # Sums of tuples, because Triton unpacks no tuple into another.
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
             rights = rights + (right,)  # type: ignore[assignment]  # noqa: RUF005
             strides = strides + (stride,)  # type: ignore[assignment]  # noqa: RUF005
             counts = counts + (count,)  # type: ignore[assignment]  # noqa: RUF005
@@ -308,7 +312,10 @@ def _kind(part: MergePart) -> tuple[Any, ...]:
     addresses = weight.data_ptr() | pristine.data_ptr()
     weights_aligned = addresses % 16 == 0 and weight.shape[-1] % 16 == 0
     turned = part.turned
-    factors_aligned = all(_is_aligned(f, turned) for t in part.terms for f in (t.left, t.right))
+    factors_aligned = True
+    for term in part.terms:
+        aligned = _is_aligned(term.left, turned) and _is_aligned(term.right, turned)
+        factors_aligned = factors_aligned and aligned
     slots = sum(-(-term.left.shape[-1] // RANKS) for term in part.terms)
     unrolled = slots if slots <= UNROLLED else 0
     return weight.device, weight.dtype, factor, turned, weights_aligned, factors_aligned, unrolled

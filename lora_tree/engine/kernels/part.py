@@ -58,7 +58,9 @@ class MergePart:
 
         Where dtypes differ all become fp32, which holds each of them exactly.
         """
-        dtypes = {t.left.dtype for t in terms} | {t.right.dtype for t in terms}
+        dtypes: set[torch.dtype] = set()
+        for term in terms:
+            dtypes |= {term.left.dtype, term.right.dtype}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         turned = _is_turned(terms)
         alike = []

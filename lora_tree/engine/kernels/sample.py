@@ -27,7 +27,7 @@ INTEGERS = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(table, out, NUMBER: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program a tensor; the table has its address, its step, how many samples, and where they go."""
+    """Sample one tensor a program: the table has its address, step, count, and place in ``out``."""
     fields = table + tl.program_id(0) * 4
     address = tl.load(fields).to(tl.pointer_type(NUMBER))
     step = tl.load(fields + 1)
