@@ -68,6 +68,7 @@ class RefusedAttribute(StateError, AttributeError):
 
 def is_answered(base: nn.Module | None, name: str) -> bool:
     """Return whether an attribute that a `TreeModel` does not have is answered by its base."""
+    # Python looks protocols up on the class, and copy, pickle and torch would find the base's.
     is_protocol = name.startswith("__") and name.endswith("__")
     return base is not None and not is_protocol and name not in REFUSED and hasattr(base, name)
 

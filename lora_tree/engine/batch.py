@@ -72,6 +72,7 @@ class Batch:
         owed: list[dict[str, float]] = []
         of_row: list[int] = []
         nodes: set[str] = set()
+        # A batch of thousands of rows has a few paths, and each is looked up once.
         for row, blend in enumerate(paths):
             try:
                 # A mapping has no hash, and two spellings of one blend owe the same.
@@ -87,6 +88,7 @@ class Batch:
             of_row.append(known[key])
         if not of_row:
             raise SpecError("route needs at least one row, got an empty list of paths")
+        # The tree's own order, so that a row's sum does not depend on the rows around it.
         in_order = tuple(sorted(nodes, key=depth_first))
         kinds = []
         for each in owed:
@@ -103,6 +105,7 @@ class Batch:
         Args:
             nodes: in the order of the sum.
         """
+        # In the order asked for, which is that of the site's terms.
         columns = [self.nodes.index(node) for node in nodes]
         kinds = []
         for kind in self.kinds:
@@ -164,6 +167,7 @@ class Batch:
 
     def coefficients(self, rows: Sequence[int]) -> Tensor:
         """Return what some rows owe to each node: (rows, nodes), float64, in host memory."""
+        # In fp64: a coefficient is rounded once, into the dtype of the side path.
         numbers = [self.kinds[self.of_row[row]] for row in rows]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 

@@ -92,6 +92,7 @@ class BatchAxis:
         self._given: _Given | None = None
         self.expand(1)
 
+    # ------------------------------------------------------------------ generate
     def expand(self, expansion: int) -> None:
         """Note that ``generate`` repeats each row so many times in succession; 1: not any more."""
         self._expansion = expansion
@@ -148,12 +149,14 @@ class BatchAxis:
         given, seen = self._given, self._seen
         if given is None or given.length == 1 or self.batch_first:
             return
+        # A forward on shapes takes a second, so it is run only for a site that it may settle.
         unknown = []
         for site in sites:
             if site not in seen.rows_first and site not in seen.probed:
                 unknown.append(site)
         if not unknown or not is_square(inputs, given.length):
             return
+        # Before the run: a base that can't be run on shapes is not asked again.
         seen.probed.update(unknown)
         self.probing = True
         try:
@@ -164,7 +167,7 @@ class BatchAxis:
     def note(self, site: Site, x: Tensor) -> None:
         """Note, while probing, whether a site's input has grown by one row on its first axis."""
         others = site.token_axes(x)
-        assert self._given is not None
+        assert self._given is not None  # `probe` runs between `begin` and `end`
         if others and x.shape[0] == self._given.length + 1 and x.shape[0] not in others:
             self._seen.rows_first.add(site)
 

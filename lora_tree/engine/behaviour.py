@@ -161,6 +161,7 @@ class Behaviour:
     pins: Pins
     adapters: Mapping[str, Adapter]
 
+    # Derived and not stored, so that it can't disagree with the plan.
     @cached_property
     def state(self) -> State:
         """The state that this behaviour puts the base in."""

@@ -84,9 +84,11 @@ class Cost:
             copies: how many different factors of this size are read.
         """
         out, into = shape[-2], shape[-1]
+        # The input is read, the output read and written.
         moved = into + 2 * out
         calls = 2
         if gathered:
+            # The input is copied, and so is the result before it is added in its place.
             moved += into + 3 * out
             calls = 4
         numbers = copies * rank * (into + out) + inputs * moved

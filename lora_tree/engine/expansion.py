@@ -42,8 +42,8 @@ def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
         finally:
             axis.expand(1)
 
-    # Into the object's own `__dict__`: `nn.Module.__setattr__` has its own ideas, and the class
-    # belongs to other models too.
+    # Into the object's own `__dict__`, because other models share the class. The object may have
+    # methods of its own there, which come back at the end.
     own = vars(base)
     before = {name: own[name] for name in (EXPAND, GENERATE) if name in own}
     own.update({EXPAND: noting, GENERATE: ending})

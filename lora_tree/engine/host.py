@@ -88,6 +88,7 @@ class Claim:
         """Nothing of the model is in the base."""
 
 
+# Weak keys: a base that is dropped takes its claim along.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Claim] = weakref.WeakKeyDictionary()
 
 

@@ -55,6 +55,7 @@ class _InTurn(SumForm):
     def _made(self) -> list[_Product]: ...
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
+        # One product after the other writes its rows, a row's in the order of the sum.
         for product in self._products:
             value = product.value()
             low = self._down(product.rows.of(x), value, product.each)
@@ -94,6 +95,7 @@ class NodesForm(_InTurn):
         products = []
         for value, (rows, coefficients) in zip(owed.values, owed.batch.by_node, strict=True):
             each = None
+            # One coefficient for all rows goes into the scale, and costs nothing in a forward.
             if len(set(coefficients)) == 1:
                 value = value.scaled(coefficients[0])
             else:

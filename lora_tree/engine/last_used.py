@@ -37,6 +37,7 @@ class LastUsed(Generic[V]):
     def __init__(self, count: int) -> None:
         self._count = count
         self._last: OrderedDict[Hashable, V] = OrderedDict()
+        # Also what was dropped: a behaviour that runs holds its values, and must find these again.
         self._alive: weakref.WeakValueDictionary[Hashable, V] = weakref.WeakValueDictionary()
 
     def get(self, key: Hashable, make: Callable[[], V], *, keep: bool = True) -> V:
@@ -68,6 +69,7 @@ class LastUsed(Generic[V]):
 
     def drop(self) -> bool:
         """Let go of the value used longest ago; False if none is kept. Any thread may call this."""
+        # Asked for forgiveness and not for permission: another thread may drop the last one first.
         try:
             self._last.popitem(last=False)
         except KeyError:

@@ -60,6 +60,7 @@ class Launches:
             number: of the pristine copies.
         """
         if number != self._number:
+            # Which launch read which copy is not recorded, so all of them go.
             self._of.clear()
             self._number = number
         known = self._of.get(plan, {}).get(_names(sites))
@@ -108,9 +109,10 @@ def part_of(
     own = False
     for value, coefficient in terms:
         here = value.to(device=target.device)
-        own = own or here is not value
+        own = own or here is not value  # then the copy lives as long as the caller holds it
         left, right = site.sides_of(here)
         found.append(MergeTerm(left, right, value.scale * coefficient))
+    # A copy in host memory is sent into the weight first, and the kernel reads it there.
     pristine = rows if source.device != target.device else site.rows(source)
     if not can_merge(rows, pristine, found):
         return None

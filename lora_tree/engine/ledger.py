@@ -26,6 +26,7 @@ def ordinary(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+# A protocol, because imports point inward: the cache knows the engine, and not the other way round.
 class Ledger(Protocol):
     """Bounds the memory that is taken beside the weights, as a cache with a budget does."""
 

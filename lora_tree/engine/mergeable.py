@@ -52,6 +52,7 @@ class Mergeable:
         self._writable: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
         """Plan → the dtypes of weights of which it was found to leave any finite one finite."""
+        # The address of every tensor of the base, when the two answers above were found.
         self._addresses: list[int] = []
 
     def check(self, placed: PlacedPlan, owner: _Owner | None = None) -> None:
@@ -127,6 +128,7 @@ class Mergeable:
             site = plan.sites[name]
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
+            # torch finds one module under two names if it is registered twice.
             other = names.setdefault((id(site.module), site.weight_name), name)
             if other != name:
                 raise TiedWeights(
@@ -144,6 +146,7 @@ class Mergeable:
         """Check that no other module uses a tensor that is about to be written: (site, tensor, a
         node that does).
         """
+        # Memory is compared, not names: a tied weight may be a view of a part of another one.
         spans = list(_spans(self._base))
         for site, attribute, node in written:
             start, end = _span(getattr(site.module, attribute))
@@ -165,7 +168,7 @@ class Mergeable:
 
 
 def _written(plan: Plan, name: str) -> list[str]:
-    """Return the names of what a plan writes at a site: the weight, and a bias if a term has one."""
+    """Return the names of the tensors that a plan writes at a site: weight, and bias if any."""
     site = plan.sites[name]
     return [site.weight_name, site.bias_name] if name in plan.biased else [site.weight_name]
 

@@ -71,9 +71,11 @@ class Merged:
             return
         writes = self._changes(plan)
         if not writes and not after_failure:
+            # The same terms at every site, under another plan: nothing to write, nothing to note.
             self.plan = plan
             return
         before = self.plan
+        # A base may be spread over several devices.
         devices = {write.target(write.site.weight_name).device for write in writes}
         launched = {device for device in devices if usable(device)}
         with exact_mode(*devices):
@@ -88,7 +90,7 @@ class Merged:
                 self.plan = plan
             except BaseException:
                 self.plan = before
-                # From pristine any weight can be written anew, half-written ones too. In place,
+                # With pristine any weight can be written anew, half-written ones too. In place,
                 # what is half written can't be taken back, and what was not begun must not be.
                 undone = done if self._in_place else begun
                 back = [write.undone() for write in reversed(undone)]
@@ -115,6 +117,7 @@ class Merged:
                 "the base again",
             )
         self.pristine.restore(self._replaced())
+        # Their addresses are those of copies that are gone now.
         self._launches.forget()
         self.plan = EMPTY_PLAN
 

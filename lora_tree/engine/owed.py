@@ -39,16 +39,16 @@ class RowSubset:
         start, end = self.rows[0], self.rows[0] + len(rows)
         if self.rows == tuple(range(start, end)):
             self.slice = slice(start, end)
+        # The batch has the index lists, so that sites with the same rows share one on the device.
         self.index = batch.index(self.rows, device)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def of(self, x: Tensor) -> Tensor:
-        """Return these rows of ``x``: a view if they lie side by side."""
+        """Return these rows of ``x``: a view if they lie side by side, unless autograd follows it."""
         if self.whole:
             return x
-        # The backward of a view fills a gradient as large as the batch with zeros, each time.
         if self.slice is None or x.requires_grad:
             return x.index_select(0, self.index)
         return x[self.slice]
@@ -109,8 +109,9 @@ class Owed:
             BudgetError: there is no room for it.
         """
         if self.live:
-            return make
+            return make  # an optimiser writes to the factors between two calls
         made = make()
+        # Only now it shows how much is new memory: a stack of one may be the factor itself.
         self.charge(_new_bytes(made, self.values))
         return lambda: made
 
@@ -120,6 +121,7 @@ class Owed:
 
     def numbers(self, of: Sequence[float] | Tensor) -> Tensor:
         """Return coefficients in the factors' dtype, on their device."""
+        # Rounded once, from fp64, in host memory: the device gets a small table and no cast.
         numbers = torch.as_tensor(of, dtype=torch.float64, device="cpu").to(self.dtype)
         return uploaded(numbers, self.device)
 

@@ -128,6 +128,7 @@ class Plan:
         """Whether its factors have the numbers that they had, and those train that did."""
         if self.fixed:
             return True
+        # Versions count writes in place, as an optimiser's; the flags are set by `trainable`.
         for name, terms in self.terms.items():
             for term in terms:
                 if term.version != _version(term.value):
@@ -163,6 +164,7 @@ class Marks:
 
     def of(self, key: Hashable) -> int:
         """Return the mark of ``key``, a new one if it is not known."""
+        # Taken out and put back at the end, where the last used are.
         mark = self._of.pop(key, None) or next(_MARKS)
         self._of[key] = mark
         if len(self._of) > KEPT_MARKS:
@@ -244,6 +246,8 @@ class Binder:
         return PlacedPlan(plan, dtypes, any(map(_requires_grad, plan.tensors)))
 
     def _made(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
+        # Site by site in the order in which the lineage first names them; within a site in the
+        # order of the sum, which decides the bits.
         found: dict[str, list[Term]] = {}
         live: set[tuple[str, str]] = set()
         fixed = True
@@ -279,6 +283,7 @@ class Binder:
                 that differs.
         """
         known = self._bound.get(adapter)
+        # An adapter is bound once; only that its modules are still there is asked again.
         if known is not None and all(site.is_in(self._base) for site in known[1]):
             return known[0] or adapter
         try:
@@ -290,6 +295,7 @@ class Binder:
                 self._check_unchanged(name, tensor)
         except LoraTreeError as error:
             raise self._told(error, node, adapter) from error
+        # A warning and no error: people rename and quantise bases. Once for each name.
         if adapter.base and adapter.base not in self._warned:
             self._warned.add(adapter.base)
             warn_of_base(node, adapter.base, self._own_name, stacklevel=2)

@@ -94,6 +94,7 @@ class Prepared:
         """No side paths, ready to run."""
         self.reached: set[str] = set()
         """Nothing that is prepared trains, so no gradient comes back to a node."""
+        # One after the other into the list, so that a failure takes out those that are in.
         try:
             for fixed in self._fixed.values():
                 hook = fixed.site.module.register_forward_hook(fixed.hook(), with_kwargs=True)
@@ -103,8 +104,7 @@ class Prepared:
             raise
 
     def lay_out(self, placed: PlacedPlan) -> Numbers:
-        """Check one path or blend, and return its numbers; of an empty plan none, and side paths
-        that are off.
+        """Check one path or blend, and return its numbers; an empty plan turns the side paths off.
 
         Raises:
             MergedOnly: a site's module is never called.
@@ -117,6 +117,7 @@ class Prepared:
         if not plan.terms:
             return self.nothing
         self._check(placed, None)
+        # Every site gets numbers, those off the path zeros: a hook that is off is another trace.
         made = {}
         for name, fixed in self._fixed.items():
             made[name] = fixed.numbers(plan.terms.get(name, ()))
@@ -168,6 +169,7 @@ class Prepared:
         check_sites_beside(plan)
         for name, terms in plan.terms.items():
             fixed = self._fixed.get(name)
+            # A module that was replaced since has a new site, and none of our hooks.
             known = fixed is not None and fixed.site is plan.sites[name]
             if fixed is None or not known or (name in plan.biased and not fixed.biased):
                 raise StateError(
@@ -282,14 +284,13 @@ class _Fixed:
         return bias
 
     def write(self, numbers: _SiteNumbers, mode: int) -> None:
-        """Rewrite the buffers in place; those of the rows are made anew only for another number of
-        rows.
-        """
+        """Rewrite the buffers in place; those of the rows only for the same number of rows."""
         self.mode, self.uniform, self.batch_first = mode, numbers.uniform, numbers.batch_first
         value, rank = numbers.value, 0 if numbers.value is None else numbers.value.rank
         if value is not None:
             self.A[..., :rank, :].copy_(value.A)
             self.B[..., :rank].copy_(value.B)
+        # An earlier path of a larger rank has left numbers there, which would be added.
         self.A[..., rank:, :].zero_()
         self.B[..., rank:].zero_()
         if value is None or value.bias is None:

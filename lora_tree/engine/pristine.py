@@ -58,15 +58,13 @@ class Copies:
 
     @property
     def kind(self) -> str:
-        """``device``, ``host``, ``device+host``, or ``none`` where nothing is kept, as before the
-        first merge.
-        """
+        """``device``, ``host``, ``device+host``; ``none`` if nothing is kept, as before a merge."""
         parts = {"device": self.device_bytes, "host": self.host_bytes}
         return "+".join(name for name, nbytes in parts.items() if nbytes) or "none"
 
     @property
     def nbytes(self) -> int:
-        """All of them."""
+        """Bytes of all copies."""
         return self.device_bytes + self.host_bytes
 
 
@@ -106,14 +104,16 @@ class Pristine:
 
     def __init__(self, place: Place = "auto") -> None:
         self._place = place
+        # By the module's id, which its copy keeps from being used again: it holds the module.
         self._kept: dict[tuple[int, str], _PristineCopy] = {}
         self._watch = Watch()
         self.number = 0
-        """Another one whenever a copy was made or dropped."""
+        """Changes whenever a copy is made or dropped; launches hold the copies' addresses."""
 
     def verify(self, replaced: Sequence[str] = ()) -> None:
-        """Check that every copy is still what its weight was. The copy of a changed bare weight is
-        dropped.
+        """Check that only we have written to the weights that have copies.
+
+        If somebody else wrote to a bare weight, its copy is dropped.
 
         Args:
             replaced: merged weights whose module the base does not have any more.
@@ -138,8 +138,8 @@ class Pristine:
                 'model.trust("weights") takes the weights as they are now for the base',
                 "next time: model.deactivate() before loading, casting or resizing the base",
             )
-        # Nothing is merged into these: what stands there now is the base's own, and is copied when
-        # it is needed next.
+        # Nothing is merged into these, so the owner of the base has given them new values of their
+        # own. They are copied again when a path is merged into them next.
         for key in changed:
             del self._kept[key]
             self.number += 1
@@ -161,6 +161,7 @@ class Pristine:
                 host.
         """
         self._keep(wanted)
+        # Nothing fails any more until the first write.
         sources = {}
         for _, module, attribute, merged in wanted:
             kept = self._kept[id(module), attribute]
@@ -178,6 +179,7 @@ class Pristine:
             return
         parameters = [weight.parameter for weight in missing]
         on_device = self._goes_beside(parameters)
+        # All copies are made before the first is kept, so that an error leaves none behind.
         copies = _beside(parameters) if on_device else None
         if copies is None:
             on_device = False
@@ -186,6 +188,7 @@ class Pristine:
             beside = on_device and _is_apart(weight.parameter.device)
             self._kept[id(weight.module), weight.attribute] = _PristineCopy(weight, copy, beside)
         self.number += 1
+        # The watch has to know the new weights before they are written.
         self.look()
 
     def known(self, module: nn.Module, attribute: str) -> Tensor | None:
@@ -217,6 +220,7 @@ class Pristine:
                 'model.trust("weights") takes the weights as they are now, the path in them, for '
                 "the base",
             )
+        # Into the tensor that the module shows now, which may be another parameter.
         for kept in merged:
             getattr(kept.weight.module, kept.weight.attribute).copy_(kept.copy)
         self.forget()
@@ -249,6 +253,7 @@ class Pristine:
             nbytes = parameter.numel() * parameter.element_size()
             taken[parameter.device] = taken.get(parameter.device, 0) + nbytes
         cards = [device for device in taken if _is_apart(device)]
+        # All go to one kind of memory: a switch is as slow as its slowest copy.
         if self._place == "device":
             return bool(cards)
         return bool(cards) and all(taken[device] <= _room_bytes(device) for device in cards)
@@ -256,29 +261,27 @@ class Pristine:
 
 # ---------------------------------------------------------------------- where copies go
 def _is_apart(device: torch.device) -> bool:
-    """Whether a device has memory of its own, of which we can ask how much is free."""
+    """Return whether a device has memory of its own, and says how much of it is free."""
     return device.type == "cuda"
 
 
 def _room_bytes(device: torch.device) -> int:
-    """Bytes that copies may take on a device: what is free there, without a margin for what the
-    base computes.
-    """
+    """Return the bytes that copies may take on a device, which leaves a margin for activations."""
     free, total = torch.cuda.mem_get_info(device)
+    # CUDA counts memory as taken that torch's allocator has reserved and does not use.
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + cached - total // MARGIN
 
 
 def _beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
-    """Copies where the parameters are; None, with a warning, where there is no room for all of
-    them.
-    """
+    """Return copies where the parameters are; None, with a warning, if not all of them fit."""
     try:
         return [_copy(parameter, parameter.device) for parameter in parameters]
     except torch.OutOfMemoryError as error:
         nbytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         reason = str(error).partition("\n")[0]
-    # Here the exception, whose traceback holds the copies made so far, is gone.
+    # Outside of the `except`: the exception's traceback held the copies made so far, and with it
+    # gone their memory is free for the base.
     warnings.warn(
         f"no room on the device for {format_bytes(nbytes)} of copies of the base's own weights "
         f"({reason:.200}): "
@@ -294,6 +297,7 @@ def _on_host(parameter: Tensor) -> Tensor:
 
 
 def _copy(parameter: Tensor, device: torch.device) -> Tensor:
+    # Pinned, so that a switch sends it to the device without waiting for the host.
     pinned = device.type == "cpu" and parameter.device.type == "cuda"
     copy = torch.empty_like(parameter, device=device, pin_memory=pinned, requires_grad=False)
     return copy.copy_(parameter)

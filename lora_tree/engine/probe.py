@@ -36,8 +36,8 @@ def grown(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: 
     if modes is None:
         return
     FakeTensorMode, FakeCopyMode = modes
-    # A tensor of one axis may be labels, one a row, or positions, one a token. Labels that are too
-    # few or positions that are too many end the first forward, so both readings are tried.
+    # A tensor of one axis may be labels, one a row, or positions, one a token. The wrong reading
+    # ends in an error of shapes; the first that runs is taken.
     for least in (2, 1):
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -89,6 +89,8 @@ class Router:
         Raises:
             SpecError: no such strategy.
         """
+        # By value: each request makes a batch of its own. The plan is known by identity, and holds
+        # the factors. A plan with factors that train is never met again, and neither is its route.
         owed = batch.nodes, batch.kinds, batch.of_row, strategy, placed.dtypes
         key = placed.plan, owed
         route = self._kept.again(key)
@@ -140,6 +142,7 @@ class Route:
     # ------------------------------------------------------------------ before a forward
     def sides(self, axis: BatchAxis) -> Sides:
         """Return the side path of every site, for rows that lie as ``axis`` says."""
+        # The axis is the request's own, so mixed sites get a side path for each request.
         sides = Sides(self._uniform)
         for site in self.mixed:
             sides[site.name] = _RoutedSide(self, site, axis)
@@ -168,7 +171,7 @@ class Route:
             dtype = side_dtype(site.weight, [t.value for t in owed], self.manner.dtype)
             device = side_device(site.weight, owed[0].value)
             draft = Draft(site, tuple(owed), (dtype, device), trains=True)
-            self._charge(draft.nbytes)
+            self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
                 found[name] = PathSide(draft, self.manner)
         return found
@@ -186,6 +189,7 @@ class Route:
         """
         strategy: str = self.strategy
         if strategy == "auto":
+            # One form for all sites: a prompt and its single tokens differ, and sites hardly do.
             key = spread, tokens, device
             found = self._picked.get(key)
             strategy = found or self._picked.setdefault(key, self._cheapest(spread, tokens, device))
@@ -200,6 +204,7 @@ class Route:
         found = self._owed.get(key)
         if found is None:
             found = []
+            # Apart, because only what trains sees dropout, and only what is frozen is laid out.
             for trains in (False, True):
                 terms = tuple([t for t in self.plan.terms[site.name] if t.trains == trains])
                 if not terms:
@@ -236,6 +241,7 @@ class Route:
 
     def _cheapest(self, spread: Spread, tokens: int, device: torch.device) -> str:
         """Return the form with the least estimated time over all sites."""
+        # A model has a hundred sites of a few kinds, so one of each kind is asked.
         alike: dict[Hashable, list[Owed]] = {}
         for site in self.mixed:
             for owed in self._owed_at(site, spread, device):
@@ -281,5 +287,6 @@ class _RoutedSide:
             if form.owed.live:
                 x = self._route.manner.dropped(x, self._site)
             out, taken, spare = widened(out, x, form.owed.dtype, spare)
+            # A form returns a tensor of its own, so the next one may write it over.
             out, spare = form.add(out, taken, spare=spare), True
         return out if out.dtype == dtype else out.to(dtype)

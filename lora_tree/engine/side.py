@@ -139,6 +139,7 @@ class PathSide:
     def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
         for i, piece in enumerate(self._pieces):
             if i == self._frozen:
+                # Once for all that train, so that they see one mask.
                 x = self._manner.dropped(x, self._site)
             if piece.A.device != out.device:  # the base was moved after the switch
                 piece = piece.to(device=out.device)

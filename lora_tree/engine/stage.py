@@ -72,6 +72,7 @@ class Stage:
         self.blocks = Blocks()
         self.beside = beside
         self._closed = False
+        # Key/value caches outside of this library go by it.
         self.epoch = 0
         """How often a behaviour was installed."""
         self.current = self.compose(Request(""))
@@ -91,6 +92,7 @@ class Stage:
             if self._tree[node].fresh is not None:
                 settle_fresh(self._tree, self._base, coefficients)
                 break  # that settled all of them
+        # The cache keeps these adapters until the pins are released, on any way out.
         pins = self._pin(coefficients)
         try:
             adapters: dict[str, Adapter] = {}
@@ -173,6 +175,7 @@ class Stage:
             self.current = old
             self._write(old, after_failure=True)
             raise
+        # Only now: until here a failure needs its adapters again.
         self._retire(old)
 
     def renew(self) -> None:
@@ -181,6 +184,7 @@ class Stage:
 
     def start_over(self, put_back: Callable[[], None]) -> None:
         """Be bare, after ``put_back`` has settled what the base's own weights are."""
+        # Composed first, because that may fail and `put_back` can't be taken back.
         bare = self.compose(Request(""))
         with torch.no_grad():
             put_back()
@@ -206,6 +210,7 @@ class Stage:
     @contextlib.contextmanager
     def coming_back(self) -> Iterator[None]:
         """Bring back what is active now when the ``with`` is left, after exceptions too."""
+        # The block holds the behaviour, and with it its pins and what was laid out for it.
         block = self.blocks.enter(self.current)
         try:
             yield

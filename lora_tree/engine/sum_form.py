@@ -58,11 +58,13 @@ class SumForm(ABC):
             x: (rows, …), the site's input; in the side path's dtype or wider, unless it is ids.
             spare: nothing else holds ``out``, it may be written over.
         """
+        # Autograd forbids to write over what it has saved, or will need.
         live = self.owed.live and torch.is_grad_enabled()
         if live or recorded(out, x):
             out = self._add(out, x)
         else:
             out = self._add_in_place(out if spare else out.clone(), x)
+        # Biases come last and apart: they are rare, and no product takes them along.
         return self._add_bias(out) if self._biased else out
 
     @abstractmethod
@@ -83,6 +85,7 @@ class SumForm(ABC):
             each: the rows' coefficients, multiplied in here where the tensor is narrow; None: all
                 are 1.
         """
+        # Ids are looked up in A, so A keeps its dtype.
         A = value.A.to(x.dtype) if x.is_floating_point() else value.A
         low = self.site.down(x, A)
         if each is None:

@@ -38,6 +38,7 @@ class UncalledSites:
 
     def expect(self, plan: Plan) -> None:
         """Require from now on that the plan's sites run when the modules around them do."""
+        # In place: every hook holds this very set.
         self.called.clear()
         self._plan, self._children = plan, {}
         for name, site in plan.sites.items():
@@ -52,11 +53,14 @@ class UncalledSites:
 
     def _hook(self, parent: str) -> Any:
         def parent_ran(module: nn.Module, args: Any, out: Any) -> None:
+            # Those of the present plan: the hook stays while plans with sites in the parent change.
             sites = self._children.get(parent, ())
             ran = {_child(parent, name) for name in sites if name in self.called}
             silent = [name for name in sites if _child(parent, name) not in ran]
             if silent:
                 raise self._never_ran(silent, type(module).__name__)
+            # All of them ran once: the watch over this parent is over. torch allows a hook to
+            # remove itself while it runs.
             handle = self._handles.pop(parent, None)
             if handle is not None:
                 handle.remove()
@@ -64,6 +68,8 @@ class UncalledSites:
         return parent_ran
 
     def _never_ran(self, silent: list[str], parent: str) -> MergedOnly:
+        # The usual cause: a head that multiplies with the embedding's weight. The module to adapt
+        # is then the other one.
         tied = []
         for name in silent:
             tied += self._tied_to(name)

@@ -108,6 +108,7 @@ class Unmerged:
         self._ledger = ledger or Unbounded()
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
         self._kept: LastUsed[Sides] = LastUsed(KEPT_PATHS)
+        # Side paths of earlier requests are the first to go if room is needed.
         self._ledger.spare(self._kept)
         self._router = Router(manner, ledger=self._ledger)
         self._uncalled = UncalledSites(base)
@@ -133,7 +134,8 @@ class Unmerged:
         plan = placed.plan
         if not plan.terms:
             return self.nothing
-        key = plan, placed.dtypes  # the base may be cast
+        # The dtypes, because a side path is laid out for the weight's, and the base may be cast.
+        key = plan, placed.dtypes
         sides = self._kept.again(key)
         if sides is None:
             check_sites_beside(plan)
@@ -170,7 +172,8 @@ class Unmerged:
             drafts.append(draft)
             total += draft.nbytes
         try:
-            # The ledger counts the bytes until `laid` is gone.
+            # Before anything is made: the cache may have to evict first. It counts the bytes until
+            # `laid` is collected.
             lend = self._ledger.lend(laid, total)
         except BudgetError as error:
             raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
@@ -183,15 +186,18 @@ class Unmerged:
 
     # ------------------------------------------------------------------ the only writer of hooks
     def run(self, paths: SidePaths) -> None:
-        """Let the base run these, and no others. Called again, it mends what a call that failed
-        left half done.
+        """Let the base run these, and no others.
+
+        Called again, it mends what a call that failed left half done.
         """
         if paths is self._running and self._settled:
             return
+        # First, so that a hook that is put in finds its side path from the beginning.
         self._running, self._settled = paths, False
         sites = paths.plan.sites
         for name in list(self._hooked):
             site, handle = self._hooked[name]
+            # By identity: under the same name there may be another module now.
             if sites.get(name) is not site:
                 handle.remove()
                 del self._hooked[name]
@@ -219,6 +225,7 @@ class Unmerged:
             if module is not site.module and not probing:
                 raise_for_copy(module, site)
             called.add(name)
+            # Some models call a layer by keyword.
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor):
                 raise BaseMismatch(
@@ -230,12 +237,15 @@ class Unmerged:
             # Another hook, on the module or on all modules, may have kept the output.
             alone = len(module._forward_hooks) == 1 and not any_global_hook()
             spare = alone and site.makes_its_output
+            # Looked up at every call: the hook stays while paths with the same site come and go.
             running = self._running
             after = running.sides[name](out, x, spare)
             if after.grad_fn is not None and not probing:
                 guard.guard(after)
                 training = running.training.get(name)
                 if training:
+                    # On the graph: a gradient comes by here only if rows of this very forward went
+                    # through these nodes.
                     after.grad_fn.register_prehook(partial(self._reach, training))
             return after
 
@@ -247,8 +257,10 @@ class Unmerged:
 
 
 def _portions(drafts: Sequence[Draft]) -> Iterator[tuple[torch.device, int, list[Draft]]]:
-    """Yield successive drafts on one device, with the bytes of slab that they take together: about
-    `PORTION`.
+    """Yield successive drafts on one device, and the bytes of slab that they take: ~`PORTION`.
+
+    One slab for all would need that much memory in one piece; one for each site would make
+    thousands of small ones.
     """
     portion: list[Draft] = []
     nbytes = 0

@@ -58,6 +58,7 @@ class MergePart:
 
         Where dtypes differ all become fp32, which holds each of them exactly.
         """
+        # A kernel is compiled for one dtype and one way to lie, so the factors have to be alike.
         dtypes: set[torch.dtype] = set()
         for term in terms:
             dtypes |= {term.left.dtype, term.right.dtype}
@@ -100,6 +101,8 @@ def can_merge(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> b
         return False
     if weight.numel() == 0 or rows * cols >= LARGEST:
         return False
+    # A kernel multiplies its sum by the ratio of two scales from one term to the next, so that it
+    # needs one accumulator. A ratio that is too large would lose digits, and a zero has none.
     before = terms[0].scale
     for term in terms:
         if (

@@ -48,6 +48,7 @@ def lay_out_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable
     Returns:
         what makes a new buffer of integers, the samples of all tensors one after the other.
     """
+    # All of it is settled here, so that taking the sample is one launch and asks no tensor.
     fields: list[int] = []
     total = most = 0
     for tensor, step in zip(tensors, steps, strict=True):
@@ -58,6 +59,7 @@ def lay_out_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable
     device = tensors[0].device
     table = uploaded(torch.tensor(fields, dtype=torch.int64, device="cpu"), device)
     dtype, number = INTEGERS[tensors[0].element_size()]
+    # Triton wants the width of a block as a power of two; the mask cuts the rest off.
     programs, width = len(tensors), 1 << (most - 1).bit_length()
 
     def take() -> Tensor:
