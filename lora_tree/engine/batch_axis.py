@@ -195,9 +195,10 @@ class BatchAxis:
                 "one path at a time",
                 DECLARE,
             )
-        others = site.token_axes(x)
-        if others is not None and not self.batch_first:
-            self._check(site, x, length, others)
+        if not self.batch_first and site not in self._seen.rows_first:
+            others = site.token_axes(x)
+            if others is not None:
+                self._check(site, x, length, others)
         return self._lengths[length]
 
     # ------------------------------------------------------------------ private
@@ -207,11 +208,8 @@ class BatchAxis:
         Args:
             others: the lengths of the other axes that might be the rows.
         """
-        seen = self._seen.rows_first
         if others and length not in others:
-            seen.add(site)  # from now on a square input is no question
-        elif site in seen:
-            return
+            self._seen.rows_first.add(site)  # from now on a square input is no question
         elif others:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or as many tokens?",

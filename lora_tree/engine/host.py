@@ -50,7 +50,11 @@ class CompileWatch:
             StateError: the base, or something around it, is compiled.
         """
         frames = compiled_frames()
-        if self._compiled or is_compiled(base) or self._sees(base, frames):
+        found = self._compiled or is_compiled(base)
+        # The look at the referrers is repeated only if torch has compiled something since.
+        if not found and (frames is None or frames != self._frames):
+            found = self._sees(base, frames)
+        if found:
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
                 'activate(…, mode="merged") works under torch.compile as it is',
@@ -59,12 +63,12 @@ class CompileWatch:
 
     def sees(self, base: nn.Module) -> bool:
         """Return whether a compiled wrapper of ``base`` is there."""
-        return self._sees(base, compiled_frames())
-
-    def _sees(self, base: nn.Module, frames: int | None) -> bool:
-        # Nothing was compiled since the last look.
+        frames = compiled_frames()
         if frames is not None and frames == self._frames:
             return False
+        return self._sees(base, frames)
+
+    def _sees(self, base: nn.Module, frames: int | None) -> bool:
         for holder in gc.get_referrers(base):
             # The wrapper's `_modules`, by the name that torch gives to a wrapped module.
             if isinstance(holder, dict) and holder.get("_orig_mod") is base:

@@ -110,8 +110,8 @@ class Draft:
         itemsize = self.dtype.itemsize
         self.nbytes = (down + up + biases) * itemsize
         """Bytes that laying it out takes: a copy of what does not train."""
-        self.slab_bytes = Slab.takes(down * itemsize) + Slab.takes(up * itemsize)
-        """Bytes of a slab for A's and B's, both from an aligned beginning."""
+        self.down_bytes, self.up_bytes = down * itemsize, up * itemsize
+        """Bytes of the A's, and of the B's, side by side."""
 
 
 class PathSide:

@@ -201,10 +201,12 @@ class Unmerged:
             if sites.get(name) is not site:
                 handle.remove()
                 del self._hooked[name]
-        for name, site in sites.items():
-            if name not in self._hooked:
-                handle = site.module.register_forward_hook(self._hook(site), with_kwargs=True)
-                self._hooked[name] = site, handle
+        new = [site for name, site in sites.items() if name not in self._hooked]
+        makes_its_output = {site: site.makes_its_output for site in new}
+        for site in new:
+            hook = self._hook(site, makes_its_output[site])
+            handle = site.module.register_forward_hook(hook, with_kwargs=True)
+            self._hooked[site.name] = site, handle
         self._uncalled.expect(paths.plan)
         self._forward_guard.watch(paths.mark, paths.axis, paths.mixed)
         self._settled = True
@@ -215,7 +217,13 @@ class Unmerged:
         self._router.forget()
 
     # ------------------------------------------------------------------ in a forward
-    def _hook(self, site: Site) -> Any:
+    def _hook(self, site: Site, makes_its_output: bool) -> Any:
+        """Return a site's forward hook.
+
+        Args:
+            site: the site.
+            makes_its_output: its module's output is new memory.
+        """
         name, called, guard = site.name, self._uncalled.called, self._forward_guard
 
         def side_path(
@@ -234,9 +242,10 @@ class Unmerged:
                     'use activate(…, mode="merged")',
                 )
             guard.side_path_runs()
-            # Another hook, on the module or on all modules, may have kept the output.
+            # Another hook, on the module or on all modules, may have kept the output; and so may a
+            # forward that was put on this one module since.
             alone = len(module._forward_hooks) == 1 and not any_global_hook()
-            spare = alone and site.makes_its_output
+            spare = makes_its_output and alone and "forward" not in vars(module)
             # Looked up at every call: the hook stays while paths with the same site come and go.
             running = self._running
             after = running.sides[name](out, x, spare)
@@ -269,7 +278,7 @@ def _portions(drafts: Sequence[Draft]) -> Iterator[tuple[torch.device, int, list
             yield portion[0].device, nbytes, portion
             portion, nbytes = [], 0
         portion.append(draft)
-        nbytes += draft.slab_bytes
+        nbytes += Slab.takes(draft.down_bytes) + Slab.takes(draft.up_bytes)
     if portion:
         yield portion[0].device, nbytes, portion
 
