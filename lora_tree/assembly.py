@@ -1,11 +1,11 @@
 """Assembly: several models as one base, for a tree whose nodes change more than one of them.
 
-    unet.down_blocks.0.attentions.0.….to_q          the module of a component
-    unet.down_blocks_0_attentions_0_…_to_q          the same, as a file names it that writes dots as underscores
-    down_blocks.0.attentions.0.….to_q               the same, of an adapter that was made for the component alone
+    unet.down_blocks.0.attentions.0.….to_q      the module of a component
+    unet.down_blocks_0_attentions_0_…_to_q      the same, in a file that writes dots as underscores
+    down_blocks.0.attentions.0.….to_q           the same, in an adapter of that component alone
 
-Underscores can't be turned back into dots by themselves. So each component's own names are written with underscores
-too, once, and a name is looked up among them.
+Underscores can't be turned back into dots by themselves. So each component's own names are written
+with underscores too, once, and a name is looked up among them.
 
 Law: a name that could be two modules' is refused, and one that is none's is an error.
 """
@@ -26,7 +26,7 @@ from .sites import as_site_has_it, is_there
 __all__ = ["Assembly", "AssemblyNames", "Convert"]
 
 Convert = Callable[[str, LowRank], Mapping[str, LowRank]]
-"""A name that no component has, and its value → names as the components spell them; empty where it is unknown."""
+"""A name that no component has, and its value → the components' own names; empty if unknown."""
 
 
 class Assembly(nn.Module):
@@ -36,7 +36,8 @@ class Assembly(nn.Module):
         components: name → model; a name has no dots.
         name_or_path: what the whole is called.
         aliases: other words for components, which files use.
-        prefixes: component → what its modules' names began with once; files that are older still do.
+        prefixes: component → the beginning that its modules' names once had, and those in older
+            files still have.
         convert: knows names of other programs; asked only for those that no component has.
 
     >>> base = Assembly({"unet": nn.Sequential(nn.Linear(4, 4))})
@@ -89,9 +90,11 @@ class AssemblyNames:
         """The adapter in the assembly's names; itself where it has them already.
 
         Raises:
-            BaseMismatch: a name could be two modules', or is none's; or another program's names can't be converted.
+            BaseMismatch: a name could be two modules', or is none's; or another program's names
+                can't be converted.
             ShapeMismatch: two names become one, and their increments don't add up.
         """
+        # The same object for an adapter that fits as it is: plans are known by their adapters.
         if all(self._fits(name, value) for name, value in adapter.modules.items()):
             return adapter
         parts: dict[str, list[LowRank]] = {}
@@ -115,11 +118,16 @@ class AssemblyNames:
         return replace(adapter, modules=modules, errors=told, rounded=frozenset(rounded))
 
     def _placed(self, name: str, value: LowRank) -> Mapping[str, LowRank]:
-        """The modules of the base that a name stands for; several where other programs fuse what the base splits."""
+        """Return the modules of the base that a name stands for, each with its value.
+
+        They are several where other programs fuse what the base splits.
+        """
         own = self._own(name)
         if own is not None:
             return {own: value}
-        converted = self._base.convert(name, value) if self._base.convert is not None else {}
+        converted: Mapping[str, LowRank] = {}
+        if self._base.convert is not None:
+            converted = self._base.convert(name, value)
         found: dict[str, LowRank] = {}
         for other, moved in converted.items():
             own = self._own(other)
@@ -139,11 +147,14 @@ class AssemblyNames:
         if component in self._base._modules and rest:
             found = self._spelled(component, rest)
         else:
-            # An adapter of one component alone has no prefix; the component that has such a module takes it.
-            found = [own for each in self._base._modules for own in self._spelled(each, name)]
+            # An adapter of one component alone has no prefix. It belongs to the component that has
+            # such a module.
+            found = []
+            for each in self._base._modules:
+                found += self._spelled(each, name)
         if len(found) > 1:
             raise BaseMismatch(
-                f"{name}: could be {listing(found)}: it is spelled so that this base can't tell them apart",
+                f"{name}: could be {listing(found)}: spelled so, this base can't tell them apart",
                 "rename the module in the file, with the dots of the module's own name",
             )
         return found[0] if found else None
@@ -167,19 +178,24 @@ class AssemblyNames:
         component = self._base.aliases.get(first, first)
         if component not in self._base._modules:
             return BaseMismatch(
-                f"{where}{name}: this base has no component {first!r}; it has {listing(self._base._modules)}"
+                f"{where}{name}: this base has no component {first!r}; it has "
+                f"{listing(self._base._modules)}"
             )
         names = [own for own, _ in self._base.get_submodule(component).named_modules() if own]
         flat = {own.replace(".", "_"): own for own in names}
         near = suggest(rest.replace(".", "_"), flat, prefix="; the nearest is ")
         return BaseMismatch(
-            f"{where}{name}: no module of this base's {component} has that name, dots or underscores{near}",
+            f"{where}{name}: no module of this base's {component} has that name, dots or "
+            f"underscores{near}",
             "was the file made for another architecture?",
         )
 
 
 def _flattened(component: nn.Module, prefix: str) -> dict[str, list[str]]:
-    """A component's module names with underscores for dots, with the former prefix and without → the names."""
+    """Return a table: a name with underscores for dots → the modules that read so.
+
+    A name stands in it with the former prefix too, if there was one.
+    """
     found: dict[str, list[str]] = {}
     for name, module in component.named_modules():
         if not name or isinstance(module, nn.ModuleList | nn.ModuleDict):

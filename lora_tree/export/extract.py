@@ -191,10 +191,13 @@ class _Pair:
             found[name] = "the base has no such tensor"
         for name in set(self._old.tensors) - set(self._new.tensors):
             found[name] = "the tuned checkpoint has no such tensor"
-        # A conversion makes its parameters of whatever names a checkpoint has, so names that
+        # A conversion makes its parameters of any names that a checkpoint has, so names that
         # differ only there are no loss.
-        groups = [self._group(which, name) for which in (0, 1) for name in self._shapes]
-        used = {stored.name for group in groups if group is not None for stored in group.stored}
+        used: set[str] = set()
+        for which in (0, 1):
+            for parameter in self._shapes:
+                group = self._group(which, parameter)
+                used.update(stored.name for stored in (group.stored if group else ()))
         return {name: reason for name, reason in found.items() if name not in used}
 
     def misfit(self, parameter: str) -> str | None:
@@ -246,7 +249,7 @@ def _site_of(model: nn.Module, parameter: str) -> Site | None:
         if site.weight_name == leaf:
             return site
     except LoraTreeError:
-        pass  # no module that takes a delta; the parameter itself may
+        pass  # the module takes no delta; the parameter itself may
     try:
         return find_site(model, parameter)
     except LoraTreeError:
@@ -293,7 +296,9 @@ class _Factors:
         rows = site.rows(change)  # (batch, a, b): one batch per expert
         norm = float(torch.linalg.vector_norm(rows.double()))
         most = min(rows.shape[-2:])
-        bound = most if self._rank is None else min(self._rank, most)
+        bound = min(self._rank or most, most)
+        # With a rank alone it is asked for at once; an error is approached from below, because a
+        # small rank costs little to try.
         asked = bound if self._max_error is None else min(FIRST_RANK, bound)
         while True:
             left, right, kept = _range_finder(rows, asked)

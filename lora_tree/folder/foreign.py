@@ -1,7 +1,8 @@
 """ForeignSource: an adapter in one file of another program's format, read when it is needed.
 
-A tree keeps such a file where it is and copies nothing until it is saved; what a save writes is a PEFT folder, as for
-any adapter that memory has. So no lock speaks of the file itself, and it is read as it is at that moment.
+A tree keeps such a file where it is and copies nothing until it is saved. A save writes a PEFT
+folder, as for any adapter that memory has. So no lock speaks of the file itself, and it is read as
+it is at that moment.
 """
 
 from __future__ import annotations
@@ -49,5 +50,5 @@ class ForeignSource:
         return read_single(self.found, allocate=allocate)
 
     def outline(self) -> Adapter:
-        """The adapter without its numbers. The whole file is read for it: its scales lie among the factors."""
+        """Return the adapter without its numbers. The whole file is read: it holds the scales."""
         return read_single(self.found, outline=True)

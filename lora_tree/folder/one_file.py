@@ -1,4 +1,4 @@
-"""Saving one adapter as a single file of another program's format: it appears whole, by one rename."""
+"""Saving one adapter as a single file of another program's format; it appears whole."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """diffusers' files of LoRA factors: ``pytorch_lora_weights.safetensors``, in and out.
 
-    unet.down_blocks.0.….to_q.lora_A.weight                    written since 0.22; lora_B.bias with lora_bias
-    unet.down_blocks.0.….proj_in.lora.down.weight              before that, also ….lora_linear_layer.down.weight
-    down_blocks.0.….attn1.processor.to_q_lora.down.weight      before 0.17, of the UNet alone
-    unet.down_blocks.0.….to_q.alpha                            an alpha beside the factors
+    unet.….to_q.lora_A.weight                     since 0.22; lora_B.bias with lora_bias
+    unet.….proj_in.lora.down.weight               before, also ….lora_linear_layer.down.weight
+    ….attn1.processor.to_q_lora.down.weight       before 0.17, of the UNet alone
+    unet.….to_q.alpha                             an alpha beside the factors
 
-    metadata  lora_adapter_metadata: {"unet.r": 4, "unet.lora_alpha": 8, "unet.rank_pattern": {…}, …}
+    metadata: lora_adapter_metadata = {"unet.r": 4, "unet.lora_alpha": 8, …}
 
-The scale is alpha / r where an alpha stands beside the factors, else as the metadata say (one PEFT config for each
-component), else 1.
+The scale is alpha / r if an alpha stands beside the factors; else the metadata say it, which hold
+one PEFT config for each component; else it is 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA rescales the whole weight, which is no sum of W and B·A",
     "dora_scale": "DoRA rescales the whole weight, which is no sum of W and B·A",
 }
-# A block's number stands between dots in every name, so without dots the underscores stand for them.
+# A block's number stands between dots in every name. Without dots the underscores stand for them.
 _NUMBERED = re.compile(r"_[0-9]+(?:_|\Z)")
 # the projections of an attention, as the attention processors of old files call them
 _OF_AN_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -61,7 +61,8 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str)
         where: names the file in errors.
 
     Raises:
-        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names the key.
+        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names
+            the key.
         UnsupportedAdapter: a kind that does not add up to W + B·A.
     """
     configs = _configs(metadata, where)
@@ -138,8 +139,8 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
 def render(adapter: Adapter) -> bytes:
     """The bytes of a file that holds the adapter, its scales folded into the factors.
 
-    Without an alpha every reader takes the scale to be 1, old versions of diffusers and other programs too; metadata
-    would be passed over by those.
+    Without an alpha every reader takes the scale to be 1. Old versions of diffusers, and other
+    programs, would pass over metadata.
 
     Raises:
         FormatError: a module has no key in this format.
@@ -152,12 +153,14 @@ def render(adapter: Adapter) -> bytes:
         if _COMPONENT.match(component) is None or not path:
             raise FormatError(
                 f"{module}: {component!r} is no component of a diffusers pipeline",
-                "names begin with unet., transformer., text_encoder., … as they do in a tree that is attached to one",
+                "names begin with unet., transformer., text_encoder., … in a tree over a pipeline",
             )
         if "." not in path and _NUMBERED.search(path):
             raise FormatError(
-                f"{module}: it has underscores for dots, as kohya's files do, and diffusers' keys have dots",
-                "flatten it with the pipeline that says which module is meant: tree.flatten(path, base=model.base)",
+                f"{module}: it has underscores for dots, as kohya's files do, and diffusers' keys "
+                "have dots",
+                "name the pipeline that says which module is meant: --base FOLDER, "
+                "tree.flatten(path, base=model.base)",
             )
         folded = value.folded()
         if folded.bias is not None:
@@ -166,7 +169,8 @@ def render(adapter: Adapter) -> bytes:
             A, B = down_and_up(folded)
         except LoraTreeError as error:
             raise error.within(module) from error
-        # diffusers asks for the text_model that CLIP had before transformers 5, and drops it where it is gone
+        # diffusers expects the text_model that CLIP had before transformers 5, and drops it from
+        # the key for an encoder without it.
         if component.startswith("text_encoder") and path.startswith("encoder.layers."):
             path = f"text_model.{path}"
         tensors[f"{component}.{path}.lora_A.weight"] = A

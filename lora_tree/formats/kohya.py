@@ -1,14 +1,17 @@
 """kohya's single ``.safetensors`` file, which most trainers of image models write, in and out.
 
-    lora_unet_mid_block_attentions_0_proj_in.lora_down.weight      unet.mid_block_attentions_0_proj_in
-    └ component └ module path, dots as underscores                 └ component and the rest, as `Adapter` has it
+    in the file     lora_unet_mid_block_attentions_0_proj_in.lora_down.weight
+                    └ component └ path of the module, dots as underscores
+    in `Adapter`    unet.mid_block_attentions_0_proj_in
 
-    lora_unet → unet        lora_te, lora_te1 → text_encoder        lora_te2 → text_encoder_2        lora_te3 → …_3
+    lora_unet → unet                            lora_te, lora_te1 → text_encoder
+    lora_te2 → text_encoder_2                   lora_te3 → text_encoder_3
 
 LyCORIS' files have the same names with LoHa's and LoKr's parts (`products`).
 
-The underscores can't be turned back into dots without the model: ``to_q`` has one of its own. So the adapter keeps the
-name as it stands, and the base says which of its modules is meant when the adapter is bound to it.
+The underscores can't be turned back into dots without the model: ``to_q`` has one of its own. So
+the adapter keeps the name as it is, and the base says which of its modules is meant when the
+adapter is bound to it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from .products import PRODUCT_PARTS, as_product, is_product
 
 __all__ = ["keys_of", "read", "render"]
 
+MAX_CHARACTERS = 1000
+"""Characters in a key; names that are looked up among a base's modules come from strangers."""
 _KEY = re.compile(r"(?P<module>lora_(?P<word>unet|te[123]?)_(?P<rest>[^.]+))\.(?P<part>.+)\Z")
 _COMPONENT = {
     "unet": "unet",
@@ -60,17 +65,19 @@ def read(tensors: Mapping[str, Tensor], where: str) -> Adapter:
         where: names the file in errors.
 
     Raises:
-        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names the key.
+        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names
+            the key.
         UnsupportedAdapter: a kind that does not add up to W + B·A.
     """
     words: dict[str, str] = {}
     groups: dict[str, dict[str, Tensor]] = {}
     named: dict[str, str] = {}
     for key in sorted(tensors):
-        matched = _KEY.match(key) if len(key) <= 1000 else None
-        if matched is None:
+        matched = _KEY.match(key)
+        if matched is None or len(key) > MAX_CHARACTERS:
             raise FormatError(
-                f"{where}: unexpected key {key[:200]!r}, expected lora_unet_<module>.lora_down.weight"
+                f"{where}: unexpected key {key[:200]!r}, expected "
+                "lora_unet_<module>.lora_down.weight"
             )
         part = _part(matched["part"], key, where)
         component = _COMPONENT[matched["word"]]
@@ -84,7 +91,8 @@ def read(tensors: Mapping[str, Tensor], where: str) -> Adapter:
     modules: dict[str, LowRank] = {}
     for module, parts in groups.items():
         found = ModuleTensors(module, named[module], parts)
-        modules[module] = as_product(found) if is_product(parts) else as_lowrank(found)
+        read_parts = as_product if is_product(parts) else as_lowrank
+        modules[module] = read_parts(found)
     return Adapter(modules)
 
 
@@ -118,7 +126,8 @@ def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[
     word = words.get(component)
     if word is None or not rest:
         raise FormatError(
-            f"{module}: kohya's keys have words for {listing(sorted(words))}, not for {component!r}",
+            f"{module}: kohya's keys have words for {listing(sorted(words))}, not for "
+            f"{component!r}",
             "--as diffusers writes the components of every pipeline",
         )
     if word == "te1" and only_encoder:
@@ -151,7 +160,8 @@ def render(adapter: Adapter) -> bytes:
     tensors: dict[str, Tensor] = {}
     whose: dict[str, str] = {}
     for module, value in adapter.modules.items():
-        value = value if _is_alpha(value) else value.folded()
+        if not _is_alpha(value):
+            value = value.folded()
         for key, tensor in keys_of(module, value, only_encoder=only_encoder).items():
             if key in tensors:
                 raise FormatError(f"{module} and {whose[key]} would have the same key, {key}")
@@ -160,13 +170,16 @@ def render(adapter: Adapter) -> bytes:
 
 
 def _is_alpha(value: LowRank) -> bool:
-    """Whether alpha / r gives the scale back, bit for bit, from the fp32 in which alpha is written."""
+    """Whether alpha / r gives the scale back bit for bit, after alpha was written in fp32."""
     alpha = torch.tensor(value.scale * value.rank, dtype=torch.float32)
     return float(alpha) / value.rank == value.scale
 
 
 def _clip(component: str, rest: str) -> str:
-    """A CLIP module's path with the ``text_model`` that it had before transformers 5, as every reader knows it."""
+    """Return a CLIP module's path with the ``text_model`` that it had before transformers 5.
+
+    Every reader of these files expects that name.
+    """
     is_clip = component.startswith("text_encoder") and rest.startswith(
         ("encoder.layers.", "encoder_layers_")
     )

@@ -1,12 +1,14 @@
-"""Factors as the image formats hold them: a pair for each module, an alpha beside it, sometimes a core between.
+"""Factors as the image formats hold them: a pair for each module, and an alpha beside it.
 
-    key             Linear      ConvNd                          scale = alpha / r; without an alpha it is 1
+    key             Linear      ConvNd
     down, lora_A    (r, in)     (r, in, *kernel)
     up, lora_B      (out, r)    (out, r, 1, …)
-    mid             —           (r, r, *kernel)                 Tucker: down is (r, in, 1, …) then
+    mid             —           (r, r, *kernel)     Tucker; down is (r, in, 1, …) then
+    alpha           a number: scale = alpha / r     without it the scale is 1
 
-A Tucker convolution is a product of rank r all the same: ΔW[o, i, k] = Σ_p up[o, p] Σ_q mid[p, q, k] down[q, i], so A
-is mid contracted with down over q, once, when the file is read.
+A Tucker convolution is a product of rank r all the same,
+ΔW[o, i, k] = Σ_p up[o, p] Σ_q mid[p, q, k] down[q, i], so A is mid contracted with down over q,
+once, when the file is read.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
         A = down.flatten(1)
     else:
         wide = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
-        # (p, q, *k) with (q, i) → (p, i, *k): the order in which a kernel's numbers lie in its weight
+        # (p, q, *k) with (q, i) → (p, i, *k), in the order of a kernel's numbers in its weight
         A = torch.einsum("pqk,qi->pik", mid.flatten(2).to(wide), down.flatten(1).to(wide))
         A = A.flatten(1)
     layout = Layout("conv", kernel) if kernel else LINEAR
@@ -132,5 +134,6 @@ def _check_shapes(named: str, down: Tensor, up: Tensor, mid: Tensor | None) -> N
     if not fits:
         raise FormatError(
             f"{named}: {shapes} do not multiply",
-            "down is (r, in, *kernel) and up is (out, r, 1, …); with mid (r, r, *kernel) down is (r, in, 1, …)",
+            "down is (r, in, *kernel) and up is (out, r, 1, …); with mid (r, r, *kernel) down is "
+            "(r, in, 1, …)",
         )

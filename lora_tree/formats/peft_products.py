@@ -1,7 +1,9 @@
 """PEFT's LoHa and LoKr folders in, as exact factors: see `products`.
 
-    base_model.model.<module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b      hada_t1, hada_t2 of convolutions
-    base_model.model.<module>.lokr_w1 or lokr_w1_a, lokr_w1_b, lokr_w2 …      lokr_t2 of convolutions
+    base_model.model.<module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b
+                             .hada_t1, hada_t2                               of some convolutions
+                             .lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 or …
+                             .lokr_t2                                        of some convolutions
 
 The scale is alpha / r of the config, also where both halves of a LoKr are full.
 """
@@ -64,7 +66,8 @@ def read_products(config: PeftConfig, tensors: Mapping[str, Tensor], where: str)
         module, _, part = key.removeprefix(PREFIX).rpartition(".")
         if not key.startswith(PREFIX) or part not in PRODUCT_PARTS or "" in module.split("."):
             raise FormatError(
-                f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.hada_w1_a or .lokr_w1"
+                f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.hada_w1_a or "
+                ".lokr_w1"
             )
         groups.setdefault(module, {})[part] = tensors[key]
     if not groups:

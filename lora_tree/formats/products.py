@@ -1,13 +1,15 @@
 """LoHa and LoKr as exact factors: products of two small increments are low-rank themselves.
 
-    LoHa   ΔW = (B₁A₁) ∘ (B₂A₂)     rank r₁·r₂: B's columns are the products b₁ᵢ ∘ b₂ⱼ, A's rows a₁ᵢ ∘ a₂ⱼ
+    LoHa   ΔW = (B₁A₁) ∘ (B₂A₂)     B's columns are the products b₁ᵢ ∘ b₂ⱼ, A's rows a₁ᵢ ∘ a₂ⱼ
     LoKr   ΔW = W₁ ⊗ W₂             (U₁V₁) ⊗ (U₂V₂) = (U₁ ⊗ U₂)(V₁ ⊗ V₂)
 
-A full half of a LoKr is W = W·I or I·W, whichever is of the smaller rank. A Tucker core (``t``) is contracted with the
-factor beside it: W[p, c, k] = Σᵢ a[i, p] Σⱼ t[i, j, k] b[j, c].
+The rank is r₁·r₂. A full half of a LoKr is W = W·I or I·W, whichever is of the smaller rank. A
+Tucker core (``t``) is contracted with the factor beside it:
+W[p, c, k] = Σᵢ a[i, p] Σⱼ t[i, j, k] b[j, c].
 
-The numbers are products of two, or sums of such for a Tucker core, in fp32 or wider; products of two fp16 or bf16
-numbers are exact there. The ranks grow, so a caller may cut them: `lora_tree.Adapter.truncate` tells what that costs.
+The numbers are products of two, or sums of such for a Tucker core, in fp32 or wider; the product of
+two fp16 or bf16 numbers is exact there. The ranks grow, so a caller may cut them:
+`lora_tree.Adapter.truncate` tells the error.
 
 References: FedPara, https://arxiv.org/abs/2108.06098 (LoHa's Hadamard product); KronA,
 https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859.
@@ -87,7 +89,7 @@ def as_product(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
         second = _half(found, widened, "lokr_w2", core="lokr_t2")
         A, B = _kronecker(found.named, first, second)
         ranks = [half.V.shape[0] for half in (second, first) if not half.is_full]
-        # LyCORIS applies alpha only where a half is factored: two full halves have no rank of their own.
+        # LyCORIS applies alpha only where a half is factored: two full halves have no rank.
         rank = ranks[0] if ranks else None
     if scale is None:
         scale = 1.0 if rank is None else alpha_of(found, rank) / rank
@@ -167,13 +169,16 @@ def _kronecker(named: str, first: _Factored, second: _Factored) -> tuple[Tensor,
 
 
 def _kron(x: Tensor, y: Tensor) -> Tensor:
-    """x ⊗ y of two matrices, spelled out: torch.kron fails on transposed ones with an axis of size 1."""
+    """Return x ⊗ y. torch.kron fails on a transposed matrix with an axis of size 1."""
     blocks = x[:, None, :, None] * y[None, :, None, :]  # (x rows, y rows, x columns, y columns)
     return blocks.flatten(2).flatten(0, 1)
 
 
 def _check_room(named: str, rank: int, out: int, into: int, like: Tensor) -> None:
-    """Refuse factors that memory can't hold, before they are made: a small file may stand for large ones."""
+    """Refuse factors that memory can't hold, before they are made.
+
+    The factors of a product are larger than those in the file, so a small file may ask for much.
+    """
     check_fits(rank * (out + into) * like.element_size(), named)
 
 
@@ -189,5 +194,5 @@ def _misfit(found: ModuleTensors, name: str, a: Tensor, b: Tensor, *core: Tensor
         shapes += f", core {tuple(t.shape)}"
     return FormatError(
         f"{found.named}: {shapes} do not multiply",
-        "a is (out, r) and b is (r, in); with a core (r, r, *kernel) a is (r, out) and b is (r, in)",
+        "a is (out, r) and b is (r, in); with a core (r, r, *kernel) a is (r, out)",
     )

@@ -1,13 +1,14 @@
 """Recognise the format of an adapter's files, by a sign that can be named.
 
-    a folder with adapter_config.json            PEFT          adapter_model.safetensors holds its factors
-    a folder with pytorch_lora_weights only      by its keys   as diffusers' save_lora_weights leaves it
-    a .safetensors file                          by its keys   lora_unet_…, lora_te1_…       kohya, LyCORIS
-                                                               unet.….lora_A.weight          diffusers
-                                                               base_model.model.…            PEFT, without its config
+    a folder with adapter_config.json         PEFT
+    a folder with pytorch_lora_weights only   by the keys of that file, which diffusers writes
+    a .safetensors file                       by its keys:
+        lora_unet_…, lora_te1_…                   kohya, LyCORIS
+        unet.….lora_A.weight, …                   diffusers
+        base_model.model.…                        PEFT; refused, since its config is missing
 
-Law: nothing is tried out. A folder is recognised by the names in it, a file by the keys in its header; the reader of
-that format then refuses every key that is not its own.
+Law: nothing is tried out. A folder is recognised by the names in it, a file by the keys in its
+header. The reader of that format then refuses every key that is not its own.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _SIGNS: tuple[tuple[FileKind, re.Pattern[str], str], ...] = (
         "its keys begin with a component of a diffusers pipeline",
     ),
 )
-"""The first format whose pattern matches the beginning of a key; no two patterns match the same key."""
+"""A key is of the first format whose pattern matches it from its beginning; no key matches two."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Recognised:
 def recognise(path: Path) -> Recognised:
     """Say what lies at ``path``. Of a file no more than the header is read.
 
-    A name that can only be meant as a PEFT folder is told as one, also where nothing is there: the reader of that
-    format says what it lacks.
+    A path that can only be meant as a PEFT folder is one here, even if nothing is there: the reader
+    of that format says what it lacks.
 
     Raises:
         FormatError: a file of no known format; names some of its keys.
@@ -84,6 +85,7 @@ def recognise(path: Path) -> Recognised:
             f"{path}: {path.suffix} files are pickles, which can run code when they are opened",
             "convert it where you trust it, and save it as .safetensors",
         )
+    # adapter_model.safetensors by itself is half an adapter, and its folder is what was meant.
     if path.name == WEIGHTS or path.suffix != ".safetensors" or not is_file(path):
         return Recognised("peft", "an adapter is a folder unless it is a .safetensors file")
     return _file(path)
@@ -98,9 +100,11 @@ def _file(path: Path) -> Recognised:
         kind, sign = kind_of_keys(header.tensors, where)
         if kind == "peft":
             raise FormatError(
-                f"{where}: {sign}: the factors of a PEFT adapter, without the config that says their scales"
+                f"{where}: {sign}: the factors of a PEFT adapter, without the config that says "
+                "their scales"
             )
     except FormatError as error:
+        # The user may have meant another file, so every error says what an adapter is.
         raise type(error)(error.what, *error.todo, _EXPECTED) from error
     return Recognised(kind, sign, path)
 
@@ -117,6 +121,7 @@ def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
     found: dict[FileKind, str] = {}
     unknown = []
     for key in sorted(keys):
+        # Only the beginning of a key: a hostile one may be as long as its header.
         hit = next((sign for sign in _SIGNS if sign[1].match(key[:500])), None)
         if hit is None:
             unknown.append(key[:200])
@@ -128,7 +133,8 @@ def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
         )
     if not found:
         raise FormatError(
-            f"{where}: no adapter of a known format: its keys are {listing(unknown, most=3) or 'none'}"
+            f"{where}: no adapter of a known format: its keys are "
+            f"{listing(unknown, most=3) or 'none'}"
         )
     ((kind, sign),) = found.items()
     return kind, sign

@@ -1,4 +1,4 @@
-"""An adapter in one ``.safetensors`` file: recognised by its keys, and read by the one format that has such keys."""
+"""An adapter in one ``.safetensors`` file, read by the one format that has such keys."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read_single(
     allocate: Allocate | None = None,
     inside: Inside | None = None,
 ) -> Adapter:
-    """Read a single file of an image format; the factors are copies in memory, in the dtypes of the file.
+    """Read a single file of an image format; the factors are in memory, in the file's dtypes.
 
     Args:
         found: what `recognise` said of the file.
-        outline: the factors have shapes and dtypes, and no numbers (the meta device). The file is read all the same:
-            its scales lie among the tensors.
+        outline: the factors have shapes and dtypes, and no numbers (the meta device). The file is
+            read all the same, because its scales lie among the tensors.
         allocate: makes the one buffer in which they lie; None: ordinary memory.
         inside: where the file may lie, all links followed; None: anywhere.
 
@@ -38,16 +38,17 @@ def read_single(
     """
     assert found.file is not None
     file, where = found.file, str(found.file)
-    # read under inference_mode, it may be trained on top of later
+    # Outside of inference mode: tensors made within it could never train.
     with open_tensors(file, where, inside=inside) as reading, torch.inference_mode(False):
         header = parse_header(reading.head, reading.nbytes, where)
         there = over(reading.numbers(header, allocate))
         tensors: dict[str, Tensor] = {}
         for name, tensor in header.tensors.items():
             tensors[name] = there(tensor).contiguous()
-        adapter = (
-            kohya.read(tensors, where)
-            if found.kind == "kohya"
-            else diffusers.read(tensors, header.metadata, where)
-        )
-    return adapter.with_tensors(lambda tensor: tensor.to("meta")) if outline else adapter
+        if found.kind == "kohya":
+            adapter = kohya.read(tensors, where)
+        else:
+            adapter = diffusers.read(tensors, header.metadata, where)
+    if outline:
+        return adapter.with_tensors(lambda tensor: tensor.to("meta"))
+    return adapter

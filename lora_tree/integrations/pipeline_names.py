@@ -1,0 +1,106 @@
+"""The names that files give to the modules of a pipeline, and the pipeline's own.
+
+The components of a pipeline become one `Assembly`, which looks names up with underscores for dots.
+Beyond that, files of other programs name modules of the original UNet of SDXL, and of Flux, whose
+projections are fused. These go through diffusers' own conversion, which is called and not
+rewritten here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..assembly import Assembly
+from ..errors import BaseMismatch, LoraTreeError
+from ..formats import diffusers as diffusers_format
+from ..formats import kohya
+from ..lowrank import LowRank
+
+__all__ = ["assembled"]
+
+
+def assembled(components: dict[str, nn.Module], kind: Any, *, name: str) -> Assembly:
+    """The components as one base, which knows the names that files give to them."""
+    return Assembly(
+        components,
+        name_or_path=name,
+        aliases=_aliases(components),
+        prefixes=_prefixes(components),
+        convert=partial(_converted, kind, components.get("unet")),
+    )
+
+
+def _aliases(components: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Words that files use for components which this pipeline calls otherwise."""
+    aliases: dict[str, str] = {}
+    if "unet" not in components and "transformer" in components:
+        aliases["unet"] = "transformer"
+    second = components.get("text_encoder_2")
+    if "text_encoder_3" not in components and "T5" in type(second).__name__:
+        aliases["text_encoder_3"] = "text_encoder_2"  # kohya counts T5 as the third everywhere
+    return aliases
+
+
+def _prefixes(components: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The ``text_model`` that CLIP's names began with before transformers 5, where it is gone."""
+    found: dict[str, str] = {}
+    for name, component in components.items():
+        is_clip = type(component).__name__.startswith("CLIPText")
+        if is_clip and "text_model" not in component._modules:
+            found[name] = "text_model"
+    return found
+
+
+def _converted(
+    kind: Any, unet: nn.Module | None, name: str, value: LowRank
+) -> Mapping[str, LowRank]:
+    """Convert one module of another program's UNet or transformer by diffusers' own code.
+
+    Each module is converted by itself: of a whole file diffusers drops what it does not know, and
+    here a module of which nothing comes back is an error.
+    """
+    if not name.startswith("unet.") or not hasattr(kind, "lora_state_dict"):
+        return {}
+    try:
+        keys = _keys_for_diffusers(name, value)
+        options = {} if unet is None else {"unet_config": getattr(unet, "config", None)}
+        made = kind.lora_state_dict(keys, **options)
+        state = made[0] if isinstance(made, tuple) else made
+        if not state:
+            return {}
+        back = diffusers_format.read(state, {}, name)
+    except LoraTreeError:
+        raise
+    except Exception as error:  # another library may raise anything
+        raise BaseMismatch(
+            f"{name}: diffusers can't convert it for a {kind.__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if value.A.is_meta:
+        return {
+            own: one.with_tensors(lambda tensor: tensor.to("meta"))
+            for own, one in back.modules.items()
+        }
+    return back.modules
+
+
+def _keys_for_diffusers(name: str, value: LowRank) -> dict[str, Tensor]:
+    """The module's tensors under kohya's keys, with a scale of 1.
+
+    The scale is folded first and alpha is the rank, in fp64: diffusers would multiply with a
+    rounded one.
+    """
+    if value.A.is_meta:
+        # The conversion looks at numbers, so an outline gets some; these take no memory.
+        value = value.with_tensors(lambda t: torch.ones((), dtype=t.dtype).expand(t.shape))
+    else:
+        value = value.folded()
+    keys = kohya.keys_of(name, value)
+    alpha = next(key for key in keys if key.endswith(".alpha"))
+    keys[alpha] = torch.tensor(float(value.rank), dtype=torch.float64)
+    return keys

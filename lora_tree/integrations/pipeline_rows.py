@@ -1,0 +1,122 @@
+"""How the rows of a routed batch lie in what each component of a pipeline is given.
+
+    rows of the UNet = prompts · images for each (repeat) · guidance (tile)
+
+With guidance diffusers calls a text encoder twice on n rows, and the UNet once on 2n, the negative
+prompts first. ``num_images_per_prompt`` repeats every prompt in succession. It is said in the
+pipeline's own call and nowhere else, so that call is looked up among the callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..callers import locals_of_call
+from ..engine.batch_axis import BatchAxis, SeenSites
+from ..errors import BaseMismatch
+from ..sites import Site
+
+__all__ = ["PipelineAxis"]
+
+MAIN_INPUTS = ("hidden_states", "sample", "input_ids")
+
+
+class PipelineAxis(BatchAxis):
+    """How the rows of one batch lie in what each component is given.
+
+    Args:
+        pipe: whose call is looked at.
+        rows: how many paths were given.
+        repeat, tile, batch_first, seen: as for `BatchAxis`.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        rows: int,
+        *,
+        repeat: int,
+        tile: int,
+        batch_first: bool,
+        seen: SeenSites,
+    ) -> None:
+        super().__init__(rows, repeat=repeat, tile=tile, batch_first=batch_first, seen=seen)
+        self._pipe = pipe
+        self._lie: dict[str, tuple[int, tuple[int, int] | None]] = {}
+
+    def begins(
+        self, name: str, component: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note how the rows lie in a component's forward that begins now.
+
+        Raises:
+            BaseMismatch: they are not as many as paths, prompts and images make.
+        """
+        self._lie.pop(name, None)
+        # How many images a prompt makes is said in the pipeline's own call, and nowhere else.
+        call = locals_of_call("__call__", self._pipe, ("batch_size", "num_images_per_prompt"))
+        given = _rows_given(args, kwargs)
+        if call is None or given is None:
+            return  # the component was called by itself: `spread` goes by what the caller declared
+        if name.startswith("text_encoder"):
+            self._lie[name] = given, self._of_prompts(given)
+        else:
+            self._lie[name] = given, self._of_images(name, given, call)
+
+    def spread(self, site: Site, x: Tensor, out: Tensor) -> tuple[int, int]:
+        """How often every row stands in place in a site's input, and the batch as a whole.
+
+        Raises:
+            BaseMismatch: the first axis is not the rows; names the site.
+        """
+        component = site.name.partition(".")[0]
+        known = self._lie.get(component)
+        if known is None:
+            return super().spread(site, x, out)
+        given, lie = known
+        if lie is None:
+            raise BaseMismatch(
+                f"{site.name}: {component} was given {given} prompts, and the route is for "
+                f"{self.rows} rows, which differ in it: the images of one prompt share its text",
+                "repeat the prompt, one for each path: pipe([prompt] * n)",
+            )
+        if x.shape[:1] != (given,) or out.shape[:1] != (given,):
+            raise BaseMismatch(
+                f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be the "
+                f"{given} rows of {component}"
+            )
+        return lie
+
+    # A text encoder is called for the prompts, and once more for the negative ones: n rows each.
+    def _of_prompts(self, given: int) -> tuple[int, int] | None:
+        """(repeat, tile) for a text encoder; None where a prompt has several paths."""
+        if given % self.rows:
+            return None
+        return 1, given // self.rows
+
+    def _of_images(self, name: str, given: int, call: Mapping[str, Any]) -> tuple[int, int]:
+        """(repeat, tile) for the UNet or transformer."""
+        each = call.get("num_images_per_prompt") or 1
+        prompts = call.get("batch_size")
+        if not isinstance(prompts, int):
+            prompts = self.rows
+        # One path for each prompt: its images are rows in succession. One for each image: none is
+        # repeated. Guidance stacks the whole of that once more.
+        repeat = each if self.rows == prompts else 1
+        if self.rows not in (prompts, prompts * each) or given % (self.rows * repeat):
+            raise BaseMismatch(
+                f"{name}: the pipeline makes {each} images for each of {prompts} prompts ({given} "
+                f"rows at once), and the route is for {self.rows} rows",
+                "give route one path for each prompt, or one for each image",
+            )
+        return repeat, given // (self.rows * repeat)
+
+
+def _rows_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The first axis of a component's main input."""
+    main = [kwargs[name] for name in MAIN_INPUTS if name in kwargs]
+    found = next((x for x in [*args, *main] if isinstance(x, Tensor) and x.ndim > 1), None)
+    return None if found is None else found.shape[0]
