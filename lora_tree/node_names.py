@@ -75,8 +75,8 @@ def check_path(path: str) -> tuple[str, ...]:
             raise error if len(names) == 1 else error.within(repr(path)) from error
     if names and names[0].lower().endswith(_OF_A_TREE):
         raise PathError(
-            f"{names[0]!r} is not a valid name for a node at the top: "
-            f"a tree's own files lie there, which end in {', '.join(_OF_A_TREE)}",
+            f"{names[0]!r} is not a valid name for a node at the top: a tree's own files lie "
+            f"there, which end in {', '.join(_OF_A_TREE)}",
             "choose another name",
         )
     return names

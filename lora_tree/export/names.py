@@ -139,9 +139,8 @@ class CheckpointNames:
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
             f"{group.first}: transformers loads it from {len(wanted)} tensors, like "
-            f"{next(iter(wanted))}, and would "
-            f"save it as {len(parts)}, like {next(iter(parts), 'none')}: its conversion can't be "
-            "inverted",
+            f"{next(iter(wanted))}, and would save it as {len(parts)}, like "
+            f"{next(iter(parts), 'none')}: its conversion can't be inverted",
             "save the base again with the transformers installed here, and export from that: "
             "save_pretrained(folder)",
         )

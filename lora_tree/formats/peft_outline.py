@@ -233,7 +233,8 @@ class _OutlineMaker:
             raise FormatError(
                 f"{self._where}: unexpected key {key[:200]!r}, expected "
                 f"{PREFIX}<module>.lora_A.weight",
-                "kohya and diffusers name their keys otherwise; save the adapter with PEFT",
+                "a file of kohya or diffusers is loaded by its own name, without adapter_config.json: "
+                "Adapter.load('FILE.safetensors')",
             )
         path, part = peft_keys.split_key(key.removeprefix(PREFIX))
         if part is None and ".lora_" in path and not key.endswith(VELORA_BUFFER):
@@ -273,16 +274,14 @@ class _OutlineMaker:
             if set(wrappers) != {0}:
                 raise FormatError(
                     f"{self._where}: {module}: {len(wrappers)} nested factors, but "
-                    "target_parameters names none of its "
-                    "parameters",
+                    "target_parameters names none of its parameters",
                     "name each trained parameter as module.parameter in target_parameters",
                 )
             return _Registered()
         if set(wrappers) != set(range(len(names))):
             raise FormatError(
                 f"{self._where}: {module}: factors of {len(wrappers)} parameters, expected "
-                f"{len(names)}: "
-                f"{', '.join(names)}",
+                f"{len(names)}: {', '.join(names)}",
                 "name each trained parameter as module.parameter in target_parameters",
             )
         if recorded:
@@ -296,8 +295,7 @@ class _OutlineMaker:
             return _Registered(names)
         raise FormatError(
             f"{self._where}: {module}: {' and '.join(names)} differ in r or lora_alpha, and the "
-            "file does not say "
-            "whose factors are whose",
+            "file does not say whose factors are whose",
             f"put the order in which the module registers them into the metadata of {WEIGHTS}: "
             f"{NESTING!r} = " + repr(json.dumps({module: names})),
         )

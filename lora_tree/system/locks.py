@@ -216,8 +216,7 @@ def _warn_once(path: Path, reason: str) -> None:
     _warned.add(device)
     warnings.warn(
         f"{path.parent}: this file system has no flock ({reason}); lora_tree uses lock files there "
-        "instead, which "
-        "processes that reach the same folder through a mount with flock do not see",
+        "instead, which processes that reach the same folder through a mount with flock do not see",
         RuntimeWarning,
         stacklevel=2,
     )
