@@ -8,7 +8,7 @@ tree is now.
 A plugin of vLLM's (entry point ``vllm.general_plugins``), told what to do by the environment;
 `server_args` says how. vLLM asks for a name once and keeps the answer, so a thread looks at the
 tree and gives vLLM the new adapter of a path whose content has changed, under a new name and a new
-number; or takes a path away that is no longer in the tree.
+number; or takes a path away that is no longer in the tree (`vllm_watch.py`).
 
 Law: a path that was served goes on being served, as it was, while its files are not whole or do not
 fit the lock. A name that is refused costs no look at the tree, no file and no memory, and one short
@@ -20,27 +20,27 @@ Read: vLLM 0.32, vllm/lora/resolver.py; see `vllm_front` for the rest.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError, FormatError, LoraTreeError, PathError, UnlockedError
+from ..errors import FolderError, LoraTreeError, PathError, UnlockedError
 from ..extras import need
 from ..folder import Problem, survey
 from ..tree import AdapterTree
 from .client_names import Asked, shown
-from .flatcache import ROUNDING, FlatCache, FlatForm, Flattened, NoRoom
+from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
 from .surveyed import Surveyed, View
 from .vllm_front import Front, asking, request_of
+from .vllm_log import OnceLog, log, reason, tell_served
 from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
+from .vllm_watch import MODELS, Watcher
 
 __all__ = ["ServerArgs", "register", "server_args"]
 
 RESOLVER = "lora_tree"
-MODELS = " models"  # no path
 AT_ONCE = 4
 """How many paths are flattened at once."""
 GRACE_S = 60.0
@@ -51,15 +51,14 @@ ROOM_S = 20.0
 """How long a request waits for room in the cache."""
 MOST_SUGGESTED = 200
 """The largest tree in which the nearest name is searched for."""
-REASON_CHARACTERS = 1000
-
-log = logging.getLogger(
-    "vllm.lora_tree"
-)  # below vLLM's own logger, so that it is shown where vLLM's is
 
 
 def register() -> None:
-    """Put the resolver in place where the environment names a tree: vLLM's entry point, called in every process."""
+    """Register the resolver where the environment names a tree.
+
+    It is vLLM's entry point, which vLLM 0.32 calls in every process that it starts: front ends,
+    engine and workers. The workers never ask a resolver, so nothing is opened here.
+    """
     if not os.environ.get(ZOO):
         return
     resolver = need("vllm.lora.resolver", extra="vllm", what="serving a tree with vLLM")
@@ -68,7 +67,7 @@ def register() -> None:
     try:
         made = _Resolver(PluginSettings.of(os.environ))
     except LoraTreeError as error:
-        log.error("lora_tree: no path will be served: %s", _reason(error))
+        log.error("lora_tree: no path will be served: %s", reason(error))
         return
 
     class TreeResolver(resolver.LoRAResolver):  # type: ignore[misc, name-defined]
@@ -89,29 +88,24 @@ class _Resolver:
         self._seen = Surveyed(self._survey, every_s=settings.poll_s)
         self._fronts: list[Front] = []
         self._cache: FlatCache | None = None
-        self._watcher: threading.Thread | None = None
+        self._watcher: Watcher | None = None
         self._opening = threading.Lock()
-        self._said: dict[str, str] = {}
+        self._once = OnceLog()
+        # Three pools, so that no work waits for another kind: flattening a path may wait for room,
+        # a blend must never be in a path's way, and a look at the folder frees both.
         self._makers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora_tree")
-        self._blenders = ThreadPoolExecutor(
-            1, thread_name_prefix="lora_tree-blend"
-        )  # never in a path's way
-        self._looker = ThreadPoolExecutor(
-            1, thread_name_prefix="lora_tree-look"
-        )  # never waits for the makers
-        self._closed = threading.Event()
+        self._blenders = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-blend")
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")
 
     def _survey(self) -> tuple[AdapterTree, list[Problem]]:
         return survey(self._settings.zoo, outside=self._settings.outside)
 
     def close(self) -> None:
         """Stop the threads; vLLM never does, its process ends with them."""
-        self._closed.set()
-        self._makers.shutdown()
-        self._blenders.shutdown()
-        self._looker.shutdown()
+        for pool in (self._makers, self._blenders, self._looker):
+            pool.shutdown()
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.close()
         if self._cache is not None:
             self._cache.close()
 
@@ -123,12 +117,12 @@ class _Resolver:
         try:
             asked = self._names.admit(name)
             found = await self._find(base_model_name, asked)
-            self._tell(found)
+            tell_served(found)
             if front is not None:
                 front.awaits(found.path)
             return request_of(found)
         except (LoraTreeError, OSError, ValueError) as error:
-            log.error("lora_tree: '%s' is refused: %s", shown(name), _reason(error))
+            log.error("lora_tree: '%s' is refused: %s", shown(name), reason(error))
         except Exception:
             log.exception("lora_tree: '%s' is refused", shown(name))
         finally:
@@ -162,9 +156,10 @@ class _Resolver:
         """Find the server that asks. It is read and changed on its own event loop alone."""
         models = asking()
         if models is None:
-            self._say(
+            self._once.say(
                 MODELS,
-                "lora_tree: this vLLM keeps its adapters elsewhere; changes of the tree need a restart",
+                "lora_tree: this vLLM keeps its adapters elsewhere; "
+                "changes of the tree need a restart",
             )
             return None
         for front in self._fronts:
@@ -206,10 +201,15 @@ class _Resolver:
                     let_go=self._let_go,
                     is_read=self._is_read,
                 )
-                self._watcher = threading.Thread(
-                    target=self._watch, args=(self._cache,), name="lora_tree", daemon=True
+                self._watcher = Watcher(
+                    self._cache,
+                    self._seen,
+                    self._fronts,
+                    self._names,
+                    self._once,
+                    zoo=settings.zoo,
+                    every_s=settings.poll_s,
                 )
-                self._watcher.start()
             return self._cache
 
     def _is_read(self, content: str) -> bool:
@@ -218,10 +218,8 @@ class _Resolver:
     def _let_go(self, path: str) -> bool:
         """Have vLLM ask for a path again, unless a request for it has come in meanwhile."""
         cache = self._cache
-        if (
-            cache is None or not self._fronts
-        ):  # a front end that can't be told keeps what it has for ever
-            return False
+        if cache is None or not self._fronts:
+            return False  # a front end that can't be told keeps its adapters for ever
         content = cache.served.get(path, "")
 
         def is_needed() -> bool:
@@ -229,118 +227,19 @@ class _Resolver:
 
         return all(front.drop(path, unless=is_needed) for front in self._fronts)
 
-    # ------------------------------------------------------------------ changes of the tree, in a thread of their own
-    def _watch(self, cache: FlatCache) -> None:
-        while not self._closed.wait(self._settings.poll_s):
-            try:
-                self._look(cache)
-            except Exception as error:
-                self._say("", f"lora_tree: can't look at {self._settings.zoo}: {_reason(error)}")
-
-    def _look(self, cache: FlatCache) -> None:
-        served = cache.served
-        cache.tend()
-        if not served or not self._fronts:
-            return
-        try:
-            view = self._seen.now()
-        except LoraTreeError as error:
-            self._say(
-                "",
-                f"lora_tree: the tree can't be read, its paths go on as they were: {_reason(error)}",
-            )
-            return
-        self._said = {
-            about: text for about, text in self._said.items() if about in (MODELS, *served)
-        }
-        for path in served:
-            try:
-                self._look_at(cache, view, path)
-            except Exception as error:  # vLLM's; the other paths go on
-                text = f"lora_tree: {shown(path)!r} goes on as it was: {_reason(error)}"
-                # a file that grows has another reason at every look
-                same = FolderError if isinstance(error, FolderError) else type(error)
-                self._say(path, text, told_as=same.__name__)
-
-    def _look_at(self, cache: FlatCache, view: View, path: str) -> None:
-        content = cache.served.get(path)
-        if content is None:
-            return  # it was let go of while another was made
-        try:
-            now = cache.content(view.tree, view.problems, path)[0]
-        except (FolderError, FormatError):
-            raise  # the files are not whole, or are being replaced
-        except LoraTreeError as error:
-            self._no_longer(cache, path, error)
-            return
-        if now != content or self._is_behind(path, now):
-            self._follow(cache, view, path)
-        elif self._said.pop(path, None) is not None:
-            log.info("lora_tree: '%s' fits its files again", shown(path))
-
-    def _follow(self, cache: FlatCache, view: View, path: str) -> None:
-        """Serve a path with what it is now.
-
-        Raises:
-            Exception: it can't be at the moment, and is served on as it was.
-        """
-        try:
-            with cache.replacing(path):
-                found = cache.get(view.tree, view.problems, path)
-                self._tell(found)
-                swapped = [front.swap(found) for front in self._fronts]
-        except FolderError:
-            raise  # there is no room now, or the tree has changed once more
-        except LoraTreeError as error:
-            if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
-                raise  # nothing says whether the files are whole
-            self._no_longer(cache, path, error)
-            return
-        self._said.pop(path, None)
-        if any(swapped):
-            log.info(
-                "lora_tree: '%s' has changed, and is now served as %s",
-                shown(path),
-                shown(found.name),
-            )
-
-    def _is_behind(self, path: str, content: str) -> bool:
-        """Tell whether vLLM took another content: it was changed between vLLM's question and the answer."""
-        return any(front.serves(path) not in (None, content) for front in self._fronts)
-
-    def _no_longer(self, cache: FlatCache, path: str, error: LoraTreeError) -> None:
-        dropped = [front.drop(path) for front in self._fronts]
-        if not all(dropped):
-            return  # vLLM is loading it just now; at the next look it has it
-        log.error("lora_tree: '%s' is no longer served: %s", shown(path), _reason(error))
-        cache.forget(path)
-        self._said.pop(path, None)
-
-    # ------------------------------------------------------------------ the log
-    def _tell(self, found: Flattened) -> None:
-        for text in found.stale:
-            log.warning("lora_tree: '%s' is served though it is stale: %s", shown(found.path), text)
-        if found.error is not None and found.error > ROUNDING:
-            log.info(
-                "lora_tree: '%s' was recompressed, relative error %.2g",
-                shown(found.path),
-                found.error,
-            )
-
-    def _say(self, about: str, text: str, *, told_as: str | None = None) -> None:
-        """Log once for each change of the text, or of what it is ``told_as``."""
-        told_as = text if told_as is None else told_as
-        if self._said.get(about) != told_as:
-            self._said[about] = told_as
-            log.error("%s", text)
-
 
 def _there(view: View, asked: Asked) -> None:
-    """Refuse paths that are not in the tree. The nearest name is looked up only where that costs little."""
+    """Refuse paths that are not in the tree, with the nearest name where finding it costs little.
+
+    Raises:
+        PathError: a path is not there.
+        FolderError: it is there, and can't be used.
+    """
     for path in asked.paths:
         if path in view.tree:
             continue
-        for problem in view.problems:  # it may have been left out of the tree
+        # A node that can't be used was left out of the tree, and everything below it with it.
+        for problem in view.problems:
             if f"{path}/".startswith(f"{problem.node}/"):
                 raise FolderError(str(problem))
         if len(view.tree) <= MOST_SUGGESTED and len(path) <= 128:
@@ -348,22 +247,12 @@ def _there(view: View, asked: Asked) -> None:
         raise PathError(f"no node {shown(path)!r} in the tree")
 
 
-def _locked(tree: AdapterTree, asked: Asked) -> bool:
-    """Tell whether a lock says what the files of all nodes on the way are."""
-    sources = [tree[node].source for path in asked.paths for node in tree.lineage(path)]
-    return all(source is None or source.key is not None for source in sources)
-
-
-def _reason(error: Exception) -> str:
-    return shown(" ".join(str(error).split("\n  ")), REASON_CHARACTERS)
-
-
 def _base_folder(base: str) -> str | None:
-    """Where the base's weights are on this machine; vLLM has them by now."""
+    """Return where the base's weights are on this machine: vLLM has them by now."""
     if Path(base).is_dir():
         return base
     try:
         hub = need("huggingface_hub", extra="hub", what="finding the base")
         return str(hub.snapshot_download(base, local_files_only=True))
-    except Exception:
+    except Exception:  # without it, only tensors of the base that an adapter carries are refused
         return None

@@ -1,0 +1,61 @@
+"""The plugin's lines in vLLM's log: short, printable, and once for each change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from .client_names import shown
+from .flatcache import ROUNDING, Flattened
+
+__all__ = ["OnceLog", "log", "reason", "tell_served"]
+
+REASON_CHARACTERS = 1000
+
+# Below vLLM's own logger, so that its lines go where vLLM's go. A logger of ours has no handler.
+log = logging.getLogger("vllm.lora_tree")
+
+
+def reason(error: Exception) -> str:
+    """Return an error on one line, as a log may show it."""
+    return shown(" ".join(str(error).split("\n  ")), REASON_CHARACTERS)
+
+
+def tell_served(found: Flattened) -> None:
+    """Log what a client should know of a path that it is served with."""
+    for text in found.stale:
+        log.warning("lora_tree: '%s' is served though it is stale: %s", shown(found.path), text)
+    if found.error is not None and found.error > ROUNDING:
+        log.info(
+            "lora_tree: '%s' was recompressed, relative error %.2g",
+            shown(found.path),
+            found.error,
+        )
+
+
+class OnceLog:
+    """Errors that are found again at every look, logged when they begin and when they change."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    def say(self, about: str, text: str, *, told_as: str | None = None) -> None:
+        """Log a text, unless the last one about the same was the same.
+
+        Args:
+            about: a path, or another key.
+            text: the line.
+            told_as: compared instead of the text.
+        """
+        told_as = text if told_as is None else told_as
+        if self._said.get(about) != told_as:
+            self._said[about] = told_as
+            log.error("%s", text)
+
+    def is_over(self, about: str) -> bool:
+        """Note that nothing is wrong any more; tell whether something was."""
+        return self._said.pop(about, None) is not None
+
+    def keep_only(self, about: Collection[str]) -> None:
+        """Forget all others: paths that are no longer served must not add up."""
+        self._said = {one: text for one, text in self._said.items() if one in about}

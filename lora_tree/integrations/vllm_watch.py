@@ -1,0 +1,173 @@
+"""Follow the tree while a server runs: give vLLM a path's new adapter, or take the path away.
+
+    each poll_s:   content of a path ── same ─────────────────▶ nothing
+                                     ── another ──────────────▶ flatten, swap
+                                     ── files not whole ──────▶ served on as it was, said once
+                                     ── no longer in the tree ▶ vLLM forgets the path
+
+vLLM asks for a name once and keeps the answer, so somebody has to look at the tree. A thread does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from ..errors import FolderError, FormatError, LoraTreeError
+from ..tree import AdapterTree
+from .client_names import Asked, NameRules, shown
+from .flatcache import FlatCache
+from .surveyed import Surveyed, View
+from .vllm_front import Front
+from .vllm_log import OnceLog, log, reason, tell_served
+
+__all__ = ["MODELS", "Watcher"]
+
+MODELS = " models"  # a key of the log that is no path
+
+
+class Watcher:
+    """A thread that looks at the tree until it is closed.
+
+    Args:
+        cache: of flattened paths; what it serves is followed.
+        seen: the tree's folder.
+        fronts: vLLM's front ends. The list grows while the thread runs.
+        names: reads the names of paths.
+        once: the log of what goes wrong.
+        zoo: the tree's folder, for messages.
+        every_s: between two looks.
+    """
+
+    def __init__(
+        self,
+        cache: FlatCache,
+        seen: Surveyed,
+        fronts: Sequence[Front],
+        names: NameRules,
+        once: OnceLog,
+        *,
+        zoo: str,
+        every_s: float,
+    ) -> None:
+        self._cache = cache
+        self._seen = seen
+        self._fronts = fronts
+        self._names = names
+        self._once = once
+        self._zoo = zoo
+        self._every_s = every_s
+        self._closed = threading.Event()
+        # A daemon: vLLM never closes a plugin, and its process must end all the same.
+        self._thread = threading.Thread(target=self._watch, name="lora_tree", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread, and wait for the look that it is at."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._every_s):
+            try:
+                self._look()
+            except (
+                Exception
+            ) as error:  # the thread must not end: no path would be followed any more
+                self._once.say("", f"lora_tree: can't look at {self._zoo}: {reason(error)}")
+
+    def _look(self) -> None:
+        served = self._cache.served
+        self._cache.tend()
+        if not served or not self._fronts:
+            return
+        try:
+            view = self._seen.now()
+        except LoraTreeError as error:
+            self._once.say(
+                "",
+                f"lora_tree: the tree can't be read, its paths go on as they were: {reason(error)}",
+            )
+            return
+        self._once.keep_only((MODELS, *served))
+        for path in served:
+            try:
+                self._look_at(view, path)
+            except Exception as error:  # vLLM's; the other paths go on
+                text = f"lora_tree: {shown(path)!r} goes on as it was: {reason(error)}"
+                # A file that is being written has another size, and so another reason, at every
+                # look. It is one event for the log.
+                kind = FolderError if isinstance(error, FolderError) else type(error)
+                self._once.say(path, text, told_as=kind.__name__)
+
+    def _look_at(self, view: View, path: str) -> None:
+        """Compare what a path is with what it is served with.
+
+        Raises:
+            Exception: it can't be followed at the moment, and is served on as it was.
+        """
+        content = self._cache.served.get(path)
+        if content is None:
+            return  # it was let go of while another was made
+        try:
+            now = self._cache.content(view.tree, view.problems, path)[0]
+        except (FolderError, FormatError):
+            raise  # the files are not whole, or are being replaced
+        except LoraTreeError as error:
+            self._no_longer(path, error)
+            return
+        if now != content or self._is_behind(path, now):
+            self._follow(view, path)
+        elif self._once.is_over(path):
+            log.info("lora_tree: '%s' fits its files again", shown(path))
+
+    def _follow(self, view: View, path: str) -> None:
+        """Serve a path with what it is now.
+
+        Raises:
+            Exception: it can't be at the moment, and is served on as it was.
+        """
+        try:
+            with self._cache.replacing(path):
+                found = self._cache.get(view.tree, view.problems, path)
+                tell_served(found)
+                swapped = [front.swap(found) for front in self._fronts]
+        except FolderError:
+            raise  # there is no room now, or the tree has changed once more
+        except LoraTreeError as error:
+            if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
+                raise  # nothing says whether the files are whole
+            self._no_longer(path, error)
+            return
+        self._once.is_over(path)
+        if any(swapped):
+            log.info(
+                "lora_tree: '%s' has changed, and is now served as %s",
+                shown(path),
+                shown(found.name),
+            )
+
+    def _is_behind(self, path: str, content: str) -> bool:
+        """Tell whether vLLM took another content.
+
+        The path was changed between vLLM's question and the answer.
+        """
+        return any(front.serves(path) not in (None, content) for front in self._fronts)
+
+    def _no_longer(self, path: str, error: LoraTreeError) -> None:
+        dropped = [front.drop(path) for front in self._fronts]
+        if not all(dropped):
+            return  # vLLM is loading it just now; at the next look it has it
+        log.error("lora_tree: '%s' is no longer served: %s", shown(path), reason(error))
+        self._cache.forget(path)
+        self._once.is_over(path)
+
+
+def _locked(tree: AdapterTree, asked: Asked) -> bool:
+    """Tell whether a lock says what the files of all nodes on the way are."""
+    for path in asked.paths:
+        for node in tree.lineage(path):
+            source = tree[node].source
+            if source is not None and source.key is None:
+                return False
+    return True
