@@ -35,7 +35,11 @@ from .sums import added_up, aligned, read_terms
 
 __all__ = ["hoist"]
 
+Pair = tuple[Tensor, Tensor]
+"""A core L Rᵀ as its two factors, L (\\*batch, k, p) and R (\\*batch, l, p)."""
+
 _MOST_ROUNDS = 50
+_SMALL = 64  # up to this size an SVD of the whole core takes no time
 _SETTLED = 1e-6
 """A round that lowers the error by a smaller part than this is the last one."""
 
@@ -141,66 +145,125 @@ class _Fitting:
         bias: Tensor | None = biases.mean(0)
         if all(own is None for own in both.biases):
             bias = None  # zeros would be written as a lora_bias that no sibling has
+        mine = [_pair(both, part) for part in self.parts]
         if self.recipe is not None:
-            S = self._by_recipe(both)
-            left = cores - S
+            S = _svd(_by_recipe(self, both), self.rank)
+            rests = [_minus(own, S) for own in mine]
         elif self.leaf_rank is None:
-            S = _best(cores.mean(0), self.rank)
-            left = cores - S
+            S = _svd(cores.mean(0), self.rank)
+            rests = [_minus(own, S) for own in mine]
         else:
-            S, left = _alternate(cores, self.rank, self.leaf_rank)
-        rests: list[LowRank | None] = []
-        for core, own_bias in zip(left, biases, strict=True):
-            rest = None if bias is None else own_bias - bias
-            rests.append(_shortest(both, core, rest))
-        return _shortest(both, S, bias) or both.value(S, bias), rests
-
-    def _by_recipe(self, both: Joint) -> Tensor:
-        """The core of what the siblings merge to, with weights that add up to 1."""
-        assert self.recipe is not None
-        share = [1.0 / len(self.parts)] * len(self.parts)
-        merged = self.recipe.module(self.module, self.parts, share)
-        # A merge in another space leaves the joint bases; what they can't hold of it is left out.
-        core = (both.Q_B.mT @ merged.B.double()) @ (merged.A.double() @ both.Q_A)
-        return _best(core * merged.scale, self.rank)
+            S, rests = _alternate(cores.mean(0), mine, self.rank, self.leaf_rank)
+        scale = float(cores.abs().max())
+        left: list[LowRank | None] = []
+        for rest, own_bias in zip(rests, biases, strict=True):
+            own = None if bias is None else own_bias - bias
+            left.append(_value(both, rest, own, scale))
+        shared = _value(both, S, bias, scale)
+        return shared or both.value(torch.zeros_like(cores[0]), bias), left
 
 
-def _alternate(cores: Tensor, rank: int | None, leaf_rank: int) -> tuple[Tensor, Tensor]:
-    """The shared core and the rests (n, \\*batch, k, l), each the best one for the others."""
+def _by_recipe(fitting: _Fitting, both: Joint) -> Tensor:
+    """The core of the siblings' merge, with weights that add up to 1."""
+    assert fitting.recipe is not None
+    share = [1.0 / len(fitting.parts)] * len(fitting.parts)
+    merged = fitting.recipe.module(fitting.module, fitting.parts, share)
+    # A merge in another space leaves the joint bases, and this is its part in them.
+    return (both.Q_B.mT @ merged.B.double()) @ (merged.A.double() @ both.Q_A) * merged.scale
+
+
+def _pair(both: Joint, part: LowRank | None) -> Pair:
+    """An increment's core as two thin factors; of no columns for None."""
+    if part is None:
+        return both.cores[0][..., :0], both.cores[0].mT[..., :0]
+    left = both.Q_B.mT @ part.B.detach().to(both.Q_B) * part.scale  # (k, r)
+    return left, both.Q_A.mT @ part.A.detach().to(both.Q_A).mT  # (k, r) (l, r)
+
+
+def _minus(one: Pair, other: Pair) -> Pair:
+    """The difference of two cores: their factors side by side."""
+    return torch.cat([one[0], -other[0]], dim=-1), torch.cat([one[1], other[1]], dim=-1)
+
+
+def _svd(core: Tensor, rank: int | None) -> Pair:
+    """The best core of a rank, as thin factors."""
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :].mT
+
+
+def _spectral(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V of the core of two factors, from QRs of these and an SVD of their small core."""
+    Q_left, R_left = torch.linalg.qr(pair[0])
+    Q_right, R_right = torch.linalg.qr(pair[1])
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    return Q_left @ U, S, Q_right @ Vh.mT
+
+
+def _alternate(
+    mean: Tensor, mine: Sequence[Pair], rank: int | None, leaf_rank: int
+) -> tuple[Pair, list[Pair]]:
+    """The shared core and the rests, fitted in turn, each the best one for the others.
+
+    Args:
+        mean: (\\*batch, k, l) of all siblings.
+        mine: each sibling's core, as thin factors.
+        rank, leaf_rank: of the shared part and of a rest.
+    """
+    S = _svd(mean, rank)
+    rests: list[Pair] = []
     before = torch.inf
-    rests = torch.zeros_like(cores)
     for _ in range(_MOST_ROUNDS):
-        S = _best((cores - rests).mean(0), rank)
-        rests = _best(cores - S, leaf_rank)
-        error = float((cores - S - rests).square().sum())
+        if rests:
+            left = torch.cat([rest[0] for rest in rests], dim=-1)
+            right = torch.cat([rest[1] for rest in rests], dim=-1)
+            S = _nearest(mean - left @ right.mT / len(mine), rank, S)
+        rests = []
+        error = 0.0
+        for core in mine:
+            U, values, V = _spectral(_minus(core, S))
+            rests.append((U[..., :leaf_rank] * values[..., None, :leaf_rank], V[..., :leaf_rank]))
+            # The values that are cut off are the error, so no difference has to be formed.
+            error += float(values[..., leaf_rank:].square().sum())
         if error >= before * (1.0 - _SETTLED):
             break
         before = error
     return S, rests
 
 
-def _best(core: Tensor, rank: int | None) -> Tensor:
-    """The nearest core of a rank."""
-    if rank is None or rank >= min(core.shape[-2:]):
-        return core
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    best: Tensor = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
-    return best
+def _nearest(core: Tensor, rank: int | None, start: Pair) -> Pair:
+    """The best core of a rank, found from the last round's, which lies near it.
+
+    Subspace iteration: two products with the core in place of an SVD of all of it. Between rounds
+    the core moves little, so the start is good, and a round that is not quite the best is mended by
+    the next.
+    """
+    if rank is None or min(core.shape[-2:]) <= _SMALL:
+        return _svd(core, rank)
+    right = start[1]
+    for _ in range(2):
+        left = torch.linalg.qr(core @ right)[0]  # (k, rank)
+        right = torch.linalg.qr(core.mT @ left)[0]  # (l, rank)
+    return core @ right, right
 
 
-def _shortest(both: Joint, core: Tensor, bias: Tensor | None) -> LowRank | None:
-    """The value of a core at the rank that it has beyond rounding; None where all is zero."""
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    # Measured by the siblings, not by the rest itself: where nothing is left, all of it is
-    # rounding.
-    scale = float(torch.stack(both.cores).abs().max())
+def _value(both: Joint, pair: Pair, bias: Tensor | None, scale: float) -> LowRank | None:
+    """The value of a core at the rank that it has beyond rounding; None where all is zero.
+
+    Args:
+        both: the joint bases.
+        pair: the core, as two factors.
+        bias: (out,) or None.
+        scale: of the siblings' cores. A rest is measured by them and not by itself: where nothing
+            is left of a sibling, all of it is rounding.
+    """
+    U, S, V = _spectral(pair)
     there = int((S > scale * 1e-13).reshape(-1, S.shape[-1]).any(0).sum())
     if there == 0 and (bias is None or not bool(bias.any())):
         return None
     keep = max(there, 1)
     root = S[..., :keep].sqrt()
     B = both.Q_B @ (U[..., :keep] * root[..., None, :])
-    A = (root[..., :, None] * Vh[..., :keep, :]) @ both.Q_A.mT
+    A = (V[..., :keep] * root[..., None, :]).mT @ both.Q_A.mT
     return LowRank(A.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
 
 
