@@ -93,7 +93,7 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## every benchmark at full size (hours on 2 cores where bf16 is slow, 8 GB; ARGS names one)
 	$(PY) -m benchmarks $(ARGS)
 
-compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (half an hour on 2 cores)
+compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (hours on 2 cores; ARGS names parts: packages, manuals, curve, late)
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m benchmarks.compare $(ARGS)
 
 clean:  ## remove caches, build products and the demo's folders; .venv stays

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,8 @@ from benchmarks import (
     unmerged,
 )
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
+from benchmarks.compare.corpora import LANGUAGES, SECTIONS, find_manuals
+from benchmarks.compare.tables import markdown_of_curve, markdown_of_late
 from benchmarks.setting import SMALL
 
 SIZE = replace(SMALL, hidden=32, layers=1)
@@ -104,7 +108,7 @@ def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table
     assert len(outcomes) == 1 + 2 * 2 * 4
     assert all(len(o.bits) == 2 and len(set(o.bits)) == 2 for o in outcomes[1:])
     assert told.count("\n### ") == 4
-    assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree", "tree + root"))
+    assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree, alone", "tree"))
 
 
 def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_and_no_clock_is_involved() -> (
@@ -164,3 +168,29 @@ def test_a_switch_changes_files_half_as_often_as_it_did() -> None:
     }
     assert moves.keys() == most.keys()
     assert {name: count for name, count in moves.items() if count > most[name]} == {}
+
+
+def test_manual_pages_that_are_not_installed_are_skipped(tmp_path: Path) -> None:
+    assert find_manuals(8, tmp_path) == []
+    for language in LANGUAGES:
+        for section in SECTIONS:
+            folder = tmp_path / language / f"man{section}"
+            folder.mkdir(parents=True)
+            for page in range(10):
+                text = f"{language} {section} {page} ".encode() * 1000
+                (folder / f"{page}.gz").write_bytes(gzip.compress(text))
+    found = find_manuals(8, tmp_path)
+    assert [leaf.path for leaf in found] == [f"{x}/{y}" for x in LANGUAGES for y in SECTIONS]
+    assert [(len(leaf.train), len(leaf.held_out)) for leaf in found] == [(8, 2)] * 8
+
+
+def test_longer_training_and_a_late_leaf_are_told_as_tables() -> None:
+    points = compare.curve(compare.SMALL)
+    assert [steps for steps, _, _ in points] == [1, 2] * 4
+    assert markdown_of_curve(points).count("\n") == 4
+    late = compare.late_leaf(compare.SMALL)
+    told = markdown_of_late(late)
+    assert told.startswith(
+        "| share of its data | parent | leaf | leaf, fitted | flat | pooled, on |"
+    )
+    assert all(leaf.bits["leaf, fitted"] > 0 for leaf in late)

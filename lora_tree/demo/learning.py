@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model import TreeModel
+from ..training.levels import Over, over_of, weight_decays
 from ..training.losses import path_loss
 from .bytelevel import END
 
@@ -81,6 +82,8 @@ def train_tree(
     length: int,
     lr: float,
     seed: int,
+    over: Over = "auto",
+    decay_by_depth: Sequence[float] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
     """Train some nodes at once: every row trains those on its own path.
@@ -91,9 +94,15 @@ def train_tree(
         streams: domain → the path that its rows go by, and its tokens. Every row draws its domain,
             each with the same chance.
         steps, batch, length: of the optimiser, rows in each, bytes in a row.
+        over: what the loss is a mean over, as in `lora_tree.runs.Settings`.
+        decay_by_depth: weight decay at depth 0, 1, …; None: see `lora_tree.weight_decays`.
         tick: called after every step.
     """
-    groups = [{**group, "clip_norm": 1.0} for group in model.trainable(*nodes)]
+    decays = weight_decays(model.tree, nodes, dict.fromkeys(nodes, lr), by_depth=decay_by_depth)
+    groups = []
+    for group in model.trainable(*nodes):
+        groups.append({**group, "clip_norm": 1.0, "weight_decay": decays[group["name"]]})
+    mean = over_of(over, nodes)
     optimiser, schedule = _optimiser(groups, steps, lr, weight_decay=0.0)
     # `follow` moves no node without rows in a step, and clips each by itself.
     model.follow(optimiser)
@@ -103,7 +112,8 @@ def train_tree(
         paths = [path_of[i] for i in which]
         with model.route(paths, batch_first=True):
             logits = model(input_ids=rows[:, :-1]).logits
-            torch.autograd.backward(path_loss(logits, rows[:, 1:], paths, shift=False).total)
+            loss = path_loss(logits, rows[:, 1:], paths, over=mean, shift=False)
+            torch.autograd.backward(loss.total)
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()

@@ -1,0 +1,66 @@
+"""``python -m benchmarks.compare``: train everything and print the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated
+
+import transformers
+import typer
+from rich.console import Console
+
+from .late import late_leaf
+from .runs import compare, curve
+from .systems import FULL, SMALL
+from .tables import markdown, markdown_of_curve, markdown_of_late
+
+
+class Part(StrEnum):
+    """The parts of the comparison."""
+
+    packages = "packages"
+    manuals = "manuals"
+    curve = "curve"
+    late = "late"
+
+
+def main(
+    parts: Annotated[list[Part] | None, typer.Argument(help="All of them without it.")] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="A toy size: that it runs, not what comes out.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every seed and leaf.")] = False,
+) -> None:
+    """Train everything and print the tables: packages and manuals, longer training, a late leaf."""
+    transformers.utils.logging.disable_progress_bar()
+    say = Console(stderr=True, highlight=False).print
+    size = SMALL if small else FULL
+    found: dict[str, object] = {}
+    for part in parts or list(Part):
+        say(f"[bold]{part}")
+        text = ""
+        if part in (Part.packages, Part.manuals):
+            leaves, outcomes = compare(size, manuals=part is Part.manuals, say=say)
+            found[part.value] = [asdict(outcome) for outcome in outcomes]
+            text = "no manual pages are installed: skipped\n"
+            if outcomes:
+                text = markdown(leaves, outcomes)
+        elif part is Part.curve:
+            points = curve(size, say=say)
+            found[part.value], text = points, markdown_of_curve(points)
+        else:
+            late = late_leaf(size, say=say)
+            found[part.value] = [asdict(leaf) for leaf in late]
+            text = markdown_of_late(late)
+        if not as_json:
+            sys.stdout.write(f"\n## {part.value}\n\n{text}")
+            sys.stdout.flush()
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
