@@ -159,7 +159,8 @@ def compare(
                     chosen[system] = best_setting(text, system)
                 made = _seeds(text, system, chosen[system], data)
                 known[system, data] = made
-                told = f"{mean(made.bits):.3f} at {made.setting.rate:g}, {made.setting.shrinkage}"
+                seeds = " ".join(f"{bits:.4f}" for bits in made.bits)
+                told = f"{seeds} at {made.setting.rate:g}, {made.setting.shrinkage}"
                 say(f"{comparison}, {data}: {system.name}: {told}")
             outcomes.append(replace(made, comparison=comparison))
     return text.paths, outcomes
