@@ -18,7 +18,7 @@ from ..model import TreeModel
 from .evaluation import evaluate_at
 from .rows import Row
 
-__all__ = ["Verdict", "keep_what_helps", "split"]
+__all__ = ["Verdict", "hold_back", "keep_what_helps"]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -58,14 +58,14 @@ class Verdict:
         return f"{said}: kept at weight {self.weight:g}, {self.kept:.3f}"
 
 
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and those held back: of each path the share, rounded down.
 
     The rows that are held back lie evenly over a path's rows. Files are often sorted, and the end
     of one would not be like the rest.
 
     >>> rows = [Row("fr", (i, 0), (i, 0), "x:1") for i in range(6)]
-    >>> trained, held = split(rows, 0.34)
+    >>> trained, held = hold_back(rows, 0.34)
     >>> [row.ids[0] for row in held], len(trained)
     ([1, 4], 4)
     """

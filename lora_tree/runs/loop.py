@@ -37,7 +37,7 @@ from ..tree import AdapterTree
 from .checkpoint_factors import save_factors
 from .checkpoint_place import appearing, retire
 from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
-from .held_back import Verdict, keep_what_helps, split
+from .held_back import Verdict, hold_back, keep_what_helps
 from .place import (
     ABOUT,
     LastCheckpoint,
@@ -110,7 +110,7 @@ class Run:
         _check_names(settings, self.nodes, tree)
         _check_weights(tree, self.nodes)
         through = _through(rows, self.nodes, tree)
-        self.rows, self.held_back = split(through, settings.hold_back)
+        self.rows, self.held_back = hold_back(through, settings.hold_back)
         self.left_out = len(rows) - len(through)
         if not self.rows:
             raise SpecError(
