@@ -21,8 +21,15 @@ from typing import Any
 import pytest
 
 from lora_tree.integrations import vllm_front
+from lora_tree.integrations.flatcache import FlatCache
+from lora_tree.integrations.shared_folder import SharedFolder
 from lora_tree.integrations.vllm import _Resolver
 from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO, PluginSettings
+
+
+def folder_of(kept: FlatCache) -> SharedFolder:
+    """Return the folder behind a cache, for laws about processes that share it."""
+    return kept._disk
 
 
 @dataclass

@@ -25,6 +25,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from front import folder_of
 from safetensors.torch import load_file
 from shell import save_base
 from torch import nn
@@ -113,7 +114,7 @@ def _serve(folder: Path, base: Path) -> None:
     try:
         kept.get(*survey(folder / "zoo"), "fr/legal")
     finally:
-        kept._disk._held.release()
+        folder_of(kept)._held.release()
 
 
 def _merged(folder: Path, base: Path) -> torch.Tensor | None:
@@ -498,13 +499,13 @@ time.sleep(600)
     refused(monkeypatch)
     other = FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=FlatForm(8))
     try:
-        assert content in other._disk.in_use_elsewhere()
+        assert content in folder_of(other).in_use_elsewhere()
         server.kill()
         server.wait()
         server.stdout.close()
-        assert content not in other._disk.in_use_elsewhere()
+        assert content not in folder_of(other).in_use_elsewhere()
     finally:
-        other._disk._held.release()
+        folder_of(other)._held.release()
 
 
 def test_without_flock_the_stage_of_a_killed_export_is_cleared_and_that_of_a_living_one_is_not(

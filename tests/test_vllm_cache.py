@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from front import LoRARequest, front_end
+from front import LoRARequest, folder_of, front_end
 from oracle import random_adapter
 from zoo import opened
 
@@ -221,7 +221,7 @@ def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
     )
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
     kept = cache(tmp_path, form=FlatForm(4), budget_bytes=(1 << 20) + 500)
-    assert not kept._disk.in_use_elsewhere()
+    assert not folder_of(kept).in_use_elsewhere()
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
     kept.get(*survey(zoo), "fr")
     assert there(tmp_path) == set(kept.served.values())  # the four made room
@@ -258,10 +258,10 @@ def test_what_one_request_failed_at_stays_held_for_another(
         patched.setattr(FlatCache, "_ensure", ensure)
         found = kept.get(*survey(zoo), "fr")
     assert kept.served == {"fr": found.content}
-    assert other._disk.in_use_elsewhere() == {found.content: False}
+    assert folder_of(other).in_use_elsewhere() == {found.content: False}
     kept.forget("fr")
     kept.tend()
-    assert other._disk.in_use_elsewhere() == {}
+    assert folder_of(other).in_use_elsewhere() == {}
 
 
 def test_what_is_forgotten_while_it_is_asked_for_stays_held(
@@ -273,14 +273,14 @@ def test_what_is_forgotten_while_it_is_asked_for_stays_held(
     def ensure(self: FlatCache, *args: Any) -> float | None:
         kept.forget("fr")
         kept.tend()
-        assert other._disk.in_use_elsewhere()
+        assert folder_of(other).in_use_elsewhere()
         return real(self, *args)
 
     with monkeypatch.context() as patched:
         patched.setattr(FlatCache, "_ensure", ensure)
         found = kept.get(*survey(zoo), "fr:1")  # the same content under another name
     assert kept.served == {"fr:1": found.content}
-    assert found.content in other._disk.in_use_elsewhere()
+    assert found.content in folder_of(other).in_use_elsewhere()
 
 
 def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> 
     with pytest.raises(FolderError, match="no room"):
         kept.get(*survey(zoo), "fr")
     kept.tend()
-    assert not other._disk.in_use_elsewhere()
+    assert not folder_of(other).in_use_elsewhere()
 
 
 MANY = """
