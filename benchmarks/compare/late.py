@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lora_tree as lt
-from lora_tree.demo.learning import bits_per_byte, spread, train_tree
+from lora_tree.demo.learning import bits_per_byte, evenly_spread, train_tree
 
 from .runs import Say, Text, best_setting, opened, quiet, trained
 from .systems import FULL, SYSTEMS, Setting, Size, System
@@ -63,7 +63,7 @@ def late_leaf(size: Size = FULL, *, say: Say = quiet) -> list[LateLeaf]:
             tokens = text.streams()[leaf]
             tokens = tokens[: max(int(share * len(tokens)), 10 * size.length)]
             cut = len(tokens) * 9 // 10
-            kept = spread(tokens[cut:], windows=size.windows, length=size.length)
+            kept = evenly_spread(tokens[cut:], windows=size.windows, length=size.length)
             bits = _on_the_tree(text, tree, leaf, tokens[:cut], kept, settings["tree"], systems)
             flat = System("flat", 0, 0, systems["flat"].leaf, over="paths")
             only = {leaf: text.held_out[leaf]}

@@ -15,7 +15,7 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.demo.bytelevel import new_base
 from lora_tree.demo.corpus import Domain, find_corpus
-from lora_tree.demo.learning import as_one_row, bits_per_byte, spread, train_base, train_tree
+from lora_tree.demo.learning import as_one_row, bits_per_byte, evenly_spread, train_base, train_tree
 
 from .corpora import find_manuals, find_packages
 from .systems import FULL, SYSTEMS, Outcome, Setting, Size, System, tree_of
@@ -95,7 +95,7 @@ def opened(size: Size, *, manuals: bool = False, say: Say = quiet) -> Text:
     held_out = {}
     for leaf in leaves:
         tokens = as_one_row(leaf.held_out)
-        held_out[leaf.path] = spread(tokens, windows=size.windows, length=size.length)
+        held_out[leaf.path] = evenly_spread(tokens, windows=size.windows, length=size.length)
     return Text(base, tuple(leaves), held_out, size)
 
 
@@ -191,7 +191,7 @@ def best_setting(text: Text, system: System) -> Setting:
         cut = len(tokens) * 9 // 10
         streams[leaf] = tokens[:cut]
         windows = max(size.windows // 2, 1)
-        kept[leaf] = spread(tokens[cut:], windows=windows, length=size.length)
+        kept[leaf] = evenly_spread(tokens[cut:], windows=windows, length=size.length)
     found = {}
     for setting in tries:
         _, bits = trained(text, system, setting, 0, streams, held_out=kept)
