@@ -257,8 +257,8 @@ class Adapter:
         for module, registered in order.items():
             mine = tuple(p for p in registered if f"{module}.{p}" in self.modules)
             guessed = self.nesting.get(module, ())
-            # If the two sets differ, the order is that of another base. It stays assumed, and
-            # binding refuses it.
+            # If the two sets differ, the order is that of another base. It stays
+            # assumed, and binding refuses it.
             if module in assumed and set(mine) == set(guessed):
                 for was, now in zip(guessed, mine, strict=True):
                     moved[f"{module}.{was}"] = f"{module}.{now}"

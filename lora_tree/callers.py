@@ -104,8 +104,8 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
 
 
 def _nearest(matches: Callable[[FrameType], bool]) -> FrameType | None:
-    # Frames of this module come first. None of their functions is asked for, so they are not
-    # skipped.
+    # Frames of this module come first. None of their functions is
+    # asked for, so they are not skipped.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not matches(frame):
         frame = frame.f_back

@@ -97,8 +97,8 @@ def _agree(x: Tensor, y: Tensor) -> bool:
     """Return whether two blocks may be the same stored numbers."""
     wide = torch.promote_types(x.dtype, y.dtype)
     if wide in (x.dtype, y.dtype):
-        # The wider one may hold more digits of the stored number: it is rounded as the narrower one
-        # was.
+        # The wider one may hold more digits of the stored number: it is
+        # rounded as the narrower one was.
         narrow = y.dtype if wide == x.dtype else x.dtype
         return torch.equal(x.to(narrow), y.to(narrow))
     apart = (x.double() - y.double()).abs()

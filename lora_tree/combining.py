@@ -42,8 +42,8 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     ({'q': 2}, 1.5)
     """
     terms = _pairs(terms)
-    # A file may leave open how a module's raw parameters are ordered. A term that knows it settles
-    # it for all.
+    # A file may leave open how a module's raw parameters are ordered. A term
+    # that knows it settles it for all.
     certain: dict[str, tuple[str, ...]] = {}
     for adapter, _ in terms:
         for module, order in adapter.nesting.items():

@@ -48,8 +48,8 @@ def spelled_twice(
     names = sorted(names)
     known: dict[str, tuple[str, str]] = {}
     for name in names:
-        # The first spelling of a place stands for all that follow: sorted, so that the error is
-        # always the same.
+        # The first spelling of a place stands for all that follow: sorted, so
+        # that the error is always the same.
         place, spelling = _place(name)
         other, spelled = known.setdefault(place, (name, spelling))
         if spelled != spelling and not (has(other) and has(name)):
@@ -87,8 +87,8 @@ def _place(name: str) -> tuple[str, str]:
 def _common(name: str) -> str:
     """Return the name without the parts before its layers that have moved."""
     parts = name.split(".")
-    # The first number is a layer's index. Parts after it name modules of a layer, and are renamed,
-    # not moved.
+    # The first number is a layer's index. Parts after it name modules of a
+    # layer, and are renamed, not moved.
     start = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
     head = [part for part in parts[:start] if part not in _MOVED]
     rest = [_RENAMED.get(part, part) for part in parts[start:]]

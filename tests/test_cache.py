@@ -612,6 +612,23 @@ def test_an_interrupt_at_the_beginning_of_a_load_leaves_the_node_to_be_loaded(
     assert model.active == "a"
 
 
+def test_a_model_that_is_detached_while_a_node_is_read_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attached(folder, "1MiB")
+    plain = source_room.FolderSource.load
+
+    def load(self: source_room.FolderSource, *args: object) -> lt.Adapter:
+        read = plain(self, *args)  # type: ignore[arg-type]
+        model.cache.close()
+        return read
+
+    monkeypatch.setattr(source_room.FolderSource, "load", load)
+    with pytest.raises(StateError, match=r"^a: the model was detached while it was being loaded"):
+        model.activate("a")
+    assert (model.active, model.cache.stats().tiers[0].held_bytes) == ("", 0)
+
+
 # ---------------------------------------------------------------------- one packed buffer
 def test_an_adapter_in_a_file_is_one_buffer(folder: Path) -> None:
     read = lt.Adapter.load(folder / "a/b")

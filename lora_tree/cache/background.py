@@ -29,8 +29,8 @@ class Background:
             self._jobs.extend(jobs)
             if self._jobs and not self._running:
                 self._running = True
-                # A daemon: a program may end while jobs are left, and a prefetch is not worth
-                # waiting for.
+                # A daemon: a program may end while jobs are left, and a
+                # prefetch is not worth waiting for.
                 threading.Thread(target=self._work, name="lora_tree prefetch", daemon=True).start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -54,6 +54,6 @@ class Background:
                     return
                 job = self._jobs.popleft()
             job()
-            # The job may hold the last reference to a cache, and this thread may wait long for the
-            # next job.
+            # The job may hold the last reference to a cache, and this thread
+            # may wait long for the next job.
             del job

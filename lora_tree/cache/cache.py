@@ -45,9 +45,9 @@ from .tier import Resident, Tier
 
 __all__ = ["Cache", "Hold"]
 
-# Side paths of batches come and go in small pieces, and an allocator keeps the freed pieces. After
-# this many bytes it is asked to give them back: often enough for the budget, too seldom to cost
-# time.
+# Side paths of batches come and go in small pieces, and an allocator keeps the
+# freed pieces. After this many bytes it is asked to give them back: often enough
+# for the budget, too seldom to cost time.
 CHURN_BYTES = 4 << 20
 
 
@@ -81,8 +81,8 @@ class Cache:
         self._requests = self._served = self._prefetched = 0
         self._waited_s = 0.0
         self.bounded = self._budgets.bounded
-        # A cache may be collected without `close`; its freed memory would stay mapped. At exit the
-        # system takes it anyway.
+        # A cache may be collected without `close`; its freed memory would stay
+        # mapped. At exit the system takes it anyway.
         weakref.finalize(self, self._shelf.close).atexit = False
 
     # ------------------------------------------------------------------ asking for adapters
@@ -207,8 +207,8 @@ class Cache:
         """Release everything; the tree must not ask for adapters here any more."""
         self._background.forget()
         with self._lock:
-            # Set before the tiers are cleared: a load that is in progress must not add its adapter
-            # afterwards.
+            # Set before the tiers are cleared: a load that is in progress must
+            # not add its adapter afterwards.
             self._loader.closed = True
             for tier in self._loader.tiers:
                 tier.clear()
@@ -245,8 +245,8 @@ class Cache:
         pinned: list[Hashable] = []
         missing: dict[str, Source] = {}
         with self._lock:
-            # All that are cached are pinned before the first load: that one may evict, and must not
-            # take these.
+            # All that are cached are pinned before the first load: that one may
+            # evict, and must not take these.
             self._copies.drop_gone(tier)
             for path, source in needed.items():
                 key = cache_key(source)
@@ -261,8 +261,8 @@ class Cache:
                 pinned.append(cache_key(source))
         except BaseException as error:
             with self._lock:
-                # A policy only evicts what it was told of, so it is told of these though the
-                # request failed.
+                # A policy only evicts what it was told of, so it is told of
+                # these though the request failed.
                 tier.used(pinned)
             self._unpin(tier, pinned)
             if isinstance(error, BudgetError):
@@ -300,8 +300,8 @@ class Cache:
             self._tree.replace(node.with_loaded(read[path], rereadable=True), was=node)
         with self._lock:
             for source in unread.values():
-                # The tree has it now. If another thread has it pinned, that thread discards it here
-                # later.
+                # The tree has it now. If another thread has it pinned, that
+                # thread discards it here later.
                 host.let_go(cache_key(source))
         return absent
 

@@ -78,8 +78,8 @@ class CudaLink:
         host = buffer_of(adapter)
         assert host is not None, "only packed adapters are sent"
         if not host.is_pinned():
-            # The buffer is a caller's own. From pageable memory even a non_blocking copy makes the
-            # host wait.
+            # The buffer is a caller's own. From pageable memory even a
+            # non_blocking copy makes the host wait.
             host = host.pin_memory()
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             there = torch.empty(host.shape, dtype=torch.uint8, device=self._device)

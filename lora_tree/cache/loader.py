@@ -49,8 +49,8 @@ class Loader:
         self.closed = False
         self._shelf = shelf
         self._loading: set[tuple[int, Hashable]] = set()  # (level, key) of the loads in progress
-        # An entry is written by the thread that made the adapter, before another thread can see the
-        # adapter.
+        # An entry is written by the thread that made the adapter, before
+        # another thread can see the adapter.
         self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
 
     @property
@@ -106,9 +106,9 @@ class Loader:
                     _use(tier, key, pinned)
                     return found
                 self.check_open()
-                # Before the claim itself: an interrupt may come between the two lines, and taking
-                # back a claim that was not made does no harm, while one that stays would make other
-                # threads wait forever.
+                # Before the claim itself: an interrupt may come between the two lines, and
+                # taking back a claim that was not made does no harm, while one that stays
+                # would make other threads wait forever.
                 claimed = True
                 self._loading.add((level, key))
             if level == 0:
@@ -121,8 +121,8 @@ class Loader:
             reservation.resize(nbytes)
             resident = Resident(arrived, nbytes)
             with self.lock:
-                # In one step with `add`: another thread must see these bytes neither twice nor not
-                # at all.
+                # In one step with `add`: another thread must see these bytes
+                # neither twice nor not at all.
                 reservation.close()
                 if pinned:
                     self.check_open()
@@ -153,8 +153,8 @@ class Loader:
         """Read files into one host buffer."""
 
         def first(nbytes: int) -> Tensor:
-            # Not `extend`: a source that finds its files changed starts anew, and has freed its
-            # first buffer.
+            # Not `extend`: a source that finds its files changed starts anew,
+            # and has freed its first buffer.
             reservation.resize(nbytes)
             return self._allocate(nbytes)
 
@@ -163,8 +163,8 @@ class Loader:
             reservation.extend(nbytes)
             return self._allocate(nbytes)
 
-        # A prefetch thread or a caller's inference_mode must not mark the factors: they may train
-        # later.
+        # A prefetch thread or a caller's inference_mode must not mark the
+        # factors: they may train later.
         with torch.inference_mode(False), torch.no_grad():
             adapter = pack(source.load(first), second)
         if source.key is not None:

@@ -49,8 +49,8 @@ def buffer_of(adapter: Adapter) -> Tensor | None:
     if any(t.untyped_storage().data_ptr() != start for t in found):
         return None
     used = sum(t.nbytes for t in found)
-    # Each tensor begins at an aligned address, so there may be less than `ALIGNED` bytes before
-    # each.
+    # Each tensor begins at an aligned address, so there may be less
+    # than `ALIGNED` bytes before each.
     if storage.nbytes() > used + ALIGNED * len(found):
         return None
     return torch.empty(0, dtype=torch.uint8, device=found[0].device).set_(storage)

@@ -72,8 +72,8 @@ class Shelf:
         self._lock = threading.Lock()
         self._ready: dict[int, int] = {}  # address → bytes, of ranges that do not touch
         self._starts: dict[int, int] = {}  # end of a range → its address
-        # Ranges that came back. A finalizer may run while this thread holds the lock, so it only
-        # appends here.
+        # Ranges that came back. A finalizer may run while this thread holds
+        # the lock, so it only appends here.
         self._back: deque[tuple[int, int]] = deque()
         self._closed = False
         self._ready_bytes = 0
@@ -86,8 +86,8 @@ class Shelf:
         with self._lock:
             self._collect()
             address, held = self._nearest(size)
-            # The range grows by size - held bytes; as many ready bytes go back, to stay within the
-            # budget.
+            # The range grows by size - held bytes; as many ready bytes go
+            # back, to stay within the budget.
             self._drop_to(self._ready_bytes - (size - held))
         if held < size:
             address = _grown(address, held, size)
@@ -207,8 +207,8 @@ def _grown(address: int, held: int, size: int) -> int:
     if held:
         found = LIBC.mremap(address, held, size, MREMAP_MAYMOVE)
         if found == FAILED:
-            # The range was joined from several mappings, and mremap moves only one. A new one
-            # replaces it.
+            # The range was joined from several mappings, and mremap moves
+            # only one. A new one replaces it.
             _unmap(address, held)
             held = 0
     if found == FAILED:
@@ -216,9 +216,9 @@ def _grown(address: int, held: int, size: int) -> int:
         found = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if found == FAILED:
         return 0
-    # ctypes releases the interpreter's lock for the call, so other threads run while the kernel
-    # makes the pages. A kernel before 5.14 refuses, and makes them at the first write: the result
-    # is not looked at.
+    # ctypes releases the interpreter's lock for the call, so other threads run while
+    # the kernel makes the pages. A kernel before 5.14 refuses, and makes them at the
+    # first write: the result is not looked at.
     LIBC.madvise(found + held, size - held, POPULATE_WRITE)
     return found
 

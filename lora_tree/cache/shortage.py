@@ -35,8 +35,8 @@ def explained(
     except (LoraTreeError, OSError):
         return error
     keys = [cache_key(source) for source in needed.values()]
-    # A tier before the last holds one adapter at a time on its way, and none that is sent from the
-    # tree.
+    # A tier before the last holds one adapter at a time on its way, and
+    # none that is sent from the tree.
     sent = [sizes[path] for path, source in needed.items() if not isinstance(source, TreeSource)]
     for tier in tiers:
         others, least = 0, max(sent, default=0)

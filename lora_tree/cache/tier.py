@@ -69,9 +69,9 @@ class Tier:
         self._residents: dict[Hashable, Resident] = {}
         self._pins: Counter[Hashable] = Counter()
         self._adapters = self._in_use = self._reserved = self._laid_out = 0  # bytes
-        # (bytes, churns) of owners that were collected. A finalizer may run in any thread, also
-        # while this thread holds the lock, so it must not take the lock. A deque's append is
-        # atomic.
+        # (bytes, churns) of owners that were collected. A finalizer may run in
+        # any thread, also while this thread holds the lock, so it must not take
+        # the lock. A deque's append is atomic.
         self._refunds: deque[tuple[int, bool]] = deque()
         self._spare: list[weakref.ref[LastUsed[Any]]] = []
         # Bytes of side paths that went back to the allocator since the cache last trimmed it.
@@ -229,8 +229,8 @@ class Tier:
     def _make_room(self, nbytes: int, wait: bool) -> None:
         budget = self.budget_bytes
         while budget is not None:
-            # Dropping side paths, and waiting, let finalizers run: count again before every
-            # decision.
+            # Dropping side paths, and waiting, let finalizers run: count
+            # again before every decision.
             self._take_refunds()
             if self._held_bytes + nbytes <= budget:
                 break

@@ -21,8 +21,8 @@ def cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype |
         return moved
     largest = max(float(t.abs().max()) for t in value.tensors)
     most = torch.finfo(moved.dtype).max
-    # The numbers before the cast are asked: some dtypes make such a number infinite, others their
-    # own largest.
+    # The numbers before the cast are asked: some dtypes make such a number
+    # infinite, others their own largest.
     if largest > most and value.is_finite:
         raise SpecError(
             f"a factor goes up to {largest:.5g}, {_name(moved.dtype)} to {most:.5g}",

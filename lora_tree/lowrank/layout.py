@@ -41,8 +41,8 @@ class Layout:
             raise SpecError(
                 f"a layout's kind is one of {', '.join(LAYOUT_KINDS)}, got {kind!r:.80}{hint}"
             )
-        # `type(size) is int`, since True is an int too. An empty tuple passes here and is judged by
-        # the kind.
+        # `type(size) is int`, since True is an int too. An empty tuple passes
+        # here and is judged by the kind.
         is_sizes = isinstance(kernel, tuple) and all(
             type(size) is int and size > 0 for size in kernel
         )

@@ -69,8 +69,8 @@ class LowRank:
     layout: Layout = LINEAR
 
     def __post_init__(self) -> None:
-        # Ten thousand of these are made when a tree is opened, so the common case costs one
-        # comparison each.
+        # Ten thousand of these are made when a tree is opened, so the common
+        # case costs one comparison each.
         _check_tensors(self.A, self.B, self.bias)
         if type(self.scale) is not float or not math.isfinite(self.scale):
             object.__setattr__(self, "scale", finite_number(self.scale, "scale"))
@@ -173,8 +173,8 @@ class LowRank:
         # A NaN compares as false, so it fails here.
         if not all(scale * size <= most for size in (b, *bias)) or not math.isfinite(a):
             return False
-        # No entry of B A is larger than this bound. It costs one pass over the factors, and almost
-        # always decides.
+        # No entry of B A is larger than this bound. It costs one pass over the
+        # factors, and almost always decides.
         if scale * self.rank * a * b <= most:
             return True
         blocks = self.dense_blocks(dtype=torch.float64)
@@ -212,8 +212,8 @@ class LowRank:
         check_dtype(dtype)
         check_device(device)
         moved = [t.to(device=device, dtype=dtype) for t in self.tensors]
-        # The same object where nothing changes: a plan and its kept side paths go by the identity
-        # of values.
+        # The same object where nothing changes: a plan and its kept side
+        # paths go by the identity of values.
         if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
             return self
         bias = moved[2] if len(moved) > 2 else None

@@ -45,8 +45,8 @@ class NamePattern:
     def __init__(self, text: str, work: MatchingBudget | None = None) -> None:
         self.text = text
         self._work = work or MatchingBudget(f"the pattern {text[:80]!r}")
-        # Paid before it is parsed: a file with ten thousand long patterns must not be parsed for
-        # free.
+        # Paid before it is parsed: a file with ten thousand long
+        # patterns must not be parsed for free.
         self._work.spend(4 * len(text[:MAX_CHARACTERS]), text)
         self._steps = check_pattern(text)
         self._work.spend(len(self._steps), text)

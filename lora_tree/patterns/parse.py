@@ -95,8 +95,8 @@ def check_pattern(text: str) -> tuple[Instruction, ...]:
         raise ValueError("characters beyond ASCII beside a [set] are not understood here")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "possible nested set" is not the caller's concern
-        # re has the last word on what is a pattern at all. Compiling takes no more than linear time
-        # here.
+        # re has the last word on what is a pattern at all. Compiling takes
+        # no more than linear time here.
         re.compile(text)
     return tuple(_Parser(text).whole())
 

@@ -49,8 +49,8 @@ class Loading:
         # Buffers too: a checkpoint holds both, and transformers looks a name up among both.
         prefix = model.base_model_prefix
         keys = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        # Before version 5 there was no mapping: a checkpoint's names were the model's, but for the
-        # prefix.
+        # Before version 5 there was no mapping: a checkpoint's names were
+        # the model's, but for the prefix.
         if mapping is None or loading is None:
             self._rename = lambda name: (_prefixed(name, prefix, keys), None)
             return
@@ -93,8 +93,8 @@ class Loading:
         renamed, source = self._rename(name)
         if source is None or "*" not in source:
             return renamed, source, 0
-        # transformers returns the source's pattern and drops the number, so the renaming is done
-        # again for it.
+        # transformers returns the source's pattern and drops the number, so
+        # the renaming is done again for it.
         key = name
         for renaming in self._renamings:
             key, _ = renaming.rename_source_key(key)

@@ -86,8 +86,8 @@ class Moving:
                 if found is not None:
                     self._put(*found, name)
                     return
-        # No mapping knows it. The caller finds no site of that name, and says so with the name in
-        # the file.
+        # No mapping knows it. The caller finds no site of that name, and
+        # says so with the name in the file.
         self._put(name, value, name)
 
     def _put(self, name: str, value: LowRank, old: str) -> None:
@@ -117,8 +117,8 @@ class Moving:
             BaseMismatch, ShapeMismatch: it makes nothing of them; names the first module.
         """
         try:
-            # All of them before the first is put: an error in the middle must not leave half of
-            # them.
+            # All of them before the first is put: an error in the middle
+            # must not leave half of them.
             increments = list(conversion.increments(self._loading))
             placed = [self._as_site_has_it(increment) for increment in increments]
         except LoraTreeError as error:
@@ -162,8 +162,8 @@ class Moving:
     def _errors(self) -> dict[str, float]:
         errors: dict[str, float] = {}
         for name, sources in self._from.items():
-            # The parts of a sum are orthogonal: its relative error is at most the largest of
-            # theirs.
+            # The parts of a sum are orthogonal: its relative error is at
+            # most the largest of theirs.
             error = max(self._adapter.errors.get(source, 0.0) for source in sources)
             if error:
                 errors[name] = error

@@ -81,8 +81,8 @@ class ConvSite(Site):
         )
 
     def rows(self, weight: Tensor) -> Tensor:
-        # (1, out, in · kernel). It is a copy if the memory is laid out channels last, and the
-        # engine writes it back.
+        # (1, out, in · kernel). It is a copy if the memory is laid out channels
+        # last, and the engine writes it back.
         return weight.flatten(1)[None]
 
     @property
@@ -103,8 +103,8 @@ class ConvSite(Site):
         conv = self.conv
         padding = conv.padding
         if conv.padding_mode != "zeros":
-            # F.conv pads with zeros only. The module pads its input in the same way before it
-            # convolves.
+            # F.conv pads with zeros only. The module pads its input in the
+            # same way before it convolves.
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = (0,) * len(conv.kernel_size)
         down = A.reshape(-1, conv.in_channels, *conv.kernel_size)  # (groups · r, in, *kernel)

@@ -45,8 +45,8 @@ class EmbeddingSite(Site):
     def why_merged_only(self) -> str | None:
         is_plain = type(self.module).forward is nn.Embedding.forward
         is_scaled = getattr(self.module, "embed_scale", None) is not None
-        # A quantised one has a weight of another class, and can't be merged: its forward is
-        # trusted.
+        # A quantised one has a weight of another class, and can't be
+        # merged: its forward is trusted.
         if is_plain or is_scaled or type(self.weight) is not nn.Parameter:
             return None
         return (

@@ -27,8 +27,8 @@ class LinearSite(Site):
             return True
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         weight = getattr(module, "weight", None)
-        # A module with these sizes and a plain weight may compute anything with it, so it is not
-        # claimed.
+        # A module with these sizes and a plain weight may compute anything
+        # with it, so it is not claimed.
         is_quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
         return all(isinstance(n, int) for n in sizes) and is_quantised
 
@@ -36,8 +36,8 @@ class LinearSite(Site):
     def is_linear(module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear):
             return False
-        # A lazy one has no input yet. It is targeted, and then refused with a reason, not passed
-        # over in silence.
+        # A lazy one has no input yet. It is targeted, and then refused with a
+        # reason, not passed over in silence.
         return module.in_features * module.out_features > 0 or is_lazy(module.weight)
 
     @staticmethod

@@ -59,8 +59,8 @@ class Site(ABC):
         self.module = module
         self.parent = parent
         self._way: tuple[str, tuple[str, ...]] = ("", ())
-        # The shape at the beginning; `is_in` compares with it, since `resize_token_embeddings`
-        # keeps the module.
+        # The shape at the beginning; `is_in` compares with it, since
+        # `resize_token_embeddings` keeps the module.
         self._shape = self._shape_now()
 
     # ------------------------------------------------------------------ what a kind says
@@ -161,8 +161,8 @@ class Site(ABC):
         if not weight.is_floating_point() or weight.element_size() < 2:
             dtype = str(weight.dtype).removeprefix("torch.")
             return f"{kind} holds a weight of {dtype} (quantised)"
-        # A subclass (DTensor, a quantised tensor) may keep its numbers elsewhere, and a write in
-        # place would miss them.
+        # A subclass (DTensor, a quantised tensor) may keep its numbers elsewhere,
+        # and a write in place would miss them.
         if type(weight) not in (Tensor, nn.Parameter):
             return f"its weight is a {type(weight).__name__}, not a plain tensor"
         if value.bias is not None and self.bias is None:
@@ -173,7 +173,9 @@ class Site(ABC):
     @property
     def weight(self) -> Tensor | None:
         """The stored weight, of any class; None if the module has none by that name."""
-        return _tensor(self.module, self.weight_name)
+        # Nearly always a parameter, and asked of every site at every switch.
+        found = self.module._parameters.get(self.weight_name)
+        return _tensor(self.module, self.weight_name) if found is None else found
 
     @property
     def bias(self) -> Tensor | None:
@@ -215,8 +217,8 @@ class Site(ABC):
         return holder is self.module and self._shape_now() == self._shape
 
     def _shape_now(self) -> tuple[int, ...] | None:
-        # `_parameters` and not getattr, which is slow on modules: every site is asked at every
-        # switch.
+        # `_parameters` and not getattr, which is slow on modules: every
+        # site is asked at every switch.
         weight = self.module._parameters.get(self.weight_name)
         return None if weight is None or is_lazy(weight) else weight.shape
 
@@ -295,8 +297,8 @@ class Site(ABC):
             raise BaseMismatch(
                 f"{self.name}: its weight is on the meta device", "load the base's weights first"
             )
-        # torch refuses to write to such a tensor outside of inference_mode, and has no version
-        # count for it.
+        # torch refuses to write to such a tensor outside of inference_mode,
+        # and has no version count for it.
         if weight.is_inference():
             raise BaseMismatch(
                 f"{self.name}: its weight was made under inference_mode",
@@ -332,8 +334,8 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 def _is_computed(module: nn.Module, name: str) -> bool:
     """Return whether a weight is computed anew at every forward, which loses a write to it."""
-    # torch.nn.utils.parametrize keeps a module of that name; the older weight_norm and pruning keep
-    # a parameter.
+    # torch.nn.utils.parametrize keeps a module of that name; the older
+    # weight_norm and pruning keep a parameter.
     parametrised = name in (module._modules.get("parametrizations") or ())  # type: ignore[operator]
     older = f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters
     return parametrised or older

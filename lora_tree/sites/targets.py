@@ -131,8 +131,8 @@ def fresh_adapter(
 def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
     """Return a module's fresh value; raises as `fresh_adapter`."""
     name = site.name
-    # The rank and its alpha may be said for each module; the first pattern that matches counts, as
-    # in PEFT.
+    # The rank and its alpha may be said for each module; the first pattern
+    # that matches counts, as in PEFT.
     r = _first(spec.rank_pattern, name, spec.r or DEFAULT_RANK, patterns)
     alpha = _first(spec.alpha_pattern, name, spec.lora_alpha or DEFAULT_ALPHA, patterns)
     scale = alpha / math.sqrt(r) if spec.use_rslora else alpha / r
@@ -148,8 +148,8 @@ def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
             "leave it out: exclude_modules=[…]; where it is lazy, run the base once before attach",
         )
     device = torch.device("cpu") if site.weight is None else site.weight.device
-    # On the weight's device: a draw on another one would give other numbers than it does there, and
-    # be copied.
+    # On the weight's device: a draw on another one would give other numbers
+    # than it does there, and be copied.
     A = torch.empty(*batch, rank, into, dtype=torch.float32, device=device)
     if spec.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / r)

@@ -84,8 +84,8 @@ def check_finite_step(
     is_broken = [not math.isfinite(norm) for norm in numbers[: len(nodes)]]
     is_lost = any(not math.isfinite(loss) for loss in losses_now.values())
     if ranks() > 1:
-        # One rank's loss stops all of them; a rank that went on alone would wait for the others
-        # forever.
+        # One rank's loss stops all of them; a rank that went on alone
+        # would wait for the others forever.
         flags = torch.tensor([*is_broken, is_lost], dtype=torch.int64, device=device)
         dist.all_reduce(flags)
         *is_broken, is_lost = map(bool, flags.tolist())

@@ -69,8 +69,8 @@ class Factors(nn.ModuleDict):
         modules = {}
         for name, value in adapter.modules.items():
             modules[name] = node.take(name, value, places.get(name, value.device))
-        # The errors of a truncation, and what was rounded, say nothing about factors that go on
-        # training.
+        # The errors of a truncation, and what was rounded, say nothing
+        # about factors that go on training.
         owned = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         node.adapter = owned
         self[key_of(path)] = node

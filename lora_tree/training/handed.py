@@ -52,8 +52,8 @@ class Handed:
             self._handle = self._base.register_forward_pre_hook(self._before)
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        # An evaluation says nothing about who trains. While torch compiles, the stack is the
-        # compiler's.
+        # An evaluation says nothing about who trains. While torch
+        # compiles, the stack is the compiler's.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         trainer = caller_in(TRAINERS, until=self._through.__code__)

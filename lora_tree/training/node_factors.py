@@ -35,8 +35,8 @@ class NodeFactors(nn.Module):
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._dtype = dtype
-        # id of the first parameter → the adapter that was shown in these parameters, and what it
-        # was made of
+        # id of the first parameter → the adapter that was shown in these
+        # parameters, and what it was made of
         self._shown_before: dict[int, tuple[Adapter, Adapter]] = {}
         self.adapter: Adapter | None = None
         """The adapter that the tree holds."""
@@ -49,8 +49,8 @@ class NodeFactors(nn.Module):
         name = _slashed(name)
 
         def parameter(part: str, tensor: Tensor) -> nn.Parameter:
-            # A copy, even if nothing changes: the file's buffer may be in use for another path, or
-            # pinned memory.
+            # A copy, even if nothing changes: the file's buffer may be in use for
+            # another path, or pinned memory.
             own = tensor.detach().to(device, dtype, copy=True)
             made = nn.Parameter(own, requires_grad=False)
             self.register_parameter(f"{name}/{part}", made)

@@ -82,8 +82,8 @@ class PathSampler(Sampler[int]):
         drawn = torch.multinomial(self._shares, self._length, replacement=True, generator=generator)
         for which in drawn.tolist():
             if not left[which]:
-                # Drawn only now: a path that never comes costs no draw, and changes none of the
-                # others.
+                # Drawn only now: a path that never comes costs no draw, and
+                # changes none of the others.
                 order = torch.randperm(len(rows[which]), generator=generator, device="cpu")
                 left[which] = [rows[which][i] for i in order.tolist()]
             yield left[which].pop()

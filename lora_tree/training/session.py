@@ -174,8 +174,8 @@ class Training:
         merged = next((path for path in chosen if path in in_weights), None)
         if merged is None:
             return
-        # A path may wait in the outer of two `with` blocks; it would be merged again when the inner
-        # one is left.
+        # A path may wait in the outer of two `with` blocks; it would be merged
+        # again when the inner one is left.
         later = ""
         if merged not in self._stage.current.adapters:
             later = ", or will be when a `with` is left,"

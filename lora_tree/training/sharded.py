@@ -39,8 +39,8 @@ def whole(adapter: Adapter) -> Adapter:
     def one(tensor: Tensor) -> Tensor:
         if not is_sharded(tensor):
             return tensor
-        # A parameter, since a save writes the factors that are parameters: they trained since they
-        # were read.
+        # A parameter, since a save writes the factors that are parameters:
+        # they trained since they were read.
         return nn.Parameter(full(tensor).detach(), requires_grad=False)
 
     def gathered(value: LowRank) -> LowRank:

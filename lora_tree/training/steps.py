@@ -52,8 +52,8 @@ class NodeSteps:
         for group in optimizer.param_groups:
             _check(group, factors)
         self._reached = reached
-        # Weak: the model keeps this object for as long as the optimiser lives, and must not keep
-        # that alive.
+        # Weak: the model keeps this object for as long as the optimiser
+        # lives, and must not keep that alive.
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
@@ -92,8 +92,8 @@ class NodeSteps:
         for group in still:
             for parameter in group["params"]:
                 parameter.grad = None
-        # A group's own bound, and not one for all: else the norm of one node would shrink the step
-        # of another.
+        # A group's own bound, and not one for all: else the norm of one node
+        # would shrink the step of another.
         for group, moves in zip(groups, moving, strict=True):
             if moves and group.get("clip_norm") is not None:
                 _clip(group["params"], group["clip_norm"], getattr(optimizer, "grad_scale", None))
