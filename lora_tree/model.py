@@ -38,7 +38,7 @@ from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
-from .engine.merged import Merged
+from .engine.merged import MergedWeights
 from .engine.plan import Binder
 from .engine.prepared import Prepared
 from .engine.pristine import Copies, Place
@@ -205,7 +205,7 @@ class TreeModel(nn.Module):
         self.factors = Factors()
         self._detached = False
         self._lock = threading.RLock()
-        self._merged = Merged(inner, place=pristine)
+        self._merged = MergedWeights(inner, place=pristine)
         self._manner = Manner(compute_dtype)
         self._compiled = CompileWatch(compiled)
         self._seen_sites = SeenSites()

@@ -216,6 +216,28 @@ def test_every_all_is_sorted_and_true(source: Path) -> None:
     assert not [name for name in names if not hasattr(module, name)]
 
 
+# ---------------------------------------------------------------------- one name, one idea
+def names_of(source: Path) -> Iterator[str]:
+    """Yield the names of a file's classes, also of private ones, and of its public functions."""
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name.lstrip("_")
+            continue
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if is_function and not node.name.startswith("_"):
+            yield node.name
+
+
+def test_no_two_classes_or_public_functions_share_a_name() -> None:
+    """A reader who searches for a name finds one thing; two would need their files' names too."""
+    files: dict[str, list[str]] = {}
+    for source in SOURCES:
+        for name in names_of(source):
+            files.setdefault(name, []).append(str(source.relative_to(PACKAGE)))
+    shared = {name: where for name, where in files.items() if len(where) > 1}
+    assert not shared, "\n".join(f"{name}: {', '.join(shared[name])}" for name in sorted(shared))
+
+
 # ---------------------------------------------------------------------- data, not code
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
 def test_data_is_never_code(source: Path) -> None:

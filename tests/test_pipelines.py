@@ -14,7 +14,12 @@ from torch import Tensor, nn
 import lora_tree as lt
 from lora_tree.errors import BaseMismatch, LoraTreeError, PathError, SpecError, StateError
 from lora_tree.formats import kohya
-from lora_tree.integrations.diffusers import PipelineModel, attach, components_of, skeleton
+from lora_tree.integrations.diffusers import (
+    PipelineModel,
+    attach_pipeline,
+    components_of,
+    pipeline_skeleton,
+)
 from lora_tree.lowrank import LINEAR, Layout
 
 PROMPTS = ["a castle", "a tower in snow"]
@@ -96,7 +101,7 @@ def test_a_lineage_of_files_makes_the_images_that_diffusers_makes_of_them(
         tiny.adapter(pipe, ENDS[name], seed=seed).save(files[path], form=form)  # type: ignore[arg-type]
         tree.add(path, adapter=files[path], weight=weight)
     bare = tiny.call(pipe, PROMPTS)
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     made = {}
     for mode in ("merged", "unmerged"):
         model.activate("style/knight", mode=mode)  # type: ignore[arg-type]
@@ -133,7 +138,7 @@ def test_keys_that_diffusers_passes_over_count_here(
     made.save(file, form="kohya")
     tree = lt.AdapterTree()
     tree.add("style", adapter=file)
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     with model.using("style"):
         active = {key: value.detach().clone() for key, value in state(pipe).items()}
     for module, value in made.modules.items():
@@ -188,8 +193,8 @@ def test_names_of_the_original_sdxl_go_through_diffusers_own_conversion(tmp_path
     lt.Adapter(modules).save(file, form="kohya")
     tree = lt.AdapterTree()
     tree.add("style", adapter=file)
-    assert lt.misfits(tree, attach(lt.AdapterTree(), pipe).base) == []
-    model = attach(tree, pipeline("stable_diffusion_xl"))
+    assert lt.misfits(tree, attach_pipeline(lt.AdapterTree(), pipe).base) == []
+    model = attach_pipeline(tree, pipeline("stable_diffusion_xl"))
     bound = tree.flatten("style", base=model.base)
     assert set(bound.modules) == {f"unet.{own}" for own in SGM.values()}
     for flat, own in SGM.items():
@@ -208,7 +213,7 @@ def test_fused_projections_of_flux_go_through_diffusers_own_conversion(tmp_path:
     adapter.save(file, form="kohya")
     tree = lt.AdapterTree()
     tree.add("style", adapter=file)
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     bound = tree.flatten("style", base=model.base).modules
     parts = [bound[f"transformer.transformer_blocks.0.attn.to_{each}"].dense() for each in "qkv"]
     torch.testing.assert_close(torch.cat(parts), fused.dense())
@@ -226,7 +231,7 @@ def test_nothing_of_a_pipeline_is_changed_but_what_is_active(name: str) -> None:
     pipe = pipeline(name)
     before = {key: (value, value.clone()) for key, value in state(pipe).items()}
     had = hooks(pipe)
-    model = attach(zoo(name, pipe), pipe)
+    model = attach_pipeline(zoo(name, pipe), pipe)
     assert isinstance(model, PipelineModel)
     with model.using("style/knight"), model.route(["style/knight", ""]):
         pass
@@ -240,12 +245,12 @@ def test_nothing_of_a_pipeline_is_changed_but_what_is_active(name: str) -> None:
         assert after[key] is tensor
         assert torch.equal(tensor, value)
     model.detach()
-    attach(lt.AdapterTree(), pipe)
+    attach_pipeline(lt.AdapterTree(), pipe)
 
 
 def test_a_pipeline_saved_under_a_merged_path_warns(tmp_path: Path) -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(zoo("stable_diffusion", pipe), pipe)
+    model = attach_pipeline(zoo("stable_diffusion", pipe), pipe)
     pipe.save_pretrained(tmp_path / "bare")
     with (
         model.using("style"),
@@ -273,7 +278,7 @@ def test_every_image_is_the_one_that_its_path_makes_alone(
     name: str, options: dict[str, Any]
 ) -> None:
     pipe = pipeline(name)
-    model = attach(zoo(name, pipe), pipe)
+    model = attach_pipeline(zoo(name, pipe), pipe)
     paths = ["style/knight", "style/wizard:0.5+style/knight:0.25"]
     each = options.get("num_images_per_prompt", 1)
     with model.route(paths):
@@ -292,7 +297,7 @@ def test_every_image_is_the_one_that_its_path_makes_alone(
 def test_a_bare_row_is_the_bare_pipeline_bit_for_bit() -> None:
     pipe = pipeline("stable_diffusion")
     bare = tiny.call(pipe, PROMPTS)
-    model = attach(zoo("stable_diffusion", pipe), pipe)
+    model = attach_pipeline(zoo("stable_diffusion", pipe), pipe)
     with model.route(["", "style"]):
         routed = tiny.call(pipe, PROMPTS)
     assert torch.equal(routed[0], bare[0])
@@ -308,7 +313,7 @@ def unet_only(pipe: Any) -> lt.AdapterTree:
 
 def test_the_images_of_one_prompt_can_differ_where_the_text_does_not() -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(unet_only(pipe), pipe)
+    model = attach_pipeline(unet_only(pipe), pipe)
     with model.route(["knight", "wizard"]):
         routed = tiny.call(pipe, "a castle", num_images_per_prompt=2)
     for at, path in enumerate(("knight", "wizard")):
@@ -319,7 +324,7 @@ def test_the_images_of_one_prompt_can_differ_where_the_text_does_not() -> None:
 
 def test_the_images_of_one_prompt_share_its_text_or_are_refused() -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(zoo("stable_diffusion", pipe), pipe)
+    model = attach_pipeline(zoo("stable_diffusion", pipe), pipe)
     with (
         pytest.raises(BaseMismatch, match="the images of one prompt share its text"),
         model.route(["style/knight", "style/wizard"]),
@@ -330,7 +335,7 @@ def test_the_images_of_one_prompt_share_its_text_or_are_refused() -> None:
 
 def test_another_number_of_images_than_paths_is_refused() -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(unet_only(pipe), pipe)
+    model = attach_pipeline(unet_only(pipe), pipe)
     with (
         pytest.raises(BaseMismatch, match="makes 1 images for each of 2 prompts"),
         model.route(["knight", "wizard", "knight"]),
@@ -340,7 +345,7 @@ def test_another_number_of_images_than_paths_is_refused() -> None:
 
 def test_a_component_called_by_itself_goes_by_what_the_caller_declares() -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(unet_only(pipe), pipe)
+    model = attach_pipeline(unet_only(pipe), pipe)
     torch.manual_seed(0)
     latents, text = torch.randn(4, 4, 8, 8), torch.randn(4, 8, 16)
 
@@ -360,7 +365,7 @@ def test_a_component_called_by_itself_goes_by_what_the_caller_declares() -> None
 def test_rows_that_train_get_their_own_gradients() -> None:
     """A batch routed by subject trains each subject as a batch of its own does."""
     pipe = pipeline("stable_diffusion")
-    model = attach(unet_only(pipe), pipe)
+    model = attach_pipeline(unet_only(pipe), pipe)
     torch.manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 16)
     groups = model.trainable("knight", "wizard")
@@ -385,7 +390,7 @@ def test_a_name_that_could_be_two_modules_is_refused() -> None:
     tree = lt.AdapterTree()
     value = lt.LowRank(torch.ones(1, 4), torch.ones(4, 1))
     tree.add("style", adapter=lt.Adapter({"unet.down_x_y": value}))
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     with pytest.raises(BaseMismatch, match=r"style: unet.down_x_y: could be unet.down.x_y, unet"):
         model.activate("style")
 
@@ -404,7 +409,7 @@ def test_a_key_that_matches_nothing_is_an_error(name: str, text: str) -> None:
     tree = lt.AdapterTree()
     value = lt.LowRank(torch.ones(1, 4), torch.ones(4, 1))
     tree.add("style", adapter=lt.Adapter({name: value}))
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     with pytest.raises(BaseMismatch, match=text):
         model.activate("style")
     assert model.active == ""
@@ -416,7 +421,7 @@ def test_an_adapter_of_one_component_alone_finds_its_component() -> None:
     bare = {name.removeprefix("unet."): value for name, value in whole.modules.items()}
     tree = lt.AdapterTree()
     tree.add("style", adapter=lt.Adapter(bare))
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     assert set(tree.flatten("style", base=model.base).modules) == set(whole.modules)
 
 
@@ -427,7 +432,7 @@ def test_underscores_and_dots_of_one_module_add_up(tmp_path: Path) -> None:
     tree = lt.AdapterTree()
     tree.add("style", adapter=tmp_path / "a.safetensors")
     tree.add("style/knight", adapter=made[1])
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     flat = tree.flatten("style/knight", base=model.base)
     for name, value in flat.modules.items():
         wanted = made[0].modules[name].dense() + made[1].modules[name].dense()
@@ -448,7 +453,7 @@ def test_a_linear_file_fits_a_convolution_of_kernel_one_and_the_other_way_round(
     out = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     conv_of_a_linear = lt.LowRank(fresh.A, fresh.B, layout=Layout("conv", (1, 1)))
     tree.add("other", adapter=lt.Adapter({out: conv_of_a_linear}))
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     made = []
     for path in ("linear", "conv"):
         with model.using(path):
@@ -463,7 +468,7 @@ def test_a_fresh_node_targets_modules_of_every_component(tmp_path: Path) -> None
     pipe = pipeline("stable_diffusion")
     tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["to_q", "q_proj"]))
     tree.add("style")
-    attach(tree, pipe)
+    attach_pipeline(tree, pipe)
     adapter = tree.adapter("style")
     assert adapter is not None
     assert {name.partition(".")[0] for name in adapter.modules} == {"unet", "text_encoder"}
@@ -480,7 +485,7 @@ def test_the_command_writes_files_that_diffusers_loads(tmp_path: Path) -> None:
         tiny.adapter(pipe, ENDS["stable_diffusion"], seed=seed).save(file, form="kohya")
         tree.add(path, adapter=file)
     tree.save(tmp_path / "zoo")
-    model = attach(tree, pipe)
+    model = attach_pipeline(tree, pipe)
     with model.using("style/knight"):
         wanted = tiny.call(pipe, PROMPTS)
     model.detach()
@@ -502,7 +507,7 @@ def test_the_command_writes_files_that_diffusers_loads(tmp_path: Path) -> None:
 def test_a_skeleton_has_the_modules_of_the_pipeline(tmp_path: Path, name: str) -> None:
     pipe = pipeline(name)
     pipe.save_pretrained(tmp_path)
-    made = skeleton(tmp_path)
+    made = pipeline_skeleton(tmp_path)
     shapes = {key: value.shape for key, value in made.named_parameters(remove_duplicate=False)}
     own = {
         key: value.shape for key, value in state(pipe).items() if isinstance(value, nn.Parameter)
@@ -514,23 +519,23 @@ def test_a_skeleton_has_the_modules_of_the_pipeline(tmp_path: Path, name: str) -
 # ---------------------------------------------------------------------- what is refused
 def test_a_pipeline_is_one_trees_own(tmp_path: Path) -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(lt.AdapterTree(), pipe)
+    model = attach_pipeline(lt.AdapterTree(), pipe)
     with pytest.raises(
         StateError, match="a tree is attached to this pipeline's text_encoder already"
     ):
-        attach(lt.AdapterTree(), pipe)
+        attach_pipeline(lt.AdapterTree(), pipe)
     model.detach()
     file = tmp_path / "a.safetensors"
     tiny.adapter(pipe, ENDS["stable_diffusion"]).save(file, form="diffusers")
     with tiny.quiet():
         pipe.load_lora_weights(str(file), adapter_name="style")
     with pytest.raises(StateError, match="LoRAs are loaded into the pipeline"):
-        attach(lt.AdapterTree(), pipe)
+        attach_pipeline(lt.AdapterTree(), pipe)
 
 
 def test_a_component_that_was_replaced_is_noticed() -> None:
     pipe = pipeline("stable_diffusion")
-    model = attach(unet_only(pipe), pipe)
+    model = attach_pipeline(unet_only(pipe), pipe)
     own, pipe.unet = pipe.unet, pipeline("stable_diffusion").unet
     with pytest.raises(StateError, match="the pipeline's unet was replaced"):
         model.activate("knight")
@@ -541,8 +546,8 @@ def test_a_component_that_was_replaced_is_noticed() -> None:
 def test_what_is_no_pipeline_is_refused() -> None:
     pipe = pipeline("stable_diffusion")
     with pytest.raises(SpecError, match=r"expected a DiffusionPipeline(.|\n)*lora_tree.attach"):
-        attach(lt.AdapterTree(), pipe.unet)
-    model = attach(unet_only(pipe), pipe)
+        attach_pipeline(lt.AdapterTree(), pipe.unet)
+    model = attach_pipeline(unet_only(pipe), pipe)
     with pytest.raises(PathError, match="wizzard"):
         model.activate("wizzard")
     with pytest.raises(StateError, match="has no forward of its own"):

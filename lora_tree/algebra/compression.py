@@ -29,7 +29,7 @@ from ..given import check_dtype, check_rank
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import check_readable
-from .deviation import Deviation, measured, named
+from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable
 
 __all__ = ["Compressed", "compress"]
@@ -185,7 +185,7 @@ def _cuts(
     for path, adapter in adapters.items():
         share = _share(tree, path)
         for name, value in adapter.modules.items():
-            cut = named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
+            cut = call_named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
             cuts[path, name] = replace(cut, gains=cut.gains * share)
     return cuts
 

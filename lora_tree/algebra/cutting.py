@@ -21,7 +21,7 @@ from ..lowrank import LowRank
 from ..node_names import check_path
 from ..tree import AdapterTree
 from .core import joint
-from .deviation import cut, deviation, named
+from .deviation import call_named, cut, deviation
 from .edit import Edited, changeable, free, own, stale_notes, still_fits
 from .sums import added_up, less
 
@@ -143,7 +143,7 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
             # Nothing to take off: the value stays as it is, to the bit.
             stays[name] = value
         else:
-            stays[name], moves[name] = named(name, _parts, value, rank)
+            stays[name], moves[name] = call_named(name, _parts, value, rank)
     return replace(whole, modules=stays, errors={}), _only(whole, moves)
 
 

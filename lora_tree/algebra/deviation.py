@@ -92,7 +92,7 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
     for name in sorted({*wanted.modules, *got.modules}):
         # A module that one side lacks counts with all of its norm.
         pair = (wanted.modules.get(name), got.modules.get(name))
-        errors[name], norms[name] = named(name, measured, *pair)
+        errors[name], norms[name] = call_named(name, measured, *pair)
     return Deviation(errors, norms)
 
 
@@ -161,19 +161,19 @@ def cut(
         got = got.truncate(rank, max_error=max_error)
     if dtype is not None:
         got = got.to(dtype=dtype)
-    told = Deviation({}, {name: named(name, norm, v) for name, v in adapter.modules.items()})
+    told = Deviation({}, {name: call_named(name, norm, v) for name, v in adapter.modules.items()})
     if got is adapter:
         return adapter, told
     # Measured on the factors as they are in the end: their rounding is a part of the error.
     errors = {
-        name: named(name, measured, value, got.modules[name])[0]
+        name: call_named(name, measured, value, got.modules[name])[0]
         for name, value in adapter.modules.items()
         if value is not got.modules[name]
     }
     return got, replace(told, errors=errors)
 
 
-def named(name: str, call: Callable[..., T], *arguments: object) -> T:
+def call_named(name: str, call: Callable[..., T], *arguments: object) -> T:
     """Call, and put a module's or a node's name before the first line of an error."""
     try:
         return call(*arguments)

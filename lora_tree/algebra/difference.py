@@ -26,7 +26,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import angles, effective_rank, joint, spectrum
-from .deviation import length, minus, named
+from .deviation import call_named, length, minus
 from .sums import added_up, check_spelling, read_terms
 
 __all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
@@ -186,7 +186,7 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
     check_spelling([(names[0], 1.0, a), (names[1], 1.0, b)])
     found: dict[str, ModuleDiff] = {}
     for name in sorted({*a.modules, *b.modules}):
-        found[name] = named(name, _module, a.modules.get(name), b.modules.get(name))
+        found[name] = call_named(name, _module, a.modules.get(name), b.modules.get(name))
     whole = math.fsum(module.moved**2 for module in found.values())
     if whole:
         # A share is known only once every module has moved.
@@ -246,7 +246,7 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
             # A group stands for no increments, so a group beside an adapter is a difference.
             ours = a.adapter(path) or Adapter({})
             theirs = b.adapter(path) or Adapter({})
-            nodes[path] = named(path, diff, ours, theirs)
+            nodes[path] = call_named(path, diff, ours, theirs)
     paths_a, paths_b = a.paths(), b.paths()
     only_a = tuple(sorted(set(paths_a) - set(paths_b), key=depth_first))
     only_b = tuple(sorted(set(paths_b) - set(paths_a), key=depth_first))

@@ -26,7 +26,7 @@ from ..adapter import Adapter
 from ..errors import ShapeMismatch, SpecError, listing
 from ..lowrank import LowRank, same_place
 from .core import check_readable
-from .deviation import named
+from .deviation import call_named
 
 __all__ = ["Gram", "gram"]
 
@@ -141,7 +141,7 @@ def _exact(names: Sequence[str], read: Callable[[str], Adapter]) -> Gram:
         values = [adapters[i].modules[module] for i in rows]
         for value in values[1:]:
             # Layouts too: outlines were compared by shape alone.
-            named(module, same_place, values[0], value)
+            call_named(module, same_place, values[0], value)
         at = torch.tensor(rows)
         inner[at[:, None], at[None, :]] += _products(values)
     # Rounding may leave a square of zero slightly below it.
@@ -201,7 +201,7 @@ def _bias(value: LowRank) -> Tensor:
 def _check(names: Sequence[str], adapters: Iterable[Adapter]) -> None:
     for name, adapter in zip(names, adapters, strict=True):
         for module, value in adapter.modules.items():
-            named(f"{name}: {module}", check_readable, value)
+            call_named(f"{name}: {module}", check_readable, value)
 
 
 # ---------------------------------------------------------------------- sketched
@@ -228,7 +228,7 @@ def _sketched(
         for module, value in adapter.modules.items():
             small, square = _small(value, *maps[module])
             if not math.isfinite(square):
-                named(f"{name}: {module}", value.core)  # it raises with the reason
+                call_named(f"{name}: {module}", value.core)  # it raises with the reason
             sketches[i, starts[module] : starts[module] + small.numel()] = small.flatten()
             squares.append(square)
             if value.bias is not None:

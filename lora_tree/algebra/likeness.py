@@ -19,7 +19,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .clusters import Join, average_linkage, groups, leaf_order
-from .deviation import named
+from .deviation import call_named
 from .gram import gram
 from .picture import heat_map
 from .sums import check_spelling
@@ -173,7 +173,7 @@ def _own(tree: AdapterTree, path: str) -> Adapter:
     node = tree[path]
     # The tree's own verb would keep every adapter of a zoo in memory.
     if node.loaded is None and node.source is not None:
-        return named(path, node.source.load)
+        return call_named(path, node.source.load)
     return tree.adapter(path) or Adapter({})
 
 

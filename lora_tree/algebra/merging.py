@@ -29,7 +29,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import Joint, joint
-from .deviation import Deviation, cut, deviation, named
+from .deviation import Deviation, call_named, cut, deviation
 from .edit import Edited, free, stale_notes
 from .elementwise import Method, check_method, merged
 from .sums import added_up, aligned, check_spelling, less
@@ -107,7 +107,7 @@ def merge(
     values: dict[str, LowRank] = {}
     for name in whole.modules:
         parts = [adapter.modules.get(name) for adapter in several]
-        values[name] = named(name, recipe.module, name, parts, given)
+        values[name] = call_named(name, recipe.module, name, parts, given)
     full = replace(whole, modules=values, errors={}, rounded=frozenset())
     short, told = cut(full, rank, max_error=max_error, dtype=widest(whole))
     # The merge ran in float64; its dtype is not one that a caller's factors were rounded from.

@@ -27,7 +27,7 @@ from ..lowrank import LowRank
 from ..node_names import check_path
 from ..tree import AdapterTree
 from .core import Joint, joint
-from .deviation import Deviation, deviation, named
+from .deviation import Deviation, call_named, deviation
 from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
 from .elementwise import Method
 from .merging import Recipe, Space, spread, widest
@@ -105,7 +105,7 @@ def hoist(
     rests: dict[str, dict[str, LowRank]] = {path: {} for path in names}
     for module in whole.modules:
         parts = [adapter.modules.get(module) for adapter in weighted]
-        S, left = named(module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted)
+        S, left = call_named(module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted)
         shared[module] = S.to(dtype=dtype)
         for path, value in zip(names, left, strict=True):
             if value is not None:

@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from ..spelling import spelled_twice
 from ..storage import names_of
 from ..tree import AdapterTree
-from .deviation import named
+from .deviation import call_named
 
 __all__ = ["Term", "added_up", "aligned", "less", "read_terms"]
 
@@ -68,7 +68,7 @@ def read_terms(
         if adapter is None:  # a group adds nothing, and neither does a fresh node: its B is zero
             continue
         if base is not None:
-            adapter = named(node, names_of(base).bound, adapter)
+            adapter = call_named(node, names_of(base).bound, adapter)
         terms.append((node, coefficient, adapter))
     return terms
 

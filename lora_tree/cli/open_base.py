@@ -23,7 +23,7 @@ def skeleton_of(base: str, *, what: str, trust_remote_code: bool = False) -> Any
         MissingExtra, SpecError: as `skeleton`.
     """
     if pipelines.is_pipeline(base):
-        return pipelines.skeleton(base)
+        return pipelines.pipeline_skeleton(base)
     return skeleton(base, what=what, trust_remote_code=trust_remote_code)
 
 

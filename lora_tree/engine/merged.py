@@ -25,10 +25,10 @@ from .mergeable import Mergeable
 from .plan import EMPTY_PLAN, Plan, Terms
 from .pristine import Place, Pristine
 
-__all__ = ["Merged"]
+__all__ = ["MergedWeights"]
 
 
-class Merged:
+class MergedWeights:
     """The plan that is written into a base's weights, and the way back.
 
     Args:

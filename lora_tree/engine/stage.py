@@ -27,7 +27,7 @@ from .behaviour import Behaviour, FactorParameters, LaidOut, Pins, Request, Side
 from .blocks import Blocks
 from .fresh import settle_fresh
 from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
-from .merged import Merged
+from .merged import MergedWeights
 from .plan import EMPTY_PLAN, Binder, PlacedPlan, Plan
 
 __all__ = ["Stage"]
@@ -54,7 +54,7 @@ class Stage:
         tree: AdapterTree,
         claim: Claim,
         *,
-        merged: Merged,
+        merged: MergedWeights,
         beside: SideHooks,
         binder: Binder,
         compiled: CompileWatch,

@@ -114,7 +114,7 @@ def extract(
     old, new = _opened(base), _opened(tuned)
     model = skeleton(old.folder, what="extract", trust_remote_code=trust_remote_code)
     pair = _Pair(model, old, new)
-    factors = _Factors(rank, max_error, dtype or torch.float32)
+    factors = _ModuleFactors(rank, max_error, dtype or torch.float32)
     parameters = dict(model.named_parameters())
     left = dict(pair.unmatched())
     modules: dict[str, LowRank] = {}
@@ -276,7 +276,7 @@ def _why_left(model: nn.Module, name: str, site: Site | None, change: Tensor) ->
     return None
 
 
-class _Factors:
+class _ModuleFactors:
     """The factors of changes, within the bounds that the caller gave.
 
     Args:

@@ -68,7 +68,7 @@ def bases_of(adapters: Mapping[str, Files]) -> dict[str, str]:
             continue
         config_file = files.now[CONFIG][0]
         try:
-            config = strict_json.loads(disk.read(config_file, most=CONFIG_BYTES), config_file)
+            config = strict_json.loads(disk.read_file(config_file, most=CONFIG_BYTES), config_file)
         except LoraTreeError:
             continue  # its flaw is a problem of its own, told where adapters are examined
         named = config.get("base_model_name_or_path")
@@ -107,7 +107,7 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
         if file.name.endswith(_WEIGHTS):
             found.update(label + _sampled(file, size))
         elif file.name == "config.json" or file.name.endswith(".index.json"):
-            found.update(label + disk.read(file, most=LOCK_BYTES))
+            found.update(label + disk.read_file(file, most=LOCK_BYTES))
     return found.hexdigest()
 
 

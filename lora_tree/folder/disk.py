@@ -34,7 +34,7 @@ __all__ = [
     "make_inside",
     "mode_of",
     "named",
-    "read",
+    "read_file",
     "refuse",
     "remove",
     "rename",
@@ -96,7 +96,7 @@ def exists(path: str | Path) -> bool:
     return is_file(path, follow=False)
 
 
-def read(
+def read_file(
     path: str | Path, *, most: int | None = None, follow: bool = True, inside: Inside | None = None
 ) -> bytes:
     """Return a file's bytes.

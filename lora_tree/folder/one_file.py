@@ -8,14 +8,15 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError, SpecError, listing, suggest
-from ..formats import diffusers, kohya
+from ..formats.diffusers import render_diffusers
+from ..formats.kohya import render_kohya
 from ..formats.recognise import DIFFUSERS_WEIGHTS
 from . import disk
 from .whole import make_all
 
 __all__ = ["save_one_file"]
 
-_RENDERERS = {"kohya": kohya.render, "diffusers": diffusers.render}
+_RENDERERS = {"kohya": render_kohya, "diffusers": render_diffusers}
 
 
 def save_one_file(adapter: Adapter, path: Path, form: str) -> None:

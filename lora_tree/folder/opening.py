@@ -182,7 +182,7 @@ def _bytes(place: TreePlace, name: str, decided: Pending, most: int) -> bytes | 
         text = f"{file}: a link that leads out of {place.folder}"
         raise FolderError(text, f"open {real} itself, or copy it here")
     # The file that is opened is checked again: the name may lead elsewhere by then.
-    return disk.read(file, most=most, inside=partial(inside, folder=place.folder))
+    return disk.read_file(file, most=most, inside=partial(inside, folder=place.folder))
 
 
 def _refuse_other_ending(place: TreePlace) -> None:

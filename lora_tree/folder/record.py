@@ -102,7 +102,7 @@ def read_record(folder: str | Path) -> Record | None:
         if not is_kind(mode):
             raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
     try:
-        data = strict_json.loads(disk.read(file, most=LOCK_BYTES, follow=False), file)
+        data = strict_json.loads(disk.read_file(file, most=LOCK_BYTES, follow=False), file)
         check_format(data, file, VERSION)
         _refuse_earlier(data, file)
         record = Record.model_validate(data)

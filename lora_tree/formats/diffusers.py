@@ -26,7 +26,7 @@ from . import safetensors, strict_json
 from .pairs import ModuleTensors, as_lowrank, down_and_up
 from .peft_config import PeftConfig, parse_config
 
-__all__ = ["METADATA", "read", "render"]
+__all__ = ["METADATA", "read_diffusers", "render_diffusers"]
 
 METADATA = "lora_adapter_metadata"
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_[23])?\Z")
@@ -52,7 +52,9 @@ _NUMBERED = re.compile(r"_[0-9]+(?:_|\Z)")
 _OF_AN_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> Adapter:
+def read_diffusers(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+) -> Adapter:
     """Read a file's tensors as an adapter.
 
     Args:
@@ -136,7 +138,7 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     return configs
 
 
-def render(adapter: Adapter) -> bytes:
+def render_diffusers(adapter: Adapter) -> bytes:
     """The bytes of a file that holds the adapter, its scales folded into the factors.
 
     Without an alpha every reader takes the scale to be 1. Old versions of diffusers, and other

@@ -29,7 +29,7 @@ from . import safetensors
 from .pairs import ModuleTensors, as_lowrank, down_and_up
 from .products import PRODUCT_PARTS, as_product, is_product
 
-__all__ = ["keys_of", "read", "render"]
+__all__ = ["keys_of", "read_kohya", "render_kohya"]
 
 MAX_CHARACTERS = 1000
 """Characters in a key; names that are looked up among a base's modules come from strangers."""
@@ -57,7 +57,7 @@ _OTHER_KINDS = {
 }
 
 
-def read(tensors: Mapping[str, Tensor], where: str) -> Adapter:
+def read_kohya(tensors: Mapping[str, Tensor], where: str) -> Adapter:
     """Read a file's tensors as an adapter.
 
     Args:
@@ -147,7 +147,7 @@ def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[
     }
 
 
-def render(adapter: Adapter) -> bytes:
+def render_kohya(adapter: Adapter) -> bytes:
     """The bytes of a file that holds the adapter.
 
     Raises:

@@ -9,7 +9,8 @@ from ..adapter import Adapter
 from ..overlay import over
 from ..storage import Allocate
 from ..system.reading import Inside
-from . import diffusers, kohya
+from .diffusers import read_diffusers
+from .kohya import read_kohya
 from .recognise import Recognised
 from .safetensors import open_tensors, parse_header
 
@@ -46,9 +47,9 @@ def read_single(
         for name, tensor in header.tensors.items():
             tensors[name] = there(tensor).contiguous()
         if found.kind == "kohya":
-            adapter = kohya.read(tensors, where)
+            adapter = read_kohya(tensors, where)
         else:
-            adapter = diffusers.read(tensors, header.metadata, where)
+            adapter = read_diffusers(tensors, header.metadata, where)
     if outline:
         return adapter.with_tensors(lambda tensor: tensor.to("meta"))
     return adapter

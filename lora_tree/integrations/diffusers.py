@@ -1,7 +1,7 @@
 """A tree over a diffusion pipeline: its UNet or transformer and its text encoders, as one base.
 
-    from lora_tree.integrations.diffusers import attach
-    model = attach(tree, pipe)
+    from lora_tree.integrations.diffusers import attach_pipeline
+    model = attach_pipeline(tree, pipe)
     model.activate("style/knight"); pipe("a castle")
     with model.route(["style/knight", "style/wizard"]): pipe(["a castle", "a tower"])
 
@@ -38,7 +38,7 @@ from ..tree import AdapterTree
 from .pipeline_names import assembled
 from .pipeline_rows import PipelineAxis
 
-__all__ = ["PipelineModel", "attach", "components_of", "is_pipeline", "skeleton"]
+__all__ = ["PipelineModel", "attach_pipeline", "components_of", "is_pipeline", "pipeline_skeleton"]
 
 ADAPTABLE = re.compile(r"(?:unet|transformer|text_encoder)(?:_[23])?\Z")
 MODEL_INDEX = "model_index.json"
@@ -73,7 +73,7 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
-def attach(
+def attach_pipeline(
     tree: AdapterTree,
     pipe: Any,
     *,
@@ -115,7 +115,7 @@ def attach(
     return model
 
 
-def skeleton(folder: str | os.PathLike[str]) -> Assembly:
+def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
     """A pipeline's adaptable components, with shapes and no memory, from the configs in its folder.
 
     Args:
@@ -154,14 +154,14 @@ def is_pipeline(folder: str | os.PathLike[str]) -> bool:
 
 
 class PipelineModel(TreeModel):
-    """A tree bound to a pipeline; made by `attach`. The pipeline stays the one to call.
+    """A tree bound to a pipeline; made by `attach_pipeline`. The pipeline stays the one to call.
 
     `base` is the components side by side. Its forward is refused; a training loop calls `pipe.unet`
     itself, inside ``using`` or ``route``.
     """
 
     def bind(self, pipe: Any) -> None:
-        """Note the pipeline whose components these are; `attach` calls it once."""
+        """Note the pipeline whose components these are; `attach_pipeline` calls it once."""
         self._pipe = pipe
         for component in self.base.children():
             _HELD[component] = weakref.ref(self)

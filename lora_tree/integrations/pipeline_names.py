@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..assembly import Assembly
 from ..errors import BaseMismatch, LoraTreeError
-from ..formats import diffusers as diffusers_format
 from ..formats import kohya
+from ..formats.diffusers import read_diffusers
 from ..lowrank import LowRank
 
 __all__ = ["assembled"]
@@ -73,7 +73,7 @@ def _converted(
         state = made[0] if isinstance(made, tuple) else made
         if not state:
             return {}
-        back = diffusers_format.read(state, {}, name)
+        back = read_diffusers(state, {}, name)
     except LoraTreeError:
         raise
     except Exception as error:  # another library may raise anything

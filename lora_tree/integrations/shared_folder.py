@@ -160,7 +160,7 @@ class SharedFolder:
 def _read(file: Path) -> Mapping[str, bool]:
     """Return the contents that another process lists as used; anything else in the file is ignored."""
     try:
-        said = json.loads(disk.read(file, most=_MOST_BYTES))
+        said = json.loads(disk.read_file(file, most=_MOST_BYTES))
     except (LoraTreeError, ValueError, RecursionError):
         return {}
     if not isinstance(said, dict):

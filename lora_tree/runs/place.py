@@ -83,7 +83,7 @@ def last_of(folder: Path) -> LastCheckpoint | None:
         return None
     checkpoint = found[-1][1]
     file = checkpoint / ABOUT
-    about = strict_json.loads(disk.read(file), str(file))
+    about = strict_json.loads(disk.read_file(file), str(file))
     step = about.get("step")
     # True is an int in Python, and JSON has it.
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
