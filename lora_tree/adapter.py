@@ -186,6 +186,11 @@ class Adapter:
         Raises:
             SpecError: ``by`` is no finite number, or makes a scale that is not finite; names the
                 module.
+
+        >>> import torch
+        >>> fr = Adapter({"q": LowRank(torch.ones(1, 4), torch.ones(2, 1))})
+        >>> fr.scaled(0.5).modules["q"].dense()[0, 0].item()
+        0.5
         """
         return self.map(lambda value: value.scaled(by))
 
@@ -217,6 +222,12 @@ class Adapter:
 
         Raises:
             SpecError: a bound makes no sense, or both can't be met; names the module.
+
+        >>> import torch
+        >>> fr = Adapter({"q": LowRank(torch.eye(2, 4), torch.diag(torch.tensor([4.0, 3.0])))})
+        >>> short = fr.truncate(1)
+        >>> short.ranks, round(short.error, 3)
+        ({'q': 1}, 0.6)
         """
         errors: list[float] = []
 
@@ -281,7 +292,9 @@ class Adapter:
     # ------------------------------------------------------------------ files
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Adapter:
-        """Read a PEFT folder, or one ``.safetensors`` file of kohya's or diffusers'; its keys say which.
+        """Read a PEFT folder, or one ``.safetensors`` file of kohya's or diffusers'.
+
+        The keys of a file say which it is.
 
         Raises:
             FormatError: the files are broken or incomplete; names the file and the key.
@@ -300,9 +313,11 @@ class Adapter:
         It appears whole or not at all.
 
         Args:
-            folder: the folder to write. The image formats write one file: its name ends in ``.safetensors``, or for
-                ``diffusers`` it is the folder in which ``load_lora_weights`` looks for one.
-            form: ``kohya`` and ``diffusers`` are for modules named by the component of a pipeline, ``unet.…``.
+            folder: the folder to write. The image formats write one file: its name ends in
+                ``.safetensors``, or for ``diffusers`` it is the folder in which
+                ``load_lora_weights`` looks for one.
+            form: ``kohya`` and ``diffusers`` are for modules named by the component of a pipeline,
+                ``unet.…``.
 
         Raises:
             FormatError: the format has no way to write this value; names the module and the reason.

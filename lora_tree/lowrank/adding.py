@@ -41,7 +41,8 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     if len(terms) == 1:
         return first
     _check_one_device(terms)
-    if any(t.scale != first.scale for t in terms):
+    # A common scale is kept, so that a sum of nodes trained alike rounds nothing.
+    if len({t.scale for t in terms}) > 1:
         terms = [t.folded() for t in terms]
     dtype = first.dtype
     for t in terms:
@@ -127,6 +128,7 @@ def same_place(x: LowRank, y: LowRank) -> None:
 
 def _check_one_device(terms: Sequence[LowRank]) -> None:
     devices = {str(term.device) for term in terms}
+    # torch would say so too, but not which argument moves a value.
     if len(devices) > 1:
         raise SpecError(
             f"the terms are on {' and '.join(sorted(devices))}: expected one device",

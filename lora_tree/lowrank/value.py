@@ -191,6 +191,11 @@ class LowRank:
 
         Raises:
             SpecError: ``by`` is no finite number, or makes the scale one that is not finite.
+
+        >>> import torch
+        >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+        >>> x.scaled(0.5).dense()[0, 0].item(), x.scaled(0.5).A is x.A
+        (0.5, True)
         """
         if type(by) is not float:
             by = finite_number(by, "the factor")
@@ -223,6 +228,11 @@ class LowRank:
         """Return the value with scale 1, folded into B.
 
         The product is in fp32 or wider, unless it is exact in B's own dtype.
+
+        >>> import torch
+        >>> x = LowRank(torch.ones(1, 4).bfloat16(), torch.ones(2, 1).bfloat16(), scale=0.5)
+        >>> x.folded().B.dtype, x.scaled(0.2).folded().B.dtype
+        (torch.bfloat16, torch.float32)
         """
         if self.scale == 1.0:
             return self
@@ -235,6 +245,10 @@ class LowRank:
 
         Raises:
             SpecError: ``rank`` is no whole number, or smaller than the value's own.
+
+        >>> import torch
+        >>> LowRank(torch.ones(1, 4), torch.ones(2, 1)).padded(8).rank
+        8
         """
         check_rank(rank)
         extra = rank - self.rank
@@ -269,6 +283,7 @@ class LowRank:
         check_dtype(dtype)
         dtype = dtype or self.dtype
         A = self.A.to(dtype)
+        # A is small beside ΔW, so it is cast once; B is cast a block at a time.
         for start in range(0, self.B.shape[-2], rows):
             B = self.B[..., start : start + rows, :].to(dtype)  # (*batch, ≤ rows, r)
             yield (B @ A) * self.scale
@@ -296,6 +311,10 @@ class LowRank:
 
         Raises:
             SpecError: a factor, or the product, is not finite.
+
+        >>> import torch
+        >>> LowRank(torch.ones(1, 4), torch.ones(4, 1), scale=0.5).norm()
+        2.0
         """
         return self.core().norm()
 
@@ -330,11 +349,13 @@ class LowRank:
                 return Truncated(self, 0.0, 0.0)
         if max_error is not None:
             check_max_error(max_error)
+        # One decomposition serves both bounds: every rank's error can be read from it.
         cut = SingularValues(self.core())
         keep = _rank_to_keep(cut, self.rank, rank, max_error)
         if keep >= self.rank:
             return Truncated(self, 0.0, 0.0)
         B, A = cut.factors(keep)
+        # Rounded once, from float64; contiguous, since a view of Q would keep all of it alive.
         dtype = torch.promote_types(self.dtype, torch.float32)
         value = LowRank(
             A.to(dtype).contiguous(),

@@ -77,6 +77,7 @@ def find_site(base: nn.Module, name: str) -> Site:
     kind = kind_of(module, holder)
     if kind is not None:
         return kind(name, module, _running_parent(base, name))
+    # No kind takes it. Its own parameters may be adapted by name, if they are matrices.
     *most, last = [kind.layers for kind in KINDS if kind.layers]
     own = [n for n, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)]
     parameters = ", ".join(f"{name}.{n}" for n in own)

@@ -24,6 +24,7 @@ class ParameterSite(Site):
     def __init__(self, name: str, module: nn.Module, parent: str) -> None:
         module_name, _, self.weight_name = name.rpartition(".")
         self.bias_name = ""
+        # `super` first: it takes the adapter's name for the module's.
         super().__init__(name, module, parent)
         self.module_name = module_name
 

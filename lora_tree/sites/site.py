@@ -175,7 +175,9 @@ class Site(ABC):
         """The stored weight, of any class; None if the module has none by that name."""
         # Nearly always a parameter, and asked of every site at every switch.
         found = self.module._parameters.get(self.weight_name)
-        return _tensor(self.module, self.weight_name) if found is None else found
+        if found is not None:
+            return found
+        return _tensor(self.module, self.weight_name)
 
     @property
     def bias(self) -> Tensor | None:
@@ -239,6 +241,7 @@ class Site(ABC):
         Raises:
             BaseMismatch: it is not.
         """
+        # The layout first: two layouts may have one shape, and the error should not be of sizes.
         if not self.accepts(value.layout):
             raise BaseMismatch(
                 f"{self.name}: the adapter holds {_article(str(value.layout))} delta, the base has "

@@ -2,7 +2,7 @@
 
     all              decay 0        every row of the tree trains it
     ├── fr           decay 0.8 %    its factors shrink by that in a step, at the full learning rate
-    │   └── legal    decay 2.4 %    few rows train it: what they do not keep up falls back on its parent
+    │   └── legal    decay 2.4 %    few rows train it: the rest falls back on its parent
 
 Two things let a tree do at least as well as one adapter that all rows train:
 

@@ -101,6 +101,8 @@ def path_loss(
         raise StateError(
             "several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)"
         )
+    # One spelling for each blend: "fr" and {"fr": 1.0} are one path, and
+    # its tokens are counted together.
     counts = None if counts is None else _by_spelling(counts, "counts")
     weights = _by_spelling(weights or {}, "weights")
     _known_paths(names, dict.fromkeys(names, 0) if counts is None else counts, weights)
@@ -195,6 +197,8 @@ def token_counts(
     device = named[0][0].device if named else torch.device("cpu")
     total = torch.tensor([mine.get(path, 0) for path in order], dtype=torch.int64, device=device)
     dist.all_reduce(total)
+    # A path that only another rank has rows of counts here too: the sum
+    # over paths is over all of them.
     counts = dict(zip(order, total.tolist(), strict=True))
     return {path: count for path, count in counts.items() if count or path in mine}
 

@@ -86,6 +86,7 @@ class NodeFactors(nn.Module):
         A, B, bias = held[f"{name}/A"], held[f"{name}/B"], held.get(f"{name}/bias")
         if A is value.A and B is value.B:
             return value
+        # torch types a slot of `_parameters` as optional; those of a factor are always filled.
         assert A is not None and B is not None  # noqa: PT018
         return replace(value, A=A, B=B, bias=bias)
 

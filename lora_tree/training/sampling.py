@@ -58,7 +58,9 @@ class PathSampler(Sampler[int]):
             )
         self._length = len(paths) if length is None else length
         self._seed = seed
-        self._epoch = 0
+        self._epoch = (
+            0  # a loader that never says which epoch it is in gets one order again and again
+        )
         self._rows: dict[str, list[int]] = {}
         for row, path in enumerate(paths):
             self._rows.setdefault(path, []).append(row)

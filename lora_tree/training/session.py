@@ -148,10 +148,12 @@ class Training:
         self._factors.refresh(self._tree, within)
         parts: dict[str, Adapter] = {}
         for path in self._factors.paths:
+            # A node may have been removed since it trained.
             adapter = self._tree.adapter(path) if path in self._tree else None
             if adapter is not None:
                 parts[path] = adapter
-        # All are gathered before the first is put into the tree: a failure leaves the tree as it is.
+        # All are gathered before the first is put into the tree: a
+        # failure leaves the tree as it is.
         full = {path: whole(adapter) for path, adapter in parts.items()}
         try:
             for path, adapter in full.items():
