@@ -85,6 +85,8 @@ def test_the_examples_of_a_command_run(
     monkeypatch.chdir(tmp_path)
     if name == "promote":  # it takes what the example of train left
         outcome(capsys, *EXAMPLES["train"])
+    if name == "extract":
+        outcome(capsys, "lora-tree export zoo/ fr --as model --out models/tuned")
     if name == "rebase":
         tree = lt.load("zoo")
         tree.update("fr", adapter=adapter(8))

@@ -1,6 +1,7 @@
-"""``lora-tree check``: everything that is wrong with a folder or a tree.yaml, its nodes together, and a base for it.
+"""``lora-tree check``: everything that is wrong with a folder, its nodes together, and a base.
 
-A base is asked for its modules only: it is made without memory for weights, so a model of any size is checked at once.
+A base is asked for its modules only. It is made without memory for weights, so a model of any size
+is checked at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import typer
 
 from ..fit import clashes, misfits
 from ..folder import StaleWarning, check, load, notes
+from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
 from .console import out, print_json
@@ -27,7 +29,10 @@ def list_problems(
         Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")
     ],
     base: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a model whose modules must fit.")
+        str | None,
+        typer.Option(
+            help="Compare with the modules of this model, a folder or a hub id.", metavar="MODEL"
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -37,38 +42,40 @@ def list_problems(
     dtype = torch.float32
     if base is not None:
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
-        named = getattr(
-            getattr(skeleton, "config", None), "dtype", None
-        )  # what transformers loads it in
+        # transformers loads a base in this dtype, and a product may overflow in fp16 alone.
+        named = getattr(skeleton.config, "dtype", None)
         dtype = named if isinstance(named, torch.dtype) else dtype
     found = check(folder, dtype=dtype)
     problems = [(problem.node, str(problem.kind), problem.text) for problem in found]
-    if all(kind in ("stale", "leftover", "numbers") for _, kind, _ in problems):
+    # The nodes are compared with each other and with the base only if all of them can be opened:
+    # a node that is missing would be told again below each of its children.
+    if all(kind in HARMLESS for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree, skeleton)]
         if skeleton is not None:
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
     remarks = notes(folder)
     if as_json:
-        told = [{"node": n, "kind": k, "text": t} for n, k, t in problems]
+        told = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
         print_json({"folder": str(folder), "problems": told, "notes": remarks})
     else:
         for _, kind, text in problems:
-            out().print(f"{kind}: {text}", markup=False, soft_wrap=True)
+            out().print(f"{kind}: {text}", soft_wrap=True)
         for note in remarks:
-            out().print(f"note: {note}", markup=False, soft_wrap=True)
-        total = (
-            f"{len(problems)} problem{'s' * (len(problems) != 1)}"
-            if problems
-            else f"{folder}: all is well"
-        )
-        out().print(total, markup=False, soft_wrap=True)
+            out().print(f"note: {note}", soft_wrap=True)
+        out().print(_total(folder, len(problems)), soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 
 
+def _total(folder: Path, count: int) -> str:
+    if not count:
+        return f"{folder}: all is well"
+    return f"{count} problem{'s' if count != 1 else ''}"
+
+
 def _opened(folder: Path) -> AdapterTree:
-    """The tree; that a node is stale is one of the problems already."""
+    """Open the tree without a warning of stale nodes: they are among the problems already."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StaleWarning)
         return load(folder)

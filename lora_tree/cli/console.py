@@ -1,8 +1,9 @@
-"""The two consoles: results on stdout, everything else on stderr. Off a terminal nothing is wrapped or cut.
+"""The two consoles: results on stdout, everything else on stderr.
 
-What a stream's encoding can't hold is escaped: a command that has done its work never dies of telling so. So is what
-a terminal would obey instead of showing it. Names of bases, folders, tensors and config keys are strangers' words, and
-all that a command says goes through here.
+Off a terminal nothing is wrapped or cut. A character that a stream's encoding can't hold is
+escaped: a command that has done its work must not fail as it says so. A character that a terminal
+would obey is escaped, too. Names of bases, folders, tensors and config keys are strangers' words,
+and all that a command says goes through here.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TRACEBACK = "LORA_TREE_TRACEBACK"
 
 
 def any_encoding() -> None:
-    """From now on, a character that a stream's encoding can't hold is escaped, not an error."""
+    """Escape, from now on, a character that a stream's encoding can't hold."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -69,7 +70,7 @@ class _Console(Console):
         return super().render_str(printable(text, keep=LINES), **options)
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Escape in what is about to be written, whatever it was made of."""
+        """Escape in each piece that is about to be written: tables and bars are pieces, too."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():
                 yield segment
@@ -78,17 +79,20 @@ class _Console(Console):
 
 
 def out() -> Console:
-    """Where results go."""
+    """Return the console for results.
+
+    A new one each time, because sys.stdout may be another stream by now.
+    """
     return _Console(stderr=False)
 
 
 def err() -> Console:
-    """Where errors, warnings and progress go."""
+    """Return the console for errors, warnings and progress."""
     return _Console(stderr=True)
 
 
 def print_text(text: str) -> None:
-    """Text that a model wrote, on stdout: as it is for a program, escaped for a person's terminal."""
+    """Print text that a model wrote: as it is for a program, escaped for a terminal."""
     sys.stdout.write((printable(text, keep=LINES) if sys.stdout.isatty() else text) + "\n")
 
 
@@ -138,7 +142,10 @@ def stdout_is_json() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, for programs: no colours, no wrapping; a number that is not finite is null."""
+    """Print one JSON document on stdout; a number that is not finite is null.
+
+    JSON has no NaN and no infinity, and strict readers refuse Python's spelling of them.
+    """
     stdout = _document or sys.stdout
     value = _finite(value)
     text = _escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
@@ -150,14 +157,17 @@ def print_json(value: Any) -> None:
 
 
 def _escaped(document: str) -> str:
-    """The same JSON, with its own escapes for what is not printable; some of that JSON would let through."""
+    """Return the same JSON with its own escapes for what is not printable.
+
+    JSON lets some of it through: DEL, C1 controls, signs that turn the direction of text.
+    """
     if document.replace("\n", "").isprintable():
         return document
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document)
 
 
 def _finite(value: Any) -> Any:
-    """The same, with None for the numbers that JSON does not have."""
+    """Return the same with None for the numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -166,11 +176,12 @@ def _finite(value: Any) -> Any:
 
 
 def print_error(error: Exception) -> None:
-    """``error: …`` on stderr, for any exception; with its traceback before it where the environment asks for that."""
+    """Print ``error: …`` for any exception; its traceback first if the environment asks for it."""
     ours = isinstance(error, (LoraTreeError, OSError))
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         for lines in traceback.format_exception(error):
             sys.stderr.write(printable(lines, keep=LINES))
+    # Any other kind is a fault of ours. Its user can't mend it, but can report it.
     hint = f"this should not happen; {TRACEBACK}=1 in the environment shows where it did"
     print_problem(
         "error", str(error) if ours else f"{type(error).__name__}: {error}\n  {hint}", "bold red"
@@ -178,7 +189,7 @@ def print_error(error: Exception) -> None:
 
 
 def print_problem(kind: str, message: str, style: str) -> None:
-    """``error: …`` or ``warning: …`` on stderr."""
+    """Print ``error: …`` or ``warning: …`` on stderr."""
     err().print(Text.assemble((f"{kind}: ", style), printable(message, keep=LINES)), soft_wrap=True)
 
 

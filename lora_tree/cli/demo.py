@@ -18,7 +18,8 @@ def demo(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Write this folder; its base goes beside it as FOLDER-base, an export as FOLDER-export.",
+            help="Write this folder; the base goes beside it as FOLDER-base, an export as "
+            "FOLDER-export.",
             metavar="FOLDER",
         ),
     ] = Path("demo-zoo"),

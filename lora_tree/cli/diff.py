@@ -28,7 +28,7 @@ def difference(
     most: Annotated[int, typer.Option(min=1, help="Modules to list, most moved first.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two paths, two trees, or a path in two trees: what moved, how far, in which modules."""
+    """Compare two paths, two trees, or a path in two trees: which modules moved, and how far."""
     tree = load(folder)
     if other is None:
         if a is None or b is None:

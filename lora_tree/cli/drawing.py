@@ -135,7 +135,7 @@ def _with_ancestors(paths: Iterable[str], parents: Mapping[str, str]) -> set[str
 def _counts_below(parents: dict[str, str]) -> dict[str, int]:
     """Return for each path how many nodes lie below it."""
     counts = dict.fromkeys(parents, 0)
-    # From the last to the first: a node's own count is whole before it is added to its parent's.
+    # Last to first: a node's own count is whole before it is added to its parent's.
     for path in reversed(parents):
         above = parents[path]
         if above:

@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree export zoo/ fr/legal --as model --base models/base --out export/model",
         "lora-tree export zoo/ --all --out export/leaves",
     ),
+    "extract": ("lora-tree extract models/base models/tuned --out extracted --rank 4",),
     "generate": ("lora-tree generate zoo/ fr/legal --base models/base --prompt 'Article 1'",),
     "train": ("lora-tree train zoo/ --data rows.jsonl --base models/base --steps 20",),
     "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),

@@ -34,7 +34,7 @@ class Dtype(StrEnum):
 
 
 class As(StrEnum):
-    """What is written."""
+    """The forms in which a path can be written."""
 
     portable = "portable"
     peft = "peft"
@@ -83,7 +83,7 @@ def export(
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="Allow a relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ of so much in a module."),
+        typer.Option(help="Allow so large a relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ in a module."),
     ] = None,
     ceil_rank: Annotated[
         bool, typer.Option("--ceil-rank", help="Round the rank up to one that vLLM allows.")

@@ -30,28 +30,35 @@ def generate(
     folder: Folder,
     path: Annotated[
         str,
-        typer.Argument(help="A path, a blend, or '' for the bare base.", metavar="PATH_OR_BLEND"),
+        typer.Argument(
+            help="Write at this path or blend; '' is the bare base.", metavar="PATH_OR_BLEND"
+        ),
     ],
-    prompt: Annotated[str, typer.Option(help="What the text starts with.")],
+    prompt: Annotated[str, typer.Option(help="Go on from this text.", metavar="TEXT")],
     base: Annotated[
         str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="How many tokens to add at most.")
-    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Add at most so many tokens.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token every time.")
+        float,
+        typer.Option(
+            min=0, help="Draw tokens at this temperature; 0 takes the likeliest every time."
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draw from this seed, at temperatures above 0.")] = 0,
     mode: Annotated[
-        Mode, typer.Option(help="Written into the weights, or a side path.")
+        Mode, typer.Option(help="Write the path into the weights, or run it as a side path.")
     ] = Mode.merged,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
 ) -> None:
     """Print text that the base writes at a path."""
     tree = load(folder, skip_broken=skip_broken)
-    tree.lineage(path) if "+" not in path and ":" not in path else tree.coefficients(path)
+    # Before a model is loaded, which takes minutes: a typo is told at once.
+    if "+" in path or ":" in path:
+        tree.coefficients(path)
+    else:
+        tree.lineage(path)
     name, tokenizer = open_tokenizer(
         tree, folder, base, what="generate", trust_remote_code=trust_remote_code
     )
@@ -70,6 +77,7 @@ def generate(
         )
     attached = attach(tree, model)
     attached.activate(path, mode=mode.value)
+    # transformers draws from torch's own generator.
     torch.manual_seed(seed)
     with foreign(f"{name}: the model can't go on from the prompt"):
         text = _continue(model, tokenizer, tokens, max_new_tokens, temperature)
@@ -79,16 +87,18 @@ def generate(
 def _continue(
     model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int, temperature: float
 ) -> str:
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
+    # Some bases' generation_config samples; a temperature of 0 must not.
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
+    pad = tokenizer.pad_token_id
+    if pad is None:  # one row needs no padding, but transformers warns without a token for it
+        pad = tokenizer.eos_token_id
     ids = model.generate(
         input_ids=tokens["input_ids"],
         attention_mask=tokens["attention_mask"],
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id
-        if tokenizer.pad_token_id is None
-        else tokenizer.pad_token_id,
+        pad_token_id=pad,
         **sampling,
     )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -19,12 +19,13 @@ def accept_files(
     accept_stale: Annotated[
         bool,
         typer.Option(
-            "--accept-stale", help="Also accept nodes trained on a lineage that has changed since."
+            "--accept-stale",
+            help="Accept nodes, too, whose lineage has changed since they were trained.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write tree.lock for the files as they are now; say what it accepts that the old one did not."""
+    """Accept the files as they are now: write tree.lock, and say what has changed since."""
     found = relock(folder, accept_stale=accept_stale)
     if as_json:
         print_json(

@@ -1,4 +1,4 @@
-"""The nodes of a folder, one line each: those that can be used, and those that can't, with the reason."""
+"""The nodes of a folder, one line each, and the reasons of those that can't be used."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["open_model", "open_tokenizer", "skeleton_of"]
 
 
 def skeleton_of(base: str, *, what: str, trust_remote_code: bool = False) -> Any:
-    """The shapes of a base, without memory: of a transformers model, or of a diffusers pipeline's folder.
+    """Return a base's shapes, without memory: of a model, or of a diffusers pipeline's folder.
 
     Raises:
         MissingExtra, SpecError: as `skeleton`.
@@ -35,20 +35,21 @@ def open_tokenizer(
     what: str,
     trust_remote_code: bool = False,
 ) -> tuple[str, Any]:
-    """The base's name, asked for or the tree's own, and its tokenizer.
+    """Return the base's name, the user's or the tree's own, and its tokenizer.
 
     Args:
-        tree: which may name a base.
+        tree: its base counts where the user names none.
         folder: of the tree, for the message.
-        base: what the user asked for.
+        base: the one that the user named.
         what: the command, for the message.
         trust_remote_code: run the base's own code, where it brings some.
 
     Raises:
         MissingExtra: transformers is not installed.
-        SpecError: nobody named a base, or it can't be opened.
+        SpecError: neither the user nor the tree names a base, or it can't be opened.
     """
     transformers = need("transformers", extra="transformers", what=what)
+    # Its bars would stand between our lines, also where stderr is a file.
     transformers.utils.logging.disable_progress_bar()
     name = base or tree.base
     if name is None:
@@ -63,7 +64,7 @@ def open_tokenizer(
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model, in the class that its config.json names, on a GPU where there is one.
+    """Return the model, in the class that its config.json names, on a GPU if there is one.
 
     A config that names none is opened as a language model.
 

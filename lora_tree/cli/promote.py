@@ -1,4 +1,4 @@
-"""``lora-tree promote``: what a node was at a checkpoint, made a node of the tree."""
+"""``lora-tree promote``: a node as it was at a checkpoint becomes a node of the tree."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ __all__ = ["promotion"]
 def promotion(
     folder: Folder,
     path: Annotated[
-        str, typer.Argument(help="The node to give it to; added where it is not there.")
+        str, typer.Argument(help="Give it to this node, which is added if it is missing.")
     ],
     checkpoint: Annotated[
-        Path, typer.Option("--from", help="A checkpoint-N of a run or of a TreeTrainer.")
+        Path,
+        typer.Option(
+            "--from",
+            help="Take it from this checkpoint-N of a run or of a TreeTrainer.",
+            metavar="FOLDER",
+        ),
     ],
     node: Annotated[
-        str | None, typer.Option(help="Which of its nodes; the one of the same path without it.")
+        str | None,
+        typer.Option(help="Take this node of the checkpoint; the one of the same path without it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make what a node was at a checkpoint a node of the tree, and save it."""
+    """Take a node from a checkpoint of a run into the tree, and save the tree."""
     tree = load(folder)
     made = promote(tree, path, checkpoint, node=node)
     tree.save(folder)

@@ -124,7 +124,7 @@ def show(
 
 
 def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | None]:
-    """Return the tree as far as it can be told, and the error with which `load` refuses the rest."""
+    """Return the tree as far as it can be opened, and the error with which `load` refuses it."""
     try:
         return load(folder), [], None
     except LoraTreeError as refused:

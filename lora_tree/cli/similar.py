@@ -17,7 +17,7 @@ __all__ = ["alike"]
 
 
 class Of(StrEnum):
-    """What of a node is compared."""
+    """The part of a node that is compared."""
 
     own = "own"
     lineage = "lineage"

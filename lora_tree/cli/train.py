@@ -34,7 +34,7 @@ class Schedule(StrEnum):
 
 
 class Over(StrEnum):
-    """What the loss is a mean over."""
+    """The things over which the loss is a mean."""
 
     auto = "auto"
     rows = "rows"
@@ -68,8 +68,8 @@ def train(
     loss: Annotated[
         Over,
         typer.Option(
-            help="Take the mean over rows: every token weighs alike; over paths: each path as if it "
-            "trained alone; auto: rows where several levels train."
+            help="Take the mean over rows: every token weighs alike; over paths: each path as if "
+            "it trained alone; auto: rows where several levels train."
         ),
     ] = Over.auto,
     weight_decay: Annotated[
@@ -115,7 +115,7 @@ def train(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train many nodes at once, and save the tree. The same command goes on where it was stopped."""
+    """Train many nodes at once and save the tree; run it again to go on where it was stopped."""
     settings = Settings(
         steps=steps,
         batch=batch,

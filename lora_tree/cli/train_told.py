@@ -35,8 +35,8 @@ def foretell(running: Run, rows: int) -> None:
     if running.was_over:
         note(
             f"this run has finished, and the tree has its nodes: {running.folder}\n"
-            "  nothing is left to do; any other setting (--steps, --seed, …) begins another run from "
-            "there"
+            "  nothing is left to do; any other setting (--steps, --seed, …) begins another run "
+            "from there"
         )
         return
     note("what trains:")

@@ -1,4 +1,4 @@
-"""``lora-tree vllm-args``: the flags and the environment with which vLLM serves the paths of a tree by name."""
+"""``lora-tree vllm-args``: flags and environment with which vLLM serves a tree's paths by name."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def vllm_args(
     folder: Folder,
     cache: Annotated[
         Path,
-        typer.Option(help="Where flattened adapters go, on a disk of the machine that serves."),
+        typer.Option(help="Keep flattened adapters there, on a disk of the machine that serves."),
     ] = Path("vllm-cache"),
     max_rank: Annotated[
         int | None,
-        typer.Option(min=1, help="The largest rank to serve; enough for every path without it."),
+        typer.Option(min=1, help="Serve at most this rank; without it enough for every path."),
     ] = None,
     max_error: Annotated[
         float,
@@ -33,15 +33,17 @@ def vllm_args(
             min=0.0, help="Refuse a path that loses more than this in a module at that rank."
         ),
     ] = DEFAULT_ERROR,
-    max_loras: Annotated[int, typer.Option(min=1, help="Different paths in one batch.")] = 8,
+    max_loras: Annotated[
+        int, typer.Option(min=1, help="Serve so many different paths in one batch.")
+    ] = 8,
     cache_gb: Annotated[
-        float, typer.Option(min=0.001, help="The most that the cache may hold, in GiB.")
+        float, typer.Option(min=0.001, help="Let the cache hold at most so many GiB.")
     ] = 10.0,
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            help="A path that clients may ask for, or a pattern: fr/* or fr/**. Give it several times "
-            "for several; every path without it."
+            help="Let clients ask for this path or pattern, fr/* or fr/**; repeat it for several. "
+            "Without it they may ask for every path."
         ),
     ] = None,
     blends: Annotated[
@@ -55,7 +57,7 @@ def vllm_args(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a vLLM server of this tree is started with."""
+    """Print the environment and the command that start a vLLM server of this tree."""
     made = server_args(
         folder,
         cache=cache,
@@ -90,10 +92,11 @@ def vllm_args(
     if len(made.problems) > MOST_PROBLEMS:
         more = len(made.problems) - MOST_PROBLEMS
         err().print(f"and {more} more: lora-tree check", markup=False, soft_wrap=True)
-    allowed = int(made.flags[2])
+    allowed = int(made.flags[2])  # the rank that vLLM was given, one of those it allows
     if made.rank > allowed:
         note = (
-            f"the largest Σr of a path is {made.rank}: such paths are recompressed to rank {allowed}, "
-            f"and refused where that loses more than {max_error:g} in a module (--max-error)"
+            f"the largest Σr of a path is {made.rank}: such paths are recompressed to rank "
+            f"{allowed}, and refused where that loses more than {max_error:g} in a module "
+            "(--max-error)"
         )
         err().print(note, markup=False, soft_wrap=True)

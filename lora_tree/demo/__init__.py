@@ -2,7 +2,8 @@
 
     stdlib → base       net → net/email, net/asyncio       gui → gui/tkinter, …     all at once
 
-The real input is the Python standard library that is installed. Every number in the report is measured in the run.
+The real input is the Python standard library that is installed. Every number in the report is
+measured in the run.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             save_base(model, base)
         with clock("adapters"):
             _train_tree(model, leaves, size, seed, bar, base=f"../{base.name}").save(zoo)
-        # From the files: what is measured below is what a user gets who opens them.
+        # The files are opened again, so that the figures below are those of a user who opens them.
         with clock("reopening"):
             model = open_base(base).eval()
             tree = load(zoo)

@@ -1,4 +1,4 @@
-"""The demo's folders: they appear whole or not at all, and never over a folder that the demo did not make.
+"""The demo's folders: they appear whole, and never over a folder that the demo did not make.
 
 A mark in each folder tells the next run that it may replace the folder.
 """
@@ -19,7 +19,7 @@ MARK = ".lora-tree-demo"
 
 @contextmanager
 def demo_folders(targets: Sequence[Path]) -> Iterator[list[Path]]:
-    """Yield an empty folder for each target, under the target's own name; each gets its place on success.
+    """Yield an empty folder for each target, under its name; each gets its place on success.
 
     Args:
         targets: siblings.

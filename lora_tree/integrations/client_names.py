@@ -2,7 +2,7 @@
 is known.
 
     "fr/legal"                          a path
-    "de:0.50+fr:1."  →  "de:0.5+fr:1.0" a blend: paths in order, weights as Python writes a float, no zeros
+    "de:0.50+fr:1."  →  "de:0.5+fr:1.0" a blend: paths in order, weights as Python writes floats
 
 Anybody may send any name, so all of this is done before the tree is looked at.
 
@@ -129,12 +129,14 @@ class NameRules:
         Raises:
             PathError, SpecError: see `admit`.
         """
+        # The cheapest test first: a name may be as long as a request.
         if len(name) > MOST_CHARACTERS:
             raise PathError(
                 f"a name of {len(name):,} characters; the longest path has {MOST_CHARACTERS:,}"
             )
         if not name.isascii():
             raise PathError("a name with other characters than those of paths")
+        # Node names hold neither sign, so one look tells a blend.
         is_blend = ":" in name or "+" in name
         if is_blend and not self.blends:
             raise SpecError("blends are not served by name", "LORA_TREE_VLLM_BLENDS=1 allows them")
@@ -148,7 +150,7 @@ class NameRules:
         return Asked(one, tuple(parse_blend(one)))
 
     def one_spelling(self, name: str) -> str:
-        """Return the one spelling of a name, or the name as it is where it says no blend that is admitted."""
+        """Return the one spelling of a name; the name as it is if it is no admitted blend."""
         if len(name) > MOST_CHARACTERS or not (":" in name or "+" in name):
             return name
         try:

@@ -246,7 +246,7 @@ class FlatCache:
                 # Without its traceback, whose frames hold the adapters.
                 _remember(self._refused, content, _anew(error))
             raise
-        # What was read must be what the content says, or a folder would hold another's numbers.
+        # The numbers must be those that the content names, or a folder would hold another's.
         if not self._contents.is_still(content, tree, problems, path):
             raise UnlockedError(f"{path}: the tree was changed while it was read", "ask again")
         return made

@@ -1,7 +1,7 @@
-"""The loss of each path, summed over many batches: in training since the last log, and in evaluation.
+"""The loss of each path over many batches: since the last log, and over an evaluation.
 
 A path's mean is over its own tokens, wherever its rows were: in another micro-batch, or on
-another rank. So sums and counts are kept apart until somebody asks for the means.
+another rank. So sums and counts are kept apart until the means are asked for.
 """
 
 from __future__ import annotations

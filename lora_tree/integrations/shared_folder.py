@@ -54,11 +54,11 @@ class SharedFolder:
         disk.make(folder)
         disk.make(self._locks)
         self._list = self._locks / f"{uuid.uuid4().hex}.held"
-        with (
-            self.alone()
-        ):  # another process would take a list that is not locked yet for one that was left over
+        # Alone: another process would take a list that is not locked yet for one left over.
+        with self.alone():
             self.sweep()
-            self.in_use_elsewhere()  # for the lists that go: a server may be started over and over
+            # For the lists that it removes: a server may be started over and over.
+            self.in_use_elsewhere()
             held = locks.attempt(self._list)
             if held is None:
                 raise FolderError(f"{self._list}: can't lock it")
@@ -77,11 +77,14 @@ class SharedFolder:
 
     @contextmanager
     def making(self, name: str) -> Iterator[None]:
-        """Let no other thread or process make an entry of this name; a few other names wait, too."""
+        """Let no other thread or process make an entry of this name.
+
+        Names that begin alike share a lock file: a sixteenth of all others wait, too.
+        """
         with locks.holding(self._locks / f"make-{name[0]}"):
             yield
 
-    # ------------------------------------------------------------------ who uses what; the caller is `alone`
+    # ------------------------------------------------------------------ uses; the caller is `alone`
     def tell(self, in_use: dict[str, bool]) -> None:
         """Write down which entries this process uses, each with a mark for the others to see."""
         if in_use != self.told:
@@ -90,12 +93,16 @@ class SharedFolder:
             self.told = dict(in_use)
 
     def in_use_elsewhere(self) -> dict[str, bool]:
-        """Return what other processes use, with their marks (False counts); remove the lists of those that ended."""
+        """Return the entries that other processes use, with their marks; False counts more.
+
+        The lists of processes that ended are removed.
+        """
         found: dict[str, bool] = {}
         for name in self._listdir(self._locks):
             file = self._locks / name
             if not _LIST.match(name) or file == self._list:
                 continue
+            # The system ends a lock with its process, however that ended.
             ended = locks.attempt(file)
             if ended is not None:
                 ended.release(remove=True)
@@ -117,6 +124,7 @@ class SharedFolder:
 
     def remove(self, name: str) -> bool:
         """Remove an entry, its name first, so that no process finds half of it."""
+        # A rename is atomic; removing the files one by one is not.
         gone = self.folder / f".gone.{uuid.uuid4().hex}"
         try:
             os.rename(self.folder / name, gone)
@@ -158,7 +166,7 @@ class SharedFolder:
 
 
 def _read(file: Path) -> Mapping[str, bool]:
-    """Return the contents that another process lists as used; anything else in the file is ignored."""
+    """Return the entries that another process lists as used; all else in the file is ignored."""
     try:
         said = json.loads(disk.read_file(file, most=_MOST_BYTES))
     except (LoraTreeError, ValueError, RecursionError):

@@ -3,8 +3,8 @@ interval.
 
 A look costs about 0.1 ms a node, and a server is asked for names that clients make up.
 
-Law: whatever is asked, and however often, the folder is looked at once in an interval, and for at
-most a fifth of the time.
+Law: however often clients ask, and for whichever names, the folder is looked at once in an
+interval, and for at most a fifth of the time.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ class Surveyed:
                     self._view = View(*self._look())
                 except LoraTreeError as error:
                     self._view = error
-                except Exception as error:  # whatever it is, it is not tried again at once
+                except Exception as error:
+                    # Kept for the interval like an answer: a disk that fails is not asked at once
+                    # again by every request.
                     self._view = LoraTreeError(
                         f"the tree can't be looked at: {type(error).__name__}: {error}"
                     )
+                # Four times as long as the look took: a slow disk is looked at less often.
                 took_s = time.monotonic() - began
                 self._old_at = time.monotonic() + max(self._every_s, 4 * took_s)
             return _or_raise(self._view)

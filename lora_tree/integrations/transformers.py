@@ -1,4 +1,4 @@
-"""TreeTrainer: many nodes trained at once in ``transformers.Trainer``, each as it would train alone.
+"""TreeTrainer: ``transformers.Trainer`` over many nodes at once, each as it would train alone.
 
     rows: path, input_ids, labels ─→ route ─→ forward ─→ Σ over paths of the path's own mean
                                        └──── stays open for backward: checkpointed layers run again
@@ -44,7 +44,7 @@ from .tree_checkpoints import TreeCheckpoints  # says first what is missing
 from transformers import Trainer, TrainerCallback
 from transformers.utils import find_labels
 
-# An older Trainer clips in the middle of its loop, all nodes together, whatever is overridden here.
+# An older Trainer clips all nodes together in the middle of its loop, which nothing can override.
 if not hasattr(Trainer, "_clip_grad_norm"):
     raise MissingExtra("TreeTrainer needs transformers 5", "pip install 'lora_tree[train]'")
 

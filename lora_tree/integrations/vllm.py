@@ -1,9 +1,9 @@
 """vLLM by path name: a request for the model ``fr/legal`` is served by that path of a tree, as the
 tree is now.
 
-    client ── model="fr/legal" ──▶ vLLM ── resolve_lora ──▶ names ──▶ tree ──▶ FlatCache ──▶ cache/<content>/
-                                     ▲                                            ▲
-                                     └────────── swap, once a second ─────────────┴── the tree's folder
+    client ─ model="fr/legal" ─▶ vLLM ─ resolve_lora ─▶ names ─▶ tree ─▶ FlatCache ─▶ cache/…
+                                  ▲                                         ▲
+                                  └────────── swap, once a second ──────────┴── the tree's folder
 
 A plugin of vLLM's (entry point ``vllm.general_plugins``), told what to do by the environment;
 `server_args` says how. vLLM asks for a name once and keeps the answer, so a thread looks at the
@@ -109,9 +109,9 @@ class _Resolver:
         if self._cache is not None:
             self._cache.close()
 
-    # ------------------------------------------------------------------ vLLM asks, on its event loop
+    # ------------------------------------------------------------------ on vLLM's event loop
     async def resolve(self, base_model_name: str, name: str) -> Any:
-        """Answer vLLM's question with the adapter of a path, or with None and the reason in the log."""
+        """Return the adapter of a path to vLLM; or None, with the reason in the log."""
         front = self._front()
         found = None
         try:
@@ -140,6 +140,7 @@ class _Resolver:
         view = self._seen.recent()
         if view is None:
             view = await loop.run_in_executor(self._looker, self._seen.now)
+        # On the event loop, since it costs little: a name that is refused takes no thread.
         _there(view, asked)
         makers = self._makers if asked.name in asked.paths else self._blenders
         until = loop.time() + ROOM_S

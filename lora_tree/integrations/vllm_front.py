@@ -35,7 +35,10 @@ _numbers = itertools.count(1)
 
 
 def asking() -> Any:
-    """Return vLLM's record of its adapters, which is among the callers; None where this version keeps it elsewhere."""
+    """Return vLLM's record of its adapters, found among the callers.
+
+    None where this version keeps it elsewhere.
+    """
     return caller_object(lambda owner: isinstance(getattr(owner, "lora_requests", None), dict))
 
 
@@ -113,7 +116,7 @@ class Front:
         return True
 
     def drop(self, path: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Make vLLM ask for a path again from now on; False where it is loading it, or ``unless`` says so.
+        """Make vLLM ask for a path again from now on; False if it is loading it, or by ``unless``.
 
         Args:
             unless: asked on the event loop, between two requests; True keeps it.
@@ -124,7 +127,7 @@ class Front:
 
     # ------------------------------------------------------------------ asked on the event loop
     def awaits(self, path: str) -> None:
-        """Note that vLLM is being given an adapter: it loads it first, and only then it has the path."""
+        """Note that vLLM is being given an adapter: it loads it before it has the path."""
         self._awaited[path] = time.monotonic() + WAIT_S
 
     def refused(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Tell a vLLM server of a tree how to run: flags and environment variables, written here and read here."""
+"""The flags and environment variables of a vLLM server of a tree, written here and read here."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _switch(environment: Mapping[str, str], name: str) -> bool:
     raise SpecError(f"{name}={text!r}: expected 1 or 0")
 
 
-# ---------------------------------------------------------------------- what a server is started with
+# ---------------------------------------------------------------------- the start of a server
 @dataclass(frozen=True)
 class ServerArgs:
     """The flags and the environment that start a vLLM server of a tree.
@@ -161,7 +161,8 @@ def server_args(
     >>> import lora_tree as lt
     >>> tree = lt.AdapterTree()
     >>> for path in ("fr", "fr/legal"):
-    ...     _ = tree.add(path, adapter=lt.Adapter({"up": lt.LowRank(torch.ones(12, 16), torch.ones(16, 12))}))
+    ...     value = lt.LowRank(torch.ones(12, 16), torch.ones(16, 12))
+    ...     _ = tree.add(path, adapter=lt.Adapter({"up": value}))
     >>> with tempfile.TemporaryDirectory() as zoo:
     ...     tree.save(zoo)
     ...     made = server_args(zoo, cache="cache")
@@ -180,8 +181,13 @@ def server_args(
     paths = [path for path in tree.paths() if rules.allows(path)]
     rank = max((_rank(tree, path) for path in paths), default=1)
     allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
-    flags = ("--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(max_loras), "--max-cpu-loras",
-             str(max(2 * max_loras, 16)))  # fmt: skip
+    # vLLM keeps adapters that left a batch in host memory; with room for as many as in a batch
+    # alone, it would read them from the disk at every change of batch.
+    on_the_host = max(2 * max_loras, 16)
+    flags = (
+        *("--enable-lora", "--max-lora-rank", str(allowed)),
+        *("--max-loras", str(max_loras), "--max-cpu-loras", str(on_the_host)),
+    )
     environment = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         ZOO: os.path.abspath(as_path(folder)),

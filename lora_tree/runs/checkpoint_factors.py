@@ -1,10 +1,10 @@
-"""What a checkpoint holds of ours: the factors that train, what each of them stands on, and the nodes as adapters.
+"""A checkpoint's factors, the ancestors that each node stands on, and the nodes as adapters.
 
 checkpoint-120/
-  factors.safetensors          every parameter of every node that trains, bit for bit: a run resumes from this.
-                               Its metadata tells what each node stands on, which has to be the same then
-  nodes/fr/legal/…             the same nodes as PEFT adapters: tree.update("fr/legal", adapter=…) takes one
-  optimizer.pt, …              the trainer's own files
+  factors.safetensors    every parameter of every node that trains, bit for bit: a run resumes from
+                         this. Its metadata names the ancestors, which must be the same then
+  nodes/fr/legal/…       the same nodes as PEFT adapters: tree.update("fr/legal", adapter=…)
+  optimizer.pt, …        the trainer's own files
 """
 
 from __future__ import annotations
@@ -84,13 +84,12 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     model.factors.refresh(model.tree, model)
     now = _trained(model)
     if saved.keys() != now.keys():
-        there, here = ({path_of(name) for name in names} for names in (saved, now))
-        what = f"of {listing(sorted(there))}, and {listing(sorted(here))} train now"
-        what = (
-            what
-            if there != here
-            else f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
-        )
+        there = {path_of(name) for name in saved}
+        here = {path_of(name) for name in now}
+        if there != here:
+            what = f"of {listing(sorted(there))}, and {listing(sorted(here))} train now"
+        else:
+            what = f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
         raise FormatError(
             f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)"
         )
@@ -98,7 +97,8 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         own = now[name]
         if new.shape != own.shape or new.dtype != own.dtype:
             raise FormatError(
-                f"{file}: {name}: {tuple(new.shape)} {new.dtype}, the node has {tuple(own.shape)} {own.dtype}",
+                f"{file}: {name}: {tuple(new.shape)} {new.dtype}, "
+                f"the node has {tuple(own.shape)} {own.dtype}",
                 "resume with the rank and dtype of then",
             )
     then = _recorded(said, file)
@@ -106,22 +106,26 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     if changed:
         raise FormatError(
             f"{file}: {listing(changed)}: a frozen ancestor, or a weight, has changed since",
-            "resume on the tree with which the run began; or take its nodes: tree.update(path, adapter='…/nodes/…')",
+            "resume on the tree with which the run began; "
+            "or take its nodes: tree.update(path, adapter='…/nodes/…')",
         )
     with torch.no_grad():
-        for name, own in now.items():  # the same order on every rank, for they meet
+        # In the model's order, which is the same on every rank: to distribute a tensor they meet.
+        for name, own in now.items():
             new = saved[name]
-            own.copy_(
-                distribute_tensor(new, own.device_mesh, own.placements) if is_sharded(own) else new
-            )
+            if is_sharded(own):
+                new = distribute_tensor(new, own.device_mesh, own.placements)
+            own.copy_(new)
 
 
 def ancestors_then(folder: Path, path: str) -> dict[str, str]:
-    """What the node ``path`` of a checkpoint was trained on: each ancestor's weight and hash, from the root down.
+    """Return the ancestors that a checkpoint's node was trained on, each as its weight and hash.
+
+    They are in the order of the lineage, from the root down.
 
     Raises:
         FormatError: a file of the checkpoint is broken.
-        PathError: it names what is no node.
+        PathError: it names something that is no node.
     """
     file = folder / FACTORS
     _, said = read_tensors(file, str(file), outline=True)
@@ -130,40 +134,46 @@ def ancestors_then(folder: Path, path: str) -> dict[str, str]:
         raise FormatError(
             f"{file}: stands_on: {path}: expected what each node was, got {str(record)[:80]}"
         )
-    return {
-        node: told.removesuffix(TRAINED)
-        + _hash(Adapter.load(folder.joinpath(NODES, *check_path(node))))
-        if told.endswith(TRAINED)
-        else told
-        for node, told in record.items()
-        if node != path
-    }
+    found = {}
+    for node, told in record.items():
+        if node == path:
+            continue
+        if told.endswith(TRAINED):
+            # It trained in the same run, so its numbers of then are in the checkpoint itself.
+            own = Adapter.load(folder.joinpath(NODES, *check_path(node)))
+            told = told.removesuffix(TRAINED) + _hash(own)
+        found[node] = told
+    return found
 
 
 def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
-    """The same of a place in a tree: every node above ``path`` that has an adapter, its weight and its hash."""
-    above = tree.lineage(path.rpartition("/")[0])
-    return {node: told for node in above if (told := _told(tree, node)) is not None}
+    """Return the nodes with an adapter above a place in a tree, each as its weight and hash."""
+    found = {}
+    for node in tree.lineage(path.rpartition("/")[0]):
+        told = _told(tree, node)
+        if told is not None:
+            found[node] = told
+    return found
 
 
 def _trained(model: TreeModel) -> dict[str, Any]:
-    """Name → parameter of every node that trains."""
+    """Return the parameters of all nodes that train, by name."""
     return {name: p for name, p in model.factors.named_parameters() if p.requires_grad}
 
 
 def _recorded(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """What `_stands_on` told when the file was written."""
+    """Return the ancestors as `_stands_on` told them when the file was written."""
     return strict_json.loads(metadata.get("stands_on", "{}").encode(), f"{file}: stands_on")
 
 
 def _told(tree: AdapterTree, node: str) -> str | None:
-    """A node's weight and hash; None where it has no adapter, so that nothing depends on it."""
+    """Return a node's weight and hash; None if it has no adapter, so that nothing depends on it."""
     adapter = tree.adapter(node)
     return None if adapter is None else f"{tree[node].weight!r} {_hash(adapter)}"
 
 
 def _hash(adapter: Adapter) -> str:
-    """A hash of an adapter's numbers, and of nothing else about it."""
+    """Return a hash of an adapter's numbers, and of nothing else about it."""
     told = hashlib.sha256()
     for name, value in sorted(adapter.modules.items()):
         numbers = dict(zip(("A", "B", "bias"), value.tensors, strict=False))
@@ -173,13 +183,22 @@ def _hash(adapter: Adapter) -> str:
 
 
 def _stands_on(model: TreeModel) -> dict[str, dict[str, str]]:
-    """Node that trains → every node down to it: its weight, and its hash or that it trains as well."""
+    """Return for each node that trains the nodes down to it, itself included.
+
+    Each is told by its weight, and by its hash or the fact that it trains as well.
+    """
     tree, training = model.tree, model.factors.training_paths
-    told = {
-        node: f"{tree[node].weight!r} {TRAINED}" if node in training else _told(tree, node)
-        for node in dict.fromkeys(node for path in training for node in tree.lineage(path))
-    }
-    return {
-        path: {n: found for n in tree.lineage(path) if (found := told[n]) is not None}
-        for path in training
-    }
+    told: dict[str, str | None] = {}
+    found: dict[str, dict[str, str]] = {}
+    for path in training:
+        found[path] = {}
+        for node in tree.lineage(path):
+            if node not in told:  # hashed once: nodes share their ancestors
+                is_training = node in training
+                told[node] = (
+                    f"{tree[node].weight!r} {TRAINED}" if is_training else _told(tree, node)
+                )
+            said = told[node]
+            if said is not None:
+                found[path][node] = said
+    return found

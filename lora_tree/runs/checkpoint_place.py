@@ -3,12 +3,12 @@
     .unfinished/checkpoint-120             filled here by all ranks, synced, then renamed by one
     .unfinished/checkpoint-120.replaced    the checkpoint that it replaces, between the two renames
 
-A run that is killed while it writes leaves only ``.unfinished``, which no program takes for a checkpoint. The next save
-clears it. If the run was killed between the two renames, the checkpoint's place is empty. Resuming and saving put the
-old one back first; reading reads it where it lies.
+A run that is killed while it writes leaves only ``.unfinished``, which no program takes for a
+checkpoint. The next save clears it. If the run was killed between the two renames, the checkpoint's
+place is empty. Resuming and saving put the old one back first; reading reads it where it lies.
 
-All ranks write into one folder, so its name is fixed, and there is no lock as in `folder.whole`: a run's folder is
-written by one run.
+All ranks write into one folder, so its name is fixed, and there is no lock as in `folder.whole`: a
+run's folder is written by one run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]) -> Iterator[Path]:
-    """Yield a folder in which to fill the folder ``name``; when the block ends it appears as ``parent/name``.
+    """Yield a folder in which to fill ``name``; when the block ends it is ``parent/name``.
 
     Args:
         parent: where it appears. A folder of that name that is there is replaced.
@@ -72,7 +72,7 @@ def put_back(parent: Path) -> None:
 
 
 def where_it_lies(checkpoint: Path) -> Path:
-    """Return where to read a checkpoint: its place, or where its run had put it aside when it was killed."""
+    """Return where to read a checkpoint: its place, or where a killed run had put it aside."""
     aside = checkpoint.parent / UNFINISHED / f"{checkpoint.name}{REPLACED}"
     return aside if stat_of(checkpoint, follow=False) is None and is_folder(aside) else checkpoint
 

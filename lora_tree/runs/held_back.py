@@ -49,7 +49,7 @@ class Verdict:
         return self.trained <= self.parent
 
     def __str__(self) -> str:
-        """One line: ``fr/legal: 3.247 on 12 held-back rows, its parent 2.759: kept at weight 0.25, 2.741``."""
+        """One line: ``fr/legal: 3.247 on 12 held-back rows, its parent 2.759: kept at …``."""
         plural = "s" if self.rows != 1 else ""
         said = f"{self.node}: {self.trained:.3f} on {self.rows} held-back row{plural}"
         said += f", its parent {self.parent:.3f}"

@@ -313,7 +313,7 @@ def _check_names(settings: Settings, nodes: Sequence[str], tree: AdapterTree) ->
 
 
 def _check_weights(tree: AdapterTree, nodes: Sequence[str]) -> None:
-    """Refuse a node of weight 0: no gradient would come back to it, and the run would train nothing."""
+    """Refuse a node of weight 0: no gradient would come back to it, and nothing would train."""
     for path in nodes:
         if tree[path].weight == 0:
             raise SpecError(

@@ -26,7 +26,7 @@ class Settings:
         accumulate: micro-batches in a step.
         lr: learning rate at its height.
         lr_of: node → its own learning rate, where it has one.
-        loss: what it is a mean over: ``rows``, every token alike; ``paths``, each path's own tokens;
+        loss: a mean over ``rows``, every token alike; over ``paths``, each path's own tokens;
             ``auto``: rows where several levels of the tree train, else paths.
         weight_decay: of AdamW, for every node; None: by depth, see `lora_tree.weight_decays`.
         decay_by_depth: the decay at depth 0, 1, …, the last one also below; None: as the tree says.
