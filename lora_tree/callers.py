@@ -1,9 +1,8 @@
 """Walks up the call stack, each under the name of the question it answers.
 
 A hook or a plugin is called with arguments that do not say who is calling: a trainer,
-    `save_pretrained`, a
-checkpointed layer that will run again. The stack says it, and these functions are the only
-ones that look.
+`save_pretrained`, a checkpointed layer that will run again. The stack says it, and these
+functions are the only ones that look.
 
 A frame keeps the locals of its function alive, tensors included, so none is returned or stored.
 """

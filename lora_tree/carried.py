@@ -1,9 +1,8 @@
 """Check that the tensors of a base that an adapter carries are the base's own.
 
-PEFT saves some tensors of the base beside the factors: every bias with ``bias="all"``, the whole of
-    an embedding or a
-head that is targeted. Such a tensor replaces the base's. Replacements of two nodes do not add up,
-so a carried tensor is accepted only if it changes nothing.
+PEFT saves some tensors of the base beside the factors: every bias with ``bias="all"``, the whole
+of an embedding or a head that is targeted. Such a tensor replaces the base's. Replacements of two
+nodes do not add up, so a carried tensor is accepted only if it changes nothing.
 
 The base may be loaded in another dtype than it was trained in. So both may be roundings of the same
 stored numbers:
@@ -12,8 +11,7 @@ stored numbers:
     fp16 and bf16                within one rounding of each other: one stored number may have become both
 
 Law: a load of the same stored numbers in any dtype is accepted. A step of training that shows in
-    the narrower of the
-two dtypes is refused.
+the narrower of the two dtypes is refused.
 """
 
 from __future__ import annotations

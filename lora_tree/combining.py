@@ -20,10 +20,9 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     """Return Σ coefficient · adapter, module by module, as one adapter of rank Σr.
 
     ``base`` comes from the first term that has one. ``config`` holds the fields on which all terms
-    that have a config
-    agree: a field that one term alone has is not true of the sum. Terms on several devices are
-        brought to the first
-    one's: a node that trains is where the base is, its parent where it was read to.
+    that have a config agree: a field that one term alone has is not true of the sum. Terms on
+    several devices are brought to the first one's: a node that trains is where the base is, its
+    parent where it was read to.
 
     Args:
         terms: each adapter with its coefficient.

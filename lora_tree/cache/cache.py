@@ -8,10 +8,9 @@ Without budgets, an adapter that is loaded from files goes to the tree, which ke
 with memory of its own gets a copy of every adapter it needs, also of those that lie in the tree.
 
 Thread safety: any thread may call any method. One lock (a `threading.Condition` over a reentrant
-    lock) guards
-the tiers, the copies and the counts. It is never held while a file is read or a transfer is
-started. The shelf has a lock of its own, which may be taken while this one is held, and never the
-other way round.
+lock) guards the tiers, the copies and the counts. It is never held while a file is read or a
+transfer is started. The shelf has a lock of its own, which may be taken while this one is held,
+and never the other way round.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Device copies of adapters that lie in the tree itself, without files behind them.
 
-The tree owns these adapters: they were added in Python, or read without a budget. A device that has
-    memory
-of its own gets one copy of each, and the copy goes when its adapter does.
+The tree owns these adapters: they were added in Python, or read without a budget. A device that
+has memory of its own gets one copy of each, and the copy goes when its adapter does.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class TreeCopies:
         """Return the source of a loaded node's copy; None if the adapter is used where it lies.
 
         Parameters are used where they lie: they train there, and a copy would not follow an
-            optimiser's writes.
+        optimiser's writes.
         """
         adapter = node.loaded
         if link is None or adapter is None:

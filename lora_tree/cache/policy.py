@@ -9,8 +9,8 @@ descendants, and need no rule about the tree.
     Frequency    evicts the least frequently used for its size, old uses counting less; the default,
                  because it measured better (docs/benchmarks.md)
 
-Reference: greedy-dual-size-frequency, Cherkasova 1998, HPL-98-69R1; the counts of evicted nodes are
-    kept too.
+Reference: greedy-dual-size-frequency, Cherkasova 1998, HPL-98-69R1; the counts of evicted nodes
+are kept too.
 """
 
 from __future__ import annotations

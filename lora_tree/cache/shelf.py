@@ -7,9 +7,8 @@ the page first. That takes as long as reading and hashing what goes into the pag
 would keep freed memory too, but in pieces between others that are in use, and outside of every
 budget.
 
-Law: ready memory is within the budget. It is at most what the budget leaves over (`at_most`), and a
-    new piece for
-which no ready range is large enough takes the place of as many ready bytes.
+Law: ready memory is within the budget. It is at most what the budget leaves over (`at_most`), and
+a new piece for which no ready range is large enough takes the place of as many ready bytes.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     budget  ≥  adapters  +  reserved (being loaded)  +  laid out (side paths made of adapters)
 
 A full tier makes room in this order: side paths laid out for earlier paths, which can be computed
-    again
-without a file; then idle adapters, in the policy's order. Pinned adapters are never evicted.
+again without a file; then idle adapters, in the policy's order. Pinned adapters are never
+evicted.
 
-Thread safety: every method is called with the cache's lock held, and that lock guards every field.
-    The one
-exception is `_refunds`: finalizers append to it in whichever thread collects the owner.
+Thread safety: every method is called with the cache's lock held, and that lock guards every
+field. The one exception is `_refunds`: finalizers append to it in whichever thread collects the
+owner.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     adding.py    what several values make: their sum, their inner product
 
 Law: no operation builds an (out, in) matrix except `LowRank.dense`, and that one can be had in
-    blocks of rows.
+blocks of rows.
 
 References: LoRA, https://arxiv.org/abs/2106.09685 §4.1 (ΔW = α/r · B A);
 rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).

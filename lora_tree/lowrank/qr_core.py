@@ -7,7 +7,7 @@ of M. Two QRs and an SVD of (r, r) replace one SVD of (out, in). All of it is co
 the result is rounded once, by the caller.
 
 Reference: Eckart and Young, 1936; the batch shares one rank, and its error is the root of the
-    summed squares.
+summed squares.
 """
 
 from __future__ import annotations

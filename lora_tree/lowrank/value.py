@@ -1,8 +1,8 @@
 """LowRank: one increment of one weight as a frozen value, and everything that is made of it alone.
 
 The increment is a matrix, or a batch of them: the experts of a fused parameter, the groups of a
-    convolution. Nothing
-here depends on the `Layout`, which says how the matrix lies in a module's weight.
+convolution. Nothing here depends on the `Layout`, which says how the matrix lies in a module's
+weight.
 """
 
 from __future__ import annotations

@@ -18,10 +18,9 @@ class MatchingBudget:
         error: the kind of error to raise.
         steps: how many steps it allows.
 
-    >>> MatchingBudget("zoo/tree.yaml", steps=10).spend(11)
+    >>> MatchingBudget("tree.yaml", steps=10).spend(11)
     Traceback (most recent call last):
-    lora_tree.errors.SpecError: zoo/tree.yaml: matching its patterns takes too long: more than 10
-    steps
+    lora_tree.errors.SpecError: tree.yaml: matching its patterns takes too long: more than 10 steps
       write them with less repetition, or name the modules instead of describing them
     """
 

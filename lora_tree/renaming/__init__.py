@@ -11,9 +11,8 @@ its own. The same mapping renames adapters here, so nothing below knows an archi
     loading.py       transformers' mapping, behind one class
 
 Law: a name that the base has is left alone, and two names that become one are one module whose
-    increments add
-up. Every room that needs an adapter in a base's names calls `Renaming.bound`, over a loaded base as
-over a skeleton, with factors as with their outlines.
+increments add up. Every room that needs an adapter in a base's names calls `Renaming.bound`, over
+a loaded base as over a skeleton, with factors as with their outlines.
 """
 
 from ..storage import install_names

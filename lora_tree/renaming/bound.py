@@ -37,8 +37,7 @@ class Renaming:
         """Return the adapter in the base's names; the same object if it has them already.
 
         A name that the base does not have, and that no mapping knows, stays as it is: the caller
-            looks for its
-        site, and reports that there is none.
+        looks for its site, and reports that there is none.
 
         Raises:
             BaseMismatch: factors can't be put together into the parameter that they are a part of

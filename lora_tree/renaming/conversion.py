@@ -9,9 +9,8 @@ transformers' operation is applied to the Bs, and the As are stacked. The parts 
 the rank: A of a fused gate and up is [A_gate; A_up], and B is block-diagonal. Experts without
     factors get zeros.
 
-Whether an operation moves rows alone is tried out, on a weight of three numbered columns: if these
-    come out in their
-order, whole or transposed, then each entry of B goes where its row goes.
+Whether an operation moves rows alone is tried out, on a weight of three numbered columns: if
+these come out in their order, whole or transposed, then each entry of B goes where its row goes.
 """
 
 from __future__ import annotations

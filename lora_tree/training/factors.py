@@ -4,9 +4,8 @@
     factors./fr/legal.…          see `node_factors`
 
 Law: the parameters under a path are those of the adapter that the tree holds for it. A node may
-    have been renamed,
-replaced or removed since it trained last. Before any node trains again, its parameters move with
-it, or are dropped.
+have been renamed, replaced or removed since it trained last. Before any node trains again, its
+parameters move with it, or are dropped.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class Factors(nn.ModuleDict):
         """Return a node's adapter in the parameters that stand here now; itself if it is in those.
 
         Sharding puts others in their place: a part of each between forwards, whole ones while one
-            runs.
+        runs.
         """
         node = self._modules.get(key_of(path))
         if not isinstance(node, NodeFactors) or adapter is not node.adapter:
@@ -198,7 +197,7 @@ def _owner_of(adapter: Adapter | None, owners: Mapping[int, nn.Module]) -> nn.Mo
     """Return the module whose parameters are all of an adapter's tensors; None if there is none.
 
     An adapter that was put together from two nodes, or with a new tensor, is another one: it gets
-        new parameters.
+    new parameters.
     """
     if adapter is None:
         return None

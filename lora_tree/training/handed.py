@@ -1,8 +1,7 @@
 """Refuse a trainer that was given the bare base while nodes train.
 
 Such a trainer looks for parameters that train, and finds none in the base: its optimiser moves
-    nothing, and its
-checkpoints hold no factors. The user would see a loss and get no adapter.
+nothing, and its checkpoints hold no factors. The user would see a loss and get no adapter.
 
 A loop of the user's own may call the base: it has got its parameters from `trainable`. Only a
 trainer that looks for them itself is refused.

@@ -6,10 +6,8 @@
 tokens_p counts over every micro-batch and every rank of one step of the optimiser.
 
 Over paths, each path learns in company what it would learn alone, however many rows the others
-have. Over rows, every
-token weighs alike: that is what several levels want that train at once, since the nodes that paths
-    share then get
-gradients of the size that a single adapter would get (`levels.py`).
+have. Over rows, every token weighs alike. Several levels that train at once want this: the nodes
+that paths share then get gradients of the size that a single adapter would get (`levels.py`).
 """
 
 from __future__ import annotations

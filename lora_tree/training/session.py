@@ -191,9 +191,8 @@ class Training:
     ) -> dict[str, Adapter]:
         """Return the adapters of some nodes, each found to fit the base and free to train.
 
-        Fresh nodes are made here, and the tree gets the parts of sharded factors that this rank
-            has: both would be
-        done again by the next call, so nothing has to be undone.
+        Fresh nodes are made here, and the tree gets this rank's parts of sharded factors. The next
+        call would do both again, so nothing has to be undone.
         """
         settle_fresh(self._tree, self._base, paths)
         self._factors.refresh(self._tree, within)
