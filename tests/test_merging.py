@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
 
@@ -92,6 +93,30 @@ def test_a_dense_merge_is_peft_s_own_of_adapters(peft_merging: ModuleType) -> No
     assert found.cut.error == pytest.approx(float(S[3:].square().sum().sqrt()), rel=1e-5)
     apart = float((best - whole[0]).norm() / whole[0].norm())
     assert found.distances[0] == pytest.approx(apart, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "theirs"), [("ties", "ties_svd"), ("magnitude_prune", "magnitude_prune_svd")]
+)
+def test_a_dense_merge_is_what_peft_makes_of_loaded_adapters(method: str, theirs: str) -> None:
+    peft = importlib.import_module("peft")
+    values = {"one": draw(1, 2, scale=0.5), "two": draw(2, 2, scale=0.5)}
+    config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["q"])
+    model = peft.get_peft_model(
+        torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(8, 6))), config, adapter_name="one"
+    )
+    model.add_adapter("two", config)
+    layer = model.base_model.model.q
+    for name, value in values.items():
+        layer.lora_A[name].weight.data.copy_(value.A)
+        layer.lora_B[name].weight.data.copy_(value.B)
+    model.base_model.add_weighted_adapter(
+        ["one", "two"], [1.0, 0.7], "merged", combination_type=theirs, svd_rank=3, density=0.5
+    )
+    adapters = [lt.Adapter({"q": value}) for value in values.values()]
+    found = lt.merge(adapters, [1.0, 0.7], method=method, density=0.5, space="dense", rank=3)
+    got = dense(found.adapter.modules["q"]).float()
+    torch.testing.assert_close(got, layer.get_delta_weight("merged"), rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- the spaces

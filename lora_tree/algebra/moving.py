@@ -126,10 +126,10 @@ def rebase(
     """
     made(tree, path)
     below = tree.paths(path)
-    if not (to + "/").startswith(path + "/"):
-        free(
-            tree, to
-        )  # a name that differs from the old one by case alone is the tree's own business
+    # A bad name is refused before the adapters are read. A new case of the old name, or a place
+    # below the node itself, is for the tree to judge when it moves.
+    if not (to + "/").casefold().startswith((path + "/").casefold()):
+        free(tree, to)
     changeable(tree, [path, *below])
     # Before the move: afterwards the old lineage can't be asked for any more.
     gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base)

@@ -39,6 +39,7 @@ class Work:
 
     def __init__(self, tree: AdapterTree, folder: Path, *, dry_run: bool) -> None:
         self.tree, self.folder, self.dry_run = tree, folder, dry_run
+        # A copy shares the adapters and costs next to nothing; the verb changes the other one.
         self._before = copy.copy(tree)
 
     def done(self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any) -> None:
@@ -50,6 +51,7 @@ class Work:
             copy_files: bring adapters that live elsewhere into the folder.
             more: further figures, for a program alone.
         """
+        # Before the save, which settles the marks by which this is told.
         stale = made_stale(self._before, self.tree, edited.moved)
         gone = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
         if not self.dry_run:
@@ -64,12 +66,15 @@ class Work:
 
     def _lines(self, edited: Edited, gone: list[str], stale: list[str]) -> list[str]:
         lines = [f"added {path}: {adapter_text(self.tree, path)}" for path in edited.added]
-        lines += [f"moved {old} to {new}" for old, new in edited.moved.items()]
-        lines += [f"removed {path}" for path in gone]
+        for old, new in edited.moved.items():
+            lines.append(f"moved {old} to {new}")
+        for path in gone:
+            lines.append(f"removed {path}")
         for path in edited.changed:
             lines.append(f"changed {path}: {adapter_text(self.tree, path)}")
         lines += _errors(edited)
-        lines += [f"note: {note}" for note in edited.notes]
+        for note in edited.notes:
+            lines.append(f"note: {note}")
         if stale:
             lines.append(f"stale from now on: {listing(stale)}: trained on another lineage")
         if self.dry_run:
