@@ -82,7 +82,7 @@ def _largest_in(adapter: Adapter) -> float:
     for value in adapter.modules.values():
         tensors += value.tensors
     if any(hasattr(tensor, "full_tensor") for tensor in tensors):
-        return 0.0  # every rank has a part; `MergedWeights.check` keeps these from being merged
+        return 0.0  # every rank has a part; `Mergeable.check` keeps these from being merged
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     writes = _writes(parameters)
     found = max(_largest(_runs(tensors)), default=0.0, key=badness)

@@ -122,6 +122,8 @@ class Factors(nn.ModuleDict):
         Sharding puts others in their place: a part of each between forwards, whole ones while one
         runs.
         """
+        if not self._modules:
+            return adapter  # nothing ever trained: this is asked of every node at every switch
         node = self._modules.get(key_of(path))
         if not isinstance(node, NodeFactors) or adapter is not node.adapter:
             return adapter
