@@ -35,6 +35,7 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
     >>> misfits(tree, nn.Sequential(nn.Linear(4, 3)))
     [('fr', "fr: target '1' matches nothing in the base\\n  the last parts of its names: none")]
     """
+    # One budget of work for the patterns of all nodes.
     patterns, renaming = patterns_of_a_tree(), Renaming(base)
     found = []
     for path in tree.paths():

@@ -411,6 +411,7 @@ class TreeModel(nn.Module):
         (4, 3)
         """
         with self._lock:
+            # A list, because an iterator can be read once; a string is refused by `Batch.of`.
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
             axis = self._row_axis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first)
@@ -440,6 +441,7 @@ class TreeModel(nn.Module):
         >>> _ = tree.add("fr")
         >>> attach(tree, base).prefetch(["fr"])
         """
+        # Without the lock, so that it does not wait for a block that another thread has open.
         self._attached()
         blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
         nodes: dict[str, None] = {}
@@ -477,6 +479,7 @@ class TreeModel(nn.Module):
             if self._detached:
                 return
             self._usable()
+            # In this order: the base is bare before anything that made it so is dropped.
             self._stage.close()
             self._training.close()
             self._merged.forget()
@@ -638,6 +641,7 @@ class TreeModel(nn.Module):
         If several ranks train together, every factor that trains is in every rank's backward, so
         that a node may have rows on one rank only.
         """
+        # FSDP2 swaps the parameters around a forward, so they are looked at before each.
         self._training.renew_if_moved()
         out = self.base(*args, **kwargs)
         if torch.is_grad_enabled() and ranks() > 1:

@@ -92,6 +92,34 @@ def test_a_base_changed_while_bare_is_what_the_next_activation_starts_from(
     assert same_bits(base, now)
 
 
+def test_after_a_switch_that_failed_a_bare_weight_is_still_the_owners_to_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).requires_grad_(False)
+    values = {
+        "0": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1)),
+        "1": lt.LowRank(torch.ones(1, 3), torch.ones(2, 1)),
+    }
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter(values))
+    model = lt.attach(tree, base)
+    with model.using("a"):
+        pass  # from here on there are copies of both weights
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("at the first write")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="at the first write"):
+        patch.setattr("lora_tree.engine.arithmetic.write_sum", fail)
+        model.activate("a")
+    base[1].weight.mul_(2)  # the second weight was not begun, and no path is merged into it
+    now = base[1].weight.clone()
+    model.activate("a")
+    torch.testing.assert_close(base[1].weight, now + 1)
+    model.deactivate()
+    assert torch.equal(base[1].weight, now)
+
+
 @every_deed
 def test_a_base_changed_while_merged_is_refused_with_the_choices(
     deed: Callable[[Any], Any],

@@ -64,6 +64,7 @@ class ForwardGuard:
             mixed: the sites where its rows do not all owe the same.
         """
         self._axis, self._mixed = axis, mixed
+        # The hooks read it when they run, and a backward of before compares its own with it.
         self.number = mark
         if mark is None:
             while self._handles:
@@ -107,6 +108,8 @@ class ForwardGuard:
     # ------------------------------------------------------------------ hooks
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._admitted = False
+        # An empty cache may be used under any path. A filled one without a note was filled before
+        # this path was activated.
         for cache in _caches(args, kwargs):
             if getattr(cache, _NOTE, None) != self.number and _is_filled(cache):
                 raise StateError(
@@ -125,11 +128,12 @@ class ForwardGuard:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         if self._axis is not None:
-            self._axis.end()
+            self._axis.end()  # after a forward that failed, too
         if not self._admitted:
             return  # torch calls this after a forward that was refused, too
         for cache in _caches(args, kwargs, out):
             setattr(cache, _NOTE, self.number)
+        # At the base's outputs, where its backward begins: it is refused before a layer runs again.
         if self._checkpointed:
             for tensor in _tensors(out):
                 if tensor.grad_fn is not None:
@@ -163,6 +167,7 @@ def _main_inputs_first(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
     """Return a forward's tensors, those of transformers' main input before the other keywords."""
+    # The main input has the rows; masks and positions may have other first axes.
     main = getattr(module, "main_input_name", "")
     return _tensors([*args, kwargs.get(main), *kwargs.values()])
 

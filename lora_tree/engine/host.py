@@ -131,6 +131,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
     if not isinstance(base, nn.Module):
         raise SpecError(f"the base must be a torch.nn.Module, got {type(base).__name__}")
     compiled = False
+    # Wrappers may be nested: DDP around a compiled module, or the other way round.
     while True:
         if isinstance(inner := base._modules.get("_orig_mod"), nn.Module):
             base, compiled = inner, True

@@ -125,6 +125,7 @@ def _runs(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     a gap.
     """
     buffers: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+    # An adapter that was read from a file lies in one buffer, a tree that was trained in many.
     for tensor in tensors:
         key = tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device
         buffers.setdefault(key, []).append(tensor.detach())

@@ -74,6 +74,7 @@ class Launches:
 
     def keep(self, plan: Plan, sites: Sequence[Site], known: KeptLaunch) -> None:
         """Keep a launch for `find`; of one plan, the oldest go."""
+        # By plan, weakly: a launch holds addresses of the plan's factors, and goes with them.
         kept = self._of.setdefault(plan, {})
         while len(kept) >= KEPT:
             del kept[next(iter(kept))]

@@ -49,6 +49,7 @@ class Ledger(Protocol):
         ...
 
 
+# For models without a budget, so that no caller has to ask whether there is one.
 class Unbounded:
     """A ledger without a bound; it counts nothing."""
 

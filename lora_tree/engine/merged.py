@@ -316,12 +316,12 @@ class _SiteWrite:
 
 
 def _same_terms(x: Terms, y: Terms) -> bool:
-    """Return whether two sites' terms write the same bits: the same values, as they are, with the
-    same coefficients.
-    """
+    """Return whether two sites' terms write the same bits: the same values and coefficients."""
     if len(x) != len(y):
         return False
-    for a, b in zip(x, y, strict=True):  # a loop: this is asked of every site at every switch
+    # Values by identity: their factors are never written to, or else their version moves. A loop,
+    # because this is asked of every site at every switch.
+    for a, b in zip(x, y, strict=True):
         if a.value is not b.value or a.coefficient != b.coefficient or a.version != b.version:
             return False
     return True

@@ -46,7 +46,7 @@ class RowSubset:
         return len(self.rows)
 
     def of(self, x: Tensor) -> Tensor:
-        """Return these rows of ``x``: a view if they lie side by side, unless autograd follows it."""
+        """Return these rows of ``x``; a view if they lie side by side and need no gradient."""
         if self.whole:
             return x
         if self.slice is None or x.requires_grad:

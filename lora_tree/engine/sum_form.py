@@ -116,6 +116,7 @@ def disjoint_layers(parts: Sequence[T], rows_of: Callable[[T], Iterable[int]]) -
     >>> disjoint_layers(["ab", "c", "b"], lambda part: map(ord, part))
     [['ab', 'c'], ['b']]
     """
+    # First fit is not optimal in general. For nodes of paths it finds the depths of the tree.
     layers: list[tuple[list[T], set[int]]] = []
     for part in parts:
         rows = set(rows_of(part))

@@ -248,6 +248,7 @@ def _call(
     table, scales, programs = _table(parts, device)
     count, exact = len(parts), weight == torch.float32 or interpreted
 
+    # Everything that the launch needs is settled here: a switch runs it again as it is.
     def call() -> None:
         with on(device):
             _kernel[(programs,)](
@@ -277,8 +278,9 @@ def _call(
 
 
 def merged_plainly(part: MergePart) -> Tensor:
-    """Compute with stock operations what a launch writes: the sum in fp32, rounded once; (batch,
-    rows, cols).
+    """Return what a launch writes, computed with stock operations: (batch, rows, cols).
+
+    The sum is in fp32 and rounded once.
     """
     total = part.pristine.to(part.weight.device).float()
     for term in part.terms:
@@ -287,8 +289,9 @@ def merged_plainly(part: MergePart) -> Tensor:
 
 
 def is_right_on(device: torch.device) -> bool:
-    """Whether a small problem comes out right on a device: the compiler is there, and sums are kept
-    in fp32.
+    """Return whether a small problem comes out right on a device.
+
+    Then the compiler is there, and sums are kept in fp32.
     """
     draw = torch.Generator("cpu").manual_seed(0)
     base, left, right = (
@@ -300,15 +303,19 @@ def is_right_on(device: torch.device) -> bool:
     lay_out_parts(
         [MergePart(weight, weight, [MergeTerm(left.to(device), right.to(device), 1.0)])]
     ).run()
+    # The order of an fp32 sum may move a number to its neighbour, here and there. A sum that is
+    # rounded to bf16 in between moves many.
     wrong = int((weight.cpu() != exact).sum())
     return wrong <= exact.numel() // 1000
 
 
 # ---------------------------------------------------------------------- the table
 def _kind(part: MergePart) -> tuple[Any, ...]:
-    """Parts of one kind share a launch."""
+    """Return what a launch is compiled for; parts of one kind share a launch."""
+    # All of it follows from the part alone, so that its bits do not depend on the other parts.
     weight, pristine = part.weight, part.pristine
     factor = part.terms[0].left.dtype
+    # Triton makes wide loads where it is told that addresses and rows are multiples of 16.
     addresses = weight.data_ptr() | pristine.data_ptr()
     weights_aligned = addresses % 16 == 0 and weight.shape[-1] % 16 == 0
     turned = part.turned
@@ -327,7 +334,8 @@ def _is_aligned(factor: Tensor, turned: bool) -> bool:
 
 
 def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """The kernel's table and scales on the device, and how many programs there are."""
+    """Return the kernel's table and scales on the device, and how many programs there are."""
+    # Plain lists and one copy at the end: a tensor for each number would cost more than the launch.
     starts: list[int] = []
     fields: list[int] = []
     slots: list[int] = []
@@ -348,7 +356,7 @@ def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Te
             left, right, rank = term.left, term.right, term.left.shape[-1]
             strides = left.stride(along), right.stride(along)
             apart = (left.stride(0), right.stride(0)) if batch > 1 else (0, 0)
-            # from one slot to the next: so many bytes along the ranks
+            # A slot is `RANKS` ranks of a term. From one to the next it is this many bytes.
             steps = (
                 RANKS * left.stride(-1) * left.itemsize,
                 RANKS * right.stride(-2) * right.itemsize,
@@ -366,6 +374,8 @@ def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Te
         last.append(before)
         address = part.pristine.data_ptr(), part.weight.data_ptr()
         fields += [*address, rows, cols, groups, of_matrix, begin, len(ratios) - begin]
+    # One buffer for both, so that one copy goes to the device. The scales lie behind the integers
+    # as pairs of fp32, so there have to be an even number of them.
     numbers = torch.tensor([*starts, *fields, *slots], dtype=torch.int64, device="cpu")
     pad = [0.0] * ((len(last) + len(ratios)) % 2)
     scales = torch.tensor([*last, *ratios, *pad], dtype=torch.float32, device="cpu")
