@@ -866,7 +866,7 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     assert "stale now" not in said.out
     lora_tree("train", zoo, "--data", rows, "--steps", 3, "--lr", 0.01)
     said = capsys.readouterr()
-    assert "this run has finished, and the tree has what it came to" in said.err
+    assert "this run has finished, and the tree has its nodes" in said.err
     assert "what trains" not in said.err
 
     lora_tree("train", zoo, "fr", "--data", rows, "--steps", 2, "--lr", 0.01)
