@@ -8,7 +8,7 @@ The base may be loaded in another dtype than it was trained in. So both may be r
 stored numbers:
 
     one dtype holds the other    equal, once the wider one is rounded to the narrower one
-    fp16 and bf16                within one rounding of each other: one stored number may have become both
+    fp16 and bf16                within one rounding of each: one number may have become both
 
 Law: a load of the same stored numbers in any dtype is accepted. A step of training that shows in
 the narrower of the two dtypes is refused.

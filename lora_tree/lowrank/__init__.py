@@ -3,6 +3,7 @@
     ΔW = scale · B A            A: (*batch, r, in)    B: (*batch, out, r)
 
     layout.py    how the (out, in) matrix lies in a module's weight
+    fitting.py   whether A, B and a bias make one increment
     value.py     LowRank, and what one value becomes: scaled, cast, truncated, dense
     qr_core.py   the (r, r) core of a product, and its nearest smaller rank
     adding.py    what several values make: their sum, their inner product

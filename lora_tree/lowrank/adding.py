@@ -40,7 +40,7 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
         same_place(first, other)
     if len(terms) == 1:
         return first
-    _check_one_device(terms)
+    _check_same_device(terms)
     # A common scale is kept, so that a sum of nodes trained alike rounds nothing.
     if len({t.scale for t in terms}) > 1:
         terms = [t.folded() for t in terms]
@@ -103,7 +103,7 @@ def inner(x: LowRank, y: LowRank) -> float:
     8.0
     """
     same_place(x, y)
-    _check_one_device([x, y])
+    _check_same_device([x, y])
     check_has_numbers(x)
     left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
     right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
@@ -126,7 +126,7 @@ def same_place(x: LowRank, y: LowRank) -> None:
         )
 
 
-def _check_one_device(terms: Sequence[LowRank]) -> None:
+def _check_same_device(terms: Sequence[LowRank]) -> None:
     devices = {str(term.device) for term in terms}
     # torch would say so too, but not which argument moves a value.
     if len(devices) > 1:

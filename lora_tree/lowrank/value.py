@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch, SpecError
+from ..errors import SpecError
 from ..given import (
     check_device,
     check_dtype,
@@ -25,6 +25,7 @@ from ..given import (
     finite_number,
     unchecked,
 )
+from .fitting import check_one_device, check_shapes, check_tensors
 from .layout import LINEAR, Layout
 from .qr_core import Core, SingularValues, core_of
 
@@ -69,9 +70,8 @@ class LowRank:
     layout: Layout = LINEAR
 
     def __post_init__(self) -> None:
-        # Ten thousand of these are made when a tree is opened, so the common
-        # case costs one comparison each.
-        _check_tensors(self.A, self.B, self.bias)
+        # The kinds first: only tensors have a shape and a device to compare.
+        check_tensors(self.A, self.B, self.bias)
         if type(self.scale) is not float or not math.isfinite(self.scale):
             object.__setattr__(self, "scale", finite_number(self.scale, "scale"))
         if not isinstance(unchecked(self.layout), Layout):
@@ -79,8 +79,8 @@ class LowRank:
                 f"layout must be a Layout, got {self.layout!r:.80}",
                 "LINEAR, EMBEDDING and PARAMETER are the plain ones: layout=LINEAR",
             )
-        _check_shapes(self.A.shape, self.B.shape, self.bias)
-        _check_one_place(self.A, self.B, self.bias)
+        check_shapes(self.A.shape, self.B.shape, self.bias)
+        check_one_device(self.A, self.B, self.bias)
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -393,50 +393,6 @@ def check_has_numbers(value: LowRank) -> None:
             "the factors have no numbers: they are on the meta device",
             "load the adapter itself first",
         )
-
-
-def _check_tensors(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-    is_bias = bias is None or isinstance(unchecked(bias), Tensor)
-    if not (isinstance(unchecked(A), Tensor) and isinstance(unchecked(B), Tensor) and is_bias):
-        raise SpecError(
-            f"factors must be torch tensors, got A {type(A).__name__}, B {type(B).__name__}"
-            f", bias {type(bias).__name__}",
-            "torch.from_numpy makes one of a numpy array",
-        )
-    if not (A.is_floating_point() and B.is_floating_point()):
-        raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
-    if bias is not None and not bias.is_floating_point():
-        raise SpecError(f"factors must be floating point, got a bias of {bias.dtype}")
-
-
-def _check_shapes(a: torch.Size, b: torch.Size, bias: Tensor | None) -> None:
-    is_product = len(a) >= 2 and len(a) == len(b) and a[-2] == b[-1]
-    # Slices of a Size are slow, and nearly all factors have no batch.
-    if not is_product or (len(a) > 2 and a[:-2] != b[:-2]):
-        raise ShapeMismatch(
-            f"A is {tuple(a)}, B is {tuple(b)}: they do not multiply to an (out, in)",
-            "A is (*batch, r, in) and B is (*batch, out, r)",
-        )
-    if 0 in a or 0 in b:
-        raise ShapeMismatch(
-            f"A is {tuple(a)}, B is {tuple(b)}: there is nothing in them, "
-            "expected every size to be at least 1",
-            "leave the module out of the adapter",
-        )
-    if bias is None:
-        return
-    outputs = math.prod(b[:-1])  # batch · out
-    if bias.shape != (outputs,):
-        raise ShapeMismatch(f"bias is {tuple(bias.shape)}, expected ({outputs},)")
-
-
-def _check_one_place(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-    if A.device == B.device and (bias is None or bias.device == A.device):
-        return
-    where = f"A is on {A.device}, B on {B.device}"
-    if bias is not None:
-        where += f", the bias on {bias.device}"
-    raise SpecError(f"{where}: expected one device for all", "move them first: B.to(A.device)")
 
 
 def _rank_to_keep(cut: SingularValues, own: int, rank: int | None, max_error: float | None) -> int:
