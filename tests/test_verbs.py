@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,25 @@ def test_rebase_all_wants_a_difference_and_names_fresh_children() -> None:
     assert told.notes == ("fr/new: fresh, so it starts from fr as it is now",)
     assert told.relative_error > 0.0
     assert tree["fr"].weight == 2.0
+
+
+def test_a_model_s_nodes_are_not_changed_below_it() -> None:
+    """An attached model that uses a node refuses the change, and the tree is what it was."""
+    tree = lt.AdapterTree()
+    for i, path in enumerate(("fr", "fr/legal", "fr/medical", "de")):
+        tree.add(path, adapter=lt.Adapter({"q": draw(i, 2)}))
+    model = lt.attach(tree, torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(8, 6))))
+    model.activate("fr/legal")
+    used = "active on an attached model"
+    refused(tree, lambda: lt.split(tree, "fr", to="fr/x", rank=1), TreeError, used)
+    refused(tree, lambda: lt.rebase(tree, "fr", to="de/fr"), TreeError, used)
+    refused(tree, lambda: lt.rebase_all(tree, "fr", weight=2.0), TreeError, used)
+    refused(tree, lambda: lt.hoist(tree, "fr"), TreeError, used)
+    refused(tree, lambda: lt.compress(tree, rank=1), TreeError, used)
+    lt.squash(tree, "fr/legal", to="flat")  # it reads the nodes and adds another one
+    lt.pick(tree, "fr/legal", to="de/legal")
+    model.deactivate()
+    lt.compress(tree, rank=1)
 
 
 # ---------------------------------------------------------------------- staleness

@@ -102,13 +102,11 @@ def measured(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]
     Raises:
         ShapeMismatch, SpecError: as `deviation`.
     """
-    if wanted is None and got is None:
-        return 0.0, 0.0
-    if wanted is None or wanted is got:
-        whole = 0.0 if got is None else norm(got)
-        return (0.0, whole) if wanted is got else (whole, 0.0)
-    if got is None:
-        return (norm(wanted),) * 2
+    if wanted is None:
+        return 0.0 if got is None else norm(got), 0.0
+    if got is None or got is wanted:
+        whole = norm(wanted)
+        return whole if got is None else 0.0, whole
     # In joint bases the difference is that of two cores; as values it would have both their ranks.
     both = joint([wanted, got])
     moved = [both.cores[0] - both.cores[1], minus(*both.biases)]
