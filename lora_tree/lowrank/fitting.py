@@ -1,6 +1,7 @@
 """Check that A, B and a bias make one increment: their kinds, their shapes, their device.
 
-Every value is checked when it is made, and thousands are made when a tree is opened: the checks read
+Every value is checked when it is made, and thousands are made when a tree is opened: the checks
+    read
 no number, and pass with a few comparisons.
 """
 
@@ -47,6 +48,8 @@ def check_shapes(a: torch.Size, b: torch.Size, bias: Tensor | None) -> None:
     Raises:
         ShapeMismatch: they do not fit together; says all shapes.
     """
+    # Sizes and not the product itself: no number is read, so an outline on the meta device passes
+    # too.
     is_product = len(a) >= 2 and len(a) == len(b) and a[-2] == b[-1]
     # Slices of a Size are slow, and nearly all factors have no batch.
     if not is_product or (len(a) > 2 and a[:-2] != b[:-2]):
