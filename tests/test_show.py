@@ -270,6 +270,9 @@ def test_the_picture_shows_every_node_and_obeys_no_name(
     for name in ("de", "fr", "legal", "medical", "grp", "x"):
         assert name in drawn
     assert any("r 2" in (text or "") for text in drawn)
+    code, out, _ = show(capsys, zoo, "--svg", tmp_path / "again.svg", "--json")
+    assert (code, json.loads(out)["base"]) == (0, "org/model")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "tree.svg").read_bytes()
     odd = tmp_path / "<script>alert(1)<&script>"
     zoo.rename(odd)
     (odd / HOSTILE.replace("/", "-")).mkdir()

@@ -36,12 +36,14 @@ def _run(given: list[str], *, own_process: bool) -> None:
     with _interrupts_end_it() if own_process else nullcontext():
         from .console import any_encoding, print_error, warnings_in_one_line
 
+        # Before the commands are imported: an import may warn already.
         any_encoding()
         warnings_in_one_line()
     try:
         with _interrupts_end_it() if own_process else nullcontext():
             from .commands import application
 
+            # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)
         app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
     except Exception as error:  # the last resort: a user of a shell does not read tracebacks

@@ -24,6 +24,8 @@ __all__ = [
 
 def _only_json(context: typer.Context, wanted: bool) -> bool:
     """Keep stdout for the one document, from here until the command is done."""
+    # In the option's callback and not in each command: what is printed before a command's first
+    # line, by an import or a warning, must stay off stdout, too.
     if wanted:
         context.with_resource(stdout_is_json())
     return wanted

@@ -59,9 +59,9 @@ class _Console(Console):
         stream = sys.stderr if stderr else sys.stdout
         super().__init__(
             stderr=stderr,
-            highlight=False,
+            highlight=False,  # numbers and paths in colours of rich's own choice
             markup=False,  # a name in [brackets] is a name
-            emoji=False,
+            emoji=False,  # and :name: is one, too
             width=None if stream.isatty() else OFF_TERMINAL_WIDTH,
         )
 
@@ -146,7 +146,7 @@ def print_json(value: Any) -> None:
 
     JSON has no NaN and no infinity, and strict readers refuse Python's spelling of them.
     """
-    stdout = _document or sys.stdout
+    stdout = _document or sys.stdout  # the real one, while sys.stdout leads to stderr
     value = _finite(value)
     text = _escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     try:

@@ -75,6 +75,7 @@ def arranged(
     shown = {path for path in paths if levels[path] <= depth}
     needed = _with_ancestors(always, parents)
     shown |= needed
+    # Paths come sorted, so each list of siblings is in the order of their names.
     children: dict[str, list[str]] = {}
     for path in paths:
         children.setdefault(parents[path], []).append(path)
@@ -152,6 +153,7 @@ def _walk(
         siblings = [path for path in children.get(above, ()) if path in shown]
         for i, path in enumerate(siblings):
             mine = (*is_last, i == len(siblings) - 1)
+            # Drawn first, because a node's line says how many below it are hidden.
             inner = list(nodes(path, mine))
             visible = len(inner)
             hidden_deeper = sum(node.hidden for node in inner)

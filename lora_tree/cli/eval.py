@@ -41,6 +41,7 @@ def evaluation(
 ) -> None:
     """Measure the loss of every node, and of the bare base, on the rows of every path."""
     tree = load(folder, skip_broken=skip_broken)
+    # Before a base is opened, which takes minutes: a typo is told at once.
     for node in nodes or ():
         tree.lineage(node)
     name, tokenizer = open_tokenizer(
@@ -51,6 +52,7 @@ def evaluation(
     count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=nodes or None, batch=batch, tick=lambda: bar(""))
+    # Before the table is printed, so that an error stands alone.
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())
     if as_json:

@@ -131,7 +131,7 @@ def export(
             "lora-tree export FOLDER PATH --out DIR, or --all"
         )
     tree = load(folder, skip_broken=skip_broken)
-    check_place(tree, folder, to)
+    check_place(tree, folder, to)  # before anything is flattened, which may take long
     # Options of one form alone; a form that can't heed one refuses it.
     shaped = ceil_rank or complete or bool(shape)
     if kind is As.model:

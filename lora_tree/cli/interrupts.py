@@ -19,11 +19,12 @@ def noted_interrupts() -> Iterator[Callable[[], bool]]:
     noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
+        # The second one is from a user who does not want to wait for the step to end.
         if noted:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {}
+    before = {}  # signal → its handler, to be put back
     for number in (signal.SIGINT, signal.SIGTERM):
         # A shell ignores Ctrl-C for what it runs in the background, and so does nohup: it is not
         # meant for this run.

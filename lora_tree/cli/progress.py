@@ -48,6 +48,7 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
     if is_quiet():
         yield lambda text: None
         return
+    # A bar moves the cursor, which a file or a pipe would keep as bytes.
     if not sys.stderr.isatty():
         yield _in_lines(what, total, done)
         return
@@ -65,6 +66,7 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
 
 
 def _in_lines(what: str, total: int, done: int) -> Callable[[str], None]:
+    # A log of a job wants few lines, and the first one soon: it shows that it runs.
     began, every = done, max(total // LINES, 1)
 
     def tell(text: str) -> None:

@@ -37,6 +37,7 @@ def promotion(
     """Take a node from a checkpoint of a run into the tree, and save the tree."""
     tree = load(folder)
     made = promote(tree, path, checkpoint, node=node)
+    # One save writes the node, its entry in tree.yaml and the lock, or nothing.
     tree.save(folder)
     if as_json:
         print_json({"path": made.path, "checkpoint": str(checkpoint), "node": node or path})

@@ -75,28 +75,38 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the tree: ranks, sizes, weights, stale nodes and, in red, nodes that can't be used."""
+    # A broken node must not hide the others, so the error is raised after the table.
     tree, problems, error = _opened(folder)
     whole, broken = lines_of(tree, problems)
     lines = whole if node is None else below(whole, node)
     matched = lines if pattern is None else matching_lines(lines, pattern)
     remarks = notes(folder)
-    if as_json:
-        _print_json(folder, tree, matched, broken, remarks)
-    else:
-        known = {line.path: line for line in lines}
-        paths = {line.path for line in matched}
-        context = _ancestors(paths) & known.keys() - paths
-        is_terminal = sys.stdout.isatty()
-        if limit is None and depth is None and is_terminal:
-            limit = MOST_LINES
-        drawn = arranged(
+    known = {line.path: line for line in lines}
+    paths = {line.path for line in matched}
+    # Nodes above a match are drawn as well, or the drawing would not be a tree.
+    context = _ancestors(paths) & known.keys() - paths
+
+    def drawing(most: int | None) -> list[DrawnNode]:
+        return arranged(
             paths | context,
             key=_order(sort, known),
             depth=depth,
-            limit=limit or None,
+            limit=most or None,
             always=[path for path in broken if path in paths],
         )
-        total = _total(tree, matched, whole, broken)
+
+    total = _total(tree, matched, whole, broken)
+    if svg is not None:
+        # Before the table is printed, so that an error stands alone.
+        picture = tree_picture(str(folder), drawing(limit), known, broken, total)
+        disk.replace(svg, picture.encode())
+    if as_json:
+        _print_json(folder, tree, matched, broken, remarks)
+    else:
+        is_terminal = sys.stdout.isatty()
+        if limit is None and depth is None and is_terminal:
+            limit = MOST_LINES
+        drawn = drawing(limit)
         console = out()
         if not is_terminal:
             console.width = NEVER_WRAPPED  # a reason is one line, for grep
@@ -114,9 +124,6 @@ def show(
             _print_reasons(drawn, broken, str(error))
         for note in remarks:
             out().print(f"note: {note}", soft_wrap=True)
-        if svg is not None:
-            picture = tree_picture(str(folder), drawn, known, broken, total)
-            disk.replace(svg, picture.encode())
     if error is not None:
         raise error
     if broken:
@@ -177,6 +184,7 @@ def _ancestors(paths: set[str]) -> set[str]:
 def _order(sort: Sort, lines: Mapping[str, NodeLine]) -> Callable[[str], Any] | None:
     if sort is Sort.name:
         return None
+    # The largest first, so the order is that of the negative number.
     if sort is Sort.rank:
         return lambda path: -max(lines[path].ranks, default=0)
     return lambda path: -getattr(lines[path], sort.value)

@@ -40,6 +40,7 @@ def stale_words(path: str, reason: str) -> str:
         known = re.match(r"(the lineage of \S+ has changed|it was moved to the top)", said)
         return known[0] if known else said
     parent = path.rpartition("/")[0]
+    # Names of nodes hold no semicolon, so it parts one change from the next.
     words = [_change(text, parent) for text in tail.split("; ")]
     if head == "it was moved to the top":
         words.insert(0, "moved to the top")

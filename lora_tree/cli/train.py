@@ -139,6 +139,7 @@ def train(
     name, tokenizer = open_tokenizer(
         tree, folder, base, what="train", trust_remote_code=trust_remote_code
     )
+    # Rows before the base: a mistake in the data is told in seconds, the base may take minutes.
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     # Fresh nodes are made when the tree meets its base, from torch's own generator.
     torch.manual_seed(seed)
@@ -165,5 +166,6 @@ def train(
         kept = running.save()
         verdicts = running.keep_what_helps()
         tree.save(folder)
+        # Last: only a tree that is on the disk makes the run a finished one.
         running.finish()
     tell_outcome(running, folder, kept, verdicts, resumed_at=resumed, as_json=as_json)

@@ -55,6 +55,7 @@ def tree_picture(
         _guides(picture, node, i, drawn)
         note, ink, tip = notes[i - 1]
         picture.text(_x(node), _y(i), names[i - 1], fill=BROKEN if ink == BROKEN else INK)
+        # The tip holds the whole reason; the words beside the name are cut.
         picture.text(column, _y(i), note, fill=ink, tip=tip)
     picture.text(MARGIN, _y(len(drawn) + 1), total, fill=QUIET)
     return picture.document(width, height)

@@ -79,12 +79,14 @@ def vllm_args(
             }
         )
         return
+    # The two parts are what a user pastes into a shell, so both are quoted for it.
     lines = [f"export {name}={shlex.quote(value)}" for name, value in made.environment.items()]
     base = "BASE" if made.base is None else shlex.quote(made.base)
     lines.append(
         f"python -m vllm.entrypoints.openai.api_server --model {base} {shlex.join(made.flags)}"
     )
     out().print("\n".join(lines), markup=False, soft_wrap=True)
+    # On stderr: stdout may go straight into a file that a shell sources.
     for pattern in made.unmatched:
         err().print(f"no path of the tree fits --allow {pattern}", markup=False, soft_wrap=True)
     for problem in made.problems[:MOST_PROBLEMS]:
