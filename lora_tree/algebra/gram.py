@@ -30,7 +30,7 @@ from .deviation import call_named
 
 __all__ = ["Gram", "gram"]
 
-EXACT_STEPS = 2e11
+EXACT_STEPS = 5e10
 """Multiplications of the exact way above which the sketch is used: seconds on a few cores."""
 
 _MOST_SIDE = 64

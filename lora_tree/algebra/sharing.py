@@ -146,14 +146,13 @@ class _Fitting:
         if all(own is None for own in both.biases):
             bias = None  # zeros would be written as a lora_bias that no sibling has
         mine = [_pair(both, part) for part in self.parts]
-        if self.recipe is not None:
-            S = _svd(_by_recipe(self, both), self.rank)
-            rests = [_minus(own, S) for own in mine]
-        elif self.leaf_rank is None:
-            S = _svd(cores.mean(0), self.rank)
-            rests = [_minus(own, S) for own in mine]
-        else:
+        if self.leaf_rank is not None:
             S, rests = _alternate(cores.mean(0), mine, self.rank, self.leaf_rank)
+        else:
+            core = cores.mean(0) if self.recipe is None else _by_recipe(self, both)
+            S = _svd(core, self.rank)
+            # As many ranks as it takes: the rest is the sibling less the shared part, exactly.
+            rests = [_minus(own, S) for own in mine]
         scale = float(cores.abs().max())
         left: list[LowRank | None] = []
         for rest, own_bias in zip(rests, biases, strict=True):
@@ -280,7 +279,7 @@ def _siblings(
         _takes(tree, parent)
     children = tree.children(parent)
     chosen = children if siblings is None else tree.matching(siblings)
-    strangers = [path for path in chosen if path not in children]
+    strangers = sorted(set(chosen) - set(children))
     if strangers:
         raise PathError(f"{listing(strangers)}: not children of {parent or 'the root'}")
     if len(chosen) < 2:
@@ -297,7 +296,7 @@ def _siblings(
             raise PathError(f"{into} is no child of {parent or 'the root'}")
         free(tree, into)
         return chosen
-    others = [path for path in children if path not in chosen]
+    others = sorted(set(children) - set(chosen))
     if others:
         raise TreeError(
             f"{listing(others)}: below {parent} too, and would change with it",
