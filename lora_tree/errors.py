@@ -76,7 +76,7 @@ def printable(text: str, *, keep: str = "") -> str:
     >>> printable("org/model\\x1b]52;c;cm0gLXJm\\a")
     'org/model\\\\x1b]52;c;cm0gLXJm\\\\x07'
     """
-    if text.isprintable():
+    if text.isprintable():  # nearly every message
         return text
     shown = []
     for sign in text:
@@ -88,6 +88,7 @@ def printable(text: str, *, keep: str = "") -> str:
 def _line(text: str) -> str:
     """Return one line of a message: printable, and cut in the middle if it is very long."""
     if len(text) > MOST_CHARACTERS:
+        # In the middle: the place stands at the beginning, got and expected at the end.
         half = MOST_CHARACTERS // 2
         text = f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
     return printable(text)
@@ -108,6 +109,8 @@ class LoraTreeError(Exception):
 
     def within(self, where: str) -> LoraTreeError:
         """Return the same error with ``where`` (a node, a file) put before its first line."""
+        # The same type, so that a caller who catches it still does. Every subclass is made of
+        # these two arguments alone.
         return type(self)(f"{where}: {self.what}", *self.todo)
 
 
@@ -191,7 +194,7 @@ class DivergedError(LoraTreeError, ArithmeticError):
 
 
 class BudgetError(LoraTreeError, MemoryError):
-    """What has to be in memory at once does not fit into the budget; says how much is needed."""
+    """The adapters needed at once do not fit into the budget; says how much they need."""
 
 
 class MissingExtra(LoraTreeError, ImportError):

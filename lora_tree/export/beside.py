@@ -105,6 +105,7 @@ def _is_other_weights(relative: str, checkpoint: Checkpoint) -> bool:
 
 
 def _check_inside(file: Path, inside: Inside) -> None:
+    # The real path: a link inside the folder to another file of it is fine.
     real = os.path.realpath(file)
     if not inside(real):
         raise leads_outside(file)

@@ -85,6 +85,7 @@ class Stored:
             OSError: it can't be opened.
         """
         stream = open_stream(self.file, buffering=0)
+        # The open file is compared, not its name: the name may be another file's a moment later.
         if _identity(stream) != self.seen:
             stream.close()
             raise FormatError(
@@ -223,6 +224,7 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
                     "download the base again, or save it again with save_pretrained",
                 )
             tensors[stored.name] = stored
+    # transformers would start such a parameter at random and only warn.
     gone = [name for name in placed if name not in tensors]
     if gone:
         raise FormatError(

@@ -198,6 +198,7 @@ class Base:
             return self._model
         if not self.known or not (twice or self._asked):
             return None
+        # The cheap case: names of the checkpoint itself need no model and no transformers.
         if not twice and all(f"{name}.weight" in self._stored for name in names):
             return None
         try:
@@ -227,6 +228,7 @@ class Base:
 
     def _own(self, name: str) -> Tensor | None:
         if self._model is not None:
+            # With duplicates: an adapter may carry a tied weight by either of its names.
             found = dict(self._model.named_parameters(remove_duplicate=False)).get(name)
             return None if found is None or found.is_meta else found.detach().cpu()
         stored = self._stored.get(name)

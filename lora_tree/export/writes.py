@@ -117,6 +117,7 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
             for name, value in bound.modules.items():
                 site = sites.setdefault(name, find_site(model, name))
                 site.check_shape(value)
+                # e.g. a quantised weight, or a bias where the module has none
                 reason = site.why_unmerged_only(value)
                 if reason:
                     raise UnmergedOnly(
@@ -147,6 +148,7 @@ def _writes_of_module(name: str, site: Site, values: list[tuple[str, LowRank]]) 
     nodes = [node for node, _ in values]
     own = [value for _, value in values]
     made = [Write(nodes[0], name, f"{prefix}{site.weight_name}", site, own, nodes)]
+    # The bias of the base is a parameter of its own, often in another file of the checkpoint.
     if any(value.bias is not None for value in own):
         bias_name = f"{prefix}{site.bias_name}"
         made.append(Write(nodes[0], name, bias_name, site, own, nodes, is_bias=True))

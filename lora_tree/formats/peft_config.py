@@ -82,7 +82,7 @@ TRAINING = {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "vel
 """Fields that only the start or the course of a training needs; they are not written."""
 
 TURNED = (0, 19, 1)
-"""The PEFT since which a parameter (experts, out, in) has A for its in and B for its out.
+"""The first PEFT in which a parameter (experts, out, in) has A for its in and B for its out.
 
 Before, PEFT took the second axis of every 3-D parameter for in, so the two were the other way
 round.
@@ -133,7 +133,7 @@ class PeftConfig:
         only where the keys can be read in two ways, and a pattern that can't be matched in bounded
         time is no reason to refuse a file.
         """
-        if not isinstance(self.target_modules, str):
+        if not isinstance(self.target_modules, str):  # a list of suffixes, as PEFT writes it
             return _ends(module, self.target_modules)
         if self.target_modules.lower() == "all-linear":
             return None
@@ -210,6 +210,8 @@ def mutates_base(init: Any) -> str | None:
 
 
 def _refuse(fields: Mapping[str, Any], where: str) -> None:
+    # Every reason to refuse is looked for before any number: a config of another method may have
+    # other types in fields of the same name.
     kind = fields.get("peft_type")
     if kind is None:
         raise FormatError(

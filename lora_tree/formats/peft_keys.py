@@ -51,6 +51,7 @@ def split_key(path: str) -> tuple[str, str | None]:
     >>> split_key("mlp.up_proj.lora_A.weight"), split_key("norm.bias")
     (('mlp.up_proj', 'lora_A'), ('norm.bias', None))
     """
+    # The suffixes do not overlap, so their order is of no consequence.
     for suffix, part in PARTS.items():
         if path.endswith(suffix):
             return path.removesuffix(suffix), part

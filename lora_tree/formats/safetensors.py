@@ -275,6 +275,7 @@ def _head(
     first = stream.read(8)
     length = int.from_bytes(first, "little")
     check_pointer(first, where, "safetensors")
+    # Before the read: the first eight bytes of any file are a length, and it may be exabytes.
     if size < 8 or length > min(HEADER_BYTES, size - 8):
         raise FormatError(
             f"{where}: not a whole safetensors file: {size} bytes, of which the header should take "
@@ -284,6 +285,7 @@ def _head(
     head = stream.read(length)
     if len(head) != length:
         raise _cut_short(where)
+    # In the order of the file, so that the hash is that of the whole file.
     if witness:
         witness(memoryview(first))
         witness(memoryview(head))

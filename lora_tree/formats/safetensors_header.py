@@ -71,6 +71,7 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
             f"{where}: header: -0 is no size and no place, expected 0",
             "write the file again with the safetensors package",
         )
+    # The one key that is no tensor; the format reserves it.
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(
@@ -161,6 +162,7 @@ def _entry(value: Any, where: str) -> _HeaderEntry:
             "8-bit floats and integers are quantised values: save the adapter dequantised, in bf16 "
             "or wider",
         )
+    # The format allows it and the package reads it, but no factor is empty: this is a lost shard.
     if not math.prod(shape):
         raise FormatError(
             f"{where}: the tensor is empty, shape {tuple(shape)}",

@@ -161,7 +161,7 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
             with suppress(OSError):
                 os.unlink(path)
         raise
-    # The last holder removed the file while we waited, so this is a lock that nobody else sees.
+    # The last holder removed the file while we waited, so no other process sees this lock.
     os.close(file)
     return None
 
