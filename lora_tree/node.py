@@ -55,15 +55,15 @@ class Node:
 
     # ------------------------------------------------------------------ the same node, changed
     def holding(self, adapter: Adapter) -> Node:
-        """Return the node with an adapter of its own: its files, its recipe and its staleness count no more."""
+        """Return the node with an adapter of its own, and without its files, recipe or staleness."""
         return replace(self, loaded=adapter, source=None, fresh=None, stale=None, rereadable=False)
 
     def read_from(self, source: Source) -> Node:
-        """Return the node with an adapter in other files, which are read when it is first needed."""
+        """Return the node with an adapter in other files, read when it is first needed."""
         return replace(self, loaded=None, source=source, fresh=None, stale=None, rereadable=False)
 
     def with_loaded(self, adapter: Adapter, *, rereadable: bool = False) -> Node:
-        """Return the node with its adapter in these tensors; its files, if it has any, stay what they are.
+        """Return the node with its adapter in these tensors, and with the files it has.
 
         Args:
             adapter: the same numbers, or numbers that the files will get at the next save.

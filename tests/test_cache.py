@@ -33,6 +33,7 @@ from lora_tree.errors import (
     StateError,
     UnlockedError,
 )
+from lora_tree.folder import examine as examining
 from lora_tree.folder import source as source_room
 from lora_tree.overlay import over
 
@@ -532,9 +533,9 @@ def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwi
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes: list[str] = []
-    plain = source_room.content
+    plain = examining.content
     monkeypatch.setattr(
-        source_room, "content", lambda *of: hashes.append(found := plain(*of)) or found
+        examining, "content", lambda *of: hashes.append(found := plain(*of)) or found
     )
     monkeypatch.setattr(
         source_room, "_TICK_NS", -(10**18)

@@ -1,7 +1,7 @@
-"""ModelFolder: an exported model's folder while it is written. It appears whole or not at all, however large it is.
+"""An exported model's folder while it is written; it appears whole or not at all, however large.
 
-``config.json`` and the index are written last. So even the hidden folder that a killed export leaves is no model to any
-program before all its weights are in it.
+``config.json`` and the index are written last. So even the hidden folder that a killed export
+leaves is no model to any program before all its weights are in it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ModelFolder:
     def sync(self, name: str) -> None:
         """Make a file's bytes last.
 
-        All files are synced once more at the end. A large file that is synced as soon as it is complete is on its way
-        to the disk while the next one is computed.
+        All files are synced once more at the end. A large file that is synced as soon as it is
+        complete is on its way to the disk while the next one is computed.
         """
         with disk.named("sync it", self.folder / name), self._file(name, os.O_RDONLY) as file:
             sync_file(file)
@@ -79,14 +79,15 @@ class ModelFolder:
 
 @contextmanager
 def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
-    """Yield a folder to write a model into; it becomes ``place`` when the block ends, and nothing if the block fails.
+    """Yield a folder to write a model into; it becomes ``place`` when the block ends well.
 
     Args:
         place: where the model is to appear.
         needs_bytes: how much of the disk it will take.
 
     Raises:
-        FolderError: ``place`` is there and not empty, or can't be written, or the disk is too small.
+        FolderError: ``place`` is there and not empty, or can't be written, or the disk is too
+            small.
     """
     with disk.named("look into it", place):
         taken = os.path.lexists(place) and not _is_empty_folder(place)

@@ -1,16 +1,20 @@
 """The folder is the tree: reading, locking, checking and saving a folder of nested PEFT adapters.
 
-reading    disk, bounds · lockfile, yamlfile · record → pending → scan → resolve → source → opening
-deciding   memory, ownership, treeyaml → decide → changes          it writes nothing
-writing    writer, carry → commit                                  it decides nothing
-the verbs  saving, alone, relock → api: load, lock, check
+reading     disk, bounds, lockfile, yamlfile; record → pending → scan → resolve
+            source, bases → opening → nodes
+deciding    seen, ownership, treeyaml → decide → changes           it writes nothing
+writing     writer, carry → commit                                 it decides nothing
+the verbs   saving, alone, relock → api, checking; edge puts them where the values look for files
 """
 
-from .api import SkippedWarning, StaleWarning, check, load, lock, notes, relock, survey
+from .api import SkippedWarning, StaleWarning, load, lock, relock, survey
+from .checking import check, notes
+from .edge import FolderStorage
 from .problem import Problem
 from .yamlfile import json_schema
 
 __all__ = [
+    "FolderStorage",
     "Problem",
     "SkippedWarning",
     "StaleWarning",

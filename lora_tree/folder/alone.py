@@ -3,8 +3,8 @@
     a new folder    filled under a hidden name and renamed (`whole`)
     an old one      a transaction of its own, with its own ``.lora_tree`` (`commit`)
 
-If the old one is a node's folder and the save was cut off, readers of the tree look through that record too. So a save
-of the tree carries it out before it writes there itself (`finish_nodes`).
+If the old one is a node's folder and the save was cut off, readers of the tree look through that
+record too. So a save of the tree carries it out before it writes there itself (`finish_nodes`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Bases: the folder that a base's name leads to, what its files are, and which base adapters name.
 
 name in tree.yaml      ../base, as seen from the tree's folder
-fingerprint            a hash of the base's files, weights sampled: it tells when the base has changed
+fingerprint            a hash of the base's files, weights sampled: it tells a changed base
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def base_lock(name: str | None, spelled: str | None, before: Iterable[BaseLock])
     Args:
         name: the base, a local folder as an absolute path; None if its files may not be looked at.
         spelled: its name as tree.yaml has it.
-        before: earlier entries. If the base's files are not at hand, the fingerprint of the one of that name stays.
+        before: earlier entries. If the base's files are not at hand, the fingerprint of the one of
+            that name stays.
     """
     if spelled is None:
         return BaseLock()
@@ -61,7 +62,10 @@ def base_lock(name: str | None, spelled: str | None, before: Iterable[BaseLock])
 
 # ---------------------------------------------------------------------- which base adapters name
 def bases_of(adapters: Mapping[str, Files]) -> dict[str, str]:
-    """Read which base each adapter names in its config: node → base; a config that can't be read names none."""
+    """Return the base that each adapter names in its config: node → base.
+
+    A config that can't be read names none.
+    """
     found: dict[str, str] = {}
     for path, files in adapters.items():
         if CONFIG not in files.now:
@@ -78,7 +82,7 @@ def bases_of(adapters: Mapping[str, Files]) -> dict[str, str]:
 
 
 def agreed_base(names: Iterable[str]) -> str | None:
-    """Return the base that all names mean, as the first one spells it; None if they do not agree."""
+    """Return the base that all names mean, as the first spells it; None if they disagree."""
     names = list(dict.fromkeys(names))
     if not names or any(other_base(names[0], name) for name in names[1:]):
         return None
@@ -87,10 +91,13 @@ def agreed_base(names: Iterable[str]) -> str | None:
 
 # ---------------------------------------------------------------------- what its files are
 def fingerprint(base: str | os.PathLike[str]) -> str | None:
-    """Hash a base's folder: names, sizes, configs and headers whole, weights sampled; None if it is no folder.
+    """Hash a base's folder: names, sizes, configs and headers whole, weights sampled.
 
-    A few MB are read of a model of any size. Two folders with equal fingerprints hold the same model, unless somebody
-    made them differ on purpose.
+    A few MB are read of a model of any size. Two folders with equal fingerprints hold the same
+    model, unless somebody made them differ on purpose.
+
+    Returns:
+        the hash; None if it is no folder of a model.
 
     Raises:
         FolderError: a file can't be read.
@@ -112,7 +119,7 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the plain files in a folder and one level below it (a diffusers pipeline); links are followed."""
+    """List the plain files in a folder and one level below it, as a pipeline has them."""
     if not is_folder(folder):
         return []
     with disk.named("read the base", folder):
@@ -121,12 +128,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sampled(file: Path, size: int) -> bytes:
-    """Hash a weights file: its safetensors header whole, then samples at even distances, and its end."""
+    """Hash a weights file: its header whole, then samples at even distances, and its end."""
     with disk.named("read the base", file), open_stream(file) as stream:
         start = 0
         if file.suffix == ".safetensors":
             header_bytes = int.from_bytes(stream.read(8), "little")
-            # A length that can't be one is of a file that is broken; its samples tell it apart all the same.
+            # A length that can't be one is of a file that is broken; its samples tell it apart all
+            # the same.
             if 0 < header_bytes <= min(size - 8, _MOST_HEADER_BYTES):
                 start = 8 + header_bytes
         found = hashlib.sha256()

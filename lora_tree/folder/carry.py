@@ -1,8 +1,8 @@
-"""Carrying out a record: every staged file to its place, every deleted file away; and sweeping up what was left.
+"""Carry out a record: each staged file to its place, each deleted file away.
 
-All of it can be done again after a kill: what is at its place already stays there, and what is gone already is gone.
-A record that this process did not write itself is verified first. Then each staged file must be what was decided on,
-and each place must still hold what it held then.
+All of it can be done again after a kill: what is at its place already stays there, and what is gone
+already is gone. A record that this process did not write itself is verified first. Then each staged
+file must be what was decided on, and each place must still hold what it held then.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
     for gone in record.deletes:
         disk.remove(folder / gone.at)
         emptied.add((folder / gone.at).parent)
-    # The names must last before the record goes: without it nothing would repeat the moves after a power cut.
+    # The names must last before the record goes: without it nothing would repeat the moves after a
+    # power cut.
     for parent in sorted(touched | emptied):
         if is_folder(parent):
             disk.sync(parent)
@@ -76,7 +77,7 @@ def _drop_emptied(folder: Path, emptied: set[Path]) -> None:
 
 # ---------------------------------------------------------------------- somebody else's record
 def _verify(folder: Path, record: Record) -> None:
-    """Compare staged files with the record, and every place with what it held then or was to get."""
+    """Compare staged files with the record, and every place with what the record says of it."""
     stage = folder / HIDDEN / record.stage
     for i, move in enumerate(record.moves):
         if disk.exists(stage / str(i)):
@@ -111,7 +112,7 @@ def _refuse_another(file: Path, move: RecordedMove, folder: Path) -> None:
 
 # ---------------------------------------------------------------------- what was never decided on
 def sweep(folder: Path) -> None:
-    """Remove stages without a record, and in them only what a save stages; the rest is somebody else's.
+    """Remove stages without a record, and in them only files that a save stages.
 
     Raises:
         FolderError: the hidden folder can't be read, or a file in it not be removed.

@@ -1,9 +1,9 @@
-"""Changes: everything that one save does to a folder, as a value that is complete before the first byte is written.
+"""Changes: all that one save does to a folder, as a value made before the first byte is written.
 
     decide (reads, hashes, refuses)  →  Changes  →  Transaction.apply (writes)
 
-Two things are not in it, because only the disk knows them: the times of the new files, and so the bytes of tree.lock,
-which lists these times. `NewLock.complete` adds them.
+Two things are not in it, because only the disk knows them: the times of the new files, and so the
+bytes of tree.lock, which lists these times. `NewLock.complete` adds them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .trained import Trained, lineage_locks, node_lock
 __all__ = ["Changes", "KeptAdapter", "NewFile", "NewLock", "Origin", "stamps_of"]
 
 Origin: TypeAlias = bytes | Path | Callable[[], bytes]
-"""Where the bytes of a new file come from: here they are; a file to copy; or a function that makes them again.
+"""The origin of a new file's bytes: the bytes, a file to copy, or a function that makes them again.
 
-The function is for weights. They were made once, to be hashed and checked, and dropped: a save of a large tree must not
-hold the bytes of all its files at once.
+The function is for weights. They were made once, to be hashed and checked, and dropped: a save of a
+large tree must not hold the bytes of all its files at once.
 """
 
 
@@ -58,7 +58,8 @@ class KeptAdapter:
         folder: where its two files will be.
         content: the hash of both.
         stamps: size and time of its files; None if they are new, so that only the disk will know.
-        trained: the lineage and base that it was trained on; None if those are the ones that the save writes.
+        trained: the lineage and base that it was trained on; None if those are the ones that the
+            save writes.
         untrained: its increments are zero.
         named: its user named the folder, which lies elsewhere and stays as it is.
         written: a save wrote the files.
@@ -127,7 +128,8 @@ class Changes:
         deletes: the places whose files go away.
         lock: the lock to write; None if it says the same already.
         kept: for the save of a tree: node → its adapter as the folder will hold it.
-        nodes: for the save of a tree: its nodes as they will be opened again; only the stamps of new files are missing.
+        nodes: for the save of a tree: its nodes as they will be opened again; only the stamps of
+            new files are missing.
     """
 
     files: tuple[NewFile, ...] = ()

@@ -2,11 +2,11 @@
 
     .lora_tree/lock              held by the one writer (`writer`)
     .lora_tree/stage-<id>/0 …    new files, whole and synced
-    .lora_tree/commit.json       the decision (`record`): which staged file goes where, which files go away
+    .lora_tree/commit.json       the decision (`record`): which file goes where, and which go away
 
 Until the record has its name nothing has happened; from then on everything has. Readers that find a
-record look through it (`pending`). The next writer carries out what a killed one left (`carry`), and
-sweeps up stages without a record. When all is done none of these files remain.
+record look through it (`pending`). The next writer carries out what a killed one left (`carry`),
+and sweeps up stages without a record. When all is done none of these files remain.
 
 Law: what can be refused is refused before the first byte is staged.
 """
@@ -83,8 +83,8 @@ class Transaction:
 
         Raises:
             SpecError, FolderError: a place can't be written; nothing has been.
-            FolderError: the disk refuses. If `decided` is False nothing has happened; otherwise the folder opens as
-                the new one already.
+            FolderError: the disk refuses. If `decided` is False nothing has happened; otherwise the
+                folder opens as the new one already.
         """
         if changes.is_empty:
             return
@@ -101,7 +101,8 @@ class Transaction:
         self._decide(self._record(changes.deletes))
 
     def abandon(self) -> None:
-        """Take back everything that was not decided; nothing here may hide the error that led to it."""
+        """Take back everything that was not decided."""
+        # No error here may hide the one that led to it.
         try:
             if disk.exists(self._hidden / RECORD):
                 return  # the decision stands, and the next writer carries it out

@@ -29,12 +29,13 @@ from ..tree import AdapterTree, Node
 from . import disk
 from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock
+from .examine import adds_nothing, examine
 from .lockfile import content
 from .opening import Opened
 from .ownership import Ownership
 from .scan import FILES, Files
 from .seen import Seen, yaml_sha256
-from .source import FolderSource, adds_nothing, examine
+from .source import FolderSource
 from .trained import TOP, Lineage, Trained, stale_text, trained
 from .treeyaml import YamlNeeds
 from .yamlfile import render_yaml
@@ -53,7 +54,8 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
 
     Raises:
         FolderError: the save would undo somebody else's, or a node would come back.
-        FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the node.
+        FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the
+            node.
         UnlockedError: files that stay where they are have changed since the tree was opened.
     """
     draft = _Decisions(tree, opened, Ownership(opened, seen), copy)
@@ -128,7 +130,7 @@ class _Rendered:
 
 
 def _only_in_memory(node: Node) -> Adapter | None:
-    """Return the adapter of a node whose files may not hold it; None if they do, or if it has none."""
+    """Return a node's adapter if its files may not hold it; None if they do or it has none."""
     source, adapter = node.source, node.loaded
     if source is None:
         return adapter
@@ -140,7 +142,7 @@ def _only_in_memory(node: Node) -> Adapter | None:
 
 
 def _is_in_files(node: Node, rendered: _Rendered) -> bool:
-    """Tell whether a node's own files hold these very bytes: without a step of an optimiser they do."""
+    """Tell whether a node's own files hold these very bytes, as before a first training step."""
     source = node.source
     if not isinstance(source, FolderSource) or source.content != rendered.content:
         return False
@@ -190,8 +192,8 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         whole, untrained = _examined(source, files)
         return KeptAdapter(files.folder, whole, files.stamps, source.trained, untrained, named=True)
     draft.rights.check_replace(node, source.content)
-    # Every byte is hashed here, not only when it is copied: a copy that turns out to be of another content would be
-    # refused after it was written.
+    # Every byte is hashed here, not only when it is copied: a copy that turns out to be of another
+    # content would be refused after it was written.
     hashes = {name: disk.digest(files.now[name][0]) for name in FILES}
     whole = content(*hashes.values())
     if source.content not in (None, whole):
@@ -207,7 +209,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
 
 
 def _in_place(draft: _Decisions, path: str, source: FolderSource, files: Files) -> KeptAdapter:
-    """Decide to leave files in their place, and take from the folder's lock what it says about them today."""
+    """Decide to leave files in their place, as the folder's lock knows them today."""
     whole, untrained = _examined(source, files)
     lock, home = draft.opened.lock, draft.folder_of(path)
     known = lock.nodes.get(path) if lock else None
@@ -228,7 +230,8 @@ def _examined(source: FolderSource, files: Files) -> tuple[str, bool]:
 
 # ---------------------------------------------------------------------- the folder as a whole
 def _refuse_twins(files: Iterable[NewFile], deletes: Iterable[str]) -> None:
-    """Refuse to write a file and to delete another one that differs only by case: on many disks they are one."""
+    """Refuse to write a file and to delete another one that differs only by case."""
+    # On many disks the two are one file, so the deletion would remove the new one.
     folded = {file.place.casefold(): file.place for file in files}
     for place in sorted(deletes):
         twin = folded.get(place.casefold(), place)
@@ -238,7 +241,7 @@ def _refuse_twins(files: Iterable[NewFile], deletes: Iterable[str]) -> None:
 
 
 def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
-    """Return the tree.yaml to write; None if what is there, or nothing at all, says the same already."""
+    """Return the tree.yaml to write; None if the folder says the same already."""
     if needs.is_said():
         return None
     place, old = needs.opened.place, needs.opened.yaml_bytes
@@ -285,7 +288,7 @@ def _yaml_hash(opened: Opened, new: NewFile | None) -> str | None:
 
 
 def _nodes_after(draft: _Decisions, lock: NewLock) -> dict[str, Node]:
-    """Return the tree's nodes as they will be opened again; only the stamps of new files are missing."""
+    """Return the tree's nodes as they will be opened again, but for the stamps of new files."""
     lineages = _lineages(draft)
     nodes: dict[str, Node] = {}
     for path in draft.tree.paths():

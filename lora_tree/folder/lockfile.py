@@ -1,12 +1,13 @@
 """tree.lock: the hashes of a tree's files, and what each node was trained on.
 
-    content       = SHA-256 of "<SHA-256 of adapter_config.json> <SHA-256 of adapter_model.safetensors>"
+    content       = SHA-256 of "<SHA-256 of adapter_config.json> <that of adapter_model.safetensors>"
     lineage(root) = SHA-256 of "lora_tree lineage 1"
     lineage(node) = SHA-256 of "<lineage of its parent> <content> <weight, as float.hex()>"
                     its parent's own, if the node has no adapter
 
-Names are no part of a lineage: a renamed node is the same model. A node is *stale* if the lineage of its parent, or the
-base, is no longer what its entry says it was trained on; *unlocked* if its files are not what its entry says.
+Names are no part of a lineage: a renamed node is the same model. A node is *stale* if the lineage
+of its parent, or the base, is no longer what its entry says it was trained on; *unlocked* if its
+files are not what its entry says.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class BaseLock(StrictModel):
         """Tell whether the two are known to be different bases."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint != other.fingerprint
-        # One base may have two names, a hub id and a folder. So names count only without fingerprints.
+        # One base may have two names, a hub id and a folder. So names count only without
+        # fingerprints.
         return None not in (self.name, other.name) and self.name != other.name
 
 
@@ -97,7 +99,10 @@ class NodeLock(StrictModel):
 
 
 class LineageLock(StrictModel):
-    """The last step of a lineage: an adapter below the lineage ``above``; ``node`` was its name at the time."""
+    """The last step of a lineage: an adapter below the lineage ``above``.
+
+    ``node`` was the name of its node at the time; it is for messages only.
+    """
 
     above: Digest
     content: Digest

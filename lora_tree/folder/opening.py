@@ -1,8 +1,8 @@
 """Opening a tree's folder: tree.yaml, tree.lock, the folders and an undecided save, put together.
 
-No weights are read. Files are compared with the lock by size and time, and hashed only if the size is
-right and the time is not. If a save comes in between, the folder is looked at again. So the result is
-all old or all new.
+No weights are read. Files are compared with the lock by size and time, and hashed only if the size
+is right and the time is not. If a save comes in between, the folder is looked at again. So the
+result is all old or all new.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from . import disk
 from .bases import agreed_base, base_lock, bases_of, local_base
 from .bounds import inside
 from .disk import Glimpse, glimpse
+from .examine import broken_text, hashed
 from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, parse_lock
 from .pending import Pending, pending, progress
 from .problem import HARMLESS, Kind, Problem
 from .resolve import FolderNode, resolve
 from .scan import FILES, Files, Scan, scan
-from .source import broken_text, hashed
 from .trained import TOP, stale_text, trained
 from .tree_place import YAML, TreePlace
 from .yamlfile import Located, read_spec
@@ -68,15 +68,16 @@ class Opened:
 
     @property
     def base_spelled(self) -> str | None:
-        """The base as tree.yaml spells it; without a tree.yaml the one that the adapters name, if they agree."""
+        """The base as tree.yaml spells it; without one, the base that all adapters name."""
         return self.spec.base if self.spec is not None else self.agreed
 
     @property
     def base_name(self) -> str | None:
         """The base as the tree names it: a local folder as an absolute path."""
         spelled, folder = self.base_spelled, self.place.folder
-        # Without a tree.yaml only a name like ../base is one that a tree.yaml had, and that the lock still has.
-        # Any other name is as the adapters have it, and says nothing about this folder.
+        # Without a tree.yaml only a name like ../base is one that a tree.yaml had, and that the
+        # lock still has. Any other name is as the adapters have it, and says nothing about this
+        # folder.
         if self.spec is None and not (spelled or "").startswith("."):
             return spelled
         return local_base(spelled, folder) or spelled
@@ -88,11 +89,12 @@ class Opened:
 
 
 def inspect(place: TreePlace, *, outside: bool = True) -> Opened:
-    """Return everything that can be known of a place without reading weights; problems are listed, not raised.
+    """Return all that a place holds, without reading weights; problems are listed, not raised.
 
     Args:
         place: the folder.
-        outside: tree.yaml may name adapters outside of the folder. If not, a base outside is not looked at either.
+        outside: tree.yaml may name adapters outside of the folder. If not, a base outside is not
+            looked at either.
 
     Raises:
         FolderError: the folder keeps changing while it is read.
@@ -134,7 +136,7 @@ def _inspect(place: TreePlace, *, outside: bool) -> Opened:
 
 # ---------------------------------------------------------------------- the tree's own files
 def _read_files(opened: Opened) -> tuple[Pending, Located | None]:
-    """Read the record of an undecided save, tree.yaml and tree.lock; their mistakes become problems."""
+    """Read an undecided save's record, tree.yaml and tree.lock; mistakes become problems."""
     place, decided, located = opened.place, Pending(), None
     wrong: list[tuple[Kind, LoraTreeError]] = []
     try:
@@ -196,7 +198,7 @@ def _refuse_other_ending(place: TreePlace) -> None:
 
 # ---------------------------------------------------------------------- against the lock
 def _compare_files(opened: Opened, lock: TreeLock) -> None:
-    """Find the nodes whose files are not what the lock says, and take the others' hashes from it."""
+    """Find the nodes whose files are not what the lock says; take the others' hashes from it."""
     for path, entry in opened.entries.items():
         if entry.files is None or entry.files.flaw is not None:
             continue
@@ -268,8 +270,8 @@ def base_at_hand(opened: Opened) -> str | None:
 def unusable(opened: Opened) -> dict[str, str]:
     """Find the nodes that can't be used: path → why, in one line or several.
 
-    These are the nodes with a problem, the nodes below them, and adapters that are broken or of a kind that does not
-    add up. For the last, the headers of all adapters are read here.
+    These are the nodes with a problem, the nodes below them, and adapters that are broken or of a
+    kind that does not add up. For the last, the headers of all adapters are read here.
     """
     found: dict[str, str] = {}
     for problem in opened.problems:

@@ -1,11 +1,11 @@
-"""Ownership: which files in a folder a save may replace or delete, and what it says about the others.
+"""Ownership: which files in a folder a save may replace or delete, and the refusals for the rest.
 
-    a save wrote them, as the lock says, and they are still that     this library's own: may go
-    they are the very files that the node was opened from            the node's own: may be replaced by it
-    anything else                                                    somebody else's: stays, or the save is refused
+    a save wrote them, and they are still what it wrote      the library's own: may go
+    the node was opened from these very files                the node's own: it may replace them
+    anything else                                            they stay, or the save is refused
 
-And of all these only what the tree has seen: files that another process wrote since the tree was opened or saved here
-are not to be undone (`Seen`).
+And of all these only what the tree has seen: files that another process wrote since the tree was
+opened or saved here are not to be undone (`Seen`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from ..errors import FolderError, listing
 from ..tree import AdapterTree, Node
 from .changes import KeptAdapter
+from .examine import hashed
 from .lockfile import FileLock
 from .opening import Opened
 from .scan import FILES, Files
 from .seen import Seen, yaml_sha256
-from .source import hashed
 from .training_steps import step_of
 
 __all__ = ["Ownership"]
@@ -75,7 +75,8 @@ class Ownership:
             return
         if not self.is_ours(node.path, there) and not _is_home(node, there.folder):
             raise FolderError(
-                f"{there.folder}: an adapter that no save wrote lies where this node's files belong",
+                f"{there.folder}: an adapter that no save wrote lies where this node's files "
+                "belong",
                 "move it away, or save to another folder",
             )
         if self.seen.knows(node.path, there):
@@ -111,7 +112,8 @@ class Ownership:
             kept: node → its adapter as the folder will hold it.
 
         Raises:
-            FolderError: the files of one have to stay, so that it would come back when the folder is opened.
+            FolderError: the files of one have to stay, so that it would come back when the folder
+                is opened.
         """
         going, unseen, back = [], [], []
         folder = self.opened.place.folder
@@ -120,7 +122,8 @@ class Ownership:
             if self._stays(path, kept, named):
                 continue
             if not self.is_ours(path, files):
-                # A line of tree.yaml can say that a node has no adapter, whatever lies in its folder.
+                # A line of tree.yaml can say that a node has no adapter, whatever lies in its
+                # folder.
                 is_group = path in tree and not tree[path].has_adapter and tree[path].fresh is None
                 if not is_group:
                     back.append(files.folder)
@@ -158,7 +161,8 @@ class Ownership:
             )
         return FolderError(
             f"{listing(what)}: of another tree, which this save would overwrite",
-            "save into another folder; or open that tree and change it; or remove what is there first",
+            "save into another folder; or open that tree and change it; "
+            "or remove what is there first",
         )
 
 

@@ -3,7 +3,8 @@
     staged file waits        the reader takes it for the file at its place
     file is to be deleted    the reader takes it for absent
 
-So a reader sees the new tree from the moment the record has its name, wherever the writer is, and whether it lives.
+So a reader sees the new tree from the moment the record has its name, wherever the writer is, and
+whether it lives.
 """
 
 from __future__ import annotations
@@ -63,10 +64,14 @@ def pending(folder: str | Path) -> Pending:
 
 
 def progress(folder: str) -> tuple[Glimpse | None, ...]:
-    """Glimpse at the record and the stages: a save changes these when it decides, moves a file, and ends."""
+    """Glimpse at the record and the stages.
+
+    A save changes these when it decides, when it moves a file, and when it ends.
+    """
     hidden = os.path.join(folder, HIDDEN)
     try:
-        # A link is refused where the record is read. Here it is not even followed to list what it leads to.
+        # A link is refused where the record is read. Here it is not even followed to list what it
+        # leads to.
         is_real = stat.S_ISDIR(os.lstat(hidden).st_mode)
         names = os.listdir(hidden) if is_real else []
     except OSError:

@@ -2,10 +2,10 @@
 
     .lora_tree/commit.json       which staged file goes to which place, and which files go away
 
-Law: a record can name only the files that one save writes (adapters in nodes' folders, one YAML file and its lock), at
-places in the folder itself, never through a link. It also tells what lay at each place when it was decided. A process
-that carries it out compares that first. So a record that came with a download, or with a folder that was changed since,
-replaces and deletes nothing else.
+Law: a record can name only the files that one save writes (adapters in nodes' folders, one YAML
+file and its lock), at places in the folder itself, never through a link. It also tells what lay at
+each place when it was decided. A process that carries it out compares that first. So a record that
+came with a download, or with a folder that was changed since, replaces and deletes nothing else.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _refuse_earlier(data: Mapping[str, Any], file: str) -> None:
 
 # ---------------------------------------------------------------------- places
 def check_places(folder: Path, writes: Iterable[str], deletes: Iterable[str]) -> None:
-    """Refuse places that no save writes or deletes, that are named twice, or that lie behind a link.
+    """Refuse places that no save writes or deletes, or that lie behind a link.
 
     Args:
         folder: the folder that the save writes.

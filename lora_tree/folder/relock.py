@@ -1,19 +1,18 @@
-"""Relock: the lock that says what is in a folder now, and what it accepts that the old one did not say.
+"""Relock: the lock that says what is in a folder now, and what it accepts that the old one did not.
 
-Law: a lock vouches only for files that were read whole. And what a node was trained on goes with its content, not with
-its place: files that were moved on the disk stay as stale, or as fresh, as they were.
+Law: a lock vouches only for files that were read whole. And what a node was trained on goes with its
+content, not with its place: files that were moved on the disk stay as stale, or as fresh, as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import BudgetError, FormatError, LoraTreeError
 from .bases import base_lock
+from .examine import Examined, examine
 from .lockfile import NodeLock, TreeLock
 from .opening import Opened, base_at_hand
-from .source import Examined, examine
 from .trained import TOP, Trained, lineage_locks, node_lock, stale_text, trained
 
 __all__ = ["Relocked", "relocked"]
@@ -43,7 +42,7 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
 
     Args:
         opened: the folder.
-        accept_stale: whether every node counts as trained on its lineage as it is now.
+        accept_stale: every node counts as trained on its lineage as it is now.
 
     Raises:
         FormatError: files are broken; names every node whose files are.
@@ -56,33 +55,39 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
     lineages = {"": TOP}
     mentioned: list[Trained] = []
     nodes: dict[str, NodeLock] = {}
-    for path, entry in opened.entries.items():
+    for path, entry in opened.entries.items():  # parents first: lineages are made of those above
         above = lineages[path.rpartition("/")[0]]
-        content = opened.contents.get(path)
-        if entry.files is not None:
-            new = examined.get(path)
-            if new is not None:
-                content = new.content
-                result.accepted.append(path)
-            assert content is not None
-            before = _same_content(old, path, content, opened)
-            if before is not None and before != path:
-                result.moved[path] = before
-            on = Trained(above, base, new.untrained if new is not None else False)
-            if before is not None and not accept_stale:
-                on = trained(old.nodes[before], old)
-            elif before is not None and new is None:
-                on = Trained(above, base, old.nodes[before].untrained)
-            written = before == path and old.nodes[path].written
-            mentioned.append(on)
-            stale = stale_text(path, on, above, base)
-            if stale is not None:
-                result.stale[path] = stale
-            nodes[path] = node_lock(entry.files.stamps, content, on, base, written=written)
+        new = examined.get(path)
+        content = opened.contents.get(path) if new is None else new.content
         lineages[path] = above.below(content, entry.weight, path)
+        if entry.files is None:
+            continue
+        assert content is not None, "a node with files is in the old lock, or was examined"
+        before = _same_content(old, path, content, opened)
+        if new is not None:
+            result.accepted.append(path)
+        if before is not None and before != path:
+            result.moved[path] = before
+        now = Trained(above, base, _is_untrained(new, old, before))
+        keeps = before is not None and not accept_stale
+        on = trained(old.nodes[before], old) if before is not None and keeps else now
+        mentioned.append(on)
+        stale = stale_text(path, on, above, base)
+        if stale is not None:
+            result.stale[path] = stale
+        written = before == path and old.nodes[path].written
+        nodes[path] = node_lock(entry.files.stamps, content, on, base, written=written)
     result.gone = [path for path in old.nodes if path not in nodes]
-    result.lock = TreeLock(base=base, yaml=old.yaml, nodes=nodes, lineages=lineage_locks(mentioned))
+    lineage_table = lineage_locks(mentioned)
+    result.lock = TreeLock(base=base, yaml=old.yaml, nodes=nodes, lineages=lineage_table)
     return result
+
+
+def _is_untrained(new: Examined | None, old: TreeLock, before: str | None) -> bool:
+    """Tell whether increments are zero: as they were read just now, or as the old lock says."""
+    if new is not None:
+        return new.untrained
+    return before is not None and old.nodes[before].untrained
 
 
 def _examined(opened: Opened) -> dict[str, Examined]:
@@ -95,25 +100,26 @@ def _examined(opened: Opened) -> dict[str, Examined]:
         try:
             found[path] = examine(entry.files)
         except (BudgetError, FormatError) as error:
-            broken.append(error.within(path))
-    if broken:
-        kind = (
-            FormatError if any(isinstance(error, FormatError) for error in broken) else BudgetError
-        )
-        raise kind(*_lines(broken))
-    return found
-
-
-def _lines(errors: Iterable[LoraTreeError]) -> list[str]:
-    return [line for error in errors for line in (error.what, *error.todo)]
+            broken.append(error.within(path))  # all of them are told at once
+    if not broken:
+        return found
+    lines: list[str] = []
+    for mistake in broken:
+        lines += [mistake.what, *mistake.todo]
+    is_format = any(isinstance(mistake, FormatError) for mistake in broken)
+    raise (FormatError if is_format else BudgetError)(*lines)
 
 
 def _same_content(old: TreeLock, path: str, content: str, opened: Opened) -> str | None:
-    """The node of the old lock that had this content: that of the same path, or one that was moved or copied."""
+    """Return the node of the old lock that had this content; None if none had.
+
+    It is that of the same path, or one that was moved or copied.
+    """
     known = old.nodes.get(path)
     if known is not None and known.content == content:
         return path
     had = sorted(name for name, node in old.nodes.items() if node.content == content)
-    # A node that is still where it was has been copied; one that is not has been moved, and is the likelier origin.
+    # A node that is still where it was has been copied. One that is not has been moved, and is the
+    # likelier origin.
     moved = [name for name in had if opened.contents.get(name) != content]
     return next(iter([*moved, *had]), None)

@@ -4,8 +4,9 @@ tree.yaml says                      and the folder <path> holds   the node is
 adapter: elsewhere                  no adapter                    the adapter that is named
 adapter: null                       anything                      a group: no adapter of its own
 the node, without ``adapter``       an adapter                    that adapter
-                                    none                          fresh if it or defaults say how, else a group
-nothing                             an adapter                    that adapter, with groups above it where needed
+                                    none                          fresh, if it or defaults say how;
+                                                                  else a group
+nothing                             an adapter                    that adapter, below groups
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Resolved:
     Args:
         entries: the nodes, depth-first by name.
         problems: what can't be a node.
-        passed: the paths of adapters that are steps of a node's own training run, which are passed over.
+        passed: the paths of adapters that are steps of a node's own training run, which are passed
+            over.
     """
 
     entries: dict[str, FolderNode]
@@ -102,7 +104,8 @@ class _Resolving:
     """What is found so far.
 
     Args:
-        claimed: the folders, relative to the tree's, that tree.yaml names; an adapter there is no node by its place.
+        claimed: the folders, relative to the tree's, that tree.yaml names; an adapter there is no
+            node by its place.
     """
 
     scan: Scan
@@ -150,11 +153,12 @@ class _Resolving:
         if wrong is not None:
             raise FormatError(*wrong)
         below = os.path.relpath(home, self.folder)
-        # If it lies in the tree's own folder the scan has looked already, through an undecided save.
+        # If it lies in the tree's own folder the scan has looked already, through an undecided
+        # save.
         return self.scan.found.get("" if below == "." else below) or find_files(home)
 
     def _check_named(self, path: str, files: Files, at: str) -> None:
-        """Refuse a named adapter that is not whole, and one beside an adapter in the node's own folder."""
+        """Refuse a named adapter that is not whole, or that is not the node's only one."""
         if files.flaw is not None:
             self.problems.append(Problem(path, "adapter", at + files.flaw))
         own = self.scan.found.get(path)
@@ -168,7 +172,7 @@ class _Resolving:
 
     # ------------------------------------------------------------------ an adapter in a folder
     def add_folder(self, path: str, files: Files) -> None:
-        """Add the node that an adapter's folder is, or the problem that it is; pass over what is no node."""
+        """Add an adapter's folder as a node or as a problem, or pass it over."""
         if (path or ".") in self.claimed:
             return
         if path in self.entries and (self.entries[path].null or self.entries[path].named):
@@ -187,8 +191,8 @@ class _Resolving:
     def _is_passed_over(self, path: str) -> bool:
         """Tell whether this is a step of the run that left a node's adapter.
 
-        If ``french`` is a node, ``french/checkpoint-500`` is none. But a step that tree.yaml lists is a node like any
-        other, and the folders in it are not its steps.
+        If ``french`` is a node, ``french/checkpoint-500`` is none. But a step that tree.yaml lists
+        is a node like any other, and the folders in it are not its steps.
         """
         run = step_of(path)
         if run is None or any(on in self.entries for on in _steps_on(path)):

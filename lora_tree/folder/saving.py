@@ -1,4 +1,4 @@
-"""Saving a tree: lock the folder, look at it, decide, apply; then tell the tree where its nodes live now."""
+"""Save a tree: lock the folder, look, decide, apply; then tell the tree where its nodes live."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
             try:
                 transaction.apply(changes)
             finally:
-                # Once the save is decided the folder opens as the new tree, also if carrying it out failed.
+                # Once the save is decided the folder opens as the new tree, also if carrying it out
+                # failed.
                 if transaction.decided or changes.is_empty:
                     for node in _nodes(changes, transaction.written):
                         tree.replace(node)

@@ -1,7 +1,7 @@
 """Scan: which folders below a tree's folder hold an adapter, and where its files are at the moment.
 
-Only names, sizes and times are read. Links between folders are not followed: a tree's folders are its own, and adapters
-that lie elsewhere are named in tree.yaml.
+Only names, sizes and times are read. Links between folders are not followed: a tree's folders are
+its own, and adapters that lie elsewhere are named in tree.yaml.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Scan:
 
 # ---------------------------------------------------------------------- one adapter
 def find_files(folder: str, root: str | None = None) -> Files:
-    """Find the files of one adapter, also those that a cut-off save has not carried to their places.
+    """Find the files of one adapter, also those that a cut-off save left in its stage.
 
     Args:
         folder: where the files belong.
@@ -111,7 +111,7 @@ def find_files(folder: str, root: str | None = None) -> Files:
 
 
 class _Saves:
-    """The two saves that may have decided on files of one folder: of the adapter alone, and of its tree."""
+    """The two saves that may have decided on a folder's files: of the adapter, and of its tree."""
 
     def __init__(self, folder: str, root: str | None) -> None:
         self._folder, self._root = folder, root

@@ -4,8 +4,8 @@
     adds x, saves
                             adds y, saves: x would go, which this tree never saw: refused
 
-Law: a tree may delete or replace what lies in a folder only if it is still what the tree saw there, when it was opened
-or when it was last saved there.
+Law: a tree may delete or replace what lies in a folder only if it is still what the tree saw there,
+when it was opened or when it was last saved there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 
 from ..tree import AdapterTree
 from .disk import Stamp
+from .examine import hashed
 from .opening import Opened
 from .scan import Files
-from .source import hashed
 from .tree_place import TreePlace
 
 __all__ = ["Seen", "recall", "remember", "yaml_sha256"]
@@ -31,7 +31,8 @@ class Seen:
     """A folder as a tree saw it last.
 
     Args:
-        files: path of an adapter → size and time of its files, and the hash of its content if that was known.
+        files: path of an adapter → size and time of its files, and the hash of its content if that
+            was known.
         yaml: name of a YAML file that was opened → SHA-256 of its bytes; None if there was none.
     """
 
@@ -47,7 +48,8 @@ class Seen:
         return cls(files, {opened.place.yaml: yaml_sha256(opened.yaml_bytes)})
 
     def __bool__(self) -> bool:
-        # A tree that was opened or saved here has an entry for its tree.yaml, even if there was none.
+        # A tree that was opened or saved here has an entry for its tree.yaml, even if there was
+        # none.
         return bool(self.yaml)
 
     def knows(self, path: str, files: Files) -> bool:
@@ -64,7 +66,7 @@ _trees: WeakKeyDictionary[AdapterTree, dict[str, Seen]] = WeakKeyDictionary()
 
 
 def recall(tree: AdapterTree, place: TreePlace) -> Seen:
-    """Return the folder as ``tree`` saw it last; empty if it was neither opened from there nor saved there."""
+    """Return the folder as ``tree`` saw it last; empty if it was never opened or saved there."""
     return _trees.get(tree, {}).get(os.path.realpath(place.folder), Seen())
 
 

@@ -1,13 +1,12 @@
 """FolderSource: an adapter in files, with what its folder's lock says about them.
 
-Law: what is used is what was hashed. The very bytes that are read are hashed, and nothing about the files may have
-changed meanwhile; so an adapter is never half of one save and half of another. Read again, they are hashed again only
-where size, times or place are not those that were hashed.
+Law: what is used is what was hashed. The very bytes that are read are hashed, and nothing about the
+files may have changed meanwhile. So an adapter is never half of one save and half of another. When
+it is read again, it is hashed again only if size, times or inode are not those that were hashed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -15,23 +14,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
-import torch
-
 from ..adapter import Adapter
-from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError, UnsupportedAdapter
+from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError
 from ..formats import peft
-from ..formats.peft import WEIGHTS
-from ..formats.safetensors import read_tensors
 from ..storage import Allocate, Witness
-from ..system.memory import check_fits
-from . import disk
 from .bounds import homes, inside, lies_in
 from .disk import Stamp
-from .lockfile import content
+from .examine import ContentHash, hashed
 from .scan import FILES, Files, find_files
 from .trained import Trained
 
-__all__ = ["Examined", "FolderSource", "adds_nothing", "broken_text", "examine", "hashed"]
+__all__ = ["FolderSource"]
 
 _TRIES = 5
 _TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
@@ -41,15 +34,15 @@ _Identity = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """An adapter that is read when it is asked for; a `lora_tree.storage.Source`.
+    """An adapter that is read when it is needed; a `lora_tree.storage.Source`.
 
     Args:
         folder: where its two files belong.
-        root: the folder of the tree that it is a part of; None where its user named it.
+        root: the folder of the tree that it is a part of; None if its user named it.
         stamps: size and time of the files when the tree was opened.
-        content: the hash that the lock gives them; None where there is no lock.
-        trained: what the lock says it was trained on.
-        within: the folder that its files may not lead out of, at any read; None where they may.
+        content: the hash that the lock gives them; None if there is no lock.
+        trained: the lineage and base that it was trained on, as the lock says.
+        within: the folder that its files may not lead out of, at any read; None if they may.
     """
 
     folder: str
@@ -63,21 +56,23 @@ class FolderSource:
 
     @property
     def where(self) -> Path:
+        """The folder, for messages."""
         return Path(self.folder)
 
     @property
     def key(self) -> tuple[str, str] | None:
-        """Folder and content, where the lock says that."""
+        """Folder and content, if the lock says what the content is."""
         return None if self.content is None else (self.folder, self.content)
 
     def files(self) -> Files:
-        """Where its files are now.
+        """Return where its files are now.
 
         Raises:
             FormatError: they are gone, or not whole.
         """
         files = find_files(self.folder, self.root)
-        # A save that removes them may have been seen between two of its steps; the next look sees all of it.
+        # A save that removes them may have been seen between two of its steps. Two looks that agree
+        # were not.
         while files.flaw is not None:
             again = find_files(self.folder, self.root)
             if again == files:
@@ -88,7 +83,7 @@ class FolderSource:
         return files
 
     def gone(self) -> bool:
-        """One of its files, or both, are not there any more."""
+        """Tell whether one of its files, or both, are not there any more."""
         return find_files(self.folder, self.root).flaw is not None
 
     def load(self, allocate: Allocate | None = None) -> Adapter:
@@ -102,52 +97,59 @@ class FolderSource:
             UnlockedError: they are not what the lock said when the tree was opened.
         """
         for _ in range(_TRIES):
-            files, hashing = self.files(), None
+            files = self.files()
+            hashing = None
             try:
                 before = _identity(files)
-                known = self.content is None or self._hashed == hash(before)
-                hashing = None if known else _Hashing()
+                if self.content is not None and self._hashed != hash(before):
+                    hashing = ContentHash()
                 adapter = self._parse(files, allocate=allocate, witness=hashing)
-                found = self.content if hashing is None else hashing.content()
                 after = _identity(files)
             except (LoraTreeError, OSError) as error:
-                replaced = hashing is not None and self._replaced(files)
+                is_other = hashing is not None and self._is_other_content(files)
                 if find_files(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
-                if replaced:
+                if is_other:
                     raise _not_even_whole(self.folder, error) from error
                 raise
             if before != after:
-                continue
-            self._locked(found)
-            if found is not None and all(time.time_ns() - ctime > _TICK_NS for *_, ctime in after):
-                object.__setattr__(self, "_hashed", hash(after))
+                continue  # what was read may be half of one save and half of another
+            found = self.content if hashing is None else hashing.content()
+            self._check_content(found)
+            self._note_hashed(found, after)
             return adapter
         raise self._restless()
 
-    def _replaced(self, files: Files) -> bool:
-        """Return whether the files can be read and are not those that the lock speaks of."""
+    def _note_hashed(self, found: str | None, files: _Identity) -> None:
+        """Remember that these very files have the right hash, so that the next read need not hash."""
+        # A file that is as young as a tick of the clock could be written again within that tick.
+        is_settled = all(time.time_ns() - ctime_ns > _TICK_NS for *_, ctime_ns in files)
+        if found is not None and is_settled:
+            object.__setattr__(self, "_hashed", hash(files))
+
+    def _is_other_content(self, files: Files) -> bool:
+        """Tell whether the files can be read and are not those that the lock speaks of."""
         try:
             return hashed(files) != self.content
         except LoraTreeError:
             return False
 
     def _restless(self) -> UnlockedError:
-        return UnlockedError(
-            f"{self.folder}: its files keep changing while they are read", "wait for the writer"
-        )
+        text = f"{self.folder}: its files keep changing while they are read"
+        return UnlockedError(text, "wait for the writer")
 
-    def _locked(self, found: str | None) -> None:
-        """That this is the content which the lock speaks of, where there is a lock."""
+    def _check_content(self, found: str | None) -> None:
+        """Refuse another content than the lock speaks of."""
         if self.content is not None and found != self.content:
             raise UnlockedError(
                 f"{self.folder}: not the files that tree.lock speaks of: expected content "
                 f"{self.content[:12]}…, got {str(found)[:12]}…",
-                "if a save replaced them, open the tree again; if they are right, accept them: lora-tree lock",
+                "if a save replaced them, open the tree again; "
+                "if they are right, accept them: lora-tree lock",
             )
 
     def outline(self) -> Adapter:
-        """The adapter without its numbers, from the headers; not compared with the lock.
+        """Return the adapter without its numbers, from the headers; the lock is not asked.
 
         Raises:
             FormatError: the files are gone, broken or incomplete.
@@ -162,7 +164,7 @@ class FolderSource:
         raise self._restless()
 
     def unchanged(self, files: Files) -> str:
-        """The hash of the files, known to be what they were when the tree was opened.
+        """Return the hash of the files, which are what they were when the tree was opened.
 
         Raises:
             UnlockedError: they are not.
@@ -198,29 +200,22 @@ class FolderSource:
 
 
 def _belongs(root: str, real: str) -> bool:
-    """A real path lies in the tree's folder; where that is a link, it may lead elsewhere than it did."""
+    """Tell whether a real path lies in the tree's folder."""
+    # The answer of before saves resolving every link for each file that is read. If it is no, the
+    # folder may be a link that leads elsewhere by now.
     return lies_in(real, _homes(root)) or lies_in(real, homes(root))
 
 
-_homes = lru_cache(maxsize=64)(homes)  # asked for each file that is read
-
-
-class _Hashing:
-    """The hash of an adapter's content, from the bytes that its reader used."""
-
-    def __init__(self) -> None:
-        self._hashes = {name: hashlib.sha256() for name in FILES}
-
-    def __call__(self, name: str, data: memoryview) -> None:
-        self._hashes[name].update(data)
-
-    def content(self) -> str:
-        return content(*(self._hashes[name].hexdigest() for name in FILES))
+_homes = lru_cache(maxsize=64)(homes)
 
 
 def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
-    """The complaint about files that are not what the lock says, and broken: to accept them would be no help."""
-    what, todo = (error.what, error.todo) if isinstance(error, LoraTreeError) else (str(error), ())
+    """Return the error for files that are not what the lock says, and broken as well."""
+    # No word of accepting them with `lock`: it would refuse them too.
+    what = str(error)
+    todo: tuple[str, ...] = ()
+    if isinstance(error, LoraTreeError):
+        what, todo = error.what, error.todo
     return UnlockedError(
         f"{folder}: not the files that tree.lock speaks of, and they can't be used: {what}", *todo
     )
@@ -236,81 +231,11 @@ def _check_inside(files: Files, folder: str) -> None:
             )
 
 
-def hashed(files: Files) -> str:
-    """The hash of an adapter's content, from its files.
-
-    Raises:
-        FolderError: a file can't be read.
-        BudgetError: it is larger than all memory, so it could not be used, and is not worth hashing.
-    """
-    for name in FILES:
-        check_fits(files.now[name][1].size, os.path.join(files.folder, name), free=False)
-    return content(*(disk.digest(files.now[name][0]) for name in FILES))
-
-
-@dataclass(frozen=True)
-class Examined:
-    """The findings in an adapter's files.
-
-    Args:
-        content: the hash of their content.
-        untrained: the increments are zero.
-    """
-
-    content: str
-    untrained: bool
-
-
-def examine(files: Files) -> Examined:
-    """Read an adapter's files whole, as a lock has to before it vouches for them.
-
-    An adapter of a kind that this library can't add up passes: its files are whole, and it is refused by its name
-    where it is used.
-
-    Raises:
-        FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
-    """
-    config, weights = (files.now[name][0] for name in FILES)
-    hashing = _Hashing()
-    try:
-        adapter = peft.read_adapter(config, weights, where=files.folder, witness=hashing)
-    except UnsupportedAdapter:
-        read_tensors(weights, os.path.join(files.folder, WEIGHTS), outline=True)
-        return Examined(hashed(files), untrained=False)
-    return Examined(hashing.content(), adds_nothing(adapter))
-
-
-def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
-    """Say why an adapter's files are broken, as far as their headers and sizes show it; None where they are whole.
-
-    Args:
-        files: both of them.
-        unknown_kinds: whether an adapter of a kind that this library can't add up counts as well.
-    """
-    config, weights = (files.now[name][0] for name in FILES)
-    try:
-        peft.read_adapter(config, weights, where=files.folder, outline=True)
-    except UnsupportedAdapter as error:
-        return str(error) if unknown_kinds else None
-    except FormatError as error:
-        return str(error)
-    return None
-
-
-def adds_nothing(adapter: Adapter) -> bool:
-    """Whether all increments are zero, as those of a fresh adapter are: A is drawn, B is zero."""
-    for value in adapter.modules.values():
-        if value.bias is not None and torch.count_nonzero(value.bias):
-            return False
-        if torch.count_nonzero(value.B) and torch.count_nonzero(value.A):
-            return False
-    return True
-
-
 def _identity(files: Files) -> _Identity:
     try:
         seen = [os.stat(files.now[name][0]) for name in FILES]
-    except OSError as error:  # by hand: every load comes by here twice
+    except OSError as error:
+        # Without `disk.named`, which takes as long as the calls: every load comes by here twice.
         raise FolderError(
             f"{error.filename}: can't look at it: {error.strerror or error}"
         ) from error

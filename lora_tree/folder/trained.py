@@ -46,7 +46,7 @@ class Lineage:
     steps: tuple[LineageStep, ...] | None = None
 
     def below(self, content: str | None, weight: float, node: str) -> Lineage:
-        """Return the lineage of a node from that of its parent; the same where it has no adapter."""
+        """Return the lineage of a node, given its parent's; without an adapter it is the same."""
         if content is None:
             return self
         digest = lineage(self.digest, content, weight)
@@ -59,7 +59,7 @@ TOP = Lineage(ROOT, ())
 
 @dataclass(frozen=True)
 class Trained:
-    """The lineage and base that a node was trained on.
+    """The lineage and the base that a node was trained on.
 
     Args:
         on: the lineage of its parent at the time.
@@ -80,10 +80,11 @@ def trained(node: NodeLock, lock: TreeLock) -> Trained:
 
 
 def _steps(digest: str, lock: TreeLock) -> tuple[LineageStep, ...] | None:
-    """The steps of a lineage as the lock tells them; None where it does not, or tells others."""
+    """Return the steps of a lineage as the lock tells them; None if it tells none, or others."""
     found: list[LineageStep] = []
     while digest != ROOT:
         told = lock.lineages.get(digest)
+        # The table is only for messages, and anybody may have written it. The hash decides.
         if told is None or lineage(told.above, told.content, told.weight) != digest:
             return None
         found.append(LineageStep(told.content, told.weight, told.node))
@@ -131,7 +132,7 @@ def node_lock(
 
 # ---------------------------------------------------------------------- stale
 def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str | None:
-    """Say why a node is stale, or return None where it is not.
+    """Say why a node is stale; None if it is not.
 
     Args:
         path: the node.
@@ -140,7 +141,7 @@ def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str |
         base: what is known of the base now.
     """
     if was.untrained:
-        return None
+        return None  # zero fits everything
     if was.base.differs(base):
         if was.base.name != base.name:
             return f"{path}: it was trained on {was.base.name}, the tree names {base.name}"
@@ -156,33 +157,39 @@ def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str |
 
 
 def _changes(was: tuple[LineageStep, ...], now: tuple[LineageStep, ...]) -> list[str]:
-    """Return what differs on the way down: contents and weights of ancestors, and which ancestors there are."""
+    """Say what differs on the way down: contents, weights, and which ancestors there are."""
     old = list(was)
     texts: list[str] = []
     new: list[LineageStep] = []
+    # Contents come first: the same content under another name is the same node, renamed.
     for step in now:
-        # The same content under another name is the same node, renamed: so contents come first.
-        same = next((one for one in old if one.content == step.content), None)
+        same = _taken(old, "content", step.content)
         if same is None:
             new.append(step)
-            continue
-        old.remove(same)
-        if same.weight != step.weight:
-            texts.append(_weight(step.node, same, step))
+        elif same.weight != step.weight:
+            texts.append(_weight(same, step))
+    # Of what is left, the same name with another content is a node that was trained again.
     for step in new:
-        same = next((one for one in old if one.node == step.node), None)
+        same = _taken(old, "node", step.node)
         if same is None:
             texts.append(f"{step.node} is above it now")
             continue
-        old.remove(same)
-        texts.append(
-            f"the content of {step.node} (was {same.content[:12]}…, now {step.content[:12]}…)"
-        )
+        contents = f"was {same.content[:12]}…, now {step.content[:12]}…"
+        texts.append(f"the content of {step.node} ({contents})")
         if same.weight != step.weight:
-            texts.append(_weight(step.node, same, step))
+            texts.append(_weight(same, step))
     texts.extend(f"{step.node} is no longer above it" for step in old)
     return texts or ["the order of the nodes above it"]
 
 
-def _weight(node: str, was: LineageStep, now: LineageStep) -> str:
-    return f"the weight of {node} (was {was.weight!r}, now {now.weight!r})"
+def _taken(steps: list[LineageStep], what: str, value: str) -> LineageStep | None:
+    """Take the first step with this content, or of this node, out of a list."""
+    for step in steps:
+        if getattr(step, what) == value:
+            steps.remove(step)
+            return step
+    return None
+
+
+def _weight(was: LineageStep, now: LineageStep) -> str:
+    return f"the weight of {now.node} (was {was.weight!r}, now {now.weight!r})"

@@ -1,4 +1,4 @@
-"""Steps of a Trainer's run: folders like ``checkpoint-500``, which are nodes only if tree.yaml lists them.
+"""Steps of a Trainer's run: folders like ``checkpoint-500``, nodes only if tree.yaml lists them.
 
 french/                     the adapter that the run ended with: a node
 french/checkpoint-500/      a step of that run: passed over
@@ -20,7 +20,7 @@ def is_step(path: str) -> bool:
 
 
 def step_of(path: str) -> str | None:
-    """Return the run that an adapter in a folder like ``run/checkpoint-500`` is a step of; None if it is none.
+    """Return the run that a folder like ``run/checkpoint-500`` is a step of; None if it is none.
 
     >>> step_of("fr/run/checkpoint-500"), step_of("checkpoint-500"), step_of("fr/run")
     ('fr/run', None, None)

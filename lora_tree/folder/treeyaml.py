@@ -1,7 +1,7 @@
 """Which tree.yaml a tree needs: the data that says what the folders alone do not say.
 
-A tree.yaml that says the same already stays as it is, comments included. A folder whose adapters say everything needs
-none at all.
+A tree.yaml that says the same already stays as it is, comments included. A folder whose adapters
+say everything needs none at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["YamlNeeds"]
 
 @dataclass(frozen=True)
 class YamlNeeds:
-    """A tree, its adapters and the folder they are saved in: enough to tell what its tree.yaml has to say.
+    """A tree, its adapters and their folder: enough to tell what its tree.yaml has to say.
 
     Args:
         tree: the tree that is saved.
@@ -114,7 +114,7 @@ class YamlNeeds:
         return os.path.relpath(local, self.opened.place.folder) if local else self.tree.base
 
     def _nodes(self) -> dict[str, dict[str, Any]]:
-        """Return path → what has to be said of the node; nodes of which nothing has to be said are left out."""
+        """Return path → what has to be said of the node, for nodes of which something has to be."""
         nodes: dict[str, dict[str, Any]] = {}
         for path in reversed(self.tree.paths()):  # children first: their parent holds what they say
             below = {
@@ -158,7 +158,8 @@ class YamlNeeds:
 
 def _files_of(kept: KeptAdapter) -> Files:
     """Return the files of an adapter as they will lie in its folder."""
-    # Only the disk will know the times of new files. `resolve` asks no more than whether both are there.
+    # Only the disk will know the times of new files. `resolve` asks no more than whether both are
+    # there.
     stamps = kept.stamps or dict.fromkeys(FILES, Stamp(0, 0))
     now = {name: (os.path.join(kept.folder, name), stamps[name]) for name in FILES}
     return Files(kept.folder, now)

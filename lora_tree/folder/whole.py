@@ -1,11 +1,12 @@
-"""Whole: a folder appears whole or not at all. It is filled under a hidden name, synced, and renamed.
+"""A folder appears whole or not at all: it is filled under a hidden name, synced, and renamed.
 
     .zoo.<id>/                 filled here; its writer holds a lock on it
     zoo                        has its name only when every byte in it lasts
     .zoo.<id>/zoo.replaced     a folder that is replaced, between the two renames
 
-A writer that is killed leaves the hidden folder. The next writer of the same place sees that no process holds it. It
-puts a folder that was to be replaced back, if its place is empty, and clears the rest away.
+A writer that is killed leaves the hidden folder. The next writer of the same place sees that no
+process holds it. It puts a folder that was to be replaced back, if its place is empty, and clears
+the rest away.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _STAGE = r"\.[0-9a-f]{32}\Z"
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
-    """Yield a hidden folder, which becomes ``place`` when the block ends, and nothing if the block fails.
+    """Yield a hidden folder, which becomes ``place`` when the block ends without an error.
 
     Args:
         place: nothing lies there, or an empty folder; the folders around it are made.
@@ -50,9 +51,10 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folders(places: Sequence[Path]) -> Iterator[list[Path]]:
-    """Yield a hidden folder for each place; when the block ends each has its place, and what lay there is removed.
+    """Yield a hidden folder for each place; when the block ends each replaces what lies there.
 
-    The hidden folders lie side by side under their own names, so a relative path from one to another stays right.
+    The hidden folders lie side by side under their own names, so a relative path from one to
+    another stays right.
 
     Args:
         places: siblings.
@@ -96,11 +98,11 @@ def publish(new: Path, place: Path, *, aside: Path | None = None) -> None:
 
 
 def restore_replaced(stage: Path, parent: Path) -> None:
-    """Put folders back that were to be replaced when their writer was killed, if their places are empty.
+    """Put back folders that were to be replaced when their writer was killed.
 
     Args:
         stage: the hidden folder in which they were put aside; need not be there.
-        parent: of their places.
+        parent: of their places. A place that is taken again is left alone.
 
     Raises:
         FolderError: a folder can't be read or renamed.
@@ -114,7 +116,7 @@ def restore_replaced(stage: Path, parent: Path) -> None:
 
 
 def make_all(folder: Path, undo: ExitStack) -> None:
-    """Make a folder and those above it; ``undo`` removes the ones that were made, as far as they are empty."""
+    """Make a folder and those above it; ``undo`` removes those that were made and are empty."""
     missing = [above for above in (folder, *folder.parents) if not os.path.lexists(above)]
     for above in reversed(missing):
         if disk.make(above):
@@ -125,7 +127,7 @@ def make_all(folder: Path, undo: ExitStack) -> None:
 # ---------------------------------------------------------------------- hidden folders
 @contextmanager
 def _stage(place: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside a place, locked; what is left of it when the block ends is removed."""
+    """Yield a hidden folder beside a place, locked; remove what is left of it at the end."""
     _clear_abandoned(place)
     stage = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     disk.make(stage)
@@ -163,7 +165,8 @@ def _clear_abandoned(place: Path) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    """Make every byte and name below a folder last; the files come before the folders that name them."""
+    """Make every byte and name below a folder last."""
+    # Files come before the folders that name them: a name must not last longer than its bytes.
     for root, _, files in os.walk(folder, topdown=False, onerror=disk.refuse):
         for file in files:
             path = os.path.join(root, file)

@@ -2,7 +2,8 @@
 
     .lora_tree/lock       held by the writer, and removed by it together with the folder around it
 
-A lock that no living process holds does not block. Readers take no lock: they look through the record (see `pending`).
+A lock that no living process holds does not block. Readers take no lock: they look through the
+record (see `pending`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""Examining an adapter's files: the hash of their content, whether they are whole, whether they add anything."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..adapter import Adapter
+from ..errors import FormatError, UnsupportedAdapter
+from ..formats import peft
+from ..formats.peft import WEIGHTS
+from ..formats.safetensors import read_tensors
+from ..system.memory import check_fits
+from . import disk
+from .lockfile import content
+from .scan import FILES, Files
+
+__all__ = ["ContentHash", "Examined", "adds_nothing", "broken_text", "examine", "hashed"]
+
+
+class ContentHash:
+    """The hash of an adapter's content, from the bytes that its reader used."""
+
+    def __init__(self) -> None:
+        self._hashes = {name: hashlib.sha256() for name in FILES}
+
+    def __call__(self, name: str, data: memoryview) -> None:
+        self._hashes[name].update(data)
+
+    def content(self) -> str:
+        return content(*(self._hashes[name].hexdigest() for name in FILES))
+
+
+def hashed(files: Files) -> str:
+    """Hash an adapter's content, from its files.
+
+    Raises:
+        FolderError: a file can't be read.
+        BudgetError: a file is larger than all memory. It could not be used, so it is not read.
+    """
+    for name in FILES:
+        check_fits(files.now[name][1].size, os.path.join(files.folder, name), free=False)
+    return content(*(disk.digest(files.now[name][0]) for name in FILES))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The findings in an adapter's files.
+
+    Args:
+        content: the hash of their content.
+        untrained: the increments are zero.
+    """
+
+    content: str
+    untrained: bool
+
+
+def examine(files: Files) -> Examined:
+    """Read an adapter's files whole, as a lock has to before it vouches for them.
+
+    An adapter of a kind that this library can't add up passes: its files are whole, and it is refused
+    by its name when it is used.
+
+    Raises:
+        FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
+    """
+    config, weights = (files.now[name][0] for name in FILES)
+    hashing = ContentHash()
+    try:
+        adapter = peft.read_adapter(config, weights, where=files.folder, witness=hashing)
+    except UnsupportedAdapter:
+        read_tensors(weights, os.path.join(files.folder, WEIGHTS), outline=True)
+        return Examined(hashed(files), untrained=False)
+    return Examined(hashing.content(), adds_nothing(adapter))
+
+
+def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
+    """Say why an adapter's files are broken, as far as headers and sizes show it; None if whole.
+
+    Args:
+        files: both of them.
+        unknown_kinds: whether an adapter of a kind that this library can't add up counts as well.
+    """
+    config, weights = (files.now[name][0] for name in FILES)
+    try:
+        peft.read_adapter(config, weights, where=files.folder, outline=True)
+    except UnsupportedAdapter as error:
+        return str(error) if unknown_kinds else None
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+def adds_nothing(adapter: Adapter) -> bool:
+    """Tell whether all increments are zero, as a fresh adapter's are: A is drawn, B is zero."""
+    for value in adapter.modules.values():
+        if value.bias is not None and torch.count_nonzero(value.bias):
+            return False
+        if torch.count_nonzero(value.B) and torch.count_nonzero(value.A):
+            return False
+    return True

@@ -1,0 +1,36 @@
+"""Nodes of an opened folder: each gets a source that knows what the lock says about its files."""
+
+from __future__ import annotations
+
+from ..tree import Node
+from .opening import Opened
+from .source import FolderSource
+from .trained import trained
+
+__all__ = ["node_of"]
+
+
+def node_of(opened: Opened, path: str) -> Node:
+    """Return a node as its folder has it; no weights are read.
+
+    Args:
+        opened: the folder.
+        path: of the node.
+    """
+    entry, lock = opened.entries[path], opened.lock
+    if entry.files is None:
+        return Node(path, entry.weight, fresh=entry.fresh)
+    folder = entry.files.folder
+    known = lock.nodes.get(path) if lock is not None else None
+    source = FolderSource(
+        folder,
+        # A save of the tree may have decided on files of its own folders, never on those elsewhere.
+        root=None if entry.named else opened.place.folder,
+        stamps=entry.files.stamps,
+        content=opened.contents.get(path),
+        trained=trained(known, lock) if known is not None and lock is not None else None,
+        within=None if opened.outside else opened.place.folder,
+    )
+    # A save may write into a node's own folder, not into one that its user named.
+    home = None if entry.named else folder
+    return Node(path, entry.weight, source=source, stale=opened.stale.get(path), home=home)
