@@ -65,8 +65,8 @@ class _CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            # Told by the attribute and not by the class: typer up to 0.25 raises click's own
-            # errors, later ones raise those of the copy of click that typer brings along.
+            # Told by the attribute and not by the class: the typers that are allowed raise errors
+            # of click or of a copy of click inside typer.
             said = getattr(error, "message", None)
             if isinstance(said, str):
                 error.message = printable(said)  # type: ignore[attr-defined]
