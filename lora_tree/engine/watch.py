@@ -86,6 +86,7 @@ class Watch:
         rest: list[WatchedWeight] = []
         for weight in weights:
             (rest if weight.is_untouched() else found).append(weight)
+        # Last, because it waits for the device; weights that are known to be touched are left out.
         if rest and self._last is not None:
             found += _Samples(rest, self._last).differing(self._last)
         return found

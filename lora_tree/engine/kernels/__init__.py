@@ -72,6 +72,7 @@ def sample_launch(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[
 
 @functools.cache
 def _tried(device: torch.device) -> bool:
+    # Asked without an import: where there is no Triton, its absence is no reason to warn.
     if importlib.util.find_spec("triton") is None:
         return False
     try:
