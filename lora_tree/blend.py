@@ -2,11 +2,11 @@
 
     coefficient of a node  =  its weight · Σ weight of every entry whose lineage passes through it
 
-A path is the blend with one entry of weight 1. Half-way between two siblings, ``{"fr/legal": 0.5, "fr/medical": 0.5}``,
-their parent keeps its full weight.
+A path is the blend with one entry of weight 1. Half-way between two siblings, ``{"fr/legal": 0.5,
+"fr/medical": 0.5}``, their parent keeps its full weight.
 
-A blend has one spelling, by which losses, counts, files and servers know it: two blends have the same one where they
-name the same paths with the same weights, to the last bit, and only there.
+A blend has one spelling, by which losses, counts, files and servers know it: two blends have the
+same one where they name the same paths with the same weights, to the last bit, and only there.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def parse_blend(blend: Blend) -> dict[str, float]:
 
 
 def spelled(blend: Blend) -> str:
-    """Return a path or a blend in its one spelling, which `parse_blend` reads back to the same weights.
+    """Return a blend in its one spelling, which `parse_blend` reads back to the same weights.
 
-    Paths come by name, weights as the shortest decimals that read back to the same float. Entries that add nothing (a
-    weight of 0, the bare base) are left out; one path with a weight of 1 is that path.
+    Paths come by name, weights as the shortest decimals that read back to the same float. Entries
+    that add nothing (a weight of 0, the bare base) are left out; one path with a weight of 1 is
+    that path.
 
     Raises:
         PathError, SpecError: as `parse_blend`.
@@ -117,7 +118,7 @@ def depth_first(path: str) -> tuple[str, ...]:
 
 
 def check_finite(value: object, what: str) -> None:
-    """That a number is one, and finite.
+    """Refuse a number that is none, or not finite.
 
     Raises:
         SpecError: it is not; says ``what`` it should have been.
@@ -127,9 +128,10 @@ def check_finite(value: object, what: str) -> None:
         or not isinstance(value, (int, float))
         or not abs(value) <= sys.float_info.max
     ):
-        huge = (
-            isinstance(value, int) and value.bit_length() > 1024
-        )  # Python may refuse to write it out
-        raise SpecError(
-            f"{what} must be a finite number, got {'an integer too large for one' if huge else repr(value)}"
-        )
+        got = repr(value) if not _is_huge(value) else "an integer too large for one"
+        raise SpecError(f"{what} must be a finite number, got {got}")
+
+
+def _is_huge(value: object) -> bool:
+    """Tell whether an integer has so many digits that Python may refuse to write it out."""
+    return isinstance(value, int) and value.bit_length() > 1024

@@ -1,8 +1,9 @@
 """Where the values ask for files, and for a base's names, without knowing how either is found.
 
-`Adapter.load` and `AdapterTree.save` belong on the values, where users look for them; the formats belong at the edge.
-The edge (``folder/``) puts itself into a slot when it is imported, and the values call through it, so that imports go
-on pointing inward. `AdapterTree.flatten` asks how a base names its modules in the same way (``renaming``).
+`Adapter.load` and `AdapterTree.save` belong on the values, where users look for them; the formats
+belong at the edge. The edge (``folder/``) puts itself into a slot when it is imported, and the
+values call through it, so that imports go on pointing inward. `AdapterTree.flatten` asks how a base
+names its modules in the same way (``renaming``).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 Allocate: TypeAlias = Callable[[int], Tensor]
-"""Memory for the numbers of one adapter: bytes → a uint8 tensor of that length; may raise where there is no room."""
+"""Allocate memory for one adapter: bytes → a uint8 tensor of that length; may raise."""
 
 Witness: TypeAlias = Callable[[str, memoryview], object]
 """Is shown every byte that a reader uses: (file name, bytes), in order; may not keep them."""
@@ -45,7 +46,7 @@ class Source(Protocol):
 
     @property
     def key(self) -> Hashable | None:
-        """What its adapter is known by, where it has the same content whenever it is read; None: nobody says so."""
+        """A key for its content, which is the same at every read; None if no lock says so."""
         ...
 
     @property
@@ -57,7 +58,8 @@ class Source(Protocol):
         """Read, check and return the adapter; a new value at every call.
 
         Args:
-            allocate: is asked once for the memory of all its numbers, before any is read; None: ordinary memory.
+            allocate: is asked once for the memory of all its numbers, before any is read; None:
+                ordinary memory.
 
         Raises:
             FolderError, FormatError: the files are gone, broken, or not what the lock says.
@@ -74,7 +76,7 @@ class Source(Protocol):
 
 
 class Storage(Protocol):
-    """What the edge offers to the values."""
+    """The services of the edge to the values."""
 
     def read_adapter(self, folder: Path) -> Adapter: ...
 
@@ -119,7 +121,7 @@ def install_names(of: Callable[[nn.Module], Names]) -> None:
 
 
 def names_of(base: nn.Module) -> Names:
-    """How a base names modules; what finds it out is imported now if nothing has needed it so far."""
+    """Return how a base names modules; the code for it is imported at the first use."""
     if not _names:
         importlib.import_module(".renaming", __package__)
     return _names[0](base)

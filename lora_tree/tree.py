@@ -2,8 +2,9 @@
 
     W(path) = round_once( W0 + Σ weight_n · scale_n · B_n A_n )      n on the lineage of path
 
-Law: a value depends on the path and on what the tree holds, never on the order in which nodes were added: children are
-taken in the order of their names, parents before children. That order (`AdapterTree.paths`) is the order of every sum.
+Law: a value depends on the path and on what the tree holds, never on the order in which nodes were
+added: children are taken in the order of their names, parents before children. That order
+(`AdapterTree.paths`) is the order of every sum.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class AttachedModel(Protocol):
         ...
 
     def read_adapter(self, path: str, source: Source) -> Adapter:
-        """Read a node's files within the model's budgets, which decide how long the adapter stays in memory."""
+        """Read a node's files within the model's budgets, which decide how long it stays read."""
         ...
 
 
@@ -51,10 +52,12 @@ class AdapterTree:
 
     Args:
         base: the base model's name: a hub id, or a folder as a string or a `Path`.
-        defaults: how fresh adapters are made, in PEFT's words: ``r``, ``lora_alpha``, ``target_modules``, ….
+        defaults: how fresh adapters are made, in PEFT's words: ``r``, ``lora_alpha``,
+            ``target_modules``, ….
 
     Raises:
-        SpecError: ``defaults`` has an unknown word or a value of the wrong kind, or ``base`` is no name.
+        SpecError: ``defaults`` has an unknown word or a value of the wrong kind, or ``base`` is no
+            name.
 
     >>> tree = AdapterTree(base="org/model", defaults=dict(r=16, target_modules=["q_proj"]))
     >>> _ = tree.add("fr"); _ = tree.add("fr/legal", weight=0.8)
@@ -81,9 +84,10 @@ class AdapterTree:
     # ------------------------------------------------------------------ looking
     @property
     def graph(self) -> nx.DiGraph[str]:
-        """The tree as a frozen networkx graph: nodes are paths (the root is ``""``), with each `Node` under ``node``.
+        """The tree as a frozen networkx graph: paths (the root is ``""``), each `Node` under ``node``.
 
-        A copy: what is written into its attributes, or done to the tree afterwards, does not reach the other.
+        A copy: what is written into its attributes, or done to the tree afterwards, does not reach
+        the other.
         """
         copy: nx.DiGraph[str] = nx.freeze(self._graph.copy())
         return copy
@@ -108,11 +112,11 @@ class AdapterTree:
         return f"AdapterTree({len(self)} nodes, base={self.base!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a copy or a pickle: no model is attached to it, so it has none to ask."""
+        """Return the state for a copy or a pickle, to which no model is attached."""
         return vars(self) | {"_graph": self._graph.copy(), "_models": [], "_readers": []}
 
     def paths(self, under: str = "") -> list[str]:
-        """Every path below ``under``, depth-first, children by name: the order of every sum.
+        """Return every path below ``under``, depth-first, children by name: the order of every sum.
 
         Raises:
             PathError: ``under`` is not there; with the nearest that is.
@@ -127,7 +131,7 @@ class AdapterTree:
         return found
 
     def children(self, path: str = "") -> list[str]:
-        """The paths one step below ``path``, by name.
+        """Return the paths one step below ``path``, by name.
 
         Raises:
             PathError: ``path`` is not there; with the nearest that is.
@@ -136,11 +140,11 @@ class AdapterTree:
         return sorted(self._graph.successors(path))
 
     def leaves(self) -> list[str]:
-        """The paths without children, depth-first."""
+        """Return the paths without children, depth-first."""
         return [path for path in self.paths() if not self._graph.out_degree(path)]
 
     def parent(self, path: str) -> str:
-        """The path one step up; ``""`` for a top-level node.
+        """Return the path one step up; ``""`` for a top-level node.
 
         Raises:
             PathError: ``path`` is not there; with the nearest that is.
@@ -149,7 +153,7 @@ class AdapterTree:
         return path.rpartition("/")[0]
 
     def lineage(self, path: str) -> list[str]:
-        """The nodes on the way from the root down to ``path``, in that order; ``[]`` for the bare base.
+        """Return the nodes from the root down to ``path``; ``[]`` for the bare base.
 
         Raises:
             PathError: ``path`` is not there; with the nearest that is.
@@ -160,7 +164,7 @@ class AdapterTree:
         return ["/".join(names[: i + 1]) for i in range(len(names))]
 
     def common_ancestor(self, *paths: str) -> str:
-        """The deepest path whose node lies on the lineage of all of ``paths``; ``""`` where only the base does.
+        """Return the deepest node on the lineages of all ``paths``; ``""`` if only the base is.
 
         Raises:
             PathError: a path is not there; with the nearest that is.
@@ -174,19 +178,20 @@ class AdapterTree:
         return shared
 
     def coefficients(self, blend: Blend) -> dict[str, float]:
-        """Node → its coefficient in the sum, node weights included, in the order of the sum; zeros are left out.
+        """Return node → its coefficient, node weights included, in the order of the sum, without zeros.
 
         Raises:
             PathError: a path is not there; with the nearest that is.
-            SpecError: a weight, or a node's coefficient, is not a finite number, or the blend is empty.
+            SpecError: a weight, or a node's coefficient, is not a finite number, or the blend is
+                empty.
 
         >>> tree = AdapterTree()
         >>> for path in ("fr", "fr/legal", "fr/medical"): _ = tree.add(path)
         >>> tree.coefficients("fr/legal:0.5+fr/medical:0.5")
         {'fr': 1.0, 'fr/legal': 0.5, 'fr/medical': 0.5}
         """
-        # A path of the tree is no blend of several: no name holds ':' or '+'. It needs no parsing, and its nodes have
-        # their own weights.
+        # A path of the tree is no blend of several: no name holds ':' or '+'. It needs no parsing,
+        # and its nodes have their own weights.
         if isinstance(blend, str) and blend in self._graph:
             weights = {}
             for node in self.lineage(blend):
@@ -242,11 +247,12 @@ class AdapterTree:
 
         Args:
             path: its name; the node above must be there already.
-            adapter: an `Adapter`, or a PEFT folder, or a ``.safetensors`` file of kohya's or diffusers'; files are
-                read when first needed.
+            adapter: an `Adapter`, or a PEFT folder, or a ``.safetensors`` file of kohya's or
+                diffusers'; files are read when first needed.
             weight: factor on its increments.
             group: the node has no adapter of its own, now or later.
-            **lora: how to make a fresh adapter when the tree is attached (words of `LoraSpec`), over ``defaults``.
+            **lora: how to make a fresh adapter when the tree is attached (words of `LoraSpec`),
+                over ``defaults``.
 
         Raises:
             PathError: the name is not valid, or the node above is missing.
@@ -274,7 +280,8 @@ class AdapterTree:
         self._free(path)
         if sum((adapter is not None, group, bool(lora))) > 1:
             raise SpecError(
-                f"{path}: a node has an adapter, or is a group, or is made fresh from {listing(sorted(lora)) or 'r, …'}"
+                f"{path}: a node has an adapter, or is a group, or is made fresh from "
+                f"{listing(sorted(lora)) or 'r, …'}"
             )
         check_finite(weight, f"{path}: weight")
         loaded, source, fresh = None, None, None
@@ -293,7 +300,8 @@ class AdapterTree:
 
         Raises:
             PathError: it is not there.
-            TreeError: it has children and ``recursive`` was not given, or an attached model is using it.
+            TreeError: it has children and ``recursive`` was not given, or an attached model is
+                using it.
         """
         self[path]
         below = self.paths(path)
@@ -306,10 +314,13 @@ class AdapterTree:
         self._graph.remove_nodes_from([path, *below])
 
     def move(self, path: str, to: str) -> None:
-        """Give a node another path, its children with it. Moved below another parent, a trained node becomes stale.
+        """Give a node another path, its children with it.
+
+        A node that was trained becomes stale below another parent.
 
         Raises:
-            PathError: ``path``, or the node above ``to``, is not there; or ``to`` is not a valid path.
+            PathError: ``path``, or the node above ``to``, is not there; or ``to`` is not a valid
+                path.
             TreeError: ``to`` exists or lies below ``path``, or an attached model is using the node.
         """
         self[path]
@@ -351,7 +362,8 @@ class AdapterTree:
         Raises:
             PathError: it is not there.
             TreeError: an attached model is using it.
-            SpecError: the weight is not a finite number, or ``adapter`` is neither an adapter nor a folder.
+            SpecError: the weight is not a finite number, or ``adapter`` is neither an adapter nor a
+                folder.
             FormatError: the folder does not hold a whole adapter.
         """
         node = self[path]
@@ -368,9 +380,10 @@ class AdapterTree:
 
     # ------------------------------------------------------------------ values
     def adapter(self, path: str) -> Adapter | None:
-        """A node's own adapter, read from its files when first asked for; None for a group or a fresh node.
+        """Return a node's own adapter, read when it is first needed; None for a group or a fresh node.
 
-        It stays in memory from then on; where a model is attached under a budget, as long as that allows.
+        It stays in memory from then on; where a model is attached under a budget, as long as that
+        allows.
 
         Raises:
             PathError: the node is not there.
@@ -390,7 +403,7 @@ class AdapterTree:
         return adapter
 
     def outline(self, path: str) -> Adapter | None:
-        """A node's own adapter; where it is not in memory, its shapes, ranks and scales on the meta device.
+        """Return a node's own adapter, on the meta device (shapes, ranks, scales) if it is not in memory.
 
         Raises:
             PathError: the node is not there.
@@ -407,15 +420,17 @@ class AdapterTree:
     def terms(
         self, blend: Blend, *, base: nn.Module | None = None
     ) -> list[tuple[str, float, Adapter]]:
-        """What adds up to a blend: (node, coefficient, adapter) in the order of the sum, nodes without one left out.
+        """Return the terms of a blend, (node, coefficient, adapter), in the order of the sum.
 
         Args:
             base: give every adapter the names that its modules have in this model today.
 
         Raises:
             PathError, SpecError: as `coefficients`.
-            FolderError, FormatError: a node's files are gone, broken, or not what the lock says; names the node.
-            BaseMismatch: an adapter can't be put into the base's names; names the node and the module.
+            FolderError, FormatError: a node's files are gone, broken, or not what the lock says;
+                names the node.
+            BaseMismatch: an adapter can't be put into the base's names; names the node and the
+                module.
         """
         found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())
         terms = [(path, c, adapter) for path, c, adapter in found if adapter is not None]
@@ -440,20 +455,24 @@ class AdapterTree:
             blend: a path or a blend.
             rank: the largest rank to keep in any module; None keeps the sum exact, at rank Σr.
             max_error: the largest relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed in any module.
-            dtype: round the factors to it; None keeps them in fp32, or narrower where nothing has to be rounded.
-            base: a model, also one on the meta device: the adapter gets the names that its modules have there today.
-                It is needed where nodes name one module in two ways, because an earlier transformers named it
-                otherwise.
+            dtype: round the factors to it; None keeps them in fp32, or narrower where nothing has
+                to be rounded.
+            base: a model, also one on the meta device: the adapter gets the names that its modules
+                have there today. It is needed where nodes name one module in two ways, because an
+                earlier transformers named it otherwise.
 
         Returns:
-            the adapter; its ``errors`` say what a truncation cost, and ``rounded`` which modules ``dtype`` rounded.
+            the adapter; its ``errors`` say what a truncation cost, and ``rounded`` which modules
+            ``dtype`` rounded.
 
         Raises:
             PathError: a node is not there.
-            ShapeMismatch: two nodes change one module in different shapes; names both and the module.
-            BaseMismatch: two nodes were made for bases that differ; or name one module in two ways, and no base was
-                given; or don't fit it.
-            SpecError: ``rank`` and ``max_error`` can't both be met; or factors that are finite give some that are not.
+            ShapeMismatch: two nodes change one module in different shapes; names both and the
+                module.
+            BaseMismatch: two nodes were made for bases that differ; or name one module in two ways,
+                and no base was given; or don't fit it.
+            SpecError: ``rank`` and ``max_error`` can't both be met; or factors that are finite give
+                some that are not.
 
         >>> import lora_tree as lt
         >>> tree = AdapterTree()
@@ -491,11 +510,13 @@ class AdapterTree:
 
         Args:
             folder: made where missing. Files in it that no save wrote are never deleted.
-            copy: bring adapters that live elsewhere into the folder; otherwise tree.yaml names where they are.
+            copy: bring adapters that live elsewhere into the folder; otherwise tree.yaml names
+                where they are.
 
         Raises:
-            FolderError: the folder can't be written; or a node would come back because its files are not ours; or the
-                save would undo what somebody else has written there since the tree was opened.
+            FolderError: the folder can't be written; or a node would come back because its files
+                are not ours; or the save would undo what somebody else has written there since the
+                tree was opened.
             FormatError: PEFT has no way to write a node; names the node and the module.
         """
         storage().save_tree(self, as_path(folder), copy=copy)
@@ -525,8 +546,8 @@ class AdapterTree:
 
         Args:
             model: the model.
-            reads: it has budgets. From now on it reads what is needed from files, and the tree drops what it has read
-                itself: that would lie beside the budgets.
+            reads: it has budgets. From now on it reads what is needed from files, and the tree
+                drops what it has read itself: that would lie beside the budgets.
         """
         self._models.append(weakref.ref(model))
         if not reads:
@@ -538,7 +559,7 @@ class AdapterTree:
                 self.replace(node.holding_nothing())
 
     def release(self, model: AttachedModel) -> None:
-        """Ask a model no more; the tree keeps what it reads from now on, unless another model reads for it."""
+        """Ask a model no more; from now on the tree keeps what it reads, if no other model reads."""
         for refs in (self._models, self._readers):
             # References to models that are gone go as well.
             refs[:] = [ref for ref in refs if ref() not in (None, model)]
@@ -548,8 +569,8 @@ class AdapterTree:
 
         Args:
             node: the new value; it is known to fit below its parent.
-            was: the value that it was made from. If the tree holds another one by now, nothing happens: the node was
-                changed, or removed, while its files were read.
+            was: the value that it was made from. If the tree holds another one by now, nothing
+                happens: the node was changed, or removed, while its files were read.
         """
         if was is not None and self._graph.nodes.get(node.path, {}).get("node") is not was:
             return
@@ -610,10 +631,12 @@ def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | Non
     one, other = twice
     nodes = listing(dict.fromkeys((whose[one], whose[other])))
     raise BaseMismatch(
-        f"{nodes}: {one} and {other} look like two names of one module, which an earlier transformers named "
+        f"{nodes}: {one} and {other} look like two names of one module, which an earlier "
+        "transformers named "
         "otherwise; written side by side, one of them would be lost"
         + ("" if base is None else f"; the {type(base).__name__} given does not have both"),
-        "say which model's names count: tree.flatten(…, base=model), lora-tree export --base FOLDER_OR_ID",
+        "say which model's names count: tree.flatten(…, base=model), "
+        "lora-tree export --base FOLDER_OR_ID",
     )
 
 
@@ -631,7 +654,7 @@ def _source(path: str, folder: object) -> Source:
 
 
 def _all_finite(flat: Adapter, terms: list[tuple[str, float, Adapter]]) -> None:
-    """Refuse a sum in which scales make of finite factors what is not: scale · B, or the product with A."""
+    """Refuse a sum that is not finite though its factors are: scale · B, or the product with A."""
     broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.fits())]
     if broken and all(_is_finite(adapter) for _, _, adapter in terms):
         nodes = [node for node, _, adapter in terms if broken[0] in adapter.modules]

@@ -1,7 +1,7 @@
 """Bounds: which files belong to a folder, and what a user probably meant who named something else.
 
-A tree's folder owns what lies in it. One exception: a snapshot in the model hub's cache holds nothing but links, and
-what they lead to lies beside it, in the ``blobs`` of the same repository.
+A tree's folder owns what lies in it. One exception: a snapshot in the model hub's cache holds
+nothing but links, and what they lead to lies beside it, in the ``blobs`` of the same repository.
 
     hub/models--org--zoo/snapshots/<commit>/fr/adapter_config.json  ->  ../../../blobs/<hash>
 """
@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]
 
 
 def blobs(folder: str) -> str | None:
-    """Return where a snapshot in the hub's cache keeps its files, or None where ``folder`` is no part of one.
+    """Return where a snapshot in the hub's cache keeps its files; None if ``folder`` is in none.
 
     Args:
         folder: a real path; the snapshot itself or a folder in it.
@@ -37,12 +37,12 @@ def blobs(folder: str) -> str | None:
 
 
 def inside(path: str, folder: str) -> bool:
-    """Whether ``path``, with all links followed, lies in ``folder`` or in the blobs that the folder is made of."""
+    """Tell whether ``path``, all links followed, lies in ``folder`` or in the blobs it is made of."""
     return lies_in(os.path.realpath(path), homes(folder))
 
 
 def homes(folder: str) -> tuple[str, ...]:
-    """Return where files of a folder may lie, all links followed: in it, or in the blobs that it is made of."""
+    """Return where a folder's files may lie, all links followed: in it, or in its blobs."""
     root = os.path.realpath(folder)
     beside = blobs(root)
     return (root,) if beside is None else (root, beside)
@@ -58,12 +58,12 @@ def lies_in(real: str, homes: tuple[str, ...]) -> bool:
 
 
 def leaves(file: str, folder: str | None) -> bool:
-    """Whether a file is a link that leads out of the tree's folder; False where there is no such folder."""
+    """Tell whether a file is a link out of the tree's folder; False if there is no such folder."""
     return folder is not None and os.path.islink(file) and not inside(file, folder)
 
 
 def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | None:
-    """Say why what a user named can't be the folder of an adapter: the error's lines; None where it is a folder.
+    """Return the lines of an error if a name can't be an adapter's folder; None if it is a folder.
 
     Args:
         folder: where it would be.
@@ -85,10 +85,11 @@ def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | N
 
 
 def tree_above(folder: str) -> tuple[str, str] | None:
-    """Find the tree that a folder is a part of: the nearest folder above with a tree.yaml or tree.lock.
+    """Find the tree that a folder is a part of: the nearest one above with tree.yaml or tree.lock.
 
     Returns:
-        That folder, and the path of the node that ``folder`` is there; None where there is no such folder.
+        That folder, and the path of the node that ``folder`` is there; None where there is no such
+        folder.
     """
     above = os.path.dirname(folder)
     for _ in range(MAX_DEPTH):
@@ -101,7 +102,7 @@ def tree_above(folder: str) -> tuple[str, str] | None:
 
 
 def hub_hint(spelled: str, above: str = "") -> str | None:
-    """Say how to get a repository of the model hub, where the spelling of a missing folder looks like its id.
+    """Say how to get a repository of the model hub, if a missing folder's name looks like its id.
 
     >>> hub_hint("./zoo/fr")
     """

@@ -121,7 +121,7 @@ def stamps_of(path: str, kept: KeptAdapter, written: Mapping[str, Stamp]) -> Map
 
 @dataclass(frozen=True)
 class Changes:
-    """What one save does.
+    """All that one save does.
 
     Args:
         files: the files to write, in this order; the lock comes after them.

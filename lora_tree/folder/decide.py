@@ -85,7 +85,7 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
 
 @dataclass
 class _Decisions:
-    """What is decided so far."""
+    """The decisions so far."""
 
     tree: AdapterTree
     opened: Opened

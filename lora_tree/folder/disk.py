@@ -1,8 +1,8 @@
-"""The handful of operations by which this library changes a disk, each small enough to fail or be killed at.
+"""The few operations by which this library changes a disk; it may fail or be killed at each.
 
-Everything that is written goes through here, in this order: a new file is written whole and synced under a name that
-nobody looks for, then renamed; a folder is synced after what it holds has changed names. What the operating system
-refuses arrives as a `FolderError` that names the file.
+Everything that is written goes through here, in this order: a new file is written whole and synced
+under a name that no reader looks for, then renamed; a folder is synced after what it holds has changed
+names. What the operating system refuses arrives as a `FolderError` that names the file.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ _BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class Stamp:
-    """What can be seen of a file without reading it."""
+    """The size and time of a file, which are seen without reading it."""
 
     size: int
     mtime_ns: int
 
 
 Glimpse = tuple[int, int, int]
-"""Inode, size and modification time (ns): two that differ show that a file or folder has changed."""
+"""Inode, size and modification time (ns). If two differ, the file or folder has changed."""
 
 
 def refuse(error: OSError) -> None:
-    """Raise what `os.walk` passes over when it is not told otherwise: a folder that can't be looked into.
+    """Raise for a folder that can't be looked into, which `os.walk` by itself would pass over.
 
     Raises:
         FolderError: always.
@@ -101,8 +101,8 @@ def read_file(
 ) -> bytes:
     """Return a file's bytes.
 
-    It is refused where there are more than ``most``, where it is a link that is not to be followed, and where it does
-    not lie ``inside``.
+    It is refused where there are more than ``most``, where it is a link that is not to be followed,
+    and where it does not lie ``inside``.
     """
     with named("read it", path), open_plain(path, follow=follow, inside=inside) as file:
         size = os.fstat(file).st_size
@@ -121,10 +121,10 @@ def digest(path: str | Path, *, follow: bool = True) -> str:
 
 
 def mode_of(path: str | Path) -> int:
-    """Return the mode that a file of this name has, or will have: it follows the folder that it comes into.
+    """Return the mode that a file of this name has, or will have from the folder that it comes into.
 
-    Where the folder is not there yet, the next one above it that is there counts. Nobody else may write a new file
-    but the owner and, where the folder allows it, the group.
+    Where the folder is not there yet, the next one above it that is there counts. Nobody else may
+    write a new file but the owner and, where the folder allows it, the group.
     """
     with suppress(OSError, ValueError):
         seen = os.lstat(path).st_mode
@@ -137,13 +137,13 @@ def mode_of(path: str | Path) -> int:
 
 
 def write(path: str | Path, data: bytes, *, mode: int | None = None) -> Stamp:
-    """Make a new file, whole and synced; with the mode that follows its folder, where none is named."""
+    """Make a new file, whole and synced; its mode follows its folder unless one is given."""
     with named("write it", path), _created(path, mode) as file:
         return _fill(file, data)
 
 
 def replace(path: str | Path, data: bytes) -> None:
-    """Make a file, or another of its name, whole: its bytes are there and synced before it has the name."""
+    """Make or replace a file: its bytes are there and synced before it has the name."""
     beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
     try:
         write(beside, data, mode=mode_of(path))
@@ -204,7 +204,7 @@ def make(folder: str | Path) -> bool:
 
 
 def make_inside(folder: str | Path) -> bool:
-    """Make one folder with no more permissions than the folder around it; False if it exists already."""
+    """Make one folder with no more permissions than the one around it; False if it is there."""
     made = _make(folder, 0o700)
     if made:
         with suppress(OSError):  # a file system without modes

@@ -1,4 +1,4 @@
-"""Examining an adapter's files: the hash of their content, whether they are whole, whether they add anything."""
+"""Examine an adapter's files: hash them, and tell whether they are whole and add anything."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Examined:
 def examine(files: Files) -> Examined:
     """Read an adapter's files whole, as a lock has to before it vouches for them.
 
-    An adapter of a kind that this library can't add up passes: its files are whole, and it is refused
-    by its name when it is used.
+    An adapter of a kind that this library can't add up passes: its files are whole, and it is
+    refused by its name when it is used.
 
     Raises:
         FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.

@@ -1,6 +1,6 @@
 """tree.lock: the hashes of a tree's files, and what each node was trained on.
 
-    content       = SHA-256 of "<SHA-256 of adapter_config.json> <that of adapter_model.safetensors>"
+    content       = SHA-256 of "<SHA-256 of adapter_config.json> <of adapter_model.safetensors>"
     lineage(root) = SHA-256 of "lora_tree lineage 1"
     lineage(node) = SHA-256 of "<lineage of its parent> <content> <weight, as float.hex()>"
                     its parent's own, if the node has no adapter

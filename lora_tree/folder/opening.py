@@ -168,7 +168,7 @@ def _problems(wrong: list[tuple[Kind, LoraTreeError]]) -> list[Problem]:
             return [Problem("", "newer", str(error))]
     found = []
     for kind, error in wrong:
-        # A file that can't be read is a matter of the folder, whatever should stand in it.
+        # A file that can't be read is a matter of the folder, not of what should stand in it.
         kind = "folder" if isinstance(error, FolderError) else kind
         found.append(Problem("", kind, str(error)))
     return found

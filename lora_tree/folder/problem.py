@@ -1,4 +1,4 @@
-"""Problem: one thing that is wrong with a folder of adapters, as ``check`` lists it and ``load`` raises it."""
+"""Problem: one mistake in a folder of adapters, as ``check`` lists it and ``load`` raises it."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ _RAISED: dict[str, type[LoraTreeError]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong.
+    """One mistake.
 
     Args:
         node: the path it concerns; ``""`` where it is no single node.
-        kind: ``newer``: a file that a later version of this library wrote; ``yaml``, ``lock`` or ``record``: a file
-            that makes no sense; ``folder``: what lies where it can't; ``adapter``: files that are incomplete, broken
-            or of a kind that does not add up; ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut
-            off, harmless; ``numbers``: factors, or their products, that are not finite.
+        kind: ``newer``: a file that a later version of this library wrote; ``yaml``, ``lock`` or
+            ``record``: a file that makes no sense; ``folder``: what lies where it can't;
+            ``adapter``: files that are incomplete, broken or of a kind that does not add up;
+            ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut off, harmless;
+            ``numbers``: factors, or their products, that are not finite.
         text: where, what was found, and what to do.
         broken: of ``unlocked``: the files can't be used either, so to accept them would be no help.
     """
@@ -82,7 +83,7 @@ def raise_any(
         problems: in any order.
         todo: advice about files that are not what the lock says.
         but: the kinds that pass.
-        after: the last lines of the error, whatever its kind.
+        after: the last lines of the error, of any kind.
     """
     problems = list(problems)
     for kind, error in _RAISED.items():

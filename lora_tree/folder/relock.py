@@ -1,7 +1,8 @@
 """Relock: the lock that says what is in a folder now, and what it accepts that the old one did not.
 
-Law: a lock vouches only for files that were read whole. And what a node was trained on goes with its
-content, not with its place: files that were moved on the disk stay as stale, or as fresh, as before.
+Law: a lock vouches only for files that were read whole. And what a node was trained on goes with
+its content, not with its place: files that were moved on the disk stay as stale, or as fresh, as
+before.
 """
 
 from __future__ import annotations

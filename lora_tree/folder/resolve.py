@@ -80,7 +80,7 @@ def resolve(
     """
     found = _Resolving(scan, folder, outside)
     found.problems += [Problem(path, "folder", text) for path, text in scan.wrong]
-    # What tree.yaml lists comes first: an adapter in a folder is judged by it.
+    # The nodes of tree.yaml come first: an adapter in a folder is judged by it.
     if spec is not None:
         for path, node, loc in walk(spec):
             at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
@@ -101,7 +101,7 @@ def _by_level(path: str) -> list[str]:
 
 @dataclass
 class _Resolving:
-    """What is found so far.
+    """The findings so far.
 
     Args:
         claimed: the folders, relative to the tree's, that tree.yaml names; an adapter there is no

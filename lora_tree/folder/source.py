@@ -121,7 +121,7 @@ class FolderSource:
         raise self._restless()
 
     def _note_hashed(self, found: str | None, files: _Identity) -> None:
-        """Remember that these very files have the right hash, so that the next read need not hash."""
+        """Remember that these very files have the right hash; the next read need not hash them."""
         # A file that is as young as a tick of the clock could be written again within that tick.
         is_settled = all(time.time_ns() - ctime_ns > _TICK_NS for *_, ctime_ns in files)
         if found is not None and is_settled:

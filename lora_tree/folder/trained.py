@@ -1,7 +1,8 @@
 """Trained: on which lineage and base a node was trained, and what has changed there since.
 
-A lineage is known by one hash, which says whether anything has changed. To say what has changed, tree.lock also keeps
-the steps of every lineage that it mentions: for each adapter on the way down its content, its weight and its name.
+A lineage is known by one hash, which says whether anything has changed. To say what has changed,
+tree.lock also keeps the steps of every lineage that it mentions: for each adapter on the way down
+its content, its weight and its name.
 
     trained on   fr (content a, weight 1.0)  >  fr/legal (content b, weight 0.8)
     now          fr (content c, weight 1.0)  >  fr/legal (content b, weight 0.5)
@@ -40,7 +41,7 @@ class LineageStep:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A lineage: its hash, and the adapters on the way down; None if the lock does not list them."""
+    """A lineage: its hash, and the adapters on the way down, if the lock lists them."""
 
     digest: str
     steps: tuple[LineageStep, ...] | None = None
@@ -168,7 +169,7 @@ def _changes(was: tuple[LineageStep, ...], now: tuple[LineageStep, ...]) -> list
             new.append(step)
         elif same.weight != step.weight:
             texts.append(_weight(same, step))
-    # Of what is left, the same name with another content is a node that was trained again.
+    # Among the rest, the same name with another content is a node that was trained again.
     for step in new:
         same = _taken(old, "node", step.node)
         if same is None:

@@ -152,7 +152,7 @@ def _clear_abandoned(place: Path) -> None:
         stages = [name for name in os.listdir(place.parent) if mine.match(name)]
         claims.clear(place.parent, mine)
     for name in stages:
-        # One that can't be locked or removed is in nobody's way. The next writer tries again.
+        # One that can't be locked or removed is in no writer's way. The next writer tries again.
         with suppress(OSError, LoraTreeError):
             held = locks.attempt(place.with_name(name), make=False)
             if held is None:

@@ -1,8 +1,9 @@
 """tree.yaml: bytes → plain data with positions → `TreeSpec`, and back to bytes.
 
-Law: data, not code. The text is read as a stream of events, with a stack of our own: no object is ever constructed, and
-what YAML offers beyond plain data (tags, anchors, aliases, several documents) is refused by line and column. Plain
-scalars mean what the core schema of YAML 1.2 says, so the node ``no`` stays a node; keys are always strings.
+Law: data, not code. The text is read as a stream of events, with a stack of our own: no object is
+ever constructed, and what YAML offers beyond plain data (tags, anchors, aliases, several documents)
+is refused by line and column. Plain scalars mean what the core schema of YAML 1.2 says, so the node
+``no`` stays a node; keys are always strings.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
     """The meaning of a tree.yaml.
 
     Raises:
-        SpecError: not YAML, not plain data, or not what a tree.yaml may say; every mistake with line and column.
+        SpecError: not YAML, not plain data, or not what a tree.yaml may say; every mistake with
+            line and column.
     """
     try:
         found = parse_yaml(raw, file)
@@ -121,7 +123,7 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
 
 
 def _check_newer(raw: bytes, file: str) -> None:
-    """Refuse a text of a later format that can't be read as YAML here, by its ``version`` line alone."""
+    """Refuse a text of a later format by its ``version`` line, if it can't be read as YAML here."""
     said = _VERSION.search(raw)
     if said is not None:
         line = raw.count(b"\n", 0, said.start()) + 1
@@ -196,7 +198,7 @@ def _events(text: str, file: str) -> Iterator[Any]:
             raise SpecError(f"{place}: not YAML: {error.problem or error.context}") from error
         except (
             Exception
-        ) as error:  # somebody else's parser: whatever it trips over is a mistake in the text
+        ) as error:  # of the YAML package: any error of its parser is a mistake in the text
             raise SpecError(f"{file}: not YAML: {error}") from error
         if event is None:
             return
@@ -204,7 +206,7 @@ def _events(text: str, file: str) -> Iterator[Any]:
 
 
 def _take(event: Any, into: _Open, place: str) -> _Open | None:
-    """Put a scalar, or a mapping or list yet to be filled, where it belongs; the latter is returned."""
+    """Put a value where it belongs; return it if it is a mapping or list that is yet to be filled."""
     if isinstance(event, ev.AliasEvent) or event.anchor is not None:
         raise SpecError(f"{place}: an anchor or alias (&, *); write the value out")
     if event.tag is not None:
@@ -261,7 +263,7 @@ def _scalar(text: str, place: str) -> Any:
 
 
 def _contradictions(spec: TreeSpec) -> Iterator[tuple[Loc, str]]:
-    """What each field allows, and the whole does not."""
+    """Yield mistakes that no single field shows: case twins, words that contradict each other."""
     folded: dict[str, str] = {}
     for path, node, loc in walk(spec):
         try:
@@ -289,7 +291,8 @@ def render_yaml(data: Mapping[str, Any]) -> bytes:
     Raises:
         SpecError: a string that UTF-8 can't hold.
 
-    >>> print(render_yaml({"version": 1, "tree": {"fr": {"weight": 0.5}, "no": {}}}).decode(), end="")
+    >>> nodes = {"fr": {"weight": 0.5}, "no": {}}
+    >>> print(render_yaml({"version": 1, "tree": nodes}).decode(), end="")
     version: 1
     tree:
       fr:
