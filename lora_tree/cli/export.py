@@ -12,13 +12,21 @@ import torch
 import typer
 
 from ..errors import SpecError
-from ..export import MergedCheckpoint, Portable, export_leaves, export_model, portable
+from ..export import (
+    MergedCheckpoint,
+    Portable,
+    export_gguf,
+    export_gguf_nodes,
+    export_leaves,
+    export_model,
+    portable,
+)
 from ..folder import load
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder, Quiet, SkipBroken, TrustRemoteCode
 from .console import print_json
 from .export_place import check_place
-from .export_told import plain_portable, tell_flat, tell_merged, tell_portable
+from .export_told import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
 from .open_base import skeleton_of
 from .progress import Bar
 
@@ -40,6 +48,7 @@ class As(StrEnum):
     peft = "peft"
     kohya = "kohya"
     diffusers = "diffusers"
+    gguf = "gguf"
     model = "model"
 
 
@@ -66,10 +75,17 @@ def export(
             help="portable: one rank, alpha = r, no patterns, for any engine. "
             "peft: ranks as they are. "
             "kohya, diffusers: one .safetensors file for programs that make images. "
+            "gguf: one file for llama.cpp. "
             "model: the base's checkpoint with the path merged into it.",
         ),
     ] = As.portable,
     every: Annotated[bool, typer.Option("--all", help="Write every leaf, as DIR/<path>.")] = False,
+    nodes: Annotated[
+        bool,
+        typer.Option(
+            "--nodes", help="With --as gguf: write every node by itself, as DIR/<path>.gguf."
+        ),
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +141,17 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a path, a blend or every leaf as an adapter for any engine, or merge it into a base."""
+    if nodes:
+        if kind is not As.gguf or path is not None or every:
+            raise SpecError(
+                "--nodes writes every node by itself, and only as GGUF",
+                "lora-tree export FOLDER --as gguf --nodes --out DIR",
+            )
+        tree = load(folder, skip_broken=skip_broken)
+        check_place(tree, folder, to)
+        files = export_gguf_nodes(tree, to, base=base)
+        tell_files(files, as_json=as_json)
+        return
     if every == (path is not None):
         raise SpecError(
             "name one path or blend, or every leaf: "
@@ -155,6 +182,12 @@ def export(
             raise SpecError(
                 f"--as {kind} writes one path with its ranks as they are", f"leave --as {kind} out"
             )
+        if kind is As.gguf:
+            if dtype is not None:
+                raise SpecError("--as gguf writes fp32", "leave --dtype out")
+            flat = export_gguf(tree, path, to, base=base, rank=rank, max_error=max_error)
+            tell_flat(path, to, flat, kind, dtype, as_json=as_json)
+            return
         model = None
         if base is not None:
             model = skeleton_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
@@ -9,7 +11,7 @@ from ..export import MergedCheckpoint, Portable
 from ..export.siblings import without_v
 from .console import out, print_json
 
-__all__ = ["plain_portable", "tell_flat", "tell_merged", "tell_portable"]
+__all__ = ["plain_portable", "tell_files", "tell_flat", "tell_merged", "tell_portable"]
 
 
 def tell_portable(one: Portable, where: str, *, per_module: bool) -> None:
@@ -63,6 +65,15 @@ def tell_flat(
         return
     told = "/".join(map(str, ranks)) or "-"
     _say(f"{path} → {to}: {len(flat)} modules, r={told}, {_exactness(flat, dtype)}")
+
+
+def tell_files(files: Sequence[Path], *, as_json: bool) -> None:
+    """Print the files that were written, by the numbers that llama.cpp gives them."""
+    if as_json:
+        print_json({"files": [str(file) for file in files]})
+        return
+    for number, file in enumerate(files):
+        _say(f"{number}  {file}")
 
 
 def tell_merged(made: MergedCheckpoint, path: str, *, as_json: bool) -> None:

@@ -2,17 +2,22 @@
 
 from .checkpoint import MergedCheckpoint, export_model
 from .extract import Extracted, extract
+from .gguf import LlamaRequest, export_gguf, export_gguf_nodes, llama_request
 from .leaves import export_leaves
 from .portable import ENGINE_RANKS, Portable, ceil_rank_of, portable
 
 __all__ = [
     "ENGINE_RANKS",
     "Extracted",
+    "LlamaRequest",
     "MergedCheckpoint",
     "Portable",
     "ceil_rank_of",
+    "export_gguf",
+    "export_gguf_nodes",
     "export_leaves",
     "export_model",
     "extract",
+    "llama_request",
     "portable",
 ]
