@@ -65,7 +65,8 @@ class Term:
         """Whether autograd follows its factors."""
         return self.value.trains
 
-    # Kept, because merging and side paths ask for it at every switch; it holds no tensor of its own.
+    # Kept, because merging and side paths ask for it at every switch; it holds no tensor of its
+    # own.
     @cached_property
     def scaled(self) -> LowRank:
         """The increment with the coefficient in its scale; it shares its factors with `value`."""
