@@ -19,7 +19,7 @@ NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 """The characters of a name. A leading dot would hide the folder."""
 
 MAX_DEPTH = 64
-"""How deep a tree may be, so that paths stay below the 4096 bytes that systems allow."""
+"""How deep a tree may be: a bound, since trees come from strangers and systems bound paths too."""
 
 _NAME = re.compile(rf"{NAME}\Z")  # \Z: $ would let a name end in a newline
 # Windows opens a device by these names, in every folder and with any ending.

@@ -88,8 +88,7 @@ class CheckpointWriter:
         largest = max((self._checkpoint.tensors[name].nbytes for name in alone), default=0)
         buffer = torch.empty(largest, dtype=torch.uint8, device="cpu")
         syncs: list[Future[None]] = []
-        # A file is synced in the background while the next one is computed: a disk takes as long
-        # for it as the sums do.
+        # Each file is synced in the background while the next one is computed.
         with ThreadPoolExecutor(1) as pool, exact_mode(torch.device("cpu")):
             for name in self._checkpoint.files:
                 self._write_file(name, alone, changing, buffer)

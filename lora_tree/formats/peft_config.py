@@ -231,7 +231,7 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
                 f"train the adapter without {name}, or merge it into a base of its own with PEFT",
                 EXTRACT,
             )
-    # PEFT calls each new kind of LoRA use_…, and reads it in silence where it is too old for it.
+    # PEFT calls a new kind of LoRA use_…, and a PEFT that is too old for it drops the field.
     for name, value in fields.items():
         if name.startswith("use_") and name not in KNOWN_USES and value:
             raise UnsupportedAdapter(

@@ -86,7 +86,7 @@ class FactorReader:
             raise self._misshapen(name, "A", A, f"(experts · {r}, in)", r)
         if B.ndim != 2 or B.shape[1] != A.shape[0]:
             raise self._misshapen(name, "B", B, f"(out, {A.shape[0]})", r)
-        # PEFT (0.18 to 0.21) computes all experts in one product: it reshapes A to (E, r, in), but
+        # PEFT (0.21) computes all experts in one product: it reshapes A to (E, r, in), but
         # B to (out, r, E).
         A = A.reshape(-1, r, A.shape[1])  # (E, r, in)
         B = B.reshape(B.shape[0], r, -1).permute(2, 0, 1)  # (E, out, r)

@@ -7,8 +7,7 @@ The config and the header make an `Outline` (see `peft_outline`); then the numbe
 buffer. No model is needed. What the files leave open without one (the order of two raw parameters
 of one module) is assumed, and the adapter says so in `Adapter.assumed`.
 
-Written by PEFT's ``save_pretrained``, and by the programs that use PEFT: trl, axolotl, unsloth,
-diffusers' training scripts.
+Written by PEFT's ``save_pretrained``, and so by the programs that train with PEFT.
 """
 
 from __future__ import annotations

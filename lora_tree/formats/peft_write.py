@@ -115,7 +115,7 @@ def _check(name: str, value: LowRank) -> None:
             f"{name}: PEFT can't train a raw parameter of the top module",
             "put the parameter into a module of its own",
         )
-    # PEFT takes every "base_layer" out of a key, and splits keys at their dots.
+    # In a key, base_layer stands for a wrapper of PEFT's, and a dot for a step down.
     if "" in name.split(".") or "base_layer" in name.split("."):
         raise FormatError(
             f"{name}: PEFT's keys have no way to write this name",

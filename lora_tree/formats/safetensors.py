@@ -218,7 +218,10 @@ def _spec(tensor: Tensor) -> Any:
 
 
 def _without_tensors(metadata: Mapping[str, str]) -> bytes:
-    """Return a file without tensors; the package (0.8) writes an empty header for one, no JSON."""
+    """Return a file without tensors; for one without metadata the package (0.8) writes no JSON.
+
+    Its header is ``{},"__metadata__":{}``, which it refuses itself.
+    """
     fields: dict[str, Any] = {}
     if metadata:
         fields["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
