@@ -43,7 +43,9 @@ def list_problems(
     if base is not None:
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
         # transformers loads a base in this dtype, and a product may overflow in fp16 alone.
-        named = getattr(skeleton.config, "dtype", None)
+        # A pipeline is several models, and has no config of its own.
+        config = getattr(skeleton, "config", None)
+        named = getattr(config, "dtype", None)
         dtype = named if isinstance(named, torch.dtype) else dtype
     found = check(folder, dtype=dtype)
     problems = [(problem.node, str(problem.kind), problem.text) for problem in found]

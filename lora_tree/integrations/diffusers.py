@@ -38,7 +38,14 @@ from ..tree import AdapterTree
 from .pipeline_names import assembled
 from .pipeline_rows import PipelineAxis
 
-__all__ = ["PipelineModel", "attach_pipeline", "components_of", "is_pipeline", "pipeline_skeleton"]
+__all__ = [
+    "PipelineModel",
+    "attach",
+    "attach_pipeline",
+    "components_of",
+    "is_pipeline",
+    "pipeline_skeleton",
+]
 
 ADAPTABLE = re.compile(r"(?:unet|transformer|text_encoder)(?:_[23])?\Z")
 MODEL_INDEX = "model_index.json"
@@ -113,6 +120,10 @@ def attach_pipeline(
     )
     model.bind(pipe)
     return model
+
+
+attach = attach_pipeline
+"""The name that a caller reads beside the module's: ``integrations.diffusers.attach(tree, pipe)``."""
 
 
 def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
