@@ -87,6 +87,8 @@ def test_the_examples_of_a_command_run(
         outcome(capsys, *EXAMPLES["train"])
     if name == "extract":
         outcome(capsys, "lora-tree export zoo/ fr --as model --out models/tuned")
+    if name == "llama-args":
+        outcome(capsys, "lora-tree export zoo/ --as gguf --nodes --base models/base --out gguf")
     if name == "rebase":
         tree = lt.load("zoo")
         tree.update("fr", adapter=adapter(8))

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),
     "promote": ("lora-tree promote zoo/ fr/legal --from zoo/.training/checkpoint-20",),
     "vllm-args": ("lora-tree vllm-args zoo/ --cache vllm-cache --allow 'fr/**'",),
+    "llama-args": ("lora-tree llama-args zoo/ fr/legal --files gguf",),
     "schema": ("lora-tree schema > tree.schema.json",),
     "demo": ("lora-tree demo --quick",),
     "help": ("lora-tree help paths",),
