@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from oracle import random_adapter
 
 import lora_tree as lt
+from lora_tree.errors import FolderError, LoraTreeError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
 
 
 def adapter(seed: int) -> lt.Adapter:
@@ -55,3 +62,42 @@ def listing(folder: Path) -> dict[str, bytes | None]:
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in sorted(folder.rglob("*"))
     }
+
+
+def nested(folder: Path, *paths: str) -> Path:
+    """A folder of adapters as PEFT leaves them: no tree.yaml, no lock."""
+    for seed, path in enumerate(paths):
+        adapter(seed).save(folder / path)
+    return folder
+
+
+def write(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def nudge(file: Path) -> None:
+    """Another byte, the same size, another time."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    os.utime(file, ns=(1, 1))
+
+
+def refused(folder: Path, error: type[LoraTreeError]) -> str:
+    """What load says; check has to list it too, and must not raise."""
+    with pytest.raises(error) as caught:
+        lt.load(folder)
+    text = str(caught.value)
+    assert any(problem.text.splitlines()[0] in text for problem in lt.check(folder))
+    return text
+
+
+def untouched(folder: Path, save: Callable[[], None], *, match: str) -> str:
+    """The save is refused, and nothing in the folder has changed."""
+    before = listing(folder)
+    with pytest.raises(FolderError, match=match) as caught:
+        save()
+    assert listing(folder) == before
+    return str(caught.value)
