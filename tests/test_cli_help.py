@@ -88,6 +88,7 @@ def test_the_examples_of_a_command_run(
     if name == "extract":
         outcome(capsys, "lora-tree export zoo/ fr --as model --out models/tuned")
     if name == "llama-args":
+        pytest.importorskip("gguf", reason="an extra of its own")
         outcome(capsys, "lora-tree export zoo/ --as gguf --nodes --base models/base --out gguf")
     if name == "rebase":
         tree = lt.load("zoo")
