@@ -309,8 +309,8 @@ def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "name", "text"),
     [
-        ("kohya", "q_proj", "kohya's keys have words for text_encoder"),
-        ("kohya", "transformer.blocks.0.to_q", "not for 'transformer'"),
+        ("kohya", "q_proj", "kohya's keys know the components text_encoder"),
+        ("kohya", "transformer.blocks.0.to_q", "not 'transformer'"),
         ("diffusers", "q_proj", "is no component of a diffusers pipeline"),
         ("diffusers", FLAT, "it has underscores for dots"),
     ],

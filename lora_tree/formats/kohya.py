@@ -126,7 +126,7 @@ def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[
     word = words.get(component)
     if word is None or not rest:
         raise FormatError(
-            f"{module}: kohya's keys have words for {listing(sorted(words))}, not for "
+            f"{module}: kohya's keys know the components {listing(sorted(words))}, not "
             f"{component!r}",
             "--as diffusers writes the components of every pipeline",
         )

@@ -123,7 +123,7 @@ def attach_pipeline(
 
 
 attach = attach_pipeline
-"""The name that a caller reads beside the module's: ``integrations.diffusers.attach(tree, pipe)``."""
+"""The same, by the name that reads well beside the module's: ``diffusers.attach(tree, pipe)``."""
 
 
 def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
