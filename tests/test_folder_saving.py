@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from lora_tree.errors import (
     FolderError,
     FormatError,
 )
+from lora_tree.node import Node
 
 
 @pytest.fixture
@@ -386,3 +389,34 @@ def test_a_tree_in_memory_outlives_its_files(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "other/fr")
     with pytest.raises(FormatError, match="no adapter there"):
         lazily.save(tmp_path / "third")
+
+
+# ---------------------------------------------------------------------- memory
+def test_a_save_holds_one_adapter_at_a_time_of_those_that_it_reads_itself(tmp_path: Path) -> None:
+    """Files of other programs are rendered for the save; all of them at once may not fit memory."""
+    read: weakref.WeakSet[lt.Adapter] = weakref.WeakSet()
+
+    class Read:
+        key, where = None, tmp_path
+
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        def load(self, allocate: object = None) -> lt.Adapter:
+            gc.collect()
+            assert len(read) == 0, "the one before is let go of"
+            made = adapter(self.seed)
+            read.add(made)
+            return made
+
+        def outline(self) -> lt.Adapter:
+            return adapter(self.seed)
+
+    made = lt.AdapterTree(base="org/model")
+    for seed in range(3):
+        made.replace(Node(f"n{seed}", source=Read(seed)))
+    made.save(tmp_path / "zoo")
+    for seed in range(3):
+        saved = lt.load(tmp_path / "zoo").adapter(f"n{seed}")
+        assert saved is not None
+        assert torch.equal(saved.modules["q_proj"].A, adapter(seed).modules["q_proj"].A)

@@ -28,7 +28,7 @@ from ..formats.peft import WEIGHTS
 from ..tree import AdapterTree, Node
 from . import disk
 from .bases import base_lock, local_base
-from .changes import Changes, KeptAdapter, NewFile, NewLock
+from .changes import Changes, KeptAdapter, NewFile, NewLock, Origin
 from .examine import adds_nothing, examine
 from .lockfile import content
 from .opening import Opened
@@ -160,7 +160,9 @@ def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdap
     draft.rights.check_replace(node, rendered.content)
     for name in FILES:
         # Only the weights are large. They are rendered again when they are written.
-        origin = _weights_again(adapter) if name == WEIGHTS else rendered.data[name]
+        origin: Origin = rendered.data[name]
+        if name == WEIGHTS:
+            origin = _weights_again(node, adapter)
         draft.files.append(NewFile(f"{node.path}/{name}", rendered.hashes[name], origin))
     on = None
     # A node that trained since it was opened was trained on the lineage of today. One that only
@@ -179,7 +181,12 @@ def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdap
     )
 
 
-def _weights_again(adapter: Adapter) -> Callable[[], bytes]:
+def _weights_again(node: Node, adapter: Adapter) -> Callable[[], bytes]:
+    """Return a function that renders a node's weights, and holds no adapter that the tree does not."""
+    source = node.source
+    if node.loaded is None and source is not None:
+        # It was read for this save alone. A tree of such files may be larger than memory.
+        return lambda: peft.render(source.load())[WEIGHTS]
     return lambda: peft.render(adapter)[WEIGHTS]
 
 
