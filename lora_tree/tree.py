@@ -203,11 +203,13 @@ class AdapterTree:
         for path, weight in parse_blend(blend).items():
             for ancestor in self.lineage(path):
                 shares.setdefault(ancestor, []).append(weight)
-        totals = {
-            path: total(path, shares[path], self[path].weight)
-            for path in sorted(shares, key=depth_first)
-        }
-        return {path: share for path, share in totals.items() if share != 0.0}
+        coefficients = {}
+        for path in sorted(shares, key=depth_first):
+            coefficient = total(path, shares[path], self[path].weight)
+            # A zero is left out, not multiplied: 0 · inf would be NaN, and its files are not needed.
+            if coefficient != 0.0:
+                coefficients[path] = coefficient
+        return coefficients
 
     def matching(self, patterns: Iterable[str]) -> list[str]:
         """Return the nodes that paths or patterns like ``"fr/*"`` name, in the order of the sum.
@@ -227,6 +229,7 @@ class AdapterTree:
                     f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
                     "several are given one by one: trainable('fr', 'de')",
                 )
+            # A node that has the very name comes first, then the pattern is tried.
             hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))
             if not hits:
                 raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.paths())}")
@@ -303,7 +306,7 @@ class AdapterTree:
             TreeError: it has children and ``recursive`` was not given, or an attached model is
                 using it.
         """
-        self[path]
+        self[path]  # raises if it is not there
         below = self.paths(path)
         if below and not recursive:
             raise TreeError(
@@ -393,6 +396,7 @@ class AdapterTree:
         node = self[path]
         if node.loaded is not None or node.source is None:
             return node.loaded
+        # A model with budgets reads it, since an adapter that the tree kept would not be counted.
         for model in _alive(self._readers):
             return model.read_adapter(path, node.source)
         try:
@@ -432,13 +436,15 @@ class AdapterTree:
             BaseMismatch: an adapter can't be put into the base's names; names the node and the
                 module.
         """
-        found = ((path, c, self.adapter(path)) for path, c in self.coefficients(blend).items())
-        terms = [(path, c, adapter) for path, c, adapter in found if adapter is not None]
-        return (
-            terms
-            if base is None
-            else [(path, c, _named(path, adapter, base)) for path, c, adapter in terms]
-        )
+        terms = []
+        for path, coefficient in self.coefficients(blend).items():
+            adapter = self.adapter(path)
+            if adapter is None:
+                continue  # a group, or a fresh node that no base has made an adapter for
+            if base is not None:
+                adapter = _named(path, adapter, base)
+            terms.append((path, coefficient, adapter))
+        return terms
 
     def flatten(
         self,
@@ -590,10 +596,11 @@ class AdapterTree:
     def _free(self, path: str, but: str | None = None) -> None:
         parent, folded = path.rpartition("/")[0], path.casefold()
         for sibling in self._graph.successors(parent):
+            # Paths are folders in a saved tree, and many disks do not tell case apart.
             if sibling != but and sibling.casefold() == folded:
-                detail = (
-                    "exists already" if sibling == path else f"differs from {sibling} only by case"
-                )
+                detail = f"differs from {sibling} only by case"
+                if sibling == path:
+                    detail = "exists already"
                 raise TreeError(f"{path} {detail}", "remove or rename the other one first")
 
     def _unused(self, paths: Iterable[str], verb: str) -> None:
@@ -624,7 +631,10 @@ def _named(path: str, adapter: Adapter, base: nn.Module) -> Adapter:
 
 def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | None) -> None:
     """Refuse a sum that would hold one module under two names."""
-    whose = {name: node for node, _, adapter in reversed(terms) for name in adapter.modules}
+    whose: dict[str, str] = {}
+    for node, _, adapter in terms:
+        for name in adapter.modules:
+            whose.setdefault(name, node)  # the topmost node that has it is told
     twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
     if twice is None:
         return
@@ -632,8 +642,7 @@ def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | Non
     nodes = listing(dict.fromkeys((whose[one], whose[other])))
     raise BaseMismatch(
         f"{nodes}: {one} and {other} look like two names of one module, which an earlier "
-        "transformers named "
-        "otherwise; written side by side, one of them would be lost"
+        "transformers named otherwise; written side by side, one of them would be lost"
         + ("" if base is None else f"; the {type(base).__name__} given does not have both"),
         "say which model's names count: tree.flatten(…, base=model), "
         "lora-tree export --base FOLDER_OR_ID",
@@ -642,14 +651,10 @@ def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | Non
 
 def _source(path: str, folder: object) -> Source:
     if not isinstance(folder, (str, os.PathLike)):
-        hint = (
-            ("lora_tree.Adapter({module: …}) is one",)
-            if isinstance(folder, (LowRank, Mapping))
-            else ()
-        )
-        raise SpecError(
-            f"{path}: expected an Adapter or the folder of one, got {type(folder).__name__}", *hint
-        )
+        what = f"{path}: expected an Adapter or the folder of one, got {type(folder).__name__}"
+        if isinstance(folder, (LowRank, Mapping)):
+            raise SpecError(what, "lora_tree.Adapter({module: …}) is one")
+        raise SpecError(what)
     return storage().source(as_path(folder))
 
 

@@ -54,6 +54,7 @@ def lies_in(real: str, homes: tuple[str, ...]) -> bool:
     >>> lies_in("/zoo/fr", ("/zoo",)), lies_in("/zoos", ("/zoo",)), lies_in("/zoo", ("/",))
     (True, False, True)
     """
+    # The join with "" ends a folder in one separator, so /zoo does not hold /zoos; "/" stays "/".
     return any(real == home or real.startswith(os.path.join(home, "")) for home in homes)
 
 
@@ -74,13 +75,13 @@ def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | N
         return None
     if os.path.lexists(folder):
         what = f"{folder}: not a folder; an adapter is a folder that holds {CONFIG} and {WEIGHTS}"
-        whole = all(
-            os.path.isfile(os.path.join(os.path.dirname(folder), name))
-            for name in (CONFIG, WEIGHTS)
-        )
-        todo = f"name the folder that it lies in: {os.path.dirname(spelled) or '.'}"
-        return (what, todo) if whole else (what,)
+        around = os.path.dirname(folder)
+        if not all(os.path.isfile(os.path.join(around, name)) for name in (CONFIG, WEIGHTS)):
+            return (what,)
+        # The likeliest mistake: the user named one of an adapter's two files.
+        return (what, f"name the folder that it lies in: {os.path.dirname(spelled) or '.'}")
     hint = hub_hint(spelled, above)
+    # Without a hint the caller says what is missing, which knows what the folder was for.
     return (f"{folder}: no such folder", hint) if hint else None
 
 
@@ -88,15 +89,14 @@ def tree_above(folder: str) -> tuple[str, str] | None:
     """Find the tree that a folder is a part of: the nearest one above with tree.yaml or tree.lock.
 
     Returns:
-        That folder, and the path of the node that ``folder`` is there; None where there is no such
-        folder.
+        That folder, and the path of the node that ``folder`` is there; None if there is none.
     """
     above = os.path.dirname(folder)
     for _ in range(MAX_DEPTH):
         if any(os.path.isfile(os.path.join(above, name)) for name in ("tree.yaml", "tree.lock")):
             return above, os.path.relpath(folder, above)
         if above == os.path.dirname(above):
-            break
+            break  # the root of the file system
         above = os.path.dirname(above)
     return None
 
@@ -106,7 +106,9 @@ def hub_hint(spelled: str, above: str = "") -> str | None:
 
     >>> hub_hint("./zoo/fr")
     """
-    if not _HUB_ID.match(spelled) or os.path.isdir(os.path.join(above, spelled.partition("/")[0])):
+    # If the first part is a folder here, a path with a typo is likelier than an id.
+    owner = os.path.join(above, spelled.partition("/")[0])
+    if not _HUB_ID.match(spelled) or os.path.isdir(owner):
         return None
     return (
         f"if {spelled} is a repository of the model hub: nothing is downloaded here; "

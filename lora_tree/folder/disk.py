@@ -69,17 +69,15 @@ def refuse(error: OSError) -> None:
 
 
 def stamp(path: str | Path) -> Stamp | None:
-    """Size and time of a plain file, links followed; None where there is none.
+    """Return size and time of a plain file, links followed; None if there is none.
 
     Raises:
         FolderError: the system does not tell.
     """
     seen = stat_of(path)
-    return (
-        Stamp(seen.st_size, seen.st_mtime_ns)
-        if seen is not None and stat.S_ISREG(seen.st_mode)
-        else None
-    )
+    if seen is None or not stat.S_ISREG(seen.st_mode):
+        return None
+    return Stamp(seen.st_size, seen.st_mtime_ns)
 
 
 def glimpse(path: str | Path) -> Glimpse | None:
@@ -92,7 +90,7 @@ def glimpse(path: str | Path) -> Glimpse | None:
 
 
 def exists(path: str | Path) -> bool:
-    """There is a plain file of this name: not a link, a folder or a device; raises like `stamp`."""
+    """Tell whether a plain file has this name, no link, folder or device; raises like `stamp`."""
     return is_file(path, follow=False)
 
 
@@ -101,10 +99,16 @@ def read_file(
 ) -> bytes:
     """Return a file's bytes.
 
-    It is refused where there are more than ``most``, where it is a link that is not to be followed,
-    and where it does not lie ``inside``.
+    Args:
+        most: refuse a file with more bytes.
+        follow: follow a link; otherwise a link is refused.
+        inside: tells where the file may lie.
+
+    Raises:
+        FolderError: the file is refused, or can't be read.
     """
     with named("read it", path), open_plain(path, follow=follow, inside=inside) as file:
+        # Of the open file: the one that had the name a moment ago may have been another.
         size = os.fstat(file).st_size
         if most is not None and size > most:
             raise FolderError(f"{path}: {size} bytes; the most is {most}")
@@ -112,7 +116,7 @@ def read_file(
 
 
 def digest(path: str | Path, *, follow: bool = True) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     found = hashlib.sha256()
     with named("read it", path), open_plain(path, follow=follow) as file:
         for block in _blocks(file):
@@ -123,8 +127,8 @@ def digest(path: str | Path, *, follow: bool = True) -> str:
 def mode_of(path: str | Path) -> int:
     """Return the mode that a file of this name has, or will have from the folder that it comes into.
 
-    Where the folder is not there yet, the next one above it that is there counts. Nobody else may
-    write a new file but the owner and, where the folder allows it, the group.
+    If the folder is not there yet, the next one above it that is there counts. Only the owner may
+    write a new file and, if the folder allows it, the group.
     """
     with suppress(OSError, ValueError):
         seen = os.lstat(path).st_mode
@@ -144,6 +148,7 @@ def write(path: str | Path, data: bytes, *, mode: int | None = None) -> Stamp:
 
 def replace(path: str | Path, data: bytes) -> None:
     """Make or replace a file: its bytes are there and synced before it has the name."""
+    # Beside it, because a rename does not cross file systems.
     beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
     try:
         write(beside, data, mode=mode_of(path))
@@ -190,7 +195,7 @@ def rename(path: str | Path, to: str | Path) -> None:
 
 
 def remove(path: str | Path) -> None:
-    """Take a file away; fine where it is gone already."""
+    """Remove a file; fine if it is gone already."""
     with named("remove it", path):
         try:
             os.unlink(path)
@@ -199,7 +204,7 @@ def remove(path: str | Path) -> None:
 
 
 def make(folder: str | Path) -> bool:
-    """Make one folder; False where it is there already."""
+    """Make one folder; False if it is there already."""
     return _make(folder, 0o777)
 
 
@@ -209,7 +214,7 @@ def make_inside(folder: str | Path) -> bool:
     if made:
         with suppress(OSError):  # a file system without modes
             around = stat.S_IMODE(os.stat(Path(folder).parent).st_mode)
-            # the bit by which what is made in it takes its group from it stays
+            # The set-group-id bit stays: by it new files take their group from the folder.
             special = stat.S_IMODE(os.stat(folder).st_mode) & ~0o777
             os.chmod(folder, special | around & 0o775 | 0o700)
     return made
@@ -231,7 +236,7 @@ def _make(folder: str | Path, mode: int) -> bool:
 
 
 def drop(folder: str | Path) -> bool:
-    """Take an empty folder away; False where it is not empty, or gone."""
+    """Remove an empty folder; False if it is not empty, or gone."""
     try:
         os.rmdir(folder)
     except OSError:
@@ -243,7 +248,8 @@ def drop(folder: str | Path) -> bool:
 @contextmanager
 def _created(path: str | Path, mode: int | None) -> Iterator[int]:
     mode = mode_of(path) if mode is None else mode
-    # no other user reads it before it has its mode
+    # 0o600 first: no other user may read it before it has its mode. O_EXCL: never over a file or a
+    # link that is there.
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN | NO_FOLLOW, 0o600)
     try:
         with suppress(OSError, AttributeError):  # a file system, or a Windows, without modes
@@ -260,12 +266,13 @@ def _blocks(file: int) -> Iterator[bytes]:
 
 def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
-    while view:
+    while view:  # a write may take less than it was given
         view = view[os.write(file, view) :]
 
 
 def _fill(file: int, data: bytes) -> Stamp:
     _write_all(file, data)
     sync_file(file)
+    # After the sync, so that the time is that of the last write.
     seen = os.fstat(file)
     return Stamp(seen.st_size, seen.st_mtime_ns)
