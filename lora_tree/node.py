@@ -55,7 +55,7 @@ class Node:
 
     # ------------------------------------------------------------------ the same node, changed
     def holding(self, adapter: Adapter) -> Node:
-        """Return the node with an adapter of its own, and without its files, recipe or staleness."""
+        """Return the node with an adapter of its own, without files, recipe or staleness."""
         return replace(self, loaded=adapter, source=None, fresh=None, stale=None, rereadable=False)
 
     def read_from(self, source: Source) -> Node:

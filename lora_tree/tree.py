@@ -84,7 +84,7 @@ class AdapterTree:
     # ------------------------------------------------------------------ looking
     @property
     def graph(self) -> nx.DiGraph[str]:
-        """The tree as a frozen networkx graph: paths (the root is ``""``), each `Node` under ``node``.
+        """The tree as a frozen networkx graph: paths, with each `Node` under ``node``; the root is ``""``.
 
         A copy: what is written into its attributes, or done to the tree afterwards, does not reach
         the other.
@@ -178,7 +178,7 @@ class AdapterTree:
         return shared
 
     def coefficients(self, blend: Blend) -> dict[str, float]:
-        """Return node → its coefficient, node weights included, in the order of the sum, without zeros.
+        """Return node → coefficient, node weights included, in the order of the sum, without zeros.
 
         Raises:
             PathError: a path is not there; with the nearest that is.
@@ -206,7 +206,7 @@ class AdapterTree:
         coefficients = {}
         for path in sorted(shares, key=depth_first):
             coefficient = total(path, shares[path], self[path].weight)
-            # A zero is left out, not multiplied: 0 · inf would be NaN, and its files are not needed.
+            # A zero is left out, not multiplied: 0 · inf is NaN, and its files need not be read.
             if coefficient != 0.0:
                 coefficients[path] = coefficient
         return coefficients
@@ -383,7 +383,7 @@ class AdapterTree:
 
     # ------------------------------------------------------------------ values
     def adapter(self, path: str) -> Adapter | None:
-        """Return a node's own adapter, read when it is first needed; None for a group or a fresh node.
+        """Return a node's own adapter, read when first needed; None for a group or a fresh node.
 
         It stays in memory from then on; where a model is attached under a budget, as long as that
         allows.
@@ -407,7 +407,7 @@ class AdapterTree:
         return adapter
 
     def outline(self, path: str) -> Adapter | None:
-        """Return a node's own adapter, on the meta device (shapes, ranks, scales) if it is not in memory.
+        """Return a node's own adapter; if it is not in memory, its shapes on the meta device.
 
         Raises:
             PathError: the node is not there.
@@ -565,7 +565,7 @@ class AdapterTree:
                 self.replace(node.holding_nothing())
 
     def release(self, model: AttachedModel) -> None:
-        """Ask a model no more; from now on the tree keeps what it reads, if no other model reads."""
+        """Ask a model no more; from now on the tree keeps what it reads itself."""
         for refs in (self._models, self._readers):
             # References to models that are gone go as well.
             refs[:] = [ref for ref in refs if ref() not in (None, model)]

@@ -78,7 +78,9 @@ def load(
         raise_any(opened.problems, *_accept(opened), after=_go_on(opened))
     _refuse_no_tree(opened)
     if skipped:
-        reasons = [line for text in skipped.values() for line in text.split("\n  ")]
+        reasons: list[str] = []
+        for text in skipped.values():
+            reasons += text.split("\n  ")  # an error's advice stands on lines of its own
         warnings.warn(SkippedWarning(f"left out: {listing(skipped)}", *reasons), stacklevel=2)
     stale = [text for node, text in opened.stale.items() if node not in skipped]
     if stale:

@@ -37,7 +37,7 @@ def blobs(folder: str) -> str | None:
 
 
 def inside(path: str, folder: str) -> bool:
-    """Tell whether ``path``, all links followed, lies in ``folder`` or in the blobs it is made of."""
+    """Tell whether ``path``, all links followed, lies in ``folder`` or in its blobs."""
     return lies_in(os.path.realpath(path), homes(folder))
 
 

@@ -115,7 +115,7 @@ class NewLock:
 def stamps_of(path: str, kept: KeptAdapter, written: Mapping[str, Stamp]) -> Mapping[str, Stamp]:
     """Return size and time of an adapter's two files, of new ones as they were written."""
     if kept.stamps is not None:
-        return kept.stamps
+        return kept.stamps  # the files stay as they are
     return {name: written[f"{path}/{name}"] for name in FILES}
 
 
@@ -146,5 +146,6 @@ class Changes:
     @property
     def writes(self) -> list[str]:
         """The places that get a new file, the lock's included."""
+        # The lock comes last: its bytes are made of the stamps of the others.
         places = [file.place for file in self.files]
         return places if self.lock is None else [*places, self.lock.place]

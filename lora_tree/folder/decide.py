@@ -65,7 +65,9 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
         except LoraTreeError as error:
             raise error.within(path) from error
     leaving = draft.rights.leaving(tree, draft.kept)
-    deletes = frozenset(f"{path}/{name}" for path in leaving for name in FILES)
+    deletes: set[str] = set()
+    for path in leaving:
+        deletes.update(f"{path}/{name}" for name in FILES)
     _refuse_twins(draft.files, deletes)
     needs = YamlNeeds(tree, opened, draft.kept, leaving)
     yaml = _new_yaml(needs, draft.rights)
@@ -76,7 +78,7 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
     same_lock = not draft.files and lock.to_bytes({}) == opened.lock_bytes
     return Changes(
         tuple(draft.files),
-        deletes,
+        frozenset(deletes),
         None if same_lock else lock,
         draft.kept,
         _nodes_after(draft, lock),
@@ -182,7 +184,7 @@ def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdap
 
 
 def _weights_again(node: Node, adapter: Adapter) -> Callable[[], bytes]:
-    """Return a function that renders a node's weights, and holds no adapter that the tree does not."""
+    """Return a function that renders weights, and holds no adapter that the tree does not."""
     source = node.source
     if node.loaded is None and source is not None:
         # It was read for this save alone. A tree of such files may be larger than memory.

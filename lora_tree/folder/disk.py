@@ -1,7 +1,7 @@
 """The few operations by which this library changes a disk; it may fail or be killed at each.
 
 Everything that is written goes through here, in this order: a new file is written whole and synced
-under a name that no reader looks for, then renamed; a folder is synced after what it holds has changed
+under a name that no reader looks for, then renamed; a folder is synced after its content has changed
 names. What the operating system refuses arrives as a `FolderError` that names the file.
 """
 
@@ -108,7 +108,7 @@ def read_file(
         FolderError: the file is refused, or can't be read.
     """
     with named("read it", path), open_plain(path, follow=follow, inside=inside) as file:
-        # Of the open file: the one that had the name a moment ago may have been another.
+        # The open file is asked: the one that had the name a moment ago may be another.
         size = os.fstat(file).st_size
         if most is not None and size > most:
             raise FolderError(f"{path}: {size} bytes; the most is {most}")
@@ -125,7 +125,7 @@ def digest(path: str | Path, *, follow: bool = True) -> str:
 
 
 def mode_of(path: str | Path) -> int:
-    """Return the mode that a file of this name has, or will have from the folder that it comes into.
+    """Return the mode that a file of this name has, or will get from its folder.
 
     If the folder is not there yet, the next one above it that is there counts. Only the owner may
     write a new file and, if the folder allows it, the group.

@@ -28,6 +28,7 @@ class FolderStorage:
 
     def read_adapter(self, folder: Path) -> Adapter:
         """Read one adapter; see `Adapter.load`."""
+        # A file of another program's format is told by its content, before a folder is expected.
         found = recognise(Path(os.path.abspath(folder)))
         if found.file is not None:
             return ForeignSource(found).load()

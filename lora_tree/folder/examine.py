@@ -41,6 +41,7 @@ def hashed(files: Files) -> str:
         FolderError: a file can't be read.
         BudgetError: a file is larger than all memory. It could not be used, so it is not read.
     """
+    # Before a byte is read: to hash hundreds of GB that can't be used would only take time.
     for name in FILES:
         check_fits(files.now[name][1].size, os.path.join(files.folder, name), free=False)
     return content(*(disk.digest(files.now[name][0]) for name in FILES))
@@ -73,6 +74,7 @@ def examine(files: Files) -> Examined:
     try:
         adapter = peft.read_adapter(config, weights, where=files.folder, witness=hashing)
     except UnsupportedAdapter:
+        # The hash was not fed to its end, so the files are hashed for themselves.
         read_tensors(weights, os.path.join(files.folder, WEIGHTS), outline=True)
         return Examined(hashed(files), untrained=False)
     return Examined(hashing.content(), adds_nothing(adapter))

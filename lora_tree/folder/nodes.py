@@ -22,6 +22,7 @@ def node_of(opened: Opened, path: str) -> Node:
         return Node(path, entry.weight, fresh=entry.fresh)
     folder = entry.files.folder
     known = lock.nodes.get(path) if lock is not None else None
+    # No content where the files are not those of the lock: then no read could be compared with it.
     source = FolderSource(
         folder,
         # A save of the tree may have decided on files of its own folders, never on those elsewhere.

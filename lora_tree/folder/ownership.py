@@ -122,7 +122,7 @@ class Ownership:
             if self._stays(path, kept, named):
                 continue
             if not self.is_ours(path, files):
-                # A line of tree.yaml can say that a node has no adapter, whatever lies in its
+                # A line of tree.yaml can say that a node has no adapter, also if one lies in its
                 # folder.
                 is_group = path in tree and not tree[path].has_adapter and tree[path].fresh is None
                 if not is_group:

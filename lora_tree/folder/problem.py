@@ -90,6 +90,8 @@ def raise_any(
         texts = [problem.text for problem in problems if problem.kind == kind]
         if texts and kind not in set(but):
             # A text is an error's own: its advice stands on lines of its own.
-            lines = [line for text in texts for line in text.split("\n  ")]
+            lines: list[str] = []
+            for text in texts:
+                lines += text.split("\n  ")
             lines += todo if kind == "unlocked" else ()
             raise error(*lines, *after)

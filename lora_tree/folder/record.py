@@ -115,9 +115,9 @@ def read_record(folder: str | Path) -> Record | None:
         if not os.path.lexists(file):
             return None  # the writer carried it out between the lstat and the read
         raise
-    check_places(
-        Path(folder), [move.to for move in record.moves], [gone.at for gone in record.deletes]
-    )
+    moved_to = [move.to for move in record.moves]
+    deleted = [gone.at for gone in record.deletes]
+    check_places(Path(folder), moved_to, deleted)
     return record
 
 

@@ -124,6 +124,7 @@ class _Saves:
     def find(self, name: str) -> tuple[str, Stamp] | None:
         """Return where a file of the adapter is, and its stamp; None if it is nowhere."""
         for at in self._candidates(name):
+            # Only files in this tree's folder count, wherever a link of that name leads.
             stamp = disk.stamp(at)
             if stamp is not None and not leaves(at, self._root):
                 return at, stamp
@@ -168,6 +169,7 @@ def scan(root: str, decided: Pending) -> Scan:
         here, below = _look_into(root, above, result)
         if here:
             found[above] = here
+        # A stack, not recursion: a stranger's folders may be nested deeper than Python allows.
         stack.extend((path, depth + 1) for path in below)
     _carry_out_in_thought(found, decided)
     for above in sorted(found, key=lambda path: path.split("/")):

@@ -97,6 +97,7 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
     """Return the lock's entries for every lineage that its nodes mention, each step once."""
     found: dict[str, LineageLock] = {}
     for one in mentioned:
+        # A lineage of which the lock lists no steps stays known by its hash alone.
         above = ROOT
         for step in one.on.steps or ():
             digest = lineage(above, step.content, step.weight)
@@ -149,6 +150,7 @@ def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str |
         return f"{path}: the files of the base {base.name} have changed since it was trained"
     if was.on.digest == above.digest:
         return None
+    # A child of the root has no ancestor that could have changed, so it was moved there.
     parent = path.rpartition("/")[0]
     since = f"the lineage of {parent} has changed" if parent else "it was moved to the top"
     text = f"{path}: {since} since it was trained"

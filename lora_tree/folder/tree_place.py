@@ -97,6 +97,7 @@ def _not_a_tree(file: str) -> FolderError:
 
 def _nothing_there(where: str, spelled: str) -> FolderError:
     folder, name = os.path.split(where)
+    # The part that is missing may be further up than the last name.
     near = f"; nor is there a folder {folder}"
     if os.path.isdir(folder):
         near = suggest(name, os.listdir(folder))

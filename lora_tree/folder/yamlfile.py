@@ -206,7 +206,7 @@ def _events(text: str, file: str) -> Iterator[Any]:
 
 
 def _take(event: Any, into: _Open, place: str) -> _Open | None:
-    """Put a value where it belongs; return it if it is a mapping or list that is yet to be filled."""
+    """Put a value where it belongs; return it if it is a mapping or list, to be filled."""
     if isinstance(event, ev.AliasEvent) or event.anchor is not None:
         raise SpecError(f"{place}: an anchor or alias (&, *); write the value out")
     if event.tag is not None:
@@ -328,7 +328,9 @@ def _atom(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+        if math.isnan(value):
+            return ".nan"
+        return ".inf" if value > 0 else "-.inf"
     return "{}" if isinstance(value, Mapping) else json.dumps(value)
 
 
