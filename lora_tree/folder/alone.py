@@ -48,6 +48,8 @@ def finish_nodes(root: str) -> None:
         FolderError, SpecError: a record there can't be carried out, or not be trusted.
     """
     for path, files in scan(root, pending(root)).found.items():
+        # The empty path is the tree's own folder. The caller holds the lock of that folder already,
+        # so to ask for it again here would wait until the time-out.
         if path and leftovers(Path(files.folder)):
             # To become the writer of a folder is to finish what the writers before left there.
             with writing(Path(files.folder)):

@@ -92,6 +92,8 @@ def load(
             raise StaleError(*stale, todo)
         warnings.warn(StaleWarning("stale: " + "; ".join(stale), todo), stacklevel=2)
     tree = _tree(opened, skipped)
+    # A later save compares the folder with what was seen here. So it can refuse to undo what
+    # another process wrote in between.
     remember(tree, place, Seen.of(opened))
     return tree
 
@@ -192,6 +194,8 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
     """Do what `lock` does, and return what the new lock accepts that the old one did not."""
     place = place_of(path)
     with writing(Path(place.folder)) as transaction:
+        # `check` says that a lock clears what cut-off saves left, in the nodes' folders as well.
+        # That comes before the look, so that the look finds every file at its own place.
         finish_nodes(place.folder)
         opened = inspect(place)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))

@@ -140,6 +140,8 @@ def _sampled(file: Path, size: int) -> bytes:
         found = hashlib.sha256()
         stream.seek(0)
         found.update(stream.read(start))
+        # The step is never smaller than a sample. So the samples of a small file cover it whole,
+        # and those of a large one do not overlap.
         step = max((size - start) // _SAMPLES, _SAMPLE_BYTES)
         for offset in range(start, size, step):
             stream.seek(offset)

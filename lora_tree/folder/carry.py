@@ -35,6 +35,8 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
         FolderError: a file is not what the record says, or the disk refuses.
     """
     stage = folder / HIDDEN / record.stage
+    # A record and a link of this name may come with a download. The moves would then take files
+    # from wherever the link leads.
     if os.path.lexists(stage) and not is_folder(stage, follow=False):
         raise SpecError(f"{stage}: a link, or no folder; a save makes neither", "remove it")
     if not trusted:
@@ -51,6 +53,8 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
             disk.sync(parent)
     disk.remove(folder / HIDDEN / RECORD)
     disk.sync(folder / HIDDEN)
+    # The empty folders go last, when the record is gone. A kill before this leaves an empty folder,
+    # which is no node and does no harm.
     _drop_emptied(folder, emptied)
 
 
@@ -61,6 +65,8 @@ def _move(folder: Path, stage: Path, record: Record) -> set[Path]:
         staged, place = stage / str(i), folder / move.to
         if not disk.exists(staged):
             continue  # an earlier attempt carried it to its place
+        # The save made these folders before its decision. They are made again here, because another
+        # program may have removed an empty one since.
         for part in [*place.relative_to(folder).parents][-2::-1]:
             disk.make_inside(folder / part)
         disk.rename(staged, place)
@@ -91,6 +97,8 @@ def _verify(folder: Path, record: Record) -> None:
 
 def _refuse_changed(folder: Path, place: str, was: FileLock | None) -> None:
     now = there_now(folder / place)
+    # An absent file passes: an earlier attempt may have removed it, and nothing is lost by going
+    # on.
     if now is not None and now != was:
         raise FolderError(
             f"{folder / place}: not the file that a cut-off save was to replace or delete",

@@ -52,6 +52,8 @@ def check(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
 
 def _adapters(opened: Opened, dtype: torch.dtype) -> Iterator[Problem]:
     """Read every adapter that has no problem yet, and judge its numbers."""
+    # An adapter with such a problem is not read again: the read would only fail for the same
+    # reason, and the problem would be listed twice.
     told = {problem.node for problem in opened.problems if problem.kind in ("adapter", "unlocked")}
     for path, entry in opened.entries.items():
         source = node_of(opened, path).source
@@ -99,6 +101,8 @@ def _fits(value: LowRank, weight: float, dtype: torch.dtype) -> bool:
 
 def _leftovers(opened: Opened) -> Iterator[Problem]:
     """Find the remains of saves that were cut off, in the tree's own folder and in its nodes'."""
+    # The scan lists the top folder too if an adapter lies in it. A dict drops the second mention,
+    # so that its remains are told once.
     for path in dict.fromkeys(["", *opened.scan.found]):
         folder = Path(opened.place.folder, path)
         try:

@@ -49,6 +49,8 @@ def writing(folder: Path) -> Iterator[Transaction]:
         SpecError: a commit record that can't be trusted.
     """
     with only_writer(folder):
+        # The order matters: `sweep` removes every stage. If it came first it would remove the files
+        # that an earlier save has decided on and not yet moved.
         record = read_record(folder)
         if record is not None:
             carry_out(folder, record)
@@ -177,6 +179,8 @@ class Transaction:
     # ------------------------------------------------------------------ deciding
     def _decide(self, record: Record) -> None:
         """Give the record its name, and carry it out."""
+        # The names of the staged files have to last before the record does. Otherwise a power cut
+        # could leave a decision whose files are gone.
         disk.sync(self._stage)
         disk.sync(self._hidden)
         draft = self._stage / "record"

@@ -195,6 +195,8 @@ def _weights_again(node: Node, adapter: Adapter) -> Callable[[], bytes]:
 def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdapter:
     """Decide to leave a node's files where they are, to name them, or to copy them."""
     files, home = source.files(), draft.folder_of(node.path)
+    # Real paths are compared, because the tree may have been opened through a link. By their names
+    # alone, files in their place would look like files elsewhere and be copied onto themselves.
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy:

@@ -44,6 +44,7 @@ __all__ = [
     "write",
 ]
 
+# Files are hashed and copied in blocks, because a weights file may be larger than the free memory.
 _BLOCK = 1 << 18
 
 
@@ -157,6 +158,8 @@ def replace(path: str | Path, data: bytes) -> None:
         with suppress(OSError):
             os.unlink(beside)
         raise
+    # The rename itself lasts only once the folder is synced. Without this a power cut could bring
+    # the old file back after this function had returned.
     sync(Path(path).absolute().parent)
 
 
@@ -179,6 +182,8 @@ def copy(
         open_plain(source, inside=inside) as origin,
         _created(path, mode) as file,
     ):
+        # The hash is taken of the bytes that are copied. A second read of the source could see
+        # other bytes, because another process may write it meanwhile.
         for block in _blocks(origin):
             found.update(block)
             _write_all(file, block)

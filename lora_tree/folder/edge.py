@@ -70,4 +70,6 @@ def _adapter_folder(folder: Path) -> str:
     return place
 
 
+# The values may not import this room, because imports point inward. So the room registers itself
+# when it is imported; without this `Adapter.load` would have nothing to read with.
 install(FolderStorage())

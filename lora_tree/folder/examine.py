@@ -102,6 +102,8 @@ def adds_nothing(adapter: Adapter) -> bool:
     for value in adapter.modules.values():
         if value.bias is not None and torch.count_nonzero(value.bias):
             return False
+        # An increment is the product B A, so one zero factor is enough. B comes first: it is the
+        # zero one in a fresh adapter, and A is not counted then.
         if torch.count_nonzero(value.B) and torch.count_nonzero(value.A):
             return False
     return True

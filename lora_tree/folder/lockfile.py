@@ -43,6 +43,7 @@ __all__ = [
 ROOT = hashlib.sha256(b"lora_tree lineage 1").hexdigest()
 
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+# The system reports sizes as signed 64-bit integers, so a larger number in a lock is a mistake.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 _REPAIR = (
@@ -54,6 +55,7 @@ class FileLock(StrictModel):
     """The size and time of a file, which are seen without reading it."""
 
     size: Count
+    # A file may be dated before 1970, so a time may be negative.
     mtime_ns: Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
     @classmethod
@@ -142,6 +144,8 @@ def parse_lock(raw: bytes, file: str) -> TreeLock:
         data = strict_json.loads(raw, file)
         check_format(data, file)
         lock = TreeLock.model_validate(data)
+        # The empty path passes `check_path`, since it is the root's. But the root has no adapter,
+        # so no entry of a lock can be about it.
         for path in lock.nodes:
             if not check_path(path):
                 raise PathError("a node without a name")

@@ -140,6 +140,8 @@ def _read_files(opened: Opened) -> tuple[Pending, Located | None]:
     place, decided, located = opened.place, Pending(), None
     wrong: list[tuple[Kind, LoraTreeError]] = []
     try:
+        # Each file is read in a `try` of its own. So a mistake in one of them does not hide the
+        # mistakes in the others.
         decided = pending(place.folder)
     except LoraTreeError as error:
         wrong.append(("record", error))
@@ -223,6 +225,8 @@ def _changed(files: Files, known: NodeLock) -> str | None:
     """Say how the files differ from the lock; the hash decides if only the time does."""
     locked: dict[str, FileLock] = dict(zip(FILES, (known.config, known.weights), strict=True))
     for name, stamp in files.stamps.items():
+        # Sizes are compared before anything is hashed: another size is another content, and to hash
+        # the files would read every byte of them.
         if stamp.size != locked[name].size:
             return f"{name} has {stamp.size} bytes, the lock says {locked[name].size}"
     if all(stamp.mtime_ns == locked[name].mtime_ns for name, stamp in files.stamps.items()):

@@ -117,6 +117,8 @@ class Ownership:
         """
         going, unseen, back = [], [], []
         folder = self.opened.place.folder
+        # A tree.yaml may name a folder inside of the tree's own. The adapter there belongs to the
+        # node that names it, so it is not one that no node has any more.
         named = {os.path.relpath(own.folder, folder) for own in kept.values() if own.named}
         for path, files in self.opened.scan.found.items():
             if self._stays(path, kept, named):

@@ -31,6 +31,8 @@ Kind: TypeAlias = Literal[
     "numbers",
 ]
 
+# `raise_any` raises the first kind in this order that occurs. Files that say what the folders mean
+# come first, because a mistake in them is the cause of others.
 _RAISED: dict[str, type[LoraTreeError]] = {
     "newer": NewerFormat,
     "record": SpecError,

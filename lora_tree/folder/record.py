@@ -123,6 +123,7 @@ def read_record(folder: str | Path) -> Record | None:
 
 def _refuse_earlier(data: Mapping[str, Any], file: str) -> None:
     version = data.get("version")
+    # `isinstance` would take True for the version 1, because a bool is an int in Python.
     if type(version) is int and version < VERSION:
         raise SpecError(
             f"{file}: a save by an earlier lora_tree (format {version}) was cut off; "
@@ -143,8 +144,11 @@ def check_places(folder: Path, writes: Iterable[str], deletes: Iterable[str]) ->
         SpecError: names the place.
     """
     file = folder / HIDDEN / RECORD
+    # The places are gone through twice, and an iterator would be empty the second time.
     deletes = list(deletes)
     places = [*writes, *deletes]
+    # Many disks take two names that differ only by case for one file. There the second move would
+    # replace what the first one put in place.
     if len({place.casefold() for place in places}) != len(places):
         raise SpecError(f"{file}: names a file twice")
     clear: set[str] = set()
@@ -156,6 +160,8 @@ def check_places(folder: Path, writes: Iterable[str], deletes: Iterable[str]) ->
         if above not in clear:  # two files of a node share the way, and each step is an lstat
             _refuse_links(folder, above)
             clear.add(above)
+    # A save replaces tree.yaml and tree.lock, and deletes neither. So a record that deletes a file
+    # in the top folder was not made by a save.
     for place in deletes:
         if "/" not in place:
             text = f"{file}: {place[:200]!r} is no file that a save deletes"

@@ -76,6 +76,8 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
         stale = stale_text(path, on, above, base)
         if stale is not None:
             result.stale[path] = stale
+        # A later save may delete files that are marked as written. Files that their user moved here
+        # or changed are the user's, so they lose the mark.
         written = before == path and old.nodes[path].written
         nodes[path] = node_lock(entry.files.stamps, content, on, base, written=written)
     result.gone = [path for path in old.nodes if path not in nodes]

@@ -85,10 +85,15 @@ def resolve(
         for path, node, loc in walk(spec):
             at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
             found.add_listed(path, node, spec.defaults, at)
+    # The scan lists parents first, so the adapter of a run is known before its steps are judged.
     for path, files in scan.found.items():
         found.add_folder(path, files)
+    # Links come last: whether one belongs to a run that is passed over depends on the nodes found
+    # so far.
     for path, target in scan.links.items():
         found.judge_link(path, target)
+    # Parents come before their children in this order. Callers rely on it: a lineage is made from
+    # the one above it.
     ordered = {path: found.entries[path] for path in sorted(found.entries, key=_by_level)}
     problems = [*found.problems, *_twins(ordered, folder)]
     return Resolved(ordered, problems, found.passed)
@@ -173,6 +178,7 @@ class _Resolving:
     # ------------------------------------------------------------------ an adapter in a folder
     def add_folder(self, path: str, files: Files) -> None:
         """Add an adapter's folder as a node or as a problem, or pass it over."""
+        # `os.path.relpath` spells the top folder ".", and a scan spells it "".
         if (path or ".") in self.claimed:
             return
         if path in self.entries and (self.entries[path].null or self.entries[path].named):

@@ -29,7 +29,11 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
     with ExitStack() as undo:
         make_all(Path(place.folder), undo)
         with writing(Path(place.folder)) as transaction:
+            # A record that is left in a node's folder is carried out first. Readers look through
+            # such a record, so after this save they would see its files instead of the new ones.
             finish_nodes(place.folder)
+            # The folder is looked at under the writer's lock. Otherwise another save could change
+            # it between this look and the changes that are decided from it.
             opened, seen = inspect(place), recall(tree, place)
             raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
             changes = decide(tree, opened, seen, copy=copy)

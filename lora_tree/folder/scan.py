@@ -27,6 +27,8 @@ __all__ = ["FILES", "Files", "Scan", "find_files", "scan"]
 
 FILES = (CONFIG, WEIGHTS)
 _NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
+# Somebody may name a home folder or a whole disk by mistake. The limit ends such a scan with a
+# message instead of letting it run for hours.
 _MOST_FOLDERS = 1_000_000
 
 Found: TypeAlias = dict[str, tuple[str, Stamp]]
@@ -204,6 +206,8 @@ def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 path = f"{above}/{entry.name}" if above else entry.name
+                # The record of the top folder is in ``decided`` already, so only those of folders
+                # below are read.
                 if entry.name == HIDDEN and above:
                     here.update(_decided_alone(folder))
                 elif entry.name.startswith("."):
@@ -212,6 +216,8 @@ def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
                     below.append(path)
                 elif entry.is_symlink() and entry.is_dir():
                     result.links[path] = os.path.realpath(entry.path)
+                # The system lists names in any order. A staged file has to win over the one at its
+                # place even if the hidden folder was listed first.
                 elif entry.name in _NAMES and entry.name not in here:
                     _look_at(entry, root, above, here, result)
     except OSError as error:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 __all__ = ["is_step", "paths_above", "step_of"]
 
+# The Trainer of transformers gives its folders these names. So a name like ``checkpoint-best`` is
+# left to people, who may call a node that.
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+\Z")
 
 
@@ -27,6 +29,8 @@ def step_of(path: str) -> str | None:
     """
     for on in (*paths_above(path), path):
         if is_step(on):
+            # At the top of the tree no run lies above the step: the root is the bare base, which
+            # has no run.
             return on.rpartition("/")[0] or None
     return None
 

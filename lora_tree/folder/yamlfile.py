@@ -36,6 +36,8 @@ _MAX_NESTING = (
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+# The number of digits is bounded, because Python raises a ValueError for an `int` of more than
+# 4,300 digits. A longer text stays a string, and the schema refuses that with its line.
 _INT = re.compile(r"[-+]?[0-9]{1,300}\Z")
 _BASED = re.compile(r"0o[0-7]{1,300}\Z|0x[0-9a-fA-F]{1,300}\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
@@ -135,6 +137,8 @@ def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:
     stack: list[tuple[str, NodeSpec, Loc]] = [
         (name, node, ("tree", name)) for name, node in spec.tree.items()
     ]
+    # A stack gives back last what was put first, so both lists are reversed to keep the order of
+    # the file.
     stack.reverse()
     while stack:
         path, node, loc = stack.pop()
@@ -155,6 +159,8 @@ def parse_yaml(raw: bytes, file: str) -> Located:
     if len(raw) > YAML_BYTES:
         raise SpecError(f"{file}: {len(raw)} bytes; the most is {YAML_BYTES}")
     try:
+        # Some editors begin a file with a byte order mark, which is no part of the text.
+        # "utf-8-sig" drops it.
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start].split(b"\n")
@@ -163,6 +169,8 @@ def parse_yaml(raw: bytes, file: str) -> Located:
     top = _Open([], _Spot(1, 1))
     for number, event in enumerate(_events(text, file)):
         place = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        # The limit is checked while events are read, so a hostile file is refused before its values
+        # fill the memory.
         if number > YAML_VALUES:
             raise SpecError(
                 f"{place}: more than {YAML_VALUES:,} keys and values, which no tree has"
@@ -229,6 +237,8 @@ def _take(event: Any, into: _Open, place: str) -> _Open | None:
     opened: _Open | None = None
     value: Any
     if isinstance(event, ev.ScalarEvent):
+        # Only a plain scalar gets a type from its look. A quoted one is a string, which is how a
+        # tree.yaml says that "1.0" is a text.
         value = _scalar(event.value, place) if event.style is None else event.value
     else:
         value = {} if isinstance(event, ev.MappingStartEvent) else []
@@ -337,6 +347,8 @@ def _atom(value: Any) -> str:
 def _string(text: str) -> str:
     if _PLAIN.match(text) and text.lower() not in _ELSEWHERE and isinstance(_scalar(text, ""), str):
         return text
+    # A JSON string is a double-quoted scalar of YAML 1.2. YAML also wants what is not printable to
+    # be escaped, and JSON lets some of that stand.
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else _escape(c) for c in quoted)
 
@@ -354,6 +366,8 @@ def json_schema() -> dict[str, Any]:
     schema["title"] = "tree.yaml of lora_tree"
     for model in (schema, *schema["$defs"].values()):
         for shape in model["properties"].values():
+            # By itself the pattern only says what fitting names hold: JSON Schema lets any other
+            # name pass, so an editor would not mark a wrong one.
             if "patternProperties" in shape:
                 shape["additionalProperties"] = False
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
