@@ -268,6 +268,7 @@ def _why_left(model: nn.Module, name: str, site: Site | None, change: Tensor) ->
         return f"{tuple(change.shape)}: no matrix, and no batch of them"
     own = model.get_parameter(name)
     sharing = []
+    # By default torch names a shared parameter once, so a tied one would not be seen here.
     for other, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is own and other != name:
             sharing.append(other)
@@ -294,6 +295,8 @@ class _ModuleFactors:
             SpecError: the bounds can't both be met; names the module.
         """
         rows = site.rows(change)  # (batch, a, b): one batch per expert
+        # The norm is taken in fp64, because what is left of it is found below as the difference of
+        # two sums of squares that are nearly equal.
         norm = float(torch.linalg.vector_norm(rows.double()))
         most = min(rows.shape[-2:])
         bound = min(self._rank or most, most)
@@ -329,6 +332,7 @@ class _ModuleFactors:
         """
         if self._max_error is None:
             return asked
+        # Rounding can make the difference a little less than zero, and its root would be NaN.
         rest = (norm**2 - kept.cumsum(0)).clamp(min=0).sqrt() / norm
         within = (rest <= self._max_error).nonzero()
         return None if len(within) == 0 else int(within[0]) + 1
@@ -338,15 +342,21 @@ def _range_finder(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Left (batch, a, k), right (batch, k, b) and what each singular vector holds of ‖·‖², (k,)."""
     *_, a, b = rows.shape
     width = min(rank + OVERSAMPLED, a, b)
+    # The numbers are drawn on the CPU and then moved: a GPU's generator gives others for the same
+    # seed, so the result would depend on the device.
     generator = torch.Generator(device="cpu").manual_seed(SEED)
     omega = torch.randn(b, width, generator=generator, dtype=rows.dtype).to(rows.device)
     Q, _ = torch.linalg.qr(rows @ omega)
     # Each step squares the ratio of two singular values, so that the small ones fade.
     for _ in range(POWER_STEPS):
+        # Each product is made orthogonal again. Otherwise all columns would turn toward the largest
+        # singular vectors, and rounding would lose the others.
         P, _ = torch.linalg.qr(rows.mT @ Q)
         Q, _ = torch.linalg.qr(rows @ P)
     U, S, Vh = torch.linalg.svd(Q.mT @ rows, full_matrices=False)
     k = min(rank, S.shape[-1])
+    # Each factor gets half of every singular value. So both have numbers of one size, and neither
+    # is the first to overflow or to vanish in fp16.
     root = S[..., :k].sqrt()
     left = (Q @ U[..., :, :k]) * root[..., None, :]
     right = root[..., :, None] * Vh[..., :k, :]

@@ -59,6 +59,8 @@ class LlamaRequest:
     @property
     def arguments(self) -> list[str]:
         """The server's flags."""
+        # Without this flag llama.cpp's server starts with every adapter at scale 1, so a request
+        # without a list would get the sum of all nodes.
         flags = ["--lora-init-without-apply"]
         for file in self.files:
             flags += ["--lora", str(file)]
@@ -232,6 +234,8 @@ class _Form:
             writer.add_float32("adapter.lora.alpha", 0.0)
             for name, tensor in tensors.items():
                 writer.add_tensor(name, tensor.contiguous().numpy())
+            # The three calls have to come in this order: the writer notes how far the file is, and
+            # raises a ValueError out of turn.
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -247,6 +251,8 @@ class _Form:
         found: dict[str, Tensor] = {}
         for module, value in adapter.modules.items():
             own = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            # A base with tied embeddings has no output.weight in its GGUF file, so llama.cpp would
+            # find nothing to add the factors to.
             if own is None or (own == "output.weight" and tied):
                 raise FormatError(
                     f"{module}: GGUF has no tensor of its own for it in {architecture}",

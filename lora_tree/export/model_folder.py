@@ -96,6 +96,8 @@ def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
     with disk.named("ask for its disk's room", place.parent):
         # The folders around the place may not be there yet: nothing is made before all is checked.
         nearest = next(above for above in place.absolute().parents if above.exists())
+        # The disk is asked before the first byte: an export may run for hours, and would otherwise
+        # fail at its end.
         free = shutil.disk_usage(nearest).free
     if free < needs_bytes:
         raise FolderError(f"{place}: needs {needs_bytes:,} bytes, the disk has {free:,} left")

@@ -42,6 +42,7 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
     'xxxx… (1,000,000 characters)'
     """
     text = str(text)
+    # The text is cut before its characters are looked at: it may be as long as a request.
     head = printable(text[:most])
     return head if len(text) <= most else f"{head}… ({len(text):,} characters)"
 
@@ -105,6 +106,8 @@ class NameRules:
         patterns = tuple(
             tuple(pattern.split("/")) for pattern in self.allow if pattern not in exact
         )
+        # The patterns are split once, because every request is matched against them. A frozen
+        # dataclass refuses a plain assignment in its own `__post_init__` too.
         object.__setattr__(self, "_exact", exact)
         object.__setattr__(self, "_patterns", patterns)
 
@@ -140,6 +143,8 @@ class NameRules:
         is_blend = ":" in name or "+" in name
         if is_blend and not self.blends:
             raise SpecError("blends are not served by name", "LORA_TREE_VLLM_BLENDS=1 allows them")
+        # The signs are counted before the blend is parsed, so that a name of thousands of paths
+        # costs no more than reading it.
         if name.count("+") >= MOST_PATHS:
             raise SpecError(
                 f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served"
@@ -151,6 +156,8 @@ class NameRules:
 
     def one_spelling(self, name: str) -> str:
         """Return the one spelling of a name; the name as it is if it is no admitted blend."""
+        # vLLM asks for any text that a client sends. An error raised here would reach it inside a
+        # look into its own dict, where it expects none.
         if len(name) > MOST_CHARACTERS or not (":" in name or "+" in name):
             return name
         try:
@@ -168,6 +175,8 @@ class NameRules:
 
 def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
     """Match name by name. The set holds how many parts of the pattern may be used up so far."""
+    # All positions are followed at once instead of one after another. With several ``**`` in a
+    # pattern the attempts one after another could take exponential time.
     used = _passed({0}, pattern)
     for name in names:
         after = set()

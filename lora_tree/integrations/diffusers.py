@@ -50,6 +50,8 @@ __all__ = [
 ADAPTABLE = re.compile(r"(?:unet|transformer|text_encoder)(?:_[23])?\Z")
 MODEL_INDEX = "model_index.json"
 
+# Both sides are weak: this table keeps neither a component nor a model alive. So a model that was
+# dropped without `detach` leaves its pipeline free for another tree.
 _HELD: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PipelineModel]]
 _HELD = weakref.WeakKeyDictionary()
 
@@ -256,11 +258,14 @@ def _check_free(components: Mapping[str, nn.Module]) -> None:
                 f"a tree is attached to this pipeline's {name} already",
                 "use that model, or call its detach() first",
             )
+        # accelerate, by which diffusers offloads, keeps its hook in this attribute.
         if getattr(component, "_hf_hook", None) is not None:
             raise StateError(
                 f"{name}: the pipeline is offloaded: its weights are moved at every call",
                 "pipe.remove_all_hooks(), and pipe.to(device) instead",
             )
+        # The class is told by the name of its module, so that PEFT need not be imported for the
+        # question.
         if any(type(module).__module__.startswith("peft.") for module in component.modules()):
             raise StateError(
                 f"{name}: LoRAs are loaded into the pipeline",

@@ -190,6 +190,8 @@ class _Resolver:
             return cache.get(view.tree, view.problems, path)
 
     def _opened(self, base: str) -> FlatCache:
+        # Several requests may be the first at once. Without the lock each would open a cache and
+        # start a watcher over the same folder.
         with self._opening:
             if self._cache is None:
                 settings = self._settings

@@ -100,6 +100,8 @@ class Front:
         """Tell whether a running request uses a content."""
         states = self._states() or {}
         folder = self._within + content
+        # The values are copied first: this runs in a thread, and the event loop adds and removes
+        # requests meanwhile. To iterate over the dict itself could raise.
         requests = [getattr(state, "lora_request", None) for state in list(states.values())]
         return any(request is not None and request.lora_path == folder for request in requests)
 
@@ -144,16 +146,22 @@ class Front:
 
     async def _replace(self, found: Flattened) -> None:
         new = request_of(found)
+        # The number comes from vLLM's own counter. Adapters that it loads by other ways take theirs
+        # there too, so no two share one.
         new.lora_int_id = self.models.lora_id_counter.inc(1)
         self.awaits(found.path)
         try:
             await self.models.engine_client.add_lora(new)
         finally:
             self._awaited.pop(found.path, None)
+        # The path may have been dropped while vLLM loaded its new content. It is not put back then.
         if dict.__contains__(self.models.lora_requests, found.path):
             self.models.lora_requests[found.path] = new
 
     async def _drop(self, path: str, unless: Callable[[], bool]) -> bool:
+        # This runs on the event loop, between two requests: no request can begin between the
+        # question and the removal. A path that is still loading stays, since vLLM puts it in when
+        # it is done.
         if unless() or time.monotonic() < self._awaited.get(path, 0.0):
             return False
         dict.pop(self.models.lora_requests, path, None)

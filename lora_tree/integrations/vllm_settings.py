@@ -88,6 +88,7 @@ def _number(environment: Mapping[str, str], name: str, default: N, *, least: N) 
         value = type(default)(text)
     except ValueError:
         value = None
+    # It says `not >=` rather than `<`, so that NaN is refused as well.
     if value is None or not value >= least:
         raise SpecError(f"{name}={text!r}: expected a number, at least {least}")
     return value
@@ -189,11 +190,16 @@ def server_args(
         *("--max-loras", str(max_loras), "--max-cpu-loras", str(on_the_host)),
     )
     environment = {
+        # vLLM asks a resolver only with this; see docs/export.md for what it opens besides.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        # The paths are absolute, because the server may be started in another folder than this
+        # command.
         ZOO: os.path.abspath(as_path(folder)),
         CACHE: os.path.abspath(as_path(cache)),
         CACHE_BYTES: str(cache_bytes),
         MAX_RANK: str(allowed),
+        # `repr` keeps every bit of the number, and a rounded bound could refuse a path that this
+        # one allows.
         MAX_ERROR: repr(float(max_error)),
     }
     if rules.allow is not None:

@@ -52,6 +52,8 @@ def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None
         FormatError: PEFT has no way to write a node; names the node and the module.
     """
     with model.gathered() as tree:
+        # Every rank gathers before the ranks that do not write return. Gathering is a collective
+        # operation, so the writer would wait for a rank that had left.
         tensors = {name: full(t.detach()).cpu().contiguous() for name, t in _trained(model).items()}
         if not writes:
             return
@@ -93,6 +95,8 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         raise FormatError(
             f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)"
         )
+    # Shapes, dtypes and ancestors are all checked before the first number is copied, so that an
+    # error leaves every node as it was.
     for name, new in saved.items():
         own = now[name]
         if new.shape != own.shape or new.dtype != own.dtype:
@@ -178,6 +182,8 @@ def _hash(adapter: Adapter) -> str:
     for name, value in sorted(adapter.modules.items()):
         numbers = dict(zip(("A", "B", "bias"), value.tensors, strict=False))
         told.update(f"{name} {value.scale!r} {value.layout}".encode())
+        # The numbers are hashed in the form of a file, whose header holds dtype and shape as well.
+        # The bare bytes of two different tensors may be the same.
         told.update(render_tensors({part: t.detach().cpu() for part, t in numbers.items()}, {}))
     return told.hexdigest()
 

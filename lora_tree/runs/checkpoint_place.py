@@ -44,6 +44,8 @@ def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
     """
     stage = parent / UNFINISHED
     if writes:
+        # An old checkpoint that a killed run had put aside lies in the stage. It goes back before
+        # the stage is removed, or it would be lost with it.
         put_back(parent)
         with disk.named("clear it", stage):
             shutil.rmtree(stage, ignore_errors=True)

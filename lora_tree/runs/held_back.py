@@ -98,6 +98,8 @@ def keep_what_helps(
     tree = model.tree
     verdicts = []
     for node in nodes:
+        # Only rows of the leaf's own path are used, and no other leaf's path goes through this one.
+        # So a new weight for one leaf does not change the verdict on another.
         own = [row for row in rows if row.path == node]
         has_children = any(tree[path].has_adapter for path in tree.paths(node))
         if not own or has_children:
@@ -105,6 +107,8 @@ def keep_what_helps(
         losses = {
             part: evaluate_at(model, own, _at(node, part), batch=batch) for part in (0.0, 1.0)
         }
+        # Each part in between costs a pass over the rows. They are needed only for a leaf that does
+        # worse than its parent.
         if losses[1.0] > losses[0.0]:
             for part in PARTS[1:-1]:
                 losses[part] = evaluate_at(model, own, _at(node, part), batch=batch)
@@ -122,4 +126,6 @@ def _at(node: str, part: float) -> Blend:
     parent = node.rpartition("/")[0]
     if part in (0.0, 1.0):
         return node if part else parent
+    # A blend counts a node once for each path that goes through it. The two paths share all nodes
+    # above the leaf, whose parts add up to 1 there.
     return {node: part, parent: 1 - part} if parent else {node: part}

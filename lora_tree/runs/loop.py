@@ -162,6 +162,8 @@ class Run:
         >>> # for step in run.steps(save_every=50): print(step.number, step.losses)
         """
         settings, model = self.settings, self.model
+        # The order is drawn for the whole run at once. So a run that was resumed goes on with the
+        # very rows that it would have had.
         order = self._order()
         model.train()
         try:
@@ -333,5 +335,6 @@ def _through(rows: Sequence[Row], nodes: Sequence[str], tree: AdapterTree) -> li
     """Return the rows whose path goes through a node that trains."""
     training = set(nodes)
     paths = {row.path for row in rows}
+    # The lineage is looked up once for each path, because there are far fewer paths than rows.
     through = {path for path in paths if not training.isdisjoint(tree.lineage(path))}
     return [row for row in rows if row.path in through]

@@ -232,4 +232,5 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     """Add the end-of-text token, unless there is none or the tokenizer has added it already."""
     end = tokenizer.eos_token_id
+    # It is a slice and no index, because an empty text has no last token.
     return ids if end is None or ids[-1:] == [end] else [*ids, end]

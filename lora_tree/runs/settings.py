@@ -112,7 +112,9 @@ class Settings:
     def rate_at(self, step: int) -> float:
         """Return the part of the learning rate that holds at a step, counted from 0."""
         if step < self.warm_up:
+            # The count begins at 1, because a first step at rate 0 would change nothing.
             return (step + 1) / self.warm_up
+        # A warm-up may be as long as the whole run, which would make this a division by zero.
         done = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
         if self.schedule == "cosine":
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
