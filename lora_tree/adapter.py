@@ -28,6 +28,8 @@ from .storage import as_path, storage
 __all__ = ["Adapter"]
 
 
+# With eq=False an object keeps its own hash. Plans and caches know an adapter by its identity; a
+# comparison of fields would read every factor, and mappings can't be hashed at all.
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Increments of a base's modules.
@@ -151,6 +153,8 @@ class Adapter:
         return Adapter, self.with_tensors(apart)._arguments()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        # Not by way of `__reduce__`, which gives each tensor a buffer of its own first. deepcopy
+        # copies a buffer that several tensors share once, and the copies share it again.
         return Adapter(*copy.deepcopy(self._arguments(), memo))
 
     def _arguments(self) -> tuple[Any, ...]:
@@ -233,6 +237,7 @@ class Adapter:
 
         def cut(value: LowRank) -> LowRank:
             short, _, relative_error = value.truncate(rank, max_error=max_error)
+            # `map` takes the modules in order, so the n-th error is that of the n-th module.
             errors.append(relative_error)
             return short
 

@@ -61,6 +61,8 @@ class Assembly(nn.Module):
         self.aliases = dict(aliases or {})
         self.prefixes = dict(prefixes or {})
         self.convert = convert
+        # nn.Module begins in training mode, and pipelines hold their models in eval mode. A
+        # `TreeModel` takes over this flag, so it has to be that of the components.
         self.training = any(component.training for component in components.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -161,6 +163,8 @@ class AssemblyNames:
 
     def _spelled(self, component: str, path: str) -> Sequence[str]:
         """The modules of a component whose path reads like ``path`` with underscores for dots."""
+        # Made once for each component: an adapter asks for hundreds of names, and a table of all
+        # modules takes a walk over the whole component.
         table = self._flat.get(component)
         if table is None:
             prefix = self._base.prefixes.get(component, "")

@@ -52,6 +52,8 @@ def parse_blend(blend: Blend) -> dict[str, float]:
         check_path(blend)
         return {blend: 1.0}
     entries: dict[str, float] = {}
+    # No name holds a plus or a colon, so a text can be cut at them. A weight like 1e+5 would be cut
+    # as well, and so `spelled` never writes one.
     for entry in blend.split("+"):
         path, colon, number = entry.strip().rpartition(":")
         if not colon:
@@ -101,9 +103,9 @@ def total(path: str, shares: Sequence[float], weight: float) -> float:
         SpecError: it is too large for a float; names the node.
     """
     try:
-        found = (
-            math.fsum(shares) * weight
-        )  # fsum: the total does not depend on the order of the entries
+        # fsum rounds once, so the total does not depend on the order of the entries.
+        found = math.fsum(shares) * weight
+    # fsum raises where the sum is too large; a product of floats is infinite instead.
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
@@ -123,6 +125,8 @@ def check_finite(value: object, what: str) -> None:
     Raises:
         SpecError: it is not; says ``what`` it should have been.
     """
+    # Written as `not … <=` because every comparison with NaN is false. An integer is compared as it
+    # is: float() raises an OverflowError for one that is too large.
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))

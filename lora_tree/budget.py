@@ -30,6 +30,7 @@ UNITS = {
     "TB": 10**12,
 }
 MOST = 1 << 62
+# The number of digits is bounded, because int() raises an error of Python's own at some thousands.
 _SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
 VARIABLES = {"host": "LORA_TREE_HOST_BUDGET", "device": "LORA_TREE_DEVICE_BUDGET"}
 
@@ -81,6 +82,8 @@ class Budgets:
         >>> Budgets.of("2MiB", None, environment={"LORA_TREE_DEVICE_BUDGET": "1kB"})
         Budgets(host_bytes=2097152, device_bytes=1000)
         """
+        # Each budget by itself: a program may name one in code and leave the other to the
+        # environment.
         found = []
         for (name, variable), asked, in_yaml in zip(
             VARIABLES.items(), (host, device), spec, strict=True

@@ -87,6 +87,8 @@ def wider_tensor(one: Tensor, other: Tensor) -> Tensor:
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor in blocks on the CPU; an empty one is one empty block."""
     flat = tensor.detach().reshape(-1)
+    # The two tensors may be on different devices. Both come to the CPU a block at a time, so that
+    # the base's device needs no memory for the comparison.
     for start in range(0, max(flat.numel(), 1), BLOCK):
         yield flat[start : start + BLOCK].cpu()
 

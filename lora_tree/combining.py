@@ -86,8 +86,8 @@ class _Combination:
                 modules[name] = _sum(list(values.values()))
         return Adapter(
             modules,
-            # Fields that terms disagree on are dropped: they would not be true of the sum.
             base=next((term.base for term in self._taken if term.base), None),
+            # Fields that terms disagree on are dropped: they would not be true of the sum.
             config=_agreed([term.config for term in self._taken if term.config]),
             unchanged={name: tensor for name, (_, tensor) in self._carried.items()},
             nesting={module: order for module, (_, order) in self._nesting.items()},
@@ -118,6 +118,7 @@ class _Combination:
                 raise ShapeMismatch(
                     f"two adapters order its parameters differently: {known} and {order}"
                 )
+        # The longer one also places parameters that the other term does not change.
         if len(order) > len(known):
             before, known = at, order
         self._nesting[module] = before, known

@@ -87,6 +87,8 @@ def printable(text: str, *, keep: str = "") -> str:
 
 def _line(text: str) -> str:
     """Return one line of a message: printable, and cut in the middle if it is very long."""
+    # Cut before it is escaped: escaping goes over every character, and a stranger's name may be as
+    # long as the file that it comes from.
     if len(text) > MOST_CHARACTERS:
         # In the middle: the place stands at the beginning, got and expected at the end.
         half = MOST_CHARACTERS // 2
@@ -125,6 +127,8 @@ class LoraTreeWarning(UserWarning):
         super().__init__("\n  ".join(_line(line) for line in (what, *todo)))
 
 
+# Each error is one of Python's own kinds too, so that code which does not know this library catches
+# it where it would catch any such error.
 class SpecError(LoraTreeError, ValueError):
     """A tree.yaml, a lock or an argument says something that makes no sense."""
 
@@ -133,6 +137,8 @@ class NewerFormat(SpecError):
     """A newer lora_tree wrote the file, in a format unknown to this one; upgrade to read it."""
 
 
+# LookupError and not KeyError: str() of a KeyError is a repr, which would show the lines of a
+# message as one, with \n between them.
 class PathError(LoraTreeError, LookupError):
     """A path or a blend names a node that is not there, or is not a valid name."""
 

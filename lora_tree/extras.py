@@ -48,6 +48,8 @@ def need(module: str, *, extra: str, what: str) -> Any:
     lora_tree.errors.MissingExtra: the demo needs no_such_module, which is not installed
       pip install 'lora_tree[peft]'
     """
+    # Looked for before it is imported: an ImportError out of a package that is installed has
+    # another cause, and the advice to install it would be wrong.
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # find_spec imports the package around a.b, which may be missing

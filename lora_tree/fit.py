@@ -110,6 +110,8 @@ def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str,
         above = {node: outlines[node] for node in tree.lineage(path) if node in outlines}
         for text in _clashes(path, above):
             found.append((path, text))
+        # With a base the outlines have today's names, so two names are two modules. An outline that
+        # does not fit the base is listed by `misfits`.
         if base is None:
             for text in _two_names(path, above):
                 found.append((path, text))

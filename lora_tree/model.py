@@ -138,6 +138,7 @@ def attach_as(
 
     They are checked here.
     """
+    # The likeliest mistake is the order of the two arguments, so it gets advice of its own.
     if not isinstance(unchecked(tree), AdapterTree):
         todo = "lora_tree.load opens a folder as a tree: attach(lora_tree.load('zoo/'), base)"
         if isinstance(unchecked(tree), nn.Module):
@@ -201,15 +202,21 @@ class TreeModel(nn.Module):
             )
         self.tree = tree
         self.base = inner
+        # nn.Module begins in training mode. The base's own flag is taken instead, so that a trainer
+        # that reads `model.training` learns the mode that the base is in.
         self.training = inner.training
         self.factors = Factors()
         self._detached = False
+        # Reentrant: `using` holds it while it calls `activate`, and the code inside a block may
+        # switch again. A plain lock would deadlock there.
         self._lock = threading.RLock()
         self._merged = MergedWeights(inner, place=pristine)
         self._manner = Manner(compute_dtype)
         self._compiled = CompileWatch(compiled)
         self._seen_sites = SeenSites()
         link = link_to(inner)
+        # The claim comes before the fresh nodes: if another model holds this base, the tree is
+        # still as the caller left it.
         mine = claim(inner, self)
         try:
             settle_fresh(tree, inner, tree.paths())
@@ -255,6 +262,8 @@ class TreeModel(nn.Module):
         # A missing attribute is the base's from here on. Before, it is a mistake in this method,
         # which the base's answer would hide.
         self._answers = True
+        # Last, because anything before may raise. From here on the tree asks this model before a
+        # node is changed, and under a budget it reads files through it.
         tree.attach(self, reads=self.cache.bounded)
 
     # ------------------------------------------------------------------ answering for the base
@@ -265,6 +274,8 @@ class TreeModel(nn.Module):
             AttributeError: the base has none either, or it is one of the refused names (then it is
                 a `StateError`, too).
         """
+        # nn.Module keeps parameters, buffers and submodules outside of `__dict__`. So Python also
+        # comes here for this model's own ones, and they have to be found before the base's.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -282,10 +293,14 @@ class TreeModel(nn.Module):
     @property
     def _answering_base(self) -> nn.Module | None:
         """The base once `__init__` is over; None before, when every attribute is this object's."""
+        # The dictionaries are read directly. While `_answers` is not set, `self._answers` would
+        # call `__getattr__`, which asks this property, and so on without end.
         return self._modules["base"] if "_answers" in self.__dict__ else None
 
     def _is_own(self, name: str) -> bool:
         held = self.__dict__, self._parameters, self._buffers, self._modules
+        # The class is asked and not the object: hasattr(self, name) would run properties, and
+        # through `__getattr__` it would find the base's attribute and take it for this object's.
         return hasattr(type(self), name) or any(name in of for of in held)
 
     # ------------------------------------------------------------------ switching
@@ -341,6 +356,8 @@ class TreeModel(nn.Module):
         If it fails, the state of before is kept.
         """
         with self._lock:
+            # Under the lock, because another thread may have detached the model while this one
+            # waited.
             self._usable()
             if mode not in get_args(Mode):
                 near = suggest(str(mode), get_args(Mode))
@@ -362,6 +379,8 @@ class TreeModel(nn.Module):
         """
         with self._lock:
             self._usable()
+            # Entered before the switch, so that the block remembers the path of before. It
+            # remembers the pins too: no memory and no file is needed to bring that path back.
             with self._stage.coming_back():
                 self.activate(blend, mode=mode)
                 yield self
@@ -416,10 +435,14 @@ class TreeModel(nn.Module):
             batch = Batch.of(self.tree, paths)
             axis = self._row_axis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first)
             self._usable()
+            # A weight can hold one path only, so rows of several paths always run beside the
+            # weights.
             with self._stage.coming_back():
                 self._stage.become(
                     Request(tuple(paths), "unmerged", RoutedRows(batch, axis, strategy))
                 )
+                # The innermost block: `generate` is wrapped only while these rows are routed, and
+                # it is as before when the earlier path comes back.
                 with expansions(self.base, axis):
                     yield self
 
@@ -444,6 +467,7 @@ class TreeModel(nn.Module):
         # Without the lock, so that it does not wait for a block that another thread has open.
         self._attached()
         blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
+        # A dict is a set that keeps its order: the node that is needed soonest is loaded first.
         nodes: dict[str, None] = {}
         for blend in blends:
             nodes |= dict.fromkeys(self.tree.coefficients(blend))
@@ -490,6 +514,7 @@ class TreeModel(nn.Module):
             self.tree.release(self)
             self.cache.close()
             let_go(self.base)
+            # Last, so that after an error in a step above the caller can call detach() again.
             self._detached = True
 
     def read_adapter(self, path: str, source: Source) -> Adapter:
@@ -505,6 +530,8 @@ class TreeModel(nn.Module):
         used = {path for path in self.factors.training_paths if path in self.tree}
         for request in self._stage.requests():
             for blend in request.blends:
+                # The whole lineage, and not the nodes with a coefficient: if a node of weight 0 got
+                # another weight, it would belong to the path that is active.
                 for path in parse_blend(blend):
                     used.update(self.tree.lineage(path))
         return sorted(used)
@@ -544,7 +571,11 @@ class TreeModel(nn.Module):
                     "prepare needs a bare model that is not prepared yet",
                     "deactivate(), or detach()",
                 )
+            # A compiled base was traced without the hooks that are about to come, and would pass
+            # them by.
             self._compiled.check(self.base)
+            # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
+            # is laid out for the increments of all nodes at its site, and stays as it is.
             settle_fresh(self.tree, self.base, self.tree.paths())
             values: dict[Site, list[LowRank]] = {}
             for path in self.tree.paths():
@@ -553,8 +584,12 @@ class TreeModel(nn.Module):
                     continue
                 for name, value in outline.modules.items():
                     site = self._binder.site_for(path, name, value)
+                    # Some modules read a weight themselves, or run a forward of their own, where a
+                    # side path would be missed or wrong. Such a node can still be merged.
                     if site.why_merged_only is None:
                         values.setdefault(site, []).append(value)
+            # A function, because the stage makes the new side paths itself: it puts the earlier
+            # ones back if the switch to the new ones fails.
             make = partial(Prepared, values, max_rank=max_rank, dtype=self._manner.dtype)
             self._stage.prepare(make)
 

@@ -19,6 +19,8 @@ from .storage import Source
 __all__ = ["Node"]
 
 
+# Identity is the only comparison: by it the tree sees that a node was changed while its files were
+# read (`AdapterTree.replace`), also where the new value has equal fields.
 @dataclass(frozen=True, eq=False)
 class Node:
     """A place in the tree below the root.

@@ -31,6 +31,8 @@ def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
     def there(tensor: Tensor) -> Tensor:
         dtype = tensor.dtype
         if dtype not in views:
+            # A view of another dtype needs a whole number of items, and the memory may end with a
+            # tensor of a narrower dtype.
             whole_items = memory.numel() // dtype.itemsize * dtype.itemsize
             views[dtype] = memory[:whole_items].view(dtype)
         return views[dtype].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

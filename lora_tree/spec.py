@@ -69,6 +69,8 @@ def _compiles(pattern: str, inside: str = "{}") -> str:
     Raises:
         ValueError: it is none, or it can't be matched in bounded time; says what is wrong.
     """
+    # Both ways, because they fail apart: (?i)q_proj compiles alone, but flags can't stand in the
+    # middle of the expression into which PEFT puts it.
     try:
         check_pattern(pattern)
         re.compile(inside.format(pattern))
@@ -217,6 +219,7 @@ class TreeDefaults(LoraSpec):
             return made
         rank = made.r or at_depth(self.rank_by_depth, path)
         alpha = made.lora_alpha or 2.0 * rank
+        # model_copy checks nothing, and need not: both numbers come from fields that were checked.
         return made.model_copy(update={"r": rank, "lora_alpha": alpha})
 
 
@@ -290,6 +293,7 @@ def check_format(data: object, where: str, reads: int = FORMAT) -> None:
         NewerFormat: the version is a number larger than that.
     """
     version = data.get("version") if isinstance(data, Mapping) else None
+    # YAML's `true` is an int in Python, but it is no version.
     if isinstance(version, int) and not isinstance(version, bool) and version > reads:
         raise NewerFormat(
             f"{where}: written by a newer lora_tree (format {str(version)[:20]}); this one reads "

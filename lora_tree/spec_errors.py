@@ -123,6 +123,7 @@ def _inside(loc: Loc, data: Any) -> tuple[Loc, Any]:
 def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:
     model = _model_at(loc[:-1], top)
     words = list(model.model_fields)
+    # Only a LoraSpec has the fields that these words stand for.
     if "lora_alpha" in words:
         words += _SYNONYMS
     word = nearest(key, words)

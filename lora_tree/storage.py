@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import FolderError
 
+# For a type checker alone: both modules import this one, so at run time it would be a cycle.
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .tree import AdapterTree
@@ -112,6 +113,8 @@ def install(edge: Storage) -> None:
 def storage() -> Storage:
     """The edge, which is imported now if a program has imported nothing but values so far."""
     if not _slot:
+        # The edge fills the slot while it is imported. An import statement at the top of this file
+        # would make the values depend on the edge, and on every format.
         importlib.import_module(".folder", __package__)
     return _slot[0]
 
@@ -138,6 +141,7 @@ def as_path(folder: str | os.PathLike[str]) -> Path:
         return Path(folder).expanduser()
     except (TypeError, ValueError) as error:
         raise FolderError(f"{folder!r:.80} is not the name of a folder: {error}") from error
+    # pathlib raises a plain RuntimeError for ~name where the system knows no such user.
     except RuntimeError as error:
         raise FolderError(
             f"{folder}: no such user: {error}", "write the folder out, or ./~name for one here"

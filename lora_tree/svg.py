@@ -66,6 +66,7 @@ class Picture:
 
     def document(self, width: float, height: float) -> str:
         """Return the whole document, ``width`` by ``height``."""
+        # Without the namespace a browser shows the file as a tree of XML, and draws nothing.
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
             f'font-family="monospace" font-size="{self._font_size}">'

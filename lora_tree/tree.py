@@ -79,6 +79,8 @@ class AdapterTree:
         # Those of them that have budgets. The first one reads what the tree needs from files.
         self._readers: list[weakref.ref[AttachedModel]] = []
         self._graph: nx.DiGraph[str] = nx.DiGraph()
+        # With the root in the graph, a node at the top has a parent like any other, and walks need
+        # no case of their own for it. It has no `Node`, so lookups leave it out.
         self._graph.add_node("")
 
     # ------------------------------------------------------------------ looking
@@ -113,6 +115,8 @@ class AdapterTree:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a copy or a pickle, to which no model is attached."""
+        # A weak reference can't be pickled. A deep copy would keep it, and would ask a model that
+        # knows nothing of the copy before its nodes are changed.
         return vars(self) | {"_graph": self._graph.copy(), "_models": [], "_readers": []}
 
     def paths(self, under: str = "") -> list[str]:
@@ -123,6 +127,7 @@ class AdapterTree:
         """
         self._known(under)
         found: list[str] = []
+        # Reversed, because a stack gives back the last entry first and children come by name.
         stack = self.children(under)[::-1]
         while stack:
             path = stack.pop()
@@ -137,6 +142,8 @@ class AdapterTree:
             PathError: ``path`` is not there; with the nearest that is.
         """
         self._known(path)
+        # networkx gives children in the order in which they were added, and a sum in that order
+        # would change its last bits when a saved tree is opened again.
         return sorted(self._graph.successors(path))
 
     def leaves(self) -> list[str]:
@@ -171,6 +178,7 @@ class AdapterTree:
         """
         lineages = [self.lineage(path) for path in paths]
         shared = ""
+        # zip ends with the shortest lineage: no common ancestor lies deeper than any of the paths.
         for level in zip(*lineages, strict=False):
             if len(set(level)) > 1:
                 break
@@ -279,6 +287,8 @@ class AdapterTree:
         if not names:
             raise PathError("the root is the bare base; add nodes below it, like 'fr'")
         parent = "/".join(names[:-1])
+        # The parent first: `_free` looks at its children, and for a parent that is not there
+        # networkx would raise an error of its own.
         self._known(parent)
         self._free(path)
         if sum((adapter is not None, group, bool(lora))) > 1:
@@ -294,6 +304,8 @@ class AdapterTree:
             source = _source(path, adapter)
         elif not group:
             fresh = lora_spec(lora, path)
+        # Everything is checked by now, so an error leaves the tree as it was. No attached model is
+        # asked: a path that is active can't lead through a node that is new.
         node = Node(path, float(weight), loaded, source, fresh)
         self.replace(node)
         return node
@@ -332,12 +344,16 @@ class AdapterTree:
             raise PathError("the root is the bare base and can't be moved to")
         if to == path:
             return
+        # With the slashes, or "french" would be taken for a node below "fr".
         if (to + "/").startswith(path + "/"):
             raise TreeError(f"{path} can't be moved below itself, to {to}")
         self._known("/".join(names[:-1]))
+        # A node is not in its own way, so that a name may change in its case alone.
         self._free(to, but=path)
         below = self.paths(path)
         self._unused([path, *below], "moved")
+        # Read before they leave the graph, which drops their values. Parents stand before children,
+        # and go back in that order: see `replace`.
         nodes = [self[p] for p in (path, *below)]
         self._graph.remove_nodes_from([n.path for n in nodes])
         for node in nodes:
@@ -502,6 +518,8 @@ class AdapterTree:
         flat = combine(
             [(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms]
         )
+        # Before the truncation, which fails on such numbers too, but then every node would be
+        # named.
         _all_finite(flat, terms)
         try:
             if rank is not None or max_error is not None:
@@ -561,11 +579,14 @@ class AdapterTree:
         self._readers.append(weakref.ref(model))
         for path in self.paths():
             node = self[path]
+            # An adapter that is in memory alone stays: to drop it would lose it.
             if node.rereadable:
                 self.replace(node.holding_nothing())
 
     def release(self, model: AttachedModel) -> None:
         """Ask a model no more; from now on the tree keeps what it reads itself."""
+        # The lists are changed in place: a new list bound to `refs` would leave the tree's own as
+        # it is.
         for refs in (self._models, self._readers):
             # References to models that are gone go as well.
             refs[:] = [ref for ref in refs if ref() not in (None, model)]
@@ -580,6 +601,8 @@ class AdapterTree:
         """
         if was is not None and self._graph.nodes.get(node.path, {}).get("node") is not was:
             return
+        # networkx adds a missing end of an edge by itself, and that node would have no `Node`. So
+        # callers replace parents before children.
         self._graph.add_node(node.path, node=node)
         self._graph.add_edge(node.path.rpartition("/")[0], node.path)
 
@@ -617,6 +640,7 @@ class AdapterTree:
 
 def _alive(models: Iterable[weakref.ref[AttachedModel]]) -> Iterator[AttachedModel]:
     for ref in models:
+        # Called once: between a test and a second call the model may be collected.
         model = ref()
         if model is not None:
             yield model
@@ -652,6 +676,7 @@ def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | Non
 def _source(path: str, folder: object) -> Source:
     if not isinstance(folder, (str, os.PathLike)):
         what = f"{path}: expected an Adapter or the folder of one, got {type(folder).__name__}"
+        # The likeliest mistake: an adapter's modules without the `Adapter` around them.
         if isinstance(folder, (LowRank, Mapping)):
             raise SpecError(what, "lora_tree.Adapter({module: …}) is one")
         raise SpecError(what)

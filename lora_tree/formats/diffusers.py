@@ -134,6 +134,8 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     configs = {}
     for component, own in fields.items():
         own["peft_type"] = "LORA"
+        # As bytes through `parse_config`, so that these fields pass the very checks of a PEFT
+        # config, its refusals of DoRA and the like among them.
         configs[component] = parse_config(json.dumps(own).encode(), f"{named}: {component}")
     return configs
 

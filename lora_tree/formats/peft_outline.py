@@ -98,6 +98,8 @@ class Outline:
                     "nn.MultiheadAttention",
                     "train it without lora_bias, or set this bias to zero",
                 )
+        # The outline permutes the axes of a raw parameter's B. Its numbers are brought into that
+        # order here, once, and not in every product.
         return self.adapter.with_tensors(lambda tensor: in_memory(tensor).contiguous())
 
 

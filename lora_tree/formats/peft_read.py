@@ -90,6 +90,8 @@ def read_adapter(
             header = parse_header(weights.head, weights.nbytes, weights_named)
             tensors = dict(header.tensors)
             if not outline:
+                # Not in the caller's memory: the factors that stay are products, new and larger
+                # tensors.
                 in_memory = over(weights.numbers(header))
                 tensors = {key: in_memory(tensor) for key, tensor in tensors.items()}
             return read_products(products, tensors, weights_named)

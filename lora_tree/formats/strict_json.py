@@ -35,6 +35,8 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
             # JSON may spell half a surrogate pair, which Python reads and no file can hold: it
             # would fail only when the value is written again.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+    # UnicodeError is a kind of ValueError, so it comes first: below, it would be told as broken
+    # JSON.
     except UnicodeError as error:
         raise FormatError(f"{where}: not valid UTF-8: {error}", DAMAGED) from error
     except RecursionError as error:
