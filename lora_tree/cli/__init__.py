@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _run(given, own_process=own_process)
+    # typer turns a Ctrl-C inside of a command into this code itself. This one catches a Ctrl-C
+    # outside of the command, which would otherwise end in a traceback.
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -46,6 +48,8 @@ def _run(given: list[str], *, own_process: bool) -> None:
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)
         app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
+    # typer ends a command by SystemExit, with the command's code. That is no Exception, so it
+    # passes.
     except Exception as error:  # the last resort: a user of a shell does not read tracebacks
         print_error(error)
         sys.exit(1)

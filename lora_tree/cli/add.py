@@ -43,6 +43,8 @@ def add_node(
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     lora = {word: value for word, value in given.items() if value is not None}
     if adapter is None or lora or group:
+        # Options of a fresh node beside an adapter go in as well: the tree refuses the mixture, and
+        # an option that is silently ignored would be worse.
         work.tree.add(path, adapter=adapter, weight=weight, group=group, **lora)
         edited = Edited(added=(path,))
     else:
@@ -52,6 +54,8 @@ def add_node(
 
 def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: float) -> Edited:
     try:
+        # As an adapter first: a node's folder that has children opens as a tree as well, but as one
+        # of the children alone, and the node itself would be lost.
         tree.add(path, adapter=adapter, weight=weight)
     except FormatError as no_adapter:
         try:

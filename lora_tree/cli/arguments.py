@@ -33,6 +33,8 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
 
 def _no_progress(context: typer.Context, wanted: bool) -> bool:
     if wanted:
+        # The context is closed when the command ends, by an error too, so the next command that
+        # this process runs prints its progress again.
         context.with_resource(keep_quiet())
     return wanted
 

@@ -56,6 +56,8 @@ def list_problems(
         problems += [(path, "shape", text) for path, text in clashes(tree, skeleton)]
         if skeleton is not None:
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
+    # Notes are no mistakes: a tree opens in spite of them. So they don't count for the exit code,
+    # or the steps that a training run left in the folder would stop a script.
     remarks = notes(folder)
     if as_json:
         told = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
@@ -67,6 +69,7 @@ def list_problems(
             out().print(f"note: {note}", soft_wrap=True)
         out().print(_total(folder, len(problems)), soft_wrap=True)
     if problems:
+        # The code comes after the whole list: a script that sees 1 has every problem, in JSON too.
         raise typer.Exit(1)
 
 

@@ -104,6 +104,8 @@ def _asked(arguments: Sequence[str]) -> str | None:
         # other. Quotes may still be open, so they are split at blanks.
         line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
         words = line.split()[1:]
+    # The options that may stand before a command take no command's name as their value, so the
+    # first word without a dash is the command.
     return next((word for word in words if not word.startswith("-")), None)
 
 
@@ -120,6 +122,7 @@ def _listed(module: str, function: str) -> Callable[[], None]:
     )
 
     def stand_in() -> None:
+        # typer never calls it: the command that is asked for is the one that was imported.
         raise NotImplementedError
 
     stand_in.__doc__ = ast.get_docstring(next(found))

@@ -40,6 +40,7 @@ __all__ = [
     "warnings_in_one_line",
 ]
 
+# rich takes 80 columns where it can't ask a terminal, and would cut tables in files and pipes.
 OFF_TERMINAL_WIDTH = 200
 LINES = "\n\t"
 TRACEBACK = "LORA_TREE_TRACEBACK"
@@ -48,6 +49,8 @@ TRACEBACK = "LORA_TREE_TRACEBACK"
 def any_encoding() -> None:
     """Escape, from now on, a character that a stream's encoding can't hold."""
     for stream in (sys.stdout, sys.stderr):
+        # Where a program or a test has redirected the stream, it may be a StringIO. That one
+        # encodes nothing, and has no `reconfigure`.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -93,6 +96,8 @@ def err() -> Console:
 
 def print_text(text: str) -> None:
     """Print text that a model wrote: as it is for a program, escaped for a terminal."""
+    # The text goes past the console, which escapes and wraps for a pipe as well: a program must get
+    # the model's own characters, even those that a terminal would obey.
     sys.stdout.write((printable(text, keep=LINES) if sys.stdout.isatty() else text) + "\n")
 
 
@@ -108,6 +113,8 @@ def is_quiet() -> bool:
 def keep_quiet() -> Iterator[None]:
     """Leave out progress and notes; warnings, errors and results are printed."""
     global _quiet
+    # The state before is put back, since `main` can be called many times in one process: a later
+    # command that was not asked to be quiet must speak again.
     before, _quiet = _quiet, True
     try:
         yield
@@ -148,8 +155,12 @@ def print_json(value: Any) -> None:
     """
     stdout = _document or sys.stdout  # the real one, while sys.stdout leads to stderr
     value = _finite(value)
+    # `_finite` has left no NaN. If one got past it, allow_nan=False raises an error, and no
+    # document comes out that a strict reader would refuse.
     text = _escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     try:
+        # The encoding is tried here and not left to the stream: `any_encoding` makes the stream
+        # write \xe9 for é, which is no escape in JSON, so the document could not be read back.
         text.encode(stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # JSON has its own escapes
         text = json.dumps(value, indent=2, allow_nan=False)
@@ -177,6 +188,7 @@ def _finite(value: Any) -> Any:
 
 def print_error(error: Exception) -> None:
     """Print ``error: …`` for any exception; its traceback first if the environment asks for it."""
+    # An OSError counts as well: it names the file and the system's reason, which a user can mend.
     ours = isinstance(error, (LoraTreeError, OSError))
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         for lines in traceback.format_exception(error):
@@ -199,4 +211,6 @@ def warnings_in_one_line() -> None:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print_problem("warning", str(message), "bold yellow")
 
+    # Only the display is replaced. Which warnings are shown is still up to Python's filters, so
+    # that PYTHONWARNINGS works as for any other program.
     warnings.showwarning = show

@@ -32,6 +32,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Train a small base and a tree on Python's own library; switch, measure, export, compare."""
+    # The bars go to stderr, so that stdout holds the report alone.
     console = err()
     console.quiet = is_quiet()
     out().print(run(folder, size=QUICK if quick else FULL, console=console, seed=seed))

@@ -67,6 +67,9 @@ def arranged(
     └── fr 0
         └── legal 1
     """
+    # By names and not by text: "fr-x" would come between "fr" and "fr/legal", since "-" sorts
+    # before "/". In this order each parent stands before its children, which `_levels` and
+    # `_counts_below` rely on.
     paths = sorted(paths, key=lambda path: path.split("/"))
     parents = _parents(paths)
     levels = _levels(parents)
@@ -90,6 +93,7 @@ def arranged(
     spare = max(limit - len(needed), 0)
     others = [node.path for node in drawn if node.path not in needed]
     kept = needed.union(others[:spare])
+    # The slice is for a limit below the number of needed nodes, which are all in `kept`.
     return [node for node in drawn if node.path in kept][:limit]
 
 
@@ -117,6 +121,8 @@ def _depth_within(levels: Iterable[int], limit: int | None) -> int:
     """Return how many levels fit into so many lines, at least one."""
     levels = list(levels)
     depth = max(levels, default=1)
+    # One level is left even if it has more nodes than lines: an empty drawing says nothing, and
+    # `arranged` cuts this level by lines.
     while limit is not None and depth > 1:
         if sum(level <= depth for level in levels) <= limit:
             break
@@ -156,6 +162,9 @@ def _walk(
             # Drawn first, because a node's line says how many below it are hidden.
             inner = list(nodes(path, mine))
             visible = len(inner)
+            # Each hidden node counts at its nearest drawn ancestor alone. Otherwise it would be
+            # counted again at every level above, and the numbers would not add up to the nodes of
+            # the tree.
             hidden_deeper = sum(node.hidden for node in inner)
             yield DrawnNode(
                 path, path.removeprefix(f"{above}/"), mine, below[path] - visible - hidden_deeper

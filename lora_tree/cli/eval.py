@@ -49,6 +49,7 @@ def evaluation(
     )
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
+    # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
     count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=nodes or None, batch=batch, tick=lambda: bar(""))
@@ -80,6 +81,8 @@ def _table(matrix: LossMatrix) -> Table:
     best = []
     for domain, column in zip(matrix.domains, zip(*matrix.losses, strict=True), strict=True):
         table.add_column(domain or BASE_LABEL, justify="right")
+        # min() keeps a NaN that comes first, because no number is less than it. A base that
+        # overflows in fp16 would leave its column without a best loss.
         best.append(min((loss for loss in column if math.isfinite(loss)), default=None))
     for path, losses in zip(matrix.paths, matrix.losses, strict=True):
         cells = []

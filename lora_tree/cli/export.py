@@ -152,6 +152,7 @@ def export(
         files = export_gguf_nodes(tree, to, base=base)
         tell_files(files, as_json=as_json)
         return
+    # The two are equal only if both or neither were given.
     if every == (path is not None):
         raise SpecError(
             "name one path or blend, or every leaf: "
@@ -188,6 +189,8 @@ def export(
             flat = export_gguf(tree, path, to, base=base, rank=rank, max_error=max_error)
             tell_flat(path, to, flat, kind, dtype, as_json=as_json)
             return
+        # The base tells the names that its modules have today, and is made without weights for
+        # that. If the user names none, the names stay as the adapters have them.
         model = None
         if base is not None:
             model = skeleton_of(
@@ -267,6 +270,8 @@ def _shapes(told: Iterable[str]) -> dict[str, tuple[int, int]]:
     """
     shapes = {}
     for text in told:
+        # Nine digits are more than any module needs. int() refuses text of more than 4300 digits
+        # with a ValueError of its own, which would be told as a fault of this program.
         found = re.fullmatch(r"([^=]+)=([0-9]{1,9})[x×]([0-9]{1,9})", text)
         if found is None:
             raise SpecError(f"--shape {text[:80]!r}: expected NAME=OUTxIN, as in k_proj=1024x4096")

@@ -24,6 +24,7 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
     """
     if not to.strip():  # Path("") would be the current folder
         raise SpecError("--out is empty", "name a folder for the adapter: --out export/legal")
+    # Links are resolved on both sides: one that lies outside of the tree may lead into it.
     where = as_path(to).resolve()
     home = as_path(folder).resolve()
     if _lies_in(where, home if home.is_dir() else home.parent):

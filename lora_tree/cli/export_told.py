@@ -112,6 +112,8 @@ def _left(one: Portable) -> str:
 
 
 def _cost(one: Portable) -> str:
+    # `portable` gives exactly zero where nothing was cut or rounded, so no tolerance is wanted:
+    # with one, a small loss would be called exact.
     if one.worst == 0.0:
         return "exact"
     worst = max(one.errors, key=lambda name: one.errors[name])

@@ -37,6 +37,8 @@ def extract_difference(
 ) -> None:
     """Write what a fine-tune changed in its base as one adapter, with each module's error."""
     with Bar() as bar:
+        # The total comes with the first call of progress: the number of parameters is known only
+        # when the base's config has been read. Until then the bar pulses.
         task = bar.add_task("comparing", total=None)
         made = extract(
             base,

@@ -96,6 +96,8 @@ def _continue(
         pad = tokenizer.eos_token_id
     ids = model.generate(
         input_ids=tokens["input_ids"],
+        # With the padding token above, transformers can't tell padding from the end of a text, and
+        # warns unless it is told which tokens count.
         attention_mask=tokens["attention_mask"],
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,

@@ -42,12 +42,18 @@ def new_tree(
     if source is not None:
         tree = load(source)
     else:
+        # The folder may not exist yet, and `load` would refuse it. A glob finds nothing there and
+        # raises nothing, so it is asked first.
         holds_adapters = any(folder.rglob("adapter_config.json"))
         tree = load(folder) if holds_adapters else AdapterTree()
     tree.base = base or tree.base
+    # A copied tree keeps its own defaults, unless the user names others. Blank ones would change
+    # the rank at which its fresh nodes are made.
     if words or source is None:
         tree.defaults = AdapterTree(defaults=words).defaults
     if not dry_run:
+        # The new tree gets copies of the source's files, so that it stands by itself. With their
+        # places alone in tree.yaml, a change of the source would change this tree as well.
         tree.save(folder, copy=source is not None)
     if as_json:
         told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}

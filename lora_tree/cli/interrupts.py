@@ -18,6 +18,8 @@ def noted_interrupts() -> Iterator[Callable[[], bool]]:
     """
     noted: list[int] = []
 
+    # Python runs a handler between any two instructions of the main thread. One that printed or
+    # saved could do so in the middle of a step or of another print, so the signal is only noted.
     def note(number: int, frame: Any) -> None:
         # The second one is from a user who does not want to wait for the step to end.
         if noted:
@@ -33,5 +35,7 @@ def noted_interrupts() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(noted)
     finally:
+        # The handlers are put back after an error, too. If `note` stayed in place, it would swallow
+        # the next Ctrl-C of this process, which is then meant for something else.
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -32,6 +32,7 @@ def llama_args(
 ) -> None:
     """Print the --lora flags of a llama.cpp server, or a path's list for its requests."""
     tree = load(folder)
+    # The flags name every file and don't depend on the path, so without one the bare base will do.
     said = llama_request(tree, files, path or "")
     if as_json:
         print_json({"arguments": said.arguments, "lora": said.body})

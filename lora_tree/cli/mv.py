@@ -37,6 +37,7 @@ def move_node(
     if keep_effective:
         edited = rebase(work.tree, path, to=to, rank=rank, max_error=max_error)
     else:
+        # The nodes below are listed before the move: after it their old paths are not in the tree.
         below = work.tree.paths(path)
         work.tree.move(path, to)
         edited = Edited(moved={old: to + old[len(path) :] for old in (path, *below)})

@@ -85,6 +85,7 @@ def below(lines: Iterable[NodeLine], path: str) -> list[NodeLine]:
         PathError: there is no such node, broken or not.
     """
     lines = list(lines)
+    # With a slash after both, so that "fr" does not claim "fr-x".
     found = [line for line in lines if f"{line.path}/".startswith(f"{path}/")]
     if not found:
         near = suggest(path, [line.path for line in lines])
@@ -100,6 +101,8 @@ def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
     """
     lines = list(lines)
     if set(pattern) & set("*?["):
+        # The star of fnmatch crosses slashes, so fr/* shows every node below fr, at any depth, as
+        # the patterns of the other commands do.
         found = [line for line in lines if fnmatch(line.path, pattern)]
     else:
         found = [line for line in lines if pattern in line.path]

@@ -30,6 +30,8 @@ class Bar(Progress):
     def __init__(self, *columns: ProgressColumn) -> None:
         console = err()
         hidden = is_quiet() or not console.is_terminal
+        # A disabled bar takes every update and shows nothing, so callers need no second way. A bar
+        # that is done is erased (transient), because only the result is worth a line that stays.
         super().__init__(*columns, console=console, disable=hidden, transient=True)
 
     def stop(self) -> None:
@@ -52,6 +54,8 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
     if not sys.stderr.isatty():
         yield _in_lines(what, total, done)
         return
+    # A TextColumn reads markup even on a console that reads none, unless it is told so itself. The
+    # description holds numbers and paths, which must not turn into styles.
     said = TextColumn("{task.description}", markup=False)
     columns = (
         TextColumn(what, markup=False),

@@ -28,4 +28,6 @@ def remove_nodes(
     # Children stand after their parents in the tree's order, so they are taken out first.
     for path in reversed(work.tree.matching(nodes)):
         work.tree.remove(path, recursive=recursive)
+    # Nothing is told here: `done` compares the tree with the one before, and finds the nodes that
+    # are gone by itself.
     work.done(Edited(), as_json=as_json)

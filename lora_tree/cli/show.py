@@ -98,6 +98,7 @@ def show(
     total = _total(tree, matched, whole, broken)
     if svg is not None:
         # Before the table is printed, so that an error stands alone.
+        # A picture has no edge of a terminal, so it is drawn before a terminal's limit is set.
         picture = tree_picture(str(folder), drawing(limit), known, broken, total)
         disk.replace(svg, picture.encode())
     if as_json:

@@ -10,6 +10,8 @@ import re
 
 __all__ = ["stale_words"]
 
+# `stale_text` and `_changes` in folder/trained.py write these forms. If their words change, a
+# pattern here matches nothing and the whole reason is shown: too long for a cell, but still right.
 _CONTENT = re.compile(r"the content of (\S+) \(was .*\)\Z")
 _WEIGHT = re.compile(r"the weight of (\S+) \(was (\S+), now (\S+)\)\Z")
 _ADDED = re.compile(r"(\S+) is above it now\Z")

@@ -116,6 +116,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train many nodes at once and save the tree; run it again to go on where it was stopped."""
+    # The settings check themselves, so a wrong number is told before the tree and the base are
+    # opened.
     settings = Settings(
         steps=steps,
         batch=batch,
@@ -151,6 +153,8 @@ def train(
     with steps_done("training", steps, running.done) as bar, noted_interrupts() as interrupted:
         for step in running.steps(save_every=save_every or None):
             bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
+            # After the last step nothing is left to stop: the run ends and saves the tree as
+            # without Ctrl-C.
             if interrupted() and step.number < steps:
                 kept = running.save()
                 # Told with --quiet, too: the tree is not saved.
@@ -161,9 +165,13 @@ def train(
                 raise typer.Exit(130)
     verdicts: list[Verdict] = []
     if running.was_over:
+        # A run that was over has written nothing now, and its last checkpoint is the one from
+        # before.
         kept = where / f"checkpoint-{running.done}"
     else:
         kept = running.save()
+        # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
+        # factors that train. Before the tree is saved, because it changes weights in the tree.
         verdicts = running.keep_what_helps()
         tree.save(folder)
         # Last: only a tree that is on the disk makes the run a finished one.

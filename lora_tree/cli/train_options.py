@@ -21,8 +21,12 @@ def run_folder(folder: Path, run: Path | None) -> Path:
         # Each YAML of a folder is a tree of its own, and has runs of its own.
         is_main = folder in (zoo, zoo / YAML)
         return zoo / (".training" if is_main else f".training-{folder.name}")
+    # Both are resolved first: a link, or a "..", may lead into the tree from a path that looks as
+    # if it lay outside.
     if run.resolve().is_relative_to(zoo.resolve()):
         inside = run.resolve().relative_to(zoo.resolve()).parts
+        # Opening a folder passes over every name that begins with a dot, and all below it. So one
+        # such part keeps the checkpoints out of the tree, wherever on the way it stands.
         if not any(part.startswith(".") for part in inside):
             raise SpecError(
                 f"--run {run} lies in {zoo}, where folders of adapters are nodes of the tree",

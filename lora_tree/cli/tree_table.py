@@ -67,6 +67,8 @@ def print_table(
     widths = {heading: _widest([heading, *cells]) + GAP for heading, cells in columns.items()}
     name_width = max([head.cell_len, *(name.cell_len for name in names)]) + GAP
     longest_remark = max((text.cell_len for text in remarks), default=0)
+    # A longer remark claims no more room than this: it would push out every column of numbers, and
+    # is cut at the edge all the same.
     longest_remark = min(longest_remark, MOST_FOR_REMARK)
     for heading in DROPPED_FIRST:
         if name_width + sum(widths.values()) + longest_remark <= console.width:

@@ -14,6 +14,8 @@ from .console import err, out, print_json
 
 __all__ = ["vllm_args"]
 
+# On a terminal the problems come below the command that is to be copied. A long list of them would
+# push it off the screen, and `check` lists them all.
 MOST_PROBLEMS = 8
 
 

@@ -64,12 +64,16 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             has no sources.
     """
     console = console or Console()
+    # PEFT is used only at the end. It is asked for first, so that a missing package is told before
+    # minutes of training.
     need("peft", extra="peft", what="the demo")
     need("transformers", extra="transformers", what="the demo").utils.logging.disable_progress_bar()
     targets = [out, out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-export")]
     clock = _Clock()
     with (
         demo_folders(targets) as (zoo, base, export),
+        # The seed below must not change a caller's random numbers. No device is listed, because the
+        # demo runs on the CPU, and asking for the state of a GPU would start CUDA.
         torch.random.fork_rng(devices=[]),
         _progress(console) as bar,
     ):
@@ -81,6 +85,8 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             _train_base(model, corpus, size, seed, bar)
             save_base(model, base)
         with clock("adapters"):
+            # The tree names its base by a relative path: both folders lie in a hidden one now, and
+            # an absolute path would be wrong as soon as they are moved to their places.
             _train_tree(model, leaves, size, seed, bar, base=f"../{base.name}").save(zoo)
         # The files are opened again, so that the figures below are those of a user who opens them.
         with clock("reopening"):
@@ -154,6 +160,7 @@ def _train_tree(
             batch=size.tree_batch,
             length=size.length,
             lr=5e-3,
+            # Another seed than the base's, so that the two draw their windows independently.
             seed=seed + 1,
             tick=tick,
         )
@@ -205,6 +212,8 @@ def _compare(
     with warnings.catch_warnings():
         # PEFT 0.20 reads an attribute that transformers 5 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
+        # PEFT replaces modules inside the model that it is given, so it gets a base of its own. The
+        # tree is still attached to ours.
         wrapped = peft.PeftModel.from_pretrained(open_base(base), export).eval()
     theirs = wrapped(input_ids=windows).logits
     return float((ours - theirs).abs().max()), float(theirs.abs().max())

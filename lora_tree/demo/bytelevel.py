@@ -25,6 +25,7 @@ def new_base(*, hidden: int, layers: int, window: int) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
+        # Llama's own rule, two thirds of four times the width, in whole multiples of 32.
         intermediate_size=hidden * 8 // 3 // 32 * 32,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,

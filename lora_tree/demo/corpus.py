@@ -65,6 +65,8 @@ def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domai
         FolderError: the library has too few sources to make a tree of.
     """
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
+    # Sorted, since a glob yields files as the file system has them: the same ones must be held out
+    # on every machine.
     base = _domain(BASE_DOMAIN, sorted(stdlib.glob("*.py")), every=10)
     leaves: list[Domain] = []
     for group, packages in CANDIDATES.items():

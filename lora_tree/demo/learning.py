@@ -103,6 +103,7 @@ def train_tree(
     for group in model.trainable(*nodes):
         groups.append({**group, "clip_norm": 1.0, "weight_decay": decays[group["name"]]})
     mean = over_of(over, nodes)
+    # Each group has a decay of its own, which goes before this one.
     optimiser, schedule = _optimiser(groups, steps, lr, weight_decay=0.0)
     # `follow` moves no node without rows in a step, and clips each by itself.
     model.follow(optimiser)
@@ -126,6 +127,8 @@ def _windows(
     streams: Sequence[Tensor], *, batch: int, length: int, seed: int
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield rows (batch, length + 1), and the stream from which each was drawn, without end."""
+    # With a generator of its own the windows depend on the seed alone, and not on how many numbers
+    # torch has drawn before, for new factors for one.
     draw = torch.Generator().manual_seed(seed)
     while True:
         which = torch.randint(len(streams), (batch,), generator=draw).tolist()
@@ -145,6 +148,7 @@ def _optimiser(parameters: Any, steps: int, lr: float, *, weight_decay: float) -
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
+        # The rate begins above zero (s + 1), or the first step would move nothing.
         lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * s / steps))),
     )
     return optimiser, schedule
