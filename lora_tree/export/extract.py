@@ -295,8 +295,8 @@ class _ModuleFactors:
             SpecError: the bounds can't both be met; names the module.
         """
         rows = site.rows(change)  # (batch, a, b): one batch per expert
-        # The norm is taken in fp64, because what is left of it is found below as the difference of
-        # two sums of squares that are nearly equal.
+        # The norm is taken in fp64. `_smallest` subtracts from its square a sum that is nearly
+        # equal, and in fp32 little more than rounding would be left.
         norm = float(torch.linalg.vector_norm(rows.double()))
         most = min(rows.shape[-2:])
         bound = min(self._rank or most, most)

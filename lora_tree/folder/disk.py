@@ -182,8 +182,8 @@ def copy(
         open_plain(source, inside=inside) as origin,
         _created(path, mode) as file,
     ):
-        # The hash is taken of the bytes that are copied. A second read of the source could see
-        # other bytes, because another process may write it meanwhile.
+        # The copied bytes themselves are hashed. A second read of the source could see other bytes,
+        # because another process may write it meanwhile.
         for block in _blocks(origin):
             found.update(block)
             _write_all(file, block)

@@ -79,6 +79,8 @@ class Ownership:
                 "belong",
                 "move it away, or save to another folder",
             )
+        # Files of a save are not enough: another process may have made that save since this tree
+        # was opened, and this one would undo it unseen.
         if self.seen.knows(node.path, there):
             return
         if there.flaw is not None or content != hashed(there):

@@ -215,6 +215,8 @@ class PipelineModel(TreeModel):
             assert rows is not None
             assert isinstance(rows.axis, PipelineAxis)
             for name, component in self.base.named_children():
+                # The stack undoes its last entry first. So the hooks are gone before the route ends
+                # whose rows they ask for.
                 begins = partial(rows.axis.begins, name)
                 # The hook goes with the block: outside of it the pipeline has none of ours.
                 handle = component.register_forward_pre_hook(begins, with_kwargs=True)

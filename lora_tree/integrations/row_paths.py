@@ -64,6 +64,7 @@ def paths_of(rows: Any, column: str, tree: AdapterTree) -> list[str]:
         paths = list(rows[column])
     else:
         paths = [_path(rows[i], column, i) for i in range(len(rows))]
+    # Each path is looked up once. A data set has far more rows than the tree has paths.
     for path in dict.fromkeys(paths):
         tree.coefficients(path)
     return paths

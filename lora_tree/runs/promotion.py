@@ -74,8 +74,8 @@ def _nodes_in(folder: Path) -> list[str]:
     found = []
     for where, _, files in os.walk(folder, onerror=disk.refuse):
         if "adapter_config.json" in files:
-            # A node's path has slashes on every system, and Windows parts the names of a folder by
-            # another sign.
+            # A node's path has slashes on every system, while Windows separates the names of
+            # folders by a backslash.
             found.append(os.path.relpath(where, folder).replace(os.sep, "/"))
     return sorted(found)
 
