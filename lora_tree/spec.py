@@ -209,7 +209,9 @@ class TreeDefaults(LoraSpec):
     def _one_rank(self) -> TreeDefaults:
         # One lora_alpha over different ranks would give each depth another scale.
         if self.rank_by_depth and not (self.r is None and self.lora_alpha is None):
-            raise ValueError("says rank_by_depth, so r and lora_alpha belong to single nodes")
+            raise ValueError(
+                "sets r or lora_alpha beside rank_by_depth; set those at single nodes, or leave them out"
+            )
         return self
 
     def complete(self, fresh: LoraSpec, path: str) -> LoraSpec:

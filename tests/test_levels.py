@@ -158,8 +158,11 @@ def test_they_stand_in_a_tree_yaml_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"rank_by_depth": [8, 2], "r": 4}, "rank_by_depth, so r and lora_alpha belong to single"),
-        ({"rank_by_depth": [8, 2], "lora_alpha": 4.0}, "belong to single nodes"),
+        (
+            {"rank_by_depth": [8, 2], "r": 4},
+            "sets r or lora_alpha beside rank_by_depth; set those at single",
+        ),
+        ({"rank_by_depth": [8, 2], "lora_alpha": 4.0}, "set those at single nodes, or leave"),
         ({"rank_by_depth": []}, "rank_by_depth"),
         ({"rank_by_depth": [0]}, "rank_by_depth"),
         ({"decay_by_depth": [-1]}, "decay_by_depth"),
