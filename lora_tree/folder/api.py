@@ -194,8 +194,8 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
     """Do what `lock` does, and return what the new lock accepts that the old one did not."""
     place = place_of(path)
     with writing(Path(place.folder)) as transaction:
-        # `check` says that a lock clears what cut-off saves left, in the nodes' folders as well.
-        # That comes before the look, so that the look finds every file at its own place.
+        # `check` says that a lock clears what cut-off saves left, in the nodes' folders as well. It
+        # is done before the look, so that the look finds every file at its own place.
         finish_nodes(place.folder)
         opened = inspect(place)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
