@@ -37,6 +37,7 @@ def difference(
     elif a is None:
         found = diff_trees(tree, load(other))
     else:
+        # The path may have been renamed between the two trees; then B is its name in the other one.
         theirs = load(other).flatten(a if b is None else b)
         names = f"{folder}: {a}", f"{other}: {a if b is None else b}"
         found = diff(tree.flatten(a), theirs, names=names)

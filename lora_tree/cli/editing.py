@@ -61,6 +61,7 @@ class Work:
             told = {"removed": gone, "stale": stale}
             print_json(document | edited.as_dict() | told | more)
             return
+        # After the save: no line may say "added" above an error that says that nothing was saved.
         for line in self._lines(edited, gone, stale):
             out().print(line, soft_wrap=True)
 

@@ -22,6 +22,7 @@ def skeleton_of(base: str, *, what: str, trust_remote_code: bool = False) -> Any
     Raises:
         MissingExtra, SpecError: as `skeleton`.
     """
+    # A pipeline has a model_index.json and no config.json beside it, so `skeleton` would refuse it.
     if pipelines.is_pipeline(base):
         return pipelines.pipeline_skeleton(base)
     return skeleton(base, what=what, trust_remote_code=trust_remote_code)

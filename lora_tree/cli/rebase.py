@@ -34,6 +34,8 @@ def rebase_children(
 ) -> None:
     """Give all children of a changed node the effective weights that they had before."""
     work = Work(load(folder), folder, dry_run=dry_run)
+    # The former adapter belongs to no node any more, so it is read by itself and not through the
+    # tree.
     old = None if was is None else Adapter.load(was)
     edited = rebase_all(
         work.tree, path, was=old, was_weight=was_weight, rank=rank, max_error=max_error

@@ -29,6 +29,7 @@ from .tree_table import print_table
 __all__ = ["show"]
 
 MOST_LINES = 200
+# rich wants a width in any case, so "never" is a number that no line reaches.
 NEVER_WRAPPED = 100_000
 
 
@@ -92,6 +93,7 @@ def show(
             key=_order(sort, known),
             depth=depth,
             limit=most or None,
+            # A broken node is the reason for exit code 1, so it is drawn however deep it lies.
             always=[path for path in broken if path in paths],
         )
 
@@ -134,6 +136,8 @@ def show(
 def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | None]:
     """Return the tree as far as it can be opened, and the error with which `load` refuses it."""
     try:
+        # `survey` alone would give the nodes. `load` goes first for its error: the other commands
+        # fail with it, so show ends with the same one.
         return load(folder), [], None
     except LoraTreeError as refused:
         tree, problems = survey(folder)

@@ -23,6 +23,8 @@ def foretell(running: Run, rows: int) -> None:
     if running.aside is not None:
         tree = running.model.tree
         before = running.aside.about.get("nodes", ())
+        # The names come from run.json. A node of that run may have been removed from the tree
+        # since.
         nodes = ", ".join(path for path in tree.paths() if path in before)
         note(
             f"the run before this one, of {nodes}, is finished "
