@@ -279,6 +279,7 @@ class Adapter:
                 for was, now in zip(guessed, mine, strict=True):
                     moved[f"{module}.{was}"] = f"{module}.{now}"
                 assumed.discard(module)
+            # A single parameter has no order to record.
             if len(mine) > 1 and module not in assumed:
                 nesting[module] = mine
 
@@ -305,6 +306,7 @@ class Adapter:
             FormatError: the files are broken or incomplete; names the file and the key.
             UnsupportedAdapter: an adapter of a kind that does not add up.
         """
+        # The formats import this module, so it can't import them: see `storage`.
         return storage().read_adapter(as_path(folder))
 
     def save(

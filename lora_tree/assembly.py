@@ -202,6 +202,8 @@ def _flattened(component: nn.Module, prefix: str) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, module in component.named_modules():
+        # A container has no weight, so no factor is meant for it. In the table it could only make a
+        # name ambiguous, or stand for a module that is refused later.
         if not name or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
         spellings = [name, f"{prefix}.{name}"] if prefix else [name]

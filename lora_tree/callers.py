@@ -93,6 +93,8 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
     """
 
     def runs(frame: FrameType) -> bool:
+        # By identity, because another object of the class may be running as well: `__call__` is a
+        # common name, and one call may contain another.
         return frame.f_code.co_name == method and frame.f_locals.get("self") is owner
 
     found = _nearest(runs)

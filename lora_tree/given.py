@@ -131,6 +131,8 @@ def check_device(device: object) -> None:
     """
     if device is None or isinstance(device, torch.device):
         return
+    # torch alone knows its devices. It raises one error for an unknown name, another for a value of
+    # another type, and a third for an index that is too large.
     try:
         torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:

@@ -165,6 +165,7 @@ class LoraSpec(StrictModel):
     def _regexes(cls, value: Any) -> Any:
         if isinstance(value, str):
             return _layers_pattern(value)
+        # One by one, so that the error tells which pattern of the list is meant.
         for pattern in value or ():
             try:
                 _layers_pattern(pattern)
@@ -315,6 +316,7 @@ def lora_spec(source: LoraSpec | dict[str, Any] | None, where: str) -> LoraSpec:
 
 def tree_defaults(source: LoraSpec | dict[str, Any] | None) -> TreeDefaults:
     """Return the `TreeDefaults` that a caller wrote in Python; raises like `lora_spec`."""
+    # A tree asks its defaults to complete a node's spec, which a plain LoraSpec can't.
     if isinstance(source, LoraSpec) and not isinstance(source, TreeDefaults):
         source = source.model_dump(exclude_none=True)
     return _written(TreeDefaults, source, "defaults")

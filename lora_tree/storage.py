@@ -100,7 +100,8 @@ class Names(Protocol):
         ...
 
 
-# Lists, so that a slot is filled in place: a name that was imported from here would keep the old value.
+# Lists, so that a slot is filled in place: a name that was imported from here would keep the old
+# value.
 _slot: list[Storage] = []
 _names: list[Callable[[nn.Module], Names]] = []
 

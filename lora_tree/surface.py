@@ -59,6 +59,8 @@ from .training.losses import PathLoss, path_loss, token_counts
 from .training.sampling import PathSampler
 from .tree import AdapterTree, Node
 
+# Written out and not computed: type checkers read it as text, and follow the `import *` of
+# `__init__.py` by it.
 __all__ = [
     "ENGINE_RANKS",
     "Adapter",

@@ -104,6 +104,7 @@ def _part(part: str, key: str, where: str) -> str:
     if part in PRODUCT_PARTS:
         return part
     for word, reason in _OTHER_KINDS.items():
+        # Whole words between dots: "diff" is a part of "diff_b", which is another kind.
         if word in part.split("."):
             raise UnsupportedAdapter(f"{where}: {key[:200]}: {reason}")
     raise FormatError(
@@ -130,6 +131,7 @@ def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[
             f"{component!r}",
             "--as diffusers writes the components of every pipeline",
         )
+    # Trainers number the encoders only where a model has several.
     if word == "te1" and only_encoder:
         word = "te"
     if value.bias is not None:
@@ -160,9 +162,13 @@ def render_kohya(adapter: Adapter) -> bytes:
     tensors: dict[str, Tensor] = {}
     whose: dict[str, str] = {}
     for module, value in adapter.modules.items():
+        # The file has no scale, only an alpha in fp32. A scale that alpha / r does not give back
+        # bit for bit goes into the factors.
         if not _is_alpha(value):
             value = value.folded()
         for key, tensor in keys_of(module, value, only_encoder=only_encoder).items():
+            # Two modules may differ in a dot and an underscore alone, which are one here. Without
+            # this check the second would replace the first.
             if key in tensors:
                 raise FormatError(f"{module} and {whose[key]} would have the same key, {key}")
             tensors[key], whose[key] = tensor, module

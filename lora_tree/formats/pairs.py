@@ -25,6 +25,7 @@ from ..lowrank import LINEAR, Layout, LowRank
 
 __all__ = ["ModuleTensors", "alpha_of", "as_lowrank", "down_and_up"]
 
+# The dimensions of a Conv3d's kernel; torch has no convolution of more.
 MOST_KERNEL = 3
 
 
@@ -66,6 +67,7 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
     if mid is None:
         A = down.flatten(1)
     else:
+        # A contraction in fp16 or bf16 would round every sum to their few digits.
         wide = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
         # (p, q, *k) with (q, i) → (p, i, *k), in the order of a kernel's numbers in its weight
         A = torch.einsum("pqk,qi->pik", mid.flatten(2).to(wide), down.flatten(1).to(wide))
@@ -73,6 +75,7 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
     layout = Layout("conv", kernel) if kernel else LINEAR
     try:
         return LowRank(A, B, scale, found.parts.get("bias"), layout)
+    # These tensors came out of a file, so a value that can't be made is an error of the file.
     except LoraTreeError as error:
         raise FormatError(f"{found.named}: {error.what}", *error.todo) from error
 

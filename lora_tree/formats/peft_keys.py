@@ -66,6 +66,8 @@ def plain(path: str) -> tuple[str, int]:
     """
     if "base_layer" not in path:  # nearly every key; there may be a hundred thousand
         return path, 0
+    # At the end of a path base_layer counts the wrappers of the module itself. Further up it
+    # belongs to a module around it, and says nothing of this one's depth.
     names = path.split(".")
     depth = 0
     while names and names[-1] == "base_layer":

@@ -42,6 +42,9 @@ def product_config(config: bytes, where: str) -> PeftConfig | None:
     fields = strict_json.loads(config, where)
     if fields.get("peft_type") not in KINDS:
         return None
+    # The other fields stay behind: `parse_config` would take use_effective_conv2d, which these
+    # kinds have, for an unknown kind of LoRA. modules_to_save goes along, because it is refused
+    # here as well.
     taken = ("r", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save")
     own = {name: fields[name] for name in taken if name in fields}
     own["lora_alpha"] = fields.get("alpha", 8)

@@ -80,6 +80,7 @@ def recognise(path: Path) -> Recognised:
         if is_peft or not is_file(path / DIFFUSERS_WEIGHTS):
             return Recognised("peft", f"a folder with {CONFIG} and {WEIGHTS}")
         return _file(path / DIFFUSERS_WEIGHTS)
+    # Refused by its name alone: even a look into a pickle may run its code.
     if path.suffix in _PICKLES and is_file(path):
         raise UnsupportedAdapter(
             f"{path}: {path.suffix} files are pickles, which can run code when they are opened",
@@ -105,6 +106,7 @@ def _file(path: Path) -> Recognised:
             )
     except FormatError as error:
         # The user may have meant another file, so every error says what an adapter is.
+        # It keeps its type, so that an UnsupportedAdapter is not taken for a broken file.
         raise type(error)(error.what, *error.todo, _EXPECTED) from error
     return Recognised(kind, sign, path)
 
@@ -120,6 +122,7 @@ def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
     """
     found: dict[FileKind, str] = {}
     unknown = []
+    # Sorted, so that the keys in an error do not depend on the order of the file.
     for key in sorted(keys):
         # Only the beginning of a key: a hostile one may be as long as its header.
         hit = next((sign for sign in _SIGNS if sign[1].match(key[:500])), None)

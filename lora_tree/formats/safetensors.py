@@ -237,6 +237,8 @@ def _in_order(data: bytes, metadata: Mapping[str, str]) -> bytes:
     start = 8 + int.from_bytes(data[:8], "little")
     fields = json.loads(data[8:start])
     fields["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
+    # Sorting changes no length, so the header keeps its size, padding of spaces included, and every
+    # offset stays right.
     text = _shortest_json(fields).ljust(start - 8)
     if len(text) != start - 8:
         # Then the offsets would be wrong. No known version of the package does it.
@@ -274,9 +276,12 @@ def _head(
     stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None
 ) -> tuple[bytes, int]:
     """Return the header and the size of the file; leave the stream where the tensors begin."""
+    # The descriptor is asked, and not the name, which may be another file's by now.
     size = os.fstat(stream.fileno()).st_size
     first = stream.read(8)
     length = int.from_bytes(first, "little")
+    # Before the length is judged: a pointer's text is an enormous length, and the advice for that,
+    # to download again, would not help.
     check_pointer(first, where, "safetensors")
     # Before the read: the first eight bytes of any file are a length, and it may be exabytes.
     if size < 8 or length > min(HEADER_BYTES, size - 8):
