@@ -257,7 +257,7 @@ class TreeModel(nn.Module):
                 'pristine="none": paths are added to and subtracted from the weights in place, '
                 "and every switch leaves a rounding behind",
                 MergedWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         # A missing attribute is the base's from here on. Before, it is a mistake in this method,
         # which the base's answer would hide.

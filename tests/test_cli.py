@@ -26,6 +26,7 @@ import lora_tree as lt
 from lora_tree import extras
 from lora_tree.cli import main
 from lora_tree.cli.commands import COMMANDS
+from lora_tree.cli.interrupts import noted_interrupts
 from lora_tree.demo import bytelevel
 
 TARGETS = ["q_proj", "v_proj"]
@@ -925,6 +926,17 @@ def test_a_training_in_the_background_goes_on_through_the_ctrl_c_of_another(igno
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None,
     )
     assert (done.stdout, done.returncode) == (f"{not ignored}\n", 0)
+
+
+def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that embeds Python may have set it in C; Python tells None, and can't put it back."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with noted_interrupts():
+            assert signal.signal(signal.SIGINT, signal.SIG_DFL) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_in_the_background_can_be_tested_too(tmp_path: Path) -> None:

@@ -675,8 +675,9 @@ def test_a_changed_weight_or_adapter_counts_from_the_next_activation() -> None:
 def test_in_place_drifts_and_says_so() -> None:
     tree, base = forest(), net()
     before = weights(base)
-    with pytest.warns(lt.MergedWarning, match="rounding"):
+    with pytest.warns(lt.MergedWarning, match="rounding") as told:
         model = lt.attach(tree, base, pristine="none")
+    assert told[0].filename == __file__, "the warning points at the line that attaches"
     exact = net()
     lt.attach(tree, exact).activate("a/b/c")
     for path in ("f/g/h", "j", "a/b/c"):

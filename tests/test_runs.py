@@ -833,6 +833,8 @@ def test_train_eval_and_promote_from_the_shell(
         matrix["losses"][""]["de"]
     )  # fr did not train
     ElementTree.parse(tmp_path / "matrix.svg")
+    lora_tree("eval", zoo, "fr/*", "--data", rows, "--json")
+    assert list(json.loads(capsys.readouterr().out)["losses"]) == ["", "fr/legal", "fr/medical"]
     lora_tree("eval", zoo, "de", "--data", rows, "--max-length", 4)
     printed = capsys.readouterr()
     assert "nats per token" in printed.out

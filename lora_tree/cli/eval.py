@@ -42,17 +42,16 @@ def evaluation(
     """Measure the loss of every node, and of the bare base, on the rows of every path."""
     tree = load(folder, skip_broken=skip_broken)
     # Before a base is opened, which takes minutes: a typo is told at once.
-    for node in nodes or ():
-        tree.lineage(node)
+    chosen = tree.matching(nodes) if nodes else None
     name, tokenizer = open_tokenizer(
         tree, folder, base, what="eval", trust_remote_code=trust_remote_code
     )
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
-    count = 1 + len(nodes or [path for path in tree.paths() if tree[path].has_adapter])
+    count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:
-        matrix = evaluate(model, rows, nodes=nodes or None, batch=batch, tick=lambda: bar(""))
+        matrix = evaluate(model, rows, nodes=chosen, batch=batch, tick=lambda: bar(""))
     # Before the table is printed, so that an error stands alone.
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())

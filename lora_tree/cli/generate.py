@@ -80,6 +80,8 @@ def generate(
     # transformers draws from torch's own generator.
     torch.manual_seed(seed)
     with foreign(f"{name}: the model can't go on from the prompt"):
+        # The model may be on a GPU; the tokenizer's tensors are on the CPU.
+        tokens = tokens.to(model.device)
         text = _continue(model, tokenizer, tokens, max_new_tokens, temperature)
     print_text(text)
 

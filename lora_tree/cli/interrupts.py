@@ -29,8 +29,8 @@ def noted_interrupts() -> Iterator[Callable[[], bool]]:
     before = {}  # signal → its handler, to be put back
     for number in (signal.SIGINT, signal.SIGTERM):
         # A shell ignores Ctrl-C for what it runs in the background, and so does nohup: it is not
-        # meant for this run.
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        # meant for this run. None is a handler that was not set in Python, which can't be put back.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, note)
     try:
         yield lambda: bool(noted)
