@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from oracle import NET, low_rank, net, with_sum
 from torch import Tensor, nn
 
 import lora_tree as lt
+from lora_tree.engine import host
 from lora_tree.errors import StateError
 
 PACKAGE = str(Path(lt.__file__).parent)
@@ -58,11 +60,18 @@ def dense(tree: lt.AdapterTree, blend: lt.Blend, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- states and verbs
+class Saving(nn.Sequential):
+    """A base that can be saved as transformers saves one: by the numbers that are in it."""
+
+    def save_pretrained(self) -> dict[str, Any]:
+        return self.state_dict()
+
+
 @dataclass
 class Scene:
     """A model in some state, with the blocks that are open."""
 
-    base: nn.Sequential = field(default_factory=net)
+    base: Saving = field(default_factory=lambda: Saving(*net()))
     open: list[AbstractContextManager[object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -158,6 +167,13 @@ def check_that_the_base_does_what_the_model_says(scene: Scene) -> None:
     if model.state is not lt.State.MERGED:
         for name, parameter in scene.base.named_parameters():
             assert torch.equal(parameter, scene.bare[name]), name
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scene.base.save_pretrained()
+    assert bool(told) == (model.state is lt.State.MERGED), "saving warns while a path is merged"
+    # Attaching to a base whose model was dropped asks this: nothing of that model may be in it.
+    is_free = model.state is lt.State.BARE and not model._stage.beside.permanent
+    assert host._ATTACHED[scene.base].bare == is_free
     lineages = {node for blend in blends for node in model.tree.coefficients(blend)}
     assert lineages <= set(model.nodes_in_use())
 

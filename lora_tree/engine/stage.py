@@ -199,6 +199,8 @@ class Stage:
         except BaseException:
             self.beside = before
             fixed.forget()  # its hooks are permanent otherwise
+            # The roll-back of `become` still saw the fixed side paths in the base.
+            self._tell_claim(self.current)
             raise
 
     def close(self) -> None:
@@ -257,10 +259,14 @@ class Stage:
         """
         self._merged.switch(behaviour.weights, after_failure=after_failure)
         behaviour.beside.install()
-        self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
+        self._tell_claim(behaviour)
         merged = bool(behaviour.weights.terms)
         if merged != self._warns_on_save:
             self._warn_on_save(merged)
+
+    def _tell_claim(self, behaviour: Behaviour) -> None:
+        """Note whether the base is bare, for a model that is attached after this one was dropped."""
+        self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
 
     def _warn_on_save(self, merged: bool) -> None:
         """Warn in ``save_pretrained`` while a path is merged: it would write the base with that
