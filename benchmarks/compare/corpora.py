@@ -25,7 +25,7 @@ def find_packages(leaves: int) -> list[Domain]:
 def find_manuals(leaves: int, folder: Path = MANUALS) -> list[Domain]:
     """Return manual pages as leaves ``language/section``; none where they are not installed.
 
-    They come with the packages that they describe, so what is there differs between machines.
+    They come with the packages that they describe, so machines differ in the pages they have.
     """
     found = []
     for language in LANGUAGES:

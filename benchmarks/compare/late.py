@@ -18,13 +18,12 @@ from torch import Tensor
 
 import lora_tree as lt
 from lora_tree.demo.learning import bits_per_byte, evenly_spread, train_tree
+from lora_tree.runs.held_back import PARTS
 
 from .runs import Say, Text, best_setting, opened, quiet, trained
 from .systems import FULL, SYSTEMS, Setting, Size, System
 
 __all__ = ["LateLeaf", "late_leaf"]
-
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _on_the_tree(
 def _pooled_on(
     text: Text, tree: lt.AdapterTree, leaf: str, tokens: Tensor, setting: Setting
 ) -> dict[str, float]:
-    """Train the pooled adapter on with one leaf's rows; return every leaf's bits, and put it back."""
+    """Train the pooled adapter on with one leaf's rows, measure every leaf, and put it back."""
     start: Any = tree.adapter("all")
     model = lt.attach(tree, text.base)
     _train(text, model, ["all"], {leaf: ("all", tokens)}, setting)

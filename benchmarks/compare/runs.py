@@ -167,7 +167,7 @@ def compare(
 
 
 def curve(size: Size = FULL, *, say: Say = quiet) -> list[tuple[int, str, float]]:
-    """Return (steps, system, bits) at equal rank on a path, one seed, as training goes on longer."""
+    """Return (steps, system, bits) of longer and longer training: equal rank on a path, one seed."""
     text = opened(size, say=say)
     found = []
     for system in SYSTEMS["equal rank on a path"]:
@@ -181,7 +181,7 @@ def curve(size: Size = FULL, *, say: Say = quiet) -> list[tuple[int, str, float]
 
 
 def best_setting(text: Text, system: System) -> Setting:
-    """Return the setting that does best on the last tenth of the training text, trained without it."""
+    """Return the setting that does best on a tenth of the training text that it did not see."""
     size = text.size
     tries = system.settings(size.rates)
     if len(tries) == 1:

@@ -60,7 +60,7 @@ SMALL = Size(
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried: a learning rate, and the part of a factor that decays in a step, by depth."""
+    """A learning rate to try, and the part of a factor that decays in a step, by depth."""
 
     rate: float
     shrinkage: tuple[float, ...]

@@ -18,9 +18,10 @@ from ..model import TreeModel
 from .evaluation import evaluate_at
 from .rows import Row
 
-__all__ = ["Verdict", "hold_back", "keep_what_helps"]
+__all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps"]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The parts of a leaf's weight that are tried."""
 
 
 @dataclass(frozen=True)
