@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar, get_args
@@ -31,13 +33,13 @@ from .budget import Budgets
 from .cache import Cache, Frequency, Policy
 from .cache.link import link_to
 from .cache.pinning import Pinning
-from .engine import answers
+from .engine.answers import AnswersForBase
 from .engine.batch import Batch
 from .engine.batch_axis import BatchAxis, SeenSites
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
-from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
+from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
 from .engine.plan import Binder
 from .engine.prepared import Prepared
@@ -46,9 +48,11 @@ from .engine.routed import Strategy
 from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
+from .engine.view import viewed
 from .errors import SpecError, StateError, listing, suggest
 from .given import check_dtype, unchecked
 from .lowrank import LowRank
+from .path_model import PathModel
 from .sites import Site
 from .storage import Source
 from .training.every_rank import joined
@@ -169,7 +173,7 @@ def attach_as(
     )
 
 
-class TreeModel(nn.Module):
+class TreeModel(AnswersForBase):
     """A tree bound to a base; made by `attach`.
 
     It owns the factors that train; the base's own keys stay as they are. An attribute that a
@@ -228,7 +232,7 @@ class TreeModel(nn.Module):
         # A plan keeps its adapters alive, which under a budget is for the cache to decide.
         kept = {"kept": 0} if self.cache.bounded else {}
         name = getattr(inner, "name_or_path", None)
-        own_name = name if isinstance(name, str) and name else None
+        self._own_name = own_name = name if isinstance(name, str) and name else None
         # The caller stands behind attach, attach_as and this method.
         warn_of_base("the tree", tree.base, own_name, stacklevel=4)
         self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
@@ -243,11 +247,15 @@ class TreeModel(nn.Module):
             pin=Pinning(self.cache, inner),
             factors=self.factors,
         )
+        self._path_models: weakref.WeakSet[PathModel] = weakref.WeakSet()
+        self._dropped: deque[Stage] = deque()
+        """Stages of path models that were collected; the next verb closes them."""
         self._training = Training(
             inner,
             tree,
             self.factors,
             stage=self._stage,
+            beside=self._path_models,
             binder=self._binder,
             manner=self._manner,
             handed=Handed(inner, TreeModel.forward),
@@ -265,43 +273,6 @@ class TreeModel(nn.Module):
         # Last, because anything before may raise. From here on the tree asks this model before a
         # node is changed, and under a budget it reads files through it.
         tree.attach(self, reads=self.cache.bounded)
-
-    # ------------------------------------------------------------------ answering for the base
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the base, if this object has none of that name.
-
-        Raises:
-            AttributeError: the base has none either, or it is one of the refused names (then it is
-                a `StateError`, too).
-        """
-        # nn.Module keeps parameters, buffers and submodules outside of `__dict__`. So Python also
-        # comes here for this model's own ones, and they have to be found before the base's.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if self._answering_base is None or (name.startswith("__") and name.endswith("__")):
-                raise
-        return answers.base_attribute(self.base, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of this object; or the base's, if only the base has one of that name."""
-        if not self._is_own(name) and answers.is_answered(self._answering_base, name):
-            setattr(self.base, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def _answering_base(self) -> nn.Module | None:
-        """The base once `__init__` is over; None before, when every attribute is this object's."""
-        # The dictionaries are read directly. While `_answers` is not set, `self._answers` would
-        # call `__getattr__`, which asks this property, and so on without end.
-        return self._modules["base"] if "_answers" in self.__dict__ else None
-
-    def _is_own(self, name: str) -> bool:
-        held = self.__dict__, self._parameters, self._buffers, self._modules
-        # The class is asked and not the object: hasattr(self, name) would run properties, and
-        # through `__getattr__` it would find the base's attribute and take it for this object's.
-        return hasattr(type(self), name) or any(name in of for of in held)
 
     # ------------------------------------------------------------------ switching
     @property
@@ -446,6 +417,66 @@ class TreeModel(nn.Module):
                 with expansions(self.base, axis):
                     yield self
 
+    def at(self, blend: Blend) -> PathModel:
+        """Return a path or blend as an ``nn.Module`` of its own, for a trainer or a second opinion.
+
+        It has the base's parameters and modules of its own, so that several paths live side by
+        side: a policy and its reference, say. Forward, ``generate``, the base without its head, and
+        backward through checkpointed layers all run by its path, whatever is active here. The tree
+        refuses to change its nodes until it is dropped, or its ``close()`` is called.
+
+        Args:
+            blend: as for `activate`; ``""`` is the bare base.
+
+        Raises:
+            PathError, SpecError: not a path of the tree, or not a blend.
+            BaseMismatch, FolderError, FormatError, BudgetError: as `activate` with
+                ``mode="unmerged"``.
+            StateError: detached; or a part of the base can't be seen a second time (it is sharded,
+                compiled, or its forward was replaced by a function). In a forward: a path is merged
+                into the weights.
+
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
+        >>> for path in ("fr", "fr/legal"): _ = tree.add(path)
+        >>> model = attach(tree, base)
+        >>> policy, reference = model.at("fr/legal"), model.at("fr")
+        >>> tuple(policy(torch.zeros(1, 4)).shape), model.active
+        ((1, 3), '')
+        """
+        with self._lock:
+            self._usable()
+            asked = dict(blend) if isinstance(blend, Mapping) else blend
+            # Here and not in the view: fresh nodes take their factors once, from the base itself.
+            settle_fresh(self.tree, self.base, self.tree.coefficients(asked))
+            view = viewed(self.base)
+            stage = Stage(
+                view,
+                self.tree,
+                Claim(view),
+                merged=MergedWeights(view, place="none"),
+                beside=Unmerged(
+                    view, self._manner, ledger=self.cache, reached=self._stage.beside.reached
+                ),
+                binder=Binder(
+                    view, self.tree.base, own_name=self._own_name, origin=self.cache.origin, kept=1
+                ),
+                compiled=CompileWatch(False),
+                pin=Pinning(self.cache, view),
+                factors=self.factors,
+            )
+            made = PathModel(
+                asked,
+                view,
+                stage,
+                self.factors,
+                owner=self,
+                check=partial(_refuse_merged, self._stage),
+                dropped=self._dropped.append,
+            )
+            self._path_models.add(made)
+            return made
+
     def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
         """Load the nodes of some paths or blends in the background, and return at once.
 
@@ -503,6 +534,8 @@ class TreeModel(nn.Module):
             if self._detached:
                 return
             self._usable()
+            for path_model in list(self._path_models):
+                path_model.close()
             # In this order: the base is bare before anything that made it so is dropped.
             self._stage.close()
             self._training.close()
@@ -528,6 +561,8 @@ class TreeModel(nn.Module):
         train.
         """
         used = {path for path in self.factors.training_paths if path in self.tree}
+        for path_model in list(self._path_models):
+            used.update(path_model.nodes)
         for request in self._stage.requests():
             for blend in request.blends:
                 # The whole lineage, and not the nodes with a coefficient: if a node of weight 0 got
@@ -736,3 +771,19 @@ class TreeModel(nn.Module):
         """
         self._attached()
         self._stage.blocks.check_mine()
+        while self._dropped:
+            self._dropped.popleft().close()
+
+
+def _refuse_merged(stage: Stage) -> None:
+    """Refuse a forward of a path model while its base's weights hold another path.
+
+    Raises:
+        StateError: names what is merged.
+    """
+    if stage.current.weights.terms:
+        raise StateError(
+            f"{stage.current.request.asked!r} is merged into the base's weights, and a path model "
+            "adds to the base's own",
+            'model.deactivate(), or model.activate(path, mode="unmerged")',
+        )

@@ -47,7 +47,17 @@ RINGS = {
         "algebra",
     ],
     "files": ["system", "formats", "folder"],
-    "binding": ["sites", "assembly", "renaming", "engine", "training", "cache", "model", "fit"],
+    "binding": [
+        "sites",
+        "assembly",
+        "renaming",
+        "engine",
+        "training",
+        "cache",
+        "path_model",
+        "model",
+        "fit",
+    ],
     "edges": ["extras", "export", "runs", "integrations", "demo", "cli"],
 }
 SEES = {

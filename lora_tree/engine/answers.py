@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import StateError
 
-__all__ = ["REFUSED", "RefusedAttribute", "base_attribute", "is_answered"]
+__all__ = ["REFUSED", "AnswersForBase", "RefusedAttribute"]
 
 _SAVES = (
     "it would write the base and none of its nodes: tree.save(folder); "
@@ -32,7 +32,10 @@ _RESIZES = (
     "it would exchange a weight under the adapters: model.detach(), change the base, "
     "and attach again"
 )
-_QUANTISED = "the base may be quantised, the factors that train are not: ask model.base.{name}"
+_QUANTISED = (
+    "the base may be quantised, the factors that train are not, and a trainer that believed it "
+    "would round them: ask model.base.{name}"
+)
 
 REFUSED = {
     **dict.fromkeys(("save_pretrained", "push_to_hub"), _SAVES),
@@ -54,7 +57,7 @@ REFUSED = {
     **dict.fromkeys(
         ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"), _RESIZES
     ),
-    "is_quantized": _QUANTISED,
+    **dict.fromkeys(("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"), _QUANTISED),
 }
 """Name → what to do instead."""
 
@@ -66,27 +69,63 @@ class RefusedAttribute(StateError, AttributeError):
     """
 
 
-def is_answered(base: nn.Module | None, name: str) -> bool:
-    """Return whether an attribute that a `TreeModel` does not have is answered by its base."""
-    # Python looks protocols up on the class, and copy, pickle and torch would find the base's.
-    is_protocol = name.startswith("__") and name.endswith("__")
-    return base is not None and not is_protocol and name not in REFUSED and hasattr(base, name)
+class AnswersForBase(nn.Module):
+    """A module that answers for the one in its ``base``, to read and to set."""
 
-
-def base_attribute(base: nn.Module, name: str) -> Any:
-    """Return the base's attribute.
-
-    Raises:
-        RefusedAttribute: it is one of those that do not pass.
-        AttributeError: the base has none of that name.
+    _answers = False
+    """Whether a missing attribute is the base's. A subclass sets it at the end of its ``__init__``:
+    before, a missing attribute is a mistake in there, which the base's answer would hide.
     """
-    if name in REFUSED and hasattr(base, name):
-        raise RefusedAttribute(
-            f"a TreeModel does not answer {name!r} for its {type(base).__name__}",
-            REFUSED[name].format(name=name),
-        )
-    try:
-        return getattr(base, name)
-    except AttributeError as error:
-        # torch's own text names the base's class alone, and the caller asked a TreeModel.
-        raise AttributeError(f"neither TreeModel nor its base has {name!r}: {error}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base, if this object has none of that name.
+
+        Raises:
+            AttributeError: the base has none either, or it is one of the refused names (then it is
+                a `StateError`, too).
+        """
+        # nn.Module keeps parameters, buffers and submodules outside of `__dict__`. So Python also
+        # comes here for this model's own ones, and they have to be found before the base's.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self._answering_base
+            if base is None or _is_protocol(name):
+                raise
+        kind = type(self).__name__
+        if name in REFUSED and hasattr(base, name):
+            raise RefusedAttribute(
+                f"a {kind} does not answer {name!r} for its {type(base).__name__}",
+                REFUSED[name].format(name=name),
+            )
+        try:
+            return getattr(base, name)
+        except AttributeError as error:
+            # torch's own text names the base's class alone, and the caller asked this object.
+            raise AttributeError(f"neither {kind} nor its base has {name!r}: {error}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of this object; or the base's, if only the base has one of that name."""
+        base = self._answering_base
+        is_answered = base is not None and name not in REFUSED and not _is_protocol(name)
+        if is_answered and not self._is_own(name) and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _answering_base(self) -> nn.Module | None:
+        """The base once `__init__` is over; None before, when every attribute is this object's."""
+        # `__dict__` and not getattr: `__init__` may be so early that there are no `_modules` yet.
+        return self._modules["base"] if "_answers" in self.__dict__ else None
+
+    def _is_own(self, name: str) -> bool:
+        held = self.__dict__, self._parameters, self._buffers, self._modules
+        # The class is asked and not the object: hasattr(self, name) would run properties, and
+        # through `__getattr__` it would find the base's attribute and take it for this object's.
+        return hasattr(type(self), name) or any(name in of for of in held)
+
+
+def _is_protocol(name: str) -> bool:
+    # Python looks these up on the class, and copy, pickle and torch would find the base's.
+    return name.startswith("__") and name.endswith("__")

@@ -99,11 +99,19 @@ class Unmerged:
         base: the model.
         manner: how side paths compute.
         ledger: bounds the memory that is laid out.
+        reached: shared with other views of the same base; None: a set of its own.
     """
 
     permanent = False
 
-    def __init__(self, base: nn.Module, manner: Manner, *, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        manner: Manner,
+        *,
+        ledger: Ledger | None = None,
+        reached: set[str] | None = None,
+    ) -> None:
         self._manner = manner
         self._ledger = ledger or Unbounded()
         self._hooked: dict[str, tuple[Site, RemovableHandle]] = {}
@@ -118,7 +126,7 @@ class Unmerged:
         self._running = self.nothing
         self._settled = True
         """False: a call failed half-way, and the hooks may be those of two behaviours."""
-        self.reached: set[str] = set()
+        self.reached: set[str] = set() if reached is None else reached
         """The nodes that a gradient has come back to; the reader clears it."""
 
     # ------------------------------------------------------------------ what can fail

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,6 +38,13 @@ from .steps import NodeSteps
 __all__ = ["Training"]
 
 
+class Renewed(Protocol):
+    """A path model, as training sees it."""
+
+    def renew(self) -> None:
+        """Lay its path out anew, from the factors that are there now."""
+
+
 class Training:
     """The nodes that train over one base, and everything that goes with that.
 
@@ -46,6 +53,7 @@ class Training:
         tree: whose nodes.
         factors: where their parameters are.
         stage: laid out anew when what trains has changed.
+        beside: path models of the same base, likewise.
         binder: checks a node's adapter against the base.
         manner: gets the dropout.
         handed: looks whether a trainer was given the bare base.
@@ -58,12 +66,14 @@ class Training:
         factors: Factors,
         *,
         stage: Stage,
+        beside: Iterable[Renewed],
         binder: Binder,
         manner: Manner,
         handed: Handed,
     ) -> None:
         self._base, self._tree, self._factors = base, tree, factors
         self._stage, self._binder, self._manner = stage, binder, manner
+        self._beside = beside
         self._handed = handed
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
         self._steps = weakref.WeakKeyDictionary()
@@ -247,11 +257,16 @@ class Training:
         self._manner.dropout, self._flags = before.dropout, before.base_flags
         self._handed.look(before.looks)
         self._sharded_together(self._factors.sharded)
+        # Laying one of these out may have failed after others had the new factors already.
+        for path_model in list(self._beside):
+            path_model.renew()
 
     def _renew(self) -> None:
         # A merged path has no factor that trains, and a bare base has no path.
         if self._stage.current.state in (State.UNMERGED, State.ROUTED):
             self._stage.renew()
+        for path_model in list(self._beside):
+            path_model.renew()
 
     def _sharded_together(self, wanted: bool) -> None:
         """Put the hooks of `every_layer` on the base, or take them off."""

@@ -1,0 +1,174 @@
+"""PathModel: one path of a tree as a module of its own, beside any others of the same base.
+
+    model.at("fr/legal")     the base's parameters, modules of its own (`engine/view.py`)
+      ├── base               a view of the base, with the path beside its weights for good
+      └── factors            those of the path's own nodes that train, or did
+
+A `TreeModel` has one behaviour at a time, and its base shows it only while it lasts. Trainers hold
+on to a model, and call parts of it by themselves: the base without its head, the head's weight,
+``generate``. Here each of these is a module of the view, whose side paths are always there.
+
+Law: whatever else is active, and in whatever order path models run, forward and backward of one are
+those of its path.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from .blend import Blend
+from .engine.answers import AnswersForBase
+from .engine.behaviour import Request
+from .engine.stage import Stage
+from .engine.view import gate
+from .errors import StateError, listing
+from .training.every_rank import joined
+from .training.factors import Factors
+from .training.losses import ranks
+from .training.node_factors import key_of
+
+__all__ = ["PathModel"]
+
+
+class PathModel(AnswersForBase):
+    """A path or blend as an ``nn.Module``; made by `TreeModel.at`.
+
+    It answers for its base, as a `TreeModel` does. Its parameters are the base's own, and the
+    factors of the path's nodes that train, or did.
+
+    Args:
+        path: the path or blend.
+        base: a view of the base.
+        stage: of that view.
+        factors: of the whole tree.
+        owner: the `TreeModel`; it lives as long as this object.
+        check: raises while the base's weights are not its own.
+        dropped: gets the stage when this object is collected.
+    """
+
+    def __init__(
+        self,
+        path: Blend,
+        base: nn.Module,
+        stage: Stage,
+        factors: Factors,
+        *,
+        owner: nn.Module,
+        check: Callable[[], None],
+        dropped: Callable[[Stage], object],
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.base = base
+        self.factors = Factors()
+        self.training = base.training
+        self._path_stage = stage
+        # In a tuple: nn.Module would take them for submodules. The owner, so that it lives as long.
+        self._of_tree = factors, owner
+        # The hooks refer to the gate and not to this object, so that it is collected when it is
+        # dropped, and not when the garbage collector runs next.
+        self._gate = _Gate(check)
+        gate(base, self._gate)
+        stage.become(Request(path, "unmerged"))
+        self._own_factors()
+        # A finalizer may run in a thread that holds the cache's lock, so it only makes a note.
+        self._note = weakref.finalize(self, dropped, stage)
+        self._note.atexit = False
+        self._answers = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base's forward by the path.
+
+        If several ranks train together, every factor that trains is in every rank's backward.
+        """
+        out = self.base(*args, **kwargs)
+        if torch.is_grad_enabled() and ranks() > 1:
+            out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
+        return out
+
+    def close(self) -> None:
+        """Let go of the path's nodes: the tree may change them then. A second call does nothing."""
+        if self._gate.is_open:
+            self._gate.is_open = False
+            self._note.detach()
+            self._path_stage.close()
+
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes that it runs, from the root down; none once it is closed."""
+        return list(self._path_stage.current.adapters)
+
+    def renew(self) -> None:
+        """Lay the path out anew, because its nodes have other factors now, or others train."""
+        if self._gate.is_open:
+            self._path_stage.renew()
+            self._own_factors()
+
+    def get_output_embeddings(self) -> Any:
+        """Return the head, for a caller that multiplies by its weight.
+
+        Raises:
+            StateError: the path adapts the head, and such a caller would leave that out in silence;
+                names the nodes.
+        """
+        base: Any = self.base
+        head = base.get_output_embeddings()
+        plan = self._path_stage.current.placed.plan
+        for name, terms in plan.terms.items():
+            if head is not None and plan.sites[name].module is head:
+                nodes = listing(dict.fromkeys(term.node for term in terms))
+                raise StateError(
+                    f"{name}: {nodes} adapt the head, and a caller that takes its weight alone "
+                    "would leave that out",
+                    "call the model for its logits, or leave the head out of the node: "
+                    f'exclude_modules=["{name}"]',
+                )
+        return head
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PathModel:
+        """Move or cast, as every module does, and lay the path out where the base is then."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.renew()
+        return self
+
+    def _own_factors(self) -> None:
+        """Hold the factors of this path's nodes, and of no others: data parallelism waits for a
+        gradient of every parameter.
+        """
+        self.factors.clear()
+        all_factors, _ = self._of_tree
+        for node in self.nodes:
+            key = key_of(node)
+            if key in all_factors:
+                self.factors[key] = all_factors[key]
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(
+            "a path model can't be copied or pickled: its parameters are its base's",
+            "ask for another one: model.at(path)",
+        )
+
+
+class _Gate:
+    """Refuses a forward of a path model that is closed, or whose base has other weights."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.is_open, self._check = True, check
+
+    def __call__(self) -> None:
+        if not self.is_open:
+            raise StateError(
+                "this path model was closed, or its TreeModel was detached",
+                "ask for another one: model.at(path)",
+            )
+        self._check()
