@@ -13,7 +13,6 @@ owner.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections import Counter, deque
@@ -227,21 +226,21 @@ class Tier:
                 self.churn_bytes += nbytes
 
     def _make_room(self, nbytes: int, wait: bool) -> None:
+        self._take_refunds()
         budget = self.budget_bytes
-        while budget is not None:
-            # Dropping side paths, and waiting, let finalizers run: count
-            # again before every decision.
-            self._take_refunds()
-            if self._held_bytes + nbytes <= budget:
-                break
+        if budget is None:
+            return
+        while self._held_bytes + nbytes > budget:
             stays = self._in_use + self._reserved
             # If it can't fit even with everything idle gone, nothing is evicted in vain.
-            if stays + nbytes <= budget and (self._drop_spare() or self._evict()):
-                continue
-            others_may_finish = self._reserved > 0 or self.passing > 0
-            if not (wait and nbytes <= budget and others_may_finish):
-                raise self._full(nbytes, stays + self._laid_out, budget)
-            self._lock.wait()
+            if stays + nbytes > budget or not (self._drop_spare() or self._evict()):
+                others_may_finish = self._reserved > 0 or self.passing > 0
+                if not (wait and nbytes <= budget and others_may_finish):
+                    raise self._full(nbytes, stays + self._laid_out, budget)
+                self._lock.wait()
+            # Dropping side paths, and waiting, let finalizers run: count again before every
+            # decision.
+            self._take_refunds()
         self._trim_shelf()
 
     def _drop_spare(self) -> bool:
@@ -272,11 +271,8 @@ class Tier:
         )
 
     def _trim_shelf(self) -> None:
-        """Keep no more freed memory than the budget leaves over."""
-        if self._shelf is None:
+        """Keep no more freed memory than the budget leaves over; without one, the shelf knows."""
+        if self._shelf is None or self.budget_bytes is None:
             return
         self._take_refunds()
-        room = sys.maxsize
-        if self.budget_bytes is not None:
-            room = self.budget_bytes - self._held_bytes
-        self._shelf.at_most(room)
+        self._shelf.at_most(self.budget_bytes - self._held_bytes)

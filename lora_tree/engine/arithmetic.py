@@ -82,9 +82,6 @@ def add_weight(
         values: on ``target``'s device.
         scratch: the buffers.
     """
-    if not values:
-        target.copy_(source, non_blocking=True)  # from pinned memory the host need not wait
-        return
     dtypes: set[torch.dtype] = set()
     for value in values:
         dtypes |= {value.A.dtype, value.B.dtype}

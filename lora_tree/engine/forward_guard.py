@@ -24,7 +24,6 @@ from ..callers import called_from
 from ..errors import StateError
 from ..sites import Site
 from .batch_axis import BatchAxis
-from .unpromised import any_saved_tensor_hook
 
 __all__ = ["ForwardGuard"]
 
@@ -81,23 +80,19 @@ class ForwardGuard:
             self._handles.append(after)
 
     # ------------------------------------------------------------------ a side path
-    def side_path_runs(self) -> None:
-        """Note whether the side path that runs now will run again in backward: it shows only inside
-        of the layer.
-        """
-        if self._recording and not self._checkpointed:
-            self._checkpointed = _in_checkpoint()
+    def may_run_again(self, out: Tensor) -> None:
+        """Note that the side path that ran just now may run again in backward.
 
-    def guard(self, out: Tensor) -> None:
-        """Guard the backward of a side path that ran outside of the base's own forward.
-
-        A loss may be taken through a part of the base, and a layer of that part may be
-        checkpointed.
+        That shows only inside of the layer. Checkpointing either packs the tensors that autograd
+        saves, or runs its first forward without recording; others do so too.
 
         Args:
             out: what the side path returned.
         """
-        if not self._recording and out.grad_fn is not None and _in_checkpoint():
+        if self._recording:
+            self._checkpointed = self._checkpointed or called_from(_CHECKPOINT)
+        # A loss may also be taken through a part of the base, outside of the base's own forward.
+        elif out.grad_fn is not None and called_from(_CHECKPOINT):
             out.grad_fn.register_prehook(self._before_backward(self.number))
 
     @property
@@ -151,15 +146,6 @@ class ForwardGuard:
                 )
 
         return check
-
-
-def _in_checkpoint() -> bool:
-    """Return whether the layer that runs now will run again in backward."""
-    # Checkpointing either packs the tensors that autograd saves, or runs its first forward without
-    # recording.
-    if torch.is_grad_enabled() and not any_saved_tensor_hook():
-        return False
-    return called_from(_CHECKPOINT)
 
 
 # ---------------------------------------------------------------------- what a forward is given

@@ -331,7 +331,10 @@ def _add(
     site: Site, target: Tensor, source: Tensor, values: list[LowRank], scratch: Scratch
 ) -> None:
     """``target ← round_once(source + Σ values)``, for a site's weight or its bias."""
-    if target is getattr(site.module, site.bias_name, None):
+    if not values:
+        # The base's own numbers go back. From pinned memory the host need not wait.
+        target.copy_(source, non_blocking=True)
+    elif target is getattr(site.module, site.bias_name, None):
         add_bias(target, source, values)
     else:
         add_weight(site, target, source, values, scratch)

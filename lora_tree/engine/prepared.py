@@ -37,7 +37,7 @@ from .behaviour import RoutedRows
 from .finite import check_beside
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .routed import check_strategy
-from .side import check_sites_beside, raise_for_copy, side_dtype, side_kinds, widened
+from .side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
 __all__ = ["Numbers", "Prepared"]
@@ -166,7 +166,7 @@ class Prepared:
         numbers are finite.
         """
         plan = placed.plan
-        check_sites_beside(plan)
+        kinds = side_kinds(plan, self._dtype)
         for name, terms in plan.terms.items():
             fixed = self._fixed.get(name)
             # A module that was replaced since has a new site, and none of our hooks.
@@ -187,7 +187,7 @@ class Prepared:
         ordinary = largest is None or max(largest.values(), default=0.0) <= 1.0
         if ordinary and self._finite.get(plan) == placed.dtypes:
             return
-        check_beside(placed, side_kinds(plan, self._dtype), largest)
+        check_beside(placed, kinds, largest)
         if ordinary and plan.fixed:
             self._finite[plan] = placed.dtypes
 

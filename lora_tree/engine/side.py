@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -32,8 +31,8 @@ __all__ = [
     "Side",
     "SideKind",
     "Sides",
-    "check_sites_beside",
     "raise_for_copy",
+    "recorded",
     "side_device",
     "side_dtype",
     "side_kinds",
@@ -113,6 +112,13 @@ class Draft:
         self.down_bytes, self.up_bytes = down * itemsize, up * itemsize
         """Bytes of the A's, and of the B's, side by side."""
 
+    def cut_from(self, slab: Slab) -> tuple[Tensor, Tensor]:
+        """Return memory for the A's and for the B's: (\\*batch, Σr, in) and (\\*batch, out, Σr)."""
+        A, B = self.frozen[0].A, self.frozen[0].B
+        rank = sum([value.A.shape[-2] for value in self.frozen])
+        down = slab.cut(self.dtype, (*A.shape[:-2], rank, A.shape[-1]))
+        return down, slab.cut(self.dtype, (*B.shape[:-1], rank))
+
 
 class PathSide:
     """One path or blend for every input: a whole frozen lineage as one product, then every trained
@@ -128,7 +134,7 @@ class PathSide:
         self._site, self._manner = draft.site, manner
         self._pieces: list[LowRank] = []
         if draft.frozen:
-            into = None if slab is None else partial(slab.cut, draft.dtype)
+            into = None if slab is None else draft.cut_from(slab)
             frozen = stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)
             self._pieces.append(frozen)
         # Factors that train are not stacked: a parent's stack would have to be made anew at every
@@ -165,20 +171,16 @@ class PathSide:
             x = x if x.dtype == wide else x.to(wide)
             A = A if A.dtype == wide else A.to(wide)
             B = B if B.dtype == wide else B.to(wide)
-        out = site.onto(out, site.down(x, A), B, scale=piece.scale, spare=spare)
+        is_recorded = recorded(out, x, A, B)
+        low = site.down(x, A)
+        if low.dtype != out.dtype:  # autocast may have made it narrower than its factors
+            wide = torch.promote_types(out.dtype, low.dtype)
+            if out.dtype != wide:
+                out, spare = out.to(wide), True
+        out = site.onto(out, low, B, scale=piece.scale, spare=spare and not is_recorded)
         if piece.bias is not None:
             out = out + site.along_channels(piece.bias.to(out.dtype), out.ndim) * piece.scale
         return out if out.dtype == dtype else out.to(dtype)
-
-
-def check_sites_beside(plan: Plan) -> None:
-    """Check that every site of a plan runs when its module is called.
-
-    Raises:
-        MergedOnly: one does not; says which and why.
-    """
-    for name, terms in plan.terms.items():
-        plan.sites[name].check_mode(terms[0].value, merged=False, node=terms[0].node)
 
 
 def raise_for_copy(module: nn.Module, site: Site) -> None:
@@ -204,8 +206,15 @@ def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
     Args:
         plan: its sites and terms.
         asked: the dtype asked for; None: the widest of the factors' and the weight's own.
+
+    Raises:
+        MergedOnly: a site does not run when its module is called; says which and why.
     """
-    weights = [site.weight for site in plan.sites.values()]
+    weights = []
+    for name, terms in plan.terms.items():
+        site = plan.sites[name]
+        site.check_mode(terms[0].value, merged=False, node=terms[0].node)
+        weights.append(site.weight)
     kinds = {}
     for weight, (name, terms) in zip(weights, plan.terms.items(), strict=True):
         values = [term.value for term in terms]
@@ -248,6 +257,14 @@ def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and dtype in arithmetic.SLOW_ON_CPU:
         return torch.float32
     return dtype
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Return whether autograd records an operation on these tensors.
+
+    It forbids to write over what it has saved, or will need.
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Tensor, Tensor, bool]:

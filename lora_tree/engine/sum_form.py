@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from ..sites.site import recorded
 from .cost import Cost
 from .owed import Owed
+from .side import recorded
 
 __all__ = ["SumForm", "disjoint_layers"]
 
@@ -58,7 +58,6 @@ class SumForm(ABC):
             x: (rows, …), the site's input; in the side path's dtype or wider, unless it is ids.
             spare: nothing else holds ``out``, it may be written over.
         """
-        # Autograd forbids to write over what it has saved, or will need.
         live = self.owed.live and torch.is_grad_enabled()
         if live or recorded(out, x):
             out = self._add(out, x)

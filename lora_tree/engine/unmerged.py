@@ -43,13 +43,12 @@ from .side import (
     Side,
     SideKind,
     Sides,
-    check_sites_beside,
     raise_for_copy,
     side_kinds,
 )
 from .slab import Slab
 from .uncalled import UncalledSites
-from .unpromised import any_global_hook
+from .unpromised import global_hooks, saved_tensor_hook
 
 __all__ = ["SidePaths", "Unmerged"]
 
@@ -121,6 +120,8 @@ class Unmerged:
         self._router = Router(manner, ledger=self._ledger)
         self._uncalled = UncalledSites(base)
         self._forward_guard = ForwardGuard(base)
+        # Every side path asks both of torch at every call, so they are looked up once.
+        self._on_all_modules, self._packs_saved = global_hooks(), saved_tensor_hook()
         self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
         """No side paths, ready to run."""
         self._running = self.nothing
@@ -146,7 +147,6 @@ class Unmerged:
         key = plan, placed.dtypes
         sides = self._kept.again(key)
         if sides is None:
-            check_sites_beside(plan)
             kinds = side_kinds(plan, self._manner.dtype)
             check_beside(placed, kinds)
             sides = self._laid_out(placed, kinds)
@@ -168,7 +168,6 @@ class Unmerged:
         return SidePaths(self, placed.plan, route.sides(axis), route.mark, axis, route.mixed)
 
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
-        check_sites_beside(placed.plan)
         check_beside(placed, side_kinds(placed.plan, self._manner.dtype), batch.largest)
 
     def _laid_out(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> Sides:
@@ -233,12 +232,13 @@ class Unmerged:
             makes_its_output: its module's output is new memory.
         """
         name, called, guard = site.name, self._uncalled.called, self._forward_guard
+        on_all_modules, packs_saved = self._on_all_modules, self._packs_saved
 
         def side_path(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         ) -> Any:
-            probing = guard.probing  # then a copy of the base runs, on purpose
-            if module is not site.module and not probing:
+            # While the guard probes, a copy of the base runs on purpose.
+            if module is not site.module and not guard.probing:
                 raise_for_copy(module, site)
             called.add(name)
             # Some models call a layer by keyword.
@@ -249,16 +249,17 @@ class Unmerged:
                     "side path needs tensors",
                     'use activate(…, mode="merged")',
                 )
-            guard.side_path_runs()
             # Another hook, on the module or on all modules, may have kept the output; and so may a
             # forward that was put on this one module since.
-            alone = len(module._forward_hooks) == 1 and not any_global_hook()
+            alone = len(module._forward_hooks) == 1 and not on_all_modules
             spare = makes_its_output and alone and "forward" not in vars(module)
             # Looked up at every call: the hook stays while paths with the same site come and go.
             running = self._running
             after = running.sides[name](out, x, spare)
-            if after.grad_fn is not None and not probing:
-                guard.guard(after)
+            # Only here can be seen what checkpointing does around the layer.
+            if packs_saved(False) is not None or not torch.is_grad_enabled():
+                guard.may_run_again(after)
+            if after.grad_fn is not None:
                 training = running.training.get(name)
                 if training:
                     # On the graph: a gradient comes by here only if rows of this very forward went

@@ -23,7 +23,7 @@ not correctness. The tests take each of them away (tests/test_versions.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "any_global_hook",
-    "any_saved_tensor_hook",
     "compiled_frames",
     "fake_tensors",
+    "global_hooks",
     "grouped_product",
     "is_compiled",
     "pytree",
+    "saved_tensor_hook",
     "slow_on_cpu",
 ]
 
@@ -52,16 +52,17 @@ def grouped_product() -> Callable[..., Tensor] | None:
     return found
 
 
-def any_saved_tensor_hook() -> bool:
-    """Return whether something packs the tensors that autograd saves, as checkpointing does.
+def saved_tensor_hook() -> Callable[[bool], object]:
+    """Return torch's function that returns what packs the tensors that autograd saves now, or None.
 
-    True if torch does not say.
+    Called with False, it tells of all hooks, and not only of those that tracing may ignore. If
+    torch has no such function, one that never returns None. Every side path calls it, so it is
+    torch's own, without a call of ours around it.
     """
-    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None:
-        return True
-    # False: not only the hooks that tracing may ignore.
-    return top(False) is not None
+    found: Callable[[bool], object] = getattr(
+        autograd, "_top_saved_tensors_default_hooks", lambda is_tracing: "unknown"
+    )
+    return found
 
 
 def slow_on_cpu() -> frozenset[torch.dtype]:
@@ -96,9 +97,13 @@ def fake_tensors() -> tuple[Any, Any] | None:
     return None if None in modes else modes
 
 
-def any_global_hook() -> bool:
-    """Return whether a forward hook is set on all modules at once; True if torch does not say."""
-    return bool(getattr(nn_module, "_global_forward_hooks", True))
+def global_hooks() -> Collection[object]:
+    """Return torch's own collection of the forward hooks that are set on all modules at once.
+
+    If torch does not say, one that is never empty.
+    """
+    found: Collection[object] = getattr(nn_module, "_global_forward_hooks", ("unknown",))
+    return found
 
 
 def compiled_frames() -> int | None:

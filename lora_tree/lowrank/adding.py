@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def stacked(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    into: Callable[[tuple[int, ...]], Tensor] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> LowRank:
     """Return `concat` of the terms for one device and dtype, with every scale folded into B.
 
@@ -67,8 +67,8 @@ def stacked(
         terms: of one (\\*batch, out, in) and layout; not empty, and not checked.
         dtype: of the result, fp32 or wider unless a rounded scale · B is wanted.
         device: of the result.
-        into: makes the memory of A, and then of B, from their shapes; None: ordinary memory, and
-            autograd may record.
+        into: the memory of A and of B, in their shapes; None: ordinary memory, and autograd may
+            record.
 
     >>> import torch
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1), scale=0.1)
@@ -82,10 +82,13 @@ def stacked(
         # A product with 1.0 would copy the tensor, which may be used where it lies.
         return there if scale == 1.0 else there * scale
 
-    A = _side_by_side([folded(t.A, 1.0) for t in terms], -2, into)
-    B = _side_by_side([folded(t.B, t.scale) for t in terms], -1, into)
+    into_a, into_b = into or (None, None)
+    A = torch.cat([folded(t.A, 1.0) for t in terms], dim=-2, out=into_a)
+    B = torch.cat([folded(t.B, t.scale) for t in terms], dim=-1, out=into_b)
     bias = _sum_of([folded(t.bias, t.scale) for t in terms if t.bias is not None])
-    return LowRank(A, B, 1.0, bias, terms[0].layout)
+    # Values were checked when they were made, and so a sum of them need not be. Every switch makes
+    # hundreds.
+    return LowRank.of_checked(A, B, 1.0, bias, terms[0].layout)
 
 
 def inner(x: LowRank, y: LowRank) -> float:
@@ -141,14 +144,3 @@ def _sum_of(biases: Sequence[Tensor]) -> Tensor | None:
     if not biases:
         return None
     return torch.stack(list(biases)).sum(0)
-
-
-def _side_by_side(
-    parts: Sequence[Tensor], dim: int, into: Callable[[tuple[int, ...]], Tensor] | None
-) -> Tensor:
-    """Concatenate parts along one axis, into memory from ``into`` where that is given."""
-    if into is None:
-        return torch.cat(parts, dim=dim)  # type: ignore[arg-type]
-    shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return torch.cat(parts, dim=dim, out=into(tuple(shape)))  # type: ignore[arg-type]

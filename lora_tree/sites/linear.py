@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..lowrank import LINEAR, Layout, LowRank
-from .site import Site, in_dtype, recorded, wider_of
+from .site import Site
 
 __all__ = ["Conv1DSite", "LinearSite"]
 
@@ -70,15 +70,16 @@ class LinearSite(Site):
 
     def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
         """Add the product to ``out`` in one call, which rounds once and makes no delta."""
-        low = low.reshape(-1, low.shape[-1])  # (rows, r); autocast may have made it narrower
-        dtype = wider_of(out.dtype, low.dtype)
-        if out.dtype != dtype:
-            out, spare = out.to(dtype), True
-        low, right = in_dtype(low, dtype), in_dtype(B, dtype).mT
-        if spare and not recorded(out, low, right) and out.is_contiguous():
-            out.view(-1, out.shape[-1]).addmm_(low, right, alpha=scale)
+        dtype = out.dtype
+        if low.dtype != dtype or B.dtype != dtype:
+            # Under autocast the product and the output may be of different widths.
+            dtype = torch.promote_types(dtype, low.dtype)
+            out, low, B = out.to(dtype), low.to(dtype), B.to(dtype)
+        low = low.reshape(-1, low.shape[-1])  # (rows, r)
+        if spare and out.is_contiguous():
+            out.view(-1, out.shape[-1]).addmm_(low, B.mT, alpha=scale)
             return out
-        return torch.addmm(out.reshape(-1, out.shape[-1]), low, right, alpha=scale).view(out.shape)
+        return torch.addmm(out.reshape(-1, out.shape[-1]), low, B.mT, alpha=scale).view(out.shape)
 
 
 class Conv1DSite(LinearSite):

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import BaseMismatch, MergedOnly, UnmergedOnly
 from ..lowrank import Layout, LowRank
 
-__all__ = ["Site", "in_dtype", "recorded", "wider_of"]
+__all__ = ["Site"]
 
 
 class Site(ABC):
@@ -129,12 +129,11 @@ class Site(ABC):
             low: the result of `down`.
             B: of the value.
             scale: of the value, times its coefficient.
-            spare: whether ``out`` may be written over, because no other code holds it.
+            spare: whether ``out`` may be written over: no other code holds it, and autograd does
+                not record what is done here.
         """
         delta = self.up(low, B)
-        # Autograd would need the output that is written over.
-        is_wide_enough = out.dtype == wider_of(out.dtype, delta.dtype)
-        if spare and is_wide_enough and not recorded(out, delta):
+        if spare and out.dtype == torch.promote_types(out.dtype, delta.dtype):
             return out.add_(delta, alpha=scale)
         return torch.add(out, delta, alpha=scale)
 
@@ -310,21 +309,6 @@ class Site(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
-
-
-def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in ``dtype``, without a call of torch if it is in that already."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def wider_of(x: torch.dtype, y: torch.dtype) -> torch.dtype:
-    """Return the dtype that holds the numbers of both."""
-    return x if x == y else torch.promote_types(x, y)
-
-
-def recorded(*tensors: Tensor) -> bool:
-    """Return whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
