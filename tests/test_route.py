@@ -25,6 +25,7 @@ from lora_tree.engine.batch import Batch
 from lora_tree.engine.cost import machine
 from lora_tree.engine.owed import Owed
 from lora_tree.engine.routed import Strategy
+from lora_tree.engine.segmented import SegmentedForm
 from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
 from lora_tree.lowrank import LINEAR
 from lora_tree.sites import find_site
@@ -335,7 +336,8 @@ def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
                 recorded = out.clone().requires_grad_()
                 got = way(owed).add(recorded, here, spare=True)
                 torch.testing.assert_close(got.detach().double(), wanted, rtol=1e-5, atol=1e-4)
-    assert tried == {way for ways in forms.FORMS.values() for way in ways}
+    # Triton's is tried in tests/test_segmented.py.
+    assert tried == {way for ways in forms.FORMS.values() for way in ways} - {SegmentedForm}
     assert kind.name == site.name
 
 

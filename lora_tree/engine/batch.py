@@ -24,6 +24,7 @@ from torch import Tensor
 from ..blend import Blend, depth_first, parse_blend
 from ..errors import LoraTreeError, SpecError
 from ..tree import AdapterTree
+from .kernels import Segments, segment_numbers
 from .upload import uploaded
 
 __all__ = ["Batch"]
@@ -178,6 +179,24 @@ class Batch:
             numbers = torch.tensor(rows, dtype=torch.int64, device="cpu")
             found = self._indices[rows, device] = uploaded(numbers, device)
         return found
+
+    def segments(self, group: int, device: torch.device) -> Segments:
+        """Return the lists that kernels read, on a device; the same object for all sites.
+
+        Args:
+            group: rows of a group.
+            device: where they are read.
+        """
+        found = self._segments.get((group, device))
+        if found is None:
+            sizes, numbers = segment_numbers(self.kinds, self.of_row, group)
+            found = self._segments[group, device] = Segments(sizes, uploaded(numbers, device))
+        return found
+
+    @cached_property
+    def _segments(self) -> dict[tuple[int, torch.device], Segments]:
+        """The lists that `segments` has sent so far."""
+        return {}
 
     @cached_property
     def _indices(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor]:

@@ -1,4 +1,4 @@
-"""The four forms of a site's sum, by name.
+"""The forms of a site's sum, by name.
 
 They agree to rounding, and differ in how often factors are read and in how far rows are moved. Rows
 that do not lie side by side are taken out of the input and added back in their places, at this
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from .at_once import AllPathsForm, GroupedForm, MatrixForm
 from .in_turn import EachPathForm, NodesForm
+from .segmented import SegmentedForm
 from .sum_form import SumForm
 
 __all__ = ["FORMS", "SumForm"]
@@ -20,5 +21,6 @@ FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "paths": (AllPathsForm, EachPathForm),
     "grouped": (GroupedForm, NodesForm),
     "matrix": (MatrixForm,),
+    "segmented": (SegmentedForm, AllPathsForm, EachPathForm),
 }
 """Name → the ways to do it. The first that suits a site is taken there, and the last suits all."""

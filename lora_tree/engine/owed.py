@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .batch import Batch
 from .cost import Cost
+from .factor_tables import PlanTables
+from .kernels import FactorTable
 from .upload import uploaded
 
 __all__ = ["Owed", "RowSubset"]
@@ -83,6 +85,7 @@ class Owed:
         dtype: what side paths compute in, at least.
         device: where the factors go.
         charge: is told how many bytes were laid out here, and raises if there is no room for them.
+        tables: where the plan's factors lie.
     """
 
     site: Site
@@ -91,6 +94,7 @@ class Owed:
     dtype: torch.dtype
     device: torch.device
     charge: Callable[[int], None] = lambda nbytes: None
+    tables: PlanTables = field(default_factory=lambda: PlanTables({}))
 
     @cached_property
     def live(self) -> bool:
@@ -114,6 +118,19 @@ class Owed:
         # Only now it shows how much is new memory: a stack of one may be the factor itself.
         self.charge(_new_bytes(made, self.values))
         return lambda: made
+
+    @cached_property
+    def table(self) -> FactorTable | None:
+        """The addresses of the factors for kernels; None if these don't cover them."""
+        return self.tables.at(self.site.name, self.values, self.device, live=self.live)
+
+    def table_now(self) -> FactorTable:
+        """Return the addresses of the factors, where they are now."""
+        table = self.table
+        if self.live:
+            table = self.tables.now(self.site.name, self.values, self.device)
+        assert table is not None, "asked of a form that suits what is owed"
+        return table
 
     def rows(self, rows: Sequence[int]) -> RowSubset:
         """Return some of the rows."""

@@ -24,7 +24,9 @@ from .arithmetic import exact_mode
 from .batch import Batch
 from .batch_axis import BatchAxis
 from .cost import Cost, machine
+from .factor_tables import FactorTables, PlanTables
 from .forms import FORMS, SumForm
+from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .owed import Owed
@@ -33,7 +35,7 @@ from .side import Draft, Manner, PathSide, Side, Sides, side_device, side_dtype,
 
 __all__ = ["Route", "Router", "Strategy", "check_strategy"]
 
-Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix"]
+Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix", "segmented"]
 
 KEPT_ROUTES = 2
 
@@ -68,6 +70,7 @@ class Router:
         self._ledger = ledger or Unbounded()
         self._kept: LastUsed[Route] = LastUsed(KEPT_ROUTES)
         self._marks = Marks()
+        self._tables = FactorTables()
         self._ledger.spare(self._kept)
 
     def route(
@@ -98,13 +101,15 @@ class Router:
             check_strategy(strategy)
             check()
             mark = self._marks.of((placed.plan.mark, owed))
-            route = Route(batch, placed.plan, strategy, self._manner, mark, self._ledger)
+            tables = self._tables.of(placed.plan)
+            route = Route(batch, placed.plan, strategy, self._manner, mark, self._ledger, tables)
             self._kept.keep(key, route)
         return route
 
     def forget(self) -> None:
         """Drop the routes kept."""
         self._kept.forget()
+        self._tables.forget()
 
 
 class Route:
@@ -117,6 +122,7 @@ class Route:
         manner: how side paths compute.
         mark: the number that key/value caches know it by: see `Plan`.
         ledger: bounds the memory that is laid out.
+        tables: where the plan's factors lie.
     """
 
     def __init__(
@@ -127,7 +133,9 @@ class Route:
         manner: Manner,
         mark: int,
         ledger: Ledger,
+        tables: PlanTables,
     ) -> None:
+        self._tables = tables
         self.batch, self.plan, self.strategy = batch, plan, strategy
         self.manner, self.mark = manner, mark
         # The ledger counts the bytes until the token is gone. Not until the route is: forms and
@@ -212,7 +220,7 @@ class Route:
                 values = [term.value for term in terms]
                 dtype = side_dtype(site.weight, values, self.manner.dtype)
                 batch = self._batch(terms, spread)
-                found.append(Owed(site, values, batch, dtype, device, self._charge))
+                found.append(Owed(site, values, batch, dtype, device, self._charge, self._tables))
             self._owed[key] = found
         return found
 
@@ -241,6 +249,8 @@ class Route:
 
     def _cheapest(self, spread: Spread, tokens: int, device: torch.device) -> str:
         """Return the form with the least estimated time over all sites."""
+        if routes(device):
+            return "segmented"
         # A model has a hundred sites of a few kinds, so one of each kind is asked.
         alike: dict[Hashable, list[Owed]] = {}
         for site in self.mixed:
@@ -256,7 +266,9 @@ class Route:
                 total += cost.times(len(same))
             return total.seconds(machine(device))
 
-        return min(FORMS, key=seconds)
+        # Where no kernel runs, "segmented" is "paths" under another name.
+        forms = [name for name in FORMS if name != "segmented"]
+        return min(forms, key=seconds)
 
 
 def _way(owed: Owed, strategy: str, tokens: int) -> type[SumForm]:
@@ -286,7 +298,9 @@ class _RoutedSide:
         for form in self._route.forms(self._site, spread, tokens, out.device):
             if form.owed.live:
                 x = self._route.manner.dropped(x, self._site)
-            out, taken, spare = widened(out, x, form.owed.dtype, spare)
+            taken = x
+            if form.widens:
+                out, taken, spare = widened(out, x, form.owed.dtype, spare)
             # A form returns a tensor of its own, so the next one may write it over.
             out, spare = form.add(out, taken, spare=spare), True
         return out if out.dtype == dtype else out.to(dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class SumForm(ABC):
         owed: what the rows owe there.
     """
 
+    widens: ClassVar[bool] = True
+    """Whether `add` wants its arguments in dtypes that hold the sum."""
+
     def __init__(self, owed: Owed) -> None:
         self.owed = owed
         self.site = owed.site
@@ -54,8 +57,9 @@ class SumForm(ABC):
         """Return ``out`` plus what its rows owe.
 
         Args:
-            out: (rows, …), in a dtype that holds the sum.
-            x: (rows, …), the site's input; in the side path's dtype or wider, unless it is ids.
+            out: (rows, …), in a dtype that holds the sum; any if the form does not widen.
+            x: (rows, …), the site's input; in the side path's dtype or wider, unless it is ids, or
+                the form does not widen.
             spare: nothing else holds ``out``, it may be written over.
         """
         live = self.owed.live and torch.is_grad_enabled()

@@ -1,5 +1,9 @@
 """Kernels in Triton, and the decision whether a device uses them.
 
+    merge                      paths written into weights           `usable`
+    sample                     the watch over written weights       `usable`
+    shrink, expand, outer      a path for every row of a batch      `routes`
+
 A kernel is loaded when a device first needs it: Triton is slow to import, and some platforms have
 none. It is tried once, on a small problem. If it can't be compiled (Triton needs a C compiler) or
 its result is wrong, a warning says so, and stock operations do the same work on the device.
@@ -12,20 +16,40 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .part import MergePart, MergeTerm, can_merge
+from .segments import (
+    FactorTable,
+    Segments,
+    SegmentSizes,
+    Tiling,
+    can_route,
+    group_of,
+    segment_numbers,
+)
 
 __all__ = [
+    "FactorTable",
     "Launch",
     "MergePart",
     "MergeTerm",
+    "RoutedKernels",
+    "SegmentSizes",
+    "Segments",
+    "Tiling",
     "can_merge",
+    "can_route",
+    "group_of",
     "merge_launch",
+    "routed_kernels",
+    "routes",
     "sample_launch",
+    "segment_numbers",
     "usable",
 ]
 
@@ -44,6 +68,29 @@ def usable(device: torch.device) -> bool:
     It has to be CUDA, Triton has to be installed, and a small problem has to come out right.
     """
     return device.type == "cuda" and _tried(device)
+
+
+def routes(device: torch.device) -> bool:
+    """Return whether the kernels of routed sums run on a device; a small problem is tried once."""
+    return device.type == "cuda" and _tried(device) and _routes_tried(device)
+
+
+@dataclass(frozen=True)
+class RoutedKernels:
+    """The three launches of a routed sum; see the modules of their names."""
+
+    shrink: Callable[[Tensor, Segments, FactorTable, int, Tiling], Tensor]
+    expand: Callable[[Tensor, Tensor | None, Tensor, Segments, FactorTable, int, Tiling], None]
+    outer: Callable[[Tensor, Tensor, Segments, FactorTable, int, Tiling], Tensor]
+
+
+@functools.cache
+def routed_kernels() -> RoutedKernels:
+    """Return the launches of routed sums, for devices for which `routes` is true."""
+    shrink, expand, outer = (
+        importlib.import_module(f"{__name__}.{name}") for name in ("shrink", "expand", "outer")
+    )
+    return RoutedKernels(shrink.shrink, expand.expand, outer.outer)
 
 
 def merge_launch(parts: Sequence[MergePart]) -> Launch:
@@ -75,16 +122,56 @@ def _tried(device: torch.device) -> bool:
     # Asked without an import: where there is no Triton, its absence is no reason to warn.
     if importlib.util.find_spec("triton") is None:
         return False
+
+    def is_right() -> bool:
+        return bool(importlib.import_module(f"{__name__}.merge").is_right_on(device))
+
+    return _is_right(is_right, device, "merged switches")
+
+
+@functools.cache
+def _routes_tried(device: torch.device) -> bool:
+    return _is_right(lambda: routes_right_on(device), device, "batches of several paths")
+
+
+def _is_right(attempt: Callable[[], bool], device: torch.device, work: str) -> bool:
     try:
-        module = importlib.import_module(f"{__name__}.merge")
-        return bool(module.is_right_on(device))
+        return attempt()
     except Exception as error:
-        # A compiler, a driver and a cache folder may each fail with an error of their own, and a
-        # slower switch is better than none.
+        # A compiler, a driver and a cache folder may each fail with an error of their own, and
+        # slower work is better than none.
         warnings.warn(
             f"Triton can't be used on {device} ({type(error).__name__}: {error!s:.200}): "
-            "merged switches take stock operations, which are slower",
+            f"{work} take stock operations, which are slower",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return False
+
+
+def routes_right_on(device: torch.device) -> bool:
+    """Return whether a small routed sum and its gradients come out right on a device."""
+    kernels = routed_kernels()
+    draw = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, device="cpu").to(device, torch.bfloat16)
+
+    factors = [(normal(8, 96), normal(160, 8), 0.5), (normal(8, 96), normal(160, 8), 2.0)]
+    table = FactorTable.of(factors, device)
+    sizes, numbers = segment_numbers([(1.0, 0.0), (0.5, 1.0), (0.0, 0.0)], [1, 2, 0], 16)
+    segments, tiling = Segments(sizes, numbers.to(device)), Tiling.of(sizes, 1, torch.bfloat16)
+    x, base = normal(3, 96), normal(3, 160)
+    low = kernels.shrink(x, segments, table, 0, tiling)
+    out = torch.empty_like(base)
+    kernels.expand(low, base, out, segments, table, 1, tiling)
+    grads = kernels.outer(low, base, segments, table, 1, tiling).float()
+    exact, wanted = base.double(), torch.zeros(2, 160, 8, dtype=torch.float64, device=device)
+    for row, owed in enumerate([(0.5, 1.0), (0.0, 0.0), (1.0, 0.0)]):
+        for node, (A, B, scale) in enumerate(factors):
+            narrow = A.double() @ x[row].double() * (owed[node] * scale)
+            exact[row] += B.double() @ narrow
+            wanted[node] += base[row, :, None].double() * narrow
+    close = torch.isclose(out.double(), exact, rtol=2**-6, atol=0.5).all()
+    close &= torch.isclose(grads.double(), wanted.flatten(), rtol=2**-6, atol=0.5).all()
+    return bool(close) and torch.equal(out[1], base[1])

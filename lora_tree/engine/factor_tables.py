@@ -1,0 +1,99 @@
+"""Factor tables: the addresses of a plan's factors, at each of its sites, where kernels read them.
+
+A plan of frozen factors keeps its tables, and all its batches share them. Factors that train are
+met in a new plan at every step, but lie where they lay: the last table of a site is used again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..lowrank import LowRank
+from .kernels import FactorTable, can_route
+from .plan import Plan
+
+__all__ = ["FactorTables", "PlanTables"]
+
+
+class FactorTables:
+    """The tables of all plans that are alive."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[Plan, PlanTables] = weakref.WeakKeyDictionary()
+        self._last: dict[str, FactorTable] = {}
+
+    def of(self, plan: Plan) -> PlanTables:
+        """Return the tables of one plan."""
+        found = self._of.get(plan)
+        if found is None:
+            found = self._of[plan] = PlanTables(self._last)
+        return found
+
+    def forget(self) -> None:
+        """Drop all."""
+        self._of.clear()
+        self._last.clear()
+
+
+class PlanTables:
+    """The tables of one plan's sites.
+
+    Args:
+        last: site → the last table of factors that train there, of any plan.
+    """
+
+    def __init__(self, last: dict[str, FactorTable]) -> None:
+        self._last = last
+        self._at: dict[tuple[str, bool, torch.device], FactorTable | None] = {}
+
+    def at(
+        self, site: str, values: Sequence[LowRank], device: torch.device, *, live: bool
+    ) -> FactorTable | None:
+        """Return the table of a site's values; None if the kernels don't cover them.
+
+        Args:
+            site: its name.
+            values: all of the plan's that are frozen there, or all that train.
+            device: where they are read.
+            live: they train.
+        """
+        key = site, live, device
+        if key not in self._at:
+            factors = _factors(values)
+            self._at[key] = None
+            if can_route(factors, device):
+                self._at[key] = self._table(site, factors, device, live=live)
+        return self._at[key]
+
+    def now(self, site: str, values: Sequence[LowRank], device: torch.device) -> FactorTable | None:
+        """Return the table of values that train, where they are now."""
+        key = site, True, device
+        table, factors = self._at.get(key), _factors(values)
+        # A parameter may have been given other memory since, as by `module.to()`.
+        if table is None or FactorTable.key_of(factors) != table.key:
+            self._at.pop(key, None)
+            table = self.at(site, values, device, live=True)
+        return table
+
+    def _table(
+        self,
+        site: str,
+        factors: Sequence[tuple[Tensor, Tensor, float]],
+        device: torch.device,
+        *,
+        live: bool,
+    ) -> FactorTable:
+        if not live:
+            return FactorTable.of(factors, device)
+        last = self._last.get(site)
+        if last is None or last.numbers.device != device or last.key != FactorTable.key_of(factors):
+            last = self._last[site] = FactorTable.of(factors, device)
+        return last
+
+
+def _factors(values: Sequence[LowRank]) -> list[tuple[Tensor, Tensor, float]]:
+    return [(value.A, value.B, value.scale) for value in values]

@@ -1,0 +1,142 @@
+"""segmented    two launches of our own kernels, which read each node's factors where they lie.
+
+    segments of the batch (index lists)  ─┐
+    table of the site (addresses)        ─┼─▶ shrink ─▶ expand
+    input, output of the site            ─┘
+
+Nothing is stacked and no row is moved. The lists are made once for a batch and shared by all sites
+with the same nodes, and the tables once for a plan, so that a new batch over known nodes costs a
+copy of its lists. The backward takes the same two kernels with the sides exchanged, and one more
+for each of A and B of the nodes that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .cost import Cost
+from .kernels import Segments, Tiling, group_of, routed_kernels, routes
+from .owed import Owed
+from .sum_form import SumForm
+
+__all__ = ["SegmentedForm", "route_dtype"]
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class SegmentedForm(SumForm):
+    """Our own kernels, on devices on which they run."""
+
+    widens = False
+
+    def __init__(self, owed: Owed) -> None:
+        super().__init__(owed)
+        self._sized: dict[tuple[int, torch.dtype], tuple[Segments, Tiling]] = {}
+        self._parameters: list[Tensor] = []
+        if owed.live:
+            for value in owed.values:
+                self._parameters += [value.A, value.B]
+
+    @classmethod
+    def suits(cls, owed: Owed, tokens: int) -> bool:
+        if not owed.site.is_product or owed.dtype not in NARROW or not routes(owed.device):
+            return False
+        return owed.site.dtype in (None, *NARROW) and owed.table is not None
+
+    @classmethod
+    def cost(cls, owed: Owed, tokens: int) -> Cost:
+        """Return two calls, the bytes of the factors, each read once, and those of the rows."""
+        total = Cost()
+        for value, (rows, _) in zip(owed.values, owed.batch.by_node, strict=True):
+            total += owed.cost(rows, value.rank, tokens)
+        return Cost(2, total.bytes, total.flops)
+
+    def _add(self, out: Tensor, x: Tensor) -> Tensor:
+        out, x = out.contiguous(), x.contiguous()
+        segments, tiling = self._of(out, route_dtype(self.owed.dtype, x))
+        parameters = self._parameters if torch.is_grad_enabled() else ()
+        return _routed(out, x, self, segments, tiling, *parameters)
+
+    def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
+        out, x = out.contiguous(), x.contiguous()
+        segments, tiling = self._of(out, route_dtype(self.owed.dtype, x))
+        self.write(x, out, out, segments, tiling)
+        return out
+
+    def _of(self, out: Tensor, compute: torch.dtype) -> tuple[Segments, Tiling]:
+        batch = self.owed.batch
+        tokens = out.numel() // (len(batch) * out.shape[-1])
+        found = self._sized.get((tokens, compute))
+        if found is None:
+            segments = batch.segments(group_of(tokens), self.owed.device)
+            found = segments, Tiling.of(segments.sizes, tokens, compute)
+            self._sized[tokens, compute] = found
+        return found
+
+    def write(
+        self, x: Tensor, base: Tensor, out: Tensor, segments: Segments, tiling: Tiling
+    ) -> Tensor:
+        """Write the sum to ``out``, and return the narrow one: two launches."""
+        kernels, table = routed_kernels(), self.owed.table_now()
+        low = kernels.shrink(x, segments, table, 0, tiling)
+        kernels.expand(low, base, out, segments, table, 1, tiling)
+        return low
+
+
+class _Routed(torch.autograd.Function):
+    """The sum with its gradients: for the input, and for each factor that trains."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        form: SegmentedForm,
+        segments: Segments,
+        tiling: Tiling,
+        *factors: Tensor,
+    ) -> Tensor:
+        after = torch.empty_like(out)
+        low = form.write(x, out, after, segments, tiling)
+        ctx.form, ctx.segments, ctx.tiling = form, segments, tiling
+        # The factors are saved so that autograd notices a write to them before the backward.
+        ctx.save_for_backward(x, low, *factors)
+        return after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, low, *factors = ctx.saved_tensors
+        segments, tiling = ctx.segments, ctx.tiling
+        kernels, table = routed_kernels(), ctx.form.owed.table_now()
+        grad = grad.contiguous()
+        narrow = kernels.shrink(grad, segments, table, 1, tiling)
+        to_input = None
+        if ctx.needs_input_grad[1]:
+            to_input = torch.empty_like(x)
+            kernels.expand(narrow, None, to_input, segments, table, 0, tiling)
+        to_factors: list[Tensor | None] = [None] * len(factors)
+        for side, (narrow_sum, wide) in enumerate(((narrow, x), (low, grad))):
+            mine = factors[side::2]
+            if any(factor.requires_grad for factor in mine):
+                grads = kernels.outer(narrow_sum, wide, segments, table, side, tiling)
+                parts = torch.split(grads, [factor.numel() for factor in mine])
+                for i, (factor, part) in enumerate(zip(mine, parts, strict=True)):
+                    to_factors[2 * i + side] = part.view(factor.shape)
+        return grad, to_input, None, None, None, *to_factors
+
+
+_routed: Callable[..., Tensor] = _Routed.apply
+
+
+def route_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    """Return what kernels multiply in: autocast's dtype, or the wider of ``dtype`` and x's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype if dtype == x.dtype else torch.promote_types(dtype, x.dtype)

@@ -1,0 +1,378 @@
+"""Routed sums by our own kernels, run by Triton's interpreter on the CPU, against float64 by hand.
+
+The interpreter multiplies no bf16 and rounds to it by cutting off, so outputs here are fp32 and fp16. What a GPU does
+is tested on one (`make test-gpu`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from oracle import coefficients
+from test_kernels import interpreted
+from torch import Tensor, nn
+
+import lora_tree as lt
+from lora_tree.engine.kernels import (
+    FactorTable,
+    RoutedKernels,
+    Segments,
+    Tiling,
+    group_of,
+    segment_numbers,
+)
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+CPU = torch.device("cpu")
+Factors = list[tuple[Tensor, Tensor, float]]
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for name in ("shrink", "expand", "outer"):
+            found[name] = stack.enter_context(contextlib.contextmanager(interpreted)(name))
+        yield found
+
+
+def made(
+    kinds: Sequence[Sequence[float]], of_row: Sequence[int], tokens: int, dtype: torch.dtype
+) -> tuple[Segments, Tiling]:
+    sizes, numbers = segment_numbers(kinds, of_row, group_of(tokens))
+    return Segments(sizes, numbers), Tiling.of(sizes, tokens, dtype)
+
+
+def factors_for(into: int, out: int, ranks: Sequence[int], dtype: torch.dtype) -> Factors:
+    draw = torch.Generator().manual_seed(into + out)
+    found = []
+    for i, r in enumerate(ranks):
+        A, B = torch.randn(r, into, generator=draw), torch.randn(out, r, generator=draw)
+        found.append((A.to(dtype) * 0.3, B.to(dtype) * 0.3, (0.5, -1.25, 1.0)[i % 3]))
+    return found
+
+
+KINDS = [(1.0, 0.0, 0.0), (1.0, 0.5, 0.0), (0.0, 0.0, 0.0), (1.0, 0.0, -2.0)]
+BATCHES = {
+    "one token": ([3, 1, 0, 2, 1], 1, (70, 130), (4, 20, 1)),
+    "more rows than a group": ([i % 4 for i in range(37)], 1, (33, 40), (4, 8, 2)),
+    "few tokens": ([0, 1, 2, 3, 3, 1, 0], 5, (48, 140), (3, 3, 3)),
+    "more tokens than a tile": ([2, 3, 1], 75, (40, 30), (16, 17, 2)),
+    "wide": ([1, 0], 2, (2100, 20), (4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("factor", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernels_are_the_sum_in_float64_and_their_plain_functions(
+    modules: dict[str, Any], name: str, factor: torch.dtype
+) -> None:
+    of_row, tokens, (into, out), ranks = BATCHES[name]
+    shrink, expand, outer = modules["shrink"], modules["expand"], modules["outer"]
+    factors = factors_for(into, out, ranks, factor)
+    table = FactorTable.of(factors, CPU)
+    segments, tiling = made(KINDS, of_row, tokens, torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    x, base, grad = (
+        torch.randn(len(of_row) * tokens, width, generator=draw) for width in (into, out, out)
+    )
+    bare = [row for row, kind in enumerate(of_row) if kind == 2]
+    for row in bare:
+        mine = slice(row * tokens, (row + 1) * tokens)
+        x[mine], base[mine] = float("inf"), -0.0
+    wanted, to_x = base.double(), torch.zeros(x.shape, dtype=torch.float64)
+    to_factors = [
+        (torch.zeros_like(A).double(), torch.zeros_like(B).double()) for A, B, _ in factors
+    ]
+    for row, kind in enumerate(of_row):
+        mine = slice(row * tokens, (row + 1) * tokens)
+        for (A, B, scale), c, (to_A, to_B) in zip(factors, KINDS[kind], to_factors, strict=True):
+            if c:
+                delta = B.double() @ A.double() * (c * scale)
+                wanted[mine] += x[mine].double() @ delta.mT
+                to_x[mine] += grad[mine].double() @ delta
+                whole = grad[mine].double().mT @ x[mine].double() * (c * scale)
+                to_A += B.double().mT @ whole
+                to_B += whole @ A.double().mT
+
+    low = shrink.shrink(x, segments, table, 0, tiling)
+    copied, in_place = torch.full_like(base, float("nan")), base.clone()
+    expand.expand(low, base, copied, segments, table, 1, tiling)
+    expand.expand(low, in_place, in_place, segments, table, 1, tiling)
+    assert torch.equal(copied.view(torch.int32), in_place.view(torch.int32))
+    for row in bare:
+        mine = slice(row * tokens, (row + 1) * tokens)
+        assert torch.equal(copied[mine].view(torch.int32), base[mine].view(torch.int32))
+    torch.testing.assert_close(copied.double(), wanted, rtol=1e-5, atol=1e-4)
+    by_hand = shrink.shrunk_plainly(x, segments, factors, 0, tiling)
+    plain = expand.expanded_plainly(by_hand, base, segments, factors, 1, tiling, base.dtype)
+    torch.testing.assert_close(copied, plain, rtol=1e-5, atol=1e-4)
+
+    narrow, fresh = (
+        shrink.shrink(grad, segments, table, 1, tiling),
+        torch.full_like(x, float("nan")),
+    )
+    expand.expand(narrow, None, fresh, segments, table, 0, tiling)
+    torch.testing.assert_close(fresh.double(), to_x, rtol=1e-5, atol=1e-4)
+    plainly = shrink.shrunk_plainly(grad, segments, factors, 1, tiling)
+    for side, (sums, plain_sums, wide) in enumerate(((narrow, plainly, x), (low, by_hand, grad))):
+        found = outer.outer(sums, wide, segments, table, side, tiling)
+        parts = found.split([each[side].numel() for each in factors])
+        others = outer.outer_plainly(plain_sums, wide, segments, factors, side, tiling)
+        for part, other, exact in zip(parts, others, to_factors, strict=True):
+            mine = exact[side]
+            # what is stored is rounded to the factors' dtype
+            close = dict(rtol=max(1e-4, torch.finfo(factor).eps * 2), atol=1e-3 * len(x) ** 0.5)
+            torch.testing.assert_close(part.view(mine.shape).double(), mine, **close)
+            torch.testing.assert_close(other.double(), mine, rtol=1e-4, atol=1e-3 * len(x) ** 0.5)
+
+
+def test_lists_with_room_to_spare_give_the_same_bits(modules: dict[str, Any]) -> None:
+    of_row = [3, 1, 0, 2, 1]
+    factors = factors_for(70, 130, (4, 20, 1), torch.float32)
+    table = FactorTable.of(factors, CPU)
+    x, base = torch.randn(5, 70), torch.randn(5, 130)
+    found = []
+    for entries in (0, 40):
+        sizes, numbers = segment_numbers(KINDS, of_row, 16, entries)
+        segments, tiling = Segments(sizes, numbers), Tiling.of(sizes, 1, torch.float32)
+        low = modules["shrink"].shrink(x, segments, table, 0, tiling)
+        out = base.clone()
+        modules["expand"].expand(low, out, out, segments, table, 1, tiling)
+        found.append([out, modules["outer"].outer(low, base, segments, table, 1, tiling)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_row_that_owes_nothing_is_in_no_entry_and_rows_that_share_nodes_are_neighbours() -> None:
+    sizes, numbers = segment_numbers(KINDS, [3, 1, 2, 0, 1], 2)
+    segments = Segments(sizes, numbers)
+    assert segments.order.tolist() == [2, 3, 1, 4, 0]
+    assert segments.begins.tolist() == [0, 1, 3, 5]
+    assert segments.nodes.tolist() == [0, 0, 1, 0, 2]
+    assert segments.owners.tolist() == [0, 1, 1, 2, 2]
+    assert segments.coefficients.tolist() == [[0, 1], [1, 1], [0.5, 0.5], [1, 0], [-2, 0]]
+    assert segments.by_node.tolist() == [0, 1, 3, 2, 4]
+    assert segments.node_begins.tolist() == [0, 3, 4, 5]
+
+
+# ---------------------------------------------------------------------- a whole model
+@pytest.fixture
+def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Batches take the kernels, as they do on CUDA; the names of the launches."""
+    names: list[str] = []
+
+    def counted(name: str) -> Any:
+        def launch(*args: Any) -> Any:
+            names.append(name)
+            return getattr(modules[name], name)(*args)
+
+        return launch
+
+    kernels = RoutedKernels(counted("shrink"), counted("expand"), counted("outer"))
+    monkeypatch.setattr("lora_tree.engine.segmented.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.routed.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.segmented.routed_kernels", lambda: kernels)
+    return names
+
+
+PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
+ROWS: list[lt.Blend] = ["a/b/c", "", "a/d", {"a/b": 0.5, "a/d": 0.25, "e": -1.0}, "e", "a"]
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(20, 36), nn.Tanh(), nn.Linear(36, 20))
+    return layers.to(dtype).requires_grad_(False)
+
+
+def forest(factors: torch.dtype = torch.float32, *, bias: bool = False) -> lt.AdapterTree:
+    tree = lt.AdapterTree()
+    draw = torch.Generator().manual_seed(2)
+    for i, path in enumerate(PATHS):
+        values = {}
+        for name, (out, into) in {"0": (36, 20), "2": (20, 36)}.items():
+            A = torch.randn(2 + i, into, generator=draw) * 0.3
+            B = torch.randn(out, 2 + i, generator=draw) * 0.3
+            b = torch.randn(out, generator=draw) if bias else None
+            values[name] = lt.LowRank(A.to(factors), B.to(factors), 0.5 + i, b)
+        tree.add(path, adapter=lt.Adapter(values), weight=1.0 - 0.1 * i)
+    return tree
+
+
+def by_hand(
+    base: nn.Sequential,
+    tree: lt.AdapterTree,
+    x: Tensor,
+    rows: Sequence[lt.Blend],
+    factors: dict[tuple[str, str, str], Tensor],
+) -> Tensor:
+    """Return the net's output in float64, row by row; ``factors`` takes part in autograd."""
+    outputs = []
+    for row, blend in zip(x.double(), rows, strict=True):
+        hidden = row
+        for name in ("0", "2"):
+            linear: Any = base.get_submodule(name)
+            after = hidden @ linear.weight.double().mT + linear.bias.double()
+            for node, c in coefficients(tree, blend).items():
+                adapter = tree.adapter(node)
+                assert adapter is not None
+                value = adapter.modules[name]
+                A, B = factors[node, name, "A"], factors[node, name, "B"]
+                after = after + hidden @ A.mT @ B.mT * (c * value.scale)
+                if value.bias is not None:
+                    after = after + value.bias.double() * (c * value.scale)
+            hidden = torch.tanh(after) if name == "0" else after
+        outputs.append(hidden)
+    return torch.stack(outputs)
+
+
+def doubled(tree: lt.AdapterTree) -> dict[tuple[str, str, str], Tensor]:
+    found = {}
+    for node in tree.paths():
+        adapter = tree.adapter(node)
+        assert adapter is not None
+        for name, value in adapter.modules.items():
+            found[node, name, "A"] = value.A.detach().double().requires_grad_()
+            found[node, name, "B"] = value.B.detach().double().requires_grad_()
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_every_row_of_a_batch_is_what_it_is_by_hand(
+    launched: list[str], tokens: int, bias: bool
+) -> None:
+    base, tree = net(), forest(bias=bias)
+    model = lt.attach(tree, base)
+    x = torch.randn(len(ROWS), tokens, 20)
+    with torch.no_grad():
+        bare = base(x)
+        wanted = by_hand(base, tree, x, ROWS, doubled(tree))
+        with model.route(ROWS, batch_first=True):
+            y = base(x)
+    assert launched == ["shrink", "expand"] * 2, "two launches a site"
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(y[1].view(torch.int32), bare[1].view(torch.int32))
+
+
+def test_the_order_of_rows_does_not_change_a_bit(launched: list[str]) -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    x = torch.randn(len(ROWS), 2, 20)
+    with torch.no_grad():
+        with model.route(ROWS, batch_first=True):
+            y = base(x)
+        order = random.Random(0).sample(range(len(ROWS)), len(ROWS))
+        with model.route([ROWS[i] for i in order], batch_first=True):
+            z = base(x[order])
+    assert torch.equal(z, y[order])
+
+
+@pytest.mark.parametrize("trained", [("a/b",), ("a/b/c", "a/d", "e"), PATHS], ids=len)
+def test_gradients_are_those_of_float64(launched: list[str], trained: tuple[str, ...]) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base).train()
+    model.trainable(*trained)
+    x = torch.randn(len(ROWS), 3, 20)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    exact = doubled(tree)
+    by_hand(base, tree, other, ROWS, exact).sin().sum().backward()
+    with model.route(ROWS, batch_first=True):
+        base(leaf).sin().sum().backward()
+    assert "outer" in launched
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+    for node in PATHS:
+        adapter = tree.adapter(node)
+        assert adapter is not None
+        for name, value in adapter.modules.items():
+            for side, factor in (("A", value.A), ("B", value.B)):
+                if node not in trained:
+                    assert factor.grad is None
+                    continue
+                wanted = exact[node, name, side].grad
+                assert factor.grad is not None
+                assert wanted is not None
+                torch.testing.assert_close(factor.grad.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_of_frozen_nodes_hands_the_inputs_gradient_on(launched: list[str]) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    x = torch.randn(len(ROWS), 20)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    by_hand(base, tree, other[:, None], ROWS, doubled(tree)).sum().backward()
+    with model.route(ROWS, batch_first=True):
+        base(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+    assert launched.count("outer") == 0
+
+
+def test_under_autocast_the_output_is_as_narrow_as_the_bases(launched: list[str]) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    x = torch.randn(len(ROWS), 2, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        expected = by_hand(base, tree, x, ROWS, doubled(tree))
+        with model.route(ROWS, batch_first=True):
+            y = base(x)
+    assert y.dtype == torch.float16
+    assert launched
+    torch.testing.assert_close(y.double(), expected.double(), rtol=2e-2, atol=2e-2)
+
+
+def test_factors_that_an_optimiser_moves_are_read_where_they_are(launched: list[str]) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base).train()
+    groups = model.trainable("a/b", "a/d")
+    rows: list[lt.Blend] = ["a/b", "a/d", "a/b"]
+    x = torch.randn(3, 20)
+    with model.route(rows, batch_first=True):
+        base(x)
+        with torch.no_grad():
+            for p in (p for group in groups for p in group["params"]):
+                p.data = p.detach() * 2.0  # other memory, as after a move
+        y = base(x)
+    wanted = by_hand(base, tree, x[:, None], rows, doubled(tree))[:, 0]
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_another_batch_over_known_nodes_sends_nothing_but_its_lists(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    x = torch.randn(4, 20)
+    rows = ["a/b/c", "a/d", "e", "a"]
+    with torch.no_grad(), model.route(rows, batch_first=True):
+        base(x)
+    sent: list[Tensor] = []
+
+    def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
+        sent.append(numbers)
+        return numbers.to(device)
+
+    for module in ("batch", "kernels.segments", "owed", "at_once"):
+        monkeypatch.setattr(f"lora_tree.engine.{module}.uploaded", uploaded)
+    with torch.no_grad(), model.route(rows[::-1], batch_first=True):
+        base(x)
+    assert len(sent) == 1, "one copy, for all sites"
+
+
+def test_what_the_kernels_do_not_cover_takes_the_forms_of_stock_operations(
+    launched: list[str],
+) -> None:
+    base = net().double()
+    tree = forest(torch.float64)
+    model = lt.attach(tree, base)
+    x = torch.randn(len(ROWS), 2, 20, dtype=torch.float64)
+    with torch.no_grad(), model.route(ROWS, batch_first=True):
+        y = base(x)
+    assert launched == []
+    torch.testing.assert_close(y, by_hand(base, tree, x, ROWS, doubled(tree)))
