@@ -21,15 +21,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import nn
 
 from .adapter import Adapter
+from .attachment import Attachment, check_tree_comes_first
 from .base_names import warn_of_base
 from .blend import Blend, parse_blend
-from .budget import Budgets
 from .cache import Cache, Frequency, Policy
 from .cache.link import link_to
 from .cache.pinning import Pinning
@@ -42,18 +42,15 @@ from .engine.fresh import settle_fresh
 from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
 from .engine.plan import Binder
-from .engine.prepared import Prepared
+from .engine.prepared import Prepared, increments_beside
 from .engine.pristine import Copies, Place
 from .engine.routed import Strategy
 from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
 from .engine.view import viewed
-from .errors import SpecError, StateError, listing, suggest
-from .given import check_dtype, unchecked
-from .lowrank import LowRank
+from .errors import SpecError, StateError, suggest
 from .path_model import PathModel
-from .sites import Site
 from .storage import Source
 from .training.every_rank import joined
 from .training.factors import Factors
@@ -62,7 +59,7 @@ from .training.losses import ranks
 from .training.session import Training
 from .tree import AdapterTree
 
-__all__ = ["MergedWarning", "State", "TreeModel", "attach", "attach_as"]
+__all__ = ["MergedWarning", "State", "TreeModel", "attach"]
 
 
 def attach(
@@ -112,69 +109,17 @@ def attach(
     >>> model.active, model.state.value
     ('', 'bare')
     """
-    return attach_as(
-        TreeModel,
-        tree,
-        base,
-        pristine=pristine,
-        compute_dtype=compute_dtype,
-        host_budget=host_budget,
-        device_budget=device_budget,
-        eviction=eviction,
-    )
-
-
-Made = TypeVar("Made", bound="TreeModel")
-
-
-def attach_as(
-    kind: type[Made],
-    tree: AdapterTree,
-    base: nn.Module,
-    *,
-    pristine: Place = "auto",
-    compute_dtype: torch.dtype | None = None,
-    host_budget: int | str | None = None,
-    device_budget: int | str | None = None,
-    eviction: Callable[[], Policy] = Frequency,
-) -> Made:
-    """Make a model of a given kind, as `attach` makes a `TreeModel`, with the same arguments.
-
-    They are checked here.
-    """
-    # The likeliest mistake is the order of the two arguments, so it gets advice of its own.
-    if not isinstance(unchecked(tree), AdapterTree):
-        todo = "lora_tree.load opens a folder as a tree: attach(lora_tree.load('zoo/'), base)"
-        if isinstance(unchecked(tree), nn.Module):
-            todo = "the tree comes first: attach(tree, base)"
-        raise SpecError(f"expected an AdapterTree, got {type(tree).__name__}", todo)
-    if pristine not in get_args(Place):
-        known = get_args(Place)
-        raise SpecError(
-            f"pristine must be {listing(map(repr, known))}, got "
-            f"{pristine!r}{suggest(str(pristine), known)}"
-        )
-    if not callable(unchecked(eviction)):
-        kind_of_policy = type(eviction).__name__
-        raise SpecError(
-            "eviction: expected a class or a factory (it is called once per tier), "
-            f"got an instance of {kind_of_policy}",
-            f"eviction={kind_of_policy}",
-        )
-    in_yaml = tree.cache.host_budget, tree.cache.device_budget
-    budgets = Budgets.of(host_budget, device_budget, spec=in_yaml)
-    return kind(
-        tree,
-        base,
-        pristine=pristine,
-        compute_dtype=compute_dtype,
-        budgets=budgets,
-        eviction=eviction,
-    )
+    how = Attachment(pristine, compute_dtype, host_budget, device_budget, eviction)
+    return TreeModel(tree, base, how)
 
 
 class TreeModel(AnswersForBase):
     """A tree bound to a base; made by `attach`.
+
+    Args:
+        tree: fresh nodes get their adapters now.
+        base: the model.
+        how: the other arguments of `attach`.
 
     It owns the factors that train; the base's own keys stay as they are. An attribute that a
     `TreeModel` does not have is its base's, to read and to set, as trainers expect (``config``,
@@ -187,18 +132,10 @@ class TreeModel(AnswersForBase):
     "the base's own"
     """
 
-    def __init__(
-        self,
-        tree: AdapterTree,
-        base: nn.Module,
-        *,
-        pristine: Place = "auto",
-        compute_dtype: torch.dtype | None = None,
-        budgets: Budgets | None = None,
-        eviction: Callable[[], Policy] = Frequency,
-    ) -> None:
+    def __init__(self, tree: AdapterTree, base: nn.Module, how: Attachment) -> None:
         super().__init__()
-        check_dtype(compute_dtype, "compute_dtype")
+        check_tree_comes_first(tree, base)
+        budgets = how.budgets(tree)
         inner, compiled = unwrapped(base)
         if isinstance(inner, TreeModel):
             raise StateError(
@@ -214,8 +151,8 @@ class TreeModel(AnswersForBase):
         # Reentrant: `using` holds it while it calls `activate`, and the code inside a block may
         # switch again. A plain lock would deadlock there.
         self._lock = threading.RLock()
-        self._merged = MergedWeights(inner, place=pristine)
-        self._manner = Manner(compute_dtype)
+        self._merged = MergedWeights(inner, place=how.pristine)
+        self._manner = Manner(how.compute_dtype)
         self._compiled = CompileWatch(compiled)
         self._seen_sites = SeenSites()
         link = link_to(inner)
@@ -228,13 +165,13 @@ class TreeModel(AnswersForBase):
             # The error's traceback may keep this model alive for long, and so its claim.
             let_go(inner)
             raise
-        self.cache = Cache(tree, budgets, policy=eviction, link=link)
+        self.cache = Cache(tree, budgets, policy=how.eviction, link=link)
         # A plan keeps its adapters alive, which under a budget is for the cache to decide.
         kept = {"kept": 0} if self.cache.bounded else {}
         name = getattr(inner, "name_or_path", None)
         self._own_name = own_name = name if isinstance(name, str) and name else None
-        # The caller stands behind attach, attach_as and this method.
-        warn_of_base("the tree", tree.base, own_name, stacklevel=4)
+        # The caller stands behind attach and this method.
+        warn_of_base("the tree", tree.base, own_name, stacklevel=3)
         self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
         self._stage = Stage(
             inner,
@@ -260,12 +197,12 @@ class TreeModel(AnswersForBase):
             manner=self._manner,
             handed=Handed(inner, TreeModel.forward),
         )
-        if pristine == "none":
+        if how.pristine == "none":
             warnings.warn(
                 'pristine="none": paths are added to and subtracted from the weights in place, '
                 "and every switch leaves a rounding behind",
                 MergedWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         # A missing attribute is the base's from here on. Before, it is a mistake in this method,
         # which the base's answer would hide.
@@ -612,17 +549,7 @@ class TreeModel(AnswersForBase):
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
             # is laid out for the increments of all nodes at its site, and stays as it is.
             settle_fresh(self.tree, self.base, self.tree.paths())
-            values: dict[Site, list[LowRank]] = {}
-            for path in self.tree.paths():
-                outline = self.tree.outline(path)  # of files, only the headers are read
-                if outline is None:
-                    continue
-                for name, value in outline.modules.items():
-                    site = self._binder.site_for(path, name, value)
-                    # Some modules read a weight themselves, or run a forward of their own, where a
-                    # side path would be missed or wrong. Such a node can still be merged.
-                    if site.why_merged_only is None:
-                        values.setdefault(site, []).append(value)
+            values = increments_beside(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
             # ones back if the switch to the new ones fails.
             make = partial(Prepared, values, max_rank=max_rank, dtype=self._manner.dtype)

@@ -11,40 +11,27 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import nn
 
 from .adapter import Adapter
+from .attached_models import AttachedModel, AttachedModels
 from .blend import Blend, check_finite, depth_first, parse_blend, total
-from .combining import combine
-from .errors import BaseMismatch, LoraTreeError, PathError, SpecError, TreeError, listing, suggest
+from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
+from .flattening import NodeTerms, flattened
 from .lowrank import LowRank
 from .node import Node
 from .node_names import check_name, check_path
 from .spec import CacheSpec, LoraSpec, lora_spec, tree_defaults
-from .spelling import spelled_twice
 from .storage import Source, as_path, names_of, storage
 
 __all__ = ["AdapterTree", "Node"]
-
-
-class AttachedModel(Protocol):
-    """A model that the tree is attached to, as the tree sees it."""
-
-    def nodes_in_use(self) -> Iterable[str]:
-        """Return the nodes that must stay as they are."""
-        ...
-
-    def read_adapter(self, path: str, source: Source) -> Adapter:
-        """Read a node's files within the model's budgets, which decide how long it stays read."""
-        ...
 
 
 class AdapterTree:
@@ -74,10 +61,7 @@ class AdapterTree:
         self.defaults = tree_defaults(defaults)
         self.cache = CacheSpec()
         self.home: Path | None = None
-        # Weak, and in the order of attaching. A program may drop a model without detaching it.
-        self._models: list[weakref.ref[AttachedModel]] = []
-        # Those of them that have budgets. The first one reads what the tree needs from files.
-        self._readers: list[weakref.ref[AttachedModel]] = []
+        self._models = AttachedModels()
         self._graph: nx.DiGraph[str] = nx.DiGraph()
         # With the root in the graph, a node at the top has a parent like any other, and walks need
         # no case of their own for it. It has no `Node`, so lookups leave it out.
@@ -115,9 +99,9 @@ class AdapterTree:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a copy or a pickle, to which no model is attached."""
-        # A weak reference can't be pickled. A deep copy would keep it, and would ask a model that
-        # knows nothing of the copy before its nodes are changed.
-        return vars(self) | {"_graph": self._graph.copy(), "_models": [], "_readers": []}
+        # Weak references to models can't be pickled. A deep copy would keep them, and would ask a
+        # model that knows nothing of the copy before its nodes are changed.
+        return vars(self) | {"_graph": self._graph.copy(), "_models": AttachedModels()}
 
     def paths(self, under: str = "") -> list[str]:
         """Return every path below ``under``, depth-first, children by name: the order of every sum.
@@ -325,7 +309,7 @@ class AdapterTree:
                 f"{path} has children: {listing(below)}",
                 "remove them first, move them, or remove(path, recursive=True)",
             )
-        self._unused([path, *below], "removed")
+        self._models.check_unused([path, *below], "removed")
         self._graph.remove_nodes_from([path, *below])
 
     def move(self, path: str, to: str) -> None:
@@ -351,7 +335,7 @@ class AdapterTree:
         # A node is not in its own way, so that a name may change in its case alone.
         self._free(to, but=path)
         below = self.paths(path)
-        self._unused([path, *below], "moved")
+        self._models.check_unused([path, *below], "moved")
         # Read before they leave the graph, which drops their values. Parents stand before children,
         # and go back in that order: see `replace`.
         nodes = [self[p] for p in (path, *below)]
@@ -393,7 +377,7 @@ class AdapterTree:
             node = node.holding(adapter)
         elif adapter is not None:
             node = node.read_from(_source(path, adapter))
-        self._unused([path], "changed")
+        self._models.check_unused([path], "changed")
         self.replace(node)
         return node
 
@@ -413,8 +397,9 @@ class AdapterTree:
         if node.loaded is not None or node.source is None:
             return node.loaded
         # A model with budgets reads it, since an adapter that the tree kept would not be counted.
-        for model in _alive(self._readers):
-            return model.read_adapter(path, node.source)
+        reader = self._models.reader
+        if reader is not None:
+            return reader.read_adapter(path, node.source)
         try:
             adapter = node.source.load()
         except LoraTreeError as error:
@@ -437,9 +422,7 @@ class AdapterTree:
         except LoraTreeError as error:
             raise error.within(path) from error
 
-    def terms(
-        self, blend: Blend, *, base: nn.Module | None = None
-    ) -> list[tuple[str, float, Adapter]]:
+    def terms(self, blend: Blend, *, base: nn.Module | None = None) -> NodeTerms:
         """Return the terms of a blend, (node, coefficient, adapter), in the order of the sum.
 
         Args:
@@ -508,26 +491,7 @@ class AdapterTree:
         ({'q_proj': 1}, 0.0)
         """
         terms = self.terms(blend, base=base)
-        _spelled_once(terms, base)
-        for node, _, adapter in terms:
-            if any(value.is_sharded for value in adapter.modules.values()):
-                raise SpecError(
-                    f"{node}: every rank has a part of its factors",
-                    "flatten inside with model.gathered() as tree:",
-                )
-        flat = combine(
-            [(adapter, c) for _, c, adapter in terms], names=[node for node, _, _ in terms]
-        )
-        # Before the truncation, which fails on such numbers too, but then every node would be
-        # named.
-        _all_finite(flat, terms)
-        try:
-            if rank is not None or max_error is not None:
-                flat = flat.truncate(rank, max_error=max_error)
-            return flat if dtype is None else flat.to(dtype=dtype)
-        except SpecError as error:
-            broken = [node for node, _, adapter in terms if not _is_finite(adapter)]
-            raise error.within(listing(broken or [node for node, _, _ in terms])) from error
+        return flattened(terms, rank=rank, max_error=max_error, dtype=dtype, base=base)
 
     def save(self, folder: str | os.PathLike[str], *, copy: bool = False) -> None:
         """Write the tree as a folder of nested PEFT adapters, atomically as a whole.
@@ -573,10 +537,9 @@ class AdapterTree:
             reads: it has budgets. From now on it reads what is needed from files, and the tree
                 drops what it has read itself: that would lie beside the budgets.
         """
-        self._models.append(weakref.ref(model))
+        self._models.add(model, reads=reads)
         if not reads:
             return
-        self._readers.append(weakref.ref(model))
         for path in self.paths():
             node = self[path]
             # An adapter that is in memory alone stays: to drop it would lose it.
@@ -585,11 +548,7 @@ class AdapterTree:
 
     def release(self, model: AttachedModel) -> None:
         """Ask a model no more; from now on the tree keeps what it reads itself."""
-        # The lists are changed in place: a new list bound to `refs` would leave the tree's own as
-        # it is.
-        for refs in (self._models, self._readers):
-            # References to models that are gone go as well.
-            refs[:] = [ref for ref in refs if ref() not in (None, model)]
+        self._models.drop(model)
 
     def replace(self, node: Node, *, was: Node | None = None) -> None:
         """Hold another value for a node. For the library's own use: no attached model is asked.
@@ -626,52 +585,12 @@ class AdapterTree:
                     detail = "exists already"
                 raise TreeError(f"{path} {detail}", "remove or rename the other one first")
 
-    def _unused(self, paths: Iterable[str], verb: str) -> None:
-        used: set[str] = set()
-        for model in _alive(self._models):
-            used.update(model.nodes_in_use())
-        hit = [path for path in paths if path in used]
-        if hit:
-            raise TreeError(
-                f"{listing(hit)}: active on an attached model, can't be {verb}",
-                "model.deactivate() first, or activate another path",
-                "what model.at(path) returned holds its nodes, too: drop it, or call its close()",
-            )
-
-
-def _alive(models: Iterable[weakref.ref[AttachedModel]]) -> Iterator[AttachedModel]:
-    for ref in models:
-        # Called once: between a test and a second call the model may be collected.
-        model = ref()
-        if model is not None:
-            yield model
-
 
 def _named(path: str, adapter: Adapter, base: nn.Module) -> Adapter:
     try:
         return names_of(base).bound(adapter)
     except LoraTreeError as error:
         raise error.within(path) from error
-
-
-def _spelled_once(terms: list[tuple[str, float, Adapter]], base: nn.Module | None) -> None:
-    """Refuse a sum that would hold one module under two names."""
-    whose: dict[str, str] = {}
-    for node, _, adapter in terms:
-        for name in adapter.modules:
-            whose.setdefault(name, node)  # the topmost node that has it is told
-    twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
-    if twice is None:
-        return
-    one, other = twice
-    nodes = listing(dict.fromkeys((whose[one], whose[other])))
-    raise BaseMismatch(
-        f"{nodes}: {one} and {other} look like two names of one module, which an earlier "
-        "transformers named otherwise; written side by side, one of them would be lost"
-        + ("" if base is None else f"; the {type(base).__name__} given does not have both"),
-        "say which model's names count: tree.flatten(…, base=model), "
-        "lora-tree export --base FOLDER_OR_ID",
-    )
 
 
 def _source(path: str, folder: object) -> Source:
@@ -682,22 +601,6 @@ def _source(path: str, folder: object) -> Source:
             raise SpecError(what, "lora_tree.Adapter({module: …}) is one")
         raise SpecError(what)
     return storage().source(as_path(folder))
-
-
-def _all_finite(flat: Adapter, terms: list[tuple[str, float, Adapter]]) -> None:
-    """Refuse a sum that is not finite though its factors are: scale · B, or the product with A."""
-    broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.fits())]
-    if broken and all(_is_finite(adapter) for _, _, adapter in terms):
-        nodes = [node for node, _, adapter in terms if broken[0] in adapter.modules]
-        raise SpecError(
-            f"{listing(nodes)}: {broken[0]}: the factors are finite, but not their scales times B, "
-            "or the product with A, in fp32",
-            f"coefficients: {', '.join(f'{node} {c:g}' for node, c, _ in terms)}",
-        )
-
-
-def _is_finite(adapter: Adapter) -> bool:
-    return all(value.A.is_meta or value.is_finite for value in adapter.modules.values())
 
 
 def _base_name(base: object) -> str | None:

@@ -30,19 +30,42 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import BaseMismatch, SpecError, StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
+from ..tree import AdapterTree
 from .arithmetic import exact_mode
 from .batch import Batch
 from .batch_axis import DECLARE, in_a_list_of_lists
 from .behaviour import RoutedRows
 from .finite import check_beside
-from .plan import PlacedPlan, Plan, Terms, WeightDtypes
+from .plan import Binder, PlacedPlan, Plan, Terms, WeightDtypes
 from .routed import check_strategy
 from .side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
-__all__ = ["Numbers", "Prepared"]
+__all__ = ["Numbers", "Prepared", "increments_beside"]
 
 OFF, PATH, ROWS = 0, 1, 2
+
+
+def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
+    """Return every site that may get a side path, with the increments that nodes have there.
+
+    Of nodes whose files were not read yet only the shapes are known, on the meta device.
+
+    Raises:
+        BaseMismatch, FormatError: a node does not fit the base, or its files are broken.
+    """
+    found: dict[Site, list[LowRank]] = {}
+    for path in tree.paths():
+        outline = tree.outline(path)
+        if outline is None:
+            continue
+        for name, value in outline.modules.items():
+            site = binder.site_for(path, name, value)
+            # Some modules read a weight themselves, or run a forward of their own, where a side
+            # path would be missed or wrong. Such a node can still be merged.
+            if site.why_merged_only is None:
+                found.setdefault(site, []).append(value)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

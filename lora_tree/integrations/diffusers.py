@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..assembly import Assembly
+from ..attachment import Attachment
 from ..blend import Blend
 from ..cache import Frequency, Policy
 from ..engine.batch_axis import BatchAxis
@@ -31,7 +32,7 @@ from ..engine.pristine import Place
 from ..engine.routed import Strategy
 from ..errors import SpecError, StateError, listing
 from ..extras import foreign, need, open_pretrained
-from ..model import TreeModel, attach_as
+from ..model import TreeModel
 from ..storage import as_path
 from ..system.reading import is_file
 from ..tree import AdapterTree
@@ -110,16 +111,8 @@ def attach_pipeline(
     components = components_of(pipe)
     _check_free(components)
     base = assembled(components, type(pipe), name=_name_of(pipe))
-    model = attach_as(
-        PipelineModel,
-        tree,
-        base,
-        pristine=pristine,
-        compute_dtype=compute_dtype,
-        host_budget=host_budget,
-        device_budget=device_budget,
-        eviction=eviction,
-    )
+    how = Attachment(pristine, compute_dtype, host_budget, device_budget, eviction)
+    model = PipelineModel(tree, base, how)
     model.bind(pipe)
     return model
 

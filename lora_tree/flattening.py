@@ -1,0 +1,86 @@
+"""One adapter for a whole lineage or blend, and the sums that can't be one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .adapter import Adapter
+from .combining import combine
+from .errors import BaseMismatch, SpecError, listing
+from .spelling import spelled_twice
+from .storage import names_of
+
+__all__ = ["NodeTerms", "flattened"]
+
+NodeTerms = list[tuple[str, float, Adapter]]
+"""(node, coefficient, adapter), in the order of the sum."""
+
+
+def flattened(
+    terms: NodeTerms,
+    *,
+    rank: int | None,
+    max_error: float | None,
+    dtype: torch.dtype | None,
+    base: nn.Module | None,
+) -> Adapter:
+    """Return the sum of some terms as one adapter; the arguments are `AdapterTree.flatten`'s.
+
+    Raises:
+        ShapeMismatch, BaseMismatch, SpecError: as `AdapterTree.flatten`.
+    """
+    _spelled_once(terms, base)
+    for node, _, adapter in terms:
+        if any(value.is_sharded for value in adapter.modules.values()):
+            raise SpecError(
+                f"{node}: every rank has a part of its factors",
+                "flatten inside with model.gathered() as tree:",
+            )
+    nodes = [node for node, _, _ in terms]
+    flat = combine([(adapter, coefficient) for _, coefficient, adapter in terms], names=nodes)
+    # Before the truncation, which fails on such numbers too, but then every node would be named.
+    _all_finite(flat, terms)
+    try:
+        if rank is not None or max_error is not None:
+            flat = flat.truncate(rank, max_error=max_error)
+        return flat if dtype is None else flat.to(dtype=dtype)
+    except SpecError as error:
+        broken = [node for node, _, adapter in terms if not _is_finite(adapter)]
+        raise error.within(listing(broken or nodes)) from error
+
+
+def _spelled_once(terms: NodeTerms, base: nn.Module | None) -> None:
+    """Refuse a sum that would hold one module under two names."""
+    whose: dict[str, str] = {}
+    for node, _, adapter in terms:
+        for name in adapter.modules:
+            whose.setdefault(name, node)  # the topmost node that has it is told
+    twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
+    if twice is None:
+        return
+    one, other = twice
+    nodes = listing(dict.fromkeys((whose[one], whose[other])))
+    raise BaseMismatch(
+        f"{nodes}: {one} and {other} look like two names of one module, which an earlier "
+        "transformers named otherwise; written side by side, one of them would be lost"
+        + ("" if base is None else f"; the {type(base).__name__} given does not have both"),
+        "say which model's names count: tree.flatten(…, base=model), "
+        "lora-tree export --base FOLDER_OR_ID",
+    )
+
+
+def _all_finite(flat: Adapter, terms: NodeTerms) -> None:
+    """Refuse a sum that is not finite though its factors are: scale · B, or the product with A."""
+    broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.fits())]
+    if broken and all(_is_finite(adapter) for _, _, adapter in terms):
+        nodes = [node for node, _, adapter in terms if broken[0] in adapter.modules]
+        raise SpecError(
+            f"{listing(nodes)}: {broken[0]}: the factors are finite, but not their scales times B, "
+            "or the product with A, in fp32",
+            f"coefficients: {', '.join(f'{node} {c:g}' for node, c, _ in terms)}",
+        )
+
+
+def _is_finite(adapter: Adapter) -> bool:
+    return all(value.A.is_meta or value.is_finite for value in adapter.modules.values())
