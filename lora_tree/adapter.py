@@ -1,4 +1,5 @@
-"""Adapter: one node's own increments, module name → LowRank, and the base they were made for.
+"""Adapter: one node's own increments, module name → LowRank, its overrides, and the base they were
+made for.
 
 A frozen value that is compared by identity and needs no model. Names are sorted, so nothing that is
 computed from an adapter, and no byte that is written of it, depends on the order in which it was
@@ -18,11 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import LoraTreeError, SpecError
+from .carried import is_own
+from .errors import BaseMismatch, LoraTreeError, SpecError
 from .given import unchecked
 from .lowrank import LowRank
 from .lowrank.cast import cast, differs
 from .overlay import apart
+from .override import Override
 from .storage import as_path, storage
 
 __all__ = ["Adapter"]
@@ -32,7 +35,7 @@ __all__ = ["Adapter"]
 # comparison of fields would read every factor, and mappings can't be hashed at all.
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Increments of a base's modules.
+    """Increments of a base's modules, and replacements of its tensors.
 
     Args:
         modules: the name of a module (``model.layers.0.self_attn.q_proj``) or of a raw parameter
@@ -43,14 +46,15 @@ class Adapter:
         config: fields of the maker's ``adapter_config.json`` that do not change the value; kept for
             a round trip.
         unchanged: tensors of the base that the adapter carries (a frozen bias, an embedding saved
-            beside its adapter): parameter name → value. Binding the adapter checks that they are
-            the base's own, in any dtype.
+            beside its adapter): parameter name → value. Binding the adapter compares them with the
+            base's own, in any dtype; one that differs is an override, and a warning says so.
         nesting: module → its raw parameters in the order in which the base registers them; needed
             only to write two or more parameters of one module as PEFT does.
         assumed: the modules in `nesting` whose order a file did not say; `renested` corrects them.
         errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty if none was
             made.
         rounded: the modules whose factors `to` rounded; `errors` does not count that.
+        overrides: the name of a tensor of the base (``score.weight``) → what stands there instead.
 
     Raises:
         SpecError: a field is not of its kind; names the module.
@@ -69,6 +73,7 @@ class Adapter:
     assumed: frozenset[str] = frozenset()
     errors: Mapping[str, float] = field(default_factory=dict)
     rounded: frozenset[str] = frozenset()
+    overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(unchecked(self.modules), Mapping):
@@ -85,7 +90,7 @@ class Adapter:
                 raise SpecError(f"{name}: expected a LowRank, got {type(value).__name__}")
         self._check_others()
         # Copies: a caller may go on changing the dictionaries that it gave.
-        for attribute in ("modules", "config", "unchanged", "nesting", "errors"):
+        for attribute in ("modules", "config", "unchanged", "nesting", "errors", "overrides"):
             object.__setattr__(self, attribute, _frozen(getattr(self, attribute)))
 
     def _check_others(self) -> None:
@@ -96,7 +101,7 @@ class Adapter:
         """
         if self.base is not None and not isinstance(unchecked(self.base), str):
             raise SpecError(f"an adapter's base: expected a name or None, got {self.base!r:.80}")
-        for attribute in ("config", "unchanged", "nesting", "errors"):
+        for attribute in ("config", "unchanged", "nesting", "errors", "overrides"):
             given = unchecked(getattr(self, attribute))
             if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
                 raise SpecError(
@@ -106,6 +111,10 @@ class Adapter:
             if not isinstance(unchecked(tensor), Tensor):
                 kind = type(tensor).__name__
                 raise SpecError(f"{name}: unchanged: expected a tensor, got {kind}")
+        for name, override in self.overrides.items():
+            if not isinstance(unchecked(override), Override):
+                kind = type(override).__name__
+                raise SpecError(f"{name}: overrides: expected an Override, got {kind}")
         for name, order in self.nesting.items():
             if not isinstance(order, tuple) or not all(isinstance(each, str) for each in order):
                 raise SpecError(f"{name}: nesting: expected a tuple of names, got {order!r:.80}")
@@ -132,8 +141,23 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors, as they are held."""
-        return sum(value.nbytes for value in self.modules.values())
+        """Bytes of all factors and overrides, as they are held."""
+        factors = sum(value.nbytes for value in self.modules.values())
+        return factors + sum(override.nbytes for override in self.overrides.values())
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a factor or an override is a parameter, which an optimiser may have changed."""
+        if any(value.is_trainable for value in self.modules.values()):
+            return True
+        return any(override.is_trainable for override in self.overrides.values())
+
+    @property
+    def trains(self) -> bool:
+        """Whether autograd follows a factor or an override."""
+        if any(value.trains for value in self.modules.values()):
+            return True
+        return any(override.trains for override in self.overrides.values())
 
     @property
     def error(self) -> float:
@@ -145,7 +169,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         ranks = "/".join(map(str, sorted(set(self.ranks.values()))))
-        return f"Adapter({len(self)} modules, r={ranks or '-'}, base={self.base!r})"
+        overrides = f", {len(self.overrides)} overrides" if self.overrides else ""
+        return f"Adapter({len(self)} modules, r={ranks or '-'}{overrides}, base={self.base!r})"
 
     # ------------------------------------------------------------------ copies
     def __reduce__(self) -> tuple[type[Adapter], tuple[Any, ...]]:
@@ -178,10 +203,14 @@ class Adapter:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Adapter:
         """Return the adapter with other tensors, of the same shapes, in the places of its own."""
+        overrides = {}
+        for name, override in self.overrides.items():
+            overrides[name] = override.with_values(change(override.values))
         return replace(
             self,
             modules={name: value.with_tensors(change) for name, value in self.modules.items()},
             unchanged={name: change(tensor) for name, tensor in self.unchanged.items()},
+            overrides=overrides,
         )
 
     def scaled(self, by: float) -> Adapter:
@@ -201,9 +230,9 @@ class Adapter:
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Adapter:
-        """Return the adapter on another device, or rounded to another dtype.
+        """Return the adapter on another device, or with its factors rounded to another dtype.
 
-        `rounded` names the modules of the result that lost a digit.
+        `rounded` names the modules of the result that lost a digit. Overrides keep their bits.
 
         Raises:
             SpecError: a finite factor is too large for the dtype; names the module.
@@ -216,7 +245,10 @@ class Adapter:
         """
         moved = self.map(lambda value: cast(value, device, dtype))
         lost = [name for name, value in moved.modules.items() if differs(self.modules[name], value)]
-        return replace(moved, rounded=self.rounded.union(lost))
+        overrides = {}
+        for name, override in self.overrides.items():
+            overrides[name] = override.with_values(override.values.to(device=device))
+        return replace(moved, rounded=self.rounded.union(lost), overrides=overrides)
 
     def truncate(self, rank: int | None = None, *, max_error: float | None = None) -> Adapter:
         """Return the nearest adapter of a smaller rank, module by module; `errors` says how near.
@@ -294,6 +326,37 @@ class Adapter:
             nesting=nesting,
             assumed=frozenset(assumed),
         )
+
+    def told_apart(self, own: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with the tensors that it carries told apart: what is not the base's
+        own is an override.
+
+        Args:
+            own: the base's own tensors, by name.
+
+        Raises:
+            BaseMismatch: the base has none of that name, or one of another shape; names it.
+
+        >>> import torch
+        >>> carried = Adapter({}, unchanged={"x": torch.ones(2), "y": torch.ones(2)})
+        >>> told = carried.told_apart({"x": torch.ones(2).bfloat16(), "y": torch.zeros(2)})
+        >>> list(told.unchanged), list(told.overrides)
+        (['x'], ['y'])
+        """
+        overrides: dict[str, Override] = {}
+        for name, tensor in self.unchanged.items():
+            if name not in own:
+                raise BaseMismatch(
+                    f"{name}: the adapter carries this tensor of its base, this base has none",
+                    "attach the base that it was trained on",
+                )
+            if not is_own(name, tensor, own[name]):
+                overrides[name] = Override(tensor)
+        if not overrides:
+            return self
+        unchanged = {name: t for name, t in self.unchanged.items() if name not in overrides}
+        # A tensor that the file declares as an override as well keeps that one.
+        return replace(self, unchanged=unchanged, overrides={**overrides, **self.overrides})
 
     # ------------------------------------------------------------------ files
     @classmethod

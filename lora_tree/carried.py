@@ -1,8 +1,8 @@
-"""Check that the tensors of a base that an adapter carries are the base's own.
+"""Tell the tensors of a base that an adapter carries apart: the base's own, and overrides.
 
 PEFT saves some tensors of the base beside the factors: every bias with ``bias="all"``, the whole
-of an embedding or a head that is targeted. Such a tensor replaces the base's. Replacements of two
-nodes do not add up, so a carried tensor is accepted only if it changes nothing.
+of an embedding or a head that is targeted. Such a tensor replaces the base's. If it is the base's
+own, that changes nothing; if it is another, it is an override that the file did not declare.
 
 The base may be loaded in another dtype than it was trained in. So both may be roundings of the same
 stored numbers:
@@ -10,8 +10,8 @@ stored numbers:
     one dtype holds the other    equal, once the wider one is rounded to the narrower one
     fp16 and bf16                within one rounding of each: one number may have become both
 
-Law: a load of the same stored numbers in any dtype is accepted. A step of training that shows in
-the narrower of the two dtypes is refused.
+Law: a load of the same stored numbers in any dtype is the base's own. A step of training that shows
+in the narrower of the two dtypes is an override.
 """
 
 from __future__ import annotations
@@ -24,42 +24,36 @@ from torch import Tensor
 
 from .errors import BaseMismatch
 
-__all__ = ["check_carried", "is_same_tensor", "wider_tensor"]
+__all__ = ["is_own", "is_same_tensor", "wider_tensor"]
 
 BLOCK = 1 << 21
 """Numbers compared at once: a head is large, and most tensors that differ do so early."""
 
 
-def check_carried(name: str, carried: Tensor, own: Tensor, *todo: str) -> None:
-    """Refuse a tensor that an adapter carries and that is not the base's own.
+def is_own(name: str, carried: Tensor, own: Tensor) -> bool:
+    """Return whether a tensor that an adapter carries is the base's own; else it is an override.
 
     Args:
         name: of the parameter.
         carried: the adapter's.
         own: the base's, on any device, in any dtype.
-        todo: the advice of the error, one line each.
 
     Raises:
-        BaseMismatch: they differ in shape or in a number; or the base's has no numbers (the meta
-            device).
+        BaseMismatch: they differ in shape; or the base's has no numbers (the meta device).
     """
     if own.is_meta:
         raise BaseMismatch(
             f"{name}: the adapter carries this tensor, and the base's own has no numbers here",
-            *todo,
+            "load the base's weights first, or name its folder: --base FOLDER, base=…",
         )
     if own.shape != carried.shape:
         raise BaseMismatch(
             f"{name}: the adapter carries it as {tuple(carried.shape)}, "
             f"the base has it as {tuple(own.shape)}",
-            *todo,
+            "attach the base that it was trained on; one whose vocabulary grew in training is "
+            "resized first: base.resize_token_embeddings(…)",
         )
-    if not is_same_tensor(own, carried):
-        raise BaseMismatch(
-            f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's, "
-            "and a replaced tensor does not add up",
-            *todo,
-        )
+    return is_same_tensor(own, carried)
 
 
 def is_same_tensor(one: Tensor, other: Tensor) -> bool:

@@ -12,6 +12,7 @@ from .adapter import Adapter
 from .carried import is_same_tensor, wider_tensor
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
+from .override import Override
 
 __all__ = ["combine"]
 
@@ -24,6 +25,9 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     several devices are brought to the first one's: a node that trains is where the base is, its
     parent where it was read to.
 
+    Overrides are not scaled. Every increment counts, on top of an override as well: what a path
+    drops, `AdapterTree.terms` has dropped before.
+
     Args:
         terms: each adapter with its coefficient.
         names: the name of each term in an error, if they have names: the nodes of a tree.
@@ -32,7 +36,7 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
         ShapeMismatch: two terms change one module in different shapes; names the terms and the
             module.
         BaseMismatch: two terms were made for bases that differ in a tensor they both carry.
-        SpecError: a coefficient times a scale is not finite.
+        SpecError: a coefficient times a scale is not finite; or two terms override one tensor.
 
     >>> import torch
     >>> x = Adapter({"q": LowRank(torch.ones(1, 4), torch.ones(2, 1))})
@@ -67,6 +71,7 @@ class _Combination:
         self._parts: dict[str, dict[int, LowRank]] = {}
         self._carried: dict[str, tuple[int, Tensor]] = {}
         self._nesting: dict[str, tuple[int, tuple[str, ...]]] = {}
+        self._overrides: dict[str, tuple[int, Override]] = {}
 
     def add(self, at: int, adapter: Adapter, coefficient: float) -> None:
         """Add a term; raises as `combine`."""
@@ -77,6 +82,8 @@ class _Combination:
             self._add_carried(at, name, tensor)
         for module, order in adapter.nesting.items():
             self._add_order(at, module, order)
+        for name, override in adapter.overrides.items():
+            self._add_override(at, name, override)
 
     def adapter(self) -> Adapter:
         """Return the sum of the terms so far."""
@@ -92,6 +99,7 @@ class _Combination:
             unchanged={name: tensor for name, (_, tensor) in self._carried.items()},
             nesting={module: order for module, (_, order) in self._nesting.items()},
             assumed=frozenset().union(*(term.assumed for term in self._taken)),
+            overrides={name: override for name, (_, override) in self._overrides.items()},
         )
 
     def _add_module(self, at: int, name: str, value: LowRank, coefficient: float) -> None:
@@ -110,6 +118,19 @@ class _Combination:
                 raise BaseMismatch("two adapters carry different values of this base tensor")
         # The wider of two roundings of one tensor says more about the base that is loaded later.
         self._carried[name] = before, wider_tensor(known, tensor)
+
+    def _add_override(self, at: int, name: str, override: Override) -> None:
+        before, known = self._overrides.get(name, (at, None))
+        if known is not None and known is not override:
+            with self._naming(name, before, at):
+                if known.rows is None or override.rows is None:
+                    raise SpecError(
+                        "two adapters override this tensor, and two replacements do not add up",
+                        "on a lineage the deeper one counts: flatten or squash the path",
+                    )
+            # Rows add up to more rows; of one row the later term's counts, as on a lineage.
+            override = known.with_rows_of(override)
+        self._overrides[name] = at, override
 
     def _add_order(self, at: int, module: str, order: tuple[str, ...]) -> None:
         before, known = self._nesting.get(module, (at, ()))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from .adapter import Adapter
 from .combining import combine
 from .errors import BaseMismatch, SpecError, listing
+from .override import Override, counted_modules, standing, warn_of_dropped
 from .spelling import spelled_twice
 from .storage import names_of
 
-__all__ = ["NodeTerms", "flattened"]
+__all__ = ["NodeTerms", "flattened", "resolved"]
 
 NodeTerms = list[tuple[str, float, Adapter]]
 """(node, coefficient, adapter), in the order of the sum."""
@@ -48,6 +51,35 @@ def flattened(
     except SpecError as error:
         broken = [node for node, _, adapter in terms if not _is_finite(adapter)]
         raise error.within(listing(broken or nodes)) from error
+
+
+def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
+    """Return the terms without the overrides and increments that a deeper override replaces.
+
+    Args:
+        terms: of a path or a blend.
+        lineages: of each of its paths, the nodes from the root down.
+
+    Raises:
+        SpecError: two paths have different overrides of a tensor.
+    """
+    stands = standing(lineages, {node: adapter.overrides for node, _, adapter in terms})
+    counts: dict[str, dict[str, Override]] = {}
+    for tensor, stack in stands.items():
+        for node, override in stack:
+            counts.setdefault(node, {})[tensor] = override
+    found = []
+    dropped: list[str] = []
+    for node, coefficient, adapter in terms:
+        modules, lines = counted_modules(node, adapter.modules, stands)
+        dropped += lines
+        # A base tensor that comes along is none under an override of it.
+        unchanged = {name: t for name, t in adapter.unchanged.items() if name not in stands}
+        own = counts.get(node, {})
+        made = replace(adapter, modules=modules, unchanged=unchanged, overrides=own)
+        found.append((node, coefficient, made))
+    warn_of_dropped(dropped, stacklevel=3)
+    return found
 
 
 def _spelled_once(terms: NodeTerms, base: nn.Module | None) -> None:

@@ -172,7 +172,14 @@ class TreeModel(AnswersForBase):
         self._own_name = own_name = name if isinstance(name, str) and name else None
         # The caller stands behind attach and this method.
         warn_of_base("the tree", tree.base, own_name, stacklevel=3)
-        self._binder = Binder(inner, tree.base, own_name=own_name, origin=self.cache.origin, **kept)
+        self._binder = Binder(
+            inner,
+            tree.base,
+            own_name=own_name,
+            origin=self.cache.origin,
+            own_value=self._merged.pristine.known,
+            **kept,
+        )
         self._stage = Stage(
             inner,
             tree,

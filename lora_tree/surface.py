@@ -53,6 +53,7 @@ from .fit import clashes, misfits
 from .folder import Problem, SkippedWarning, StaleWarning, check, load, lock
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
+from .override import Override, OverrideWarning
 from .spec import LoraSpec
 from .training.levels import weight_decays
 from .training.losses import PathLoss, path_loss, token_counts
@@ -82,6 +83,8 @@ __all__ = [
     "MergedWarning",
     "ModuleDiff",
     "Node",
+    "Override",
+    "OverrideWarning",
     "PathLoss",
     "PathSampler",
     "Portable",

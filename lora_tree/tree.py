@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .adapter import Adapter
 from .attached_models import AttachedModel, AttachedModels
 from .blend import Blend, check_finite, depth_first, parse_blend, total
 from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
-from .flattening import NodeTerms, flattened
+from .flattening import NodeTerms, flattened, resolved
 from .lowrank import LowRank
 from .node import Node
 from .node_names import check_name, check_path
@@ -422,14 +422,25 @@ class AdapterTree:
         except LoraTreeError as error:
             raise error.within(path) from error
 
-    def terms(self, blend: Blend, *, base: nn.Module | None = None) -> NodeTerms:
+    def terms(
+        self,
+        blend: Blend,
+        *,
+        base: nn.Module | None = None,
+        bound: Callable[[str, Adapter], Adapter] | None = None,
+    ) -> NodeTerms:
         """Return the terms of a blend, (node, coefficient, adapter), in the order of the sum.
+
+        What a deeper override replaces is dropped: the adapters add up to the path as they are.
 
         Args:
             base: give every adapter the names that its modules have in this model today.
+            bound: makes of a node's adapter what it is in a base, for callers that know more of it
+                than names; None: with ``base`` alone.
 
         Raises:
-            PathError, SpecError: as `coefficients`.
+            PathError, SpecError: as `coefficients`; or the paths of a blend have different
+                overrides of a tensor.
             FolderError, FormatError: a node's files are gone, broken, or not what the lock says;
                 names the node.
             BaseMismatch: an adapter can't be put into the base's names; names the node and the
@@ -442,8 +453,32 @@ class AdapterTree:
                 continue  # a group, or a fresh node that no base has made an adapter for
             if base is not None:
                 adapter = _named(path, adapter, base)
+            if bound is not None:
+                adapter = bound(path, adapter)
             terms.append((path, coefficient, adapter))
-        return terms
+        if not any(adapter.overrides for _, _, adapter in terms):
+            return terms  # nearly every tree
+        return resolved(terms, self.counting_lineages(blend))
+
+    def counting_lineages(self, blend: Blend) -> list[list[str]]:
+        """Return for each path of a blend its nodes from the root down, without those of weight 0.
+
+        They decide which overrides count; a path with a weight of 0 is left out.
+
+        Raises:
+            PathError, SpecError: as `coefficients`.
+
+        >>> tree = AdapterTree()
+        >>> for path in ("fr", "fr/legal", "de"): _ = tree.add(path)
+        >>> tree.counting_lineages({"fr/legal": 0.5, "de": 0.5})
+        [['fr', 'fr/legal'], ['de']]
+        """
+        found = []
+        for path, weight in parse_blend(blend).items():
+            lineage = self.lineage(path)
+            if weight != 0.0:
+                found.append([node for node in lineage if self[node].weight != 0.0])
+        return found
 
     def flatten(
         self,

@@ -35,6 +35,7 @@ RINGS = {
         "overlay",
         "storage",
         "carried",
+        "override",
         "adapter",
         "combining",
         "node_names",

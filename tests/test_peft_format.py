@@ -447,8 +447,8 @@ def test_an_unexpected_whole_tensor_is_refused(tmp_path: Path) -> None:
     for key, kind, text in [
         (
             "blocks.1.weight",
-            UnsupportedAdapter,
-            r"blocks\.1\.weight' is a whole weight: .*replace the base's",
+            FormatError,
+            r"blocks\.1\.weight' is a whole weight, .*\n.*\"modules_to_save\": \[\"blocks\.1\"\]",
         ),
         (
             "lin.base_layer.bias",
@@ -654,8 +654,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("fields", "text"),
     [
         (dict(use_dora=True), "use_dora = True: DoRA rescales"),
-        (dict(modules_to_save=["score"]), r"modules_to_save = \['score'\]: .*replace the base's"),
-        (dict(trainable_token_indices=[1]), "trainable_token_indices .*replace rows"),
         (dict(peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
         (dict(alora_invocation_tokens=[1]), "aLoRA acts on the tokens after"),
         (dict(use_qalora=True), "QALoRA pools"),

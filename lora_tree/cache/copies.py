@@ -92,7 +92,7 @@ class TreeCopies:
             return None
         if adapter in self._sources:
             return self._sources[adapter]
-        changes = any(value.is_trainable or value.trains for value in adapter.modules.values())
+        changes = adapter.is_trainable or adapter.trains
         if changes or link.holds(adapter):
             self._sources[adapter] = None
             return None

@@ -66,7 +66,9 @@ def held_bytes(adapter: Adapter) -> int:
 
 
 def tensors(adapter: Adapter) -> Iterator[Tensor]:
-    """Yield the tensors of an adapter: its factors, and the base's tensors that it carries."""
+    """Yield the tensors of an adapter: its factors, and the base's that it carries or replaces."""
     for value in adapter.modules.values():
         yield from value.tensors
     yield from adapter.unchanged.values()
+    for override in adapter.overrides.values():
+        yield override.values

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import StateError, TiedWeights, listing
+from ..errors import StateError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import is_sharded
 from ..sites import Site
 from .arithmetic import Scratch, exact_mode
 from .finite import check_sum, suspects
-from .plan import PlacedPlan, Plan, WeightDtypes
+from .plan import OverrideTerm, PlacedPlan, Plan, WeightDtypes
 from .pristine import Pristine
 
 __all__ = ["Mergeable"]
@@ -96,17 +96,28 @@ class Mergeable:
         names = suspects(plan)
         for name in names:
             site, terms = plan.sites[name], plan.terms[name]
+            # An override without increments was found to be finite when it was bound.
+            if not terms:
+                continue
             parts = [(term.node, term.value, term.coefficient) for term in terms]
-            for attribute in _written(plan, name):
+            for attribute in _added_to(plan, name):
                 target: Tensor = getattr(site.module, attribute)
                 is_bias = attribute == site.bias_name
                 with exact_mode(target.device):
-                    own = self._own_value(site, attribute).to(target.device)
+                    own = self._ground(plan, name, attribute).to(target.device)
                     check_sum(site, name, own, parts, self._scratch, is_bias=is_bias)
         # A bound holds for any weight of these dtypes; a sum that was computed holds for this
         # weight alone. And factors that are parameters may be written to.
         if not names and plan.fixed:
             self._finite[plan] = placed.dtypes
+
+    def _ground(self, plan: Plan, name: str, attribute: str) -> Tensor:
+        """Return what increments are added to: the base's own numbers, or what overrides them."""
+        ground = self._own_value(plan.sites[name], attribute)
+        for override in plan.overrides.get(name, ()):
+            if override.attribute == attribute:
+                ground = override.value.applied(ground)
+        return ground
 
     def _own_value(self, site: Site, attribute: str) -> Tensor:
         """Return the base's own numbers: the copy; or the weight as it is, if there is no copy."""
@@ -125,26 +136,34 @@ class Mergeable:
         names: dict[tuple[int, str], str] = {}
         unknown: list[tuple[Site, str, str]] = []
         for name, terms in plan.terms.items():
-            site = plan.sites[name]
+            site, node = plan.sites[name], plan.someone(name)
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
+            if plan.overrides.get(name) and not self._pristine.keeps:
+                raise UnmergedOnly(
+                    f"{node}: {name}: an override can't be taken back without a copy of the base's "
+                    'own weight, and pristine="none" keeps none',
+                    'attach with pristine="auto", or use activate(…, mode="unmerged")',
+                )
             # torch finds one module under two names if it is registered twice.
             other = names.setdefault((id(site.module), site.weight_name), name)
             if other != name:
                 raise TiedWeights(
-                    f"{terms[0].node}: {other} and {name} are two names of one weight: "
+                    f"{node}: {other} and {name} are two names of one weight: "
                     "written one after the other, one would be lost",
                     "call it by the same name in every adapter on the path",
                 )
             for attribute in _written(plan, name):
                 if (name, attribute) not in self._untied:
-                    unknown.append((site, attribute, terms[0].node))
+                    unknown.append((site, attribute, node))
         if unknown:
-            self._check_ties(unknown)
+            self._check_ties(unknown, plan)
 
-    def _check_ties(self, written: Sequence[tuple[Site, str, str]]) -> None:
+    def _check_ties(self, written: Sequence[tuple[Site, str, str]], plan: Plan) -> None:
         """Check that no other module uses a tensor that is about to be written: (site, tensor, a
         node that does).
+
+        Modules that share a tensor may all replace it by the same numbers: it is written twice.
         """
         # Memory is compared, not names: a tied weight may be a view of a part of another one.
         spans = list(_spans(self._base))
@@ -152,8 +171,10 @@ class Mergeable:
             start, end = _span(getattr(site.module, attribute))
             own = id(site.module), attribute
             shared = []
+            alike = _replaced_alike(plan, site, attribute)
             for first, last, module, (name, leaf) in spans:
-                if first < end and last > start and (module, leaf) != own:
+                is_other = (module, leaf) != own and (module, leaf) not in alike
+                if first < end and last > start and is_other:
                     shared.append(f"{name}.{leaf}")
             if shared:
                 raise TiedWeights(
@@ -164,13 +185,59 @@ class Mergeable:
                     f"nn.Parameter(module.{attribute}.detach().clone())",
                     "or leave the module out of the adapter",
                 )
-            self._untied.add((site.name, attribute))
+            # What other modules replace is this plan's own affair, and asked again of the next.
+            if not alike:
+                self._untied.add((site.name, attribute))
+
+
+def _added_to(plan: Plan, name: str) -> list[str]:
+    """Return the names of the tensors to which a plan adds at a site: weight, and bias if any."""
+    site = plan.sites[name]
+    if not plan.terms[name]:
+        return []
+    return [site.weight_name, site.bias_name] if name in plan.biased else [site.weight_name]
 
 
 def _written(plan: Plan, name: str) -> list[str]:
-    """Return the names of the tensors that a plan writes at a site: weight, and bias if any."""
-    site = plan.sites[name]
-    return [site.weight_name, site.bias_name] if name in plan.biased else [site.weight_name]
+    """Return the names of all tensors that a plan writes at a site."""
+    found = _added_to(plan, name)
+    for override in plan.overrides.get(name, ()):
+        if override.attribute not in found:
+            found.append(override.attribute)
+    return found
+
+
+def _replaced_alike(plan: Plan, site: Site, attribute: str) -> set[tuple[int, str]]:
+    """Return the tensors, (id of module, name), that a plan replaces as it does this one.
+
+    Nothing is added to any of them. PEFT gives the trained rows of an embedding to a tied head too.
+    """
+    if plan.terms[site.name]:
+        return set()
+    mine = _replacing(plan, site.name, attribute)
+    found: set[tuple[int, str]] = set()
+    for name, overrides in plan.overrides.items():
+        for override in overrides:
+            theirs = _replacing(plan, name, override.attribute)
+            if name != site.name and not plan.terms[name] and _are_alike(mine, theirs):
+                found.add((id(plan.sites[name].module), override.attribute))
+    return found
+
+
+def _replacing(plan: Plan, name: str, attribute: str) -> list[OverrideTerm]:
+    return [each for each in plan.overrides.get(name, ()) if each.attribute == attribute]
+
+
+def _are_alike(mine: Sequence[OverrideTerm], theirs: Sequence[OverrideTerm]) -> bool:
+    if len(mine) != len(theirs) or not mine:
+        return False
+    for one, other in zip(mine, theirs, strict=True):
+        x, y = one.value, other.value
+        if x.rows != y.rows or x.values.shape != y.values.shape:
+            return False
+        if x.values is not y.values and not torch.equal(x.values, y.values):
+            return False
+    return True
 
 
 def _refuse_sharded(plan: Plan) -> None:
@@ -188,14 +255,14 @@ def _refuse_sharded(plan: Plan) -> None:
 def _refuse_training(plan: Plan, owned: Sequence[str]) -> None:
     """Raise for the first node of a plan that trains."""
     for name, terms in plan.terms.items():
-        for term in terms:
-            if not term.trains:
-                continue
+        training = [term.node for term in terms if term.trains]
+        training += [each.node for each in plan.overrides.get(name, ()) if each.trains]
+        for node in training:
             freeze = "adapter.with_tensors(torch.Tensor.detach)"
-            if term.node in owned:
+            if node in owned:
                 freeze = "model.trainable()"
             raise StateError(
-                f"{term.node}: {name}: trains, and can't be merged while it does",
+                f"{node}: {name}: trains, and can't be merged while it does",
                 f'activate(…, mode="unmerged"), or {freeze} first',
             )
 

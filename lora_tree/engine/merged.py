@@ -1,5 +1,5 @@
-"""Merged: a path written into the weights, each from pristine, each rounded once, and only where
-the plan changed.
+"""Merged: a path written into the weights, each from pristine or from what overrides it, each
+rounded once, and only where the plan changed.
 
     changed sites ─→ keep pristine of all ─→ write all ─→ on any failure, write the old ones again
 
@@ -22,7 +22,7 @@ from .arithmetic import Scratch, add_bias, add_weight, exact_mode
 from .kernels import MergePart, merge_launch, usable
 from .launches import KeptLaunch, Launches, part_of
 from .mergeable import Mergeable
-from .plan import EMPTY_PLAN, Plan, Terms
+from .plan import EMPTY_PLAN, OverrideTerms, Plan, Terms
 from .pristine import Place, Pristine
 
 __all__ = ["MergedWeights"]
@@ -145,13 +145,20 @@ class MergedWeights:
         merged: list[_SiteWrite] = []
         for name in sorted({*old.sites, *plan.sites}):
             now, then = plan.terms.get(name, ()), old.terms.get(name, ())
-            if _same_terms(now, then):
+            instead, before = plan.overrides.get(name, ()), old.overrides.get(name, ())
+            if _same_terms(now, then) and _same_overrides(instead, before):
                 continue
             site = plan.sites.get(name) or old.sites[name]
-            tensors = [site.weight_name]
+            tensors = []
+            if now or then:
+                tensors.append(site.weight_name)
             if name in plan.biased or name in old.biased:
                 tensors.append(site.bias_name)
-            (merged if now else bare).append(_SiteWrite(site, tensors, now, then))
+            for override in (*instead, *before):
+                if override.attribute not in tensors:
+                    tensors.append(override.attribute)
+            write = _SiteWrite(site, tensors, now, then, instead, before)
+            (merged if now or instead else bare).append(write)
         # Sites that go bare come first: the new plan may write the same weight under another name.
         return [*bare, *merged]
 
@@ -169,7 +176,7 @@ class MergedWeights:
         for write in writes:
             site = write.site
             for name in write.tensors:
-                wanted.append((site.module_name, site.module, name, bool(write.new)))
+                wanted.append((site.module_name, site.module, name, write.is_merged))
         return self.pristine.begin(wanted)
 
     # ------------------------------------------------------------------ the only writer of weights
@@ -194,7 +201,7 @@ class MergedWeights:
         """
         merged = []
         for write in writes:
-            if write.new or self._in_place:
+            if write.is_merged or self._in_place:
                 merged.append(write)
                 continue
             begun.append(write)
@@ -230,10 +237,16 @@ class MergedWeights:
         keeps = plan is not None
         for write in writes:
             site, weight = write.site, write.site.weight_name
+            # No kernel writes an override; a weight without increments is a copy.
+            if not write.new or weight not in write.tensors:
+                others.append(write)
+                continue
             target, source = write.target(weight), sources[id(write.site.module), weight]
             if target.device not in launched:
                 others.append(write)
                 continue
+            if write.ground(weight):
+                source = target  # the override is written there first, and the launch reads it
             if known is None:
                 found = part_of(site, target, source, self._terms(write))
                 if found is None:
@@ -246,10 +259,13 @@ class MergedWeights:
                 others.append(write)
                 continue
             begun.append(write)
-            if source.device != target.device:
+            if write.ground(weight):
+                write.lay_ground(weight, target, sources[id(site.module), weight])
+            elif source.device != target.device:
                 target.copy_(source, non_blocking=True)  # the launch reads it there
-            for name in write.tensors[1:]:  # no kernel writes a bias
-                self._write_now(write, name, sources)
+            for name in write.tensors:
+                if name != weight:  # no kernel writes a bias
+                    self._write_now(write, name, sources)
             targets.append(target)
             mine.append(write)
         if not targets:
@@ -269,7 +285,14 @@ class MergedWeights:
         self, write: _SiteWrite, name: str, sources: Mapping[tuple[int, str], Tensor]
     ) -> None:
         """Write a site's weight or bias with stock operations, on its device."""
-        target = write.target(name)
+        target, source = write.target(name), sources[id(write.site.module), name]
+        if write.ground(name):
+            source = write.lay_ground(name, target, source)
+        if name not in (write.site.weight_name, write.site.bias_name):
+            # A tensor that takes no increment is its override, or the base's own.
+            if source is not target:
+                target.copy_(source, non_blocking=True)
+            return
         values = [term.scaled for term in write.new]
         if self._in_place:
             # There is no copy to begin from: the terms of before are taken back in the same sum.
@@ -277,7 +300,7 @@ class MergedWeights:
         for i, value in enumerate(values):
             if value.A.device != target.device:
                 values[i] = value.to(device=target.device)
-        _add(write.site, target, sources[id(write.site.module), name], values, self._scratch)
+        _add(write.site, target, source, values, self._scratch)
 
     def _terms(self, write: _SiteWrite) -> list[tuple[LowRank, float]]:
         """Return values and their coefficients; in place, what was written before is taken back
@@ -298,12 +321,37 @@ class _SiteWrite:
         tensors: the names of what it writes: the weight, and the bias if a term has one or had.
         new: the terms that are written.
         old: the terms that were written before.
+        instead: the overrides to which they are added.
+        before: the overrides that were written before.
     """
 
     site: Site
     tensors: list[str]
     new: Terms
     old: Terms
+    instead: OverrideTerms = ()
+    before: OverrideTerms = ()
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the site is another than the base's own after it."""
+        return bool(self.new or self.instead)
+
+    def ground(self, name: str) -> OverrideTerms:
+        """Return the overrides of one of the tensors, in the order in which they are applied."""
+        return tuple([override for override in self.instead if override.attribute == name])
+
+    def lay_ground(self, name: str, target: Tensor, source: Tensor) -> Tensor:
+        """Write the overrides of a tensor into it; return the tensor, to which terms are added.
+
+        They are rounded to its dtype, as the base's own numbers were when it was loaded.
+        """
+        ground = self.ground(name)
+        if ground[0].value.rows is not None:
+            target.copy_(source, non_blocking=True)  # the other rows are the base's own
+        for override in ground:
+            override.value.write(target)
+        return target
 
     def target(self, name: str) -> Tensor:
         """Return the weight or bias as the module shows it now."""
@@ -312,7 +360,7 @@ class _SiteWrite:
 
     def undone(self) -> _SiteWrite:
         """Return the write that takes this one back."""
-        return _SiteWrite(self.site, self.tensors, self.old, self.new)
+        return _SiteWrite(self.site, self.tensors, self.old, self.new, self.before, self.instead)
 
 
 def _same_terms(x: Terms, y: Terms) -> bool:
@@ -323,6 +371,16 @@ def _same_terms(x: Terms, y: Terms) -> bool:
     # because this is asked of every site at every switch.
     for a, b in zip(x, y, strict=True):
         if a.value is not b.value or a.coefficient != b.coefficient or a.version != b.version:
+            return False
+    return True
+
+
+def _same_overrides(x: OverrideTerms, y: OverrideTerms) -> bool:
+    """Return whether two sites' overrides write the same bits."""
+    if len(x) != len(y):
+        return False
+    for a, b in zip(x, y, strict=True):
+        if a.value is not b.value or a.attribute != b.attribute or a.version != b.version:
             return False
     return True
 

@@ -1,4 +1,5 @@
-"""Plan: what each site gets for a path or a blend: site name → terms in the order of the sum.
+"""Plan: what each site gets for a path or a blend: site name → terms in the order of the sum, and
+the overrides below them.
 
 Binding comes first: an adapter fits the base or it does not, on any path, so it is checked once.
 
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,14 +24,25 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..base_names import warn_of_base
-from ..carried import check_carried
-from ..errors import BaseMismatch, LoraTreeError
+from ..errors import BaseMismatch, LoraTreeError, listing
 from ..lowrank import LowRank
+from ..override import Override, OverrideWarning, counted_modules, standing, warn_of_dropped
 from ..renaming import Renaming
-from ..sites import Site, find_site
+from ..sites import Site, find_site, find_tensor_site, with_tied_rows
 from .last_used import LastUsed
 
-__all__ = ["EMPTY_PLAN", "Binder", "Marks", "PlacedPlan", "Plan", "Term", "Terms", "WeightDtypes"]
+__all__ = [
+    "EMPTY_PLAN",
+    "Binder",
+    "Marks",
+    "OverrideTerm",
+    "PlacedPlan",
+    "Plan",
+    "Term",
+    "Terms",
+    "WeightDtypes",
+    "check_override_numbers",
+]
 
 KEPT_PLANS = 256
 KEPT_MARKS = 1024
@@ -77,11 +90,36 @@ Terms = tuple[Term, ...]
 
 
 @dataclass(frozen=True, eq=False)
+class OverrideTerm:
+    """One node's part at one site that replaces: what increments are added to there.
+
+    Args:
+        node: the node.
+        attribute: the tensor of the site's module: ``weight``, ``bias``, ….
+        value: the node's override.
+        version: how often it had been written to in place, as training does.
+    """
+
+    node: str
+    attribute: str
+    value: Override
+    version: int
+
+    @property
+    def trains(self) -> bool:
+        """Whether autograd follows it."""
+        return self.value.trains
+
+
+OverrideTerms = tuple[OverrideTerm, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Site name → its terms, and the sites themselves.
 
     Args:
-        terms: site name → its terms.
+        terms: site name → its terms; none where the site has an override alone.
         sites: site name → the site.
         mark: the same number for plans that behave the same.
         adapters: the adapters it was made of. They live as long as the plan, so that it can be
@@ -96,15 +134,25 @@ class Plan:
     adapters: tuple[Adapter, ...] = ()
     live: frozenset[tuple[str, str]] = frozenset()
     fixed: bool = True
+    overrides: Mapping[str, OverrideTerms] = field(default_factory=dict)
+    """Site name → what stands for the base's own tensors there, in the order in which it is
+    applied."""
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every factor and bias of it."""
+        """Every factor, bias and override of it."""
         found: list[Tensor] = []
         for terms in self.terms.values():
             for term in terms:
                 found += term.value.tensors
+        for overrides in self.overrides.values():
+            found += [override.value.values for override in overrides]
         return tuple(found)
+
+    def someone(self, name: str) -> str:
+        """Return the first node of a site, for a message."""
+        terms = self.terms[name]
+        return terms[0].node if terms else self.overrides[name][0].node
 
     @cached_property
     def biased(self) -> frozenset[str]:
@@ -136,6 +184,12 @@ class Plan:
                 if term.version != _version(term.value):
                     return False
                 if term.trains != ((name, term.node) in self.live):
+                    return False
+        for name, overrides in self.overrides.items():
+            for override in overrides:
+                if override.version != _override_version(override.value):
+                    return False
+                if override.trains and (name, override.node) not in self.live:
                     return False
         return True
 
@@ -189,6 +243,8 @@ class Binder:
         kept: how many plans stay, with their adapters, while nothing uses them.
         origin: returns a key for an adapter: itself, held weakly, or a key that outlives it and
             stands for the same numbers.
+        own_value: returns the base's own numbers of a module's tensor where a path may be merged
+            into it; None: they are those that it holds now.
     """
 
     def __init__(
@@ -199,12 +255,14 @@ class Binder:
         own_name: str | None = None,
         kept: int = KEPT_PLANS,
         origin: Callable[[Adapter], Hashable] = weakref.ref,
+        own_value: Callable[[nn.Module, str], Tensor | None] = lambda module, name: None,
     ) -> None:
         self._base = base
+        self._own_value = own_value
         self._base_name = base_name
         self._own_name = own_name or base_name
         self._warned: set[str] = set()
-        """The bases that adapters named and a warning told of."""
+        """What a warning told of: bases that adapters named, increments that do not count."""
         self._origin = origin
         self._renaming = Renaming(base)
         self._sites: dict[str, Site] = {}
@@ -215,25 +273,44 @@ class Binder:
         self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
 
-    def plan(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
+    def plan(
+        self,
+        terms: list[tuple[str, float, Adapter]],
+        lineages: Callable[[], list[list[str]]] | None = None,
+    ) -> Plan:
         """Return the plan of (node, coefficient, adapter) terms; the same object for a path that
         was used before.
 
+        Args:
+            terms: in the order of the sum.
+            lineages: returns the nodes of each path from the root down, which decide whose override
+                counts; called only if there is one. None: those of all terms count, row by row.
+
         Raises:
             BaseMismatch: an adapter does not fit; names the node and the module.
+            SpecError: the paths of a blend have different overrides of a tensor.
         """
-        return self.placed(terms).plan
+        return self.placed(terms, lineages).plan
 
-    def placed(self, terms: list[tuple[str, float, Adapter]]) -> PlacedPlan:
+    def placed(
+        self,
+        terms: list[tuple[str, float, Adapter]],
+        lineages: Callable[[], list[list[str]]] | None = None,
+    ) -> PlacedPlan:
         """Return the same plan, with the dtypes of its sites' weights in the base as it is now.
 
         Raises:
-            BaseMismatch: an adapter does not fit; names the node and the module.
+            BaseMismatch, SpecError: as `plan`.
         """
         if not terms:
             return PlacedPlan(EMPTY_PLAN, (), False)
         # An id names an adapter as long as it lives, and a plan keeps its adapters alive.
+        key: tuple[Hashable, ...]
         key = tuple([(id(adapter), coefficient) for _, coefficient, adapter in terms])
+        if any(_may_override(adapter) for _, _, adapter in terms):
+            # With overrides the paths count, and not the coefficients alone.
+            ends = None if lineages is None else tuple(map(tuple, lineages()))
+            key = (*key, ends)
         known = self._plans.again(key)
         if known is not None:
             dtypes = known.look(self._base)
@@ -241,60 +318,129 @@ class Binder:
                 return PlacedPlan(known, dtypes, any(map(_requires_grad, known.tensors)))
             # The owner of the base replaced a module. Other plans may have the old one as well.
             self._plans.forget()
-        plan = self._made(terms)
+        plan = self._made(terms, lineages)
         if plan.fixed:
             self._plans.keep(key, plan)
         dtypes = tuple([site.dtype for site in plan.sites.values()])
         return PlacedPlan(plan, dtypes, any(map(_requires_grad, plan.tensors)))
 
-    def _made(self, terms: list[tuple[str, float, Adapter]]) -> Plan:
+    def _made(
+        self,
+        terms: list[tuple[str, float, Adapter]],
+        lineages: Callable[[], list[list[str]]] | None,
+    ) -> Plan:
         # Site by site in the order in which the lineage first names them; within a site in the
         # order of the sum, which decides the bits.
         found: dict[str, list[Term]] = {}
         live: set[tuple[str, str]] = set()
-        fixed = True
-        for node, coefficient, adapter in terms:
-            for name, value in self.bind(node, adapter).modules.items():
+        bound = [(node, c, self.bind(node, adapter)) for node, c, adapter in terms]
+        overrides = self._overrides(bound, lineages)
+        fixed = not any(adapter.is_trainable for _, _, adapter in bound)
+        for node, coefficient, adapter in overrides.resolved:
+            for name, value in adapter.modules.items():
                 term = Term(node, coefficient, value, _version(value))
                 found.setdefault(name, []).append(term)
-                if value.is_trainable:
-                    fixed = False
                 if term.trains:
                     live.add((name, node))
+        for name, at_site in overrides.terms.items():
+            found.setdefault(name, [])
+            live.update((name, override.node) for override in at_site if override.trains)
         # The mark comes after binding, which begins new marks if it finds that a module was
         # replaced.
         if fixed:
             origins = tuple([(self._origin(adapter), c) for _, c, adapter in terms])
-            mark = self._marks.of(origins)
+            mark = self._marks.of((origins, overrides.ends))
         else:
             mark = Marks.new()
         return Plan(
             terms={name: tuple(at_site) for name, at_site in found.items()},
-            sites={name: self.site(name) for name in found},
+            sites={name: self._sites[name] for name in found},
             mark=mark,
             adapters=tuple([adapter for _, _, adapter in terms]),
             live=frozenset() if fixed else frozenset(live),
             fixed=fixed,
+            overrides=overrides.terms,
         )
+
+    def _overrides(
+        self,
+        bound: list[tuple[str, float, Adapter]],
+        lineages: Callable[[], list[list[str]]] | None,
+    ) -> _Overrides:
+        """Return the overrides that count for some bound terms, and the terms without what these
+        drop.
+
+        Raises:
+            SpecError: the paths of a blend have different overrides of a tensor.
+        """
+        held = {node: adapter.overrides for node, _, adapter in bound if adapter.overrides}
+        if not held:
+            return _Overrides({}, bound, None)
+        at_site: dict[str, list[OverrideTerm]] = {}
+        if lineages is None:
+            # Of a batch: which of them counts is decided row by row.
+            for node, overrides in held.items():
+                for tensor, override in overrides.items():
+                    name, term = self._override_term(node, tensor, override)
+                    at_site.setdefault(name, []).append(term)
+            return _Overrides(_tuples(at_site), bound, None)
+        paths = lineages()
+        stands = standing(paths, held)
+        for tensor, stack in stands.items():
+            for node, override in stack:
+                name, term = self._override_term(node, tensor, override)
+                at_site.setdefault(name, []).append(term)
+        resolved, dropped = [], []
+        for node, coefficient, adapter in bound:
+            modules, lines = counted_modules(node, adapter.modules, stands)
+            dropped += [line for line in lines if line not in self._warned]
+            self._warned.update(lines)
+            resolved.append((node, coefficient, replace(adapter, modules=modules)))
+        warn_of_dropped(dropped, stacklevel=2)
+        return _Overrides(_tuples(at_site), resolved, tuple(map(tuple, paths)))
+
+    def _override_term(
+        self, node: str, tensor: str, override: Override
+    ) -> tuple[str, OverrideTerm]:
+        site, attribute = self._tensor_site(tensor)
+        return site.name, OverrideTerm(node, attribute, override, _override_version(override))
+
+    def _tensor_site(self, tensor: str) -> tuple[Site, str]:
+        """Return the site of an override, and which of the module's tensors it is."""
+        module, _, leaf = tensor.rpartition(".")
+        for name in (module, tensor):
+            known = self._sites.get(name)
+            mine = known is not None and leaf in (known.weight_name, known.bias_name)
+            if known is not None and mine and known.is_in(self._base):
+                return known, leaf
+        site, leaf = find_tensor_site(self._base, tensor)
+        if site.name in self._sites:
+            self._marks = Marks()  # see `site`
+        self._sites[site.name] = site
+        return site, leaf
 
     def bind(self, node: str, adapter: Adapter) -> Adapter:
         """Return ``adapter`` under the names of this base, checked.
 
         Raises:
-            BaseMismatch: a module is missing, of another kind or shape, or carries a base tensor
-                that differs.
+            BaseMismatch: a module is missing, of another kind or shape; or a tensor that the
+                adapter replaces is.
         """
         known = self._bound.get(adapter)
         # An adapter is bound once; only that its modules are still there is asked again.
         if known is not None and all(site.is_in(self._base) for site in known[1]):
             return known[0] or adapter
         try:
-            bound = self._renaming.bound(adapter)
+            bound = self._with_told_apart(node, self._renaming.bound(adapter))
+            bound = with_tied_rows(self._base, bound)
             sites = [self.site(name) for name in bound.modules]
             for site, value in zip(sites, bound.modules.values(), strict=True):
                 site.check(value)
-            for name, tensor in bound.unchanged.items():
-                self._check_unchanged(name, tensor)
+            for tensor, override in bound.overrides.items():
+                site, attribute = self._tensor_site(tensor)
+                site.check_override(attribute, override)
+                check_override_numbers(tensor, override, getattr(site.module, attribute))
+                sites.append(site)
         except LoraTreeError as error:
             raise self._told(error, node, adapter) from error
         # A warning and no error: people rename and quantise bases. Once for each name.
@@ -345,18 +491,82 @@ class Binder:
             )
         return type(error)(where.what, *todo)
 
-    def _check_unchanged(self, name: str, tensor: Tensor) -> None:
-        try:
-            own = self._base.get_parameter(name)
-        except AttributeError:
-            raise BaseMismatch(
-                f"{name}: the adapter carries this tensor of its base, this base has none"
-            ) from None
-        todo = (
-            "train without bias= and without resizing embeddings, "
-            "or attach the base it was trained on"
+    def _with_told_apart(self, node: str, adapter: Adapter) -> Adapter:
+        """Return the adapter with carried tensors that are not the base's own as overrides.
+
+        The comparison is with the base's own numbers, whatever is merged into them now.
+        """
+        if not adapter.unchanged:
+            return adapter
+        own: dict[str, Tensor] = {}
+        for name in adapter.unchanged:
+            module, _, leaf = name.rpartition(".")
+            try:
+                holder, now = self._base.get_submodule(module), self._base.get_parameter(name)
+            except AttributeError:
+                continue  # it is refused by its name below
+            kept = self._own_value(holder, leaf)
+            own[name] = now.detach() if kept is None else kept
+        told = adapter.told_apart(own)
+        other = [name for name in told.overrides if name not in adapter.overrides]
+        if other:
+            what = f"{node}: {listing(other)}: the adapter carries another value than the base's"
+            warnings.warn(
+                OverrideWarning(
+                    f"{what}, and it stands there under this node: an override",
+                    "if it was trained over another base, attach that one",
+                ),
+                stacklevel=2,
+            )
+        return told
+
+
+@dataclass(frozen=True, eq=False)
+class _Overrides:
+    """The overrides of some terms.
+
+    Args:
+        terms: site name → those that count there.
+        resolved: the terms without the increments that these drop.
+        ends: the lineages by which they were chosen; None: there are none, or row by row.
+    """
+
+    terms: Mapping[str, OverrideTerms]
+    resolved: list[tuple[str, float, Adapter]]
+    ends: tuple[tuple[str, ...], ...] | None
+
+
+def _may_override(adapter: Adapter) -> bool:
+    """Return whether an adapter replaces a tensor, as far as is known before it is bound."""
+    return bool(adapter.overrides or adapter.unchanged)
+
+
+def check_override_numbers(tensor: str, override: Override, own: Tensor) -> None:
+    """Refuse an override that is not finite in the dtype of the tensor that it stands for.
+
+    Raises:
+        BaseMismatch: it is not; names the tensor.
+    """
+    if override.is_trainable or override.values.is_meta or not override.values.numel():
+        return  # what trains changes at every step, and a look at it waits for the device
+    least, most = torch.aminmax(override.values)
+    size = float(torch.maximum(least.abs(), most.abs()))
+    info = torch.finfo(own.dtype)
+    if not size <= info.max * (1 + info.eps / 4):
+        raise BaseMismatch(
+            f"{tensor}: the adapter replaces it by numbers up to {size:.3g}, and "
+            f"{str(own.dtype)[6:]} goes up to {info.max:.3g}",
+            "train it again, or load the base in a wider dtype",
         )
-        check_carried(name, tensor, own, todo)
+
+
+def _tuples(at_site: Mapping[str, list[OverrideTerm]]) -> dict[str, OverrideTerms]:
+    return {name: tuple(terms) for name, terms in at_site.items()}
+
+
+def _override_version(override: Override) -> int:
+    """Return how often an override that trains was written to; 0 for others."""
+    return override.values._version if override.is_trainable else 0
 
 
 def _version(value: LowRank) -> int:

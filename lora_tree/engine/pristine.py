@@ -110,6 +110,11 @@ class Pristine:
         self.number = 0
         """Changes whenever a copy is made or dropped; launches hold the copies' addresses."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether copies are kept at all."""
+        return self._place != "none"
+
     def verify(self, replaced: Sequence[str] = ()) -> None:
         """Check that only we have written to the weights that have copies.
 

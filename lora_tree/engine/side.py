@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import StateError
+from ..errors import MergedOnly, StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from . import arithmetic
@@ -213,6 +213,11 @@ def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
     weights = []
     for name, terms in plan.terms.items():
         site = plan.sites[name]
+        if plan.overrides.get(name):
+            raise MergedOnly(
+                f"{plan.overrides[name][0].node}: {name}: an override can't run beside the weights",
+                'use activate(…, mode="merged")',
+            )
         site.check_mode(terms[0].value, merged=False, node=terms[0].node)
         weights.append(site.weight)
     kinds = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,10 @@ class Stage:
                     continue  # a group
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
                 terms.append((node, coefficient, adapters[node]))
-            placed = self._binder.placed(terms)
+            lineages = None
+            if not isinstance(request.asked, tuple):
+                lineages = partial(self._tree.counting_lineages, request.asked)
+            placed = self._binder.placed(terms, lineages)
             weights, beside = self._parts(request, placed)
             return Behaviour(request, placed, weights, beside, pins, adapters)
         except BaseException:

@@ -164,6 +164,11 @@ class CheckpointWriter:
                 self._put(out, stored, parts.pop(stored.name))
 
     def _add(self, write: Write, values: Tensor) -> None:
+        # What stands for the base's own numbers is rounded to their dtype, as a switch does it.
+        for override in write.overrides:
+            override.write(values)
+        if not write.values:
+            return
         if write.is_bias:
             add_bias(values, values, write.values)
         else:

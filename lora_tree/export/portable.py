@@ -151,7 +151,7 @@ def portable(
     renamer = known.renamer(names)
     flat = tree.flatten(blend, base=renamer)
     terms = tree.terms(blend, base=renamer)
-    if not flat.modules:
+    if not flat.modules and not flat.overrides:
         raise FormatError(
             f"{path or 'the bare base'}: there is nothing to export, no node on the way has an "
             "adapter",
@@ -234,7 +234,7 @@ def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base:
     """Check that the portable form can say every module.
 
     Raises:
-        FormatError: a module has a bias.
+        FormatError: a module has a bias, or a tensor of the base is replaced.
         SpecError: a factor is not finite.
         BaseMismatch: an adapter carries a tensor that is not the base's, or there is no base to
             tell.
@@ -258,6 +258,13 @@ def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base:
             )
     for name, tensor in flat.unchanged.items():
         base.check_unchanged(name, tensor)
+    for name in flat.overrides:
+        whose = [node for node, _, adapter in terms if name in adapter.overrides]
+        raise FormatError(
+            f"{name}: node {listing(whose)} replaces this tensor of the base, and the portable form "
+            "holds increments alone",
+            "write it for PEFT (--as peft, tree.flatten), or merged into a checkpoint (--as model)",
+        )
 
 
 def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..carried import check_carried
+from ..carried import is_own
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError
 from ..extras import foreign, need, open_pretrained
 from ..spelling import spelled_twice
@@ -210,9 +210,7 @@ class Base:
         return model
 
     def check_unchanged(self, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor that an adapter carries if it is not this base's own.
-
-        See `check_carried`.
+        """Refuse a tensor that an adapter carries if it is not this base's own: an override.
 
         Raises:
             BaseMismatch: it differs, or there is no base at hand to compare it with.
@@ -224,7 +222,12 @@ class Base:
                 "to compare it with",
                 "name the base's folder: --base FOLDER, base=…",
             )
-        check_carried(name, tensor, own, NOTHING_CARRIED)
+        if not is_own(name, tensor, own):
+            raise BaseMismatch(
+                f"{name}: the adapter carries a {name.rpartition('.')[2]} that is not the base's: "
+                "it replaces it",
+                NOTHING_CARRIED,
+            )
 
     def _own(self, name: str) -> Tensor | None:
         if self._model is not None:

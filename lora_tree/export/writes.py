@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+from ..adapter import Adapter
 from ..blend import Blend
-from ..carried import check_carried
 from ..engine.arithmetic import Scratch
 from ..engine.finite import check_sum, harmless
+from ..engine.plan import check_override_numbers
 from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import LowRank
+from ..override import Override
 from ..renaming import Renaming
-from ..sites import Site, find_site
+from ..sites import Site, find_site, find_tensor_site
 from ..tree import AdapterTree
 from .names import CheckpointNames
 from .shards import Stored
@@ -40,6 +42,8 @@ class Write:
         values: the increments in the order of the sum, with their coefficients.
         nodes: the node of each of them.
         is_bias: their biases go into it, not their products.
+        attribute: the parameter's name in its module.
+        overrides: what stands for the base's own tensor, in the order in which it is applied.
     """
 
     node: str
@@ -49,6 +53,8 @@ class Write:
     values: Sequence[LowRank]
     nodes: Sequence[str]
     is_bias: bool = False
+    attribute: str = "weight"
+    overrides: Sequence[Override] = ()
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Check that a tensor of the checkpoint has the shape of the parameter.
@@ -56,7 +62,7 @@ class Write:
         Raises:
             BaseMismatch: it has another one.
         """
-        own = self.site.bias if self.is_bias else self.site.weight
+        own = getattr(self.site.module, self.attribute, None)
         if own is None or tuple(own.shape) != tuple(shape):
             expected = None if own is None else tuple(own.shape)
             raise BaseMismatch(
@@ -79,7 +85,10 @@ class Write:
         if harmless([(value, 1.0) for value in self.values], dtype):
             return
         parts = [(node, value, 1.0) for node, value in zip(self.nodes, self.values, strict=True)]
-        check_sum(self.site, self.module, own(), parts, Scratch(), is_bias=self.is_bias)
+        ground = own()
+        for override in self.overrides:
+            ground = override.applied(ground)
+        check_sum(self.site, self.module, ground, parts, Scratch(), is_bias=self.is_bias)
 
     def check_dtype(self, stored: Stored) -> None:
         """Check that something can be added to a tensor of the checkpoint.
@@ -103,55 +112,116 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
         names: the tensors that its parameters are made of, for those that adapters carry.
 
     Raises:
-        BaseMismatch: a module is not there, or of another kind or shape, or carries a tensor that
-            is not the base's.
+        BaseMismatch: a module is not there, or of another kind or shape; or a tensor that an
+            adapter replaces or carries is.
         TiedWeights: a parameter is another module's too, or has two names in the adapters.
         UnmergedOnly: a delta can't be written into its weight.
     """
     found: dict[str, list[tuple[str, LowRank]]] = {}
+    replaced: dict[str, list[tuple[str, str, Override]]] = {}
     sites: dict[str, Site] = {}
     renaming = Renaming(model)
-    for node, coefficient, adapter in tree.terms(blend):
+
+    def bound(node: str, adapter: Adapter) -> Adapter:
         try:
-            bound = renaming.bound(adapter)
-            for name, value in bound.modules.items():
-                site = sites.setdefault(name, find_site(model, name))
-                site.check_shape(value)
-                # e.g. a quantised weight, or a bias where the module has none
-                reason = site.why_unmerged_only(value)
-                if reason:
-                    raise UnmergedOnly(
-                        f"{name}: can't be merged: {reason}", "leave the module out of the adapter"
-                    )
-                if not value.is_finite:
-                    raise BaseMismatch(
-                        f"{name}: the factors are not finite, and would leave no finite weight",
-                        "train it again, or remove the node: a diverged training left an infinity "
-                        "or a NaN",
-                    )
-                # As a switch does it: the coefficient goes into the scale, and the factors keep
-                # their bits.
-                found.setdefault(name, []).append((node, value.scaled(coefficient)))
-            for name, tensor in bound.unchanged.items():
-                _check_same(name, tensor, names)
+            told = _told_apart(renaming.bound(adapter), names)
+            _check_fits(told, model, sites)
         except LoraTreeError as error:
             raise error.within(node) from error
+        return told
+
+    for node, coefficient, adapter in tree.terms(blend, bound=bound):
+        for name, value in adapter.modules.items():
+            # As a switch does it: the coefficient goes into the scale, and the factors keep their
+            # bits.
+            found.setdefault(name, []).append((node, value.scaled(coefficient)))
+        for tensor, override in adapter.overrides.items():
+            site, attribute = find_tensor_site(model, tensor)
+            sites.setdefault(site.name, site)
+            replaced.setdefault(site.name, []).append((node, attribute, override))
     made: list[Write] = []
-    for name, values in found.items():
-        made += _writes_of_module(name, sites[name], values)
+    for name in dict.fromkeys([*found, *replaced]):
+        made += _writes_of_module(name, sites[name], found.get(name, []), replaced.get(name, []))
     _check_one_owner(made, model)
     return made
 
 
-def _writes_of_module(name: str, site: Site, values: list[tuple[str, LowRank]]) -> list[Write]:
-    prefix = f"{site.module_name}." if site.module_name else ""
+def _check_fits(adapter: Adapter, model: Any, sites: dict[str, Site]) -> None:
+    """Check an adapter in the model's names against the model's shapes; note its sites."""
+    for name, value in adapter.modules.items():
+        site = sites.setdefault(name, find_site(model, name))
+        site.check_shape(value)
+        # e.g. a quantised weight, or a bias where the module has none
+        reason = site.why_unmerged_only(value)
+        if reason:
+            raise UnmergedOnly(
+                f"{name}: can't be merged: {reason}", "leave the module out of the adapter"
+            )
+        if not value.is_finite:
+            raise BaseMismatch(
+                f"{name}: the factors are not finite, and would leave no finite weight",
+                "train it again, or remove the node: a diverged training left an infinity or a NaN",
+            )
+    for tensor, override in adapter.overrides.items():
+        site, attribute = find_tensor_site(model, tensor)
+        site.check_override_shape(attribute, override)
+        check_override_numbers(tensor, override, getattr(site.module, attribute))
+
+
+def _told_apart(adapter: Adapter, names: CheckpointNames) -> Adapter:
+    """Return an adapter with the carried tensors that are not the checkpoint's own as overrides."""
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in adapter.unchanged.items():
+        group = names.group(name)
+        # One that transformers fuses from several is not compared: no adapter of PEFT carries such
+        # one.
+        stored = group.stored[0] if group.converter is None else None
+        if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
+            raise BaseMismatch(
+                f"{name}: the adapter carries this tensor of its base, the checkpoint has no such "
+                "one",
+                NOTHING_CARRIED,
+            )
+        own[name] = stored.read().reshape(tensor.shape)
+    return adapter.told_apart(own)
+
+
+def _writes_of_module(
+    name: str,
+    site: Site,
+    values: list[tuple[str, LowRank]],
+    replaced: list[tuple[str, str, Override]],
+) -> list[Write]:
     nodes = [node for node, _ in values]
     own = [value for _, value in values]
-    made = [Write(nodes[0], name, f"{prefix}{site.weight_name}", site, own, nodes)]
-    # The bias of the base is a parameter of its own, often in another file of the checkpoint.
+    # What is written of a module: its weight and its bias where something is added, and every
+    # tensor that is replaced. The bias of the base is a parameter of its own, often in another file
+    # of the checkpoint.
+    attributes: dict[str, None] = {}
+    if own:
+        attributes[site.weight_name] = None
     if any(value.bias is not None for value in own):
-        bias_name = f"{prefix}{site.bias_name}"
-        made.append(Write(nodes[0], name, bias_name, site, own, nodes, is_bias=True))
+        attributes[site.bias_name] = None
+    attributes |= dict.fromkeys([attribute for _, attribute, _ in replaced])
+    prefix = f"{site.module_name}." if site.module_name else ""
+    made = []
+    for attribute in attributes:
+        stands = [(node, override) for node, other, override in replaced if other == attribute]
+        is_bias = attribute == site.bias_name
+        adds = own if attribute in (site.weight_name, site.bias_name) else []
+        made.append(
+            Write(
+                nodes[0] if nodes else stands[0][0],
+                name,
+                f"{prefix}{attribute}",
+                site,
+                adds,
+                nodes if adds else [],
+                is_bias=is_bias,
+                attribute=attribute,
+                overrides=[override for _, override in stands],
+            )
+        )
     return made
 
 
@@ -181,22 +251,14 @@ def _check_one_owner(made: Sequence[Write], model: Any) -> None:
                 "call it by the same name in every adapter on the path",
             )
         others = [name for name in owners.get(write.parameter, []) if name != write.parameter]
+        # The trained rows of an embedding are those of its tied head, too.
+        are_rows = all(override.rows is not None for override in write.overrides)
+        is_rows_alone = bool(write.overrides) and are_rows and not write.values
+        if is_rows_alone and not any(name in written for name in others):
+            continue
         if others:
             raise TiedWeights(
                 f"{write.node}: {write.module}: its weight is tied to {listing(others)}: merging "
                 "would change both",
                 "leave the module out of the adapter, or untie the base and save it again",
             )
-
-
-def _check_same(name: str, tensor: torch.Tensor, names: CheckpointNames) -> None:
-    """Check that a tensor which an adapter carries is the checkpoint's own."""
-    group = names.group(name)
-    # One that transformers fuses from several is not compared: no adapter of PEFT carries such one.
-    stored = group.stored[0] if group.converter is None else None
-    if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
-        raise BaseMismatch(
-            f"{name}: the adapter carries this tensor of its base, the checkpoint has no such one",
-            NOTHING_CARRIED,
-        )
-    check_carried(name, tensor, stored.read().reshape(tensor.shape), NOTHING_CARRIED)

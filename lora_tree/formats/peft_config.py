@@ -9,7 +9,8 @@ module's name. The first key in the file's order wins, as in ``get_pattern_key``
 The patterns come from strangers, and Python's ``re`` can take forever. So all patterns of one file
 are matched out of one budget of work: see `patterns`.
 
-Law: only configs whose increment is B·A·scale and nothing else pass.
+Law: only configs whose increment is B·A·scale pass, beside modules that are saved whole and trained
+token rows (`peft_overrides`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 from ..errors import FormatError, UnsupportedAdapter
 from ..patterns import ByPattern, MatchingBudget, NamePattern
 from . import strict_json
+from .peft_overrides import SavedWhole
 
 T = TypeVar("T")
 
@@ -30,8 +32,6 @@ __all__ = ["DERIVED", "FUSED", "TRAINING", "VARIANTS", "PeftConfig", "mutates_ba
 
 VARIANTS = {
     "use_dora": "DoRA rescales the whole weight, which is no sum of W and B·A",
-    "modules_to_save": "its modules replace the base's, they do not add to them",
-    "trainable_token_indices": "trained tokens replace rows of the embedding, and add nothing",
     "alora_invocation_tokens": "aLoRA acts on the tokens after its invocation only",
     "use_qalora": "QALoRA pools the input before A, so B·A is no increment of the weight",
     "use_bdlora": "BD-LoRA stores one factor as its blocks, not as a matrix",
@@ -41,7 +41,7 @@ VARIANTS = {
     "layer_replication": "it repeats layers of the base, which is another model",
     "megatron_config": "Megatron's parallel layers hold shards of the factors",
 }
-"""Fields of PEFT's LoraConfig (0.21) that make something else than W + B·A, with the reasons."""
+"""Fields of PEFT's LoraConfig (0.21) that make neither W + B·A nor a replacement, with the reasons."""
 
 MUTATING = {
     "pissa": "PiSSA",
@@ -57,6 +57,9 @@ EXTRACT = (
     "lora-tree extract BASE MERGED --max-error 0.05"
 )
 """The way in for what is no sum of W and B·A."""
+
+KINDS = ("LORA", "TRAINABLE_TOKENS")
+"""The ``peft_type`` that is read here; the second one has trained token rows and no factors."""
 
 KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
 """The ``use_…`` fields that we know. Another one that is set is a kind of LoRA newer than this."""
@@ -96,6 +99,7 @@ class PeftConfig:
     Args:
         where: the file, as errors name it.
         base: the base that it names; None where it names none.
+        saved: the modules that are saved whole, and the trained token rows.
         velora: the factors were trained with VeLoRA, whose buffers may lie beside them.
         kept: the fields that do not change the value, for `Adapter.config`.
         work: the budget out of which all its patterns are matched.
@@ -112,6 +116,7 @@ class PeftConfig:
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
     base: str | None
+    saved: SavedWhole
     velora: bool
     kept: Mapping[str, Any]
     work: MatchingBudget = field(compare=False)
@@ -186,6 +191,7 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
         target_modules=check.targets("target_modules"),
         target_parameters=check.names("target_parameters"),
         base=check.text("base_model_name_or_path"),
+        saved=SavedWhole.of(fields, where),
         velora=bool(fields.get("velora_config")),
         kept={key: value for key, value in fields.items() if key not in DERIVED},
         work=check.work,
@@ -218,7 +224,7 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
             f"{where}: no peft_type; is this the adapter_config.json of a PEFT adapter?",
             "expected the file that PEFT's save_pretrained writes",
         )
-    if kind != "LORA":
+    if kind not in KINDS:
         raise UnsupportedAdapter(
             f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA', 'LOHA' or 'LOKR'",
             "other methods do not add up to W + B·A: train it with LoRA, or convert it in PEFT",

@@ -23,7 +23,9 @@ import torch
 from ..adapter import Adapter
 from ..errors import FormatError
 from ..lowrank import LowRank
+from ..override import tensor_owner
 from .peft_config import DERIVED, TRAINING, TURNED, says_which_way
+from .peft_overrides import words_for
 
 __all__ = ["PeftForm", "config_bytes", "parameter_names", "peft_rank"]
 
@@ -41,6 +43,7 @@ class PeftForm:
         use_rslora: whether the scale is lora_alpha / √r.
         nested: module → its raw parameters, in the order in which PEFT nests their wrappers.
         attentions: the modules that are an nn.MultiheadAttention with both projections changed.
+        tokens_alone: there are no modules, and trained rows of one embedding.
     """
 
     modules: Mapping[str, LowRank]
@@ -48,6 +51,7 @@ class PeftForm:
     use_rslora: bool
     nested: Mapping[str, tuple[str, ...]]
     attentions: frozenset[str]
+    tokens_alone: bool = False
 
 
 def peft_rank(value: LowRank) -> int:
@@ -83,6 +87,8 @@ def config_bytes(adapter: Adapter, form: PeftForm) -> bytes:
 
 
 def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
+    if form.tokens_alone:
+        return _tokens_fields(adapter)
     # PEFT makes the out_proj of an attention with the attention's r and alpha, and has no pattern
     # for it.
     out_projections = {f"{name}.out_proj" for name in form.attentions}
@@ -92,7 +98,9 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
         if name not in out_projections:
             ranks[name] = peft_rank(value)
             alphas[name] = form.alphas[name]
-    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    # An adapter of overrides alone has no rank; PEFT's own defaults stand there.
+    r = _commonest(ranks.values() or [8])
+    alpha = _commonest(alphas.values() or [8])
     lora_bias = any(value.bias is not None for value in form.modules.values())
     fields: dict[str, Any] = {"task_type": None, "lora_dropout": 0.0, "fan_in_fan_out": False}
     for key, kept in adapter.config.items():
@@ -111,9 +119,17 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
         "lora_bias": lora_bias,
         "bias": _bias(adapter),
     }
+    # An override of a module with factors is the weight below its wrapper, and no saved module.
+    own = {
+        name: override
+        for name, override in adapter.overrides.items()
+        if tensor_owner(name)[0] not in form.modules
+    }
+    fields |= words_for(own, adapter.config)
     if "ensure_weight_tying" in fields:
         wanted = fields["ensure_weight_tying"] is True
-        fields["ensure_weight_tying"] = wanted and _has_tied_factors(form.modules)
+        is_tied = _has_tied_factors(form.modules) or _has_tied_weights(adapter)
+        fields["ensure_weight_tying"] = wanted and is_tied
     if fields.get("init_lora_weights") != "gaussian" or lora_bias:
         # PEFT runs the named initialisation before it loads the factors over it. Most of them (an
         # SVD of the weight, orthogonal A and B) fail at a rank over the weight's own, which a sum
@@ -132,6 +148,21 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
             fields["peft_version"] = ".".join(map(str, TURNED))
     _set_targets(fields, form, out_projections)
     return fields
+
+
+def _tokens_fields(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of PEFT's TrainableTokensConfig."""
+    ((name, override),) = adapter.overrides.items()
+    module, _ = tensor_owner(name)
+    return {
+        "peft_type": "TRAINABLE_TOKENS",
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.base,
+        "inference_mode": True,
+        "init_weights": True,
+        "target_modules": module,
+        "token_indices": list(override.rows or ()),
+    }
 
 
 def _set_targets(fields: dict[str, Any], form: PeftForm, out_projections: set[str]) -> None:
@@ -218,9 +249,22 @@ def _has_tied_factors(modules: Mapping[str, LowRank]) -> bool:
     return bool(embeddings)
 
 
+def _has_tied_weights(adapter: Adapter) -> bool:
+    """Return whether an embedding that is saved whole has its head beside it, equal to it."""
+    heads = [*adapter.unchanged.values(), *[o.values for o in adapter.overrides.values()]]
+    for name, override in adapter.overrides.items():
+        if override.rows is None and name.endswith(("embed_tokens.weight", "wte.weight")):
+            equal = [head for head in heads if head is not override.values]
+            return any(torch.equal(head, override.values) for head in equal)
+    return False
+
+
 def _bias(adapter: Adapter) -> str:
     """Return ``bias``, by which PEFT looks for biases of the base in the weights."""
-    if not any(name.rpartition(".")[2] == "bias" for name in adapter.unchanged):
+    carried = list(adapter.unchanged)
+    # Of a module that has factors the bias is below the wrapper, and no part of a saved module.
+    carried += [name for name in adapter.overrides if tensor_owner(name)[0] in adapter.modules]
+    if not any(name.rpartition(".")[2] == "bias" for name in carried):
         return "none"
     kept = adapter.config.get("bias", "none")
     return "all" if kept == "none" else str(kept)

@@ -1,7 +1,7 @@
 """The outline of an adapter: all that its config and the header of its weights say, and no numbers.
 
     keys ──▶ wrappers: module → depth → tensors ──▶ increments: name → LowRank
-         └─▶ whole tensors of the base
+         └─▶ whole tensors of the base: replaced, or carried along
 
 Most adapters of a tree have the same two texts and so the same outline. It is made once for them,
 and all that is left to do for each is to read its numbers (`Outline.filled`).
@@ -29,10 +29,12 @@ from ..adapter import Adapter
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import LowRank
 from ..overlay import over
+from ..override import Override
 from . import peft_keys, strict_json
 from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
 from .peft_factors import FactorReader, Parts
 from .peft_keys import NESTING, PREFIX, WEIGHTS
+from .peft_overrides import TOKENS, TOKENS_ALONE, is_original, without_wrapper
 from .safetensors import Header, parse_header
 
 __all__ = ["Outline", "PeftTexts", "outline_of"]
@@ -43,8 +45,6 @@ MAX_KEPT_BYTES = 256 << 10
 
 LEFTOVERS = {
     "lora_magnitude_vector": VARIANTS["use_dora"],
-    "trainable_tokens": VARIANTS["trainable_token_indices"],
-    "modules_to_save": VARIANTS["modules_to_save"],
     "lora_diag": VARIANTS["kasa_config"],
 }
 """Parts of a key that tell a kind of adapter that we refuse, if the config says so or not."""
@@ -78,17 +78,21 @@ class Outline:
         header: of the weights.
         unused_biases: module → a bias that PEFT wrote and never reads. The adapter leaves it out,
             so it must be zero.
+        repeated: name of a tensor → its two values, if the file has it by two keys. They must be
+            equal.
     """
 
     adapter: Adapter
     header: Header
     unused_biases: Mapping[str, Tensor]
+    repeated: Mapping[str, tuple[Tensor, Tensor]]
 
     def filled(self, memory: Tensor, where: str) -> Adapter:
         """Return the adapter itself, with its numbers in ``memory``: (header.nbytes,) uint8.
 
         Raises:
             UnsupportedAdapter: an unused bias is not zero.
+            FormatError: the two values of a tensor differ.
         """
         in_memory = over(memory)
         for name, bias in self.unused_biases.items():
@@ -97,6 +101,12 @@ class Outline:
                     f"{where}: {name}: lora_B.bias is not zero, but PEFT never applies it to an "
                     "nn.MultiheadAttention",
                     "train it without lora_bias, or set this bias to zero",
+                )
+        for name, (one, other) in self.repeated.items():
+            if not torch.equal(in_memory(one), in_memory(other)):
+                raise FormatError(
+                    f"{where}: {name}: the file has it by two keys, with two values",
+                    "save the adapter again with PEFT, which writes the same numbers to both",
                 )
         # The outline permutes the axes of a raw parameter's B. Its numbers are brought into that
         # order here, once, and not in every product.
@@ -173,6 +183,8 @@ class _OutlineMaker:
         self._modules: dict[str, _Wrappers] = {}
         self._paths: dict[str, set[str]] = {}
         self._whole: dict[str, Tensor] = {}
+        self._overrides: dict[str, Override] = {}
+        self._repeated: dict[str, tuple[Tensor, Tensor]] = {}
         self._registered: dict[str, _Registered] = {}
 
     def outline(self) -> Outline:
@@ -199,7 +211,7 @@ class _OutlineMaker:
                 unused_biases[owner] = bias
                 increments[owner] = replace(increments[owner], bias=None)
         adapter = self._adapter(increments, self._base_tensors(depths))
-        return Outline(adapter, self._header, unused_biases)
+        return Outline(adapter, self._header, unused_biases, self._repeated)
 
     # ------------------------------------------------------------------ keys
     def _sort_keys(self) -> None:
@@ -209,17 +221,43 @@ class _OutlineMaker:
         for key in sorted(self._header.tensors):
             path, part = self._split(key)
             tensor = self._header.tensors[key]
-            if part:
+            if path.endswith(TOKENS_ALONE):
+                module = path.removesuffix(TOKENS).removesuffix(TOKENS_ALONE)
+                self._override(f"{module}.weight", key, self._config.saved.rows(module, tensor))
+            elif part:
                 module, depth = peft_keys.plain(path)
                 self._modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
                 self._paths.setdefault(module, set()).add(path)
             elif not (self._config.velora and key.endswith(VELORA_BUFFER)):
-                self._whole[path] = tensor
-        if not self._modules:
+                self._sort_whole(key, path, tensor)
+        self._config.saved.check_found(self._overrides, self._where)
+        if not self._modules and not self._overrides:
             raise FormatError(
                 f"{self._where}: no lora_A and lora_B of any module",
                 "the file holds no LoRA factors",
             )
+
+    def _sort_whole(self, key: str, path: str, tensor: Tensor) -> None:
+        """Take a whole tensor as an override, if the key or the config says that it was saved so."""
+        if is_original(path):
+            return  # the base's own beside its replacement: nothing is computed from it
+        path, is_wrapped = without_wrapper(path)
+        name, _ = peft_keys.plain(path)
+        known = self._overrides.get(name)
+        if known is not None and known.rows is None and known.values.shape == tensor.shape:
+            self._repeated[name] = known.values, tensor
+        elif is_wrapped or (path == name and self._config.saved.has(name)):
+            self._override(name, key, Override(tensor))
+        else:
+            self._whole[path] = tensor
+
+    def _override(self, name: str, key: str, override: Override) -> None:
+        if name in self._overrides:
+            raise FormatError(
+                f"{self._where}: unexpected key {key[:200]!r}: a second value of {name}",
+                "save the adapter again with PEFT, which writes each tensor once",
+            )
+        self._overrides[name] = override
 
     def _split(self, key: str) -> tuple[str, str | None]:
         """Split a key into (path, part); the part is None for a whole tensor.
@@ -392,6 +430,7 @@ class _OutlineMaker:
             unchanged=unchanged,
             nesting=nesting,
             assumed=frozenset(assumed),
+            overrides=self._overrides,
         )
 
     def _base_tensors(self, depths: Mapping[str, int]) -> dict[str, Tensor]:
@@ -399,7 +438,7 @@ class _OutlineMaker:
 
         PEFT saves a targeted embedding's own weight beside its factors, embeddings and heads after
         a resize, and all biases or those of trained modules with ``bias="all"`` or ``"lora_only"``.
-        They replace and do not add, so binding compares them with the base's.
+        Binding compares them with the base's: one that is another is an override.
         """
         found: dict[str, Tensor] = {}
         for path, tensor in self._whole.items():
@@ -416,8 +455,11 @@ class _OutlineMaker:
                 continue
             kind = name.rpartition(".")[2]
             if kind == "weight":
-                raise UnsupportedAdapter(
-                    f"{self._where}: {shown} is a whole weight: {VARIANTS['modules_to_save']}"
+                raise FormatError(
+                    f"{self._where}: {shown} is a whole weight, and the config names no "
+                    "modules_to_save that it belongs to",
+                    f'name it there, where it is meant: "modules_to_save": '
+                    f'["{name.rpartition(".")[0]}"] in {self._config.where}',
                 )
             hint = "; adapter_config.json has bias = 'none'" if kind == "bias" else ""
             raise FormatError(

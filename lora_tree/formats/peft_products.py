@@ -42,10 +42,15 @@ def product_config(config: bytes, where: str) -> PeftConfig | None:
     fields = strict_json.loads(config, where)
     if fields.get("peft_type") not in KINDS:
         return None
+    if fields.get("modules_to_save"):
+        raise UnsupportedAdapter(
+            f"{where}: modules_to_save = {str(fields['modules_to_save'])[:80]} beside a "
+            f"{fields['peft_type']}, which is read for LORA alone",
+            "save its modules with a LoRA of their own, as another node of the lineage",
+        )
     # The other fields stay behind: `parse_config` would take use_effective_conv2d, which these
-    # kinds have, for an unknown kind of LoRA. modules_to_save goes along, because it is refused
-    # here as well.
-    taken = ("r", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save")
+    # kinds have, for an unknown kind of LoRA.
+    taken = ("r", "rank_pattern", "alpha_pattern", "target_modules")
     own = {name: fields[name] for name in taken if name in fields}
     own["lora_alpha"] = fields.get("alpha", 8)
     own["base_model_name_or_path"] = fields.get("base_model_name_or_path")

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import FormatError
-from ..lowrank import LowRank
+from ..lowrank import LowRank, is_sharded
+from ..override import Override, tensor_owner
 from . import peft_keys, safetensors
 from .peft_config import FUSED, parse_config
 from .peft_fields import PeftForm, config_bytes, parameter_names, peft_rank
 from .peft_keys import CONFIG, NESTING, WEIGHTS
+from .peft_overrides import TOKENS, TOKENS_ALONE
 
 __all__ = ["render"]
 
@@ -45,13 +47,15 @@ def render(adapter: Adapter) -> dict[str, bytes]:
     Raises:
         FormatError: PEFT has no way to write this value; names the module and the reason.
     """
-    if not adapter.modules:
+    if not adapter.modules and not adapter.overrides:
         raise FormatError(
             "an adapter without modules can't be written",
             "leave the folder out: the node needs none",
         )
     for name, value in adapter.modules.items():
         _check(name, value)
+    for name, override in adapter.overrides.items():
+        _check_override(name, override, adapter)
     form = _peft_form(adapter)
     config = config_bytes(adapter, form)
     # A config that our own reader refuses is never written: it would be a folder that can't be
@@ -123,6 +127,42 @@ def _check(name: str, value: LowRank) -> None:
         )
 
 
+def _check_override(name: str, override: Override, adapter: Adapter) -> None:
+    """Check that PEFT can have an override.
+
+    Raises:
+        FormatError: it can't; names the tensor and the reason.
+    """
+    if is_sharded(override.values):
+        raise FormatError(
+            f"{name}: every rank has a part of it", "save inside with model.gathered() as tree:"
+        )
+    if override.values.dtype not in safetensors.NAMES:
+        raise FormatError(
+            f"{name}: dtype {override.values.dtype} is not written, expected bf16, fp16, fp32 or "
+            "fp64"
+        )
+    module, leaf = tensor_owner(name)
+    if not module or "" in name.split(".") or "base_layer" in name.split("."):
+        raise FormatError(
+            f"{name}: PEFT's keys have no way to write this name",
+            "expected the name of a module and of a tensor in it, none of them base_layer",
+        )
+    if override.rows is None:
+        return
+    if leaf != "weight" or override.values.ndim != 2:
+        raise FormatError(
+            f"{name}: PEFT trains rows of the weight of an embedding, and of nothing else",
+            "write it as a whole tensor: Override(values)",
+        )
+    if module in adapter.modules:
+        raise FormatError(
+            f"{name}: PEFT has no trained rows of a module that has factors",
+            "leave the module out of one of the two, or write the path merged: "
+            "lora-tree export --as model",
+        )
+
+
 def _peft_form(adapter: Adapter) -> PeftForm:
     """Return the modules as PEFT can say them."""
     nested = _nested(adapter)
@@ -142,7 +182,15 @@ def _peft_form(adapter: Adapter) -> PeftForm:
             alpha = peft_rank(value)
         alphas[name] = alpha
     modules = _with_biases(modules)
-    return PeftForm(modules, alphas, use_rslora, nested, frozenset(attentions))
+    return PeftForm(
+        modules, alphas, use_rslora, nested, frozenset(attentions), _tokens_alone(adapter)
+    )
+
+
+def _tokens_alone(adapter: Adapter) -> bool:
+    """Return whether it is one embedding's trained rows, for which PEFT has a kind of its own."""
+    overrides = list(adapter.overrides.values())
+    return not adapter.modules and len(overrides) == 1 and overrides[0].rows is not None
 
 
 def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
@@ -297,4 +345,10 @@ def _tensors(adapter: Adapter, form: PeftForm) -> dict[str, Tensor]:
             tensors[f"{path}.lora_B.bias"] = value.bias
     for name, tensor in adapter.unchanged.items():
         tensors[peft_keys.key_path(name, wrappers)] = tensor
+    for name, override in adapter.overrides.items():
+        module, _ = tensor_owner(name)
+        if override.rows is not None:
+            tensors[f"{module}{TOKENS_ALONE if form.tokens_alone else TOKENS}"] = override.values
+        else:
+            tensors[peft_keys.key_path(name, wrappers)] = override.values
     return {peft_keys.PREFIX + path: tensor for path, tensor in tensors.items()}

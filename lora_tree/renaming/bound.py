@@ -79,7 +79,8 @@ class Renaming:
         """
         if any(self._may_move(adapter, name, value) for name, value in adapter.modules.items()):
             return True
-        return not all(self._has_parameter(name) for name in adapter.unchanged)
+        whole = [*adapter.unchanged, *adapter.overrides]
+        return not all(self._has_tensor(name) for name in whole)
 
     def _may_move(self, adapter: Adapter, name: str, value: LowRank) -> bool:
         if not is_there(self._base, name):
@@ -88,12 +89,13 @@ class Renaming:
             return name.rpartition(".")[0] in modules_or_parameters(adapter)
         return value.layout == LINEAR and not takes_delta(self._base, name)
 
-    def _has_parameter(self, parameter: str) -> bool:
-        module, _, leaf = parameter.rpartition(".")
+    def _has_tensor(self, tensor: str) -> bool:
+        module, _, leaf = tensor.rpartition(".")
         try:
-            return leaf in self._base.get_submodule(module)._parameters
+            holder = self._base.get_submodule(module)
         except AttributeError:
             return False
+        return leaf in holder._parameters or leaf in holder._buffers
 
 
 def _registered(base: nn.Module, adapter: Adapter) -> dict[str, tuple[str, ...]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch, LoraTreeError
@@ -15,6 +16,8 @@ from .conversion import Conversion, Increment
 from .loading import Loading
 
 __all__ = ["Moving", "modules_or_parameters"]
+
+T = TypeVar("T")
 
 
 class Moving:
@@ -48,7 +51,8 @@ class Moving:
             modules=modules,
             errors=self._errors(),
             rounded=frozenset(name for name, was in self._from.items() if old.rounded & set(was)),
-            unchanged=self._unchanged(),
+            unchanged=self._whole(old.unchanged),
+            overrides=self._whole(old.overrides),
             nesting=nesting,
             assumed=assumed,
         )
@@ -169,13 +173,14 @@ class Moving:
                 errors[name] = error
         return errors
 
-    def _unchanged(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def _whole(self, whole: Mapping[str, T]) -> dict[str, T]:
+        """Return whole tensors, carried or replaced, under their names of today."""
+        found: dict[str, T] = {}
         parameters = self._loading.parameters
-        for name, tensor in self._adapter.unchanged.items():
+        for name, tensor in whole.items():
             renamed, source, _ = self._loading.renamed(name)
-            # A tensor that a conversion would take can't be compared with a part of a parameter: it
-            # keeps its name, and binding reports that the base has none such.
+            # A tensor that a conversion would take is only a part of a parameter: it keeps its
+            # name, and binding reports that the base has none such.
             keeps_name = name in parameters or renamed not in parameters or source is not None
             found.setdefault(name if keeps_name else renamed, tensor)
         return found

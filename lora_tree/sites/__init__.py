@@ -10,7 +10,15 @@ shape and how a delta is added; finding, targeting, fresh factors, merging, side
 ask it, and know no kind by name.
 """
 
-from .finding import as_site_has_it, find_site, is_there, takes_delta, weight_names
+from .finding import (
+    as_site_has_it,
+    find_site,
+    find_tensor_site,
+    is_there,
+    takes_delta,
+    weight_names,
+    with_tied_rows,
+)
 from .parameter import ParameterSite
 from .site import Site
 
@@ -19,7 +27,9 @@ __all__ = [
     "Site",
     "as_site_has_it",
     "find_site",
+    "find_tensor_site",
     "is_there",
     "takes_delta",
     "weight_names",
+    "with_tied_rows",
 ]

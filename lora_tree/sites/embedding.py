@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,6 +55,16 @@ class EmbeddingSite(Site):
             "which may look up other rows than it is given"
         )
 
+    @property
+    def why_no_rows(self) -> str | None:
+        return self.why_merged_only
+
+    def with_rows(self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        # Which of the rows each id looks up; ids that look up another are left alone.
+        hits = x.unsqueeze(-1) == rows  # (…, rows)
+        looked_up = F.embedding(hits.int().argmax(-1), values)
+        return torch.where(hits.any(-1, keepdim=True), self._scaled(looked_up).to(out.dtype), out)
+
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         return value.A.mT[None], value.B.mT[None]
 
@@ -64,9 +75,11 @@ class EmbeddingSite(Site):
         return F.embedding(x, A.mT)  # (…) → (…, r)
 
     def up(self, low: Tensor, B: Tensor) -> Tensor:
-        delta = F.linear(low, B)  # (…, r) → (…, dim)
+        return self._scaled(F.linear(low, B))  # (…, r) → (…, dim)
+
+    def _scaled(self, looked_up: Tensor) -> Tensor:
         scale = getattr(self.module, "embed_scale", None)
         if scale is None:
-            return delta
-        # A tensor of fp32 would make a bf16 delta wider than the output.
-        return delta * (scale.to(delta.dtype) if isinstance(scale, Tensor) else scale)
+            return looked_up
+        # A tensor of fp32 would make bf16 numbers wider than the output.
+        return looked_up * (scale.to(looked_up.dtype) if isinstance(scale, Tensor) else scale)

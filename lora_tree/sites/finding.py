@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
+from ..adapter import Adapter
 from ..errors import BaseMismatch, suggest
 from ..lowrank import LowRank
+from ..override import Override
 from .attention import InProjectionSite, OutProjectionSite
 from .conv import ConvSite
 from .embedding import EmbeddingSite
@@ -17,10 +21,12 @@ __all__ = [
     "KINDS",
     "as_site_has_it",
     "find_site",
+    "find_tensor_site",
     "is_there",
     "kind_of",
     "takes_delta",
     "weight_names",
+    "with_tied_rows",
 ]
 
 KINDS: list[type[Site]] = [
@@ -86,6 +92,58 @@ def find_site(base: nn.Module, name: str) -> Site:
         f"{', '.join(most)} and {last} do; other weights as parameters: "
         + (parameters or "it has no 2-D or 3-D parameter of its own"),
     )
+
+
+def find_tensor_site(base: nn.Module, tensor: str) -> tuple[Site, str]:
+    """Return the site that an override of a tensor belongs to, and the tensor's name in its module.
+
+    The weight and the bias of a module that takes deltas belong to that module's own site. Any
+    other tensor is a site by itself, as a raw parameter is.
+
+    Raises:
+        BaseMismatch: the base has no such parameter or buffer.
+    """
+    name, _, leaf = tensor.rpartition(".")
+    holder, _, module = _walk(base, name) if name else (None, "", base)
+    if module is None or (leaf not in module._parameters and leaf not in module._buffers):
+        raise BaseMismatch(
+            f"{tensor}: the adapter replaces this tensor, and the base has none of that name"
+            + suggest(tensor, [known for known, _ in base.named_parameters()])
+        )
+    kind = kind_of(module, holder)
+    if kind is not None and leaf in (kind.weight_name, kind.bias_name):
+        return kind(name, module, _running_parent(base, name)), leaf
+    return ParameterSite(tensor, module, _running_parent(base, name)), leaf
+
+
+def with_tied_rows(base: nn.Module, adapter: Adapter) -> Adapter:
+    """Return an adapter whose overridden rows are those of every module that shares the tensor.
+
+    A file has the trained rows of an embedding once. PEFT gives them to a tied head as well.
+    """
+    more: dict[str, Override] = {}
+    for tensor, override in adapter.overrides.items():
+        if override.rows is None:
+            continue
+        for other in _same_parameter(base, tensor):
+            if other not in adapter.overrides:
+                more[other] = override
+    if not more:
+        return adapter
+    return replace(adapter, overrides={**adapter.overrides, **more})
+
+
+def _same_parameter(base: nn.Module, tensor: str) -> list[str]:
+    """Return the other names of a parameter of the base."""
+    name, _, leaf = tensor.rpartition(".")
+    _, _, module = _walk(base, name)
+    own = None if module is None else module._parameters.get(leaf)
+    found = []
+    if own is not None:
+        for other, parameter in base.named_parameters(remove_duplicate=False):
+            if parameter is own and other != tensor:
+                found.append(other)
+    return found
 
 
 def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:

@@ -62,6 +62,16 @@ class LinearSite(Site):
         # `vars`: a wrapper may have put a forward on the instance, which may return its input.
         return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
 
+    @property
+    def why_no_rows(self) -> str | None:
+        return None
+
+    def with_rows(self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        # A row of the weight makes one feature of the output.
+        bias = None if self.bias is None else self.bias[rows]
+        made = F.linear(x.to(values.dtype), values, bias).to(out.dtype)
+        return out.index_copy(-1, rows, made)
+
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)  # (…, in) → (…, r)
 
@@ -95,6 +105,10 @@ class Conv1DSite(LinearSite):
     @staticmethod
     def is_linear(module: nn.Module) -> bool:
         return True
+
+    @property
+    def why_no_rows(self) -> str | None:
+        return "Conv1D stores it transposed, and its rows are the inputs"
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:

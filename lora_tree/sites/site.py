@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import BaseMismatch, MergedOnly, UnmergedOnly
 from ..lowrank import Layout, LowRank
+from ..override import Override
 
 __all__ = ["Site"]
 
@@ -151,21 +152,44 @@ class Site(ABC):
         """Why a side path would never run here; None if it would."""
         return None
 
+    @property
+    def why_no_rows(self) -> str | None:
+        """Why single rows of its weight can't be replaced; None if they can."""
+        return f"{type(self.module).__name__} is no embedding, and no output layer"
+
+    def with_rows(self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        """Return the module's output as it is with some rows of its weight replaced.
+
+        Args:
+            out: its output.
+            x: its input.
+            rows: (rows,) int64.
+            values: (rows, dim), in the weight's dtype.
+        """
+        raise NotImplementedError(self.why_no_rows)
+
     def why_unmerged_only(self, value: LowRank) -> str | None:
         """Return why this delta can't be written into the weight; None if it can."""
-        weight = self.weight
-        kind = type(self.module).__name__
-        if weight is None:
-            return f"{kind} holds no plain weight (quantised)"
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            dtype = str(weight.dtype).removeprefix("torch.")
-            return f"{kind} holds a weight of {dtype} (quantised)"
-        # A subclass (DTensor, a quantised tensor) may keep its numbers elsewhere,
-        # and a write in place would miss them.
-        if type(weight) not in (Tensor, nn.Parameter):
-            return f"its weight is a {type(weight).__name__}, not a plain tensor"
+        reason = self.why_not_written(self.weight_name)
+        if reason:
+            return reason
         if value.bias is not None and self.bias is None:
             return "the adapter adds a bias (lora_bias) and the layer has none to add it to"
+        return None
+
+    def why_not_written(self, attribute: str) -> str | None:
+        """Return why nothing can be written into one of the module's tensors; None if it can."""
+        tensor = _tensor(self.module, attribute)
+        kind = type(self.module).__name__
+        if tensor is None:
+            return f"{kind} holds no plain {attribute} (quantised)"
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"{kind} holds a {attribute} of {dtype} (quantised)"
+        # A subclass (DTensor, a quantised tensor) may keep its numbers elsewhere,
+        # and a write in place would miss them.
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"its {attribute} is a {type(tensor).__name__}, not a plain tensor"
         return None
 
     # ------------------------------------------------------------------ inherited
@@ -255,6 +279,56 @@ class Site(ABC):
                 f"this base needs {A} and {B}"
             )
 
+    def check_override(self, attribute: str, override: Override) -> None:
+        """Check that an override can stand for one of the module's tensors, in any mode.
+
+        Raises:
+            BaseMismatch: the module has no such tensor, or one of another shape, or one that can't
+                be replaced (parametrised, meta, offloaded, quantised).
+        """
+        # The shape first: it may be checked on the meta device, by `check_override_shape` alone.
+        self.check_override_shape(attribute, override)
+        self._check_plain(attribute)
+        reason = self.why_not_written(attribute)
+        if reason:
+            raise BaseMismatch(
+                f"{self._named(attribute)}: can't be replaced: {reason}",
+                "leave the module out of modules_to_save, or load the base in bf16, fp16 or fp32",
+            )
+
+    def check_override_shape(self, attribute: str, override: Override) -> None:
+        """Check the shape of an override; the tensor may be on the meta device.
+
+        Raises:
+            BaseMismatch: the module has no such tensor, or one of another shape.
+        """
+        name, own = self._named(attribute), _tensor(self.module, attribute)
+        if own is None:
+            raise BaseMismatch(
+                f"{name}: the adapter replaces this tensor, and the base's "
+                f"{type(self.module).__name__} has none such"
+            )
+        given = tuple(override.values.shape)
+        if override.rows is None:
+            if given != tuple(own.shape):
+                raise BaseMismatch(
+                    f"{name}: the adapter replaces it by one of {given}, the base has "
+                    f"{tuple(own.shape)}",
+                    *_of_other_size(given, tuple(own.shape)),
+                )
+            return
+        if max(override.rows) >= own.shape[0] or given[1:] != tuple(own.shape[1:]):
+            raise BaseMismatch(
+                f"{name}: the adapter replaces rows up to {max(override.rows)}, each of "
+                f"{given[1:]}, and the base has {own.shape[0]}, each of {tuple(own.shape[1:])}",
+                *_of_other_size((max(override.rows) + 1, *given[1:]), tuple(own.shape)),
+            )
+        if self.why_no_rows is not None:
+            raise BaseMismatch(f"{name}: rows of it can't be replaced: {self.why_no_rows}")
+
+    def _named(self, attribute: str) -> str:
+        return f"{self.module_name}.{attribute}" if self.module_name else attribute
+
     def check_mode(self, value: LowRank, *, merged: bool, node: str) -> None:
         """Check that ``value``, which is ``node``'s, can be applied in a mode.
 
@@ -274,13 +348,13 @@ class Site(ABC):
                 'use activate(…, mode="merged")',
             )
 
-    def _check_plain(self) -> None:
-        """Check that the weight is one that a delta can be added to.
+    def _check_plain(self, name: str | None = None) -> None:
+        """Check that the weight, or another tensor, is one that a delta can be added to.
 
         Raises:
             BaseMismatch: it is not; says why.
         """
-        module, name = self.module, self.weight_name
+        module, name = self.module, name or self.weight_name
         if _is_computed(module, name):
             raise BaseMismatch(
                 f"{self.name}: its {name} is computed from other parameters "
@@ -292,7 +366,7 @@ class Site(ABC):
             raise BaseMismatch(
                 f"{self.name}: its weight is offloaded", "load the base without offloading"
             )
-        weight = self.weight
+        weight = _tensor(module, name)
         if weight is None:
             return
         if weight.is_meta:
@@ -335,6 +409,17 @@ def _is_offloaded(module: nn.Module) -> bool:
         return False
     hooks = (hook, *getattr(hook, "hooks", ()))  # one hook, or a sequence of them
     return any(getattr(each, "offload", False) for each in hooks)
+
+
+def _of_other_size(given: tuple[int, ...], own: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the advice for a replacement that has another size than the base's tensor."""
+    if len(given) != len(own) or given[1:] != own[1:] or not given:
+        return ("attach the tree to the base that the adapter was trained on",)
+    return (
+        f"an embedding or its head of another vocabulary: base.resize_token_embeddings({given[0]}) "
+        "before attach",
+        f"a classifier of other labels: load the base with num_labels={given[0]}",
+    )
 
 
 def _batched(factor: Tensor) -> Tensor:

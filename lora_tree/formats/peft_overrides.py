@@ -1,0 +1,243 @@
+"""Replacements in PEFT's folders: modules that are saved whole, and trained token rows.
+
+    config    modules_to_save: [score]              every tensor of a module whose name ends so
+              task_type: SEQ_CLS                    the head, named or not: older PEFT left it out
+              trainable_token_indices: [5, 7]       rows of the one embedding that the file has
+              trainable_token_indices: {embed_tokens: [5, 7], lm_head: [9]}
+    keys      score.weight                          as PEFT's save_pretrained writes them
+              score.modules_to_save.weight,         as a state dict, or PEFT before 0.4, has them;
+              score.modules_to_save.default.weight  with bias="all" PEFT writes a bias in both ways,
+              score.original_module.bias            and the base's own beside, which says nothing
+              embed_tokens.token_adapter.trainable_tokens_delta      (tokens, dim), the rows' values
+              embed_tokens.trainable_tokens_delta   of peft_type TRAINABLE_TOKENS, which has no LoRA
+
+A tied head has the rows of its embedding. PEFT writes them once, for the embedding, and so do we:
+only a base knows what is tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import FormatError
+from ..override import Override, tensor_owner
+
+__all__ = [
+    "HEADS",
+    "TOKENS",
+    "TOKENS_ALONE",
+    "SavedWhole",
+    "is_original",
+    "without_wrapper",
+    "words_for",
+]
+
+TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKENS_ALONE = ".trainable_tokens_delta"
+_WRAPPERS = (".modules_to_save.default.", ".modules_to_save.")
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""``task_type`` → the modules that PEFT saves by itself; it adds them when it opens a folder, too."""
+
+
+def is_original(path: str) -> bool:
+    """Return whether a key is the base's own tensor beside the one that replaces it."""
+    return ".original_module." in path
+
+
+def without_wrapper(path: str) -> tuple[str, bool]:
+    """Return a key without the wrapper of a module that is saved whole, and whether it had one.
+
+    >>> without_wrapper("score.modules_to_save.default.weight"), without_wrapper("norm.weight")
+    (('score.weight', True), ('norm.weight', False))
+    """
+    for wrapper in _WRAPPERS:
+        if wrapper in path:
+            return path.replace(wrapper, ".", 1), True
+    return path, False
+
+
+@dataclass(frozen=True)
+class SavedWhole:
+    """The words of a config about replacements.
+
+    Args:
+        where: the file, as errors name it.
+        modules: ends of the names of modules that are saved whole.
+        tokens: end of a module's name → its rows; the key ``""``: of the one that the file has.
+        asked: those of `modules` that the task does not add by itself.
+    """
+
+    where: str
+    modules: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] | None = None
+    asked: tuple[str, ...] = ()
+
+    def has(self, tensor: str) -> bool:
+        """Return whether a tensor belongs to a module that is saved whole.
+
+        By PEFT's rule, which takes any end of a module's name, not only after a dot.
+        """
+        module, _ = tensor_owner(tensor)
+        parts = module.split(".")
+        around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return any(name.endswith(end) for name in around for end in self.modules)
+
+    def rows(self, module: str, values: Tensor) -> Override:
+        """Return the trained rows of an embedding, (tokens, dim), as an override.
+
+        Raises:
+            FormatError: the config does not say which rows, or another number of them.
+        """
+        tokens = self.tokens or {}
+        found = [rows for end, rows in tokens.items() if module.endswith(end)]
+        if len(found) != 1 or len(found[0]) != len(values):
+            said = "no rows of it" if not found else f"{len(found[0])} rows"
+            raise FormatError(
+                f"{self.where}: trainable_token_indices: {said} for {module}, whose "
+                f"trainable_tokens_delta has {len(values)}",
+                "the two files are not of one adapter: save it again with PEFT",
+            )
+        return Override(values, found[0])
+
+    def check_found(self, overrides: Mapping[str, Override], weights: str) -> None:
+        """Check that the file has what the config announces.
+
+        A word of the config may name no module of the model, but not all of them.
+
+        Args:
+            overrides: those in the file.
+            weights: the file, as errors name it.
+
+        Raises:
+            FormatError: it has no tensor of any module that is saved whole, or no trained rows.
+        """
+        asked = SavedWhole(self.where, self.asked)
+        if self.asked and not any(asked.has(name) for name in overrides):
+            raise FormatError(
+                f"{weights}: no tensor of {' or '.join(self.asked)}, and {self.where} says that it "
+                "was saved: modules_to_save",
+                "the file lost its head: save the adapter again with PEFT; or take the name out",
+            )
+        if self.tokens and all(override.rows is None for override in overrides.values()):
+            raise FormatError(
+                f"{weights}: no trainable_tokens_delta, and {self.where} says that rows were "
+                "trained: trainable_token_indices",
+                "save the adapter again with PEFT",
+            )
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], where: str) -> SavedWhole:
+        """Return the words of a parsed adapter_config.json.
+
+        Raises:
+            FormatError: a field is of another kind.
+        """
+        named = fields.get("modules_to_save")
+        if named is not None and not _are_names(named):
+            raise FormatError(
+                f"{where}: modules_to_save: got {str(named)[:80]!r}, expected a list of names or "
+                "null"
+            )
+        by_task = HEADS.get(str(fields.get("task_type")), ())
+        modules = dict.fromkeys([*(named or ()), *by_task])
+        field = "trainable_token_indices"
+        if fields.get("peft_type") == "TRAINABLE_TOKENS":
+            field = "token_indices"
+        return cls(
+            where,
+            tuple(modules),
+            _tokens(fields.get(field), f"{where}: {field}"),
+            tuple([name for name in named or () if name not in by_task]),
+        )
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+
+
+def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
+    if value is None:
+        return None
+    of: Mapping[str, Any] = value if isinstance(value, dict) else {"": value}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, rows in of.items():
+        is_list = isinstance(rows, list) and len(rows) > 0
+        if not is_list or not all(type(row) is int and 0 <= row < 2**31 for row in rows):
+            raise FormatError(
+                f"{where}: got {str(rows)[:80]!r}, expected a list of rows, or such a list for "
+                "each module"
+            )
+        if len(set(rows)) != len(rows):
+            raise FormatError(f"{where}: a row occurs twice in {str(rows)[:80]}")
+        found[name] = tuple(rows)
+    return found
+
+
+# ---------------------------------------------------------------------- out
+def words_for(overrides: Mapping[str, Override], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``modules_to_save`` and ``trainable_token_indices`` for the overrides that are written.
+
+    The adapter's own words are kept as far as they name these overrides, so that a file that was
+    read is written with the same text.
+
+    Args:
+        overrides: tensor → override; those of modules with factors of their own left out.
+        config: the adapter's.
+    """
+    whole = [name for name, override in overrides.items() if override.rows is None]
+    rows = {tensor_owner(name)[0]: o.rows for name, o in overrides.items() if o.rows is not None}
+    words: dict[str, Any] = {}
+    if whole or "modules_to_save" in config:
+        words["modules_to_save"] = _module_words(whole, config)
+    if rows or "trainable_token_indices" in config:
+        words["trainable_token_indices"] = _token_words(rows, config)
+    return words
+
+
+def _module_words(whole: Sequence[str], config: Mapping[str, Any]) -> list[str] | None:
+    by_task = HEADS.get(str(config.get("task_type")), ())
+    said = config.get("modules_to_save") or ()
+    kept: list[str] = []
+    for word in said if _are_names(said) else ():
+        # A word that names nothing here would have PEFT look for keys that the file does not have;
+        # the words of the task it adds in any case.
+        if word in by_task or any(SavedWhole("", (word,)).has(name) for name in whole):
+            kept.append(word)
+    known = SavedWhole("", tuple(kept))
+    kept += sorted({tensor_owner(name)[0] for name in whole if not known.has(name)})
+    return sorted(kept) or None
+
+
+def _token_words(
+    rows: Mapping[str, tuple[int, ...] | None], config: Mapping[str, Any]
+) -> dict[str, list[int]] | list[int] | None:
+    if not rows:
+        return None
+    said = config.get("trainable_token_indices")
+    plain = {module: list(of or ()) for module, of in rows.items()}
+    if isinstance(said, list) and list(plain.values()) == [said]:
+        return said
+    if isinstance(said, dict) and _same_rows(said, plain):
+        return said
+    return plain
+
+
+def _same_rows(said: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bool:
+    """Return whether a config's words name these modules, each by one word, with these rows."""
+
+    def ends(module: str) -> Iterable[str]:
+        return [end for end in said if isinstance(end, str) and module.endswith(end)]
+
+    named = {module: list(ends(module)) for module in rows}
+    if any(len(found) != 1 for found in named.values()) or len(said) != len(rows):
+        return False
+    return all(said[named[module][0]] == mine for module, mine in rows.items())

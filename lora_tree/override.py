@@ -1,0 +1,289 @@
+"""Override: a node's own value of a tensor of the base, or of some rows of it; and which one counts.
+
+    fr              score.weight = H₁          stands for the base's own score.weight under fr,
+    fr/legal        ΔW on score                its increment adds to H₁,
+    fr/legal/x      score.weight = H₂          stands for it there: H₁ and ΔW are dropped
+
+PEFT writes an override for each tensor of a module in ``modules_to_save``, and one of rows for each
+embedding in ``trainable_token_indices``.
+
+Law: on a lineage the deepest override of a tensor counts, with its bits as saved. Increments of
+nodes above it are dropped, those of its own node and of nodes below add to it. Rows are overridden
+one by one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoraTreeWarning, ShapeMismatch, SpecError, listing
+from .given import unchecked
+from .lowrank import EMBEDDING, LowRank
+
+__all__ = [
+    "Override",
+    "OverrideWarning",
+    "Standing",
+    "counted",
+    "counted_modules",
+    "standing",
+    "tensor_owner",
+    "warn_of_dropped",
+]
+
+
+class OverrideWarning(LoraTreeWarning):
+    """An override drops increments, or an adapter carries a tensor that is not the base's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Override:
+    """A node's own value of a tensor of the base.
+
+    Args:
+        values: the whole tensor in the base's shape; or (rows, …), the rows that are replaced.
+        rows: the rows that ``values`` are, in that order; None: the whole tensor.
+
+    Raises:
+        SpecError: ``values`` is no tensor, or ``rows`` are no whole numbers from 0, or repeat one.
+        ShapeMismatch: there are not as many rows as values.
+
+    >>> tokens = Override(torch.ones(2, 4), rows=(7, 3))
+    >>> tokens.applied(torch.zeros(8, 4))[:, 0].tolist()
+    [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    """
+
+    values: Tensor
+    rows: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(unchecked(self.values), Tensor):
+            raise SpecError(f"an override: expected a tensor, got {type(self.values).__name__}")
+        if self.rows is None:
+            return
+        rows = self.rows
+        whole = isinstance(unchecked(rows), tuple) and all(type(row) is int for row in rows)
+        if not whole or any(row < 0 for row in rows):
+            raise SpecError(f"an override's rows: expected whole numbers from 0, got {rows!r:.80}")
+        if not rows or len(set(rows)) != len(rows):
+            raise SpecError(f"an override's rows: expected each row once, got {rows!r:.80}")
+        if self.values.shape[:1] != (len(rows),):
+            raise ShapeMismatch(
+                f"an override of {len(rows)} rows, and its values are {tuple(self.values.shape)}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its numbers."""
+        return self.values.numel() * self.values.element_size()
+
+    @property
+    def trains(self) -> bool:
+        """Whether autograd follows it: a step of an optimiser will change it."""
+        return self.values.requires_grad
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it is a parameter: an optimiser may have changed it since it was read."""
+        return isinstance(self.values, nn.Parameter)
+
+    def with_values(self, values: Tensor) -> Override:
+        """Return the override with another tensor of the same shape; itself for its own."""
+        return self if values is self.values else replace(self, values=values)
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return its rows as (rows,) int64 on a device."""
+        assert self.rows is not None, "a whole tensor has no rows of its own"
+        return torch.tensor(self.rows, dtype=torch.int64, device=device)
+
+    def applied(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with the override in it, in the tensor's dtype, on its device."""
+        values = self.values.to(device=tensor.device, dtype=tensor.dtype)
+        if self.rows is None:
+            return values
+        return tensor.index_copy(0, self.index(tensor.device), values)
+
+    def with_rows_of(self, other: Override) -> Override:
+        """Return the override of this one's rows and another's, whose values count for both's."""
+        assert self.rows is not None, "a whole tensor has every row"
+        assert other.rows is not None, "a whole tensor has every row"
+        taken = set(other.rows)
+        kept = [i for i, row in enumerate(self.rows) if row not in taken]
+        mine = self.values[kept].to(device=other.values.device)
+        rows = (*[self.rows[i] for i in kept], *other.rows)
+        return Override(torch.cat([mine, other.values]), rows)
+
+    def write(self, target: Tensor) -> None:
+        """Write the override into a tensor, rounded to the tensor's dtype."""
+        if self.rows is None:
+            target.copy_(self.values, non_blocking=True)
+            return
+        values = self.values.to(device=target.device, dtype=target.dtype)
+        target.index_copy_(0, self.index(target.device), values)
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.values.shape))
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        rows = "" if self.rows is None else f", {len(self.rows)} rows"
+        return f"Override({shape}{rows}, {dtype})"
+
+
+Standing: TypeAlias = Mapping[str, tuple[tuple[str, Override], ...]]
+"""Tensor → the (node, override) that count for it, in the order in which they are applied: a whole
+one first, then rows."""
+
+
+def standing(
+    lineages: Iterable[Sequence[str]], held: Mapping[str, Mapping[str, Override]]
+) -> Standing:
+    """Return the overrides that count for a path, or for all paths of a blend.
+
+    Args:
+        lineages: of each path, its nodes from the root down.
+        held: node → tensor → its override.
+
+    Raises:
+        SpecError: two paths of a blend have different ones; names the tensor and the nodes.
+
+    >>> head, other = Override(torch.ones(2, 4)), Override(torch.zeros(2, 4))
+    >>> held = {"fr": {"score.weight": head}, "fr/legal": {"score.weight": other}}
+    >>> [node for node, _ in standing([["fr", "fr/legal"]], held)["score.weight"]]
+    ['fr/legal']
+    """
+    found: Standing | None = None
+    for lineage in lineages:
+        mine = _on_lineage(lineage, held)
+        if found is None:
+            found = mine
+        for tensor in sorted({*found, *mine}):
+            one, other = found.get(tensor, ()), mine.get(tensor, ())
+            # By the nodes: a tensor has one override in a node.
+            if [node for node, _ in one] != [node for node, _ in other]:
+                raise SpecError(
+                    f"{tensor}: {_whose(one)} for one path of the blend and {_whose(other)} for "
+                    "another, and a mean of two replacements is neither",
+                    "activate or export one path at a time; or route each row by its own path",
+                )
+    return found or {}
+
+
+def _on_lineage(
+    lineage: Sequence[str], held: Mapping[str, Mapping[str, Override]]
+) -> dict[str, tuple[tuple[str, Override], ...]]:
+    found: dict[str, tuple[tuple[str, Override], ...]] = {}
+    for node in lineage:
+        for tensor, override in held.get(node, {}).items():
+            # A whole tensor leaves nothing of what stood above it.
+            above = () if override.rows is None else found.get(tensor, ())
+            found[tensor] = (*above, (node, override))
+    return found
+
+
+def _whose(stack: Sequence[tuple[str, Override]]) -> str:
+    nodes = listing([node for node, _ in stack])
+    return f"that of {nodes} counts" if nodes else "the base's own counts"
+
+
+def tensor_owner(tensor: str) -> tuple[str, str]:
+    """Return the module of a tensor, and its name there.
+
+    >>> tensor_owner("model.norm.weight")
+    ('model.norm', 'weight')
+    """
+    module, _, leaf = tensor.rpartition(".")
+    return module, leaf
+
+
+def counted_modules(
+    node: str, modules: Mapping[str, LowRank], stands: Standing
+) -> tuple[dict[str, LowRank], list[str]]:
+    """Return what counts of a node's increments, and a line for each that is dropped or cut.
+
+    Args:
+        node: that has the increments.
+        modules: its increments.
+        stands: as `standing` returned it.
+    """
+    found: dict[str, LowRank] = {}
+    lines: list[str] = []
+    for module, value in modules.items():
+        own = counted(node, module, value, stands)
+        if own is not None:
+            found[module] = own
+        if own is not value:
+            lines.append(f"{node}: {module}: {_overridden_by(node, module, stands)}")
+    return found, lines
+
+
+def warn_of_dropped(lines: Sequence[str], *, stacklevel: int) -> None:
+    """Say in one warning which increments an override below them drops; nothing if there are none.
+
+    Args:
+        lines: as `counted_modules` returned them.
+        stacklevel: as for `warnings.warn`, seen from the caller.
+    """
+    if lines:
+        what = f"increments under an override do not count: {listing(lines, most=3)}"
+        warnings.warn(OverrideWarning(what), stacklevel=stacklevel + 1)
+
+
+def _overridden_by(node: str, module: str, stands: Standing) -> str:
+    owners: dict[str, None] = {}
+    for tensor, stack in stands.items():
+        if module in (tensor, tensor_owner(tensor)[0]):
+            for owner, _ in stack:
+                if owner.startswith(f"{node}/"):
+                    owners[f"{owner} overrides {tensor}"] = None
+    return listing(owners)
+
+
+def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank | None:
+    """Return what counts of a node's increment of a module under the overrides of a path.
+
+    An increment of a node above an override is dropped. Above overridden rows it loses these rows;
+    above the override of a bias alone it loses its bias.
+
+    Args:
+        node: that has the increment.
+        module: the module, or the raw parameter, that it changes.
+        value: the increment.
+        stands: as `standing` returned it.
+
+    Returns:
+        the value itself where nothing is dropped; None where nothing is left.
+
+    >>> value = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> stands = {"score.weight": (("fr/legal", Override(torch.ones(2, 4))),)}
+    >>> counted("fr", "score", value, stands), counted("fr/legal", "score", value, stands) is value
+    (None, True)
+    """
+    for tensor, stack in stands.items():
+        owner_module, leaf = tensor_owner(tensor)
+        if module not in (tensor, owner_module):
+            continue
+        for owner, override in stack:
+            if not owner.startswith(f"{node}/"):
+                continue  # the increment is the owner's own, or of a node below it: it adds
+            if leaf.endswith("bias"):
+                value = replace(value, bias=None)
+            elif override.rows is None:
+                return None
+            else:
+                value = _without_rows(value, override)
+    return value
+
+
+def _without_rows(value: LowRank, override: Override) -> LowRank:
+    """Return an increment that is zero in the rows of the stored weight that are overridden."""
+    # Rows of an embedding's weight are columns of its A; rows of a Linear's are rows of its B.
+    if value.layout == EMBEDDING:
+        A = value.A.index_fill(1, override.index(value.device), 0.0)
+        return replace(value, A=A)
+    B = value.B.index_fill(-2, override.index(value.device), 0.0)
+    return replace(value, B=B)
