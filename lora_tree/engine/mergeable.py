@@ -139,9 +139,10 @@ class Mergeable:
             site, node = plan.sites[name], plan.someone(name)
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
-            if plan.overrides.get(name) and not self._pristine.keeps:
+            replacing = plan.overrides.get(name)
+            if replacing and not self._pristine.keeps:
                 raise UnmergedOnly(
-                    f"{node}: {name}: an override can't be taken back without a copy of the base's "
+                    f"{replacing[0].node}: {name}: an override can't be taken back without a copy of the base's "
                     'own weight, and pristine="none" keeps none',
                     'attach with pristine="auto", or use activate(…, mode="unmerged")',
                 )
