@@ -62,7 +62,7 @@ RINGS = {
         "model",
         "fit",
     ],
-    "edges": ["extras", "export", "runs", "integrations", "demo", "cli"],
+    "edges": ["extras", "export", "runs", "drawn", "integrations", "demo", "cli"],
 }
 SEES = {
     "values": [],

@@ -17,7 +17,7 @@ import zoo as trees
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.cli.drawing import arranged
+from lora_tree.drawn.drawing import arranged
 
 if sys.platform != "win32":
     import fcntl

@@ -16,14 +16,14 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from ..drawn.drawing import DrawnNode, arranged
+from ..drawn.node_lines import NodeLine, below, lines_of, matching_lines
+from ..drawn.tree_picture import tree_picture
 from ..errors import LoraTreeError
 from ..folder import Problem, disk, load, notes, survey
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder
 from .console import out, print_json
-from .drawing import DrawnNode, arranged
-from .node_lines import NodeLine, below, lines_of, matching_lines
-from .tree_picture import tree_picture
 from .tree_table import print_table
 
 __all__ = ["show"]

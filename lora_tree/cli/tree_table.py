@@ -20,19 +20,17 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ..drawn.drawing import DrawnNode
+from ..drawn.node_lines import NodeLine, remark_words
 from ..errors import printable
 from ..folder import Problem
-from .drawing import DrawnNode
-from .node_lines import NodeLine
-from .stale_words import stale_words
 
-__all__ = ["print_table", "remark"]
+__all__ = ["print_table"]
 
 GAP = 3
 SHORTEST_REMARK, MOST_FOR_REMARK = 12, 44
 DROPPED_FIRST = ("modules", "parameters", "r", "weight")
 """Columns in the order in which they give way to the names and the remarks."""
-WORDS = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", "broken": ""}
 
 
 def print_table(
@@ -55,7 +53,7 @@ def print_table(
         dimmed: paths that are drawn only because others lie below them.
     """
     names = [_name(node, node.path in broken, node.path in dimmed) for node in drawn]
-    remarks = [remark(lines[node.path], broken.get(node.path)) for node in drawn]
+    remarks = [_remark(lines[node.path], broken.get(node.path)) for node in drawn]
     columns = {
         "weight": [f"{lines[node.path].weight:g}" for node in drawn],
         "r": ["/".join(map(str, lines[node.path].ranks)) for node in drawn],
@@ -110,19 +108,11 @@ def _widest(cells: Sequence[str]) -> int:
     return max(len(cell) for cell in cells)
 
 
-def remark(line: NodeLine, problem: Problem | None) -> Text:
-    """Return the last cell of a line: why it is broken or stale, or what it is."""
+def _remark(line: NodeLine, problem: Problem | None) -> Text:
+    """Return the last cell of a line, in the colour of its kind."""
+    style = "dim"
     if problem is not None:
-        # On one line, so that grep finds the node and its reason together.
-        reason = _without_place(problem).replace("\n", " ")
-        return Text(printable(f"{problem.kind}: {reason}"), "red")
-    if line.stale:
-        return Text(printable(f"stale: {stale_words(line.path, line.stale)}"), "yellow")
-    return Text(WORDS[line.kind], "dim")
-
-
-def _without_place(problem: Problem) -> str:
-    """Return a problem's text without the node and its folder, which the line begins with."""
-    text = problem.text.removeprefix(f"{problem.node}: ")
-    head, colon, rest = text.partition(": ")
-    return rest if colon and head.endswith(f"/{problem.node}") else text
+        style = "red"
+    elif line.stale:
+        style = "yellow"
+    return Text(printable(remark_words(line, problem)), style)

@@ -11,8 +11,11 @@ from ..errors import LoraTreeError, PathError, suggest
 from ..folder import Problem
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
+from .stale_words import stale_words
 
-__all__ = ["NodeLine", "below", "lines_of", "matching_lines"]
+__all__ = ["NodeLine", "below", "lines_of", "matching_lines", "remark_words"]
+
+WORDS = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", "broken": ""}
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,21 @@ def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
             "a pattern is like 'fr/*' or '*/legal'; a word is found anywhere in a path",
         )
     return found
+
+
+def remark_words(line: NodeLine, problem: Problem | None) -> str:
+    """Return what is told beside a node's numbers: why it is broken or stale, or what it is."""
+    if problem is not None:
+        # On one line, so that grep finds the node and its reason together.
+        reason = _without_place(problem).replace("\n", " ")
+        return f"{problem.kind}: {reason}"
+    if line.stale:
+        return f"stale: {stale_words(line.path, line.stale)}"
+    return WORDS[line.kind]
+
+
+def _without_place(problem: Problem) -> str:
+    """Return a problem's text without the node and its folder, which the line begins with."""
+    text = problem.text.removeprefix(f"{problem.node}: ")
+    head, colon, rest = text.partition(": ")
+    return rest if colon and head.endswith(f"/{problem.node}") else text

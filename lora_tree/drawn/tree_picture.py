@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from rich.filesize import decimal
 
+from ..errors import printable
 from ..folder import Problem
 from ..svg import Picture
 from .drawing import DrawnNode
-from .node_lines import NodeLine
-from .tree_table import remark
+from .node_lines import NodeLine, remark_words
 
 __all__ = ["tree_picture"]
 
@@ -85,7 +85,7 @@ def _guides(picture: Picture, node: DrawnNode, row: int, drawn: Sequence[DrawnNo
 
 def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
     """Return the words beside a name, their colour, and what is under the pointer."""
-    said = remark(line, problem).plain
+    said = printable(remark_words(line, problem))
     ink = QUIET
     if problem is not None:
         ink = BROKEN
