@@ -16,7 +16,7 @@ import warnings
 
 from .errors import LoraTreeWarning
 
-__all__ = ["BaseWarning", "other_base", "warn_of_base"]
+__all__ = ["BaseWarning", "hub_id", "other_base", "warn_of_base"]
 
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
@@ -45,6 +45,22 @@ def other_base(one: str | None, other: str | None) -> bool:
     if _HUB_ID.match(first) and _HUB_ID.match(second):
         return first.casefold() != second.casefold()
     return _last(first) != _last(second)
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return the hub id that a name is, or that a snapshot in the hub's cache is of; else None.
+
+    >>> hub_id("org/model"), hub_id("gpt2"), hub_id("../model"), hub_id("/models/model")
+    ('org/model', 'gpt2', None, None)
+    >>> hub_id("/cache/hub/models--org--model/snapshots/1f")
+    'org/model'
+    """
+    if not name:
+        return None
+    found = _id(name)
+    # A few old models have an id without an organisation.
+    is_id = _HUB_ID.match(found) or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", found)
+    return found if is_id else None
 
 
 def warn_of_base(what: str, named: str | None, base: str | None, *, stacklevel: int) -> None:

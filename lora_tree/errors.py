@@ -11,6 +11,7 @@
     ├── FolderError             a folder of adapters can't be read or written as a tree
     │   ├── StaleError          a node's lineage has changed since it was trained
     │   └── UnlockedError       a node's files are not those of tree.lock
+    ├── HubError                the model hub lacks it, refuses it, or can't be asked
     ├── BaseMismatch            the adapter names a module that this base lacks, or has otherwise
     │   ├── TiedWeights         a weight to be merged is used by a second module
     │   ├── MergedOnly          the site can be changed merged, but was asked for unmerged
@@ -41,6 +42,7 @@ __all__ = [
     "FolderError",
     "ForeignWrite",
     "FormatError",
+    "HubError",
     "LoraTreeError",
     "LoraTreeWarning",
     "MergedOnly",
@@ -169,6 +171,10 @@ class StaleError(FolderError):
 
 class UnlockedError(FolderError):
     """A node's files are not what tree.lock says."""
+
+
+class HubError(LoraTreeError, OSError):
+    """The model hub does not have what was asked for, refuses it, or can't be reached."""
 
 
 class BaseMismatch(LoraTreeError, ValueError):

@@ -51,6 +51,7 @@ from .export import (
 )
 from .fit import clashes, misfits
 from .folder import Problem, SkippedWarning, StaleWarning, check, load, lock
+from .integrations.hub import Pulled, Pushed, pull, push
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .override import Override, OverrideWarning
@@ -89,6 +90,8 @@ __all__ = [
     "PathSampler",
     "Portable",
     "Problem",
+    "Pulled",
+    "Pushed",
     "SkippedWarning",
     "StaleWarning",
     "State",
@@ -125,6 +128,8 @@ __all__ = [
     "path_loss",
     "pick",
     "portable",
+    "pull",
+    "push",
     "rebase",
     "rebase_all",
     "similar",

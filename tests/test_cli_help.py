@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import shell
 import torch
+from loopback_hub import running_hub, talking_to
 
 import lora_tree as lt
 from lora_tree.cli import main
@@ -94,9 +96,14 @@ def test_the_examples_of_a_command_run(
         tree = lt.load("zoo")
         tree.update("fr", adapter=adapter(8))
         tree.save("zoo")
-    for line in EXAMPLES[name]:
-        assert line.startswith(f"lora-tree {name} ") or line == f"lora-tree {name}"
-        assert outcome(capsys, line).strip()
+    with contextlib.ExitStack() as closing:
+        if name in ("push", "pull"):
+            talking_to(closing.enter_context(running_hub()), tmp_path / "home", monkeypatch)
+        if name == "pull":
+            outcome(capsys, EXAMPLES["push"][-1])
+        for line in EXAMPLES[name]:
+            assert line.startswith(f"lora-tree {name} ") or line == f"lora-tree {name}"
+            assert outcome(capsys, line).strip()
 
 
 def test_the_example_of_the_demo_is_its_quick_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ COMMANDS = {
     "compress": "compress:compress_nodes",
     "export": "export:export",
     "extract": "extract:extract_difference",
+    "pull": "pull:pull_tree",
+    "push": "push:push_tree",
     "generate": "generate:generate",
     "train": "train:train",
     "eval": "eval:evaluation",

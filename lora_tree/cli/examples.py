@@ -38,6 +38,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree export zoo/ --all --out export/leaves",
     ),
     "extract": ("lora-tree extract models/base models/tuned --out extracted --rank 4",),
+    "push": (
+        "lora-tree push zoo/ org/zoo --base-name org/model --dry-run",
+        "lora-tree push zoo/ org/zoo --base-name org/model --private --license apache-2.0",
+    ),
+    "pull": ("lora-tree pull org/zoo zoo-there/", "lora-tree pull org/zoo zoo-there/ --dry-run"),
     "generate": ("lora-tree generate zoo/ fr/legal --base models/base --prompt 'Article 1'",),
     "train": ("lora-tree train zoo/ --data rows.jsonl --base models/base --steps 20",),
     "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),

@@ -17,7 +17,7 @@ from rich.progress import (
 
 from .console import err, is_quiet
 
-__all__ = ["Bar", "steps_done"]
+__all__ = ["Bar", "bars_are_wanted", "steps_done"]
 
 
 LINES = 20
@@ -38,6 +38,11 @@ class Bar(Progress):
         """End the bar. rich before 14 ends one that was never shown with an empty line."""
         if not self.disable:
             super().stop()
+
+
+def bars_are_wanted() -> bool:
+    """Tell whether another library may draw its bars: on a terminal, unless the user wants none."""
+    return not is_quiet() and sys.stderr.isatty()
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""Belonging: which files a tree consists of, wherever else its folder is used for.
+
+    tree.yaml, tree.lock           under these names, also if the tree was opened by another YAML
+    fr/adapter_config.json, …      the files of each node, as tree.yaml and the folders say
+    everything else                a training run, a cache, notes, keys: no part of the tree
+
+Law: nothing belongs to a tree by lying in its folder. What is sent elsewhere is taken from this
+list, so a file that no node uses can't leave the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..spec import TreeSpec
+from .bounds import lies_in
+from .opening import Opened
+from .scan import FILES
+from .training_steps import step_of
+from .tree_place import TreePlace
+from .yamlfile import walk
+
+__all__ = ["Belongings", "belongings", "places_among"]
+
+PLACE = TreePlace("")
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """The files of a tree.
+
+    Args:
+        files: place in the tree's folder → where the file is now, which may be in a save's stage.
+        outside: node → the folder of its adapter, for adapters that lie outside of the tree's, or
+            in a hidden folder of it, where other programs keep what is theirs.
+    """
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
+
+
+def belongings(opened: Opened) -> Belongings:
+    """Return the files that a tree consists of."""
+    place = opened.place
+    files: dict[str, str] = {}
+    if opened.yaml_bytes is not None:
+        files[PLACE.yaml] = place.yaml_file
+    if opened.lock_bytes is not None:
+        files[PLACE.lock] = place.lock_file
+    outside: dict[str, str] = {}
+    root = os.path.normpath(place.folder)
+    for path, entry in opened.entries.items():
+        if entry.files is None:
+            continue
+        # By its name and not by where links lead: a snapshot in the hub's cache is all links.
+        at = os.path.relpath(entry.files.folder, root)
+        if not lies_in(os.path.normpath(entry.files.folder), (root,)) or is_hidden(at):
+            outside[path] = entry.files.folder
+            continue
+        for name in FILES:
+            if name in entry.files.now:
+                files[f"{at}/{name}"] = entry.files.now[name][0]
+    return Belongings(files, outside)
+
+
+def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
+    """Return the places of a tree's files among the names of a folder's, before any is there.
+
+    Args:
+        names: every file, relative to the folder.
+        spec: what its tree.yaml says; None if there is none.
+    """
+    listed: set[str] = set()
+    if spec is not None:
+        for path, node, _ in walk(spec):
+            listed.add(path if node.adapter is None else posixpath.normpath(node.adapter))
+    found = []
+    for name in sorted(names):
+        above, _, last = name.rpartition("/")
+        if name in (PLACE.yaml, PLACE.lock):
+            found.append(name)
+            continue
+        # The steps of a training run are no nodes unless tree.yaml lists them.
+        is_step = step_of(above) is not None and above not in listed
+        if last in FILES and above and not is_hidden(above) and not is_step:
+            found.append(name)
+    return found
+
+
+def is_hidden(path: str) -> bool:
+    """Tell whether a folder, or one around it, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.split("/"))

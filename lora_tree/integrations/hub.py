@@ -1,0 +1,436 @@
+"""A tree on the model hub: pull brings one here, push takes one there. Each is all or nothing.
+
+    org/zoo                       zoo/
+      tree.yaml, tree.lock          the same bytes, but for the name of a base that is a folder here
+      fr/adapter_config.json …      the same
+      README.md, lora_tree.svg      written by push; never pulled
+                                    .training, caches, notes, keys: never pushed
+
+A push is one commit on top of the head that it was compared with. What it replaces stays in the
+repository's history.
+
+Law: neither undoes what somebody else did. A push is refused where the tree in the repository is
+not the one that was last pulled or pushed from this folder; a pull, where it would replace a file
+that the hub can't give back.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..errors import FolderError, HubError, SpecError, listing
+from ..folder import StaleWarning, disk, load
+from ..folder.belonging import PLACE, belongings, places_among
+from ..folder.hub_origin import HubOrigin, read_origin, write_origin
+from ..folder.incoming import Arrival, arrive, planned
+from ..folder.opening import inspect
+from ..folder.outgoing import Outgoing, outgoing
+from ..folder.problem import raise_any
+from ..folder.tree_place import TreePlace, place_of
+from ..folder.yamlfile import read_spec
+from ..formats.limits import YAML_BYTES
+from ..formats.peft import CONFIG
+from ..spec import TreeSpec
+from ..storage import as_path
+from ..tree import AdapterTree
+from .hub_client import MAIN, HubClient, HubFile
+
+__all__ = ["Pulled", "Pushed", "pull", "push"]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull did, or would do.
+
+    Args:
+        repository, revision, commit: where the tree came from.
+        folder: where it is now.
+        new, replaced, deleted: places in the folder.
+        bytes: the size of the tree's files.
+    """
+
+    repository: str
+    revision: str
+    commit: str
+    folder: str
+    new: tuple[str, ...]
+    replaced: tuple[str, ...]
+    deleted: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did, or would do.
+
+    Args:
+        repository, branch: where the tree went.
+        before: the head of the branch that it was compared with; None if there was none.
+        commit: the new head; that of before where nothing differed, None of a dry run.
+        added, replaced, deleted: paths in the repository.
+        bytes: the size of the files that were added or replaced.
+        base: the name of the base as others get it.
+        renamed: the files in which another name of the base stood.
+    """
+
+    repository: str
+    branch: str
+    before: str | None
+    commit: str | None
+    added: tuple[str, ...]
+    replaced: tuple[str, ...]
+    deleted: tuple[str, ...]
+    bytes: int
+    base: str | None
+    renamed: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------------- pull
+def pull(
+    repository: str,
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Pulled:
+    """Bring a tree from the model hub into a folder; only files of the tree come.
+
+    The files are fetched into huggingface_hub's cache, checked there, and then copied. A pull into
+    a folder that was pulled before brings it up to date.
+
+    Args:
+        repository: its id, ``org/zoo``.
+        folder: it need not be there. Files of other kinds in it stay as they are.
+        revision: a branch, tag or commit; None: the default branch.
+        dry_run: say what would happen. tree.yaml and tree.lock are fetched, and nothing is written
+            into the folder.
+        progress: let huggingface_hub draw its bars on stderr.
+
+    Raises:
+        HubError: the repository or revision is not there or gated, or the hub can't be asked.
+        FolderError: the repository holds no tree; or a file that can't be brought back is in the
+            way.
+        UnlockedError, FormatError, SpecError: its files are not those of its lock, or broken.
+    """
+    client = HubClient(repository, what="pull", progress=progress)
+    target = Path(os.path.abspath(as_path(folder)))
+    there = client.fetch(revision, [PLACE.yaml, PLACE.lock])
+    files = _listed(client, there.folder, there.commit)
+    names = places_among(files, _spec_of(there.folder))
+    _refuse_no_tree(repository, files, names)
+    origin = read_origin(target) if target.is_dir() else None
+    known = partial(_is_on_the_hub, client, origin)
+    told = (repository, revision or MAIN, there.commit, str(target))
+    if dry_run:
+        same = {place: files[place].holds for place in names}
+        return _pulled(told, planned(target, same, known), files, names)
+    snapshot = client.fetch(there.commit, names)
+    opened = inspect(TreePlace(str(snapshot.folder)), outside=False)
+    raise_any(
+        opened.problems,
+        f"{repository} was pushed with files that are not those of its {PLACE.lock}: "
+        "tell its owners",
+    )
+    own_files = belongings(opened)
+    if own_files.outside:
+        raise FolderError(
+            f"{repository}: {listing(own_files.outside)}: its adapter lies in a hidden folder",
+            "its owners have to move it",
+        )
+    places = own_files.files
+    same = {place: partial(_same_bytes, at) for place, at in places.items()}
+    arrival = arrive(
+        target,
+        {place: Path(os.path.realpath(at)) for place, at in places.items()},
+        partial(planned, target, same, known),
+        lock=opened.lock,
+        origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=there.commit),
+    )
+    return _pulled(told, arrival, files, list(places))
+
+
+def _pulled(
+    told: tuple[str, str, str, str],
+    arrival: Arrival,
+    files: Mapping[str, HubFile],
+    places: Sequence[str],
+) -> Pulled:
+    size = sum(files[place].size for place in places if place in files)
+    return Pulled(*told, arrival.new, arrival.replaced, arrival.deleted, size)
+
+
+def _listed(client: HubClient, folder: Path, commit: str) -> dict[str, HubFile]:
+    """Return the files of a commit; without the hub those that the cache has of it."""
+    if client.is_online:
+        return client.files(commit)
+    found: dict[str, HubFile] = {}
+    for above, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(above, name)
+            path = os.path.relpath(file, folder).replace(os.sep, "/")
+            found[path] = HubFile(os.stat(file).st_size, "", disk.digest(file))
+    return found
+
+
+def _spec_of(folder: Path) -> TreeSpec | None:
+    file = folder / PLACE.yaml
+    if not file.is_file():
+        return None
+    return read_spec(disk.read_file(file, most=YAML_BYTES), str(file))[0]
+
+
+def _refuse_no_tree(repository: str, files: Mapping[str, HubFile], names: Sequence[str]) -> None:
+    if PLACE.yaml in names or any(name.endswith(f"/{CONFIG}") for name in names):
+        return
+    if CONFIG in files:
+        raise FolderError(
+            f"{repository}: one adapter, not a tree of them",
+            f"make it a node of a tree: lora-tree add FOLDER NODE hub:{repository}",
+        )
+    raise FolderError(
+        f"{repository}: no tree: no {PLACE.yaml}, and no folder with an {CONFIG}",
+        f"it holds {listing(sorted(files)) or 'nothing'}",
+    )
+
+
+def _is_on_the_hub(client: HubClient, origin: HubOrigin | None, place: str, file: Path) -> bool:
+    """Tell whether the commit that a folder was pulled from, or pushed to, has this very file."""
+    if origin is None or origin.repository != client.repository or not client.is_online:
+        return False
+    known = _files_at(client, origin.commit).get(place)
+    return known is not None and known.holds(file)
+
+
+def _files_at(client: HubClient, commit: str) -> Mapping[str, HubFile]:
+    """Return the files of a commit; none where the repository has it no more."""
+    try:
+        return client.files(commit)
+    except HubError:
+        return {}
+
+
+def _same_bytes(one: str, other: Path) -> bool:
+    if os.stat(one).st_size != os.stat(other).st_size:
+        return False
+    return disk.digest(one) == disk.digest(other)
+
+
+# ---------------------------------------------------------------------- push
+def push(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    branch: str | None = None,
+    base_name: str | None = None,
+    private: bool | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    message: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Pushed:
+    """Take a tree to the model hub as one commit, with a model card; the folder stays as it is.
+
+    Only files of the tree go: tree.yaml, tree.lock (one is made if the folder has none) and the
+    files of its nodes. Files of the tree before that this one does not have are deleted; all other
+    files of the repository stay.
+
+    Args:
+        folder: of the tree, or a YAML file in it, which is tree.yaml in the repository.
+        repository: its id; it is made if it is not there.
+        branch: made if it is not there; None: the default branch.
+        base_name: the hub id of the base, where the tree names a folder of this machine.
+        private: of a repository that is made; None: as its owner's settings say.
+        license, tags: for the card.
+        message: of the commit.
+        force: replace the tree in the repository, whoever pushed it.
+        dry_run: compare with what is there, and write nothing.
+        progress: let huggingface_hub draw its bars on stderr.
+
+    Raises:
+        HubError: the hub refuses, or can't be asked; or the tree there is one that this folder has
+            not seen.
+        SpecError: the base is a folder of this machine, and ``base_name`` says nothing.
+        FolderError: the folder is no tree without problems; an adapter lies outside of it.
+    """
+    # Here, because the picture and the table need rich, for which `import lora_tree` must not wait.
+    from .hub_card import CARD, PICTURE, TreeCard
+
+    place = place_of(folder)
+    opened = inspect(place)
+    raise_any(opened.problems, f"lora-tree lock {place.spelled}")
+    if not opened.entries:
+        raise FolderError(f"{place.spelled}: no tree, or one without nodes: nothing to push")
+    going = outgoing(opened, base_name=base_name)
+    client = HubClient(repository, what="push", progress=progress)
+    if not client.is_online:
+        raise client.offline()
+    target = branch or MAIN
+    remote = _Remote.of(client, target)
+    head, there = remote.head, remote.files
+    if remote.has_branch and not force:
+        _refuse_unseen(client, read_origin(Path(place.folder)), target, head, there, going)
+    card = TreeCard.of(_tree_of(place), repository, going.base)
+    before = None
+    if head is not None and CARD in there:
+        data = disk.read_file(client.fetch(head, [CARD]).folder / CARD)
+        before = data.decode("utf-8-sig", errors="replace")
+    files: dict[str, bytes | Path] = dict(going.files)
+    files[PICTURE] = card.picture().encode()
+    files[CARD] = card.text(before, license=license, tags=tags).encode()
+    draft = _drafted(files, there)
+    deletes = sorted(set(_tree_places(there, client, head)) - files.keys())
+    told = (
+        tuple(path for path in draft if path not in there),
+        tuple(path for path in draft if path in there),
+        tuple(deletes),
+        sum(_size(origin_) for origin_ in draft.values()),
+        going.base,
+        going.renamed,
+    )
+    if dry_run:
+        return Pushed(repository, target, head, None, *told)
+    if not remote.has_branch:
+        client.create(private=private)
+        if target != MAIN:
+            client.create_branch(target)
+    # The hub makes a first commit in a new repository, with its .gitattributes.
+    parent = head or client.commit_of(target)
+    assert parent is not None, "the repository and the branch were made just now"
+    commit = parent
+    if draft or deletes:
+        said = message or f"A tree of {len(opened.entries)} nodes, by lora-tree push"
+        commit = client.commit(draft, deletes, branch=target, parent=parent, message=said)
+        _check_arrived(client, commit, draft)
+    # The folder may be one that can't be written; then the next push compares file by file.
+    with suppress(FolderError):
+        origin = HubOrigin(repository=repository, branch=target, commit=commit)
+        write_origin(Path(place.folder), origin)
+    return Pushed(repository, target, head, commit, *told)
+
+
+def _tree_of(place: TreePlace) -> AdapterTree:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleWarning)  # the card tells which nodes are stale
+        return load(place.spelled)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """The commit that a push is compared with.
+
+    Args:
+        head: of the branch; of the default branch, where a new one will begin; None of a repository
+            that is not there.
+        files: that it holds.
+        has_branch: the branch is there.
+    """
+
+    head: str | None = None
+    files: Mapping[str, HubFile] = field(default_factory=dict)
+    has_branch: bool = False
+
+    @classmethod
+    def of(cls, client: HubClient, branch: str) -> _Remote:
+        if not client.exists():
+            return cls()
+        for name in (branch, MAIN):
+            head = client.commit_of(name)
+            if head is not None:
+                return cls(head, client.files(head), name == branch)
+        return cls()
+
+
+def _tree_places(there: Mapping[str, HubFile], client: HubClient, head: str | None) -> list[str]:
+    """Return the files of the tree that a commit holds."""
+    if head is None:
+        return []
+    spec = None
+    if PLACE.yaml in there:
+        # A tree.yaml that makes no sense says nothing of files; the new one takes its place.
+        with suppress(SpecError):
+            spec = _spec_of(client.fetch(head, [PLACE.yaml]).folder)
+    return places_among(there, spec)
+
+
+def _refuse_unseen(
+    client: HubClient,
+    origin: HubOrigin | None,
+    branch: str,
+    head: str | None,
+    there: Mapping[str, HubFile],
+    going: Outgoing,
+) -> None:
+    """Refuse to replace a tree that was not pulled into this folder, or pushed from it.
+
+    Raises:
+        HubError: it differs from what this folder has seen.
+    """
+    places = _tree_places(there, client, head)
+    seen: Mapping[str, HubFile] = {}
+    if origin is not None and origin.repository == client.repository:
+        if origin.commit == head:
+            return
+        seen = _files_at(client, origin.commit)
+    unseen = []
+    for place in places:
+        is_ours = place in going.files and _holds(there[place], going.files[place])
+        if there[place] != seen.get(place) and not is_ours:
+            unseen.append(place)
+    if not unseen:
+        return
+    what = "pushed by somebody else since" if seen else "of a tree that this folder has not seen"
+    raise HubError(
+        f"{client.repository}@{branch}: {listing(unseen)}: {what}",
+        f"pull it into another folder and bring your changes there: lora-tree pull "
+        f"{client.repository} other; or push to a branch: --branch NAME",
+        "--force replaces it; the repository's history keeps it",
+    )
+
+
+def _drafted(
+    files: Mapping[str, bytes | Path], there: Mapping[str, HubFile]
+) -> dict[str, bytes | Path]:
+    """Return the files that the repository does not have already, as they are."""
+    draft = {}
+    for path, data in files.items():
+        if path not in there or not _holds(there[path], data):
+            draft[path] = data
+    return draft
+
+
+def _holds(known: HubFile, data: bytes | Path) -> bool:
+    return known.is_blob(data) if isinstance(data, bytes) else known.holds(data)
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
+def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | Path]) -> None:
+    """Compare the new commit with what was sent.
+
+    Raises:
+        HubError: a file is not there, or another one.
+    """
+    # A .gitignore in the repository makes the client leave files out, with a line in its own log.
+    there = client.files(commit)
+    lost = [path for path, data in draft.items() if not _arrived(there.get(path), data)]
+    if lost:
+        raise HubError(
+            f"{client.repository}: {listing(lost)}: not in the commit {commit[:12]} as they were "
+            "sent",
+            "does a .gitignore in the repository leave them out? mend it there, and push again",
+        )
+
+
+def _arrived(known: HubFile | None, data: bytes | Path) -> bool:
+    return known is not None and _holds(known, data)

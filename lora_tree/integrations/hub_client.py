@@ -1,0 +1,312 @@
+"""HubClient: the few calls of huggingface_hub that trees need, with its errors in our words.
+
+Tokens, the cache, offline mode and the endpoint are huggingface_hub's own: HF_TOKEN and
+``hf auth login``, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import HubError, LoraTreeError, SpecError
+from ..extras import hub_answers, need
+from ..folder import disk
+
+__all__ = ["HubClient", "HubFile", "Snapshot"]
+
+MAIN = "main"
+_LOGIN = "log in with an account that may: hf auth login, or set HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file in a commit, known by a hash of its bytes.
+
+    Args:
+        size: in bytes.
+        blob: git's own hash; of an LFS file it is that of a pointer.
+        sha256: of an LFS file's bytes; None of any other file.
+    """
+
+    size: int
+    blob: str
+    sha256: str | None = None
+
+    def holds(self, file: str | Path) -> bool:
+        """Tell whether a file on this machine has these very bytes."""
+        if os.stat(file).st_size != self.size:
+            return False
+        if self.sha256 is not None:
+            return disk.digest(file) == self.sha256
+        return self.is_blob(disk.read_file(file))
+
+    def is_blob(self, data: bytes) -> bool:
+        """Tell whether these are the bytes of the file."""
+        if self.sha256 is not None:
+            return hashlib.sha256(data).hexdigest() == self.sha256
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == self.blob
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of one commit in the hub's cache.
+
+    Args:
+        folder: where they lie, as links to the cache's blobs.
+        commit: the hash of the commit.
+    """
+
+    folder: Path
+    commit: str
+
+
+class HubClient:
+    """One repository of models.
+
+    Args:
+        repository: its id, ``org/zoo``.
+        what: what is being done, for messages.
+        progress: let huggingface_hub draw its bars on stderr.
+
+    Raises:
+        MissingExtra: huggingface_hub is not installed.
+        SpecError: the id is none.
+    """
+
+    def __init__(self, repository: str, *, what: str, progress: bool = True) -> None:
+        self.repository = repository
+        self._hub: Any = need("huggingface_hub", extra="hub", what=what)
+        self._errors: Any = need("huggingface_hub.errors", extra="hub", what=what)
+        self._progress = progress
+        self._listed: dict[str, dict[str, HubFile]] = {}
+        try:
+            need("huggingface_hub.utils", extra="hub", what=what).validate_repo_id(repository)
+        except self._errors.HFValidationError as error:
+            reason = str(error).splitlines()[0]
+            raise SpecError(
+                f"{repository!r}: not the id of a repository: {reason}", "expected: org/name"
+            ) from error
+        if "/" not in repository:
+            raise SpecError(
+                f"{repository!r}: a repository of an account is meant",
+                f"expected: org/{repository}",
+            )
+        # Asked once: the client by itself tries for half a minute before it looks into its cache.
+        self.is_online = hub_answers()
+
+    # ------------------------------------------------------------------ reading
+    def commit_of(self, revision: str) -> str | None:
+        """Return the hash of the commit that a branch, tag or hash means; None if there is none.
+
+        Raises:
+            HubError: the repository is not there for this account, or the hub can't be asked.
+        """
+        with self._told(revision):
+            try:
+                return str(self._api.repo_info(self.repository, revision=revision).sha)
+            except self._errors.RevisionNotFoundError:
+                return None
+
+    def exists(self) -> bool:
+        """Tell whether the repository is there for this account."""
+        with self._told():
+            try:
+                self._api.repo_info(self.repository)
+            except self._errors.GatedRepoError:
+                raise
+            except self._errors.RepositoryNotFoundError:
+                return False
+        return True
+
+    def files(self, commit: str) -> dict[str, HubFile]:
+        """Return every file of a commit by its path.
+
+        Raises:
+            HubError: as `commit_of`, or there is no such commit.
+        """
+        if commit in self._listed:  # a commit never changes
+            return self._listed[commit]
+        found: dict[str, HubFile] = {}
+        with self._told(commit):
+            for entry in self._api.list_repo_tree(self.repository, revision=commit, recursive=True):
+                if isinstance(entry, self._hub.hf_api.RepoFile):
+                    sha256 = entry.lfs.sha256 if entry.lfs is not None else None
+                    found[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
+        self._listed[commit] = found
+        return found
+
+    def fetch(self, revision: str | None, names: Sequence[str]) -> Snapshot:
+        """Bring files of a revision into the cache, unless they are there; names it lacks pass.
+
+        Args:
+            revision: a branch, tag or hash; None: the default branch.
+            names: paths in the repository, or patterns like ``*.json``.
+
+        Raises:
+            HubError: the repository or the revision is not there, or the hub can't be asked and the
+                cache has not all of it.
+        """
+        with self._told(revision or MAIN), self._bars():
+            # No name at all would mean every file.
+            folder = self._hub.snapshot_download(
+                self.repository,
+                revision=revision,
+                allow_patterns=list(names) or [".no-file"],
+                local_files_only=not self.is_online,
+            )
+        return Snapshot(Path(folder), Path(folder).name)
+
+    # ------------------------------------------------------------------ writing
+    def create(self, *, private: bool | None) -> None:
+        """Make the repository, unless it is there.
+
+        Raises:
+            HubError: this account may not.
+        """
+        with self._told():
+            self._api.create_repo(self.repository, private=private, exist_ok=True)
+
+    def create_branch(self, branch: str) -> None:
+        """Make a branch that begins at the default branch, unless it is there."""
+        with self._told(branch):
+            self._api.create_branch(self.repository, branch=branch, exist_ok=True)
+
+    def commit(
+        self,
+        files: Mapping[str, bytes | Path],
+        deletes: Sequence[str],
+        *,
+        branch: str,
+        parent: str,
+        message: str,
+    ) -> str:
+        """Make one commit, and return its hash.
+
+        Args:
+            files: path in the repository → the bytes, or the file that holds them.
+            deletes: paths of files that go.
+            branch: it becomes the head of this branch.
+            parent: the head at which all was decided.
+            message: of the commit.
+
+        Raises:
+            HubError: this account may not; or the branch has moved on since.
+        """
+        add, delete = self._hub.CommitOperationAdd, self._hub.CommitOperationDelete
+        operations: list[Any] = []
+        for path, origin in files.items():
+            # A path as text: given a Path the client of 1.x would refuse it.
+            operations.append(add(path, origin if isinstance(origin, bytes) else str(origin)))
+        operations += [delete(path) for path in deletes]
+        with self._told(branch), self._bars():
+            made = self._api.create_commit(
+                self.repository,
+                operations,
+                commit_message=message,
+                revision=branch,
+                parent_commit=parent,
+            )
+        return str(made.oid)
+
+    # ------------------------------------------------------------------ the client
+    def offline(self) -> HubError:
+        """Return the error for what can't be done without the hub."""
+        return HubError(f"{self.repository}: this needs the hub, and {self._why_offline()}")
+
+    @property
+    def _api(self) -> Any:
+        return self._hub.HfApi()
+
+    @contextmanager
+    def _bars(self) -> Iterator[None]:
+        """Keep huggingface_hub's bars away where the caller wants none."""
+        utils: Any = self._hub.utils
+        if self._progress or utils.are_progress_bars_disabled():
+            yield
+            return
+        utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            utils.enable_progress_bars()
+
+    @contextmanager
+    def _told(self, revision: str = MAIN) -> Iterator[None]:
+        """Raise huggingface_hub's errors as ours, each with what to do about it."""
+        name, known = self.repository, self._errors
+        page = f"{self._hub.constants.ENDPOINT}/{name}"
+        try:
+            yield
+        except (LoraTreeError, MemoryError):
+            raise
+        except known.GatedRepoError as error:
+            raise HubError(
+                f"{name}: gated: its owners let in only who has accepted their terms",
+                f"accept them at {page}, then {_LOGIN}",
+            ) from error
+        except known.RepositoryNotFoundError as error:
+            raise HubError(*self._not_there()) from error
+        except known.RevisionNotFoundError as error:
+            raise HubError(
+                f"{name}: no branch, tag or commit {revision!r}", f"see {page}/branches"
+            ) from error
+        except known.OfflineModeIsEnabled as error:
+            raise HubError(f"{name}: HF_HUB_OFFLINE is set, and this needs the hub") from error
+        except known.LocalEntryNotFoundError as error:
+            # The client looks into its cache when the hub refuses, and then tells of the cache.
+            cause = error.__cause__
+            if isinstance(cause, known.HfHubHTTPError):
+                raise HubError(*self._refused(cause)) from error
+            raise HubError(
+                f"{name}: {revision} is not whole in the cache "
+                f"({self._hub.constants.HF_HUB_CACHE}), and {self._why_offline()}",
+                "fetch it once where the hub answers",
+            ) from error
+        except known.HfHubHTTPError as error:
+            raise HubError(*self._refused(error)) from error
+        except Exception as error:  # sockets, proxies, certificates: whatever its transport raises
+            # Of an upload that the hub refused it says only which file it was.
+            if isinstance(error.__cause__, known.HfHubHTTPError):
+                raise HubError(*self._refused(error.__cause__)) from error
+            said = next(iter(str(error).strip().splitlines()), "")
+            what = f"{name}: {type(error).__name__}: {said}"
+            raise HubError(what, f"is {self._hub.constants.ENDPOINT} in reach?") from error
+
+    def _not_there(self) -> list[str]:
+        if self._hub.get_token() is None:
+            return [
+                f"{self.repository}: no such repository of models, or a private one, and there is "
+                "no token",
+                _LOGIN,
+            ]
+        return [
+            f"{self.repository}: no such repository of models, or one that this token may not see",
+            f"look at its spelling; or {_LOGIN}",
+        ]
+
+    def _why_offline(self) -> str:
+        if self._hub.constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set"
+        return f"{self._hub.constants.ENDPOINT} does not answer"
+
+    def _refused(self, error: Any) -> list[str]:
+        """Say why the hub refused, by its status, and what to do."""
+        name, status = self.repository, error.response.status_code
+        said = error.server_message or next(iter(str(error).splitlines()), "")
+        if status == 401:
+            return [f"{name}: the hub knows no such token: {said}", _LOGIN]
+        if status == 403:
+            return [f"{name}: this account may not do that: {said}", _LOGIN]
+        if status in (409, 412):
+            return [
+                f"{name}: somebody else has pushed in this very moment: {said}",
+                "run it again: it compares with what is there now",
+            ]
+        todo = [] if status < 500 and status != 429 else ["try again later"]
+        return [f"{name}: the hub answered {status}: {said}", *todo]
