@@ -72,6 +72,9 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
     Args:
         names: every file, relative to the folder.
         spec: what its tree.yaml says; None if there is none.
+
+    >>> places_among(["a/adapter_config.json", "a/checkpoint-9/adapter_config.json", "key"], None)
+    ['a/adapter_config.json']
     """
     listed: set[str] = set()
     if spec is not None:
