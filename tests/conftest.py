@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # starts would inherit that, and never be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -22,3 +24,12 @@ torch.set_num_threads(1)
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile("same")
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """The folder of `zoo.tree()`; a file whose trees are others has a fixture of its own."""
+    from zoo import tree
+
+    tree().save(tmp_path / "zoo")
+    return tmp_path / "zoo"

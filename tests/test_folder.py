@@ -20,12 +20,6 @@ from lora_tree.errors import (
 )
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
-
-
 # ---------------------------------------------------------------------- round trips
 def test_a_round_trip_changes_nothing(zoo: Path, tmp_path: Path) -> None:
     again = lt.load(zoo, strict=True)

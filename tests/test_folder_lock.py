@@ -35,12 +35,6 @@ from lora_tree.errors import (
 from lora_tree.folder import record
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
-
-
 # ---------------------------------------------------------------------- unlocked
 def test_another_size_is_refused_at_load(zoo: Path) -> None:
     for path in ("fr", "grp/x"):

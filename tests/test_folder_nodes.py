@@ -37,12 +37,6 @@ from lora_tree.errors import (
 from lora_tree.folder import notes
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
-
-
 # ---------------------------------------------------------------------- what is a node
 def test_a_nested_folder_opens_as_stacked(tmp_path: Path) -> None:
     loaded = lt.load(nested(tmp_path, "fr", "fr/legal", "x/y/z"))

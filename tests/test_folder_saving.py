@@ -31,12 +31,6 @@ from lora_tree.errors import (
 from lora_tree.node import Node
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
-
-
 # ---------------------------------------------------------------------- saving
 def test_an_adapter_elsewhere_stays_there_unless_copied(tmp_path: Path) -> None:
     adapter(1).save(tmp_path / "out")

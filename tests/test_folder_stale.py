@@ -21,12 +21,6 @@ from lora_tree.errors import (
 from lora_tree.folder import bases
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
-
-
 # ---------------------------------------------------------------------- stale
 def test_a_changed_parent_makes_its_children_stale(zoo: Path) -> None:
     loaded = lt.load(zoo)

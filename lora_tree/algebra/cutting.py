@@ -21,7 +21,7 @@ from ..lowrank import LowRank
 from ..node_names import check_path
 from ..tree import AdapterTree
 from .core import joint
-from .deviation import call_named, cut, deviation
+from .deviation import Shortening, call_named, deviation
 from .edit import Edited, changeable, free, own, stale_notes, still_fits
 from .sums import added_up, less
 
@@ -71,7 +71,7 @@ def squash(
             f"{spelled(blend) or 'the base'}: it adds nothing to what lies above {to}",
             "add a group instead: tree.add(path, group=True)",
         )
-    flat, told = cut(added_up(terms, base=base), rank, max_error=max_error, dtype=dtype)
+    flat, told = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
     tree.add(to, adapter=flat)
     notes = stale_notes(tree, (node for node, _, _ in terms))
     return Edited(added=(to,), errors={to: told}, notes=notes)

@@ -4,15 +4,14 @@
     relative  error / √ Σ ‖ΔW‖²
 
 Every verb of this room that cuts, rounds or merges returns one. A value that nothing was cut from
-has
-an error of 0: adding up factors is exact but for the rounding of a scale (see `lora_tree.concat`).
+has an error of 0: adding up factors is exact but for the rounding of a scale (see `lora_tree.concat`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from ..errors import LoraTreeError
 from ..lowrank import LowRank
 from .core import joint
 
-__all__ = ["Deviation", "cut", "deviation", "measured"]
+__all__ = ["Deviation", "Shortening", "deviation", "measured"]
 
 T = TypeVar("T")
 
@@ -137,38 +136,50 @@ def minus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return -other if one is None else one - other
 
 
-def cut(
-    adapter: Adapter,
-    rank: int | None = None,
-    *,
-    max_error: float | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Adapter, Deviation]:
-    """Cut an adapter to a rank or an error, round it to a dtype, and measure what both cost.
+@dataclass(frozen=True)
+class Shortening:
+    """How short a result has to be: a rank, an error and a dtype; by default it stays as it is.
 
     Args:
-        adapter: the wanted one; it comes back as it is, with no error, if nothing is asked for.
         rank, max_error: as `lora_tree.Adapter.truncate`.
         dtype: of the result's factors; None keeps what truncation gives.
 
-    Raises:
-        SpecError: a bound makes no sense, or both can't be met; names the module.
+    >>> Shortening(rank=8).asks_nothing, Shortening().asks_nothing
+    (False, True)
     """
-    got = adapter
-    if rank is not None or max_error is not None:
-        got = got.truncate(rank, max_error=max_error)
-    if dtype is not None:
-        got = got.to(dtype=dtype)
-    told = Deviation({}, {name: call_named(name, norm, v) for name, v in adapter.modules.items()})
-    if got is adapter:
-        return adapter, told
-    # Measured on the factors as they are in the end: their rounding is a part of the error.
-    errors = {
-        name: call_named(name, measured, value, got.modules[name])[0]
-        for name, value in adapter.modules.items()
-        if value is not got.modules[name]
-    }
-    return got, replace(told, errors=errors)
+
+    rank: int | None = None
+    max_error: float | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """A rank or an error is asked for."""
+        return self.rank is not None or self.max_error is not None
+
+    @property
+    def asks_nothing(self) -> bool:
+        """An adapter would come back as it is."""
+        return not self.is_cut and self.dtype is None
+
+    def of(self, adapter: Adapter) -> tuple[Adapter, Deviation]:
+        """Return an adapter cut and rounded, and what both cost.
+
+        Raises:
+            SpecError: a bound makes no sense, or both can't be met; names the module.
+        """
+        got = adapter
+        if self.is_cut:
+            got = got.truncate(self.rank, max_error=self.max_error)
+        if self.dtype is not None:
+            got = got.to(dtype=self.dtype)
+        norms = {name: call_named(name, norm, v) for name, v in adapter.modules.items()}
+        errors = {}
+        for name, value in adapter.modules.items():
+            # Measured on the factors as they are in the end: their rounding is a part of the error.
+            if value is not got.modules[name]:
+                errors[name] = call_named(name, measured, value, got.modules[name])[0]
+        return got, Deviation(errors, norms)
 
 
 def call_named(name: str, call: Callable[..., T], *arguments: object) -> T:

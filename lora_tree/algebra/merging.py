@@ -29,7 +29,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .core import Joint, joint
-from .deviation import Deviation, call_named, cut, deviation
+from .deviation import Deviation, Shortening, call_named, deviation
 from .edit import Edited, free, stale_notes
 from .elementwise import Method, check_method, merged
 from .sums import added_up, aligned, check_spelling, less
@@ -109,7 +109,7 @@ def merge(
         parts = [adapter.modules.get(name) for adapter in several]
         values[name] = call_named(name, recipe.module, name, parts, given)
     full = replace(whole, modules=values, errors={}, rounded=frozenset())
-    short, told = cut(full, rank, max_error=max_error, dtype=widest(whole))
+    short, told = Shortening(rank, max_error, widest(whole)).of(full)
     # The merge ran in float64; its dtype is not one that a caller's factors were rounded from.
     short = replace(short, rounded=frozenset())
     distances = tuple(deviation(adapter, short).relative_error for adapter in several)

@@ -17,7 +17,7 @@ from ..base_names import other_base
 from ..errors import BaseMismatch, SpecError, TreeError
 from ..node_names import check_path
 from ..tree import AdapterTree
-from .deviation import Deviation, cut
+from .deviation import Deviation, Shortening
 from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
 from .sums import Term, added_up, less, read_terms
 
@@ -135,7 +135,7 @@ def rebase(
     gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base)
     notes = stale_notes(tree, [path])
     renamed = {old: to + old[len(path) :] for old in (path, *below)}
-    adapter, told = _made_up(tree, path, gap, rank, max_error, dtype, base)
+    adapter, told = _made_up(tree, path, gap, Shortening(rank, max_error, dtype), base)
     tree.move(path, to)
     if adapter is None:
         still_fits(tree, renamed.values())
@@ -192,8 +192,9 @@ def rebase_all(
     children, notes = _nearest(tree, path)
     found: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
+    short = Shortening(rank, max_error, dtype)
     for child in children:
-        made_up, errors[child] = _made_up(tree, child, gap, rank, max_error, dtype, base)
+        made_up, errors[child] = _made_up(tree, child, gap, short, base)
         found[child] = made_up or Adapter({})
     # Everything is computed, so the tree changes now: the parent, its children, the marks below.
     changed = list(found)
@@ -218,9 +219,7 @@ def _made_up(
     tree: AdapterTree,
     path: str,
     gap: list[Term],
-    rank: int | None,
-    max_error: float | None,
-    dtype: torch.dtype | None,
+    short: Shortening,
     base: nn.Module | None,
 ) -> tuple[Adapter | None, Deviation]:
     """A node's increments with a gap in its lineage made up for; None where there is nothing to do.
@@ -230,7 +229,7 @@ def _made_up(
     """
     weight = tree[path].weight
     kept = read_terms(tree, {path: 1.0}, base=base)
-    if not gap and rank is None and max_error is None and dtype is None:
+    if not gap and short.asks_nothing:
         return None, Deviation()
     if weight == 0.0 and gap:
         raise SpecError(
@@ -243,7 +242,7 @@ def _made_up(
         terms.append((node, coefficient / weight, adapter))
     if not terms:
         return None, Deviation()
-    adapter, told = cut(added_up(terms, base=base), rank, max_error=max_error, dtype=dtype)
+    adapter, told = short.of(added_up(terms, base=base))
     return replace(adapter, errors={}), told
 
 
