@@ -25,8 +25,9 @@ from .given import unchecked
 from .lowrank import LowRank
 from .lowrank.cast import cast, differs
 from .overlay import apart
-from .override import Override
+from .override import Override, tensor_owner
 from .storage import as_path, storage
+from .weights import GivenWeight, Weight, as_weight, check_matched
 
 __all__ = ["Adapter"]
 
@@ -135,6 +136,12 @@ class Adapter:
         return {name: value.rank for name, value in self.modules.items()}
 
     @property
+    def module_names(self) -> list[str]:
+        """The modules that it changes: those of its increments, then those of overrides alone."""
+        owners = [tensor_owner(tensor)[0] for tensor in self.overrides]
+        return list(dict.fromkeys([*self.modules, *owners]))
+
+    @property
     def numel(self) -> int:
         """Numbers in all factors."""
         return sum(value.numel for value in self.modules.values())
@@ -213,19 +220,56 @@ class Adapter:
             overrides=overrides,
         )
 
-    def scaled(self, by: float) -> Adapter:
+    def scaled(self, by: GivenWeight) -> Adapter:
         """Return ``by`` times every increment.
+
+        Args:
+            by: a number, or a number for each module, ``{"default": 1, "*.down_proj": 0.5}``. A
+                module whose number is 0 is left out.
 
         Raises:
             SpecError: ``by`` is no finite number, or makes a scale that is not finite; names the
-                module.
+                module. Or a pattern matches no module.
 
         >>> import torch
         >>> fr = Adapter({"q": LowRank(torch.ones(1, 4), torch.ones(2, 1))})
         >>> fr.scaled(0.5).modules["q"].dense()[0, 0].item()
         0.5
         """
-        return self.map(lambda value: value.scaled(by))
+        if isinstance(by, int | float):
+            return self.map(lambda value: value.scaled(by))
+        weight = as_weight(by, "scaled")
+        check_matched([("scaled", weight, self.module_names)])
+        return self.weighed(weight)
+
+    def weighed(self, weight: Weight) -> Adapter:
+        """Return the increments with a weight in their scales; modules of weight 0 are left out,
+        and so is what replaces or carries their tensors.
+
+        For the library's own use: unlike `scaled` it takes patterns that match no module.
+        """
+        if isinstance(weight, float):
+            return self.scaled(weight)
+        modules: dict[str, LowRank] = {}
+        for name, value in self.modules.items():
+            number = weight.of(name)
+            # A zero is left out, not multiplied: 0 · inf is NaN.
+            if number == 0.0:
+                continue
+            try:
+                modules[name] = value.scaled(number)
+            except LoraTreeError as error:
+                raise error.within(name) from error
+
+        def counts(tensor: str) -> bool:
+            return weight.of(tensor_owner(tensor)[0]) != 0.0
+
+        return replace(
+            self,
+            modules=modules,
+            overrides={tensor: own for tensor, own in self.overrides.items() if counts(tensor)},
+            unchanged={tensor: own for tensor, own in self.unchanged.items() if counts(tensor)},
+        )
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -3,7 +3,8 @@
     coefficient of a node  =  its weight · Σ weight of every entry whose lineage passes through it
 
 A path is the blend with one entry of weight 1. Half-way between two siblings, ``{"fr/legal": 0.5,
-"fr/medical": 0.5}``, their parent keeps its full weight.
+"fr/medical": 0.5}``, their parent keeps its full weight. An entry may have a weight per module
+(`weights`), and then all of this is said of one module.
 
 A blend has one spelling, by which losses, counts, files and servers know it: two blends have the
 same one where they name the same paths with the same weights, to the last bit, and only there.
@@ -11,21 +12,20 @@ same one where they name the same paths with the same weights, to the last bit, 
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from .errors import PathError, SpecError
 from .node_names import check_path
+from .weights import GivenWeight, Weight, as_weight, parse_weight
 
-__all__ = ["Blend", "check_finite", "depth_first", "parse_blend", "spelled", "total"]
+__all__ = ["Blend", "depth_first", "parse_blend", "spelled"]
 
-Blend: TypeAlias = str | Mapping[str, float]
+Blend: TypeAlias = str | Mapping[str, GivenWeight]
 """A path, ``"fr/legal"``; or a blend, as a mapping or as ``"fr/legal:0.5+fr/medical:0.5"``."""
 
 
-def parse_blend(blend: Blend) -> dict[str, float]:
+def parse_blend(blend: Blend) -> dict[str, Weight]:
     """A blend in any of its spellings as path → weight.
 
     Raises:
@@ -36,14 +36,17 @@ def parse_blend(blend: Blend) -> dict[str, float]:
     {'fr/legal': 0.5, 'fr/medical': 0.5}
     >>> parse_blend("fr/legal")
     {'fr/legal': 1.0}
+    >>> parse_blend("fr/legal:{*.down_proj=0.5}") == parse_blend({"fr/legal": {"*.down_proj": 0.5}})
+    True
     """
     if isinstance(blend, Mapping):
         if not blend:
             raise SpecError("an empty blend; the bare base is the path ''")
+        found = {}
         for path, weight in blend.items():
             check_path(path)
-            check_finite(weight, f"blend: weight of {path!r}")
-        return {path: float(weight) for path, weight in blend.items()}
+            found[path] = as_weight(weight, f"blend: weight of {path!r}")
+        return found
     if not isinstance(blend, str):
         raise PathError(
             f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}"
@@ -51,23 +54,29 @@ def parse_blend(blend: Blend) -> dict[str, float]:
     if ":" not in blend and "+" not in blend:
         check_path(blend)
         return {blend: 1.0}
-    entries: dict[str, float] = {}
-    # No name holds a plus or a colon, so a text can be cut at them. A weight like 1e+5 would be cut
-    # as well, and so `spelled` never writes one.
+    entries: dict[str, Weight] = {}
+    # No name and no pattern holds a plus or a colon, so a text can be cut at them. A weight like
+    # 1e+5 would be cut as well, and so `spelled` never writes one.
     for entry in blend.split("+"):
         path, colon, number = entry.strip().rpartition(":")
         if not colon:
             path, number = number, "1"
-        try:
-            value = float(number)
-        except ValueError:
-            raise SpecError(
-                f"blend {blend!r}: {number!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'"
-            ) from None
         if path in entries:
             raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
-        entries[path] = value
+        entries[path] = _entry(number, path, blend)
     return parse_blend(entries)
+
+
+def _entry(number: str, path: str, blend: str) -> Weight:
+    """Return the weight of an entry; raises as `parse_blend`."""
+    if number.startswith("{"):
+        return parse_weight(number, f"blend: weight of {path!r}")
+    try:
+        return float(number)
+    except ValueError:
+        raise SpecError(
+            f"blend {blend!r}: {number!r} is not a number; write 'fr/legal:0.5+fr/medical:0.5'"
+        ) from None
 
 
 def spelled(blend: Blend) -> str:
@@ -82,6 +91,8 @@ def spelled(blend: Blend) -> str:
 
     >>> spelled({"fr/medical": 0.5, "fr/legal": 0.25}), spelled("fr/legal:1"), spelled({"fr": 0.0})
     ('fr/legal:0.25+fr/medical:0.5', 'fr/legal', '')
+    >>> spelled({"fr": {"default": 1, "*.down_proj": 0.5}})
+    'fr:{*.down_proj=0.5,default=1.0}'
     """
     parts = {path: weight for path, weight in sorted(parse_blend(blend).items()) if path and weight}
     if not parts:
@@ -91,51 +102,11 @@ def spelled(blend: Blend) -> str:
     return "+".join(f"{path}:{_decimal(weight)}" for path, weight in parts.items())
 
 
-def _decimal(weight: float) -> str:
+def _decimal(weight: Weight) -> str:
     """A weight without a plus of its own, which would begin another entry."""
-    return repr(weight).replace("e+", "e")
-
-
-def total(path: str, shares: Sequence[float], weight: float) -> float:
-    """A node's coefficient: its own weight times the weights of the entries that pass through it.
-
-    Raises:
-        SpecError: it is too large for a float; names the node.
-    """
-    try:
-        # fsum rounds once, so the total does not depend on the order of the entries.
-        found = math.fsum(shares) * weight
-    # fsum raises where the sum is too large; a product of floats is infinite instead.
-    except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
-        said = " + ".join(f"{share:g}" for share in shares)
-        raise SpecError(f"{path}: its coefficient ({said}) · {weight:g} is too large for a float")
-    return found
+    return f"{weight}".replace("e+", "e")
 
 
 def depth_first(path: str) -> tuple[str, ...]:
     """A key that sorts paths depth-first, children by name: the order of every sum."""
     return tuple(path.split("/"))
-
-
-def check_finite(value: object, what: str) -> None:
-    """Refuse a number that is none, or not finite.
-
-    Raises:
-        SpecError: it is not; says ``what`` it should have been.
-    """
-    # Written as `not … <=` because every comparison with NaN is false. An integer is compared as it
-    # is: float() raises an OverflowError for one that is too large.
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not abs(value) <= sys.float_info.max
-    ):
-        got = repr(value) if not _is_huge(value) else "an integer too large for one"
-        raise SpecError(f"{what} must be a finite number, got {got}")
-
-
-def _is_huge(value: object) -> bool:
-    """Tell whether an integer has so many digits that Python may refuse to write it out."""
-    return isinstance(value, int) and value.bit_length() > 1024

@@ -13,11 +13,37 @@ from .carried import is_same_tensor, wider_tensor
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
 from .override import Override
+from .weights import GivenWeight, Weight, check_matched
 
-__all__ = ["combine"]
+__all__ = ["combine", "weighed_terms"]
 
 
-def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()) -> Adapter:
+def weighed_terms(
+    terms: Iterable[tuple[str, Weight, Adapter]],
+) -> list[tuple[str, float, Adapter]]:
+    """Return (node, coefficient, adapter) terms whose coefficients are numbers.
+
+    A weight per module goes into the scales of its adapter, which shares its factors with the one
+    given; the coefficient is then 1.
+
+    Raises:
+        SpecError: a pattern matches no module; names the node.
+    """
+    terms = list(terms)
+    check_matched([(node, weight, adapter.module_names) for node, weight, adapter in terms])
+    found: list[tuple[str, float, Adapter]] = []
+    for node, weight, adapter in terms:
+        if isinstance(weight, float):
+            found.append((node, weight, adapter))
+            continue
+        try:
+            found.append((node, 1.0, adapter.weighed(weight)))
+        except LoraTreeError as error:
+            raise error.within(node) from error
+    return found
+
+
+def combine(terms: Sequence[tuple[Adapter, GivenWeight]], *, names: Sequence[str] = ()) -> Adapter:
     """Return Σ coefficient · adapter, module by module, as one adapter of rank Σr.
 
     ``base`` comes from the first term that has one. ``config`` holds the fields on which all terms
@@ -29,7 +55,7 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
     drops, `AdapterTree.terms` has dropped before.
 
     Args:
-        terms: each adapter with its coefficient.
+        terms: each adapter with its coefficient, a number or a number for each module.
         names: the name of each term in an error, if they have names: the nodes of a tree.
 
     Raises:
@@ -54,7 +80,11 @@ def combine(terms: Sequence[tuple[Adapter, float]], *, names: Sequence[str] = ()
                 certain[module] = order
     total = _Combination(names)
     for at, (adapter, coefficient) in enumerate(terms):
-        total.add(at, adapter.renested(certain), coefficient)
+        renested = adapter.renested(certain)
+        if isinstance(coefficient, int | float):
+            total.add(at, renested, coefficient)
+        else:
+            total.add(at, renested.scaled(coefficient), 1.0)
     return total.adapter()
 
 
@@ -164,7 +194,7 @@ def _is_one_order(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     return first == second
 
 
-def _pairs(terms: object) -> list[tuple[Adapter, float]]:
+def _pairs(terms: object) -> list[tuple[Adapter, GivenWeight]]:
     """Return the terms as a list.
 
     Raises:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from .adapter import Adapter
 from .spec import LoraSpec
 from .storage import Source
+from .weights import Weight
 
 __all__ = ["Node"]
 
@@ -27,7 +28,7 @@ class Node:
 
     Args:
         path: its name, ``fr/legal``.
-        weight: factor on its increments, on every path through it.
+        weight: factor on its increments, on every path through it: a number, or `ModuleWeights`.
         loaded: its adapter, if it is in memory.
         source: where its adapter lives, if it came from files.
         fresh: how its adapter is to be made when the tree is attached, if it has none yet.
@@ -37,7 +38,7 @@ class Node:
     """
 
     path: str
-    weight: float = 1.0
+    weight: Weight = 1.0
     loaded: Adapter | None = None
     source: Source | None = None
     fresh: LoraSpec | None = None

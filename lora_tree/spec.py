@@ -38,6 +38,7 @@ from .errors import NewerFormat, SpecError
 from .node_names import NAME
 from .patterns import check_pattern
 from .spec_errors import describe_invalid
+from .weights import as_weight
 
 __all__ = [
     "FORMAT",
@@ -100,9 +101,17 @@ def _size(value: int | str) -> int | str:
     return value
 
 
+def _weight(numbers: dict[str, float]) -> dict[str, float]:
+    try:
+        as_weight(numbers)
+    except SpecError as error:
+        raise ValueError(f"is no weight: {error.what.removeprefix('weight: ')}") from error
+    return numbers
+
+
 # pydantic's strict mode takes no "8" for 8; the bounds below refuse what would fail only later.
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=65536)]  # a typo like 160000000 would allocate gigabytes
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -243,8 +252,11 @@ class NodeSpec(LoraSpec):
         description="folder of a PEFT adapter, relative to tree.yaml; "
         "null: a node without an adapter of its own",
     )
-    weight: Weight = Field(
-        default=1.0, description="factor on this node's increments, on every path through it"
+    weight: Number | Annotated[dict[str, Number], AfterValidator(_weight)] = Field(
+        default=1.0,
+        description="factor on this node's increments, on every path through it: a number, or "
+        "patterns on the names of modules, each with its number; the first that matches counts, "
+        "and 'default' is for the rest",
     )
     children: dict[Name, NodeSpec] = Field(
         default_factory=dict, description="the nodes below, by name"

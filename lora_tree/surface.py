@@ -60,6 +60,7 @@ from .training.levels import weight_decays
 from .training.losses import PathLoss, path_loss, token_counts
 from .training.sampling import PathSampler
 from .tree import AdapterTree, Node
+from .weights import ModuleWeights, Weight
 
 # Written out and not computed: type checkers read it as text, and follow the `import *` of
 # `__init__.py` by it.
@@ -83,6 +84,7 @@ __all__ = [
     "MergedCheckpoint",
     "MergedWarning",
     "ModuleDiff",
+    "ModuleWeights",
     "Node",
     "Override",
     "OverrideWarning",
@@ -98,6 +100,7 @@ __all__ = [
     "TreeDiff",
     "TreeModel",
     "Truncated",
+    "Weight",
     "attach",
     "ceil_rank_of",
     "check",

@@ -22,7 +22,8 @@ from torch import nn
 
 from .adapter import Adapter
 from .attached_models import AttachedModel, AttachedModels
-from .blend import Blend, check_finite, depth_first, parse_blend, total
+from .blend import Blend, depth_first, parse_blend
+from .combining import weighed_terms
 from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
 from .flattening import NodeTerms, flattened, resolved
 from .lowrank import LowRank
@@ -30,6 +31,7 @@ from .node import Node
 from .node_names import check_name, check_path
 from .spec import CacheSpec, LoraSpec, lora_spec, tree_defaults
 from .storage import Source, as_path, names_of, storage
+from .weights import GivenWeight, Weight, as_weight, blended, check_matched
 
 __all__ = ["AdapterTree", "Node"]
 
@@ -169,8 +171,11 @@ class AdapterTree:
             shared = level[0]
         return shared
 
-    def coefficients(self, blend: Blend) -> dict[str, float]:
+    def coefficients(self, blend: Blend) -> dict[str, Weight]:
         """Return node → coefficient, node weights included, in the order of the sum, without zeros.
+
+        A coefficient is a number, or a number for each module if the node's weight, or one of the
+        blend, is.
 
         Raises:
             PathError: a path is not there; with the nearest that is.
@@ -191,17 +196,28 @@ class AdapterTree:
                 if weight != 0.0:
                     weights[node] = weight
             return weights
-        shares: dict[str, list[float]] = {}
-        for path, weight in parse_blend(blend).items():
-            for ancestor in self.lineage(path):
-                shares.setdefault(ancestor, []).append(weight)
         coefficients = {}
-        for path in sorted(shares, key=depth_first):
-            coefficient = total(path, shares[path], self[path].weight)
+        for path, shares in self._shares(blend).items():
+            coefficient = blended(path, shares, self[path].weight)
             # A zero is left out, not multiplied: 0 · inf is NaN, and its files need not be read.
             if coefficient != 0.0:
                 coefficients[path] = coefficient
         return coefficients
+
+    def shares(self, blend: Blend) -> dict[str, Weight]:
+        """Return node → the weights of the entries that pass through it, without the node's own.
+
+        Raises:
+            PathError, SpecError: as `coefficients`.
+        """
+        return {path: blended(path, each, 1.0) for path, each in self._shares(blend).items()}
+
+    def _shares(self, blend: Blend) -> dict[str, list[Weight]]:
+        found: dict[str, list[Weight]] = {}
+        for path, weight in parse_blend(blend).items():
+            for ancestor in self.lineage(path):
+                found.setdefault(ancestor, []).append(weight)
+        return {path: found[path] for path in sorted(found, key=depth_first)}
 
     def matching(self, patterns: Iterable[str]) -> list[str]:
         """Return the nodes that paths or patterns like ``"fr/*"`` name, in the order of the sum.
@@ -234,7 +250,7 @@ class AdapterTree:
         path: str,
         *,
         adapter: Adapter | str | os.PathLike[str] | None = None,
-        weight: float = 1.0,
+        weight: GivenWeight = 1.0,
         group: bool = False,
         **lora: Any,
     ) -> Node:
@@ -244,7 +260,9 @@ class AdapterTree:
             path: its name; the node above must be there already.
             adapter: an `Adapter`, or a PEFT folder, or a ``.safetensors`` file of kohya's or
                 diffusers'; files are read when first needed.
-            weight: factor on its increments.
+            weight: factor on its increments: a number, or a number for each module by patterns on
+                its name, ``{"default": 1.0, "*.down_proj": 0.5, "layers.[0-7].*": 0}``. The first
+                pattern that matches counts.
             group: the node has no adapter of its own, now or later.
             **lora: how to make a fresh adapter when the tree is attached (words of `LoraSpec`),
                 over ``defaults``.
@@ -252,7 +270,8 @@ class AdapterTree:
         Raises:
             PathError: the name is not valid, or the node above is missing.
             TreeError: the node exists, or one that differs only by case does.
-            SpecError: a value makes no sense, or ``adapter``, ``group`` and ``lora`` were mixed.
+            SpecError: a value makes no sense, or ``adapter``, ``group`` and ``lora`` were mixed; or
+                a pattern of ``weight`` matches no module of the adapter.
             FormatError: the folder, or the file, does not hold a whole adapter.
 
         >>> tree = AdapterTree(defaults=dict(target_modules=["q_proj"]))
@@ -280,7 +299,7 @@ class AdapterTree:
                 f"{path}: a node has an adapter, or is a group, or is made fresh from "
                 f"{listing(sorted(lora)) or 'r, …'}"
             )
-        check_finite(weight, f"{path}: weight")
+        own_weight = as_weight(weight, f"{path}: weight")
         loaded, source, fresh = None, None, None
         if isinstance(adapter, Adapter):
             loaded = adapter
@@ -290,7 +309,8 @@ class AdapterTree:
             fresh = lora_spec(lora, path)
         # Everything is checked by now, so an error leaves the tree as it was. No attached model is
         # asked: a path that is active can't lead through a node that is new.
-        node = Node(path, float(weight), loaded, source, fresh)
+        node = Node(path, own_weight, loaded, source, fresh)
+        _check_patterns(node)
         self.replace(node)
         return node
 
@@ -358,25 +378,26 @@ class AdapterTree:
         path: str,
         *,
         adapter: Adapter | str | os.PathLike[str] | None = None,
-        weight: float | None = None,
+        weight: GivenWeight | None = None,
     ) -> Node:
-        """Give a node another adapter or another weight.
+        """Give a node another adapter or another weight, a number or one for each module.
 
         Raises:
             PathError: it is not there.
             TreeError: an attached model is using it.
             SpecError: the weight is not a finite number, or ``adapter`` is neither an adapter nor a
-                folder.
+                folder; or a pattern of the weight matches no module of the adapter.
             FormatError: the folder does not hold a whole adapter.
         """
         node = self[path]
         if weight is not None:
-            check_finite(weight, f"{path}: weight")
-            node = replace(node, weight=float(weight))
+            node = replace(node, weight=as_weight(weight, f"{path}: weight"))
         if isinstance(adapter, Adapter):
             node = node.holding(adapter)
         elif adapter is not None:
             node = node.read_from(_source(path, adapter))
+        if adapter is not None or weight is not None:
+            _check_patterns(node)
         self._models.check_unused([path], "changed")
         self.replace(node)
         return node
@@ -431,7 +452,8 @@ class AdapterTree:
     ) -> NodeTerms:
         """Return the terms of a blend, (node, coefficient, adapter), in the order of the sum.
 
-        What a deeper override replaces is dropped: the adapters add up to the path as they are.
+        What a deeper override replaces is dropped: the adapters add up to the path as they are. A
+        weight per module is in the scales of the term's adapter, whose coefficient is then 1.
 
         Args:
             base: give every adapter the names that its modules have in this model today.
@@ -440,22 +462,23 @@ class AdapterTree:
 
         Raises:
             PathError, SpecError: as `coefficients`; or the paths of a blend have different
-                overrides of a tensor.
+                overrides of a tensor; or a pattern of a weight matches no module.
             FolderError, FormatError: a node's files are gone, broken, or not what the lock says;
                 names the node.
             BaseMismatch: an adapter can't be put into the base's names; names the node and the
                 module.
         """
-        terms = []
+        found = []
         for path, coefficient in self.coefficients(blend).items():
             adapter = self.adapter(path)
             if adapter is None:
                 continue  # a group, or a fresh node that no base has made an adapter for
-            if base is not None:
-                adapter = _named(path, adapter, base)
-            if bound is not None:
-                adapter = bound(path, adapter)
-            terms.append((path, coefficient, adapter))
+            found.append((path, coefficient, adapter))
+        terms = []
+        # Patterns are meant for the adapter's own names, so weights come before renaming.
+        for path, number, adapter in weighed_terms(found):
+            own = adapter if base is None else _named(path, adapter, base)
+            terms.append((path, number, own if bound is None else bound(path, own)))
         if not any(adapter.overrides for _, _, adapter in terms):
             return terms  # nearly every tree
         return resolved(terms, self.counting_lineages(blend))
@@ -619,6 +642,25 @@ class AdapterTree:
                 if sibling == path:
                     detail = "exists already"
                 raise TreeError(f"{path} {detail}", "remove or rename the other one first")
+
+
+def _check_patterns(node: Node) -> None:
+    """Refuse a weight with a pattern that matches no module of the node's adapter, if it has one.
+
+    Raises:
+        SpecError: one matches none.
+        FormatError: the files are gone or broken; names the node.
+    """
+    if isinstance(node.weight, float) or not node.has_adapter:
+        return
+    adapter = node.loaded
+    if adapter is None and node.source is not None:
+        try:
+            adapter = node.source.outline()  # names alone, no factors
+        except LoraTreeError as error:
+            raise error.within(node.path) from error
+    assert adapter is not None
+    check_matched([(node.path, node.weight, adapter.module_names)])
 
 
 def _named(path: str, adapter: Adapter, base: nn.Module) -> Adapter:

@@ -971,3 +971,19 @@ def test_every_command_explains_itself(shell: Shell) -> None:
         code, out, _ = shell(command, "--help")
         assert code == 0
         assert "Usage:" in out
+
+
+def test_weights_per_module_are_set_and_shown(shell: Shell, zoo: Path) -> None:
+    text = "*.q_proj=0.5,default=2"
+    code, out, _ = shell("set", zoo, "fr/legal", "--weight", text)
+    assert (code, "weight {*.q_proj=0.5,default=2}" in out) == (0, True)
+    code, out, _ = shell("show", zoo)
+    assert "by module" in out
+    assert "weight of fr/legal: {*.q_proj=0.5,default=2}" in out
+    nodes = {line["path"]: line for line in answer(shell, "show", zoo)["nodes"]}
+    assert nodes["fr/legal"]["weight"] == {"default": 2.0, "*.q_proj": 0.5}
+    for wrong, said in (("x", "'x' is not a number"), ("*.k_prj=1", "matches no module")):
+        code, _, err = shell("set", zoo, "fr/legal", "--weight", wrong)
+        assert code == 1
+        assert said in err
+    lt.load(zoo)

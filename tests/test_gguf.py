@@ -133,3 +133,20 @@ def test_the_commands(tmp_path: Path) -> None:
     done = shell.command("export", folder, "fr", "--nodes", "--out", files)
     assert done.returncode == 1
     assert "--nodes writes every node by itself" in done.stderr
+
+
+def test_weights_per_module_are_in_the_files_because_a_request_has_one_scale(
+    tmp_path: Path,
+) -> None:
+    base, tree = saved(tmp_path / "base"), zoo()
+    tree.update("fr/legal", weight={"*.down_proj": 0.25, "default": 2.0})
+    lt.export_gguf_nodes(tree, tmp_path / "nodes", base=base)
+    said = lt.llama_request(tree, tmp_path / "nodes", {"fr/legal": 0.5})
+    assert said.body == [{"id": 0, "scale": 0.5}, {"id": 1, "scale": 0.5}]
+    _, tensors = read(tmp_path / "nodes/fr/legal.gguf")
+    down = tensors["blk.1.ffn_down.weight.lora_b"] @ tensors["blk.1.ffn_down.weight.lora_a"]
+    own = tree.adapter("fr/legal")
+    assert own is not None
+    torch.testing.assert_close(down, 0.25 * own.modules[DOWN].dense())
+    with pytest.raises(SpecError, match=r"fr: llama\.cpp has one scale for a file"):
+        lt.llama_request(tree, tmp_path / "nodes", {"fr/legal": {"*.down_proj": 0.5}})

@@ -31,6 +31,7 @@ RINGS = {
         "base_names",
         "budget",
         "patterns",
+        "weights",
         "lowrank",
         "overlay",
         "storage",

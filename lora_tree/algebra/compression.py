@@ -28,9 +28,10 @@ from ..errors import BudgetError, ShapeMismatch, SpecError
 from ..given import check_dtype, check_rank
 from ..lowrank import LowRank
 from ..tree import AdapterTree
+from ..weights import weight_at
 from .core import check_readable
 from .deviation import Deviation, call_named, measured
-from .edit import Edited, changeable
+from .edit import Edited, changeable, put_adapter
 
 __all__ = ["Compressed", "compress"]
 
@@ -168,11 +169,10 @@ class Cut:
         return replace(short, bias=bias).to(dtype=self.dtype or self.value.dtype)
 
 
-def _share(tree: AdapterTree, path: str) -> float:
-    """The share of a node's squared error: its weight squared, for each leaf that has it."""
+def _leaves(tree: AdapterTree, path: str) -> int:
+    """How many leaves have a node's error; a node without children is the one that has its own."""
     leaves = [node for node in tree.paths(path) if not tree.children(node)]
-    # A node without children is the one leaf that has its error.
-    return tree[path].weight ** 2 * max(1, len(leaves))
+    return max(1, len(leaves))
 
 
 def _cuts(
@@ -183,8 +183,9 @@ def _cuts(
 ) -> dict[Place, Cut]:
     cuts: dict[Place, Cut] = {}
     for path, adapter in adapters.items():
-        share = _share(tree, path)
+        weight, leaves = tree[path].weight, _leaves(tree, path)
         for name, value in adapter.modules.items():
+            share = weight_at(weight, name) ** 2 * leaves
             cut = call_named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
             cuts[path, name] = replace(cut, gains=cut.gains * share)
     return cuts
@@ -321,7 +322,7 @@ def _cut_down(
     for path, adapter in made.items():
         # A node of which nothing was cut keeps its files, and with them what it was trained on.
         if dict(adapter.modules) != dict(adapters[path].modules):
-            tree.update(path, adapter=adapter)
+            put_adapter(tree, path, adapter)
             changed[path] = errors[path]
     return Compressed(
         edited=Edited(changed=tuple(changed), errors=changed),

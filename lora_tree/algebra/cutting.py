@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -19,10 +18,12 @@ from ..errors import PathError, SpecError
 from ..given import check_rank
 from ..lowrank import LowRank
 from ..node_names import check_path
+from ..patterns import glob_means
 from ..tree import AdapterTree
+from ..weights import weight_within
 from .core import joint
 from .deviation import Shortening, call_named, deviation
-from .edit import Edited, changeable, free, own, stale_notes, still_fits
+from .edit import Edited, changeable, free, own, put_adapter, stale_notes, still_fits
 from .sums import added_up, less
 
 __all__ = ["split", "squash"]
@@ -126,10 +127,10 @@ def split(
     told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
     children = tree.children(path)
     # The new child first: only its name can be refused, and then nothing has changed yet.
-    tree.add(to, adapter=moves, weight=weight)
+    tree.add(to, adapter=moves, weight=weight_within(weight, moves.module_names))
     for child in children:
         tree.move(child, to + child[len(path) :])
-    tree.update(path, adapter=stays)
+    put_adapter(tree, path, stays)
     still_fits(tree, renamed.values())
     return Edited((to,), (path,), renamed, {to: told}, notes)
 
@@ -168,7 +169,7 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
     patterns = [modules] if isinstance(modules, str) else list(modules)
     moves: dict[str, LowRank] = {}
     for pattern in patterns:
-        hits = {n: v for n, v in whole.modules.items() if _is_meant(n, pattern)}
+        hits = {n: v for n, v in whole.modules.items() if glob_means(pattern, n)}
         # A pattern without a module is a typing error, not a wish to move nothing.
         if not hits:
             raise SpecError(
@@ -177,10 +178,6 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
         moves |= hits
     stays = {name: value for name, value in whole.modules.items() if name not in moves}
     return replace(whole, modules=stays, errors={}), _only(whole, moves)
-
-
-def _is_meant(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 
 def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:

@@ -25,6 +25,7 @@ from ..errors import SpecError
 from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
+from ..weights import Weight, plain_weight
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import call_named, length, minus
 from .sums import added_up, check_spelling, read_terms
@@ -139,7 +140,7 @@ class TreeDiff:
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
-    weights: Mapping[str, tuple[float, float]]
+    weights: Mapping[str, tuple[Weight, Weight]]
     nodes: Mapping[str, Diff]
     base: tuple[str | None, str | None] | None = None
 
@@ -154,7 +155,7 @@ class TreeDiff:
         return {
             "only_a": list(self.only_a),
             "only_b": list(self.only_b),
-            "weights": {path: list(two) for path, two in self.weights.items()},
+            "weights": {path: list(map(plain_weight, two)) for path, two in self.weights.items()},
             "base": None if self.base is None else list(self.base),
             "nodes": {path: node.as_dict() for path, node in self.nodes.items()},
         }

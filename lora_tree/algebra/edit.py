@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..adapter import Adapter
 from ..errors import SpecError, TreeError
 from ..node_names import check_path
 from ..tree import AdapterTree
+from ..weights import weight_within
 from .deviation import Deviation
 
-__all__ = ["Edited", "changeable", "made", "stale_notes", "still_fits"]
+__all__ = ["Edited", "changeable", "made", "put_adapter", "stale_notes", "still_fits"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ def changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
     for path in paths:
         # Giving a node the weight that it has changes nothing, and asks every model.
         tree.update(path, weight=tree[path].weight)
+
+
+def put_adapter(tree: AdapterTree, path: str, adapter: Adapter) -> None:
+    """Give a node another adapter; its weight loses the patterns that match no module of that.
+
+    Those had an effect only on modules that are gone, so no effective weight depends on them.
+    """
+    tree.update(
+        path, adapter=adapter, weight=weight_within(tree[path].weight, adapter.module_names)
+    )
 
 
 def still_fits(tree: AdapterTree, paths: Iterable[str]) -> None:

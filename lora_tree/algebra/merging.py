@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..blend import check_finite
 from ..combining import combine
 from ..errors import SpecError
 from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
+from ..weights import GivenWeight, Weight, as_weight, weight_at
 from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
 from .edit import Edited, free, stale_notes
@@ -60,7 +60,7 @@ class Merged:
 
 def merge(
     adapters: Sequence[Adapter],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[GivenWeight] | None = None,
     *,
     method: Method = "ties",
     density: float = 1.0,
@@ -74,7 +74,7 @@ def merge(
 
     Args:
         adapters: at least one. A module that one of them lacks is zero there.
-        weights: one for each; 1 where None.
+        weights: one for each, a number or a number for each module; 1 where None.
         method: ``linear``, ``magnitude_prune``, ``ties``, ``dare_linear``, ``dare_ties`` or
             ``sce``.
         density: the part of the numbers that is kept of each adapter.
@@ -95,19 +95,19 @@ def merge(
     (2.0, 1.0)
     """
     recipe = Recipe(method, density, space, seed)
-    given = [1.0] * len(adapters) if weights is None else list(weights)
     names = list(names) or [f"adapter {i}" for i in range(len(adapters))]
-    _check(adapters, given)
+    given = _checked(adapters, [1.0] * len(adapters) if weights is None else weights)
     if space == "dense" and rank is None and max_error is None:
         raise SpecError("space='dense': the result has every rank", "give rank= or max_error=")
-    check_spelling(list(zip(names, given, adapters, strict=True)))
+    check_spelling([(name, 1.0, each) for name, each in zip(names, adapters, strict=True)])
     # The sum says whether they fit together, and has the base, the config and what they carry.
     whole = combine(list(zip(adapters, given, strict=True)), names=names)
     several = aligned(adapters)
     values: dict[str, LowRank] = {}
     for name in whole.modules:
         parts = [adapter.modules.get(name) for adapter in several]
-        values[name] = call_named(name, recipe.module, name, parts, given)
+        numbers = [weight_at(weight, name) for weight in given]
+        values[name] = call_named(name, recipe.module, name, parts, numbers)
     full = replace(whole, modules=values, errors={}, rounded=frozenset())
     short, told = Shortening(rank, max_error, widest(whole)).of(full)
     # The merge ran in float64; its dtype is not one that a caller's factors were rounded from.
@@ -121,7 +121,7 @@ def merge_paths(
     paths: Sequence[str],
     *,
     to: str,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[GivenWeight] | None = None,
     method: Method = "ties",
     density: float = 1.0,
     space: Space = "core",
@@ -276,11 +276,11 @@ def _knot(U: Tensor, S: Tensor, core: Tensor) -> Tensor:
     return inverse[..., :, None] * (U.mT @ core)
 
 
-def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+def _checked(adapters: Sequence[Adapter], weights: Sequence[GivenWeight]) -> list[Weight]:
+    """Return the weights, one for each adapter; raises as `merge`."""
     strange = [each for each in adapters if not isinstance(unchecked(each), Adapter)]
     if strange or not adapters:
         raise SpecError(f"merge takes a list of adapters, got {adapters!r:.80}")
     if len(weights) != len(adapters):
         raise SpecError(f"{len(adapters)} adapters, but {len(weights)} weights")
-    for weight in weights:
-        check_finite(weight, "weights: each")
+    return [as_weight(weight, "weights: each") for weight in weights]

@@ -14,12 +14,20 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..base_names import other_base
-from ..errors import BaseMismatch, SpecError, TreeError
+from ..errors import BaseMismatch, SpecError, TreeError, listing
 from ..node_names import check_path
 from ..tree import AdapterTree
+from ..weights import (
+    GivenWeight,
+    Weight,
+    as_weight,
+    inverse_weight,
+    scaled_weight,
+    weight_at,
+)
 from .deviation import Deviation, Shortening
-from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
-from .sums import Term, added_up, less, read_terms
+from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
+from .sums import Term, added_up, as_term, less, read_terms
 
 __all__ = ["graft", "pick", "rebase", "rebase_all"]
 
@@ -140,7 +148,7 @@ def rebase(
     if adapter is None:
         still_fits(tree, renamed.values())
         return Edited(moved=renamed, notes=notes)
-    tree.update(to, adapter=adapter)
+    put_adapter(tree, to, adapter)
     still_fits(tree, list(renamed.values())[1:])
     return Edited(changed=(to,), moved=renamed, errors={to: told}, notes=notes)
 
@@ -151,8 +159,8 @@ def rebase_all(
     *,
     adapter: Adapter | str | os.PathLike[str] | None = None,
     was: Adapter | None = None,
-    weight: float | None = None,
-    was_weight: float | None = None,
+    weight: GivenWeight | None = None,
+    was_weight: GivenWeight | None = None,
     rank: int | None = None,
     max_error: float | None = None,
     dtype: torch.dtype | None = None,
@@ -181,14 +189,17 @@ def rebase_all(
     """
     below = tree.paths(path)
     changeable(tree, [path, *below])
-    before = _term(tree, path, was, was_weight)
-    after = _term(tree, path, _opened(adapter), weight)
-    if before[1:] == after[1:]:
+    before = _as_given(tree, path, was, was_weight)
+    after = _as_given(tree, path, _opened(adapter), weight)
+    if before == after:
         raise SpecError(
             f"{path}: nothing differs from what it was",
             "give adapter= or weight=, or what it had before: was=, was_weight=",
         )
-    gap = [before, (f"{path} (new)", -after[1], after[2])]
+    gap = [
+        as_term(path, *before),
+        as_term(f"{path} (new)", scaled_weight(after[0], -1.0), after[1]),
+    ]
     children, notes = _nearest(tree, path)
     found: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
@@ -202,14 +213,14 @@ def rebase_all(
         tree.update(path, adapter=adapter, weight=weight)
         changed.insert(0, path)
     for child, made_up in found.items():
-        tree.update(child, adapter=made_up)
+        put_adapter(tree, child, made_up)
     deeper = [node for node in below if node not in found]
     still_fits(tree, deeper)
     notes += stale_notes(tree, deeper)
     return Edited(changed=tuple(changed), errors=errors, notes=notes)
 
 
-def _above(tree: AdapterTree, path: str) -> list[tuple[str, float]]:
+def _above(tree: AdapterTree, path: str) -> list[tuple[str, Weight]]:
     """The ancestors that add something, with their weights."""
     above = tree.lineage(path)[:-1]
     return [(node, tree[node].weight) for node in above if tree[node].has_adapter]
@@ -225,21 +236,26 @@ def _made_up(
     """A node's increments with a gap in its lineage made up for; None where there is nothing to do.
 
     Raises:
-        SpecError: its weight is 0.
+        SpecError: its weight is 0, or that of a module which the gap changes.
     """
     weight = tree[path].weight
     kept = read_terms(tree, {path: 1.0}, base=base)
     if not gap and short.asks_nothing:
         return None, Deviation()
-    if weight == 0.0 and gap:
-        raise SpecError(
-            f"{path}: its weight is 0, so no increment of it makes up for another lineage",
-            f"give it a weight first: tree.update({path!r}, weight=1.0)",
-        )
     terms = list(kept)
     for node, coefficient, adapter in gap:
+        lost = [name for name in adapter.modules if weight_at(weight, name) == 0.0]
+        if lost:
+            at = "" if weight == 0.0 else f" at {listing(lost, most=2)}"
+            raise SpecError(
+                f"{path}: its weight is 0{at}, so no increment of it makes up for another lineage",
+                f"give it a weight first: tree.update({path!r}, weight=1.0)",
+            )
         # The node's weight stands before its increments, so what they make up for is divided by it.
-        terms.append((node, coefficient / weight, adapter))
+        if isinstance(weight, float):
+            terms.append((node, coefficient / weight, adapter))
+        else:
+            terms.append((node, coefficient, adapter.weighed(inverse_weight(weight))))
     if not terms:
         return None, Deviation()
     adapter, told = short.of(added_up(terms, base=base))
@@ -253,11 +269,13 @@ def _opened(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:
     return Adapter.load(adapter)
 
 
-def _term(tree: AdapterTree, path: str, adapter: Adapter | None, weight: float | None) -> Term:
-    """(node, weight, adapter) of a node, with what is given in the place of its own."""
+def _as_given(
+    tree: AdapterTree, path: str, adapter: Adapter | None, weight: GivenWeight | None
+) -> tuple[Weight, Adapter]:
+    """The weight and the adapter of a node, with what is given in the place of its own."""
     known = tree.adapter(path) if adapter is None else adapter
-    own_weight = tree[path].weight if weight is None else weight
-    return path, own_weight, Adapter({}) if known is None else known
+    own_weight = tree[path].weight if weight is None else as_weight(weight, f"{path}: weight")
+    return own_weight, Adapter({}) if known is None else known
 
 
 def _nearest(tree: AdapterTree, path: str) -> tuple[list[str], tuple[str, ...]]:

@@ -14,7 +14,7 @@ which falls in every round, to a local minimum. All of it happens on the cores i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,12 +26,13 @@ from ..given import check_rank
 from ..lowrank import LowRank
 from ..node_names import check_path
 from ..tree import AdapterTree
+from ..weights import Weight, inverse_weight, weight_at
 from .core import Joint, joint
 from .deviation import Deviation, call_named, deviation
-from .edit import Edited, changeable, free, made, own, stale_notes, still_fits
+from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
 from .elementwise import Method
 from .merging import Recipe, Space, spread, widest
-from .sums import added_up, aligned, read_terms
+from .sums import added_up, aligned, as_term, read_terms
 
 __all__ = ["hoist"]
 
@@ -94,13 +95,16 @@ def hoist(
             "leaf_rank: only the mean is fitted together with what is left; leave method out"
         )
     recipe = None if method is None else Recipe(method, density, space, seed)
-    terms = read_terms(tree, {path: tree[path].weight for path in names})
+    terms = read_terms(tree, dict.fromkeys(names, 1.0))
+    weights = [tree[path].weight for path, _, _ in terms]
     # The sum says whether the siblings fit together, and has what a new adapter needs beside
     # modules.
     whole = added_up(terms)
     dtype = widest(whole)
     adapters = aligned([adapter for _, _, adapter in terms])
-    weighted = [a.scaled(weight) for a, (_, weight, _) in zip(adapters, terms, strict=True)]
+    weighted = [a.weighed(weight) for a, weight in zip(adapters, weights, strict=True)]
+    for path, weight in (*zip(names, weights, strict=True), *_weight_of(tree, parent, into)):
+        _refuse_zero(path, weight, whole.modules)
     shared: dict[str, LowRank] = {}
     rests: dict[str, dict[str, LowRank]] = {path: {} for path in names}
     for module in whole.modules:
@@ -113,10 +117,10 @@ def hoist(
     top = replace(whole, modules=shared, errors={})
     children: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
-    for (path, weight, _), adapter, wanted in zip(terms, adapters, weighted, strict=True):
+    for path, weight, adapter, wanted in zip(names, weights, adapters, weighted, strict=True):
         children[path] = _child(weight, adapter, rests[path])
         # Measured on what will be saved, so that the rounding of factors is a part of the error.
-        now = added_up([("shared", 1.0, top), (path, weight, children[path])])
+        now = added_up([("shared", 1.0, top), as_term(path, weight, children[path])])
         errors[path] = deviation(wanted, now)
     return _installed(tree, parent, into, top, children, errors)
 
@@ -314,9 +318,31 @@ def _takes(tree: AdapterTree, parent: str) -> None:
         raise SpecError(f"{parent}: its weight is 0, so nothing in it has an effect")
 
 
-def _child(weight: float, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
+def _weight_of(tree: AdapterTree, parent: str, into: str | None) -> list[tuple[str, Weight]]:
+    """The weight of the node that gets the shared part, if it is there already."""
+    return [(parent, tree[parent].weight)] if into is None else []
+
+
+def _refuse_zero(path: str, weight: Weight, modules: Iterable[str]) -> None:
+    """Refuse a weight of 0 at a module that a hoist changes.
+
+    Raises:
+        SpecError: it is 0 at one.
+    """
+    lost = [name for name in modules if weight_at(weight, name) == 0.0]
+    if lost:
+        raise SpecError(
+            f"{path}: its weight is 0 at {listing(lost, most=2)}, so nothing in it makes up for "
+            "what moves",
+            "give it a weight there, or split those modules off first",
+        )
+
+
+def _child(weight: Weight, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
     """The rest of a sibling, without its weight; one module of zeros where nothing is left."""
-    modules = {name: value.scaled(1.0 / weight).folded() for name, value in rest.items()}
+    modules = {}
+    for name, value in rest.items():
+        modules[name] = value.scaled(1.0 / weight_at(weight, name)).folded()
     if not modules:
         # Files without a module can't be written, and the node has to stay.
         name, value = next(iter(adapter.modules.items()))
@@ -348,11 +374,11 @@ def _installed(
             tree.move(path, renamed[path])
     else:
         mine = read_terms(tree, {parent: 1.0})
-        shared = ("shared", 1.0 / tree[parent].weight, top)
-        tree.update(parent, adapter=added_up([*mine, shared]))
+        shared = as_term("shared", inverse_weight(tree[parent].weight), top)
+        put_adapter(tree, parent, added_up([*mine, shared]))
         notes = (f"{parent}: by itself another model now: it holds what its children share", *notes)
     for path, adapter in children.items():
-        tree.update(renamed.get(path, path), adapter=adapter)
+        put_adapter(tree, renamed.get(path, path), adapter)
         still_fits(tree, [renamed.get(node, node) for node in below[path]])
     told = {renamed.get(path, path): error for path, error in errors.items()}
     if into is not None:

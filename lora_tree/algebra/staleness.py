@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..tree import AdapterTree
+from ..weights import Weight
 
 __all__ = ["made_stale"]
 
@@ -39,9 +40,9 @@ def made_stale(
     return found
 
 
-def _ancestors(tree: AdapterTree, path: str) -> list[tuple[object, float]]:
+def _ancestors(tree: AdapterTree, path: str) -> list[tuple[object, Weight]]:
     """The adapters above a node, as what they came from, and their weights. Names don't count."""
-    found: list[tuple[object, float]] = []
+    found: list[tuple[object, Weight]] = []
     for above in tree.lineage(path)[:-1]:
         node = tree[above]
         # Files before memory: an adapter that was only read since is the one that it was.

@@ -14,18 +14,19 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..blend import Blend, depth_first
-from ..combining import combine
+from ..combining import combine, weighed_terms
 from ..errors import BaseMismatch, listing
 from ..lowrank import LowRank
 from ..spelling import spelled_twice
 from ..storage import names_of
 from ..tree import AdapterTree
+from ..weights import Weight, less_weight
 from .deviation import call_named
 
-__all__ = ["Term", "added_up", "aligned", "less", "read_terms"]
+__all__ = ["Term", "added_up", "aligned", "as_term", "less", "read_terms"]
 
 Term = tuple[str, float, Adapter]
-"""(node, coefficient, its adapter)."""
+"""(node, coefficient, its adapter). A weight per module is in the adapter's scales."""
 
 
 def less(
@@ -46,20 +47,21 @@ def less(
     coefficients = tree.coefficients(plus)
     # Equal coefficients cancel exactly: both come from the same weights by the same sums.
     for node, coefficient in tree.coefficients(minus).items():
-        coefficients[node] = coefficients.get(node, 0.0) - coefficient
+        coefficients[node] = less_weight(coefficients.get(node, 0.0), coefficient)
     return read_terms(tree, coefficients, base=base)
 
 
 def read_terms(
-    tree: AdapterTree, coefficients: Mapping[str, float], *, base: nn.Module | None = None
+    tree: AdapterTree, coefficients: Mapping[str, Weight], *, base: nn.Module | None = None
 ) -> list[Term]:
     """Return the terms of node → coefficient, in the order of the sum; zeros are not read.
 
     Raises:
         FolderError, FormatError: a node's files are gone or broken; names the node.
         BaseMismatch: an adapter can't be put into the base's names; names the node.
+        SpecError: a pattern of a weight matches no module; names the node.
     """
-    terms: list[Term] = []
+    found: list[tuple[str, Weight, Adapter]] = []
     for node in sorted(coefficients, key=depth_first):
         coefficient = coefficients[node]
         if coefficient == 0.0:
@@ -67,10 +69,21 @@ def read_terms(
         adapter = tree.adapter(node)
         if adapter is None:  # a group adds nothing, and neither does a fresh node: its B is zero
             continue
-        if base is not None:
-            adapter = call_named(node, names_of(base).bound, adapter)
-        terms.append((node, coefficient, adapter))
-    return terms
+        found.append((node, coefficient, adapter))
+    terms = weighed_terms(found)
+    if base is None:
+        return terms
+    named = []
+    for node, number, adapter in terms:
+        named.append((node, number, call_named(node, names_of(base).bound, adapter)))
+    return named
+
+
+def as_term(node: str, weight: Weight, adapter: Adapter) -> Term:
+    """Return a term of a weight that was checked, or of one for other modules than these."""
+    if isinstance(weight, float):
+        return node, weight, adapter
+    return node, 1.0, call_named(node, adapter.weighed, weight)
 
 
 def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:

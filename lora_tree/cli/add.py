@@ -13,7 +13,8 @@ from ..errors import FormatError, LoraTreeError
 from ..folder import load
 from ..formats.recognise import recognise
 from ..tree import AdapterTree
-from .arguments import AsJson, Folder
+from ..weights import Weight
+from .arguments import AsJson, Folder, WeightText, given_weight
 from .editing import DryRun, Work
 
 __all__ = ["add_node"]
@@ -25,7 +26,7 @@ def add_node(
     adapter: Annotated[
         Path | None, typer.Argument(help="An adapter, or a tree to hang below PATH.")
     ] = None,
-    weight: Annotated[float, typer.Option(help="Factor on its increments.")] = 1.0,
+    weight: WeightText = None,
     group: Annotated[bool, typer.Option("--group", help="A node without an adapter.")] = False,
     r: Annotated[int | None, typer.Option("--r", help="Rank of a fresh adapter.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Its lora_alpha.")] = None,
@@ -39,20 +40,22 @@ def add_node(
     as_json: AsJson = False,
 ) -> None:
     """Add a node: an adapter, a group, a fresh one, or another tree; say what it was."""
+    said = given_weight(weight)
+    own = 1.0 if said is None else said
     work = Work(load(folder), folder, dry_run=dry_run)
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     lora = {word: value for word, value in given.items() if value is not None}
     if adapter is None or lora or group:
         # Options of a fresh node beside an adapter go in as well: the tree refuses the mixture, and
         # an option that is silently ignored would be worse.
-        work.tree.add(path, adapter=adapter, weight=weight, group=group, **lora)
+        work.tree.add(path, adapter=adapter, weight=own, group=group, **lora)
         edited = Edited(added=(path,))
     else:
-        edited = _from_files(work.tree, path, adapter, weight)
+        edited = _from_files(work.tree, path, adapter, own)
     work.done(edited, as_json=as_json, copy_files=copy)
 
 
-def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: float) -> Edited:
+def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> Edited:
     try:
         # As an adapter first: a node's folder that has children opens as a tree as well, but as one
         # of the children alone, and the node itself would be lost.

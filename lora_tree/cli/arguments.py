@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..weights import Weight, parse_weight
 from .console import keep_quiet, stdout_is_json
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "Quiet",
     "SkipBroken",
     "TrustRemoteCode",
+    "WeightText",
+    "given_weight",
 ]
 
 
@@ -29,6 +32,15 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
     if wanted:
         context.with_resource(stdout_is_json())
     return wanted
+
+
+def given_weight(text: str | None, option: str = "--weight") -> Weight | None:
+    """Return the weight that an option says; None if it was not given.
+
+    Raises:
+        SpecError: it is none; names the option.
+    """
+    return None if text is None else parse_weight(text, option)
 
 
 def _no_progress(context: typer.Context, wanted: bool) -> bool:
@@ -74,6 +86,13 @@ SkipBroken = Annotated[
     bool,
     typer.Option(
         "--skip-broken", help="Leave out nodes that can't be used, and everything below them."
+    ),
+]
+WeightText = Annotated[
+    str | None,
+    typer.Option(
+        help="Factor on its increments: a number, or '*.down_proj=0.5,default=1'.",
+        metavar="WEIGHT",
     ),
 ]
 Length = Annotated[int, typer.Option(min=2, help="Keep so many tokens of a row.")]

@@ -18,7 +18,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "add": ("lora-tree add zoo/ fr/tax downloads/tax --copy",),
     "mv": ("lora-tree mv zoo/ fr/medical medical --keep-effective",),
     "rm": ("lora-tree rm zoo/ fr/medical --dry-run", "lora-tree rm zoo/ fr/medical"),
-    "set": ("lora-tree set zoo/ fr/legal --weight 0.8",),
+    "set": (
+        "lora-tree set zoo/ fr/legal --weight 0.8",
+        "lora-tree set zoo/ fr/legal --weight '*.q_proj=0.5,default=1'",
+    ),
     "diff": (
         "lora-tree diff zoo/ fr/legal fr/medical",
         "lora-tree diff zoo/ fr --with zoo-before/",

@@ -12,6 +12,8 @@ fr/legal                      a node, by the names from the top down to it
 ''                            the bare base
 'fr/*'                        a pattern: every node below fr
 fr/legal:0.5+fr/medical:0.5   a blend: paths with weights; a weight left out is 1
+fr/legal:{*.down_proj=0.5}    weights per module: the first pattern that matches counts, and
+                              default=1 is for the rest
 
 Put patterns in quotes, so that the shell leaves them alone.
 """,

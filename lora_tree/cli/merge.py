@@ -9,6 +9,7 @@ import typer
 
 from ..algebra import Edited, merge_paths
 from ..folder import load
+from ..weights import parse_weight
 from .arguments import AsJson, Folder
 from .editing import DryRun, MaxError, Rank, Work
 
@@ -43,7 +44,8 @@ def merge_nodes(
     paths: Annotated[list[str], typer.Argument(help="The paths to merge.")],
     to: Annotated[str, typer.Option("--to", help="The new node; a sibling of theirs, as a rule.")],
     weight: Annotated[
-        list[float] | None, typer.Option(help="One for each path; 1 without any.")
+        list[str] | None,
+        typer.Option(help="One for each path; 1 without any.", metavar="WEIGHT"),
     ] = None,
     method: Annotated[Method, typer.Option(help="How they are merged.")] = Method.ties,
     density: Density = 1.0,
@@ -62,7 +64,7 @@ def merge_nodes(
         work.tree,
         paths,
         to=to,
-        weights=weight or None,
+        weights=[parse_weight(text, "--weight") for text in weight or ()] or None,
         method=method.value,
         density=density,
         space=space.value,

@@ -14,7 +14,7 @@ import typer
 from ..adapter import Adapter
 from ..algebra import rebase_all
 from ..folder import load
-from .arguments import AsJson, Folder
+from .arguments import AsJson, Folder, given_weight
 from .editing import DryRun, MaxError, Rank, Work
 
 __all__ = ["rebase_children"]
@@ -26,7 +26,9 @@ def rebase_children(
     was: Annotated[
         Path | None, typer.Option(help="The folder of the adapter that it had before.")
     ] = None,
-    was_weight: Annotated[float | None, typer.Option(help="The weight that it had before.")] = None,
+    was_weight: Annotated[
+        str | None, typer.Option(help="The weight that it had before.", metavar="WEIGHT")
+    ] = None,
     rank: Rank = None,
     max_error: MaxError = None,
     dry_run: DryRun = False,
@@ -37,7 +39,6 @@ def rebase_children(
     # The former adapter belongs to no node any more, so it is read by itself and not through the
     # tree.
     old = None if was is None else Adapter.load(was)
-    edited = rebase_all(
-        work.tree, path, was=old, was_weight=was_weight, rank=rank, max_error=max_error
-    )
+    own = given_weight(was_weight, "--was-weight")
+    edited = rebase_all(work.tree, path, was=old, was_weight=own, rank=rank, max_error=max_error)
     work.done(edited, as_json=as_json)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from ..drawn.tree_picture import tree_picture
 from ..errors import LoraTreeError
 from ..folder import Problem, disk, load, notes, survey
 from ..tree import AdapterTree
+from ..weights import Weight, plain_weight
 from .arguments import AsJson, Folder
 from .console import out, print_json
 from .tree_table import print_table
@@ -125,6 +125,10 @@ def show(
             )
         if is_terminal:
             _print_reasons(drawn, broken, str(error))
+        for each in drawn:
+            weight = known[each.path].weight
+            if not isinstance(weight, float):
+                out().print(f"weight of {each.path}: {weight:g}", soft_wrap=True)
         for note in remarks:
             out().print(f"note: {note}", soft_wrap=True)
     if error is not None:
@@ -158,7 +162,7 @@ def _print_json(
         {
             "folder": str(folder),
             "base": tree.base,
-            "nodes": [asdict(line) for line in lines],
+            "nodes": [line.as_dict() for line in lines],
             "problems": told,
             "notes": remarks,
         }
@@ -192,7 +196,15 @@ def _order(sort: Sort, lines: Mapping[str, NodeLine]) -> Callable[[str], Any] | 
     # The largest first, so the order is that of the negative number.
     if sort is Sort.rank:
         return lambda path: -max(lines[path].ranks, default=0)
+    if sort is Sort.weight:
+        return lambda path: -_most(lines[path].weight)
     return lambda path: -getattr(lines[path], sort.value)
+
+
+def _most(weight: Weight) -> float:
+    """Return the largest number of a weight."""
+    numbers = [weight] if isinstance(weight, float) else plain_weight(weight).values()
+    return max(numbers)
 
 
 def _total(

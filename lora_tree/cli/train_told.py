@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from ..runs import Run, Verdict
+from ..weights import plain_weight
 from .console import note, out, print_json
 
 __all__ = ["foretell", "tell_outcome"]
@@ -84,7 +84,7 @@ def tell_outcome(
                 "checkpoint": str(checkpoint),
                 "rows": len(running.rows),
                 "left_out": running.left_out,
-                "held_back": [asdict(verdict) for verdict in verdicts],
+                "held_back": [_figures(verdict) for verdict in verdicts],
                 "losses": running.last,
                 "first": {node: first for node, (first, _) in losses.items()},
                 "last": {node: last for node, (_, last) in losses.items()},
@@ -101,3 +101,8 @@ def tell_outcome(
     out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
     if stale:
         out().print(f"stale now: {', '.join(stale)}")
+
+
+def _figures(verdict: Verdict) -> dict[str, object]:
+    """Return a verdict as plain data, for JSON."""
+    return {**vars(verdict), "weight": plain_weight(verdict.weight)}

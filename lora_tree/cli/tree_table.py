@@ -55,7 +55,7 @@ def print_table(
     names = [_name(node, node.path in broken, node.path in dimmed) for node in drawn]
     remarks = [_remark(lines[node.path], broken.get(node.path)) for node in drawn]
     columns = {
-        "weight": [f"{lines[node.path].weight:g}" for node in drawn],
+        "weight": [lines[node.path].weight_words for node in drawn],
         "r": ["/".join(map(str, lines[node.path].ranks)) for node in drawn],
         "modules": [_if_any(lines[node.path], "modules") for node in drawn],
         "parameters": [_if_any(lines[node.path], "parameters") for node in drawn],

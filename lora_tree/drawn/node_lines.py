@@ -11,6 +11,7 @@ from ..errors import LoraTreeError, PathError, suggest
 from ..folder import Problem
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
+from ..weights import Weight, plain_weight
 from .stale_words import stale_words
 
 __all__ = ["NodeLine", "below", "lines_of", "matching_lines", "remark_words"]
@@ -24,12 +25,21 @@ class NodeLine:
 
     path: str
     kind: Literal["adapter", "fresh", "group", "broken"]
-    weight: float
+    weight: Weight
     modules: int
     ranks: list[int]
     parameters: int
     bytes: int
     stale: str | None
+
+    @property
+    def weight_words(self) -> str:
+        """The weight as a cell of a table has room for it."""
+        return f"{self.weight:g}" if isinstance(self.weight, float) else "by module"
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the line as plain data, for JSON."""
+        return {**vars(self), "weight": plain_weight(self.weight)}
 
 
 def lines_of(
@@ -57,7 +67,7 @@ def lines_of(
             # Its files were whole when the folder was opened, and are not now.
             broken[path] = Problem(path, "adapter", str(error))
     for path in broken:
-        weight = tree[path].weight if path in tree else 1.0
+        weight: Weight = tree[path].weight if path in tree else 1.0
         lines.append(NodeLine(path, "broken", weight, 0, [], 0, 0, None))
     # By names and not by text: "fr-x" must not come between "fr" and "fr/legal".
     lines.sort(key=lambda line: line.path.split("/"))

@@ -93,7 +93,7 @@ def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
         ink = STALE
     parts = []
     if line.weight != 1.0:
-        parts.append(f"× {line.weight:g}")
+        parts.append(f"× {line.weight_words}")
     if line.ranks:
         parts.append(f"r {'/'.join(map(str, line.ranks))}")
         parts.append(decimal(line.bytes))

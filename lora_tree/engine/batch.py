@@ -14,8 +14,8 @@ Law: what a row owes depends on its own path alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor
 from ..blend import Blend, depth_first, parse_blend
 from ..errors import LoraTreeError, SpecError
 from ..tree import AdapterTree
+from ..weights import Weight, weight_digest
 from .kernels import Segments, segment_numbers
 from .upload import uploaded
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "tree_node"]
 
 Kind = tuple[float, ...]
 """A row's coefficient of every node; 0 for a node that is not on its lineage."""
@@ -38,9 +39,12 @@ class Batch:
     """Rows, by the coefficients of the nodes on their lineages.
 
     Args:
-        nodes: in the order of the sum.
+        nodes: in the order of the sum. A node that rows owe in several weights per module stands
+            there once for each, as ``fr``, ``fr#1``, ….
         kinds: the distinct things that a row can owe.
         of_row: row → its kind.
+        weights: the weight with which each of the nodes is owed, times what `kinds` says: 1, or a
+            weight per module. None: all are 1.
 
     >>> tree = AdapterTree()
     >>> for path in ("fr", "fr/legal", "de"): _ = tree.add(path)
@@ -54,6 +58,7 @@ class Batch:
     nodes: tuple[str, ...]
     kinds: tuple[Kind, ...]
     of_row: tuple[int, ...]
+    weights: tuple[Weight, ...] | None = None
 
     @staticmethod
     def of(tree: AdapterTree, paths: Iterable[Blend]) -> Batch:
@@ -70,9 +75,9 @@ class Batch:
                 "any number of rows",
             )
         known: dict[object, int] = {}
-        owed: list[dict[str, float]] = []
+        owed: list[dict[str, Weight]] = []
         of_row: list[int] = []
-        nodes: set[str] = set()
+        columns: set[_Column] = set()
         # A batch of thousands of rows has a few paths, and each is looked up once.
         for row, blend in enumerate(paths):
             try:
@@ -83,18 +88,19 @@ class Batch:
                 if key not in known:
                     known[key] = len(owed)
                     owed.append(tree.coefficients(blend))
-                    nodes.update(owed[-1])
+                    columns.update(_column(node, weight) for node, weight in owed[-1].items())
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
             of_row.append(known[key])
         if not of_row:
             raise SpecError("route needs at least one row, got an empty list of paths")
         # The tree's own order, so that a row's sum does not depend on the rows around it.
-        in_order = tuple(sorted(nodes, key=depth_first))
+        in_order = sorted(columns, key=lambda column: (depth_first(column[0]), column[1]))
         kinds = []
         for each in owed:
-            kinds.append(tuple([each.get(node, 0.0) for node in in_order]))
-        return _distinct(in_order, kinds, of_row)
+            kinds.append(tuple([_owes(each, node, digest) for node, digest, _ in in_order]))
+        batch = _distinct(_labels([node for node, _, _ in in_order]), kinds, of_row)
+        return replace(batch, weights=tuple([weight for _, _, weight in in_order]))
 
     def __len__(self) -> int:
         return len(self.of_row)
@@ -119,9 +125,17 @@ class Batch:
         rows: list[int] = []
         for kind in self.of_row:
             rows += [kind] * repeat
-        return Batch(self.nodes, self.kinds, tuple(rows) * tile)
+        return Batch(self.nodes, self.kinds, tuple(rows) * tile, self.weights)
 
     # ------------------------------------------------------------------ derived
+    @cached_property
+    def owed_nodes(self) -> list[tuple[str, str, Weight]]:
+        """(name here, the tree's node, the weight with which it is owed), in the order of the sum."""
+        found = []
+        for name, weight in zip(self.nodes, self.weights or (1.0,) * len(self.nodes), strict=True):
+            found.append((name, tree_node(name), weight))
+        return found
+
     @cached_property
     def is_uniform(self) -> bool:
         """All rows owe the same, so it does not matter which is which."""
@@ -202,6 +216,41 @@ class Batch:
     def _indices(self) -> dict[tuple[tuple[int, ...], torch.device], Tensor]:
         """The index lists that `index` has sent so far."""
         return {}
+
+
+_Column = tuple[str, str, Weight]
+"""A node, and a weight with its digest, by which weights of one node are told apart."""
+
+
+def _column(node: str, weight: Weight) -> _Column:
+    # Rows with numbers share one column, and owe it their numbers. A weight per module is in the
+    # factors' scales, so each has a column of its own.
+    shared = 1.0 if isinstance(weight, float) else weight
+    return node, weight_digest(shared), shared
+
+
+def _owes(owed: Mapping[str, Weight], node: str, digest: str) -> float:
+    """Return what a row owes to a column."""
+    weight = owed.get(node, 0.0)
+    if weight == 0.0 or _column(node, weight)[1] != digest:
+        return 0.0
+    return weight if isinstance(weight, float) else 1.0
+
+
+def _labels(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Return the nodes with a number behind those that stand there again."""
+    found: list[str] = []
+    seen: dict[str, int] = {}
+    for node in nodes:
+        again = seen.get(node, 0)
+        found.append(f"{node}#{again}" if again else node)
+        seen[node] = again + 1
+    return tuple(found)
+
+
+def tree_node(name: str) -> str:
+    """Return the tree's node for a name in a batch."""
+    return name.partition("#")[0]  # in no name of a node
 
 
 def _distinct(nodes: tuple[str, ...], owed: Sequence[Kind], of_row: Sequence[int]) -> Batch:

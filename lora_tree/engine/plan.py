@@ -29,6 +29,7 @@ from ..lowrank import LowRank
 from ..override import Override, OverrideWarning, counted_modules, standing, warn_of_dropped
 from ..renaming import Renaming
 from ..sites import Site, find_site, find_tensor_site, with_tied_rows
+from ..weights import Weight, check_matched
 from .last_used import LastUsed
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
 
 KEPT_PLANS = 256
 KEPT_MARKS = 1024
+KEPT_WEIGHTS = 16
+"""Weights per module of one adapter; clients of a server may make up any number of them."""
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -270,12 +273,14 @@ class Binder:
         # would keep it alive.
         self._bound: weakref.WeakKeyDictionary[Adapter, tuple[Adapter | None, list[Site]]]
         self._bound = weakref.WeakKeyDictionary()
+        self._weighted: weakref.WeakKeyDictionary[Adapter, OrderedDict[Weight, Adapter]]
+        self._weighted = weakref.WeakKeyDictionary()
         self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
 
     def plan(
         self,
-        terms: list[tuple[str, float, Adapter]],
+        terms: list[tuple[str, Weight, Adapter]],
         lineages: Callable[[], list[list[str]]] | None = None,
     ) -> Plan:
         """Return the plan of (node, coefficient, adapter) terms; the same object for a path that
@@ -288,13 +293,14 @@ class Binder:
 
         Raises:
             BaseMismatch: an adapter does not fit; names the node and the module.
-            SpecError: the paths of a blend have different overrides of a tensor.
+            SpecError: the paths of a blend have different overrides of a tensor; or a pattern of a
+                weight matches no module of its adapter.
         """
         return self.placed(terms, lineages).plan
 
     def placed(
         self,
-        terms: list[tuple[str, float, Adapter]],
+        terms: list[tuple[str, Weight, Adapter]],
         lineages: Callable[[], list[list[str]]] | None = None,
     ) -> PlacedPlan:
         """Return the same plan, with the dtypes of its sites' weights in the base as it is now.
@@ -326,14 +332,15 @@ class Binder:
 
     def _made(
         self,
-        terms: list[tuple[str, float, Adapter]],
+        terms: list[tuple[str, Weight, Adapter]],
         lineages: Callable[[], list[list[str]]] | None,
     ) -> Plan:
+        check_matched([(node, weight, adapter.module_names) for node, weight, adapter in terms])
         # Site by site in the order in which the lineage first names them; within a site in the
         # order of the sum, which decides the bits.
         found: dict[str, list[Term]] = {}
         live: set[tuple[str, str]] = set()
-        bound = [(node, c, self.bind(node, adapter)) for node, c, adapter in terms]
+        bound = [(node, *self._weighed(node, weight, adapter)) for node, weight, adapter in terms]
         overrides = self._overrides(bound, lineages)
         fixed = not any(adapter.is_trainable for _, _, adapter in bound)
         for node, coefficient, adapter in overrides.resolved:
@@ -419,6 +426,28 @@ class Binder:
         self._sites[site.name] = site
         return site, leaf
 
+    def _weighed(self, node: str, weight: Weight, adapter: Adapter) -> tuple[float, Adapter]:
+        """Return a coefficient and the adapter that it is for, under the names of this base.
+
+        A weight per module is in the adapter's scales. It goes in before names are changed, because
+        its patterns are meant for the adapter's own; the same adapter and weight give the same
+        object while the adapter lives, so that sites see that nothing changed.
+        """
+        bound = self.bind(node, adapter)
+        if isinstance(weight, float):
+            return weight, bound
+        known = self._weighted.setdefault(adapter, OrderedDict())
+        if weight in known:
+            known.move_to_end(weight)
+            return 1.0, known[weight]
+        try:
+            known[weight] = self._in_base(node, adapter.weighed(weight))
+        except LoraTreeError as error:
+            raise error.within(node) from error
+        if len(known) > KEPT_WEIGHTS:
+            known.popitem(last=False)
+        return 1.0, known[weight]
+
     def bind(self, node: str, adapter: Adapter) -> Adapter:
         """Return ``adapter`` under the names of this base, checked.
 
@@ -431,8 +460,7 @@ class Binder:
         if known is not None and all(site.is_in(self._base) for site in known[1]):
             return known[0] or adapter
         try:
-            bound = self._with_told_apart(node, self._renaming.bound(adapter))
-            bound = with_tied_rows(self._base, bound)
+            bound = self._in_base(node, adapter)
             sites = [self.site(name) for name in bound.modules]
             for site, value in zip(sites, bound.modules.values(), strict=True):
                 site.check(value)
@@ -448,7 +476,13 @@ class Binder:
             self._warned.add(adapter.base)
             warn_of_base(node, adapter.base, self._own_name, stacklevel=2)
         self._bound[adapter] = None if bound is adapter else bound, sites
+        self._weighted.pop(adapter, None)  # made for the modules that were there before
         return bound
+
+    def _in_base(self, node: str, adapter: Adapter) -> Adapter:
+        """Return an adapter under the names of this base, its overrides told apart."""
+        bound = self._with_told_apart(node, self._renaming.bound(adapter))
+        return with_tied_rows(self._base, bound)
 
     def site(self, name: str) -> Site:
         """Return the site of that name in the base as it is now; a replaced module is looked up."""

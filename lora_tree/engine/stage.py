@@ -13,7 +13,7 @@ have.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapter import Adapter
 from ..errors import StateError
 from ..tree import AdapterTree
+from ..weights import Weight
 from .behaviour import Behaviour, FactorParameters, LaidOut, Pins, Request, SideHooks, State
 from .blocks import Blocks
 from .fresh import settle_fresh
@@ -88,21 +89,22 @@ class Stage:
             FolderError, FormatError, BudgetError: an adapter can't be loaded.
             StateError: a node that trains was to be merged, or the base is compiled.
         """
-        coefficients = self._coefficients(request)
-        for node in coefficients:
+        owed = self._owed(request)
+        nodes = dict.fromkeys([node for _, node, _ in owed])
+        for node in nodes:
             if self._tree[node].fresh is not None:
-                settle_fresh(self._tree, self._base, coefficients)
+                settle_fresh(self._tree, self._base, nodes)
                 break  # that settled all of them
         # The cache keeps these adapters until the pins are released, on any way out.
-        pins = self._pin(coefficients)
+        pins = self._pin(nodes)
         try:
             adapters: dict[str, Adapter] = {}
-            terms: list[tuple[str, float, Adapter]] = []
-            for node, coefficient in coefficients.items():
+            terms: list[tuple[str, Weight, Adapter]] = []
+            for name, node, weight in owed:
                 if node not in pins.adapters:
                     continue  # a group
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
-                terms.append((node, coefficient, adapters[node]))
+                terms.append((name, weight, adapters[node]))
             lineages = None
             if not isinstance(request.asked, tuple):
                 lineages = partial(self._tree.counting_lineages, request.asked)
@@ -113,14 +115,15 @@ class Stage:
             pins.release()
             raise
 
-    def _coefficients(self, request: Request) -> Mapping[str, float]:
-        """Return node → its coefficient. In a batch every node counts once: its rows have
-        coefficients of their own.
+    def _owed(self, request: Request) -> list[tuple[str, str, Weight]]:
+        """Return (name in the plan, node, its coefficient). In a batch every node counts once: its
+        rows have coefficients of their own.
         """
         if request.rows is not None:
-            return dict.fromkeys(request.rows.batch.nodes, 1.0)
+            return request.rows.batch.owed_nodes
         assert not isinstance(request.asked, tuple)
-        return self._tree.coefficients(request.asked)
+        coefficients = self._tree.coefficients(request.asked)
+        return [(node, node, coefficient) for node, coefficient in coefficients.items()]
 
     def _parts(self, request: Request, placed: PlacedPlan) -> tuple[Plan, LaidOut]:
         """Check a plan in the mode asked for; return the plan to write into the weights, and the

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import BaseMismatch, BudgetError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
-from .batch import Batch
+from .batch import Batch, tree_node
 from .batch_axis import BatchAxis
 from .behaviour import RoutedRows
 from .finite import check_beside
@@ -83,7 +83,7 @@ class SidePaths:
         """Site → the nodes that train there."""
         found: dict[str, list[str]] = {}
         for name, node in self.plan.live:
-            found.setdefault(name, []).append(node)
+            found.setdefault(name, []).append(tree_node(node))
         return found
 
     def install(self) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..blend import Blend
+from ..blend import Blend, spelled
 from ..errors import FormatError, LoraTreeError, SpecError, listing
 from ..extras import foreign, need
 from ..folder import disk
@@ -107,7 +107,8 @@ def export_gguf_nodes(
 ) -> list[Path]:
     """Write every node that has an adapter as ``folder/<path>.gguf``; return the files by id.
 
-    A node's weight is no part of its file: `llama_request` puts it into the scale.
+    A node's weight is no part of its file: `llama_request` puts it into the scale. A weight per
+    module is, because the server knows one scale for a file.
 
     Raises:
         MissingExtra, SpecError, FormatError: as `export_gguf`; names the node.
@@ -118,8 +119,9 @@ def export_gguf_nodes(
         # By itself: `flatten` would add the nodes above it.
         adapter = tree.adapter(path)
         assert adapter is not None
+        weight = tree[path].weight
         alone = AdapterTree()
-        alone.add("node", adapter=adapter)
+        alone.add("node", adapter=adapter, weight=1.0 if isinstance(weight, float) else weight)
         try:
             rendered[file] = form.render(alone.flatten("node", base=form.model))
         except LoraTreeError as error:
@@ -136,7 +138,7 @@ def llama_request(
     """The flags for the files of `export_gguf_nodes`, and what a request says for a path or blend.
 
     Raises:
-        PathError, SpecError: no such path, or no such blend.
+        PathError, SpecError: no such path, or no such blend; or the blend has weights per module.
         FormatError: a node's file is missing.
 
     >>> import torch
@@ -154,8 +156,21 @@ def llama_request(
             f"write them first: lora-tree export ZOO --as gguf --nodes --out {folder}",
         )
     numbers = {path: number for number, path in enumerate(files)}
-    coefficients = tree.coefficients(blend)
-    lora = [(numbers[path], scale) for path, scale in coefficients.items() if path in numbers]
+    lora: list[tuple[int, float]] = []
+    for path, share in tree.shares(blend).items():
+        if path not in numbers:
+            continue
+        if not isinstance(share, float):
+            raise SpecError(
+                f"{spelled(blend)}: {path}: llama.cpp has one scale for a file, and no weights per "
+                "module",
+                "give the weights to nodes, whose files hold them; or export the blend as one file",
+            )
+        own = tree[path].weight
+        # A weight per module is in the factors of the file: see `export_gguf_nodes`.
+        scale = share * own if isinstance(own, float) else share
+        if scale != 0.0:
+            lora.append((numbers[path], scale))
     if not lora:
         # To the server an empty list means no list, and so the scales that it started with.
         lora = [(number, 0.0) for number in numbers.values()]

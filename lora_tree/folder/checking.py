@@ -11,8 +11,9 @@ import torch
 
 from ..adapter import Adapter
 from ..base_names import other_base
-from ..errors import FolderError, LoraTreeError, UnlockedError, listing
+from ..errors import FolderError, LoraTreeError, SpecError, UnlockedError, listing
 from ..lowrank import LowRank
+from ..weights import Weight, check_matched, weight_at
 from .bounds import tree_above
 from .nodes import node_of
 from .opening import Opened, inspect, named_bases
@@ -67,13 +68,19 @@ def _adapters(opened: Opened, dtype: torch.dtype) -> Iterator[Problem]:
             yield Problem(path, kind, f"{path}: {error}")
 
 
-def _numbers(node: str, adapter: Adapter, weight: float, dtype: torch.dtype) -> Iterator[Problem]:
-    """Find factors that would make every output of a base NaN, though they load and add up."""
+def _numbers(node: str, adapter: Adapter, weight: Weight, dtype: torch.dtype) -> Iterator[Problem]:
+    """Find patterns that match nothing, and factors that would make every output of a base NaN,
+    though they load and add up.
+    """
+    try:
+        check_matched([(node, weight, adapter.module_names)])
+    except SpecError as error:
+        yield Problem(node, "adapter", str(error))
     broken, huge = [], []
     for name, value in adapter.modules.items():
         if not value.is_finite:
             broken.append(name)
-        elif not _fits(value, weight, dtype):
+        elif not _fits(value, weight_at(weight, name), dtype):
             huge.append(name)
     if broken:
         yield Problem(

@@ -3,7 +3,8 @@
     content       = SHA-256 of "<SHA-256 of adapter_config.json> <of adapter_model.safetensors>"
     lineage(root) = SHA-256 of "lora_tree lineage 1"
     lineage(node) = SHA-256 of "<lineage of its parent> <content> <weight, as float.hex()>"
-                    its parent's own, if the node has no adapter
+                    its parent's own, if the node has no adapter; a weight per module is hashed as
+                    "{<pattern>=<hex>,…,default=<hex>}", in the order in which it is written
 
 Names are no part of a lineage: a renamed node is the same model. A node is *stale* if the lineage
 of its parent, or the base, is no longer what its entry says it was trained on; *unlocked* if its
@@ -16,13 +17,14 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..node_names import check_path
 from ..spec import StrictModel, check_format
 from ..spec_errors import describe_invalid
+from ..weights import Weight, parse_weight, weight_digest
 from .disk import Stamp
 
 __all__ = [
@@ -49,6 +51,11 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 _REPAIR = (
     "restore it; or remove it and run lora-tree lock, which forgets what the nodes were trained on"
 )
+
+
+def _line(weight: str) -> str:
+    parse_weight(weight)  # its SpecError is a ValueError, as pydantic wants one
+    return weight
 
 
 class FileLock(StrictModel):
@@ -103,13 +110,19 @@ class NodeLock(StrictModel):
 class LineageLock(StrictModel):
     """The last step of a lineage: an adapter below the lineage ``above``.
 
-    ``node`` was the name of its node at the time; it is for messages only.
+    ``node`` was the name of its node at the time; it is for messages only. A weight per module is
+    one line, because keys of JSON have no order and the first pattern that matches counts.
     """
 
     above: Digest
     content: Digest
-    weight: Annotated[float, Field(allow_inf_nan=False)]
+    weight: Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, AfterValidator(_line)]
     node: str
+
+    @property
+    def own_weight(self) -> Weight:
+        """The weight as a value."""
+        return parse_weight(self.weight) if isinstance(self.weight, str) else self.weight
 
 
 class TreeLock(StrictModel):
@@ -170,9 +183,9 @@ def content(config: str, weights: str) -> str:
     return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()
 
 
-def lineage(above: str, own: str | None, weight: float) -> str:
+def lineage(above: str, own: str | None, weight: Weight) -> str:
     """Return the hash of a node's lineage, given its parent's, its own content and its weight."""
     if own is None:
         return above
-    # float.hex, because two weights that print alike may differ in the last bit.
-    return hashlib.sha256(f"{above} {own} {float(weight).hex()}".encode()).hexdigest()
+    # As float.hex, because two weights that print alike may differ in the last bit.
+    return hashlib.sha256(f"{above} {own} {weight_digest(weight)}".encode()).hexdigest()

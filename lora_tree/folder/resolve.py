@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from ..errors import FormatError, LoraTreeError, PathError
 from ..node_names import check_path
 from ..spec import LoraSpec, NodeSpec, TreeSpec
+from ..weights import Weight, as_weight
 from .bounds import inside, no_folder, tree_above
 from .problem import Problem
 from .scan import Files, Scan, find_files
@@ -32,14 +33,14 @@ class FolderNode:
     """A node as its folder has it.
 
     Args:
-        weight: factor on its increments.
+        weight: factor on its increments: a number, or one for each module.
         files: its adapter's files; None for a fresh node or a group.
         named: tree.yaml names the folder of the adapter.
         fresh: how its adapter is to be made.
         null: tree.yaml says that it has no adapter.
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     files: Files | None = None
     named: bool = False
     fresh: LoraSpec | None = None
@@ -142,14 +143,14 @@ class _Resolving:
 
     def _listed(self, path: str, node: NodeSpec, defaults: LoraSpec) -> FolderNode:
         if node.adapter is not None:
-            return FolderNode(node.weight, self._named_files(node.adapter), named=True)
+            return FolderNode(as_weight(node.weight), self._named_files(node.adapter), named=True)
         if "adapter" in node.model_fields_set:  # it says null, which is not the same as nothing
-            return FolderNode(node.weight, null=True)
+            return FolderNode(as_weight(node.weight), null=True)
         if path in self.scan.found:
-            return FolderNode(node.weight, self.scan.found[path])
+            return FolderNode(as_weight(node.weight), self.scan.found[path])
         recipe = LoraSpec(**{name: getattr(node, name) for name in LoraSpec.model_fields})
         is_fresh = recipe != LoraSpec() or defaults.has_targets
-        return FolderNode(node.weight, fresh=recipe if is_fresh else None)
+        return FolderNode(as_weight(node.weight), fresh=recipe if is_fresh else None)
 
     def _named_files(self, named: str) -> Files:
         """Find the adapter's files in a folder that tree.yaml names."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..formats.peft import CONFIG, WEIGHTS
+from ..weights import Weight
 from .disk import Stamp
 from .lockfile import ROOT, BaseLock, FileLock, LineageLock, NodeLock, TreeLock, lineage
 
@@ -35,7 +36,7 @@ class LineageStep:
     """One adapter on the way down a lineage; its name is for messages and counts for nothing."""
 
     content: str
-    weight: float
+    weight: Weight
     node: str
 
 
@@ -46,7 +47,7 @@ class Lineage:
     digest: str
     steps: tuple[LineageStep, ...] | None = None
 
-    def below(self, content: str | None, weight: float, node: str) -> Lineage:
+    def below(self, content: str | None, weight: Weight, node: str) -> Lineage:
         """Return the lineage of a node, given its parent's; without an adapter it is the same."""
         if content is None:
             return self
@@ -86,9 +87,9 @@ def _steps(digest: str, lock: TreeLock) -> tuple[LineageStep, ...] | None:
     while digest != ROOT:
         told = lock.lineages.get(digest)
         # The table is only for messages, and anybody may have written it. The hash decides.
-        if told is None or lineage(told.above, told.content, told.weight) != digest:
+        if told is None or lineage(told.above, told.content, told.own_weight) != digest:
             return None
-        found.append(LineageStep(told.content, told.weight, told.node))
+        found.append(LineageStep(told.content, told.own_weight, told.node))
         digest = told.above
     return tuple(reversed(found))
 
@@ -102,7 +103,10 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
         for step in one.on.steps or ():
             digest = lineage(above, step.content, step.weight)
             entry = LineageLock(
-                above=above, content=step.content, weight=step.weight, node=step.node
+                above=above,
+                content=step.content,
+                weight=step.weight if isinstance(step.weight, float) else f"{step.weight}",
+                node=step.node,
             )
             found.setdefault(digest, entry)
             above = digest
@@ -195,4 +199,4 @@ def _taken(steps: list[LineageStep], what: str, value: str) -> LineageStep | Non
 
 
 def _weight(was: LineageStep, now: LineageStep) -> str:
-    return f"the weight of {now.node} (was {was.weight!r}, now {now.weight!r})"
+    return f"the weight of {now.node} (was {was.weight}, now {now.weight})"

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..spec import TreeSpec
 from ..tree import AdapterTree
+from ..weights import plain_weight
 from .bases import local_base
 from .changes import KeptAdapter
 from .disk import Stamp
@@ -139,7 +140,7 @@ class YamlNeeds:
         elif is_group and (is_listed or node.weight != 1.0 or not self._is_group_by_itself(path)):
             yield "adapter", None
         if node.weight != 1.0:
-            yield "weight", node.weight
+            yield "weight", plain_weight(node.weight)
         if kept is None and node.fresh is not None:
             yield from node.fresh.model_dump(exclude_none=True).items()
 

@@ -20,6 +20,7 @@ from ..folder import Problem
 from ..folder.problem import HARMLESS
 from ..folder.source import FolderSource
 from ..tree import AdapterTree
+from ..weights import weight_digest
 
 __all__ = ["Contents", "FlatForm", "is_blend", "lineages"]
 
@@ -72,7 +73,7 @@ class Contents:
         for node, coefficient in tree.coefficients(path).items():
             if tree[node].has_adapter:
                 # In hexadecimal, where every bit of a float has its place.
-                parts.append((self._hash(tree, node), coefficient.hex()))
+                parts.append((self._hash(tree, node), weight_digest(coefficient)))
         if not parts:
             raise FormatError(
                 "there is nothing to serve: no node on the way has an adapter",

@@ -7,12 +7,22 @@ patterns of an adapter, one for all of a tree.
     parse.py             a pattern → instructions; refuses what bounded matching can't do
     match.py             NamePattern: the instructions, run over a name
     tables.py            ByPattern, Patterns: many patterns on many names
+    glob.py              globs like ``*.down_proj``, which need no budget
     matching_budget.py   MatchingBudget
 """
 
+from .glob import check_glob, glob_means
 from .match import NamePattern
 from .matching_budget import MatchingBudget
 from .parse import check_pattern
 from .tables import ByPattern, Patterns
 
-__all__ = ["ByPattern", "MatchingBudget", "NamePattern", "Patterns", "check_pattern"]
+__all__ = [
+    "ByPattern",
+    "MatchingBudget",
+    "NamePattern",
+    "Patterns",
+    "check_glob",
+    "check_pattern",
+    "glob_means",
+]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..blend import Blend
 from ..model import TreeModel
+from ..weights import Weight, scaled_weight
 from .evaluation import evaluate_at
 from .rows import Row
 
@@ -42,7 +43,7 @@ class Verdict:
     parent: float
     trained: float
     kept: float
-    weight: float
+    weight: Weight
 
     @property
     def beats_parent(self) -> bool:
@@ -115,7 +116,7 @@ def keep_what_helps(
                 losses[part] = evaluate_at(model, own, _at(node, part), batch=batch)
         # A tie goes to the weight as it is: a node that was not trained yet adds nothing.
         best = min(sorted(losses, reverse=True), key=losses.__getitem__)
-        weight = best * tree[node].weight
+        weight = scaled_weight(tree[node].weight, best)
         if best != 1.0:
             tree.update(node, weight=weight)
         verdicts.append(Verdict(node, len(own), losses[0.0], losses[1.0], losses[best], weight))

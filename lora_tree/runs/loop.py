@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..model import TreeModel
@@ -34,6 +35,7 @@ from ..training.diverged import Start
 from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
+from ..weights import weight_at
 from .checkpoint_factors import save_factors
 from .checkpoint_place import appearing, retire
 from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
@@ -321,6 +323,13 @@ def _check_weights(tree: AdapterTree, nodes: Sequence[str]) -> None:
             raise SpecError(
                 f"{path} has weight 0, so no row can train it",
                 f"tree.update({path!r}, weight=1.0), or weight: 1 in tree.yaml",
+            )
+        adapter = tree.adapter(path) or Adapter({})
+        frozen = [name for name in adapter.modules if weight_at(tree[path].weight, name) == 0]
+        if frozen:
+            raise SpecError(
+                f"{path} has weight 0 at {listing(frozen, most=2)}, so no row can train it there",
+                f"give those modules another weight: tree.update({path!r}, weight=…)",
             )
 
 
