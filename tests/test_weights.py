@@ -457,9 +457,10 @@ def test_merge_compress_and_scaled_take_weights_per_module() -> None:
     assert list(x.scaled({"q_proj": 2, "default": 0}).modules) == [n for n in NAMES if "q" in n][:3]
     with pytest.raises(SpecError, match="scaled: weight: pattern 'k_proj' matches no module"):
         x.scaled({"k_proj": 2})
-    # A module counts by its weight: with a small one it is cut first.
+    # A module counts by its weight: of modules that are alike, one with a small one is cut first.
     tree = lt.AdapterTree()
-    tree.add("a", adapter=x, weight={"layers.0.*": 1e-3})
+    alike = lt.Adapter(dict.fromkeys(NAMES, low_rank(6, 6)))
+    tree.add("a", adapter=alike, weight={"layers.0.*": 1e-3})
     ranks = lt.compress(tree, max_error=0.2).ranks["a"]
     # Left out is rank 0.
     for end in ("q_proj", "down_proj"):
