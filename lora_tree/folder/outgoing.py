@@ -201,7 +201,7 @@ def _moved(lock: TreeLock, contents: Mapping[str, str], names: _BaseNames) -> Tr
             return known.get(digest, digest)
         step = lock.lineages[digest]
         above, own = moved(step.above), contents.get(step.content, step.content)
-        known[digest] = lineage(above, own, step.weight)
+        known[digest] = lineage(above, own, step.own_weight)
         lineages[known[digest]] = step.model_copy(update={"above": above, "content": own})
         return known[digest]
 

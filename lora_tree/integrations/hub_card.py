@@ -154,7 +154,7 @@ def _row(line: NodeLine) -> str:
     cells = [
         _plain(line.path),
         _plain(remark_words(line, None)),
-        f"{line.weight:g}",
+        line.weight_words,
         *(numbers.get(name, "") for name in ("rank", "parameters", "size")),
     ]
     return f"| {' | '.join(cells)} |"
