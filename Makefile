@@ -9,7 +9,9 @@ STAMP   := $(VENV)/.lora_tree-installed
 ENGINES := .venv-engines
 LOWEST  := .venv-lowest
 NEWEST  := .venv-newest
+TRL     := .venv-trl
 ENGINED := $(ENGINES)/.lora_tree-installed
+TRLED   := $(TRL)/.lora_tree-installed
 WORKERS ?= 2
 GPU_WORKERS ?= 4
 ARGS    ?=
@@ -20,7 +22,7 @@ PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines fuzz lint bench compare clean
+.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl fuzz lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -51,6 +53,19 @@ $(ENGINED): pyproject.toml
 
 test-engines: $(ENGINED)  ## the same answers from a real vLLM and llama.cpp server on this CPU (its own environment; under 10 minutes)
 	cd engines && timeout --signal=INT --kill-after=60 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
+
+# torch first: a CPU build, where the index has one. constraints.txt holds for what both environments have.
+$(TRLED): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	test -x $(TRL)/bin/python || '$(PYTHON)' -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		'trl==1.16.0' 'datasets==5.2.0' 'bitsandbytes==0.50.2' 'torchao==0.18.0' -e '.[trl,peft]' pytest pytest-xdist
+	@touch $@
+
+test-trl: $(TRLED)  ## trl over a tree beside trl over PEFT, and quantised bases (its own environment; under 6 minutes)
+	timeout --signal=INT --kill-after=60 900 $(TRL)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal \
+		-c tests_trl/pytest.ini --rootdir tests_trl tests_trl $(ARGS)
 
 test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line says that it was skipped)
 	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)

@@ -14,16 +14,18 @@ those of its path.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .blend import Blend
+from .blend import Blend, spelled
 from .engine.answers import AnswersForBase
 from .engine.behaviour import Request
+from .engine.plan import Plan
 from .engine.stage import Stage
 from .engine.view import gate
 from .errors import StateError, listing
@@ -46,7 +48,7 @@ class PathModel(AnswersForBase):
         base: a view of the base.
         stage: of that view.
         factors: of the whole tree.
-        owner: the `TreeModel`; it lives as long as this object.
+        owner: lives as long as this object.
         check: raises while the base's weights are not its own.
         dropped: gets the stage when this object is collected.
     """
@@ -70,12 +72,15 @@ class PathModel(AnswersForBase):
         self._path_stage = stage
         # In a tuple: nn.Module would take them for submodules. The owner, so that it lives as long.
         self._of_tree = factors, owner
+        self._digest: Tensor | None = None
         # The hooks refer to the gate and not to this object, so that it is collected when it is
         # dropped, and not when the garbage collector runs next.
         self._gate = _Gate(check)
         gate(base, self._gate)
         stage.become(Request(path, "unmerged"))
         self._own_factors()
+        # Not in `forward`, which trainers replace by one of theirs.
+        self.register_forward_hook(_every_factor)
         # A finalizer may run in a thread that holds the cache's lock, so it only makes a note.
         self._note = weakref.finalize(self, dropped, stage)
         self._note.atexit = False
@@ -86,10 +91,7 @@ class PathModel(AnswersForBase):
 
         If several ranks train together, every factor that trains is in every rank's backward.
         """
-        out = self.base(*args, **kwargs)
-        if torch.is_grad_enabled() and ranks() > 1:
-            out = joined(out, [p for p in self.factors.parameters() if p.requires_grad])
-        return out
+        return self.base(*args, **kwargs)
 
     def close(self) -> None:
         """Let go of the path's nodes: the tree may change them then. A second call does nothing."""
@@ -97,6 +99,11 @@ class PathModel(AnswersForBase):
             self._gate.is_open = False
             self._note.detach()
             self._path_stage.close()
+
+    @property
+    def tree_model(self) -> Any:
+        """The `TreeModel` that it was made of."""
+        return self._of_tree[1]
 
     @property
     def nodes(self) -> list[str]:
@@ -123,7 +130,7 @@ class PathModel(AnswersForBase):
             if head is not None and plan.sites[name].module is head:
                 nodes = listing(dict.fromkeys(term.node for term in terms))
                 raise StateError(
-                    f"{name}: {nodes} adapt the head, and a caller that takes its weight alone "
+                    f"{name}: the head is adapted by {nodes}, and a caller that takes its weight alone "
                     "would leave that out",
                     "call the model for its logits, or leave the head out of the node: "
                     f'exclude_modules=["{name}"]',
@@ -136,10 +143,35 @@ class PathModel(AnswersForBase):
         self.renew()
         return self
 
+    def get_extra_state(self) -> Tensor:
+        """Return the content of the frozen nodes that it stands on, as the bytes of one hash.
+
+        It is in the ``state_dict`` beside the factors. So a checkpoint says what it was trained on,
+        and a cache of results that goes by the ``state_dict`` (trl keeps a reference's
+        log-probabilities so) does not take two paths over one base for the same model.
+        """
+        if self._digest is None:
+            self._digest = _digest_of(self._path_stage.current.placed.plan, set(self.factors))
+        return self._digest
+
+    def set_extra_state(self, state: Any) -> None:
+        """Compare the content of the frozen nodes with that of a ``state_dict``.
+
+        Raises:
+            StateError: the factors in it were trained on other nodes.
+        """
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            raise StateError(
+                f"{spelled(self.path) or 'the bare base'}: this state_dict is of a path whose frozen "
+                "nodes have other contents",
+                "load it over the tree that it was trained on",
+            )
+
     def _own_factors(self) -> None:
         """Hold the factors of this path's nodes, and of no others: data parallelism waits for a
         gradient of every parameter.
         """
+        self._digest = None
         self.factors.clear()
         all_factors, _ = self._of_tree
         for node in self.nodes:
@@ -157,6 +189,29 @@ class PathModel(AnswersForBase):
             "a path model can't be copied or pickled: its parameters are its base's",
             "ask for another one: model.at(path)",
         )
+
+
+def _every_factor(module: nn.Module, args: Any, out: Any) -> Any:
+    """Put every factor that trains into the backward, if several ranks train together."""
+    if not torch.is_grad_enabled() or ranks() == 1:
+        return out
+    path_model: Any = module
+    return joined(out, [p for p in path_model.factors.parameters() if p.requires_grad])
+
+
+def _digest_of(plan: Plan, without: Collection[str]) -> Tensor:
+    """Return the SHA-256 of a plan's terms as (32,) uint8; those of some nodes' factors left out."""
+    seen = hashlib.sha256()
+    for name, terms in plan.terms.items():
+        for term in terms:
+            if key_of(term.node) in without:
+                continue
+            seen.update(f"{name} {term.coefficient!r} {term.value.scale!r}".encode())
+            for factor in term.value.tensors:
+                # As bytes, because numpy has no bf16.
+                raw = factor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                seen.update(raw.numpy().tobytes())
+    return torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8)
 
 
 class _Gate:

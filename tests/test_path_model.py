@@ -304,7 +304,7 @@ def test_under_a_budget_it_pins_its_lineage_until_it_is_dropped(tmp_path: Path) 
 def test_a_head_whose_weight_would_be_taken_without_its_adapter_is_refused_by_name() -> None:
     model = speaking(llama(), ("q_proj", "lm_head"))
     policy = model.at("fr/legal")
-    with pytest.raises(StateError, match=r"^lm_head: fr, fr/legal adapt the head"):
+    with pytest.raises(StateError, match=r"^lm_head: the head is adapted by fr, fr/legal"):
         policy.get_output_embeddings()
     assert policy(IDS).logits.shape == (2, 6, 60)
     assert model.at("").get_output_embeddings().weight is model.base.lm_head.weight

@@ -11,7 +11,13 @@ from typing import Any
 from ..errors import SpecError, StateError, listing
 from ..model import TreeModel
 
-__all__ = ["check_asked", "checked_model", "refuse_arguments", "whole_groups"]
+__all__ = [
+    "check_asked",
+    "checked_model",
+    "refuse_arguments",
+    "searching_nothing",
+    "whole_groups",
+]
 
 
 def checked_model(model: Any) -> TreeModel:
@@ -101,3 +107,16 @@ def check_asked(model: TreeModel, args: Any) -> None:
                 f"{argument}: {type(model.base).__name__} has no {' or '.join(names)}",
                 f"leave {argument} out, or give the base that method",
             )
+
+
+def searching_nothing(accelerator: dict[str, Any], args: Any) -> dict[str, Any]:
+    """Return Accelerate's arguments without DDP's search for unused parameters.
+
+    The search walks the graph at every step. It is not needed: every factor is in every rank's
+    backward. A user's own word counts more.
+    """
+    if args.ddp_find_unused_parameters is None:
+        for handler in accelerator.get("kwargs_handlers", ()):
+            if hasattr(handler, "find_unused_parameters"):
+                handler.find_unused_parameters = False
+    return accelerator

@@ -37,7 +37,13 @@ from ..training.sampling import PathSampler
 from ..training.sharded import full
 from .path_losses import PathMeans, PathTotals
 from .row_paths import PathCollator, paths_of
-from .trainer_arguments import check_asked, checked_model, refuse_arguments, whole_groups
+from .trainer_arguments import (
+    check_asked,
+    checked_model,
+    refuse_arguments,
+    searching_nothing,
+    whole_groups,
+)
 from .tree_checkpoints import TreeCheckpoints  # says first what is missing
 
 # isort: split
@@ -300,16 +306,8 @@ class TreeTrainer(TreeCheckpoints):
         return weight_decays(self.tree_model.tree, list(rates), rates, by_depth=by_depth)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Switch off DDP's search for unused parameters, which walks the graph at every step.
-
-        It is not needed: every factor is in every rank's backward. A user's word counts more.
-        """
         built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        if self.args.ddp_find_unused_parameters is None:
-            for handler in built.get("kwargs_handlers", ()):
-                if hasattr(handler, "find_unused_parameters"):
-                    handler.find_unused_parameters = False
-        return built
+        return searching_nothing(built, self.args)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Return the norm of all gradients, for the log; each node is clipped as it steps."""
