@@ -515,8 +515,8 @@ class TreeModel(AnswersForBase):
                     used.update(self.tree.lineage(path))
         return sorted(used)
 
-    def prepare(self, *, max_rank: int) -> None:
-        """Put in permanent side paths over buffers of a fixed rank, for ``torch.compile``.
+    def prepare(self, *, max_rank: int | None = None) -> None:
+        """Put in permanent side paths over buffers of a fixed size, for ``torch.compile``.
 
         They stay until `detach`. After it, ``activate(…, mode="unmerged")`` and `route` rewrite the
         buffers in place, so a base that is compiled next is traced once while bare, once for a path
@@ -526,12 +526,14 @@ class TreeModel(AnswersForBase):
         Args:
             max_rank: columns of every buffer: the largest Σr of a path, or of all nodes of a batch
                 together, at any site. A site costs ``max_rank · (in + out)`` numbers, and as much
-                work as that at every step.
+                work as that at every step. Linear layers on CUDA need none where Triton runs:
+                their buffers hold the addresses of the nodes' factors.
 
         Raises:
             StateError: a path is active, the model is prepared or detached already, or the base is
                 compiled already.
-            SpecError: ``max_rank`` is not a positive whole number.
+            SpecError: ``max_rank`` is not a positive whole number, or is missing where a site needs
+                it.
             BaseMismatch, FormatError: a node does not fit the base, or its files can't be read.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -559,7 +561,15 @@ class TreeModel(AnswersForBase):
             values = increments_beside(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
             # ones back if the switch to the new ones fails.
-            make = partial(Prepared, values, max_rank=max_rank, dtype=self._manner.dtype)
+            paths = self.tree.paths()
+            make = partial(
+                Prepared,
+                values,
+                max_rank=max_rank,
+                dtype=self._manner.dtype,
+                nodes=len(paths),
+                depth=max((len(self.tree.lineage(path)) for path in paths), default=0),
+            )
             self._stage.prepare(make)
 
     # ------------------------------------------------------------------ training

@@ -158,7 +158,7 @@ def test_what_was_not_prepared_for_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=message), model.route(["n0/n1", "n2"]):
             pass
         assert torch.equal(base(x), wanted)
-        message = "a prepared model adds up as 'matrix' does, got strategy 'paths'"
+        message = "a prepared model chooses by itself how it adds up, got strategy 'paths'"
         with pytest.raises(SpecError, match=message), model.route(["n0", ""], strategy="paths"):
             pass
         tree.add(

@@ -16,6 +16,7 @@ import torch
 from oracle import coefficients
 from test_kernels import interpreted
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import lora_tree as lt
 from lora_tree.engine.kernels import (
@@ -26,6 +27,7 @@ from lora_tree.engine.kernels import (
     group_of,
     segment_numbers,
 )
+from lora_tree.errors import SpecError, StateError
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -140,7 +142,7 @@ def test_lists_with_room_to_spare_give_the_same_bits(modules: dict[str, Any]) ->
     x, base = torch.randn(5, 70), torch.randn(5, 130)
     found = []
     for entries in (0, 40):
-        sizes, numbers = segment_numbers(KINDS, of_row, 16, entries)
+        sizes, numbers = segment_numbers(KINDS, of_row, 16, entries=entries)
         segments, tiling = Segments(sizes, numbers), Tiling.of(sizes, 1, torch.float32)
         low = modules["shrink"].shrink(x, segments, table, 0, tiling)
         out = base.clone()
@@ -177,7 +179,9 @@ def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[s
     kernels = RoutedKernels(counted("shrink"), counted("expand"), counted("outer"))
     monkeypatch.setattr("lora_tree.engine.segmented.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.routed.routes", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.segmented.routed_kernels", lambda: kernels)
+    monkeypatch.setattr("lora_tree.engine.prepared_segments.routes", lambda device: True)
+    for module in ("segmented", "prepared_segments"):
+        monkeypatch.setattr(f"lora_tree.engine.{module}.routed_kernels", lambda: kernels)
     return names
 
 
@@ -376,3 +380,148 @@ def test_what_the_kernels_do_not_cover_takes_the_forms_of_stock_operations(
         y = base(x)
     assert launched == []
     torch.testing.assert_close(y, by_hand(base, tree, x, ROWS, doubled(tree)))
+
+
+# ---------------------------------------------------------------------- compiled
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+BATCHES_OF_SIX: list[list[lt.Blend]] = [
+    ROWS,
+    ["e", "e", "a/b/c", "", "a/d", "a/b"],
+    ["a/b/c"] * 6,
+]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_prepared_base_needs_no_rank_and_is_traced_once_for_all_batches(
+    launched: list[str], tokens: int
+) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    model.prepare()
+    counter = CompileCounter()
+    compiled: Any = torch.compile(base, backend=counter)
+    x = torch.randn(6, tokens, 20)
+    exact = doubled(tree)
+    frames: dict[str, set[int]] = {}
+    with torch.no_grad():
+        bare = compiled(x)
+        for rows in BATCHES_OF_SIX:
+            del launched[:]
+            with model.route(rows, batch_first=True):
+                y = compiled(x)
+            frames.setdefault("batch", set()).add(counter.frame_count)
+            assert launched == ["shrink", "expand"] * 2
+            torch.testing.assert_close(
+                y.double(), by_hand(base, tree, x, rows, exact), rtol=1e-5, atol=1e-5
+            )
+            for row, blend in enumerate(rows):
+                assert blend or torch.equal(y[row].view(torch.int32), bare[row].view(torch.int32))
+        for path in ("a/b/c", "e", "a/d"):
+            with model.using(path, mode="unmerged"):
+                y = compiled(x)
+            frames.setdefault("path", set()).add(counter.frame_count)
+            torch.testing.assert_close(
+                y.double(), by_hand(base, tree, x, [path] * 6, exact), rtol=1e-5, atol=1e-5
+            )
+        assert torch.equal(compiled(x), bare)
+    assert all(len(counts) == 1 for counts in frames.values()), frames
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_batch_hands_the_inputs_gradient_on(launched: list[str]) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    model.prepare()
+    compiled: Any = torch.compile(base, backend="aot_eager")
+    x = torch.randn(6, 3, 20)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    by_hand(base, tree, other, ROWS, doubled(tree)).square().sum().backward()
+    with model.route(ROWS, batch_first=True):
+        compiled(leaf).square().sum().backward()
+        late = compiled(leaf).square().sum()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_a_switch_rewrites_the_buffers_in_place_and_nothing_stays_in_them(
+    launched: list[str],
+) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    model.prepare()
+    x = torch.randn(6, 20)
+    with torch.no_grad():
+        bare = base(x)
+        segments: Any = model._stage.beside._segments[0]  # type: ignore[attr-defined]
+
+        def places() -> list[int]:
+            lists = [each.memory.data_ptr() for each in segments._lists[6]]
+            return [*lists, segments._addresses.data_ptr(), segments._scales.data_ptr()]
+
+        with model.route(ROWS, batch_first=True):
+            y = base(x)
+            before = places()
+            site = segments.sites["0"]
+            captured = site.run(bare.new_zeros(6, 36), x, 6, torch.float32)
+            assert captured.any()
+        with model.route(BATCHES_OF_SIX[1], batch_first=True):
+            assert not torch.equal(base(x), y)
+            assert places() == before
+        # as a graph does that was captured above, and is replayed while nothing is active
+        assert not site.run(bare.new_zeros(6, 36), x, 6, torch.float32).any()
+
+
+def test_a_batch_that_owes_more_than_any_before_gets_new_lists_and_says_so(
+    launched: list[str],
+) -> None:
+    base, tree = net(), forest()
+    for i in range(4):
+        adapter = tree.adapter("e")
+        assert adapter is not None
+        tree.add(f"m{i}", adapter=adapter)
+    model = lt.attach(tree, base)
+    model.prepare()
+    every = dict.fromkeys(tree.paths(), 0.1)
+    rows: list[lt.Blend] = [every, "e"]
+    x = torch.randn(2, 20)
+    exact = doubled(tree)
+    with torch.no_grad():
+        with model.route(["a", "e"], batch_first=True):
+            base(x)
+        with (
+            pytest.warns(RuntimeWarning, match="capture it again"),
+            model.route(rows, batch_first=True),
+        ):
+            y = base(x)
+    wanted = by_hand(base, tree, x[:, None], rows, exact)[:, 0]
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_without_kernels_prepare_asks_for_a_rank_and_changes_nothing() -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    with pytest.raises(SpecError, match="0: prepare needs max_rank"):
+        model.prepare()
+    assert not any(module._forward_hooks for module in base.modules())
+    model.prepare(max_rank=40)
+
+
+def test_factors_of_another_kind_than_was_prepared_for_are_refused(launched: list[str]) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    model.prepare()
+    adapter = tree.adapter("e")
+    assert adapter is not None
+    tree.update("e", adapter=adapter.to(dtype=torch.float16))
+    with pytest.raises(StateError, match=r"e: 0: its factors are torch\.float16"):
+        model.activate("e", mode="unmerged")
+    assert model.active == ""
+    model.activate("a", mode="unmerged")

@@ -30,7 +30,14 @@ from ..errors import BaseMismatch, SpecError
 from ..sites import Site
 from .probe import grown, is_square
 
-__all__ = ["DECLARE", "BatchAxis", "SeenSites", "in_a_list_of_lists"]
+__all__ = [
+    "DECLARE",
+    "BatchAxis",
+    "SeenSites",
+    "in_a_list_of_lists",
+    "lies_by_rows",
+    "not_by_rows",
+]
 
 DECLARE = (
     "pass repeat=k if each row occurs k times in succession, "
@@ -241,3 +248,32 @@ def in_a_list_of_lists(name: str) -> bool:
     """Return whether a module is one of many in one of many: ``layers.3.experts.7.up_proj``."""
     numbers = [part for part in name.split(".") if part.isdigit()]
     return len(numbers) > 1
+
+
+def lies_by_rows(site: Site, x: Tensor, out: Tensor, length: int, *, batch_first: bool) -> bool:
+    """Return whether an input's first axis is the rows, by its shape alone, so that it can be traced.
+
+    Args:
+        site: whose input.
+        x: the input.
+        out: the site's output.
+        length: how many rows there are.
+        batch_first: the caller knows that the first axis is the rows.
+    """
+    if x.shape[0] != length or out.shape[0] != length:
+        return False
+    others = site.token_axes(x)
+    if batch_first or others is None:
+        return True
+    tokens_sent_here = not others and in_a_list_of_lists(site.name)
+    return length not in others and not tokens_sent_here
+
+
+def not_by_rows(site: Site, x: Tensor, length: int) -> BaseMismatch:
+    """Return the error for an input whose first axis is not known to be the rows."""
+    return BaseMismatch(
+        f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be {length} rows",
+        "where it may be tokens: route(…, batch_first=True) says that the first axis is the rows "
+        "at every site",
+        DECLARE,
+    )

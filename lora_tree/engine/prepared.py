@@ -9,7 +9,8 @@ silence. So the hooks are put in once, before, and what they read is rewritten i
 
 The hook's code is plain tensor work, and all sites are in one mode: one trace while bare, one for a
 path, one for a batch of as many rows. From path to path, and from batch to batch of the same size,
-only numbers change.
+only numbers change. Where our own kernels run (`prepared_segments.py`) the buffers hold addresses
+and index lists, and no rank is fixed.
 
 What the other side paths have beside that is not here, since it could not be compiled: no watch
 over sites that never run, over key/value caches, or over checkpointed backwards; and nodes that
@@ -27,23 +28,22 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import BaseMismatch, SpecError, StateError
+from ..errors import SpecError, StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from ..tree import AdapterTree
 from .arithmetic import exact_mode
 from .batch import Batch
-from .batch_axis import DECLARE, in_a_list_of_lists
+from .batch_axis import lies_by_rows, not_by_rows
 from .behaviour import RoutedRows
 from .finite import check_beside
 from .plan import Binder, PlacedPlan, Plan, Terms, WeightDtypes
+from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
 from .routed import check_strategy
 from .side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
 __all__ = ["Numbers", "Prepared", "increments_beside"]
-
-OFF, PATH, ROWS = 0, 1, 2
 
 
 def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
@@ -76,11 +76,13 @@ class Numbers:
         of: whose buffers.
         mode: `OFF`, `PATH` or `ROWS`.
         at_site: site → what is written there.
+        segments: what is written for the sites of each device that run kernels.
     """
 
     of: Prepared
     mode: int
     at_site: Mapping[str, _SiteNumbers]
+    segments: Sequence[SegmentNumbers] = ()
 
     def install(self) -> None:
         """Make these the numbers that the side paths read."""
@@ -94,24 +96,54 @@ class Prepared:
         sites: every site, with the increments that nodes have there; the shapes of these are
             enough.
         max_rank: columns of every buffer: the largest Σr of a path, or of all the nodes of a batch
-            together.
+            together; None: every site runs kernels, which need no such buffer.
         dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
+        nodes: how many nodes the tree has.
+        depth: nodes of its longest lineage.
+
+    Raises:
+        SpecError: ``max_rank`` is not a positive whole number, or missing where a site needs it.
     """
 
     permanent = True
 
     def __init__(
-        self, sites: Mapping[Site, Sequence[LowRank]], *, max_rank: int, dtype: torch.dtype | None
+        self,
+        sites: Mapping[Site, Sequence[LowRank]],
+        *,
+        max_rank: int | None,
+        dtype: torch.dtype | None,
+        nodes: int,
+        depth: int,
     ) -> None:
-        if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+        if max_rank is not None and (
+            not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1
+        ):
             raise SpecError(f"max_rank must be a whole number from 1, got {max_rank!r}")
         self._dtype = dtype
         self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
         """Plan → the dtypes of the weights for which its numbers were found to be finite."""
         self._fixed: dict[str, _Fixed] = {}
+        by_device: dict[torch.device, dict[Site, Sequence[LowRank]]] = {}
+        dtypes = {}
         for site, values in sites.items():
-            computed_in = side_dtype(site.weight, values, dtype)
-            self._fixed[site.name] = _Fixed(site, values, max_rank, computed_in)
+            dtypes[site.name] = side_dtype(site.weight, values, dtype)
+            if covered(site, values, dtypes[site.name]):
+                assert site.weight is not None
+                by_device.setdefault(site.weight.device, {})[site] = values
+            elif max_rank is None:
+                raise SpecError(
+                    f"{site.name}: prepare needs max_rank: this site runs no kernels, and takes "
+                    "buffers of a fixed rank",
+                    "pass the largest Σr of a path, or of all nodes of a batch together",
+                )
+            else:
+                self._fixed[site.name] = _Fixed(site, values, max_rank, dtypes[site.name])
+        self._segments: list[PreparedSegments] = []
+        for device, here in by_device.items():
+            made = PreparedSegments(here, dtypes, nodes=nodes, depth=depth, device=device)
+            self._segments.append(made)
+        self._sites = {site.name: site for site in sites}
         self._handles: list[RemovableHandle] = []
         self.nothing = Numbers(self, OFF, {})
         """No side paths, ready to run."""
@@ -119,9 +151,13 @@ class Prepared:
         """Nothing that is prepared trains, so no gradient comes back to a node."""
         # One after the other into the list, so that a failure takes out those that are in.
         try:
+            hooks: list[tuple[Site, Callable[..., Any]]] = []
             for fixed in self._fixed.values():
-                hook = fixed.site.module.register_forward_hook(fixed.hook(), with_kwargs=True)
-                self._handles.append(hook)
+                hooks.append((fixed.site, fixed.hook()))
+            for segments in self._segments:
+                hooks += [(each.site, each.hook()) for each in segments.sites.values()]
+            for site, hook in hooks:
+                self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
         except BaseException:
             self.forget()
             raise
@@ -144,7 +180,8 @@ class Prepared:
         made = {}
         for name, fixed in self._fixed.items():
             made[name] = fixed.numbers(plan.terms.get(name, ()))
-        return Numbers(self, PATH, made)
+        segments = [each.numbers(plan, None) for each in self._segments]
+        return Numbers(self, PATH, made, segments)
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> Numbers:
         """Check the nodes of a batch, and return its numbers.
@@ -155,9 +192,10 @@ class Prepared:
         """
         axis, plan = rows.axis, placed.plan
         check_strategy(rows.strategy)
-        if rows.strategy not in ("auto", "matrix"):
+        if rows.strategy not in ("auto", "matrix", "segmented"):
             raise SpecError(
-                f"a prepared model adds up as 'matrix' does, got strategy {rows.strategy!r}"
+                f"a prepared model chooses by itself how it adds up, got strategy {rows.strategy!r}",
+                "leave strategy out",
             )
         self._check(placed, rows.batch.largest)
         made: dict[str, _SiteNumbers] = {}
@@ -166,15 +204,20 @@ class Prepared:
             nodes = [term.node for term in terms]
             batch = rows.batch.at(nodes).spread(axis.repeat, axis.tile)
             made[name] = fixed.numbers(terms, batch, batch_first=axis.batch_first)
-        return Numbers(self, ROWS, made)
+        spread = rows.batch.spread(axis.repeat, axis.tile) if self._segments else rows.batch
+        segments = []
+        for each in self._segments:
+            segments.append(each.numbers(plan, spread, batch_first=axis.batch_first))
+        return Numbers(self, ROWS, made, segments)
 
     def write(self, numbers: Numbers) -> None:
         """Rewrite the buffers. All sites are in one mode, active or not: each mode is one trace."""
-        if numbers.mode == OFF:
-            for fixed in self._fixed.values():
-                fixed.mode = OFF
-            return
         with torch.no_grad(), torch.inference_mode(False):
+            for i, segments in enumerate(self._segments):
+                segments.write(None if numbers.mode == OFF else numbers.segments[i])
+            if numbers.mode == OFF:
+                for fixed in self._fixed.values():
+                    fixed.mode = OFF
             for name, made in numbers.at_site.items():
                 self._fixed[name].write(made, numbers.mode)
 
@@ -191,10 +234,11 @@ class Prepared:
         plan = placed.plan
         kinds = side_kinds(plan, self._dtype)
         for name, terms in plan.terms.items():
-            fixed = self._fixed.get(name)
             # A module that was replaced since has a new site, and none of our hooks.
-            known = fixed is not None and fixed.site is plan.sites[name]
-            if fixed is None or not known or (name in plan.biased and not fixed.biased):
+            known = self._sites.get(name) is plan.sites[name]
+            fixed = self._fixed.get(name)
+            biased = fixed is not None and fixed.biased
+            if not known or (name in plan.biased and not biased):
                 raise StateError(
                     f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module "
                     "came later",
@@ -378,20 +422,8 @@ class _Fixed:
             BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows
                 differ here.
         """
-        length = len(self.rows)
-        fits = x.shape[0] == length and out.shape[0] == length
-        others = self.site.token_axes(x)
-        if fits and not self.batch_first and others is not None:
-            tokens_sent_here = not others and in_a_list_of_lists(self.site.name)
-            fits = length not in others and not tokens_sent_here
-        if fits:
+        if lies_by_rows(self.site, x, out, len(self.rows), batch_first=self.batch_first):
             return self.rows, self.row_bias, self.adapted
         if self.uniform:
             return self.rows[:1], self.row_bias[:1], self.adapted[:1]
-        raise BaseMismatch(
-            f"{self.site.name}: its input is {tuple(x.shape)}, and the first axis should be "
-            f"{length} rows",
-            "where it may be tokens: route(…, batch_first=True) says that the first axis is the "
-            "rows at every site",
-            DECLARE,
-        )
+        raise not_by_rows(self.site, x, len(self.rows))

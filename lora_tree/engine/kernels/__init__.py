@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .part import MergePart, MergeTerm, can_merge
 from .segments import (
+    FIELDS,
     FactorTable,
     Segments,
     SegmentSizes,
@@ -34,6 +35,7 @@ from .segments import (
 )
 
 __all__ = [
+    "FIELDS",
     "FactorTable",
     "Launch",
     "MergePart",

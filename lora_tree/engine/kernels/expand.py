@@ -78,12 +78,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     for entry in range(tl.load(begins + group), tl.load(begins + group + 1)):
         mine = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
         owes = (mine != 0.0).to(tl.int32)
-        if tl.reduce(owes, 0, _larger) > 0:
+        fields = table + tl.load(nodes + entry) * FIELDS
+        rank = tl.load(fields + 6)  # 0: the node changes other sites, and not this one
+        if (tl.reduce(owes, 0, _larger) > 0) & (rank > 0):
             adapted = adapted | owes
-            fields = table + tl.load(nodes + entry) * FIELDS
             factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
             stride = tl.load(fields + SIDE * 3 + 1)
-            rank = tl.load(fields + 6)
             if ALIGNED:
                 factor = tl.multiple_of(factor, 16)
                 stride = tl.multiple_of(stride, 8)

@@ -150,9 +150,33 @@ class Segments:
         self.node_begins = parts[6]
         """Node → its first place in `by_node`."""
 
+    def take(self, other: Segments) -> None:
+        """Take another batch's lists over, in place: of as many rows, and no more entries or nodes."""
+        if other.sizes == self.sizes:
+            self.memory.copy_(other.memory)
+            return
+        self.order.copy_(other.order)
+        self.begins.copy_(other.begins)
+        entries, nodes = other.sizes.entries, other.sizes.nodes
+        for mine, theirs in (
+            (self.nodes, other.nodes),
+            (self.owners, other.owners),
+            (self.coefficients, other.coefficients),
+            (self.by_node, other.by_node),
+        ):
+            mine[:entries].copy_(theirs)
+        # Entries past these are those of an earlier batch, and none of its rows owes them anything.
+        self.coefficients[entries:].zero_()
+        self.node_begins[: nodes + 1].copy_(other.node_begins)
+
 
 def segment_numbers(
-    kinds: Sequence[Sequence[float]], of_row: Sequence[int], group: int, entries: int = 0
+    kinds: Sequence[Sequence[float]],
+    of_row: Sequence[int],
+    group: int,
+    *,
+    entries: int = 0,
+    nodes: int = 0,
 ) -> tuple[SegmentSizes, Tensor]:
     """Return the lists of a batch in one buffer, in host memory.
 
@@ -161,6 +185,7 @@ def segment_numbers(
         of_row: row → its kind.
         group: rows of a group.
         entries: room for so many, at least.
+        nodes: of the table, at least.
     """
     # What a kind owes: its nodes that are not 0. Nodes come in depth-first order, so kinds sorted
     # by them lie beside those with which they share the most ancestors.
@@ -168,7 +193,7 @@ def segment_numbers(
     for kind in kinds:
         owed.append([node for node, coefficient in enumerate(kind) if coefficient])
     order = sorted(range(len(of_row)), key=lambda row: owed[of_row[row]])
-    nodes: list[int] = []
+    listed: list[int] = []
     owners: list[int] = []
     coefficients: list[float] = []
     begins = [0]
@@ -178,21 +203,22 @@ def segment_numbers(
         for kind_of_row in set(members):
             found.update(owed[kind_of_row])
         for node in sorted(found):
-            nodes.append(node)
+            listed.append(node)
             owners.append(len(begins) - 1)
             coefficients += [kinds[kind_of_row][node] for kind_of_row in members]
             coefficients += [0.0] * (group - len(members))
-        begins.append(len(nodes))
-    sizes = SegmentSizes(len(of_row), group, max(entries, len(nodes), 1), len(kinds[0]))
-    spare = sizes.entries - len(nodes)
-    by_node = sorted(range(len(nodes)), key=nodes.__getitem__)
+        begins.append(len(listed))
+    room = max(entries, len(listed), 1)
+    sizes = SegmentSizes(len(of_row), group, room, max(nodes, len(kinds[0])))
+    spare = sizes.entries - len(listed)
+    by_node = sorted(range(len(listed)), key=listed.__getitem__)
     counts = [0] * sizes.nodes
-    for node in nodes:
+    for node in listed:
         counts[node] += 1
     node_begins = [0]
     for count in counts:
         node_begins.append(node_begins[-1] + count)
-    integers = [*order, *begins, *nodes, *[-1] * spare, *owners, *[0] * spare]
+    integers = [*order, *begins, *listed, *[-1] * spare, *owners, *[0] * spare]
     numbers = torch.zeros(sum(sizes.lengths), dtype=torch.int32, device="cpu")
     numbers[: len(integers)] = torch.tensor(integers, dtype=torch.int32, device="cpu")
     floats = torch.tensor(coefficients, dtype=torch.float32, device="cpu")

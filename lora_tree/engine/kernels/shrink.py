@@ -73,11 +73,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     inside = (place < GROUP) & (row < rows)
     coefficient = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
     owes = coefficient != 0.0
-    if tl.reduce(owes.to(tl.int32), 0, _larger) > 0:
-        fields = table + node * FIELDS
+    fields = table + tl.where(node < 0, 0, node) * FIELDS
+    rank = tl.load(fields + 6)  # 0: the node changes other sites, and not this one
+    if (tl.reduce(owes.to(tl.int32), 0, _larger) > 0) & (rank > 0):
         factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
         stride = tl.load(fields + SIDE * 3 + 1)
-        rank = tl.load(fields + 6)
         if ALIGNED:
             factor = tl.multiple_of(factor, 16)
             stride = tl.multiple_of(stride, 8)
