@@ -43,6 +43,7 @@ from .weights import as_weight
 __all__ = [
     "FORMAT",
     "CacheSpec",
+    "HistorySpec",
     "LoraSpec",
     "NodeSpec",
     "StrictModel",
@@ -117,6 +118,10 @@ Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_end_of_name)]
 Size = Annotated[int | str, AfterValidator(_size)]
+Versions = Annotated[int, Field(ge=0, le=1000)]  # each is an entry of a file that is read whole
+
+VERSIONS = 5
+VERSIONS_BUDGET = "16GiB"
 
 
 class StrictModel(BaseModel):
@@ -274,7 +279,35 @@ class CacheSpec(StrictModel):
     )
 
 
-class TreeSpec(StrictModel):
+class HistorySpec(StrictModel):
+    """How much of what a save replaces is kept; the words stand in tree.yaml itself.
+
+    >>> HistorySpec().most, HistorySpec(versions=0).most
+    (5, 0)
+    """
+
+    versions: Versions | None = Field(
+        default=None,
+        description=f"earlier contents that are kept of a node; {VERSIONS} if absent, 0 for none",
+    )
+    versions_budget: Size | None = Field(
+        default=None,
+        description=f"bytes that all of them may take: a number, or 8GiB; "
+        f"{VERSIONS_BUDGET} if absent",
+    )
+
+    @property
+    def most(self) -> int:
+        """The number of earlier contents that are kept of a node."""
+        return VERSIONS if self.versions is None else self.versions
+
+    @property
+    def budget_bytes(self) -> int:
+        """The bytes that all earlier contents of a tree may take."""
+        return parse_bytes(self.versions_budget or VERSIONS_BUDGET)
+
+
+class TreeSpec(HistorySpec):
     """A whole tree.yaml."""
 
     # Without a default: a file that does not say its format can't be told from a newer one.
@@ -291,6 +324,11 @@ class TreeSpec(StrictModel):
     tree: dict[Name, NodeSpec] = Field(
         default_factory=dict, description="the nodes below the root, by name"
     )
+
+    @property
+    def history(self) -> HistorySpec:
+        """What it says of the history alone."""
+        return HistorySpec(versions=self.versions, versions_budget=self.versions_budget)
 
 
 def check_format(data: object, where: str, reads: int = FORMAT) -> None:

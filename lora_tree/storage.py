@@ -21,6 +21,7 @@ from .errors import FolderError
 # For a type checker alone: both modules import this one, so at run time it would be a cycle.
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .provenance import SaveNote
     from .tree import AdapterTree
 
 __all__ = [
@@ -85,7 +86,7 @@ class Storage(Protocol):
 
     def source(self, folder: Path) -> Source: ...
 
-    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool) -> None: ...
+    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None: ...
 
 
 class Names(Protocol):

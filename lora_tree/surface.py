@@ -50,11 +50,27 @@ from .export import (
     portable,
 )
 from .fit import clashes, misfits
-from .folder import Problem, SkippedWarning, StaleWarning, check, load, lock
+from .folder import (
+    Freed,
+    HistoryWarning,
+    Problem,
+    Restored,
+    SkippedWarning,
+    StaleWarning,
+    Version,
+    check,
+    gc,
+    history,
+    load,
+    load_versions,
+    lock,
+    restore,
+)
 from .integrations.hub import Pulled, Pushed, pull, push
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
 from .override import Override, OverrideWarning
+from .provenance import DataFile, Made, SaveNote, TrainedWith, data_files
 from .spec import LoraSpec
 from .training.levels import weight_decays
 from .training.losses import PathLoss, path_loss, token_counts
@@ -71,15 +87,19 @@ __all__ = [
     "BaseWarning",
     "Blend",
     "Compressed",
+    "DataFile",
     "Deviation",
     "Diff",
     "Edited",
     "Extracted",
+    "Freed",
+    "HistoryWarning",
     "Layout",
     "Likeness",
     "LlamaRequest",
     "LoraSpec",
     "LowRank",
+    "Made",
     "Merged",
     "MergedCheckpoint",
     "MergedWarning",
@@ -94,12 +114,16 @@ __all__ = [
     "Problem",
     "Pulled",
     "Pushed",
+    "Restored",
+    "SaveNote",
     "SkippedWarning",
     "StaleWarning",
     "State",
+    "TrainedWith",
     "TreeDiff",
     "TreeModel",
     "Truncated",
+    "Version",
     "Weight",
     "attach",
     "ceil_rank_of",
@@ -108,6 +132,7 @@ __all__ = [
     "combine",
     "compress",
     "concat",
+    "data_files",
     "deviation",
     "diff",
     "diff_paths",
@@ -117,11 +142,14 @@ __all__ = [
     "export_leaves",
     "export_model",
     "extract",
+    "gc",
     "graft",
+    "history",
     "hoist",
     "inner",
     "llama_request",
     "load",
+    "load_versions",
     "lock",
     "made_stale",
     "merge",
@@ -135,6 +163,7 @@ __all__ = [
     "push",
     "rebase",
     "rebase_all",
+    "restore",
     "similar",
     "split",
     "squash",

@@ -29,7 +29,8 @@ from .flattening import NodeTerms, flattened, resolved
 from .lowrank import LowRank
 from .node import Node
 from .node_names import check_name, check_path
-from .spec import CacheSpec, LoraSpec, lora_spec, tree_defaults
+from .provenance import SaveNote
+from .spec import CacheSpec, HistorySpec, LoraSpec, lora_spec, tree_defaults
 from .storage import Source, as_path, names_of, storage
 from .weights import GivenWeight, Weight, as_weight, blended, check_matched
 
@@ -62,6 +63,7 @@ class AdapterTree:
         self.base = _base_name(base)
         self.defaults = tree_defaults(defaults)
         self.cache = CacheSpec()
+        self.history = HistorySpec()
         self.home: Path | None = None
         self._models = AttachedModels()
         self._graph: nx.DiGraph[str] = nx.DiGraph()
@@ -551,13 +553,24 @@ class AdapterTree:
         terms = self.terms(blend, base=base)
         return flattened(terms, rank=rank, max_error=max_error, dtype=dtype, base=base)
 
-    def save(self, folder: str | os.PathLike[str], *, copy: bool = False) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        copy: bool = False,
+        note: SaveNote | str | None = None,
+    ) -> None:
         """Write the tree as a folder of nested PEFT adapters, atomically as a whole.
+
+        What it replaces or deletes is kept in the folder's history, within the bound that
+        ``versions`` of tree.yaml sets; see `lora_tree.restore`.
 
         Args:
             folder: made where missing. Files in it that no save wrote are never deleted.
             copy: bring adapters that live elsewhere into the folder; otherwise tree.yaml names
                 where they are.
+            note: what the save says of itself in tree.lock and in the history: the name of the
+                program, or a `SaveNote` with what nodes were trained with.
 
         Raises:
             FolderError: the folder can't be written; or a node would come back because its files
@@ -565,7 +578,9 @@ class AdapterTree:
                 tree was opened.
             FormatError: PEFT has no way to write a node; names the node and the module.
         """
-        storage().save_tree(self, as_path(folder), copy=copy)
+        if not isinstance(note, SaveNote):
+            note = SaveNote() if note is None else SaveNote(by=note)
+        storage().save_tree(self, as_path(folder), copy=copy, note=note)
 
     # ------------------------------------------------------------------ for the folder
     @classmethod
@@ -576,11 +591,13 @@ class AdapterTree:
         base: str | None = None,
         defaults: LoraSpec | None = None,
         cache: CacheSpec | None = None,
+        history: HistorySpec | None = None,
         home: Path | None = None,
     ) -> AdapterTree:
         """A tree of nodes whose paths are known to fit together, parents before children."""
         tree = cls(base, defaults)
         tree.cache = cache or tree.cache
+        tree.history = history or tree.history
         for node in nodes:
             tree.replace(node)
         tree.home = home

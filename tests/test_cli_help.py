@@ -87,6 +87,9 @@ def test_the_examples_of_a_command_run(
     monkeypatch.chdir(tmp_path)
     if name == "promote":  # it takes what the example of train left
         outcome(capsys, *EXAMPLES["train"])
+    if name in ("log", "restore", "gc", "diff"):  # they tell of what these replaced
+        for before in (*EXAMPLES["set"], *(EXAMPLES["rm"] if name != "diff" else ())):
+            outcome(capsys, before)
     if name == "extract":
         outcome(capsys, "lora-tree export zoo/ fr --as model --out models/tuned")
     if name == "llama-args":

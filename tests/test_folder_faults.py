@@ -17,17 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import adapter, listing, opened, tree, value
+from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import carry, commit, disk, opening, record, whole, writer
+from lora_tree.folder import archive, carry, commit, disk, opening, record, whole, writer
 from lora_tree.folder.changes import Changes, NewFile
 from lora_tree.folder.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
-MODULES = (disk, carry, commit, record, whole, locks, claims, durable, reading)
-WATCHED = ("open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir")
+MODULES = (disk, archive, carry, commit, record, whole, locks, claims, durable, reading)
+WATCHED = ("open", "write", "fsync", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
 class Killed(BaseException):
@@ -125,6 +125,7 @@ def test_killed_at_every_operation(
         found = value(opened(folder))
         assert found in (old, new)
         outcomes.append(found == new)
+        all_are_there(folder)
         assert {p.kind for p in lt.check(folder)} <= {"stale", "leftover"}
         again = opened(folder)
         again.add("next", adapter=adapter(30))

@@ -260,7 +260,7 @@ def test_check_lists_what_may_not_be_looked_into(
     monkeypatch.setattr(os, "listdir", refuse)
     text = f"{zoo}/.lora_tree: can't look into it: Permission denied"
     assert [(p.kind, p.text) for p in lt.check(zoo)] == [("folder", text)]
-    with pytest.raises(FolderError, match="can't sweep it up: Permission denied"):
+    with pytest.raises(FolderError, match="can't look into it: Permission denied"):
         lt.lock(zoo)
 
 

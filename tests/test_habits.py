@@ -42,6 +42,7 @@ RINGS = {
         "node_names",
         "spec_errors",
         "spec",
+        "provenance",
         "blend",
         "spelling",
         "node",

@@ -273,7 +273,8 @@ def test_the_committed_schema_is_current() -> None:
 
 def test_the_schema_knows_the_words() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {"version", "base", "defaults", "cache", "tree"}
+    words = {"version", "base", "defaults", "cache", "versions", "versions_budget", "tree"}
+    assert set(schema["properties"]) == words
     assert schema["required"] == ["version"]
     node = schema["$defs"]["NodeSpec"]
     assert node["additionalProperties"] is False

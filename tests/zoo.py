@@ -64,6 +64,16 @@ def listing(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+def all_are_there(folder: Path) -> None:
+    """Read every version that the folder's history names; each is compared with its hash."""
+    for path, versions in lt.history(folder).items():
+        for number in range(1, len(versions) + 1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", lt.StaleWarning)
+                read, _ = lt.load_versions(folder, f"{path}@{number}")
+            assert read.adapter(path) is not None
+
+
 def nested(folder: Path, *paths: str) -> Path:
     """A folder of adapters as PEFT leaves them: no tree.yaml, no lock."""
     for seed, path in enumerate(paths):

@@ -44,10 +44,12 @@ def _run(given: list[str], *, own_process: bool) -> None:
     try:
         with _interrupts_end_it() if own_process else nullcontext():
             from .commands import application
+            from .typed import noted_command
 
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)
-        app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
+        with noted_command(given):
+            app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
     # typer ends a command by SystemExit, with the command's code. That is no Exception, so it
     # passes.
     except Exception as error:  # the last resort: a user of a shell does not read tracebacks

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..algebra import Diff, TreeDiff, diff, diff_paths, diff_trees
 from ..errors import SpecError, listing, printable
-from ..folder import load
+from ..folder import load, load_versions
 from .arguments import AsJson, Folder
 from .console import out, print_json
 
@@ -19,7 +19,10 @@ __all__ = ["difference"]
 
 def difference(
     folder: Folder,
-    a: Annotated[str | None, typer.Argument(help="A path or a blend.", metavar="[A]")] = None,
+    a: Annotated[
+        str | None,
+        typer.Argument(help="A path or a blend; fr@2 is an earlier version.", metavar="[A]"),
+    ] = None,
     b: Annotated[str | None, typer.Argument(help="Another one.", metavar="[B]")] = None,
     other: Annotated[
         Path | None,
@@ -29,18 +32,36 @@ def difference(
     as_json: AsJson = False,
 ) -> None:
     """Compare two paths, two trees, or a path in two trees: which modules moved, and how far."""
-    tree = load(folder)
     if other is None:
         if a is None or b is None:
             raise SpecError("name two paths, or a second tree: lora-tree diff zoo/ fr de")
-        found: Diff | TreeDiff = diff_paths(tree, a, b)
-    elif a is None:
+        found: Diff | TreeDiff = _two_paths(folder, a, b)
+        _tell_any(found, most, as_json=as_json)
+        return
+    tree = load(folder)
+    if a is None:
         found = diff_trees(tree, load(other))
     else:
         # The path may have been renamed between the two trees; then B is its name in the other one.
         theirs = load(other).flatten(a if b is None else b)
         names = f"{folder}: {a}", f"{other}: {a if b is None else b}"
         found = diff(tree.flatten(a), theirs, names=names)
+    _tell_any(found, most, as_json=as_json)
+
+
+def _two_paths(folder: Path, a: str, b: str) -> Diff:
+    """Compare two paths of one tree, of which each may be an earlier version."""
+    if "@" not in a + b:
+        return diff_paths(load(folder), a, b)
+    # Each in a tree of its own, for both may be versions of one node.
+    values = []
+    for name in (a, b):
+        tree, (path,) = load_versions(folder, name)
+        values.append(tree.flatten(path))
+    return diff(*values, names=(a, b))
+
+
+def _tell_any(found: Diff | TreeDiff, most: int, *, as_json: bool) -> None:
     if as_json:
         print_json(found.as_dict())
     elif isinstance(found, Diff):

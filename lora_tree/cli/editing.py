@@ -12,6 +12,7 @@ from ..algebra import Edited, made_stale
 from ..errors import listing
 from ..tree import AdapterTree
 from .console import out, print_json
+from .typed import command_note
 
 __all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text"]
 
@@ -55,7 +56,8 @@ class Work:
         stale = made_stale(self._before, self.tree, edited.moved)
         gone = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
         if not self.dry_run:
-            self.tree.save(self.folder, copy=copy_files)
+            note = command_note(moved=edited.moved)
+            self.tree.save(self.folder, copy=copy_files, note=note)
         if as_json:
             document = {"folder": str(self.folder), "dry_run": self.dry_run}
             told = {"removed": gone, "stale": stale}

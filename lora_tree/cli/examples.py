@@ -22,9 +22,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree set zoo/ fr/legal --weight 0.8",
         "lora-tree set zoo/ fr/legal --weight '*.q_proj=0.5,default=1'",
     ),
+    "log": ("lora-tree log zoo/", "lora-tree log zoo/ fr/legal --json"),
+    "restore": ("lora-tree restore zoo/ fr/legal@1", "lora-tree restore zoo/ fr/medical"),
+    "gc": ("lora-tree gc zoo/ --dry-run", "lora-tree gc zoo/ --versions 1"),
     "diff": (
         "lora-tree diff zoo/ fr/legal fr/medical",
         "lora-tree diff zoo/ fr --with zoo-before/",
+        "lora-tree diff zoo/ fr/legal@1 fr/legal",
     ),
     "similar": ("lora-tree similar zoo/ --picture alike.svg",),
     "squash": ("lora-tree squash zoo/ fr/legal --to legal",),

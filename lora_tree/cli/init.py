@@ -13,6 +13,7 @@ from ..tree import AdapterTree
 from .arguments import AsJson
 from .console import out, print_json
 from .editing import DryRun
+from .typed import command_note
 
 __all__ = ["new_tree"]
 
@@ -54,7 +55,7 @@ def new_tree(
     if not dry_run:
         # The new tree gets copies of the source's files, so that it stands by itself. With their
         # places alone in tree.yaml, a change of the source would change this tree as well.
-        tree.save(folder, copy=source is not None)
+        tree.save(folder, copy=source is not None, note=command_note())
     if as_json:
         told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
         print_json({"folder": str(folder), **told})

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from ..folder import load
-from ..runs import promote
+from ..runs import promote, promotion_note
 from .arguments import AsJson, Folder
 from .console import out, print_json
+from .typed import command_note
 
 __all__ = ["promotion"]
 
@@ -38,7 +39,8 @@ def promotion(
     tree = load(folder)
     made = promote(tree, path, checkpoint, node=node)
     # One save writes the node, its entry in tree.yaml and the lock, or nothing.
-    tree.save(folder)
+    note = promotion_note(command_note().by, path, checkpoint, node=node)
+    tree.save(folder, note=note)
     if as_json:
         print_json({"path": made.path, "checkpoint": str(checkpoint), "node": node or path})
     else:

@@ -11,6 +11,7 @@ import typer
 
 from ..folder import load
 from ..model import attach
+from ..provenance import data_files
 from ..runs import Run, Settings, Verdict
 from ..training.diverged import BASE_LABEL
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
@@ -21,6 +22,7 @@ from .open_rows import open_rows
 from .progress import steps_done
 from .train_options import numbers, numbers_by_depth, run_folder
 from .train_told import foretell, tell_outcome
+from .typed import command_note
 
 __all__ = ["train"]
 
@@ -147,7 +149,17 @@ def train(
     torch.manual_seed(seed)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     where = run_folder(folder, run)
-    running = Run(model, rows, settings, where, nodes=nodes or (), with_ancestors=with_ancestors)
+    home = folder if folder.is_dir() else folder.parent
+    running = Run(
+        model,
+        rows,
+        settings,
+        where,
+        nodes=nodes or (),
+        with_ancestors=with_ancestors,
+        data=data_files(data, home),
+        max_length=max_length,
+    )
     foretell(running, len(rows))
     resumed = running.done
     with steps_done("training", steps, running.done) as bar, noted_interrupts() as interrupted:
@@ -173,7 +185,7 @@ def train(
         # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
         # factors that train. Before the tree is saved, because it changes weights in the tree.
         verdicts = running.keep_what_helps()
-        tree.save(folder)
+        tree.save(folder, note=running.note(command_note().by))
         # Last: only a tree that is on the disk makes the run a finished one.
         running.finish()
     tell_outcome(running, folder, kept, verdicts, resumed_at=resumed, as_json=as_json)

@@ -2,27 +2,39 @@
 
 reading     disk, bounds, lockfile, yamlfile; record → pending → scan → resolve
             source, bases → opening → nodes
-deciding    seen, ownership, treeyaml → decide → changes           it writes nothing
-writing     writer, carry → commit                                 it decides nothing
-the verbs   saving, alone, relock → api, checking; edge puts them where the values look for files
+deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes nothing
+writing     writer, archive, carry → commit                        it decides nothing
+the past    history: what nodes were; archive: their files
+the verbs   saving, alone, relock → api, checking, versions; edge puts them where the values look for files
 """
 
 from .api import SkippedWarning, StaleWarning, load, lock, relock, survey
 from .checking import check, notes
 from .edge import FolderStorage
+from .history import Version
 from .problem import Problem
+from .saving import HistoryWarning
+from .versions import Freed, Restored, gc, history, load_versions, restore
 from .yamlfile import json_schema
 
 __all__ = [
     "FolderStorage",
+    "Freed",
+    "HistoryWarning",
     "Problem",
+    "Restored",
     "SkippedWarning",
     "StaleWarning",
+    "Version",
     "check",
+    "gc",
+    "history",
     "json_schema",
     "load",
+    "load_versions",
     "lock",
     "notes",
     "relock",
+    "restore",
     "survey",
 ]

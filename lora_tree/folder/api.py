@@ -106,6 +106,7 @@ def _tree(opened: Opened, skipped: Collection[str]) -> AdapterTree:
         base=opened.base_name,
         defaults=spec.defaults if spec is not None else None,
         cache=spec.cache if spec is not None else None,
+        history=spec.history if spec is not None else None,
         home=Path(opened.place.yaml_file),
     )
 

@@ -18,9 +18,9 @@ from ..tree import Node
 from .disk import Stamp
 from .lockfile import BaseLock, TreeLock, render_lock
 from .scan import FILES
-from .trained import Trained, lineage_locks, node_lock
+from .trained import Trained, lineage_locks, node_lock, training_locks
 
-__all__ = ["Changes", "KeptAdapter", "NewFile", "NewLock", "Origin", "stamps_of"]
+__all__ = ["Archived", "Changes", "KeptAdapter", "NewFile", "NewLock", "Origin", "stamps_of"]
 
 Origin: TypeAlias = bytes | Path | Callable[[], bytes]
 """The origin of a new file's bytes: the bytes, a file to copy, or a function that makes them again.
@@ -104,8 +104,13 @@ class NewLock:
             )
             for path, kept in self.adapters.items()
         }
-        lineages = lineage_locks(self.trained.values())
-        return TreeLock(base=self.base, yaml=self.yaml, nodes=nodes, lineages=lineages)
+        return TreeLock(
+            base=self.base,
+            yaml=self.yaml,
+            nodes=nodes,
+            lineages=lineage_locks(self.trained.values()),
+            trainings=training_locks(self.trained.values()),
+        )
 
     def to_bytes(self, written: Mapping[str, Stamp]) -> bytes:
         """Return the bytes of the lock; see `complete`."""
@@ -120,28 +125,47 @@ def stamps_of(path: str, kept: KeptAdapter, written: Mapping[str, Stamp]) -> Map
 
 
 @dataclass(frozen=True)
+class Archived:
+    """A content that a save takes out of a node's folder, and keeps.
+
+    Args:
+        content: its hash.
+        files: name → where the file is now.
+    """
+
+    content: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Changes:
     """All that one save does.
 
     Args:
         files: the files to write, in this order; the lock comes after them.
         deletes: the places whose files go away.
+        archives: the contents that leave the folder and are kept in its history.
+        forgets: the contents that the history has no entry for any more.
         lock: the lock to write; None if it says the same already.
         kept: for the save of a tree: node → its adapter as the folder will hold it.
         nodes: for the save of a tree: its nodes as they will be opened again; only the stamps of
             new files are missing.
+        crowded_out: nodes that lose a version because the history's budget has no room for it.
     """
 
     files: tuple[NewFile, ...] = ()
     deletes: frozenset[str] = frozenset()
+    archives: tuple[Archived, ...] = ()
+    forgets: frozenset[str] = frozenset()
     lock: NewLock | None = None
     kept: Mapping[str, KeptAdapter] = field(default_factory=dict)
     nodes: Mapping[str, Node] = field(default_factory=dict)
+    crowded_out: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """There is nothing to do."""
-        return not self.files and not self.deletes and self.lock is None
+        return not (self.files or self.deletes or self.forgets) and self.lock is None
 
     @property
     def writes(self) -> list[str]:

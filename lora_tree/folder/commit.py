@@ -3,6 +3,7 @@
     .lora_tree/lock              held by the one writer (`writer`)
     .lora_tree/stage-<id>/0 …    new files, whole and synced
     .lora_tree/commit.json       the decision (`record`): which file goes where, and which go away
+    .versions/<content>/         what the save replaces, put there before the decision (`archive`)
 
 Until the record has its name nothing has happened; from then on everything has. Readers that find a
 record look through it (`pending`). The next writer carries out what a killed one left (`carry`),
@@ -15,16 +16,18 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import FolderError, LoraTreeError
 from ..system.reading import is_folder
 from . import disk
+from .archive import archive, forget, forget_unnamed
 from .carry import carry_out, sweep
 from .changes import Changes, NewFile
 from .disk import Stamp
+from .pending import leftovers
 from .record import (
     HIDDEN,
     RECORD,
@@ -52,8 +55,13 @@ def writing(folder: Path) -> Iterator[Transaction]:
         # The order matters: `sweep` removes every stage. If it came first it would remove the files
         # that an earlier save has decided on and not yet moved.
         record = read_record(folder)
+        was_cut_off = record is not None or bool(leftovers(folder))
         if record is not None:
             carry_out(folder, record)
+        if was_cut_off:
+            # Before `sweep`: a stage is the sign that there may be such contents, also for the
+            # writer after one that is killed here.
+            forget_unnamed(folder)
         sweep(folder)
         transaction = Transaction(folder)
         try:
@@ -79,6 +87,7 @@ class Transaction:
         self._stage = self._hidden / f"stage-{uuid.uuid4().hex}"
         self._moves: list[RecordedMove] = []
         self._made: list[Path] = []
+        self._archives = False
 
     def apply(self, changes: Changes) -> None:
         """Check the places, stage the files, decide, and carry out.
@@ -95,12 +104,15 @@ class Transaction:
         for place in changes.writes:
             self._make_way(place)
         disk.make_inside(self._stage)
+        # Before the decision as well: from then on the log names these contents.
+        self._archives = bool(changes.archives)
+        archive(self.folder, changes.archives)
         for new in changes.files:
             self._write(new)
         if changes.lock is not None:
             data = changes.lock.to_bytes(self.written)
             self._write(NewFile.of(changes.lock.place, data))
-        self._decide(self._record(changes.deletes))
+        self._decide(self._record(changes.deletes), changes.forgets)
 
     def abandon(self) -> None:
         """Take back everything that was not decided."""
@@ -111,6 +123,8 @@ class Transaction:
         except LoraTreeError:
             return  # the disk does not tell, so the decision may stand
         with suppress(LoraTreeError, OSError):
+            if self._archives:
+                forget_unnamed(self.folder)
             sweep(self.folder)
         if not self.decided:
             for folder in reversed(self._made):
@@ -177,8 +191,8 @@ class Transaction:
         return Record(stage=self._stage.name, moves=self._moves, deletes=gone)
 
     # ------------------------------------------------------------------ deciding
-    def _decide(self, record: Record) -> None:
-        """Give the record its name, and carry it out."""
+    def _decide(self, record: Record, forgets: Iterable[str]) -> None:
+        """Give the record its name, carry it out, and forget what the log no longer names."""
         # The names of the staged files have to last before the record does. Otherwise a power cut
         # could leave a decision whose files are gone.
         disk.sync(self._stage)
@@ -195,6 +209,8 @@ class Transaction:
         try:
             disk.sync(self._hidden)
             carry_out(self.folder, record, trusted=True)
+            # Only now: until the new log is in its place, a reader of the old one may want them.
+            forget(self.folder, forgets)
             sweep(self.folder)
         except LoraTreeError as error:
             raise FolderError(

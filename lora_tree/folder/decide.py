@@ -1,4 +1,4 @@
-"""Decide what a save does, and write nothing: every node's files, tree.yaml, tree.lock, what goes.
+"""Decide what a save does, and write nothing: nodes' files, tree.yaml, tree.lock, what goes, what is kept.
 
     a node with                           becomes
     an adapter in memory alone            its two files, rendered
@@ -25,11 +25,13 @@ from ..adapter import Adapter
 from ..errors import FolderError, LoraTreeError
 from ..formats import peft
 from ..formats.peft import WEIGHTS
+from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
 from . import disk
 from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock, Origin
 from .examine import adds_nothing, examine
+from .keeping import Keeping
 from .lockfile import content
 from .opening import Opened
 from .ownership import Ownership
@@ -43,7 +45,14 @@ from .yamlfile import render_yaml
 __all__ = ["decide"]
 
 
-def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False) -> Changes:
+def decide(
+    tree: AdapterTree,
+    opened: Opened,
+    seen: Seen,
+    *,
+    copy: bool = False,
+    note: SaveNote | None = None,
+) -> Changes:
     """Return all that saving ``tree`` into a folder changes there.
 
     Args:
@@ -51,8 +60,10 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
         opened: the folder as it is now; the caller keeps other writers out.
         seen: the folder as this tree saw it last.
         copy: bring adapters that lie elsewhere into the folder.
+        note: what the save says of itself.
 
     Raises:
+        SpecError: the log of the history is broken.
         FolderError: the save would undo somebody else's, or a node would come back.
         FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the
             node.
@@ -73,15 +84,22 @@ def decide(tree: AdapterTree, opened: Opened, seen: Seen, *, copy: bool = False)
     yaml = _new_yaml(needs, draft.rights)
     if yaml is not None:
         draft.files.append(yaml)
-    lock = _new_lock(draft, needs.spelled_base(), yaml)
+    keeping = Keeping(tree, opened, draft.kept, note or SaveNote())
+    log = keeping.log()
+    if log is not None:
+        draft.files.append(log)
+    lock = _new_lock(draft, needs.spelled_base(), yaml, keeping)
     # New files have new times, which the lock lists. Without them its bytes are known by now.
     same_lock = not draft.files and lock.to_bytes({}) == opened.lock_bytes
     return Changes(
         tuple(draft.files),
         frozenset(deletes),
+        keeping.archives(),
+        keeping.forgets(),
         None if same_lock else lock,
         draft.kept,
         _nodes_after(draft, lock),
+        tuple(keeping.crowded_out),
     )
 
 
@@ -264,16 +282,18 @@ def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
     return NewFile.of(place.yaml, data)
 
 
-def _new_lock(draft: _Decisions, spelled_base: str | None, yaml: NewFile | None) -> NewLock:
+def _new_lock(
+    draft: _Decisions, spelled_base: str | None, yaml: NewFile | None, keeping: Keeping
+) -> NewLock:
     tree, opened = draft.tree, draft.opened
     before = [opened.lock.base] if opened.lock else []
     before += [kept.trained.base for kept in draft.kept.values() if kept.trained]
     base = base_lock(local_base(tree.base, "") or tree.base, spelled_base, before)
     lineages = _lineages(draft)
-    trained_on = {
-        path: kept.trained or Trained(lineages[_parent(path)], base, kept.untrained)
-        for path, kept in draft.kept.items()
-    }
+    trained_on: dict[str, Trained] = {}
+    for path, kept in draft.kept.items():
+        on = kept.trained or Trained(lineages[_parent(path)], base, kept.untrained)
+        trained_on[path] = replace(on, made=keeping.made(path))
     return NewLock(opened.place.lock, base, _yaml_hash(opened, yaml), draft.kept, trained_on)
 
 

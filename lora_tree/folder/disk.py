@@ -30,6 +30,7 @@ __all__ = [
     "digest",
     "exists",
     "glimpse",
+    "link",
     "make",
     "make_inside",
     "mode_of",
@@ -188,6 +189,17 @@ def copy(
             found.update(block)
             _write_all(file, block)
         return _fill(file, b""), found.hexdigest()
+
+
+def link(path: str | Path, to: str | Path) -> bool:
+    """Give a file a second name; False where the file system has no second names, or refuses."""
+    try:
+        os.link(path, to, follow_symlinks=False)
+    # A link costs nothing but is never needed: whatever the reason, the caller copies the file,
+    # and an error that matters (a full disk) comes again there.
+    except (AttributeError, NotImplementedError, OSError):
+        return False
+    return True
 
 
 def rename(path: str | Path, to: str | Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FormatError
 from ..formats.recognise import recognise
+from ..provenance import SaveNote
 from ..storage import install
 from ..tree import AdapterTree
 from .alone import save_adapter
@@ -56,9 +57,9 @@ class FolderStorage:
             raise FormatError(files.flaw)
         return FolderSource(place, stamps=files.stamps)
 
-    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool) -> None:
+    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None:
         """Write a tree; see `AdapterTree.save`."""
-        save_tree(tree, folder, copy=copy)
+        save_tree(tree, folder, copy=copy, note=note)
 
 
 def _adapter_folder(folder: Path) -> str:

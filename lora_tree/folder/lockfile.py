@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..node_names import check_path
+from ..provenance import TrainedWith
 from ..spec import StrictModel, check_format
 from ..spec_errors import describe_invalid
 from ..weights import Weight, parse_weight, weight_digest
@@ -34,12 +35,16 @@ __all__ = [
     "Digest",
     "FileLock",
     "LineageLock",
+    "MadeLock",
     "NodeLock",
     "TreeLock",
+    "WeightLine",
     "content",
     "lineage",
     "parse_lock",
     "render_lock",
+    "weight_line",
+    "weight_of",
 ]
 
 ROOT = hashlib.sha256(b"lora_tree lineage 1").hexdigest()
@@ -47,6 +52,7 @@ ROOT = hashlib.sha256(b"lora_tree lineage 1").hexdigest()
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 # The system reports sizes as signed 64-bit integers, so a larger number in a lock is a mistake.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 _REPAIR = (
     "restore it; or remove it and run lora-tree lock, which forgets what the nodes were trained on"
@@ -56,6 +62,20 @@ _REPAIR = (
 def _line(weight: str) -> str:
     parse_weight(weight)  # its SpecError is a ValueError, as pydantic wants one
     return weight
+
+
+WeightLine = Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, AfterValidator(_line)]
+"""A weight as a lock has it: a number, or one line for a weight per module."""
+
+
+def weight_line(weight: Weight) -> float | str:
+    """Return a weight as a lock has it."""
+    return weight if isinstance(weight, float) else f"{weight}"
+
+
+def weight_of(line: float | str) -> Weight:
+    """Return the weight that a lock tells."""
+    return parse_weight(line) if isinstance(line, str) else line
 
 
 class FileLock(StrictModel):
@@ -86,6 +106,19 @@ class BaseLock(StrictModel):
         return None not in (self.name, other.name) and self.name != other.name
 
 
+class MadeLock(StrictModel):
+    """When and by what a node became what it is; see `lora_tree.provenance.Made`.
+
+    ``training`` is the hash under which the lock's ``trainings`` say what it was trained with.
+    """
+
+    when: Annotated[str, StringConstraints(max_length=40)]
+    by: str
+    before: Loss | None = None
+    after: Loss | None = None
+    training: Digest | None = None
+
+
 class NodeLock(StrictModel):
     """One node's files, and what it was trained on.
 
@@ -96,6 +129,7 @@ class NodeLock(StrictModel):
         base: the base that it was trained on; None if that is the lock's own.
         written: a save of this library wrote the files.
         untrained: its increments are zero, so it fits any lineage above it.
+        made: when and by what it became what it is; None if no save wrote it.
     """
 
     content: Digest
@@ -105,6 +139,7 @@ class NodeLock(StrictModel):
     base: BaseLock | None = None
     written: bool = False
     untrained: bool = False
+    made: MadeLock | None = None
 
 
 class LineageLock(StrictModel):
@@ -116,13 +151,13 @@ class LineageLock(StrictModel):
 
     above: Digest
     content: Digest
-    weight: Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, AfterValidator(_line)]
+    weight: WeightLine
     node: str
 
     @property
     def own_weight(self) -> Weight:
         """The weight as a value."""
-        return parse_weight(self.weight) if isinstance(self.weight, str) else self.weight
+        return weight_of(self.weight)
 
 
 class TreeLock(StrictModel):
@@ -133,6 +168,7 @@ class TreeLock(StrictModel):
         yaml: SHA-256 of tree.yaml, if a save wrote it.
         nodes: path → its entry.
         lineages: every lineage that an entry's ``trained_on`` leads to: hash → its last step.
+        trainings: what nodes were trained with: hash → it, once for all nodes of a run.
     """
 
     version: Literal[1] = 1
@@ -140,6 +176,7 @@ class TreeLock(StrictModel):
     yaml: Digest | None = None
     nodes: dict[str, NodeLock] = Field(default_factory=dict)
     lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
+    trainings: dict[Digest, TrainedWith] = Field(default_factory=dict)
 
 
 def parse_lock(raw: bytes, file: str) -> TreeLock:

@@ -41,6 +41,7 @@ class Opened:
         outside: adapters outside of the folder may be named.
         spec, yaml_bytes: the meaning and the bytes of tree.yaml; None if there is none.
         lock, lock_bytes: of tree.lock.
+        decided: a save that is not wholly carried out.
         scan: the adapters below the folder, whether they are nodes or not.
         entries: the nodes, depth-first.
         passed: the paths of adapters that are steps of a node's own training run, and no nodes.
@@ -57,6 +58,7 @@ class Opened:
     yaml_bytes: bytes | None = None
     lock: TreeLock | None = None
     lock_bytes: bytes | None = None
+    decided: Pending = field(default_factory=Pending)
     scan: Scan = field(default_factory=Scan)
     entries: dict[str, FolderNode] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
@@ -121,6 +123,7 @@ def _inspect(place: TreePlace, *, outside: bool) -> Opened:
     decided, located = _read_files(opened)
     if opened.problems:
         return opened  # without these files the meaning of the folders is not known
+    opened.decided = decided
     opened.scan = scan(place.folder, decided)
     resolved = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
     opened.entries, opened.passed = resolved.entries, resolved.passed

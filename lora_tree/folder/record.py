@@ -3,7 +3,7 @@
     .lora_tree/commit.json       which staged file goes to which place, and which files go away
 
 Law: a record can name only the files that one save writes (adapters in nodes' folders, one YAML
-file and its lock), at places in the folder itself, never through a link. It also tells what lay at
+file, its lock, the log of the history), at places in the folder itself, never through a link. It also tells what lay at
 each place when it was decided. A process that carries it out compares that first. So a record that
 came with a download, or with a folder that was changed since, replaces and deletes nothing else.
 """
@@ -28,6 +28,7 @@ from ..node_names import check_path
 from ..spec import StrictModel, check_format
 from ..spec_errors import describe_invalid
 from . import disk
+from .history import HISTORY, LOG_NAME
 from .lockfile import Count, Digest, FileLock
 
 __all__ = [
@@ -160,10 +161,10 @@ def check_places(folder: Path, writes: Iterable[str], deletes: Iterable[str]) ->
         if above not in clear:  # two files of a node share the way, and each step is an lstat
             _refuse_links(folder, above)
             clear.add(above)
-    # A save replaces tree.yaml and tree.lock, and deletes neither. So a record that deletes a file
-    # in the top folder was not made by a save.
+    # A save replaces tree.yaml, tree.lock and the log of the history, and deletes none of them. So a
+    # record that deletes a file there was not made by a save.
     for place in deletes:
-        if "/" not in place:
+        if "/" not in place or place.startswith(f"{HISTORY}/"):
             text = f"{file}: {place[:200]!r} is no file that a save deletes"
             raise SpecError(text, "remove the record")
     _refuse_two_trees(file, places)
@@ -185,6 +186,8 @@ def _refuse_two_trees(file: Path, places: Iterable[str]) -> None:
 
 
 def _is_written_by_a_save(above: str, name: str) -> bool:
+    if above == HISTORY:
+        return LOG_NAME.match(name) is not None
     try:
         node = check_path(above)
     except PathError:

@@ -7,14 +7,22 @@ before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import BudgetError, FormatError, LoraTreeError
 from .bases import base_lock
 from .examine import Examined, examine
 from .lockfile import NodeLock, TreeLock
 from .opening import Opened, base_at_hand
-from .trained import TOP, Trained, lineage_locks, node_lock, stale_text, trained
+from .trained import (
+    TOP,
+    Trained,
+    lineage_locks,
+    node_lock,
+    stale_text,
+    trained,
+    training_locks,
+)
 
 __all__ = ["Relocked", "relocked"]
 
@@ -71,7 +79,11 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
             result.moved[path] = before
         now = Trained(above, base, _is_untrained(new, old, before))
         keeps = before is not None and not accept_stale
-        on = trained(old.nodes[before], old) if before is not None and keeps else now
+        was = None if before is None else trained(old.nodes[before], old)
+        if was is not None:
+            # Another lineage is accepted, but how the content came to be stays true.
+            now = replace(now, made=was.made)
+        on = was if was is not None and keeps else now
         mentioned.append(on)
         stale = stale_text(path, on, above, base)
         if stale is not None:
@@ -82,7 +94,10 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
         nodes[path] = node_lock(entry.files.stamps, content, on, base, written=written)
     result.gone = [path for path in old.nodes if path not in nodes]
     lineage_table = lineage_locks(mentioned)
-    result.lock = TreeLock(base=base, yaml=old.yaml, nodes=nodes, lineages=lineage_table)
+    trainings = training_locks(mentioned)
+    result.lock = TreeLock(
+        base=base, yaml=old.yaml, nodes=nodes, lineages=lineage_table, trainings=trainings
+    )
     return result
 
 

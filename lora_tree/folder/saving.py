@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from ..budget import format_bytes
+from ..errors import LoraTreeWarning, listing
+from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes
 from .changes import Changes, stamps_of
@@ -20,10 +24,14 @@ from .source import FolderSource
 from .tree_place import place_of
 from .whole import make_all
 
-__all__ = ["save_tree"]
+__all__ = ["HistoryWarning", "save_tree"]
 
 
-def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
+class HistoryWarning(LoraTreeWarning):
+    """Earlier versions of nodes were dropped: the history's budget has no room for them."""
+
+
+def save_tree(tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None:
     """Write a tree as a folder of nested PEFT adapters; see `AdapterTree.save`."""
     place = place_of(folder, make=True)
     with ExitStack() as undo:
@@ -36,7 +44,7 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
             # it between this look and the changes that are decided from it.
             opened, seen = inspect(place), recall(tree, place)
             raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
-            changes = decide(tree, opened, seen, copy=copy)
+            changes = decide(tree, opened, seen, copy=copy, note=note)
             try:
                 transaction.apply(changes)
             finally:
@@ -48,6 +56,16 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool) -> None:
                     tree.home = Path(place.yaml_file)
                     remember(tree, place, _seen(opened, seen, changes, transaction.written))
         undo.pop_all()
+    if changes.crowded_out:
+        budget = format_bytes(tree.history.budget_bytes)
+        warnings.warn(
+            HistoryWarning(
+                f"{listing(changes.crowded_out)}: earlier versions were dropped, for those of this "
+                f"tree may take {budget} together",
+                f"to keep more: versions_budget in {place.yaml}",
+            ),
+            stacklevel=4,
+        )
 
 
 def _nodes(changes: Changes, written: Mapping[str, Stamp]) -> Iterator[Node]:

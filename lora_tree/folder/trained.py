@@ -15,9 +15,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..formats.peft import CONFIG, WEIGHTS
+from ..provenance import Made, TrainedWith
 from ..weights import Weight
 from .disk import Stamp
-from .lockfile import ROOT, BaseLock, FileLock, LineageLock, NodeLock, TreeLock, lineage
+from .lockfile import (
+    ROOT,
+    BaseLock,
+    FileLock,
+    LineageLock,
+    MadeLock,
+    NodeLock,
+    TreeLock,
+    lineage,
+    weight_line,
+)
 
 __all__ = [
     "TOP",
@@ -25,9 +36,13 @@ __all__ = [
     "LineageStep",
     "Trained",
     "lineage_locks",
+    "made_lock",
+    "made_of",
     "node_lock",
     "stale_text",
+    "steps_of",
     "trained",
+    "training_locks",
 ]
 
 
@@ -67,25 +82,28 @@ class Trained:
         on: the lineage of its parent at the time.
         base: the base at the time.
         untrained: its increments are zero, so they fit any lineage and any base.
+        made: when and by what it became what it is, if a save noted that.
     """
 
     on: Lineage
     base: BaseLock
     untrained: bool = False
+    made: Made | None = None
 
 
 # ---------------------------------------------------------------------- in and out of the lock
 def trained(node: NodeLock, lock: TreeLock) -> Trained:
     """Return what a lock says that a node was trained on."""
-    on = Lineage(node.trained_on, _steps(node.trained_on, lock))
-    return Trained(on, node.base or lock.base, node.untrained)
+    on = Lineage(node.trained_on, steps_of(node.trained_on, lock.lineages))
+    made = made_of(node.made, lock.trainings)
+    return Trained(on, node.base or lock.base, node.untrained, made)
 
 
-def _steps(digest: str, lock: TreeLock) -> tuple[LineageStep, ...] | None:
-    """Return the steps of a lineage as the lock tells them; None if it tells none, or others."""
+def steps_of(digest: str, lineages: Mapping[str, LineageLock]) -> tuple[LineageStep, ...] | None:
+    """Return the steps of a lineage as a table tells them; None if it tells none, or others."""
     found: list[LineageStep] = []
     while digest != ROOT:
-        told = lock.lineages.get(digest)
+        told = lineages.get(digest)
         # The table is only for messages, and anybody may have written it. The hash decides.
         if told is None or lineage(told.above, told.content, told.own_weight) != digest:
             return None
@@ -105,11 +123,40 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
             entry = LineageLock(
                 above=above,
                 content=step.content,
-                weight=step.weight if isinstance(step.weight, float) else f"{step.weight}",
+                weight=weight_line(step.weight),
                 node=step.node,
             )
             found.setdefault(digest, entry)
             above = digest
+    return found
+
+
+def made_of(made: MadeLock | None, trainings: Mapping[str, TrainedWith]) -> Made | None:
+    """Return what a lock's entry says of how a node was made."""
+    if made is None:
+        return None
+    losses = None
+    if made.before is not None and made.after is not None:
+        losses = made.before, made.after
+    training = None if made.training is None else trainings.get(made.training)
+    return Made(made.when, made.by, losses, training)
+
+
+def made_lock(made: Made | None) -> MadeLock | None:
+    """Return the entry that says how a node was made; see `training_locks` for the rest of it."""
+    if made is None:
+        return None
+    before, after = made.losses or (None, None)
+    training = None if made.training is None else made.training.digest
+    return MadeLock(when=made.when, by=made.by, before=before, after=after, training=training)
+
+
+def training_locks(mentioned: Iterable[Trained]) -> dict[str, TrainedWith]:
+    """Return what nodes were trained with, by its hash, each once."""
+    found: dict[str, TrainedWith] = {}
+    for one in mentioned:
+        if one.made is not None and one.made.training is not None:
+            found[one.made.training.digest] = one.made.training
     return found
 
 
@@ -133,6 +180,7 @@ def node_lock(
         base=on.base if on.base.differs(base) else None,
         written=written,
         untrained=on.untrained,
+        made=made_lock(on.made),
     )
 
 

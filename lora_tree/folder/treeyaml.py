@@ -59,6 +59,8 @@ class YamlNeeds:
         said = spec or TreeSpec(version=1)
         if (said.defaults, said.cache) != (self.tree.defaults, self.tree.cache):
             return False
+        if said.history != self.tree.history:
+            return False
         return self._nodes_are_said(spec)
 
     def _nodes_are_said(self, spec: TreeSpec | None) -> bool:
@@ -102,6 +104,7 @@ class YamlNeeds:
         cache = tree.cache.model_dump(exclude_none=True)
         if cache:
             data["cache"] = cache
+        data.update(tree.history.model_dump(exclude_none=True))
         nodes = self._nodes()
         if nodes:
             data["tree"] = {path: nodes[path] for path in tree.children() if path in nodes}

@@ -93,7 +93,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         # All ranks enter, because gathering a sharded factor is work of all of them.
         with self.tree_model.gathered() as tree:
             if self.args.should_save:
-                tree.save(where)
+                tree.save(where, note="TreeTrainer")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, in a folder that appears when everything is in it."""

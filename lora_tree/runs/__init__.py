@@ -3,7 +3,7 @@
 from .evaluation import LossMatrix, evaluate
 from .held_back import Verdict
 from .loop import Run
-from .promotion import promote
+from .promotion import promote, promotion_note
 from .rows import Row, read_rows
 from .settings import Settings
 from .step import StepLosses
@@ -17,5 +17,6 @@ __all__ = [
     "Verdict",
     "evaluate",
     "promote",
+    "promotion_note",
     "read_rows",
 ]

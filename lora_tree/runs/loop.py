@@ -29,6 +29,7 @@ from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..model import TreeModel
+from ..provenance import DataFile, SaveNote, TrainedWith, seen_from
 from ..storage import as_path
 from ..system.reading import is_file
 from ..training.diverged import Start
@@ -76,6 +77,8 @@ class Run:
         folder: of this run's checkpoints; made where missing.
         nodes: paths or patterns of what trains; none: the nodes that rows name.
         with_ancestors: the nodes above those train as well.
+        data: the files that the rows came from, for `training`.
+        max_length: tokens that were kept of a row, likewise.
 
     Attributes:
         nodes: what trains, in the order of the tree.
@@ -104,8 +107,11 @@ class Run:
         *,
         nodes: Sequence[str] = (),
         with_ancestors: bool = False,
+        data: Sequence[DataFile] = (),
+        max_length: int | None = None,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
+        self._data, self._max_length = list(data), max_length
         tree = model.tree
         _refuse_encoder(model)
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
@@ -243,11 +249,42 @@ class Run:
         last = losses_of(self.model.tree, self.nodes, self.last)
         return {node: (first[node], last[node]) for node in first}
 
+    @property
+    def training(self) -> TrainedWith | None:
+        """What the nodes are trained with, for the note of a save; None without ``data``."""
+        if not self._data:
+            return None
+        home = self.model.tree.home
+        # As seen from the tree, as the paths of its data are.
+        folder = str(self.folder) if home is None else seen_from(home.parent, self.folder)
+        return TrainedWith(
+            nodes=self.nodes,
+            data=self._data,
+            settings=self.settings.plain(),
+            max_length=self._max_length,
+            run=folder,
+        )
+
+    def note(self, by: str) -> SaveNote:
+        """Return the note of the save that puts this run's nodes into the tree.
+
+        Args:
+            by: the command, or what the program calls itself.
+        """
+        training = self.training
+        told = {} if training is None else dict.fromkeys(self.nodes, training)
+        return SaveNote(by=by, training=told, losses=self.losses())
+
     # ------------------------------------------------------------------ private
     def _told(self, *, saved: bool) -> dict[str, Any]:
         """Return the content of run.json."""
         losses = {"first": self.first, "last": self.last}
-        return {**self._about, "step": self.done, "losses": losses, "saved": saved}
+        told = {**self._about, "step": self.done, "losses": losses, "saved": saved}
+        training = self.training
+        if training is not None:
+            # Beside what makes it the same run: a file of rows may be moved between two resumes.
+            told["training"] = training.model_dump(mode="json")
+        return told
 
     def _check_sound(self) -> None:
         if self._diverged is not None:

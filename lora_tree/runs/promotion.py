@@ -6,17 +6,23 @@ import os
 import warnings
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, PathError, listing, suggest
 from ..folder import StaleWarning, disk
+from ..formats import strict_json
 from ..node_names import check_path
+from ..provenance import SaveNote, TrainedWith
 from ..storage import as_path
-from ..system.reading import is_folder
+from ..system.reading import is_file, is_folder
 from ..tree import AdapterTree, Node
 from .checkpoint_factors import NODES, ancestors_now, ancestors_then
 from .checkpoint_place import where_it_lies
+from .place import ABOUT
+from .resume import losses_told
 
-__all__ = ["promote"]
+__all__ = ["promote", "promotion_note"]
 
 
 def promote(
@@ -67,6 +73,34 @@ def promote(
     if path in tree:
         return tree.update(path, adapter=adapter)
     return tree.add(path, adapter=adapter)
+
+
+def promotion_note(
+    by: str, path: str, checkpoint: str | os.PathLike[str], *, node: str | None = None
+) -> SaveNote:
+    """Return the note of the save after `promote`, with what the checkpoint's run trained with.
+
+    Args:
+        by: the command, or what the program calls itself.
+        path, checkpoint, node: as for `promote`.
+
+    Raises:
+        FolderError, FormatError: the checkpoint's run.json can't be read.
+    """
+    file = where_it_lies(as_path(checkpoint)) / ABOUT
+    if not is_file(file):  # a TreeTrainer's checkpoint has none
+        return SaveNote(by=by)
+    about = strict_json.loads(disk.read_file(file), str(file))
+    name = path if node is None else node
+    losses: dict[str, tuple[float, float]] = {}
+    first, last = (losses_told(about, which, {name}).get(name) for which in ("first", "last"))
+    if first is not None and last is not None:
+        losses[path] = first, last
+    try:
+        training = {path: TrainedWith.model_validate(about["training"])}
+    except (KeyError, ValidationError):
+        training = {}  # of an earlier version, or of rows that came from no file
+    return SaveNote(by=by, training=training, losses=losses)
 
 
 def _nodes_in(folder: Path) -> list[str]:

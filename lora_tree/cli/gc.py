@@ -1,0 +1,51 @@
+"""``lora-tree gc``: earlier versions beyond the bound, and files that none names, go."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..budget import format_bytes
+from ..folder import gc
+from .arguments import AsJson, Folder
+from .console import out, print_json
+
+__all__ = ["clean_up"]
+
+
+def clean_up(
+    folder: Folder,
+    versions: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Leave so many earlier contents of each node; as tree.yaml says without it."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove earlier versions beyond the bound, and say how many bytes that frees."""
+    freed = gc(folder, versions=versions, dry_run=dry_run)
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "dry_run": dry_run,
+                "versions": freed.nodes,
+                "contents": freed.contents,
+                "bytes": freed.nbytes,
+                "left_bytes": freed.left_bytes,
+            }
+        )
+        return
+    for path, count in freed.nodes.items():
+        out().print(f"{path}: {count} earlier version{'s' if count != 1 else ''}", soft_wrap=True)
+    verb = "would free" if dry_run else "freed"
+    out().print(
+        f"{verb} {format_bytes(freed.nbytes)}; earlier versions take "
+        f"{format_bytes(freed.left_bytes)}",
+        soft_wrap=True,
+    )

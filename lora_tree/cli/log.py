@@ -1,0 +1,122 @@
+"""``lora-tree log``: what the nodes of a tree were before, numbered, with how each came to be."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from rich.table import Table
+
+from ..budget import format_bytes
+from ..errors import PathError, printable, suggest
+from ..folder import Version, history
+from ..weights import plain_weight
+from .arguments import AsJson, Folder, Nodes
+from .console import out, print_json
+
+__all__ = ["list_versions"]
+
+SHORT = 8  # digits of a content, which is enough to name a version by
+
+
+def list_versions(folder: Folder, nodes: Nodes = None, as_json: AsJson = False) -> None:
+    """List the versions of nodes, of removed ones too: when, by which command, from which data."""
+    found = history(folder)
+    wanted = _chosen(found, nodes or [])
+    if as_json:
+        told = {path: [_plain(v, n) for n, v in enumerate(found[path], 1)] for path in wanted}
+        print_json({"folder": str(folder), "nodes": told})
+        return
+    # Without names, a node that has always been the same would only fill the screen.
+    shown = [path for path in wanted if nodes or len(found[path]) > 1 or _is_removed(found[path])]
+    for path in shown:
+        _tell(path, found[path])
+    if not shown:
+        out().print("no node has an earlier version")
+    elif not nodes and len(shown) < len(found):
+        out().print(f"{len(found) - len(shown)} more nodes have one version; name them to see it")
+
+
+def _chosen(found: dict[str, list[Version]], patterns: list[str]) -> list[str]:
+    """Return the nodes that paths or patterns name.
+
+    Raises:
+        PathError: one names none.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = [pattern] if pattern in found else fnmatch.filter(found, pattern)
+        if not hits:
+            raise PathError(f"no versions of {pattern!r} are kept{suggest(pattern, found)}")
+        chosen.update(hits)
+    return [path for path in found if path in chosen or not patterns]
+
+
+def _is_removed(versions: list[Version]) -> bool:
+    return not versions[-1].is_present
+
+
+def _tell(path: str, versions: list[Version]) -> None:
+    last = versions[-1]
+    gone = ""
+    if last.until is not None:
+        gone = f": removed {last.until} by {last.ended_by}"
+    out().print(f"{path}{gone}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table.add_column("", justify="right")
+    for heading in ("when", "content", "weight", "loss", "size", "trained on", "data", "by"):
+        table.add_column(heading, no_wrap=True)
+    for number, version in enumerate(versions, 1):
+        table.add_row(str(number), *(printable(text) for text in _cells(version)))
+    out().print(table)
+
+
+def _cells(version: Version) -> list[str]:
+    losses, training = version.losses, version.training
+    loss = f"{losses[0]:.3f} → {losses[1]:.3f}" if losses is not None else ""
+    data = ", ".join(file.path for file in training.data) if training is not None else ""
+    return [
+        version.when or "?",
+        version.content[:SHORT],
+        f"{version.weight:g}",
+        loss,
+        format_bytes(version.nbytes),
+        _lineage(version),
+        data,
+        version.by or "?",
+    ]
+
+
+def _lineage(version: Version) -> str:
+    """Say on which ancestors a version was trained, by their names at the time."""
+    if version.on is None:
+        return "?"
+    steps = version.on.on.steps
+    if steps is None:
+        return f"lineage {version.on.on.digest[:SHORT]}"
+    return " > ".join(f"{step.node} {step.content[:SHORT]}" for step in steps) or "the base"
+
+
+def _plain(version: Version, number: int) -> dict[str, Any]:
+    training, on = version.training, version.on
+    steps = None if on is None else on.on.steps
+    return {
+        "number": number,
+        "present": version.is_present,
+        "content": version.content,
+        "weight": plain_weight(version.weight),
+        "bytes": version.nbytes,
+        "when": version.when,
+        "by": version.by,
+        "until": version.until,
+        "ended_by": version.ended_by,
+        "losses": version.losses,
+        "base": None if on is None else on.base.name,
+        "trained_on": None
+        if steps is None
+        else [
+            {"node": step.node, "content": step.content, "weight": plain_weight(step.weight)}
+            for step in steps
+        ],
+        "training": None if training is None else training.model_dump(mode="json"),
+    }

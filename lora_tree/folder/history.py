@@ -1,0 +1,326 @@
+"""The history: what nodes of a tree were before, as one log; a value, and its bytes.
+
+    .versions/tree.json        node → its earlier versions, the oldest first (other.json: other.yaml's)
+    .versions/<content>/       the files of a content that no node has any more; see `archive`
+
+A version is what tree.lock said of a node, with the node's weight, when a save changed one of the
+two. So a plain move makes no version: the history of a node follows it to its new path.
+
+Law: a (content, weight) stands in a node's history once, where it was last, and never beside the
+present one of the same. So a user who goes back and forth between two versions loses no third.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from ..errors import FormatError, PathError, SpecError
+from ..formats import strict_json
+from ..node_names import check_path
+from ..provenance import TrainedWith
+from ..spec import StrictModel, check_format
+from ..spec_errors import describe_invalid
+from ..weights import Weight
+from .lockfile import (
+    BaseLock,
+    Count,
+    Digest,
+    LineageLock,
+    MadeLock,
+    WeightLine,
+    weight_line,
+    weight_of,
+)
+from .trained import (
+    Lineage,
+    Trained,
+    lineage_locks,
+    made_lock,
+    made_of,
+    steps_of,
+    training_locks,
+)
+
+__all__ = [
+    "HISTORY",
+    "LOG_NAME",
+    "History",
+    "Version",
+    "history_place",
+    "parse_history",
+    "render_history",
+]
+
+HISTORY = ".versions"
+LOG_NAME = re.compile(r"[^./\0][^/\0]{0,200}\.json\Z")
+_REPAIR = "restore it; or remove it: the contents stay where they are until lora-tree gc"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One content that a node has or had, with its weight at the time.
+
+    Args:
+        content: the hash of its two files.
+        weight: of the node.
+        nbytes: of the two files.
+        on: what it was trained on, and how it was made, as far as a lock said so.
+        until: when a save replaced it; None if it is the present one.
+        ended_by: the command that replaced it.
+        elsewhere: the folder that its user named, as seen from the tree's; such files stay there.
+    """
+
+    content: str
+    weight: Weight
+    nbytes: int
+    on: Trained | None = None
+    until: str | None = None
+    ended_by: str | None = None
+    elsewhere: str | None = None
+
+    @property
+    def key(self) -> tuple[str, Weight]:
+        """What makes it another version: the content and the weight."""
+        return self.content, self.weight
+
+    @property
+    def is_present(self) -> bool:
+        """The node has it now."""
+        return self.until is None
+
+    @property
+    def when(self) -> str | None:
+        """When a save made it the present one, UTC; None if no save noted that."""
+        return self.on.made.when if self.on is not None and self.on.made is not None else None
+
+    @property
+    def by(self) -> str | None:
+        """The command that made it."""
+        return self.on.made.by if self.on is not None and self.on.made is not None else None
+
+    @property
+    def losses(self) -> tuple[float, float] | None:
+        """Its loss before and after its training, in nats per token."""
+        return self.on.made.losses if self.on is not None and self.on.made is not None else None
+
+    @property
+    def training(self) -> TrainedWith | None:
+        """What its content was trained with."""
+        return self.on.made.training if self.on is not None and self.on.made is not None else None
+
+
+@dataclass(frozen=True)
+class History:
+    """The earlier versions of the nodes of a tree; of nodes that were removed, too."""
+
+    nodes: Mapping[str, tuple[Version, ...]] = field(default_factory=dict)
+
+    def contents(self) -> dict[str, int]:
+        """Return content → bytes, of all contents that are the history's own to keep."""
+        found = {}
+        for versions in self.nodes.values():
+            for version in versions:
+                if version.elsewhere is None:
+                    found[version.content] = version.nbytes
+        return found
+
+    def moved(self, moves: Mapping[str, str]) -> History:
+        """Return the history with nodes under their new paths; behind what the path had before."""
+        nodes: dict[str, tuple[Version, ...]] = {}
+        # A node that was at the new path before, and was removed, keeps its versions there.
+        for path in sorted(self.nodes, key=lambda path: path in moves):
+            to = moves.get(path, path)
+            nodes[to] = (*nodes.get(to, ()), *self.nodes[path])
+        return History(nodes)
+
+    def ended(self, path: str, old: Version, now: tuple[str, Weight] | None, most: int) -> History:
+        """Return the history with one version more.
+
+        Args:
+            path: of the node.
+            old: what it was until now.
+            now: content and weight that it has from now on; None if it was removed.
+            most: different contents that are kept of a node beside the present one.
+        """
+        versions = [v for v in self.nodes.get(path, ()) if v.key not in (old.key, now)]
+        present = None if now is None else now[0]
+        kept = _bounded([*versions, old], present, most)
+        return History({**self.nodes, path: kept})
+
+    def bounded(self, most: int, present: Mapping[str, str]) -> History:
+        """Return the history with at most so many contents of each node beside the present one.
+
+        Args:
+            most: contents.
+            present: node → its content now.
+        """
+        nodes = {}
+        for path, versions in self.nodes.items():
+            nodes[path] = _bounded(versions, present.get(path), most)
+        return History(nodes).without_empty()
+
+    def within(self, budget_bytes: int, live: Iterable[str]) -> tuple[History, list[str]]:
+        """Return the history that fits a budget, and the nodes of which a version was dropped.
+
+        Args:
+            budget_bytes: for all contents, each counted once.
+            live: contents that nodes have; they take no room of the history's.
+        """
+        sizes = self.contents()
+        for content in live:
+            sizes.pop(content, None)
+        # A content is as old as its last entry: several nodes may have had it.
+        ages: dict[str, tuple[str, int]] = {}
+        for versions in self.nodes.values():
+            for number, version in enumerate(versions):
+                # Saves within one second are told apart by their order in the node's list.
+                age = version.until or "", number
+                ages[version.content] = max(age, ages.get(version.content, age))
+        room = budget_bytes - sum(sizes.values())
+        dropped: set[str] = set()
+        for content in sorted(sizes, key=lambda content: (ages[content], content)):
+            if room >= 0:
+                break
+            dropped.add(content)
+            room += sizes[content]
+        gone: list[str] = []
+        nodes: dict[str, tuple[Version, ...]] = {}
+        for path, versions in self.nodes.items():
+            left = tuple(v for v in versions if v.content not in dropped or v.elsewhere)
+            if len(left) < len(versions):
+                gone.append(path)
+            nodes[path] = left
+        return History(nodes).without_empty(), gone
+
+    def without_empty(self) -> History:
+        """Return the history without nodes that have no version in it."""
+        return History({path: versions for path, versions in self.nodes.items() if versions})
+
+
+def _bounded(versions: Sequence[Version], present: str | None, most: int) -> tuple[Version, ...]:
+    """Return the versions of the last ``most`` contents; of each at most so many weights."""
+    times: dict[str, int] = {}
+    kept: list[Version] = []
+    for version in reversed(versions):
+        others = times.keys() - {present}
+        is_new = version.content not in times and version.content != present
+        # Weights are counted apart: to try ten of them must not push out five good contents.
+        if times.get(version.content, 0) >= most or (is_new and len(others) >= most):
+            continue
+        times[version.content] = times.get(version.content, 0) + 1
+        kept.append(version)
+    return tuple(reversed(kept))
+
+
+# ---------------------------------------------------------------------- its file
+class VersionLock(StrictModel):
+    """A version as the log has it; lineages and trainings stand beside, each once."""
+
+    content: Digest
+    weight: WeightLine
+    nbytes: Count
+    trained_on: Digest | None = None
+    base: BaseLock | None = None
+    untrained: bool = False
+    made: MadeLock | None = None
+    until: str
+    ended_by: str
+    elsewhere: str | None = None
+
+
+class HistoryLog(StrictModel):
+    """A whole log; ``lineages`` and ``trainings`` are those of `TreeLock`."""
+
+    version: Literal[1] = 1
+    nodes: dict[str, list[VersionLock]] = Field(default_factory=dict)
+    lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
+    trainings: dict[Digest, TrainedWith] = Field(default_factory=dict)
+
+
+def history_place(lock: str) -> str:
+    """Return the place of a tree's log, given the name of its lock.
+
+    >>> history_place("tree.lock"), history_place("other.yml.lock")
+    ('.versions/tree.json', '.versions/other.yml.json')
+    """
+    return f"{HISTORY}/{lock.removesuffix('.lock')}.json"
+
+
+def parse_history(raw: bytes, file: str) -> History:
+    """Return the meaning of a log.
+
+    Raises:
+        NewerFormat: a newer version of this library wrote it.
+        SpecError: it is broken.
+    """
+    try:
+        data = strict_json.loads(raw, file)
+        check_format(data, file)
+        log = HistoryLog.model_validate(data)
+        for path in log.nodes:
+            if not check_path(path):
+                raise PathError("a node without a name")
+    except ValidationError as error:
+        mistakes = describe_invalid(error, data, HistoryLog)[:8]
+        raise SpecError(*(f"{file}: {text}" for _, text in mistakes), _REPAIR) from error
+    except FormatError as error:  # which names the file already
+        raise SpecError(error.what, _REPAIR) from error
+    except PathError as error:
+        raise SpecError(f"{file}: {error.what}", _REPAIR) from error
+    nodes: dict[str, tuple[Version, ...]] = {}
+    for path, versions in log.nodes.items():
+        nodes[path] = tuple(_version(entry, log) for entry in versions)
+    return History(nodes)
+
+
+def _version(entry: VersionLock, log: HistoryLog) -> Version:
+    on = None
+    if entry.trained_on is not None:
+        lineage = Lineage(entry.trained_on, steps_of(entry.trained_on, log.lineages))
+        made = made_of(entry.made, log.trainings)
+        on = Trained(lineage, entry.base or BaseLock(), entry.untrained, made)
+    return Version(
+        entry.content,
+        weight_of(entry.weight),
+        entry.nbytes,
+        on,
+        entry.until,
+        entry.ended_by,
+        entry.elsewhere,
+    )
+
+
+def render_history(history: History) -> bytes:
+    """Return the bytes of a log; they depend on its meaning alone."""
+    mentioned: list[Trained] = []
+    nodes: dict[str, list[VersionLock]] = {}
+    for path, versions in history.nodes.items():
+        nodes[path] = [_version_lock(version) for version in versions]
+        mentioned.extend(version.on for version in versions if version.on is not None)
+    log = HistoryLog(
+        nodes=nodes, lineages=lineage_locks(mentioned), trainings=training_locks(mentioned)
+    )
+    data = log.model_dump(mode="json", exclude_none=True)
+    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _version_lock(version: Version) -> VersionLock:
+    on = version.on
+    return VersionLock(
+        content=version.content,
+        weight=weight_line(version.weight),
+        nbytes=version.nbytes,
+        trained_on=None if on is None else on.on.digest,
+        base=None if on is None else on.base,
+        untrained=on is not None and on.untrained,
+        made=None if on is None else made_lock(on.made),
+        until=version.until or "",
+        ended_by=version.ended_by or "",
+        elsewhere=version.elsewhere,
+    )

@@ -1,0 +1,216 @@
+"""Keeping: what a save adds to the history, decided before its first byte, like all that it does.
+
+before   what the folder holds: content, weight and note of each node
+after    what it will hold
+differs  → the node has a new version: the old one goes into the log, and its files, if no node
+           has that content any more, into the archive
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..formats.limits import LOCK_BYTES
+from ..provenance import Made, SaveNote, seen_from
+from ..tree import AdapterTree
+from ..weights import Weight
+from . import disk
+from .archive import archived, contents_of_others
+from .changes import Archived, KeptAdapter, NewFile
+from .examine import hashed
+from .history import History, Version, history_place, parse_history, render_history
+from .opening import Opened
+from .resolve import FolderNode
+from .trained import trained
+
+__all__ = ["Keeping", "present_version", "read_history", "utc_now"]
+
+
+def utc_now() -> str:
+    """Return the time as locks and logs note it, like ``2026-11-26T19:17:26Z``."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def read_history(opened: Opened) -> History:
+    """Return the history of a tree, through a save that is not wholly carried out.
+
+    Raises:
+        SpecError: the log is broken.
+        FolderError: it can't be read.
+    """
+    place = history_place(opened.place.lock)
+    file = opened.decided.resolve(opened.place.folder, place)
+    if file is None or not os.path.lexists(file):
+        return History()
+    return parse_history(disk.read_file(file, most=LOCK_BYTES, follow=False), file)
+
+
+def present_version(opened: Opened, path: str, content: str) -> Version:
+    """Return what a node is now, as a version.
+
+    Args:
+        opened: the folder.
+        path: of a node with an adapter in files.
+        content: the hash of these files.
+    """
+    entry, lock, on = opened.entries[path], opened.lock, None
+    files = entry.files
+    assert files is not None, "a node with a content has files"
+    known = lock.nodes.get(path) if lock is not None else None
+    # A lock that speaks of other files says nothing of how these came to be.
+    if lock is not None and known is not None and known.content == content:
+        on = trained(known, lock)
+    nbytes = sum(stamp.size for stamp in files.stamps.values())
+    elsewhere = seen_from(opened.place.folder, files.folder) if entry.named else None
+    return Version(content, entry.weight, nbytes, on, elsewhere=elsewhere)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A tree and its folder, before a save and after it.
+
+    Args:
+        tree: the tree that is saved.
+        opened: the folder as it is now.
+        kept: node → its adapter as the folder will hold it.
+        note: what the save says of itself.
+        when: the time of the save.
+    """
+
+    tree: AdapterTree
+    opened: Opened
+    kept: Mapping[str, KeptAdapter]
+    note: SaveNote
+    when: str = field(default_factory=utc_now)
+
+    # ------------------------------------------------------------------ before and after
+    @cached_property
+    def before(self) -> dict[str, Version]:
+        """Node → its version until now, of the nodes that have an adapter in files."""
+        found = {}
+        for path, entry in self.opened.entries.items():
+            content = self._content_before(path, entry)
+            if content is not None:
+                found[path] = present_version(self.opened, path, content)
+        return found
+
+    def _content_before(self, path: str, entry: FolderNode) -> str | None:
+        """Return the hash of a node's files as they are now; None if they are not whole."""
+        if path in self.opened.contents or entry.files is None:
+            return self.opened.contents.get(path)
+        if entry.files.flaw is not None:
+            return None
+        own = self.kept.get(path)
+        if own is not None and own.stamps is not None:
+            here, there = os.path.realpath(entry.files.folder), os.path.realpath(own.folder)
+            if here == there:
+                return own.content  # they stay, and `decide` has hashed them already
+        # No lock vouches for files that the save replaces, so they are read.
+        return hashed(entry.files)
+
+    def _now(self, path: str) -> tuple[str, Weight] | None:
+        """Return content and weight of a node after the save; None if it has no adapter."""
+        own = self.kept.get(path)
+        return None if own is None else (own.content, self.tree[path].weight)
+
+    @cached_property
+    def moves(self) -> dict[str, str]:
+        """Old path → new path of the nodes that were moved."""
+        found = {}
+        for old, new in self.note.moved.items():
+            if old in self.before and old not in self.kept and new in self.kept:
+                found[old] = new
+        fresh = [path for path in self.kept if path not in self.before]
+        for path in sorted(set(fresh) - set(found.values())):
+            for old, was in self.before.items():
+                is_gone = old not in self.kept and old not in found
+                if is_gone and was.content == self.kept[path].content:
+                    found[old] = path
+                    break
+        return found
+
+    def made(self, path: str) -> Made | None:
+        """Return how a node came to be what it is after the save."""
+        origin = {new: old for old, new in self.moves.items()}.get(path, path)
+        was, now, own = self.before.get(origin), self._now(path), self.kept[path]
+        known = None if own.trained is None else own.trained.made
+        if was is not None and was.key == now:
+            return known
+        # Files that lie in their place already, with no lock that tells how they came there.
+        if was is None and own.stamps is not None and not own.named and own.trained is None:
+            return None
+        losses, training = self.note.losses.get(path), self.note.training.get(path)
+        # Another weight, or a copy: the content is the one that was trained before.
+        if training is None and known is not None:
+            losses, training = known.losses, known.training
+        return Made(self.when, self.note.by, losses, training)
+
+    # ------------------------------------------------------------------ the history after it
+    @cached_property
+    def _old(self) -> History:
+        return read_history(self.opened)
+
+    @cached_property
+    def _new(self) -> tuple[History, list[str]]:
+        """The history after the save, and the nodes whose versions the budget has no room for."""
+        history = self._old.moved(self.moves)
+        most = self.tree.history.most
+        changed = False
+        for old, was in self.before.items():
+            path = self.moves.get(old, old)
+            now = self._now(path)
+            if was.key == now or not most:
+                continue
+            ended = replace(was, until=self.when, ended_by=self.note.by)
+            history = history.ended(path, ended, now, most)
+            changed = True
+        if not changed:
+            return history, []
+        return history.within(self.tree.history.budget_bytes, self._live)
+
+    @cached_property
+    def _live(self) -> set[str]:
+        """The contents that nodes have after the save, in folders of their own."""
+        return {own.content for own in self.kept.values() if not own.named}
+
+    @property
+    def crowded_out(self) -> list[str]:
+        """The nodes that lose a version because the budget has no room for it."""
+        return self._new[1]
+
+    def log(self) -> NewFile | None:
+        """Return the log to write; None if it says the same already."""
+        history = self._new[0]
+        if history == self._old:
+            return None
+        return NewFile.of(history_place(self.opened.place.lock), render_history(history))
+
+    def archives(self) -> tuple[Archived, ...]:
+        """Return the contents that go into the archive: named by the log, and no node's any more."""
+        wanted = self._new[0].contents().keys() - self._live
+        if not wanted:
+            return ()
+        missing = wanted - archived(self.opened.place.folder)
+        found = {}
+        for path, was in self.before.items():
+            files = self.opened.entries[path].files
+            if was.content in missing and was.elsewhere is None and files is not None:
+                places = {name: at for name, (at, _) in files.now.items()}
+                found[was.content] = Archived(was.content, places)
+        return tuple(found[content] for content in sorted(found))
+
+    def forgets(self) -> frozenset[str]:
+        """Return the contents that no log names any more, or that a node has again."""
+        history, folder = self._new[0], self.opened.place.folder
+        if history == self._old:
+            return frozenset()
+        wanted = history.contents().keys() - self._live
+        spare = archived(folder) - wanted
+        if spare:
+            spare -= contents_of_others(Path(folder), history_place(self.opened.place.lock))
+        return frozenset(spare)

@@ -1,0 +1,347 @@
+"""The verbs of the history: list it, read an earlier version, bring one back, clean up.
+
+    fr/legal@2         the second version of fr/legal, as `history` numbers them from 1
+    fr/legal@3f9c21    the one whose content begins with these digits, six at least
+
+A number is right as long as no save comes in between; the digits of a content always are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..errors import FolderError, PathError, TreeError, listing, suggest
+from ..node_names import check_path
+from ..provenance import SaveNote
+from ..tree import AdapterTree
+from .api import StaleWarning, load
+from .archive import archived, contents_of_others, place_in_archive
+from .changes import Changes, NewFile
+from .commit import writing
+from .history import Version, history_place, render_history
+from .keeping import present_version, read_history
+from .opening import Opened, inspect
+from .scan import find_files
+from .source import FolderSource
+from .training_steps import paths_above
+from .tree_place import place_of
+
+__all__ = ["Freed", "Restored", "gc", "history", "load_versions", "restore"]
+
+_AT = re.compile(r"(?P<path>[^@]*)@(?P<version>[0-9a-f]+)\Z")
+_IN_BLEND = re.compile(r"(?P<path>[^@:+]+)@(?P<version>[0-9a-f]+)")
+_DIGITS = 6
+
+
+def history(path: str | os.PathLike[str]) -> dict[str, list[Version]]:
+    """Return every node's versions, the oldest first; the last one is the present one.
+
+    Of a node that was removed all are earlier ones. A node that lives in memory alone, or whose
+    files no lock has, has none.
+
+    Args:
+        path: the folder of a tree, or a YAML file in it.
+
+    Raises:
+        SpecError, FolderError: there is no tree, or its files can't be read.
+
+    >>> # for number, version in enumerate(history("zoo/")["fr/legal"], 1): print(number, version)
+    """
+    opened = inspect(place_of(path))
+    if opened.is_empty:
+        load(path)  # raises, and says what is missing
+    return _all_versions(opened)
+
+
+def _all_versions(opened: Opened) -> dict[str, list[Version]]:
+    found = {path: list(versions) for path, versions in read_history(opened).nodes.items()}
+    for path, content in opened.contents.items():
+        found.setdefault(path, []).append(present_version(opened, path, content))
+    return {path: found[path] for path in sorted(found, key=lambda path: path.split("/"))}
+
+
+# ---------------------------------------------------------------------- one version
+@dataclass(frozen=True)
+class _Named:
+    """A version that a user named, and the node that it is of."""
+
+    path: str
+    number: int
+    version: Version
+
+
+def _find(opened: Opened, name: str) -> _Named:
+    """Return the version that a name like ``fr/legal@2`` means.
+
+    Raises:
+        PathError: there is no such node or version.
+    """
+    match = _AT.match(name)
+    if match is None:
+        raise PathError(f"{name!r} names no version", "write fr/legal@2; see lora-tree log")
+    path, wanted = match["path"], match["version"]
+    check_path(path)
+    versions = _all_versions(opened)
+    if path not in versions:
+        raise PathError(f"no versions of {path!r} are kept{suggest(path, versions)}")
+    mine = versions[path]
+    if len(wanted) < _DIGITS and wanted.isdecimal():
+        if not 1 <= int(wanted) <= len(mine):
+            raise PathError(f"{path} has versions 1 to {len(mine)}, got {wanted}")
+        return _Named(path, int(wanted), mine[int(wanted) - 1])
+    hits = [n for n, version in enumerate(mine, 1) if version.content.startswith(wanted)]
+    # The last one of several: they are one content with other weights.
+    if not hits or len(wanted) < _DIGITS:
+        raise PathError(
+            f"{path} has no version {wanted}",
+            f"a number from 1 to {len(mine)}, or at least {_DIGITS} digits of a content",
+        )
+    return _Named(path, hits[-1], mine[hits[-1] - 1])
+
+
+def _source(opened: Opened, named: _Named) -> FolderSource:
+    """Return where the files of a version are: in the archive, at a node, or elsewhere.
+
+    Raises:
+        FolderError: they are gone.
+    """
+    root, version = opened.place.folder, named.version
+    places = [place_in_archive(root, version.content)]
+    for path, content in opened.contents.items():
+        files = opened.entries[path].files
+        if content == version.content and files is not None:
+            places.append(files.folder)
+    inside: str | None = root
+    if version.elsewhere is not None:
+        # It was never the tree's to keep: its user named it, and it is named again.
+        places, inside = [os.path.normpath(os.path.join(root, version.elsewhere))], None
+    for place in places:
+        files = find_files(place, inside)
+        if files.flaw is None:
+            within = None if opened.outside else root
+            return FolderSource(place, inside, files.stamps, version.content, version.on, within)
+    raise FolderError(
+        f"{named.path}@{named.number}: the files of content {version.content[:12]}… are gone "
+        f"from {places[0]}",
+        "another version may still be there: lora-tree log",
+    )
+
+
+def _put(tree: AdapterTree, opened: Opened, named: _Named) -> None:
+    """Give a node of a tree its earlier content and weight; bring it back if it is not there."""
+    source, path = _source(opened, named), named.path
+    if path not in tree:
+        for above in paths_above(path):
+            if above in tree:
+                continue
+            if above in _all_versions(opened):
+                raise PathError(
+                    f"{path}: {above}, which it stood on, is not in the tree",
+                    f"bring that back as well: lora-tree restore … {above} {path}",
+                )
+            tree.add(above, group=True)  # a group has no content, so nothing else is known of it
+        tree.add(path, group=True)
+    tree.update(path, weight=named.version.weight)  # asks attached models, too
+    tree.replace(tree[path].read_from(source))
+
+
+def load_versions(path: str | os.PathLike[str], *texts: str) -> tuple[AdapterTree, tuple[str, ...]]:
+    """Open a tree as it would be with some versions in place, to read it.
+
+    Args:
+        path: the folder of the tree, or a YAML file in it.
+        texts: paths or blends, in which a path may be a version: ``fr/legal@1:0.5+de``.
+
+    Returns:
+        the tree, and the same texts without the versions. It is not to be saved.
+
+    Raises:
+        PathError: there is no such node or version, or the texts name two of one node.
+        FolderError: as `load`, or the files of a version are gone.
+
+    >>> # tree, (path,) = load_versions("zoo/", "fr/legal@1"); tree.flatten(path)
+    """
+    tree = load(path)
+    asked: dict[str, str] = {}
+    for text in texts:
+        for match in _IN_BLEND.finditer(text):
+            node, version = match["path"], match["version"]
+            if asked.setdefault(node, version) != version:
+                raise PathError(f"{node}: two versions at once: {asked[node]} and {version}")
+    if asked:
+        opened = inspect(place_of(path))
+        for node in sorted(asked, key=lambda node: node.count("/")):
+            _put(tree, opened, _find(opened, f"{node}@{asked[node]}"))
+    return tree, tuple(_IN_BLEND.sub(lambda match: match["path"], text) for text in texts)
+
+
+# ---------------------------------------------------------------------- bring back
+@dataclass(frozen=True)
+class Restored:
+    """A node that has an earlier version again.
+
+    Args:
+        path: of the node.
+        number: that the version had.
+        version: it.
+        stale: why the node, or None if it is not, is stale with it.
+        was_removed: the node had been removed.
+    """
+
+    path: str
+    number: int
+    version: Version
+    stale: str | None = None
+    was_removed: bool = False
+
+
+def restore(
+    path: str | os.PathLike[str], *names: str, note: SaveNote | str | None = None
+) -> list[Restored]:
+    """Give nodes an earlier content and weight again, in one save; it can be undone likewise.
+
+    What the nodes have now becomes an earlier version. A node that was removed comes back with its
+    last version, or with the one that is named.
+
+    Args:
+        path: the folder of the tree, or a YAML file in it.
+        names: versions like ``fr/legal@2``; paths or patterns of nodes that were removed.
+        note: what the save says of itself.
+
+    Raises:
+        PathError: there is no such node or version, or the node above is not there.
+        FolderError: the files of a version are gone, or the folder can't be written.
+        SpecError, UnlockedError: as `load`.
+
+    >>> # restore("zoo/", "fr/legal@2")
+    """
+    with warnings.catch_warnings():
+        # A node may be stale just because of what is to be undone; it is told at the end.
+        warnings.simplefilter("ignore", StaleWarning)
+        tree = load(path)
+    opened = inspect(place_of(path))
+    found: list[_Named] = []
+    for name in names:
+        found += [_find(opened, name)] if "@" in name else _removed(opened, tree, name)
+    twice = [named.path for named in found if sum(n.path == named.path for n in found) > 1]
+    if twice:
+        raise PathError(f"{listing(sorted(set(twice)))}: named twice")
+    if not found:
+        raise PathError("no version is named", "write fr/legal@2; see lora-tree log")
+    back = [named.path for named in found if named.path not in tree]
+    # A node's parent has to be there first.
+    for named in sorted(found, key=lambda named: named.path.count("/")):
+        _put(tree, opened, named)
+    if note is None:
+        note = SaveNote(by=f"restore({', '.join(names)})")
+    tree.save(opened.place.spelled, note=note)
+    restored = []
+    for named in found:
+        stale = tree[named.path].stale
+        is_back = named.path in back
+        restored.append(Restored(named.path, named.number, named.version, stale, is_back))
+    return restored
+
+
+def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
+    """Return the last versions of the removed nodes that a path or a pattern names."""
+    versions = _all_versions(opened)
+    gone = [path for path in versions if path not in tree]
+    hits = [pattern] if pattern in gone else fnmatch.filter(gone, pattern)
+    if not hits and pattern in tree:
+        raise TreeError(
+            f"{pattern} is in the tree, so say which version it is to have",
+            f"one of {pattern}@1 to @{len(versions.get(pattern, ())) or 1}; see lora-tree log",
+        )
+    if not hits:
+        raise PathError(f"{pattern!r} matches no node that was removed{suggest(pattern, gone)}")
+    return [_Named(path, len(versions[path]), versions[path][-1]) for path in hits]
+
+
+# ---------------------------------------------------------------------- clean up
+@dataclass(frozen=True)
+class Freed:
+    """What a clean-up removes, or would remove.
+
+    Args:
+        nodes: node → how many of its earlier versions.
+        contents: content → bytes, of the files that go.
+        left_bytes: the bytes that the history still takes.
+        dry_run: nothing was removed.
+    """
+
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    contents: Mapping[str, int] = field(default_factory=dict)
+    left_bytes: int = 0
+    dry_run: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are free again."""
+        return sum(self.contents.values())
+
+
+def gc(
+    path: str | os.PathLike[str], *, versions: int | None = None, dry_run: bool = False
+) -> Freed:
+    """Remove earlier versions beyond the bound, and files that no version names.
+
+    Args:
+        path: the folder of the tree, or a YAML file in it.
+        versions: earlier contents to leave of each node; None: as tree.yaml says.
+        dry_run: say what would go, and remove nothing.
+
+    Raises:
+        SpecError, FolderError: there is no tree, or its folder can't be read or written.
+
+    >>> # gc("zoo/", versions=1, dry_run=True).nbytes
+    """
+    if dry_run:
+        return _spare(_looked(path), versions)[0]
+    place = place_of(path)
+    with writing(Path(place.folder)) as transaction:
+        freed, changes = _spare(_looked(path), versions)
+        transaction.apply(changes)
+    return replace(freed, dry_run=False)
+
+
+def _looked(path: str | os.PathLike[str]) -> Opened:
+    opened = inspect(place_of(path))
+    if opened.is_empty:
+        load(path)  # raises, and says what is missing
+    return opened
+
+
+def _spare(opened: Opened, most: int | None) -> tuple[Freed, Changes]:
+    """Return what goes, and the changes that make it go."""
+    folder, place = opened.place.folder, history_place(opened.place.lock)
+    spec = opened.spec.history if opened.spec is not None else AdapterTree().history
+    old = read_history(opened)
+    live = set(opened.contents.values())
+    new = old.bounded(spec.most if most is None else most, opened.contents)
+    new = new.within(spec.budget_bytes, live)[0]
+    wanted = new.contents().keys() - live
+    spare = archived(folder) - wanted
+    if spare:
+        spare -= contents_of_others(Path(folder), place)
+    nodes = {}
+    for path, versions in old.nodes.items():
+        count = len(versions) - len(new.nodes.get(path, ()))
+        if count:
+            nodes[path] = count
+    sizes = {content: _bytes_of(folder, content) for content in sorted(archived(folder))}
+    left = sum(size for content, size in sizes.items() if content not in spare)
+    gone = {content: sizes[content] for content in sorted(spare)}
+    files = () if new == old else (NewFile.of(place, render_history(new)),)
+    return Freed(nodes, gone, left, dry_run=True), Changes(files, forgets=frozenset(spare))
+
+
+def _bytes_of(folder: str, content: str) -> int:
+    files = find_files(place_in_archive(folder, content))
+    return sum(stamp.size for stamp in files.stamps.values())
