@@ -209,6 +209,8 @@ def test_removed_nodes_come_back_with_what_was_above_them(zoo: Path) -> None:
     assert all(r.was_removed and r.stale is None for r in back)
     assert value(opened(zoo)) == whole
     assert not lt.check(zoo)
+    assert all(len(versions) == 1 for versions in lt.history(zoo).values())
+    assert not kept(zoo)
 
 
 def test_an_adapter_that_its_user_named_is_named_again(zoo: Path, tmp_path: Path) -> None:

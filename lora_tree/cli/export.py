@@ -21,7 +21,7 @@ from ..export import (
     export_model,
     portable,
 )
-from ..folder import load
+from ..folder import load, load_versions
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder, Quiet, SkipBroken, TrustRemoteCode
 from .console import print_json
@@ -158,7 +158,8 @@ def export(
             "name one path or blend, or every leaf: "
             "lora-tree export FOLDER PATH --out DIR, or --all"
         )
-    tree = load(folder, skip_broken=skip_broken)
+    tree, named = load_versions(folder, *([] if path is None else [path]), skip_broken=skip_broken)
+    path = named[0] if named else None
     check_place(tree, folder, to)  # before anything is flattened, which may take long
     # Options of one form alone; a form that can't heed one refuses it.
     shaped = ceil_rank or complete or bool(shape)

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SpecError
 from ..extras import foreign
-from ..folder import load
+from ..folder import load_versions
 from ..model import attach
 from .arguments import Folder, SkipBroken, TrustRemoteCode
 from .console import print_text
@@ -53,7 +53,7 @@ def generate(
     skip_broken: SkipBroken = False,
 ) -> None:
     """Print text that the base writes at a path."""
-    tree = load(folder, skip_broken=skip_broken)
+    tree, (path,) = load_versions(folder, path, skip_broken=skip_broken)
     # Before a model is loaded, which takes minutes: a typo is told at once.
     if "+" in path or ":" in path:
         tree.coefficients(path)

@@ -37,9 +37,9 @@ def bring_back(
         return
     for one in restored:
         what = "brought back" if one.was_removed else "restored"
-        weight = f"weight {one.version.weight:g}"
+        content, weight = f"{one.version.content[:12]}…", f"{one.version.weight:g}"
         out().print(
-            f"{what} {one.path}: version {one.number}, content {one.version.content[:8]}, {weight}",
+            f"{what} {one.path}: version {one.number}, content {content}, weight {weight}",
             soft_wrap=True,
         )
     stale = [one.path for one in restored if one.stale]

@@ -145,13 +145,20 @@ class History:
         Args:
             path: of the node.
             old: what it was until now.
-            now: content and weight that it has from now on; None if it was removed.
+            now: content and weight that it has from now on, which `beside` takes out; None if it
+                was removed.
             most: different contents that are kept of a node beside the present one.
         """
-        versions = [v for v in self.nodes.get(path, ()) if v.key not in (old.key, now)]
+        versions = [v for v in self.nodes.get(path, ()) if v.key != old.key]
         present = None if now is None else now[0]
         kept = _bounded([*versions, old], present, most)
         return History({**self.nodes, path: kept})
+
+    def beside(self, path: str, now: tuple[str, float]) -> History:
+        """Return the history without what a node is now: it is no earlier version."""
+        versions = self.nodes.get(path, ())
+        left = tuple(version for version in versions if version.key != now)
+        return self if left == versions else History({**self.nodes, path: left})
 
     def bounded(self, most: int, present: Mapping[str, str]) -> History:
         """Return the history with at most so many contents of each node beside the present one.

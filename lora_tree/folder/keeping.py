@@ -169,6 +169,9 @@ class Keeping:
             ended = replace(was, until=self.when, ended_by=self.note.by)
             history = history.ended(path, ended, now, most)
             changed = True
+        for path, own in self.kept.items():
+            history = history.beside(path, (own.content, self.tree[path].weight))
+        history = history.without_empty()
         if not changed:
             return history, []
         return history.within(self.tree.history.budget_bytes, self._live)

@@ -151,12 +151,15 @@ def _put(tree: AdapterTree, opened: Opened, named: _Named) -> None:
     tree.replace(tree[path].read_from(source))
 
 
-def load_versions(path: str | os.PathLike[str], *texts: str) -> tuple[AdapterTree, tuple[str, ...]]:
+def load_versions(
+    path: str | os.PathLike[str], *texts: str, skip_broken: bool = False
+) -> tuple[AdapterTree, tuple[str, ...]]:
     """Open a tree as it would be with some versions in place, to read it.
 
     Args:
         path: the folder of the tree, or a YAML file in it.
         texts: paths or blends, in which a path may be a version: ``fr/legal@1:0.5+de``.
+        skip_broken: as for `load`.
 
     Returns:
         the tree, and the same texts without the versions. It is not to be saved.
@@ -167,7 +170,7 @@ def load_versions(path: str | os.PathLike[str], *texts: str) -> tuple[AdapterTre
 
     >>> # tree, (path,) = load_versions("zoo/", "fr/legal@1"); tree.flatten(path)
     """
-    tree = load(path)
+    tree = load(path, skip_broken=skip_broken)
     asked: dict[str, str] = {}
     for text in texts:
         for match in _IN_BLEND.finditer(text):
