@@ -154,7 +154,7 @@ class History:
         kept = _bounded([*versions, old], present, most)
         return History({**self.nodes, path: kept})
 
-    def beside(self, path: str, now: tuple[str, float]) -> History:
+    def beside(self, path: str, now: tuple[str, Weight]) -> History:
         """Return the history without what a node is now: it is no earlier version."""
         versions = self.nodes.get(path, ())
         left = tuple(version for version in versions if version.key != now)
