@@ -92,6 +92,9 @@ def test_the_examples_of_a_command_run(
             outcome(capsys, before)
     if name == "extract":
         outcome(capsys, "lora-tree export zoo/ fr --as model --out models/tuned")
+    if name == "check":
+        merged = "--as model --base models/base --out merged/legal"
+        outcome(capsys, f"lora-tree export zoo/ fr/legal {merged}")
     if name == "llama-args":
         pytest.importorskip("gguf", reason="an extra of its own")
         outcome(capsys, "lora-tree export zoo/ --as gguf --nodes --base models/base --out gguf")

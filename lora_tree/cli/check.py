@@ -1,5 +1,7 @@
 """``lora-tree check``: everything that is wrong with a folder, its nodes together, and a base.
 
+With ``--merged`` it is about a merged checkpoint instead (`check_told`).
+
 A base is asked for its modules only. It is made without memory for weights, so a model of any size
 is checked at once.
 """
@@ -13,11 +15,13 @@ from typing import Annotated
 import torch
 import typer
 
+from ..errors import SpecError
 from ..fit import clashes, misfits
 from ..folder import StaleWarning, check, load, notes
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
+from .check_told import tell_merged
 from .console import out, print_json
 from .open_base import skeleton_of
 
@@ -28,16 +32,32 @@ def list_problems(
     folder: Annotated[
         Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")
     ],
+    path: Annotated[
+        str | None, typer.Argument(help="With --merged: a path or a blend.", metavar="PATH")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             help="Compare with the modules of this model, a folder or a hub id.", metavar="MODEL"
         ),
     ] = None,
+    merged: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare a merged checkpoint with PATH, and guess what happened.", metavar="DIR"
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every problem; exit with 1 where there are any."""
+    """List every problem, of a folder or of a merged model; exit with 1 where there are any."""
+    if merged is not None:
+        tell_merged(
+            folder, path, merged, base, trust_remote_code=trust_remote_code, as_json=as_json
+        )
+        return
+    if path is not None:
+        raise SpecError(f"PATH ({path}) is for --merged", "lora-tree show FOLDER NODE shows a node")
     skeleton = None
     dtype = torch.float32
     if base is not None:

@@ -12,7 +12,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree show zoo/ --depth 2",
         "lora-tree show zoo/ fr --sort bytes --svg tree.svg",
     ),
-    "check": ("lora-tree check zoo/", "lora-tree check zoo/ --base models/base"),
+    "check": (
+        "lora-tree check zoo/",
+        "lora-tree check zoo/ --base models/base",
+        "lora-tree check zoo/ fr/legal --merged merged/legal --base models/base",
+    ),
     "lock": ("lora-tree lock zoo/ --accept-stale",),
     "init": ("lora-tree init new-zoo/ --base models/base --r 8 --target q_proj",),
     "add": ("lora-tree add zoo/ fr/tax downloads/tax --copy",),

@@ -4,15 +4,19 @@ from .checkpoint import MergedCheckpoint, export_model
 from .extract import Extracted, extract
 from .gguf import LlamaRequest, export_gguf, export_gguf_nodes, llama_request
 from .leaves import export_leaves
+from .merged_check import MergedCheck, TensorCheck, check_merged
 from .portable import ENGINE_RANKS, Portable, ceil_rank_of, portable
 
 __all__ = [
     "ENGINE_RANKS",
     "Extracted",
     "LlamaRequest",
+    "MergedCheck",
     "MergedCheckpoint",
     "Portable",
+    "TensorCheck",
     "ceil_rank_of",
+    "check_merged",
     "export_gguf",
     "export_gguf_nodes",
     "export_leaves",

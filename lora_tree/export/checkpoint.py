@@ -37,7 +37,7 @@ from .shards import Stored, open_checkpoint, own_files
 from .unloaded_base import skeleton
 from .writes import Write, writes
 
-__all__ = ["MergedCheckpoint", "export_model"]
+__all__ = ["MergedCheckpoint", "base_folder", "export_model"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def export_model(
             "portable",
         )
     path = spelled(blend)
-    source = _source(tree, base)
+    source = base_folder(tree, base)
     # A stranger's base may hold links to any file of this machine.
     inside = own_files(source)
     checkpoint = open_checkpoint(source, inside=inside)
@@ -177,7 +177,7 @@ def _check_finite(changes: Sequence[GroupWrites], names: CheckpointNames) -> Non
                 write.check_finite(dtype, partial(parameter, group, write.parameter))
 
 
-def _source(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
+def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
     """Return the folder of the base; one on the hub is fetched, or found where it was fetched.
 
     Raises:

@@ -20,8 +20,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +32,7 @@ from ..sites import ParameterSite, Site, find_site
 from ..sites.conv import ConvSite
 from ..sites.embedding import EmbeddingSite
 from ..sites.linear import Conv1DSite
-from ..storage import as_path
-from .names import CheckpointNames, TensorGroup
-from .shards import Checkpoint, Stored, open_checkpoint, own_files
+from .checkpoint_pair import CheckpointPair, open_own
 from .unloaded_base import skeleton
 
 __all__ = ["Extracted", "extract"]
@@ -111,9 +107,9 @@ def extract(
     if rank is not None:
         check_rank(rank)
     check_dtype(dtype)
-    old, new = _opened(base), _opened(tuned)
+    old, new = open_own(base), open_own(tuned)
     model = skeleton(old.folder, what="extract", trust_remote_code=trust_remote_code)
-    pair = _Pair(model, old, new)
+    pair = CheckpointPair(model, old, new)
     factors = _ModuleFactors(rank, max_error, dtype or torch.float32)
     parameters = dict(model.named_parameters())
     left = dict(pair.unmatched())
@@ -127,7 +123,7 @@ def extract(
         if reason is not None:
             left[name] = reason
             continue
-        change = pair.change(name)
+        change = _change(pair, name)
         if change is None:
             unchanged += 1
             continue
@@ -149,11 +145,6 @@ def extract(
     return Extracted(adapter, dict(sorted(errors.items())), dict(sorted(left.items())), unchanged)
 
 
-def _opened(folder: str | os.PathLike[str]) -> Checkpoint:
-    path = Path(os.path.abspath(as_path(folder)))
-    return open_checkpoint(path, inside=own_files(path))
-
-
 def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None:
     """Refuse changes that would be lost.
 
@@ -171,74 +162,17 @@ def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None
     )
 
 
-class _Pair:
-    """Two checkpoints of one architecture.
-
-    Args:
-        model: of the base, with shapes and no memory.
-        old, new: the base's checkpoint and the tuned one.
-    """
-
-    def __init__(self, model: Any, old: Checkpoint, new: Checkpoint) -> None:
-        self._model, self._old, self._new = model, old, new
-        self._names = CheckpointNames(model, old.tensors), CheckpointNames(model, new.tensors)
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    def unmatched(self) -> dict[str, str]:
-        """Tensors that only one of the two has → what that means."""
-        found: dict[str, str] = {}
-        for name in set(self._new.tensors) - set(self._old.tensors):
-            found[name] = "the base has no such tensor"
-        for name in set(self._old.tensors) - set(self._new.tensors):
-            found[name] = "the tuned checkpoint has no such tensor"
-        # A conversion makes its parameters of any names that a checkpoint has, so names that
-        # differ only there are no loss.
-        used: set[str] = set()
-        for which in (0, 1):
-            for parameter in self._shapes:
-                group = self._group(which, parameter)
-                used.update(stored.name for stored in (group.stored if group else ()))
-        return {name: reason for name, reason in found.items() if name not in used}
-
-    def misfit(self, parameter: str) -> str | None:
-        """Why a parameter's two values can't be subtracted; None if they can."""
-        groups = self._group(0, parameter), self._group(1, parameter)
-        if groups[0] is None and groups[1] is None:
-            return None  # tied to another parameter, which is compared
-        for which, group in zip(("base", "tuned checkpoint"), groups, strict=True):
-            if group is None:
-                return f"the {which} has no tensor for it"
-            for stored in group.stored:
-                if stored.dtype is None:
-                    return f"stored as {stored.spelled}, which can't be subtracted"
-        old, new = (group.stored for group in groups if group is not None)
-        if len(old) == len(new) == 1 and old[0].shape != new[0].shape:
-            return f"{new[0].shape}, and the base's is {old[0].shape}: a grown vocabulary?"
+def _change(pair: CheckpointPair, parameter: str) -> Tensor | None:
+    """The difference of a parameter, in fp32 or wider; None where nothing changed."""
+    both = pair.both(parameter)
+    if both is None:
         return None
-
-    def change(self, parameter: str) -> Tensor | None:
-        """The difference of a parameter, in fp32 or wider; None where nothing changed."""
-        if self._group(0, parameter) is None:
-            return None
-        old, new = self._read(0, parameter), self._read(1, parameter)
-        # The tuned one may have been saved in a narrower dtype: a rounding is no change.
-        if torch.equal(old.to(new.dtype), new) or torch.equal(new.to(old.dtype), old):
-            return None
-        wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
-        return new.to(wide) - old.to(wide)
-
-    def _group(self, which: int, parameter: str) -> TensorGroup | None:
-        try:
-            return self._names[which].group(parameter)
-        except BaseMismatch:
-            return None
-
-    def _read(self, which: int, parameter: str) -> Tensor:
-        names = self._names[which]
-        group = names.group(parameter)
-        if group.converter is None:
-            return group.stored[0].read()
-        return names.together(group, Stored.read)[parameter].contiguous()
+    old, new = both
+    # The tuned one may have been saved in a narrower dtype: a rounding is no change.
+    if torch.equal(old.to(new.dtype), new) or torch.equal(new.to(old.dtype), old):
+        return None
+    wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+    return new.to(wide) - old.to(wide)
 
 
 def _site_of(model: nn.Module, parameter: str) -> Site | None:

@@ -1,0 +1,77 @@
+"""``lora-tree check --merged``: how a merged checkpoint differs from the path that it should hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from ..errors import LoraTreeError, SpecError
+from ..export import MergedCheck, check_merged
+from ..folder import load
+from ..tree import AdapterTree
+from .console import out, print_json
+from .progress import Bar
+
+__all__ = ["tell_merged"]
+
+
+def tell_merged(
+    folder: Path,
+    path: str | None,
+    merged: str,
+    base: str | None,
+    *,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Compare a merged checkpoint with a path, and print what differs; exit with 1 where it does.
+
+    Args:
+        folder: of the tree; or the path, where none is given: then the tree is the working
+            directory's.
+        path: the path or blend.
+        merged, base: as the user gave them.
+    """
+    tree, path = (_here(folder, merged), str(folder)) if path is None else (load(folder), path)
+    with Bar() as bar:
+        task = bar.add_task("comparing", total=None)
+        found = check_merged(
+            tree,
+            path,
+            merged,
+            base=base,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        print_json({"merged": merged, "is_that_path": found.is_that_path, **asdict(found)})
+    else:
+        _print(found, merged)
+    if not found.is_that_path:
+        raise typer.Exit(1)
+
+
+def _here(path: Path, merged: str) -> AdapterTree:
+    """Return the working directory's tree, of which a path was given and no folder."""
+    try:
+        tree = load(".")
+        tree.coefficients(str(path))
+    except LoraTreeError as error:
+        raise SpecError(
+            "check --merged needs the path that the checkpoint should hold",
+            f"lora-tree check {path} fr/legal --merged {merged}",
+        ) from error
+    return tree
+
+
+def _print(found: MergedCheck, merged: str) -> None:
+    for tensor in found.tensors:
+        if tensor.verdict == "other":
+            text = f"other: {tensor.name}: {tensor.said} (error {tensor.error:.2g})"
+            out().print(text, soft_wrap=True)
+    out().print(f"{merged}: {found.guess}", soft_wrap=True)
+    text = f"{len(found.tensors)} tensors: {found.count('equal')} bit-equal, "
+    text += f"{found.count('rounding')} a rounding off, {found.count('other')} another sum"
+    out().print(text, soft_wrap=True)

@@ -1,0 +1,198 @@
+"""What probably happened to a merged checkpoint: each known mistake as multiples of the increments.
+
+    expected      1 for every node          left out      0 for one node, or for all but one
+    the base      0                         scale lost    1 / scale of each module
+    merged twice  2                         weight lost   1 / the node's weight
+    subtracted    −1                        alpha / r for alpha / √r, or the other way: √r, 1 / √r
+
+Law: a mistake is named only if it explains what is there to a rounding, or nearly (`NEAR`). If none
+does, the best multiples are told as numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import listing
+
+__all__ = [
+    "EXPECTED",
+    "NEAR",
+    "Fit",
+    "Guess",
+    "Hypothesis",
+    "best_guess",
+    "hypotheses",
+    "multiples_text",
+    "solved",
+]
+
+NEAR = 0.02
+"""‖rest‖ / ‖increments‖ below which a mistake explains a checkpoint."""
+SAME = 0.03
+"""A multiple this near to 1 or 0 counts as that."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One parameter's increments, as found and as expected, in inner products.
+
+    Args:
+        name: of the parameter.
+        nodes: that change it, in the order of the sum.
+        scales: of each one's factors, alpha / r.
+        ranks: of each.
+        gram: (n, n) float64, ⟨D_n, D_k⟩ with the coefficients in them.
+        along: (n,) float64, ⟨M, D_n⟩.
+        found: ‖M‖².
+        noise: the largest ‖M − ΣD‖² that rounding explains.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    scales: tuple[float, ...]
+    ranks: tuple[int, ...]
+    gram: Tensor
+    along: Tensor
+    found: float
+    noise: float
+
+    def rest(self, multiples: Tensor) -> float:
+        """Return ‖M − Σ m_n D_n‖² for multiples (n,)."""
+        value = self.found - 2 * multiples @ self.along + multiples @ self.gram @ multiples
+        return max(float(value), 0.0)
+
+    @property
+    def expected(self) -> float:
+        """Return ‖ΣD‖²."""
+        return max(float(self.gram.sum()), 0.0)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One mistake: the multiples that it gives each node in a parameter, and its words.
+
+    Args:
+        text: for a person.
+        common: node → multiple, the same in every parameter; 1 for a node that is not in it.
+        lost: what it does to the scale of every module: ``"scale"``, ``"root"``, ``"square"`` or
+            nothing.
+    """
+
+    text: str
+    common: Mapping[str, float] = field(default_factory=dict)
+    lost: str = ""
+
+    def multiples(self, fit: Fit) -> Tensor:
+        """Return the multiples of a parameter's nodes, (n,) float64."""
+        found = []
+        for node, scale, rank in zip(fit.nodes, fit.scales, fit.ranks, strict=True):
+            multiple = self.common.get(node, 1.0)
+            if self.lost == "scale" and scale:
+                multiple /= scale
+            elif self.lost == "root":
+                multiple *= math.sqrt(rank)
+            elif self.lost == "square":
+                multiple /= math.sqrt(rank)
+            found.append(multiple)
+        return torch.tensor(found, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What happened, and node → how many times its increments are there by least squares."""
+
+    text: str
+    multiples: Mapping[str, float] = field(default_factory=dict)
+
+
+EXPECTED = Hypothesis("the path itself")
+
+
+def hypotheses(coefficients: Mapping[str, float], weights: Mapping[str, float]) -> list[Hypothesis]:
+    """Return the mistakes to try, the likelier ones first.
+
+    Args:
+        coefficients: node → its coefficient in the path or blend.
+        weights: node → its own weight in the tree.
+    """
+    nodes = list(coefficients)
+    found = [
+        EXPECTED,
+        Hypothesis("it is the base itself: nothing was merged", dict.fromkeys(nodes, 0.0)),
+        Hypothesis("merged twice", dict.fromkeys(nodes, 2.0)),
+        Hypothesis("subtracted instead of added", dict.fromkeys(nodes, -1.0)),
+    ]
+    for node in nodes if len(nodes) > 1 else ():
+        found.append(Hypothesis(f"{node} was left out", {node: 0.0}))
+        found.append(Hypothesis(f"{node} was merged twice", {node: 2.0}))
+    for node in nodes if len(nodes) > 2 else ():
+        others = {other: 0.0 for other in nodes if other != node}
+        found.append(Hypothesis(f"only {node} was merged, without {listing(others)}", others))
+    lost = {node: 1 / coefficients[node] for node in nodes if weights.get(node, 1.0) != 1.0}
+    if lost:
+        text = f"the weight of {listing(lost)} was left out"
+        found.append(Hypothesis(text, lost))
+    for node in lost if len(lost) > 1 else ():
+        found.append(Hypothesis(f"the weight of {node} was left out", {node: lost[node]}))
+    found += [
+        Hypothesis("the scale lora_alpha / r was left out", lost="scale"),
+        Hypothesis("scaled by alpha / √r instead of alpha / r", lost="root"),
+        Hypothesis("scaled by alpha / r instead of alpha / √r", lost="square"),
+    ]
+    return found
+
+
+def best_guess(fits: Sequence[Fit], tried: Sequence[Hypothesis]) -> tuple[Hypothesis | None, float]:
+    """Return the mistake that explains most, and the share of the increments that it leaves.
+
+    Returns:
+        None in its place if it leaves more than `NEAR`, and more than rounding.
+    """
+    whole = math.fsum(fit.expected for fit in fits)
+    noise = math.fsum(fit.noise for fit in fits)
+    best, least = EXPECTED, math.inf
+    for hypothesis in tried:
+        rest = math.fsum(fit.rest(hypothesis.multiples(fit)) for fit in fits)
+        # The earlier one is the likelier one, where two are as good.
+        if rest < least * (1 - 1e-9):
+            best, least = hypothesis, rest
+    share = math.sqrt(least / whole) if whole else 0.0
+    explains = least <= max(noise, NEAR**2 * whole)
+    return (best if explains else None), share
+
+
+def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float], float]:
+    """Return node → its multiple by least squares, and ‖rest‖² under these.
+
+    Args:
+        fits: the parameters, summed as one problem.
+        nodes: the unknowns.
+    """
+    at = {node: i for i, node in enumerate(nodes)}
+    gram = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
+    along = torch.zeros(len(nodes), dtype=torch.float64)
+    for fit in fits:
+        places = torch.tensor([at[node] for node in fit.nodes])
+        gram[places[:, None], places[None]] += fit.gram
+        along[places] += fit.along
+    # The pseudo-inverse: two nodes with the same increments share their multiple.
+    multiples = torch.linalg.pinv(gram, hermitian=True) @ along
+    found = {node: float(multiples[i]) for node, i in at.items()}
+    rest = math.fsum(fit.rest(multiples[[at[node] for node in fit.nodes]]) for fit in fits)
+    return found, rest
+
+
+def multiples_text(multiples: Mapping[str, float]) -> str:
+    """Return the nodes whose multiple is not 1, each with it: ``fr 0.5 times, fr/legal 0 times``."""
+    told = []
+    for node, multiple in multiples.items():
+        if abs(multiple - 1) > SAME:
+            rounded = 0.0 if abs(multiple) <= SAME else multiple
+            told.append(f"{node} {rounded:.3g} times")
+    return listing(told)

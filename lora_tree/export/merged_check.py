@@ -1,0 +1,325 @@
+"""Is this merged checkpoint that path? Every tensor compared with the sum that it should hold.
+
+    equal       the bits of the sum, computed once in fp32 and rounded once
+    rounding    the same sum by another arithmetic: node by node, or in fp16 or bf16
+    other       another sum
+
+What else a tensor holds is found in the factors. With D_n the increments of node n, and
+M = W_merged − W_base, every sum Σ m_n D_n is as far from M as
+
+    ‖M − Σ m_n D_n‖² = ‖M‖² − 2 mᵀ b + mᵀ G m        b_n = ⟨M, D_n⟩,  G_nk = ⟨D_n, D_k⟩
+
+b and G are few numbers a tensor, so every mistake that people make (`merge_guess`) is tried on all
+tensors at once, and the best multiples m are a least-squares problem of the size of the lineage.
+
+Memory: one parameter of both checkpoints, and a block of its rows in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..blend import Blend, spelled
+from ..engine.arithmetic import Scratch, add_bias, add_weight, exact_mode
+from ..errors import listing
+from ..renaming import Renaming
+from ..tree import AdapterTree
+from .checkpoint import base_folder
+from .checkpoint_pair import CheckpointPair, open_own
+from .merge_guess import (
+    EXPECTED,
+    NEAR,
+    Fit,
+    Guess,
+    Hypothesis,
+    best_guess,
+    hypotheses,
+    multiples_text,
+    solved,
+)
+from .merge_looking import Looking, ground_of
+from .tensor_look import NARROW, look_at, rounding_unit, same_bits
+from .unloaded_base import skeleton
+from .writes import Write, writes
+
+__all__ = ["MergedCheck", "TensorCheck", "check_merged"]
+
+Verdict: TypeAlias = Literal["equal", "rounding", "other"]
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One parameter of a merged checkpoint.
+
+    Args:
+        name: of the parameter, as the model calls it.
+        verdict: ``equal``, ``rounding`` or ``other``.
+        error: ‖got − expected‖ / ‖expected − base‖; of a parameter that the path does not change,
+            ‖got − base‖ / ‖base‖.
+        said: what it holds instead, as far as it is known.
+    """
+
+    name: str
+    verdict: Verdict
+    error: float = 0.0
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class MergedCheck:
+    """A merged checkpoint, compared with a path.
+
+    Args:
+        path: the path or blend.
+        tensors: every parameter of the base.
+        guess: what happened, in a sentence.
+        multiples: node → how many times its increments are in the checkpoint, by least squares;
+            1.0 where all is well. Empty if nothing differs.
+    """
+
+    path: str
+    tensors: tuple[TensorCheck, ...]
+    guess: str
+    multiples: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_that_path(self) -> bool:
+        """Every tensor is equal, or a rounding off."""
+        return all(tensor.verdict != "other" for tensor in self.tensors)
+
+    def count(self, verdict: Verdict) -> int:
+        """Return how many tensors have a verdict."""
+        return sum(tensor.verdict == verdict for tensor in self.tensors)
+
+
+@torch.no_grad()
+def check_merged(
+    tree: AdapterTree,
+    blend: Blend,
+    merged: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
+) -> MergedCheck:
+    """Compare a merged checkpoint with the path that it should hold, and guess what happened.
+
+    Args:
+        tree: with the nodes of the path; its other nodes are tried where something else was added.
+        blend: the path or blend.
+        merged: the folder of the merged model, in safetensors.
+        base: the folder of the base that it was merged into, or its hub id; the tree's own without.
+        progress: called with (parameters compared, parameters there are).
+        trust_remote_code: run the Python code that the base brings along.
+
+    Raises:
+        PathError: a node is not there.
+        SpecError: no base is known, or transformers can't read its config.
+        FormatError: a folder has no whole safetensors checkpoint.
+        BaseMismatch: the path does not fit the base.
+
+    See docs/export.md for an example that runs.
+    """
+    source = base_folder(tree, base)
+    model = skeleton(source, what="check --merged", trust_remote_code=trust_remote_code)
+    pair = CheckpointPair(model, open_own(source), open_own(merged))
+    by_parameter = {each.parameter: each for each in writes(tree, blend, model, pair.old_names)}
+    coefficients = tree.coefficients(blend)
+    weights = {node: tree[node].weight for node in coefficients}
+    tried = hypotheses(coefficients, weights)
+    comparing = _Comparing(pair, by_parameter, coefficients, tried)
+    for name, reason in sorted(pair.unmatched().items()):
+        comparing.checks.append(TensorCheck(name, "other", 1.0, reason))
+    names = [name for name, _ in model.named_parameters()]
+    with exact_mode(torch.device("cpu")):
+        for done, name in enumerate(names):
+            if progress is not None:
+                progress(done, len(names))
+            comparing.compare(name)
+        guess = comparing.guess(tree, model)
+    return MergedCheck(spelled(blend), tuple(comparing.checks), guess.text, guess.multiples)
+
+
+class _Comparing:
+    """A comparison under way: one parameter after the other.
+
+    Args:
+        pair: the base and the merged checkpoint.
+        by_parameter: parameter → what the path adds to it.
+        coefficients: node → its coefficient in the path.
+        tried: the mistakes to look for.
+    """
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        by_parameter: Mapping[str, Write],
+        coefficients: Mapping[str, float],
+        tried: Sequence[Hypothesis],
+    ) -> None:
+        self._pair, self._writes, self._tried = pair, by_parameter, tried
+        self._coefficients = coefficients
+        self._scratch = Scratch()
+        self._fits: list[Fit] = []
+        self.checks: list[TensorCheck] = []
+
+    # ------------------------------------------------------------------ one parameter
+    def compare(self, name: str) -> None:
+        """Compare one parameter, and keep what was found."""
+        reason = self._pair.misfit(name)
+        if reason is not None:
+            self.checks.append(TensorCheck(name, "other", 1.0, reason))
+            return
+        both = self._pair.both(name)
+        if both is None:
+            return  # tied to another parameter, which is compared
+        old, new = both
+        write = self._writes.get(name)
+        base, old = old, ground_of(write, old)
+        if not new.isfinite().all():
+            check = TensorCheck(name, "other", math.inf, "not finite")
+        elif write is None:
+            check = _untouched(name, old, new)
+        elif write.overrides and same_bits(base.to(new.dtype), new) and not same_bits(old, base):
+            check = TensorCheck(name, "other", 1.0, "the base's own: what replaces it was left out")
+        elif not write.values:
+            check = _replaced(name, old, new)
+        elif write.is_bias:
+            check = self._bias(name, write, old, new)
+        else:
+            check = self._weight(name, write, old, new)
+        self.checks.append(check)
+
+    def _bias(self, name: str, write: Write, old: Tensor, new: Tensor) -> TensorCheck:
+        want = old.double()
+        add_bias(want, old, write.values)
+        if same_bits(want.to(new.dtype), new) or same_bits(want.to(old.dtype).to(new.dtype), new):
+            return TensorCheck(name, "equal")
+        change = float((want - old.double()).norm())
+        error = float((new.double() - want).norm()) / (change or 1.0)
+        close = rounding_unit(old.dtype, new.dtype) * (len(write.values) + 1)
+        is_close = (new.double() - want).abs() <= close * (old.double().abs() + want.abs())
+        if is_close.all():
+            return TensorCheck(name, "rounding", error)
+        return TensorCheck(name, "other", error, "another bias")
+
+    def _weight(self, name: str, write: Write, old: Tensor, new: Tensor) -> TensorCheck:
+        """Compare a weight with its sum: by its bits first, then by every element, then as a fit."""
+        is_equal = any(same_bits(want, new) for want in self._sums(write, old, new.dtype))
+        looked = look_at(write, self._divided(write), name, old, new)
+        self._fits.append(looked.fit)
+        if is_equal:
+            return TensorCheck(name, "equal")
+        if same_bits(_node_by_node(write, old, new.dtype), new):
+            return TensorCheck(name, "rounding", looked.error, "rounded node by node, as by PEFT")
+        best, _ = best_guess([looked.fit], self._tried)
+        if best is EXPECTED:
+            for dtype, worst in looked.worst.items():
+                if worst <= 1.0:
+                    is_own = dtype in (old.dtype, new.dtype)
+                    said = "" if is_own else f"as of {str(dtype)[6:]} arithmetic"
+                    return TensorCheck(name, "rounding", looked.error, said)
+            return TensorCheck(name, "other", looked.error, "some of its elements are others")
+        said = best.text if best is not None else "another sum"
+        return TensorCheck(name, "other", looked.error, said)
+
+    def _sums(self, write: Write, old: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the sum in the base's dtype, and where the merged one has another, in that."""
+        target = old.clone()
+        add_weight(write.site, target, old, write.values, self._scratch)
+        yield target.to(dtype)
+        if dtype != old.dtype:
+            cast = old.to(dtype)
+            target = cast.clone()
+            add_weight(write.site, target, cast, write.values, self._scratch)
+            yield target
+
+    def _divided(self, write: Write) -> list[tuple[float, int]]:
+        """Return each node's own scale, without its coefficient, and its rank."""
+        found = []
+        for node, value in zip(write.nodes, write.values, strict=True):
+            found.append((value.scale / self._coefficients[node], value.rank))
+        return found
+
+    # ------------------------------------------------------------------ all of them
+    def guess(self, tree: AdapterTree, model: Any) -> Guess:
+        """Say what happened."""
+        others = [check for check in self.checks if check.verdict == "other"]
+        if not others:
+            ways = {check.said for check in self.checks if check.verdict == "rounding"}
+            way = "".join(f", {said}" for said in sorted(ways) if said)
+            return Guess(f"the path itself{way}")
+        aside = [
+            c.name for c in others if c.name not in self._writes or self._writes[c.name].is_bias
+        ]
+        rest = ""
+        if aside:
+            rest = f"; {len(aside)} tensors beside its weights differ: {listing(aside, most=3)}"
+        if not self._fits:
+            return Guess(f"another model, or another base{rest}")
+        nodes = list(self._coefficients)
+        nodes = [node for node in nodes if any(node in fit.nodes for fit in self._fits)]
+        multiples, left = solved(self._fits, nodes)
+        best, _ = best_guess(self._fits, self._tried)
+        if best is EXPECTED:
+            wrong = [check.name for check in others if check.name not in aside]
+            text = "the path"
+            if wrong:
+                text += f", but {len(wrong)} tensors hold something else: {listing(wrong, most=3)}"
+            return Guess(text + rest, multiples)
+        if best is not None:
+            return Guess(best.text + rest, multiples)
+        whole = math.fsum(fit.expected for fit in self._fits)
+        noise = math.fsum(fit.noise for fit in self._fits)
+        told = multiples_text(multiples)
+        if left <= max(noise, NEAR**2 * whole):
+            return Guess(f"the path with other weights: {told}{rest}", multiples)
+        looking = Looking.of(self._pair, self._writes, self._fits, multiples)
+        added = looking.added(tree, Renaming(model), self._coefficients)
+        told = multiples_text(looking.multiples)
+        parts = [told] if told else []
+        parts += [f"{node} was merged as well, {times:.3g} times" for node, times in added.items()]
+        if not added:
+            share = math.sqrt(left / math.fsum(fit.found for fit in self._fits))
+            parts.append(f"{share:.0%} of the change is no increment of this tree")
+        return Guess("; ".join(parts) + rest, {**looking.multiples, **added})
+
+
+# ---------------------------------------------------------------------- one tensor
+def _node_by_node(write: Write, old: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum as PEFT makes it: every product, and every sum, is rounded by itself."""
+    target = old.to(dtype).clone()
+    rows = write.site.rows(target)
+    for value in write.values:
+        left, right = write.site.sides_of(value)
+        product = (left.float() @ right.float()) * value.scale
+        rows += product.to(value.A.dtype)
+    # Of a weight that is not laid out row by row `rows` is a copy.
+    return rows.reshape(target.shape)
+
+
+def _replaced(name: str, want: Tensor, new: Tensor) -> TensorCheck:
+    """Compare a parameter that the path replaces, and adds nothing to."""
+    check = _untouched(name, want, new)
+    if check.verdict != "other":
+        return check
+    return replace(check, said="not the tensor that the path puts in its place")
+
+
+def _untouched(name: str, old: Tensor, new: Tensor) -> TensorCheck:
+    """Compare a parameter that the path does not change."""
+    if same_bits(old.to(new.dtype), new) or same_bits(new.to(old.dtype), old):
+        return TensorCheck(name, "equal")
+    for dtype in NARROW:
+        if same_bits(old.to(dtype).to(new.dtype), new):
+            said = f"as of {str(dtype)[6:]} arithmetic"
+            return TensorCheck(name, "rounding", rounding_unit(dtype), said)
+    error = float((new.double() - old.double()).norm() / (old.double().norm() or 1.0))
+    return TensorCheck(name, "other", error, "the path does not change it")

@@ -1,0 +1,108 @@
+"""One merged weight, looked at element by element: how far it is from its sum, and why it may be.
+
+    room(u) = u (n + 1) (|W₀| + |W| + Σ|B||A|) + 4 max(u, factors' own) Σ|B||A|
+
+is what rounding may do where every node is added by itself in a dtype of unit u, the products and
+the factors rounded too. An element outside of it holds another number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .merge_guess import Fit
+from .merge_looking import sides_of
+from .writes import Write
+
+__all__ = ["NARROW", "TensorLook", "look_at", "rounding_unit", "same_bits"]
+
+BLOCK_NUMBERS = 1 << 21
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TensorLook:
+    """A weight, looked at element by element.
+
+    Args:
+        fit: its inner products with the increments.
+        error: ‖got − expected‖ / ‖expected − base‖.
+        worst: dtype → the largest |got − expected| in units of what rounding in it allows; the
+            stored dtypes' own first, then coarser ones.
+    """
+
+    fit: Fit
+    error: float
+    worst: Mapping[torch.dtype, float]
+
+
+def look_at(
+    write: Write, own: Sequence[tuple[float, int]], name: str, old: Tensor, new: Tensor
+) -> TensorLook:
+    """Take a weight's inner products with the increments, a block of rows at a time, in fp64."""
+    before, after = write.site.rows(old), write.site.rows(new)
+    sides = [sides_of(write, value) for value in write.values]
+    count = len(sides)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for i, (left, right) in enumerate(sides):
+        for k, (other_left, other_right) in enumerate(sides):
+            gram[i, k] = ((left.mT @ other_left) * (right @ other_right.mT)).sum()
+    stored = max((old.dtype, new.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    factors = max(rounding_unit(value.A.dtype, value.B.dtype) for value in write.values)
+    worst = {stored: 0.0}
+    for dtype in NARROW:
+        if torch.finfo(dtype).eps > torch.finfo(stored).eps:
+            worst[dtype] = 0.0
+    along = torch.zeros(count, dtype=torch.float64)
+    found = noise = off = 0.0
+    for batch, part in _blocks(before):
+        base, got = before[batch, part].double(), after[batch, part].double()
+        change = got - base
+        want, size = torch.zeros_like(base), torch.zeros_like(base)
+        for i, (left, right) in enumerate(sides):
+            top, side = left[batch, part], right[batch]
+            along[i] += ((top.mT @ change) * side).sum()
+            want += top @ side
+            size += top.abs() @ side.abs()
+        rest = change - want
+        found += float(change.square().sum())
+        off += float(rest.square().sum())
+        for dtype in worst:
+            unit = rounding_unit(dtype)
+            # Each node's sum may have been rounded by itself, and so may the factors and products.
+            room = unit * (count + 1) * (base.abs() + got.abs() + size)
+            room += 4 * max(unit, factors) * size + torch.finfo(dtype).tiny
+            worst[dtype] = max(worst[dtype], float((rest.abs() / room).max()))
+            if dtype == stored:
+                noise += float(room.square().sum())
+    scales, ranks = zip(*own, strict=True)
+    fit = Fit(name, tuple(write.nodes), scales, ranks, gram, along, found, noise)
+    return TensorLook(fit, math.sqrt(off) / (math.sqrt(fit.expected) or 1.0), worst)
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield the blocks of (batch, rows, cols): the matrix, and the rows of it."""
+    step = max(BLOCK_NUMBERS // max(rows.shape[-1], 1), 1)
+    for batch in range(rows.shape[0]):
+        for start in range(0, rows.shape[-2], step):
+            yield batch, slice(start, start + step)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same bits: a NaN is one of itself, −0.0 is not 0.0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(
+        one.contiguous().reshape(-1).view(torch.uint8),
+        other.contiguous().reshape(-1).view(torch.uint8),
+    )
+
+
+def rounding_unit(*dtypes: torch.dtype) -> float:
+    """Return the largest relative error of one rounding."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
