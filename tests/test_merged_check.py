@@ -248,6 +248,16 @@ def test_scales_that_differ_by_rank_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / "out").rmdir()
 
 
+def test_weights_per_module_count(tmp_path: Path) -> None:
+    place = Place(tmp_path, torch.float32)
+    place.tree.update("a/b", weight={"*.q_proj": 0.5, "default": 0.0})
+    place.export()
+    assert place.check().guess == "the path itself"
+
+    place.tree.update("a/b", weight=1.0)
+    assert place.check().guess.startswith("a/b 0.")
+
+
 def test_another_sum_is_no_path_of_the_tree(tmp_path: Path) -> None:
     place = Place(tmp_path, torch.float32)
     place.export()

@@ -12,7 +12,7 @@ does, the best multiples are told as numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,7 @@ class Fit:
         name: of the parameter.
         nodes: that change it, in the order of the sum.
         scales: of each one's factors, alpha / r.
+        weights: of each node in this module.
         ranks: of each.
         gram: (n, n) float64, ⟨D_n, D_k⟩ with the coefficients in them.
         along: (n,) float64, ⟨M, D_n⟩.
@@ -56,6 +57,7 @@ class Fit:
     name: str
     nodes: tuple[str, ...]
     scales: tuple[float, ...]
+    weights: tuple[float, ...]
     ranks: tuple[int, ...]
     gram: Tensor
     along: Tensor
@@ -82,17 +84,22 @@ class Hypothesis:
         common: node → multiple, the same in every parameter; 1 for a node that is not in it.
         lost: what it does to the scale of every module: ``"scale"``, ``"root"``, ``"square"`` or
             nothing.
+        unweighted: the nodes whose weight it leaves out.
     """
 
     text: str
     common: Mapping[str, float] = field(default_factory=dict)
     lost: str = ""
+    unweighted: Collection[str] = ()
 
     def multiples(self, fit: Fit) -> Tensor:
         """Return the multiples of a parameter's nodes, (n,) float64."""
         found = []
-        for node, scale, rank in zip(fit.nodes, fit.scales, fit.ranks, strict=True):
+        own = zip(fit.nodes, fit.scales, fit.weights, fit.ranks, strict=True)
+        for node, scale, weight, rank in own:
             multiple = self.common.get(node, 1.0)
+            if node in self.unweighted and weight:
+                multiple /= weight
             if self.lost == "scale" and scale:
                 multiple /= scale
             elif self.lost == "root":
@@ -114,14 +121,13 @@ class Guess:
 EXPECTED = Hypothesis("the path itself")
 
 
-def hypotheses(coefficients: Mapping[str, float], weights: Mapping[str, float]) -> list[Hypothesis]:
+def hypotheses(nodes: Sequence[str], weighted: Sequence[str]) -> list[Hypothesis]:
     """Return the mistakes to try, the likelier ones first.
 
     Args:
-        coefficients: node → its coefficient in the path or blend.
-        weights: node → its own weight in the tree.
+        nodes: of the path or blend.
+        weighted: those whose weight in the tree is not 1.
     """
-    nodes = list(coefficients)
     found = [
         EXPECTED,
         Hypothesis("it is the base itself: nothing was merged", dict.fromkeys(nodes, 0.0)),
@@ -134,12 +140,11 @@ def hypotheses(coefficients: Mapping[str, float], weights: Mapping[str, float]) 
     for node in nodes if len(nodes) > 2 else ():
         others = {other: 0.0 for other in nodes if other != node}
         found.append(Hypothesis(f"only {node} was merged, without {listing(others)}", others))
-    lost = {node: 1 / coefficients[node] for node in nodes if weights.get(node, 1.0) != 1.0}
-    if lost:
-        text = f"the weight of {listing(lost)} was left out"
-        found.append(Hypothesis(text, lost))
-    for node in lost if len(lost) > 1 else ():
-        found.append(Hypothesis(f"the weight of {node} was left out", {node: lost[node]}))
+    if weighted:
+        text = f"the weight of {listing(weighted)} was left out"
+        found.append(Hypothesis(text, unweighted=weighted))
+    for node in weighted if len(weighted) > 1 else ():
+        found.append(Hypothesis(f"the weight of {node} was left out", unweighted=[node]))
     found += [
         Hypothesis("the scale lora_alpha / r was left out", lost="scale"),
         Hypothesis("scaled by alpha / √r instead of alpha / r", lost="root"),

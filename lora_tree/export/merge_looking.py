@@ -20,6 +20,7 @@ from torch import Tensor
 from ..lowrank import LowRank
 from ..renaming import Renaming
 from ..tree import AdapterTree
+from ..weights import weight_at
 from .checkpoint_pair import CheckpointPair
 from .merge_guess import Fit
 from .writes import Write
@@ -105,7 +106,7 @@ class Looking:
         for name, write in self.writes.items():
             value = modules.get(write.module)
             if value is not None and value.shape == write.values[0].shape:
-                found[name] = value.scaled(tree[node].weight)
+                found[name] = value.scaled(weight_at(tree[node].weight, write.module))
         return found
 
     def _share(self, values: Mapping[str, LowRank]) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -31,6 +31,7 @@ from ..engine.arithmetic import Scratch, add_bias, add_weight, exact_mode
 from ..errors import listing
 from ..renaming import Renaming
 from ..tree import AdapterTree
+from ..weights import Weight, weight_at
 from .checkpoint import base_folder
 from .checkpoint_pair import CheckpointPair, open_own
 from .merge_guess import (
@@ -38,14 +39,13 @@ from .merge_guess import (
     NEAR,
     Fit,
     Guess,
-    Hypothesis,
     best_guess,
     hypotheses,
     multiples_text,
     solved,
 )
 from .merge_looking import Looking, ground_of
-from .tensor_look import NARROW, look_at, rounding_unit, same_bits
+from .tensor_look import NARROW, WeightPart, look_at, rounding_unit, same_bits
 from .unloaded_base import skeleton
 from .writes import Write, writes
 
@@ -131,10 +131,7 @@ def check_merged(
     model = skeleton(source, what="check --merged", trust_remote_code=trust_remote_code)
     pair = CheckpointPair(model, open_own(source), open_own(merged))
     by_parameter = {each.parameter: each for each in writes(tree, blend, model, pair.old_names)}
-    coefficients = tree.coefficients(blend)
-    weights = {node: tree[node].weight for node in coefficients}
-    tried = hypotheses(coefficients, weights)
-    comparing = _Comparing(pair, by_parameter, coefficients, tried)
+    comparing = _Comparing(pair, by_parameter, tree, tree.coefficients(blend))
     for name, reason in sorted(pair.unmatched().items()):
         comparing.checks.append(TensorCheck(name, "other", 1.0, reason))
     names = [name for name, _ in model.named_parameters()]
@@ -143,7 +140,7 @@ def check_merged(
             if progress is not None:
                 progress(done, len(names))
             comparing.compare(name)
-        guess = comparing.guess(tree, model)
+        guess = comparing.guess(model)
     return MergedCheck(spelled(blend), tuple(comparing.checks), guess.text, guess.multiples)
 
 
@@ -153,19 +150,21 @@ class _Comparing:
     Args:
         pair: the base and the merged checkpoint.
         by_parameter: parameter → what the path adds to it.
+        tree: with the nodes of the path.
         coefficients: node → its coefficient in the path.
-        tried: the mistakes to look for.
     """
 
     def __init__(
         self,
         pair: CheckpointPair,
         by_parameter: Mapping[str, Write],
-        coefficients: Mapping[str, float],
-        tried: Sequence[Hypothesis],
+        tree: AdapterTree,
+        coefficients: Mapping[str, Weight],
     ) -> None:
-        self._pair, self._writes, self._tried = pair, by_parameter, tried
-        self._coefficients = coefficients
+        self._pair, self._writes = pair, by_parameter
+        self._tree, self._coefficients = tree, coefficients
+        weighted = [node for node in coefficients if tree[node].weight != 1.0]
+        self._tried = hypotheses(list(coefficients), weighted)
         self._scratch = Scratch()
         self._fits: list[Fit] = []
         self.checks: list[TensorCheck] = []
@@ -213,7 +212,7 @@ class _Comparing:
     def _weight(self, name: str, write: Write, old: Tensor, new: Tensor) -> TensorCheck:
         """Compare a weight with its sum: by its bits first, then by every element, then as a fit."""
         is_equal = any(same_bits(want, new) for want in self._sums(write, old, new.dtype))
-        looked = look_at(write, self._divided(write), name, old, new)
+        looked = look_at(write, self._parts(write), name, old, new)
         self._fits.append(looked.fit)
         if is_equal:
             return TensorCheck(name, "equal")
@@ -241,15 +240,18 @@ class _Comparing:
             add_weight(write.site, target, cast, write.values, self._scratch)
             yield target
 
-    def _divided(self, write: Write) -> list[tuple[float, int]]:
-        """Return each node's own scale, without its coefficient, and its rank."""
+    def _parts(self, write: Write) -> list[WeightPart]:
+        """Return what goes into each node's increments: its own scale, its weight and its rank."""
         found = []
         for node, value in zip(write.nodes, write.values, strict=True):
-            found.append((value.scale / self._coefficients[node], value.rank))
+            coefficient = weight_at(self._coefficients[node], write.module)
+            scale = value.scale / coefficient if coefficient else value.scale
+            weight = weight_at(self._tree[node].weight, write.module)
+            found.append(WeightPart(scale, weight, value.rank))
         return found
 
     # ------------------------------------------------------------------ all of them
-    def guess(self, tree: AdapterTree, model: Any) -> Guess:
+    def guess(self, model: Any) -> Guess:
         """Say what happened."""
         others = [check for check in self.checks if check.verdict == "other"]
         if not others:
@@ -282,7 +284,7 @@ class _Comparing:
         if left <= max(noise, NEAR**2 * whole):
             return Guess(f"the path with other weights: {told}{rest}", multiples)
         looking = Looking.of(self._pair, self._writes, self._fits, multiples)
-        added = looking.added(tree, Renaming(model), self._coefficients)
+        added = looking.added(self._tree, Renaming(model), self._coefficients)
         told = multiples_text(looking.multiples)
         parts = [told] if told else []
         parts += [f"{node} was merged as well, {times:.3g} times" for node, times in added.items()]

@@ -19,7 +19,7 @@ from .merge_guess import Fit
 from .merge_looking import sides_of
 from .writes import Write
 
-__all__ = ["NARROW", "TensorLook", "look_at", "rounding_unit", "same_bits"]
+__all__ = ["NARROW", "TensorLook", "WeightPart", "look_at", "rounding_unit", "same_bits"]
 
 BLOCK_NUMBERS = 1 << 21
 NARROW = (torch.float16, torch.bfloat16)
@@ -41,8 +41,17 @@ class TensorLook:
     worst: Mapping[torch.dtype, float]
 
 
+@dataclass(frozen=True)
+class WeightPart:
+    """What goes into a node's increments of one weight."""
+
+    scale: float
+    weight: float
+    rank: int
+
+
 def look_at(
-    write: Write, own: Sequence[tuple[float, int]], name: str, old: Tensor, new: Tensor
+    write: Write, own: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
 ) -> TensorLook:
     """Take a weight's inner products with the increments, a block of rows at a time, in fp64."""
     before, after = write.site.rows(old), write.site.rows(new)
@@ -80,8 +89,17 @@ def look_at(
             worst[dtype] = max(worst[dtype], float((rest.abs() / room).max()))
             if dtype == stored:
                 noise += float(room.square().sum())
-    scales, ranks = zip(*own, strict=True)
-    fit = Fit(name, tuple(write.nodes), scales, ranks, gram, along, found, noise)
+    fit = Fit(
+        name,
+        tuple(write.nodes),
+        tuple(part.scale for part in own),
+        tuple(part.weight for part in own),
+        tuple(part.rank for part in own),
+        gram,
+        along,
+        found,
+        noise,
+    )
     return TensorLook(fit, math.sqrt(off) / (math.sqrt(fit.expected) or 1.0), worst)
 
 
