@@ -21,7 +21,7 @@ from ..folder import StaleWarning, check, load, notes
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
-from .check_told import tell_merged
+from .check_told import tell_comparison
 from .console import out, print_json
 from .open_base import skeleton_of
 
@@ -52,7 +52,7 @@ def list_problems(
 ) -> None:
     """List every problem, of a folder or of a merged model; exit with 1 where there are any."""
     if merged is not None:
-        tell_merged(
+        tell_comparison(
             folder, path, merged, base, trust_remote_code=trust_remote_code, as_json=as_json
         )
         return

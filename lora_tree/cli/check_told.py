@@ -14,10 +14,10 @@ from ..tree import AdapterTree
 from .console import out, print_json
 from .progress import Bar
 
-__all__ = ["tell_merged"]
+__all__ = ["tell_comparison"]
 
 
-def tell_merged(
+def tell_comparison(
     folder: Path,
     path: str | None,
     merged: str,
