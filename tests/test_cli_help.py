@@ -45,6 +45,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tree.add(path, adapter=adapter(seed))
     tree.save(place / "zoo")
     shutil.copytree(place / "zoo", place / "zoo-before")
+    flat = lt.AdapterTree(base="models/base")
+    for path in ("one", "two"):
+        flat.add(path, adapter=adapter(len(path)))
+    flat.save(place / "flat-zoo")
     adapter(9).save(place / "downloads/tax")
     (place / "rows.jsonl").write_text(
         '{"path": "fr/legal", "prompt": "art. ", "completion": "1382"}\n'

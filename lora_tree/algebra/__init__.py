@@ -6,18 +6,22 @@ core ─ deviation ─ sums ─┬─ difference                            what
                                   ├─ moving                       pick, graft, rebase
                                   ├─ elementwise ─ merging        merge
                                   ├─ sharing                      hoist
+                                 ├─ families ─ shared_fit ─ growing   grow
+                                 ├─ absorbing                    absorb
                                   └─ compression                  compress
 
 Law: nothing here builds an (out, in) matrix but `merge` where it is told to, and every result says
 its error.
 """
 
+from .absorbing import Absorbed, absorb
 from .clusters import Join
 from .compression import Compressed, compress
 from .cutting import split, squash
 from .deviation import Deviation, deviation
 from .difference import Diff, ModuleDiff, TreeDiff, diff, diff_paths, diff_trees
 from .edit import Edited
+from .growing import Grown, grow
 from .likeness import Likeness, similar
 from .merging import Merged, merge, merge_paths
 from .moving import graft, pick, rebase, rebase_all
@@ -25,21 +29,25 @@ from .sharing import hoist
 from .staleness import made_stale
 
 __all__ = [
+    "Absorbed",
     "Compressed",
     "Deviation",
     "Diff",
     "Edited",
+    "Grown",
     "Join",
     "Likeness",
     "Merged",
     "ModuleDiff",
     "TreeDiff",
+    "absorb",
     "compress",
     "deviation",
     "diff",
     "diff_paths",
     "diff_trees",
     "graft",
+    "grow",
     "hoist",
     "made_stale",
     "merge",

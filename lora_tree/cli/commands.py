@@ -44,6 +44,8 @@ COMMANDS = {
     "hoist": "hoist:hoist_shared",
     "merge": "merge:merge_nodes",
     "compress": "compress:compress_nodes",
+    "grow": "grow:grow_tree",
+    "absorb": "absorb:absorb_adapter",
     "export": "export:export",
     "extract": "extract:extract_difference",
     "pull": "pull:pull_tree",

@@ -42,6 +42,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "hoist": ("lora-tree hoist zoo/ fr",),
     "merge": ("lora-tree merge zoo/ fr/legal fr/medical --to fr/both --density 0.5",),
     "compress": ("lora-tree compress zoo/ --rank 1 --dry-run",),
+    "grow": ("lora-tree grow flat-zoo/ --max-error 0.1 --dry-run",),
+    "absorb": ("lora-tree absorb zoo/ tax downloads/tax --rank 2 --dry-run",),
     "export": (
         "lora-tree export zoo/ fr/legal --out export/legal",
         "lora-tree export zoo/ fr/legal:0.5+de:0.5 --rank 8 --out export/blend",

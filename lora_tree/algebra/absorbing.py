@@ -1,0 +1,180 @@
+"""Absorb: a new flat adapter finds its place in a tree, as what its parent does not have yet.
+
+    child = ΔW − Σ lineage of the parent        where the least is left of it
+
+The norm of what is left is known for every node from inner products of factors alone:
+
+    ‖ΔW − W_p‖² = ‖ΔW‖² − 2 ⟨ΔW, W_p⟩ + ‖W_p‖²
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..adapter import Adapter
+from ..errors import PathError, SpecError
+from ..lowrank import inner
+from ..tree import AdapterTree
+from .deviation import Deviation, call_named, cut, norm
+from .edit import Edited, free
+from .sums import added_up, aligned, less
+
+__all__ = ["Absorbed", "absorb"]
+
+_TRIED = 5
+"""How many of the nearest nodes are tried with the cut, which may favour another one."""
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """The outcome of `absorb`.
+
+    Args:
+        edited: the new node, and how far its effective weight is from the adapter.
+        parent: the node that it stands on; "" is the root.
+        left: node → ‖ΔW − W_p‖ / ‖ΔW‖, nearest first; "" is the root, which leaves all.
+    """
+
+    edited: Edited
+    parent: str
+    left: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures as plain data, for JSON."""
+        return {"parent": self.parent, "left": dict(self.left), **self.edited.as_dict()}
+
+
+def absorb(
+    tree: AdapterTree,
+    name: str,
+    adapter: Adapter,
+    *,
+    under: str = "",
+    rank: int | None = None,
+    max_error: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Absorbed:
+    """Add a flat adapter below the node that leaves least of it.
+
+    Args:
+        tree: changed in memory: one node more.
+        name: of the new node, without the path above it.
+        adapter: a flat one, of the tree's base.
+        under: only this node and those below it are considered.
+        rank: the largest rank in any module; None keeps the sum exact.
+        max_error: the largest relative error in any module, as a part of what is left there.
+        dtype: round the factors to it.
+
+    Returns:
+        where it is, and its error: how far the effective weight is from the adapter, as a part of
+        the adapter.
+
+    Raises:
+        PathError: ``under`` is not there, or ``name`` is no valid name of one node.
+        TreeError: the path exists.
+        SpecError: the adapter adds nothing, or is not finite; or a bound makes no sense.
+        ShapeMismatch, BaseMismatch: the adapter is of another base than the tree's nodes.
+
+    >>> from lora_tree import LowRank
+    >>> tree = AdapterTree()
+    >>> q = LowRank(torch.eye(2, 6), torch.eye(5, 2))
+    >>> _ = tree.add("a", adapter=Adapter({"q": q}))
+    >>> more = LowRank(torch.eye(3, 6), torch.eye(5, 3))
+    >>> done = absorb(tree, "new", Adapter({"q": more}), rank=1)
+    >>> done.parent, tree.adapter("a/new").ranks, done.edited.relative_error < 1e-6
+    ('a', {'q': 1}, True)
+    """
+    if "/" in name:
+        raise PathError(f"{name}: the name of one node: absorb finds the path above it itself")
+    if under and under not in tree:
+        raise PathError(f"{under}: there is no such node")
+    left = _left(tree, adapter, under)
+    best: tuple[float, int, str, Adapter, Deviation] | None = None
+    for parent in list(left)[:_TRIED]:
+        # The terms of the parent's lineage, negative, and the adapter beside them.
+        terms = [*less(tree, "", parent), (name, 1.0, adapter)]
+        rest = added_up(terms)
+        short, lost = call_named(name, lambda wanted: cut(wanted, rank, max_error=max_error), rest)
+        if dtype is not None:
+            short, rounded = cut(short, dtype=dtype)
+            lost = _both(lost, rounded)
+        found = (lost.error, short.nbytes, parent, short, lost)
+        # With an error that is asked for, all are within it and the bytes decide.
+        if best is None or _key(found, max_error) < _key(best, max_error):
+            best = found
+    assert best is not None
+    _, _, parent, short, lost = best
+    path = f"{parent}/{name}" if parent else name
+    free(tree, path)
+    tree.add(path, adapter=short)
+    norms = {module: norm(value) for module, value in adapter.modules.items()}
+    told = Deviation(lost.errors, norms)
+    return Absorbed(Edited(added=(path,), errors={path: told}), parent, left)
+
+
+def _key(
+    found: tuple[float, int, str, Adapter, Deviation], max_error: float | None
+) -> tuple[float, float, int]:
+    error, nbytes, parent = found[:3]
+    depth = parent.count("/") if parent else -1
+    return (nbytes, error, depth) if max_error is not None else (error, nbytes, depth)
+
+
+def _both(one: Deviation, other: Deviation) -> Deviation:
+    """The most that two errors in a row can add up to."""
+    errors = dict(one.errors)
+    for module, error in other.errors.items():
+        errors[module] = errors.get(module, 0.0) + error
+    return Deviation(errors, one.norms)
+
+
+def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
+    """What is left of the adapter below each node, as a part of it, nearest first."""
+    whole = math.fsum(value.norm() ** 2 for value in adapter.modules.values())
+    if whole == 0.0:
+        raise SpecError("the adapter adds nothing, so it belongs nowhere", "add it by hand")
+    squares: dict[str, float] = {}
+    # Of a lineage: its product with the adapter, and its own squared norm.
+    sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
+    for path in ["", *tree.paths()]:
+        if path:
+            sums[path] = _with_own(tree, path, adapter, sums[tree.parent(path)])
+        if path == under or not under or path.startswith(f"{under}/"):
+            product, square = sums[path]
+            squares[path] = max(whole - 2.0 * product + square, 0.0)
+    order = sorted(squares, key=lambda path: (squares[path], path))
+    return {path: math.sqrt(squares[path] / whole) for path in order}
+
+
+def _with_own(
+    tree: AdapterTree, path: str, adapter: Adapter, above: tuple[float, float]
+) -> tuple[float, float]:
+    """The sums of a lineage, from those of the one above and the node's own increments."""
+    product, square = above
+    node = tree[path]
+    mine = tree.adapter(path)
+    if mine is None:
+        return above
+    mine = mine.scaled(node.weight)
+    own, new = aligned([mine, adapter])
+    product += _product(path, own, new)
+    square += _product(path, own, own)
+    for ancestor in tree.lineage(path)[:-1]:
+        other = tree.adapter(ancestor)
+        if other is not None:
+            own, higher = aligned([mine, other.scaled(tree[ancestor].weight)])
+            square += 2.0 * _product(path, own, higher)
+    return product, square
+
+
+def _product(path: str, one: Adapter, other: Adapter) -> float:
+    """⟨ΔW, ΔW'⟩ over all modules that both have."""
+    found: list[float] = []
+    for module, value in one.modules.items():
+        if module in other.modules:
+            found.append(call_named(f"{path}: {module}", inner, value, other.modules[module]))
+    return math.fsum(found)
