@@ -41,7 +41,9 @@ def family(
                 if noise:
                     parts.append(draw(7 * one + i + 3, 4, out=48, into=64, scale=noise))
                 modules[name] = lt.concat(parts)
-            tree.add(f"{'ab'[group]}-{member}", adapter=lt.Adapter(modules, base="org/model"))
+            tree.add(
+                f"{('fr', 'de')[group]}-{member}", adapter=lt.Adapter(modules, base="org/model")
+            )
     return tree
 
 
@@ -69,11 +71,11 @@ def test_grow_finds_what_all_and_what_groups_share() -> None:
     # Rank 6 of each adapter is 3 of all, 2 of its group and 1 of its own.
     assert {path: tree.adapter(path).ranks["q_proj"] for path in tree.paths()} == {
         "shared": 3,
-        "shared/a": 2,
-        "shared/b": 2,
-        **{f"shared/{g}/{g}-{i}": 1 for g in "ab" for i in range(3)},
+        "shared/fr": 2,
+        "shared/de": 2,
+        **{f"shared/{g}/{g}-{i}": 1 for g in ("fr", "de") for i in range(3)},
     }
-    assert grown.edited.added == ("shared", "shared/a", "shared/b")
+    assert grown.edited.added == ("shared", "shared/de", "shared/fr")
     assert grown.bytes_before == 6 * 2 * 6 * 112 * 4
     assert grown.bytes_after == (3 + 2 * 2 + 6 * 1) * 2 * 112 * 4
     for old, new in grown.edited.moved.items():
@@ -176,6 +178,31 @@ def test_biases_batches_and_layouts_go_through() -> None:
         assert tree[new].weight == 1.0
 
 
+def test_a_weight_per_module_and_a_head_of_its_own_stay() -> None:
+    tree = family(13)
+    head = lt.Override(torch.ones(3, 64))
+    first = tree.adapter("fr-0")
+    assert first is not None
+    tree.update("fr-0", adapter=replace(first, overrides={"score.weight": head}))
+    tree.update("fr-1", weight={"default": 1.0, "v_proj": 0.5})
+    wanted = {path: tree.flatten(path) for path in tree.paths()}
+    grown = lt.grow(tree, max_error=1e-4)
+    for old, new in grown.edited.moved.items():
+        whole = {name: dense(value) for name, value in wanted[old].modules.items()}
+        assert apart(whole, effective(tree, new)) <= 2e-4 * apart(whole, {})
+    assert tree.adapter(grown.edited.moved["fr-0"]).overrides["score.weight"] is head
+
+
+def test_a_replaced_tensor_that_would_get_a_shared_part_is_refused() -> None:
+    tree = family()
+    first = tree.adapter("fr-0")
+    assert first is not None
+    head = lt.Override(torch.ones(48, 64))
+    tree.update("fr-0", adapter=replace(first, overrides={"q_proj.weight": head}))
+    with pytest.raises(SpecError, match="fr-0: replaces q_proj.weight"):
+        lt.grow(tree, max_error=0.1)
+
+
 def test_adapters_with_nothing_in_common_get_no_parent() -> None:
     tree = lt.AdapterTree()
     for i in range(3):
@@ -213,11 +240,11 @@ def test_rounded_factors_are_a_part_of_the_error() -> None:
         ("", {"max_error": 1.0}, SpecError, "0 ≤ max_error < 1"),
         ("", {"max_error": 0.1, "depth": 0}, SpecError, "depth"),
         ("", {"budget_bytes": 100}, BudgetError, "bytes"),
-        ("", {"max_error": 0.1, "paths": ["a-0"]}, SpecError, "two flat adapters"),
+        ("", {"max_error": 0.1, "paths": ["fr-0"]}, SpecError, "two flat adapters"),
         ("", {"max_error": 0.1, "paths": ["zz"]}, PathError, "zz"),
-        ("child", {"max_error": 0.1, "paths": ["a-0", "a-1"]}, TreeError, "a-0: has children"),
-        ("child", {"max_error": 0.1, "paths": ["a-0/x", "a-1"]}, PathError, "a-0/x"),
-        ("group", {"max_error": 0.1, "paths": ["g", "a-1"]}, TreeError, "g: a group"),
+        ("child", {"max_error": 0.1, "paths": ["fr-0", "fr-1"]}, TreeError, "fr-0: has children"),
+        ("child", {"max_error": 0.1, "paths": ["fr-0/x", "fr-1"]}, PathError, "fr-0/x"),
+        ("group", {"max_error": 0.1, "paths": ["g", "fr-1"]}, TreeError, "g: a group"),
         ("shape", {"max_error": 0.1}, ShapeMismatch, "q_proj"),
     ],
 )
@@ -226,7 +253,7 @@ def test_what_can_not_grow_is_refused_and_changes_nothing(
 ) -> None:
     tree = family()
     if change == "child":
-        tree.add("a-0/x", adapter=zoo_of(1))
+        tree.add("fr-0/x", adapter=zoo_of(1))
     if change == "group":
         tree.add("g", group=True)
     if change == "shape":
@@ -265,7 +292,7 @@ def grown_family() -> lt.AdapterTree:
     return tree
 
 
-@pytest.mark.parametrize("group", ["a", "b"])
+@pytest.mark.parametrize("group", ["fr", "de"])
 def test_a_new_adapter_is_absorbed_by_its_group(group: str) -> None:
     tree = grown_family()
     near = effective(tree, f"shared/{group}")
@@ -282,7 +309,7 @@ def test_a_new_adapter_is_absorbed_by_its_group(group: str) -> None:
 
 def test_what_is_left_below_each_node_is_the_dense_distance() -> None:
     tree = grown_family()
-    tree.update("shared/a", weight=0.5)
+    tree.update("shared/fr", weight=0.5)
     new = lt.Adapter({"q_proj": draw(5, 3, out=48, into=64)})
     told = lt.absorb(tree, "new", new, max_error=0.3)
     wanted = {"q_proj": dense(new.modules["q_proj"])}
@@ -300,7 +327,7 @@ def test_what_is_left_below_each_node_is_the_dense_distance() -> None:
     [
         ({"name": "a/b"}, PathError, "a/b"),
         ({"under": "nowhere"}, PathError, "nowhere"),
-        ({"name": "a-0", "under": "shared/a"}, TreeError, "exists already"),
+        ({"name": "fr-0", "under": "shared/fr"}, TreeError, "exists already"),
         ({"scale": 0.0}, SpecError, "adds nothing"),
         ({"out": 9}, ShapeMismatch, "q_proj"),
         ({"rank": 0}, SpecError, "rank"),
@@ -312,8 +339,8 @@ def test_what_can_not_be_absorbed_is_refused(
     tree = grown_family()
     count = len(tree)
     name, out, scale = (given.pop(k, v) for k, v in (("name", "n"), ("out", 48), ("scale", 1.0)))
-    if name == "a-0":
-        new = tree.flatten("shared/a/a-1")
+    if name == "fr-0":
+        new = tree.flatten("shared/fr/fr-1")
     else:
         new = lt.Adapter({"q_proj": draw(5, 3, out=out, into=64, scale=scale)})
     with pytest.raises(error, match=says):

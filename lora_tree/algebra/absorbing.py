@@ -19,9 +19,9 @@ from ..adapter import Adapter
 from ..errors import PathError, SpecError
 from ..lowrank import inner
 from ..tree import AdapterTree
-from .deviation import Deviation, call_named, cut, norm
+from .deviation import Deviation, Shortening, call_named, norm
 from .edit import Edited, free
-from .sums import added_up, aligned, less
+from .sums import added_up, aligned, less, read_apart
 
 __all__ = ["Absorbed", "absorb"]
 
@@ -93,15 +93,12 @@ def absorb(
     if under and under not in tree:
         raise PathError(f"{under}: there is no such node")
     left = _left(tree, adapter, under)
+    how = Shortening(rank, max_error, dtype)
     best: tuple[float, int, str, Adapter, Deviation] | None = None
     for parent in list(left)[:_TRIED]:
         # The terms of the parent's lineage, negative, and the adapter beside them.
         terms = [*less(tree, "", parent), (name, 1.0, adapter)]
-        rest = added_up(terms)
-        short, lost = call_named(name, lambda wanted: cut(wanted, rank, max_error=max_error), rest)
-        if dtype is not None:
-            short, rounded = cut(short, dtype=dtype)
-            lost = _both(lost, rounded)
+        short, lost = call_named(name, how.of, added_up(terms))
         found = (lost.error, short.nbytes, parent, short, lost)
         # With an error that is asked for, all are within it and the bytes decide.
         if best is None or _key(found, max_error) < _key(best, max_error):
@@ -124,25 +121,22 @@ def _key(
     return (nbytes, error, depth) if max_error is not None else (error, nbytes, depth)
 
 
-def _both(one: Deviation, other: Deviation) -> Deviation:
-    """The most that two errors in a row can add up to."""
-    errors = dict(one.errors)
-    for module, error in other.errors.items():
-        errors[module] = errors.get(module, 0.0) + error
-    return Deviation(errors, one.norms)
-
-
 def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
     """What is left of the adapter below each node, as a part of it, nearest first."""
     whole = math.fsum(value.norm() ** 2 for value in adapter.modules.values())
     if whole == 0.0:
         raise SpecError("the adapter adds nothing, so it belongs nowhere", "add it by hand")
     squares: dict[str, float] = {}
-    # Of a lineage: its product with the adapter, and its own squared norm.
+    # Of each lineage: its product with the adapter, and its own squared norm.
     sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
+    held: dict[str, Adapter] = {}  # the nodes of the lineage at hand, and no others
     for path in ["", *tree.paths()]:
         if path:
-            sums[path] = _with_own(tree, path, adapter, sums[tree.parent(path)])
+            *above, _ = tree.lineage(path)
+            held = {node: held[node] for node in above}
+            mine = read_apart(tree, path).weighed(tree[path].weight)
+            sums[path] = _with_own(path, mine, adapter, held, sums[tree.parent(path)])
+            held[path] = mine
         if path == under or not under or path.startswith(f"{under}/"):
             product, square = sums[path]
             squares[path] = max(whole - 2.0 * product + square, 0.0)
@@ -151,23 +145,20 @@ def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
 
 
 def _with_own(
-    tree: AdapterTree, path: str, adapter: Adapter, above: tuple[float, float]
+    path: str,
+    mine: Adapter,
+    adapter: Adapter,
+    above: Mapping[str, Adapter],
+    sums: tuple[float, float],
 ) -> tuple[float, float]:
     """The sums of a lineage, from those of the one above and the node's own increments."""
-    product, square = above
-    node = tree[path]
-    mine = tree.adapter(path)
-    if mine is None:
-        return above
-    mine = mine.scaled(node.weight)
+    product, square = sums
     own, new = aligned([mine, adapter])
     product += _product(path, own, new)
     square += _product(path, own, own)
-    for ancestor in tree.lineage(path)[:-1]:
-        other = tree.adapter(ancestor)
-        if other is not None:
-            own, higher = aligned([mine, other.scaled(tree[ancestor].weight)])
-            square += 2.0 * _product(path, own, higher)
+    for ancestor in above.values():
+        own, higher = aligned([mine, ancestor])
+        square += 2.0 * _product(path, own, higher)
     return product, square
 
 

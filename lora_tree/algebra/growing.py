@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,13 +30,14 @@ from ..errors import BudgetError, PathError, SpecError, TreeError, listing
 from ..given import check_dtype, check_whole_number
 from ..lowrank import LowRank, concat
 from ..node_names import check_path
+from ..override import tensor_owner
 from ..tree import AdapterTree
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, own, stale_notes
 from .families import Families, families_of
 from .likeness import similar
 from .shared_fit import Pair, SharedFit, Stack, fit, stacked
-from .sums import aligned
+from .sums import aligned, read_apart
 
 __all__ = ["Grown", "grow"]
 
@@ -249,11 +250,26 @@ class _Flat:
                 mine = value.dtype
                 widest = mine if widest is None else torch.promote_types(widest, mine)
         self.dtype = dtype or widest or torch.float32
+        self._refuse_replaced()
         self._groups = list(self._grouped(working_bytes))
         self._kept: dict[str, tuple[list[LowRank | None], Stack]] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def _refuse_replaced(self) -> None:
+        """Refuse an override of a module that would get a shared part: the part would not count.
+
+        Raises:
+            SpecError: an adapter replaces such a tensor; names both.
+        """
+        for name, outline in zip(self.names, self.outlines, strict=True):
+            for tensor in outline.overrides:
+                if tensor_owner(tensor)[0] in self.numbers:
+                    raise SpecError(
+                        f"{name}: replaces {tensor}, so nothing above it counts there",
+                        "name the other adapters, and leave this one out",
+                    )
 
     def modules(self) -> Iterator[tuple[str, list[LowRank | None], Stack]]:
         """Each module with the leaves' values and their stack; a few are in memory at once."""
@@ -290,21 +306,13 @@ class _Flat:
         values: dict[str, list[LowRank | None]] = {module: [] for module in group}
         self._kept = {}  # before the next ones are read, so that both are never in memory
         for name, outline in zip(self.names, self.outlines, strict=True):
-            adapter = self._weighted(name).renested(outline.nesting)
+            adapter = read_apart(self.tree, name).weighed(self.tree[name].weight)
+            adapter = adapter.renested(outline.nesting)
             for module in group:
                 value = adapter.modules.get(module)
                 # A copy: a view would keep all of the adapter's other modules in memory.
                 values[module].append(None if value is None else value.with_tensors(torch.clone))
         return {module: (each, stacked(each)) for module, each in values.items()}
-
-    def _weighted(self, name: str) -> Adapter:
-        """A node's adapter with its weight; the tree keeps nothing of what is read here."""
-        node = self.tree[name]
-        if node.loaded is None and node.source is not None:
-            adapter = call_named(name, node.source.load)
-        else:
-            adapter = self.tree.adapter(name) or Adapter({})
-        return adapter.scaled(node.weight)
 
 
 # ---------------------------------------------------------------------- the price
@@ -463,10 +471,11 @@ def _nodes(flat: _Flat, families: Families, weights: Tensor, found: _Tried) -> _
         if not modules:
             modules = _nothing(flat.tree, name, flat.dtype)
         mine = {module: nesting[module] for module in modules if module in nesting}
-        whole = flat.tree.adapter(name) if outline.unchanged else outline
-        kept = {} if whole is None else whole.unchanged
+        # Tensors that an adapter carries or replaces stay in it; an outline has none of them.
+        carries = outline.unchanged or outline.overrides
+        whole = (flat.tree.adapter(name) if carries else None) or outline
         bottoms.append(
-            Adapter(modules, base=outline.base, config=outline.config, unchanged=kept, nesting=mine)
+            replace(whole, modules=modules, nesting=mine, errors={}, rounded=frozenset())
         )
     told = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
     return _Made(tuple(tops), tuple(bottoms), tuple(told))

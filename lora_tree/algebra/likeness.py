@@ -22,7 +22,7 @@ from .clusters import Join, average_linkage, groups, leaf_order
 from .deviation import call_named
 from .gram import gram
 from .picture import heat_map
-from .sums import check_spelling
+from .sums import check_spelling, read_apart
 
 __all__ = ["Likeness", "similar"]
 
@@ -145,7 +145,7 @@ def _of_tree(
         # A group has nothing of its own to compare; its lineage may have.
         chosen = [path for path in chosen if tree[path].has_adapter]
         return _alike(
-            chosen, lambda path: _own(tree, path), lambda path: _outline(tree, path), exact
+            chosen, lambda path: read_apart(tree, path), lambda path: _outline(tree, path), exact
         )
     # A lineage has the modules and at most the ranks of all its nodes, which their headers tell.
     return _alike(chosen, tree.flatten, lambda path: _lineage_outline(tree, path), exact)
@@ -166,15 +166,6 @@ def _alike(names: list[str], read: Read, outline: Read, exact: bool | None) -> L
     cosines = found.cosines
     joins = average_linkage(1.0 - cosines) if names else []
     return Likeness(found.names, cosines, found.norms, tuple(joins), found.error)
-
-
-def _own(tree: AdapterTree, path: str) -> Adapter:
-    """A node's adapter. The tree keeps nothing of what is read from files here."""
-    node = tree[path]
-    # The tree's own verb would keep every adapter of a zoo in memory.
-    if node.loaded is None and node.source is not None:
-        return call_named(path, node.source.load)
-    return tree.adapter(path) or Adapter({})
 
 
 def _outline(tree: AdapterTree, path: str) -> Adapter:

@@ -23,7 +23,7 @@ from ..tree import AdapterTree
 from ..weights import Weight, less_weight
 from .deviation import call_named
 
-__all__ = ["Term", "added_up", "aligned", "as_term", "less", "read_terms"]
+__all__ = ["Term", "added_up", "aligned", "as_term", "less", "read_apart", "read_terms"]
 
 Term = tuple[str, float, Adapter]
 """(node, coefficient, its adapter). A weight per module is in the adapter's scales."""
@@ -84,6 +84,20 @@ def as_term(node: str, weight: Weight, adapter: Adapter) -> Term:
     if isinstance(weight, float):
         return node, weight, adapter
     return node, 1.0, call_named(node, adapter.weighed, weight)
+
+
+def read_apart(tree: AdapterTree, path: str) -> Adapter:
+    """Return a node's adapter, an empty one for a group; the tree keeps nothing of what is read.
+
+    The tree's own verb would keep every adapter of a zoo in memory.
+
+    Raises:
+        FolderError, FormatError: the node's files are gone or broken; names the node.
+    """
+    node = tree[path]
+    if node.loaded is None and node.source is not None:
+        return call_named(path, node.source.load)
+    return tree.adapter(path) or Adapter({})
 
 
 def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
