@@ -199,7 +199,7 @@ def test_a_replaced_tensor_that_would_get_a_shared_part_is_refused() -> None:
     assert first is not None
     head = lt.Override(torch.ones(48, 64))
     tree.update("fr-0", adapter=replace(first, overrides={"q_proj.weight": head}))
-    with pytest.raises(SpecError, match="fr-0: replaces q_proj.weight"):
+    with pytest.raises(SpecError, match=r"fr-0: replaces q_proj\.weight"):
         lt.grow(tree, max_error=0.1)
 
 

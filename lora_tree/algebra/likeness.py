@@ -19,7 +19,6 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .clusters import Join, average_linkage, groups, leaf_order
-from .deviation import call_named
 from .gram import gram
 from .picture import heat_map
 from .sums import check_spelling, read_apart
