@@ -17,7 +17,7 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.algebra.clusters import Join, average_linkage
 from lora_tree.algebra.families import families_of
-from lora_tree.algebra.shared_fit import fit, stacked
+from lora_tree.algebra.shared_fit import fit, triplets_of
 from lora_tree.errors import BudgetError, PathError, ShapeMismatch, SpecError, TreeError
 
 SEEDS = st.integers(0, 2**16)
@@ -131,7 +131,7 @@ def test_the_objective_falls_and_every_part_is_the_best_for_the_others() -> None
     joins = average_linkage(1.0 - lt.similar(tree).cosines)
     families = families_of(joins, 6, 2)
     values = [values[i] for i in families.order]
-    stack, weights = stacked(values), torch.rand(6).double() + 0.5
+    stack, weights = triplets_of(values), torch.rand(6).double() + 0.5
     got = fit(stack, families, weights, 0.5, name="q_proj")
 
     def part(pair: tuple[Tensor, Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, own, stale_notes
 from .families import Families, families_of
 from .likeness import similar
-from .shared_fit import Pair, SharedFit, Stack, fit, stacked
+from .shared_fit import Pair, SharedFit, Stack, fit, triplets_of
 from .sums import aligned, read_apart
 
 __all__ = ["Grown", "grow"]
@@ -312,7 +312,7 @@ class _Flat:
                 value = adapter.modules.get(module)
                 # A copy: a view would keep all of the adapter's other modules in memory.
                 values[module].append(None if value is None else value.with_tensors(torch.clone))
-        return {module: (each, stacked(each)) for module, each in values.items()}
+        return {module: (each, triplets_of(each)) for module, each in values.items()}
 
 
 # ---------------------------------------------------------------------- the price
@@ -422,7 +422,7 @@ class _Search:
 
 # ---------------------------------------------------------------------- the nodes
 @dataclass(frozen=True, eq=False)
-class _Made:
+class _Nodes:
     """The nodes' adapters, computed and not yet in a tree.
 
     Args:
@@ -442,7 +442,7 @@ class _Made:
         return sum(adapter.nbytes for adapter in there)
 
 
-def _nodes(flat: _Flat, families: Families, weights: Tensor, found: _Tried) -> _Made:
+def _nodes(flat: _Flat, families: Families, weights: Tensor, found: _Tried) -> _Nodes:
     """Fit every module once more, and measure what comes of it in the dtype of the factors."""
     search = _Search(flat, families, weights, _Goal(0.0, None), None)
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
@@ -478,7 +478,7 @@ def _nodes(flat: _Flat, families: Families, weights: Tensor, found: _Tried) -> _
             replace(whole, modules=modules, nesting=mine, errors={}, rounded=frozenset())
         )
     told = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
-    return _Made(tuple(tops), tuple(bottoms), tuple(told))
+    return _Nodes(tuple(tops), tuple(bottoms), tuple(told))
 
 
 def _put(
@@ -522,7 +522,7 @@ def _nesting(outlines: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _check_room(made: _Made, goal: _Goal) -> None:
+def _check_room(made: _Nodes, goal: _Goal) -> None:
     """Refuse what no longer fits the budget, because empty leaves keep one module of zeros.
 
     Raises:
@@ -537,7 +537,7 @@ def _check_room(made: _Made, goal: _Goal) -> None:
 
 
 # ---------------------------------------------------------------------- the tree
-def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made: _Made) -> Edited:
+def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
     """Change the tree: nothing here can fail any more but the names, which are tried first."""
     places = _places(tree, names, families, made)
     moved: dict[str, str] = {}
@@ -563,7 +563,7 @@ def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made
 
 
 def _places(
-    tree: AdapterTree, names: Sequence[str], families: Families, made: _Made
+    tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes
 ) -> list[str | None]:
     """The paths of the shared nodes; None for one that holds nothing."""
     taken = {name.lower() for name in tree.children("")}

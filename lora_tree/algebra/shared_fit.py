@@ -30,7 +30,7 @@ from ..lowrank import LowRank
 from .core import check_readable
 from .families import Families
 
-__all__ = ["Pair", "SharedFit", "Stack", "fit", "stacked"]
+__all__ = ["Pair", "SharedFit", "Stack", "fit", "triplets_of"]
 
 Pair = tuple[Tensor, Tensor]
 """L Rᵀ as its factors: L (b, out, k) with the sizes in it, and R (b, in, k), orthonormal."""
@@ -99,7 +99,7 @@ class SharedFit:
     ranks: int
 
 
-def stacked(values: Sequence[LowRank | None]) -> Stack:
+def triplets_of(values: Sequence[LowRank | None]) -> Stack:
     """Return the values of one module in their singular bases; None is zero.
 
     Raises:
@@ -143,7 +143,7 @@ def fit(
         name: of the module; random starts are drawn from it, so that a run can be repeated.
         start: the shared parts of an earlier fit at another price.
     """
-    work = _Work(stack, families, weights, price, name)
+    work = _Fitter(stack, families, weights, price, name)
     if start is not None:
         # The leaves take what the shared parts leave over; without a start they must not come
         # first, for they would take everything.
@@ -161,7 +161,7 @@ def fit(
     return work.result()
 
 
-class _Work:
+class _Fitter:
     """One module's fit while it is being made."""
 
     def __init__(
@@ -310,7 +310,7 @@ class _Mean:
         shared: the node.
     """
 
-    def __init__(self, work: _Work, shared: int) -> None:
+    def __init__(self, work: _Fitter, shared: int) -> None:
         self.work = work
         first, last = work.families.spans[shared]
         mine = work.weights[first:last]
