@@ -67,6 +67,9 @@ test-trl: $(TRLED)  ## trl over a tree beside trl over PEFT, and quantised bases
 	timeout --signal=INT --kill-after=60 900 $(TRL)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		-c tests_trl/pytest.ini --rootdir tests_trl tests_trl $(ARGS)
 
+test-kills: $(STAMP)  ## kill -9 at random moments of train, restore and gc: nothing acknowledged is lost (under 4 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tests_kills $(ARGS)
+
 test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line says that it was skipped)
 	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)
 

@@ -335,7 +335,9 @@ def test_the_design_has_a_row_for_every_room() -> None:
 
 def test_every_file_that_the_design_names_exists() -> None:
     page = DESIGN.read_text()
-    for name in re.findall(r"`((?:lora_tree|tests|tests_gpu|tests_trl)/[\w/]+\.py)`", page):
+    for name in re.findall(
+        r"`((?:lora_tree|tests|tests_gpu|tests_kills|tests_trl)/[\w/]+\.py)`", page
+    ):
         assert (ROOT / name).is_file(), name
     for room, table in re.findall(r"^\| in `(\w+)/` \|.*\n((?:\|.*\n)+)", page, re.MULTILINE):
         named = {PACKAGE / room / name for name in re.findall(r"`(\w+\.py)`", table)}

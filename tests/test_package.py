@@ -18,7 +18,16 @@ import lora_tree as lt
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OF_THE_SOURCE = ["lora_tree", "tests", "tests_gpu", "tests_trl", "docs", "benchmarks", "engines"]
+OF_THE_SOURCE = [
+    "lora_tree",
+    "tests",
+    "tests_gpu",
+    "tests_kills",
+    "tests_trl",
+    "docs",
+    "benchmarks",
+    "engines",
+]
 
 
 @pytest.fixture(scope="module")

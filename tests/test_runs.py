@@ -27,8 +27,9 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError
-from lora_tree.runs import LossMatrix, Run, Settings, evaluate, promote, read_rows
+from lora_tree.runs import LossMatrix, Run, Settings, evaluate, loop, promote, read_rows
 from lora_tree.runs.checkpoint_place import appearing, put_back, retire
+from lora_tree.runs.evaluation import evaluate_at
 
 END = 256
 CHAT = (
@@ -305,7 +306,9 @@ def started(zoo: Path, rows: Path, tokenizer: Any, folder: Path, **settings: Any
     torch.manual_seed(0)
     model = lt.attach(tree, transformers.LlamaForCausalLM.from_pretrained(tree.base))
     which = dict(
-        nodes=settings.pop("nodes", ()), with_ancestors=settings.pop("with_ancestors", False)
+        nodes=settings.pop("nodes", ()),
+        with_ancestors=settings.pop("with_ancestors", False),
+        keep=settings.pop("keep", 1),
     )
     chosen = (
         dict(steps=6, batch=2, accumulate=2, lr=1e-2, dropout=0.2, warm_up=2, temperature=2.0)
@@ -342,6 +345,51 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(
     assert parts == told
     assert same(factors(run), factors(whole))
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["checkpoint-6"]
+
+
+# ---------------------------------------------------------------------- which checkpoints stay
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_best_and_the_last_checkpoints_stay(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
+    monkeypatch.setattr(loop, "loss_of_rows", lambda *_, **__: losses.pop(0))
+    run = started(zoo, rows, tokenizer, tmp_path / "run", keep=3, hold_back=0.34)
+    list(run.steps(save_every=1))
+    run.save()
+    kept = ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+    assert names(tmp_path / "run") == kept
+    assert {p.name: loss for p, loss in run.kept().items()} == dict(
+        zip(kept, (1.0, 5.0, 6.0), strict=True)
+    )
+    # All of them make room for the next run, which would take the last one for its own.
+    run.finish()
+    again = started(zoo, rows, tokenizer, tmp_path / "run", keep=3, hold_back=0.34, lr=0.5)
+    assert again.done == 0
+    assert names(tmp_path / "run") == ["finished-1"]
+    assert names(tmp_path / "run/finished-1") == kept
+
+
+def test_to_keep_the_best_changes_no_bit_of_a_run(
+    tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
+) -> None:
+    plain = started(zoo, rows, tokenizer, tmp_path / "plain", hold_back=0.34)
+    list(plain.steps(save_every=1))
+    measured = started(zoo, rows, tokenizer, tmp_path / "measured", hold_back=0.34, keep=2)
+    list(measured.steps(save_every=1))
+    assert same(factors(measured), factors(plain))
+    measured.save()
+    loss = measured.kept()[tmp_path / "measured/checkpoint-6"]
+    # By hand: each row alone, at its own path.
+    measured.model.trainable()
+    total = 0.0
+    for row in measured.held_back:
+        total += evaluate_at(measured.model, [row], row.path) * row.learnt
+    tokens = sum(row.learnt for row in measured.held_back)
+    assert loss == pytest.approx(total / tokens, rel=1e-5)
 
 
 class Killed(BaseException):
@@ -824,6 +872,14 @@ def test_train_eval_and_promote_from_the_shell(
     B = load_file(zoo / "fr" / "legal" / "adapter_model.safetensors")
     assert any(t.abs().max() > 0 for name, t in B.items() if "lora_B" in name)
     assert tree["fr/legal"].has_adapter
+    (made,) = lt.history(zoo)["fr/legal"]
+    assert made.by is not None
+    assert made.by.startswith(f"lora-tree train {zoo} 'fr/*' de --data")
+    assert made.training is not None
+    assert made.training.nodes == ["de", "fr/legal", "fr/medical"]
+    assert made.training.data == lt.data_files([rows], zoo)
+    assert (made.training.settings["lr"], made.training.run) == (0.01, ".training")
+    assert made.losses == (told["first"]["fr/legal"], told["last"]["fr/legal"])
 
     lora_tree("eval", zoo, "--data", rows, "--picture", tmp_path / "matrix.svg", "--json")
     matrix = json.loads(capsys.readouterr().out)

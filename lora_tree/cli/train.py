@@ -113,6 +113,14 @@ def train(
     save_every: Annotated[
         int, typer.Option(min=0, help="Write a checkpoint after so many steps; 0: only the last.")
     ] = 50,
+    keep: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Keep so many checkpoints: the last ones, and from two on the best one by its "
+            "loss on the rows held back.",
+        ),
+    ] = 1,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -157,6 +165,7 @@ def train(
         where,
         nodes=nodes or (),
         with_ancestors=with_ancestors,
+        keep=keep,
         data=data_files(data, home),
         max_length=max_length,
     )

@@ -82,6 +82,7 @@ def tell_outcome(
                 "steps": running.done,
                 "resumed_at": resumed_at,
                 "checkpoint": str(checkpoint),
+                "kept": {str(kept): loss for kept, loss in running.kept().items()},
                 "rows": len(running.rows),
                 "left_out": running.left_out,
                 "held_back": [_figures(verdict) for verdict in verdicts],
@@ -99,6 +100,8 @@ def tell_outcome(
     for verdict in verdicts:
         out().print(str(verdict))
     out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
+    for line in _checkpoint_lines(running):
+        out().print(line, soft_wrap=True)
     if stale:
         out().print(f"stale now: {', '.join(stale)}")
 
@@ -106,3 +109,17 @@ def tell_outcome(
 def _figures(verdict: Verdict) -> dict[str, object]:
     """Return a verdict as plain data, for JSON."""
     return {**vars(verdict), "weight": plain_weight(verdict.weight)}
+
+
+def _checkpoint_lines(running: Run) -> list[str]:
+    """Say which checkpoints a run kept beside its last one, and which is the best."""
+    kept = running.kept()
+    if len(kept) < 2:
+        return []
+    known = {folder: loss for folder, loss in kept.items() if loss is not None}
+    best = min(known, key=lambda folder: known[folder]) if known else None
+    lines = []
+    for folder, loss in kept.items():
+        text = "" if loss is None else f": {loss:.3f} on the rows held back"
+        lines.append(f"kept {folder}{text}{', the best' if folder == best else ''}")
+    return lines

@@ -10,16 +10,20 @@ node that has children would change what these were trained on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..blend import Blend
 from ..model import TreeModel
+from ..training.losses import row_losses
 from ..weights import Weight, scaled_weight
 from .evaluation import evaluate_at
-from .rows import Row
+from .rows import Row, padded
 
-__all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps"]
+__all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps", "loss_of_rows"]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The parts of a leaf's weight that are tried."""
@@ -121,6 +125,34 @@ def keep_what_helps(
             tree.update(node, weight=weight)
         verdicts.append(Verdict(node, len(own), losses[0.0], losses[1.0], losses[best], weight))
     return verdicts
+
+
+@torch.no_grad()
+def loss_of_rows(model: TreeModel, rows: Sequence[Row], *, batch: int = 8) -> float:
+    """Return the mean loss of rows, each at its own path, in nats per learnt token.
+
+    For a run that goes on: nothing that trains is changed, merged or drawn.
+
+    Args:
+        model: of the tree; its nodes may be training.
+        rows: of any paths.
+        batch: rows at once.
+    """
+    device = next(model.base.parameters()).device
+    was_training = model.training
+    model.eval()  # dropout would make the loss depend on chance
+    sums = []
+    try:
+        for start in range(0, len(rows), batch):
+            some = rows[start : start + batch]
+            inputs = padded(some, device=device)
+            labels = inputs.pop("labels")[:, 1:]
+            with model.route([row.path for row in some]):
+                logits = model(**inputs).logits[:, :-1]
+            sums.append(float(row_losses(logits, labels, shift=False)[0].sum()))
+    finally:
+        model.train(was_training)
+    return math.fsum(sums) / sum(row.learnt for row in rows)
 
 
 def _at(node: str, part: float) -> Blend:

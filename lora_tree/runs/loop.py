@@ -40,16 +40,18 @@ from ..weights import weight_at
 from .checkpoint_factors import save_factors
 from .checkpoint_place import appearing, retire
 from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
-from .held_back import Verdict, hold_back, keep_what_helps
+from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
 from .place import (
     ABOUT,
     LastCheckpoint,
     checkpoints,
     differing,
     last_of,
+    measured_of,
     refuse_other,
     render_about,
     set_aside,
+    superfluous,
 )
 from .resume import (
     STATE,
@@ -77,6 +79,8 @@ class Run:
         folder: of this run's checkpoints; made where missing.
         nodes: paths or patterns of what trains; none: the nodes that rows name.
         with_ancestors: the nodes above those train as well.
+        keep: checkpoints that stay: the last ones, and from two on the best one, by its loss on
+            the rows held back.
         data: the files that the rows came from, for `training`.
         max_length: tokens that were kept of a row, likewise.
 
@@ -107,11 +111,15 @@ class Run:
         *,
         nodes: Sequence[str] = (),
         with_ancestors: bool = False,
+        keep: int = 1,
         data: Sequence[DataFile] = (),
         max_length: int | None = None,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
         self._data, self._max_length = list(data), max_length
+        if keep < 1:
+            raise SpecError(f"keep must be at least 1, got {keep}: the last checkpoint stays")
+        self._keep = keep
         tree = model.tree
         _refuse_encoder(model)
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
@@ -150,6 +158,7 @@ class Run:
         # A copy to go back to if the run diverges: the tree must not keep factors that are NaN.
         self._start = Start(model.factors)
         self._diverged: DivergedError | None = None
+        self._measured: float | None = None
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.was_over = False
@@ -199,7 +208,7 @@ class Run:
             model.eval()
 
     def save(self) -> Path:
-        """Write a checkpoint, which appears whole or not at all; older ones of this run then go.
+        """Write a checkpoint, which appears whole or not at all; superfluous ones then go.
 
         Raises:
             DivergedError: the run has diverged.
@@ -208,6 +217,7 @@ class Run:
         """
         self._check_sound()
         name = f"checkpoint-{self.done}"
+        self._measured = self._measure()
         with disk.named("make it", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with appearing(self.folder, name, writes=True, meet=lambda: None) as stage:
@@ -215,10 +225,20 @@ class Run:
             disk.write(stage / name / STATE, render_state(self.optimizer))
             disk.write(stage / name / ABOUT, render_about(self._told(saved=False)))
         # Only now: a crash between the two leaves one checkpoint too many, never none.
-        for step, old in checkpoints(self.folder):
-            if step < self.done:
-                retire(old)
+        found = [(step, old) for step, old in checkpoints(self.folder) if step <= self.done]
+        for old in superfluous(found, self._keep):
+            retire(old)
         return self.folder / name
+
+    def kept(self) -> dict[Path, float | None]:
+        """Return the checkpoints in the run's folder with their losses on the rows held back."""
+        return {folder: measured_of(folder) for _, folder in checkpoints(self.folder)}
+
+    def _measure(self) -> float | None:
+        """Return the loss on the rows held back, if a checkpoint is to be chosen by it."""
+        if self._keep == 1 or not self.held_back:
+            return None
+        return loss_of_rows(self.model, self.held_back, batch=self.settings.batch)
 
     def finish(self) -> None:
         """Note that the tree was saved with this run's nodes: the folder's next run begins anew.
@@ -280,6 +300,8 @@ class Run:
         """Return the content of run.json."""
         losses = {"first": self.first, "last": self.last}
         told = {**self._about, "step": self.done, "losses": losses, "saved": saved}
+        if self._measured is not None:
+            told["measured"] = self._measured
         training = self.training
         if training is not None:
             # Beside what makes it the same run: a file of rows may be moved between two resumes.

@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: which run goes on, and which makes room for the next.
 
     checkpoint-120/         of the run that goes on, or went last
-    finished-1/             runs that finished before it, each with its last checkpoint
+    finished-1/             runs that finished before it, each with the checkpoints that it kept
       checkpoint-200/
 
 Only an unfinished run is resumed. A finished one is set aside when another begins, so that a folder
@@ -17,12 +17,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError, FormatError, SpecError
+from ..errors import FolderError, FormatError, LoraTreeError, SpecError
 from ..folder import disk
 from ..formats import strict_json
 from ..system.reading import is_folder, stat_of
@@ -34,9 +34,11 @@ __all__ = [
     "checkpoints",
     "differing",
     "last_of",
+    "measured_of",
     "refuse_other",
     "render_about",
     "set_aside",
+    "superfluous",
 ]
 
 ABOUT = "run.json"
@@ -114,7 +116,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def set_aside(before: LastCheckpoint) -> Path:
-    """Move a finished run's checkpoint out of the next one's way, and return where it is now.
+    """Move a finished run's checkpoints out of the next one's way; return where the last one is.
 
     Raises:
         FolderError: the folder can't be written.
@@ -124,11 +126,47 @@ def set_aside(before: LastCheckpoint) -> Path:
     # `make` says whether it made the folder, so two runs that end at once take two numbers.
     while not disk.make(parent / f"{_FINISHED}{number}"):
         number += 1
-    place = parent / f"{_FINISHED}{number}" / before.folder.name
-    # The folder is moved by its name alone: on one file system that is atomic.
+    aside = parent / f"{_FINISHED}{number}"
+    # The last one goes last: as long as it is there, the next start sees that a run has to make
+    # room. Each is moved by its name alone, which is atomic on one file system.
+    for _, checkpoint in checkpoints(parent):
+        if checkpoint != before.folder:
+            disk.rename(checkpoint, aside / checkpoint.name)
+    place = aside / before.folder.name
     disk.rename(before.folder, place)
     disk.sync(parent)
     return place
+
+
+def measured_of(checkpoint: Path) -> float | None:
+    """Return a checkpoint's loss on the rows held back, as its run.json tells it."""
+    file = checkpoint / ABOUT
+    try:
+        measured = strict_json.loads(disk.read_file(file), str(file)).get("measured")
+    except LoraTreeError:
+        return None  # it is only compared, and one that can't be read is no better than the others
+    return measured if isinstance(measured, float) else None
+
+
+def superfluous(found: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
+    """Return the checkpoints that go, so that the best and the last ones stay.
+
+    Args:
+        found: (step, folder) of all of a run's, in order.
+        keep: how many stay; the last one always does, the best one if there is room for two.
+    """
+    if len(found) <= keep:
+        return []
+    last = found[-1][1]
+    measured = {folder: measured_of(folder) for _, folder in found}
+    known = {folder: loss for folder, loss in measured.items() if loss is not None}
+    best = min(known, key=lambda folder: known[folder]) if known else last
+    stay = {last} if keep == 1 else {last, best}
+    for _, folder in reversed(found):
+        if len(stay) >= keep:
+            break
+        stay.add(folder)
+    return [folder for _, folder in found if folder not in stay]
 
 
 def render_about(about: Mapping[str, Any]) -> bytes:
