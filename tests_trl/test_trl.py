@@ -6,6 +6,7 @@ the base's weights. Losses of every step and the factors at the end have to agre
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from lora_tree.integrations.trl import (
     TreeKTOTrainer,
     TreeSFTTrainer,
 )
+from lora_tree.runs import Run, Settings, read_rows
 
 
 def thirds(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -155,6 +157,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(kind: str, tmp_path: Pa
         assert torch.equal(saved.modules[name].B, value.B)
         assert torch.equal(kept.modules[name].B, value.B)
     assert not list((tmp_path / "a/checkpoint-4").glob("model*.safetensors"))
+
+
+def test_a_run_of_our_own_learns_preferences_as_trl_does(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    two = pairs(2)
+    file.write_text("".join(json.dumps({"path": POLICY, **row}) + "\n" for row in two))
+    one, other = model(), model()
+    more: dict[str, Any] = dict(beta=0.2, gradient_checkpointing=True)
+    trainer = TreeDPOTrainer(
+        one.at(POLICY),
+        args=settings(DPOConfig, tmp_path / "a", **more),
+        train_dataset=two,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    how = Settings(steps=4, batch=2, lr=1e-2, beta=0.2, schedule="constant", hold_back=0)
+    run = Run(other, read_rows([file], other.tree, tokenizer()), how, tmp_path / "run")
+    found = [step.losses[POLICY] for step in run.steps()]
+    torch.testing.assert_close(found, losses(trainer), rtol=1e-5, atol=1e-6)
+    for mine, wanted in zip(other.factors.of(POLICY), one.factors.of(POLICY), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=2e-4, atol=2e-5)
 
 
 # ---------------------------------------------------------------------- one base, and no copy of it

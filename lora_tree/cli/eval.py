@@ -30,6 +30,9 @@ def evaluation(
     data: Data,
     base: Base = None,
     batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
+    beta: Annotated[
+        float, typer.Option(help="Of rows with chosen and rejected: as they were trained with.")
+    ] = 0.1,
     max_length: Length = 1024,
     picture: Annotated[
         Path | None, typer.Option(help="Write a heat map there, as SVG.", metavar="FILE")
@@ -51,7 +54,7 @@ def evaluation(
     # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
     count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:
-        matrix = evaluate(model, rows, nodes=chosen, batch=batch, tick=lambda: bar(""))
+        matrix = evaluate(model, rows, nodes=chosen, batch=batch, beta=beta, tick=lambda: bar(""))
     # Before the table is printed, so that an error stands alone.
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())
@@ -66,13 +69,13 @@ def _plain(matrix: LossMatrix) -> dict[str, Any]:
     for path, row in zip(matrix.paths, matrix.losses, strict=True):
         losses[path] = dict(zip(matrix.domains, row, strict=True))
     tokens = dict(zip(matrix.domains, matrix.tokens, strict=True))
-    return {"unit": "nats per token", "losses": losses, "tokens": tokens}
+    return {"unit": matrix.unit, "losses": losses, "tokens": tokens}
 
 
 def _table(matrix: LossMatrix) -> Table:
     """Return the matrix as a table, with each column's best loss in bold."""
     table = Table(
-        title="nats per token",
+        title=matrix.unit,
         title_justify="left",
         caption="rows: the active path; columns: the path of the rows",
     )

@@ -99,6 +99,12 @@ def train(
     temperature: Annotated[
         float, typer.Option(help="Draw rows by path: 1 as they are, inf every path alike.")
     ] = 1.0,
+    beta: Annotated[
+        float,
+        typer.Option(
+            help="Of rows with chosen and rejected: keep a node this close to its parent."
+        ),
+    ] = 0.1,
     hold_back: Annotated[
         float,
         typer.Option(
@@ -144,6 +150,7 @@ def train(
         schedule=schedule.value,
         temperature=temperature,
         weights=numbers(weight, "--weight"),
+        beta=beta,
         hold_back=hold_back,
         seed=seed,
     )

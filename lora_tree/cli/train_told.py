@@ -44,6 +44,8 @@ def foretell(running: Run, rows: int) -> None:
     note("what trains:")
     for trained in running.trained:
         note(f"  {trained}")
+    if running.prefers:
+        note(f"each against its parent as it is: DPO, beta {running.settings.beta:g}")
     if running.held_back:
         plural = "s" if len(running.held_back) != 1 else ""
         note(f"held back: {len(running.held_back)} row{plural}, to judge leaves by")

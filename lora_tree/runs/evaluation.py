@@ -14,12 +14,20 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..blend import Blend, depth_first
 from ..errors import SpecError
 from ..model import TreeModel
 from ..training.losses import IGNORED, row_losses
 from .loss_map import loss_map
+from .preferences import (
+    answers_of,
+    are_preferences,
+    dpo_losses,
+    log_probabilities,
+    reference_of,
+)
 from .rows import Row, padded
 
 __all__ = ["LossMatrix", "evaluate", "evaluate_at"]
@@ -32,14 +40,17 @@ class LossMatrix:
     Args:
         paths: the active paths; ``""`` is the bare base.
         domains: the paths of the rows.
-        losses: (paths, domains), mean loss in nats over the domain's learnt tokens.
+        losses: (paths, domains), mean loss in nats over the domain's learnt tokens; or over its
+            preferences, against the parent of the domain's path.
         tokens: learnt in each domain.
+        unit: of the losses.
     """
 
     paths: tuple[str, ...]
     domains: tuple[str, ...]
     losses: tuple[tuple[float, ...], ...]
     tokens: tuple[int, ...]
+    unit: str = "nats per token"
 
     def picture(self) -> str:
         """Return a heat map as an SVG document: each column from its best (dark) to its worst.
@@ -48,7 +59,7 @@ class LossMatrix:
         >>> matrix.picture().count("<rect"), "1.00" in matrix.picture()
         (2, True)
         """
-        return loss_map(self.paths, self.domains, self.losses)
+        return loss_map(self.paths, self.domains, self.losses, self.unit)
 
 
 @torch.no_grad()
@@ -59,6 +70,7 @@ def evaluate(
     nodes: Sequence[str] | None = None,
     batch: int = 8,
     mode: Literal["merged", "unmerged"] = "merged",
+    beta: float = 0.1,
     tick: Callable[[], object] = lambda: None,
 ) -> LossMatrix:
     """Measure the loss of some nodes, and of the bare base, on every path's rows.
@@ -69,10 +81,11 @@ def evaluate(
         nodes: paths to make active, beside the bare base; None: every node that has an adapter.
         batch: rows at once.
         mode: how a path is made active.
+        beta: of preferences, as in `Settings`.
         tick: called after every node.
 
     Raises:
-        SpecError: there are no rows.
+        SpecError: there are no rows, or some are preferences and some are not.
         PathError: a node is not in the tree.
     """
     if not rows:
@@ -88,34 +101,93 @@ def evaluate(
         tree.lineage(path)
     paths = ("", *(path for path in chosen if path))
     losses = []
+    prefers = are_preferences(rows)
     # Dropout would make a loss depend on chance.
     was_training = model.training
     model.eval()
     try:
+        measures = []
+        for path, own in domains.items():
+            reference = reference_of(path) if prefers else None
+            measures.append(_Measure(model, own, batch, reference, beta, mode))
         for path in paths:
             with model.using(path, mode=mode):
-                losses.append(tuple(_mean(model, own, batch) for own in domains.values()))
+                losses.append(tuple(measure.mean() for measure in measures))
             tick()
     finally:
         model.train(was_training)
     tokens = tuple(_learnt(own) for own in domains.values())
-    return LossMatrix(paths, tuple(domains), tuple(losses), tokens)
+    unit = "nats per preference" if prefers else "nats per token"
+    return LossMatrix(paths, tuple(domains), tuple(losses), tokens, unit)
 
 
 @torch.no_grad()
-def evaluate_at(model: TreeModel, rows: Sequence[Row], path: Blend, *, batch: int = 8) -> float:
-    """Return the mean loss of some rows under one path or blend, in nats per learnt token.
+def evaluate_at(
+    model: TreeModel, rows: Sequence[Row], blend: Blend, *, batch: int = 8, beta: float = 0.1
+) -> float:
+    """Return the mean loss of one path's rows under a path or blend, in nats per learnt token.
+
+    Of preferences it is the mean over them, against the parent of their path.
 
     Raises:
         PathError: a node is not in the tree.
+        SpecError: some are preferences and some are not.
     """
     was_training = model.training
     model.eval()
     try:
-        with model.using(path):
-            return _mean(model, rows, batch)
+        reference = reference_of(rows[0].path) if are_preferences(rows) else None
+        measure = _Measure(model, rows, batch, reference, beta, "merged")
+        with model.using(blend):
+            return measure.mean()
     finally:
         model.train(was_training)
+
+
+class _Measure:
+    """The mean loss of one path's rows, under whatever is active when it is asked for.
+
+    Args:
+        model: in evaluation mode.
+        rows: of one path.
+        batch: rows at once.
+        reference: of preferences, which is measured here, once; None: the rows are no preferences.
+        beta: of preferences.
+        mode: how the reference is made active.
+    """
+
+    def __init__(
+        self,
+        model: TreeModel,
+        rows: Sequence[Row],
+        batch: int,
+        reference: str | None,
+        beta: float,
+        mode: Literal["merged", "unmerged"],
+    ) -> None:
+        self._model, self._rows, self._batch, self._beta = model, rows, batch, beta
+        self._references: list[Tensor] | None = None
+        if reference is not None:
+            with model.using(reference, mode=mode):
+                self._references = self._answers()
+
+    def mean(self) -> float:
+        """Return the mean in nats: per learnt token, or per preference."""
+        if self._references is None:
+            return _mean(self._model, self._rows, self._batch)
+        losses: list[float] = []
+        for policy, reference in zip(self._answers(), self._references, strict=True):
+            losses += dpo_losses(policy, reference, self._beta).tolist()
+        return math.fsum(losses) / len(losses)
+
+    def _answers(self) -> list[Tensor]:
+        """Return the log-probabilities of the answers, batch by batch in a fixed order."""
+        ordered = _by_length(self._rows)
+        found = []
+        for i in range(0, len(ordered), self._batch):
+            some = answers_of(ordered[i : i + self._batch])
+            found.append(log_probabilities(self._model, some))
+        return found
 
 
 def _by_path(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -130,11 +202,15 @@ def _learnt(rows: Sequence[Row]) -> int:
     return sum(row.learnt for row in rows)
 
 
+def _by_length(rows: Sequence[Row]) -> list[Row]:
+    """Return rows so that those of similar length share a batch, and little of it is padding."""
+    return sorted(rows, key=lambda row: len(row.ids))
+
+
 def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
     """Return the mean loss of some rows under the active path, in nats per learnt token."""
     device = next(model.base.parameters()).device
-    # Rows of similar length share a batch, so that little of it is padding.
-    ordered = sorted(rows, key=lambda row: len(row.ids))
+    ordered = _by_length(rows)
     sums = []
     for i in range(0, len(ordered), batch):
         some = ordered[i : i + batch]
@@ -152,7 +228,7 @@ def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
     return math.fsum(sums) / _learnt(rows)
 
 
-def _read_and_written(rows: Sequence[Row], device: torch.device) -> dict[str, torch.Tensor]:
+def _read_and_written(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     """Split rows for an encoder, which reads the prompt, and a decoder, which writes the rest.
 
     Raises:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -87,7 +88,12 @@ def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 
 
 def keep_what_helps(
-    model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, batch: int = 8
+    model: TreeModel,
+    rows: Sequence[Row],
+    nodes: Sequence[str],
+    *,
+    batch: int = 8,
+    beta: float = 0.1,
 ) -> list[Verdict]:
     """Give every leaf that does not beat its parent on held-back rows the weight that does.
 
@@ -97,6 +103,7 @@ def keep_what_helps(
         nodes: what trained. Nodes with an adapter below them are passed over, and so are leaves
             without rows.
         batch: rows at once.
+        beta: of preferences. A parent's loss on them is log 2, since it is the reference.
 
     Returns:
         A verdict on each leaf that was judged, in the order of ``nodes``.
@@ -110,14 +117,13 @@ def keep_what_helps(
         has_children = any(tree[path].has_adapter for path in tree.paths(node))
         if not own or has_children:
             continue
-        losses = {
-            part: evaluate_at(model, own, _at(node, part), batch=batch) for part in (0.0, 1.0)
-        }
+        measured = partial(evaluate_at, model, own, batch=batch, beta=beta)
+        losses = {part: measured(_at(node, part)) for part in (0.0, 1.0)}
         # Each part in between costs a pass over the rows. They are needed only for a leaf that does
         # worse than its parent.
         if losses[1.0] > losses[0.0]:
             for part in PARTS[1:-1]:
-                losses[part] = evaluate_at(model, own, _at(node, part), batch=batch)
+                losses[part] = measured(_at(node, part))
         # A tie goes to the weight as it is: a node that was not trained yet adds nothing.
         best = min(sorted(losses, reverse=True), key=losses.__getitem__)
         weight = scaled_weight(tree[node].weight, best)

@@ -53,6 +53,7 @@ from .place import (
     set_aside,
     superfluous,
 )
+from .preferences import are_preferences, check_references
 from .resume import (
     STATE,
     digest_of_rows,
@@ -86,6 +87,7 @@ class Run:
 
     Attributes:
         nodes: what trains, in the order of the tree.
+        prefers: the rows are preferences, and each node is compared with its parent.
         rows, held_back: the rows that are trained on, and those that are not.
         trained: the same, with what each begins from and stands on.
         outdated: the nodes that become stale: they were trained on what is about to change.
@@ -126,6 +128,9 @@ class Run:
         _check_names(settings, self.nodes, tree)
         _check_weights(tree, self.nodes)
         through = _through(rows, self.nodes, tree)
+        self.prefers = are_preferences(through)
+        if self.prefers:
+            _check_preferences(through, self.nodes, settings, tree)
         self.rows, self.held_back = hold_back(through, settings.hold_back)
         self.left_out = len(rows) - len(through)
         if not self.rows:
@@ -258,7 +263,10 @@ class Run:
         """
         self._check_sound()
         self.model.trainable()
-        return keep_what_helps(self.model, self.held_back, self.nodes, batch=self.settings.batch)
+        settings = self.settings
+        return keep_what_helps(
+            self.model, self.held_back, self.nodes, batch=settings.batch, beta=settings.beta
+        )
 
     def losses(self) -> dict[str, tuple[float, float]]:
         """Return each node's first and last loss, in nats per token.
@@ -373,6 +381,19 @@ def _check_names(settings: Settings, nodes: Sequence[str], tree: AdapterTree) ->
         for path in getattr(settings, what):
             if path not in names:
                 raise SpecError(f"{what} names {path!r}; what trains: {listing(nodes)}")
+
+
+def _check_preferences(
+    rows: Sequence[Row], nodes: Sequence[str], settings: Settings, tree: AdapterTree
+) -> None:
+    """Refuse what would compare a node with something else than its parent as it is."""
+    check_references(rows, nodes, tree)
+    if settings.dropout:
+        raise SpecError(
+            f"dropout is {settings.dropout:g}, and rows prefer answers: the reference drops "
+            "nothing, and the ratio would be of the masks",
+            "leave dropout out",
+        )
 
 
 def _check_weights(tree: AdapterTree, nodes: Sequence[str]) -> None:

@@ -24,7 +24,10 @@ MOST_CHARACTERS = 10
 
 
 def loss_map(
-    paths: Sequence[str], domains: Sequence[str], losses: Sequence[Sequence[float]]
+    paths: Sequence[str],
+    domains: Sequence[str],
+    losses: Sequence[Sequence[float]],
+    unit: str = "nats per token",
 ) -> str:
     """Return an SVG document.
 
@@ -32,6 +35,7 @@ def loss_map(
         paths: of the rows; ``""`` is the bare base.
         domains: of the columns.
         losses: (paths, domains).
+        unit: of the losses.
 
     >>> picture = loss_map(["", "fr"], ["fr"], [[2.0], [1.0]])
     >>> picture.count("<rect"), "1.00" in picture
@@ -58,7 +62,7 @@ def loss_map(
             picture.text(x + CELL_WIDTH // 2, baseline, number, anchor="middle", fill=ink)
     width = left + CELL_WIDTH * len(domains) + MARGIN
     height = HEADER_HEIGHT + CELL_HEIGHT * len(paths) + FOOTER_HEIGHT
-    picture.text(left, height - 10, "nats per token; lower is better")
+    picture.text(left, height - 10, f"{unit}; lower is better")
     return picture.document(width, height)
 
 

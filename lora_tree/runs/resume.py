@@ -101,5 +101,8 @@ def digest_of_rows(rows: Sequence[Row]) -> str:
     hashed = hashlib.sha256()
     for row in rows:
         # JSON, not the raw bytes: it tells apart [1, 23] and [12, 3].
-        hashed.update(json.dumps([row.path, row.ids, row.labels]).encode())
+        told = [row.path, row.ids, row.labels]
+        if row.rejected is not None:
+            told += [row.rejected.ids, row.rejected.labels]
+        hashed.update(json.dumps(told).encode())
     return hashed.hexdigest()

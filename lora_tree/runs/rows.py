@@ -1,8 +1,11 @@
-"""Rows from JSON lines: a path, and one of three ways to say which tokens are learnt.
+"""Rows from JSON lines: a path, and one of four ways to say what is learnt.
 
     {"path": "fr/legal", "text": …}                                    every token
     {"path": "fr/legal", "prompt": …, "completion": …}                 the completion's
     {"path": "fr/legal", "messages": [{"role": …, "content": …}, …]}   the assistant's turns
+    {"path": "fr/legal", "prompt": …, "chosen": …, "rejected": …}      to prefer one answer
+
+The two answers are text, or both are messages and so is the prompt.
 
 A row that is too long is cut at its end. Other columns are the user's own and are not read. Each
 row says whether it was cut and which columns were passed over, so that a caller can tell the user.
@@ -13,7 +16,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,9 @@ from .turns import tokens_of_messages
 
 __all__ = ["Row", "padded", "read_rows"]
 
-WAYS = ({"text"}, {"prompt", "completion"}, {"messages"})
-WORDS = {"text", "prompt", "completion", "messages"}
+PREFERENCE = {"prompt", "chosen", "rejected"}
+WAYS = ({"text"}, {"prompt", "completion"}, {"messages"}, PREFERENCE)
+WORDS = {"text", "prompt", "completion", "messages", "chosen", "rejected"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Row:
         where: file and line, for messages.
         cut: it was longer.
         extra: columns that were not read, by name.
+        rejected: of a preference, the same prompt with the answer that is not preferred; the row
+            itself has the preferred one. None: the row is learnt by itself.
     """
 
     path: str
@@ -53,6 +59,7 @@ class Row:
     where: str
     cut: bool = False
     extra: tuple[str, ...] = ()
+    rejected: Row | None = None
 
     @property
     def learnt(self) -> int:
@@ -151,27 +158,63 @@ def _row(
     keys, extra = _way(data)
     path = _path(data, extra)
     tree.lineage(path)  # raises if it is not in the tree
+    made = []
+    for answer in _answers(data, keys):
+        # A tokenizer of the user's, or its chat template, may raise anything.
+        with foreign("the tokenizer can't read it"):
+            ids, labels = _tokens_and_labels(answer, tokenizer)
+        is_cut = len(ids) > max_length
+        row = Row(
+            path,
+            tuple(ids[:max_length]),
+            tuple(labels[:max_length]),
+            where,
+            is_cut,
+            tuple(sorted(extra)),
+        )
+        if not row.learnt:
+            place = f" in its first {max_length} tokens" if is_cut else ""
+            raise SpecError(
+                f"nothing is learnt from it{place}",
+                "a row needs two tokens, the second one learnt",
+            )
+        made.append(row)
+    if len(made) == 1:
+        return made[0]
+    chosen, rejected = made
+    if chosen.ids == rejected.ids:
+        raise SpecError(
+            "chosen and rejected are the same, so nothing is preferred", "leave this row out"
+        )
+    return replace(chosen, cut=chosen.cut or rejected.cut, rejected=rejected)
+
+
+def _answers(data: Mapping[str, Any], keys: set[str]) -> list[dict[str, Any]]:
+    """Return what a row is to be learnt from in one of the first three ways: of a preference two,
+    the preferred one first.
+
+    Raises:
+        SpecError: a column is not what it has to be.
+    """
+    if keys == PREFERENCE and isinstance(data["prompt"], list):
+        for key in ("chosen", "rejected"):
+            if not isinstance(data[key], list):
+                raise SpecError(
+                    f"'prompt' is messages, and {key!r} is a {type(data[key]).__name__}",
+                    "give all three as messages, or all three as text",
+                )
+        before = len(data["prompt"])
+        answers = []
+        for key in ("chosen", "rejected"):
+            answers.append({"messages": data["prompt"] + data[key], "before": before})
+        return answers
     for key in sorted(keys - {"messages"}):
         if not isinstance(data[key], str):
             raise SpecError(f"{key!r} must be a string, got {type(data[key]).__name__}")
-    # A tokenizer of the user's, or its chat template, may raise anything.
-    with foreign("the tokenizer can't read it"):
-        ids, labels = _tokens_and_labels(data, keys, tokenizer)
-    is_cut = len(ids) > max_length
-    row = Row(
-        path,
-        tuple(ids[:max_length]),
-        tuple(labels[:max_length]),
-        where,
-        is_cut,
-        tuple(sorted(extra)),
-    )
-    if not row.learnt:
-        place = f" in its first {max_length} tokens" if is_cut else ""
-        raise SpecError(
-            f"nothing is learnt from it{place}", "a row needs two tokens, the second one learnt"
-        )
-    return row
+    if keys == PREFERENCE:
+        prompt = data["prompt"]
+        return [{"prompt": prompt, "completion": data[key]} for key in ("chosen", "rejected")]
+    return [{key: data[key] for key in keys}]
 
 
 def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
@@ -185,7 +228,8 @@ def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     if keys not in WAYS:
         near = _nearest(extra, WORDS - keys)
         raise SpecError(
-            "a row has a path and text, or prompt and completion, or messages; "
+            "a row has a path and text, or prompt and completion, or messages, or prompt, chosen "
+            "and rejected; "
             f"this has {listing(sorted(data))}{near}"
         )
     return keys, extra
@@ -210,12 +254,10 @@ def _nearest(columns: set[str], known: set[str]) -> str:
     return ""
 
 
-def _tokens_and_labels(
-    data: Mapping[str, Any], keys: set[str], tokenizer: Any
-) -> tuple[list[int], list[int]]:
-    if "messages" in keys:
-        return tokens_of_messages(data["messages"], tokenizer)
-    if "text" in keys:
+def _tokens_and_labels(data: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+    if "messages" in data:
+        return tokens_of_messages(data["messages"], tokenizer, before=data.get("before", 0))
+    if "text" in data:
         ids = _ended(_ids(tokenizer, data["text"]), tokenizer)
         return ids, list(ids)
     start = _ids(tokenizer, data["prompt"])

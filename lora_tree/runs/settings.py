@@ -37,6 +37,8 @@ class Settings:
         schedule: how it goes on: ``cosine`` to a hundredth, ``linear`` to nothing, or ``constant``.
         temperature: rows are drawn path by path with it; see `PathSampler`.
         weights: path → its weight in the loss; 1 where it is not named.
+        beta: of preferences: how much a ratio to the reference counts. A small one lets a node move
+            far from its parent.
         hold_back: the share of each path's rows that is not trained on, rounded down. They decide
             whether a leaf beats its parent.
         seed: of the order of rows, and of dropout.
@@ -63,6 +65,7 @@ class Settings:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     temperature: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
+    beta: float = 0.1
     hold_back: float = 0.05
     seed: int = 0
 
@@ -91,6 +94,7 @@ class Settings:
             _check(f"decay of {node}", decay, _is_at_least_0, "0 or more")
         if self.clip_norm is not None:
             _check("clip_norm", self.clip_norm, _is_positive, "a positive number")
+        _check("beta", self.beta, _is_positive, "a positive number")
         _check("hold_back", self.hold_back, lambda v: 0 <= v < 1, "from 0 to below 1")
         _check("dropout", self.dropout, lambda v: 0 <= v < 1, "from 0 to below 1")
         # Infinity is meant here: it draws every path alike.

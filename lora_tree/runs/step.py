@@ -8,16 +8,24 @@ read, so a resumed run takes the same steps.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..model import TreeModel
 from ..training.diverged import check_finite_step
 from ..training.levels import over_of
-from ..training.losses import path_loss, token_counts
+from ..training.losses import PathLoss, path_loss, pooled_loss, token_counts
+from .preferences import (
+    answers_of,
+    are_preferences,
+    dpo_losses,
+    log_probabilities,
+    reference_of,
+)
 from .rows import Row, padded
 from .settings import Settings
 
@@ -30,7 +38,7 @@ class StepLosses:
 
     Args:
         number: how many steps are done.
-        losses: path → mean loss over its tokens in this step, in nats.
+        losses: path → mean loss over its tokens in this step, in nats; or over its preferences.
         tokens: learnt in it.
     """
 
@@ -51,7 +59,7 @@ def take_step(
     """Move the factors by one step.
 
     Args:
-        model: in training mode, with the nodes of ``rates`` trainable.
+        model: with the nodes of ``rates`` trainable.
         optimizer: over one parameter group per node, which the model follows.
         rows: of this step, ``settings.accumulate`` micro-batches of them.
         settings: of the run.
@@ -61,16 +69,17 @@ def take_step(
     Raises:
         DivergedError: a factor or a loss is no longer finite.
     """
+    prefers = are_preferences(rows)
+    counts = _counts(model, rows, prefers)
+    batches = [rows[i : i + settings.batch] for i in range(0, len(rows), settings.batch)]
     device = next(model.base.parameters()).device
-    batches = []
-    for i in range(0, len(rows), settings.batch):
-        some = rows[i : i + settings.batch]
-        batches.append((padded(some, device=device), [row.path for row in some]))
-    # A path's mean is over its tokens in the whole step, so they are counted before the first
-    # micro-batch: how the rows fall into micro-batches changes nothing.
-    counts = token_counts(model.tree, [(batch["labels"], paths) for batch, paths in batches])
-    weights = {path: weight for path, weight in settings.weights.items() if path in counts}
-    over = over_of(settings.loss, rates)
+    shares = {
+        "counts": counts,
+        "weights": {path: weight for path, weight in settings.weights.items() if path in counts},
+        "over": over_of(settings.loss, rates),
+    }
+    # Neither the policy nor its reference drops anything out.
+    model.train(not prefers)
     # Set at each step from its number, not by a scheduler: a scheduler has state of its own, which
     # a checkpoint would have to keep.
     for group in optimizer.param_groups:
@@ -80,21 +89,56 @@ def take_step(
     # generator is put back afterwards.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(settings.seed, done))
-        for batch, paths in batches:
-            labels = batch.pop("labels")
-            with model.route(paths):
-                logits: Tensor = model(**batch).logits
-                loss = path_loss(logits, labels, paths, counts=counts, weights=weights, over=over)
-                # The route stays open for backward: checkpointed layers run forward again in it.
-                torch.autograd.backward(loss.total)
-            for path, part in loss.by_path.items():
+        for some in batches:
+            run = _prefer if prefers else _learn
+            for path, part in run(model, some, settings, shares).by_path.items():
                 losses[path] = losses.get(path, 0.0) + float(part)
         # AdamW clips nothing: each node is clipped by itself in a hook of `TreeModel.follow`.
         optimizer.step()
         optimizer.zero_grad()
     # After the step, not before: only the factors show that a finite gradient was too large.
     check_finite_step(model.factors, losses, step=done + 1)
-    return StepLosses(done + 1, losses, sum(counts.values()))
+    return StepLosses(done + 1, losses, sum(row.learnt for row in answers_of(rows)))
+
+
+def _counts(model: TreeModel, rows: Sequence[Row], prefers: bool) -> dict[str, int]:
+    """Return path → what its mean is over in the whole step: its tokens, or its preferences.
+
+    They are counted before the first micro-batch: how the rows fall into micro-batches changes
+    nothing.
+    """
+    if prefers:
+        return dict(Counter(row.path for row in rows))
+    labels = padded(rows, device=torch.device("cpu"))["labels"]
+    return token_counts(model.tree, [(labels, [row.path for row in rows])])
+
+
+def _learn(
+    model: TreeModel, rows: Sequence[Row], settings: Settings, shares: Mapping[str, Any]
+) -> PathLoss:
+    """Run forward and backward of some rows' tokens."""
+    batch = padded(rows, device=next(model.base.parameters()).device)
+    labels, paths = batch.pop("labels"), [row.path for row in rows]
+    with model.route(paths):
+        loss = path_loss(model(**batch).logits, labels, paths, **shares)
+        # The route stays open for backward: checkpointed layers run forward again in it.
+        torch.autograd.backward(loss.total)
+    return loss
+
+
+def _prefer(
+    model: TreeModel, rows: Sequence[Row], settings: Settings, shares: Mapping[str, Any]
+) -> PathLoss:
+    """Run forward and backward of some preferences, each against its path's parent."""
+    answers, paths = answers_of(rows), [row.path for row in rows]
+    with torch.no_grad(), model.route([reference_of(answer.path) for answer in answers]):
+        reference = log_probabilities(model, answers)
+    with model.route([answer.path for answer in answers]):
+        losses = dpo_losses(log_probabilities(model, answers), reference, settings.beta)
+        pairs = torch.ones_like(losses, dtype=torch.int64)
+        loss = pooled_loss(losses, pairs, paths, **shares)
+        torch.autograd.backward(loss.total)
+    return loss
 
 
 def _seed_of(seed: int, step: int) -> int:

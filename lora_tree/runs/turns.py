@@ -19,12 +19,15 @@ __all__ = ["tokens_of_messages"]
 PROMPT_INSTEAD = "give prompt and completion"
 
 
-def tokens_of_messages(messages: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+def tokens_of_messages(
+    messages: Any, tokenizer: Any, *, before: int = 0
+) -> tuple[list[int], list[int]]:
     """Return a conversation's tokens, and as labels those of the assistant's turns.
 
     Args:
         messages: ``[{"role": …, "content": …}, …]``.
         tokenizer: of transformers, with a chat template.
+        before: so many messages at the beginning are only read.
 
     Raises:
         SpecError: it is no conversation; the template has no place where an answer begins; or
@@ -37,19 +40,21 @@ def tokens_of_messages(messages: Any, tokenizer: Any) -> tuple[list[int], list[i
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _templated(tokenizer, messages[:i], asked=True)
+        asked_text = _templated(tokenizer, messages[:i], asked=True)
         after = _templated(tokenizer, messages[: i + 1], asked=False)
         # Some templates drop an earlier turn's reasoning once another turn follows. Such a turn
         # has no text of its own in the whole, so its tokens can't be told from the others.
-        if not (before.startswith(text) and after.startswith(before)):
+        if not (asked_text.startswith(text) and after.startswith(asked_text)):
             raise SpecError(
                 f"the chat template writes what came before otherwise when turn {i + 1} follows, "
                 "so that turn has no text of its own",
                 PROMPT_INSTEAD,
             )
-        asked = _grown(ids, text, before, tokenizer)
-        answered = _grown(asked, before, after, tokenizer)
-        labels += [IGNORED] * (len(asked) - len(ids)) + answered[len(asked) :]
+        asked = _grown(ids, text, asked_text, tokenizer)
+        answered = _grown(asked, asked_text, after, tokenizer)
+        learnt = answered[len(asked) :]
+        labels += [IGNORED] * (len(asked) - len(ids))
+        labels += learnt if i >= before else [IGNORED] * len(learnt)
         text, ids = after, answered
     if not ids:
         raise SpecError("no turn of the messages is the assistant's, so there is nothing to learn")

@@ -27,7 +27,15 @@ from ..engine.upload import uploaded
 from ..errors import SpecError, StateError
 from ..tree import AdapterTree
 
-__all__ = ["IGNORED", "PathLoss", "path_loss", "ranks", "row_losses", "token_counts"]
+__all__ = [
+    "IGNORED",
+    "PathLoss",
+    "path_loss",
+    "pooled_loss",
+    "ranks",
+    "row_losses",
+    "token_counts",
+]
 
 T = TypeVar("T")
 
@@ -95,6 +103,33 @@ def path_loss(
             "labels are (rows, tokens), logits (rows, tokens, vocabulary), "
             "and every row has one path",
         )
+    sums, tokens = row_losses(logits, labels, shift=shift)
+    return pooled_loss(sums, tokens, names, counts=counts, weights=weights, over=over)
+
+
+def pooled_loss(
+    sums: Tensor,
+    tokens: Tensor,
+    paths: Sequence[Blend],
+    *,
+    counts: Mapping[str, int] | None = None,
+    weights: Mapping[str, float] | None = None,
+    over: Literal["paths", "rows"] = "paths",
+) -> PathLoss:
+    """Return the loss of rows whose own losses are known: what `path_loss` makes of its rows.
+
+    Args:
+        sums: (rows,), each row's loss, summed over what it counts.
+        tokens: (rows,), int64, how much a row counts: its tokens, or 1 for a pair of answers.
+        paths, counts, weights, over: as in `path_loss`.
+
+    Raises:
+        SpecError, StateError: as `path_loss`.
+
+    >>> pooled_loss(torch.tensor([1.0, 3.0]), torch.tensor([1, 1]), ["fr", "fr"]).total.item()
+    2.0
+    """
+    names = list(map(spelled, paths))
     if counts is None and ranks() > 1:
         raise StateError(
             "several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)"
@@ -105,7 +140,6 @@ def path_loss(
     weights = _by_spelling(weights or {}, "weights")
     _known_paths(names, dict.fromkeys(names, 0) if counts is None else counts, weights)
     # Nothing is read back from the device below: a step must not wait for its loss.
-    sums, tokens = row_losses(logits, labels, shift=shift)
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         places.setdefault(name, []).append(row)
