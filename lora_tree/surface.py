@@ -73,6 +73,7 @@ from .folder import (
     lock,
     restore,
 )
+from .formats.block_weights import block_weights
 from .integrations.hub import Pulled, Pushed, pull, push
 from .lowrank import Layout, LowRank, Truncated, concat, inner
 from .model import MergedWarning, State, TreeModel, attach
@@ -138,6 +139,7 @@ __all__ = [
     "Weight",
     "absorb",
     "attach",
+    "block_weights",
     "ceil_rank_of",
     "check",
     "check_merged",
