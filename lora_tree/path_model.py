@@ -128,7 +128,9 @@ class PathModel(AnswersForBase):
         plan = self._path_stage.current.placed.plan
         for name, terms in plan.terms.items():
             if head is not None and plan.sites[name].module is head:
-                nodes = listing(dict.fromkeys(term.node for term in terms))
+                changing = [term.node for term in terms]
+                changing += [override.node for override in plan.overrides.get(name, ())]
+                nodes = listing(dict.fromkeys(changing))
                 raise StateError(
                     f"{name}: the head is adapted by {nodes}, and a caller that takes its weight alone "
                     "would leave that out",

@@ -323,6 +323,12 @@ def test_increments_that_are_dropped_are_told_once() -> None:
         warnings.simplefilter("error")
         model.activate("")
         model.activate("top/fr")
+    routed = lt.attach(without_embeddings(zoo()), Net())
+    with (
+        pytest.warns(lt.OverrideWarning, match="top: score: top/de overrides score"),
+        routed.route(["top/de"]),
+    ):
+        pass
 
 
 @pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
@@ -437,3 +443,141 @@ def test_a_merged_checkpoint_has_the_bits_of_a_switch(kind: str, tmp_path: Path)
     assert all(torch.equal(state[name], now) for name, now in base.state_dict().items())
     with pytest.raises(FormatError, match="replaces this tensor of the base"):
         lt.portable(tree, "a")
+
+
+# ---------------------------------------------------------------------- beside the weights
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmerged_it_gives_what_peft_gives(kind: str, tmp_path: Path) -> None:
+    make, config = KINDS[kind]
+    theirs = trained_by_peft(make(), config(), tmp_path / "peft")
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=theirs)
+    base = make()
+    own = {name: (tensor, tensor.clone()) for name, tensor in base.state_dict().items()}
+    bare, hooks = logits(base), [len(m._forward_hooks) for m in base.modules()]
+    model = lt.attach(tree, base)
+    model.activate("a", mode="unmerged")
+    wanted = logits(opened_by_peft(make(), theirs))
+    torch.testing.assert_close(logits(base), wanted, rtol=1e-4, atol=1e-5)
+    model.activate("")
+    assert torch.equal(logits(base), bare)
+    model.activate("a", mode="unmerged")
+    model.detach()
+    assert [len(m._forward_hooks) for m in base.modules()] == hooks
+    assert all(torch.equal(now, then) for now, then in own.values())
+
+
+def out_of(net: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = net(ids)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+@pytest.mark.parametrize("path", PATHS)
+def test_beside_the_weights_a_path_is_what_it_is_in_them(path: str) -> None:
+    base, tree = Net().double(), zoo()
+    ids = torch.arange(27).reshape(3, 9) % 9
+    model = lt.attach(tree, base)
+    model.activate(path, mode="unmerged")
+    wanted = out_of(summed(tree, path), ids)
+    torch.testing.assert_close(out_of(base, ids), wanted, rtol=1e-6, atol=1e-6)
+    at = model.at(path)
+    model.activate("")
+    torch.testing.assert_close(out_of(at, ids), wanted, rtol=1e-6, atol=1e-6)
+
+
+def without_embeddings(tree: lt.AdapterTree) -> lt.AdapterTree:
+    """Return the tree without increments of the embedding, rows of which are overridden below."""
+    for path in tree.paths():
+        adapter = tree.adapter(path)
+        assert adapter is not None
+        modules = {name: value for name, value in adapter.modules.items() if name != "embed"}
+        tree.update(path, adapter=lt.Adapter(modules, overrides=adapter.overrides))
+    return tree
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+@pytest.mark.parametrize("strategy", ["auto", "nodes", "paths", "grouped", "matrix"])
+def test_rows_of_a_batch_go_through_their_own_overrides(strategy: Any) -> None:
+    base, tree = Net().double(), without_embeddings(zoo())
+    model = lt.attach(tree, base)
+    batches = [
+        ["", *PATHS, "top/fr"],
+        ["top/fr", "top/fr/medical", "top/fr"],  # one head for all, of which two add to it
+        ["top/de", "top/fr/legal/x", "", ""],
+    ]
+    for paths in batches:
+        ids = (torch.arange(len(paths) * 7) % 9).reshape(len(paths), 7)
+        with model.route(paths, strategy=strategy):
+            got = out_of(base, ids)
+        for i, path in enumerate(paths):
+            net = summed(tree, path) if path else Net().double()
+            torch.testing.assert_close(got[i], out_of(net, ids[i]), rtol=1e-6, atol=1e-6)
+            if not path:
+                assert torch.equal(got[i], out_of(base, ids)[i])
+    assert torch.equal(out_of(base, ids), out_of(Net().double(), ids))
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+def test_a_routed_blend_with_two_overrides_is_refused_by_its_row() -> None:
+    base, tree = Net(), without_embeddings(zoo())
+    model = lt.attach(tree, base)
+    before = out_of(base, torch.zeros(1, 2, dtype=torch.int64))
+    with (
+        pytest.raises(SpecError, match=r"row 1: .*: that of .* counts for one path"),
+        model.route(["top", {"top/fr": 0.5, "top/de": 0.5}]),
+    ):
+        pass
+    assert torch.equal(before, out_of(base, torch.zeros(1, 2, dtype=torch.int64)))
+    assert model.active == ""
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+def test_rows_below_an_increment_can_be_activated_and_not_routed() -> None:
+    model = lt.attach(zoo(), Net())
+    with (
+        pytest.raises(
+            lt.errors.MergedOnly, match="embed: top/fr overrides a part .* top above has"
+        ),
+        model.route(["top/fr", ""]),
+    ):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+@pytest.mark.parametrize("spread", [dict(repeat=2), dict(tile=3)])
+def test_rows_that_are_repeated_keep_their_overrides(spread: dict[str, int]) -> None:
+    base, tree = Net().double(), without_embeddings(zoo())
+    paths = ["top/fr", "", "top/de"]
+    ids = torch.arange(15).reshape(3, 5) % 9
+    if "repeat" in spread:
+        ids, rows = ids.repeat_interleave(2, 0), [0, 0, 1, 1, 2, 2]
+    else:
+        ids, rows = ids.repeat(3, 1), [0, 1, 2] * 3
+    with lt.attach(tree, base).route(paths, **spread):
+        got = out_of(base, ids)
+    for i, row in enumerate(rows):
+        net = summed(tree, paths[row]) if paths[row] else Net().double()
+        torch.testing.assert_close(got[i], out_of(net, ids[i]), rtol=1e-6, atol=1e-6)
+
+
+def test_an_attention_reads_its_projection_so_an_override_of_it_is_merged_only() -> None:
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 1)})
+    tree = lt.AdapterTree()
+    weight = {"attn.out_proj.weight": lt.Override(torch.ones(4, 4))}
+    tree.add("a", adapter=lt.Adapter({}, overrides=weight))
+    model = lt.attach(tree, base)
+    with pytest.raises(lt.errors.MergedOnly, match=r"a: attn\.out_proj: an override can't run"):
+        model.activate("a", mode="unmerged")
+    model.activate("a")
+    assert torch.equal(base["attn"].out_proj.weight, torch.ones(4, 4))
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+def test_a_prepared_model_refuses_overrides_by_name() -> None:
+    model = lt.attach(without_embeddings(zoo()), Net())
+    model.prepare(max_rank=8)
+    with pytest.raises(lt.errors.StateError, match="top/fr: .*: an override has no buffer"):
+        model.activate("top/fr", mode="unmerged")

@@ -33,6 +33,9 @@ __all__ = ["Batch", "tree_node"]
 Kind = tuple[float, ...]
 """A row's coefficient of every node; 0 for a node that is not on its lineage."""
 
+Lineages = tuple[tuple[str, ...], ...]
+"""The nodes of each path of a row, from the root down."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -45,6 +48,8 @@ class Batch:
         of_row: row → its kind.
         weights: the weight with which each of the nodes is owed, times what `kinds` says: 1, or a
             weight per module. None: all are 1.
+        lineages: kind → the nodes of its paths, which decide what they override; empty where that
+            does not matter.
 
     >>> tree = AdapterTree()
     >>> for path in ("fr", "fr/legal", "de"): _ = tree.add(path)
@@ -59,6 +64,7 @@ class Batch:
     kinds: tuple[Kind, ...]
     of_row: tuple[int, ...]
     weights: tuple[Weight, ...] | None = None
+    lineages: tuple[Lineages, ...] = ()
 
     @staticmethod
     def of(tree: AdapterTree, paths: Iterable[Blend]) -> Batch:
@@ -76,6 +82,7 @@ class Batch:
             )
         known: dict[object, int] = {}
         owed: list[dict[str, Weight]] = []
+        lineages: list[Lineages] = []
         of_row: list[int] = []
         columns: set[_Column] = set()
         # A batch of thousands of rows has a few paths, and each is looked up once.
@@ -89,6 +96,7 @@ class Batch:
                     known[key] = len(owed)
                     owed.append(tree.coefficients(blend))
                     columns.update(_column(node, weight) for node, weight in owed[-1].items())
+                    lineages.append(tuple(map(tuple, tree.counting_lineages(blend))))
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
             of_row.append(known[key])
@@ -99,24 +107,30 @@ class Batch:
         kinds = []
         for each in owed:
             kinds.append(tuple([_owes(each, node, digest) for node, digest, _ in in_order]))
-        batch = _distinct(_labels([node for node, _, _ in in_order]), kinds, of_row)
+        batch = _distinct(_labels([node for node, _, _ in in_order]), kinds, of_row, lineages)
         return replace(batch, weights=tuple([weight for _, _, weight in in_order]))
 
     def __len__(self) -> int:
         return len(self.of_row)
 
     # ------------------------------------------------------------------ the same rows, otherwise
-    def at(self, nodes: Sequence[str]) -> Batch:
+    def at(self, nodes: Sequence[str], without: Sequence[frozenset[str]] | None = None) -> Batch:
         """Return the batch as some of the nodes see it: those that change one site.
 
         Args:
             nodes: in the order of the sum.
+            without: kind → nodes that its rows owe nothing to here, because of an override; None:
+                there are none.
         """
         # In the order asked for, which is that of the site's terms.
         columns = [self.nodes.index(node) for node in nodes]
         kinds = []
-        for kind in self.kinds:
-            kinds.append(tuple([kind[column] for column in columns]))
+        for i, kind in enumerate(self.kinds):
+            owed = [kind[column] for column in columns]
+            if without is not None:
+                for j, node in enumerate(nodes):
+                    owed[j] = 0.0 if node in without[i] else owed[j]
+            kinds.append(tuple(owed))
         # Kinds that differ in other nodes only are one kind here.
         return _distinct(tuple(nodes), kinds, self.of_row)
 
@@ -253,8 +267,17 @@ def tree_node(name: str) -> str:
     return name.partition("#")[0]  # in no name of a node
 
 
-def _distinct(nodes: tuple[str, ...], owed: Sequence[Kind], of_row: Sequence[int]) -> Batch:
+def _distinct(
+    nodes: tuple[str, ...],
+    owed: Sequence[Kind],
+    of_row: Sequence[int],
+    lineages: Sequence[Lineages] = (),
+) -> Batch:
     """Return a batch whose kinds are in use, and different from each other."""
-    kinds: dict[Kind, int] = {}
-    mine = [kinds.setdefault(owed[kind], len(kinds)) for kind in of_row]
-    return Batch(nodes, tuple(kinds), tuple(mine))
+    kinds: dict[tuple[Kind, Lineages], int] = {}
+    mine = []
+    for kind in of_row:
+        key = owed[kind], lineages[kind] if lineages else ()
+        mine.append(kinds.setdefault(key, len(kinds)))
+    told = tuple([paths for _, paths in kinds]) if lineages else ()
+    return Batch(nodes, tuple([each for each, _ in kinds]), tuple(mine), lineages=told)

@@ -26,10 +26,18 @@ from ..adapter import Adapter
 from ..base_names import warn_of_base
 from ..errors import BaseMismatch, LoraTreeError, listing
 from ..lowrank import LowRank
-from ..override import Override, OverrideWarning, counted_modules, standing, warn_of_dropped
+from ..override import (
+    Override,
+    OverrideWarning,
+    Standing,
+    counted_modules,
+    standing,
+    warn_of_dropped,
+)
 from ..renaming import Renaming
 from ..sites import Site, find_site, find_tensor_site, with_tied_rows
 from ..weights import Weight, check_matched
+from .batch import tree_node
 from .last_used import LastUsed
 
 __all__ = [
@@ -380,16 +388,21 @@ class Binder:
         Raises:
             SpecError: the paths of a blend have different overrides of a tensor.
         """
-        held = {node: adapter.overrides for node, _, adapter in bound if adapter.overrides}
+        # A batch may owe one node in several weights; its overrides are the same in all of them.
+        held = {tree_node(n): adapter.overrides for n, _, adapter in bound if adapter.overrides}
         if not held:
             return _Overrides({}, bound, None)
         at_site: dict[str, list[OverrideTerm]] = {}
         if lineages is None:
             # Of a batch: which of them counts is decided row by row.
+            all_of: dict[str, list[tuple[str, Override]]] = {}
             for node, overrides in held.items():
                 for tensor, override in overrides.items():
                     name, term = self._override_term(node, tensor, override)
                     at_site.setdefault(name, []).append(term)
+                    all_of.setdefault(tensor, []).append((node, override))
+            every = {tensor: tuple(stack) for tensor, stack in all_of.items()}
+            self._without_dropped(bound, every)
             return _Overrides(_tuples(at_site), bound, None)
         paths = lineages()
         stands = standing(paths, held)
@@ -397,14 +410,21 @@ class Binder:
             for node, override in stack:
                 name, term = self._override_term(node, tensor, override)
                 at_site.setdefault(name, []).append(term)
+        resolved = self._without_dropped(bound, stands)
+        return _Overrides(_tuples(at_site), resolved, tuple(map(tuple, paths)))
+
+    def _without_dropped(
+        self, bound: list[tuple[str, float, Adapter]], stands: Standing
+    ) -> list[tuple[str, float, Adapter]]:
+        """Return bound terms without what some overrides drop; a warning says what, once."""
         resolved, dropped = [], []
         for node, coefficient, adapter in bound:
-            modules, lines = counted_modules(node, adapter.modules, stands)
+            modules, lines = counted_modules(tree_node(node), adapter.modules, stands)
             dropped += [line for line in lines if line not in self._warned]
             self._warned.update(lines)
             resolved.append((node, coefficient, replace(adapter, modules=modules)))
         warn_of_dropped(dropped, stacklevel=2)
-        return _Overrides(_tuples(at_site), resolved, tuple(map(tuple, paths)))
+        return resolved
 
     def _override_term(
         self, node: str, tensor: str, override: Override

@@ -232,6 +232,12 @@ class Prepared:
         numbers are finite.
         """
         plan = placed.plan
+        for name, overrides in plan.overrides.items():
+            raise StateError(
+                f"{overrides[0].node}: {name}: an override has no buffer in a prepared model, which "
+                "holds increments alone",
+                'use activate(…, mode="merged"), which works under torch.compile as it is',
+            )
         kinds = side_kinds(plan, self._dtype)
         for name, terms in plan.terms.items():
             # A module that was replaced since has a new site, and none of our hooks.

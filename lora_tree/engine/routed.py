@@ -26,12 +26,24 @@ from .batch_axis import BatchAxis
 from .cost import Cost, machine
 from .factor_tables import FactorTables, PlanTables
 from .forms import FORMS, SumForm
+from .ground import grounds_of
 from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .owed import Owed
 from .plan import Marks, PlacedPlan, Plan, Terms
-from .side import Draft, Manner, PathSide, Side, Sides, side_device, side_dtype, widened
+from .row_grounds import RowGrounds
+from .side import (
+    Draft,
+    GroundedSide,
+    Manner,
+    PathSide,
+    Side,
+    Sides,
+    side_device,
+    side_dtype,
+    widened,
+)
 
 __all__ = ["Route", "Router", "Strategy", "check_strategy"]
 
@@ -94,7 +106,8 @@ class Router:
         """
         # By value: each request makes a batch of its own. The plan is known by identity, and holds
         # the factors. A plan with factors that train is never met again, and neither is its route.
-        owed = batch.nodes, batch.kinds, batch.of_row, strategy, placed.dtypes
+        lineages = batch.lineages if placed.plan.overrides else ()
+        owed = batch.nodes, batch.kinds, batch.of_row, lineages, strategy, placed.dtypes
         key = placed.plan, owed
         route = self._kept.again(key)
         if route is None:
@@ -146,6 +159,11 @@ class Route:
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, SumForm] = {}
         self._picked: dict[Hashable, str] = {}
+        self._grounds: dict[str, RowGrounds] = {}
+        for name, overrides in grounds_of(plan).items():
+            site, terms = plan.sites[name], plan.terms[name]
+            self._grounds[name] = RowGrounds(site, overrides, terms, batch)
+            self._charge(self._grounds[name].nbytes)
 
     # ------------------------------------------------------------------ before a forward
     def sides(self, axis: BatchAxis) -> Sides:
@@ -161,7 +179,9 @@ class Route:
         """The sites at which the rows do not all owe the same."""
         found = []
         for name, site in self.plan.sites.items():
-            if not self._batch(self.plan.terms[name], (1, 1)).is_uniform:
+            grounds = self._grounds.get(name)
+            is_grounded_alike = grounds is None or grounds.is_uniform
+            if not is_grounded_alike or not self._batch(name, self._terms(name)).is_uniform:
                 found.append(site)
         return found
 
@@ -173,16 +193,32 @@ class Route:
         for name, site in self.plan.sites.items():
             if name in mixed:
                 continue
-            terms = self.plan.terms[name]
-            (coefficients,) = self._batch(terms, (1, 1)).kinds
+            terms = self._terms(name)
+            (coefficients,) = self._batch(name, terms).kinds
             owed = [replace(t, coefficient=c) for t, c in zip(terms, coefficients, strict=True)]
             dtype = side_dtype(site.weight, [t.value for t in owed], self.manner.dtype)
-            device = side_device(site.weight, owed[0].value)
+            device = side_device(site.weight, [t.value for t in owed])
             draft = Draft(site, tuple(owed), (dtype, device), trains=True)
             self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
                 found[name] = PathSide(draft, self.manner)
+            ground = self._grounds[name].only if name in self._grounds else None
+            if ground is not None:
+                found[name] = GroundedSide(ground, found[name])
         return found
+
+    def grounds(self, site: Site) -> RowGrounds | None:
+        """Return what stands under each row at a site; None if no node overrides it."""
+        return self._grounds.get(site.name)
+
+    def _terms(self, name: str) -> Terms:
+        """Return the increments at a site, without those that no row owes because of overrides."""
+        terms = self.plan.terms[name]
+        grounds = self._grounds.get(name)
+        if grounds is None:
+            return terms
+        owing = self.batch.at([term.node for term in terms], grounds.without)
+        return tuple([t for t, (rows, _) in zip(terms, owing.by_node, strict=True) if rows])
 
     # ------------------------------------------------------------------ in a forward
     def forms(self, site: Site, spread: Spread, tokens: int, device: torch.device) -> list[SumForm]:
@@ -214,23 +250,29 @@ class Route:
             found = []
             # Apart, because only what trains sees dropout, and only what is frozen is laid out.
             for trains in (False, True):
-                terms = tuple([t for t in self.plan.terms[site.name] if t.trains == trains])
+                terms = tuple([t for t in self._terms(site.name) if t.trains == trains])
                 if not terms:
                     continue
                 values = [term.value for term in terms]
                 dtype = side_dtype(site.weight, values, self.manner.dtype)
-                batch = self._batch(terms, spread)
-                found.append(Owed(site, values, batch, dtype, device, self._charge, self._tables))
+                batch = self._batch(site.name, terms, spread)
+                # A plan's tables are of all its values; here overrides may leave some of them out.
+                tables = self._tables if site.name not in self._grounds else PlanTables({})
+                found.append(Owed(site, values, batch, dtype, device, self._charge, tables))
             self._owed[key] = found
         return found
 
-    def _batch(self, terms: Terms, spread: Spread) -> Batch:
-        """Return the batch as some terms' nodes see it; sites with the same nodes share it."""
+    def _batch(self, name: str, terms: Terms, spread: Spread = (1, 1)) -> Batch:
+        """Return the batch as some terms' nodes see it at a site; sites with the same nodes share
+        it.
+        """
         nodes = tuple([term.node for term in terms])
-        key = nodes, spread
+        grounds = self._grounds.get(name)
+        without = None if grounds is None else tuple(grounds.without)
+        key = nodes, without, spread
         found = self._batches.get(key)
         if found is None:
-            found = self._batches[key] = self.batch.at(nodes).spread(*spread)
+            found = self._batches[key] = self.batch.at(nodes, without).spread(*spread)
         return found
 
     def _form(self, owed: Owed, strategy: str, tokens: int) -> SumForm:
@@ -294,6 +336,9 @@ class _RoutedSide:
             self._axis.note(self._site, x)
             return out
         dtype, spread = out.dtype, self._axis.spread(self._site, x, out)
+        grounds = self._route.grounds(self._site)
+        if grounds is not None:
+            out, spare = grounds.applied(out, x, spread), False
         tokens = out.numel() // (out.shape[0] * out.shape[self._site.channels])
         for form in self._route.forms(self._site, spread, tokens, out.device):
             if form.owed.live:

@@ -17,15 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MergedOnly, StateError
+from ..errors import StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from . import arithmetic
+from .ground import Ground
 from .plan import Plan, Terms
 from .slab import Slab
 
 __all__ = [
     "Draft",
+    "GroundedSide",
     "Manner",
     "PathSide",
     "Side",
@@ -183,6 +185,22 @@ class PathSide:
         return out if out.dtype == dtype else out.to(dtype)
 
 
+class GroundedSide:
+    """A side path of a site whose module's tensors are overridden.
+
+    Args:
+        ground: what stands for the module's own tensors.
+        inner: the increments that are added to it.
+    """
+
+    def __init__(self, ground: Ground, inner: Side) -> None:
+        self._ground, self._inner = ground, inner
+
+    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
+        # Not spare: some modules return their input, or a view of it.
+        return self._inner(self._ground.applied(out, x), x, False)
+
+
 def raise_for_copy(module: nn.Module, site: Site) -> None:
     """Refuse to run a site's hook on another module: in a copy of the base, which has the hooks but
     no owner.
@@ -213,17 +231,13 @@ def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
     weights = []
     for name, terms in plan.terms.items():
         site = plan.sites[name]
-        if plan.overrides.get(name):
-            raise MergedOnly(
-                f"{plan.overrides[name][0].node}: {name}: an override can't run beside the weights",
-                'use activate(…, mode="merged")',
-            )
-        site.check_mode(terms[0].value, merged=False, node=terms[0].node)
+        if terms:
+            site.check_mode(terms[0].value, merged=False, node=terms[0].node)
         weights.append(site.weight)
     kinds = {}
     for weight, (name, terms) in zip(weights, plan.terms.items(), strict=True):
         values = [term.value for term in terms]
-        kinds[name] = side_dtype(weight, values, asked), side_device(weight, values[0])
+        kinds[name] = side_dtype(weight, values, asked), side_device(weight, values)
     return kinds
 
 
@@ -240,6 +254,8 @@ def side_dtype(
     """
     if asked is not None:
         return asked
+    if not values:  # an override alone, which is in the weight's own dtype
+        return torch.float32 if weight is None else weight.dtype
     dtype = values[0].A.dtype
     for value in values:
         for factor in (value.A, value.B):
@@ -250,11 +266,13 @@ def side_dtype(
     return dtype if weight.dtype == dtype else torch.promote_types(dtype, weight.dtype)
 
 
-def side_device(weight: Tensor | None, value: LowRank) -> torch.device:
-    """Return where a site's side path computes: where its weight is; without one, where ``value``
-    is.
+def side_device(weight: Tensor | None, values: Sequence[LowRank]) -> torch.device:
+    """Return where a site's side path computes: where its weight is; without one, where its values
+    are.
     """
-    return value.A.device if weight is None else weight.device
+    if weight is not None:
+        return weight.device
+    return values[0].A.device if values else torch.device("cpu")
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -32,12 +32,14 @@ from .batch_axis import BatchAxis
 from .behaviour import RoutedRows
 from .finite import check_beside
 from .forward_guard import ForwardGuard
+from .ground import Ground, check_grounds, check_one_input, grounds_of
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .plan import EMPTY_PLAN, PlacedPlan, Plan
 from .routed import Router
 from .side import (
     Draft,
+    GroundedSide,
     Manner,
     PathSide,
     Side,
@@ -148,6 +150,7 @@ class Unmerged:
         sides = self._kept.again(key)
         if sides is None:
             kinds = side_kinds(plan, self._manner.dtype)
+            check_grounds(plan)
             check_beside(placed, kinds)
             sides = self._laid_out(placed, kinds)
             # Anybody may write to factors that train, so nothing made of them is kept.
@@ -168,6 +171,7 @@ class Unmerged:
         return SidePaths(self, placed.plan, route.sides(axis), route.mark, axis, route.mixed)
 
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
+        check_grounds(placed.plan)
         check_beside(placed, side_kinds(placed.plan, self._manner.dtype), batch.largest)
 
     def _laid_out(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> Sides:
@@ -178,6 +182,11 @@ class Unmerged:
             draft = Draft(plan.sites[name], terms, kinds[name], trains=placed.trains)
             drafts.append(draft)
             total += draft.nbytes
+        # Made before they are counted, since only then it shows which of them had to be copied.
+        grounds = {}
+        for name, overrides in grounds_of(plan).items():
+            grounds[name] = Ground(plan.sites[name], overrides)
+            total += grounds[name].nbytes
         try:
             # Before anything is made: the cache may have to evict first. It counts the bytes until
             # `laid` is collected.
@@ -188,7 +197,9 @@ class Unmerged:
             for device, nbytes, portion in _portions(drafts):
                 slab = Slab(lend(nbytes, device))
                 for draft in portion:
-                    laid[draft.site.name] = PathSide(draft, self._manner, slab)
+                    side = PathSide(draft, self._manner, slab)
+                    ground = grounds.get(draft.site.name)
+                    laid[draft.site.name] = side if ground is None else GroundedSide(ground, side)
         return laid
 
     # ------------------------------------------------------------------ the only writer of hooks
@@ -249,12 +260,14 @@ class Unmerged:
                     "side path needs tensors",
                     'use activate(…, mode="merged")',
                 )
+            # Looked up at every call: the hook stays while paths with the same site come and go.
+            running = self._running
+            if name in running.plan.overrides:
+                check_one_input(site, args, kwargs)
             # Another hook, on the module or on all modules, may have kept the output; and so may a
             # forward that was put on this one module since.
             alone = len(module._forward_hooks) == 1 and not on_all_modules
             spare = makes_its_output and alone and "forward" not in vars(module)
-            # Looked up at every call: the hook stays while paths with the same site come and go.
-            running = self._running
             after = running.sides[name](out, x, spare)
             # Only here can be seen what checkpointing does around the layer.
             if packs_saved(False) is not None or not torch.is_grad_enabled():

@@ -16,6 +16,7 @@ class InProjectionSite(Site):
     """The stacked q, k, v projection (3·dim, dim), under the attention's own name."""
 
     layers = "MultiheadAttention"
+    is_read_by_parent = True
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
@@ -50,6 +51,7 @@ class OutProjectionSite(LinearSite):
     """``out_proj``: a Linear whose forward is never called."""
 
     layers = ""
+    is_read_by_parent = True
 
     @staticmethod
     def claims(module: nn.Module, holder: nn.Module | None) -> bool:

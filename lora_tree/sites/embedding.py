@@ -59,7 +59,9 @@ class EmbeddingSite(Site):
     def why_no_rows(self) -> str | None:
         return self.why_merged_only
 
-    def with_rows(self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    def with_rows(
+        self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
+    ) -> Tensor:
         # Which of the rows each id looks up; ids that look up another are left alone.
         hits = x.unsqueeze(-1) == rows  # (…, rows)
         looked_up = F.embedding(hits.int().argmax(-1), values)

@@ -66,10 +66,12 @@ class LinearSite(Site):
     def why_no_rows(self) -> str | None:
         return None
 
-    def with_rows(self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    def with_rows(
+        self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
+    ) -> Tensor:
         # A row of the weight makes one feature of the output.
-        bias = None if self.bias is None else self.bias[rows]
-        made = F.linear(x.to(values.dtype), values, bias).to(out.dtype)
+        mine = None if bias is None else bias[rows]
+        made = F.linear(x, values, mine).to(out.dtype)
         return out.index_copy(-1, rows, made)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class Site(ABC):
     is_raw: ClassVar[bool] = False
     """Whether it is a raw parameter, which is named by itself, and not by its module."""
 
+    is_read_by_parent: ClassVar[bool] = False
+    """Whether the module around it reads its tensors, and never calls it by itself."""
+
     is_product: ClassVar[bool] = False
     """Whether `down` and `up` are `F.linear` over the last axis; the engine then joins rows."""
 
@@ -157,7 +160,9 @@ class Site(ABC):
         """Why single rows of its weight can't be replaced; None if they can."""
         return f"{type(self.module).__name__} is no embedding, and no output layer"
 
-    def with_rows(self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    def with_rows(
+        self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """Return the module's output as it is with some rows of its weight replaced.
 
         Args:
@@ -165,6 +170,7 @@ class Site(ABC):
             x: its input.
             rows: (rows,) int64.
             values: (rows, dim), in the weight's dtype.
+            bias: of the whole module.
         """
         raise NotImplementedError(self.why_no_rows)
 

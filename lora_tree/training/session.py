@@ -222,7 +222,7 @@ class Training:
         for path, adapter in bound.items():
             places = {}
             for name, value in adapter.modules.items():
-                places[name] = side_device(self._binder.site(name).weight, value)
+                places[name] = side_device(self._binder.site(name).weight, [value])
             owned = self._factors.own(path, adapter, dtype, places)
             # The tree holds the parameters now: a save writes what they are then.
             if owned is not adapter:

@@ -1,0 +1,152 @@
+"""Ground: what increments are added to beside the weights, where a node overrides a module's tensors.
+
+    no override       y = module(x)
+    whole tensors     y = twin(x)              the module's own forward over the overrides
+    rows              y, with the outputs of these rows computed anew
+
+The twin is an object of the module's class that shares everything with it but the tensors that are
+overridden. Its forward is called by itself, so no hook runs a second time. The module has run
+before, over the base's own tensors; its output is dropped where a whole tensor is overridden.
+
+Law: the base's module is not written to, not even for the length of a forward: other threads run
+the same module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch, MergedOnly
+from ..override import Override
+from ..sites import Site
+from .plan import OverrideTerm, OverrideTerms, Plan
+
+__all__ = ["Ground", "check_grounds", "check_one_input", "grounds_of", "twin"]
+
+
+class Ground:
+    """The overrides that stand at one module, ready to run.
+
+    Args:
+        site: of the module.
+        overrides: in the order in which they are applied.
+    """
+
+    def __init__(self, site: Site, overrides: OverrideTerms) -> None:
+        self._site = site
+        self._whole: dict[str, Override] = {}
+        self._rows: list[Override] = []
+        for override in overrides:
+            if override.value.rows is None:
+                self._whole[override.attribute] = override.value
+            else:
+                self._rows.append(override.value)
+        # Frozen ones are put into the base's dtype, on its device, once; what trains at every call.
+        self._laid: dict[int, Tensor] = {}
+        for override in overrides:
+            if not override.trains:
+                own: Tensor = getattr(site.module, override.attribute)
+                self._laid[id(override.value)] = _like(override.value.values, own)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that laying it out has taken: copies of what was in another dtype or elsewhere."""
+        total = 0
+        for override in (*self._whole.values(), *self._rows):
+            laid = self._laid.get(id(override))
+            if laid is not None and laid.data_ptr() != override.values.data_ptr():
+                total += laid.numel() * laid.element_size()
+        return total
+
+    def applied(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return the module's output over the overrides.
+
+        Args:
+            out: its output over its own tensors.
+            x: its input.
+        """
+        site = self._site
+        whole = {name: self._now(name, override) for name, override in self._whole.items()}
+        if whole:
+            module: Any = twin(site.module, whole)
+            # The class's forward: one that was put on the object belongs to the base's module.
+            out = type(module).forward(module, x)
+        bias = whole.get(site.bias_name, site.bias)
+        for override in self._rows:
+            rows = override.index(out.device)
+            out = site.with_rows(out, x, rows, self._now(site.weight_name, override), bias)
+        return out
+
+    def _now(self, attribute: str, override: Override) -> Tensor:
+        own: Tensor = getattr(self._site.module, attribute)
+        # The base may have been moved or cast since.
+        return _like(self._laid.get(id(override), override.values), own)
+
+
+def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return an object of a module's class that shares its state, with other tensors in places."""
+    made: nn.Module = object.__new__(type(module))
+    state = dict(vars(module))
+    for held in ("_parameters", "_buffers"):
+        own = dict(state[held])
+        own.update({name: tensor for name, tensor in tensors.items() if name in own})
+        state[held] = own
+    vars(made).update(state)
+    return made
+
+
+def grounds_of(plan: Plan) -> dict[str, OverrideTerms]:
+    """Return site → what stands at its module.
+
+    A module whose tensors are several sites (a norm's weight and its bias) has one ground, at the
+    first of them: its output is computed once, over all that is overridden.
+    """
+    by_module: dict[int, list[OverrideTerm]] = {}
+    first: dict[int, str] = {}
+    for name, overrides in plan.overrides.items():
+        site = plan.sites[name]
+        key = id(site.module)
+        by_module.setdefault(key, []).extend(overrides)
+        # The module's own site, if there is one: it alone has increments.
+        if key not in first or not site.is_raw:
+            first[key] = name
+    return {first[key]: tuple(overrides) for key, overrides in by_module.items()}
+
+
+def check_grounds(plan: Plan) -> None:
+    """Check that every overridden module runs by itself.
+
+    Raises:
+        MergedOnly: the module around one reads its tensors; names the node and the module.
+    """
+    for name, overrides in plan.overrides.items():
+        site = plan.sites[name]
+        if site.is_read_by_parent:
+            raise MergedOnly(
+                f"{overrides[0].node}: {name}: an override can't run beside the weights: "
+                f"{site.why_merged_only}",
+                'use activate(…, mode="merged")',
+            )
+
+
+def check_one_input(site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that an overridden module was called with its input alone.
+
+    Raises:
+        BaseMismatch: with more, which its twin would have to be given row by row.
+    """
+    if len(args) + len(kwargs) != 1:
+        raise BaseMismatch(
+            f"{site.name}: called with {len(args) + len(kwargs)} arguments, and an override beside "
+            "the weights needs one, its input",
+            'use activate(…, mode="merged")',
+        )
+
+
+def _like(values: Tensor, own: Tensor) -> Tensor:
+    if values.dtype == own.dtype and values.device == own.device:
+        return values
+    return values.to(device=own.device, dtype=own.dtype)
