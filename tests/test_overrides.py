@@ -539,7 +539,7 @@ def test_rows_below_an_increment_can_be_activated_and_not_routed() -> None:
     model = lt.attach(zoo(), Net())
     with (
         pytest.raises(
-            lt.errors.MergedOnly, match="embed: top/fr overrides a part .* top above has"
+            lt.errors.MergedOnly, match=r"embed: top/fr overrides a part .* top above has"
         ),
         model.route(["top/fr", ""]),
     ):
@@ -579,5 +579,34 @@ def test_an_attention_reads_its_projection_so_an_override_of_it_is_merged_only()
 def test_a_prepared_model_refuses_overrides_by_name() -> None:
     model = lt.attach(without_embeddings(zoo()), Net())
     model.prepare(max_rank=8)
-    with pytest.raises(lt.errors.StateError, match="top/fr: .*: an override has no buffer"):
+    with pytest.raises(lt.errors.StateError, match=r"top/fr: .*: an override has no buffer"):
         model.activate("top/fr", mode="unmerged")
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+def test_a_fault_while_an_override_is_written_leaves_the_path_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree, base = zoo(), Net()
+    model = lt.attach(tree, base)
+    write, calls = lt.Override.write, 0
+
+    def failing(self: lt.Override, target: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        write(self, target)
+        if calls == fails_at:
+            raise MemoryError("put in")
+
+    for before in ("", "top/de", "top/fr/legal"):
+        fails_at = -1
+        model.activate(before)
+        kept = copy.deepcopy(base.state_dict())
+        monkeypatch.setattr(lt.Override, "write", failing)
+        for fails_at in range(1, 6):  # noqa: B007: read by the function above
+            calls = 0
+            with pytest.raises(MemoryError):
+                model.activate("top/fr/legal/x")
+            assert model.active == before
+            assert all(torch.equal(kept[name], now) for name, now in base.state_dict().items())
+        monkeypatch.setattr(lt.Override, "write", write)
