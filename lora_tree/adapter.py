@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import MappingProxyType
@@ -151,6 +151,14 @@ class Adapter:
         """Bytes of all factors and overrides, as they are held."""
         factors = sum(value.nbytes for value in self.modules.values())
         return factors + sum(override.nbytes for override in self.overrides.values())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that may train, factors by their module and overrides by their tensor."""
+        for name, value in self.modules.items():
+            for tensor in value.tensors:
+                yield name, tensor
+        for name, override in self.overrides.items():
+            yield name, override.values
 
     @property
     def is_trainable(self) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from .adapter import Adapter
 from .combining import combine
 from .errors import BaseMismatch, SpecError, listing
+from .lowrank import is_sharded
 from .override import Override, counted_modules, standing, warn_of_dropped
 from .spelling import spelled_twice
 from .storage import names_of
@@ -35,7 +36,7 @@ def flattened(
     """
     _spelled_once(terms, base)
     for node, _, adapter in terms:
-        if any(value.is_sharded for value in adapter.modules.values()):
+        if any(is_sharded(tensor) for _, tensor in adapter.named_tensors()):
             raise SpecError(
                 f"{node}: every rank has a part of its factors",
                 "flatten inside with model.gathered() as tree:",

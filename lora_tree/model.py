@@ -392,7 +392,9 @@ class TreeModel(AnswersForBase):
             self._usable()
             asked = dict(blend) if isinstance(blend, Mapping) else blend
             # Here and not in the view: fresh nodes take their factors once, from the base itself.
-            settle_fresh(self.tree, self.base, self.tree.coefficients(asked))
+            settle_fresh(
+                self.tree, self.base, self.tree.coefficients(asked), self._binder.own_value
+            )
             view = viewed(self.base)
             stage = Stage(
                 view,
@@ -557,7 +559,7 @@ class TreeModel(AnswersForBase):
             self._compiled.check(self.base)
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
             # is laid out for the increments of all nodes at its site, and stays as it is.
-            settle_fresh(self.tree, self.base, self.tree.paths())
+            settle_fresh(self.tree, self.base, self.tree.paths(), self._binder.own_value)
             values = increments_beside(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
             # ones back if the switch to the new ones fails.

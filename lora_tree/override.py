@@ -93,6 +93,11 @@ class Override:
         """Whether it is a parameter: an optimiser may have changed it since it was read."""
         return isinstance(self.values, nn.Parameter)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is free of NaN and infinities."""
+        return bool(self.values.isfinite().all())
+
     def with_values(self, values: Tensor) -> Override:
         """Return the override with another tensor of the same shape; itself for its own."""
         return self if values is self.values else replace(self, values=values)

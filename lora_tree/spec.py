@@ -117,6 +117,7 @@ Rank = Annotated[int, Field(ge=1, le=65536)]  # a typo like 160000000 would allo
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_end_of_name)]
+Row = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int | str, AfterValidator(_size)]
 Versions = Annotated[int, Field(ge=0, le=1000)]  # each is an entry of a file that is read whole
 
@@ -158,6 +159,13 @@ class LoraSpec(StrictModel):
     target_parameters: list[str] | None = Field(
         default=None, description="suffixes of raw parameters (fused experts)"
     )
+    modules_to_save: list[str] | None = Field(
+        default=None, description="ends of the names of modules that train whole, as heads do"
+    )
+    trainable_token_indices: list[Row] | dict[str, list[Row]] | None = Field(
+        default=None,
+        description="rows of the input embedding that train; or such rows by the embedding's name",
+    )
     rank_pattern: dict[Pattern, Rank] | None = Field(
         default=None, description="regex on the end of a module name → its r"
     )
@@ -198,7 +206,9 @@ class LoraSpec(StrictModel):
 
     @property
     def has_targets(self) -> bool:
-        return bool(self.target_modules or self.target_parameters)
+        """Whether it says what is adapted, or replaced."""
+        factors = self.target_modules or self.target_parameters
+        return bool(factors or self.modules_to_save or self.trainable_token_indices)
 
 
 class TreeDefaults(LoraSpec):

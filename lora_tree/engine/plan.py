@@ -348,7 +348,10 @@ class Binder:
         # order of the sum, which decides the bits.
         found: dict[str, list[Term]] = {}
         live: set[tuple[str, str]] = set()
-        bound = [(node, *self._weighed(node, weight, adapter)) for node, weight, adapter in terms]
+        bound: list[tuple[str, float, Adapter]] = []
+        for node, weight, adapter in terms:
+            coefficient, weighed = self._weighed(node, weight, adapter)
+            bound.append((node, coefficient, self._with_tied_rows(weighed)))
         overrides = self._overrides(bound, lineages)
         fixed = not any(adapter.is_trainable for _, _, adapter in bound)
         for node, coefficient, adapter in overrides.resolved:
@@ -376,6 +379,18 @@ class Binder:
             fixed=fixed,
             overrides=overrides.terms,
         )
+
+    def _with_tied_rows(self, adapter: Adapter) -> Adapter:
+        """Return an adapter whose overridden rows are those of a tied head, too.
+
+        Only for a plan: what the tree holds, and trains, has them once.
+        """
+        made = with_tied_rows(self._base, adapter)
+        for tensor, override in made.overrides.items():
+            if tensor not in adapter.overrides:
+                site, attribute = self._tensor_site(tensor)
+                site.check_override(attribute, override)
+        return made
 
     def _overrides(
         self,
@@ -501,8 +516,7 @@ class Binder:
 
     def _in_base(self, node: str, adapter: Adapter) -> Adapter:
         """Return an adapter under the names of this base, its overrides told apart."""
-        bound = self._with_told_apart(node, self._renaming.bound(adapter))
-        return with_tied_rows(self._base, bound)
+        return self._with_told_apart(node, self._renaming.bound(adapter))
 
     def site(self, name: str) -> Site:
         """Return the site of that name in the base as it is now; a replaced module is looked up."""
@@ -526,6 +540,16 @@ class Binder:
         except LoraTreeError as error:
             raise error.within(node) from error
         return site
+
+    def own_value(self, module: nn.Module, attribute: str) -> Tensor | None:
+        """Return the base's own numbers of a module's tensor where a path may be merged into it."""
+        return self._own_value(module, attribute)
+
+    def device_of(self, tensor: str, override: Override) -> torch.device:
+        """Return where an override computes: where the base's own tensor is."""
+        site, attribute = self._tensor_site(tensor)
+        own = getattr(site.module, attribute, None)
+        return own.device if isinstance(own, Tensor) else override.values.device
 
     def forget(self) -> None:
         """Drop the plans kept for paths used before."""

@@ -93,7 +93,7 @@ class Stage:
         nodes = dict.fromkeys([node for _, node, _ in owed])
         for node in nodes:
             if self._tree[node].fresh is not None:
-                settle_fresh(self._tree, self._base, nodes)
+                settle_fresh(self._tree, self._base, nodes, self._binder.own_value)
                 break  # that settled all of them
         # The cache keeps these adapters until the pins are released, on any way out.
         pins = self._pin(nodes)

@@ -82,6 +82,16 @@ def _numbers(node: str, adapter: Adapter, weight: Weight, dtype: torch.dtype) ->
             broken.append(name)
         elif not _fits(value, weight_at(weight, name), dtype):
             huge.append(name)
+    for name, override in adapter.overrides.items():
+        if not override.is_finite:
+            broken.append(name)
+        elif not bool(override.values.to(dtype).isfinite().all()):
+            yield Problem(
+                node,
+                "numbers",
+                f"{node}: {name}: its override goes over {torch.finfo(dtype).max:.5g}, the largest "
+                f"number of {str(dtype)[6:]}",
+            )
     if broken:
         yield Problem(
             node,

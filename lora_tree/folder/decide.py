@@ -171,7 +171,7 @@ def _is_in_files(node: Node, rendered: _Rendered) -> bool:
 
 def _may_have_trained(adapter: Adapter) -> bool:
     """Tell whether an optimiser may have changed a factor since the files were written."""
-    return any(value.is_trainable for value in adapter.modules.values())
+    return adapter.is_trainable
 
 
 def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdapter:

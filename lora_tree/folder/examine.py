@@ -99,6 +99,8 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
 
 def adds_nothing(adapter: Adapter) -> bool:
     """Tell whether all increments are zero, as a fresh adapter's are: A is drawn, B is zero."""
+    if adapter.overrides:
+        return False  # what they replace is not known here
     for value in adapter.modules.values():
         if value.bias is not None and torch.count_nonzero(value.bias):
             return False

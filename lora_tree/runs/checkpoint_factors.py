@@ -185,6 +185,9 @@ def _hash(adapter: Adapter) -> str:
         # The numbers are hashed in the form of a file, whose header holds dtype and shape as well.
         # The bare bytes of two different tensors may be the same.
         told.update(render_tensors({part: t.detach().cpu() for part, t in numbers.items()}, {}))
+    for name, override in sorted(adapter.overrides.items()):
+        told.update(f"{name} {override.rows}".encode())
+        told.update(render_tensors({"override": override.values.detach().cpu()}, {}))
     return told.hexdigest()
 
 

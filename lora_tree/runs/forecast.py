@@ -113,7 +113,9 @@ def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
     stale = []
     for path in tree.paths():
         stays = path in below and path not in training
-        if stays and tree[path].has_adapter and not _is_new(tree, path):
+        # New factors fit any parent. A new override is a copy of what the parent was.
+        fits_any = _is_new(tree, path) and not _replaces(tree, path)
+        if stays and tree[path].has_adapter and not fits_any:
             stale.append(path)
     return stale
 
@@ -145,4 +147,12 @@ def _is_new(tree: AdapterTree, path: str) -> bool:
     if node.loaded is None:
         return False
     # An adapter that was saved before its first step has B = 0, like a fresh one.
-    return not any(bool(value.B.any()) for value in node.loaded.modules.values())
+    # One of overrides alone has no B to tell by.
+    values = node.loaded.modules.values()
+    return bool(values) and not any(bool(value.B.any()) for value in values)
+
+
+def _replaces(tree: AdapterTree, path: str) -> bool:
+    """Tell whether a node has overrides; of files that are not in memory it is not asked."""
+    adapter = tree[path].loaded
+    return adapter is not None and bool(adapter.overrides)

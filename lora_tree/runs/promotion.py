@@ -61,6 +61,7 @@ def promote(
     adapter = Adapter.load(folder / name)
     # A diverged run may have left such a checkpoint before it was noticed.
     broken = [module for module, value in adapter.modules.items() if not value.is_finite]
+    broken += [name for name, override in adapter.overrides.items() if not override.is_finite]
     if broken:
         raise FormatError(
             f"{checkpoint}: {name}: {listing(broken)}: the factors are not finite",

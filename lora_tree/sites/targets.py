@@ -12,18 +12,20 @@ changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch, listing, suggest
 from ..lowrank import LowRank
+from ..override import Override
 from ..patterns import MatchingBudget, Patterns
 from ..spec import LoraSpec
-from .finding import find_site, kind_of
+from .finding import find_site, find_tensor_site, kind_of
+from .replaced import is_inside, replaced_tensors
 from .site import Site
 
 __all__ = ["fresh_adapter", "patterns_of_a_tree", "target_names"]
@@ -52,11 +54,16 @@ def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = No
     patterns = patterns or patterns_of_a_tree()
     if not spec.has_targets:
         raise BaseMismatch("nothing to adapt: neither target_modules nor target_parameters is set")
-    modules = _target_modules(base, spec, patterns)
+    replaced = replaced_tensors(base, spec)
+    modules = set()
+    if spec.target_modules:
+        modules = _target_modules(base, spec, patterns)
+        # As in PEFT: what is in a module that is saved whole gets no factors beside it.
+        modules = {name for name in modules if not is_inside(name, replaced)}
     parameters = _by_ends(
         {name for name, _ in base.named_parameters()}, spec.target_parameters or []
     )
-    if not modules and not parameters:
+    if not modules and not parameters and not replaced:
         raise BaseMismatch(
             "nothing to adapt: every target was excluded, "
             "or lies in no layer of layers_to_transform"
@@ -105,13 +112,16 @@ def fresh_adapter(
     *,
     base_name: str | None = None,
     patterns: Patterns | None = None,
+    ground: Callable[[str], Tensor] | None = None,
 ) -> Adapter:
-    """Return an adapter that changes nothing yet: A random, B zero, in fp32 beside the weight.
+    """Return an adapter that changes nothing yet: A random, B zero, in fp32 beside the weight; and
+    overrides that are copies of what stands there.
 
     A is drawn from torch's global generator.
 
     Args:
         patterns: those of the whole tree; None: the spec has a budget of its own.
+        ground: returns what stands for a tensor of the base above the node; None: its own numbers.
 
     Raises:
         BaseMismatch: a target matches nothing, or a module that takes no delta.
@@ -125,7 +135,30 @@ def fresh_adapter(
         value = _fresh(site, spec, patterns)
         site.check(value)
         modules[name] = value
-    return Adapter(modules, base=base_name, nesting=_nesting(base, modules))
+    overrides: dict[str, Override] = {}
+    for tensor, rows in replaced_tensors(base, spec).items():
+        site, attribute = find_tensor_site(base, tensor)
+        now: Tensor = getattr(site.module, attribute) if ground is None else ground(tensor)
+        values = now.detach()[list(rows)] if rows is not None else now.detach().clone()
+        overrides[tensor] = Override(values, rows)
+        site.check_override(attribute, overrides[tensor])
+    return Adapter(
+        modules,
+        base=base_name,
+        config=_words(spec),
+        nesting=_nesting(base, modules),
+        overrides=overrides,
+    )
+
+
+def _words(spec: LoraSpec) -> dict[str, Any]:
+    """Return the words of a spec about overrides, with which PEFT's config is written."""
+    found: dict[str, Any] = {}
+    if spec.modules_to_save:
+        found["modules_to_save"] = list(spec.modules_to_save)
+    if spec.trainable_token_indices:
+        found["trainable_token_indices"] = spec.trainable_token_indices
+    return found
 
 
 def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:

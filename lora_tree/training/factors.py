@@ -58,7 +58,8 @@ class Factors(nn.ModuleDict):
             path: the node.
             adapter: what the tree holds for it.
             dtype: of the parameters, or wider if the factors are; None: as the factors are.
-            places: module → the device where its factors compute; None: they stay where they are.
+            places: module, or overridden tensor → the device where it computes; None: they stay
+                where they are.
         """
         places = places or {}
         if key_of(path) in self and is_in_dtype(adapter, dtype):
@@ -68,9 +69,15 @@ class Factors(nn.ModuleDict):
         modules = {}
         for name, value in adapter.modules.items():
             modules[name] = node.take(name, value, places.get(name, value.device))
+        overrides = {}
+        for tensor, override in adapter.overrides.items():
+            place = places.get(tensor, override.values.device)
+            overrides[tensor] = node.take_override(tensor, override, place)
         # The errors of a truncation, and what was rounded, say nothing
         # about factors that go on training.
-        owned = replace(adapter, modules=modules, errors={}, rounded=frozenset())
+        owned = replace(
+            adapter, modules=modules, overrides=overrides, errors={}, rounded=frozenset()
+        )
         node.adapter = owned
         self[key_of(path)] = node
         return owned
@@ -80,16 +87,15 @@ class Factors(nn.ModuleDict):
 
         They stay the same objects: optimisers refer to them.
         """
-        for name, value in adapter.modules.items():
-            for tensor in value.tensors:
-                place = places.get(name, tensor.device)
-                if tensor.device == place or is_sharded(tensor):
-                    continue
-                # torch refuses new data on another device while a gradient is there.
-                gradient, tensor.grad = tensor.grad, None
-                tensor.data = tensor.data.to(place)
-                if gradient is not None:
-                    tensor.grad = gradient.to(place)
+        for name, tensor in adapter.named_tensors():
+            place = places.get(name, tensor.device)
+            if tensor.device == place or is_sharded(tensor):
+                continue
+            # torch refuses new data on another device while a gradient is there.
+            gradient, tensor.grad = tensor.grad, None
+            tensor.data = tensor.data.to(place)
+            if gradient is not None:
+                tensor.grad = gradient.to(place)
 
     def train_only(self, paths: Iterable[str]) -> None:
         """Let these nodes train, and freeze the others."""
@@ -204,10 +210,9 @@ def _owner_of(adapter: Adapter | None, owners: Mapping[int, nn.Module]) -> nn.Mo
     if adapter is None:
         return None
     found: nn.Module | None = None
-    for value in adapter.modules.values():
-        for tensor in value.tensors:
-            owner = owners.get(id(tensor))
-            if owner is None or (found is not None and owner is not found):
-                return None
-            found = owner
+    for _, tensor in adapter.named_tensors():
+        owner = owners.get(id(tensor))
+        if owner is None or (found is not None and owner is not found):
+            return None
+        found = owner
     return found

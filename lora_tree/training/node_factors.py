@@ -2,6 +2,7 @@
 
     /fr.<module with / for dots>/A       (r, in), fp32 or wider, or in the dtype asked for
     /fr.<module with / for dots>/B       (out, r)
+    /fr.<tensor with / for dots>/override    as the base's tensor, or (rows, dim)
 
 A parameter's name is built of the module's name, and torch reserves the dot for nested modules. So
 dots become slashes within it, as they do in the name of the node.
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..lowrank import LowRank
+from ..override import Override
 
 __all__ = ["NodeFactors", "is_in_dtype", "key_of", "path_of"]
 
@@ -59,6 +61,14 @@ class NodeFactors(nn.Module):
         bias = None if value.bias is None else parameter("bias", value.bias)
         return replace(value, A=parameter("A", value.A), B=parameter("B", value.B), bias=bias)
 
+    def take_override(self, tensor: str, override: Override, device: torch.device) -> Override:
+        """Copy an override to a device as a parameter; return the override made of it."""
+        dtype = _wider(override.values.dtype, self._dtype)
+        own = override.values.detach().to(device, dtype, copy=True)
+        made = nn.Parameter(own, requires_grad=False)
+        self.register_parameter(f"{_slashed(tensor)}/override", made)
+        return override.with_values(made)
+
     def shown(self) -> Adapter:
         """Return `adapter` in the parameters that stand here now; for the same, the same object.
 
@@ -75,7 +85,15 @@ class NodeFactors(nn.Module):
         for name, value in self.adapter.modules.items():
             values[name] = self._value_now(name, value)
             changed = changed or values[name] is not value
-        now = replace(self.adapter, modules=values) if changed else self.adapter
+        overrides: dict[str, Override] = {}
+        for name, override in self.adapter.overrides.items():
+            held = self._parameters[f"{_slashed(name)}/override"]
+            assert held is not None, "torch types a slot as optional; this one is always filled"
+            overrides[name] = override.with_values(held)
+            changed = changed or overrides[name] is not override
+        now = self.adapter
+        if changed:
+            now = replace(self.adapter, modules=values, overrides=overrides)
         if len(self._shown_before) >= _MOST_SHOWN:
             self._shown_before.clear()
         self._shown_before[first] = (self.adapter, now)
@@ -97,7 +115,10 @@ def is_in_dtype(adapter: Adapter, dtype: torch.dtype | None) -> bool:
     def is_right(value: LowRank) -> bool:
         return _training_dtype(value, dtype) == value.A.dtype == value.B.dtype
 
-    return all(is_right(value) for value in adapter.modules.values())
+    if not all(is_right(value) for value in adapter.modules.values()):
+        return False
+    dtypes = {override.values.dtype for override in adapter.overrides.values()}
+    return all(_wider(own, dtype) == own for own in dtypes)
 
 
 def path_of(name: str) -> str:
@@ -140,3 +161,8 @@ def _training_dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
         # An 8-bit float, which torch promotes to nothing. Any dtype that trains holds its numbers.
         return asked
     return torch.promote_types(value.dtype, asked)
+
+
+def _wider(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which an override trains: the one asked for, or its own if wider."""
+    return own if asked is None else torch.promote_types(own, asked)

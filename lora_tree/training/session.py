@@ -204,7 +204,7 @@ class Training:
         Fresh nodes are made here, and the tree gets this rank's parts of sharded factors. The next
         call would do both again, so nothing has to be undone.
         """
-        settle_fresh(self._tree, self._base, paths)
+        settle_fresh(self._tree, self._base, paths, self._binder.own_value)
         self._factors.refresh(self._tree, within)
         self._factors.check_sharded(paths, dtype)
         # Fresh nodes got their adapters above, so only a group has none.
@@ -223,6 +223,8 @@ class Training:
             places = {}
             for name, value in adapter.modules.items():
                 places[name] = side_device(self._binder.site(name).weight, [value])
+            for tensor, override in adapter.overrides.items():
+                places[tensor] = self._binder.device_of(tensor, override)
             owned = self._factors.own(path, adapter, dtype, places)
             # The tree holds the parameters now: a save writes what they are then.
             if owned is not adapter:

@@ -33,7 +33,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def whole(adapter: Adapter) -> Adapter:
     """Return the adapter with whole factors; if they are sharded, every rank has to call this."""
-    if not any(value.is_sharded for value in adapter.modules.values()):
+    if not any(is_sharded(tensor) for _, tensor in adapter.named_tensors()):
         return adapter
 
     def one(tensor: Tensor) -> Tensor:
@@ -47,4 +47,7 @@ def whole(adapter: Adapter) -> Adapter:
         bias = None if value.bias is None else one(value.bias)
         return replace(value, A=one(value.A), B=one(value.B), bias=bias)
 
-    return adapter.map(gathered)
+    overrides = {}
+    for name, override in adapter.overrides.items():
+        overrides[name] = override.with_values(one(override.values))
+    return replace(adapter.map(gathered), overrides=overrides)

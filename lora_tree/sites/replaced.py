@@ -1,0 +1,130 @@
+"""The tensors that a fresh adapter replaces: whole modules, and rows of embeddings.
+
+The rules are PEFT's. A module is saved whole if its name ends with a word of ``modules_to_save``,
+with every tensor in it; factors of modules in it are left out. ``trainable_token_indices`` is a
+list of rows of the input embedding, or such a list for each embedding by the end of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch, suggest
+from ..spec import LoraSpec
+
+__all__ = ["is_inside", "replaced_tensors"]
+
+Rows = tuple[int, ...] | None
+"""Rows of a tensor; None: all of it."""
+
+
+def replaced_tensors(base: nn.Module, spec: LoraSpec) -> dict[str, Rows]:
+    """Return tensor of the base → the rows of it that a spec replaces, by name.
+
+    Raises:
+        BaseMismatch: a word names no module; or a module has statistics, which no step moves; or an
+            embedding is named whole and by its rows.
+    """
+    found: dict[str, Rows] = {}
+    for word in spec.modules_to_save or ():
+        for module, held in _ending_with(base, word, "modules_to_save").items():
+            for name in _tensors_of(module, held):
+                found[name] = None
+    for module, rows in _token_rows(base, spec).items():
+        name = f"{module}.weight"
+        if name in found:
+            raise BaseMismatch(
+                f"{module}: modules_to_save replaces all of it, and trainable_token_indices rows",
+                "name it in one of the two",
+            )
+        found[name] = tuple(rows)
+    return dict(sorted(found.items()))
+
+
+def is_inside(module: str, tensors: Mapping[str, Rows]) -> bool:
+    """Return whether one of a module's own tensors is replaced."""
+    return any(name.rpartition(".")[0] == module for name in tensors)
+
+
+def _ending_with(base: nn.Module, word: str, field: str) -> dict[str, nn.Module]:
+    """Return the modules whose names end with a word.
+
+    Raises:
+        BaseMismatch: there are none.
+    """
+    modules = {name: module for name, module in base.named_modules() if name}
+    found = {name: module for name, module in modules.items() if name.endswith(word)}
+    if not found:
+        ends = {name.rpartition(".")[2] for name in modules}
+        raise BaseMismatch(
+            f"{field}: {word!r} names no module of the base{suggest(word, ends)}",
+        )
+    return found
+
+
+def _tensors_of(module: str, held: nn.Module) -> list[str]:
+    """Return the names of all tensors in a module that is saved whole.
+
+    Raises:
+        BaseMismatch: it has none; or statistics, as a batch norm has.
+    """
+    parameters = [f"{module}.{name}" for name, _ in held.named_parameters()]
+    saved = {f"{module}.{name}" for name in held.state_dict()}
+    statistics = sorted(saved - set(parameters))
+    if statistics:
+        raise BaseMismatch(
+            f"{statistics[0]}: modules_to_save: it is a statistic and no parameter, and no step of "
+            "an optimiser moves it",
+            "train a head with a batch norm in PEFT, and add its folder",
+        )
+    if not parameters:
+        raise BaseMismatch(f"{module}: modules_to_save: it has no parameter")
+    return parameters
+
+
+def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
+    """Return embedding → the rows of it that train.
+
+    Raises:
+        BaseMismatch: a word names no module, or several; or the model does not say which its input
+            embedding is; or a row is not there.
+    """
+    field = "trainable_token_indices"
+    said = spec.trainable_token_indices
+    if said is None:
+        return {}
+    found: dict[str, Sequence[int]] = {}
+    if isinstance(said, list):
+        found[_input_embedding(base)] = said
+    else:
+        for word, named in said.items():
+            names = list(_ending_with(base, word, field))
+            if len(names) > 1:
+                raise BaseMismatch(f"{field}: {word!r} names {len(names)} modules", "name one")
+            found[names[0]] = named
+    for module, rows in found.items():
+        weight = getattr(base.get_submodule(module), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise BaseMismatch(f"{field}: {module} is no embedding, and has no rows")
+        if max(rows) >= weight.shape[0]:
+            raise BaseMismatch(
+                f"{field}: {module} has {weight.shape[0]} rows, and {max(rows)} is named",
+                f"resize the base before attach: base.resize_token_embeddings({max(rows) + 1})",
+            )
+    return found
+
+
+def _input_embedding(base: nn.Module) -> str:
+    get: Any = getattr(base, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    for name, module in base.named_modules():
+        # PEFT's default where a model does not tell.
+        if module is embedding or (embedding is None and name.endswith("embed_tokens")):
+            return str(name)
+    raise BaseMismatch(
+        "trainable_token_indices: the model does not say which its input embedding is",
+        "name it: {embed: [5, 7]}",
+    )
