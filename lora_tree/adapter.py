@@ -143,8 +143,8 @@ class Adapter:
 
     @property
     def numel(self) -> int:
-        """Numbers in all factors."""
-        return sum(value.numel for value in self.modules.values())
+        """Numbers in all factors and overrides."""
+        return sum(tensor.numel() for _, tensor in self.named_tensors())
 
     @property
     def nbytes(self) -> int:

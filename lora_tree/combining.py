@@ -153,13 +153,13 @@ class _Combination:
         before, known = self._overrides.get(name, (at, None))
         if known is not None and known is not override:
             with self._naming(name, before, at):
-                if known.rows is None or override.rows is None:
+                if override.rows is None:
                     raise SpecError(
                         "two adapters override this tensor, and two replacements do not add up",
                         "on a lineage the deeper one counts: flatten or squash the path",
                     )
-            # Rows add up to more rows; of one row the later term's counts, as on a lineage.
-            override = known.with_rows_of(override)
+            # Rows of a later term lie over those of an earlier one, as on a lineage.
+            override = override.over(known)
         self._overrides[name] = at, override
 
     def _add_order(self, at: int, module: str, order: tuple[str, ...]) -> None:

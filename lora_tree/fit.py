@@ -12,14 +12,15 @@ from torch import nn
 from .adapter import Adapter
 from .errors import LoraTreeError, ShapeMismatch
 from .lowrank import LowRank, same_place
+from .override import counted_modules
 from .patterns import Patterns
 from .renaming import Renaming
-from .sites import find_site
+from .sites import find_site, find_tensor_site
 from .sites.targets import patterns_of_a_tree, target_names
 from .spelling import spelled_twice
 from .tree import AdapterTree
 
-__all__ = ["clashes", "misfits"]
+__all__ = ["clashes", "dropped", "misfits"]
 
 
 def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
@@ -63,6 +64,12 @@ def _misfits(
         return  # a group, or a fresh node, which was asked above
     for name, value in adapter.modules.items():
         yield from _unfit(base, name, value)
+    for tensor, override in adapter.overrides.items():
+        try:
+            site, attribute = find_tensor_site(base, tensor)
+            site.check_override_shape(attribute, override)
+        except LoraTreeError as error:
+            yield error
 
 
 def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator[LoraTreeError]:
@@ -72,6 +79,36 @@ def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator
             site.check_shape(value)
     except LoraTreeError as error:
         yield error
+
+
+def dropped(tree: AdapterTree) -> list[str]:
+    """Return a line for each increment that an override below it drops, from headers alone.
+
+    That is no problem: it is what an override is for. But the increment counts on other paths only.
+
+    >>> import torch
+    >>> from lora_tree import Override
+    >>> tree = AdapterTree()
+    >>> score = LowRank(torch.ones(1, 4), torch.ones(2, 1))
+    >>> _ = tree.add("fr", adapter=Adapter({"score": score}))
+    >>> head = {"score.weight": Override(torch.ones(2, 4))}
+    >>> _ = tree.add("fr/legal", adapter=Adapter({}, overrides=head))
+    >>> dropped(tree)
+    ['fr: score: fr/legal overrides score.weight']
+    """
+    outlines = {}
+    for path in tree.paths():
+        outline = tree.outline(path)
+        if outline is not None:
+            outlines[path] = outline
+    lines: dict[str, None] = {}
+    for path, own in outlines.items():
+        stands = {tensor: ((path, override),) for tensor, override in own.overrides.items()}
+        for above in tree.lineage(path)[:-1]:
+            if stands and above in outlines:
+                _, found = counted_modules(above, outlines[above].modules, stands)
+                lines |= dict.fromkeys(found)
+    return list(lines)
 
 
 def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str, str]]:

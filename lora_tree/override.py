@@ -114,15 +114,22 @@ class Override:
             return values
         return tensor.index_copy(0, self.index(tensor.device), values)
 
-    def with_rows_of(self, other: Override) -> Override:
-        """Return the override of this one's rows and another's, whose values count for both's."""
-        assert self.rows is not None, "a whole tensor has every row"
-        assert other.rows is not None, "a whole tensor has every row"
-        taken = set(other.rows)
-        kept = [i for i, row in enumerate(self.rows) if row not in taken]
-        mine = self.values[kept].to(device=other.values.device)
-        rows = (*[self.rows[i] for i in kept], *other.rows)
-        return Override(torch.cat([mine, other.values]), rows)
+    def over(self, above: Override) -> Override:
+        """Return the one override that is this one's, and elsewhere that of a node above it.
+
+        >>> fr, legal = Override(torch.zeros(2, 1), rows=(3, 5)), Override(torch.ones(1, 1), (5,))
+        >>> legal.over(fr).rows, legal.over(fr).values.flatten().tolist()
+        ((3, 5), [0.0, 1.0])
+        """
+        if self.rows is None:
+            return self
+        if above.rows is None:
+            return Override(self.applied(above.values))
+        taken = set(self.rows)
+        kept = [i for i, row in enumerate(above.rows) if row not in taken]
+        theirs = above.values[kept].to(device=self.values.device)
+        rows = (*[above.rows[i] for i in kept], *self.rows)
+        return Override(torch.cat([theirs, self.values]), rows)
 
     def write(self, target: Tensor) -> None:
         """Write the override into a tensor, rounded to the tensor's dtype."""

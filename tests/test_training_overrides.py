@@ -127,9 +127,7 @@ def test_gradients_and_steps_are_pefts(kind: str, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         again = PeftModel.from_pretrained(SPECS[kind][0](), tmp_path / "zoo" / "a").eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            again(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(again(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -175,9 +173,7 @@ def heads() -> tuple[lt.TreeModel, lt.AdapterTree]:
 
 def gradients(model: lt.TreeModel) -> dict[str, Tensor]:
     return {
-        name: p.grad.clone()
-        for name, p in model.factors.named_parameters()
-        if p.grad is not None
+        name: p.grad.clone() for name, p in model.factors.named_parameters() if p.grad is not None
     }
 
 
@@ -190,7 +186,7 @@ def test_siblings_train_different_heads_in_one_batch() -> None:
     with model.route(paths):
         loss_of(model(ids).logits).backward()
     got = gradients(model)
-    apart, tree = heads()
+    apart, _ = heads()
     apart.trainable("top*", "top/*", dtype=None)
     weights = torch.linspace(-1, 1, 8).view(4, 2)
     for path in ("top/fr", "top/de"):
@@ -254,7 +250,9 @@ def test_statistics_of_a_batch_norm_are_refused_for_training() -> None:
 # ---------------------------------------------------------------------- runs
 def trainer(folder: Path, **more: Any) -> tuple[TreeTrainer, lt.AdapterTree]:
     base = joint.base(torch.float32)
-    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    tree = lt.AdapterTree(
+        defaults=dict(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     for path in ("a", "a/b", "d"):
         tree.add(path, **({"trainable_token_indices": [3, 5]} if path == "d" else {}))
     model = lt.attach(tree, base)
@@ -262,9 +260,7 @@ def trainer(folder: Path, **more: Any) -> tuple[TreeTrainer, lt.AdapterTree]:
         moved(tree, path, seed=i)
     groups = model.trainable("a/b", "d", dropout=0.1)
     rows = joint.rows(["a/b", "d", "a", "d", "a/b", "", "d", "a/b"])
-    args = joint.arguments(
-        folder, num_train_epochs=2, save_strategy="steps", save_steps=2, seed=5
-    )
+    args = joint.arguments(folder, num_train_epochs=2, save_strategy="steps", save_steps=2, seed=5)
     return TreeTrainer(model, args, groups=groups, train_dataset=rows, **more), tree
 
 
@@ -285,9 +281,7 @@ def test_a_run_with_heads_resumes_to_the_same_bits(tmp_path: Path) -> None:
     changed = [not torch.equal(x, y) for x, y in zip(start, numbers(straight), strict=True)]
     again, resumed = trainer(tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert all(
-        torch.equal(x, y) for x, y in zip(numbers(straight), numbers(resumed), strict=True)
-    )
+    assert all(torch.equal(x, y) for x, y in zip(numbers(straight), numbers(resumed), strict=True))
     # Two factors and a head of a; then those of a/b and of d, and d's rows.
     layers = 2 * 2
     assert changed == [False] * (layers + 1) + [True] * (layers + 1) + [True] * (layers + 2)

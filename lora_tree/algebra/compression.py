@@ -92,7 +92,8 @@ def compress(
         rank: the largest rank in any module.
         max_error: the largest relative error over all of these nodes together; as few bytes as that
             takes.
-        budget_bytes: of all factors of these nodes together: a number, or ``"512MiB"``.
+        budget_bytes: of all factors and overrides of these nodes together: a number, or
+            ``"512MiB"``. Overrides are kept as they are.
         dtype: of the factors; None keeps each module's own.
         moments: module → E[x xᵀ] of its inputs: (in, in); or its diagonal, (in,); or rows of
             inputs, (rows, in) with more rows than one. Modules without count as if their inputs
@@ -127,7 +128,13 @@ def compress(
     if rank is not None:
         ranks = {place: min(rank, cut.value.rank) for place, cut in cuts.items()}
     else:
-        budget = None if budget_bytes is None else parse_bytes(budget_bytes)
+        budget = None
+        if budget_bytes is not None:
+            # Overrides are not cut, so the factors get what these leave.
+            replaced = [
+                o.nbytes for adapter in adapters.values() for o in adapter.overrides.values()
+            ]
+            budget = parse_bytes(budget_bytes) - sum(replaced)
         ranks = _chosen(cuts, budget, max_error)
     return _cut_down(tree, adapters, cuts, ranks)
 

@@ -182,4 +182,5 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
 
 def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
     """Some modules as an adapter of their own; the other part carries the base's tensors."""
-    return replace(whole, modules=modules, unchanged={}, errors={})
+    # Overrides stay where they are: what moves is below them, and adds to them as before.
+    return replace(whole, modules=modules, unchanged={}, errors={}, overrides={})

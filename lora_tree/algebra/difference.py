@@ -12,7 +12,7 @@ Law: a value does not differ from itself, however its factors are written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import call_named, length, minus
-from .sums import added_up, check_spelling, read_terms
+from .sums import Term, added_up, check_spelling, read_terms, replaces
 
 __all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
 
@@ -69,12 +69,14 @@ class Diff:
         a, b: what the two are called.
         modules: module → its figures, by name.
         carried: tensors of the base that both adapters carry, with different values.
+        overrides: tensors of the base that one of the two replaces, or both by different values.
     """
 
     a: str
     b: str
     modules: Mapping[str, ModuleDiff]
     carried: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     @property
     def norm_a(self) -> float:
@@ -109,8 +111,8 @@ class Diff:
 
     @property
     def is_nothing(self) -> bool:
-        """The two are one value: no module moved, and no carried tensor differs."""
-        return self.moved == 0.0 and not self.carried
+        """The two are one value: no module moved, and no carried or replaced tensor differs."""
+        return self.moved == 0.0 and not self.carried and not self.overrides
 
     def as_dict(self) -> dict[str, object]:
         """The figures as plain data, for JSON."""
@@ -122,6 +124,7 @@ class Diff:
             "moved": self.moved,
             "cosine": self.cosine,
             "carried": list(self.carried),
+            "overrides": list(self.overrides),
             "modules": {name: vars(module) for name, module in self.modules.items()},
         }
 
@@ -198,7 +201,17 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
         # Loaded in two dtypes, one stored tensor differs in its bits and is the same all the same.
         if not is_same_tensor(a.unchanged[name], b.unchanged[name]):
             carried.append(name)
-    return Diff(*names, found, tuple(carried))
+    return Diff(*names, found, tuple(carried), _replaced_otherwise(a, b))
+
+
+def _replaced_otherwise(a: Adapter, b: Adapter) -> tuple[str, ...]:
+    found = []
+    for name in sorted({*a.overrides, *b.overrides}):
+        one, other = a.overrides.get(name), b.overrides.get(name)
+        alike = one is not None and other is not None and one.rows == other.rows
+        if not (alike and is_same_tensor(one.values, other.values)):  # type: ignore[union-attr]
+            found.append(name)
+    return tuple(found)
 
 
 def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None = None) -> Diff:
@@ -221,13 +234,38 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
     ours, theirs = tree.coefficients(a), tree.coefficients(b)
     # A node that both have with one coefficient would hide what differs, and need not be read.
     shared = {node for node, c in ours.items() if theirs.get(node) == c}
-    sides = []
-    for blend in (a, b):
-        own = tree.coefficients(blend)
-        for node in shared:
-            del own[node]
-        sides.append(added_up(read_terms(tree, own, base=base), base=base))
+    own_terms = (_terms_without(tree, blend, shared, base) for blend in (a, b))
+    if any(replaces(tree, node) for node in {*ours, *theirs}):
+        # What an override drops on one side alone is no value of that side.
+        both = tree.terms(a, base=base), tree.terms(b, base=base)
+        own_terms = (_less_shared(both[i], both[1 - i], shared) for i in (0, 1))
+    sides = [added_up(terms, base=base) for terms in own_terms]
     return diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
+
+
+def _terms_without(
+    tree: AdapterTree, blend: Blend, shared: Set[str], base: nn.Module | None
+) -> list[Term]:
+    own = tree.coefficients(blend)
+    for node in shared:
+        del own[node]
+    return read_terms(tree, own, base=base)
+
+
+def _less_shared(terms: list[Term], others: list[Term], shared: Set[str]) -> list[Term]:
+    """Return the terms without the shared nodes of which the same counts among the others."""
+    theirs = {node: adapter for node, _, adapter in others}
+    found = []
+    for node, coefficient, adapter in terms:
+        if node not in shared or not _holds_same(adapter, theirs[node]):
+            found.append((node, coefficient, adapter))
+    return found
+
+
+def _holds_same(one: Adapter, other: Adapter) -> bool:
+    # By names: one node's values differ on two paths only in what is dropped of them.
+    same_modules = one.modules.keys() == other.modules.keys()
+    return same_modules and one.overrides.keys() == other.overrides.keys()
 
 
 def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:

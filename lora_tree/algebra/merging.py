@@ -32,6 +32,7 @@ from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
 from .edit import Edited, free, stale_notes
 from .elementwise import Method, check_method, merged
+from .replacing import refuse_overrides
 from .sums import added_up, aligned, check_spelling, less
 
 __all__ = ["Merged", "Space", "merge", "merge_paths"]
@@ -99,6 +100,7 @@ def merge(
     given = _checked(adapters, [1.0] * len(adapters) if weights is None else weights)
     if space == "dense" and rank is None and max_error is None:
         raise SpecError("space='dense': the result has every rank", "give rank= or max_error=")
+    refuse_overrides(zip(names, adapters, strict=True), "merged")
     check_spelling([(name, 1.0, each) for name, each in zip(names, adapters, strict=True)])
     # The sum says whether they fit together, and has the base, the config and what they carry.
     whole = combine(list(zip(adapters, given, strict=True)), names=names)

@@ -7,6 +7,7 @@ rebase    the same effective weight:  child' = child + (Σ old lineage − Σ ne
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from ..adapter import Adapter
 from ..base_names import other_base
 from ..errors import BaseMismatch, SpecError, TreeError, listing
 from ..node_names import check_path
+from ..override import Override
 from ..tree import AdapterTree
 from ..weights import (
     GivenWeight,
@@ -27,6 +29,7 @@ from ..weights import (
 )
 from .deviation import Deviation, Shortening
 from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
+from .replacing import refuse_overrides, under, without_overrides
 from .sums import Term, added_up, as_term, less, read_terms
 
 __all__ = ["graft", "pick", "rebase", "rebase_all"]
@@ -140,7 +143,8 @@ def rebase(
         free(tree, to)
     changeable(tree, [path, *below])
     # Before the move: afterwards the old lineage can't be asked for any more.
-    gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base)
+    kept = _overrides_of(tree, path)
+    gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base, kept=kept)
     notes = stale_notes(tree, [path])
     renamed = {old: to + old[len(path) :] for old in (path, *below)}
     adapter, told = _made_up(tree, path, gap, Shortening(rank, max_error, dtype), base)
@@ -196,9 +200,11 @@ def rebase_all(
             f"{path}: nothing differs from what it was",
             "give adapter= or weight=, or what it had before: was=, was_weight=",
         )
+    if not _same_overrides(before[1], after[1]):
+        refuse_overrides([(path, before[1]), (path, after[1])], "changed while its children stay")
     gap = [
-        as_term(path, *before),
-        as_term(f"{path} (new)", scaled_weight(after[0], -1.0), after[1]),
+        as_term(path, before[0], without_overrides(before[1])),
+        as_term(f"{path} (new)", scaled_weight(after[0], -1.0), without_overrides(after[1])),
     ]
     children, notes = _nearest(tree, path)
     found: dict[str, Adapter] = {}
@@ -243,7 +249,13 @@ def _made_up(
     if not gap and short.asks_nothing:
         return None, Deviation()
     terms = list(kept)
+    own = _overrides_of(tree, path)
+    replaced = dict(own)
     for node, coefficient, adapter in gap:
+        # What the node replaces, it replaces over any lineage.
+        for name, above in adapter.overrides.items():
+            replaced[name] = replaced[name].over(above) if name in replaced else above
+        adapter = replace(adapter, modules=under(own, adapter.modules), overrides={})
         lost = [name for name in adapter.modules if weight_at(weight, name) == 0.0]
         if lost:
             at = "" if weight == 0.0 else f" at {listing(lost, most=2)}"
@@ -259,7 +271,22 @@ def _made_up(
     if not terms:
         return None, Deviation()
     adapter, told = short.of(added_up(terms, base=base))
-    return replace(adapter, errors={}), told
+    return replace(adapter, errors={}, overrides=replaced), told
+
+
+def _overrides_of(tree: AdapterTree, path: str) -> Mapping[str, Override]:
+    adapter = tree.adapter(path)
+    return {} if adapter is None else adapter.overrides
+
+
+def _same_overrides(one: Adapter, other: Adapter) -> bool:
+    if one.overrides.keys() != other.overrides.keys():
+        return False
+    for name, override in one.overrides.items():
+        theirs = other.overrides[name]
+        if override.rows != theirs.rows or not torch.equal(override.values, theirs.values):
+            return False
+    return True
 
 
 def _opened(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:

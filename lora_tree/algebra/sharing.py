@@ -25,6 +25,7 @@ from ..errors import PathError, SpecError, TreeError, listing
 from ..given import check_rank
 from ..lowrank import LowRank
 from ..node_names import check_path
+from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import Weight, inverse_weight, weight_at
 from .core import Joint, joint
@@ -32,7 +33,8 @@ from .deviation import Deviation, call_named, deviation
 from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
 from .elementwise import Method
 from .merging import Recipe, Space, spread, widest
-from .sums import added_up, aligned, as_term, read_terms
+from .replacing import without_overrides
+from .sums import Term, added_up, aligned, as_term, read_terms
 
 __all__ = ["hoist"]
 
@@ -99,7 +101,8 @@ def hoist(
     weights = [tree[path].weight for path, _, _ in terms]
     # The sum says whether the siblings fit together, and has what a new adapter needs beside
     # modules.
-    whole = added_up(terms)
+    _refuse_replaced(terms)
+    whole = added_up([(path, c, without_overrides(adapter)) for path, c, adapter in terms])
     dtype = widest(whole)
     adapters = aligned([adapter for _, _, adapter in terms])
     weighted = [a.weighed(weight) for a, weight in zip(adapters, weights, strict=True)]
@@ -323,6 +326,27 @@ def _weight_of(tree: AdapterTree, parent: str, into: str | None) -> list[tuple[s
     return [(parent, tree[parent].weight)] if into is None else []
 
 
+def _refuse_replaced(terms: Sequence[Term]) -> None:
+    """Refuse siblings that share a module which one of them replaces: below it the shared part
+    would be dropped.
+
+    Raises:
+        SpecError: names the sibling and the module.
+    """
+    modules: set[str] = set()
+    for _, _, adapter in terms:
+        modules.update(adapter.modules)
+    for path, _, adapter in terms:
+        for tensor in adapter.overrides:
+            module = tensor_owner(tensor)[0]
+            if module in modules:
+                raise SpecError(
+                    f"{path}: replaces {tensor}, and increments of {module} would move above that, "
+                    "where they do not count",
+                    f"split {module} off first: lora-tree split, or hoist the other siblings alone",
+                )
+
+
 def _refuse_zero(path: str, weight: Weight, modules: Iterable[str]) -> None:
     """Refuse a weight of 0 at a module that a hoist changes.
 
@@ -343,7 +367,7 @@ def _child(weight: Weight, adapter: Adapter, rest: dict[str, LowRank]) -> Adapte
     modules = {}
     for name, value in rest.items():
         modules[name] = value.scaled(1.0 / weight_at(weight, name)).folded()
-    if not modules:
+    if not modules and not adapter.overrides:
         # Files without a module can't be written, and the node has to stay.
         name, value = next(iter(adapter.modules.items()))
         A = value.A[..., :1, :]

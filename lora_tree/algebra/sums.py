@@ -9,28 +9,45 @@ sums.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from ..adapter import Adapter
 from ..blend import Blend, depth_first
 from ..combining import combine, weighed_terms
-from ..errors import BaseMismatch, listing
+from ..errors import BaseMismatch, SpecError, listing
 from ..lowrank import LowRank
+from ..override import Override
 from ..spelling import spelled_twice
 from ..storage import names_of
 from ..tree import AdapterTree
 from ..weights import Weight, less_weight
 from .deviation import call_named
+from .replacing import check_kept, under
 
-__all__ = ["Term", "added_up", "aligned", "as_term", "less", "read_apart", "read_terms"]
+__all__ = [
+    "Term",
+    "added_up",
+    "aligned",
+    "as_term",
+    "less",
+    "read_apart",
+    "read_terms",
+    "replaces",
+]
 
 Term = tuple[str, float, Adapter]
 """(node, coefficient, its adapter). A weight per module is in the adapter's scales."""
 
 
 def less(
-    tree: AdapterTree, plus: Blend, minus: Blend = "", *, base: nn.Module | None = None
+    tree: AdapterTree,
+    plus: Blend,
+    minus: Blend = "",
+    *,
+    base: nn.Module | None = None,
+    kept: Mapping[str, Override] | None = None,
 ) -> list[Term]:
     """Return the terms of one path or blend less those of another, in the order of the sum.
 
@@ -38,17 +55,57 @@ def less(
         tree: both are its paths.
         plus, minus: a path or a blend each; ``""`` is the bare base.
         base: give every adapter the names that its modules have in this model today.
+        kept: the overrides of a node that stands below, and gets the difference.
 
     Raises:
         PathError: a node is not there.
-        SpecError: a weight is not finite.
+        SpecError: a weight is not finite; or an override is taken off, which nothing gives back.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
-    coefficients = tree.coefficients(plus)
+    added, taken = tree.coefficients(plus), tree.coefficients(minus)
+    coefficients: dict[str, Weight] = dict(added)
     # Equal coefficients cancel exactly: both come from the same weights by the same sums.
-    for node, coefficient in tree.coefficients(minus).items():
+    for node, coefficient in taken.items():
         coefficients[node] = less_weight(coefficients.get(node, 0.0), coefficient)
-    return read_terms(tree, coefficients, base=base)
+    if not any(replaces(tree, node) for node in {*added, *taken}):
+        return read_terms(tree, coefficients, base=base)
+    changed = [node for node in taken if coefficients[node] != 0.0]
+    _refuse_parts(added, changed)
+    leaving = [(node, tree.outline(node) or Adapter({})) for node in changed]
+    check_kept(leaving, kept or {}, "another lineage")
+    # What an override drops on one side it drops on the other as well: both have it, or it is in
+    # the difference and stands below all that is taken off.
+    terms = [term for term in tree.terms(plus, base=base) if coefficients[term[0]] != 0.0]
+    replaced: dict[str, Override] = dict(kept or {})
+    for _, _, adapter in terms:
+        replaced |= adapter.overrides
+    for node, coefficient, adapter in read_terms(
+        tree, {node: coefficients[node] for node in changed}, base=base
+    ):
+        counts = replace(adapter, modules=under(replaced, adapter.modules), overrides={})
+        terms.append((node, coefficient, counts))
+    return terms
+
+
+def _refuse_parts(added: Mapping[str, Weight], changed: Sequence[str]) -> None:
+    """Refuse a difference in which a node stays with another coefficient, beside an override.
+
+    Raises:
+        SpecError: one does; names it.
+    """
+    for node in changed:
+        if node in added:
+            raise SpecError(
+                f"{node}: it would stay with another coefficient, and overrides are on these "
+                "lineages, which have none",
+                "name a path instead of a blend, or give the nodes one weight",
+            )
+
+
+def replaces(tree: AdapterTree, node: str) -> bool:
+    """Return whether a node replaces tensors of the base; of files only headers are read."""
+    outline = tree.outline(node)
+    return outline is not None and bool(outline.overrides)
 
 
 def read_terms(

@@ -15,8 +15,8 @@ from typing import Annotated
 import torch
 import typer
 
-from ..errors import SpecError
-from ..fit import clashes, misfits
+from ..errors import SpecError, listing
+from ..fit import clashes, dropped, misfits
 from ..folder import StaleWarning, check, load, notes
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
@@ -69,16 +69,20 @@ def list_problems(
         dtype = named if isinstance(named, torch.dtype) else dtype
     found = check(folder, dtype=dtype)
     problems = [(problem.node, str(problem.kind), problem.text) for problem in found]
+    without: list[str] = []
     # The nodes are compared with each other and with the base only if all of them can be opened:
     # a node that is missing would be told again below each of its children.
     if all(kind in HARMLESS for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree, skeleton)]
+        without = dropped(tree)
         if skeleton is not None:
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
     # Notes are no mistakes: a tree opens in spite of them. So they don't count for the exit code,
     # or the steps that a training run left in the folder would stop a script.
     remarks = notes(folder)
+    if without:
+        remarks.append(f"increments under an override do not count: {listing(without)}")
     if as_json:
         told = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
         print_json({"folder": str(folder), "problems": told, "notes": remarks})

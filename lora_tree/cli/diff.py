@@ -75,6 +75,8 @@ def _tell(found: Diff, most: int) -> None:
         out().print(f"{found.a} and {found.b} are the same", soft_wrap=True)
         return
     out().print(f"{found.a} → {found.b}: {_figures(found)}", soft_wrap=True)
+    for name in found.overrides:
+        out().print(f"{name}: replaced otherwise", soft_wrap=True)
     for name in found.carried:
         out().print(f"they carry different values of {name}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")

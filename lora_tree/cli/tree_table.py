@@ -97,8 +97,8 @@ def _name(node: DrawnNode, is_broken: bool, is_dimmed: bool) -> Text:
 
 
 def _if_any(line: NodeLine, what: Literal["modules", "parameters", "bytes"]) -> str:
-    """Return a number of an adapter as a cell; an empty one for a node without factors."""
-    if not line.ranks:
+    """Return a number of an adapter as a cell; an empty one for a node without any."""
+    if not line.ranks and not line.overrides:
         return ""
     number = getattr(line, what)
     return decimal(number) if what == "bytes" else f"{number:,}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-from ..errors import LoraTreeError, PathError, suggest
+from ..errors import LoraTreeError, PathError, listing, suggest
 from ..folder import Problem
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
@@ -21,7 +21,9 @@ WORDS = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", 
 
 @dataclass(frozen=True)
 class NodeLine:
-    """One node. ``ranks`` are the distinct ones of its modules, sorted."""
+    """One node. ``ranks`` are the distinct ones of its modules, sorted; ``overrides`` the tensors of
+    the base that it replaces.
+    """
 
     path: str
     kind: Literal["adapter", "fresh", "group", "broken"]
@@ -31,6 +33,7 @@ class NodeLine:
     parameters: int
     bytes: int
     stale: str | None
+    overrides: tuple[str, ...] = ()
 
     @property
     def weight_words(self) -> str:
@@ -88,6 +91,7 @@ def _line(tree: AdapterTree, path: str) -> NodeLine:
         adapter.numel,
         adapter.nbytes,
         node.stale,
+        tuple(adapter.overrides),
     )
 
 
@@ -136,6 +140,8 @@ def remark_words(line: NodeLine, problem: Problem | None) -> str:
         return f"{problem.kind}: {reason}"
     if line.stale:
         return f"stale: {stale_words(line.path, line.stale)}"
+    if line.overrides:
+        return f"replaces {listing(line.overrides, most=2)}"
     return WORDS[line.kind]
 
 
