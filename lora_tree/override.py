@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .errors import LoraTreeWarning, ShapeMismatch, SpecError, listing
+from .errors import FormatError, LoraTreeWarning, ShapeMismatch, SpecError, listing
 from .given import unchecked
 from .lowrank import EMBEDDING, LowRank
 
@@ -30,6 +30,7 @@ __all__ = [
     "Override",
     "OverrideWarning",
     "Standing",
+    "check_none",
     "counted",
     "counted_modules",
     "standing",
@@ -149,6 +150,25 @@ class Override:
 Standing: TypeAlias = Mapping[str, tuple[tuple[str, Override], ...]]
 """Tensor → the (node, override) that count for it, in the order in which they are applied: a whole
 one first, then rows."""
+
+
+def check_none(overrides: Iterable[str], form: str) -> None:
+    """Refuse overrides in a format that holds increments alone.
+
+    Args:
+        overrides: the tensors that are replaced.
+        form: the format, for the error.
+
+    Raises:
+        FormatError: there are some; names them.
+    """
+    names = listing(overrides, most=3)
+    if names:
+        raise FormatError(
+            f"{names}: replaced by the adapter, and {form} holds increments alone",
+            "write it for PEFT (--as peft, adapter.save(folder)), or merged into a checkpoint "
+            "(--as model)",
+        )
 
 
 def standing(

@@ -441,8 +441,15 @@ def test_a_merged_checkpoint_has_the_bits_of_a_switch(kind: str, tmp_path: Path)
     lt.attach(tree, base).activate("a")
     state = made.state_dict()
     assert all(torch.equal(state[name], now) for name, now in base.state_dict().items())
-    with pytest.raises(FormatError, match="replaces this tensor of the base"):
+    with pytest.raises(FormatError, match=r"a: a: .*: replaced by the adapter, and the portable f"):
         lt.portable(tree, "a")
+    for form in ("kohya", "diffusers"):
+        with pytest.raises(FormatError, match=f"and a {form} file holds increments alone"):
+            tree.flatten("a").save(tmp_path / "one.safetensors", form=form)  # type: ignore[arg-type]
+    assert not (tmp_path / "one.safetensors").exists()
+    if "LlamaForCausalLM" in type(base).__name__:
+        with pytest.raises(FormatError, match="and a GGUF adapter holds increments alone"):
+            lt.export_gguf(tree, "a", tmp_path / "a.gguf", base=tmp_path / "base")
 
 
 # ---------------------------------------------------------------------- beside the weights
@@ -613,3 +620,24 @@ def test_a_fault_while_an_override_is_written_leaves_the_path_before(
         assert all(torch.equal(kept[name], now) for name, now in base.state_dict().items())
     assert faults >= 2  # the head's weight and its bias, at least
     assert model.active == "top/fr/legal/x"
+
+
+def test_rows_over_a_whole_embedding_are_one_override_when_flattened() -> None:
+    tree = lt.AdapterTree()
+    whole = {"embed.weight": lt.Override(drawn(9, 6, seed=1))}
+    tree.add("a", adapter=lt.Adapter({}, overrides=whole))
+    tree.add("a/b", adapter=lt.Adapter({}, overrides=rows(2, 4, 0)))
+    tree.add("a/b/c", adapter=lt.Adapter({}, overrides=rows(3, 4, 7)))
+    wanted = whole["embed.weight"].values.clone()
+    wanted[[4, 0]] = rows(2, 4, 0)["embed.weight"].values
+    wanted[[4, 7]] = rows(3, 4, 7)["embed.weight"].values
+    flat = tree.flatten("a/b/c").overrides["embed.weight"]
+    assert flat.rows is None
+    assert torch.equal(flat.values, wanted)
+    base = Net()
+    model = lt.attach(tree, base)
+    model.activate("a/b/c")
+    assert torch.equal(base.embed.weight, wanted)
+    model.activate("a/b/c", mode="unmerged")
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(out_of(base.embed, ids), wanted[None], rtol=0, atol=0)

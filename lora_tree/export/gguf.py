@@ -32,6 +32,7 @@ from ..extras import foreign, need
 from ..folder import disk
 from ..folder.whole import make_all
 from ..lowrank import LINEAR, LowRank
+from ..override import check_none
 from ..sites import find_site
 from ..storage import as_path
 from ..tree import AdapterTree
@@ -237,6 +238,7 @@ class _Form:
             BaseMismatch: the base has no such module, or in another shape.
         """
         architecture = ARCHITECTURES[self.kind]
+        check_none(adapter.overrides, "a GGUF adapter")
         tensors = dict(self._tensors(adapter, architecture))
         if not tensors:
             raise FormatError("an adapter without modules can't be written")

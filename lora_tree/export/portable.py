@@ -36,6 +36,7 @@ from ..combining import combine
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
 from ..given import check_rank
 from ..lowrank import LowRank, concat
+from ..override import check_none
 from ..tree import AdapterTree
 from .siblings import Shapes, completed, missing, stated
 from .unloaded_base import Base
@@ -258,13 +259,11 @@ def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base:
             )
     for name, tensor in flat.unchanged.items():
         base.check_unchanged(name, tensor)
-    for name in flat.overrides:
-        whose = [node for node, _, adapter in terms if name in adapter.overrides]
-        raise FormatError(
-            f"{name}: node {listing(whose)} replaces this tensor of the base, and the portable form "
-            "holds increments alone",
-            "write it for PEFT (--as peft, tree.flatten), or merged into a checkpoint (--as model)",
-        )
+    for node, _, adapter in terms:
+        try:
+            check_none(adapter.overrides, "the portable form")
+        except LoraTreeError as error:
+            raise error.within(node) from error
 
 
 def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from ..errors import FormatError, SpecError, listing, suggest
 from ..formats.diffusers import render_diffusers
 from ..formats.kohya import render_kohya
 from ..formats.recognise import DIFFUSERS_WEIGHTS
+from ..override import check_none
 from . import disk
 from .whole import make_all
 
@@ -34,6 +35,7 @@ def save_one_file(adapter: Adapter, path: Path, form: str) -> None:
             f"{path}: {form} writes one file, whose name ends in .safetensors",
             f"name it {path}.safetensors",
         )
+    check_none(adapter.overrides, f"a {form} file")
     # Rendered before a folder is made: what can't be written leaves nothing behind.
     data = _RENDERERS[form](adapter)
     with ExitStack() as undo:
