@@ -167,6 +167,10 @@ def test_the_lock_remembers_what_a_node_was_trained_with(zoo: Path) -> None:
     assert second.training.data[0].path == "../rows.jsonl"
     lt.restore(zoo, "fr/legal@2")
     assert lt.history(zoo)["fr/legal"][-1].training == training, "it goes with the content"
+    now = opened(zoo)
+    now.update("fr/legal", adapter=lt.Adapter.load(zoo / "fr/legal"))
+    now.save(zoo, note="the same once more")
+    assert lt.history(zoo)["fr/legal"][-1].training == training, "nothing has changed"
     lt.lock(zoo)
     assert lt.history(zoo)["fr/legal"][-1].training == training
 

@@ -52,6 +52,7 @@ COMMANDS = {
     "push": "push:push_tree",
     "generate": "generate:generate",
     "train": "train:train",
+    "retrain": "retrain:train_again",
     "eval": "eval:evaluation",
     "promote": "promote:promotion",
     "llama-args": "llama_args:llama_args",

@@ -58,6 +58,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "pull": ("lora-tree pull org/zoo zoo-there/", "lora-tree pull org/zoo zoo-there/ --dry-run"),
     "generate": ("lora-tree generate zoo/ fr/legal --base models/base --prompt 'Article 1'",),
     "train": ("lora-tree train zoo/ --data rows.jsonl --base models/base --steps 20",),
+    "retrain": (
+        "lora-tree retrain zoo/ --stale --dry-run",
+        "lora-tree retrain zoo/ --stale --base models/base --yes",
+    ),
     "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),
     "promote": ("lora-tree promote zoo/ fr/legal --from zoo/.training/checkpoint-20",),
     "vllm-args": ("lora-tree vllm-args zoo/ --cache vllm-cache --allow 'fr/**'",),

@@ -11,6 +11,7 @@ TOPICS: dict[str, tuple[str, str]] = {
 fr/legal                      a node, by the names from the top down to it
 ''                            the bare base
 'fr/*'                        a pattern: every node below fr
+fr/legal@2                    an earlier version of it, as lora-tree log numbers them
 fr/legal:0.5+fr/medical:0.5   a blend: paths with weights; a weight left out is 1
 fr/legal:{*.down_proj=0.5}    weights per module: the first pattern that matches counts, and
                               default=1 is for the rest

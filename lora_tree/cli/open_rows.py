@@ -15,14 +15,19 @@ __all__ = ["open_rows"]
 
 
 def open_rows(
-    files: Iterable[Path], tree: AdapterTree, tokenizer: Any, *, max_length: int
+    files: Iterable[Path],
+    tree: AdapterTree,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    slice_by: str | None = None,
 ) -> list[Row]:
     """Read the rows; say how many were cut, and which columns were not read.
 
     Raises:
         LoraTreeError: as `lora_tree.runs.read_rows`.
     """
-    rows = read_rows(files, tree, tokenizer, max_length=max_length)
+    rows = read_rows(files, tree, tokenizer, max_length=max_length, slice_by=slice_by)
     cut = sum(row.cut for row in rows)
     if cut:
         note(f"{cut} of {len(rows)} rows were longer than --max-length, and cut")

@@ -12,17 +12,13 @@ import typer
 from ..folder import load
 from ..model import attach
 from ..provenance import data_files
-from ..runs import Run, Settings, Verdict
-from ..training.diverged import BASE_LABEL
+from ..runs import Run, Settings
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
-from .console import err
-from .interrupts import noted_interrupts
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
-from .progress import steps_done
+from .run_training import run_to_the_end
 from .train_options import numbers, numbers_by_depth, run_folder
 from .train_told import foretell, tell_outcome
-from .typed import command_note
 
 __all__ = ["train"]
 
@@ -178,30 +174,5 @@ def train(
     )
     foretell(running, len(rows))
     resumed = running.done
-    with steps_done("training", steps, running.done) as bar, noted_interrupts() as interrupted:
-        for step in running.steps(save_every=save_every or None):
-            bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
-            # After the last step nothing is left to stop: the run ends and saves the tree as
-            # without Ctrl-C.
-            if interrupted() and step.number < steps:
-                kept = running.save()
-                # Told with --quiet, too: the tree is not saved.
-                err().print(
-                    f"stopped after {step.number} of {steps} steps; "
-                    f"the same command goes on from {kept}"
-                )
-                raise typer.Exit(130)
-    verdicts: list[Verdict] = []
-    if running.was_over:
-        # A run that was over has written nothing now, and its last checkpoint is the one from
-        # before.
-        kept = where / f"checkpoint-{running.done}"
-    else:
-        kept = running.save()
-        # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
-        # factors that train. Before the tree is saved, because it changes weights in the tree.
-        verdicts = running.keep_what_helps()
-        tree.save(folder, note=running.note(command_note().by))
-        # Last: only a tree that is on the disk makes the run a finished one.
-        running.finish()
+    kept, verdicts = run_to_the_end(running, folder, save_every=save_every)
     tell_outcome(running, folder, kept, verdicts, resumed_at=resumed, as_json=as_json)

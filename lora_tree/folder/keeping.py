@@ -140,7 +140,9 @@ class Keeping:
         was, now, own = self.before.get(origin), self._now(path), self.kept[path]
         known = None if own.trained is None else own.trained.made
         if was is not None and was.key == now:
-            return known
+            # An adapter that was given to the node once more has no lock of its own to tell it.
+            before = None if was.on is None else was.on.made
+            return known or before
         # Files that lie in their place already, with no lock that tells how they came there.
         if was is None and own.stamps is not None and not own.named and own.trained is None:
             return None

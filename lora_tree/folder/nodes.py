@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from ..provenance import Made
 from ..tree import Node
 from .opening import Opened
 from .source import FolderSource
 from .trained import trained
 
-__all__ = ["node_of"]
+__all__ = ["made_of_node", "node_of"]
+
+
+def made_of_node(node: Node) -> Made | None:
+    """Return how a node came to be what its files hold, if its folder's lock says so."""
+    source = node.source
+    if not isinstance(source, FolderSource) or source.trained is None:
+        return None
+    return source.trained.made
 
 
 def node_of(opened: Opened, path: str) -> Node:

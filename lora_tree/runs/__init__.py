@@ -1,21 +1,29 @@
 """Training runs over a tree: rows from JSON lines, a loop that resumes bit for bit, evaluation."""
 
+from .comparison import Comparison, SliceLosses, compare_trees
 from .evaluation import LossMatrix, evaluate
 from .held_back import Verdict
 from .loop import Run
 from .promotion import promote, promotion_note
+from .retraining import Retraining, RetrainJob, plan_retraining
 from .rows import Row, read_rows
 from .settings import Settings
 from .step import StepLosses
 
 __all__ = [
+    "Comparison",
     "LossMatrix",
+    "RetrainJob",
+    "Retraining",
     "Row",
     "Run",
     "Settings",
+    "SliceLosses",
     "StepLosses",
     "Verdict",
+    "compare_trees",
     "evaluate",
+    "plan_retraining",
     "promote",
     "promotion_note",
     "read_rows",

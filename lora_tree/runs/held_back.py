@@ -16,13 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..blend import Blend
 from ..model import TreeModel
-from ..training.losses import row_losses
 from ..weights import Weight, scaled_weight
 from .evaluation import evaluate_at
-from .rows import Row, padded
+from .preferences import (
+    answers_of,
+    are_preferences,
+    dpo_losses,
+    log_probabilities,
+    reference_of,
+)
+from .rows import Row
 
 __all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps", "loss_of_rows"]
 
@@ -134,31 +141,48 @@ def keep_what_helps(
 
 
 @torch.no_grad()
-def loss_of_rows(model: TreeModel, rows: Sequence[Row], *, batch: int = 8) -> float:
+def loss_of_rows(
+    model: TreeModel, rows: Sequence[Row], *, batch: int = 8, beta: float = 0.1
+) -> float:
     """Return the mean loss of rows, each at its own path, in nats per learnt token.
 
-    For a run that goes on: nothing that trains is changed, merged or drawn.
+    Of preferences it is the mean loss of DPO, each path against its parent. For a run that goes on:
+    nothing that trains is changed, merged or drawn.
 
     Args:
         model: of the tree; its nodes may be training.
-        rows: of any paths.
+        rows: of any paths, and of one kind.
         batch: rows at once.
+        beta: of preferences, as in `Settings`.
+
+    Raises:
+        SpecError: some rows are preferences, and some are not.
     """
-    device = next(model.base.parameters()).device
+    losses: list[float] = []
+    prefer = are_preferences(rows)
     was_training = model.training
     model.eval()  # dropout would make the loss depend on chance
-    sums = []
     try:
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
-            inputs = padded(some, device=device)
-            labels = inputs.pop("labels")[:, 1:]
-            with model.route([row.path for row in some]):
-                logits = model(**inputs).logits[:, :-1]
-            sums.append(float(row_losses(logits, labels, shift=False)[0].sum()))
+            paths = [row.path for row in some]
+            if not prefer:
+                losses.append(-float(_at_paths(model, some, paths).sum()))
+                continue
+            answers = answers_of(some)  # the chosen ones, then the rejected ones
+            policy = _at_paths(model, answers, paths * 2)
+            reference = _at_paths(model, answers, [reference_of(path) for path in paths] * 2)
+            losses += dpo_losses(policy, reference, beta).tolist()
     finally:
         model.train(was_training)
-    return math.fsum(sums) / sum(row.learnt for row in rows)
+    count = len(rows) if prefer else sum(row.learnt for row in rows)
+    return math.fsum(losses) / count
+
+
+def _at_paths(model: TreeModel, rows: Sequence[Row], paths: Sequence[str]) -> Tensor:
+    """Return log p of each row's learnt tokens, each row at a path: (rows,)."""
+    with model.route(list(paths)):
+        return log_probabilities(model, rows)
 
 
 def _at(node: str, part: float) -> Blend:

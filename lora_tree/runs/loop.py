@@ -243,7 +243,8 @@ class Run:
         """Return the loss on the rows held back, if a checkpoint is to be chosen by it."""
         if self._keep == 1 or not self.held_back:
             return None
-        return loss_of_rows(self.model, self.held_back, batch=self.settings.batch)
+        settings = self.settings
+        return loss_of_rows(self.model, self.held_back, batch=settings.batch, beta=settings.beta)
 
     def finish(self) -> None:
         """Note that the tree was saved with this run's nodes: the folder's next run begins anew.

@@ -51,6 +51,7 @@ class Row:
         extra: columns that were not read, by name.
         rejected: of a preference, the same prompt with the answer that is not preferred; the row
             itself has the preferred one. None: the row is learnt by itself.
+        slice: the value of the column that names its slice; empty where it has none.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Row:
     cut: bool = False
     extra: tuple[str, ...] = ()
     rejected: Row | None = None
+    slice: str = ""
 
     @property
     def learnt(self) -> int:
@@ -73,6 +75,7 @@ def read_rows(
     tokenizer: Any,
     *,
     max_length: int = 1024,
+    slice_by: str | None = None,
 ) -> list[Row]:
     """Read all rows of some files of JSON lines, in order.
 
@@ -82,11 +85,13 @@ def read_rows(
         tokenizer: of transformers. If it has an end-of-text token, that is learnt at the end of
             ``text`` and of completions.
         max_length: tokens to keep of a row.
+        slice_by: the column whose value is the row's slice.
 
     Raises:
         FolderError: a file can't be read.
         FormatError: a line is no JSON object; names the file and the line.
-        SpecError: a row says nothing that can be learnt, or too much.
+        SpecError: a row says nothing that can be learnt, or too much; or no row has the column
+            ``slice_by``.
         PathError: a row's path is not in the tree.
     """
     if max_length < 2:
@@ -99,15 +104,24 @@ def read_rows(
         for where, line in _lines(as_path(file)):
             data = strict_json.loads(line, where)
             try:
-                rows.append(_row(data, where, tree, tokenizer, max_length))
+                row = _row(data, where, tree, tokenizer, max_length)
             except LoraTreeError as error:
                 raise error.within(where) from error
+            rows.append(row if slice_by is None else _sliced(row, data, slice_by))
     if not rows:
         raise SpecError(
             f"{listing(map(str, files)) or 'no file'}: no rows",
             'a row is {"path": "fr", "text": "…"}',
         )
+    if slice_by is not None and not any(row.slice for row in rows):
+        raise SpecError(f"no row has a column {slice_by!r} that could name its slice")
     return rows
+
+
+def _sliced(row: Row, data: Mapping[str, Any], column: str) -> Row:
+    """Return a row with the value of a column as its slice; a row without it is of none."""
+    extra = tuple(name for name in row.extra if name != column)
+    return replace(row, slice=str(data.get(column, "")), extra=extra)
 
 
 def padded(rows: Sequence[Row], *, device: torch.device, pad: int = 0) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ..errors import SpecError
+from ..errors import SpecError, listing
 from ..training.levels import Over
 
 __all__ = ["Settings"]
@@ -107,6 +107,25 @@ class Settings:
         )
         for path, weight in self.weights.items():
             _check(f"weight of {path}", weight, _is_at_least_0, "0 or more")
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Settings:
+        """Return the settings that `plain` made this of.
+
+        Raises:
+            SpecError: there is a word that this version does not have, or a value makes no sense.
+
+        >>> Settings.from_plain(Settings(lr=0.1).plain()) == Settings(lr=0.1)
+        True
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(plain) - known)
+        if unknown:
+            raise SpecError(f"unknown settings: {listing(unknown)}", "upgrade lora_tree")
+        given = dict(plain)
+        if given.get("temperature") == "inf":
+            given["temperature"] = math.inf
+        return cls(**given)
 
     @property
     def rows_a_step(self) -> int:

@@ -1,0 +1,181 @@
+"""``lora-tree retrain``: what is stale, trained again with what it was trained with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..errors import SpecError, listing
+from ..folder import StaleWarning, load
+from ..model import attach
+from ..provenance import data_files
+from ..runs import Retraining, RetrainJob, Row, Run, plan_retraining
+from ..tree import AdapterTree
+from .arguments import AsJson, Base, Folder, Nodes, Quiet, TrustRemoteCode
+from .console import note, out, print_json
+from .open_base import open_model, open_tokenizer
+from .open_rows import open_rows
+from .run_training import run_to_the_end
+from .train_options import run_folder
+from .train_told import foretell
+
+__all__ = ["train_again"]
+
+
+def train_again(
+    folder: Folder,
+    nodes: Nodes = None,
+    *,
+    stale: Annotated[bool, typer.Option("--stale", help="Train what is stale.")] = False,
+    base: Base = None,
+    save_every: Annotated[
+        int, typer.Option(min=0, help="Write a checkpoint after so many steps; 0: only the last.")
+    ] = 50,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the training.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and train nothing.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train nodes, and all below them, again with what they were trained with, from the root down."""
+    if stale == bool(nodes):
+        raise SpecError(
+            "name nodes, or take what is stale: lora-tree retrain FOLDER --stale", "not both"
+        )
+    tree = _opened(folder)
+    plan = plan_retraining(tree, nodes or None)
+    if not as_json:
+        _tell(plan, dry_run=dry_run)
+    trained: dict[str, tuple[float, float]] = {}
+    if plan.jobs and not dry_run:
+        _ask(yes=yes, as_json=as_json)
+        name, tokenizer = open_tokenizer(
+            tree, folder, base, what="retrain", trust_remote_code=trust_remote_code
+        )
+        # The rows of all runs before the first one trains: a mistake in the last file is told now,
+        # not after hours.
+        rows = [_rows(job, tree, tokenizer) for job in plan.jobs]
+        model = open_model(name, trust_remote_code=trust_remote_code)
+        for job, own in zip(plan.jobs, rows, strict=True):
+            trained.update(_train(job, own, folder, model, save_every=save_every))
+        tree = _opened(folder)
+    still = [path for path in tree.paths() if tree[path].stale]
+    if as_json:
+        print_json(_plain(folder, plan, trained, still, dry_run=dry_run))
+    elif not dry_run:
+        for node, (first, last) in trained.items():
+            out().print(f"{node}: loss {first:.3f} at first, {last:.3f} at last", soft_wrap=True)
+        if still:
+            out().print(f"stale still: {listing(still)}", soft_wrap=True)
+    if plan.left:
+        raise typer.Exit(1)
+
+
+def _opened(folder: Path) -> AdapterTree:
+    with warnings.catch_warnings():
+        # What is stale is what this command is about, and it tells it itself.
+        warnings.simplefilter("ignore", StaleWarning)
+        return load(folder)
+
+
+def _tell(plan: Retraining, *, dry_run: bool) -> None:
+    if not plan.jobs and not plan.left:
+        out().print("nothing is stale: nothing to do")
+        return
+    if plan.jobs:
+        out().print("would train again:" if dry_run else "to be trained again:")
+    for job in plan.jobs:
+        out().print(f"  {job}", soft_wrap=True)
+        if job.changed:
+            files = listing(str(file) for file in job.changed)
+            out().print(f"    changed since it was trained: {files}", soft_wrap=True)
+    for path, reason in (plan.left or {}).items():
+        out().print(f"can't train {path}: {reason}", soft_wrap=True)
+
+
+def _ask(*, yes: bool, as_json: bool) -> None:
+    """Ask whether to go on.
+
+    Raises:
+        SpecError: nobody can be asked.
+        typer.Abort: the answer is no.
+    """
+    if yes:
+        return
+    if as_json or not sys.stdin.isatty():
+        raise SpecError(
+            "retrain asks before it trains, and here nobody can answer",
+            "--yes trains without asking; --dry-run says what it would do",
+        )
+    typer.confirm("train these nodes again?", abort=True, err=True)
+
+
+def _rows(job: RetrainJob, tree: AdapterTree, tokenizer: Any) -> list[Row]:
+    length = job.training.max_length or 1024
+    rows = open_rows(job.data, tree, tokenizer, max_length=length)
+    mine = set(job.nodes)
+    return [row for row in rows if mine.intersection(tree.lineage(row.path))]
+
+
+def _train(
+    job: RetrainJob, rows: Sequence[Row], folder: Path, base: Any, *, save_every: int
+) -> dict[str, tuple[float, float]]:
+    """Run one job, save the tree, and return the losses of its nodes before and after."""
+    # Opened again for each run: it stands on what the run before has saved.
+    tree = _opened(folder)
+    torch.manual_seed(job.settings.seed)
+    model = attach(tree, base)
+    home = folder if folder.is_dir() else folder.parent
+    try:
+        running = Run(
+            model,
+            rows,
+            job.settings,
+            run_folder(folder, job.run),
+            nodes=job.nodes,
+            data=data_files(job.data, home),
+            max_length=job.training.max_length,
+        )
+        foretell(running, len(rows))
+        run_to_the_end(running, folder, save_every=save_every)
+        note(f"trained {', '.join(job.nodes)}, saved in {folder}")
+        return running.losses()
+    finally:
+        model.detach()
+
+
+def _plain(
+    folder: Path,
+    plan: Retraining,
+    trained: Mapping[str, tuple[float, float]],
+    still: Sequence[str],
+    *,
+    dry_run: bool,
+) -> dict[str, Any]:
+    jobs = []
+    for job in plan.jobs:
+        jobs.append(
+            {
+                "nodes": list(job.nodes),
+                "data": [str(file) for file in job.data],
+                "changed": [str(file) for file in job.changed],
+                "settings": job.settings.plain(),
+            }
+        )
+    losses = {node: {"first": first, "last": last} for node, (first, last) in trained.items()}
+    return {
+        "folder": str(folder),
+        "dry_run": dry_run,
+        "jobs": jobs,
+        "left": plan.left,
+        "losses": losses,
+        "stale": still,
+    }

@@ -1,0 +1,62 @@
+"""One run to its end, for the commands that train: steps with a bar, Ctrl-C, the last checkpoint, the save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from ..runs import Run, Verdict
+from ..training.diverged import BASE_LABEL
+from .console import err
+from .interrupts import noted_interrupts
+from .progress import steps_done
+from .typed import command_note
+
+__all__ = ["run_to_the_end"]
+
+
+def run_to_the_end(
+    running: Run, folder: Path, *, save_every: int
+) -> tuple[Path, Sequence[Verdict]]:
+    """Train, save the tree, and note that the run is finished.
+
+    Args:
+        running: before its first step.
+        folder: of the tree.
+        save_every: steps between checkpoints; 0: only the last one.
+
+    Returns:
+        the last checkpoint, and the verdicts on leaves.
+
+    Raises:
+        typer.Exit: interrupted; a checkpoint is written, and the tree is not saved.
+        LoraTreeError: as `Run.steps`, `Run.save` and `AdapterTree.save`.
+    """
+    steps = running.settings.steps
+    with steps_done("training", steps, running.done) as bar, noted_interrupts() as interrupted:
+        for step in running.steps(save_every=save_every or None):
+            bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
+            # After the last step nothing is left to stop: the run ends and saves the tree as
+            # without Ctrl-C.
+            if interrupted() and step.number < steps:
+                kept = running.save()
+                # Told with --quiet, too: the tree is not saved.
+                err().print(
+                    f"stopped after {step.number} of {steps} steps; "
+                    f"the same command goes on from {kept}"
+                )
+                raise typer.Exit(130)
+    if running.was_over:
+        # A run that was over has written nothing now, and its last checkpoint is the one from
+        # before.
+        return running.folder / f"checkpoint-{running.done}", ()
+    kept = running.save()
+    # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
+    # factors that train. Before the tree is saved, because it changes weights in the tree.
+    verdicts = running.keep_what_helps()
+    running.model.tree.save(folder, note=running.note(command_note().by))
+    # Last: only a tree that is on the disk makes the run a finished one.
+    running.finish()
+    return kept, verdicts

@@ -1,0 +1,221 @@
+"""Retraining: what is stale is trained again with what it was trained with, as a build tool would.
+
+    fr          stale       ─→ first   fr                      legal.jsonl, 200 steps
+    fr/legal    below it    ─→ then    fr/legal, fr/medical    one run trained both: one run again
+    fr/medical  below it
+    de          not stale       stays
+
+Law: no node is trained on one that is to be trained again and is not yet. So a node whose data is
+gone holds back all that is below it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraTreeError, SpecError, listing
+from ..folder import disk
+from ..folder.nodes import made_of_node
+from ..provenance import TrainedWith
+from ..system.reading import is_file
+from ..tree import AdapterTree
+from .settings import Settings
+
+__all__ = ["RetrainJob", "Retraining", "plan_retraining"]
+
+
+@dataclass(frozen=True)
+class RetrainJob:
+    """Nodes that one run trains again.
+
+    Args:
+        nodes: they were trained together, with the same data and settings.
+        training: what they were trained with.
+        settings: of the run, as far as they are about these nodes.
+        data: the files of rows, in order.
+        changed: those of them whose bytes are others than they were.
+        run: the folder of the run's checkpoints.
+    """
+
+    nodes: tuple[str, ...]
+    training: TrainedWith
+    settings: Settings
+    data: tuple[Path, ...]
+    changed: tuple[Path, ...]
+    run: Path | None
+
+    def __str__(self) -> str:
+        """One line: ``fr/legal, fr/medical: 200 steps on rows.jsonl``."""
+        files = listing(os.fspath(file) for file in self.data)
+        return f"{', '.join(self.nodes)}: {self.settings.steps} steps on {files}"
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What is to be trained again, in this order, and what can't be.
+
+    Args:
+        jobs: each can be run when those before it are saved.
+        left: node → why it can't be trained again.
+    """
+
+    jobs: tuple[RetrainJob, ...] = ()
+    left: Mapping[str, str] | None = None
+
+    @property
+    def nodes(self) -> list[str]:
+        """All nodes that are to be trained, in the order of the jobs."""
+        return [node for job in self.jobs for node in job.nodes]
+
+
+def plan_retraining(tree: AdapterTree, nodes: Sequence[str] | None = None) -> Retraining:
+    """Return how to train nodes again with what they were trained with, from the root down.
+
+    The nodes below those become stale with it, so they are in the plan as well.
+
+    Args:
+        tree: opened from a folder; nothing of it is changed.
+        nodes: paths or patterns; None: what is stale.
+
+    Raises:
+        PathError: a path or pattern matches no node.
+        SpecError: the tree lives in no folder.
+        FolderError: a file of rows can't be read.
+
+    >>> # plan_retraining(lt.load("zoo/")).jobs
+    """
+    if tree.home is None:
+        raise SpecError("the tree lives in no folder, so nothing noted how it was trained")
+    first = [path for path in tree.paths() if tree[path].stale]
+    if nodes is not None:
+        first = tree.matching(nodes)
+    wanted: set[str] = set()
+    for path in first:
+        wanted.update(below for below in (path, *tree.paths(path)) if tree[below].has_adapter)
+    files = _DataFiles(tree.home.parent)
+    left: dict[str, str] = {}
+    able: dict[str, TrainedWith] = {}
+    for path in tree.paths():  # parents first, so that a reason reaches all below
+        if path not in wanted:
+            continue
+        training = _training_of(tree, path)
+        reason = _why_not(tree, path, training, left, files)
+        if reason is None and training is not None:
+            able[path] = training
+        elif reason is not None:
+            left[path] = reason
+    jobs = []
+    for group in _rounds(tree, able):
+        jobs.append(_job(tree, group, able[group[0]], files))
+    return Retraining(tuple(jobs), left)
+
+
+def _training_of(tree: AdapterTree, path: str) -> TrainedWith | None:
+    made = made_of_node(tree[path])
+    return None if made is None else made.training
+
+
+def _why_not(
+    tree: AdapterTree,
+    path: str,
+    training: TrainedWith | None,
+    left: Mapping[str, str],
+    files: _DataFiles,
+) -> str | None:
+    """Say why a node can't be trained again; None if it can."""
+    for above in tree.lineage(path)[:-1]:
+        if above in left:
+            return f"it stands on {above}, which can't be trained again"
+    if training is None:
+        return "no save noted what it was trained with"
+    if path not in training.nodes:
+        return f"it was trained as {listing(training.nodes)}, and the rows name that"
+    gone = files.gone(training)
+    if gone:
+        return f"its rows are gone: {listing(gone)}"
+    try:
+        _settings(tree, [path], training)
+    except LoraTreeError as error:
+        return f"its settings are not those of this version: {error.what}"
+    return None
+
+
+def _rounds(tree: AdapterTree, able: Mapping[str, TrainedWith]) -> list[list[str]]:
+    """Group nodes into runs, so that each run stands on what the runs before it have saved."""
+    groups: list[list[str]] = []
+    done: set[str] = set()
+    while len(done) < len(able):
+        ready: dict[str, str] = {}
+        for path in tree.paths():
+            if path not in able or path in done:
+                continue
+            digest = able[path].digest
+            above = [node for node in tree.lineage(path)[:-1] if node in able and node not in done]
+            # A node may wait for one that trains in the same run, as the first time.
+            if all(ready.get(node) == digest for node in above):
+                ready[path] = digest
+        together: dict[str, list[str]] = {}
+        for path, digest in ready.items():
+            together.setdefault(digest, []).append(path)
+        groups.extend(together.values())
+        done.update(ready)
+    return groups
+
+
+def _job(
+    tree: AdapterTree, nodes: Sequence[str], training: TrainedWith, files: _DataFiles
+) -> RetrainJob:
+    run = None if training.run is None else files.place(training.run)
+    return RetrainJob(
+        tuple(nodes),
+        training,
+        _settings(tree, nodes, training),
+        tuple(files.place(file.path) for file in training.data),
+        tuple(files.changed(training)),
+        run,
+    )
+
+
+def _settings(tree: AdapterTree, nodes: Sequence[str], training: TrainedWith) -> Settings:
+    """Return the settings of a run, without what they say of nodes that do not train now.
+
+    Raises:
+        SpecError: another version of this library wrote them.
+    """
+    plain: dict[str, Any] = dict(training.settings)
+    for word, known in (("lr_of", set(nodes)), ("decay_of", set(nodes)), ("weights", {"", *tree})):
+        given = plain.get(word)
+        if isinstance(given, Mapping):
+            plain[word] = {path: value for path, value in given.items() if path in known}
+    return Settings.from_plain(plain)
+
+
+class _DataFiles:
+    """The files of rows as they are now; each is hashed once."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._hashes: dict[Path, str] = {}
+
+    def place(self, path: str) -> Path:
+        """Return where a file is that is told as seen from the tree's folder."""
+        return Path(os.path.normpath(self._home / path))
+
+    def gone(self, training: TrainedWith) -> list[str]:
+        """Return the files that are not there any more."""
+        return [file.path for file in training.data if not is_file(self.place(file.path))]
+
+    def changed(self, training: TrainedWith) -> list[Path]:
+        """Return the files that hold other bytes than they did."""
+        found = []
+        for file in training.data:
+            place = self.place(file.path)
+            if place not in self._hashes:
+                self._hashes[place] = disk.digest(place)
+            if self._hashes[place] != file.sha256:
+                found.append(place)
+        return found
