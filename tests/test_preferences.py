@@ -18,6 +18,7 @@ from torch.func import functional_call
 import lora_tree as lt
 from lora_tree.errors import SpecError
 from lora_tree.runs import Row, Run, Settings, evaluate, read_rows
+from lora_tree.runs.held_back import loss_of_rows
 
 TRAINING = ("a/b/c", "d")
 BETA = 0.3
@@ -117,6 +118,10 @@ def test_many_nodes_at_once_learn_what_each_learns_by_dense_algebra(tmp_path: Pa
         assert cell == pytest.approx(sum(own[domain]) / len(own[domain]), rel=1e-6)
     assert found.losses[found.paths.index("a/b")][0] == pytest.approx(0.6931471806)
     assert found.unit == "nats per preference"
+    # By which a run tells its best checkpoint: each row at its own path.
+    whole = [loss for losses in own.values() for loss in losses]
+    loss = loss_of_rows(model, rows, beta=BETA, batch=4)
+    assert loss == pytest.approx(sum(whole) / len(whole), rel=1e-6)
 
 
 def test_stopped_and_resumed_it_comes_to_the_same_bits(tmp_path: Path) -> None:
