@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import BaseMismatch, BudgetError, listing
+from ..errors import BaseMismatch, BudgetError, StateError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch, tree_node
@@ -273,6 +273,8 @@ class Unmerged:
             if packs_saved(False) is not None or not torch.is_grad_enabled():
                 guard.may_run_again(after)
             if after.grad_fn is not None:
+                if x.requires_grad and not out.requires_grad:
+                    _raise_for_stop(module, name)
                 training = running.training.get(name)
                 if training:
                     # On the graph: a gradient comes by here only if rows of this very forward went
@@ -285,6 +287,20 @@ class Unmerged:
     def _reach(self, nodes: Sequence[str], grads: object) -> None:
         """Note that a backward comes by a side path: the gradients of these nodes are made next."""
         self.reached.update(nodes)
+
+
+def _raise_for_stop(module: nn.Module, name: str) -> NoReturn:
+    """Refuse a layer of the base that passes no gradient on: everything below it would stop to learn.
+
+    Raises:
+        StateError: always; names the site.
+    """
+    raise StateError(
+        f"{name}: this {type(module).__name__} passes no gradient on to what is before it, so "
+        "nodes there would not learn from here",
+        "a quantiser of weights alone trains (bitsandbytes, torchao's weight-only kinds); one that "
+        "quantises inputs for inference does not",
+    )
 
 
 def _portions(drafts: Sequence[Draft]) -> Iterator[tuple[torch.device, int, list[Draft]]]:

@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import StateError
+from .packing import forbid_packing
 
 __all__ = ["gate", "viewed"]
 
@@ -104,6 +105,8 @@ def _fill(twin: nn.Module, module: nn.Module, twins: Mapping[int, nn.Module]) ->
         elif not _is_ours(value):
             held[name] = _seen_from(value, twins)
     vars(twin).update(held)
+    # A view shares its weights, and must not lay them out for an evaluation of its own.
+    forbid_packing(twin)
 
 
 def _our_hooks(module: nn.Module) -> set[int]:

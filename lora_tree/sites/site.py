@@ -345,9 +345,14 @@ class Site(ABC):
         if merged:
             reason = self.why_unmerged_only(value)
             if reason:
-                raise UnmergedOnly(
-                    f"{where}: can't be merged: {reason}", 'use activate(…, mode="unmerged")'
-                )
+                todo = ['use activate(…, mode="unmerged")']
+                if self.why_not_written(self.weight_name):
+                    todo += [
+                        "for merged weights, add the path to the base's unquantised checkpoint: "
+                        "lora-tree export zoo/ PATH --as model --base FOLDER --out DIR",
+                        "or attach to a base that was dequantised: base.dequantize()",
+                    ]
+                raise UnmergedOnly(f"{where}: can't be merged: {reason}", *todo)
         elif self.why_merged_only:
             raise MergedOnly(
                 f"{where}: can't run unmerged: {self.why_merged_only}",

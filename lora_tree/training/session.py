@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapter import Adapter
 from ..engine.behaviour import State
 from ..engine.fresh import settle_fresh
+from ..engine.packing import Packing
 from ..engine.plan import Binder
 from ..engine.side import Manner, side_device
 from ..engine.stage import Stage
@@ -75,6 +76,7 @@ class Training:
         self._stage, self._binder, self._manner = stage, binder, manner
         self._beside = beside
         self._handed = handed
+        self._packing = Packing(base)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
         self._steps = weakref.WeakKeyDictionary()
         # The base's `requires_grad` flags before the first call of `train`, for `close`. A second
@@ -105,12 +107,15 @@ class Training:
         if dtype is not None and dtype.itemsize == 1:
             raise SpecError(f"dtype: factors can't train in {dtype}", "dtype=torch.float32")
         self._check_unmerged(chosen)
+        if chosen:
+            self._packing.check()
         # A parameter that is made under inference_mode could never train.
         with torch.inference_mode(False):
             bound = self._bound(chosen, dtype, within)
             with self._as_before_on_failure():
                 self._own(bound, dtype)
                 self._handed.look(bool(chosen))
+                self._packing.forbid(bool(chosen))
                 self._sharded_together(self._factors.sharded)
                 self._manner.dropout = dropout
                 if self._flags is None:
@@ -178,6 +183,7 @@ class Training:
         for parameter, flag in self._flags or ():
             parameter.requires_grad_(flag)
         self._handed.look(False)
+        self._packing.forbid(False)
         self._sharded_together(False)
 
     # ------------------------------------------------------------------ private
@@ -240,6 +246,7 @@ class Training:
             dropout=self._manner.dropout,
             base_flags=self._flags,
             looks=self._handed.looks,
+            keeps=self._packing.forbidden,
         )
         try:
             yield
@@ -258,6 +265,7 @@ class Training:
             parameter.requires_grad_(flag)
         self._manner.dropout, self._flags = before.dropout, before.base_flags
         self._handed.look(before.looks)
+        self._packing.forbid(before.keeps)
         self._sharded_together(self._factors.sharded)
         # Laying one of these out may have failed after others had the new factors already.
         for path_model in list(self._beside):
@@ -288,6 +296,7 @@ class _TrainingSnapshot:
     dropout: float
     base_flags: list[tuple[nn.Parameter, bool]] | None
     looks: bool
+    keeps: bool
 
 
 def _flags_of(module: nn.Module) -> list[tuple[nn.Parameter, bool]]:
