@@ -54,6 +54,8 @@ COMMANDS = {
     "train": "train:train",
     "retrain": "retrain:train_again",
     "eval": "eval:evaluation",
+    "blame": "blame:blame",
+    "bisect": "bisect:bisect",
     "promote": "promote:promotion",
     "llama-args": "llama_args:llama_args",
     "vllm-args": "vllm_args:vllm_args",

@@ -63,6 +63,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree retrain zoo/ --stale --base models/base --yes",
     ),
     "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),
+    "blame": ("lora-tree blame zoo/ fr/legal --data rows.jsonl --base models/base --by kinds",),
+    "bisect": ("lora-tree bisect zoo/ fr/legal --data rows.jsonl --base models/base",),
     "promote": ("lora-tree promote zoo/ fr/legal --from zoo/.training/checkpoint-20",),
     "vllm-args": ("lora-tree vllm-args zoo/ --cache vllm-cache --allow 'fr/**'",),
     "llama-args": ("lora-tree llama-args zoo/ fr/legal --files gguf",),

@@ -1,5 +1,6 @@
 """Training runs over a tree: rows from JSON lines, a loop that resumes bit for bit, evaluation."""
 
+from .blaming import Bisection, Blame, Part, bisect, blame
 from .comparison import Comparison, SliceLosses, compare_trees
 from .evaluation import LossMatrix, evaluate
 from .held_back import Verdict
@@ -11,8 +12,11 @@ from .settings import Settings
 from .step import StepLosses
 
 __all__ = [
+    "Bisection",
+    "Blame",
     "Comparison",
     "LossMatrix",
+    "Part",
     "RetrainJob",
     "Retraining",
     "Row",
@@ -21,6 +25,8 @@ __all__ = [
     "SliceLosses",
     "StepLosses",
     "Verdict",
+    "bisect",
+    "blame",
     "compare_trees",
     "evaluate",
     "plan_retraining",

@@ -30,7 +30,7 @@ from .preferences import (
 )
 from .rows import Row, padded
 
-__all__ = ["LossMatrix", "evaluate", "evaluate_at"]
+__all__ = ["LossMatrix", "evaluate", "evaluate_at", "inputs_of"]
 
 
 @dataclass(frozen=True)
@@ -209,23 +209,30 @@ def _by_length(rows: Sequence[Row]) -> list[Row]:
 
 def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
     """Return the mean loss of some rows under the active path, in nats per learnt token."""
-    device = next(model.base.parameters()).device
     ordered = _by_length(rows)
     sums = []
     for i in range(0, len(ordered), batch):
-        some = ordered[i : i + batch]
-        if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
-            inputs: dict[str, Any] = _read_and_written(some, device)
-            # The base shifts these by itself: its decoder starts from a token of its own.
-            labels = inputs["labels"]
-            logits = model(**inputs).logits
-        else:
-            inputs = padded(some, device=device)
-            labels = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs).logits[:, :-1]
+        inputs, labels = inputs_of(model, ordered[i : i + batch])
+        logits = model(**inputs).logits[:, : labels.shape[1]]
         sums.append(float(row_losses(logits, labels, shift=False)[0].sum()))
     # fsum rounds once, so the result does not depend on how rows fell into batches.
     return math.fsum(sums) / _learnt(rows)
+
+
+def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
+    """Return what the base is called with, and the labels that its first logits are for.
+
+    Raises:
+        SpecError: the base has an encoder, and a row has nothing for it to read.
+    """
+    device = next(model.base.parameters()).device
+    if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
+        inputs: dict[str, Any] = _read_and_written(rows, device)
+        # The base shifts these by itself: its decoder starts from a token of its own.
+        return inputs, inputs["labels"]
+    inputs = padded(rows, device=device)
+    # The logits at a token are for the next one, and those at the last for none.
+    return inputs, inputs.pop("labels")[:, 1:]
 
 
 def _read_and_written(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,93 @@
+"""``lora-tree bisect``: which node of a lineage, or which version of a node, made a loss worse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..blend import Blend
+from ..errors import SpecError
+from ..folder import history, load, load_versions
+from ..model import attach
+from ..runs import Bisection
+from ..runs import bisect as bisected
+from ..training.diverged import BASE_LABEL
+from ..tree import AdapterTree
+from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
+from .console import out, print_json
+from .open_base import open_model, open_tokenizer
+from .open_rows import open_rows
+
+__all__ = ["bisect"]
+
+
+def bisect(
+    folder: Folder,
+    path: Annotated[str, typer.Argument(help="The path whose steps they are: fr/legal.")],
+    *,
+    data: Data,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="Compare the node's versions, not its ancestors.")
+    ] = False,
+    base: Base = None,
+    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 32,
+    max_length: Length = 1024,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure rows node by node down a lineage, or version by version; say where it got worse."""
+    tree = load(folder)
+    # Before a base is opened, which takes minutes: a typo is told at once.
+    tree.lineage(path)
+    steps = _versions(tree, folder, path) if versions else path
+    name, tokenizer = open_tokenizer(
+        tree, folder, base, what="bisect", trust_remote_code=trust_remote_code
+    )
+    rows = open_rows(data, tree, tokenizer, max_length=max_length)
+    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
+    found = bisected(model, steps, rows, batch=batch)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _tell(found)
+
+
+def _versions(tree: AdapterTree, folder: Path, path: str) -> Mapping[str, Blend]:
+    """Add each earlier version as a sibling, in memory, so that one batch can hold them all."""
+    steps: dict[str, Blend] = {}
+    known = history(folder).get(path, [])
+    for number, version in enumerate(known, 1):
+        name = f"{path}@{number}"
+        if version.is_present:
+            steps[name] = path
+            continue
+        was, (node,) = load_versions(folder, name)
+        sibling = f"{path}.{number}"
+        while sibling in tree:
+            sibling += "-"
+        tree.add(sibling, adapter=was.adapter(node), weight=was[node].weight)
+        steps[name] = sibling
+    if len(steps) < 2:
+        raise SpecError(f"{path}: no earlier version is kept", f"see: lora-tree log {folder}")
+    return steps
+
+
+def _tell(found: Bisection) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table.add_column("up to", no_wrap=True)
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("change", justify="right", no_wrap=True)
+    before: float | None = None
+    for step, loss in zip(found.steps, found.losses, strict=True):
+        change = "" if before is None else f"{loss - before:+.3f}"
+        table.add_row(Text(step or BASE_LABEL), f"{loss:.3f}", change)
+        before = loss
+    out().print(table)
+    worst = "no step made it worse" if found.worst is None else f"worse since {found.worst}"
+    out().print(f"{worst}; nats on {found.tokens:,} tokens", soft_wrap=True)

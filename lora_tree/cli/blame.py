@@ -1,0 +1,83 @@
+"""``lora-tree blame``: which part of a lineage moves the loss of some rows."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..folder import load
+from ..model import attach
+from ..runs import Blame
+from ..runs import blame as blamed
+from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
+from .console import out, print_json
+from .open_base import open_model, open_tokenizer
+from .open_rows import open_rows
+
+__all__ = ["blame"]
+
+
+class Parts(StrEnum):
+    """The parts that are left out one at a time."""
+
+    nodes = "nodes"
+    kinds = "kinds"
+    layers = "layers"
+    modules = "modules"
+
+
+def blame(
+    folder: Folder,
+    path: Annotated[str, typer.Argument(help="The path whose lineage it is: fr/legal.")],
+    *,
+    data: Data,
+    by: Annotated[
+        Parts,
+        typer.Option(
+            help="nodes: each as a whole. kinds: q_proj, v_proj, … of each. layers. modules."
+        ),
+    ] = Parts.nodes,
+    node: Annotated[
+        list[str] | None, typer.Option(help="Only parts of this node; repeat it.")
+    ] = None,
+    base: Base = None,
+    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 32,
+    max_length: Length = 1024,
+    most: Annotated[int, typer.Option(min=1, help="Parts to list, the largest first.")] = 20,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Leave out each part of a lineage, and say what that does to the loss and the answers."""
+    tree = load(folder)
+    # Before a base is opened, which takes minutes: a typo is told at once.
+    tree.lineage(path)
+    name, tokenizer = open_tokenizer(
+        tree, folder, base, what="blame", trust_remote_code=trust_remote_code
+    )
+    rows = open_rows(data, tree, tokenizer, max_length=max_length)
+    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
+    found = blamed(model, path, rows, by=by.value, nodes=node or None, batch=batch)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _tell(found, most)
+
+
+def _tell(found: Blame, most: int) -> None:
+    out().print(f"{found.path}: {found.loss:.3f} nats on {found.tokens:,} tokens", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table.add_column("without", no_wrap=True)
+    for heading in ("loss", "change", "KL"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for part in found.parts[:most]:
+        name = f"{part.node}: {part.part}" if part.part else part.node
+        change = f"{part.change:+.3f}"
+        table.add_row(Text(name), f"{part.loss:.3f}", change, f"{part.divergence:.3f}")
+    out().print(table)
+    if len(found.parts) > most:
+        out().print(f"and {len(found.parts) - most} more parts: --most", soft_wrap=True)
