@@ -14,8 +14,7 @@ from ..blend import Blend
 from ..errors import SpecError
 from ..folder import history, load, load_versions
 from ..model import attach
-from ..runs import Bisection
-from ..runs import bisect as bisected
+from ..runs import Bisection, bisect
 from ..training.diverged import BASE_LABEL
 from ..tree import AdapterTree
 from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
@@ -23,10 +22,10 @@ from .console import out, print_json
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
 
-__all__ = ["bisect"]
+__all__ = ["bisect_steps"]
 
 
-def bisect(
+def bisect_steps(
     folder: Folder,
     path: Annotated[str, typer.Argument(help="The path whose steps they are: fr/legal.")],
     *,
@@ -51,7 +50,7 @@ def bisect(
     )
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
-    found = bisected(model, steps, rows, batch=batch)
+    found = bisect(model, steps, rows, batch=batch)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -11,14 +11,13 @@ from rich.text import Text
 
 from ..folder import load
 from ..model import attach
-from ..runs import Blame
-from ..runs import blame as blamed
+from ..runs import Blame, blame
 from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
 from .console import out, print_json
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
 
-__all__ = ["blame"]
+__all__ = ["blame_parts"]
 
 
 class Parts(StrEnum):
@@ -30,7 +29,7 @@ class Parts(StrEnum):
     modules = "modules"
 
 
-def blame(
+def blame_parts(
     folder: Folder,
     path: Annotated[str, typer.Argument(help="The path whose lineage it is: fr/legal.")],
     *,
@@ -61,7 +60,7 @@ def blame(
     )
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
-    found = blamed(model, path, rows, by=by.value, nodes=node or None, batch=batch)
+    found = blame(model, path, rows, by=by.value, nodes=node or None, batch=batch)
     if as_json:
         print_json(found.as_dict())
     else:
