@@ -428,7 +428,7 @@ class Adapter:
         self,
         folder: str | os.PathLike[str],
         *,
-        form: Literal["peft", "kohya", "diffusers"] = "peft",
+        form: Literal["peft", "kohya", "diffusers", "mlx"] = "peft",
     ) -> None:
         """Write a PEFT folder, or a file of an image format; its bytes depend on the value alone.
 
@@ -439,7 +439,7 @@ class Adapter:
                 ``.safetensors``, or for ``diffusers`` it is the folder in which
                 ``load_lora_weights`` looks for one.
             form: ``kohya`` and ``diffusers`` are for modules named by the component of a pipeline,
-                ``unet.…``.
+                ``unet.…``; ``mlx`` is mlx-lm's folder, of one rank.
 
         Raises:
             FormatError: the format has no way to write this value; names the module and the reason.

@@ -291,7 +291,6 @@ def by_us(head: bytes, body: bytes) -> dict[str, tuple[str, tuple[int, ...], byt
 
 STRICTER = (
     "occurs twice",
-    "__metadata__ must map strings to strings, got None",
     "expected dtype, shape and data_offsets",  # a field more than the format has
     "is not supported, expected one of",
     "the tensor is empty",

@@ -47,6 +47,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "lora-tree export zoo/ fr/legal --out export/legal",
         "lora-tree export zoo/ fr/legal:0.5+de:0.5 --rank 8 --out export/blend",
+        "lora-tree export zoo/ fr/legal --as mlx --out export/mlx",
         "lora-tree export zoo/ fr/legal --as model --base models/base --out export/model",
         "lora-tree export zoo/ --all --out export/leaves",
     ),

@@ -18,6 +18,7 @@ from ..export import (
     export_gguf,
     export_gguf_nodes,
     export_leaves,
+    export_mlx,
     export_model,
     portable,
 )
@@ -48,6 +49,7 @@ class As(StrEnum):
     peft = "peft"
     kohya = "kohya"
     diffusers = "diffusers"
+    mlx = "mlx"
     gguf = "gguf"
     model = "model"
 
@@ -75,6 +77,7 @@ def export(
             help="portable: one rank, alpha = r, no patterns, for any engine. "
             "peft: ranks as they are. "
             "kohya, diffusers: one .safetensors file for programs that make images. "
+            "mlx: a folder for mlx-lm. "
             "gguf: one file for llama.cpp. "
             "model: the base's checkpoint with the path merged into it.",
         ),
@@ -197,8 +200,13 @@ def export(
             model = skeleton_of(
                 base, what=f"export --as {kind} --base", trust_remote_code=trust_remote_code
             )
-        flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
-        flat.save(to, form=kind.value)  # type: ignore[arg-type]
+        if kind is As.mlx:
+            flat = export_mlx(
+                tree, path, to, base=model, rank=rank, max_error=max_error, dtype=rounded_to
+            )
+        else:
+            flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
+            flat.save(to, form=kind.value)  # type: ignore[arg-type]
         tell_flat(path, to, flat, kind, dtype, as_json=as_json)
         return
     form = {

@@ -5,6 +5,7 @@ from .extract import Extracted, extract
 from .gguf import LlamaRequest, export_gguf, export_gguf_nodes, llama_request
 from .leaves import export_leaves
 from .merged_check import MergedCheck, TensorCheck, check_merged
+from .mlx import export_mlx
 from .portable import ENGINE_RANKS, Portable, ceil_rank_of, portable
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "export_gguf",
     "export_gguf_nodes",
     "export_leaves",
+    "export_mlx",
     "export_model",
     "extract",
     "llama_request",

@@ -24,13 +24,12 @@ from ..errors import FormatError, LoraTreeWarning, UnsupportedAdapter, listing
 from ..lowrank import PARAMETER
 from ..overlay import over
 from ..storage import Allocate, Witness
-from ..system.reading import Inside, open_stream
-from .limits import CONFIG_BYTES
+from ..system.reading import Inside
+from .config_bytes import config_bytes
 from .peft_config import TURNED, says_which_way
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_outline import PeftTexts, outline_of
 from .peft_products import product_config, read_products
-from .pointer import check_pointer
 from .safetensors import open_tensors, parse_header
 
 __all__ = ["read_adapter", "read_folder"]
@@ -74,7 +73,7 @@ def read_adapter(
     """
     config_named, weights_named = os.path.join(where, CONFIG), os.path.join(where, WEIGHTS)
     _check_present(config_file, weights_file, where)
-    config = _config_bytes(config_file, config_named, inside)
+    config = config_bytes(config_file, config_named, inside)
     witness_weights = None
     if witness:
         witness(CONFIG, memoryview(config))
@@ -154,22 +153,3 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
         ),
         stacklevel=2,
     )
-
-
-def _config_bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:
-    try:
-        with open_stream(file, inside=inside) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > CONFIG_BYTES:
-                raise FormatError(
-                    f"{where}: more than {CONFIG_BYTES >> 20} MiB: got {size:,} bytes, "
-                    "and no adapter config is that large",
-                    "is it another file of this name? save the adapter again with PEFT",
-                )
-            # Read at most the size that was checked: the file may grow meanwhile, and read()
-            # allocates what it reads.
-            data = stream.read(size)
-            check_pointer(data, where, "JSON")
-            return data
-    except OSError as error:
-        raise FormatError(f"{where}: can't be read: {error.strerror or error}") from error

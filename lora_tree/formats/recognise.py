@@ -1,10 +1,12 @@
 """Recognise the format of an adapter's files, by a sign that can be named.
 
     a folder with adapter_config.json         PEFT
+    a folder with adapters.safetensors only   mlx-lm
     a folder with pytorch_lora_weights only   by the keys of that file, which diffusers writes
     a .safetensors file                       by its keys:
         lora_unet_…, lora_te1_…                   kohya, LyCORIS
         unet.….lora_A.weight, …                   diffusers
+        ….lora_a, ….lora_b                        mlx-lm; its config lies beside it
         base_model.model.…                        PEFT; refused, since its config is missing
 
 Law: nothing is tried out. A folder is recognised by the names in it, a file by the keys in its
@@ -24,15 +26,23 @@ from ..system.reading import is_file, is_folder
 from .peft_keys import CONFIG, PREFIX, WEIGHTS
 from .safetensors import open_tensors, parse_header
 
-__all__ = ["DIFFUSERS_WEIGHTS", "FileKind", "Recognised", "kind_of_keys", "recognise"]
+__all__ = [
+    "DIFFUSERS_WEIGHTS",
+    "MLX_WEIGHTS",
+    "FileKind",
+    "Recognised",
+    "kind_of_keys",
+    "recognise",
+]
 
-FileKind = Literal["peft", "kohya", "diffusers"]
+FileKind = Literal["peft", "kohya", "diffusers", "mlx"]
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _EXPECTED = (
     f"an adapter is a folder that holds {CONFIG} and {WEIGHTS}, or one .safetensors file "
-    "with kohya's keys (lora_unet_…) or diffusers' (unet.….lora_A.weight)"
+    "with kohya's keys (lora_unet_…), diffusers' (unet.….lora_A.weight) or mlx-lm's (….lora_a)"
 )
 _COMPONENTS = r"(?:unet|transformer|text_encoder)(?:_[23])?"
 _SIGNS: tuple[tuple[FileKind, re.Pattern[str], str], ...] = (
@@ -46,6 +56,7 @@ _SIGNS: tuple[tuple[FileKind, re.Pattern[str], str], ...] = (
         ),
         "its keys begin with a component of a diffusers pipeline",
     ),
+    ("mlx", re.compile(r"[^\n]+\.(?:lora_[ab]|m)\Z"), "its keys end in .lora_a and .lora_b"),
 )
 """A key is of the first format whose pattern matches it from its beginning; no key matches two."""
 
@@ -76,6 +87,9 @@ def recognise(path: Path) -> Recognised:
         UnsupportedAdapter: a pickle.
     """
     if is_folder(path):
+        # mlx-lm's config has the name of PEFT's, so the factors' file counts.
+        if not is_file(path / WEIGHTS) and is_file(path / MLX_WEIGHTS):
+            return Recognised("mlx", f"a folder with {MLX_WEIGHTS}", path / MLX_WEIGHTS)
         is_peft = is_file(path / CONFIG) or is_file(path / WEIGHTS)
         if is_peft or not is_file(path / DIFFUSERS_WEIGHTS):
             return Recognised("peft", f"a folder with {CONFIG} and {WEIGHTS}")

@@ -73,7 +73,9 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
             "write the file again with the safetensors package",
         )
     # The one key that is no tensor; the format reserves it.
-    metadata = fields.pop("__metadata__", {})
+    metadata = fields.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}  # MLX writes null where there are none, which the package takes too
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(
             f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..errors import FormatError
 from ..overlay import over
 from ..storage import Allocate
-from ..system.reading import Inside
+from ..system.reading import Inside, is_file
+from .config_bytes import config_bytes
 from .diffusers import read_diffusers
 from .kohya import read_kohya
+from .mlx import read_mlx
+from .peft_keys import CONFIG
 from .recognise import Recognised
 from .safetensors import open_tensors, parse_header
 
@@ -24,7 +30,7 @@ def read_single(
     allocate: Allocate | None = None,
     inside: Inside | None = None,
 ) -> Adapter:
-    """Read a single file of an image format; the factors are in memory, in the file's dtypes.
+    """Read a single file of another program's format; the factors are in memory, in its dtypes.
 
     Args:
         found: what `recognise` said of the file.
@@ -48,8 +54,25 @@ def read_single(
             tensors[name] = there(tensor).contiguous()
         if found.kind == "kohya":
             adapter = read_kohya(tensors, where)
+        elif found.kind == "mlx":
+            config = file.with_name(CONFIG)
+            adapter = read_mlx(tensors, _config_beside(config, where, inside), where, str(config))
         else:
             adapter = read_diffusers(tensors, header.metadata, where)
     if outline:
         return adapter.with_tensors(lambda tensor: tensor.to("meta"))
     return adapter
+
+
+def _config_beside(config: Path, where: str, inside: Inside | None) -> bytes:
+    """Return the bytes of the config in the folder of mlx-lm's file.
+
+    Raises:
+        FormatError: it is missing, or can't be read.
+    """
+    if not is_file(config):
+        raise FormatError(
+            f"{where}: no {CONFIG} beside it, which says the scale of mlx-lm's factors",
+            "download both files of the adapter",
+        )
+    return config_bytes(config, str(config), inside)
