@@ -28,6 +28,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import FormatError, LoraTreeError, UnsupportedAdapter
 from ..lowrank import EMBEDDING, LINEAR, LowRank
+from ..override import check_none
 from . import safetensors, strict_json
 from .peft_keys import CONFIG
 from .recognise import MLX_WEIGHTS
@@ -208,12 +209,7 @@ def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, byte
     """
     if not adapter.modules:
         raise FormatError("an adapter without modules can't be written")
-    if adapter.overrides:
-        raise FormatError(
-            f"{next(iter(adapter.overrides))}: mlx-lm's adapters hold increments alone, and this "
-            "tensor replaces the base's",
-            "export the whole model: lora-tree export … --as model",
-        )
+    check_none(adapter.overrides, "mlx-lm's adapter")
     rank = max(adapter.ranks.values())
     tensors: dict[str, Tensor] = {}
     keys, deepest = set(), -1
