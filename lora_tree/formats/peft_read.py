@@ -25,7 +25,7 @@ from ..lowrank import PARAMETER
 from ..overlay import over
 from ..storage import Allocate, Witness
 from ..system.reading import Inside
-from .config_bytes import config_bytes
+from .config_file import read_config
 from .peft_config import TURNED, says_which_way
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_outline import PeftTexts, outline_of
@@ -73,7 +73,7 @@ def read_adapter(
     """
     config_named, weights_named = os.path.join(where, CONFIG), os.path.join(where, WEIGHTS)
     _check_present(config_file, weights_file, where)
-    config = config_bytes(config_file, config_named, inside)
+    config = read_config(config_file, config_named, inside)
     witness_weights = None
     if witness:
         witness(CONFIG, memoryview(config))

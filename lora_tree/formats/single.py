@@ -12,7 +12,7 @@ from ..errors import FormatError
 from ..overlay import over
 from ..storage import Allocate
 from ..system.reading import Inside, is_file
-from .config_bytes import config_bytes
+from .config_file import read_config
 from .diffusers import read_diffusers
 from .kohya import read_kohya
 from .mlx import read_mlx
@@ -75,4 +75,4 @@ def _config_beside(config: Path, where: str, inside: Inside | None) -> bytes:
             f"{where}: no {CONFIG} beside it, which says the scale of mlx-lm's factors",
             "download both files of the adapter",
         )
-    return config_bytes(config, str(config), inside)
+    return read_config(config, str(config), inside)

@@ -10,10 +10,10 @@ from ..system.reading import Inside, open_stream
 from .limits import CONFIG_BYTES
 from .pointer import check_pointer
 
-__all__ = ["config_bytes"]
+__all__ = ["read_config"]
 
 
-def config_bytes(file: str | Path, where: str, inside: Inside | None) -> bytes:
+def read_config(file: str | Path, where: str, inside: Inside | None) -> bytes:
     """Return the bytes of a config.
 
     Args:
