@@ -15,6 +15,7 @@ from benchmarks import (
     decode,
     first_use,
     flatten,
+    forms,
     opening,
     policies,
     routed,
@@ -155,6 +156,13 @@ def test_a_missed_aim_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cycle_starts_again() -> None:
     following = cycle("a", "b")
     assert [following() for _ in range(5)] == ["a", "b", "a", "b", "a"]
+
+
+def test_the_forms_of_a_sum_are_timed_beside_their_estimates() -> None:
+    told = forms.measured((8, 4, 2, 3), (32, 48), 0.0)
+    assert told.timed.keys() == told.estimated.keys() == {"nodes", "paths", "grouped", "matrix"}
+    assert told.over_fastest >= 1.0
+    assert str(told).startswith("8 rows over 4 paths, 3 tokens a row, 32 → 48: ")
 
 
 def test_a_switch_changes_files_half_as_often_as_it_did() -> None:

@@ -797,7 +797,10 @@ def test_wrong_usage_exits_with_2(shell: Shell) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"]
+)
+def test_a_demo_that_is_ended_leaves_nothing(tmp_path: Path, how: int, code: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_tree.cli", "demo", str(tmp_path / "zoo")],
         stdout=subprocess.PIPE,
@@ -807,9 +810,9 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     while not list(tmp_path.iterdir()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (code, "")
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 

@@ -30,6 +30,7 @@ from lora_tree.errors import DivergedError, FolderError, FormatError, PathError,
 from lora_tree.runs import LossMatrix, Run, Settings, evaluate, loop, promote, read_rows
 from lora_tree.runs.checkpoint_place import appearing, put_back, retire
 from lora_tree.runs.evaluation import evaluate_at
+from lora_tree.runs.forecast import becoming_stale
 
 END = 256
 CHAT = (
@@ -906,6 +907,16 @@ def test_train_eval_and_promote_from_the_shell(
     assert f"lies in {zoo}, where folders of adapters are nodes" in capsys.readouterr().err
     lora_tree("train", zoo, "--data", rows, "--lr-of", "de", code=1)
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
+
+
+def test_a_saved_child_that_never_trained_does_not_become_stale(tmp_path: Path) -> None:
+    tree = lt.AdapterTree()
+    for path, b in (("fr", 1.0), ("fr/new", 0.0), ("fr/old", 1.0)):
+        value = lt.LowRank(torch.ones(1, 4), torch.full((4, 1), b))
+        tree.add(path, adapter=lt.Adapter({"q": value}))
+    tree.save(tmp_path / "zoo")
+    assert becoming_stale(lt.load(tmp_path / "zoo"), ["fr"]) == ["fr/old"]
+    assert becoming_stale(tree, ["fr"]) == ["fr/old"]
 
 
 def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and_afterwards_what_is(

@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from dense import zoo_of
 from shell import Shell, answer
 from zoo import listing, opened
@@ -43,6 +44,22 @@ def test_diff_tells_what_moved(shell: Shell, zoo: Path) -> None:
     assert told["moved"] == wanted.moved
     assert told["modules"]["q_proj"]["cosine"] == wanted.modules["q_proj"].cosine
     assert "and 4 more modules" in shell("diff", zoo, "fr", "fr/legal", "--most", "1")[1]
+
+
+def test_diff_of_what_never_trained_does_not_call_it_the_same(shell: Shell, tmp_path: Path) -> None:
+    zero = lt.Adapter({"q": lt.LowRank(torch.ones(2, 4), torch.zeros(4, 2))})
+    other = lt.Adapter({"q": lt.LowRank(-torch.ones(2, 4), torch.zeros(4, 2))})
+    tree = lt.AdapterTree(defaults={"target_modules": ["q"]})
+    tree.add("fr", adapter=zero)
+    tree.add("de", adapter=other)
+    tree.add("it")
+    tree.save(tmp_path / "zoo")
+    for a, b in (("fr", "de"), ("fr", "it"), ("it", "")):
+        told = shell("diff", tmp_path / "zoo", a, b)[1]
+        name = b or "the base"
+        assert told == f"{a} and {name} add nothing: what differs between them never trained\n"
+    assert answer(shell, "diff", tmp_path / "zoo", "fr", "it")["fresh"] == ["it"]
+    assert shell("diff", tmp_path / "zoo", "it", "it")[1] == "it and it are the same\n"
 
 
 def test_diff_compares_trees(shell: Shell, zoo: Path, tmp_path: Path) -> None:

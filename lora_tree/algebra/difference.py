@@ -70,6 +70,7 @@ class Diff:
         modules: module → its figures, by name.
         carried: tensors of the base that both adapters carry, with different values.
         overrides: tensors of the base that one of the two replaces, or both by different values.
+        fresh: nodes of either side that have no factors yet, and so add nothing.
     """
 
     a: str
@@ -77,6 +78,7 @@ class Diff:
     modules: Mapping[str, ModuleDiff]
     carried: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
     @property
     def norm_a(self) -> float:
@@ -114,6 +116,11 @@ class Diff:
         """The two are one value: no module moved, and no carried or replaced tensor differs."""
         return self.moved == 0.0 and not self.carried and not self.overrides
 
+    @property
+    def add_nothing(self) -> bool:
+        """Neither side adds anything, though there are factors, or will be: none has trained."""
+        return bool(self.fresh or self.modules) and self.norm_a == self.norm_b == 0.0
+
     def as_dict(self) -> dict[str, object]:
         """The figures as plain data, for JSON."""
         return {
@@ -125,6 +132,7 @@ class Diff:
             "cosine": self.cosine,
             "carried": list(self.carried),
             "overrides": list(self.overrides),
+            "fresh": list(self.fresh),
             "modules": {name: vars(module) for name, module in self.modules.items()},
         }
 
@@ -240,7 +248,10 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
         both = tree.terms(a, base=base), tree.terms(b, base=base)
         own_terms = (_less_shared(both[i], both[1 - i], shared) for i in (0, 1))
     sides = [added_up(terms, base=base) for terms in own_terms]
-    return diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
+    found = diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
+    differing = (ours.keys() | theirs.keys()) - shared
+    fresh = [node for node in sorted(differing, key=depth_first) if tree[node].fresh is not None]
+    return replace(found, fresh=tuple(fresh))
 
 
 def _terms_without(

@@ -1,7 +1,7 @@
 """``lora-tree``: the public Python surface from a shell. No command can do more than Python can.
 
 0  done          1  an error, in one message on stderr; problems found by check
-2  wrong usage   130  interrupted
+2  wrong usage   130  interrupted          143  terminated
 
 LORA_TREE_TRACEBACK=1 in the environment shows where an error came from.
 """
@@ -48,13 +48,39 @@ def _run(given: list[str], *, own_process: bool) -> None:
 
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)
-        with noted_command(given):
+        with noted_command(given), _terminations_clean_up() if own_process else nullcontext():
             app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
     # typer ends a command by SystemExit, with the command's code. That is no Exception, so it
     # passes.
     except Exception as error:  # the last resort: a user of a shell does not read tracebacks
         print_error(error)
         sys.exit(1)
+
+
+@contextmanager
+def _terminations_clean_up() -> Iterator[None]:
+    """Let a polite kill end a command by an exception, so that it takes its half-made files along.
+
+    Python would end the process at once. A command that has something to finish first, as a
+    training has, puts in a handler of its own for as long.
+    """
+    if (
+        signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield  # the caller has decided about it, or this thread may not
+        return
+
+    def end(number: int, frame: object) -> None:
+        # A second one ends the process at once, if the clean-up should hang.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -72,7 +72,10 @@ def _tell_any(found: Diff | TreeDiff, most: int, *, as_json: bool) -> None:
 
 def _tell(found: Diff, most: int) -> None:
     if found.is_nothing:
-        out().print(f"{found.a} and {found.b} are the same", soft_wrap=True)
+        told = f"{found.a} and {found.b} are the same"
+        if found.add_nothing:
+            told = f"{found.a} and {found.b} add nothing: what differs between them never trained"
+        out().print(told, soft_wrap=True)
         return
     out().print(f"{found.a} → {found.b}: {_figures(found)}", soft_wrap=True)
     for name in found.overrides:

@@ -90,7 +90,7 @@ def load(
         )
         if strict:
             raise StaleError(*stale, todo)
-        warnings.warn(StaleWarning("stale: " + "; ".join(stale), todo), stacklevel=2)
+        warnings.warn(StaleWarning(f"stale: {stale[0]}", *stale[1:], todo), stacklevel=2)
     tree = _tree(opened, skipped)
     # A later save compares the folder with what was seen here. So it can refuse to undo what
     # another process wrote in between.

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SpecError, listing
+from ..folder.source import FolderSource
 from ..model import TreeModel
 from ..tree import AdapterTree
 from .rows import Row
@@ -145,7 +146,11 @@ def _is_new(tree: AdapterTree, path: str) -> bool:
     if node.fresh is not None:
         return True
     if node.loaded is None:
-        return False
+        # Not read for this question, which is asked of every node below one that trains: the lock
+        # says so.
+        source = node.source
+        on = source.trained if isinstance(source, FolderSource) else None
+        return on is not None and on.untrained
     # An adapter that was saved before its first step has B = 0, like a fresh one.
     # One of overrides alone has no B to tell by.
     values = node.loaded.modules.values()
