@@ -14,7 +14,7 @@ Law: what a row owes depends on its own path alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -81,10 +81,10 @@ class Batch:
                 "any number of rows",
             )
         known: dict[object, int] = {}
-        owed: list[dict[str, Weight]] = []
+        owed: list[dict[_Column, float]] = []
         lineages: list[Lineages] = []
         of_row: list[int] = []
-        columns: set[_Column] = set()
+        weights: dict[_Column, Weight] = {}
         # A batch of thousands of rows has a few paths, and each is looked up once.
         for row, blend in enumerate(paths):
             try:
@@ -94,8 +94,17 @@ class Batch:
                     key = tuple(sorted(parse_blend(blend).items()))
                 if key not in known:
                     known[key] = len(owed)
-                    owed.append(tree.coefficients(blend))
-                    columns.update(_column(node, weight) for node, weight in owed[-1].items())
+                    owed.append({})
+                    for node, weight in tree.coefficients(blend).items():
+                        # Rows with numbers share one column, and owe it their numbers. A weight
+                        # per module goes into the factors' scales, so each has its own column.
+                        if isinstance(weight, float):
+                            owed[-1][node, ""] = weight
+                            weights[node, ""] = 1.0
+                        else:
+                            column = node, weight_digest(weight)
+                            owed[-1][column] = 1.0
+                            weights[column] = weight
                     lineages.append(tuple(map(tuple, tree.counting_lineages(blend))))
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
@@ -103,12 +112,18 @@ class Batch:
         if not of_row:
             raise SpecError("route needs at least one row, got an empty list of paths")
         # The tree's own order, so that a row's sum does not depend on the rows around it.
-        in_order = sorted(columns, key=lambda column: (depth_first(column[0]), column[1]))
+        digests: dict[str, list[str]] = {}
+        for node, digest in weights:
+            digests.setdefault(node, []).append(digest)
+        in_order: list[_Column] = []
+        for node in sorted(digests, key=depth_first):
+            for digest in sorted(digests[node]):
+                in_order.append((node, digest))
         kinds = []
         for each in owed:
-            kinds.append(tuple([_owes(each, node, digest) for node, digest, _ in in_order]))
-        batch = _distinct(_labels([node for node, _, _ in in_order]), kinds, of_row, lineages)
-        return replace(batch, weights=tuple([weight for _, _, weight in in_order]))
+            kinds.append(tuple([each.get(column, 0.0) for column in in_order]))
+        batch = _distinct(_labels([node for node, _ in in_order]), kinds, of_row, lineages)
+        return replace(batch, weights=tuple([weights[column] for column in in_order]))
 
     def __len__(self) -> int:
         return len(self.of_row)
@@ -232,23 +247,8 @@ class Batch:
         return {}
 
 
-_Column = tuple[str, str, Weight]
-"""A node, and a weight with its digest, by which weights of one node are told apart."""
-
-
-def _column(node: str, weight: Weight) -> _Column:
-    # Rows with numbers share one column, and owe it their numbers. A weight per module is in the
-    # factors' scales, so each has a column of its own.
-    shared = 1.0 if isinstance(weight, float) else weight
-    return node, weight_digest(shared), shared
-
-
-def _owes(owed: Mapping[str, Weight], node: str, digest: str) -> float:
-    """Return what a row owes to a column."""
-    weight = owed.get(node, 0.0)
-    if weight == 0.0 or _column(node, weight)[1] != digest:
-        return 0.0
-    return weight if isinstance(weight, float) else 1.0
+_Column = tuple[str, str]
+"""A node, and the digest of the weight per module in which rows owe it; ``""``: in numbers."""
 
 
 def _labels(nodes: Sequence[str]) -> tuple[str, ...]:

@@ -90,11 +90,13 @@ class Stage:
             StateError: a node that trains was to be merged, or the base is compiled.
         """
         owed = self._owed(request)
-        nodes = dict.fromkeys([node for _, node, _ in owed])
-        for node in nodes:
-            if self._tree[node].fresh is not None:
-                settle_fresh(self._tree, self._base, nodes, self._binder.own_value)
-                break  # that settled all of them
+        nodes: dict[str, None] = {}
+        is_fresh = False
+        for _, node, _ in owed:
+            nodes[node] = None
+            is_fresh = is_fresh or self._tree[node].fresh is not None
+        if is_fresh:
+            settle_fresh(self._tree, self._base, nodes, self._binder.own_value)
         # The cache keeps these adapters until the pins are released, on any way out.
         pins = self._pin(nodes)
         try:
@@ -122,8 +124,10 @@ class Stage:
         if request.rows is not None:
             return request.rows.batch.owed_nodes
         assert not isinstance(request.asked, tuple)
-        coefficients = self._tree.coefficients(request.asked)
-        return [(node, node, coefficient) for node, coefficient in coefficients.items()]
+        owed: list[tuple[str, str, Weight]] = []
+        for node, coefficient in self._tree.coefficients(request.asked).items():
+            owed.append((node, node, coefficient))
+        return owed
 
     def _parts(self, request: Request, placed: PlacedPlan) -> tuple[Plan, LaidOut]:
         """Check a plan in the mode asked for; return the plan to write into the weights, and the
