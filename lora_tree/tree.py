@@ -189,8 +189,7 @@ class AdapterTree:
         >>> tree.coefficients("fr/legal:0.5+fr/medical:0.5")
         {'fr': 1.0, 'fr/legal': 0.5, 'fr/medical': 0.5}
         """
-        # A path of the tree is no blend of several: no name holds ':' or '+'. It needs no parsing,
-        # and its nodes have their own weights.
+        # The nodes of one path have their own weights.
         if isinstance(blend, str) and blend in self._graph:
             weights = {}
             for node in self.lineage(blend):
@@ -216,10 +215,16 @@ class AdapterTree:
 
     def _shares(self, blend: Blend) -> dict[str, list[Weight]]:
         found: dict[str, list[Weight]] = {}
-        for path, weight in parse_blend(blend).items():
+        for path, weight in self._entries(blend).items():
             for ancestor in self.lineage(path):
                 found.setdefault(ancestor, []).append(weight)
         return {path: found[path] for path in sorted(found, key=depth_first)}
+
+    def _entries(self, blend: Blend) -> Mapping[str, Weight]:
+        # A path of the tree needs no parsing: no name holds the ':' or '+' of a blend.
+        if isinstance(blend, str) and blend in self._graph:
+            return {blend: 1.0}
+        return parse_blend(blend)
 
     def matching(self, patterns: Iterable[str]) -> list[str]:
         """Return the nodes that paths or patterns like ``"fr/*"`` name, in the order of the sum.
@@ -499,7 +504,7 @@ class AdapterTree:
         [['fr', 'fr/legal'], ['de']]
         """
         found = []
-        for path, weight in parse_blend(blend).items():
+        for path, weight in self._entries(blend).items():
             lineage = self.lineage(path)
             if weight != 0.0:
                 found.append([node for node in lineage if self[node].weight != 0.0])

@@ -150,7 +150,8 @@ class Unmerged:
         sides = self._kept.again(key)
         if sides is None:
             kinds = side_kinds(plan, self._manner.dtype)
-            check_grounds(plan)
+            if plan.overrides:
+                check_grounds(plan)
             check_beside(placed, kinds)
             sides = self._laid_out(placed, kinds)
             # Anybody may write to factors that train, so nothing made of them is kept.
@@ -171,7 +172,8 @@ class Unmerged:
         return SidePaths(self, placed.plan, route.sides(axis), route.mark, axis, route.mixed)
 
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
-        check_grounds(placed.plan)
+        if placed.plan.overrides:
+            check_grounds(placed.plan)
         check_beside(placed, side_kinds(placed.plan, self._manner.dtype), batch.largest)
 
     def _laid_out(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> Sides:
@@ -183,8 +185,9 @@ class Unmerged:
             drafts.append(draft)
             total += draft.nbytes
         # Made before they are counted, since only then it shows which of them had to be copied.
+        overridden = grounds_of(plan) if plan.overrides else {}
         grounds = {}
-        for name, overrides in grounds_of(plan).items():
+        for name, overrides in overridden.items():
             grounds[name] = Ground(plan.sites[name], overrides)
             total += grounds[name].nbytes
         try:
