@@ -6,7 +6,7 @@ core ─ deviation ─ sums ─┬─ difference                            what
                                   ├─ moving                       pick, graft, rebase
                                   ├─ elementwise ─ merging        merge
                                   ├─ sharing                      hoist
-                                 ├─ families ─ shared_fit ─ growing   grow
+                                 ├─ families ─ shared_fit ─ flat_adapters ─ price_search ─ growing   grow
                                  ├─ absorbing                    absorb
                                   └─ compression                  compress
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,26 +30,16 @@ from ..errors import BudgetError, PathError, SpecError, TreeError, listing
 from ..given import check_dtype, check_whole_number
 from ..lowrank import LowRank, concat
 from ..node_names import check_path
-from ..override import tensor_owner
 from ..tree import AdapterTree
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, own, stale_notes
 from .families import Families, families_of
+from .flat_adapters import FlatAdapters
 from .likeness import similar
-from .shared_fit import Pair, SharedFit, Stack, fit, triplets_of
-from .sums import aligned, read_apart
+from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of
+from .shared_fit import Pair
 
 __all__ = ["Grown", "grow"]
-
-Progress = Callable[[int, int], None]
-
-_ROUNDING = 1e-6
-"""An error that is asked for below this one is met by a fit that is exact but for rounding."""
-
-_CLOSE = 0.97  # of the bytes or the error that are asked for: the search ends there
-_FALL = 2.0  # from one price to the next; see `_Search.found`
-_MOST_FALLS = 60
-_MOST_HALVES = 5
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,7 @@ def grow(
     >>> grown.bytes_after / grown.bytes_before, grown.relative_error < 1e-4
     (0.5, True)
     """
-    goal = _goal(max_error, budget_bytes)
+    goal = goal_of(max_error, budget_bytes)
     check_whole_number(depth, "depth")
     check_dtype(dtype)
     names = _chosen(tree, paths)
@@ -138,63 +128,13 @@ def grow(
     norms = alike.norms[list(families.order)]
     # An adapter that is zero is as good as any other at being so.
     weights = torch.where(norms > 0, 1.0 / norms.square().clamp(min=1e-300), 1.0)
-    flat = _Flat(tree, names, parse_bytes(working_bytes), dtype)
-    found = _Search(flat, families, weights, goal, progress).found()
+    flat = FlatAdapters(tree, names, parse_bytes(working_bytes), dtype)
+    found = PriceSearch(flat, families, weights, goal, progress).found()
     made = _nodes(flat, families, weights, found)
     _check_room(made, goal)
     edited = _installed(tree, names, families, made)
     relative = (weights.sqrt() * torch.tensor([each.error for each in made.errors])).square()
     return Grown(edited, flat.nbytes, made.nbytes, math.sqrt(float(relative.mean())))
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """A bound: on the bytes, or on the error where there is none on the bytes."""
-
-    max_error: float
-    budget_bytes: int | None
-
-    def met(self, tried: _Tried) -> bool:
-        """Whether a fit is within the bound."""
-        if self.budget_bytes is not None:
-            return tried.nbytes <= self.budget_bytes
-        return tried.error <= self.max_error
-
-    def close(self, tried: _Tried) -> bool:
-        """Whether a fit within the bound uses nearly all of it."""
-        if self.budget_bytes is not None:
-            return tried.nbytes >= _CLOSE * self.budget_bytes
-        return tried.error >= _CLOSE * self.max_error
-
-
-@dataclass(frozen=True, eq=False)
-class _Tried:
-    """The outcome of one price.
-
-    Args:
-        price: for one byte, in units of the weighted squared error.
-        nbytes: of all nodes.
-        error: the relative error.
-        ranks: the sum of all ranks, 0 where nothing is left.
-        shared: module → the shared parts, with which another price begins.
-    """
-
-    price: float
-    nbytes: int
-    error: float
-    ranks: int
-    shared: Mapping[str, tuple[Pair, ...]]
-
-
-def _goal(max_error: float | None, budget_bytes: int | str | None) -> _Goal:
-    if (max_error is None) == (budget_bytes is None):
-        raise SpecError("grow to max_error= or budget_bytes=, one of the two")
-    if max_error is not None and not 0.0 <= max_error < 1.0:
-        raise SpecError(
-            f"max_error: expected a part of the whole, 0 ≤ max_error < 1, got {max_error}"
-        )
-    budget = None if budget_bytes is None else parse_bytes(budget_bytes)
-    return _Goal(max(max_error or 0.0, _ROUNDING), budget)
 
 
 def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
@@ -224,202 +164,6 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
     return chosen
 
 
-# ---------------------------------------------------------------------- the numbers
-class _Flat:
-    """The flat adapters of some nodes, read as often as the memory for them demands.
-
-    Args:
-        tree: has them.
-        names: the nodes, depth first.
-        working_bytes: for stacks of modules.
-        dtype: of the factors that are made; None: the widest of the adapters' own.
-    """
-
-    def __init__(
-        self, tree: AdapterTree, names: Sequence[str], working_bytes: int, dtype: torch.dtype | None
-    ) -> None:
-        self.tree, self.names = tree, names
-        outlines = [tree.outline(name) or Adapter({}) for name in names]
-        self.nbytes = sum(outline.nbytes for outline in outlines)
-        self.outlines = aligned(outlines)
-        self.numbers: dict[str, int] = {}  # module → its numbers, over all leaves and in any rank
-        widest: torch.dtype | None = None
-        for outline in self.outlines:
-            for module, value in outline.modules.items():
-                self.numbers[module] = self.numbers.get(module, 0) + value.numel
-                mine = value.dtype
-                widest = mine if widest is None else torch.promote_types(widest, mine)
-        self.dtype = dtype or widest or torch.float32
-        self._refuse_replaced()
-        self._groups = list(self._grouped(working_bytes))
-        self._kept: dict[str, tuple[list[LowRank | None], Stack]] = {}
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def _refuse_replaced(self) -> None:
-        """Refuse an override of a module that would get a shared part: the part would not count.
-
-        Raises:
-            SpecError: an adapter replaces such a tensor; names both.
-        """
-        for name, outline in zip(self.names, self.outlines, strict=True):
-            for tensor in outline.overrides:
-                if tensor_owner(tensor)[0] in self.numbers:
-                    raise SpecError(
-                        f"{name}: replaces {tensor}, so nothing above it counts there",
-                        "name the other adapters, and leave this one out",
-                    )
-
-    def modules(self) -> Iterator[tuple[str, list[LowRank | None], Stack]]:
-        """Each module with the leaves' values and their stack; a few are in memory at once."""
-        for group in self._groups:
-            if not self._kept.keys() >= set(group):
-                self._kept = self._read(group)
-            for module in group:
-                yield module, *self._kept[module]
-
-    def price(self, module: str) -> int:
-        """How many bytes one rank of a module takes."""
-        for outline in self.outlines:
-            if module in outline.modules:
-                value = outline.modules[module]
-                size = math.prod(value.shape[:-2]) * (value.shape[-2] + value.shape[-1])
-                return size * self.dtype.itemsize
-        raise KeyError(module)
-
-    def _grouped(self, working_bytes: int) -> Iterator[list[str]]:
-        group: list[str] = []
-        size = 0
-        for module, numbers in sorted(self.numbers.items()):
-            # The values as they are read, and their triplets in float64.
-            mine = numbers * (8 + self.dtype.itemsize)
-            if group and size + mine > working_bytes:
-                yield group
-                group, size = [], 0
-            group.append(module)
-            size += mine
-        if group:
-            yield group
-
-    def _read(self, group: Sequence[str]) -> dict[str, tuple[list[LowRank | None], Stack]]:
-        values: dict[str, list[LowRank | None]] = {module: [] for module in group}
-        self._kept = {}  # before the next ones are read, so that both are never in memory
-        for name, outline in zip(self.names, self.outlines, strict=True):
-            adapter = read_apart(self.tree, name).weighed(self.tree[name].weight)
-            adapter = adapter.renested(outline.nesting)
-            for module in group:
-                value = adapter.modules.get(module)
-                # A copy: a view would keep all of the adapter's other modules in memory.
-                values[module].append(None if value is None else value.with_tensors(torch.clone))
-        return {module: (each, triplets_of(each)) for module, each in values.items()}
-
-
-# ---------------------------------------------------------------------- the price
-class _Search:
-    """The search for the price at which the bound is just met."""
-
-    def __init__(
-        self,
-        flat: _Flat,
-        families: Families,
-        weights: Tensor,
-        goal: _Goal,
-        progress: Progress | None,
-    ) -> None:
-        self.flat, self.families, self.weights = flat, families, weights
-        self.goal, self.progress = goal, progress
-
-    def found(self) -> _Tried:
-        """The best fit within the bound.
-
-        The price begins where nothing is worth it and falls. At no price does a leaf then find
-        something worth it alone that was worth it for two leaves together at the price before:
-        that has its shared node already. A first fit at a low price would put parts of single
-        leaves into shared nodes.
-
-        Raises:
-            BudgetError: there is none within the bound.
-        """
-        by_bytes = self.goal.budget_bytes is not None
-        high = self._try(self._first_price(), None)
-        low: _Tried | None = None
-        for _ in range(_MOST_FALLS):
-            # Bytes rise while the price falls, and errors fall.
-            if self.goal.met(high) != by_bytes or self._is_done(high):
-                break
-            low = self._try(high.price / _FALL, high)
-            if self.goal.met(low) != by_bytes:
-                break
-            high = low
-        if low is None or low is high:
-            within = high if self.goal.met(high) else None
-        else:
-            within = self._between(high, low)
-        if within is None:
-            raise BudgetError(
-                f"no tree of these adapters takes {self.goal.budget_bytes:,} bytes",
-                "give more bytes, or fewer adapters",
-            )
-        return within
-
-    def _between(self, high: _Tried, low: _Tried) -> _Tried:
-        """The best fit at a price between one that is within the bound and one that is not."""
-        within = high if self.goal.met(high) else low
-        for _ in range(_MOST_HALVES):
-            # Where both have the same ranks, prices between them have these too.
-            if self.goal.close(within) or high.nbytes == low.nbytes:
-                break
-            # From the higher price again, so that the price only falls.
-            tried = self._try(math.sqrt(high.price * low.price), high)
-            if self.goal.met(tried):
-                within = tried
-            if self.goal.met(tried) == self.goal.met(high):
-                high = tried
-            else:
-                low = tried
-        return within
-
-    def _is_done(self, tried: _Tried) -> bool:
-        """Whether a lower price has nothing left to buy."""
-        return tried.error < _ROUNDING
-
-    def _first_price(self) -> float:
-        """A price above what any rank of any module is worth."""
-        most = 0.0
-        for module, _, stack in self.flat.modules():
-            # All leaves together can have no larger singular value than their lengths allow.
-            gains = (self.weights * stack.energies).sum()
-            most = max(most, float(gains) / self.flat.price(module))
-        return max(most, 1e-300)
-
-    def _try(self, price: float, like: _Tried | None) -> _Tried:
-        squares = torch.zeros(len(self.weights), dtype=torch.float64)
-        shared: dict[str, tuple[Pair, ...]] = {}
-        nbytes = ranks = 0
-        for done, (module, _, stack) in enumerate(self.flat.modules(), 1):
-            start = None if like is None else like.shared[module]
-            got = self.fit(module, stack, price, start)
-            shared[module] = got.shared
-            squares += got.squares
-            ranks += got.ranks
-            nbytes += got.ranks * self.flat.price(module)
-            if self.progress is not None:
-                self.progress(done, len(self.flat))
-        error = math.sqrt(float((self.weights * squares).mean()))
-        return _Tried(price, nbytes, error, ranks, shared)
-
-    def fit(
-        self, module: str, stack: Stack, price: float, start: Sequence[Pair] | None
-    ) -> SharedFit:
-        """One module at a price per byte."""
-        per_rank = price * self.flat.price(module)
-        return call_named(
-            module,
-            lambda: fit(stack, self.families, self.weights, per_rank, name=module, start=start),
-        )
-
-
 # ---------------------------------------------------------------------- the nodes
 @dataclass(frozen=True, eq=False)
 class _Nodes:
@@ -442,9 +186,9 @@ class _Nodes:
         return sum(adapter.nbytes for adapter in there)
 
 
-def _nodes(flat: _Flat, families: Families, weights: Tensor, found: _Tried) -> _Nodes:
+def _nodes(flat: FlatAdapters, families: Families, weights: Tensor, found: PricedFit) -> _Nodes:
     """Fit every module once more, and measure what comes of it in the dtype of the factors."""
-    search = _Search(flat, families, weights, _Goal(0.0, None), None)
+    search = PriceSearch(flat, families, weights, Goal(0.0, None), None)
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
     leaves: list[dict[str, LowRank]] = [{} for _ in flat.names]
     errors: list[dict[str, float]] = [{} for _ in flat.names]
@@ -522,7 +266,7 @@ def _nesting(outlines: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _check_room(made: _Nodes, goal: _Goal) -> None:
+def _check_room(made: _Nodes, goal: Goal) -> None:
     """Refuse what no longer fits the budget, because empty leaves keep one module of zeros.
 
     Raises:
