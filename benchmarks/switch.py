@@ -72,7 +72,23 @@ def _one(
             )
         result.aim(f"ours / floor, {kin}", times[kin].ms / times["floor"].ms, at_most=over_floor)
     attached.detach()
+    _add_logged(result, size, dtype, adapters)
     return result
+
+
+def _add_logged(result: Result, size: Size, dtype: torch.dtype, adapters: lt.AdapterTree) -> None:
+    """Add the same switch with an undo log instead of copies, and the memory that each takes."""
+    attached = lt.attach(adapters, base(size, dtype), pristine="log")
+    start = Case(lambda: attached.activate(SIBLING), lambda: attached.activate(START))
+    result.timings |= interleaved({"siblings, undo log": start}, min(size.repeats, 3))
+    times = result.timings
+    result.facts["undo log / copies, time"] = times["siblings, undo log"].ms / times["siblings"].ms
+    adapter = adapters.adapter(START)
+    assert adapter is not None
+    weights = [attached.base.get_parameter(f"{name}.weight") for name in adapter.modules]
+    touched = sum(weight.nbytes for weight in weights)
+    result.facts["undo log, % of the touched weights"] = 100 * attached.pristine.log_bytes / touched
+    attached.detach()
 
 
 def _peft_switch(wrapped: Any, adapters: lt.AdapterTree, *paths: str) -> Callable[[], None]:

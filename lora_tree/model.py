@@ -81,7 +81,8 @@ def attach(
             weights that adapters touch, made when first needed. ``device``: beside the weights;
             ``host``: in host memory, pinned on CUDA; ``auto``: on the device if it has room for
             them and an eighth of its memory stays free, else on the host. If memory runs out on the
-            device, a warning says so and the host is taken. ``none``: nowhere; paths are added and
+            device, a warning says so and the host is taken. ``log``: no copies, but an undo log of two
+            bits a number; exact as well, and many times slower on a CPU. ``none``: nowhere; paths are added and
             subtracted in place, and the weights drift by a rounding with every switch. See
             `TreeModel.pristine`.
         compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the
@@ -460,7 +461,8 @@ class TreeModel(AnswersForBase):
         Raises:
             ForeignWrite: the copies do not fit any more, because a module was replaced or resized;
                 nothing was changed.
-            StateError: detached, or there are no copies (``pristine="none"``).
+            StateError: detached, or there are no copies (``pristine="none"``), or the weights were
+                written to and have an undo log; nothing was changed.
         """
         with self._lock:
             self._usable()

@@ -335,9 +335,9 @@ def test_the_watch_compares_all_weights_at_once(monkeypatch: pytest.MonkeyPatch)
     assert len(compared) == 1, "one wait for a device, not one a weight"
 
 
-def test_log_is_refused_by_name() -> None:
-    with pytest.raises(SpecError, match=r"'auto', 'device', 'host', 'none', got 'log'"):
-        lt.attach(forest(), base(), pristine="log")  # type: ignore[arg-type]
+def test_a_place_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(SpecError, match=r"'auto', 'device', 'log', 'host', 'none', got 'disk'"):
+        lt.attach(forest(), base(), pristine="disk")  # type: ignore[arg-type]
 
 
 def test_a_module_that_refers_to_the_one_around_it_is_looked_at_once() -> None:

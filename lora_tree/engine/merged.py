@@ -23,7 +23,8 @@ from .kernels import MergePart, merge_launch, usable
 from .launches import KeptLaunch, Launches, part_of
 from .mergeable import Mergeable
 from .plan import EMPTY_PLAN, OverrideTerms, Plan, Terms
-from .pristine import Place, Pristine
+from .pristine import Place, Pristine, Source, Wanted
+from .undo_log import UndoLog, add_in_blocks, can_log
 
 __all__ = ["MergedWeights"]
 
@@ -40,6 +41,7 @@ class MergedWeights:
     def __init__(self, base: nn.Module, *, place: Place) -> None:
         self._base = base
         self._in_place = place == "none"
+        self._logs = place == "log"
         self._scratch = Scratch()
         self._launches = Launches()
         self.pristine = Pristine(place)
@@ -101,6 +103,7 @@ class MergedWeights:
             finally:
                 if not self._in_place:
                     self.pristine.look()
+            self.pristine.settle()
 
     def restore(self) -> None:
         """Put the base's own values back over any numbers that its weights hold now.
@@ -162,12 +165,12 @@ class MergedWeights:
         # Sites that go bare come first: the new plan may write the same weight under another name.
         return [*bare, *merged]
 
-    def _sources(self, writes: Sequence[_SiteWrite]) -> dict[tuple[int, str], Tensor]:
+    def _sources(self, writes: Sequence[_SiteWrite]) -> dict[tuple[int, str], Source]:
         """Return what each weight or bias is computed from, by (id of module, name), before the
         first write.
         """
         if self._in_place:
-            sources = {}
+            sources: dict[tuple[int, str], Source] = {}
             for write in writes:
                 for name in write.tensors:
                     sources[id(write.site.module), name] = write.target(name).detach()
@@ -176,14 +179,15 @@ class MergedWeights:
         for write in writes:
             site = write.site
             for name in write.tensors:
-                wanted.append((site.module_name, site.module, name, write.is_merged))
+                summed = name == site.weight_name and not (write.instead or write.before)
+                wanted.append(Wanted(site.module_name, site, name, write.is_merged, summed))
         return self.pristine.begin(wanted)
 
     # ------------------------------------------------------------------ the only writer of weights
     def _write(
         self,
         writes: Sequence[_SiteWrite],
-        sources: Mapping[tuple[int, str], Tensor],
+        sources: Mapping[tuple[int, str], Source],
         launched: set[torch.device],
         begun: list[_SiteWrite],
         done: list[_SiteWrite],
@@ -219,7 +223,7 @@ class MergedWeights:
     def _launch(
         self,
         writes: Sequence[_SiteWrite],
-        sources: Mapping[tuple[int, str], Tensor],
+        sources: Mapping[tuple[int, str], Source],
         launched: set[torch.device],
         begun: list[_SiteWrite],
         done: list[_SiteWrite],
@@ -242,13 +246,13 @@ class MergedWeights:
                 others.append(write)
                 continue
             target, source = write.target(weight), sources[id(write.site.module), weight]
-            if target.device not in launched:
+            if target.device not in launched or isinstance(source, UndoLog):
                 others.append(write)
                 continue
-            if write.ground(weight):
-                source = target  # the override is written there first, and the launch reads it
             if known is None:
-                found = part_of(site, target, source, self._terms(write))
+                # An override is written into the weight first, and the launch reads it there.
+                read = target if write.ground(weight) else source
+                found = part_of(site, target, read, self._terms(write))
                 if found is None:
                     others.append(write)
                     continue
@@ -260,7 +264,7 @@ class MergedWeights:
                 continue
             begun.append(write)
             if write.ground(weight):
-                write.lay_ground(weight, target, sources[id(site.module), weight])
+                write.lay_ground(weight, target, source)
             elif source.device != target.device:
                 target.copy_(source, non_blocking=True)  # the launch reads it there
             for name in write.tensors:
@@ -282,10 +286,14 @@ class MergedWeights:
         return others
 
     def _write_now(
-        self, write: _SiteWrite, name: str, sources: Mapping[tuple[int, str], Tensor]
+        self, write: _SiteWrite, name: str, sources: Mapping[tuple[int, str], Source]
     ) -> None:
         """Write a site's weight or bias with stock operations, on its device."""
         target, source = write.target(name), sources[id(write.site.module), name]
+        if isinstance(source, UndoLog):
+            here = [term.scaled.to(device=target.device) for term in write.new]
+            source.write(target, here, self._scratch)
+            return
         if write.ground(name):
             source = write.lay_ground(name, target, source)
         if name not in (write.site.weight_name, write.site.bias_name):
@@ -300,7 +308,12 @@ class MergedWeights:
         for i, value in enumerate(values):
             if value.A.device != target.device:
                 values[i] = value.to(device=target.device)
-        _add(write.site, target, source, values, self._scratch)
+        is_logged = self._logs and values and name == write.site.weight_name
+        if is_logged and can_log(write.site, target):
+            # A weight whose log became too large, or that was overridden, keeps the log's bits.
+            add_in_blocks(write.site, target, source, values, self._scratch)
+        else:
+            _add(write.site, target, source, values, self._scratch)
 
     def _terms(self, write: _SiteWrite) -> list[tuple[LowRank, float]]:
         """Return values and their coefficients; in place, what was written before is taken back

@@ -4,6 +4,7 @@ A copy is taken of a weight when a path is first merged into it:
 
     device    beside the weight: a switch reads and writes at the speed of the device's memory
     host      in host memory, pinned where the weight is on CUDA: a switch is as fast as the bus
+    log       no copy: two bits a number beside what is merged (`undo_log.py`)
 
 A copy counts as long as only we write to its weight. `watch.py` notices other writes, and
 `Pristine.verify` asks it before every switch.
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import format_bytes
-from ..errors import ForeignWrite, listing
+from ..errors import ForeignWrite, StateError, listing
+from ..sites import Site
+from .arithmetic import Scratch, exact_mode
+from .undo_log import UndoLog, can_log
 from .watch import Watch, WatchedWeight
 
-__all__ = ["Copies", "Place", "Pristine", "Wanted"]
+__all__ = ["Copies", "Place", "Pristine", "Source", "Wanted"]
 
-Place: TypeAlias = Literal["auto", "device", "host", "none"]
+Place: TypeAlias = Literal["auto", "device", "log", "host", "none"]
 
 MARGIN = 8
 """One part in so many of a device's memory stays free for activations when ``auto`` puts copies
@@ -33,10 +37,31 @@ there.
 """
 
 
-Wanted: TypeAlias = tuple[str, nn.Module, str, bool]
-"""A weight that a switch writes: the module's name, the module, which of its tensors, and if a path
-is in it then.
-"""
+LARGEST_LOG = 0.5
+"""A log that takes more than this part of its weight gives way to a copy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """A tensor that a switch writes.
+
+    Args:
+        name: of the module.
+        site: the site.
+        attribute: which of the module's tensors.
+        merged: a path is in it after the switch.
+        summed: it takes nothing but increments, before and after.
+    """
+
+    name: str
+    site: Site
+    attribute: str
+    merged: bool
+    summed: bool
+
+
+Source: TypeAlias = Tensor | UndoLog
+"""What a tensor is computed from: its own numbers, or the log that brings them back."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +69,10 @@ class Copies:
     """Where the base's own weights are kept now.
 
     Args:
-        asked: what `attach` was told: ``auto``, ``device``, ``host`` or ``none``.
+        asked: what `attach` was told: ``auto``, ``device``, ``log``, ``host`` or ``none``.
         device_bytes: bytes of copies beside the weights, on a device that has memory of its own.
         host_bytes: bytes of copies in host memory.
+        log_bytes: bytes of undo logs, which are beside the weights.
 
     >>> Copies("auto", host_bytes=64).kind
     'host'
@@ -55,17 +81,20 @@ class Copies:
     asked: Place
     device_bytes: int = 0
     host_bytes: int = 0
+    log_bytes: int = 0
 
     @property
     def kind(self) -> str:
-        """``device``, ``host``, ``device+host``; ``none`` if nothing is kept, as before a merge."""
-        parts = {"device": self.device_bytes, "host": self.host_bytes}
+        """``device``, ``log``, ``host``, several with a plus between them; ``none`` if nothing is
+        kept, as before a merge.
+        """
+        parts = {"device": self.device_bytes, "log": self.log_bytes, "host": self.host_bytes}
         return "+".join(name for name, nbytes in parts.items() if nbytes) or "none"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies."""
-        return self.device_bytes + self.host_bytes
+        """Bytes of all copies and logs."""
+        return self.device_bytes + self.host_bytes + self.log_bytes
 
 
 @dataclass(eq=False)
@@ -74,24 +103,33 @@ class _PristineCopy:
 
     Args:
         weight: the weight, as the watch knows it.
-        copy: its own numbers.
+        copy: its own numbers; or the log that brings them back.
         on_device: the copy is beside the weight, on a device that has memory of its own.
         merged: a path is written into the weight now.
     """
 
     weight: WatchedWeight
-    copy: Tensor
+    copy: Source
     on_device: bool
     merged: bool = False
 
     @property
     def nbytes(self) -> int:
+        if isinstance(self.copy, UndoLog):
+            return self.copy.nbytes
         return self.copy.numel() * self.copy.element_size()
 
     def fits(self) -> bool:
         """Return whether the copy can be put back into the module's present weight."""
         now = getattr(self.weight.module, self.weight.attribute, None)
-        return isinstance(now, Tensor) and now.shape == self.copy.shape
+        return isinstance(now, Tensor) and now.shape == self.weight.shape
+
+    def own(self) -> Tensor:
+        """Return the base's own numbers, of a log in new memory."""
+        if not isinstance(self.copy, UndoLog):
+            return self.copy
+        now: Tensor = getattr(self.weight.module, self.weight.attribute)
+        return self.copy.own(now)
 
 
 class Pristine:
@@ -99,11 +137,12 @@ class Pristine:
 
     Args:
         place: where copies go: ``device``, ``host``, or ``auto``, which takes the device if there
-            is room. A base in host memory has its copies there in any case.
+            is room; or ``log``. A base in host memory has its copies there in any case.
     """
 
     def __init__(self, place: Place = "auto") -> None:
         self._place = place
+        self._scratch = Scratch()
         # By the module's id, which its copy keeps from being used again: it holds the module.
         self._kept: dict[tuple[int, str], _PristineCopy] = {}
         self._watch = Watch()
@@ -149,17 +188,17 @@ class Pristine:
             del self._kept[key]
             self.number += 1
 
-    def begin(self, wanted: Sequence[Wanted]) -> dict[tuple[int, str], Tensor]:
-        """Return the base's own values of some weights, before anything of them is written.
+    def begin(self, wanted: Sequence[Wanted]) -> dict[tuple[int, str], Source]:
+        """Return what brings the base's own values of some weights back, before any is written.
 
-        Weights that have no copy yet are copied: all, or on an error none. `look` has to follow
+        Weights that have no copy or log yet get one: all, or on an error none. `look` has to follow
         once everything is written.
 
         Args:
             wanted: everything that a switch will write.
 
         Returns:
-            (id of the module, which of its tensors) → the copy.
+            (id of the module, which of its tensors) → the copy or the log.
 
         Raises:
             MemoryError, RuntimeError: no memory for the copies, neither on the device nor on the
@@ -168,18 +207,35 @@ class Pristine:
         self._keep(wanted)
         # Nothing fails any more until the first write.
         sources = {}
-        for _, module, attribute, merged in wanted:
-            kept = self._kept[id(module), attribute]
-            kept.merged = merged
-            sources[id(module), attribute] = kept.copy
+        for each in wanted:
+            key = id(each.site.module), each.attribute
+            kept = self._kept[key]
+            kept.merged = each.merged
+            sources[key] = kept.copy
         return sources
 
     def _keep(self, wanted: Sequence[Wanted]) -> None:
         missing = []
-        for name, module, attribute, _ in wanted:
-            if (id(module), attribute) not in self._kept:
-                weight = getattr(module, attribute)
-                missing.append(WatchedWeight(f"{name}.{attribute}", module, attribute, weight))
+        logged = False
+        for each in wanted:
+            module, attribute = each.site.module, each.attribute
+            kept = self._kept.get((id(module), attribute))
+            if kept is not None:
+                # What overrides a weight leaves nothing of it in it, so a log can't bring it back.
+                if not each.summed and isinstance(kept.copy, UndoLog):
+                    self._copied(kept)
+                continue
+            weight = getattr(module, attribute)
+            watched = WatchedWeight(f"{each.name}.{attribute}", module, attribute, weight)
+            if self._place == "log" and each.summed and can_log(each.site, weight):
+                log = UndoLog(each.site, weight)
+                self._kept[id(module), attribute] = _PristineCopy(watched, log, False)
+                logged = True
+                continue
+            missing.append(watched)
+        if logged:
+            self.number += 1
+            self.look()
         if not missing:
             return
         parameters = [weight.parameter for weight in missing]
@@ -197,9 +253,37 @@ class Pristine:
         self.look()
 
     def known(self, module: nn.Module, attribute: str) -> Tensor | None:
-        """Return the base's own value of ``module.attribute``; None if there is no copy."""
+        """Return the base's own value of ``module.attribute``; None if there is no copy or log."""
         kept = self._kept.get((id(module), attribute))
-        return None if kept is None else kept.copy
+        if kept is None:
+            return None
+        with exact_mode(kept.weight.parameter.device):
+            return kept.own()
+
+    def settle(self) -> None:
+        """Give the weights copies whose logs have become too large, after a switch."""
+        large = []
+        for kept in self._kept.values():
+            weight = kept.weight.parameter
+            limit = LARGEST_LOG * weight.numel() * weight.element_size()
+            if isinstance(kept.copy, UndoLog) and kept.copy.nbytes > limit:
+                large.append(kept)
+        for kept in large:
+            self._copied(kept)
+        if large:
+            warnings.warn(
+                f"{listing([kept.weight.name for kept in large])}: the increments are so large "
+                "beside the weights that an undo log would take more than half of their memory: "
+                "they have copies on the host instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _copied(self, kept: _PristineCopy) -> None:
+        """Put a copy in the place of a log."""
+        copy = _on_host(kept.own())
+        kept.copy = copy
+        self.number += 1
 
     def look(self) -> None:
         """Note how every weight with a copy looks now, so that `verify` recognises it."""
@@ -225,9 +309,23 @@ class Pristine:
                 'model.trust("weights") takes the weights as they are now, the path in them, for '
                 "the base",
             )
+        logged = [kept for kept in merged if isinstance(kept.copy, UndoLog)]
+        written = self._watch.touched([kept.weight for kept in logged])
+        if written:
+            raise StateError(
+                f"{listing([weight.name for weight in written])}: an undo log brings back only "
+                "what it wrote itself",
+                'model.trust("weights") takes the weights as they are now for the base, or load '
+                "the base again",
+            )
         # Into the tensor that the module shows now, which may be another parameter.
         for kept in merged:
-            getattr(kept.weight.module, kept.weight.attribute).copy_(kept.copy)
+            target = getattr(kept.weight.module, kept.weight.attribute)
+            if isinstance(kept.copy, UndoLog):
+                with exact_mode(target.device):
+                    kept.copy.write(target, (), self._scratch)
+            else:
+                target.copy_(kept.copy)
         self.forget()
 
     def forget(self) -> None:
@@ -239,9 +337,15 @@ class Pristine:
     @property
     def copies(self) -> Copies:
         """The place and the size of the copies."""
-        beside = sum(kept.nbytes for kept in self._kept.values() if kept.on_device)
-        total = sum(kept.nbytes for kept in self._kept.values())
-        return Copies(self._place, device_bytes=beside, host_bytes=total - beside)
+        beside = on_host = logged = 0
+        for kept in self._kept.values():
+            if isinstance(kept.copy, UndoLog):
+                logged += kept.nbytes
+            elif kept.on_device:
+                beside += kept.nbytes
+            else:
+                on_host += kept.nbytes
+        return Copies(self._place, device_bytes=beside, host_bytes=on_host, log_bytes=logged)
 
     @property
     def nbytes(self) -> int:
@@ -251,7 +355,7 @@ class Pristine:
     # ------------------------------------------------------------------ private
     def _goes_beside(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether the copies of some weights go where these are."""
-        if self._place in ("host", "none"):
+        if self._place in ("host", "log", "none"):
             return False
         taken: dict[torch.device, int] = {}
         for parameter in parameters:

@@ -1,0 +1,326 @@
+"""Undo log: two bits a weight, and a few exceptions, that bring the base's own numbers back.
+
+A merge loses nothing but its rounding. With D the increment of a path,
+
+    W' = round(W0 + D)        what the weight holds
+    guess = round(W' − D)     which is W0, or a neighbour of it
+    code = ord(W0) − ord(guess) + 1
+
+where ord counts the representable numbers in their order. Nearly all codes are 0, 1, 2 or 3. The
+others are exceptions: a list of places and of W0's own bits. A switch from path to path takes a
+block, computes the old increment and W0, then the new increment, W' and the codes.
+
+Law: D is computed with the same bits again, from the same factors in blocks of the same shape; so a
+log holds the factors of what is merged, a copy of those that train, and the number of threads.
+
+The codes take 1/8 of a 16-bit weight and 1/16 of a 32-bit one. An exception takes 6 or 8 bytes. They
+are rare while increments are small beside the weights (`benchmarks switch` prints the size).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..lowrank import LowRank, stacked
+from ..sites import Site
+from .arithmetic import Scratch, compute_dtype, write_sum
+
+__all__ = ["UndoLog", "add_in_blocks", "can_log"]
+
+BLOCK = 1 << 18
+"""Numbers in a block. It decides the bits, because sums are computed block by block."""
+
+CODES = 4
+"""The codes that fit into two bits; so many of them make a byte."""
+
+INTEGERS = {2: torch.int16, 4: torch.int32}
+"""By a number's size in bytes: the integers that have its bits."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def can_log(site: Site, weight: Tensor) -> bool:
+    """Return whether a weight can have a log: its numbers lie row by row, in 16 or 32 bits."""
+    if weight.dtype not in DTYPES or not weight.numel():
+        return False
+    return site.rows(weight).data_ptr() == weight.data_ptr()
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockLog:
+    """What brings a block back.
+
+    Args:
+        values: the terms that are in it.
+        threads: with how many threads their products were computed.
+        codes: (⌈numbers / 4⌉,) uint8.
+        places: (exceptions,) int32: where in the block they are.
+        bits: (exceptions,): the base's own bits there.
+    """
+
+    values: Sequence[LowRank]
+    threads: int
+    codes: Tensor
+    places: Tensor
+    bits: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.places.nbytes + self.bits.nbytes
+
+
+class UndoLog:
+    """The log of one site's weight.
+
+    Args:
+        site: the site.
+        weight: its weight, which holds the base's own numbers now.
+    """
+
+    def __init__(self, site: Site, weight: Tensor) -> None:
+        self._site = site
+        self._device = weight.device
+        # None: the block holds the base's own numbers.
+        self._blocks: list[_BlockLog | None] = [None] * len(list(_parts(site.rows(weight))))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and of the exceptions."""
+        return sum(block.nbytes for block in self._blocks if block is not None)
+
+    def write(self, weight: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
+        """``weight ← round_once(W0 + Σ values)``, in place; no values: W0.
+
+        Each block is finished before the next is begun. If this fails half-way, calling it again
+        with other values finds every block as it is.
+
+        Args:
+            weight: what the log is of, with the numbers of the last call.
+            values: on the weight's device.
+            scratch: buffers.
+        """
+        if weight.device != self._device:
+            self._come_home(weight, scratch)
+        rows = self._site.rows(weight)
+        olds: dict[int, _Sides] = {}
+        values = [_unshared(value) for value in values]
+        new = _sides(self._site, values, weight) if values else None
+        threads = torch.get_num_threads()
+        for i, (batch, part) in enumerate(_parts(rows)):
+            block = rows[batch, part]
+            own = self._own(i, block, batch, part, olds)
+            if new is None:
+                block.copy_(own)
+                self._blocks[i] = None
+                continue
+            after = torch.empty_like(own)
+            _add_block(after, own, new, batch, part, scratch)
+            made = _encoded(own, after, _delta(new, batch, part), values, threads)
+            block.copy_(after)
+            self._blocks[i] = made
+
+    def own(self, weight: Tensor) -> Tensor:
+        """Return the base's own numbers, as a tensor of the weight's shape."""
+        found = torch.empty_like(weight, requires_grad=False)
+        rows, into = self._site.rows(weight.detach().to(self._device)), self._site.rows(found)
+        olds: dict[int, _Sides] = {}
+        for i, (batch, part) in enumerate(_parts(rows)):
+            into[batch, part].copy_(self._own(i, rows[batch, part], batch, part, olds))
+        return found
+
+    # ------------------------------------------------------------------ private
+    def _own(
+        self, i: int, block: Tensor, batch: int, part: slice, olds: dict[int, _Sides]
+    ) -> Tensor:
+        """Return a block's own numbers, in new memory.
+
+        Args:
+            i: the block's number.
+            block: what it holds now.
+            batch, part: its place.
+            olds: the factors that were stacked for other blocks of this call.
+        """
+        known = self._blocks[i]
+        if known is None:
+            return block.clone()
+        # Nearly always the same for all blocks; two kinds after a call that failed half-way.
+        sides = olds.get(id(known.values))
+        if sides is None:
+            sides = olds[id(known.values)] = _sides(self._site, known.values, block)
+        with _threads(known.threads):
+            delta = _delta(sides, batch, part)
+        return _decoded(block, delta, known)
+
+    def _come_home(self, weight: Tensor, scratch: Scratch) -> None:
+        """Bring a weight that was moved to another device back to its own numbers.
+
+        Another device computes an increment with other bits, so it is taken out where it was put
+        in.
+        """
+        there = weight.detach().to(self._device, copy=True)
+        self._device = there.device
+        self.write(there, (), scratch)
+        weight.copy_(there)
+        self._device = weight.device
+
+
+def add_in_blocks(
+    site: Site, target: Tensor, source: Tensor, values: Sequence[LowRank], scratch: Scratch
+) -> None:
+    """``target ← round_once(source + Σ values)`` with the bits that a log writes.
+
+    Args:
+        site: of the weight.
+        target: the weight, for which `can_log` is true.
+        source: the base's own numbers, on any device; may be ``target`` itself.
+        values: on ``target``'s device; not empty.
+        scratch: buffers.
+    """
+    rows, own = site.rows(target), site.rows(source)
+    sides = _sides(site, values, target)
+    for batch, part in _parts(rows):
+        block = rows[batch, part]
+        before = own[batch, part].to(block.device, copy=True)
+        _add_block(block, before, sides, batch, part, scratch)
+
+
+# ---------------------------------------------------------------------- increments
+_Sides: TypeAlias = tuple[Tensor, Tensor]
+"""(batch, rows, R) and (batch, R, cols), in the dtype of the sum."""
+
+
+def _sides(site: Site, values: Sequence[LowRank], weight: Tensor) -> _Sides:
+    dtypes = [factor.dtype for value in values for factor in (value.A, value.B)]
+    wide = compute_dtype(weight.dtype, *dtypes)
+    return site.sides_of(stacked(values, dtype=wide, device=weight.device))
+
+
+def _delta(sides: _Sides, batch: int, part: slice) -> Tensor:
+    left, right = sides
+    return left[batch, part] @ right[batch]
+
+
+def _add_block(
+    into: Tensor, own: Tensor, sides: _Sides, batch: int, part: slice, scratch: Scratch
+) -> None:
+    left, right = sides[0][batch, part], sides[1][batch]
+    write_sum(into[None], own[None], left[None], right[None], scratch)
+
+
+def _unshared(value: LowRank) -> LowRank:
+    """Return a value to whose factors nobody else writes."""
+    if not value.is_trainable:
+        return value
+    return value.with_tensors(lambda tensor: tensor.detach().clone())
+
+
+def _parts(rows: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield the places of the blocks of (batch, rows, cols)."""
+    batch, height, width = rows.shape
+    step = max(BLOCK // max(width, 1), 1)
+    for b in range(batch):
+        for i in range(0, height, step):
+            yield b, slice(i, i + step)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Multiply with so many threads: how a product is divided among them may decide its bits."""
+    now = torch.get_num_threads()
+    if now == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
+
+
+# ---------------------------------------------------------------------- codes
+def _encoded(
+    own: Tensor, after: Tensor, delta: Tensor, values: Sequence[LowRank], threads: int
+) -> _BlockLog:
+    """Return what brings ``own`` back from ``after``.
+
+    Args:
+        own: (rows, cols), the base's own numbers.
+        after: what is written.
+        delta: the increment, in the dtype of the sum; it is written over.
+        values, threads: what it was made of.
+    """
+    codes = _ordinals(own)
+    codes -= _guess(after, delta)
+    codes += 1
+    flat = codes.view(-1)
+    # A code that does not fit has a bit outside of the lowest two.
+    places = (flat & ~(CODES - 1)).nonzero().view(-1)
+    packed = _packed(flat)
+    bits = own.reshape(-1)[places].view(INTEGERS[own.element_size()])
+    return _BlockLog(values, threads, packed, places.to(torch.int32), bits)
+
+
+def _decoded(block: Tensor, delta: Tensor, log: _BlockLog) -> Tensor:
+    """Return a block's own numbers; ``delta`` is written over."""
+    ordinals = _guess(block, delta)
+    flat = ordinals.view(-1)
+    flat += _unpacked(log.codes, len(flat))
+    flat -= 1
+    bits = _swapped(ordinals)
+    bits.view(-1)[log.places.long()] = log.bits
+    return bits.view(block.dtype)
+
+
+def _guess(after: Tensor, delta: Tensor) -> Tensor:
+    """Return ord(round(after − delta)); ``delta`` is written over."""
+    torch.sub(after, delta, out=delta)
+    return _ordinals(delta.to(after.dtype))
+
+
+def _ordinals(numbers: Tensor) -> Tensor:
+    """Return how far numbers are from 0 in the order of all that their dtype represents.
+
+    −0 is −1, so that no two bits share an ordinal.
+
+    >>> _ordinals(torch.tensor([0.0, -0.0, 2.0**-149])).tolist()
+    [0, -1, 1]
+    """
+    return _swapped(numbers.view(INTEGERS[numbers.element_size()]))
+
+
+def _swapped(bits: Tensor) -> Tensor:
+    """Return the ordinals of bits, or the bits of ordinals: it is its own inverse."""
+    last = bits.element_size() * 8 - 1
+    # All bits but the sign are flipped where it is set.
+    mask = bits >> last
+    mask &= (1 << last) - 1
+    mask ^= bits
+    return mask
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Return codes in two bits each: (⌈n / 4⌉,) uint8."""
+    narrow = codes.to(torch.uint8)
+    narrow &= CODES - 1
+    if missing := -len(narrow) % 4:
+        narrow = torch.nn.functional.pad(narrow, (0, missing))
+    # Four codes are the bytes of one integer, and are shifted together.
+    four = narrow.view(torch.int32)
+    packed = four | (four >> 6)
+    packed |= packed >> 12
+    return packed.to(torch.uint8)
+
+
+def _unpacked(packed: Tensor, count: int) -> Tensor:
+    """Return the codes, in bytes."""
+    four = packed.to(torch.int32)
+    four |= four << 12
+    four |= four << 6
+    four &= 0x03030303
+    return four.view(torch.uint8)[:count]
