@@ -17,6 +17,7 @@ from oracle import coefficients
 from test_kernels import interpreted
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_tree as lt
 from lora_tree.engine.kernels import (
@@ -263,6 +264,35 @@ def test_every_row_of_a_batch_is_what_it_is_by_hand(
     assert launched == ["shrink", "expand"] * 2, "two launches a site"
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(y[1].view(torch.int32), bare[1].view(torch.int32))
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what would be a launch on a device: all operations but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in str(func) and "_unsafe_view" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", ["a/b/c", {"a/b": 0.5, "e": 0.25}], ids=["path", "blend"])
+def test_an_unmerged_path_adds_two_operations_a_site(path: lt.Blend) -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    x = torch.randn(3, 2, 20)
+    with torch.no_grad():
+        base(x)
+        with Operations() as bare:
+            base(x)
+        model.activate(path, mode="unmerged")
+        base(x)
+        with Operations() as beside:
+            base(x)
+    assert len(beside.names) - len(bare.names) == 2 * 2, beside.names
 
 
 def test_the_order_of_rows_does_not_change_a_bit(launched: list[str]) -> None:

@@ -295,7 +295,7 @@ def test_a_forward_beside_the_weights_and_a_new_batch_wait_for_nothing() -> None
             base(x)
             model.activate("a/d", mode="unmerged")
             base(x)
-            for strategy in ("auto", "nodes", "paths", "grouped", "matrix"):
+            for strategy in ("auto", "nodes", "paths", "grouped", "matrix", "segmented"):
                 with model.route(["e", "a/b/c", "", "a/d", "a", "a/b"], strategy=strategy):  # type: ignore[arg-type]
                     base(x)
 

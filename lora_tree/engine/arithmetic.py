@@ -24,6 +24,7 @@ from ..sites import Site
 from .unpromised import slow_on_cpu
 
 __all__ = [
+    "LARGE_BLOCK",
     "Scratch",
     "add_bias",
     "add_weight",

@@ -29,12 +29,14 @@ from torch import Tensor
 
 from ..lowrank import LowRank, stacked
 from ..sites import Site
-from .arithmetic import Scratch, compute_dtype, write_sum
+from .arithmetic import LARGE_BLOCK, Scratch, compute_dtype, write_sum
 
 __all__ = ["UndoLog", "add_in_blocks", "can_log"]
 
 BLOCK = 1 << 18
-"""Numbers in a block. It decides the bits, because sums are computed block by block."""
+"""Numbers in a block on a CPU, and `LARGE_BLOCK` on a device with memory of its own. They decide the
+bits, because sums are computed block by block.
+"""
 
 CODES = 4
 """The codes that fit into two bits; so many of them make a byte."""
@@ -168,6 +170,8 @@ class UndoLog:
         self.write(there, (), scratch)
         weight.copy_(there)
         self._device = weight.device
+        # Blocks of another size, perhaps; all of them bare.
+        self._blocks = [None] * len(list(_parts(self._site.rows(weight))))
 
 
 def add_in_blocks(
@@ -223,7 +227,8 @@ def _unshared(value: LowRank) -> LowRank:
 def _parts(rows: Tensor) -> Iterator[tuple[int, slice]]:
     """Yield the places of the blocks of (batch, rows, cols)."""
     batch, height, width = rows.shape
-    step = max(BLOCK // max(width, 1), 1)
+    numbers = BLOCK if rows.device.type == "cpu" else LARGE_BLOCK
+    step = max(numbers // max(width, 1), 1)
     for b in range(batch):
         for i in range(0, height, step):
             yield b, slice(i, i + step)
