@@ -55,7 +55,7 @@ from .storage import Source
 from .training.every_rank import joined
 from .training.factors import Factors
 from .training.handed import Handed
-from .training.losses import ranks
+from .training.rank_names import ranks
 from .training.session import Training
 from .tree import AdapterTree
 

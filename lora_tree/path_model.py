@@ -31,8 +31,8 @@ from .engine.view import gate
 from .errors import StateError, listing
 from .training.every_rank import joined
 from .training.factors import Factors
-from .training.losses import ranks
 from .training.node_factors import key_of
+from .training.rank_names import ranks
 
 __all__ = ["PathModel"]
 

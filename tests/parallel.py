@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_tree as lt
 from lora_tree.errors import StateError
+from lora_tree.integrations.path_losses import PathTotals
 from lora_tree.integrations.transformers import TreeTrainer
 
 TRAINING = ("a", "a/b/c", "d")
@@ -205,7 +206,7 @@ def trainer(folder: Path) -> dict[str, list[Tensor]]:
     return one
 
 
-def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
+def sharded() -> lt.TreeModel:
     base = joint.base()
     model = lt.attach(joint.tree(base), base)
     model.trainable(*TRAINING)
@@ -213,6 +214,11 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
+    model = sharded()
     in_order = [row for step in rows() for micro in step for batch in micro for row in batch]
     evaluated = dict(
         eval_dataset=joint.rows(["a", "d", "a"], 8), eval_strategy="steps", eval_steps=1
@@ -222,7 +228,6 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
         num_train_epochs=1,
         save_strategy="steps",
         save_steps=1,
-        save_only_model=True,
         ddp_backend="gloo",
         **{key: value for key, value in evaluated.items() if key != "eval_dataset"},
     )
@@ -238,6 +243,15 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
     made.train()
     with model.gathered() as tree:
         whole = joint.factors(tree)
+    assert args.save_only_model is False
+    again = sharded()
+    resumed = TreeTrainer(again, args, loss="paths", groups=joint.groups(again, *TRAINING), **data)
+    resumed.train(resume_from_checkpoint=str(folder / "run/checkpoint-2"))
+    with again.gathered() as tree:
+        found = joint.factors(tree)
+    assert all(
+        torch.equal(x, y) for path in whole for x, y in zip(whole[path], found[path], strict=True)
+    )
     made._load_from_checkpoint(str(folder / "run/checkpoint-1"))
     with model.gathered() as tree:
         assert not torch.equal(joint.factors(tree)["a"][0], whole["a"][0])
@@ -253,14 +267,46 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
         else:
             raise AssertionError(message)
     with model.gathered() as tree:
-        again = joint.factors(tree)
+        last = joint.factors(tree)
     assert all(
-        torch.equal(x, y) for path in whole for x, y in zip(whole[path], again[path], strict=True)
+        torch.equal(x, y) for path in whole for x, y in zip(whole[path], last[path], strict=True)
     )
     return whole
 
 
+BLENDED: Any = {"a/b": 0.5, "d": 0.5}
+
+
+def blends(folder: Path) -> dict[str, list[Tensor]]:
+    """A blend as the path of rows, on the second rank alone; and an evaluation on the first alone."""
+    base = joint.base()
+    model = lt.attach(joint.tree(base), base)
+    mine = [["a", "d"], [BLENDED, "a"]][dist.get_rank()]
+    optimizer = torch.optim.AdamW(joint.groups(model, "a", "d"))
+    model.follow(optimizer)
+    called = DistributedDataParallel(model)
+    ids, labels, _ = columns(joint.rows(["", ""], 20 + dist.get_rank()))
+    counts = lt.token_counts(model.tree, [(labels, mine)])
+    with model.route(mine):
+        logits = called(input_ids=ids, use_cache=False).logits
+        lt.path_loss(logits, labels, mine, counts=counts).total.backward()
+    optimizer.step()
+    totals = PathTotals(model.tree)
+    for paths in (["a", "d"], [["a", BLENDED], ["a", "d"]][dist.get_rank()]):
+        table = totals.table(logits.detach(), labels, paths, shift=True)
+        heard = [torch.zeros_like(table) for _ in range(2)]
+        dist.all_gather(heard, table)
+        for one in heard:
+            totals.add(one)
+    told = {"counts": counts, "means": totals.means()}
+    (folder / f"told-{dist.get_rank()}.json").write_text(json.dumps(told))
+    return joint.factors(model.tree)
+
+
 SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer, "sharded_trainer": sharded_trainer}
+"""Scenarios that train `STEPS`."""
+
+OTHERS = {"blends": blends}
 
 
 def main() -> None:
@@ -273,7 +319,7 @@ def main() -> None:
         "ACCELERATE_USE_CPU": "1",
     }
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in {**SCENARIOS, **OTHERS}.items():
         (folder / name).mkdir(exist_ok=True)
         try:
             found = scenario(folder / name)

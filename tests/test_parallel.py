@@ -123,3 +123,25 @@ def test_a_trainer_tells_the_losses_of_all_processes(folder: Path, hand: joint.B
     assert {p: told["eval"][f"eval_loss/{p}"] for p in means} == pytest.approx(
         means, rel=1e-9
     )  # no row twice
+
+
+def test_a_blend_may_be_the_path_of_rows_on_one_rank_only(folder: Path) -> None:
+    base = joint.base()
+    model = lt.attach(joint.tree(base), base)
+    optimizer = torch.optim.AdamW(joint.groups(model, "a", "d"))
+    model.follow(optimizer)
+    paths = ["a", "d", parallel.BLENDED, "a"]
+    ids, labels, _ = parallel.columns([*joint.rows(["", ""], 20), *joint.rows(["", ""], 21)])
+    counts = lt.token_counts(model.tree, [(labels, paths)])
+    with model.route(paths):
+        logits = model(input_ids=ids, use_cache=False).logits
+        lt.path_loss(logits, labels, paths, counts=counts).total.backward()
+    optimizer.step()
+    saved = factors(folder / "blends")
+    for path, wanted in joint.factors(model.tree).items():
+        for mine, want in zip(saved[path], wanted, strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-9)
+    said = [json.loads((folder / f"blends/told-{rank}.json").read_text()) for rank in range(2)]
+    assert said[0] == said[1]
+    assert said[0]["counts"] == counts
+    assert len(said[0]["means"]) == 3

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..blend import Blend, spelled
 from ..engine.upload import uploaded
-from ..errors import SpecError
-from ..training.losses import ranks, row_losses
+from ..training.losses import row_losses
+from ..training.rank_names import blends_of_all, ranks
 from ..tree import AdapterTree
 
 __all__ = ["PathMeans", "PathTotals"]
@@ -76,12 +76,12 @@ class PathTotals:
     ) -> Tensor:
         """Return (rows, 3), float64: the path's place, the row's summed loss, its learnt tokens.
 
-        Raises:
-            SpecError: a row has a blend, and several ranks evaluate: they have no common order of
-                blends.
+        If several ranks evaluate, each has to call this.
         """
         sums, tokens = row_losses(logits, labels, shift=shift)
-        places = [self._place(spelled(path)) for path in paths]
+        names = list(map(spelled, paths))
+        self._learn(names, sums.device)
+        places = [self._order.index(name) for name in names]
         which = uploaded(torch.tensor(places, dtype=torch.float64, device="cpu"), sums.device)
         # float64 holds every count of tokens and every place exactly.
         return torch.stack([which, sums.double(), tokens.double()], dim=1)
@@ -97,11 +97,12 @@ class PathTotals:
         """Return the mean over each path's tokens; paths without learnt tokens are left out."""
         return {name: self._sums[name] / tokens for name, tokens in self._tokens.items() if tokens}
 
-    def _place(self, name: str) -> int:
-        if name not in self._order:
-            if ranks() > 1:
-                raise SpecError(
-                    f"{name}: over several ranks every row has one node's path, not a blend"
-                )
-            self._order.append(name)
-        return self._order.index(name)
+    def _learn(self, names: Sequence[str], device: torch.device) -> None:
+        """Give every blend a place, the same on all ranks."""
+        strange = sorted(set(names) - set(self._order))
+        if ranks() > 1:
+            # Most batches have no blend on any rank, and then one number is all that is exchanged.
+            some = torch.tensor(len(strange), device=device)
+            dist.all_reduce(some)
+            strange = blends_of_all(strange, device) if int(some) else []
+        self._order += [name for name in strange if name not in self._order]

@@ -119,7 +119,8 @@ class TreeTrainer(TreeCheckpoints):
             # mark of transformers 5 says so. It is set on the TreeModel and not through it: the
             # base has a mark of its own, which says whether it was sharded as it was loaded.
             object.__setattr__(self.tree_model, "is_distributed_loading_by_transformers", True)
-        super().__init__(model=model, args=args, **trainer)
+        with _saving_state(args, self.tree_model.factors.sharded):
+            super().__init__(model=model, args=args, **trainer)
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SpecError(
                 "TreeTrainer trains on one device a process; not under DataParallel, "
@@ -385,6 +386,22 @@ class TreeTrainer(TreeCheckpoints):
         groups = self.optimizer.param_groups
         rates = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups}
         return rates if len(set(rates.values())) > 1 else {}
+
+
+@contextmanager
+def _saving_state(args: Any, sharded: bool) -> Iterator[None]:
+    """Let a trainer of a sharded model be made whose checkpoints hold the optimiser's state.
+
+    The Trainer refuses that, because it has no file for such a state. `TreeCheckpoints` has one.
+    """
+    if args is None or not sharded:
+        yield
+        return
+    only_model, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        args.save_only_model = only_model
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]

@@ -24,7 +24,8 @@ from ..model import TreeModel
 from ..runs.checkpoint_factors import load_factors, save_factors
 from ..runs.checkpoint_place import appearing, put_back, retire
 from ..training.diverged import Start
-from ..training.losses import ranks
+from ..training.rank_names import ranks
+from .sharded_state import load_state, save_state
 
 for _needed in ("transformers", "accelerate"):
     need(_needed, extra="train", what="TreeTrainer")
@@ -112,6 +113,22 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
                     self.state.save_to_json(str(stage / name / "trainer_state.json"))
         if self.args.should_save:
             self._retire_old_checkpoints(parent)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.tree_model.factors.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        writes = self.args.should_save
+        save_state(optimizer, self.lr_scheduler, Path(output_dir), writes=writes)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.tree_model.factors.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # Accelerate wraps an optimiser; the state is that of the one inside.
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        load_state(optimizer, self.lr_scheduler, Path(checkpoint))
 
     def _retire_old_checkpoints(self, parent: Path) -> None:
         """Delete the checkpoints that ``save_total_limit`` has the Trainer delete.

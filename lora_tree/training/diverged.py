@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import DivergedError, listing
 from ..lowrank import is_sharded
 from .factors import Factors
-from .losses import ranks
+from .rank_names import ranks
 from .sharded import local_part
 
 __all__ = ["BASE_LABEL", "Start", "check_finite_step"]

@@ -26,13 +26,13 @@ from ..blend import Blend, spelled
 from ..engine.upload import uploaded
 from ..errors import SpecError, StateError
 from ..tree import AdapterTree
+from .rank_names import blends_of_all, ranks
 
 __all__ = [
     "IGNORED",
     "PathLoss",
     "path_loss",
     "pooled_loss",
-    "ranks",
     "row_losses",
     "token_counts",
 ]
@@ -199,8 +199,7 @@ def token_counts(
         shift: as in `path_loss`: the first token of a row is not learnt.
 
     Raises:
-        SpecError: a batch has not as many paths as rows; or ranks train blends, which have no
-            common order.
+        SpecError: a batch has not as many paths as rows.
 
     >>> tree = AdapterTree(); _ = tree.add("fr")
     >>> batches = [torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, -100]])]
@@ -219,27 +218,27 @@ def token_counts(
     mine = _counted(named, shift)
     if ranks() == 1:
         return mine
-    # The ranks add up by position, so the order has to be one that all of them know: the tree's.
+    # The ranks add up by position, so the order has to be one that all of them know: the tree's,
+    # and then that of the blends.
     order = ["", *tree.paths()]
-    strange = sorted(set(mine) - set(order))
-    if strange:
-        raise SpecError(
-            f"{strange[0]}: over several ranks every row has one node's path, not a blend"
-        )
     device = named[0][0].device if named else torch.device("cpu")
-    total = torch.tensor([mine.get(path, 0) for path in order], dtype=torch.int64, device=device)
-    dist.all_reduce(total)
+    strange = sorted(set(mine) - set(order))
+    total = _over_ranks([*(mine.get(path, 0) for path in order), len(strange)], device)
+    if total.pop():
+        blends = blends_of_all(strange, device)
+        total += _over_ranks([mine.get(blend, 0) for blend in blends], device)
+        order += blends
     # A path that only another rank has rows of counts here too: the sum
     # over paths is over all of them.
-    counts = dict(zip(order, total.tolist(), strict=True))
+    counts = dict(zip(order, total, strict=True))
     return {path: count for path, count in counts.items() if count or path in mine}
 
 
-def ranks() -> int:
-    """Return how many processes train together; 1 outside of a distributed run."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return 1
+def _over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
+    total = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    found: list[int] = total.tolist()
+    return found
 
 
 def _shares(names: Sequence[str], places: Mapping[str, Sequence[int]], tokens: Tensor) -> Tensor:

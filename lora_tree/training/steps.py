@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import SpecError, StateError
 from .factors import Factors
-from .losses import ranks
+from .rank_names import ranks
 from .sharded import local_part
 
 __all__ = ["NodeSteps"]

@@ -1,0 +1,115 @@
+"""The state of an optimiser whose parameters are sharded, and of its schedule, in one file.
+
+    checkpoint-40/optimizer.safetensors    "3.exp_avg": of parameter 3, whole
+                                           metadata: the groups' numbers, the schedule's
+
+Every rank has a part of each tensor. They are gathered one by one, and one process writes them whole,
+as the factors beside them are. So a run may go on with another number of ranks. The Trainer has no
+such file: it refuses to resume a model that was sharded before it got it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
+
+from ..errors import FormatError, SpecError
+from ..folder import disk
+from ..formats import strict_json
+from ..formats.safetensors import read_tensors, render_tensors
+from ..lowrank import is_sharded
+from ..training.sharded import full
+
+__all__ = ["load_state", "save_state"]
+
+STATE = "optimizer.safetensors"
+
+
+def save_state(
+    optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path, *, writes: bool
+) -> None:
+    """Write the state of an optimiser and of its schedule; every rank has to call this.
+
+    Args:
+        optimizer: its parameters may be sharded.
+        scheduler: of its learning rates.
+        folder: of the checkpoint.
+        writes: this process writes; one of all.
+
+    Raises:
+        SpecError: a state is not made of numbers, strings and tensors.
+        FolderError: the folder can't be written.
+    """
+    told = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    # In the order of the parameters, which all ranks share: to gather a tensor they meet.
+    for index in sorted(told["state"]):
+        for name, value in sorted(told["state"][index].items()):
+            if isinstance(value, Tensor):
+                whole = full(value.detach()).cpu().contiguous()
+                tensors[f"{index}.{name}"] = whole
+    if not writes:
+        return
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in told["param_groups"]
+    ]
+    try:
+        said = json.dumps({"groups": groups, "schedule": scheduler.state_dict()}, default=float)
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            f"{type(optimizer).__name__} or {type(scheduler).__name__} keeps something that is no "
+            f"number: {error}",
+            "save_only_model=True: such a run can't be resumed",
+        ) from error
+    disk.write(folder / STATE, render_tensors(tensors, {"format": "pt", "state": said}))
+
+
+def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
+    """Put a checkpoint's state into an optimiser and its schedule; every rank has to call this.
+
+    Raises:
+        FolderError, FormatError: the file is missing, broken, or of other parameters.
+    """
+    file = folder / STATE
+    tensors, metadata = read_tensors(file, str(file))
+    said = strict_json.loads(metadata.get("state", "").encode(), f"{file}: state")
+    now = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = said.get("groups")
+    if not isinstance(groups, list) or len(groups) != len(now["param_groups"]):
+        raise FormatError(
+            f"{file}: state of other parameter groups than train now",
+            "resume with the nodes that trained then: model.trainable(…)",
+        )
+    by_parameter: dict[int, dict[str, Tensor]] = {}
+    # Sorted, so that all ranks meet at the same tensor: a mapping that was read has no fixed order.
+    for name, tensor in sorted(tensors.items()):
+        index, _, part = name.partition(".")
+        if not index.isdigit() or int(index) >= len(parameters):
+            raise FormatError(f"{file}: {name}: no parameter of that number trains now")
+        own = parameters[int(index)]
+        # A count of steps is one number on every rank; the rest lies as its parameter does.
+        if is_sharded(own) and tensor.shape == own.shape:
+            device = own.device
+            tensor = distribute_tensor(tensor.to(device), own.device_mesh, own.placements)
+        by_parameter.setdefault(int(index), {})[part] = tensor
+    merged = []
+    for group, told in zip(now["param_groups"], groups, strict=True):
+        merged.append({**group, **_as_they_were(told, group), "params": group["params"]})
+    optimizer.load_state_dict({"state": by_parameter, "param_groups": merged})
+    scheduler.load_state_dict(said["schedule"])
+
+
+def _as_they_were(told: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options as they were: JSON has no tuples."""
+    found = {}
+    for name, value in told.items():
+        found[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+    return found

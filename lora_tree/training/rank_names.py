@@ -1,0 +1,46 @@
+"""What several ranks have to agree on: how many they are, and the blends that their rows go by.
+
+Ranks add up losses and counts by position, in an order that all of them know. Nodes have one, the
+tree's. A blend may be in the rows of one rank alone, so its name is sent to the others, and they
+agree on the sorted names of all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["blends_of_all", "ranks"]
+
+
+def ranks() -> int:
+    """Return how many processes train together; 1 outside of a distributed run."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
+
+
+def blends_of_all(mine: Sequence[str], device: torch.device) -> list[str]:
+    """Return the names that any rank has, sorted; every rank has to call this.
+
+    Args:
+        mine: this rank's.
+        device: where the ranks exchange tensors.
+    """
+    said = json.dumps(sorted(mine)).encode()
+    length = torch.tensor([len(said)], dtype=torch.int64, device=device)
+    lengths = [torch.zeros_like(length) for _ in range(ranks())]
+    dist.all_gather(lengths, length)
+    # Ranks exchange tensors of one size.
+    longest = max(int(one) for one in lengths)
+    padded = said + b" " * (longest - len(said))
+    sent = torch.tensor(list(padded), dtype=torch.uint8, device=device)
+    heard = [torch.zeros_like(sent) for _ in range(ranks())]
+    dist.all_gather(heard, sent)
+    names: set[str] = set()
+    for one in heard:
+        names.update(json.loads(bytes(one.tolist())))
+    return sorted(names)
