@@ -226,7 +226,8 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
         )
     if kind not in KINDS:
         raise UnsupportedAdapter(
-            f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA', 'LOHA' or 'LOKR'",
+            f"{where}: peft_type is {str(kind)[:40]!r}, expected 'LORA', 'LOHA', 'LOKR', "
+            "'ADALORA', 'VERA' or 'VBLORA'",
             "other methods do not add up to W + B·A: train it with LoRA, or convert it in PEFT",
             EXTRACT,
         )
@@ -251,6 +252,7 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
             f"{where}: init_lora_weights = {fields['init_lora_weights'][:40]!r}: {method} changed "
             "the base's own weights, and these factors are increments of the changed ones",
             "convert it in PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+            EXTRACT,
         )
 
 

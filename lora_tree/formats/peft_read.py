@@ -26,6 +26,7 @@ from ..overlay import over
 from ..storage import Allocate, Witness
 from ..system.reading import Inside
 from .config_file import read_config
+from .peft_composed import composed_config, read_composed
 from .peft_config import TURNED, says_which_way
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_outline import PeftTexts, outline_of
@@ -85,7 +86,8 @@ def read_adapter(
         torch.inference_mode(False),
     ):
         products = product_config(config, config_named)
-        if products is not None:
+        composed = composed_config(config, config_named)
+        if products is not None or composed is not None:
             header = parse_header(weights.head, weights.nbytes, weights_named)
             tensors = dict(header.tensors)
             if not outline:
@@ -93,6 +95,9 @@ def read_adapter(
                 # tensors.
                 in_memory = over(weights.numbers(header))
                 tensors = {key: in_memory(tensor) for key, tensor in tensors.items()}
+            if composed is not None:
+                return read_composed(composed, tensors, weights_named)
+            assert products is not None
             return read_products(products, tensors, weights_named)
         texts = PeftTexts(config, weights.head, weights.nbytes, config_named, weights_named)
         found = outline_of(texts)

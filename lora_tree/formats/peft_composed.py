@@ -1,0 +1,256 @@
+"""PEFT's AdaLoRA, VeRA and VB-LoRA folders in: factors that are composed of several tensors.
+
+    AdaLoRA    ΔW = s · B diag(E) A         lora_A (r, in), lora_B (out, r), lora_E (r, 1)
+                                            s = lora_alpha / (init_r + 1e-5), as PEFT adds it
+    VeRA       ΔW = diag(b) B diag(d) A     vera_lambda_b (out,), vera_lambda_d (r,); and for all
+                                            modules vera_A (r, in), vera_B (out, r)
+    VB-LoRA    ΔW = B A                     vblora_logits_A (r, in / l, n), _B (out / l, r, n); and
+                                            for all modules vblora_vector_bank (n, l): each piece of
+                                            a factor is the softmax of its k largest logits times
+                                            their vectors
+
+All three are exact at their own rank. VeRA's shared factors are as large as the largest module; a
+file does not say how wide a module's input is, so A has the whole width, and a base refuses it in
+a module that is narrower. Its projections can be left out of the file, and made again by the random
+generator of the system that reads it: such a file is refused.
+
+Sources: PEFT 0.21, tuners/adalora/layer.py, tuners/vera/layer.py, tuners/vblora/layer.py
+(arXiv 2303.10512, 2310.11454, 2405.15179).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import FormatError, LoraTreeError, UnsupportedAdapter
+from ..lowrank import LowRank
+from . import strict_json
+from .peft_config import EXTRACT
+from .peft_keys import PREFIX
+
+__all__ = ["ComposedConfig", "composed_config", "read_composed"]
+
+_ROOT = "base_model."
+"""Before the tensors that all modules share."""
+_PARTS = {
+    "ADALORA": ("lora_A", "lora_B", "lora_E"),
+    "VERA": ("vera_lambda_b", "vera_lambda_d"),
+    "VBLORA": ("vblora_logits_A", "vblora_logits_B"),
+}
+_SHARED: dict[str, tuple[str, ...]] = {
+    "ADALORA": (),
+    "VERA": ("vera_A", "vera_B"),
+    "VBLORA": ("vblora_vector_bank",),
+}
+
+
+@dataclass(frozen=True)
+class ComposedConfig:
+    """The config of such an adapter, checked.
+
+    Args:
+        kind: its ``peft_type``.
+        base: the base that it names.
+        scale: of every module.
+        topk: of VB-LoRA.
+    """
+
+    kind: str
+    base: str | None
+    scale: float
+    topk: int
+
+
+def composed_config(config: bytes, where: str) -> ComposedConfig | None:
+    """Return the checked config; None where it is of another kind, which others read.
+
+    Raises:
+        FormatError: it is broken.
+        UnsupportedAdapter: it has parts that do not add up.
+    """
+    # A look at the bytes first: nearly all adapters are LoRAs, whose config is parsed elsewhere.
+    if not any(f'"{kind}"'.encode() in config for kind in _PARTS):
+        return None
+    fields = strict_json.loads(config, where)
+    kind = fields.get("peft_type")
+    if kind not in _PARTS:
+        return None
+    for name in ("modules_to_save", "use_dora"):
+        if fields.get(name):
+            raise UnsupportedAdapter(
+                f"{where}: {name} = {str(fields[name])[:80]} beside {kind}, which is not read",
+                EXTRACT,
+            )
+    if fields.get("bias", "none") != "none":
+        raise UnsupportedAdapter(
+            f"{where}: bias = {str(fields['bias'])[:40]!r} beside {kind}, which is not read",
+            EXTRACT,
+        )
+    scale = 1.0
+    if kind == "ADALORA":
+        rank = _number(fields, "init_r", 12, where)
+        alpha = fields.get("lora_alpha", 8)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or abs(alpha) > 1e30:
+            raise FormatError(f"{where}: lora_alpha is {alpha!r:.80}, expected a number")
+        # PEFT takes the rank for an alpha of 0, and keeps init_r when it prunes ranks.
+        scale = (alpha if alpha > 0 else rank) / (rank + 1e-5)
+    base = fields.get("base_model_name_or_path")
+    topk = _number(fields, "topk", 2, where)
+    return ComposedConfig(kind, base if isinstance(base, str) else None, float(scale), topk)
+
+
+def _number(fields: Mapping[str, Any], name: str, default: int, where: str) -> int:
+    said = fields.get(name, default)
+    if isinstance(said, bool) or not isinstance(said, int) or not 1 <= said <= 1 << 20:
+        raise FormatError(f"{where}: {name} is {said!r:.80}, expected a whole number from 1")
+    return said
+
+
+def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: str) -> Adapter:
+    """Read a file's tensors under their config.
+
+    Args:
+        config: of `composed_config`.
+        tensors: key → tensor; on the meta device for an outline.
+        where: names the file in errors.
+
+    Raises:
+        FormatError: a key that is none of the kind's, or parts that don't fit; names the key.
+        UnsupportedAdapter: VeRA without its projections.
+    """
+    parts, shared = _PARTS[config.kind], _SHARED[config.kind]
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        if key.removeprefix(_ROOT) in shared and key.startswith(_ROOT):
+            continue
+        module, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if not key.startswith(PREFIX) or part not in parts or "" in module.split("."):
+            raise FormatError(
+                f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.{parts[0]}"
+                + "".join(f", {_ROOT}{name}" for name in shared)
+            )
+        groups.setdefault(module, {})[part] = tensors[key]
+    if not groups:
+        raise FormatError(f"{where}: no {parts[0]} of any module")
+    common = _common(config.kind, tensors, where)
+    modules: dict[str, LowRank] = {}
+    for module, own in groups.items():
+        missing = [part for part in parts if part not in own]
+        if missing:
+            raise FormatError(f"{where}: {module}: no {missing[0]} beside {next(iter(own))}")
+        try:
+            value = _COMPOSE[config.kind](own, common, config)
+        except LoraTreeError as error:
+            raise FormatError(f"{where}: {module}: {error.what}", *error.todo) from error
+        if value is not None:
+            modules[module] = value
+    return Adapter(modules, base=config.base)
+
+
+def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor]:
+    """Return the tensors that all modules share.
+
+    Raises:
+        FormatError: one is missing, or no matrix of floating numbers.
+        UnsupportedAdapter: VeRA's are not in the file.
+    """
+    found = []
+    for name in _SHARED[kind]:
+        tensor = tensors.get(f"{_ROOT}{name}")
+        if tensor is None and kind == "VERA":
+            raise UnsupportedAdapter(
+                f"{where}: no {_ROOT}{name}: the projections were not saved, and the random numbers "
+                "of another system or torch need not be the same",
+                "load it in PEFT where it was trained, set config.save_projection = True, and save "
+                "it again",
+                EXTRACT,
+            )
+        if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
+            shape = "missing" if tensor is None else str(tuple(tensor.shape))
+            raise FormatError(f"{where}: {_ROOT}{name}: {shape}, expected a matrix")
+        found.append(tensor)
+    return found
+
+
+def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
+    """Refuse parts of other dimensions, or that are no floating numbers."""
+    for name, wanted in dimensions.items():
+        tensor = own[name]
+        if tensor.ndim != wanted or not tensor.is_floating_point():
+            raise FormatError(
+                f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {wanted} dimensions of "
+                "floating numbers"
+            )
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors in one dtype, fp32 at least: a product in bf16 would round every number."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _adalora(
+    own: Mapping[str, Tensor], common: list[Tensor], config: ComposedConfig
+) -> LowRank | None:
+    _check(own, {"lora_A": 2, "lora_B": 2, "lora_E": 2})
+    A, B, E = own["lora_A"], own["lora_B"], own["lora_E"]
+    if E.shape != (A.shape[0], 1) or B.shape[1] != A.shape[0]:
+        raise FormatError(
+            f"lora_A {tuple(A.shape)}, lora_E {tuple(E.shape)} and lora_B {tuple(B.shape)} do not "
+            "multiply"
+        )
+    if A.shape[0] == 0:
+        return None  # all ranks of this module were pruned
+    B, E = _wide(B, E)
+    return LowRank(A.to(B.dtype), B * E.mT, config.scale)
+
+
+def _vera(
+    own: Mapping[str, Tensor], common: list[Tensor], config: ComposedConfig
+) -> LowRank | None:
+    _check(own, {"vera_lambda_b": 1, "vera_lambda_d": 1})
+    A, B = common
+    b, d = own["vera_lambda_b"], own["vera_lambda_d"]
+    if not len(d) == A.shape[0] == B.shape[1] or len(b) > B.shape[0]:
+        raise FormatError(
+            f"vera_lambda_b {tuple(b.shape)} and vera_lambda_d {tuple(d.shape)} do not fit vera_A "
+            f"{tuple(A.shape)} and vera_B {tuple(B.shape)}"
+        )
+    A, B, b, d = _wide(A, B, b, d)
+    # A is one tensor for all modules; what is a module's own goes into B.
+    return LowRank(A, b[:, None] * B[: len(b)] * d)
+
+
+def _vblora(
+    own: Mapping[str, Tensor], common: list[Tensor], config: ComposedConfig
+) -> LowRank | None:
+    _check(own, {"vblora_logits_A": 3, "vblora_logits_B": 3})
+    (bank,) = common
+    a, b = own["vblora_logits_A"], own["vblora_logits_B"]
+    if a.shape[0] != b.shape[1] or not a.shape[2] == b.shape[2] == len(bank) >= config.topk:
+        raise FormatError(
+            f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit {len(bank)} vectors, "
+            f"of which {config.topk} count"
+        )
+    bank, a, b = _wide(bank, a, b)
+    A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)
+    B = _pieces(b, bank, config.topk).transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
+    return LowRank(A, B.contiguous())
+
+
+def _pieces(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
+    """Return the vectors that logits (…, n) choose from the bank (n, l): (…, l)."""
+    largest, places = logits.topk(topk, dim=-1)
+    return (torch.softmax(largest, dim=-1)[..., None] * bank[places]).sum(-2)
+
+
+_Compose = Callable[[Mapping[str, Tensor], list[Tensor], ComposedConfig], LowRank | None]
+_COMPOSE: dict[str, _Compose] = {"ADALORA": _adalora, "VERA": _vera, "VBLORA": _vblora}
