@@ -301,7 +301,50 @@ def test_a_file_without_its_config_is_refused(tmp_path: Path) -> None:
         lt.Adapter.load(folder)
 
 
+def test_a_gguf_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "fr.gguf"
+    file.write_bytes(GGUF)
+    with pytest.raises(
+        UnsupportedAdapter, match=r"fr\.gguf: GGUF adapters are written(.|\n)*made from"
+    ):
+        lt.Adapter.load(file)
+    with pytest.raises(UnsupportedAdapter):
+        lt.AdapterTree().add("fr", adapter=file)
+
+
 # ---------------------------------------------------------------------- mutated
+GGUF = (
+    b"GGUF"
+    + (3).to_bytes(4, "little")
+    + (2).to_bytes(8, "little")
+    + b"\x01"
+    + b"\0" * 7
+    + b"general"
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.sampled_from(["a.gguf", "a.safetensors", "adapters.safetensors"]),
+    st.lists(
+        st.tuples(st.integers(0, 10**6), st.integers(0, 8), st.binary(max_size=8)), max_size=4
+    ),
+)
+def test_mutated_gguf_files_are_the_librarys_own_errors(
+    tmp_path_factory: pytest.TempPathFactory, name: str, edits: list[tuple[int, int, bytes]]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "gguf-fuzz"
+    folder.mkdir(exist_ok=True)
+    data = GGUF
+    for place, cut, junk in edits:
+        at = place % (len(data) + 1)
+        data = data[:at] + junk + data[at + cut :]
+    (folder / name).write_bytes(data)
+    (folder / "adapter_config.json").write_bytes(TEXT)
+    with pytest.raises(FormatError):
+        lt.Adapter.load(folder / name)
+
+
 VALID = as_mlx_saves(safetensors.numpy.save(arrays()))
 TEXT = json.dumps(CONFIG).encode()
 JUNK = [

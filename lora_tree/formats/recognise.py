@@ -84,7 +84,7 @@ def recognise(path: Path) -> Recognised:
 
     Raises:
         FormatError: a file of no known format; names some of its keys.
-        UnsupportedAdapter: a pickle.
+        UnsupportedAdapter: a pickle, or a GGUF file.
     """
     if is_folder(path):
         # mlx-lm's config has the name of PEFT's, so the factors' file counts.
@@ -99,6 +99,12 @@ def recognise(path: Path) -> Recognised:
         raise UnsupportedAdapter(
             f"{path}: {path.suffix} files are pickles, which can run code when they are opened",
             "convert it where you trust it, and save it as .safetensors",
+        )
+    if path.suffix == ".gguf" and is_file(path):
+        raise UnsupportedAdapter(
+            f"{path}: GGUF adapters are written for llama.cpp, and not read: its converter has "
+            "renamed the modules and turned some of their rows",
+            "add the adapter that the file was made from",
         )
     # adapter_model.safetensors by itself is half an adapter, and its folder is what was meant.
     if path.name == WEIGHTS or path.suffix != ".safetensors" or not is_file(path):
