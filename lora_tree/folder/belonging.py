@@ -15,17 +15,19 @@ import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..spec import TreeSpec
 from .bounds import lies_in
 from .opening import Opened
-from .scan import FILES
+from .scan import FILES, SINGLE
 from .training_steps import step_of
 from .tree_place import TreePlace
 from .yamlfile import walk
 
-__all__ = ["Belongings", "belongings", "places_among"]
+__all__ = ["Belongings", "belongings", "locked_times", "places_among"]
 
 PLACE = TreePlace("")
+_FOLDERS = (DIFFUSERS_WEIGHTS, MLX_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,26 @@ def belongings(opened: Opened) -> Belongings:
         if entry.files is None:
             continue
         # By its name and not by where links lead: a snapshot in the hub's cache is all links.
-        at = os.path.relpath(entry.files.folder, root)
-        if not lies_in(os.path.normpath(entry.files.folder), (root,)) or is_hidden(at):
+        at = os.path.relpath(entry.files.around, root)
+        if not lies_in(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
             outside[path] = entry.files.folder
             continue
-        for name in FILES:
-            if name in entry.files.now:
-                files[f"{at}/{name}"] = entry.files.now[name][0]
+        for name, (now, _) in entry.files.now.items():
+            if name in entry.files.names:
+                files[posixpath.normpath(f"{at}/{name}")] = now
     return Belongings(files, outside)
+
+
+def locked_times(opened: Opened) -> dict[str, int]:
+    """Return the times that the lock tells of the nodes' files: place → nanoseconds."""
+    found: dict[str, int] = {}
+    for path, entry in opened.entries.items():
+        if entry.files is None or path not in opened.contents or opened.lock is None:
+            continue
+        at = os.path.relpath(entry.files.around, opened.place.folder)
+        for name, known in zip(entry.files.names, opened.lock.nodes[path].files, strict=True):
+            found[posixpath.normpath(f"{at}/{name}")] = known.mtime_ns
+    return found
 
 
 def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
@@ -88,11 +102,14 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
             continue
         # The steps of a training run are no nodes unless tree.yaml lists them.
         is_step = step_of(above) is not None and above not in listed
-        if last in FILES and above and not is_hidden(above) and not is_step:
+        is_named = name in listed or (above in listed and last in _FOLDERS)
+        is_single = is_named and name.endswith(SINGLE)
+        is_half = last in FILES and bool(above) and not is_step
+        if (is_half or is_single) and not is_hidden(above):
             found.append(name)
     return found
 
 
 def is_hidden(path: str) -> bool:
     """Tell whether a folder, or one around it, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.split("/"))
+    return any(part.startswith(".") and part != "." for part in path.split("/"))

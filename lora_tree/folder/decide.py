@@ -122,7 +122,7 @@ class _Decisions:
 def _decide_node(draft: _Decisions, path: str) -> None:
     node = draft.tree[path]
     draft.rights.check_present(node)
-    adapter = _only_in_memory(node)
+    adapter = _only_in_memory(node, copy=draft.copy)
     rendered = _Rendered.of(adapter) if adapter is not None else None
     if rendered is not None and not _is_in_files(node, rendered):
         draft.kept[path] = _from_memory(draft, node, rendered)
@@ -149,8 +149,11 @@ class _Rendered:
         return content(*self.hashes.values())
 
 
-def _only_in_memory(node: Node) -> Adapter | None:
-    """Return a node's adapter if its files may not hold it; None if they do or it has none."""
+def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
+    """Return a node's adapter if its files may not hold it; None if they do or it has none.
+
+    A single file can't be copied into a node's folder as it is, so it counts as not held there.
+    """
     source, adapter = node.source, node.loaded
     if source is None:
         return adapter
@@ -158,6 +161,8 @@ def _only_in_memory(node: Node) -> Adapter | None:
         return source.load() if adapter is None else adapter
     if adapter is not None and (_may_have_trained(adapter) or source.gone()):
         return adapter
+    if copy and source.files().single:
+        return source.load() if adapter is None else adapter
     return None
 
 

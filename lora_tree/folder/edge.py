@@ -8,13 +8,11 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError
-from ..formats.recognise import recognise
 from ..provenance import SaveNote
 from ..storage import install
 from ..tree import AdapterTree
+from .adapter_files import check_named
 from .alone import save_adapter
-from .bounds import no_folder
-from .foreign import ForeignSource
 from .one_file import save_one_file
 from .saving import save_tree
 from .scan import find_files
@@ -29,11 +27,7 @@ class FolderStorage:
 
     def read_adapter(self, folder: Path) -> Adapter:
         """Read one adapter; see `Adapter.load`."""
-        # A file of another program's format is told by its content, before a folder is expected.
-        found = recognise(Path(os.path.abspath(folder)))
-        if found.file is not None:
-            return ForeignSource(found).load()
-        return FolderSource(_adapter_folder(folder)).load()
+        return FolderSource(_adapter_place(folder)).load()
 
     def write_adapter(self, adapter: Adapter, folder: Path, form: str) -> None:
         """Write one adapter; see `Adapter.save`."""
@@ -42,16 +36,13 @@ class FolderStorage:
         else:
             save_one_file(adapter, folder, form)
 
-    def source(self, folder: Path) -> FolderSource | ForeignSource:
+    def source(self, folder: Path) -> FolderSource:
         """Return an adapter that is read when it is first needed; its files have to be there now.
 
         Raises:
             FormatError: there is no whole adapter.
         """
-        found = recognise(Path(os.path.abspath(folder)))
-        if found.file is not None:
-            return ForeignSource(found)
-        place = _adapter_folder(folder)
+        place = _adapter_place(folder)
         files = find_files(place)
         if files.flaw is not None:
             raise FormatError(files.flaw)
@@ -62,12 +53,10 @@ class FolderStorage:
         save_tree(tree, folder, copy=copy, note=note)
 
 
-def _adapter_folder(folder: Path) -> str:
-    """Return an adapter's folder as an absolute path; refuse a name that something else has."""
-    place = os.path.abspath(folder)
-    wrong = no_folder(place, os.fspath(folder))
-    if wrong is not None:
-        raise FormatError(*wrong)
+def _adapter_place(spelled: Path) -> str:
+    """Return where an adapter is, as an absolute path; refuse a name that something else has."""
+    place = os.path.abspath(spelled)
+    check_named(place, os.fspath(spelled))
     return place
 
 

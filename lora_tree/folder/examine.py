@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from ..adapter import Adapter
 from ..errors import FormatError, UnsupportedAdapter
-from ..formats import peft
-from ..formats.peft import WEIGHTS
 from ..formats.safetensors import read_tensors
 from ..system.memory import check_fits
 from . import disk
+from .adapter_files import read_files
 from .lockfile import content
 from .scan import FILES, Files
 
@@ -24,14 +24,14 @@ __all__ = ["ContentHash", "Examined", "adds_nothing", "broken_text", "examine", 
 class ContentHash:
     """The hash of an adapter's content, from the bytes that its reader used."""
 
-    def __init__(self) -> None:
-        self._hashes = {name: hashlib.sha256() for name in FILES}
+    def __init__(self, names: Iterable[str] = FILES) -> None:
+        self._hashes = {name: hashlib.sha256() for name in names}
 
     def __call__(self, name: str, data: memoryview) -> None:
         self._hashes[name].update(data)
 
     def content(self) -> str:
-        return content(*(self._hashes[name].hexdigest() for name in FILES))
+        return content(*(hashing.hexdigest() for hashing in self._hashes.values()))
 
 
 def hashed(files: Files) -> str:
@@ -42,9 +42,9 @@ def hashed(files: Files) -> str:
         BudgetError: a file is larger than all memory. It could not be used, so it is not read.
     """
     # Before a byte is read: to hash hundreds of GB that can't be used would only take time.
-    for name in FILES:
-        check_fits(files.now[name][1].size, os.path.join(files.folder, name), free=False)
-    return content(*(disk.digest(files.now[name][0]) for name in FILES))
+    for name in files.names:
+        check_fits(files.now[name][1].size, os.path.join(files.around, name), free=False)
+    return content(*(disk.digest(files.now[name][0]) for name in files.names))
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def examine(files: Files) -> Examined:
     Raises:
         FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
     """
-    config, weights = (files.now[name][0] for name in FILES)
-    hashing = ContentHash()
+    hashing = ContentHash(files.names)
     try:
-        adapter = peft.read_adapter(config, weights, where=files.folder, witness=hashing)
+        adapter = read_files(files, witness=hashing)
     except UnsupportedAdapter:
         # The hash was not fed to its end, so the files are hashed for themselves.
-        read_tensors(weights, os.path.join(files.folder, WEIGHTS), outline=True)
+        weights = files.names[-1]
+        read_tensors(files.now[weights][0], os.path.join(files.around, weights), outline=True)
         return Examined(hashed(files), untrained=False)
     return Examined(hashing.content(), adds_nothing(adapter))
 
@@ -87,9 +87,8 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
         files: both of them.
         unknown_kinds: whether an adapter of a kind that this library can't add up counts as well.
     """
-    config, weights = (files.now[name][0] for name in FILES)
     try:
-        peft.read_adapter(config, weights, where=files.folder, outline=True)
+        read_files(files, outline=True)
     except UnsupportedAdapter as error:
         return str(error) if unknown_kinds else None
     except FormatError as error:

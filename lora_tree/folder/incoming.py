@@ -10,19 +10,18 @@ Anything else in its way is refused before the first byte is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FolderError, LoraTreeError, listing
+from ..errors import FolderError, listing
 from . import disk
 from .alone import finish_nodes
 from .belonging import PLACE, belongings
 from .changes import Changes, NewFile
 from .commit import writing
 from .hub_origin import HubOrigin, write_origin
-from .lockfile import TreeLock
 from .opening import inspect
 from .scan import FILES
 from .tree_place import TreePlace
@@ -95,7 +94,7 @@ def arrive(
     files: Mapping[str, Path],
     plan: Callable[[], Arrival],
     *,
-    lock: TreeLock | None,
+    times: Mapping[str, int],
     origin: HubOrigin,
 ) -> Arrival:
     """Put a tree's files into a folder as one change, and return how it changed.
@@ -104,8 +103,8 @@ def arrive(
         folder: it is made if it is not there.
         files: place → the file to copy.
         plan: calls `planned`; under the writer's lock where the folder has files.
-        lock: of the new tree. Its nodes' files get the times that it tells, so that the folder
-            opens without hashing them.
+        times: place → the time that the file gets, in nanoseconds. With those that the tree's
+            lock tells, the folder opens without hashing its files.
         origin: is noted in the folder.
 
     Raises:
@@ -118,18 +117,19 @@ def arrive(
                 for above in reversed((stage / place).parents[: place.count("/")]):
                     disk.make_inside(above)
                 disk.copy(file, stage / place)
-            _set_times(stage, lock)
+            _set_times(stage, times)
             write_origin(stage, origin)
         return arrival
     with writing(folder) as transaction:
         finish_nodes(str(folder))
         # Under the lock: no other writer can put a file in the way between this look and the moves.
         arrival = plan()
+        _refuse_single([*arrival.new, *arrival.replaced], folder)
         new = []
         for place in (*arrival.new, *arrival.replaced):
             new.append(NewFile(place, disk.digest(files[place]), files[place]))
         transaction.apply(Changes(tuple(new), frozenset(arrival.deleted)))
-        _set_times(folder, lock)
+        _set_times(folder, times)
         write_origin(folder, origin)
     return arrival
 
@@ -150,10 +150,21 @@ def _own_places(folder: Path) -> list[str]:
     return list(belongings(inspect(TreePlace(str(folder)))).files)
 
 
-def _set_times(folder: Path, lock: TreeLock | None) -> None:
-    """Give the nodes' files the times that the lock tells; their contents were compared with it."""
-    for path, node in lock.nodes.items() if lock is not None else ():
-        for name, known in zip(FILES, (node.config, node.weights), strict=True):
-            # A time is for speed alone: where it can't be set, the files are hashed when opened.
-            with suppress(OSError, OverflowError, LoraTreeError):
-                os.utime(folder / path / name, ns=(known.mtime_ns, known.mtime_ns))
+def _set_times(folder: Path, times: Mapping[str, int]) -> None:
+    """Give files the times of the lock; their contents were compared with it."""
+    for place, time_ns in times.items():
+        # A time is for speed alone: where it can't be set, the files are hashed when opened.
+        with suppress(OSError, OverflowError):
+            os.utime(folder / place, ns=(time_ns, time_ns))
+
+
+def _refuse_single(places: Iterable[str], folder: Path) -> None:
+    """Refuse files that no save writes: the record of a transaction may not name them."""
+    known = (PLACE.yaml, PLACE.lock)
+    single = [p for p in places if p not in known and os.path.basename(p) not in FILES]
+    if single:
+        raise FolderError(
+            f"{folder}: {listing(single)}: a file of another program's format comes with a new "
+            "folder only",
+            "pull into another folder",
+        )

@@ -1,6 +1,7 @@
 """tree.lock: the hashes of a tree's files, and what each node was trained on.
 
     content       = SHA-256 of "<SHA-256 of adapter_config.json> <of adapter_model.safetensors>"
+                    of an adapter that is one file, SHA-256 of "<SHA-256 of it>"
     lineage(root) = SHA-256 of "lora_tree lineage 1"
     lineage(node) = SHA-256 of "<lineage of its parent> <content> <weight, as float.hex()>"
                     its parent's own, if the node has no adapter; a weight per module is hashed as
@@ -17,7 +18,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
 from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
@@ -123,8 +124,9 @@ class NodeLock(StrictModel):
     """One node's files, and what it was trained on.
 
     Args:
-        content: the hash of its two files.
+        content: the hash of its files.
         config, weights: their sizes and times.
+        file: the same of an adapter that is one file, in another program's format.
         trained_on: the hash of the lineage.
         base: the base that it was trained on; None if that is the lock's own.
         written: a save of this library wrote the files.
@@ -133,13 +135,26 @@ class NodeLock(StrictModel):
     """
 
     content: Digest
-    config: FileLock
-    weights: FileLock
+    config: FileLock | None = None
+    weights: FileLock | None = None
+    file: FileLock | None = None
     trained_on: Digest
     base: BaseLock | None = None
     written: bool = False
     untrained: bool = False
     made: MadeLock | None = None
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> NodeLock:
+        pair = self.config is not None and self.weights is not None
+        if pair == (self.file is not None) or (self.config is None) != (self.weights is None):
+            raise ValueError("expected config and weights, or file alone")
+        return self
+
+    @property
+    def files(self) -> tuple[FileLock, ...]:
+        """The entries of its files, in the order in which they are hashed."""
+        return tuple(one for one in (self.config, self.weights, self.file) if one is not None)
 
 
 class LineageLock(StrictModel):
@@ -215,9 +230,12 @@ def render_lock(lock: TreeLock) -> bytes:
     return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
 
 
-def content(config: str, weights: str) -> str:
-    """Return the hash of a node's content, given the SHA-256 of its two files."""
-    return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()
+def content(*files: str) -> str:
+    """Return the hash of a node's content, given the SHA-256 of its config and its weights.
+
+    Of an adapter that is one file, given that file's.
+    """
+    return hashlib.sha256(" ".join(files).encode()).hexdigest()
 
 
 def lineage(above: str, own: str | None, weight: Weight) -> str:

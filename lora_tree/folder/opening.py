@@ -23,7 +23,7 @@ from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, parse_lock
 from .pending import Pending, pending, progress
 from .problem import HARMLESS, Kind, Problem
 from .resolve import FolderNode, resolve
-from .scan import FILES, Files, Scan, scan
+from .scan import Files, Scan, scan
 from .trained import TOP, stale_text, trained
 from .tree_place import YAML, TreePlace
 from .yamlfile import Located, read_spec
@@ -226,7 +226,9 @@ def _compare_files(opened: Opened, lock: TreeLock) -> None:
 
 def _changed(files: Files, known: NodeLock) -> str | None:
     """Say how the files differ from the lock; the hash decides if only the time does."""
-    locked: dict[str, FileLock] = dict(zip(FILES, (known.config, known.weights), strict=True))
+    if len(files.names) != len(known.files):
+        return "another kind of adapter than the lock speaks of"
+    locked: dict[str, FileLock] = dict(zip(files.names, known.files, strict=True))
     for name, stamp in files.stamps.items():
         # Sizes are compared before anything is hashed: another size is another content, and to hash
         # the files would read every byte of them.

@@ -94,7 +94,8 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
         renamed.append(place)
         digests = hashlib.sha256(data).hexdigest(), disk.digest(entry.files.now[WEIGHTS][0])
         contents[nodes[path].content] = content(*digests)
-        size = FileLock(size=len(data), mtime_ns=nodes[path].config.mtime_ns)
+        known = nodes[path].files[0]
+        size = FileLock(size=len(data), mtime_ns=known.mtime_ns)
         nodes[path] = nodes[path].model_copy(update={"config": size})
     yaml = opened.yaml_bytes
     if yaml is not None:

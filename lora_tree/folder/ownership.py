@@ -20,7 +20,7 @@ from .changes import KeptAdapter
 from .examine import hashed
 from .lockfile import FileLock
 from .opening import Opened
-from .scan import FILES, Files
+from .scan import Files
 from .seen import Seen, yaml_sha256
 from .training_steps import step_of
 
@@ -44,7 +44,9 @@ class Ownership:
         known = self.opened.lock.nodes.get(path) if self.opened.lock else None
         if known is None or not known.written or files.flaw is not None:
             return False
-        locked = {FILES[0]: known.config, FILES[1]: known.weights}
+        if len(known.files) != len(files.names):
+            return False
+        locked = dict(zip(files.names, known.files, strict=True))
         unchanged = all(FileLock.of(stamp) == locked[name] for name, stamp in files.stamps.items())
         # Another time alone is no other content: a copy of the folder has new times.
         return unchanged or hashed(files) == known.content

@@ -15,11 +15,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ..errors import FormatError, LoraTreeError, PathError
+from ..errors import LoraTreeError, PathError
 from ..node_names import check_path
 from ..spec import LoraSpec, NodeSpec, TreeSpec
 from ..weights import Weight, as_weight
-from .bounds import inside, no_folder, tree_above
+from .adapter_files import check_named
+from .bounds import inside, tree_above
 from .problem import Problem
 from .scan import Files, Scan, find_files
 from .training_steps import is_step, paths_above, step_of
@@ -153,11 +154,9 @@ class _Resolving:
         return FolderNode(as_weight(node.weight), fresh=recipe if is_fresh else None)
 
     def _named_files(self, named: str) -> Files:
-        """Find the adapter's files in a folder that tree.yaml names."""
+        """Find the adapter's files in a folder that tree.yaml names, or the one file that it is."""
         home = self._home(named)
-        wrong = no_folder(home, named, self.folder)
-        if wrong is not None:
-            raise FormatError(*wrong)
+        check_named(home, named, self.folder)
         below = os.path.relpath(home, self.folder)
         # If it lies in the tree's own folder the scan has looked already, through an undecided
         # save.

@@ -7,7 +7,7 @@ its own, and adapters that lie elsewhere are named in tree.yaml.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import TypeAlias
 from ..errors import LoraTreeError
 from ..formats.peft import CONFIG, WEIGHTS
 from ..formats.peft_read import PICKLE
+from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..node_names import MAX_DEPTH
 from . import disk
 from .bounds import leaves
@@ -26,6 +27,7 @@ from .record import HIDDEN
 __all__ = ["FILES", "Files", "Scan", "find_files", "scan"]
 
 FILES = (CONFIG, WEIGHTS)
+SINGLE = ".safetensors"
 _NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
 # Somebody may name a home folder or a whole disk by mistake. The limit ends such a scan with a
 # message instead of letting it run for hours.
@@ -40,22 +42,39 @@ class Files:
     """The files of one adapter.
 
     Args:
-        folder: where they belong.
+        folder: where they belong; of a single file that is named by itself, that file.
         now: name → its path at the moment, which may be in the stage of a save, and its stamp.
+        single: its factors are one file, in another program's format; mlx-lm writes a config too.
     """
 
     folder: str
     now: Mapping[str, tuple[str, Stamp]]
+    single: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the files that count."""
+        if not self.single:
+            return FILES
+        return tuple(self.now)
+
+    @property
+    def around(self) -> str:
+        """The folder in which the files lie."""
+        is_named_itself = self.single and self.folder.endswith(SINGLE)
+        return os.path.dirname(self.folder) if is_named_itself else self.folder
 
     @cached_property
     def stamps(self) -> dict[str, Stamp]:
-        """Name → size and time of the two files that count."""
-        return {name: self.now[name][1] for name in FILES if name in self.now}
+        """Name → size and time of the files that count."""
+        return {name: self.now[name][1] for name in self.names if name in self.now}
 
     @property
     def flaw(self) -> str | None:
         """Why this is no whole adapter, and what to do; None if it is one."""
-        missing = [name for name in FILES if name not in self.now]
+        missing = [name for name in self.names if name not in self.now]
+        if self.single and not any(name.endswith(SINGLE) for name in self.now):
+            return f"{self.folder}: no such file"
         if not missing:
             return None
         if WEIGHTS in missing and PICKLE in self.now:
@@ -92,24 +111,50 @@ def find_files(folder: str, root: str | None = None) -> Files:
     """Find the files of one adapter, also those that a cut-off save left in its stage.
 
     Args:
-        folder: where the files belong.
+        folder: where the files belong; or one file in another program's format.
         root: the folder of the tree that it is a part of; a save of that tree counts as well.
 
     Raises:
         SpecError: a commit record that can't be trusted.
     """
+    if folder.endswith(SINGLE) and not os.path.isdir(folder):
+        around, name = os.path.split(folder)
+        return Files(folder, _stamped(around, _with_config(name)), single=True)
     saves = _Saves(folder, root)
     now: Found = {}
     for name in FILES:
         found = saves.find(name)
         if found is not None:
             now[name] = found
+    if WEIGHTS not in now:
+        # mlx-lm and diffusers write folders too, in which one file has the factors. mlx-lm's config
+        # has the name of PEFT's.
+        for name in (MLX_WEIGHTS,) if CONFIG in now else (MLX_WEIGHTS, DIFFUSERS_WEIGHTS):
+            found_there = _stamped(folder, _with_config(name))
+            if name in found_there:
+                return Files(folder, found_there, single=True)
     if len(now) < len(FILES):
         # A pickle counts for nothing. It is looked for only to explain what is missing.
         pickle = saves.find(PICKLE)
         if pickle is not None:
             now[PICKLE] = pickle
     return Files(folder, now)
+
+
+def _with_config(name: str) -> tuple[str, ...]:
+    """Return the files that an adapter in a single file consists of, by its name."""
+    return (CONFIG, name) if name == MLX_WEIGHTS else (name,)
+
+
+def _stamped(folder: str, names: Iterable[str]) -> Found:
+    """Return the files of these names that are there."""
+    found: Found = {}
+    for name in names:
+        at = os.path.join(folder, name)
+        stamp = disk.stamp(at)
+        if stamp is not None:
+            found[name] = at, stamp
+    return found
 
 
 class _Saves:

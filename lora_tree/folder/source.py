@@ -16,12 +16,12 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError
-from ..formats import peft
 from ..storage import Allocate, Witness
+from .adapter_files import read_files
 from .bounds import homes, inside, lies_in
 from .disk import Stamp
 from .examine import ContentHash, hashed
-from .scan import FILES, Files, find_files
+from .scan import Files, find_files
 from .trained import Trained
 
 __all__ = ["FolderSource"]
@@ -37,7 +37,7 @@ class FolderSource:
     """An adapter that is read when it is needed; a `lora_tree.storage.Source`.
 
     Args:
-        folder: where its two files belong.
+        folder: where its files belong; or the one file that it is.
         root: the folder of the tree that it is a part of; None if its user named it.
         stamps: size and time of the files when the tree was opened.
         content: the hash that the lock gives them; None if there is no lock.
@@ -102,7 +102,7 @@ class FolderSource:
             try:
                 before = _identity(files)
                 if self.content is not None and self._hashed != hash(before):
-                    hashing = ContentHash()
+                    hashing = ContentHash(files.names)
                 adapter = self._parse(files, allocate=allocate, witness=hashing)
                 after = _identity(files)
             except (LoraTreeError, OSError) as error:
@@ -186,12 +186,9 @@ class FolderSource:
         allocate: Allocate | None = None,
         witness: Witness | None = None,
     ) -> Adapter:
-        config, weights = (files.now[name][0] for name in FILES)
         home = self.within or self.root
-        return peft.read_adapter(
-            config,
-            weights,
-            where=self.folder,
+        return read_files(
+            files,
             outline=outline,
             allocate=allocate,
             witness=witness,
@@ -233,7 +230,7 @@ def _check_inside(files: Files, folder: str) -> None:
 
 def _identity(files: Files) -> _Identity:
     try:
-        seen = [os.stat(files.now[name][0]) for name in FILES]
+        seen = [os.stat(files.now[name][0]) for name in files.names]
     except OSError as error:
         # Without `disk.named`, which takes as long as the calls: every load comes by here twice.
         raise FolderError(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..formats.peft import CONFIG, WEIGHTS
 from ..provenance import Made, TrainedWith
 from ..weights import Weight
 from .disk import Stamp
@@ -166,16 +165,19 @@ def node_lock(
     """Return a node's entry in the lock; it names a base only if that is not the lock's own.
 
     Args:
-        stamps: size and time of its two files.
-        content: the hash of both.
+        stamps: size and time of its files.
+        content: the hash of them.
         on: what it was trained on.
         base: the lock's base.
         written: a save wrote the files.
     """
+    files = [FileLock.of(stamp) for stamp in stamps.values()]
+    is_pair = len(files) == 2  # of PEFT or of mlx-lm, the config first
     return NodeLock(
         content=content,
-        config=FileLock.of(stamps[CONFIG]),
-        weights=FileLock.of(stamps[WEIGHTS]),
+        config=files[0] if is_pair else None,
+        weights=files[1] if is_pair else None,
+        file=None if is_pair else files[0],
         trained_on=on.on.digest,
         base=on.base if on.base.differs(base) else None,
         written=written,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import FormatError
 from ..overlay import over
-from ..storage import Allocate
+from ..storage import Allocate, Witness
 from ..system.reading import Inside, is_file
 from .config_file import read_config
 from .diffusers import read_diffusers
@@ -28,6 +29,7 @@ def read_single(
     *,
     outline: bool = False,
     allocate: Allocate | None = None,
+    witness: Witness | None = None,
     inside: Inside | None = None,
 ) -> Adapter:
     """Read a single file of another program's format; the factors are in memory, in its dtypes.
@@ -37,6 +39,7 @@ def read_single(
         outline: the factors have shapes and dtypes, and no numbers (the meta device). The file is
             read all the same, because its scales lie among the tensors.
         allocate: makes the one buffer in which they lie; None: ordinary memory.
+        witness: is shown every byte of the file, and of the config that mlx-lm writes beside it.
         inside: where the file may lie, all links followed; None: anywhere.
 
     Raises:
@@ -46,7 +49,8 @@ def read_single(
     assert found.file is not None
     file, where = found.file, str(found.file)
     # Outside of inference mode: tensors made within it could never train.
-    with open_tensors(file, where, inside=inside) as reading, torch.inference_mode(False):
+    shown = partial(witness, file.name) if witness is not None else None
+    with open_tensors(file, where, shown, inside) as reading, torch.inference_mode(False):
         header = parse_header(reading.head, reading.nbytes, where)
         there = over(reading.numbers(header, allocate))
         tensors: dict[str, Tensor] = {}
@@ -56,7 +60,10 @@ def read_single(
             adapter = read_kohya(tensors, where)
         elif found.kind == "mlx":
             config = file.with_name(CONFIG)
-            adapter = read_mlx(tensors, _config_beside(config, where, inside), where, str(config))
+            data = _config_beside(config, where, inside)
+            if witness is not None:
+                witness(CONFIG, memoryview(data))
+            adapter = read_mlx(tensors, data, where, str(config))
         else:
             adapter = read_diffusers(tensors, header.metadata, where)
     if outline:

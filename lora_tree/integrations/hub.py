@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ..errors import FolderError, HubError, SpecError, listing
 from ..folder import StaleWarning, disk, load
-from ..folder.belonging import PLACE, belongings, places_among
+from ..folder.belonging import PLACE, belongings, locked_times, places_among
 from ..folder.hub_origin import HubOrigin, read_origin, write_origin
 from ..folder.incoming import Arrival, arrive, planned
 from ..folder.opening import inspect
@@ -150,7 +150,7 @@ def pull(
         target,
         {place: Path(os.path.realpath(at)) for place, at in places.items()},
         partial(planned, target, same, known),
-        lock=opened.lock,
+        times=locked_times(opened),
         origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=there.commit),
     )
     return _pulled(told, arrival, files, list(places))
