@@ -466,7 +466,7 @@ def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(
     write(tmp_path / "zoo/tree.yaml", "version: 1\ntree:\n  fr:\n    adapter: org/legal\n")
     text = refused(tmp_path / "zoo", FormatError)
     assert f"tree.yaml:4:5: node fr: {tmp_path}/zoo/org/legal: no such folder" in text
-    assert "huggingface_hub.snapshot_download('org/legal')" in text
+    assert "hub:org/legal names an adapter there" in text
     for path in (".hidden/legal", "a/b/c", "legal"):
         with pytest.raises(FormatError, match="no adapter there") as caught:
             lt.Adapter.load(f"{tmp_path}/{path}" if path == "legal" else path)

@@ -11,6 +11,7 @@ import typer
 from ..algebra import Edited, graft
 from ..errors import FormatError, LoraTreeError
 from ..folder import load
+from ..folder.hub_name import is_on_hub
 from ..formats.recognise import recognise
 from ..tree import AdapterTree
 from ..weights import Weight
@@ -67,5 +68,7 @@ def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> 
             raise no_adapter from None  # its flaws as an adapter say more than those as a tree
         edited = graft(tree, path, other)
         return replace(edited, notes=(*edited.notes, f"{adapter}: a tree of {len(other)} nodes"))
+    if is_on_hub(str(adapter)):
+        return Edited(added=(path,), notes=(f"{adapter}: from the model hub",))
     found = recognise(adapter)
     return Edited(added=(path,), notes=(f"{adapter}: {found.kind}: {found.sign}",))

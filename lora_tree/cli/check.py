@@ -17,7 +17,7 @@ import typer
 
 from ..errors import SpecError, listing
 from ..fit import clashes, dropped, misfits
-from ..folder import StaleWarning, check, load, notes
+from ..folder import StaleWarning, check, load, moved_branches, notes
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
 from .arguments import AsJson, TrustRemoteCode
@@ -80,7 +80,7 @@ def list_problems(
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
     # Notes are no mistakes: a tree opens in spite of them. So they don't count for the exit code,
     # or the steps that a training run left in the folder would stop a script.
-    remarks = notes(folder)
+    remarks = [*notes(folder), *moved_branches(folder)]
     if without:
         remarks.append(f"increments under an override do not count: {listing(without)}")
     if as_json:

@@ -9,7 +9,7 @@ the verbs   saving, alone, relock → api, checking, versions; edge puts them wh
 """
 
 from .api import SkippedWarning, StaleWarning, load, lock, relock, survey
-from .checking import check, notes
+from .checking import check, moved_branches, notes
 from .edge import FolderStorage
 from .history import Version
 from .problem import Problem
@@ -33,6 +33,7 @@ __all__ = [
     "load",
     "load_versions",
     "lock",
+    "moved_branches",
     "notes",
     "relock",
     "restore",

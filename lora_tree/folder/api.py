@@ -198,7 +198,7 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
         # `check` says that a lock clears what cut-off saves left, in the nodes' folders as well. It
         # is done before the look, so that the look finds every file at its own place.
         finish_nodes(place.folder)
-        opened = inspect(place)
+        opened = inspect(place, repin=True)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
         _refuse_no_tree(opened)
         result = relocked(opened, accept_stale=accept_stale)

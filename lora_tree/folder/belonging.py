@@ -55,8 +55,8 @@ def belongings(opened: Opened) -> Belongings:
     outside: dict[str, str] = {}
     root = os.path.normpath(place.folder)
     for path, entry in opened.entries.items():
-        if entry.files is None:
-            continue
+        if entry.files is None or entry.hub is not None:
+            continue  # what is on the hub already goes by its name
         # By its name and not by where links lead: a snapshot in the hub's cache is all links.
         at = os.path.relpath(entry.files.around, root)
         if not lies_in(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
@@ -73,6 +73,8 @@ def locked_times(opened: Opened) -> dict[str, int]:
     found: dict[str, int] = {}
     for path, entry in opened.entries.items():
         if entry.files is None or path not in opened.contents or opened.lock is None:
+            continue
+        if entry.hub is not None:
             continue
         at = os.path.relpath(entry.files.around, opened.place.folder)
         for name, known in zip(entry.files.names, opened.lock.nodes[path].files, strict=True):

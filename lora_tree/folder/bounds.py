@@ -111,6 +111,6 @@ def hub_hint(spelled: str, above: str = "") -> str | None:
     if not _HUB_ID.match(spelled) or os.path.isdir(owner):
         return None
     return (
-        f"if {spelled} is a repository of the model hub: nothing is downloaded here; "
-        f"huggingface_hub.snapshot_download({spelled!r}) does, and returns the folder to give"
+        f"if {spelled} is a repository of the model hub: hub:{spelled} names an adapter there, and "
+        f"lora-tree pull {spelled} DIR brings a tree"
     )

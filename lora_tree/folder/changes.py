@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from ..tree import Node
 from .disk import Stamp
-from .lockfile import BaseLock, TreeLock, render_lock
+from .lockfile import BaseLock, HubLock, TreeLock, render_lock
 from .scan import FILES
 from .trained import Trained, lineage_locks, node_lock, training_locks
 
@@ -63,6 +63,7 @@ class KeptAdapter:
         untrained: its increments are zero.
         named: its user named the folder, which lies elsewhere and stays as it is.
         written: a save wrote the files.
+        hub: where it is on the model hub, if it is there.
     """
 
     folder: str
@@ -72,6 +73,7 @@ class KeptAdapter:
     untrained: bool = False
     named: bool = False
     written: bool = False
+    hub: HubLock | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class NewLock:
                 self.trained[path],
                 self.base,
                 written=kept.written,
+                hub=kept.hub,
             )
             for path, kept in self.adapters.items()
         }

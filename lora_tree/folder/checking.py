@@ -15,6 +15,7 @@ from ..errors import FolderError, LoraTreeError, SpecError, UnlockedError, listi
 from ..lowrank import LowRank
 from ..weights import Weight, check_matched, weight_at
 from .bounds import tree_above
+from .hub_name import moved_to, parse_hub_name
 from .nodes import node_of
 from .opening import Opened, inspect, named_bases
 from .pending import leftovers
@@ -22,7 +23,7 @@ from .problem import Kind, Problem
 from .training_steps import step_of
 from .tree_place import place_of
 
-__all__ = ["check", "notes"]
+__all__ = ["check", "moved_branches", "notes"]
 
 
 def check(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> list[Problem]:
@@ -142,6 +143,28 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
     """
     opened = inspect(place_of(path))
     return [*_part_of_a_tree(opened), *_passed_over(opened), *_bases(opened)]
+
+
+def moved_branches(path: str | os.PathLike[str]) -> list[str]:
+    """Return a note for each adapter on the hub whose branch has moved on since it was locked.
+
+    The hub is asked; where it does not answer there is none.
+
+    Raises:
+        FolderError: there is no such folder or file.
+    """
+    found = []
+    for node, entry in inspect(place_of(path)).entries.items():
+        name = None if entry.hub is None else parse_hub_name(entry.hub.adapter)
+        if name is None or entry.hub is None:
+            continue
+        head = moved_to(name, entry.hub.commit)
+        if head is not None:
+            found.append(
+                f"{node}: {name} has moved on to {head[:12]}…; the commit in use is "
+                f"{entry.hub.commit[:12]}…: lora-tree lock takes the new one"
+            )
+    return found
 
 
 def _part_of_a_tree(opened: Opened) -> list[str]:

@@ -224,7 +224,15 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy:
         whole, untrained = _examined(source, files)
-        return KeptAdapter(files.folder, whole, files.stamps, source.trained, untrained, named=True)
+        return KeptAdapter(
+            files.folder,
+            whole,
+            files.stamps,
+            source.trained,
+            untrained,
+            named=True,
+            hub=source.hub,
+        )
     draft.rights.check_replace(node, source.content)
     # Every byte is hashed here, not only when it is copied: a copy that turns out to be of another
     # content would be refused after it was written.
@@ -340,6 +348,7 @@ def _nodes_after(draft: _Decisions, lock: NewLock) -> dict[str, Node]:
             kept.content,
             on,
             node.source.within if isinstance(node.source, FolderSource) else None,
+            kept.hub,
         )
         home = None if kept.named else kept.folder
         stale = stale_text(path, on, lineages[_parent(path)], lock.base)

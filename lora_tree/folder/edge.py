@@ -13,6 +13,8 @@ from ..storage import install
 from ..tree import AdapterTree
 from .adapter_files import check_named
 from .alone import save_adapter
+from .hub_name import fetched, parse_hub_name
+from .lockfile import HubLock
 from .one_file import save_one_file
 from .saving import save_tree
 from .scan import find_files
@@ -27,7 +29,7 @@ class FolderStorage:
 
     def read_adapter(self, folder: Path) -> Adapter:
         """Read one adapter; see `Adapter.load`."""
-        return FolderSource(_adapter_place(folder)).load()
+        return FolderSource(_adapter_place(folder)[0]).load()
 
     def write_adapter(self, adapter: Adapter, folder: Path, form: str) -> None:
         """Write one adapter; see `Adapter.save`."""
@@ -42,22 +44,34 @@ class FolderStorage:
         Raises:
             FormatError: there is no whole adapter.
         """
-        place = _adapter_place(folder)
+        place, hub = _adapter_place(folder)
         files = find_files(place)
         if files.flaw is not None:
             raise FormatError(files.flaw)
-        return FolderSource(place, stamps=files.stamps)
+        return FolderSource(place, stamps=files.stamps, hub=hub)
 
     def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None:
         """Write a tree; see `AdapterTree.save`."""
         save_tree(tree, folder, copy=copy, note=note)
 
 
-def _adapter_place(spelled: Path) -> str:
-    """Return where an adapter is, as an absolute path; refuse a name that something else has."""
+def _adapter_place(spelled: Path) -> tuple[str, HubLock | None]:
+    """Return where an adapter is, as an absolute path, and where it is on the hub.
+
+    One on the hub is fetched.
+
+    Raises:
+        FormatError: something else has this name.
+        HubError: the hub does not have it, or can't be asked.
+    """
+    text = os.fspath(spelled)
+    name = parse_hub_name(text)
+    if name is not None:
+        got = fetched(name)
+        return got.place, HubLock(adapter=text, commit=got.commit)
     place = os.path.abspath(spelled)
-    check_named(place, os.fspath(spelled))
-    return place
+    check_named(place, text)
+    return place, None
 
 
 # The values may not import this room, because imports point inward. So the room registers itself

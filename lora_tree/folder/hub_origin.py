@@ -22,13 +22,12 @@ from ..formats.limits import CONFIG_BYTES
 from ..spec import StrictModel, check_format
 from ..system.reading import is_folder
 from . import disk
+from .lockfile import Commit
 from .record import HIDDEN
 
-__all__ = ["Commit", "HubOrigin", "read_origin", "write_origin"]
+__all__ = ["HubOrigin", "read_origin", "write_origin"]
 
 NAME = "hub.json"
-
-Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
 
 
 class HubOrigin(StrictModel):

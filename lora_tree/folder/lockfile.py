@@ -32,9 +32,11 @@ from .disk import Stamp
 __all__ = [
     "ROOT",
     "BaseLock",
+    "Commit",
     "Count",
     "Digest",
     "FileLock",
+    "HubLock",
     "LineageLock",
     "MadeLock",
     "NodeLock",
@@ -53,6 +55,7 @@ ROOT = hashlib.sha256(b"lora_tree lineage 1").hexdigest()
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 # The system reports sizes as signed 64-bit integers, so a larger number in a lock is a mistake.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 _REPAIR = (
@@ -120,6 +123,13 @@ class MadeLock(StrictModel):
     training: Digest | None = None
 
 
+class HubLock(StrictModel):
+    """An adapter on the model hub: its name as tree.yaml has it, and the commit that is used."""
+
+    adapter: str
+    commit: Commit
+
+
 class NodeLock(StrictModel):
     """One node's files, and what it was trained on.
 
@@ -132,6 +142,7 @@ class NodeLock(StrictModel):
         written: a save of this library wrote the files.
         untrained: its increments are zero, so it fits any lineage above it.
         made: when and by what it became what it is; None if no save wrote it.
+        hub: where it is on the model hub; None if its files are on this machine.
     """
 
     content: Digest
@@ -143,6 +154,7 @@ class NodeLock(StrictModel):
     written: bool = False
     untrained: bool = False
     made: MadeLock | None = None
+    hub: HubLock | None = None
 
     @model_validator(mode="after")
     def _has_its_files(self) -> NodeLock:

@@ -40,6 +40,7 @@ def node_of(opened: Opened, path: str) -> Node:
         content=opened.contents.get(path),
         trained=trained(known, lock) if known is not None and lock is not None else None,
         within=None if opened.outside else opened.place.folder,
+        hub=entry.hub,
     )
     # A save may write into a node's own folder, not into one that its user named.
     home = None if entry.named else folder

@@ -19,7 +19,7 @@ from .bases import agreed_base, base_lock, bases_of, local_base
 from .bounds import inside
 from .disk import Glimpse, glimpse
 from .examine import broken_text, hashed
-from .lockfile import BaseLock, FileLock, NodeLock, TreeLock, parse_lock
+from .lockfile import BaseLock, FileLock, HubLock, NodeLock, TreeLock, parse_lock
 from .pending import Pending, pending, progress
 from .problem import HARMLESS, Kind, Problem
 from .resolve import FolderNode, resolve
@@ -90,20 +90,21 @@ class Opened:
         return self.spec is None and self.lock is None and not self.entries
 
 
-def inspect(place: TreePlace, *, outside: bool = True) -> Opened:
+def inspect(place: TreePlace, *, outside: bool = True, repin: bool = False) -> Opened:
     """Return all that a place holds, without reading weights; problems are listed, not raised.
 
     Args:
         place: the folder.
         outside: tree.yaml may name adapters outside of the folder. If not, a base outside is not
             looked at either.
+        repin: take what the names of adapters on the hub mean now, and not what the lock tells.
 
     Raises:
         FolderError: the folder keeps changing while it is read.
     """
     for _ in range(_TRIES):
         before = _version(place)
-        opened = _inspect(place, outside=outside)
+        opened = _inspect(place, outside=outside, repin=repin)
         if _version(place) == before:
             return opened
     text = f"{place.folder}: keeps changing while it is read"
@@ -118,14 +119,18 @@ def _version(place: TreePlace) -> list[tuple[Glimpse | None, ...]]:
     return [progress(place.folder), tuple(map(glimpse, files)), progress(place.folder)]
 
 
-def _inspect(place: TreePlace, *, outside: bool) -> Opened:
+def _inspect(place: TreePlace, *, outside: bool, repin: bool) -> Opened:
     opened = Opened(place, outside=outside)
     decided, located = _read_files(opened)
     if opened.problems:
         return opened  # without these files the meaning of the folders is not known
     opened.decided = decided
     opened.scan = scan(place.folder, decided)
-    resolved = resolve(opened.spec, located, opened.scan, place.folder, outside=outside)
+    pins: dict[str, HubLock] = {}
+    for path, node in opened.lock.nodes.items() if opened.lock is not None and not repin else ():
+        if node.hub is not None:
+            pins[path] = node.hub
+    resolved = resolve(opened.spec, located, opened.scan, place.folder, outside=outside, pins=pins)
     opened.entries, opened.passed = resolved.entries, resolved.passed
     opened.problems.extend(resolved.problems)
     if opened.spec is None:
@@ -208,7 +213,7 @@ def _compare_files(opened: Opened, lock: TreeLock) -> None:
         if entry.files is None or entry.files.flaw is not None:
             continue
         known = lock.nodes.get(path)
-        why = "not in the lock" if known is None else _changed(entry.files, known)
+        why = "not in the lock" if known is None else _changed(entry, entry.files, known)
         if why is None and known is not None:
             opened.contents[path] = known.content
             continue
@@ -219,12 +224,12 @@ def _compare_files(opened: Opened, lock: TreeLock) -> None:
         opened.problems.append(Problem(path, "unlocked", text, broken=cause is not None))
     for path in lock.nodes:
         now = opened.entries.get(path, FolderNode())
-        if now.files is None and not now.null:
+        if now.files is None and not now.null and now.hub is None:
             text = f"{path}: in the lock, but its adapter is gone"
             opened.problems.append(Problem(path, "unlocked", text))
 
 
-def _changed(files: Files, known: NodeLock) -> str | None:
+def _changed(entry: FolderNode, files: Files, known: NodeLock) -> str | None:
     """Say how the files differ from the lock; the hash decides if only the time does."""
     if len(files.names) != len(known.files):
         return "another kind of adapter than the lock speaks of"
@@ -234,6 +239,9 @@ def _changed(files: Files, known: NodeLock) -> str | None:
         # the files would read every byte of them.
         if stamp.size != locked[name].size:
             return f"{name} has {stamp.size} bytes, the lock says {locked[name].size}"
+    # A commit never changes, and each machine's cache has times of its own. The first read hashes.
+    if entry.hub is not None and entry.hub == known.hub:
+        return None
     if all(stamp.mtime_ns == locked[name].mtime_ns for name, stamp in files.stamps.items()):
         return None
     try:

@@ -24,6 +24,7 @@ Kind: TypeAlias = Literal[
     "lock",
     "record",
     "folder",
+    "hub",
     "adapter",
     "unlocked",
     "stale",
@@ -39,6 +40,7 @@ _RAISED: dict[str, type[LoraTreeError]] = {
     "yaml": SpecError,
     "lock": SpecError,
     "folder": FolderError,
+    "hub": FolderError,
     "adapter": FormatError,
     "unlocked": UnlockedError,
     "stale": StaleError,
@@ -55,7 +57,8 @@ class Problem:
             ``record``: a file that makes no sense; ``folder``: what lies where it can't;
             ``adapter``: files that are incomplete, broken or of a kind that does not add up;
             ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut off, harmless;
-            ``numbers``: factors, or their products, that are not finite.
+            ``hub``: an adapter on the model hub that may not be fetched; ``numbers``: factors, or
+            their products, that are not finite.
         text: where, what was found, and what to do.
         broken: of ``unlocked``: the files can't be used either, so to accept them would be no help.
     """

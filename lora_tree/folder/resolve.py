@@ -1,7 +1,7 @@
 """Resolve: what tree.yaml and the folders below it mean together, as path → `FolderNode`.
 
 tree.yaml says                      and the folder <path> holds   the node is
-adapter: elsewhere                  no adapter                    the adapter that is named
+adapter: elsewhere, or hub:org/name no adapter                    the adapter that is named
 adapter: null                       anything                      a group: no adapter of its own
 the node, without ``adapter``       an adapter                    that adapter
                                     none                          fresh, if it or defaults say how;
@@ -12,7 +12,7 @@ nothing                             an adapter                    that adapter, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LoraTreeError, PathError
@@ -21,6 +21,8 @@ from ..spec import LoraSpec, NodeSpec, TreeSpec
 from ..weights import Weight, as_weight
 from .adapter_files import check_named
 from .bounds import inside, tree_above
+from .hub_name import fetched, is_on_hub, parse_hub_name
+from .lockfile import HubLock
 from .problem import Problem
 from .scan import Files, Scan, find_files
 from .training_steps import is_step, paths_above, step_of
@@ -39,6 +41,8 @@ class FolderNode:
         named: tree.yaml names the folder of the adapter.
         fresh: how its adapter is to be made.
         null: tree.yaml says that it has no adapter.
+        hub: its adapter is on the model hub: how it is named, and the commit of its files. Without
+            files it may not be fetched.
     """
 
     weight: Weight = 1.0
@@ -46,6 +50,7 @@ class FolderNode:
     named: bool = False
     fresh: LoraSpec | None = None
     null: bool = False
+    hub: HubLock | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def resolve(
     folder: str,
     *,
     outside: bool = True,
+    pins: Mapping[str, HubLock] | None = None,
 ) -> Resolved:
     """Find every node, and what can't be one.
 
@@ -79,8 +85,9 @@ def resolve(
         scan: the adapters below ``folder``.
         folder: the tree's.
         outside: whether tree.yaml may name adapters that lie outside of ``folder``.
+        pins: node → the adapter on the hub, and its commit, that a lock tells.
     """
-    found = _Resolving(scan, folder, outside)
+    found = _Resolving(scan, folder, outside, pins or {})
     found.problems += [Problem(path, "folder", text) for path, text in scan.wrong]
     # The nodes of tree.yaml come first: an adapter in a folder is judged by it.
     if spec is not None:
@@ -118,6 +125,7 @@ class _Resolving:
     scan: Scan
     folder: str
     outside: bool
+    pins: Mapping[str, HubLock]
     entries: dict[str, FolderNode] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
@@ -126,6 +134,9 @@ class _Resolving:
     # ------------------------------------------------------------------ a node that tree.yaml lists
     def add_listed(self, path: str, node: NodeSpec, defaults: LoraSpec, at: str) -> None:
         """Add a node of tree.yaml, or the problem that it is; ``at`` says where it stands."""
+        if node.adapter is not None and is_on_hub(node.adapter):
+            self._add_from_hub(path, node.adapter, as_weight(node.weight), at)
+            return
         if node.adapter is not None:
             home = self._home(node.adapter)
             self.claimed.add(os.path.relpath(home, self.folder))
@@ -141,6 +152,28 @@ class _Resolving:
         self.entries[path] = entry
         if entry.named and entry.files is not None:
             self._check_named(path, entry.files, at)
+
+    def _add_from_hub(self, path: str, named: str, weight: Weight, at: str) -> None:
+        """Add a node whose adapter is on the model hub."""
+        pin = self.pins.get(path)
+        if pin is not None and pin.adapter != named:
+            pin = None  # tree.yaml names another one since it was locked
+        if not self.outside:
+            text = at + _on_the_hub(named, self.folder)
+            self.problems.append(Problem(path, "hub", text))
+            self.entries[path] = FolderNode(weight, named=True, hub=pin)
+            return
+        try:
+            name = parse_hub_name(named)
+            assert name is not None, "the caller has looked at its beginning"
+            got = fetched(name, None if pin is None else pin.commit)
+        except LoraTreeError as error:
+            self.problems.append(Problem(path, "adapter", f"{at}{error}"))
+            return
+        files = find_files(got.place)
+        hub = HubLock(adapter=named, commit=got.commit)
+        self.entries[path] = FolderNode(weight, files, named=True, hub=hub)
+        self._check_named(path, files, at)
 
     def _listed(self, path: str, node: NodeSpec, defaults: LoraSpec) -> FolderNode:
         if node.adapter is not None:
@@ -251,6 +284,13 @@ class _Resolving:
 def _steps_on(path: str) -> list[str]:
     """Return the paths on the way to ``path``, itself included, that look like steps of a run."""
     return [on for on in (*paths_above(path), path) if is_step(on)]
+
+
+def _on_the_hub(named: str, folder: str) -> str:
+    return (
+        f"adapter: {named} is on the model hub, and outside=False allows only what lies in {folder}\n"
+        "  where you trust this tree, open it with outside=True, which fetches it"
+    )
 
 
 def _leads_out(named: str, folder: str) -> str:

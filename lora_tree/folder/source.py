@@ -21,6 +21,7 @@ from .adapter_files import read_files
 from .bounds import homes, inside, lies_in
 from .disk import Stamp
 from .examine import ContentHash, hashed
+from .lockfile import HubLock
 from .scan import Files, find_files
 from .trained import Trained
 
@@ -43,6 +44,7 @@ class FolderSource:
         content: the hash that the lock gives them; None if there is no lock.
         trained: the lineage and base that it was trained on, as the lock says.
         within: the folder that its files may not lead out of, at any read; None if they may.
+        hub: where it is on the model hub; None if it is not from there.
     """
 
     folder: str
@@ -51,6 +53,7 @@ class FolderSource:
     content: str | None = None
     trained: Trained | None = None
     within: str | None = None
+    hub: HubLock | None = None
     # the files as they were when their hash was found to be right; not a part of the value
     _hashed: int | None = field(default=None, init=False, repr=False)
 

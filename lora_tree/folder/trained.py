@@ -21,6 +21,7 @@ from .lockfile import (
     ROOT,
     BaseLock,
     FileLock,
+    HubLock,
     LineageLock,
     MadeLock,
     NodeLock,
@@ -160,7 +161,13 @@ def training_locks(mentioned: Iterable[Trained]) -> dict[str, TrainedWith]:
 
 
 def node_lock(
-    stamps: Mapping[str, Stamp], content: str, on: Trained, base: BaseLock, *, written: bool
+    stamps: Mapping[str, Stamp],
+    content: str,
+    on: Trained,
+    base: BaseLock,
+    *,
+    written: bool,
+    hub: HubLock | None = None,
 ) -> NodeLock:
     """Return a node's entry in the lock; it names a base only if that is not the lock's own.
 
@@ -170,6 +177,7 @@ def node_lock(
         on: what it was trained on.
         base: the lock's base.
         written: a save wrote the files.
+        hub: where it is on the model hub, if it is there.
     """
     files = [FileLock.of(stamp) for stamp in stamps.values()]
     is_pair = len(files) == 2  # of PEFT or of mlx-lm, the config first
@@ -183,6 +191,7 @@ def node_lock(
         written=written,
         untrained=on.untrained,
         made=made_lock(on.made),
+        hub=hub,
     )
 
 

@@ -65,7 +65,8 @@ class YamlNeeds:
 
     def _nodes_are_said(self, spec: TreeSpec | None) -> bool:
         """Open the folder in thought, as this save will leave it, and compare the nodes."""
-        resolved = resolve(spec, None, self._scan_after(), self.opened.place.folder)
+        pins = {path: kept.hub for path, kept in self.kept.items() if kept.hub is not None}
+        resolved = resolve(spec, None, self._scan_after(), self.opened.place.folder, pins=pins)
         if resolved.problems or list(resolved.entries) != self.tree.paths():
             return False
         for path, found in resolved.entries.items():
@@ -139,7 +140,8 @@ class YamlNeeds:
         node, kept = self.tree[path], self.kept.get(path)
         is_group = kept is None and node.fresh is None
         if kept is not None and kept.named:
-            yield "adapter", os.path.relpath(kept.folder, self.opened.place.folder)
+            local = os.path.relpath(kept.folder, self.opened.place.folder)
+            yield "adapter", local if kept.hub is None else kept.hub.adapter
         elif is_group and (is_listed or node.weight != 1.0 or not self._is_group_by_itself(path)):
             yield "adapter", None
         if node.weight != 1.0:

@@ -137,6 +137,8 @@ def pull(
         opened.problems,
         f"{repository} was pushed with files that are not those of its {PLACE.lock}: "
         "tell its owners",
+        # Adapters on the hub are not fetched before somebody opens the tree.
+        but=("stale", "leftover", "hub"),
     )
     own_files = belongings(opened)
     if own_files.outside:

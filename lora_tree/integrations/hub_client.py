@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,27 @@ class HubClient:
                 f"{repository!r}: a repository of an account is meant",
                 f"expected: org/{repository}",
             )
+
+    @cached_property
+    def is_online(self) -> bool:
+        """The hub answers."""
         # Asked once: the client by itself tries for half a minute before it looks into its cache.
-        self.is_online = hub_answers()
+        return hub_answers()
 
     # ------------------------------------------------------------------ reading
+    def cached(self, commit: str, names: Sequence[str]) -> str | None:
+        """Return the folder of a commit in the cache, if every file is there or known to be absent.
+
+        The hub is not asked.
+        """
+        folder = None
+        for name in names:
+            found = self._hub.try_to_load_from_cache(self.repository, name, revision=commit)
+            if isinstance(found, str):
+                depth = name.count("/") + 1
+                folder = str(Path(found).parents[depth - 1])
+        return folder
+
     def commit_of(self, revision: str) -> str | None:
         """Return the hash of the commit that a branch, tag or hash means; None if there is none.
 
