@@ -15,8 +15,16 @@ from test_single_files import diffusers, kohya
 from zoo import CONFIG, WEIGHTS, adapter, listing, refused, write
 
 import lora_tree as lt
-from lora_tree.errors import FolderError, FormatError, HubError, LoraTreeError, SpecError
+from lora_tree.errors import (
+    FolderError,
+    FormatError,
+    HubError,
+    LoraTreeError,
+    SpecError,
+    UnlockedError,
+)
 from lora_tree.folder.hub_name import parse_hub_name
+from lora_tree.integrations import hub_client
 
 pytest.importorskip("huggingface_hub", reason="an extra of its own")
 from huggingface_hub import constants
@@ -121,7 +129,9 @@ def test_the_commit_is_locked_and_a_branch_that_moves_is_noticed(
     second = moved(hub, tmp_path / "one", 7)
     # What is locked is used, whatever the branch says now, and without a word to the hub.
     asked = len(hub.asked)
-    assert same(lt.load(zoo).adapter("fr"), adapter(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_client, "hub_answers", lambda: pytest.fail("the hub was looked for"))
+        assert same(lt.load(zoo).adapter("fr"), adapter(1))
     assert len(hub.asked) == asked
     told = answer(shell, "check", zoo)
     assert told["problems"] == []
@@ -160,7 +170,7 @@ def test_another_name_in_tree_yaml_is_not_the_locked_commit(hub: LoopbackHub, zo
     lt.lock(zoo)
     text = (zoo / "tree.yaml").read_text().replace("hub:org/one@main", "hub:org/many/legal")
     write(zoo / "tree.yaml", text)
-    assert "fr" in refused(zoo, LoraTreeError)
+    assert "fr: " in refused(zoo, UnlockedError)
     lt.lock(zoo)
     assert same(lt.load(zoo).adapter("fr"), adapter(2))
 
@@ -182,6 +192,10 @@ def test_a_save_keeps_the_name_and_the_commit(hub: LoopbackHub, zoo: Path, tmp_p
     assert again["es"]["hub"]["adapter"] == "hub:org/many/legal"
     assert same(lt.load(zoo).adapter("fr"), adapter(1))
     assert same(lt.load(zoo).adapter("es"), adapter(2))
+    said = (zoo / "tree.yaml").read_text()
+    assert "hub:org/one@main" in said
+    assert "hub:org/many/legal" in said
+    assert "snapshots" not in said
     tree.save(tmp_path / "whole", copy=True)
     assert "hub:" not in (tmp_path / "whole/tree.lock").read_text()
     assert same(lt.load(tmp_path / "whole", outside=False).adapter("fr"), adapter(1))

@@ -62,9 +62,9 @@ def belongings(opened: Opened) -> Belongings:
         if not lies_in(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
             outside[path] = entry.files.folder
             continue
-        for name, (now, _) in entry.files.now.items():
-            if name in entry.files.names:
-                files[posixpath.normpath(f"{at}/{name}")] = now
+        for name in entry.files.names:
+            if name in entry.files.now:
+                files[posixpath.normpath(f"{at}/{name}")] = entry.files.now[name][0]
     return Belongings(files, outside)
 
 
