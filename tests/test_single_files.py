@@ -116,6 +116,25 @@ def test_a_node_below_a_file_grows_stale_with_it(zoo: Path, tmp_path: Path) -> N
     assert {p.node: p.kind for p in lt.check(zoo)} == {"style/knight": "stale"}
 
 
+def test_mlx_s_config_counts_as_its_weights_do(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 8, generator=draw), torch.randn(8, 2, generator=draw)
+    made = lt.Adapter({"model.layers.0.self_attn.q_proj": lt.LowRank(A, B, scale=2.0)})
+    made.save(tmp_path / "mlx", form="mlx")
+    write(tmp_path / "zoo/tree.yaml", "version: 1\ntree: {fr: {adapter: ../mlx}}\n")
+    lt.lock(tmp_path / "zoo")
+    assert lt.check(tmp_path / "zoo") == []
+    assert torch.equal(dense(lt.load(tmp_path / "zoo"), "fr"), dense(one(tmp_path / "mlx"), "x"))
+    tree = lt.load(tmp_path / "zoo")
+    config = tmp_path / "mlx/adapter_config.json"
+    text = config.read_text()
+    write(config, text.replace("1.0", "3.0"))
+    assert config.read_text() != text
+    assert "fr: " in refused(tmp_path / "zoo", UnlockedError)
+    with pytest.raises(UnlockedError, match="not the files that"):
+        tree.adapter("fr")
+
+
 @pytest.mark.parametrize("how", ["pickle", "stranger", "half", "gone", "cut"])
 def test_what_is_no_adapter_is_told_by_its_line(zoo: Path, tmp_path: Path, how: str) -> None:
     names = {"pickle": "a.bin", "half": "adapter_model.safetensors"}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ..errors import HubError, listing
 from ..folder.hub_name import Fetched, HubName, install_hub
 from ..formats.peft import CONFIG, WEIGHTS
-from ..formats.recognise import DIFFUSERS_WEIGHTS
+from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from .hub_client import MAIN, HubClient
 
 __all__ = ["HubAdapters"]
@@ -48,9 +48,11 @@ class HubAdapters:
 def _files(name: HubName) -> list[str]:
     """Return the files that an adapter of this name may consist of."""
     if name.path.endswith(SINGLE):
-        return [name.path]
+        above, _, last = name.path.rpartition("/")
+        config = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
+        return [*config, name.path]
     above = f"{name.path}/" if name.path else ""
-    return [f"{above}{each}" for each in (CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS)]
+    return [f"{above}{each}" for each in (CONFIG, WEIGHTS, MLX_WEIGHTS, DIFFUSERS_WEIGHTS)]
 
 
 def _not_there(client: HubClient, name: HubName, commit: str) -> HubError:
