@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import dense, lineage, low_rank, random_adapter
+from shell import save_base
 from torch import Tensor, nn
 from zoo import opened
 
@@ -287,6 +289,22 @@ def test_a_weight_of_0_leaves_the_override_of_a_module_out_and_any_other_keeps_i
         torch.testing.assert_close(found.double(), ground.double() + delta, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_with_different_weights_share_the_override_of_their_node() -> None:
+    head = lt.Override(torch.full((6, 6), 3.0))
+    adapter = lt.Adapter(random_adapter(SHAPES).modules, overrides={"layers.2.q_proj.weight": head})
+    tree, base = lt.AdapterTree(), net()
+    tree.add("fr", adapter=adapter, weight={"layers.2.*": 0.5})
+    tree.add("fr/x", adapter=random_adapter(SHAPES, 3), weight={"q_proj": 2.0})
+    asked = ["fr", "fr:{layers.2.*=0.25}", "", "fr/x"]
+    model, x = lt.attach(tree, base), torch.randn(4, 6)
+    alone = []
+    for row, path in enumerate(asked):
+        with model.using(path):
+            alone.append(base(x[row : row + 1]))
+    with model.route(asked):
+        torch.testing.assert_close(base(x), torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
 # ---------------------------------------------------------------------- patterns that match nothing
 def test_a_pattern_that_matches_no_module_is_named_with_the_nearest(tmp_path: Path) -> None:
     tree = family()
@@ -382,6 +400,42 @@ def test_a_weight_that_is_none_is_told_by_line(tmp_path: Path, weight: str, said
     with pytest.raises(SpecError, match=said) as told:
         lt.load(tmp_path)
     assert "tree.yaml:4:5: node fr: weight" in str(told.value)
+
+
+# ---------------------------------------------------------------------- exports
+LLAMA = "model.layers.0"
+
+
+def exported(folder: Path) -> tuple[lt.AdapterTree, Path, dict[str, Tensor]]:
+    """A tree over a saved Llama; and what "fr/legal" adds to each of its modules, by hand."""
+    base = save_base(folder / "base")
+    shapes = {f"{LLAMA}.self_attn.q_proj": (32, 32), f"{LLAMA}.self_attn.v_proj": (32, 32)}
+    tree = lt.AdapterTree(base=str(base))
+    tree.add("fr", adapter=random_adapter(shapes, 1), weight={"q_proj": 0.5, "default": 0})
+    tree.add("fr/legal", adapter=random_adapter(shapes, 2), weight={"v_proj": -2.0})
+    wanted = {}
+    for name, (up, down) in {"q_proj": (0.5, 1.0), "v_proj": (0.0, -2.0)}.items():
+        module = f"{LLAMA}.self_attn.{name}"
+        parts = [tree.adapter(node).modules[module] for node in ("fr", "fr/legal")]  # type: ignore[union-attr]
+        wanted[module] = up * dense(parts[0]) + down * dense(parts[1])
+    return tree, base, wanted
+
+
+def test_exports_have_the_weights_in_their_numbers(tmp_path: Path) -> None:
+    tree, base, wanted = exported(tmp_path)
+    lt.portable(tree, "fr/legal").save(tmp_path / "portable")
+    lt.export_mlx(tree, "fr/legal", tmp_path / "mlx")
+    tree.flatten("fr/legal").save(tmp_path / "peft")
+    for name in ("portable", "mlx", "peft"):
+        found = lt.Adapter.load(tmp_path / name)
+        for module, delta in wanted.items():
+            torch.testing.assert_close(dense(found.modules[module]), delta, atol=1e-5, rtol=1e-5)
+    lt.export_model(tree, "fr/legal", tmp_path / "model")
+    before = safetensors.torch.load_file(base / "model.safetensors")
+    after = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    for name, own in before.items():
+        delta = wanted.get(name.removesuffix(".weight"), torch.zeros(()).double())
+        torch.testing.assert_close(after[name].double(), own.double() + delta, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------- verbs
