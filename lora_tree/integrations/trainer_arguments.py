@@ -83,7 +83,7 @@ def refuse_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
         raise SpecError(
             f"TreeTrainer takes no {listing(wrong)}",
             "losses are taken path by path, side paths run as hooks, and what is saved is a tree: "
-            "see docs/training.md",
+            "see docs/training-reference.md",
         )
 
 
