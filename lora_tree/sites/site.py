@@ -350,7 +350,7 @@ class Site(ABC):
                     todo += [
                         "for merged weights, add the path to the base's unquantised checkpoint: "
                         "lora-tree export zoo/ PATH --as model --base FOLDER --out DIR",
-                        "or attach to a base that was dequantised: base.dequantize()",
+                        "or attach to the base loaded in full (bitsandbytes: base.dequantize())",
                     ]
                 raise UnmergedOnly(f"{where}: can't be merged: {reason}", *todo)
         elif self.why_merged_only:
