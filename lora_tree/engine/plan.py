@@ -343,7 +343,9 @@ class Binder:
         terms: list[tuple[str, Weight, Adapter]],
         lineages: Callable[[], list[list[str]]] | None,
     ) -> Plan:
-        check_matched([(node, weight, adapter.module_names) for node, weight, adapter in terms])
+        check_matched(
+            [(tree_node(node), weight, adapter.module_names) for node, weight, adapter in terms]
+        )
         # Site by site in the order in which the lineage first names them; within a site in the
         # order of the sum, which decides the bits.
         found: dict[str, list[Term]] = {}
@@ -468,6 +470,7 @@ class Binder:
         its patterns are meant for the adapter's own; the same adapter and weight give the same
         object while the adapter lives, so that sites see that nothing changed.
         """
+        node = tree_node(node)  # for messages
         bound = self.bind(node, adapter)
         if isinstance(weight, float):
             return weight, bound
