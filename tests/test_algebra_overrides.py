@@ -148,3 +148,16 @@ def test_a_difference_tells_what_is_replaced_otherwise() -> None:
     other.update("top/de", adapter=lt.Adapter(tree.adapter("top/de").modules, overrides=head(8)))
     assert lt.diff_trees(tree, other).nodes["top/de"].overrides == ("score.bias", "score.weight")
     assert lt.diff_trees(tree, zoo()).is_nothing
+
+
+def test_flat_adapters_with_heads_are_absorbed_and_not_grown() -> None:
+    tree = without_embeddings(zoo())
+    flat = tree.flatten("top/de")
+    wanted = summed(tree, "top/de").state_dict()
+    done = lt.absorb(tree, "again", flat, under="top")
+    same(state(tree, f"{done.parent}/again"), dict(wanted))
+    plain = lt.AdapterTree()
+    for name in ("a", "b", "c"):
+        plain.add(name, adapter=lt.Adapter({"lin": low_rank(6, 6, seed=1)}, overrides=head(1)))
+    with pytest.raises(SpecError, match=r"a: replaces score\.bias, .* can't be grown into a tree"):
+        lt.grow(plain, max_error=0.1)

@@ -95,9 +95,12 @@ def absorb(
     left = _left(tree, adapter, under)
     how = Shortening(rank, max_error, dtype)
     best: tuple[float, int, str, Adapter, Deviation] | None = None
-    for parent in list(left)[:_TRIED]:
+    # Below a node that replaces what the adapter does not, nothing makes it the adapter's model.
+    able = [parent for parent in left if _gives_back(tree, parent, adapter)]
+    for parent in (able or list(left))[:_TRIED]:
         # The terms of the parent's lineage, negative, and the adapter beside them.
-        terms = [*less(tree, "", parent), (name, 1.0, adapter)]
+        above = less(tree, "", parent, kept=adapter.overrides)
+        terms = [*above, (name, 1.0, adapter)]
         short, lost = call_named(name, how.of, added_up(terms))
         found = (lost.error, short.nbytes, parent, short, lost)
         # With an error that is asked for, all are within it and the bytes decide.
@@ -111,6 +114,17 @@ def absorb(
     norms = {module: norm(value) for module, value in adapter.modules.items()}
     told = Deviation(lost.errors, norms)
     return Absorbed(Edited(added=(path,), errors={path: told}), parent, left)
+
+
+def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
+    """Return whether an adapter replaces all that the lineage above it replaces."""
+    for node in tree.lineage(parent):
+        outline = tree.outline(node)
+        for tensor in outline.overrides if outline is not None else ():
+            mine = adapter.overrides.get(tensor)
+            if mine is None or mine.rows is not None:
+                return False
+    return True
 
 
 def _key(

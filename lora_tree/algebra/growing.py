@@ -37,6 +37,7 @@ from .families import Families, families_of
 from .flat_adapters import FlatAdapters
 from .likeness import similar
 from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of
+from .replacing import refuse_overrides
 from .shared_fit import Pair
 
 __all__ = ["Grown", "grow"]
@@ -122,6 +123,8 @@ def grow(
     check_whole_number(depth, "depth")
     check_dtype(dtype)
     names = _chosen(tree, paths)
+    outlines = [(name, tree.outline(name) or Adapter({})) for name in names]
+    refuse_overrides(outlines, "grown into a tree")
     alike = similar(tree, names, of="lineage")
     families = families_of(alike.joins, len(names), depth)
     names = [names[i] for i in families.order]
