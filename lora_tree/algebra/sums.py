@@ -67,7 +67,7 @@ def less(
     # Equal coefficients cancel exactly: both come from the same weights by the same sums.
     for node, coefficient in taken.items():
         coefficients[node] = less_weight(coefficients.get(node, 0.0), coefficient)
-    if not any(replaces(tree, node) for node in {*added, *taken}):
+    if not kept and not any(replaces(tree, node) for node in {*added, *taken}):
         return read_terms(tree, coefficients, base=base)
     changed = [node for node in taken if coefficients[node] != 0.0]
     _refuse_parts(added, changed)
