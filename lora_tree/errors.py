@@ -158,7 +158,7 @@ class FormatError(LoraTreeError, ValueError):
 
 
 class UnsupportedAdapter(FormatError):
-    """An adapter of a kind that does not add up to W + B·A (DoRA, ``modules_to_save``, …)."""
+    """An adapter of a kind that does not add up to W + B·A (DoRA, OFT, …)."""
 
 
 class FolderError(LoraTreeError, OSError):
