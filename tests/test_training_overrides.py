@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from test_overrides import IDS, bert, causal, llama
 from torch import Tensor, nn
 
 import lora_tree as lt
+from lora_tree.cli import main
+from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import BaseMismatch, SpecError
 from lora_tree.integrations.transformers import TreeTrainer
 
@@ -290,3 +293,46 @@ def test_a_run_with_heads_resumes_to_the_same_bits(tmp_path: Path) -> None:
     saved = load_file(node / "adapter_model.safetensors")
     assert "base_model.model.lm_head.weight" in saved
     assert "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta" in saved
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+def test_the_commands_train_tell_and_export_overrides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    torch.manual_seed(0)
+    save_base(new_base(hidden=32, layers=1, window=64), tmp_path / "base")
+    spec = {
+        "version": 1,
+        "base": str(tmp_path / "base"),
+        "defaults": {"r": 2, "target_modules": ["q_proj"]},
+        "tree": {
+            "fr": {
+                "target_modules": ["q_proj", "lm_head"],
+                "children": {"legal": {"modules_to_save": ["lm_head"]}},
+            }
+        },
+    }
+    (zoo / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"path": "fr", "text": "oui"}\n{"path": "fr/legal", "text": "bail"}\n' * 4)
+
+    def told(*args: object) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        out = capsys.readouterr()
+        assert exit.value.code == 0, out.err
+        return out.out
+
+    told("train", zoo, "--data", rows, "--steps", "2", "--json", "--quiet")
+    assert "replaces lm_head.weight" in told("show", zoo)
+    nodes = json.loads(told("show", zoo, "--json"))["nodes"]
+    assert [node["overrides"] for node in nodes] == [[], ["lm_head.weight"]]
+    checked = told("check", zoo, "--base", tmp_path / "base")
+    assert "note: increments under an override do not count: fr: lm_head: fr/legal" in checked
+    assert "all is well" in checked
+    told("export", zoo, "fr/legal", "--as", "model", "--out", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    override = lt.Adapter.load(zoo / "fr" / "legal").overrides["lm_head.weight"]
+    assert torch.equal(merged["lm_head.weight"], override.values)
