@@ -86,6 +86,7 @@ def test_show_tells_programs_the_same(shell: Shell, zoo: Path, base: Path) -> No
         "parameters": 256,
         "bytes": 1024,
         "stale": None,
+        "overrides": [],
     }
     assert (legal["weight"], legal["ranks"]) == (0.5, [3])
     assert (misc["kind"], misc["parameters"]) == ("group", 0)
