@@ -641,3 +641,43 @@ def test_rows_over_a_whole_embedding_are_one_override_when_flattened() -> None:
     model.activate("a/b/c", mode="unmerged")
     ids = torch.arange(9)[None]
     torch.testing.assert_close(out_of(base.embed, ids), wanted[None], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+def test_a_weight_per_module_counts_beside_overrides_in_every_mode() -> None:
+    """A number of 0 at a module switches its override off; any other leaves it whole."""
+    tree = without_embeddings(zoo())
+    tree.update("top/fr", weight={"score": 0.5, "default": 2.0})
+    tree.update("top/de", weight={"score": 0})
+    wanted = {}
+    for path, factors in (("top/fr", {"score": 0.5, "lin": 2.0}), ("top/de", {"lin": 1.0})):
+        net = Net().double()
+        top, adapter = tree.adapter("top"), tree.adapter(path)
+        assert top is not None
+        assert adapter is not None
+        with torch.no_grad():
+            for name, value in top.modules.items():
+                if path == "top/de" or name == "lin":
+                    net.get_submodule(name).weight += value.dense(dtype=torch.float64)
+            for tensor, override in adapter.overrides.items():
+                own = net.get_parameter(tensor)
+                if override.rows is not None:
+                    own[list(override.rows)] = override.values.double()
+                elif path == "top/fr":
+                    own.copy_(override.values)
+            for name, factor in factors.items():
+                delta = adapter.modules[name].dense(dtype=torch.float64)
+                net.get_submodule(name).weight += factor * delta
+        wanted[path] = net
+    base = Net().double()
+    model = lt.attach(tree, base)
+    ids = (torch.arange(12) % 9).reshape(2, 6)
+    modes: tuple[Any, ...] = ("merged", "unmerged")
+    for path, net in wanted.items():
+        for mode in modes:
+            model.activate(path, mode=mode)
+            torch.testing.assert_close(out_of(base, ids), out_of(net, ids), rtol=1e-6, atol=1e-6)
+    with model.route(list(wanted)):
+        got = out_of(base, ids)
+    for i, net in enumerate(wanted.values()):
+        torch.testing.assert_close(got[i], out_of(net, ids[i]), rtol=1e-6, atol=1e-6)
