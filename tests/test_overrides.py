@@ -287,11 +287,20 @@ PATHS = ["top", "top/fr", "top/fr/legal", "top/fr/legal/x", "top/fr/medical", "t
 
 
 @pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_deepest_override_counts_with_its_bits(dtype: torch.dtype) -> None:
+@pytest.mark.filterwarnings("ignore:.*the increments are so large:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("dtype", "pristine"),
+    [
+        (torch.float64, "auto"),
+        (torch.float32, "auto"),
+        (torch.bfloat16, "auto"),
+        (torch.bfloat16, "log"),
+    ],
+)
+def test_the_deepest_override_counts_with_its_bits(dtype: torch.dtype, pristine: Any) -> None:
     tree, base = zoo(), Net().to(dtype)
     own = copy.deepcopy(base.state_dict())
-    model = lt.attach(tree, base)
+    model = lt.attach(tree, base, pristine=pristine)
     fresh = {}
     for path in [*PATHS, "", *reversed(PATHS), "top/de", "top/fr/legal"]:
         model.activate(path)
