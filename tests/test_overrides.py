@@ -690,3 +690,21 @@ def test_a_weight_per_module_counts_beside_overrides_in_every_mode() -> None:
         got = out_of(base, ids)
     for i, net in enumerate(wanted.values()):
         torch.testing.assert_close(got[i], out_of(net, ids[i]), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_a_head_are_computed_with_the_bias_that_stands_there() -> None:
+    tree, base = lt.AdapterTree(), Net().double()
+    row = {"score.weight": lt.Override(drawn(1, 6, seed=1), (2,))}
+    bias = {"score.bias": lt.Override(drawn(4, seed=2))}
+    tree.add("a", adapter=lt.Adapter({}, overrides={**row, **bias}))
+    model = lt.attach(tree, base)
+    ids = torch.arange(9)[None]
+    model.activate("a")
+    wanted = out_of(base, ids)
+    model.activate("a", mode="unmerged")
+    torch.testing.assert_close(out_of(base, ids), wanted, rtol=1e-12, atol=1e-12)
+    with model.route(["a", ""]):
+        got = out_of(base, ids.repeat(2, 1))
+    torch.testing.assert_close(got[:1], wanted, rtol=1e-12, atol=1e-12)
+    model.activate("")
+    torch.testing.assert_close(got[1:], out_of(base, ids), rtol=0, atol=0)
