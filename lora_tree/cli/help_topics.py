@@ -42,6 +42,19 @@ broken     the files can't be used. lora-tree check FOLDER says why; --skip-brok
            and everything below it out.
 """,
     ),
+    "overrides": (
+        "nodes that replace tensors of the base: heads, embeddings, token rows",
+        """\
+modules_to_save: [score]            train a module whole; its weight and bias are the node's own
+trainable_token_indices: [7, 9]     train these rows of the input embedding
+
+Write them in tree.yaml, at a node or in the defaults. PEFT folders that have them are nodes, too.
+
+On a path the deepest override of a tensor stands for the base's own. Increments of that node and of
+nodes below add to it; those of nodes above it, on that module, do not count.
+lora-tree show says what each node replaces, lora-tree check which increments do not count.
+""",
+    ),
     "data": (
         "the rows that train and eval read",
         """\
