@@ -50,7 +50,6 @@ class Arch:
 
     targets: node → the words of `LoraSpec` it is made with: target sets, ranks, scales.
     generates: what ``generate`` is given, or None where the model has no such thing.
-    merged_only: a node of this tree changes a weight that is read without its module.
     tied: a module whose weight a second one uses, and that one.
     """
 
@@ -58,7 +57,6 @@ class Arch:
     inputs: Callable[[], dict[str, Tensor]]
     targets: Mapping[str, Mapping[str, Any]]
     generates: Callable[[], dict[str, Tensor]] | None = None
-    merged_only: bool = False
     tied: tuple[str, str] | None = None
 
     def base(self) -> PreTrainedModel:
@@ -333,7 +331,6 @@ ARCHS: dict[str, Arch] = {
             "a/d": dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], lora_alpha=2),
         },
         _prompt,
-        merged_only=True,
     ),
     "vit": Arch(
         _vit,

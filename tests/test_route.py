@@ -34,7 +34,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 BLEND = {"a/b": 0.5, "a/d": 0.25, "e": -1.0}
-ROUTED = [k for k in KINDS if "unmerged" in KINDS[k].modes]
+ROUTED = [name for name, kind in KINDS.items() if kind.is_linear]
 
 
 def tree_for(

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import DynamicCache, SwinConfig, SwinModel, XLNetConfig, XLNetModel
 
 import lora_tree as lt
-from lora_tree.errors import BaseMismatch, MergedOnly, StateError
+from lora_tree.errors import BaseMismatch, StateError
 
 ROWS: list[lt.Blend] = ["a/b/c", "", "a/d", BLEND, "a"]
 # sites that are asked for something else than rows: positions, which all rows share
@@ -81,7 +81,7 @@ def rows_by_hand(
 
 
 @pytest.mark.parametrize("strategy", ["auto", "nodes", "grouped", "matrix"])
-@pytest.mark.parametrize("name", [n for n, a in ARCHS.items() if not a.merged_only])
+@pytest.mark.parametrize("name", ARCHS)
 def test_every_row_is_that_of_the_dense_model_of_its_path(name: str, strategy: Any) -> None:
     arch = ARCHS[name]
     base = arch.base()
@@ -91,7 +91,7 @@ def test_every_row_is_that_of_the_dense_model_of_its_path(name: str, strategy: A
     wanted = rows_by_hand(base, tree, inputs, ROWS)
     model = lt.attach(tree, base)
     # as many tokens as rows; Mixtral's router looks at numbers, so shapes alone can't tell them apart
-    with model.route(ROWS, strategy=strategy, batch_first=name == "mixtral"):
+    with model.route(ROWS, strategy=strategy, batch_first="mixtral" in name):
         got = run(base, inputs)
     assert_close(got, wanted)
     assert torch.equal(got[1], bare[1])
@@ -108,16 +108,6 @@ def test_what_all_rows_share_is_refused_by_name(name: str, site: str) -> None:
     message = f"{site}.*: its input is .*the first axis should be 5 rows"
     with pytest.raises(BaseMismatch, match=message), model.route(ROWS, batch_first=True):
         run(base, inputs)
-    assert model.state is lt.State.BARE
-
-
-def test_fused_experts_can_not_be_routed() -> None:
-    arch = ARCHS["mixtral, experts"]
-    base = arch.base()
-    model = lt.attach(arch.tree(base), base)
-    message = "can't run unmerged: MixtralExperts reads this parameter"
-    with pytest.raises(MergedOnly, match=message), model.route(["a/b", ""]):
-        pass
     assert model.state is lt.State.BARE
 
 

@@ -22,17 +22,17 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, SpecError
-from ..sites import Site
 from .probe import grown, is_square
 
 __all__ = [
     "DECLARE",
     "BatchAxis",
+    "Place",
     "SeenSites",
     "in_a_list_of_lists",
     "lies_by_rows",
@@ -45,13 +45,24 @@ DECLARE = (
 )
 
 
+class Place(Protocol):
+    """Something that is given rows: a site, or a module whose forward is watched."""
+
+    @property
+    def name(self) -> str:
+        """Its dotted name."""
+
+    def token_axes(self, x: Tensor) -> Sequence[int] | None:
+        """Return the sizes of the axes after the first that might be the rows, or None."""
+
+
 class SeenSites:
-    """The sites of a base that were seen with rows on the first axis; kept from batch to batch."""
+    """The places of a base that were seen with rows on the first axis; kept from batch to batch."""
 
     def __init__(self) -> None:
-        self.rows_first: weakref.WeakSet[Site] = weakref.WeakSet()
-        self.probed: weakref.WeakSet[Site] = weakref.WeakSet()
-        """The sites for which the base was run on shapes, whether or not that told anything."""
+        self.rows_first: weakref.WeakSet[Place] = weakref.WeakSet()
+        self.probed: weakref.WeakSet[Place] = weakref.WeakSet()
+        """The places for which the base was run on shapes, whether or not that told anything."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class BatchAxis:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         inputs: list[Tensor],
-        sites: Sequence[Site],
+        sites: Sequence[Place],
     ) -> None:
         """Ask the base with shapes alone if the batch is square and a site is not known yet.
 
@@ -171,7 +182,7 @@ class BatchAxis:
         finally:
             self.probing = False
 
-    def note(self, site: Site, x: Tensor) -> None:
+    def note(self, site: Place, x: Tensor) -> None:
         """Note, while probing, whether a site's input has grown by one row on its first axis."""
         others = site.token_axes(x)
         assert self._given is not None  # `probe` runs between `begin` and `end`
@@ -183,7 +194,7 @@ class BatchAxis:
         self._given = None
 
     # ------------------------------------------------------------------ a site
-    def spread(self, site: Site, x: Tensor, out: Tensor) -> tuple[int, int]:
+    def spread(self, site: Place, x: Tensor, out: Tensor) -> tuple[int, int]:
         """Return how often every row occurs in succession in a site's input, and the batch as a
         whole.
 
@@ -191,10 +202,7 @@ class BatchAxis:
             BaseMismatch: the first axis is not the rows, or can't be known to be; names the site.
         """
         length = x.shape[0] if x.ndim else 0
-        # Without a forward of the base, a part of it was called on its own.
-        lengths = self._lengths if self._given is None else (self._given.length,)
-        fits = length in lengths
-        if not fits or out.shape[:1] != x.shape[:1]:
+        if not self.is_length(length) or out.shape[:1] != x.shape[:1]:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "
                 f"{self._told()}",
@@ -208,8 +216,30 @@ class BatchAxis:
                 self._check(site, x, length, others)
         return self._lengths[length]
 
+    def rows_of(self, place: Place, x: Tensor) -> tuple[int, int] | None:
+        """Return how the rows are spread over the first axis of what a place is given; None if they
+        are not there.
+
+        Raises:
+            BaseMismatch: the axis is as long as there are rows, and can't be known to be them.
+        """
+        if x.ndim < 2 or not self.is_length(x.shape[0]):
+            return None
+        return self.spread(place, x, x)
+
+    def is_length(self, length: int) -> bool:
+        """Return whether an axis of this length may be the rows."""
+        # Without a forward of the base, a part of it was called on its own.
+        return length in (self._lengths if self._given is None else (self._given.length,))
+
+    def spread_of(self, length: int) -> tuple[int, int]:
+        """Return how often every row occurs in succession among so many, and the batch as a
+        whole.
+        """
+        return self._lengths[length]
+
     # ------------------------------------------------------------------ private
-    def _check(self, site: Site, x: Tensor, length: int, others: Sequence[int]) -> None:
+    def _check(self, site: Place, x: Tensor, length: int, others: Sequence[int]) -> None:
         """Refuse an input whose first axis may be something else.
 
         Args:
@@ -250,7 +280,7 @@ def in_a_list_of_lists(name: str) -> bool:
     return len(numbers) > 1
 
 
-def lies_by_rows(site: Site, x: Tensor, out: Tensor, length: int, *, batch_first: bool) -> bool:
+def lies_by_rows(site: Place, x: Tensor, out: Tensor, length: int, *, batch_first: bool) -> bool:
     """Return whether an input's first axis is the rows, by its shape alone, so that it can be traced.
 
     Args:
@@ -269,7 +299,7 @@ def lies_by_rows(site: Site, x: Tensor, out: Tensor, length: int, *, batch_first
     return length not in others and not tokens_sent_here
 
 
-def not_by_rows(site: Site, x: Tensor, length: int) -> BaseMismatch:
+def not_by_rows(site: Place, x: Tensor, length: int) -> BaseMismatch:
     """Return the error for an input whose first axis is not known to be the rows."""
     return BaseMismatch(
         f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be {length} rows",

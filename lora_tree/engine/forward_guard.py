@@ -22,8 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..callers import called_from
 from ..errors import StateError
-from ..sites import Site
-from .batch_axis import BatchAxis
+from .batch_axis import BatchAxis, Place
 
 __all__ = ["ForwardGuard"]
 
@@ -42,7 +41,7 @@ class ForwardGuard:
         self._base = base
         self._handles: list[RemovableHandle] = []
         self._axis: BatchAxis | None = None
-        self._mixed: Sequence[Site] = ()
+        self._mixed: Sequence[Place] = ()
         self._admitted = False
         """The forward that runs now was not refused."""
         self._recording = False
@@ -53,14 +52,15 @@ class ForwardGuard:
         """The mark of the behaviour; None: nothing is guarded."""
 
     def watch(
-        self, mark: int | None, axis: BatchAxis | None = None, mixed: Sequence[Site] = ()
+        self, mark: int | None, axis: BatchAxis | None = None, mixed: Sequence[Place] = ()
     ) -> None:
         """Guard the behaviour of this mark from now on.
 
         Args:
             mark: the plan's or the route's; None: nothing to guard, and no hook stays on the base.
             axis: how a routed batch lies.
-            mixed: the sites where its rows do not all owe the same.
+            mixed: where it has to be known which axis is the rows, since they do not all owe the
+                same there.
         """
         self._axis, self._mixed = axis, mixed
         # The hooks read it when they run, and a backward of before compares its own with it.

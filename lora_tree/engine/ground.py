@@ -127,9 +127,17 @@ def check_grounds(plan: Plan) -> None:
         if site.is_read_by_parent:
             raise MergedOnly(
                 f"{overrides[0].node}: {name}: an override can't run beside the weights: "
-                f"{site.why_merged_only}",
+                "nn.MultiheadAttention reads its projections itself",
                 'use activate(…, mode="merged")',
             )
+        for other, terms in plan.terms.items():
+            # The twin's forward is not the one that is watched.
+            if terms and plan.sites[other].read_in and plan.sites[other].module is site.module:
+                raise MergedOnly(
+                    f"{overrides[0].node}: {name}: an override can't run beside the weights while "
+                    f"{terms[0].node} changes {other}, which the same module reads itself",
+                    'use activate(…, mode="merged")',
+                )
 
 
 def check_one_input(site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

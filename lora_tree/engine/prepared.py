@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import SpecError, StateError
+from ..errors import MergedOnly, SpecError, StateError
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from ..tree import AdapterTree
@@ -63,7 +63,7 @@ def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowR
             site = binder.site_for(path, name, value)
             # Some modules read a weight themselves, or run a forward of their own, where a side
             # path would be missed or wrong. Such a node can still be merged.
-            if site.why_merged_only is None:
+            if site.why_merged_only is None and not site.read_in:
                 found.setdefault(site, []).append(value)
     return found
 
@@ -240,6 +240,13 @@ class Prepared:
             )
         kinds = side_kinds(plan, self._dtype)
         for name, terms in plan.terms.items():
+            site = plan.sites[name]
+            if site.read_in:
+                raise MergedOnly(
+                    f"{terms[0].node}: {name}: can't run in a prepared model: "
+                    f"{type(site.module).__name__} reads it itself",
+                    'use activate(…, mode="merged")',
+                )
             # A module that was replaced since has a new site, and none of our hooks.
             known = self._sites.get(name) is plan.sites[name]
             fixed = self._fixed.get(name)
@@ -395,7 +402,7 @@ class _Fixed:
             if self.mode == OFF:
                 return None
             if module is not site.module:
-                raise_for_copy(module, site)
+                raise_for_copy(module, site.name)
             x = args[0] if args else next(iter(kwargs.values()))
             before, taken, _ = widened(out, x, self.dtype, False)
             A = self.A.to(taken.dtype) if taken.is_floating_point() else self.A

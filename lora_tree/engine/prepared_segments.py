@@ -314,7 +314,7 @@ class _SegmentedSite:
             if of.mode == OFF:
                 return None
             if module is not site.module:
-                raise_for_copy(module, site)
+                raise_for_copy(module, site.name)
             x = args[0] if args else next(iter(kwargs.values()))
             rows = 1
             if of.mode == ROWS:

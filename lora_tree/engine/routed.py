@@ -18,11 +18,11 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..errors import SpecError, listing, suggest
+from ..errors import BaseMismatch, SpecError, listing, suggest
 from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch
-from .batch_axis import BatchAxis
+from .batch_axis import DECLARE, BatchAxis
 from .cost import Cost, machine
 from .factor_tables import FactorTables, PlanTables
 from .forms import FORMS, SumForm
@@ -33,6 +33,8 @@ from .ledger import Ledger, Unbounded
 from .owed import Owed
 from .plan import Marks, PlacedPlan, Plan, Terms
 from .row_grounds import RowGrounds
+from .row_layout import RowLayout
+from .shares import Share, share_of
 from .side import (
     Draft,
     GroundedSide,
@@ -44,6 +46,9 @@ from .side import (
     side_dtype,
     widened,
 )
+from .token_sum import add_shares
+from .weight_product import WeightProduct
+from .weight_view import FactorPair
 
 __all__ = ["Route", "Router", "Strategy", "check_strategy"]
 
@@ -159,6 +164,7 @@ class Route:
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, SumForm] = {}
         self._picked: dict[Hashable, str] = {}
+        self._shares: dict[Hashable, Callable[[], Share]] = {}
         self._grounds: dict[str, RowGrounds] = {}
         for name, overrides in grounds_of(plan).items():
             site, terms = plan.sites[name], plan.terms[name]
@@ -242,6 +248,19 @@ class Route:
             forms.append(self._form(owed, strategy, tokens))
         return forms
 
+    def shares(self, site: Site, spread: Spread, device: torch.device) -> list[Share]:
+        """Return what is added at a site for tokens that know their rows: what is frozen, and then
+        what trains.
+        """
+        found = []
+        for owed in self._owed_at(site, spread, device):
+            share = self._shares.get(id(owed))
+            if share is None:
+                with exact_mode(device):
+                    share = self._shares[id(owed)] = share_of(owed)
+            found.append(share())
+        return found
+
     def _owed_at(self, site: Site, spread: Spread, device: torch.device) -> list[Owed]:
         """Return what the rows owe at a site to nodes that are frozen, and to nodes that train."""
         key = site.name, spread, device
@@ -296,6 +315,8 @@ class Route:
         # A model has a hundred sites of a few kinds, so one of each kind is asked.
         alike: dict[Hashable, list[Owed]] = {}
         for site in self.mixed:
+            if site.read_in:
+                continue  # it has one form, whatever the others take
             for owed in self._owed_at(site, spread, device):
                 shapes = tuple([(value.shape, value.rank) for value in owed.values])
                 kind = owed.batch.nodes, shapes, owed.dtype, type(owed.site)
@@ -331,11 +352,35 @@ class _RoutedSide:
     def __init__(self, route: Route, site: Site, axis: BatchAxis) -> None:
         self._route, self._site, self._axis = route, site, axis
 
-    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
-        if self._axis.probing:
-            self._axis.note(self._site, x)
+    def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
+        axis, site = self._axis, self._site
+        if axis.probing:
+            axis.note(site, x)
             return out
-        dtype, spread = out.dtype, self._axis.spread(self._site, x, out)
+        if layout is None or not site.is_product:
+            return self._by_rows(out, x, spare, axis.spread(site, x, out))
+        if layout.is_rows_first:
+            # Tokens below each other, those of a row side by side: a view has rows again.
+            wide = out.reshape(layout.count, -1, out.shape[-1])
+            rows = x.reshape(layout.count, -1, x.shape[-1])
+            return self._by_rows(wide, rows, spare, layout.spread).view(out.shape)
+        if self._route.grounds(site) is not None:
+            return self._by_rows(out, x, spare, axis.spread(site, x, out))  # or refuses it
+        return self._by_tokens(out, x, layout)
+
+    def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
+        if layout is None:
+            raise BaseMismatch(
+                f"{self._site.name}: the rows of the batch can't be followed to its tokens",
+                "inputs that are packed, time first or cut into windows can't be routed: activate "
+                "one path at a time",
+                DECLARE,
+            )
+        return self._route.shares(self._site, layout.spread, device)
+
+    def _by_rows(self, out: Tensor, x: Tensor, spare: bool, spread: Spread) -> Tensor:
+        """Add what the rows owe, in the form that costs least; the first axis is the rows."""
+        dtype = out.dtype
         grounds = self._route.grounds(self._site)
         if grounds is not None:
             out, spare = grounds.applied(out, x, spread), False
@@ -349,3 +394,22 @@ class _RoutedSide:
             # A form returns a tensor of its own, so the next one may write it over.
             out, spare = form.add(out, taken, spare=spare), True
         return out if out.dtype == dtype else out.to(dtype)
+
+    def _by_tokens(self, out: Tensor, x: Tensor, layout: RowLayout) -> Tensor:
+        """Add what the rows owe to tokens in any order."""
+        site = self._site
+        product = WeightProduct(
+            x,
+            down=lambda x, factors: site.down(x, factors.right),
+            up=lambda low, factors: site.up(low, factors.left),
+        )
+        after = add_shares(
+            out,
+            product,
+            self.shares(out.device, layout),
+            cut=lambda value, bias: FactorPair(value.B, value.A, bias),
+            dropped=lambda x: self._route.manner.dropped(x, site),
+            layout=layout,
+        )
+        assert after is not None  # the layout was given
+        return after

@@ -23,6 +23,8 @@ from ..sites import Site
 from . import arithmetic
 from .ground import Ground
 from .plan import Plan, Terms
+from .row_layout import RowLayout
+from .shares import Share
 from .slab import Slab
 
 __all__ = [
@@ -67,13 +69,27 @@ class Manner:
 class Side(Protocol):
     """One site's side path, which the site's hook runs."""
 
-    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
+    def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
         """Return ``out`` plus the site's part of what is active.
 
         Args:
             out: the module's output.
             x: its input.
             spare: nothing else holds ``out``, it may be written over.
+            layout: where the rows of a batch are in ``x``, if a forward around it was watched.
+        """
+        ...
+
+    def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
+        """Return the same as increments, for a weight that its module reads itself.
+
+        Args:
+            device: where it is computed.
+            layout: where the rows of a batch are in what the weight is multiplied with; None: that
+                is not known.
+
+        Raises:
+            BaseMismatch: it has to be known.
         """
         ...
 
@@ -144,15 +160,30 @@ class PathSide:
         self._frozen = len(self._pieces)
         self._pieces += draft.live
 
-    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
-        for i, piece in enumerate(self._pieces):
+    def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
+        """Return the pieces: what is frozen, then what trains. No row differs from another."""
+        shares = []
+        for i in range(len(self._pieces)):
+            shares.append(Share(self._piece(i, device), live=i >= self._frozen))
+        return shares
+
+    def _piece(self, i: int, device: torch.device) -> LowRank:
+        """Return a piece on a device: the base may have been moved after the switch."""
+        piece = self._pieces[i]
+        if piece.A.device != device:
+            piece = piece.to(device=device)
+            if not piece.A.requires_grad:
+                self._pieces[i] = piece
+        return piece
+
+    def __call__(
+        self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None = None
+    ) -> Tensor:
+        for i in range(len(self._pieces)):
+            piece = self._piece(i, out.device)
             if i == self._frozen:
                 # Once for all that train, so that they see one mask.
                 x = self._manner.dropped(x, self._site)
-            if piece.A.device != out.device:  # the base was moved after the switch
-                piece = piece.to(device=out.device)
-                if not piece.A.requires_grad:
-                    self._pieces[i] = piece
             out = self._added(out, x, piece, spare)
             spare = True  # what this added to is ours
         return out
@@ -167,7 +198,7 @@ class PathSide:
             wide = A.dtype
             if x.dtype != wide:
                 wide = torch.promote_types(wide, x.dtype)
-            wide = _product_dtype(wide, x.device)
+            wide = product_dtype(wide, x.device)
             # Each is asked first: `to` costs a call into torch even if it returns the tensor
             # itself.
             x = x if x.dtype == wide else x.to(wide)
@@ -196,23 +227,29 @@ class GroundedSide:
     def __init__(self, ground: Ground, inner: Side) -> None:
         self._ground, self._inner = ground, inner
 
-    def __call__(self, out: Tensor, x: Tensor, spare: bool) -> Tensor:
+    def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
         # Not spare: some modules return their input, or a view of it.
-        return self._inner(self._ground.applied(out, x), x, False)
+        return self._inner(self._ground.applied(out, x), x, False, layout)
+
+    def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
+        """Return nothing: `check_grounds` refuses increments of a weight that a module reads
+        itself while it is overridden.
+        """
+        return []
 
 
-def raise_for_copy(module: nn.Module, site: Site) -> None:
-    """Refuse to run a site's hook on another module: in a copy of the base, which has the hooks but
-    no owner.
+def raise_for_copy(module: nn.Module, name: str) -> None:
+    """Refuse to run a hook on another module than its own: in a copy of the base, which has the
+    hooks but no owner.
 
     Raises:
         StateError: it is a copy, and not a replica that `nn.DataParallel` made for one forward;
-            names the site.
+            names the module.
     """
     if getattr(module, "_is_replica", False):
         return
     raise StateError(
-        f"{site.name}: this is a copy of a base that had a path beside its weights; side paths are "
+        f"{name}: this is a copy of a base that had a path beside its weights; side paths are "
         "not copied",
         "copy the base while it is bare: model.deactivate(), or model.detach(), first",
     )
@@ -275,7 +312,7 @@ def side_device(weight: Tensor | None, values: Sequence[LowRank]) -> torch.devic
     return values[0].A.device if values else torch.device("cpu")
 
 
-def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype to multiply in: ``dtype``, or fp32 on a CPU that is faster with it."""
     if device.type == "cpu" and dtype in arithmetic.SLOW_ON_CPU:
         return torch.float32
@@ -295,7 +332,7 @@ def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Te
     written over.
     """
     if x.is_floating_point():
-        x = x.to(_product_dtype(torch.promote_types(dtype, x.dtype), x.device))
+        x = x.to(product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype
     # Under autocast the module's own output is narrow on purpose, and what follows expects it so.
     wide = out.dtype

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import BaseMismatch, BudgetError, StateError, listing
-from ..sites import Site
+from ..sites import Site, experts_around
 from .arithmetic import exact_mode
 from .batch import Batch, tree_node
 from .batch_axis import BatchAxis
@@ -33,6 +33,7 @@ from .behaviour import RoutedRows
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
+from .inside import InsideForwards, is_around
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .plan import EMPTY_PLAN, PlacedPlan, Plan
@@ -124,6 +125,8 @@ class Unmerged:
         self._forward_guard = ForwardGuard(base)
         # Every side path asks both of torch at every call, so they are looked up once.
         self._on_all_modules, self._packs_saved = global_hooks(), saved_tensor_hook()
+        self._base = base
+        self._inside = InsideForwards(base, ran=self._ran, dropped=manner.dropped)
         self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
         """No side paths, ready to run."""
         self._running = self.nothing
@@ -222,15 +225,36 @@ class Unmerged:
             if sites.get(name) is not site:
                 handle.remove()
                 del self._hooked[name]
-        new = [site for name, site in sites.items() if name not in self._hooked]
+        self._inside.run(self._readers(paths), paths.sides, paths.axis)
+        overrides = paths.plan.overrides
+        called = [(n, site) for n, site in sites.items() if not site.read_in or n in overrides]
+        new = [site for name, site in called if name not in self._hooked]
         makes_its_output = {site: site.makes_its_output for site in new}
         for site in new:
             hook = self._hook(site, makes_its_output[site])
             handle = site.module.register_forward_hook(hook, with_kwargs=True)
             self._hooked[site.name] = site, handle
         self._uncalled.expect(paths.plan)
-        self._forward_guard.watch(paths.mark, paths.axis, paths.mixed)
+        places = self._inside.places(paths.mixed)
+        self._forward_guard.watch(paths.mark, paths.axis, places)
         self._settled = True
+
+    def _readers(self, paths: SidePaths) -> dict[str, list[Site]]:
+        """Return the modules whose forwards are watched, and the sites whose weights they read."""
+        readers: dict[str, list[Site]] = {}
+        for site in paths.plan.sites.values():
+            for name in site.read_in:
+                readers[name] = []
+        for site in paths.mixed:
+            around = None if site.read_in else experts_around(self._base, site.name)
+            if around is not None:
+                readers.setdefault(around, [])
+        for name, sites in readers.items():
+            for site in paths.plan.sites.values():
+                # Of a forward within it too: the outer one watches for both.
+                if any(is_around(name, each) for each in site.read_in):
+                    sites.append(site)
+        return readers
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
@@ -245,16 +269,15 @@ class Unmerged:
             site: the site.
             makes_its_output: its module's output is new memory.
         """
-        name, called, guard = site.name, self._uncalled.called, self._forward_guard
-        on_all_modules, packs_saved = self._on_all_modules, self._packs_saved
+        name, guard, inside = site.name, self._forward_guard, self._inside
+        on_all_modules = self._on_all_modules
 
         def side_path(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         ) -> Any:
             # While the guard probes, a copy of the base runs on purpose.
             if module is not site.module and not guard.probing:
-                raise_for_copy(module, site)
-            called.add(name)
+                raise_for_copy(module, name)
             # Some models call a layer by keyword.
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor):
@@ -271,21 +294,32 @@ class Unmerged:
             # forward that was put on this one module since.
             alone = len(module._forward_hooks) == 1 and not on_all_modules
             spare = makes_its_output and alone and "forward" not in vars(module)
-            after = running.sides[name](out, x, spare)
-            # Only here can be seen what checkpointing does around the layer.
-            if packs_saved(False) is not None or not torch.is_grad_enabled():
-                guard.may_run_again(after)
-            if after.grad_fn is not None:
-                if x.requires_grad and not out.requires_grad:
-                    _raise_for_stop(module, name)
-                training = running.training.get(name)
-                if training:
-                    # On the graph: a gradient comes by here only if rows of this very forward went
-                    # through these nodes.
-                    after.grad_fn.register_prehook(partial(self._reach, training))
+            side = running.sides[name]
+            if not inside.is_watched:
+                after = self._ran(site, side(out, x, spare, None))
+            else:
+                with inside.apart(x) as (layout, note):
+                    after = self._ran(site, side(out, x, spare, layout))
+                    note(after)
+            if after.grad_fn is not None and x.requires_grad and not out.requires_grad:
+                _raise_for_stop(module, name)
             return after
 
         return side_path
+
+    def _ran(self, site: Site, after: Tensor) -> Tensor:
+        """Note that a site's side path ran, guard its backward, and return its result ``after``."""
+        self._uncalled.called.add(site.name)
+        # Only here can be seen what checkpointing does around the layer.
+        if self._packs_saved(False) is not None or not torch.is_grad_enabled():
+            self._forward_guard.may_run_again(after)
+        if after.grad_fn is not None:
+            training = self._running.training.get(site.name)
+            if training:
+                # On the graph: a gradient comes by here only if rows of this very forward went
+                # through these nodes.
+                after.grad_fn.register_prehook(partial(self._reach, training))
+        return after
 
     def _reach(self, nodes: Sequence[str], grads: object) -> None:
         """Note that a backward comes by a side path: the gradients of these nodes are made next."""

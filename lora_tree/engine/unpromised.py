@@ -16,14 +16,17 @@ not correctness. The tests take each of them away (tests/test_versions.py).
                                                           switch
     nn.Module._compiled_call_impl                  2.2    base.compile() is not seen; the compiled
                                                           wrapper still is
+    F.multi_head_attention_forward.__code__        1.8    nn.MultiheadAttention is merged only
     utils._pytree                                  1.8    nothing: training over FSDP2 takes outputs
                                                           apart with it
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "attention_body",
     "compiled_frames",
     "fake_tensors",
     "global_hooks",
@@ -52,8 +56,23 @@ def grouped_product() -> Callable[..., Tensor] | None:
     return found
 
 
+@functools.cache
+def attention_body() -> Callable[..., Any] | None:
+    """Return `F.multi_head_attention_forward` as a function that does not ask first whether a
+    `TorchFunctionMode` is active, so that a mode sees the products in it; None if this torch writes
+    it in another way.
+    """
+    function = F.multi_head_attention_forward
+    code = getattr(function, "__code__", None)
+    if code is None or not {"has_torch_function", "linear"} <= set(code.co_names):
+        return None
+    own = {**vars(F), "has_torch_function": lambda tensors: False}
+    return FunctionType(code, own, function.__name__, function.__defaults__, function.__closure__)
+
+
 def saved_tensor_hook() -> Callable[[bool], object]:
     """Return torch's function that returns what packs the tensors that autograd saves now, or None.
+
 
     Called with False, it tells of all hooks, and not only of those that tracing may ignore. If
     torch has no such function, one that never returns None. Every side path calls it, so it is

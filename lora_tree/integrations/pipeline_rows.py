@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..callers import locals_of_call
-from ..engine.batch_axis import BatchAxis, SeenSites
+from ..engine.batch_axis import BatchAxis, Place, SeenSites
 from ..errors import BaseMismatch
-from ..sites import Site
 
 __all__ = ["PipelineAxis"]
 
@@ -66,7 +65,7 @@ class PipelineAxis(BatchAxis):
         else:
             self._lie[name] = given, self._of_images(name, given, call)
 
-    def spread(self, site: Site, x: Tensor, out: Tensor) -> tuple[int, int]:
+    def spread(self, site: Place, x: Tensor, out: Tensor) -> tuple[int, int]:
         """How often every row stands in place in a site's input, and the batch as a whole.
 
         Raises:

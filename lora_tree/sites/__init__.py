@@ -12,6 +12,7 @@ ask it, and know no kind by name.
 
 from .finding import (
     as_site_has_it,
+    experts_around,
     find_site,
     find_tensor_site,
     is_there,
@@ -26,6 +27,7 @@ __all__ = [
     "ParameterSite",
     "Site",
     "as_site_has_it",
+    "experts_around",
     "find_site",
     "find_tensor_site",
     "is_there",

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: it reads both of its projections itself, so both are merged only."""
+"""nn.MultiheadAttention: it reads both of its projections itself and calls neither."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class InProjectionSite(Site):
         super().check(value)
 
     @property
-    def why_merged_only(self) -> str | None:
-        return "nn.MultiheadAttention reads its projections itself"
+    def read_in(self) -> tuple[str, ...]:
+        return (self.name,)
 
 
 class OutProjectionSite(LinearSite):
@@ -60,5 +60,5 @@ class OutProjectionSite(LinearSite):
         )
 
     @property
-    def why_merged_only(self) -> str | None:
-        return "nn.MultiheadAttention reads out_proj's weight without calling it"
+    def read_in(self) -> tuple[str, ...]:
+        return (self.parent,)

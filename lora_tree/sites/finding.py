@@ -20,6 +20,7 @@ from .site import Site
 __all__ = [
     "KINDS",
     "as_site_has_it",
+    "experts_around",
     "find_site",
     "find_tensor_site",
     "is_there",
@@ -79,7 +80,7 @@ def find_site(base: nn.Module, name: str) -> Site:
             raise BaseMismatch(
                 f"{name}: the base has no such module or parameter{_hint(base, name)}"
             )
-        return ParameterSite(name, holder, _running_parent(base, name))
+        return _parameter_site(base, name, holder)
     kind = kind_of(module, holder)
     if kind is not None:
         return kind(name, module, _running_parent(base, name))
@@ -113,7 +114,12 @@ def find_tensor_site(base: nn.Module, tensor: str) -> tuple[Site, str]:
     kind = kind_of(module, holder)
     if kind is not None and leaf in (kind.weight_name, kind.bias_name):
         return kind(name, module, _running_parent(base, name)), leaf
-    return ParameterSite(tensor, module, _running_parent(base, name)), leaf
+    return _parameter_site(base, tensor, module), leaf
+
+
+def _parameter_site(base: nn.Module, name: str, holder: nn.Module) -> ParameterSite:
+    parent = _running_parent(base, name)
+    return ParameterSite(name, holder, parent, _running_parent(base, parent) if parent else None)
 
 
 def with_tied_rows(base: nn.Module, adapter: Adapter) -> Adapter:
@@ -157,6 +163,26 @@ def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
         return value
     kind = kind_of(module, holder)
     return value if kind is None else kind.relaid(module, value)
+
+
+def experts_around(base: nn.Module, name: str) -> str | None:
+    """Return the nearest module around ``name`` that sends tokens to experts; None if none does.
+
+    It has a module of fused experts, with 3-D parameters, or a list of experts in a list of layers.
+    Such a module lays the tokens of all rows below each other.
+    """
+    around = name
+    while around:
+        around = _running_parent(base, around)
+        module = base.get_submodule(around)
+        for child in module.children():
+            if kind_of(child, module) is not None:
+                continue  # the weight of a convolution is 3-D too
+            fused = any(p.ndim == 3 for p in child.parameters(recurse=False))
+            listed = isinstance(child, nn.ModuleList) and any(map(str.isdigit, around.split(".")))
+            if fused or listed:
+                return around
+    return None
 
 
 def weight_names() -> list[str]:

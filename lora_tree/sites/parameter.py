@@ -1,12 +1,13 @@
 """Raw parameters: fused experts (E, out, in), and any 2-D parameter.
 
-Their module reads them itself: merged only.
+Their module reads them itself, or the one around it does (DBRX's experts read those of their MLP).
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..errors import BaseMismatch
 from ..lowrank import PARAMETER, Layout, LowRank
 from .site import Site
 
@@ -17,16 +18,21 @@ class ParameterSite(Site):
     """A 2-D (out, in) or 3-D (E, out, in) parameter; (E, in, out) if the module ``is_transposed``.
 
     It is found by its name, and stands in no row of `KINDS`.
+
+    Args:
+        around: the nearest module around ``parent`` that runs a forward of its own; None: ``parent``
+            is the base.
     """
 
     is_raw = True
 
-    def __init__(self, name: str, module: nn.Module, parent: str) -> None:
+    def __init__(self, name: str, module: nn.Module, parent: str, around: str | None) -> None:
         module_name, _, self.weight_name = name.rpartition(".")
         self.bias_name = ""
         # `super` first: it takes the adapter's name for the module's.
         super().__init__(name, module, parent)
         self.module_name = module_name
+        self._around = around
 
     @staticmethod
     def claims(module: nn.Module, holder: nn.Module | None) -> bool:
@@ -54,8 +60,16 @@ class ParameterSite(Site):
         return (experts, b, a) if self.is_transposed else (experts, a, b)
 
     @property
-    def why_merged_only(self) -> str | None:
-        return f"{type(self.module).__name__} reads this parameter itself"
+    def read_in(self) -> tuple[str, ...]:
+        return (self.parent,) if self._around is None else (self._around, self.parent)
+
+    def check_shape(self, value: LowRank) -> None:
+        super().check_shape(value)
+        if value.bias is not None:
+            raise BaseMismatch(
+                f"{self.name}: the adapter adds a bias (lora_bias), and a parameter has none",
+                "leave lora_bias out where parameters are adapted",
+            )
 
     def rows(self, weight: Tensor) -> Tensor:
         return weight if weight.ndim == 3 else weight[None]

@@ -151,6 +151,13 @@ class Site(ABC):
         return False
 
     @property
+    def read_in(self) -> tuple[str, ...]:
+        """The dotted names of the modules that may read the weight themselves; none if the site's
+        own module is called, and its output is all that the weight is for.
+        """
+        return ()
+
+    @property
     def why_merged_only(self) -> str | None:
         """Why a side path would never run here; None if it would."""
         return None
