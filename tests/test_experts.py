@@ -6,6 +6,7 @@ What is compared with is a copy of the base with W + Σ c·s·B·A written out b
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,15 @@ import transformers as T
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora_tree as lt
+from lora_tree.cli import main
+from lora_tree.demo.bytelevel import save_base
+from lora_tree.errors import BaseMismatch, MergedOnly, StateError
+from lora_tree.integrations.transformers import TreeTrainer
 
 VOCAB, HIDDEN, WIDE, EXPERTS = 31, 16, 24, 4
 TEXT: dict[str, Any] = dict(
@@ -394,3 +400,297 @@ def test_a_trained_path_is_what_peft_computes_and_saves(name: str, tmp_path: Pat
     for key, grad in ours.items():
         mine = theirs[key.replace(".weight", ".default.weight")]
         close(grad, mine, name)
+
+
+# ---------------------------------------------------------------------- what leaves no trace, and what is refused
+def small(way: str = "eager") -> tuple[Any, Any, Tensor]:
+    base = MODELS["qwen3"].base(way)
+    return base, lt.attach(MODELS["qwen3"].tree(base), base), ids()
+
+
+def test_a_forward_that_is_interrupted_leaves_nothing_that_watches() -> None:
+    base, model, given = small()
+    experts = base.model.layers[0].mlp.experts
+    model.activate("a", mode="unmerged")
+    wanted = logits(base, given)
+    handle = experts.act_fn.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(base, given)
+    handle.remove()
+    assert _len_torch_function_stack() == 0
+    torch.testing.assert_close(logits(base, given), wanted)
+    model.deactivate()
+    no_trace(base)
+
+
+def interrupt(*args: Any) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def test_a_copy_of_an_active_base_is_refused_in_its_first_forward() -> None:
+    base, model, given = small()
+    model.activate("a", mode="unmerged")
+    with pytest.raises(StateError, match="this is a copy of a base"):
+        logits(copy.deepcopy(base), given)
+    model.deactivate()
+    no_trace(base)
+
+
+class Uses(nn.Module):
+    """A parameter that is used in some way."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.use, self.w = use, nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.w)
+
+
+class Squared(torch.autograd.Function):
+    """A product with a backward of its own, which knows of no factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.saved_tensors[0].mT, None
+
+
+def using(use: Callable[[Tensor, Tensor], Tensor]) -> tuple[nn.Module, Any]:
+    base = nn.Sequential(Uses(use))
+    value = lt.LowRank(torch.randn(1, 2, 8), torch.randn(1, 8, 2), layout=lt.Layout("parameter"))
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=lt.Adapter({"0.w": value}))
+    return base, lt.attach(tree, base)
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "exp": (lambda x, w: x @ w.exp(), "torch.Tensor.exp"),
+    "added": (lambda x, w: x + w[:4], "torch.Tensor.add"),
+    "two weights": (lambda x, w: x @ (w @ w), "torch.Tensor.matmul"),
+    "flattened": (lambda x, w: x * w.view(-1)[:8], "torch.Tensor.view"),
+    "stacked": (lambda x, w: x @ torch.cat([w, w], 1), "torch.cat"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_product_is_refused_by_the_name_of_the_function(name: str) -> None:
+    use, function = REFUSED[name]
+    base, model = using(use)
+    x = torch.randn(4, 8)
+    bare = base(x)
+    model.activate("a", mode="unmerged")
+    with pytest.raises(MergedOnly, match=rf"0\.w: can't run unmerged: Uses gives it to {function}"):
+        base(x)
+    model.activate("a")
+    assert not torch.equal(base(x), bare)
+    model.deactivate()
+    assert torch.equal(base(x), bare)
+
+
+def test_a_product_that_autograd_does_not_record_is_refused_while_nodes_train() -> None:
+    base, model = using(Squared.apply)
+    x = torch.randn(4, 8, requires_grad=True)
+    with model.using("a", mode="unmerged"):
+        base(x)
+    model.trainable("a")
+    message = "0.w: Uses multiplies with it where autograd does not record"
+    with pytest.raises(StateError, match=message), model.using("a", mode="unmerged"):
+        base(x)
+
+
+def test_a_prepared_model_runs_no_experts() -> None:
+    _, model, _ = small()
+    model.prepare(max_rank=16)
+    with pytest.raises(MergedOnly, match=r"experts\.\w+: can't run in a prepared model"):
+        model.activate("a", mode="unmerged")
+    model.activate("a")
+
+
+def test_a_forward_that_is_compiled_goes_on_only_if_it_is_merged() -> None:
+    base, model, given = small()
+    compiled = torch.compile(base, backend="eager")
+    with torch.no_grad():
+        logits(compiled, given)
+    with pytest.raises(StateError, match="compiled"):
+        model.activate("a", mode="unmerged")
+    with torch.no_grad(), model.using("a"):
+        torch.testing.assert_close(logits(compiled, given), logits(base, given))
+
+
+# ---------------------------------------------------------------------- dtypes
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_narrow_bases_and_autocast_stay_within_their_rounding(way: str, autocast: bool) -> None:
+    model = MODELS["qwen3"]
+    base = model.base(way).float()
+    tree = model.tree(base, torch.float32)
+    given = ids()
+    exact = [dense(base, tree, blend, given[i : i + 1]) for i, blend in enumerate(ROWS)]
+    if not autocast:
+        base = base.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        bare = logits(base, given)
+        with lt.attach(tree, base).route(ROWS):
+            got = logits(base, given)
+    assert torch.equal(got[1], bare[1])
+    off = (got.float() - torch.cat(exact)).abs().flatten(1).median(1).values
+    # A router that chooses another expert for a token, rightly so in bf16, moves that token's numbers by far.
+    assert (off < 0.1).all(), off
+
+
+# ---------------------------------------------------------------------- rows
+@torch.no_grad()
+def test_stacked_and_repeated_rows_and_generated_tokens_know_their_path() -> None:
+    base, model, given = small()
+    rows: list[lt.Blend] = ["a/b/c", "", "a/d"]
+    given = given[:3]
+    with model.route(rows):
+        alone = logits(base, given)
+        tokens = base.generate(given, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    with model.route(rows, tile=2):
+        torch.testing.assert_close(logits(base, given.repeat(2, 1)), alone.repeat(2, 1, 1))
+    with model.route(rows, repeat=2):
+        twice = logits(base, given.repeat_interleave(2, 0))
+    torch.testing.assert_close(twice, alone.repeat_interleave(2, 0))
+    for row, blend in enumerate(rows):
+        with model.using(blend):
+            mine = base.generate(
+                given[row : row + 1], max_new_tokens=4, do_sample=False, pad_token_id=0
+            )
+        assert torch.equal(tokens[row], mine[0])
+
+
+class ListedExperts(nn.Module):
+    """A layer as models had it before transformers 5: a module for each expert, and tokens sent there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 3)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        weights, chosen = self.gate(flat).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == i)
+            out.index_add_(0, token, expert(flat[token]) * weights[token, slot, None])
+        return x + out.view(x.shape)
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([ListedExperts() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("tokens", [7, len(ROWS)])
+def test_experts_with_a_module_each_are_routed_where_their_layer_is_given_rows(tokens: int) -> None:
+    torch.manual_seed(0)
+    base = Listed().double()
+    names = [f"layers.{i}.experts.{e}" for i in range(2) for e in range(3)] + ["layers.0.gate"]
+    tree = lt.AdapterTree()
+    for path, weight in PATHS.items():
+        modules = {}
+        for name in names:
+            out = 3 if name.endswith("gate") else 8
+            modules[name] = lt.LowRank(torch.randn(2, 8).double(), torch.randn(out, 2).double() / 3)
+        tree.add(path, adapter=lt.Adapter(modules), weight=weight)
+    x = torch.randn(len(ROWS), tokens, 8, dtype=torch.float64)
+    model = lt.attach(tree, base)
+    wanted = []
+    for row, blend in enumerate(ROWS):
+        with model.using(blend):
+            wanted.append(base(x[row : row + 1]))
+    if tokens == len(ROWS):
+        with (
+            pytest.raises(BaseMismatch, match=r"first axis should be 5 rows|5 rows, or tokens"),
+            model.route(ROWS),
+        ):
+            base(x)
+    with model.route(ROWS, batch_first=True):
+        torch.testing.assert_close(base(x), torch.cat(wanted), rtol=1e-10, atol=1e-10)
+    no_trace(base)
+
+
+# ---------------------------------------------------------------------- training many nodes
+TRAINED = ["a/b", "c", "a", ""]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
+def test_a_tree_over_experts_trains_with_the_trainer_and_from_the_shell(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = MODELS[name].base("grouped_mm")
+    tree = lt.AdapterTree(
+        defaults=dict(r=2, target_parameters=list(FUSED), target_modules=["q_proj"])
+    )
+    for path in ("a", "a/b", "c"):
+        tree.add(path)
+    model = lt.attach(tree, base)
+    rows = [
+        dict(path=TRAINED[i % 4], input_ids=row.tolist(), labels=row.tolist())
+        for i, row in enumerate(ids(8, 6))
+    ]
+    args = T.TrainingArguments(
+        str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=3, learning_rate=0.01, report_to=[],
+        disable_tqdm=True, use_cpu=True, save_steps=3, logging_steps=1,
+    )  # fmt: skip
+    groups = model.trainable("a/b", "c")
+    trainer = TreeTrainer(model, args, groups=groups, train_dataset=rows, save_to=tmp_path / "zoo")
+    trainer.train()
+    for path in ("a/b", "c"):
+        adapter = tree.adapter(path)
+        assert adapter is not None
+        moved = [n for n, v in adapter.modules.items() if float(v.B.detach().abs().max()) > 0]
+        assert len(moved) == 6, moved
+    model.detach()
+    opened = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "zoo" / "c").eval()
+    given = ids(2, 6)
+    with torch.no_grad(), lt.attach(lt.load(tmp_path / "zoo"), base).using("c", mode="unmerged"):
+        close(logits(base, given), logits(opened, given), name)
+
+    torch.manual_seed(0)
+    wide = MODELS[name].make()
+    config = type(wide.config)(**{**wide.config.to_dict(), "vocab_size": 257})
+    save_base(type(wide)(config), tmp_path / "base")
+    spec = {
+        "version": 1, "base": str(tmp_path / "base"),
+        "defaults": {"r": 2, "target_parameters": list(FUSED)}, "tree": {"fr": {"children": {"legal": {}}}, "de": {}},
+    }  # fmt: skip
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "tree.yaml").write_text(json.dumps(spec))
+    lines = [json.dumps({"path": ("fr/legal", "de")[i % 2], "text": f"row {i}"}) for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                "train",
+                str(shop),
+                "--data",
+                str(tmp_path / "rows.jsonl"),
+                "--steps",
+                "2",
+                "--batch",
+                "4",
+                "--json",
+            ]
+        )
+    assert not left.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert (told["nodes"], told["steps"]) == (["de", "fr/legal"], 2)
+    saved = load_file(shop / "fr" / "legal" / "adapter_model.safetensors")
+    assert any(n.endswith("experts.lora_B.weight") and t.abs().max() > 0 for n, t in saved.items())

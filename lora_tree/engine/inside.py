@@ -19,9 +19,11 @@ row is not known is never guessed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -33,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BaseMismatch, MergedOnly, StateError
-from ..sites import Site
+from ..sites import Site, experts_around
 from .batch_axis import DECLARE, BatchAxis, Place
 from .row_functions import followed, function_name
 from .row_layout import RowLayout
@@ -44,7 +46,7 @@ from .unpromised import attention_body
 from .weight_product import WeightProduct, multiplies, product_of
 from .weight_view import WeightView, is_view, views_of
 
-__all__ = ["InsideForwards", "Reader", "is_around"]
+__all__ = ["InsideForwards", "Reader", "readers_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,17 +186,14 @@ class InsideForwards:
             return forward(*args, **kwargs)
         watch = _WatchedForward(self, reader, self._sites[reader.name])
         if axis is not None and x is not None:
-            # torch's attention says which axis is the rows: see `_attend`.
-            is_attention = isinstance(module, nn.MultiheadAttention)
-            spread = None if is_attention else axis.rows_of(reader, x)
-            if spread is not None:
-                watch.layouts[x] = RowLayout.of(x.shape, spread=spread)
+            watch.begin(x, axis)
         self._threads.watch = watch
         try:
             with watch:
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
         finally:
             self._threads.watch = None
+        return watch.with_bare_rows(out, partial(forward, *args, **kwargs))
 
 
 class _Threads(threading.local):
@@ -280,8 +279,22 @@ class _WatchedForward(TorchFunctionMode):
         self.paused = False
         self._shares: dict[tuple[str, Any], list[Share]] = {}
         self._records = torch.is_grad_enabled()
+        self._unknown: BaseMismatch | None = None
+        """Why the rows are not known in what the forward was given."""
         self._attention: RowLayout | None = None
         """The layout of the query of the attention that runs now."""
+
+    def begin(self, x: Tensor, axis: BatchAxis) -> None:
+        """Note where the rows of the batch are in what the forward is given."""
+        if isinstance(self._reader.module, nn.MultiheadAttention):
+            return  # it says so itself: see `_attend`
+        try:
+            spread = axis.rows_of(self._reader, x)
+        except BaseMismatch as error:
+            self._unknown = error  # told only if a weight in here needs the rows
+            return
+        if spread is not None:
+            self.layouts[x] = RowLayout.of(x.shape, spread=spread)
 
     def __torch_function__(
         self,
@@ -361,7 +374,7 @@ class _WatchedForward(TorchFunctionMode):
         shares = self._shares_at(site, out.device, layout)
         if self._records and not torch.is_grad_enabled() and any(s.live for s in shares):
             raise StateError(
-                f"{site.name}: {type(self._reader.module).__name__} multiplies with it where "
+                f"{site.name}: {type(site.module).__name__} multiplies with it where "
                 "autograd does not record, so the nodes that train there would get no gradient",
                 "let the module use an implementation that is plain torch, as "
                 'set_experts_implementation("eager") does',
@@ -376,7 +389,7 @@ class _WatchedForward(TorchFunctionMode):
         )
         if after is None:
             raise BaseMismatch(
-                f"{site.name}: {type(self._reader.module).__name__} multiplies it with "
+                f"{site.name}: {type(site.module).__name__} multiplies it with "
                 f"{tuple(x.shape)}, and the rows of the batch can't be followed to there",
                 "activate one path at a time",
                 DECLARE,
@@ -394,7 +407,10 @@ class _WatchedForward(TorchFunctionMode):
         found = self._shares.get(key)
         if found is None:
             side = self._inside._sides[site.name]
-            found = self._shares[key] = side.shares(device, layout)
+            try:
+                found = self._shares[key] = side.shares(device, layout)
+            except BaseMismatch as error:
+                raise self._unknown or error from None
         return found
 
     def _layout(self, x: Tensor) -> RowLayout | None:
@@ -427,6 +443,35 @@ class _WatchedForward(TorchFunctionMode):
         finally:
             self._attention = None
 
+    def with_bare_rows(self, out: Any, forward: Callable[[], Any]) -> Any:
+        """Return the output of torch's attention with the bare rows as the base computes them.
+
+        In evaluation the bare base may compute it in one call, whose bits are others; while a
+        forward is watched, torch takes that way never.
+
+        Args:
+            out: (attention, weights or None).
+            forward: runs the module unwatched.
+        """
+        module = self._reader.module
+        if not isinstance(module, nn.MultiheadAttention) or module.training or not self._shares:
+            return out
+        owes = None
+        for share in itertools.chain.from_iterable(self._shares.values()):
+            if share.table is None or share.table.owes is None:
+                return out  # no row is bare
+            owes = share.table.owes if owes is None else owes | share.table.owes
+        assert owes is not None
+        attended, weights = out
+        bare, bare_weights = forward()
+        if not module.batch_first:
+            owes = owes.mT
+        attended = torch.where(owes[..., None], attended, bare)
+        if weights is not None:
+            is_bare = ~owes.reshape(-1, *[1] * (weights.ndim - 1))
+            weights = torch.where(is_bare, bare_weights, weights)
+        return attended, weights
+
     def _refuse(self, site: Site, func: Any) -> NoReturn:
         module = type(site.module).__name__
         raise MergedOnly(
@@ -435,6 +480,33 @@ class _WatchedForward(TorchFunctionMode):
             "take part in",
             'use activate(…, mode="merged")',
         )
+
+
+def readers_of(
+    base: nn.Module, sites: Collection[Site], is_routed: bool
+) -> Mapping[str, Sequence[Site]]:
+    """Return the modules whose forwards have to be watched, and the sites whose weights they read.
+
+    Args:
+        base: the model.
+        sites: of a plan.
+        is_routed: rows go by different paths, so that it matters where a module of experts has
+            them.
+    """
+    readers: dict[str, list[Site]] = {}
+    for site in sites:
+        names = site.read_in
+        if is_routed and not names:
+            around = experts_around(base, site.name)
+            names = () if around is None else (around,)
+        for name in names:
+            readers[name] = []
+    for site in sites:
+        for name, read in readers.items() if site.read_in else ():
+            # Of a forward within it too: the outer one watches for both.
+            if any(is_around(name, each) for each in site.read_in):
+                read.append(site)
+    return readers
 
 
 def is_around(module: str, name: str) -> bool:

@@ -15,6 +15,7 @@ not checked again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import BaseMismatch, BudgetError, StateError, listing
-from ..sites import Site, experts_around
+from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch, tree_node
 from .batch_axis import BatchAxis
@@ -33,7 +34,7 @@ from .behaviour import RoutedRows
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
-from .inside import InsideForwards, is_around
+from .inside import InsideForwards, readers_of
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .plan import EMPTY_PLAN, PlacedPlan, Plan
@@ -127,6 +128,9 @@ class Unmerged:
         self._on_all_modules, self._packs_saved = global_hooks(), saved_tensor_hook()
         self._base = base
         self._inside = InsideForwards(base, ran=self._ran, dropped=manner.dropped)
+        self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, Mapping[str, Sequence[Site]]]]
+        self._read_by = weakref.WeakKeyDictionary()
+        """Plan → for a path, and for a batch: the modules whose forwards are watched."""
         self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
         """No side paths, ready to run."""
         self._running = self.nothing
@@ -239,22 +243,15 @@ class Unmerged:
         self._forward_guard.watch(paths.mark, paths.axis, places)
         self._settled = True
 
-    def _readers(self, paths: SidePaths) -> dict[str, list[Site]]:
+    def _readers(self, paths: SidePaths) -> Mapping[str, Sequence[Site]]:
         """Return the modules whose forwards are watched, and the sites whose weights they read."""
-        readers: dict[str, list[Site]] = {}
-        for site in paths.plan.sites.values():
-            for name in site.read_in:
-                readers[name] = []
-        for site in paths.mixed:
-            around = None if site.read_in else experts_around(self._base, site.name)
-            if around is not None:
-                readers.setdefault(around, [])
-        for name, sites in readers.items():
-            for site in paths.plan.sites.values():
-                # Of a forward within it too: the outer one watches for both.
-                if any(is_around(name, each) for each in site.read_in):
-                    sites.append(site)
-        return readers
+        known = self._read_by.setdefault(paths.plan, {})
+        is_routed = paths.axis is not None
+        if is_routed not in known:
+            plan = paths.plan
+            sites = [site for name, site in plan.sites.items() if plan.terms.get(name)]
+            known[is_routed] = readers_of(self._base, sites, is_routed)
+        return known[is_routed]
 
     def forget(self) -> None:
         """Drop what is kept for paths used before."""
