@@ -16,6 +16,7 @@ import typer
 from . import (
     checkpoint,
     decode,
+    experts,
     first_use,
     flatten,
     gpu,
@@ -41,6 +42,7 @@ class Name(StrEnum):
     routed = "routed"
     decode = "decode"
     training = "training"
+    experts = "experts"
     checkpoint = "checkpoint"
     first_use = "first-use"
     thousands = "thousands"
@@ -56,6 +58,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.routed: routed.run,
     Name.decode: decode.run,
     Name.training: training.run,
+    Name.experts: experts.run,
     Name.checkpoint: checkpoint.run,
     Name.first_use: first_use.run,
     Name.thousands: thousands.run,

@@ -13,6 +13,7 @@ from benchmarks import (
     checkpoint,
     compare,
     decode,
+    experts,
     first_use,
     flatten,
     forms,
@@ -52,6 +53,7 @@ SIZE = replace(SMALL, hidden=32, layers=1)
         (routed, 18, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
         (decode, 1, {"bare", "auto", "flattened"}),
         (training, 5, {"together", "PEFT, 8 steps"}),
+        (experts, 4, {"bare", "one path", "8 rows on 8 paths", "PEFT, one adapter"}),
         (checkpoint, 1, {"merged", "copied, with fsync"}),
         (first_use, 2, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
         (

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AXIS_ORDERS", "Part", "RowLayout", "axis_order"]
+__all__ = ["AXIS_ORDERS", "AxisPart", "RowLayout", "axis_order"]
 
 AXIS_ORDERS = ("transpose", "swapaxes", "permute", "t", "T", "mT")
 """The functions that return the axes of a tensor in another order."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class AxisPart:
     """A factor of an axis.
 
     Args:
@@ -39,13 +39,13 @@ class Part:
     is_rows: bool = False
     index: Tensor | None = None
 
-    def same(self, other: Part) -> bool:
+    def same(self, other: AxisPart) -> bool:
         """Return whether two parts count the same."""
         kinds = self.size, self.is_rows
         return kinds == (other.size, other.is_rows) and self.index is other.index
 
 
-Axis = tuple[Part, ...]
+Axis = tuple[AxisPart, ...]
 Spread = tuple[int, int]
 
 
@@ -73,7 +73,7 @@ class RowLayout:
         """
         axes = []
         for i, size in enumerate(shape):
-            axes.append((Part(size, is_rows=i == axis),))
+            axes.append((AxisPart(size, is_rows=i == axis),))
         return RowLayout(tuple(axes), shape[axis], spread)
 
     # ------------------------------------------------------------------ asked by a side path
@@ -127,12 +127,12 @@ class RowLayout:
     # ------------------------------------------------------------------ what operations make of it
     def reshape(self, shape: Sequence[int]) -> RowLayout | None:
         """Return the layout of the same numbers in another shape; None if that cuts the rows."""
-        waiting: list[Part] = []
+        waiting: list[AxisPart] = []
         for axis in reversed(self.axes):
             waiting += reversed(axis)
         axes: list[Axis] = []
         for size in shape:
-            parts: list[Part] = []
+            parts: list[AxisPart] = []
             missing = size
             while missing > 1:
                 while waiting and waiting[-1].size == 1 and not waiting[-1].is_rows:
@@ -144,8 +144,8 @@ class RowLayout:
                     # Only a part of the new axis: the outer factor goes here, the inner one waits.
                     if part.is_rows or part.size % missing:
                         return None
-                    waiting.append(Part(part.size // missing))
-                    part = Part(missing)
+                    waiting.append(AxisPart(part.size // missing))
+                    part = AxisPart(missing)
                 parts.append(part)
                 missing //= part.size
             axes.append(tuple(parts))
@@ -167,12 +167,12 @@ class RowLayout:
         if extra < 0:
             return None
         axes: list[Axis] = [()] * extra + list(self.axes)
-        return self._with([(Part(n), *axis) for n, axis in zip(times, axes, strict=True)])
+        return self._with([(AxisPart(n), *axis) for n, axis in zip(times, axes, strict=True)])
 
     def repeat_each(self, times: int, axis: int) -> RowLayout:
         """Return the layout with every position of an axis repeated in succession."""
         axes = list(self.axes)
-        axes[axis] = (*axes[axis], Part(times))
+        axes[axis] = (*axes[axis], AxisPart(times))
         return self._with(axes)
 
     def take(self, index: Tensor | slice, device: torch.device) -> RowLayout | None:
@@ -187,14 +187,14 @@ class RowLayout:
         if not is_flat or self.place() != 0 or len(self.axes) < 2:
             return None
         rows = self.rows(0, device)[index]
-        return self._with([(Part(len(rows), is_rows=True, index=rows),), *self.axes[1:]])
+        return self._with([(AxisPart(len(rows), is_rows=True, index=rows),), *self.axes[1:]])
 
     def with_last(self, size: int, axis: int = -1) -> RowLayout:
         """Return the layout with another number of features on an axis that does not have the
         rows.
         """
         axes = list(self.axes)
-        axes[axis] = (Part(size),)
+        axes[axis] = (AxisPart(size),)
         return self._with(axes)
 
     @property
@@ -220,13 +220,13 @@ def _count(size: int, device: torch.device) -> Tensor:
     return torch.arange(size, dtype=torch.int64, device=device)
 
 
-def _joined(axes: Sequence[Axis]) -> list[list[Part]]:
+def _joined(axes: Sequence[Axis]) -> list[list[AxisPart]]:
     """Return axes with neighbouring parts that are no rows multiplied, and those of size 1 left
     out.
     """
     found = []
     for axis in axes:
-        parts: list[Part] = []
+        parts: list[AxisPart] = []
         for part in axis:
             if part.size == 1 and not part.is_rows:
                 continue
