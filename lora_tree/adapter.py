@@ -153,7 +153,9 @@ class Adapter:
         return factors + sum(override.nbytes for override in self.overrides.values())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that may train, factors by their module and overrides by their tensor."""
+        """Yield the tensors that may train, factors by their module and overrides by their
+        tensor.
+        """
         for name, value in self.modules.items():
             for tensor in value.tensors:
                 yield name, tensor

@@ -78,7 +78,9 @@ def warn_of_base(what: str, named: str | None, base: str | None, *, stacklevel: 
 
 
 def _id(name: str) -> str:
-    """Return the hub id of a snapshot in the hub's cache, other names without a slash at the end."""
+    """Return the hub id of a snapshot in the hub's cache, other names without a slash at the
+    end.
+    """
     snapshot = _SNAPSHOT.search(name)
     if snapshot is None:
         return name.rstrip("/")

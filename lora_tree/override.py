@@ -1,4 +1,5 @@
-"""Override: a node's own value of a tensor of the base, or of some rows of it; and which one counts.
+"""Override: a node's own value of a tensor of the base, or of some rows of it; and which one
+counts.
 
     fr              score.weight = H₁          stands for the base's own score.weight under fr,
     fr/legal        ΔW on score                its increment adds to H₁,

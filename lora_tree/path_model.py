@@ -132,7 +132,8 @@ class PathModel(AnswersForBase):
                 changing += [override.node for override in plan.overrides.get(name, ())]
                 nodes = listing(dict.fromkeys(changing))
                 raise StateError(
-                    f"{name}: the head is adapted by {nodes}, and a caller that takes its weight alone "
+                    f"{name}: the head is adapted by {nodes}, and a caller that takes its weight "
+                    f"alone "
                     "would leave that out",
                     "call the model for its logits, or leave the head out of the node: "
                     f'exclude_modules=["{name}"]',
@@ -164,7 +165,8 @@ class PathModel(AnswersForBase):
         """
         if not torch.equal(state.cpu(), self.get_extra_state()):
             raise StateError(
-                f"{spelled(self.path) or 'the bare base'}: this state_dict is of a path whose frozen "
+                f"{spelled(self.path) or 'the bare base'}: this state_dict is of a path whose "
+                f"frozen "
                 "nodes have other contents",
                 "load it over the tree that it was trained on",
             )
@@ -202,7 +204,9 @@ def _every_factor(module: nn.Module, args: Any, out: Any) -> Any:
 
 
 def _digest_of(plan: Plan, without: Collection[str]) -> Tensor:
-    """Return the SHA-256 of a plan's terms as (32,) uint8; those of some nodes' factors left out."""
+    """Return the SHA-256 of a plan's terms as (32,) uint8; those of some nodes' factors left
+    out.
+    """
     seen = hashlib.sha256()
     for name, terms in plan.terms.items():
         for term in terms:

@@ -31,7 +31,8 @@ class DataFile(StrictModel):
     """A file of rows that nodes were trained on.
 
     Args:
-        path: where it was, relative to the tree's folder: a project that is moved as a whole keeps it.
+        path: where it was, relative to the tree's folder: a project that is moved as a whole keeps
+            it.
         sha256: of its bytes.
     """
 

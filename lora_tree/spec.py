@@ -235,7 +235,8 @@ class TreeDefaults(LoraSpec):
         # One lora_alpha over different ranks would give each depth another scale.
         if self.rank_by_depth and not (self.r is None and self.lora_alpha is None):
             raise ValueError(
-                "sets r or lora_alpha beside rank_by_depth; set those at single nodes, or leave them out"
+                "sets r or lora_alpha beside rank_by_depth; set those at single nodes, or leave "
+                "them out"
             )
         return self
 

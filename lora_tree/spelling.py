@@ -6,7 +6,7 @@
     model.layers.0.block_sparse_moe.experts.3.w1    a Linear for each expert
     model.layers.0.mlp.experts.gate_up_proj         one parameter for all of them
     unet.mid_block.attentions.0.proj_in             as the base has it
-    unet.mid_block_attentions_0_proj_in             underscores for dots, as in files of image makers
+    unet.mid_block_attentions_0_proj_in            underscores for dots, as in files of image makers
 
 If a sum held a module twice, once under each name, PEFT and transformers would load one of the two
 and drop the other. So such a sum is refused without a base: a base says which name counts.

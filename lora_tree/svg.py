@@ -37,7 +37,8 @@ class Picture:
     def box(self, x: float, y: float, width: float, height: float, *, fill: str) -> None:
         """Draw a filled box; ``x`` and ``y`` are its left and upper edge."""
         self._shapes.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{_text(fill)}"/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
+            f'fill="{_text(fill)}"/>'
         )
 
     def line(self, *points: tuple[float, float], stroke: str) -> None:

@@ -74,7 +74,8 @@ class AdapterTree:
     # ------------------------------------------------------------------ looking
     @property
     def graph(self) -> nx.DiGraph[str]:
-        """The tree as a frozen networkx graph: paths, with each `Node` under ``node``; the root is ``""``.
+        """The tree as a frozen networkx graph: paths, with each `Node` under ``node``; the root is
+        ``""``.
 
         A copy: what is written into its attributes, or done to the tree afterwards, does not reach
         the other.

@@ -2,12 +2,12 @@
 
     0.8                                                      one number
     {"default": 1.0, "*.down_proj": 0.5, "layers.[0-7].*": 0}    the first pattern that matches
-    {*.down_proj=0.5,layers.[0-7].*=0,default=1.0}           the same in one line, as blends write it
+    {*.down_proj=0.5,layers.[0-7].*=0,default=1.0}          the same in one line, as blends write it
 
-The patterns are globs on the names that the adapter itself has for its modules (`patterns/glob.py`).
-The first one that matches counts, as in PEFT's ``rank_pattern``; ``default`` may stand anywhere, is
-for the modules that none matches, and is 1 where it is left out. A mapping with a ``default`` alone
-is that number.
+The patterns are globs on the names that the adapter itself has for its modules
+(`patterns/glob.py`). The first one that matches counts, as in PEFT's ``rank_pattern``; ``default``
+may stand anywhere, is for the modules that none matches, and is 1 where it is left out. A mapping
+with a ``default`` alone is that number.
 
 Law: a pattern that matches no module is an error. It was misspelled, or is another model's.
 """
@@ -134,8 +134,8 @@ def as_weight(given: object, where: str = "weight") -> Weight:
     (1.0, 0.5)
     >>> as_weight({r".*\\.q_proj": 1})
     Traceback (most recent call last):
-    lora_tree.errors.SpecError: weight: pattern '.*\\\\.q_proj' holds '\\\\' of a regular expression; \
-the patterns here are globs like '*.down_proj' and 'layers.[0-7].*'
+    lora_tree.errors.SpecError: weight: pattern '.*\\\\.q_proj' holds '\\\\' of a regular \
+expression; the patterns here are globs like '*.down_proj' and 'layers.[0-7].*'
     """
     if isinstance(given, ModuleWeights | BlendedWeight):
         return given

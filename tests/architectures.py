@@ -1,4 +1,5 @@
-"""Tiny transformers of every kind, a tree over each, and the dense model that it stands for, written out by hand.
+"""Tiny transformers of every kind, a tree over each, and the dense model that it stands for,
+written out by hand.
 
 a           weight 0.7      dense(arch, tree, {"a": …, "a/b": …}): a copy of the base with
 ├── b       weight 1            W ← round_once( W + Σ coefficient · scale · B A )
@@ -60,7 +61,9 @@ class Arch:
     tied: tuple[str, str] | None = None
 
     def base(self) -> PreTrainedModel:
-        """A fresh base in float64: the same numbers every time, large enough that a wrong weight shows."""
+        """A fresh base in float64: the same numbers every time, large enough that a wrong weight
+        shows.
+        """
         torch.manual_seed(1)
         base = self.make().eval()
         with torch.no_grad():
@@ -73,7 +76,9 @@ class Arch:
         return base.double()
 
     def tree(self, base: nn.Module, *, factors: torch.dtype = torch.float64) -> lt.AdapterTree:
-        """Fresh adapters made for ``base``, then A and B drawn at random: ΔW about as large as W."""
+        """Fresh adapters made for ``base``, then A and B drawn at random: ΔW about as large as
+        W.
+        """
         tree = lt.AdapterTree(defaults=dict(r=3))
         for path in PATHS:
             tree.add(path, weight=WEIGHTS[path], **self.targets[path])
@@ -130,7 +135,9 @@ def place(base: nn.Module, name: str, delta: Tensor) -> tuple[str, Tensor]:
 
 
 def dense(base: nn.Module, tree: lt.AdapterTree, nodes: Mapping[str, float]) -> Any:
-    """A copy of ``base`` with the dense sum in its weights, rounded once to the base's dtype; tied ones untied."""
+    """A copy of ``base`` with the dense sum in its weights, rounded once to the base's dtype; tied
+    ones untied.
+    """
     made = copy.deepcopy(base)
     for name, delta, _, _ in deltas(tree, nodes):
         where, placed = place(made, name, delta)
@@ -153,7 +160,9 @@ def run(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:
-    """Equal in float64: outputs are between 1 and 10, and another order of the same sums moves them by 1e-13."""
+    """Equal in float64: outputs are between 1 and 10, and another order of the same sums moves them
+    by 1e-13.
+    """
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 

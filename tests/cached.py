@@ -1,4 +1,6 @@
-"""A folder of nodes of several sizes over a small base, and a cache whose evicted buffers can't be read by accident."""
+"""A folder of nodes of several sizes over a small base, and a cache whose evicted buffers can't be
+read by accident.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What every test stands on: one thread a process (two of them share two cores), no network, the same examples in
-every run (`make fuzz` draws new ones)."""
+"""What every test stands on: one thread a process (two of them share two cores), no network, the
+same examples in every run (`make fuzz` draws new ones).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A tiny float64 Llama, a tree over it, rows with paths, and what training them together has to come to.
+"""A tiny float64 Llama, a tree over it, rows with paths, and what training them together has to
+come to.
 
-The oracle is torch's own: a dense weight W + Σ c·s·B·A for every path, one optimiser for every node, stepped only where
-the node had rows, clipped by itself.
+The oracle is torch's own: a dense weight W + Σ c·s·B·A for every path, one optimiser for every
+node, stepped only where the node had rows, clipped by itself.
 """
 
 from __future__ import annotations

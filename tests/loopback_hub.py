@@ -1,19 +1,21 @@
-"""A model hub on 127.0.0.1: the part of the Hub's interface that ``huggingface_hub`` uses to read and to write.
+"""A model hub on 127.0.0.1: the part of the Hub's interface that ``huggingface_hub`` uses to read
+and to write.
 
 The client is the real one; only the far end is ours. What it answers, by the client's own names:
 
-    repo_info          GET  /api/models/ID[/revision/REV]      the commit that a branch, tag or hash means
-    list_repo_tree     GET  /api/models/ID/tree/REV            every file: size, git's blob id, sha256 of an LFS file
-    hf_hub_download    HEAD, GET  /ID/resolve/REV/FILE         ETag and X-Repo-Commit, then the bytes
-    create_repo        POST /api/repos/create                  with a first commit that holds .gitattributes
-    create_branch      POST /api/models/ID/branch/NAME
-    create_commit      POST /api/validate-yaml                 the metadata of a README.md
-                       POST /api/models/ID/preupload/REV       which files go by LFS (``*.safetensors``)
-                       POST /ID.git/info/lfs/objects/batch     where to put them; PUT and verify follow
-                       POST /api/models/ID/commit/REV          one line of JSON for each file
+    repo_info         GET  /api/models/ID[/revision/REV]    the commit of a branch, tag or hash
+    list_repo_tree    GET  /api/models/ID/tree/REV          files: size, git's blob id, LFS's sha256
+    hf_hub_download   HEAD, GET  /ID/resolve/REV/FILE       ETag and X-Repo-Commit, then the bytes
+    create_repo       POST /api/repos/create                a first commit with .gitattributes
+    create_branch     POST /api/models/ID/branch/NAME
+    create_commit     POST /api/validate-yaml               the metadata of a README.md
+                      POST /api/models/ID/preupload/REV     which files go by LFS
+                      POST /ID.git/info/lfs/objects/batch   where to put them; PUT, verify follow
+                      POST /api/models/ID/commit/REV        one line of JSON for each file
 
-Commits are whole mappings of path → bytes, named by a hash of them and of their parent, and kept for ever, as in git. A
-private repository is not there for a stranger, a gated one is refused: both with the Hub's own error headers.
+Commits are whole mappings of path → bytes, named by a hash of them and of their parent, and kept
+for ever, as in git. A private repository is not there for a stranger, a gated one is refused: both
+with the Hub's own error headers.
 
 There is no xet here: `talking_to` turns it off, as HF_HUB_DISABLE_XET=1 does.
 """
@@ -150,7 +152,9 @@ def environment(hub: LoopbackHub, home: Path, *, token: str | None = OWNER) -> d
 def talking_to(
     hub: LoopbackHub, home: Path, patch: pytest.MonkeyPatch, *, token: str | None = OWNER
 ) -> None:
-    """Let this process's huggingface_hub talk to the hub, as the environment would have at its import."""
+    """Let this process's huggingface_hub talk to the hub, as the environment would have at its
+    import.
+    """
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(
         constants,

@@ -1,9 +1,11 @@
 """Answers in which the library has no part: dense float64 sums, tiny nets, random adapters.
 
-    W(path) = W0 + Σ weight · scale · B A        in float64, term by term, never through `LowRank`'s own algebra
+    W(path) = W0 + Σ weight · scale · B A    in float64, term by term, never through `LowRank`'s own
+                                             algebra
 
-Only a node's weight, its factors and the names of paths are taken from a tree. Coefficients, lineages and products are
-worked out here, slowly, so that a mistake in the library can't hide in what it is compared with.
+Only a node's weight, its factors and the names of paths are taken from a tree. Coefficients,
+lineages and products are worked out here, slowly, so that a mistake in the library can't hide in
+what it is compared with.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def random_adapter(
     scale: float = 1.0,
     **more: Any,
 ) -> lt.Adapter:
-    """Draw an adapter for modules of these (out, in); another seed gives other numbers in the same shapes.
+    """Draw an adapter for modules of these (out, in); another seed gives other numbers in the same
+    shapes.
 
     Args:
         more: what `Adapter` takes besides: base, config.
@@ -91,7 +94,9 @@ def lineage(path: str) -> list[str]:
 
 
 def coefficients(tree: lt.AdapterTree, blend: lt.Blend) -> dict[str, float]:
-    """Return each node's coefficient: its own weight times the weights of the entries that pass through it."""
+    """Return each node's coefficient: its own weight times the weights of the entries that pass
+    through it.
+    """
     entries = {blend: 1.0} if isinstance(blend, str) else blend
     found: dict[str, float] = {}
     for path, weight in entries.items():
@@ -110,7 +115,9 @@ def dense(value: lt.LowRank) -> Tensor:
 
 
 def terms(tree: lt.AdapterTree, blend: lt.Blend) -> Iterator[tuple[str, Tensor, lt.LowRank]]:
-    """Yield (module, coefficient · ΔW in float64, the value that it came from) for all nodes of a blend."""
+    """Yield (module, coefficient · ΔW in float64, the value that it came from) for all nodes of a
+    blend.
+    """
     for node, coefficient in coefficients(tree, blend).items():
         adapter = tree.adapter(node)
         assert adapter is not None, f"{node} has no adapter"
@@ -121,7 +128,8 @@ def terms(tree: lt.AdapterTree, blend: lt.Blend) -> Iterator[tuple[str, Tensor, 
 def summed(
     tree: lt.AdapterTree, blend: lt.Blend, name: str
 ) -> tuple[Tensor | float, Tensor | float, int]:
-    """Return ΔW and Σ|s||B||A| of one module in float64, and Σr: the value, and what its rounding errors scale with.
+    """Return ΔW and Σ|s||B||A| of one module in float64, and Σr: the value, and what its rounding
+    errors scale with.
 
     An ancestor that two entries of a blend share is added once for each of them.
     """

@@ -1,6 +1,7 @@
 """What the processes of a data-parallel test do: ``python parallel.py FOLDER RANK RANKS PORT``.
 
-Every scenario trains the same rows on the same tree, split over the processes, and process 0 writes what came out.
+Every scenario trains the same rows on the same tree, split over the processes, and process 0 writes
+what came out.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def train(
     optimizer: torch.optim.Optimizer,
     waits: Callable[[bool], contextlib.AbstractContextManager[Any]],
 ) -> None:
-    """The loop that the docs show; ``waits``: whether gradients are shared after a micro-batch, or only later."""
+    """The loop that the docs show; ``waits``: whether gradients are shared after a micro-batch, or
+    only later.
+    """
     rank = dist.get_rank()
     for step in rows():
         mine = [columns(micro[rank]) for micro in step]

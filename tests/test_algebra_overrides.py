@@ -1,4 +1,6 @@
-"""Squash, rebase, diff and their kin on nodes that replace tensors: handled to the bit, or refused by name."""
+"""Squash, rebase, diff and their kin on nodes that replace tensors: handled to the bit, or refused
+by name.
+"""
 
 from __future__ import annotations
 

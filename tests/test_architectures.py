@@ -1,7 +1,8 @@
-"""Real architectures from transformers, tiny and random: merged, unmerged and flattened in PEFT are the dense model.
+"""Real architectures from transformers, tiny and random: merged, unmerged and flattened in PEFT are
+the dense model.
 
-Everything runs in float64, so that a wrong layout, scale or order can't hide in rounding, and once in fp32 and bf16.
-What is compared with is `architectures.dense`, W + Σ c·s·B·A written out by hand.
+Everything runs in float64, so that a wrong layout, scale or order can't hide in rounding, and once
+in fp32 and bf16. What is compared with is `architectures.dense`, W + Σ c·s·B·A written out by hand.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def test_merged_is_the_dense_model(arch: Arch) -> None:
 def assert_weights_are_the_sum(
     base: nn.Module, before: dict[str, Tensor], tree: lt.AdapterTree, nodes: Any
 ) -> None:
-    """Each weight on the path within ½ ulp of the exact sum and what R + 2 additions may lose; others bit for bit."""
+    """Each weight on the path within ½ ulp of the exact sum and what R + 2 additions may lose;
+    others bit for bit.
+    """
     now = dict(base.state_dict())
     for name, delta, size, rank in deltas(tree, nodes):
         where, placed = place(base, name, delta)
@@ -109,7 +112,9 @@ def test_unmerged_is_the_dense_model(arch: Arch) -> None:
 
 
 def test_an_embedding_with_a_forward_of_its_own_is_merged_only() -> None:
-    """Whisper's decoder gives its position table token ids, and the table looks up positions: PEFT goes wrong there."""
+    """Whisper's decoder gives its position table token ids, and the table looks up positions: PEFT
+    goes wrong there.
+    """
     arch = ARCHS["whisper"]
     base, inputs = arch.base(), arch.inputs()
     tree = arch.tree(base)
@@ -127,7 +132,9 @@ def test_an_embedding_with_a_forward_of_its_own_is_merged_only() -> None:
 
 
 def _redrawn(arch: Arch, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The architecture's inputs with other numbers in them: one draw's rounding may cancel by luck, many draws' not."""
+    """The architecture's inputs with other numbers in them: one draw's rounding may cancel by luck,
+    many draws' not.
+    """
     draw = torch.Generator().manual_seed(seed)
     return {
         k: torch.randn(v.shape, generator=draw).to(dtype)
@@ -215,7 +222,9 @@ def test_beams_and_several_sequences_are_those_of_the_dense_model(mode: Any) -> 
 def test_a_decoder_that_starts_from_a_finished_cache_is_not_taken_for_a_silent_one(
     name: str,
 ) -> None:
-    """Cross-attention's k and v are called once and read from the cache afterwards, as in every step of generate."""
+    """Cross-attention's k and v are called once and read from the cache afterwards, as in every
+    step of generate.
+    """
     arch = ARCHS[name]
     base, inputs = arch.base(), arch.inputs()
     tree = arch.tree(base)
@@ -292,7 +301,9 @@ def test_a_flattened_path_generates_the_same_tokens_in_peft(name: str, tmp_path:
 
 # ---------------------------------------------------------------------- bare means bare
 def state(base: nn.Module) -> dict[str, Any]:
-    """Everything about a base that is not the numbers: identities, addresses, flags, hooks, attributes."""
+    """Everything about a base that is not the numbers: identities, addresses, flags, hooks,
+    attributes.
+    """
     parameters = list(base.named_parameters(remove_duplicate=False))
     return {
         "parameters": [
@@ -412,7 +423,9 @@ def test_a_weight_tied_after_it_was_merged_once_is_refused() -> None:
 
 
 def test_a_shared_embedding_that_is_never_called_names_those_that_are() -> None:
-    """T5's ``shared`` only owns the weight; its encoder and decoder look up in tables of their own, tied to it."""
+    """T5's ``shared`` only owns the weight; its encoder and decoder look up in tables of their own,
+    tied to it.
+    """
     arch = ARCHS["t5"]
     base = arch.base()
     model = lt.attach(one_module(base, "shared"), base)

@@ -1,4 +1,6 @@
-"""The base's name: taken from the adapters where nobody else says it, and said where two names differ."""
+"""The base's name: taken from the adapters where nobody else says it, and said where two names
+differ.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,10 @@ def test_adapters_that_do_not_agree_name_no_base(tmp_path: Path) -> None:
     trained_by_peft(tmp_path / "fr", "org/model")
     trained_by_peft(tmp_path / "de", "org/other")
     assert lt.load(tmp_path).base is None
-    told = "the adapters name different bases: 'org/other' (de); 'org/model' (fr); name the tree's own in a tree.yaml"
+    told = (
+        "the adapters name different bases: 'org/other' (de); 'org/model' (fr); "
+        "name the tree's own in a tree.yaml"
+    )
     assert notes(tmp_path) == [told]
     (tmp_path / "tree.yaml").write_text(
         "version: 1\n"

@@ -1,7 +1,8 @@
-"""What others do to a base while a tree is attached: wrap it, save it, cast, load, resize or replace its weights.
+"""What others do to a base while a tree is attached: wrap it, save it, cast, load, resize or
+replace its weights.
 
-While bare, the next activation starts from what the weights are now. While a path is merged, nothing is guessed: the
-next switch is refused until somebody says which weights are the base's own.
+While bare, the next activation starts from what the weights are now. While a path is merged,
+nothing is guessed: the next switch is refused until somebody says which weights are the base's own.
 """
 
 from __future__ import annotations
@@ -215,7 +216,9 @@ def test_a_resized_vocabulary_is_noticed(new: int) -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged"])
 def test_an_embedding_resized_in_its_place_is_noticed(mode: Any) -> None:
-    """The same module object with another weight in it: what was checked against the old one is checked again."""
+    """The same module object with another weight in it: what was checked against the old one is
+    checked again.
+    """
     base = WHOLE.base()
     tree = lt.AdapterTree()
     value = lt.LowRank(torch.ones(2, 61), torch.ones(32, 2), layout=lt.Layout("embedding"))
@@ -312,7 +315,9 @@ def test_a_raw_parameter_written_while_merged_is_named_as_it_is() -> None:
 
 
 def test_a_write_to_one_column_of_a_large_weight_is_noticed() -> None:
-    """Without autograd's counter a sample has to see it, so the sample must not lie in one column."""
+    """Without autograd's counter a sample has to see it, so the sample must not lie in one
+    column.
+    """
     base = nn.ModuleDict({"m": nn.Linear(256, 512, bias=False)})
     tree = lt.AdapterTree()
     tree.add("a", adapter=lt.Adapter({"m": lt.LowRank(torch.ones(1, 256), torch.ones(512, 1))}))
@@ -336,7 +341,9 @@ def test_a_write_to_one_number_is_noticed_where_torch_counts_it() -> None:
 
 
 def test_a_cast_leaves_no_trace_of_the_dtype_before_in_a_side_path() -> None:
-    """Scales are folded in the widest dtype at hand, so what was folded in fp32 is folded again in float64."""
+    """Scales are folded in the widest dtype at hand, so what was folded in fp32 is folded again in
+    float64.
+    """
     base, inputs = ARCH.base().float(), ARCH.inputs()
     tree = ARCH.tree(base, factors=torch.float32)
     model = lt.attach(tree, base)

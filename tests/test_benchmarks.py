@@ -114,9 +114,7 @@ def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table
     assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree, alone", "tree"))
 
 
-def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_and_no_clock_is_involved() -> (
-    None
-):
+def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_without_a_clock() -> None:
     (table,) = policies.run(SIZE)
     assert policies.run(SIZE)[0].facts == table.facts
     for skew in policies.SKEWS:

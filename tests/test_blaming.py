@@ -1,4 +1,6 @@
-"""Blame and bisect: each part left out, against a base with dense float64 sums without that part."""
+"""Blame and bisect: each part left out, against a base with dense float64 sums without that
+part.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The laws of the cache: budgets hold, what is in use stays, and what an adapter is does not depend on the cache."""
+"""The laws of the cache: budgets hold, what is in use stays, and what an adapter is does not depend
+on the cache.
+"""
 
 from __future__ import annotations
 
@@ -217,7 +219,8 @@ def test_a_budget_smaller_than_one_lineage_says_how_much_is_needed(folder: Path)
     with pytest.raises(BudgetError) as told:
         model.activate("a/b/c")
     assert str(told.value) == (
-        "a/b/c: 504 B have to be in memory at once (a 84 B, a/b 252 B, a/b/c 168 B); host_budget is 503 B\n"
+        "a/b/c: 504 B have to be in memory at once (a 84 B, a/b 252 B, a/b/c 168 B); host_budget "
+        "is 503 B\n"
         "  host_budget=504 (bytes, 504 B) is the least that is enough"
     )
     assert isinstance(told.value, MemoryError)
@@ -374,7 +377,9 @@ def test_factors_that_were_read_in_inference_mode_can_be_trained_on(folder: Path
 
 
 def test_a_key_value_mark_outlives_eviction(folder: Path) -> None:
-    """Read again from the same content it is the same behaviour, and a key/value cache of it is still good."""
+    """Read again from the same content it is the same behaviour, and a key/value cache of it is
+    still good.
+    """
     model = attached(folder, need("a/b/c") * 2, eviction=Lru)
     marks = []
     for _ in range(2):
@@ -453,7 +458,7 @@ def test_a_request_waits_for_a_prefetch_that_is_under_way(
     assert model.cache.wait(10)
 
 
-# ---------------------------------------------------------------------- files under a running process
+# -------------------------------------------------------------------- files under a running process
 def test_a_file_that_changed_is_refused_and_what_is_loaded_is_served(folder: Path) -> None:
     model = attached(folder, 4000)
     model.activate("a/b")
@@ -589,7 +594,8 @@ def test_read_only_media_serve(folder: Path) -> None:
 def test_a_policy_itself_is_refused_where_its_maker_is_asked_for(folder: Path) -> None:
     with pytest.raises(
         SpecError,
-        match=r"(?s)eviction: expected a class or a factory.*got an instance of Lru\n  eviction=Lru",
+        match=r"(?s)eviction: expected a class or a factory.*"
+        r"got an instance of Lru\n  eviction=Lru",
     ):
         lt.attach(
             lt.load(folder), nn.Sequential(nn.Linear(4, 3)), host_budget="1MiB", eviction=Lru()
@@ -693,9 +699,11 @@ def test_the_caller_makes_the_one_buffer_that_is_read_into(folder: Path) -> None
     )
 
 
-# ---------------------------------------------------------------------- a device with memory of its own
+# ------------------------------------------------------------------ a device with memory of its own
 class Elsewhere:
-    """A device played by more host memory: what is sent is a copy, and it is there when somebody waited for it."""
+    """A device played by more host memory: what is sent is a copy, and it is there when somebody
+    waited for it.
+    """
 
     def __init__(self) -> None:
         self.sent, self.waited = 0, 0

@@ -1,6 +1,8 @@
-"""Any history of requests, pins, prefetches, training and failures, under any budget, against a model without one.
+"""Any history of requests, pins, prefetches, training and failures, under any budget, against a
+model without one.
 
-What is evicted is overwritten at once, so that a buffer used after that shows; the results are compared bit for bit.
+What is evicted is overwritten at once, so that a buffer used after that shows; the results are
+compared bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ LARGEST = sum(BYTES[node] for node in lineage("a/b/c"))
 
 
 class Caching(RuleBasedStateMachine):
-    """`free` is a second model, of the same folder and without a budget, which gets the same calls."""
+    """`free` is a second model, of the same folder and without a budget, which gets the same
+    calls.
+    """
 
     @initialize(
         budget=st.integers(LARGEST // 2, 6 * LARGEST),
@@ -117,7 +121,9 @@ class Caching(RuleBasedStateMachine):
     @precondition(lambda self: self.blocks)
     @rule()
     def leave(self) -> None:
-        """What was there before comes back, whatever has become of its files, and needs no more room than it had."""
+        """What was there before comes back, whatever has become of its files, and needs no more
+        room than it had.
+        """
         self.blocks.pop().close()
 
     @rule(paths=st.lists(PATHS, max_size=4))

@@ -1,4 +1,6 @@
-"""Several threads that ask, prefetch and let go, with slow and failing files: nobody hangs, and no adapter is torn."""
+"""Several threads that ask, prefetch and let go, with slow and failing files: nobody hangs, and no
+adapter is torn.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Walks up the call stack: each finds the nearest caller it was asked for, and keeps nothing alive."""
+"""Walks up the call stack: each finds the nearest caller it was asked for, and keeps nothing
+alive.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tensors of the base that an adapter carries: a load in another dtype is the same base, a trained tensor is not."""
+"""Tensors of the base that an adapter carries: a load in another dtype is the same base, a trained
+tensor is not.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def test_adapters_that_carry_one_tensor_in_two_dtypes_add_up() -> None:
         tree.flatten("a/d")
 
 
-# ---------------------------------------------------------------------- the three places that compare
+# -------------------------------------------------------------------- the three places that compare
 def llama(folder: Path, dtype: str) -> nn.Module:
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
 

@@ -1,4 +1,6 @@
-"""The shell: every command over small folders, what it prints, what it exits with, and never a traceback."""
+"""The shell: every command over small folders, what it prints, what it exits with, and never a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -252,7 +254,10 @@ def test_show_and_check_say_in_a_line_that_steps_of_a_run_are_passed_over(
 ) -> None:
     for step in ("", "checkpoint-10", "checkpoint-20"):
         adapter(base, 1).save(tmp_path / "runs/fr" / step)
-    line = "note: fr: passed over fr/checkpoint-10, fr/checkpoint-20: a step of its training run, not a node"
+    line = (
+        "note: fr: passed over fr/checkpoint-10, fr/checkpoint-20: "
+        "a step of its training run, not a node"
+    )
     for command in ("show", "check"):
         code, out, _ = shell(command, tmp_path / "runs")
         assert code == 0
@@ -398,7 +403,8 @@ def test_an_adapter_on_q_and_v_is_exported_as_it_is_and_a_line_says_so(
     alone.save(tmp_path / "q")
     out = shell("export", tmp_path / "q", "fr", "--out", tmp_path / "two")[1]
     assert out.endswith(
-        "k_proj, v_proj: left as they are (SGLang needs v_proj where q_proj is: --complete adds zeros)\n"
+        "k_proj, v_proj: left as they are (SGLang needs v_proj where q_proj is: --complete adds "
+        "zeros)\n"
     )
     flags = ("--complete", "--shape", "k_proj=16x32", "--shape", "v_proj=16x32")
     assert (
@@ -691,7 +697,9 @@ def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) 
 def test_a_hub_that_does_not_answer_is_asked_once(
     zoo: Path, base: Path, tmp_path: Path, cached: bool
 ) -> None:
-    """Its client would ask six times, with pauses, before it looks into its cache: nothing of that is on stderr."""
+    """Its client would ask six times, with pauses, before it looks into its cache: nothing of that
+    is on stderr.
+    """
     home = tmp_path / "hf"
     if cached:
         repository = home / "hub" / "models--org--model"
@@ -732,7 +740,8 @@ def test_a_missing_extra_is_told_with_its_pip_line(
     code, _, err = shell("generate", zoo, "fr", "--prompt", "x")
     assert code == 1
     assert err == (
-        "error: generate needs transformers, which is not installed\n  pip install 'lora_tree[transformers]'\n"
+        "error: generate needs transformers, which is not installed\n  pip install "
+        "'lora_tree[transformers]'\n"
     )
 
 
@@ -821,7 +830,9 @@ def test_a_demo_that_is_ended_leaves_nothing(tmp_path: Path, how: int, code: int
 # ---------------------------------------------------------------------- encodings
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., str]]:
-    """A stdout of an encoding, strict as Python makes it; then a command whose output is read back from it."""
+    """A stdout of an encoding, strict as Python makes it; then a command whose output is read back
+    from it.
+    """
 
     def told(encoding: str) -> Callable[..., str]:
         raw = io.BytesIO()
@@ -933,7 +944,9 @@ def test_a_training_in_the_background_goes_on_through_the_ctrl_c_of_another(igno
 
 
 def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that embeds Python may have set it in C; Python tells None, and can't put it back."""
+    """A program that embeds Python may have set it in C; Python tells None, and can't put it
+    back.
+    """
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -944,13 +957,17 @@ def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch: pytest.M
 
 
 def test_a_run_in_the_background_can_be_tested_too(tmp_path: Path) -> None:
-    """A shell starts it with SIGINT ignored; conftest.py takes that back for what the tests start."""
+    """A shell starts it with SIGINT ignored; conftest.py takes that back for what the tests
+    start.
+    """
     (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(
         "import signal, subprocess, sys\n"
         "def test_it():\n"
-        "    code = 'import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)'\n"
-        "    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'True\\n'\n"
+        "    code = 'import signal; print(signal.getsignal(signal.SIGINT) is "
+        "signal.default_int_handler)'\n"
+        "    assert subprocess.run([sys.executable, '-c', code], capture_output=True, "
+        "text=True).stdout == 'True\\n'\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],

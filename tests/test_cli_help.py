@@ -1,4 +1,6 @@
-"""The help of the command line: its examples run, its topics are true, a shell completes its words."""
+"""The help of the command line: its examples run, its topics are true, a shell completes its
+words.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The demo at toy size: it runs, what it prints was measured, and it leaves nothing half-written."""
+"""The demo at toy size: it runs, what it prints was measured, and it leaves nothing
+half-written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The README and every page of docs/ tell the truth: what they show runs, and prints what they say it prints.
+"""The README and every page of docs/ tell the truth: what they show runs, and prints what they say
+it prints.
 
     ```python … ```             runs, as code or as a session with >>>
     <!-- python … -->           runs too: what the page needs first and a reader does not
@@ -42,7 +43,9 @@ def blocks(page: str) -> Iterator[tuple[int, str]]:
 
 
 def run(code: str, name: str, line: int, namespace: dict[str, object]) -> None:
-    """Run one snippet as a reader would: plain code, a session with ``>>>``, or commands with their output."""
+    """Run one snippet as a reader would: plain code, a session with ``>>>``, or commands with their
+    output.
+    """
     if code.startswith("$ "):
         run_commands(code)
         return
@@ -66,7 +69,8 @@ VARIES = re.compile(r"\b\d+\.\d{3}\b|\b[0-9a-f]{12}(?=…)")
 
 
 def run_commands(text: str) -> None:
-    """Run ``$ lora-tree …`` as a shell would, and compare what it prints; a page calls the folder /data.
+    """Run ``$ lora-tree …`` as a shell would, and compare what it prints; a page calls the folder
+    /data.
 
     A page may break a long line, and leave out lines with a line of ``…``.
     """
@@ -140,7 +144,10 @@ def test_the_prose_of_a_page_fits_beside_code(page: Path) -> None:
 
 
 def test_the_harness_itself_notices(tmp_path: Path) -> None:
-    page = "# A page\n<!-- python\nx = 1\n-->\n```python\nassert x == 1\ny = 2\n```\n```python\n>>> x + y\n3\n```\n"
+    page = (
+        "# A page\n<!-- python\nx = 1\n-->\n```python\nassert x == 1\ny = 2\n```\n"
+        "```python\n>>> x + y\n3\n```\n"
+    )
     namespace: dict[str, object] = {}
     for line, code in blocks(page):
         run(code, "page", line, namespace)

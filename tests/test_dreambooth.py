@@ -1,4 +1,6 @@
-"""examples/dreambooth_tree.py on a tiny pipeline: a style learns from every image, a subject from its own."""
+"""examples/dreambooth_tree.py on a tiny pipeline: a style learns from every image, a subject from
+its own.
+"""
 
 from __future__ import annotations
 

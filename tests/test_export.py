@@ -1,5 +1,6 @@
-"""The portable adapter: PEFT computes from it what the tree computes, its form is the one that engines read, and its
-error is the error of a dense float64 model."""
+"""The portable adapter: PEFT computes from it what the tree computes, its form is the one that
+engines read, and its error is the error of a dense float64 model.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def has_the_form(folder: Path) -> None:
         assert ranks == {r}
 
 
-# ---------------------------------------------------------------------- PEFT gives the tree's outputs
+# -------------------------------------------------------------------- PEFT gives the tree's outputs
 @with_quiet_peft
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def test_peft_gives_what_the_tree_gives(arch: Arch, tmp_path: Path) -> None:
@@ -99,7 +100,9 @@ def test_every_kind_of_site_goes_through_peft(case: Case, tmp_path: Path) -> Non
     "name", ["attention", "grouped", "conv2d", "three_parameters", "embedding"]
 )
 def test_what_peft_may_get_wrong_is_the_dense_sum(name: str, tmp_path: Path) -> None:
-    """An attention's out-projection, a grouped kernel, …: the factors on the disk, multiplied out by hand."""
+    """An attention's out-projection, a grouped kernel, …: the factors on the disk, multiplied out
+    by hand.
+    """
     tree = lt.AdapterTree()
     tree.add("one", adapter=saved(CASES[name].made(), tmp_path / "peft"), weight=0.7)
     second = tree.adapter("one")
@@ -230,7 +233,9 @@ def test_groups_of_a_convolution_share_the_rank(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- q, k, v and gate, up
 def test_an_export_depends_on_its_lineage_not_on_its_neighbours(tmp_path: Path) -> None:
-    """q and v alone, as PEFT targets them in a Llama by default: nothing is added, whoever else is in the folder."""
+    """q and v alone, as PEFT targets them in a Llama by default: nothing is added, whoever else is
+    in the folder.
+    """
     lineage = {"x.q_proj": value(8, 4), "x.v_proj": value(2, 4)}
     alone = lt.portable(stack(**lineage), "fr/legal")
     tree = stack(**lineage)

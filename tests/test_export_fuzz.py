@@ -1,4 +1,6 @@
-"""Broken bases and exports: what comes out is a whole folder or an error of ours, and nothing elsewhere is opened."""
+"""Broken bases and exports: what comes out is a whole folder or an error of ours, and nothing
+elsewhere is opened.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,12 @@ def edited(data: bytes, changes: list[tuple[int, int, bytes]], within: int | Non
     return data
 
 
-# ---------------------------------------------------------------------- one base in shards, and a secret beside it
+# ------------------------------------------------------- one base in shards, and a secret beside it
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/ in several shards; secret/ with a whole checkpoint that nobody named; exported/: a portable adapter."""
+    """base/ in several shards; secret/ with a whole checkpoint that nobody named; exported/: a
+    portable adapter.
+    """
     transformers.utils.logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("fuzz")
     base = ARCHS["llama"].base().float()

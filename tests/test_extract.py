@@ -1,4 +1,6 @@
-"""extract: a merged checkpoint minus its base is the adapter that was merged; dense SVDs are the judge."""
+"""extract: a merged checkpoint minus its base is the adapter that was merged; dense SVDs are the
+judge.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""File systems that lack something, or fail: what was to be written is there, or one error names the file.
+"""File systems that lack something, or fail: what was to be written is there, or one error names
+the file.
 
-Each call of the operating system that a save, an export or a served cache makes fails in turn, with each answer that
-real file systems give.
+Each call of the operating system that a save, an export or a served cache makes fails in turn, with
+each answer that real file systems give.
 """
 
 from __future__ import annotations
@@ -251,7 +252,8 @@ def faults(
     at_once: bool = False,
     each: int = 1,
 ) -> Iterator[tuple[Path, dict[str, bytes | None], LoraTreeError | None]]:
-    """(Folder, what was in it, the error) of the same work, where its first call fails, its second, …; or all.
+    """(Folder, what was in it, the error) of the same work, where its first call fails, its second,
+    …; or all.
 
     ``each``: every so many calls are passed over, others for each kind of work.
     """
@@ -426,7 +428,7 @@ def test_no_error_of_the_system_comes_out_bare(
         assert close(found, work.old) or close(found, work.new)
 
 
-# ---------------------------------------------------------------------- several processes, without flock
+# ----------------------------------------------------------------- several processes, without flock
 ALONE = """
 import errno, fcntl, os, sys, time, warnings
 def refuse(file, operation):

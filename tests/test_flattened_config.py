@@ -1,4 +1,6 @@
-"""The config of a flattened path holds what is true of the sum, so that PEFT reads from it what the tree computes."""
+"""The config of a flattened path holds what is true of the sum, so that PEFT reads from it what the
+tree computes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ HARMLESS = {
 
 
 def test_every_field_of_peft_s_config_is_accounted_for() -> None:
-    """A new PEFT brings new fields: each is looked at before an adapter that has it is taken for an ordinary one."""
+    """A new PEFT brings new fields: each is looked at before an adapter that has it is taken for an
+    ordinary one.
+    """
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     known = DERIVED | TRAINING | set(VARIANTS) | MATCHED | set(HARMLESS) | {"ensure_weight_tying"}
     assert fields - known == set()

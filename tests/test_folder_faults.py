@@ -1,4 +1,6 @@
-"""A save cut off at each operation in turn, by a full disk or a kill: the folder opens as the old tree or the new."""
+"""A save cut off at each operation in turn, by a full disk or a kill: the folder opens as the old
+tree or the new.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Killed(BaseException):
 
 
 class FaultyOs:
-    """The ``os`` module, but the operation of a given number fails, is done and interrupted by Ctrl-C, or kills."""
+    """The ``os`` module, but the operation of a given number fails, is done and interrupted by
+    Ctrl-C, or kills.
+    """
 
     def __init__(self, at: int, *, kills: bool = False, interrupts: bool = False) -> None:
         self.at, self.kills, self.interrupts, self.seen = at, kills, interrupts, 0
@@ -253,7 +257,7 @@ def test_one_adapter_is_whole_or_as_it_was(
     assert at > 5
 
 
-# ---------------------------------------------------------------------- what is left is looked through and swept up
+# ------------------------------------------------------ what is left is looked through and swept up
 def cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> lt.AdapterTree:
     """A save that was killed right after its decision."""
     changed = change(folder)

@@ -1,4 +1,6 @@
-"""Anything may be written into a tree's folder: only the library's own errors come out, and nothing outside is read."""
+"""Anything may be written into a tree's folder: only the library's own errors come out, and nothing
+outside is read.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def survives(folder: Path, *, write: bool = False) -> None:
 
 @st.composite
 def mutated(draw: st.DrawFn, text: bytes, *, words: tuple[bytes, ...]) -> bytes:
-    """A file with a few bytes changed, taken out, doubled, or replaced by what a parser trips over."""
+    """A file with a few bytes changed, taken out, doubled, or replaced by what a parser trips
+    over.
+    """
     data = bytearray(text)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -78,8 +82,10 @@ def mutated(draw: st.DrawFn, text: bytes, *, words: tuple[bytes, ...]) -> bytes:
 
 # ---------------------------------------------------------------------- the parsers by themselves
 YAML = (
-    b"version: 1\nbase: org/model\ndefaults: {r: 16, target_modules: [q_proj], rank_pattern: {'a.*': 4}}\n"
-    b"tree:\n  fr:\n    weight: 0.5\n    children:\n      legal: {adapter: ../x, weight: 1e-1}\n  de: {r: 2}\n"
+    b"version: 1\nbase: org/model\ndefaults: {r: 16, target_modules: [q_proj], rank_pattern: "
+    b"{'a.*': 4}}\n"
+    b"tree:\n  fr:\n    weight: 0.5\n    children:\n      legal: {adapter: ../x, weight: 1e-1}\n  "
+    b"de: {r: 2}\n"
 )
 YAML_WORDS = (
     *(
@@ -308,7 +314,8 @@ def test_records_that_nobody_should_trust(
         shutil.rmtree(folder)
 
 
-OWN = {  # of whoever lives in the folder, beside the tree; none of it is known to a save of that tree
+# Of whoever lives in the folder, beside the tree; none of it is known to a save of that tree.
+OWN = {
     "uv.lock": b"# not JSON",
     "docker-compose.yml": b"services: {}\n",
     "notes.txt": b"x",
@@ -322,7 +329,9 @@ OWN = {  # of whoever lives in the folder, beside the tree; none of it is known 
 def seemly(
     draw: st.DrawFn, places: tuple[str, ...] = (*OWN, "tree.yaml", "tree.lock", f"fr/{CONFIG}")
 ) -> Any:
-    """A record that is well-formed, and of one tree more often than not; it guesses what it can't know."""
+    """A record that is well-formed, and of one tree more often than not; it guesses what it can't
+    know.
+    """
     place = st.sampled_from(places)
     was = st.none() | st.builds(
         lambda size, ns: {"size": size, "mtime_ns": ns}, st.integers(0, 20), st.integers()

@@ -51,7 +51,8 @@ def test_what_a_yaml_says_and_what_the_folders_hold_come_together(tmp_path: Path
     adapter(7).save(tmp_path / "elsewhere")
     write(
         tmp_path / "zoo/tree.yaml",
-        "version: 1\ndefaults: {target_modules: [q_proj]}\ntree:\n  fr: {weight: 0.5, children: {legal: {adapter: "
+        "version: 1\ndefaults: {target_modules: [q_proj]}\ntree:\n  fr: {weight: 0.5, children: "
+        "{legal: {adapter: "
         "../elsewhere}}}\n  123: {r: 2}\n  no: {}\n  off: {adapter: null}\n",
     )
     loaded = lt.load(tmp_path / "zoo")
@@ -192,7 +193,9 @@ def test_a_checkpoint_below_one_that_is_listed_is_refused(tmp_path: Path) -> Non
 
 
 def finished_runs(folder: Path, *runs: str) -> dict[str, lt.Adapter]:
-    """What trainers leave: the final adapter of each run on top, its checkpoints with other files below."""
+    """What trainers leave: the final adapter of each run on top, its checkpoints with other files
+    below.
+    """
     final = {}
     for seed, run in enumerate(runs):
         for number, step in enumerate(
@@ -298,7 +301,8 @@ def broken_zoo(folder: Path) -> dict[str, str]:
     )
     adapter(12).save(folder / "named/y")
     return {
-        "es": "use_dora", "a b": "not a valid node name", "half": "half an adapter", "lfs": "not a whole safetensors",
+        "es": "use_dora", "a b": "not a valid node name", "half": "half an adapter",
+        "lfs": "not a whole safetensors",
         "lfs/below": "lies below lfs", "latest": "a link to", "named": "no adapter there",
         "named/x": "lies below named", "named/y": "lies below named",
     }  # fmt: skip
@@ -309,7 +313,8 @@ def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
     with pytest.raises(LoraTreeError) as caught:
         lt.load(tmp_path)
     assert str(caught.value).splitlines()[-1] == (
-        f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or --skip-broken"
+        f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or "
+        f"--skip-broken"
     )
     assert (
         str(caught.value).splitlines()[-2]
@@ -409,7 +414,9 @@ def test_links(tmp_path: Path) -> None:
 
 
 def hub_snapshot(plain: Path, cache: Path) -> Path:
-    """The files of a folder as huggingface_hub keeps them: links into the blobs of their repository."""
+    """The files of a folder as huggingface_hub keeps them: links into the blobs of their
+    repository.
+    """
     repository = cache / "models--org--library"
     snapshot = repository / "snapshots" / ("b" * 40)
     (repository / "blobs").mkdir(parents=True)

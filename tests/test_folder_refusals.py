@@ -1,4 +1,6 @@
-"""Every refusal of a save comes before its first byte: nothing is written, renamed or removed, in any folder."""
+"""Every refusal of a save comes before its first byte: nothing is written, renamed or removed, in
+any folder.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class WatchedOs:
     """The ``os`` module, which notes every operation that changes what a disk holds.
 
-    Making and removing folders is left out: the writer's own ``.lora_tree``, with its lock, has to be
-    there before the decision.
+    Making and removing folders is left out: the writer's own ``.lora_tree``, with its lock, has to
+    be there before the decision.
     """
 
     def __init__(self) -> None:
@@ -43,7 +45,9 @@ class WatchedOs:
 
 
 def several(*, also: str = "later") -> lt.AdapterTree:
-    """A tree whose first nodes could be written at once; the last one is where a case goes wrong."""
+    """A tree whose first nodes could be written at once; the last one is where a case goes
+    wrong.
+    """
     made = tree()
     made.add("a", adapter=adapter(11))
     made.add(also, adapter=adapter(12))

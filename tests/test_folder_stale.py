@@ -139,7 +139,10 @@ def test_a_stale_node_says_which_ancestor_changed_and_how(tmp_path: Path) -> Non
         tree.update("fr/law", weight=2.0)
 
     found = change(both=both)
-    content = f"the content of fr (was {was[:12]}…, now {now[0][:12]}…); the weight of fr (was 1.0, now 0.5)"
+    content = (
+        f"the content of fr (was {was[:12]}…, now {now[0][:12]}…); "
+        "the weight of fr (was 1.0, now 0.5)"
+    )
     assert found == {
         "fr/law": content,
         "fr/law/eu": f"the weight of fr/law (was 1.0, now 2.0); {content}",
@@ -249,7 +252,8 @@ def test_what_a_node_was_trained_on_goes_with_its_files_when_they_are_moved_on_t
 def test_two_nodes_that_changed_places_on_the_disk_keep_what_they_were_trained_on(
     zoo: Path,
 ) -> None:
-    # Of one size, and often of one tick of the clock: what a lock knows without reading them would be the same.
+    # Of one size, and often of one tick of the clock: what a lock knows without reading them would
+    # be the same.
     os.utime(zoo / "grp/x/adapter_model.safetensors", ns=(1, 1))
     lt.lock(zoo)
     (zoo / "fr/legal").rename(zoo / "other")

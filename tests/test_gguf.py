@@ -1,4 +1,6 @@
-"""GGUF adapters: what the file says, read back by the gguf package; a real server is in engines/."""
+"""GGUF adapters: what the file says, read back by the gguf package; a real server is in
+engines/.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The habits that no linter knows: imports point inward, the map is complete, data is never code, laws have tests."""
+"""The habits that no linter knows: imports point inward, the map is complete, data is never code,
+laws have tests.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_tree"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# From the inside out. A module may import what stands before it in its own ring, and what its ring may see.
+# From the inside out. A module may import what stands before it in its own ring, and what its ring
+# may see.
 RINGS = {
     "values": [
         "errors",
@@ -86,7 +89,9 @@ def room(source: Path) -> str:
 
 
 def imports(source: Path, tree: ast.AST | None = None) -> Iterator[tuple[str, int]]:
-    """(absolute module name, line) of everything imported; what only a type checker reads is left out."""
+    """(absolute module name, line) of everything imported; what only a type checker reads is left
+    out.
+    """
     node = tree or ast.parse(source.read_text())
     if (
         isinstance(node, ast.If)
@@ -145,7 +150,8 @@ def test_imports_point_inward(source: Path) -> None:
             theirs = parts[1] if len(parts) > 1 else "__init__"
             outward = theirs not in allowed and not (theirs == "__init__" and ring == "edges")
             assert not outward, (
-                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further out"
+                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further "
+                f"out"
             )
 
 
@@ -283,7 +289,9 @@ def test_data_is_never_code(source: Path) -> None:
 
 
 def test_a_base_is_opened_at_one_place() -> None:
-    """`extras.open_pretrained` says whether a base's own code may run; the demo opens only what it wrote."""
+    """`extras.open_pretrained` says whether a base's own code may run; the demo opens only what it
+    wrote.
+    """
     for source in SOURCES:
         if room(source) in {"extras", "demo"}:
             continue

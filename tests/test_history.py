@@ -1,4 +1,6 @@
-"""What a save replaces is kept, numbered, compared and brought back; within a bound, and atomically."""
+"""What a save replaces is kept, numbered, compared and brought back; within a bound, and
+atomically.
+"""
 
 from __future__ import annotations
 
@@ -345,7 +347,7 @@ def test_gc_says_what_it_frees_and_frees_it(zoo: Path) -> None:
     assert not lt.check(zoo)
 
 
-# ---------------------------------------------------------------------- atomic, and nobody's to forge
+# -------------------------------------------------------------------- atomic, and nobody's to forge
 @pytest.mark.parametrize("what", ["restore", "gc"])
 def test_killed_at_every_operation_it_is_as_before_or_done(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

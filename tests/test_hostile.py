@@ -1,4 +1,6 @@
-"""What people who open others' trees, or serve strangers, are promised (docs/security.md), one hostile case a test."""
+"""What people who open others' trees, or serve strangers, are promised (docs/security.md), one
+hostile case a test.
+"""
 
 from __future__ import annotations
 
@@ -208,7 +210,8 @@ def test_an_adapter_outside_of_the_tree_s_folder_is_served_only_on_the_user_s_wo
     adapter(9).save(tmp_path / "elsewhere")
     (served / "tree.lock").unlink()
     (served / "tree.yaml").write_text(
-        "version: 1\ntree:\n  away: {adapter: ../elsewhere, children: {below: {r: 4, target_modules: [q_proj]}}}\n"
+        "version: 1\ntree:\n  away: {adapter: ../elsewhere, children: {below: {r: 4, "
+        "target_modules: [q_proj]}}}\n"
     )
     with front_end(served, tmp_path / "cache") as front:
         assert front.answers("away", "away/below") == [None, None]
@@ -221,7 +224,7 @@ def test_an_adapter_outside_of_the_tree_s_folder_is_served_only_on_the_user_s_wo
         assert None not in front.answers("away")
 
 
-# ---------------------------------------------------------------- patterns: a bounded amount of work
+# --------------------------------------------------------------- patterns: a bounded amount of work
 SLOW = (
     "((.{0,43}){0,43})X"  # 18 characters, 3,742 steps, nearly all of them alive at every character
 )
@@ -339,7 +342,7 @@ def test_a_pattern_of_a_tree_yaml_that_has_no_bound_is_refused_with_its_line(
         lt.load(tmp_path)
 
 
-# ---------------------------------------------------------------- a base's own code, and what an export copies
+# ----------------------------------------------------- a base's own code, and what an export copies
 OWN_CODE = """
 import os, sys
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -633,7 +636,7 @@ def test_a_picture_with_hostile_names_is_well_formed(tmp_path: Path) -> None:
     assert any(text.startswith("</text><script>\\x1b]52") for text in texts)
 
 
-# ---------------------------------------------------------------- pipes, devices, and swaps between check and open
+# ------------------------------------------------- pipes, devices, and swaps between check and open
 @pytest.fixture
 def soon() -> Iterator[None]:
     """Whatever waits for a pipe that nobody writes to is ended."""
@@ -837,7 +840,8 @@ def test_memory_is_compared_with_what_is_free_and_a_pool_with_all_there_is(
 def test_a_container_s_own_limit_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    names = {1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
+    names = {1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                 "memory/memory.stat", "cache"),
              2: ("memory.max", "memory.current", "memory.stat", "file")}[version]  # fmt: skip
     monkeypatch.setattr(memory, "_GROUP", str(tmp_path))
     without = memory.total_bytes()
@@ -946,7 +950,9 @@ def test_a_header_of_too_many_tensors_is_refused_before_they_are_looked_at(
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least time of this process that it took, of three tries; Python's collector has a rhythm of its own."""
+    """The least time of this process that it took, of three tries; Python's collector has a rhythm
+    of its own.
+    """
     found = []
     for _ in range(3):
         gc.disable()
@@ -1325,7 +1331,9 @@ def test_a_base_outside_of_the_folder_is_not_looked_at_where_that_was_asked_for(
 def llama_zoo(
     folder: Path, *, weight: float = 1.0, **config: object
 ) -> tuple[nn.Module, lt.AdapterTree]:
-    """fr → legal over a tiny Llama, as files; ``config`` is put into legal's adapter_config.json."""
+    """fr → legal over a tiny Llama, as files; ``config`` is put into legal's
+    adapter_config.json.
+    """
     base = base_folder(folder / "base")
     legal = ARCHS["llama"].tree(base).flatten("a", dtype=torch.float32).scaled(0.01)
     tree = lt.AdapterTree(base=str(folder / "base"))
@@ -1408,7 +1416,9 @@ def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
 
 
 def test_scales_that_fused_experts_have_in_their_factors_count_as_well(tmp_path: Path) -> None:
-    """One pair for each expert under an earlier transformers: the fused parameter has the scales in its B."""
+    """One pair for each expert under an earlier transformers: the fused parameter has the scales in
+    its B.
+    """
     case = CASES["mixtral"]
     model: Any = case.base().half()
     modules = {
@@ -1484,7 +1494,9 @@ NEWER_YAML = {
 
 
 def newer(folder: Path, file: Path, number: int, reads: int = 1) -> None:
-    """Every way in says that the file is newer, first and alone, and leaves all files as they are."""
+    """Every way in says that the file is newer, first and alone, and leaves all files as they
+    are.
+    """
     before = listing(folder)
     told = rf"\A{re.escape(str(file))}(:\d+:\d+)?: written by a newer lora_tree \(format {number}\)"
     told += rf"; this one reads {reads}\n"

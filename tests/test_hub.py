@@ -1,4 +1,6 @@
-"""Trees on the model hub, through the real huggingface_hub, against a hub on the loopback (`loopback_hub`)."""
+"""Trees on the model hub, through the real huggingface_hub, against a hub on the loopback
+(`loopback_hub`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""kohya's and diffusers' files, in and out: dense algebra, torch's own convolutions, and refusals one by one."""
+"""kohya's and diffusers' files, in and out: dense algebra, torch's own convolutions, and refusals
+one by one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is kept for paths used before: dropping any of it at any time costs time, and changes nothing else."""
+"""What is kept for paths used before: dropping any of it at any time costs time, and changes
+nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The kernels, run by Triton's interpreter on the CPU, against float64 and against a dense model.
 
-The interpreter multiplies no bf16, and rounds to it by cutting off: so weights here are fp32 and fp16, and bf16 factors
-are widened on the way. What a GPU does with bf16 is tested on one (`make test-gpu`).
+The interpreter multiplies no bf16, and rounds to it by cutting off: so weights here are fp32 and
+fp16, and bf16 factors are widened on the way. What a GPU does with bf16 is tested on one (`make
+test-gpu`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
 
 def interpreted(name: str) -> Iterator[Any]:
-    """A kernel's module, loaded once more for the interpreter: Triton looks at the variable when it decorates."""
+    """A kernel's module, loaded once more for the interpreter: Triton looks at the variable when it
+    decorates.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec = importlib.util.spec_from_file_location(

@@ -1,4 +1,6 @@
-"""Several levels that train at once: the loss over rows, ranks and decays by depth, in runs and in the Trainer."""
+"""Several levels that train at once: the loss over rows, ranks and decays by depth, in runs and in
+the Trainer.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,7 @@ def test_decay_moves_a_node_as_adamw_says() -> None:
     torch.testing.assert_close(factor.detach(), torch.full_like(factor, (1 - 0.024) ** 10))
 
 
-# ---------------------------------------------------------------------- runs, the command, the Trainer
+# ------------------------------------------------------------------- runs, the command, the Trainer
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")

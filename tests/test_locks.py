@@ -188,7 +188,9 @@ held.release()
 
 # ---------------------------------------------------------------------- whose claim is left over
 def claim(folder: Path, *, age_s: float = 0, **said: object) -> Path:
-    """A claim on ``lock`` by another process than this one; it tells what this process would, but for ``said``."""
+    """A claim on ``lock`` by another process than this one; it tells what this process would, but
+    for ``said``.
+    """
     token = "ab" * 16
     me = {
         "host": "here",

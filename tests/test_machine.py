@@ -1,4 +1,6 @@
-"""Any history of adding, removing, activating, saving and loading leaves the base at what its path means."""
+"""Any history of adding, removing, activating, saving and loading leaves the base at what its path
+means.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def value(of: lt.Adapter) -> Value:
 
 
 class Switching(RuleBasedStateMachine):
-    """The oracle is a dict of paths and a dense sum by hand; the bits are those of a model that was never switched."""
+    """The oracle is a dict of paths and a dense sum by hand; the bits are those of a model that was
+    never switched.
+    """
 
     @initialize(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def start(self, dtype: torch.dtype) -> None:

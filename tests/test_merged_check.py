@@ -1,4 +1,6 @@
-"""Is this merged checkpoint that path? Our own exports, PEFT's merges, and every mistake that people make with one."""
+"""Is this merged checkpoint that path? Our own exports, PEFT's merges, and every mistake that
+people make with one.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Place:
             save_file(tensors, file, {"format": "pt"})
 
     def summed(self, multiples: dict[str, Callable[[lt.LowRank], float] | float]) -> None:
-        """Write the base plus some multiples of nodes' increments, by dense fp64 algebra, as the merged checkpoint."""
+        """Write the base plus some multiples of nodes' increments, by dense fp64 algebra, as the
+        merged checkpoint.
+        """
         out = self.export()
         base: dict[str, Tensor] = {}
         for file in (self.root / "base").glob("*.safetensors"):

@@ -1,4 +1,6 @@
-"""Merged checkpoints: what transformers loads from one has the bits of `activate`, and nothing else has changed."""
+"""Merged checkpoints: what transformers loads from one has the bits of `activate`, and nothing else
+has changed.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,7 @@ def test_another_file_system_is_copied_to_by_hand(
     )
 
 
-# ---------------------------------------------------------------------- names on the disk and in memory
+# ------------------------------------------------------------------ names on the disk and in memory
 def test_mixtral_s_experts_are_separate_on_the_disk_and_fused_in_memory(tmp_path: Path) -> None:
     base = saved("mixtral, experts", torch.float32, tmp_path / "base")
     names = set(open_checkpoint(tmp_path / "base").tensors)

@@ -1,4 +1,6 @@
-"""The laws of switching: a value is a function of the path, bare means bare, and a failure leaves what was there."""
+"""The laws of switching: a value is a function of the path, bare means bare, and a failure leaves
+what was there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bases that are no plain language model: opened in their own class, recurrent caches, encoders and decoders."""
+"""Bases that are no plain language model: opened in their own class, recurrent caches, encoders and
+decoders.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def told(*arguments: str | Path) -> int:
 
 
 def adapted(base: nn.Module, *ends: str) -> lt.AdapterTree:
-    """fr and fr/legal on the Linears of these names, with B drawn at random, large enough to be heard."""
+    """fr and fr/legal on the Linears of these names, with B drawn at random, large enough to be
+    heard.
+    """
     tree = lt.AdapterTree(defaults={"r": 2, "target_modules": list(ends)})
     tree.add("fr")
     tree.add("fr/legal")
@@ -55,7 +59,7 @@ def adapted(base: nn.Module, *ends: str) -> lt.AdapterTree:
     return tree
 
 
-# ---------------------------------------------------------------------- the class that config.json names
+# ----------------------------------------------------------------- the class that config.json names
 def t5() -> nn.Module:
     config = T.T5Config(
         **BYTES, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0

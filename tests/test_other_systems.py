@@ -24,8 +24,8 @@ LACKS = """
 import os, sys
 import numpy, torch, tempfile, shutil, subprocess  # they look for it themselves
 sys.modules["fcntl"] = None
-for name in ("O_NOFOLLOW", "O_DIRECTORY", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "fchmod", "pread", "pwrite",
-             "copy_file_range", "register_at_fork"):
+for name in ("O_NOFOLLOW", "O_DIRECTORY", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC",
+             "fchmod", "pread", "pwrite", "copy_file_range", "register_at_fork"):
     if hasattr(os, name):
         delattr(os, name)
 import lora_tree as lt
@@ -64,12 +64,15 @@ some.add("fr", adapter=adapter(1))
 some.add("fr/legal", adapter=adapter(2), weight=0.8)
 q, v = (
     getattr(net, name).weight.detach() + sum(
-        weight * own.modules[name].B @ own.modules[name].A for own, weight in ((adapter(1), 1), (adapter(2), 0.8))
+        weight * own.modules[name].B @ own.modules[name].A
+        for own, weight in ((adapter(1), 1), (adapter(2), 0.8))
     )
     for name in ("q_proj", "v_proj")
 )
-wanted = torch.nn.functional.linear(torch.nn.functional.linear(x, q, net.q_proj.bias), v, net.v_proj.bias)
-torch.testing.assert_close(some.flatten("fr/legal").modules["q_proj"].dense(), q - net.q_proj.weight)
+middle = torch.nn.functional.linear(x, q, net.q_proj.bias)
+wanted = torch.nn.functional.linear(middle, v, net.v_proj.bias)
+flat = some.flatten("fr/legal").modules["q_proj"]
+torch.testing.assert_close(flat.dense(), q - net.q_proj.weight)
 model = lt.attach(some, net)
 for mode in ("merged", "unmerged"):
     model.activate("fr/legal", mode=mode)

@@ -1,4 +1,6 @@
-"""Overrides: heads, embeddings and token rows that stand for the base's own, against PEFT and against float64."""
+"""Overrides: heads, embeddings and token rows that stand for the base's own, against PEFT and
+against float64.
+"""
 
 from __future__ import annotations
 

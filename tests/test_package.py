@@ -1,4 +1,6 @@
-"""The package as it is handed on: what the wheel and the sdist hold and say, and that the tests run from there."""
+"""The package as it is handed on: what the wheel and the sdist hold and say, and that the tests run
+from there.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ OF_THE_SOURCE = [
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist and the wheel of a copy of the source, which has nothing else in it."""
+    """A folder with the sdist and the wheel of a copy of the source, which has nothing else in
+    it.
+    """
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")

@@ -1,4 +1,6 @@
-"""Layers that would stop gradients in silence: weights laid out for inference, and products that pass nothing on."""
+"""Layers that would stop gradients in silence: weights laid out for inference, and products that
+pass nothing on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from lora_tree.errors import StateError
 
 
 class FourBit(nn.Linear):
-    """A layer that lays its weight out anew in an evaluation, as bitsandbytes' does on some CPUs."""
+    """A layer that lays its weight out anew in an evaluation, as bitsandbytes' does on some
+    CPUs.
+    """
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)

@@ -1,6 +1,8 @@
-"""Two processes come to what one does, on the same rows: with DDP, with FSDP2, and through a trainer.
+"""Two processes come to what one does, on the same rows: with DDP, with FSDP2, and through a
+trainer.
 
-All of it runs in one pair of processes, over gloo on the loopback, and is compared with dense algebra in this one.
+All of it runs in one pair of processes, over gloo on the loopback, and is compared with dense
+algebra in this one.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _all_end(running: list[subprocess.Popen[bytes]]) -> None:
-    """Wait until all have ended, one has failed (the others would wait for it), or it has been long enough."""
+    """Wait until all have ended, one has failed (the others would wait for it), or it has been long
+    enough.
+    """
     end = time.monotonic() + ENOUGH_S
     while time.monotonic() < end and any(process.poll() is None for process in running):
         if any(process.poll() for process in running):

@@ -1,4 +1,5 @@
-"""Path models: `model.at(path)` is the path as a module of its own, whatever else is active and in whatever order.
+"""Path models: `model.at(path)` is the path as a module of its own, whatever else is active and in
+whatever order.
 
 Compared with dense float64 sums, and with transformers on weights into which the sum was written.
 """

@@ -1,7 +1,8 @@
 """PEFT folders in and out: the oracle is PEFT itself, and dense float64 sums.
 
-Every kind of layer that adds up goes through the same three laws: what we read is what PEFT computes; what we write is
-what PEFT loads, without a key too many or too few; and a round trip changes no bit.
+Every kind of layer that adds up goes through the same three laws: what we read is what PEFT
+computes; what we write is what PEFT loads, without a key too many or too few; and a round trip
+changes no bit.
 """
 
 from __future__ import annotations
@@ -292,7 +293,9 @@ def test_what_is_read_is_what_peft_computes(case: Case, tmp_path: Path) -> None:
         value = adapter.modules[name]
         assert value.scale == layer.scaling["default"], name
         if name == "grouped":
-            continue  # PEFT's own delta of a grouped convolution is not to be trusted; outputs are compared below
+            # PEFT's own delta of a grouped convolution is not to be trusted; outputs are compared
+            # below.
+            continue
         expected = layer.get_delta_weight("default").double()
         delta = dense(value).mT if isinstance(layer.get_base_layer(), Conv1D) else dense(value)
         assert delta.shape == expected.shape, name
@@ -429,7 +432,7 @@ def test_two_parameters_of_unknown_order_are_not_written() -> None:
         peft.render(Adapter({"experts.up": up, "experts.down": down}))
 
 
-# ---------------------------------------------------------------- tensors of the base that came along
+# -------------------------------------------------------------- tensors of the base that came along
 def test_whole_tensors_come_along_under_their_plain_names(tmp_path: Path) -> None:
     model = CASES["bias_all"].made()
     adapter = peft.read_folder(saved(model, tmp_path / "a"))
@@ -843,7 +846,8 @@ LIN = "base_model.model.lin.lora_"
                     "base_model.model.lin.x.lora_B.weight": torch.ones(6, 2),
                 }
             ),
-            r"unexpected key base_model\.model\.lin\.x.*expected base_model\.model\.lin\.base_layer\.x",
+            r"unexpected key base_model\.model\.lin\.x.*expected "
+            r"base_model\.model\.lin\.base_layer\.x",
         ),
     ],
 )

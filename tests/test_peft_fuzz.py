@@ -1,4 +1,6 @@
-"""Broken PEFT folders, by the thousand: what comes out is an adapter or an error of ours, never anything else."""
+"""Broken PEFT folders, by the thousand: what comes out is an adapter or an error of ours, never
+anything else.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ anything = st.recursive(
 
 
 def check(folder: Path, config: bytes, weights: bytes) -> None:
-    """Only errors of ours come out of a read, and what was read can be written or is refused by us."""
+    """Only errors of ours come out of a read, and what was read can be written or is refused by
+    us.
+    """
     (folder / CONFIG).write_bytes(config)
     (folder / WEIGHTS).write_bytes(weights)
     with warnings.catch_warnings(), contextlib.suppress(LoraTreeError):

@@ -1,4 +1,6 @@
-"""A tree over diffusion pipelines: against diffusers' own LoRAs on the same files, and path by path."""
+"""A tree over diffusion pipelines: against diffusers' own LoRAs on the same files, and path by
+path.
+"""
 
 from __future__ import annotations
 
@@ -159,11 +161,15 @@ def test_keys_that_diffusers_passes_over_count_here(
 
 SGM = {
     # as kohya's trainer calls SDXL's modules           # as diffusers does
-    "input_blocks_3_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "input_blocks_3_1_transformer_blocks_0_attn1_to_q": (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    ),
     "input_blocks_3_1_proj_in": "down_blocks.1.attentions.0.proj_in",
     "input_blocks_3_0_in_layers_2": "down_blocks.1.resnets.0.conv1",
     "input_blocks_3_0_emb_layers_1": "down_blocks.1.resnets.0.time_emb_proj",
-    "middle_block_1_transformer_blocks_0_ff_net_0_proj": "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "middle_block_1_transformer_blocks_0_ff_net_0_proj": (
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    ),
     "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
     "output_blocks_1_1_transformer_blocks_0_attn2_to_out_0": (
         "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0"

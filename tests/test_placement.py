@@ -1,7 +1,7 @@
 """Where things live: adapters and factors where the base is, pristine copies where there is room.
 
-No GPU is needed: a device with memory of its own is played, by a link that copies within host memory and counts, and
-by a host that is said to be such a device.
+No GPU is needed: a device with memory of its own is played, by a link that copies within host
+memory and counts, and by a host that is said to be such a device.
 """
 
 from __future__ import annotations

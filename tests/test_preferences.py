@@ -1,4 +1,6 @@
-"""Rows that prefer one answer: a run learns them by DPO against each path's parent, as dense algebra does by hand."""
+"""Rows that prefer one answer: a run learns them by DPO against each path's parent, as dense
+algebra does by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A prepared model under torch.compile: exact, and traced no more however often the paths change."""
+"""A prepared model under torch.compile: exact, and traced no more however often the paths
+change.
+"""
 
 from __future__ import annotations
 
@@ -215,7 +217,9 @@ def test_prepare_comes_once_before_anything_is_active_and_before_compiling() -> 
 
 
 def test_a_base_that_was_compiled_bare_is_refused_beside_its_weights_and_switched_merged() -> None:
-    """What torch.compile wraps around a base after attach is seen too: its trace would ignore our hooks in silence."""
+    """What torch.compile wraps around a base after attach is seen too: its trace would ignore our
+    hooks in silence.
+    """
     base, tree = small()
     x = torch.randn(2, 3, 8).double()
     model = lt.attach(tree, base)

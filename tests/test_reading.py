@@ -1,4 +1,6 @@
-"""Opening files to read: missing means missing, and the file that is open is the one that was checked."""
+"""Opening files to read: missing means missing, and the file that is open is the one that was
+checked.
+"""
 
 from __future__ import annotations
 

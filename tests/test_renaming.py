@@ -1,4 +1,6 @@
-"""Names of an earlier transformers, and of the model without its head: bound to today's modules, or refused."""
+"""Names of an earlier transformers, and of the model without its head: bound to today's modules, or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -566,7 +568,7 @@ def test_a_checkpoint_of_old_and_new_names_has_the_bits_of_activate(
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
 
 
-# ---------------------------------------------------------------------- beside transformers' own loader
+# ------------------------------------------------------------------ beside transformers' own loader
 SMALL = {**TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {
     name: n for name, n in SMALL.items() if name not in ("num_key_value_heads", "vocab_size")
@@ -636,7 +638,8 @@ LOADED: dict[str, Callable[[], nn.Module]] = {
     ),
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
-    "ernie_vl": ernie_vl,  # experts of one list shared out between two parameters, and transposed routers
+    # experts of one list shared out between two parameters, and transposed routers
+    "ernie_vl": ernie_vl,
     "llava_next": lambda: with_eyes(
         T.LlavaNextForConditionalGeneration,
         T.LlavaNextConfig,
@@ -661,7 +664,9 @@ LOADED: dict[str, Callable[[], nn.Module]] = {
 def test_what_an_adapter_adds_by_a_checkpoint_s_names_is_where_the_checkpoint_s_tensors_go(
     name: str, tmp_path: Path
 ) -> None:
-    """The names that transformers writes on the disk are the old ones; it is asked to load W + B·A under them."""
+    """The names that transformers writes on the disk are the old ones; it is asked to load W + B·A
+    under them.
+    """
     torch.manual_seed(0)
     base: Any = LOADED[name]().eval()
     base.save_pretrained(tmp_path / "base")
@@ -699,9 +704,11 @@ def has_module(base: nn.Module, name: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------- beside PEFT's own conversion
+# --------------------------------------------------------------------- beside PEFT's own conversion
 def old_folder(folder: Path, own: lt.Adapter, targets: list[str]) -> Path:
-    """An adapter as PEFT wrote it under the transformers of its time: one r and alpha, and a list of targets."""
+    """An adapter as PEFT wrote it under the transformers of its time: one r and alpha, and a list
+    of targets.
+    """
     flat = lt.Adapter(
         {n: lt.LowRank(v.A.float(), v.B.float(), 2.0) for n, v in own.modules.items()}
     )
@@ -820,7 +827,7 @@ def test_a_base_that_is_not_transformers_has_no_other_names() -> None:
         lt.attach(tree, base).activate("fr")
 
 
-# ---------------------------------------------------------------------- a module, or a raw parameter of it
+# --------------------------------------------------------------- a module, or a raw parameter of it
 class Mixed(nn.Module):
     """A Linear, and a module with raw parameters of its own."""
 
@@ -849,7 +856,9 @@ BEYOND = r"(l)(in|xperts)(?!.*\2\1)"  # remembers what it took, so it has no bou
 def test_what_only_the_base_can_tell_is_settled_when_it_is_bound(
     trained: str, named: str, site: str, targets: str, tmp_path: Path
 ) -> None:
-    """``target_parameters`` names a parameter, there is one pair of keys, and ``target_modules`` can't be read."""
+    """``target_parameters`` names a parameter, there is one pair of keys, and ``target_modules``
+    can't be read.
+    """
     torch.manual_seed(0)
     base, x = Mixed().eval(), torch.randn(3, 6)
     how: dict[str, Any] = (

@@ -1,4 +1,6 @@
-"""What is stale is trained again with what it was trained with; a checkpoint is promoted if it is better."""
+"""What is stale is trained again with what it was trained with; a checkpoint is promoted if it is
+better.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Many paths in one batch: every row is what it would be alone, whatever the form, and no row goes through another's.
+"""Many paths in one batch: every row is what it would be alone, whatever the form, and no row goes
+through another's.
 
-What is compared with is dense float64 algebra: for each row the weights of its own path, W + Σ c·s·B·A, by hand.
+What is compared with is dense float64 algebra: for each row the weights of its own path, W + Σ
+c·s·B·A, by hand.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def tree_for(
 
 
 def widened(kind: Kind, base: nn.Module, more: Tensor | float, *, magnitude: bool = False) -> Base:
-    """A float64 copy of ``base`` with ``more`` in its weight; with ``magnitude``, of the absolute values."""
+    """A float64 copy of ``base`` with ``more`` in its weight; with ``magnitude``, of the absolute
+    values.
+    """
     wide = Base(kind.make())
     state = {k: v.detach().double().clone() for k, v in base.state_dict().items()}
     wide.load_state_dict({k: v.abs() if magnitude else v for k, v in state.items()}, assign=True)
@@ -298,7 +302,9 @@ def test_any_batch_over_any_tree_is_its_rows_alone_with_the_gradients_of_the_den
 
 
 def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
-    """The oracle above draws what it likes; this is the slow loop against each way by name, also those not picked."""
+    """The oracle above draws what it likes; this is the slow loop against each way by name, also
+    those not picked.
+    """
     torch.manual_seed(0)
     kind = KINDS["linear"]
     base = Base(nn.Linear(16, 12)).double()
@@ -475,7 +481,9 @@ def test_what_does_not_have_the_rows_first_is_refused_by_name(
     ("tile", "rows", "tokens"), [(2, 2, 4), (1, 4, 2), (2, 4, 8), (1, 2, 4), (2, 2, 2)]
 )
 def test_a_time_axis_that_fits_is_not_taken_for_the_rows(tile: int, rows: int, tokens: int) -> None:
-    """As many tokens as stacked rows, twice as many rows as tokens, twice as many tokens as rows, …"""
+    """As many tokens as stacked rows, twice as many rows as tokens, twice as many tokens as rows,
+    …
+    """
     base = TimeFirst()
     model = lt.attach(linear_tree(), base)
     paths = ["a", "b", "c", "d"][:rows]
@@ -484,7 +492,9 @@ def test_a_time_axis_that_fits_is_not_taken_for_the_rows(tile: int, rows: int, t
 
 
 class Noisy(nn.Module):
-    """Draws random numbers and keeps running statistics, which a look at shapes must not disturb."""
+    """Draws random numbers and keeps running statistics, which a look at shapes must not
+    disturb.
+    """
 
     def __init__(self) -> None:
         super().__init__()

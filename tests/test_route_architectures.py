@@ -1,6 +1,8 @@
-"""Routed batches through real architectures: generate, beams, caches, checkpointing. Row by row the dense model's.
+"""Routed batches through real architectures: generate, beams, caches, checkpointing. Row by row the
+dense model's.
 
-Everything runs in float64; what is compared with is `architectures.dense`, W + Σ c·s·B·A written out by hand.
+Everything runs in float64; what is compared with is `architectures.dense`, W + Σ c·s·B·A written
+out by hand.
 """
 
 from __future__ import annotations
@@ -329,7 +331,9 @@ def test_checkpointed_layers_have_the_gradients_of_plain_ones(reentrant: bool) -
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_layers_that_are_recomputed_on_another_thread_see_the_same_paths(reentrant: bool) -> None:
-    """As on CUDA, where autograd recomputes on threads of its own: nothing of a route is thread-local."""
+    """As on CUDA, where autograd recomputes on threads of its own: nothing of a route is
+    thread-local.
+    """
     x = torch.randn(3, 4, 8).double()
     found = []
     for elsewhere in (False, True):

@@ -130,7 +130,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NEWLINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Qwen and Llama 3 split a text before they look for tokens: newlines in succession are one piece."""
+"""How Qwen and Llama 3 split a text before they look for tokens: newlines in succession are one
+piece.
+"""
 
 
 def trained(split: Any, texts: list[str], **more: Any) -> Any:
@@ -245,7 +247,8 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
         ({"path": "fr", "prompt": "a", "complation": "b"}, "did you mean 'completion'?"),
         (
             {"pth": "fr", "text": "a"},
-            "'path' must be a string like 'fr/legal', got None; this has pth, text; did you mean 'path'?",
+            "'path' must be a string like 'fr/legal', got None; this has pth, text; did you mean "
+            "'path'?",
         ),
         ({"path": "fr", "messages": []}, "'messages' must be a list of"),
         ('{"path": "fr"', "not valid JSON"),
@@ -536,7 +539,9 @@ def test_a_resumed_run_is_refused_where_it_is_another(
 def test_a_step_is_torchs_own_on_the_loss_by_hand(
     tmp_path: Path, zoo: Path, rows: Path, tokenizer: Any
 ) -> None:
-    """One leaf alone, all rows in one step: AdamW over the leaf's factors in a plain PEFT-like module, by hand."""
+    """One leaf alone, all rows in one step: AdamW over the leaf's factors in a plain PEFT-like
+    module, by hand.
+    """
     import transformers
 
     run = started(zoo, rows, tokenizer, tmp_path / "run", nodes=["de"], **ONE)
@@ -738,8 +743,9 @@ def test_a_run_begins_anew_where_its_nodes_or_those_above_have_changed_since(
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    for wrong in (dict(steps=0), dict(lr=0.0), dict(lr=math.nan), dict(dropout=1.0), dict(schedule="cosin"),
-                  dict(temperature=0.0), dict(warm_up=500), dict(clip_norm=-1.0), dict(batch=True),
+    for wrong in (dict(steps=0), dict(lr=0.0), dict(lr=math.nan), dict(dropout=1.0),
+                  dict(schedule="cosin"), dict(temperature=0.0), dict(warm_up=500),
+                  dict(clip_norm=-1.0), dict(batch=True),
                   dict(weights={"a": -1.0})):  # fmt: skip
         with pytest.raises(SpecError, match="must be"):
             Settings(**wrong)  # type: ignore[arg-type]

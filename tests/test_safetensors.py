@@ -1,4 +1,6 @@
-"""safetensors files against the package of that name: what it writes for us, and what our reader makes of a header."""
+"""safetensors files against the package of that name: what it writes for us, and what our reader
+makes of a header.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,7 @@ def test_a_package_that_takes_bytes_writes_the_same(monkeypatch: pytest.MonkeyPa
     assert render_tensors(tensors, {"format": "pt"}) == wanted
 
 
-# ---------------------------------------------------------------------- read, by us and by the package
+# ------------------------------------------------------------------- read, by us and by the package
 class Headers:
     """Headers with the numbers they speak of: good ones, and ones with something wrong."""
 
@@ -328,8 +330,13 @@ def test_our_reader_agrees_with_the_package_on_any_header(seed: int) -> None:
         agree(*headers.one())
 
 
-@pytest.mark.parametrize("text", ['{"a-0":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}',
-                                  '{"\\\\-0\\"-0":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a-0":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}',
+        '{"\\\\-0\\"-0":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}',
+    ],
+)
 def test_minus_zero_is_no_place(text: str) -> None:
     assert by_the_package(text.encode(), bytes(4)) is None
     with pytest.raises(FormatError, match="-0 is no size and no place"):

@@ -1,7 +1,7 @@
 """Routed sums by our own kernels, run by Triton's interpreter on the CPU, against float64 by hand.
 
-The interpreter multiplies no bf16 and rounds to it by cutting off, so outputs here are fp32 and fp16. What a GPU does
-is tested on one (`make test-gpu`).
+The interpreter multiplies no bf16 and rounds to it by cutting off, so outputs here are fp32 and
+fp16. What a GPU does is tested on one (`make test-gpu`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Memory that goes from hand to hand: nobody's numbers change, nothing is held twice, and nothing stays behind."""
+"""Memory that goes from hand to hand: nobody's numbers change, nothing is held twice, and nothing
+stays behind.
+"""
 
 from __future__ import annotations
 

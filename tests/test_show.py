@@ -1,4 +1,6 @@
-"""`lora-tree show` of small, large, stale, broken and hostile trees: as a table, as JSON and as a picture."""
+"""`lora-tree show` of small, large, stale, broken and hostile trees: as a table, as JSON and as a
+picture.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ class Scaled(nn.Embedding):
 
 
 class Pointwise(nn.Module):
-    """A layer unlike those of the library: channels first, its weight called kernel, its output doubled."""
+    """A layer unlike those of the library: channels first, its weight called kernel, its output
+    doubled.
+    """
 
     def __init__(self, out: int, into: int) -> None:
         super().__init__()
@@ -117,7 +119,9 @@ finding.KINDS.append(PointwiseSite)  # its one row
 
 @dataclass
 class Kind:
-    """One kind of site: a module, the name its adapter uses, the shape of the delta, and ΔW in the weight's layout."""
+    """One kind of site: a module, the name its adapter uses, the shape of the delta, and ΔW in the
+    weight's layout.
+    """
 
     make: Callable[[], nn.Module]
     name: str
@@ -647,7 +651,9 @@ def test_what_does_not_fit_is_named(adapter: dict[str, lt.LowRank], message: str
 
 def test_a_convolution_with_a_forward_of_its_own_is_merged_only() -> None:
     class Standardised(nn.Conv2d):
-        """As BiT's: what runs is not W but W of mean 0, so W + ΔW is right merged and W·x + ΔW·x is not."""
+        """As BiT's: what runs is not W but W of mean 0, so W + ΔW is right merged and W·x + ΔW·x is
+        not.
+        """
 
         def forward(self, x: Tensor) -> Tensor:
             return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
@@ -672,7 +678,9 @@ def test_a_convolution_with_a_forward_of_its_own_is_merged_only() -> None:
 def test_raw_parameters_of_siblings_flatten_in_the_order_their_module_registers_them(
     tmp_path: Path,
 ) -> None:
-    """Each node alone has nothing to order; what PEFT reads of both together stands and falls with the order."""
+    """Each node alone has nothing to order; what PEFT reads of both together stands and falls with
+    the order.
+    """
 
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""TreeTrainer: what transformers.Trainer does to each node is what it would do to it alone; runs resume exactly."""
+"""TreeTrainer: what transformers.Trainer does to each node is what it would do to it alone; runs
+resume exactly.
+"""
 
 from __future__ import annotations
 
@@ -301,7 +303,10 @@ def killed_run(folder: str, temperature: str) -> None:
 @pytest.mark.parametrize("temperature", [None, 2.0])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, temperature: float | None) -> None:
     here = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import conftest, test_trainer as t; t.killed_run(*sys.argv[1:])"
+    code = (
+        f"import sys; sys.path.insert(0, {here!r}); import conftest, test_trainer as t; "
+        "t.killed_run(*sys.argv[1:])"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "cut"), str(temperature or "")]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -1,7 +1,7 @@
 """Many nodes trained at once: each moves as it would alone, and nothing else moves at all.
 
-What is compared with is dense float64 algebra: the weight of every row's path, W + Σ c·s·B·A, built by hand, with one
-optimiser of torch's own for every node, stepped only where the node had rows.
+What is compared with is dense float64 algebra: the weight of every row's path, W + Σ c·s·B·A, built
+by hand, with one optimiser of torch's own for every node, stepped only where the node had rows.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def test_a_forward_that_is_refused_counts_no_rows() -> None:
     assert all(torch.equal(p, b) for p, b in zip(groups[0]["params"], before, strict=True))
 
 
-# ---------------------------------------------------------------------- parts of a base, and gradients of other origin
+# --------------------------------------------------- parts of a base, and gradients of other origin
 PARTS: dict[str, tuple[str, ...]] = {
     "activated": ("a", "a", "a"),
     "routed": ("a/b", "", "c"),
@@ -312,7 +312,9 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def _encoder(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor], list[str]]:
-    """A real architecture, a call of one part of it that gives (3, …), and the modules adapted in that part."""
+    """A real architecture, a call of one part of it that gives (3, …), and the modules adapted in
+    that part.
+    """
     import transformers as T
 
     torch.manual_seed(0)
@@ -370,8 +372,10 @@ def test_a_loss_through_a_part_of_the_base_trains_what_it_goes_through(
     adapters = {path: tree.adapter(path) for path in names}
     own = {p: {n: [t.clone().requires_grad_() for t in v.tensors] for n, v in a.modules.items()}
            for p, a in adapters.items() if a is not None}  # fmt: skip
-    theirs = {p: torch.optim.AdamW([t for pair in of.values() for t in pair], lr=0.02, weight_decay=0.3)
-              for p, of in own.items()}  # fmt: skip
+    theirs = {}
+    for p, of in own.items():
+        every = [t for pair in of.values() for t in pair]
+        theirs[p] = torch.optim.AdamW(every, lr=0.02, weight_decay=0.3)
     target = torch.randn(part(base).shape, dtype=torch.float64)
 
     class Part(nn.Module):

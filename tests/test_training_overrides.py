@@ -1,4 +1,6 @@
-"""Overrides that train: gradients and steps are PEFT's, siblings train different heads in one batch, runs resume."""
+"""Overrides that train: gradients and steps are PEFT's, siblings train different heads in one
+batch, runs resume.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""The table of transitions: every verb from every state, and what is left where it fails at any point in turn.
+"""The table of transitions: every verb from every state, and what is left where it fails at any
+point in turn.
 
     start × verb            → the state and the path that the table says
     start × verb × failure  → the start's, or the verb's; never anything between
 
-A failure is an exception that a trace function raises at the k-th call of a function of the package, for every k that
-the verb makes. Whatever the model then says is active is what the base computes: compared with dense float64 weights.
+A failure is an exception that a trace function raises at the k-th call of a function of the
+package, for every k that the verb makes. Whatever the model then says is active is what the base
+computes: compared with dense float64 weights.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Broken(BaseException):
     """The failure that is put in; no `except Exception` may swallow it."""
 
 
-# ---------------------------------------------------------------------- a base, a tree, and dense weights
+# ---------------------------------------------------------------- a base, a tree, and dense weights
 
 
 def forest() -> lt.AdapterTree:
@@ -249,13 +251,14 @@ def test_a_block_in_which_the_base_was_prepared_is_left_bare() -> None:
     check_that_the_base_does_what_the_model_says(made)
 
 
-# ---------------------------------------------------------------------- failing at every point in turn
+# ------------------------------------------------------------------- failing at every point in turn
 @contextmanager
 def failing_at(point: int) -> Iterator[list[str]]:
-    """Raise in the point-th call of a function of the package; the list gets the names of the calls.
+    """Raise in the point-th call of a function of the package; the list gets the names of the
+    calls.
 
-    The exception comes at the first line of the function: CPython 3.11 loses count of its recursion where a trace
-    function raises at the call itself.
+    The exception comes at the first line of the function: CPython 3.11 loses count of its recursion
+    where a trace function raises at the call itself.
     """
     calls: list[str] = []
 
@@ -282,7 +285,9 @@ def failing_at(point: int) -> Iterator[list[str]]:
 
 
 def points(start: str, do: Do) -> dict[int, str]:
-    """Where to fail: the first and the last call of every function that a verb calls from some state."""
+    """Where to fail: the first and the last call of every function that a verb calls from some
+    state.
+    """
     made = scene(start)
     with failing_at(0) as calls:
         do(made)
@@ -292,7 +297,9 @@ def points(start: str, do: Do) -> dict[int, str]:
 
 
 UNDOING = {"/engine/stage.py:coming_back", "/engine/blocks.py:leave"}
-"""Where a block is being closed when the failure comes, it stays open: to close it is all that these have to do."""
+"""Where a block is being closed when the failure comes, it stays open: to close it is all that
+these have to do.
+"""
 
 
 def fails_everywhere(start: str, do: Do, end: Told, *, again: Do | None = None) -> None:

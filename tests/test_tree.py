@@ -375,7 +375,9 @@ NAMES = st.sampled_from(["a", "b", "c", "A"])
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_history_of_changes_leaves_what_a_plain_dict_of_paths_says(data: st.DataObject) -> None:
-    """The oracle: path → (adapter, weight, stale?), changed by hand, with no rule but the ones written here."""
+    """The oracle: path → (adapter, weight, stale?), changed by hand, with no rule but the ones
+    written here.
+    """
     tree, held = lt.AdapterTree(), {}
 
     def some() -> str:
@@ -585,7 +587,9 @@ def test_a_copy_of_an_adapter_is_the_same_value_in_tensors_of_its_own(
 
 
 def test_a_pickle_holds_every_number_once(tmp_path: Path) -> None:
-    """What was read from files lies in one buffer, of which torch would put one copy into it for each tensor."""
+    """What was read from files lies in one buffer, of which torch would put one copy into it for
+    each tensor.
+    """
     big = {f"layers.{i}": lt.LowRank(torch.randn(4, 500), torch.randn(500, 4)) for i in range(20)}
     lt.Adapter(big).save(tmp_path)
     read = lt.Adapter.load(tmp_path)

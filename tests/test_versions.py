@@ -1,7 +1,8 @@
-"""Versions: what torch does not promise may be gone, other packages older, and everything is right all the same.
+"""Versions: what torch does not promise may be gone, other packages older, and everything is right
+all the same.
 
-`make test-lowest` and `make test-newest` run this file, and the others that they name, on the oldest and on the newest
-packages that pyproject.toml allows.
+`make test-lowest` and `make test-newest` run this file, and the others that they name, on the
+oldest and on the newest packages that pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def gone(owner: str, name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def unseen(module: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """Take away what torch itself reads, too: only our module sees another one, with nothing in it."""
+    """Take away what torch itself reads, too: only our module sees another one, with nothing in
+    it.
+    """
 
     def take(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(unpromised, module, types.SimpleNamespace())
@@ -246,7 +249,9 @@ class Around(nn.Module):
 
 
 def trained_by_peft(folder: Path, parameter: str) -> tuple[nn.Module, Path]:
-    """A model with an adapter on a raw parameter, as the PEFT that is installed makes it, and the adapter's folder."""
+    """A model with an adapter on a raw parameter, as the PEFT that is installed makes it, and the
+    adapter's folder.
+    """
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{parameter}"])
     model = peft.get_peft_model(Around(), config)
     with torch.no_grad():
@@ -271,7 +276,10 @@ def test_fused_factors_of_a_peft_before_they_were_turned_are_warned_of(
     tmp_path: Path, version: str | None
 ) -> None:
     folder = with_version(trained_by_peft(tmp_path / "one", "fused")[1], version)
-    told = r"it has target_parameters, and its peft_version is .*: PEFT before 0\.19\.1 wrote the factors of fused"
+    told = (
+        r"it has target_parameters, and its peft_version is .*: "
+        r"PEFT before 0\.19\.1 wrote the factors of fused"
+    )
     with pytest.warns(lt.errors.LoraTreeWarning, match=told):
         lt.Adapter.load(folder)
 

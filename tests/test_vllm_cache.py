@@ -1,5 +1,6 @@
-"""The folder of flattened paths that an engine reads: named by content, bounded, safe for many at once; and what of the
-plugin needs no vLLM."""
+"""The folder of flattened paths that an engine reads: named by content, bounded, safe for many at
+once; and what of the plugin needs no vLLM.
+"""
 
 from __future__ import annotations
 
@@ -449,7 +450,7 @@ def test_a_killed_writer_s_stage_is_cleared_away(zoo: Path, tmp_path: Path) -> N
     assert not left.exists()
 
 
-# ---------------------------------------------------------------------- vllm-args, and the plugin without vLLM
+# ----------------------------------------------------------- vllm-args, and the plugin without vLLM
 def test_the_server_s_arguments(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -517,7 +518,7 @@ def test_the_plugin_does_nothing_where_no_tree_is_named(monkeypatch: pytest.Monk
         register()
 
 
-# ---------------------------------------------------------------------- the plugin around a front end
+# -------------------------------------------------------------------- the plugin around a front end
 def waits(until: Callable[[], bool], what: str) -> None:
     ends = time.monotonic() + 20
     while not until():
@@ -526,7 +527,9 @@ def waits(until: Callable[[], bool], what: str) -> None:
 
 
 def rewritten(zoo: Path, path: str, seed: int) -> tuple[bytes, bytes]:
-    """(The weights, the lock) that a node's new adapter of the same size would have in this tree."""
+    """(The weights, the lock) that a node's new adapter of the same size would have in this
+    tree.
+    """
     copy = zoo.with_name("copy")
     shutil.copytree(zoo, copy)
     tree = opened(copy)

@@ -1,4 +1,6 @@
-"""Weights per module: the same sum as by hand everywhere a weight goes, and a plain number as ever."""
+"""Weights per module: the same sum as by hand everywhere a weight goes, and a plain number as
+ever.
+"""
 
 from __future__ import annotations
 

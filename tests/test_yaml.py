@@ -67,11 +67,16 @@ def test_a_typo_is_shown_with_its_place_and_its_repair() -> None:
 
 
 def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
-    text = "version: 1\ntree:\n  fr: {wieght: 1}\n  de:\n  x: {target_modules: 3, r: yes}\ndefaults: {r: 0}\nz: 1\n"
+    text = (
+        "version: 1\ntree:\n  fr: {wieght: 1}\n  de:\n  x: {target_modules: 3, r: yes}\n"
+        "defaults: {r: 0}\nz: 1\n"
+    )
     assert wrong(text).splitlines() == [
         "zoo/tree.yaml:3:8: unknown key 'wieght' in node fr; did you mean 'weight'?",
-        "  zoo/tree.yaml:4:3: node de: got null, which should be a mapping; write {} where there is nothing to say",
-        "  zoo/tree.yaml:5:7: node x: target_modules: got 3, which should be a valid list or should be a valid string",
+        "  zoo/tree.yaml:4:3: node de: got null, which should be a mapping; write {} where there "
+        "is nothing to say",
+        "  zoo/tree.yaml:5:7: node x: target_modules: got 3, which should be a valid list or "
+        "should be a valid string",
         "  zoo/tree.yaml:5:26: node x: r: got 'yes', which should be a valid integer",
         "  zoo/tree.yaml:6:12: defaults.r: got 0, which should be greater than or equal to 1",
         "  zoo/tree.yaml:7:1: unknown key 'z'",
@@ -131,7 +136,8 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ),
         (
             "version: 1\ndefaults: {rank_pattern: {'[': 4}}",
-            ":2:27: defaults.rank_pattern: the key '[' is not a regular expression: unterminated character set",
+            ":2:27: defaults.rank_pattern: the key '[' is not a regular expression: unterminated "
+            "character set",
         ),
         (
             "version: 1\ntree: {fr: {rank_pattern: {a: 1, '(': 4}}}",
@@ -167,7 +173,8 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ),
         (
             "version: 1\ndefaults: {layers_pattern: [h, '(']}",
-            ":2:12: defaults.layers_pattern: got a list, which holds '(', which is not a regular expression: missing )",
+            ":2:12: defaults.layers_pattern: got a list, which holds '(', which is not a regular "
+            "expression: missing )",
         ),
         (
             "version: 1\ndefaults: {layers_pattern: '(?P<idx>h)'}",
@@ -263,7 +270,7 @@ def test_a_long_key_survives() -> None:
     assert parse_yaml(render_yaml(data), FILE).data == data
 
 
-# ---------------------------------------------------------------------- the schema, and errors in Python
+# ----------------------------------------------------------------- the schema, and errors in Python
 def test_the_committed_schema_is_current() -> None:
     committed = Path(__file__).parent.parent / "lora_tree" / "tree.schema.json"
     assert json.loads(committed.read_text()) == json_schema(), (

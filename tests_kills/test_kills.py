@@ -1,4 +1,5 @@
-"""Kill -9 at random moments of train, restore and gc: every acknowledged content is there afterwards.
+"""Kill -9 at random moments of train, restore and gc: every acknowledged content is there
+afterwards.
 
 A worker trains, changes, removes, restores and cleans up in one folder, and acknowledges each act
 through a pipe when it has returned. It is killed at a random moment, again and again. After every

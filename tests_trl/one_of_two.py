@@ -1,4 +1,6 @@
-"""One of two processes that train a path with trl over gloo: ``python one_of_two.py FOLDER RANK PORT``."""
+"""One of two processes that train a path with trl over gloo: ``python one_of_two.py FOLDER RANK
+PORT``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 KINDS = ("sft", "dpo", "kto", "grpo")
 ALIKE = ("kto", "grpo")
-"""KTO pairs rows up within a process's own batch, and GRPO draws completions there: one process has no such rows."""
+"""KTO pairs rows up within a process's own batch, and GRPO draws completions there: one process has
+no such rows.
+"""
 
 
 def run(kind: str, folder: Path, *, batch: int) -> list[float]:

@@ -1,7 +1,8 @@
 """A tiny base, a tree of three levels over it, data, and the same run by trl over PEFT.
 
 the tree      base ─ fr (frozen) ─ fr/legal (frozen) ─ fr/legal/acme (trains)
-over PEFT     the base with fr and fr/legal added into its float64 weights, and one adapter that begins with the
+over PEFT     the base with fr and fr/legal added into its float64 weights, and one adapter that
+              begins with the
               numbers of acme
 """
 
@@ -46,7 +47,9 @@ def base(**more: Any) -> LlamaForCausalLM:
 
 
 def model(of: Any = None, *, seed: int = 1) -> lt.TreeModel:
-    """The tree over a base; the frozen nodes change something, and the one that trains begins at zero."""
+    """The tree over a base; the frozen nodes change something, and the one that trains begins at
+    zero.
+    """
     of = base() if of is None else of
     torch.manual_seed(seed)
     tree = lt.AdapterTree(defaults=SPEC)

@@ -1,4 +1,5 @@
-"""Paths beside quantised weights: the real libraries on the CPU, against the same base dequantised, in float64.
+"""Paths beside quantised weights: the real libraries on the CPU, against the same base dequantised,
+in float64.
 
 bare     the quantiser's own forward            its own business; only its distance is bounded
 path     bare + scale · B A x at every site     ours

@@ -1,7 +1,8 @@
 """trl's trainers over a path of a tree, step by step beside trl over PEFT.
 
-The node that trains is on the third level, over a frozen domain and a frozen task; for PEFT these two are added into
-the base's weights. Losses of every step and the factors at the end have to agree.
+The node that trains is on the third level, over a frozen domain and a frozen task; for PEFT these
+two are added into the base's weights. Losses of every step and the factors at the end have to
+agree.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def test_every_loss_and_the_factors_are_those_of_trl_over_peft(
 ) -> None:
     kind, more = case
     of = model()
-    # One after the other: a trainer seeds torch's generator when it is made, and GRPO draws from it.
+    # One after the other: a trainer seeds torch's generator when it is made, and GRPO draws from
+    # it.
     other = theirs(kind, of, tmp_path / "o", **more)
     other.train()
     own = ours(kind, of, tmp_path / "own", **more)

@@ -1,4 +1,6 @@
-"""trl over two processes comes to what one process does, on the same rows: one pair of processes, over gloo."""
+"""trl over two processes comes to what one process does, on the same rows: one pair of processes,
+over gloo.
+"""
 
 from __future__ import annotations
 

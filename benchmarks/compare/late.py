@@ -2,7 +2,8 @@
 
 parent          the group of the leaf, trained without it
 leaf            a new node on that group; everything above it is frozen
-leaf, fitted    the same at the weight that does best on rows held back, as `lora-tree train` keeps it
+leaf, fitted    the same at the weight that does best on rows held back, as `lora-tree train`
+                keeps it
 flat            an adapter of its own, from scratch
 pooled, on      the pooled adapter, trained on with the leaf's rows; the other leaves lose by it
 """

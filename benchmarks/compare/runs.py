@@ -167,7 +167,9 @@ def compare(
 
 
 def curve(size: Size = FULL, *, say: Say = quiet) -> list[tuple[int, str, float]]:
-    """Return (steps, system, bits) of longer and longer training: equal rank on a path, one seed."""
+    """Return (steps, system, bits) of longer and longer training: equal rank on a path, one
+    seed.
+    """
     text = opened(size, say=say)
     found = []
     for system in SYSTEMS["equal rank on a path"]:

@@ -4,7 +4,8 @@
     relative  error / √ Σ ‖ΔW‖²
 
 Every verb of this room that cuts, rounds or merges returns one. A value that nothing was cut from
-has an error of 0: adding up factors is exact but for the rounding of a scale (see `lora_tree.concat`).
+has an error of 0: adding up factors is exact but for the rounding of a scale (see
+`lora_tree.concat`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""``lora-tree check --merged``: how a merged checkpoint differs from the path that it should hold."""
+"""``lora-tree check --merged``: how a merged checkpoint differs from the path that it should
+hold.
+"""
 
 from __future__ import annotations
 

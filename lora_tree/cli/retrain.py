@@ -45,7 +45,9 @@ def train_again(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train nodes, and all below them, again with what they were trained with, from the root down."""
+    """Train nodes, and all below them, again with what they were trained with, from the root
+    down.
+    """
     if stale == bool(nodes):
         raise SpecError(
             "name nodes, or take what is stale: lora-tree retrain FOLDER --stale", "not both"

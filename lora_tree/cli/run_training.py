@@ -1,4 +1,6 @@
-"""One run to its end, for the commands that train: steps with a bar, Ctrl-C, the last checkpoint, the save."""
+"""One run to its end, for the commands that train: steps with a bar, Ctrl-C, the last checkpoint,
+the save.
+"""
 
 from __future__ import annotations
 

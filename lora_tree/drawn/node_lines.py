@@ -21,8 +21,8 @@ WORDS = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", 
 
 @dataclass(frozen=True)
 class NodeLine:
-    """One node. ``ranks`` are the distinct ones of its modules, sorted; ``overrides`` the tensors of
-    the base that it replaces.
+    """One node. ``ranks`` are the distinct ones of its modules, sorted; ``overrides`` the tensors
+    of the base that it replaces.
     """
 
     path: str

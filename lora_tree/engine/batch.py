@@ -159,7 +159,9 @@ class Batch:
     # ------------------------------------------------------------------ derived
     @cached_property
     def owed_nodes(self) -> list[tuple[str, str, Weight]]:
-        """(name here, the tree's node, the weight with which it is owed), in the order of the sum."""
+        """(name here, the tree's node, the weight with which it is owed), in the order of the
+        sum.
+        """
         found = []
         for name, weight in zip(self.nodes, self.weights or (1.0,) * len(self.nodes), strict=True):
             found.append((name, tree_node(name), weight))

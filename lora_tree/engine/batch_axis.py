@@ -281,7 +281,8 @@ def in_a_list_of_lists(name: str) -> bool:
 
 
 def lies_by_rows(site: Place, x: Tensor, out: Tensor, length: int, *, batch_first: bool) -> bool:
-    """Return whether an input's first axis is the rows, by its shape alone, so that it can be traced.
+    """Return whether an input's first axis is the rows, by its shape alone, so that it can be
+    traced.
 
     Args:
         site: whose input.

@@ -1,4 +1,5 @@
-"""Ground: what increments are added to beside the weights, where a node overrides a module's tensors.
+"""Ground: what increments are added to beside the weights, where a node overrides a module's
+tensors.
 
     no override       y = module(x)
     whole tensors     y = twin(x)              the module's own forward over the overrides

@@ -142,7 +142,8 @@ class Mergeable:
             replacing = plan.overrides.get(name)
             if replacing and not self._pristine.keeps:
                 raise UnmergedOnly(
-                    f"{replacing[0].node}: {name}: an override can't be taken back without a copy of the base's "
+                    f"{replacing[0].node}: {name}: an override can't be taken back without a copy "
+                    f"of the base's "
                     'own weight, and pristine="none" keeps none',
                     'attach with pristine="auto", or use activate(…, mode="unmerged")',
                 )

@@ -59,7 +59,9 @@ class Packing:
                 )
 
     def forbid(self, wanted: bool) -> None:
-        """Take the flag from every layer that has it, or give it back to those it was taken from."""
+        """Take the flag from every layer that has it, or give it back to those it was taken
+        from.
+        """
         if not wanted:
             while self._held:
                 setattr(self._held.pop(), _ALLOWED, True)

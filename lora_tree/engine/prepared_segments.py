@@ -4,9 +4,9 @@
     one buffer of addresses, (sites, nodes, fields)       rewritten in place at a switch
     an operator at each site                              opaque to the compiler
 
-Nothing has a rank that was fixed before: the kernels read factors where they lie. The operator finds
-the buffers by its site's number, so that a captured graph reads their memory itself and what is
-written there next is what it runs. A path is a batch of one row that holds all inputs.
+Nothing has a rank that was fixed before: the kernels read factors where they lie. The operator
+finds the buffers by its site's number, so that a captured graph reads their memory itself and what
+is written there next is what it runs. A path is a batch of one row that holds all inputs.
 
 Whatever is not active is written out of the buffers: a graph that is replayed later finds lists in
 which no row owes anything, and never an address of memory that was freed.
@@ -175,7 +175,9 @@ class PreparedSegments:
         return SegmentNumbers(count, lists, addresses, scales, uniform, batch_first, held)
 
     def _laid_out(self, plan: Plan, nodes: Sequence[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the addresses and scales of a plan's factors on the device, and what was copied."""
+        """Return the addresses and scales of a plan's factors on the device, and what was
+        copied.
+        """
         if len(nodes) > self._scales.shape[1]:
             raise StateError(
                 f"{len(nodes)} nodes, and {self._scales.shape[1]} were there when the model was "
@@ -290,7 +292,8 @@ class _SegmentedSite:
         fits = fits and value.rank <= self.table.rank
         if not fits or (self.table.aligned and value.rank % 8):
             raise StateError(
-                f"{node}: {self.site.name}: its factors are {value.dtype} of rank {value.rank}, and "
+                f"{node}: {self.site.name}: its factors are {value.dtype} of rank {value.rank}, "
+                f"and "
                 f"{self.table.dtype} of a rank of at most {self.table.rank} was prepared for",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )

@@ -276,7 +276,9 @@ class Stage:
             self._warn_on_save(merged)
 
     def _tell_claim(self, behaviour: Behaviour) -> None:
-        """Note whether the base is bare, for a model that is attached after this one was dropped."""
+        """Note whether the base is bare, for a model that is attached after this one was
+        dropped.
+        """
         self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
 
     def _warn_on_save(self, merged: bool) -> None:

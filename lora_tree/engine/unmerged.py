@@ -324,7 +324,8 @@ class Unmerged:
 
 
 def _raise_for_stop(module: nn.Module, name: str) -> NoReturn:
-    """Refuse a layer of the base that passes no gradient on: everything below it would stop to learn.
+    """Refuse a layer of the base that passes no gradient on: everything below it would stop to
+    learn.
 
     Raises:
         StateError: always; names the site.

@@ -1,4 +1,6 @@
-"""CheckpointPair: two checkpoints of one architecture, parameter by parameter in the model's names."""
+"""CheckpointPair: two checkpoints of one architecture, parameter by parameter in the model's
+names.
+"""
 
 from __future__ import annotations
 

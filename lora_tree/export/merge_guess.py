@@ -194,7 +194,9 @@ def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float],
 
 
 def multiples_text(multiples: Mapping[str, float]) -> str:
-    """Return the nodes whose multiple is not 1, each with it: ``fr 0.5 times, fr/legal 0 times``."""
+    """Return the nodes whose multiple is not 1, each with it: ``fr 0.5 times, fr/legal 0
+    times``.
+    """
     told = []
     for node, multiple in multiples.items():
         if abs(multiple - 1) > SAME:

@@ -210,7 +210,9 @@ class _Comparing:
         return TensorCheck(name, "other", error, "another bias")
 
     def _weight(self, name: str, write: Write, old: Tensor, new: Tensor) -> TensorCheck:
-        """Compare a weight with its sum: by its bits first, then by every element, then as a fit."""
+        """Compare a weight with its sum: by its bits first, then by every element, then as a
+        fit.
+        """
         is_equal = any(same_bits(want, new) for want in self._sums(write, old, new.dtype))
         looked = look_at(write, self._parts(write), name, old, new)
         self._fits.append(looked.fit)

@@ -5,7 +5,8 @@ reading     disk, bounds, lockfile, yamlfile; record → pending → scan → re
 deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes nothing
 writing     writer, archive, carry → commit                        it decides nothing
 the past    history: what nodes were; archive: their files
-the verbs   saving, alone, relock → api, checking, versions; edge puts them where the values look for files
+the verbs   saving, alone, relock → api, checking, versions; edge puts them where the values look
+            for files
 """
 
 from .api import SkippedWarning, StaleWarning, load, lock, relock, survey

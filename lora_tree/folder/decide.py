@@ -1,4 +1,5 @@
-"""Decide what a save does, and write nothing: nodes' files, tree.yaml, tree.lock, what goes, what is kept.
+"""Decide what a save does, and write nothing: nodes' files, tree.yaml, tree.lock, what goes, what
+is kept.
 
     a node with                           becomes
     an adapter in memory alone            its two files, rendered

@@ -1,8 +1,8 @@
 """The few operations by which this library changes a disk; it may fail or be killed at each.
 
 Everything that is written goes through here, in this order: a new file is written whole and synced
-under a name that no reader looks for, then renamed; a folder is synced after its content has changed
-names. What the operating system refuses arrives as a `FolderError` that names the file.
+under a name that no reader looks for, then renamed; a folder is synced after its content has
+changed names. What the operating system refuses arrives as a `FolderError` that names the file.
 """
 
 from __future__ import annotations

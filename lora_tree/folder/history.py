@@ -1,6 +1,7 @@
 """The history: what nodes of a tree were before, as one log; a value, and its bytes.
 
-    .versions/tree.json        node → its earlier versions, the oldest first (other.json: other.yaml's)
+    .versions/tree.json        node → its earlier versions, the oldest first
+                               (other.json: other.yaml's)
     .versions/<content>/       the files of a content that no node has any more; see `archive`
 
 A version is what tree.lock said of a node, with the node's weight, when a save changed one of the

@@ -79,7 +79,8 @@ def planned(
             blocked.append(place)
     if blocked:
         raise FolderError(
-            f"{folder}: {listing(blocked)}: would be replaced or deleted, and the hub does not have "
+            f"{folder}: {listing(blocked)}: would be replaced or deleted, and the hub does not "
+            f"have "
             "this content, so it could not be brought back",
             "pull into another folder; or push what is here first, to a branch of its own",
         )

@@ -196,7 +196,9 @@ class Keeping:
         return NewFile.of(history_place(self.opened.place.lock), render_history(history))
 
     def archives(self) -> tuple[Archived, ...]:
-        """Return the contents that go into the archive: named by the log, and no node's any more."""
+        """Return the contents that go into the archive: named by the log, and no node's any
+        more.
+        """
         wanted = self._new[0].contents().keys() - self._live
         if not wanted:
             return ()

@@ -1,4 +1,5 @@
-"""Outgoing: a tree's files as others get them, with its base under a name that means something there.
+"""Outgoing: a tree's files as others get them, with its base under a name that means something
+there.
 
     /models/llama-8b, ../base      a folder of this machine: replaced, or refused
     org/llama-8b                   a hub id: stays
@@ -71,7 +72,8 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
     if own.outside:
         node, folder = next(iter(own.outside.items()))
         raise FolderError(
-            f"{listing(own.outside)}: outside of the tree's folder or hidden in it, like {folder}, so nobody else "
+            f"{listing(own.outside)}: outside of the tree's folder or hidden in it, like {folder}, "
+            f"so nobody else "
             "would have it",
             f"bring it in: lt.load({opened.place.spelled!r}) and save(copy=True); or push it to a "
             f"repository of its own and name that in tree.yaml: {node}: {{adapter: hub:org/name}}",
@@ -156,7 +158,8 @@ class _BaseNames:
         local = {name for name in names if portable_base(name, folder) != name}
         if local and base is None:
             raise SpecError(
-                f"{opened.place.spelled}: the base is {listing(sorted(local), most=3)}, a folder of "
+                f"{opened.place.spelled}: the base is {listing(sorted(local), most=3)}, a folder "
+                f"of "
                 "this machine, which nobody else has under that name",
                 "say what it is on the hub: --base-name org/model",
             )

@@ -3,9 +3,10 @@
     .lora_tree/commit.json       which staged file goes to which place, and which files go away
 
 Law: a record can name only the files that one save writes (adapters in nodes' folders, one YAML
-file, its lock, the log of the history), at places in the folder itself, never through a link. It also tells what lay at
-each place when it was decided. A process that carries it out compares that first. So a record that
-came with a download, or with a folder that was changed since, replaces and deletes nothing else.
+file, its lock, the log of the history), at places in the folder itself, never through a link. It
+also tells what lay at each place when it was decided. A process that carries it out compares that
+first. So a record that came with a download, or with a folder that was changed since, replaces and
+deletes nothing else.
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ def check_places(folder: Path, writes: Iterable[str], deletes: Iterable[str]) ->
         if above not in clear:  # two files of a node share the way, and each step is an lstat
             _refuse_links(folder, above)
             clear.add(above)
-    # A save replaces tree.yaml, tree.lock and the log of the history, and deletes none of them. So a
-    # record that deletes a file there was not made by a save.
+    # A save replaces tree.yaml, tree.lock and the log of the history, and deletes none of them. So
+    # a record that deletes a file there was not made by a save.
     for place in deletes:
         if "/" not in place or place.startswith(f"{HISTORY}/"):
             text = f"{file}: {place[:200]!r} is no file that a save deletes"

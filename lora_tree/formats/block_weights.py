@@ -1,6 +1,7 @@
-"""Block weights: a list of numbers for the blocks of a Stable Diffusion UNet, as a weight per module.
+"""Block weights: a list of numbers for the blocks of a Stable Diffusion UNet, as a weight per
+module.
 
-    17   BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 … OUT11      the blocks with attentions, SD 1.5
+    17   BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 … OUT11   the blocks with attentions, SD 1.5
     26   BASE IN00 … IN11 MID OUT00 … OUT11                        every block, SD 1.5
     12   BASE IN04 IN05 IN07 IN08 MID OUT00 … OUT05                the blocks with attentions, SDXL
     20   BASE IN00 … IN08 MID OUT00 … OUT08                        every block, SDXL
@@ -8,8 +9,8 @@
 These are the lists of the extension "LoRA Block Weight" of the web UIs. BASE is the text encoders.
 The blocks are those of the original UNet, of which diffusers' are three to one:
 
-    input_blocks.{3 i + j + 1}    down_blocks.i: resnets.j and attentions.j; j = 2 is the downsampler
-    output_blocks.{3 i + j}       up_blocks.i: resnets.j and attentions.j; the upsampler is with j = 2
+    input_blocks.{3 i + j + 1}  down_blocks.i: resnets.j and attentions.j; j = 2 is the downsampler
+    output_blocks.{3 i + j}     up_blocks.i: resnets.j and attentions.j; the upsampler is with j = 2
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float
     if not isinstance(weight, ModuleWeights):
         some = min(adapter.module_names, default="none")
         raise SpecError(
-            "block weights: no module of the adapter lies in a block of a Stable Diffusion UNet; one "
+            "block weights: no module of the adapter lies in a block of a Stable Diffusion UNet; "
+            "one "
             f"of its names: {some}",
             "write patterns on its own names instead: {'*.to_q': 0.5}",
         )

@@ -1,4 +1,5 @@
-"""mlx-lm's adapters: ``adapters.safetensors`` and ``adapter_config.json`` in one folder, in and out.
+"""mlx-lm's adapters: ``adapters.safetensors`` and ``adapter_config.json`` in one folder, in and
+out.
 
     model.layers.0.self_attn.q_proj.lora_a    (in, r)       A transposed
     model.layers.0.self_attn.q_proj.lora_b    (r, out)      B transposed
@@ -6,7 +7,7 @@
     ….mlp.switch_mlp.up_proj.lora_a, .lora_b  (experts, r, in), (experts, out, r): not transposed
 
     adapter_config.json: {"fine_tune_type": "lora", "num_layers": 16,
-                          "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": […]}}
+                         "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": […]}}
 
 The scale is ``lora_parameters.scale`` as it is: mlx-lm divides by no rank, and passes over an
 ``alpha``. Names are those of its models, which are transformers' own for most architectures; the
@@ -117,7 +118,8 @@ def _check_type(fields: Mapping[str, object], where: str) -> None:
     if isinstance(kind, str) and kind in reasons:
         raise UnsupportedAdapter(f"{where}: fine_tune_type is {kind}: {reasons[kind]}", _FUSE)
     raise UnsupportedAdapter(
-        f"{where}: fine_tune_type is {kind!r:.80}, expected 'lora' ('dora' and 'full' are known and "
+        f"{where}: fine_tune_type is {kind!r:.80}, expected 'lora' ('dora' and 'full' are known "
+        f"and "
         "refused)",
         _FUSE,
     )
@@ -179,7 +181,9 @@ def _values(
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    """Return a matrix transposed, in the very memory that it lies in: the one buffer of the file."""
+    """Return a matrix transposed, in the very memory that it lies in: the one buffer of the
+    file.
+    """
     turned = tensor.mT.contiguous()
     return tensor.view(turned.shape).copy_(turned)
 
@@ -216,7 +220,8 @@ def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, byte
     for module, value in adapter.modules.items():
         if value.layout not in (LINEAR, EMBEDDING) or value.A.ndim != 2:
             raise FormatError(
-                f"{module}: {value.layout.kind} factors of {tuple(value.A.shape)}: mlx-lm's adapters "
+                f"{module}: {value.layout.kind} factors of {tuple(value.A.shape)}: mlx-lm's "
+                f"adapters "
                 "hold Linear layers and embeddings"
             )
         if value.bias is not None:

@@ -41,7 +41,9 @@ VARIANTS = {
     "layer_replication": "it repeats layers of the base, which is another model",
     "megatron_config": "Megatron's parallel layers hold shards of the factors",
 }
-"""Fields of PEFT's LoraConfig (0.21) that make neither W + B·A nor a replacement, with the reasons."""
+"""Fields of PEFT's LoraConfig (0.21) that make neither W + B·A nor a replacement, with the
+reasons.
+"""
 
 MUTATING = {
     "pissa": "PiSSA",

@@ -238,7 +238,9 @@ class _OutlineMaker:
             )
 
     def _sort_whole(self, key: str, path: str, tensor: Tensor) -> None:
-        """Take a whole tensor as an override, if the key or the config says that it was saved so."""
+        """Take a whole tensor as an override, if the key or the config says that it was saved
+        so.
+        """
         if is_original(path):
             return  # the base's own beside its replacement: nothing is computed from it
         path, is_wrapped = without_wrapper(path)
@@ -273,7 +275,8 @@ class _OutlineMaker:
             raise FormatError(
                 f"{self._where}: unexpected key {key[:200]!r}, expected "
                 f"{PREFIX}<module>.lora_A.weight",
-                "a file of kohya or diffusers is loaded by its own name, without adapter_config.json: "
+                "a file of kohya or diffusers is loaded by its own name, without "
+                "adapter_config.json: "
                 "Adapter.load('FILE.safetensors')",
             )
         path, part = peft_keys.split_key(key.removeprefix(PREFIX))

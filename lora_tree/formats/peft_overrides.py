@@ -45,7 +45,9 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""``task_type`` → the modules that PEFT saves by itself; it adds them when it opens a folder, too."""
+"""``task_type`` → the modules that PEFT saves by itself; it adds them when it opens a folder,
+too.
+"""
 
 
 def is_original(path: str) -> bool:
@@ -184,7 +186,8 @@ def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
 
 # ---------------------------------------------------------------------- out
 def words_for(overrides: Mapping[str, Override], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``modules_to_save`` and ``trainable_token_indices`` for the overrides that are written.
+    """Return ``modules_to_save`` and ``trainable_token_indices`` for the overrides that are
+    written.
 
     The adapter's own words are kept as far as they name these overrides, so that a file that was
     read is written with the same text.

@@ -1,1 +1,3 @@
-"""The tree in the tools that people train and serve with: thin, and imported only when asked for."""
+"""The tree in the tools that people train and serve with: thin, and imported only when asked
+for.
+"""

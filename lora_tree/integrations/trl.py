@@ -81,7 +81,8 @@ class PathCheckpoints(TreeCheckpoints):
         super().__init__(policy, *args, **trainer)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SpecError(
-                f"{type(self).__name__} trains on one device a process; not under FSDP or DeepSpeed",
+                f"{type(self).__name__} trains on one device a process; not under FSDP or "
+                f"DeepSpeed",
                 "start a process for each GPU: torchrun --nproc-per-node=…",
             )
         self.add_callback(_FiniteSteps(self.tree_model))

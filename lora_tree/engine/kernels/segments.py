@@ -151,7 +151,9 @@ class Segments:
         """Node → its first place in `by_node`."""
 
     def take(self, other: Segments) -> None:
-        """Take another batch's lists over, in place: of as many rows, and no more entries or nodes."""
+        """Take another batch's lists over, in place: of as many rows, and no more entries or
+        nodes.
+        """
         if other.sizes == self.sizes:
             self.memory.copy_(other.memory)
             return
