@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -120,21 +120,20 @@ class PathModel(AnswersForBase):
         """Return the head, for a caller that multiplies by its weight.
 
         Raises:
-            StateError: the path adapts the head, and such a caller would leave that out in silence;
+            StateError: the path changes the head, and such a caller would leave that out in silence;
                 names the nodes.
         """
         base: Any = self.base
         head = base.get_output_embeddings()
         plan = self._path_stage.current.placed.plan
-        for name, terms in plan.terms.items():
-            if head is not None and plan.sites[name].module is head:
-                changing = [term.node for term in terms]
-                changing += [override.node for override in plan.overrides.get(name, ())]
-                nodes = listing(dict.fromkeys(changing))
+        for name, site in plan.sites.items():
+            if head is not None and site.module is head:
+                nodes = [term.node for term in plan.terms.get(name, ())]
+                nodes += [override.node for override in plan.overrides.get(name, ())]
+                told = listing(dict.fromkeys(nodes))
                 raise StateError(
-                    f"{name}: the head is adapted by {nodes}, and a caller that takes its weight "
-                    f"alone "
-                    "would leave that out",
+                    f"{name}: the head is changed by {told}, and a caller that takes its weight "
+                    "alone would leave that out",
                     "call the model for its logits, or leave the head out of the node: "
                     f'exclude_modules=["{name}"]',
                 )
@@ -208,16 +207,23 @@ def _digest_of(plan: Plan, without: Collection[str]) -> Tensor:
     out.
     """
     seen = hashlib.sha256()
-    for name, terms in plan.terms.items():
-        for term in terms:
-            if key_of(term.node) in without:
-                continue
-            seen.update(f"{name} {term.coefficient!r} {term.value.scale!r}".encode())
-            for factor in term.value.tensors:
-                # As bytes, because numpy has no bf16.
-                raw = factor.detach().cpu().contiguous().flatten().view(torch.uint8)
-                seen.update(raw.numpy().tobytes())
+    for name in plan.sites:
+        for term in plan.terms.get(name, ()):
+            if key_of(term.node) not in without:
+                seen.update(f"{name} {term.coefficient!r} {term.value.scale!r}".encode())
+                _add_numbers(seen, term.value.tensors)
+        for override in plan.overrides.get(name, ()):
+            if key_of(override.node) not in without:
+                seen.update(f"{name}.{override.attribute}".encode())
+                _add_numbers(seen, [override.value.values])
     return torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8)
+
+
+def _add_numbers(seen: Any, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        # As bytes, because numpy has no bf16.
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        seen.update(raw.numpy().tobytes())
 
 
 class _Gate:

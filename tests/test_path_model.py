@@ -158,6 +158,26 @@ def test_tied_weights_and_shared_modules_stay_tied_and_shared() -> None:
     close(seen(x), wanted)
 
 
+def test_fused_experts_have_their_side_paths_in_the_view() -> None:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=60)
+    config = transformers.MixtralConfig(
+        **sizes, num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4
+    )
+    experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    tree = lt.AdapterTree(defaults=dict(r=2, target_modules=["q_proj"], target_parameters=experts))
+    tree.add("fr")
+    base = transformers.MixtralForCausalLM(config).eval()
+    model = lt.attach(tree, base)
+    for value in tree.adapter("fr").modules.values():  # type: ignore[union-attr]
+        value.B.normal_(std=0.3)
+    bare, own = base(IDS).logits, model.at("fr")(IDS).logits
+    assert torch.equal(base(IDS).logits, bare)
+    with model.using("fr"):
+        torch.testing.assert_close(base(IDS).logits, own, rtol=1e-4, atol=1e-5)
+    assert (own - bare).abs().max() > 1e-2
+
+
 # ---------------------------------------------------------------------- training
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_backward_through_checkpointed_layers_finds_its_own_path_whatever_ran_since(
@@ -305,10 +325,31 @@ def test_under_a_budget_it_pins_its_lineage_until_it_is_dropped(tmp_path: Path) 
 def test_a_head_whose_weight_would_be_taken_without_its_adapter_is_refused_by_name() -> None:
     model = speaking(llama(), ("q_proj", "lm_head"))
     policy = model.at("fr/legal")
-    with pytest.raises(StateError, match=r"^lm_head: the head is adapted by fr, fr/legal"):
+    with pytest.raises(StateError, match=r"^lm_head: the head is changed by fr, fr/legal"):
         policy.get_output_embeddings()
     assert policy(IDS).logits.shape == (2, 6, 60)
     assert model.at("").get_output_embeddings().weight is model.base.lm_head.weight
+
+
+def test_a_head_of_a_nodes_own_runs_and_is_refused_to_who_takes_its_weight() -> None:
+    base = llama()
+    tree = lt.AdapterTree(
+        defaults=dict(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    tree.add("fr")
+    model = lt.attach(tree, base)
+    policy = model.at("fr")
+    head = next(iter(tree.adapter("fr").overrides.values()))  # type: ignore[union-attr]
+    with torch.no_grad():
+        head.values.add_(0.1)
+    before = policy.get_extra_state()
+    wanted = policy.base_model(IDS).last_hidden_state @ head.values.mT
+    torch.testing.assert_close(policy(IDS).logits, wanted)
+    with pytest.raises(StateError, match=r"^lm_head: the head is changed by fr"):
+        policy.get_output_embeddings()
+    with torch.no_grad():
+        head.values.add_(0.1)
+    assert not torch.equal(model.at("fr").get_extra_state(), before)
 
 
 def test_saving_or_changing_the_base_through_it_is_refused_as_a_tree_model_does() -> None:

@@ -287,7 +287,7 @@ def test_a_head_that_is_adapted_is_refused_because_trl_takes_its_weight_alone(
     tree.add("fr")
     of = lt.attach(tree, base())
     of.trainable("fr")
-    with pytest.raises(StateError, match=r"^lm_head: the head is adapted by fr"):
+    with pytest.raises(StateError, match=r"^lm_head: the head is changed by fr"):
         ours("dpo", of, tmp_path, trains="fr")
 
 
