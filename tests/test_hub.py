@@ -397,7 +397,7 @@ def test_a_pull_that_fails_anywhere_leaves_the_old_or_the_new(
     new = without_origin(zoo)
     for name in ("copy", "write", "rename", "sync"):
         real = getattr(disk, name)
-        for at in range(60):
+        for at in (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 10_000):
             kept = tmp_path / "kept"
             shutil.rmtree(kept, ignore_errors=True)
             if there.exists():

@@ -83,11 +83,15 @@ class HubClient:
     def __init__(self, repository: str, *, what: str, progress: bool = True) -> None:
         self.repository = repository
         self._hub: Any = need("huggingface_hub", extra="hub", what=what)
+        # Each by its own name: the package imports its parts only when they are asked for, and does
+        # not offer them as attributes before that.
         self._errors: Any = need("huggingface_hub.errors", extra="hub", what=what)
+        self._constants: Any = need("huggingface_hub.constants", extra="hub", what=what)
+        self._utils: Any = need("huggingface_hub.utils", extra="hub", what=what)
         self._progress = progress
         self._listed: dict[str, dict[str, HubFile]] = {}
         try:
-            need("huggingface_hub.utils", extra="hub", what=what).validate_repo_id(repository)
+            self._utils.validate_repo_id(repository)
         except self._errors.HFValidationError as error:
             reason = str(error).splitlines()[0]
             raise SpecError(
@@ -150,10 +154,11 @@ class HubClient:
         """
         if commit in self._listed:  # a commit never changes
             return self._listed[commit]
+        file_type: Any = need("huggingface_hub.hf_api", extra="hub", what="a listing").RepoFile
         found: dict[str, HubFile] = {}
         with self._told(commit):
             for entry in self._api.list_repo_tree(self.repository, revision=commit, recursive=True):
-                if isinstance(entry, self._hub.hf_api.RepoFile):
+                if isinstance(entry, file_type):
                     sha256 = entry.lfs.sha256 if entry.lfs is not None else None
                     found[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
         self._listed[commit] = found
@@ -244,7 +249,7 @@ class HubClient:
     @contextmanager
     def _bars(self) -> Iterator[None]:
         """Keep huggingface_hub's bars away where the caller wants none."""
-        utils: Any = self._hub.utils
+        utils = self._utils
         if self._progress or utils.are_progress_bars_disabled():
             yield
             return
@@ -258,7 +263,7 @@ class HubClient:
     def _told(self, revision: str = MAIN) -> Iterator[None]:
         """Raise huggingface_hub's errors as ours, each with what to do about it."""
         name, known = self.repository, self._errors
-        page = f"{self._hub.constants.ENDPOINT}/{name}"
+        page = f"{self._constants.ENDPOINT}/{name}"
         try:
             yield
         except (LoraTreeError, MemoryError):
@@ -283,7 +288,7 @@ class HubClient:
                 raise HubError(*self._refused(cause)) from error
             raise HubError(
                 f"{name}: {revision} is not whole in the cache "
-                f"({self._hub.constants.HF_HUB_CACHE}), and {self._why_offline()}",
+                f"({self._constants.HF_HUB_CACHE}), and {self._why_offline()}",
                 "fetch it once where the hub answers",
             ) from error
         except known.HfHubHTTPError as error:
@@ -294,7 +299,7 @@ class HubClient:
                 raise HubError(*self._refused(error.__cause__)) from error
             said = next(iter(str(error).strip().splitlines()), "")
             what = f"{name}: {type(error).__name__}: {said}"
-            raise HubError(what, f"is {self._hub.constants.ENDPOINT} in reach?") from error
+            raise HubError(what, f"is {self._constants.ENDPOINT} in reach?") from error
 
     def _not_there(self) -> list[str]:
         if self._hub.get_token() is None:
@@ -309,9 +314,9 @@ class HubClient:
         ]
 
     def _why_offline(self) -> str:
-        if self._hub.constants.HF_HUB_OFFLINE:
+        if self._constants.HF_HUB_OFFLINE:
             return "HF_HUB_OFFLINE is set"
-        return f"{self._hub.constants.ENDPOINT} does not answer"
+        return f"{self._constants.ENDPOINT} does not answer"
 
     def _refused(self, error: Any) -> list[str]:
         """Say why the hub refused, by its status, and what to do."""
