@@ -23,6 +23,7 @@ import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError, PathError, SpecError, TreeError
 from lora_tree.folder import archive, disk
 from lora_tree.folder.history import HISTORY
+from lora_tree.folder.record import check_places
 
 
 def numbers(a: lt.Adapter | None) -> list[Any]:
@@ -374,7 +375,7 @@ def test_killed_at_every_operation_it_is_as_before_or_done(
         if at % 5 and faulty.fired:
             shutil.rmtree(folder)
             continue  # what the next writer does depends on the phase alone, not on every step
-        replaced(folder, 20, path="grp/x")
+        lt.lock(folder)  # a writer that changes no history
         live = {versions[-1].content for versions in lt.history(folder).values()}
         named = {v.content for versions in lt.history(folder).values() for v in versions}
         assert kept(folder) == named - live, "the next writer clears up"
@@ -399,6 +400,22 @@ def test_a_log_that_is_broken_is_named(zoo: Path) -> None:
     with pytest.raises(SpecError, match="newer lora_tree"):
         lt.history(zoo)
     assert numbers(opened(zoo).adapter("fr/legal")) == numbers(adapter(11)), "the tree opens"
+
+
+@pytest.mark.parametrize(
+    ("writes", "deletes"),
+    [
+        ([], [f"{HISTORY}/tree.json"]),
+        ([f"{HISTORY}/tree.txt"], []),
+        ([f"{HISTORY}/{'0' * 64}/{WEIGHTS}"], []),
+    ],
+)
+def test_a_record_may_replace_a_log_and_nothing_else_there(
+    zoo: Path, writes: list[str], deletes: list[str]
+) -> None:
+    check_places(zoo, [f"{HISTORY}/tree.json"], [])
+    with pytest.raises(SpecError, match="no file that a save"):
+        check_places(zoo, writes, deletes)
 
 
 def test_an_archive_that_is_a_link_is_refused(zoo: Path, tmp_path: Path) -> None:

@@ -113,24 +113,23 @@ def test_levels_that_were_trained_together_are_trained_together(
     run("train", zoo, "fr/**", "fr", "--data", project / "below.jsonl", *SMALL, "--quiet")
     plan = plan_retraining(opened(zoo), ["fr"])
     assert [job.nodes for job in plan.jobs] == [("fr", "fr/legal", "fr/medical")]
-    # One in the middle was trained by itself since: the run is cut where that one comes in.
+
+
+def test_a_run_is_cut_where_another_one_lies_between_its_levels(project: Path) -> None:
+    zoo = project / "zoo"
+    training = lt.history(zoo)["fr"][-1].training
+    assert training is not None
+    both = training.model_copy(update={"nodes": ["fr", "fr/legal/deep"]})
     tree = opened(zoo)
+    tree.update("fr", adapter=tree.adapter("fr/medical"))
     tree.add("fr/legal/deep", adapter=tree.adapter("fr/legal"))
-    tree.save(zoo, note=lt.SaveNote(training={"fr/legal/deep": made(zoo, "fr", "fr/legal/deep")}))
-    run("train", zoo, "fr/legal", "--data", project / "below.jsonl", *SMALL, "--seed", 5, "--quiet")
+    tree.save(zoo, note=lt.SaveNote(training={"fr": both, "fr/legal/deep": both}))
     plan = plan_retraining(opened(zoo), ["fr"])
     assert [job.nodes for job in plan.jobs] == [
-        ("fr", "fr/medical"),
-        ("fr/legal",),
+        ("fr",),
+        ("fr/legal", "fr/medical"),
         ("fr/legal/deep",),
     ]
-
-
-def made(zoo: Path, like: str, path: str) -> lt.TrainedWith:
-    """What a node was trained with, said of another one."""
-    training = lt.history(zoo)[like][-1].training
-    assert training is not None
-    return training.model_copy(update={"nodes": [path]})
 
 
 # ---------------------------------------------------------------------- the training

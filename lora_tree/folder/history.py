@@ -53,6 +53,8 @@ __all__ = [
     "LOG_NAME",
     "History",
     "Version",
+    "beside",
+    "ended",
     "history_place",
     "parse_history",
     "render_history",
@@ -140,27 +142,6 @@ class History:
             nodes[to] = (*nodes.get(to, ()), *self.nodes[path])
         return History(nodes)
 
-    def ended(self, path: str, old: Version, now: tuple[str, Weight] | None, most: int) -> History:
-        """Return the history with one version more.
-
-        Args:
-            path: of the node.
-            old: what it was until now.
-            now: content and weight that it has from now on, which `beside` takes out; None if it
-                was removed.
-            most: different contents that are kept of a node beside the present one.
-        """
-        versions = [v for v in self.nodes.get(path, ()) if v.key != old.key]
-        present = None if now is None else now[0]
-        kept = _bounded([*versions, old], present, most)
-        return History({**self.nodes, path: kept})
-
-    def beside(self, path: str, now: tuple[str, Weight]) -> History:
-        """Return the history without what a node is now: it is no earlier version."""
-        versions = self.nodes.get(path, ())
-        left = tuple(version for version in versions if version.key != now)
-        return self if left == versions else History({**self.nodes, path: left})
-
     def bounded(self, most: int, present: Mapping[str, str]) -> History:
         """Return the history with at most so many contents of each node beside the present one.
 
@@ -209,6 +190,26 @@ class History:
     def without_empty(self) -> History:
         """Return the history without nodes that have no version in it."""
         return History({path: versions for path, versions in self.nodes.items() if versions})
+
+
+def ended(
+    versions: Sequence[Version], old: Version, now: tuple[str, Weight] | None, most: int
+) -> tuple[Version, ...]:
+    """Return a node's earlier versions with one more.
+
+    Args:
+        versions: until now.
+        old: what the node was until now.
+        now: content and weight that it has from now on; None if it was removed.
+        most: different contents that are kept beside the present one.
+    """
+    others = [version for version in versions if version.key != old.key]
+    return _bounded([*others, old], None if now is None else now[0], most)
+
+
+def beside(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Version, ...]:
+    """Return a node's earlier versions without what it is now."""
+    return tuple(version for version in versions if version.key != now)
 
 
 def _bounded(versions: Sequence[Version], present: str | None, most: int) -> tuple[Version, ...]:

@@ -23,7 +23,15 @@ from . import disk
 from .archive import archived, contents_of_others
 from .changes import Archived, KeptAdapter, NewFile
 from .examine import hashed
-from .history import History, Version, history_place, parse_history, render_history
+from .history import (
+    History,
+    Version,
+    beside,
+    ended,
+    history_place,
+    parse_history,
+    render_history,
+)
 from .opening import Opened
 from .resolve import FolderNode
 from .trained import trained
@@ -125,18 +133,25 @@ class Keeping:
         for old, new in self.note.moved.items():
             if old in self.before and old not in self.kept and new in self.kept:
                 found[old] = new
-        fresh = [path for path in self.kept if path not in self.before]
-        for path in sorted(set(fresh) - set(found.values())):
-            for old, was in self.before.items():
-                is_gone = old not in self.kept and old not in found
-                if is_gone and was.content == self.kept[path].content:
-                    found[old] = path
-                    break
+        gone: dict[str, list[str]] = {}
+        for old, was in self.before.items():
+            if old not in self.kept and old not in found:
+                gone.setdefault(was.content, []).append(old)
+        taken = set(found.values())
+        for path in sorted(self.kept):
+            same = gone.get(self.kept[path].content)
+            if same and path not in self.before and path not in taken:
+                found[same.pop(0)] = path
         return found
+
+    @cached_property
+    def _origins(self) -> dict[str, str]:
+        """New path → old path of the nodes that were moved."""
+        return {new: old for old, new in self.moves.items()}
 
     def made(self, path: str) -> Made | None:
         """Return how a node came to be what it is after the save."""
-        origin = {new: old for old, new in self.moves.items()}.get(path, path)
+        origin = self._origins.get(path, path)
         was, now, own = self.before.get(origin), self._now(path), self.kept[path]
         known = None if own.trained is None else own.trained.made
         if was is not None and was.key == now:
@@ -160,7 +175,7 @@ class Keeping:
     @cached_property
     def _new(self) -> tuple[History, list[str]]:
         """The history after the save, and the nodes whose versions the budget has no room for."""
-        history = self._old.moved(self.moves)
+        nodes = dict(self._old.moved(self.moves).nodes)
         most = self.tree.history.most
         changed = False
         for old, was in self.before.items():
@@ -168,12 +183,13 @@ class Keeping:
             now = self._now(path)
             if was.key == now or not most:
                 continue
-            ended = replace(was, until=self.when, ended_by=self.note.by)
-            history = history.ended(path, ended, now, most)
+            replaced = replace(was, until=self.when, ended_by=self.note.by)
+            nodes[path] = ended(nodes.get(path, ()), replaced, now, most)
             changed = True
         for path, own in self.kept.items():
-            history = history.beside(path, (own.content, self.tree[path].weight))
-        history = history.without_empty()
+            if path in nodes:
+                nodes[path] = beside(nodes[path], (own.content, self.tree[path].weight))
+        history = History(nodes).without_empty()
         if not changed:
             return history, []
         return history.within(self.tree.history.budget_bytes, self._live)
