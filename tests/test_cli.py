@@ -983,7 +983,8 @@ def test_the_schema_accepts_what_the_library_does(shell: Shell) -> None:
     code, out, _ = shell("schema")
     schema = json.loads(out)
     assert code == 0
-    assert set(schema["properties"]) == {"version", "base", "defaults", "cache", "tree"}
+    words = {"version", "base", "defaults", "cache", "versions", "versions_budget", "tree"}
+    assert set(schema["properties"]) == words
     assert schema["additionalProperties"] is False
 
 

@@ -99,7 +99,7 @@ def _tell(plan: Retraining, *, dry_run: bool) -> None:
         if job.changed:
             files = listing(str(file) for file in job.changed)
             out().print(f"    changed since it was trained: {files}", soft_wrap=True)
-    for path, reason in (plan.left or {}).items():
+    for path, reason in plan.left.items():
         out().print(f"can't train {path}: {reason}", soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Retraining:
     """
 
     jobs: tuple[RetrainJob, ...] = ()
-    left: Mapping[str, str] | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[str]:
