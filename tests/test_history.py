@@ -22,7 +22,14 @@ from zoo import CONFIG, WEIGHTS, adapter, all_are_there, listing, opened, value
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError, PathError, SpecError, TreeError
 from lora_tree.folder import archive, disk
-from lora_tree.folder.history import HISTORY
+from lora_tree.folder.history import (
+    HISTORY,
+    History,
+    Version,
+    parse_history,
+    render_history,
+)
+from lora_tree.folder.lockfile import HubLock
 from lora_tree.folder.record import check_places
 
 
@@ -349,6 +356,13 @@ def test_gc_says_what_it_frees_and_frees_it(zoo: Path) -> None:
 
 
 # -------------------------------------------------------------------- atomic, and nobody's to forge
+def test_a_version_on_the_hub_keeps_its_name_there() -> None:
+    hub = HubLock(adapter="hub:org/legal@main", commit="0" * 40)
+    version = Version("1" * 64, 1.0, 9, None, "2026-01-01T00:00:00Z", "rm", "../cache", hub)
+    history = History({"fr": (version,)})
+    assert parse_history(render_history(history), "tree.json") == history
+
+
 @pytest.mark.parametrize("what", ["restore", "gc"])
 def test_killed_at_every_operation_it_is_as_before_or_done(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

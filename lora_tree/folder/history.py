@@ -32,6 +32,7 @@ from .lockfile import (
     BaseLock,
     Count,
     Digest,
+    HubLock,
     LineageLock,
     MadeLock,
     WeightLine,
@@ -77,6 +78,7 @@ class Version:
         until: when a save replaced it; None if it is the present one.
         ended_by: the command that replaced it.
         elsewhere: the folder that its user named, as seen from the tree's; such files stay there.
+        hub: how tree.yaml named it, if it is on the model hub, and the commit of its files.
     """
 
     content: str
@@ -86,6 +88,7 @@ class Version:
     until: str | None = None
     ended_by: str | None = None
     elsewhere: str | None = None
+    hub: HubLock | None = None
 
     @property
     def key(self) -> tuple[str, Weight]:
@@ -241,6 +244,7 @@ class VersionLock(StrictModel):
     until: str
     ended_by: str
     elsewhere: str | None = None
+    hub: HubLock | None = None
 
 
 class HistoryLog(StrictModel):
@@ -302,6 +306,7 @@ def _version(entry: VersionLock, log: HistoryLog) -> Version:
         entry.until,
         entry.ended_by,
         entry.elsewhere,
+        entry.hub,
     )
 
 
@@ -332,4 +337,5 @@ def _version_lock(version: Version) -> VersionLock:
         until=version.until or "",
         ended_by=version.ended_by or "",
         elsewhere=version.elsewhere,
+        hub=version.hub,
     )

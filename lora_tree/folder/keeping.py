@@ -75,7 +75,7 @@ def present_version(opened: Opened, path: str, content: str) -> Version:
         on = trained(known, lock)
     nbytes = sum(stamp.size for stamp in files.stamps.values())
     elsewhere = seen_from(opened.place.folder, files.folder) if entry.named else None
-    return Version(content, entry.weight, nbytes, on, elsewhere=elsewhere)
+    return Version(content, entry.weight, nbytes, on, elsewhere=elsewhere, hub=entry.hub)
 
 
 @dataclass(frozen=True)

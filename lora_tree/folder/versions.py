@@ -125,7 +125,15 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
         files = find_files(place, inside)
         if files.flaw is None:
             within = None if opened.outside else root
-            return FolderSource(place, inside, files.stamps, version.content, version.on, within)
+            return FolderSource(
+                place,
+                inside,
+                files.stamps,
+                version.content,
+                version.on,
+                within,
+                hub=version.hub,
+            )
     raise FolderError(
         f"{named.path}@{named.number}: the files of content {version.content[:12]}… are gone "
         f"from {places[0]}",
