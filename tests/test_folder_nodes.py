@@ -463,12 +463,12 @@ def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = r"org/legal: no such folder\n.*huggingface_hub.snapshot_download\('org/legal'\) does"
+    told = r"org/legal: no such folder\n.*hub:org/legal names an adapter there"
     with pytest.raises(FormatError, match=told):
         lt.Adapter.load("org/legal")
     with pytest.raises(FormatError, match=told):
         lt.AdapterTree().add("fr", adapter="org/legal")
-    with pytest.raises(FolderError, match=r"(?s)no such folder.*snapshot_download\('org/zoo'\)"):
+    with pytest.raises(FolderError, match=r"(?s)no such folder.*lora-tree pull org/zoo DIR"):
         lt.load("org/zoo")
     write(tmp_path / "zoo/tree.yaml", "version: 1\ntree:\n  fr:\n    adapter: org/legal\n")
     text = refused(tmp_path / "zoo", FormatError)
@@ -477,7 +477,7 @@ def test_a_hub_id_where_a_folder_is_expected_is_told_as_that(
     for path in (".hidden/legal", "a/b/c", "legal"):
         with pytest.raises(FormatError, match="no adapter there") as caught:
             lt.Adapter.load(f"{tmp_path}/{path}" if path == "legal" else path)
-        assert "snapshot_download" not in str(caught.value)
+        assert "hub:" not in str(caught.value)
     (tmp_path / "org").mkdir()  # then it is a folder that was misspelled
     with pytest.raises(FormatError, match="no adapter there"):
         lt.Adapter.load("org/legal")
