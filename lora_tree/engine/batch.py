@@ -202,8 +202,8 @@ class Batch:
     def largest(self) -> dict[str, float]:
         """Node → the largest coefficient that any row owes to it, without its sign."""
         found = {}
-        for column, node in enumerate(self.nodes):
-            found[node] = max(abs(kind[column]) for kind in self.kinds)
+        for node, owed in zip(self.nodes, zip(*self.kinds, strict=True), strict=True):
+            found[node] = max(max(owed), -min(owed))
         return found
 
     @cached_property

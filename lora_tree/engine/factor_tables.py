@@ -7,7 +7,8 @@ met in a new plan at every step, but lie where they lay: the last table of a sit
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .kernels import FactorTable, can_route
 from .plan import Plan
 
 __all__ = ["FactorTables", "PlanTables"]
+
+T = TypeVar("T")
 
 
 class FactorTables:
@@ -49,6 +52,7 @@ class PlanTables:
     def __init__(self, last: dict[str, FactorTable]) -> None:
         self._last = last
         self._at: dict[tuple[str, bool, torch.device], FactorTable | None] = {}
+        self._found: dict[Hashable, Any] = {}
 
     def at(
         self, site: str, values: Sequence[LowRank], device: torch.device, *, live: bool
@@ -68,6 +72,17 @@ class PlanTables:
             if can_route(factors, device):
                 self._at[key] = self._table(site, factors, device, live=live)
         return self._at[key]
+
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """Return what ``find`` found when it was first asked for ``key``.
+
+        A batch has many nodes and a model many sites, so what follows from a plan alone is found
+        once for the plan and not once for a batch.
+        """
+        if key not in self._found:
+            self._found[key] = find()
+        found: T = self._found[key]
+        return found
 
     def now(self, site: str, values: Sequence[LowRank], device: torch.device) -> FactorTable | None:
         """Return the table of values that train, where they are now."""

@@ -86,6 +86,7 @@ class Owed:
         device: where the factors go.
         charge: is told how many bytes were laid out here, and raises if there is no room for them.
         tables: where the plan's factors lie.
+        trains: whether any factor trains; None: they are asked.
     """
 
     site: Site
@@ -95,10 +96,13 @@ class Owed:
     device: torch.device
     charge: Callable[[int], None] = lambda nbytes: None
     tables: PlanTables = field(default_factory=lambda: PlanTables({}))
+    trains: bool | None = None
 
     @cached_property
     def live(self) -> bool:
         """Factors train, so nothing made of them can be kept."""
+        if self.trains is not None:
+            return self.trains
         tensors: list[Tensor] = []
         for value in self.values:
             tensors += value.tensors

@@ -10,7 +10,7 @@ which all rows owe the same is one product, and its first axis may be anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Literal, TypeAlias, get_args
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BaseMismatch, SpecError, listing, suggest
+from ..lowrank import LowRank
 from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch
@@ -31,7 +32,7 @@ from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .owed import Owed
-from .plan import Marks, PlacedPlan, Plan, Terms
+from .plan import Marks, PlacedPlan, Terms
 from .row_grounds import RowGrounds
 from .row_layout import RowLayout
 from .shares import Share, share_of
@@ -120,7 +121,7 @@ class Router:
             check()
             mark = self._marks.of((placed.plan.mark, owed))
             tables = self._tables.of(placed.plan)
-            route = Route(batch, placed.plan, strategy, self._manner, mark, self._ledger, tables)
+            route = Route(batch, placed, strategy, self._manner, mark, self._ledger, tables)
             self._kept.keep(key, route)
         return route
 
@@ -135,7 +136,7 @@ class Route:
 
     Args:
         batch: what the rows owe.
-        plan: the terms of all the batch's nodes, with coefficient 1.
+        placed: the terms of all the batch's nodes, with coefficient 1.
         strategy: one form for all sites, or ``auto``.
         manner: how side paths compute.
         mark: the number that key/value caches know it by: see `Plan`.
@@ -146,7 +147,7 @@ class Route:
     def __init__(
         self,
         batch: Batch,
-        plan: Plan,
+        placed: PlacedPlan,
         strategy: Strategy,
         manner: Manner,
         mark: int,
@@ -154,7 +155,9 @@ class Route:
         tables: PlanTables,
     ) -> None:
         self._tables = tables
+        plan = placed.plan
         self.batch, self.plan, self.strategy = batch, plan, strategy
+        self._trains = placed.trains
         self.manner, self.mark = manner, mark
         # The ledger counts the bytes until the token is gone. Not until the route is: forms and
         # their factors hold the token through `_charge` and may outlive the route, and if they held
@@ -268,24 +271,48 @@ class Route:
         if found is None:
             found = []
             # Apart, because only what trains sees dropout, and only what is frozen is laid out.
+            every = self._terms(site.name)
             for trains in (False, True):
-                terms = tuple([t for t in self._terms(site.name) if t.trains == trains])
+                terms = every if not trains else ()
+                if self._trains:
+                    terms = tuple([term for term in every if term.trains == trains])
                 if not terms:
                     continue
-                values = [term.value for term in terms]
-                dtype = side_dtype(site.weight, values, self.manner.dtype)
+                values = self._values(site.name, terms)
+                dtype = self._dtype(site, values, trains)
                 batch = self._batch(site.name, terms, spread)
                 # A plan's tables are of all its values; here overrides may leave some of them out.
                 tables = self._tables if site.name not in self._grounds else PlanTables({})
-                found.append(Owed(site, values, batch, dtype, device, self._charge, tables))
+                owed = Owed(site, values, batch, dtype, device, self._charge, tables, trains)
+                found.append(owed)
             self._owed[key] = found
         return found
+
+    def _values(self, name: str, terms: Terms) -> Sequence[LowRank]:
+        """Return the increments of some terms."""
+        if terms is not self.plan.terms[name]:
+            return [term.value for term in terms]
+        return self._tables.once(("values", name), lambda: [term.value for term in terms])
+
+    def _nodes(self, name: str, terms: Terms) -> tuple[str, ...]:
+        """Return the nodes of some terms."""
+        if terms is not self.plan.terms[name]:
+            return tuple([term.node for term in terms])
+        return self._tables.once(("nodes", name), lambda: tuple([term.node for term in terms]))
+
+    def _dtype(self, site: Site, values: Sequence[LowRank], trains: bool) -> torch.dtype:
+        """Return what the side path of some values computes in at a site."""
+        asked = self.manner.dtype
+        if site.name in self._grounds:  # overrides may leave some of the plan's values out
+            return side_dtype(site.weight, values, asked)
+        key = site.name, trains, asked, None if site.weight is None else site.weight.dtype
+        return self._tables.once(key, lambda: side_dtype(site.weight, values, asked))
 
     def _batch(self, name: str, terms: Terms, spread: Spread = (1, 1)) -> Batch:
         """Return the batch as some terms' nodes see it at a site; sites with the same nodes share
         it.
         """
-        nodes = tuple([term.node for term in terms])
+        nodes = self._nodes(name, terms)
         grounds = self._grounds.get(name)
         without = None if grounds is None else tuple(grounds.without)
         key = nodes, without, spread

@@ -37,7 +37,7 @@ from .ground import Ground, check_grounds, check_one_input, grounds_of
 from .inside import InsideForwards, readers_of
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
-from .plan import EMPTY_PLAN, PlacedPlan, Plan
+from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
 from .routed import Router
 from .side import (
     Draft,
@@ -122,6 +122,10 @@ class Unmerged:
         # Side paths of earlier requests are the first to go if room is needed.
         self._ledger.spare(self._kept)
         self._router = Router(manner, ledger=self._ledger)
+        self._finite: weakref.WeakKeyDictionary[Plan, tuple[WeightDtypes, torch.dtype | None]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """Plan → the dtypes for which batches of it were found to be finite."""
         self._uncalled = UncalledSites(base)
         self._forward_guard = ForwardGuard(base)
         # Every side path asks both of torch at every call, so they are looked up once.
@@ -181,7 +185,15 @@ class Unmerged:
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
         if placed.plan.overrides:
             check_grounds(placed.plan)
-        check_beside(placed, side_kinds(placed.plan, self._manner.dtype), batch.largest)
+        # As long as no row owes more than a node's whole weight, all batches of a plan are alike.
+        ordinary = max(batch.largest.values(), default=0.0) <= 1.0
+        checked = placed.dtypes, self._manner.dtype
+        if ordinary and self._finite.get(placed.plan) == checked:
+            return
+        kinds = side_kinds(placed.plan, self._manner.dtype)
+        check_beside(placed, kinds, None if ordinary else batch.largest)
+        if ordinary and placed.plan.fixed:
+            self._finite[placed.plan] = checked
 
     def _laid_out(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> Sides:
         plan, laid = placed.plan, Sides()
