@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 
 import lora_tree as lt
+from lora_tree.engine.kernels import routes
 from lora_tree.engine.routed import Strategy
 
 from .common import Case, Result, Stage, cycle, interleaved
@@ -141,6 +142,7 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
     forward.timings |= interleaved(bare, size.repeats)
     captured = _captured(attached, model, one, size)
     attached.detach()
+    _add_logged(switched, model, adapters)
     with tempfile.TemporaryDirectory() as folder:
         theirs = with_peft(model, adapters, Path(folder) / "tree").to("cuda")
     _peft_active(theirs, adapters, START)
@@ -185,24 +187,32 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
     return [switched, forward, captured]
 
 
+def _add_logged(result: Result, model: Any, adapters: lt.AdapterTree) -> None:
+    """Add a switch with an undo log instead of copies, and the memory of the log."""
+    attached = lt.attach(adapters, model, pristine="log")
+    first_ms = _once(lambda: attached.activate(START))
+    start = _waited(lambda: attached.activate(START))
+    switch = Case(_waited(lambda: attached.activate(SIBLING)), start)
+    result.timings |= interleaved({"merged, siblings, undo log": switch}, 2)
+    adapter = adapters.adapter(START)
+    assert adapter is not None
+    touched = sum(model.get_parameter(f"{name}.weight").nbytes for name in adapter.modules)
+    floor = result.timings["floor: copy of the weights"].ms
+    logged = result.timings["merged, siblings, undo log"].ms
+    result.aim("siblings, undo log / floor", logged / floor, at_most=2)
+    taken = 100 * attached.pristine.log_bytes / touched
+    result.aim("undo log, % of the touched weights", taken, at_most=15)
+    result.aim("first merge, undo log, s", first_ms / 1e3, at_most=0.5, unit="s")
+    attached.detach()
+
+
 def _captured(attached: lt.TreeModel, model: Any, ids: Tensor, size: Size) -> Result:
     """Time forwards of one token as CUDA graphs: bare, unmerged, merged under the bare graph."""
 
-    def capture() -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            model(input_ids=ids, use_cache=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(input_ids=ids, use_cache=False)
-        return graph
-
     attached.deactivate()
-    bare = capture()
+    bare = _graph_of(model, ids)
     attached.activate(START, mode="unmerged")
-    beside = capture()
+    beside = _graph_of(model, ids)
     cases = {"bare": Case(_waited(bare.replay)), "unmerged": Case(_waited(beside.replay))}
     result = Result(
         f"forward of 1 token captured in a CUDA graph; {size}, bf16",
@@ -281,7 +291,59 @@ def _routed(shape: Shape, size: Size) -> list[Result]:
         )
         results.append(result)
     attached.detach()
-    return results + _peft_mixed(model, nodes, order, size, results)
+    captured = []
+    if routes(torch.device("cuda", torch.cuda.current_device())):
+        captured = [_captured_batch(model, nodes, order, rng, size)]
+    return results + _peft_mixed(model, nodes, order, size, results) + captured
+
+
+def _captured_batch(
+    model: Any, nodes: lt.AdapterTree, order: list[str], rng: random.Random, size: Size
+) -> Result:
+    """Time a batch of 1 token a row as a CUDA graph over a prepared base: bare, routed, and another
+    batch written under the captured graph each time.
+    """
+    ids = torch.randint(256, (len(order), 1), device="cuda")
+    bare = _graph_of(model, ids)
+    attached = lt.attach(nodes, model)
+    attached.prepare()
+    stage = Stage()
+    stage.enter(attached.route(order, batch_first=True))
+    routed = _graph_of(model, ids)
+    stage.leave()
+
+    def another() -> None:
+        with attached.route(rng.sample(order, len(order)), batch_first=True):
+            routed.replay()
+
+    def routing() -> None:
+        stage.enter(attached.route(order, batch_first=True))
+
+    cases = {
+        "bare": Case(_waited(bare.replay)),
+        "routed": Case(_waited(routed.replay), routing),
+        "another batch each time": Case(_waited(another), stage.leave),
+    }
+    what = f"{len(order)} rows over as many paths, 1 token, captured in a CUDA graph; {size}, bf16"
+    result = Result(what, interleaved(cases, min(size.repeats, 7)))
+    stage.leave()
+    times = result.timings
+    result.aim("routed / bare", times["routed"].ms / times["bare"].ms, at_most=1.35)
+    attached.detach()
+    return result
+
+
+def _graph_of(model: Any, ids: Tensor) -> torch.cuda.CUDAGraph:
+    """Capture a forward."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model(input_ids=ids, use_cache=False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(input_ids=ids, use_cache=False)
+    return graph
 
 
 def _peft_mixed(
