@@ -1,6 +1,6 @@
 """out ← base + Σ low factor, over every node that an input owes, in one launch.
 
-    a program: a tile of a group's inputs, 128 outputs
+    a program: a tile of a group's inputs, some outputs
         for each entry of the group:   acc (inputs, outputs) += low (inputs, rank) @ factor
         load base ─▶ + acc ─▶ round ─▶ store
 
@@ -20,11 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .part import on
-from .segments import FIELDS, FactorTable, Segments, Tiling
+from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
 
 __all__ = ["expand", "expanded_plainly"]
 
-WIDTH = 128
 WARPS, STAGES = 4, 2
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -134,9 +133,10 @@ def expand(
         tiling: of the batch.
     """
     sizes, width = segments.sizes, table.wide[side]
+    step = width_of(table.rank, tiling.compute)
     interpreted = out.device.type == "cpu"  # the interpreter multiplies no bf16
     with on(out.device):
-        _kernel[(sizes.groups * tiling.chunks, -(-width // WIDTH))](
+        _kernel[(sizes.groups * tiling.chunks, -(-width // step))](
             low,
             out if base is None else base,
             out,
@@ -160,7 +160,7 @@ def expand(
             PRECISION="ieee" if interpreted else "tf32x3",
             INPUTS=tiling.tile,
             RANK=table.rank,
-            WIDTH=WIDTH,
+            WIDTH=step,
             FIELDS=FIELDS,
             FRESH=base is None,
             IN_PLACE=base is out,

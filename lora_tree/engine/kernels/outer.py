@@ -1,6 +1,6 @@
 """grad_n ← Σ lowᵀ x, over the inputs that owe node n, for every node in one launch.
 
-    a program: one node, 128 numbers of the width
+    a program: one node, a part of the width
         for each entry of the node, each tile of its group:
             acc (rank, width) += lowᵀ (rank, inputs) @ x (inputs, width)      in fp32
 
@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .part import on
-from .segments import FIELDS, FactorTable, Segments, Tiling
+from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
 
 __all__ = ["outer", "outer_plainly"]
 
-WIDTH = 128
 WARPS, STAGES = 4, 2
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -112,10 +111,11 @@ def outer(
         tiling: of the batch.
     """
     sizes, width = segments.sizes, table.wide[side]
+    step = width_of(table.rank, tiling.compute)
     grads = torch.empty(table.grad_sizes[side], dtype=table.dtype, device=x.device)
     interpreted = x.device.type == "cpu"  # the interpreter multiplies no bf16
     with on(x.device):
-        _kernel[(sizes.nodes, -(-width // WIDTH))](
+        _kernel[(sizes.nodes, -(-width // step))](
             low,
             x,
             grads,
@@ -138,7 +138,7 @@ def outer(
             PRECISION="ieee" if interpreted else "tf32x3",
             INPUTS=tiling.tile,
             RANK=table.rank,
-            WIDTH=WIDTH,
+            WIDTH=step,
             FIELDS=FIELDS,
             num_warps=WARPS,
             num_stages=STAGES,

@@ -29,6 +29,7 @@ __all__ = [
     "can_route",
     "group_of",
     "segment_numbers",
+    "width_of",
 ]
 
 FIELDS = 8
@@ -47,6 +48,16 @@ SHORT, PART = 2048, 1024
 """A batch of at most so many inputs is short, and so much of a width is a part. These constants
 decide the bits.
 """
+
+
+def width_of(rank: int, compute: torch.dtype) -> int:
+    """Return how much of a width a program takes at once, so that its tiles fit into a GPU's shared
+    memory and registers.
+
+    >>> width_of(16, torch.bfloat16), width_of(128, torch.float32)
+    (64, 32)
+    """
+    return 64 if rank <= (32 if compute == torch.float32 else 64) else 32
 
 
 def group_of(tokens: int) -> int:

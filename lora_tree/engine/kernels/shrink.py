@@ -2,7 +2,7 @@
 
     a program: one entry (a node and a group of rows), a tile of the group's inputs, a part of the
     width
-        acc (inputs, rank) += x (inputs, 128) @ factor (128, rank)      in fp32
+        acc (inputs, rank) += x (inputs, width) @ factor (width, rank)      in fp32
 
 A node's factor is read where it is, once for all rows of a group. Long inputs are taken in parts,
 so that a few rows give enough programs; who reads the result adds the parts up, in order. Inputs
@@ -21,11 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .part import on
-from .segments import FIELDS, FactorTable, Segments, Tiling
+from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
 
 __all__ = ["shrink", "shrunk_plainly"]
 
-WIDTH = 128
 WARPS, STAGES = 4, 3
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -115,6 +114,7 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
         tiling: of the batch.
     """
     sizes, width = segments.sizes, table.wide[side]
+    step = width_of(table.rank, tiling.compute)
     parts, room = tiling.parts(width), tiling.chunks * tiling.tile
     shape = (parts, sizes.entries, room, table.rank)
     low = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -134,7 +134,7 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
             width,
             sizes.entries,
             room,
-            -(-width // (parts * WIDTH)) * WIDTH,
+            -(-width // (parts * step)) * step,
             GROUP=sizes.group,
             SIDE=side,
             FACTOR=TYPES[table.dtype],
@@ -143,7 +143,7 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
             PRECISION="ieee" if interpreted else "tf32x3",
             INPUTS=tiling.tile,
             RANK=table.rank,
-            WIDTH=WIDTH,
+            WIDTH=step,
             FIELDS=FIELDS,
             num_warps=WARPS,
             num_stages=STAGES,
