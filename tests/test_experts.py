@@ -694,3 +694,21 @@ def test_a_tree_over_experts_trains_with_the_trainer_and_from_the_shell(
     assert (told["nodes"], told["steps"]) == (["de", "fr/legal"], 2)
     saved = load_file(shop / "fr" / "legal" / "adapter_model.safetensors")
     assert any(n.endswith("experts.lora_B.weight") and t.abs().max() > 0 for n, t in saved.items())
+
+
+def test_what_overflows_in_a_factor_of_another_row_is_masked_and_not_multiplied_by_zero() -> None:
+    base = nn.Sequential(Uses(nn.functional.linear))
+    tree = lt.AdapterTree()
+    for path, size in (("a", 1.0), ("b", 1e30)):
+        A, B = torch.ones(1, 2, 8) * size, torch.ones(1, 8, 2) / size
+        value = lt.LowRank(A, B, layout=lt.Layout("parameter"))
+        tree.add(path, adapter=lt.Adapter({"0.w": value}), weight=0.5)
+    x = torch.ones(2, 3, 8)
+    x[0] *= 1e20  # b's product of this row is over the largest number of fp32
+    model = lt.attach(tree, base)
+    with model.using("a"):
+        wanted = base(x[:1])
+    with model.route(["a", "b"]):
+        got = base(x)
+    torch.testing.assert_close(got[:1], wanted)
+    assert bool(got.isfinite().all())
