@@ -63,7 +63,7 @@ class PathCheckpoints(TreeCheckpoints):
     def __init__(
         self,
         model: PathModel,
-        *args: Any,
+        *,
         save_to: str | os.PathLike[str] | None = None,
         **trainer: Any,
     ) -> None:
@@ -78,11 +78,11 @@ class PathCheckpoints(TreeCheckpoints):
         _refuse(settings, type(self).__name__)
         self.tree_model: TreeModel = policy.tree_model
         self.save_to = save_to
-        super().__init__(policy, *args, **trainer)
+        super().__init__(policy, **trainer)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SpecError(
                 f"{type(self).__name__} trains on one device a process; not under FSDP or "
-                f"DeepSpeed",
+                "DeepSpeed",
                 "start a process for each GPU: torchrun --nproc-per-node=…",
             )
         self.add_callback(_FiniteSteps(self.tree_model))
