@@ -132,6 +132,8 @@ class Unmerged:
         self._on_all_modules, self._packs_saved = global_hooks(), saved_tensor_hook()
         self._base = base
         self._inside = InsideForwards(base, ran=self._ran, dropped=manner.dropped)
+        self._watches = False
+        """Some forwards are watched, or may be after a call that failed."""
         self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, Mapping[str, Sequence[Site]]]]
         self._read_by = weakref.WeakKeyDictionary()
         """Plan → for a path, and for a batch: the modules whose forwards are watched."""
@@ -241,7 +243,12 @@ class Unmerged:
             if sites.get(name) is not site:
                 handle.remove()
                 del self._hooked[name]
-        self._inside.run(self._readers(paths), paths.sides, paths.axis)
+        readers = self._readers(paths)
+        # Most bases call each layer, and then there is nothing to watch.
+        if readers or self._watches:
+            self._watches = True  # before: a call that fails may have left some
+            self._inside.run(readers, paths.sides, paths.axis)
+            self._watches = bool(readers)
         overrides = paths.plan.overrides
         called = [(n, site) for n, site in sites.items() if not site.read_in or n in overrides]
         new = [site for name, site in called if name not in self._hooked]
@@ -251,7 +258,7 @@ class Unmerged:
             handle = site.module.register_forward_hook(hook, with_kwargs=True)
             self._hooked[site.name] = site, handle
         self._uncalled.expect(paths.plan)
-        places = self._inside.places(paths.mixed)
+        places = self._inside.places(paths.mixed) if self._watches else paths.mixed
         self._forward_guard.watch(paths.mark, paths.axis, places)
         self._settled = True
 
@@ -304,7 +311,7 @@ class Unmerged:
             alone = len(module._forward_hooks) == 1 and not on_all_modules
             spare = makes_its_output and alone and "forward" not in vars(module)
             side = running.sides[name]
-            if not inside.is_watched:
+            if not (self._watches and inside.is_watched):
                 after = self._ran(site, side(out, x, spare, None))
             else:
                 with inside.apart(x) as (layout, note):
