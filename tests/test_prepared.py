@@ -251,7 +251,7 @@ def test_fused_experts_are_left_to_merging() -> None:
     base = arch.base()
     model = lt.attach(arch.tree(base), base)
     model.prepare(max_rank=8)
-    with pytest.raises(MergedOnly, match="down_proj: can't run unmerged"):
+    with pytest.raises(MergedOnly, match="down_proj: can't run in a prepared model"):
         model.activate("a", mode="unmerged")
     with model.using(BLEND):
         assert model.state is lt.State.MERGED
