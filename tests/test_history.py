@@ -363,6 +363,19 @@ def test_a_version_on_the_hub_keeps_its_name_there() -> None:
     assert parse_history(render_history(history), "tree.json") == history
 
 
+def test_a_content_that_a_cut_off_save_left_too_many_is_restored_all_the_same(zoo: Path) -> None:
+    replaced(zoo, 11)
+    present = lt.history(zoo)["fr/legal"][-1].content
+    left = zoo / HISTORY / present
+    left.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(zoo / "fr/legal" / name, left / name)
+    (zoo / f".lora_tree/stage-{'0' * 32}").mkdir(parents=True)
+    lt.restore(zoo, f"fr/legal@{present[:8]}")
+    assert numbers(opened(zoo).adapter("fr/legal")) == numbers(adapter(11))
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("what", ["restore", "gc"])
 def test_killed_at_every_operation_it_is_as_before_or_done(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

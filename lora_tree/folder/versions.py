@@ -112,11 +112,14 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
         FolderError: they are gone.
     """
     root, version = opened.place.folder, named.version
-    places = [place_in_archive(root, version.content)]
+    places: list[str] = []
+    # Where a node has the content, the archive may hold it too many, of a save that was cut off. The
+    # restore's own save clears that away before it copies.
     for path, content in opened.contents.items():
         files = opened.entries[path].files
         if content == version.content and files is not None:
             places.append(files.folder)
+    places.append(place_in_archive(root, version.content))
     inside: str | None = root
     if version.elsewhere is not None:
         # It was never the tree's to keep: its user named it, and it is named again.
@@ -136,7 +139,7 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
             )
     raise FolderError(
         f"{named.path}@{named.number}: the files of content {version.content[:12]}… are gone "
-        f"from {places[0]}",
+        f"from {places[-1]}",
         "another version may still be there: lora-tree log",
     )
 
