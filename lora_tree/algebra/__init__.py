@@ -6,8 +6,8 @@ core ─ deviation ─ sums ─┬─ difference                            what
                                   ├─ moving                       pick, graft, rebase
                                   ├─ elementwise ─ merging        merge
                                   ├─ sharing                      hoist
-                                 ├─ families ─ shared_fit ─ flat_adapters ─ price_search ─ growing   grow
-                                 ├─ absorbing                    absorb
+                                  ├─ shared_fit ─ growing         grow
+                                  ├─ absorbing                    absorb
                                   └─ compression                  compress
 
 Law: nothing here builds an (out, in) matrix but `merge` where it is told to, and every result says
