@@ -12,6 +12,7 @@ NEWEST  := .venv-newest
 TRL     := .venv-trl
 ENGINED := $(ENGINES)/.lora_tree-installed
 TRLED   := $(TRL)/.lora_tree-installed
+SITED   := $(VENV)/.lora_tree-site
 WORKERS ?= 2
 GPU_WORKERS ?= 4
 ARGS    ?=
@@ -27,7 +28,7 @@ NEEDS_PYTHON = @test -n '$(PYTHON)' || \
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl test-kills fuzz \
-	lint bench compare clean
+	docs lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -116,6 +117,13 @@ test-newest:  ## the same on the newest packages there are (its own environment;
 fuzz: $(STAMP)  ## the property tests with new random examples, which may find what they missed
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile=fuzz \
 		$$(grep -lE 'hypothesis' tests/test_*.py) $(ARGS)
+
+$(SITED): $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+docs: $(SITED)  ## the site of the documents, in build/site (a broken link is an error)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
