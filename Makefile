@@ -123,7 +123,7 @@ $(SITED): $(STAMP)
 	@touch $@
 
 docs: $(SITED)  ## the site of the documents, in build/site (a broken link is an error)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
