@@ -81,10 +81,10 @@ def attach(
             weights that adapters touch, made when first needed. ``device``: beside the weights;
             ``host``: in host memory, pinned on CUDA; ``auto``: on the device if it has room for
             them and an eighth of its memory stays free, else on the host. If memory runs out on the
-            device, a warning says so and the host is taken. ``log``: no copies, but an undo log of two
-            bits a number; exact as well, and many times slower on a CPU. ``none``: nowhere; paths are added and
-            subtracted in place, and the weights drift by a rounding with every switch. See
-            `TreeModel.pristine`.
+            device, a warning says so and the host is taken. ``log``: no copies, but an undo log of
+            two bits a number; exact as well, and many times slower on a CPU. ``none``: nowhere;
+            paths are added and subtracted in place, and the weights drift by a rounding with every
+            switch. See `TreeModel.pristine`.
         compute_dtype: what unmerged side paths compute in; None: the widest of the factors' and the
             weight's own.
         host_budget, device_budget: how much memory adapters that come from files may take, in RAM

@@ -120,7 +120,8 @@ class PathModel(AnswersForBase):
         """Return the head, for a caller that multiplies by its weight.
 
         Raises:
-            StateError: the path changes the head, and such a caller would leave that out in silence;
+            StateError: the path changes the head, and such a caller would leave that out in
+            silence;
                 names the nodes.
         """
         base: Any = self.base

@@ -1,6 +1,8 @@
-"""torch's own attention beside its weights: it reads both of its projections itself, and is never asked to.
+"""torch's own attention beside its weights: it reads both of its projections itself, and they are
+never called.
 
-Everything is float64, and what is compared with is the same module with W + Σ c·s·B·A in its weights.
+Everything is float64, and what is compared with is the same module with W + Σ c·s·B·A in its
+weights.
 """
 
 from __future__ import annotations

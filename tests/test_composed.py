@@ -1,4 +1,6 @@
-"""PEFT's AdaLoRA, VeRA and VB-LoRA folders: PEFT's own increments, and refusals that name the way in."""
+"""PEFT's AdaLoRA, VeRA and VB-LoRA folders: PEFT's own increments, and refusals that name the way
+in.
+"""
 
 from __future__ import annotations
 

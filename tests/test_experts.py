@@ -1,6 +1,7 @@
 """Fused experts beside their weights: each model's own code and grouping, forward and gradients, routed and trained.
 
-What is compared with is a copy of the base with W + Σ c·s·B·A written out by hand into the fused parameters.
+What is compared with is a copy of the base with W + Σ c·s·B·A written out by hand into the fused
+parameters.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ MODELS: dict[str, Model] = {
     "qwen3-next": Model(
         qwen3_next, FUSED, ("shared_expert.gate_proj", "shared_expert.down_proj", "shared_expert_gate"), rounds=True
     ),
-    # Its attention is left alone: with other inputs the router would send other tokens along with a bare row's, and
-    # the bits of the base's own product depend on how many there are.
+    # Its attention is left alone: with other inputs the router would send other tokens along with a
+    # bare row's, and the bits of the base's own product depend on how many there are.
     "dbrx": Model(dbrx, ("mlp.w1", "mlp.v1", "mlp.w2"), (), ("eager",)),
 }  # fmt: skip
 
@@ -402,7 +403,7 @@ def test_a_trained_path_is_what_peft_computes_and_saves(name: str, tmp_path: Pat
         close(grad, mine, name)
 
 
-# ---------------------------------------------------------------------- what leaves no trace, and what is refused
+# -------------------------------------------------------- what leaves no trace, and what is refused
 def small(way: str = "eager") -> tuple[Any, Any, Tensor]:
     base = MODELS["qwen3"].base(way)
     return base, lt.attach(MODELS["qwen3"].tree(base), base), ids()
@@ -540,7 +541,8 @@ def test_narrow_bases_and_autocast_stay_within_their_rounding(way: str, autocast
             got = logits(base, given)
     assert torch.equal(got[1], bare[1])
     off = (got.float() - torch.cat(exact)).abs().flatten(1).median(1).values
-    # A router that chooses another expert for a token, rightly so in bf16, moves that token's numbers by far.
+    # A router that chooses another expert for a token, rightly so in bf16, moves that token's
+    # numbers by far.
     assert (off < 0.1).all(), off
 
 
@@ -567,7 +569,9 @@ def test_stacked_and_repeated_rows_and_generated_tokens_know_their_path() -> Non
 
 
 class ListedExperts(nn.Module):
-    """A layer as models had it before transformers 5: a module for each expert, and tokens sent there."""
+    """A layer as models had it before transformers 5: a module for each expert, and tokens sent
+    there.
+    """
 
     def __init__(self) -> None:
         super().__init__()

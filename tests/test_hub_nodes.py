@@ -1,4 +1,6 @@
-"""Nodes whose adapter is on the model hub: fetched once, locked by their commit, and noticed when a branch moves."""
+"""Nodes whose adapter is on the model hub: fetched once, locked by their commit, and noticed when a
+branch moves.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 @pytest.fixture
 def zoo(tmp_path: Path, hub: LoopbackHub) -> Path:
     text = "version: 1\n# ours\ntree:\n  fr:\n    adapter: hub:org/one@main\n    weight: 0.5\n"
-    text += "  legal: {adapter: hub:org/many/legal}\n  ink: {adapter: hub:org/many/styles/ink.safetensors}\n"
+    text += "  legal: {adapter: hub:org/many/legal}\n"
+    text += "  ink: {adapter: hub:org/many/styles/ink.safetensors}\n"
     text += "  soft: {adapter: 'hub:org/many/soft'}\n"
     write(tmp_path / "zoo/tree.yaml", text)
     return tmp_path / "zoo"

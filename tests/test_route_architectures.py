@@ -92,7 +92,8 @@ def test_every_row_is_that_of_the_dense_model_of_its_path(name: str, strategy: A
     before, bare = bits(base), run(base, inputs)
     wanted = rows_by_hand(base, tree, inputs, ROWS)
     model = lt.attach(tree, base)
-    # as many tokens as rows; Mixtral's router looks at numbers, so shapes alone can't tell them apart
+    # as many tokens as rows; Mixtral's router looks at numbers, so shapes alone can't tell them
+    # apart
     with model.route(ROWS, strategy=strategy, batch_first="mixtral" in name):
         got = run(base, inputs)
     assert_close(got, wanted)
@@ -148,7 +149,8 @@ def test_generate_gives_every_row_the_tokens_of_its_own_dense_model(
         wanted.append(greedy(dense(base, tree, coefficients(blend)), one, **options))
     assert len({tuple(w.flatten().tolist()) for w in wanted}) == 3
     model = lt.attach(tree, base)
-    # Whisper repeats its rows itself before it calls transformers' own generate, and says so nowhere
+    # Whisper repeats its rows itself before it calls transformers' own generate, and says so
+    # nowhere
     repeat = options.get("num_return_sequences", 1) if name == "whisper" else 1
     with model.route(rows, batch_first=True, repeat=repeat):
         assert torch.equal(greedy(base, inputs, **options), torch.cat(wanted))
@@ -477,7 +479,7 @@ def test_a_merged_switch_between_forward_and_backward_is_noticed_by_autograd() -
         loss.backward()
 
 
-# ---------------------------------------------------------------------- architectures whose rows do not come first
+# ------------------------------------------------------- architectures whose rows do not come first
 def test_a_time_first_architecture_is_refused_whatever_the_shape() -> None:
     """XLNet computes in (tokens, rows, features); its adapters can be activated, not routed."""
     config = XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48)

@@ -1,4 +1,6 @@
-"""An adapter that is one file of another program, as a node: opened, locked, checked, saved, copied, pushed."""
+"""An adapter that is one file of another program, as a node: opened, locked, checked, saved,
+copied, pushed.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,14 @@ def dense(tree: lt.AdapterTree, path: str) -> torch.Tensor:
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    """style: a file beside the folder; own: one in it; soft: a folder of diffusers; below: an ordinary node."""
+    """style: a file beside the folder; own: one in it; soft: a folder of diffusers; below: an
+    ordinary node.
+    """
     kohya(tmp_path / "downloads/style.safetensors")
     kohya(tmp_path / "zoo/files/own.safetensors", 1)
     diffusers(tmp_path / "downloads/soft")
-    text = "version: 1\ntree:\n  style:\n    adapter: ../downloads/style.safetensors\n    weight: 0.5\n"
+    text = "version: 1\ntree:\n"
+    text += "  style:\n    adapter: ../downloads/style.safetensors\n    weight: 0.5\n"
     text += "  own: {adapter: files/own.safetensors}\n  soft: {adapter: ../downloads/soft}\n"
     write(tmp_path / "zoo/tree.yaml", text)
     return tmp_path / "zoo"

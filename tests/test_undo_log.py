@@ -1,6 +1,7 @@
 """pristine="log": the base's own bits come back from two bits a weight, whatever was merged before.
 
-What is compared with are the base's bits before `attach`, a fresh model, and dense float64 sums by hand.
+What is compared with are the base's bits before `attach`, a fresh model, and dense float64 sums by
+hand.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Batches of several paths by our own kernels on CUDA: against float64 by hand, compiled, in a graph."""
+"""Batches of several paths by our own kernels on CUDA: against float64 by hand, compiled, in a
+graph.
+"""
 
 from __future__ import annotations
 

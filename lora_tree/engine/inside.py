@@ -116,8 +116,8 @@ class InsideForwards:
                 self._watched[name] = _Replaced.put(reader, self._forward, self._check)
 
     def places(self, sites: Iterable[Site]) -> list[Place]:
-        """Return where it is seen which axis is the rows of the batch, for some sites: the outermost
-        watched module around each, or the site itself.
+        """Return where the axis of the batch's rows is seen, for some sites: the outermost watched
+        module around each, or the site itself.
         """
         found: dict[Place, None] = {}
         for site in sites:
@@ -476,8 +476,8 @@ class _WatchedForward(TorchFunctionMode):
         module = type(site.module).__name__
         raise MergedOnly(
             f"{site.name}: can't run unmerged: {module} gives it to "
-            f"{resolve_name(func) or function_name(func)}, which is no product that two factors could "
-            "take part in",
+            f"{resolve_name(func) or function_name(func)}, which is no product that two factors "
+            "could take part in",
             'use activate(…, mode="merged")',
         )
 

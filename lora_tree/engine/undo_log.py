@@ -13,8 +13,8 @@ block, computes the old increment and W0, then the new increment, W' and the cod
 Law: D is computed with the same bits again, from the same factors in blocks of the same shape; so a
 log holds the factors of what is merged, a copy of those that train, and the number of threads.
 
-The codes take 1/8 of a 16-bit weight and 1/16 of a 32-bit one. An exception takes 6 or 8 bytes. They
-are rare while increments are small beside the weights (`benchmarks switch` prints the size).
+The codes take 1/8 of a 16-bit weight and 1/16 of a 32-bit one. An exception takes 6 or 8 bytes.
+They are rare while increments are small beside the weights (`benchmarks switch` prints the size).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .arithmetic import LARGE_BLOCK, Scratch, compute_dtype, write_sum
 __all__ = ["UndoLog", "add_in_blocks", "can_log"]
 
 BLOCK = 1 << 18
-"""Numbers in a block on a CPU, and `LARGE_BLOCK` on a device with memory of its own. They decide the
-bits, because sums are computed block by block.
+"""Numbers in a block on a CPU, and `LARGE_BLOCK` on a device with memory of its own. They decide
+the bits, because sums are computed block by block.
 """
 
 CODES = 4

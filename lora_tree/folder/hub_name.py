@@ -4,7 +4,7 @@
     hub:org/name@v2                     a branch, a tag or a commit
     hub:org/name@v2/legal               a folder of it
     hub:org/name/style.safetensors      one file
-    hub:org/name@refs%2Fpr%2F1          a slash in a revision is written %2F, as in the hub's own URLs
+    hub:org/name@refs%2Fpr%2F1          a slash in a revision is written %2F, as in its URLs
 
 The files come through huggingface_hub's cache. Which commit they are of stands in tree.lock: it is
 the one that is used from then on, whatever the branch does, until `lora-tree lock` looks again.

@@ -288,7 +288,8 @@ def _steps_on(path: str) -> list[str]:
 
 def _on_the_hub(named: str, folder: str) -> str:
     return (
-        f"adapter: {named} is on the model hub, and outside=False allows only what lies in {folder}\n"
+        f"adapter: {named} is on the model hub, and outside=False allows only what lies in "
+        f"{folder}\n"
         "  where you trust this tree, open it with outside=True, which fetches it"
     )
 

@@ -113,8 +113,8 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
     """
     root, version = opened.place.folder, named.version
     places: list[str] = []
-    # Where a node has the content, the archive may hold it too many, of a save that was cut off. The
-    # restore's own save clears that away before it copies.
+    # Where a node has the content, the archive may hold it too many, of a save that was cut off.
+    # The restore's own save clears that away before it copies.
     for path, content in opened.contents.items():
         files = opened.entries[path].files
         if content == version.content and files is not None:

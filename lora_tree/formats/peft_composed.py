@@ -165,8 +165,8 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         tensor = tensors.get(f"{_ROOT}{name}")
         if tensor is None and kind == "VERA":
             raise UnsupportedAdapter(
-                f"{where}: no {_ROOT}{name}: the projections were not saved, and the random numbers "
-                "of another system or torch need not be the same",
+                f"{where}: no {_ROOT}{name}: the projections were not saved, and the random "
+                "numbers of another system or torch need not be the same",
                 "load it in PEFT where it was trained, set config.save_projection = True, and save "
                 "it again",
                 EXTRACT,
@@ -184,8 +184,8 @@ def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
         tensor = own[name]
         if tensor.ndim != wanted or not tensor.is_floating_point():
             raise FormatError(
-                f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {wanted} dimensions of "
-                "floating numbers"
+                f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {wanted} dimensions "
+                "of floating numbers"
             )
 
 
@@ -237,8 +237,8 @@ def _vblora(
     a, b = own["vblora_logits_A"], own["vblora_logits_B"]
     if a.shape[0] != b.shape[1] or not a.shape[2] == b.shape[2] == len(bank) >= config.topk:
         raise FormatError(
-            f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit {len(bank)} vectors, "
-            f"of which {config.topk} count"
+            f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit {len(bank)} "
+            f"vectors, of which {config.topk} count"
         )
     bank, a, b = _wide(bank, a, b)
     A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)

@@ -3,9 +3,9 @@
     checkpoint-40/optimizer.safetensors    "3.exp_avg": of parameter 3, whole
                                            metadata: the groups' numbers, the schedule's
 
-Every rank has a part of each tensor. They are gathered one by one, and one process writes them whole,
-as the factors beside them are. So a run may go on with another number of ranks. The Trainer has no
-such file: it refuses to resume a model that was sharded before it got it.
+Every rank has a part of each tensor. They are gathered one by one, and one process writes them
+whole, as the factors beside them are. So a run may go on with another number of ranks. The Trainer
+has no such file: it refuses to resume a model that was sharded before it got it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class ParameterSite(Site):
     It is found by its name, and stands in no row of `KINDS`.
 
     Args:
-        around: the nearest module around ``parent`` that runs a forward of its own; None: ``parent``
+        around: the nearest module around ``parent`` that runs a forward of its own; None:
+        ``parent``
             is the base.
     """
 
