@@ -281,7 +281,7 @@ BLENDED: Any = {"a/b": 0.5, "d": 0.5}
 
 
 def blends(folder: Path) -> dict[str, list[Tensor]]:
-    """A blend as the path of rows, on the second rank alone; and an evaluation on the first alone."""
+    """A blend as a path of rows, on the second rank alone; an evaluation on the first alone."""
     base = joint.base()
     model = lt.attach(joint.tree(base), base)
     mine = [["a", "d"], [BLENDED, "a"]][dist.get_rank()]

@@ -170,7 +170,7 @@ def test_a_bare_row_keeps_the_bits_of_the_base_on_its_fast_path_too(
 
 @torch.no_grad()
 def test_an_encoder_layer_asks_its_attention_in_every_forward() -> None:
-    """In evaluation torch computes such a layer in one call, which sees none of the modules in it."""
+    """In evaluation torch computes such a layer in one call, and calls no module in it."""
     torch.manual_seed(0)
     base = (
         nn.Sequential(nn.TransformerEncoderLayer(DIM, HEADS, 16, batch_first=True)).double().eval()

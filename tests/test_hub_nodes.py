@@ -34,7 +34,7 @@ from huggingface_hub import constants
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """org/one: an adapter at the top; org/many: legal/, styles/ink.safetensors, soft/ of diffusers."""
+    """org/one: an adapter at the top; org/many: legal/, styles/ink.safetensors, diffusers' soft."""
     with running_hub() as made:
         talking_to(made, tmp_path / "home", monkeypatch)
         adapter(1).save(tmp_path / "one")

@@ -92,6 +92,27 @@ def _inputs(kind: Kind, dtype: torch.dtype) -> Tensor:
 
 
 @every_strategy
+def test_two_nodes_may_have_one_adapter(strategy: Strategy) -> None:
+    kind = KINDS["linear"]
+    torch.manual_seed(3)
+    base = Base(kind.make())
+    tree = lt.AdapterTree()
+    one = lt.Adapter({kind.name: lt.LowRank(torch.randn(2, kind.into), torch.randn(kind.out, 2))})
+    for path in ("x", "y", "y/z"):
+        tree.add(path, adapter=one)
+    model = lt.attach(tree, base)
+    x = torch.randn(2, 5, kind.into)
+    bare = base(x)
+    for rows in (["x", "x"], ["y", "y"], ["x", "y"], ["y/z", "x"]):
+        with model.route(rows, strategy=strategy):
+            added = base(x) - bare
+        for i, path in enumerate(rows):
+            value = one.modules[kind.name]
+            wanted = x[i].double() @ (value.B.double() @ value.A.double()).mT * len(path.split("/"))
+            torch.testing.assert_close(added[i].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@every_strategy
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROUTED)

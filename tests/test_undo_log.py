@@ -99,7 +99,7 @@ def value(out: int, into: int, size: float, dtype: torch.dtype, seed: int = 0) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_at_every_edge_of_the_dtype_come_back(dtype: torch.dtype) -> None:
-    """−0, infinities, NaNs with a payload, subnormal and largest numbers, and all bits at random."""
+    """−0, infinities, NaNs with a payload, subnormal and largest numbers, random bits."""
     whole = undo_log.INTEGERS[dtype.itemsize]
     edge = torch.finfo(dtype)
     special = [0.0, -0.0, edge.max, -edge.max, edge.tiny, -edge.smallest_normal / 4, float("inf")]
@@ -121,7 +121,7 @@ def test_numbers_at_every_edge_of_the_dtype_come_back(dtype: torch.dtype) -> Non
 def test_the_log_of_ordinary_increments_takes_an_eighth_of_the_weight(
     size: float, most: float
 ) -> None:
-    """Increments of 0.3 %, 3.5 % and 31 % of the weights' own spread; adapters have the first two."""
+    """Increments of 0.3 %, 3.5 % and 31 % of the weights' spread; adapters have the first two."""
     own = (torch.randn(512, 512, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
     weight, log = log_of(own, out=512)
     with exact_mode(CPU):

@@ -318,9 +318,10 @@ class Binder:
         """
         if not terms:
             return PlacedPlan(EMPTY_PLAN, (), False)
-        # An id names an adapter as long as it lives, and a plan keeps its adapters alive.
+        # An id names an adapter as long as it lives, and a plan keeps its adapters alive. Two nodes
+        # may have one adapter, and a batch finds what a row owes by the names of nodes.
         key: tuple[Hashable, ...]
-        key = tuple([(id(adapter), coefficient) for _, coefficient, adapter in terms])
+        key = tuple([(node, id(adapter), coefficient) for node, coefficient, adapter in terms])
         if any(_may_override(adapter) for _, _, adapter in terms):
             # With overrides the paths count, and not the coefficients alone.
             ends = None if lineages is None else tuple(map(tuple, lineages()))

@@ -183,7 +183,7 @@ def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
 
 
 def _alone(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
-    """The last axis is worked on, and the others stay apart; the rows have to be on one of these."""
+    """The last axis is worked on, and the others stay apart; the rows must be on one of these."""
     return [] if layout.place() == args[0].ndim - 1 else _kept(layout, args, kwargs, out)
 
 
