@@ -230,7 +230,7 @@ class TreeModel(AnswersForBase):
         >>> model = attach(tree, base)
         >>> with model.using("fr"):
         ...     model.pristine
-        Copies(asked='auto', device_bytes=0, host_bytes=48)
+        Copies(asked='auto', device_bytes=0, host_bytes=48, log_bytes=0)
         """
         return self._merged.pristine.copies
 

@@ -152,7 +152,7 @@ def test_a_difference_tells_what_is_replaced_otherwise() -> None:
     assert lt.diff_trees(tree, zoo()).is_nothing
 
 
-def test_flat_adapters_with_heads_are_absorbed_and_not_grown() -> None:
+def test_flat_adapters_with_heads_are_absorbed_and_grow_with_their_heads() -> None:
     tree = without_embeddings(zoo())
     flat = tree.flatten("top/de")
     wanted = summed(tree, "top/de").state_dict()
@@ -161,5 +161,7 @@ def test_flat_adapters_with_heads_are_absorbed_and_not_grown() -> None:
     plain = lt.AdapterTree()
     for name in ("a", "b", "c"):
         plain.add(name, adapter=lt.Adapter({"lin": low_rank(6, 6, seed=1)}, overrides=head(1)))
-    with pytest.raises(SpecError, match=r"a: replaces score\.bias, .* can't be grown into a tree"):
-        lt.grow(plain, max_error=0.1)
+    heads = {name: plain.adapter(name).overrides["score.weight"] for name in plain.paths()}
+    grown = lt.grow(plain, max_error=0.1)
+    for name, place in grown.edited.moved.items():
+        assert plain.adapter(place).overrides["score.weight"] is heads[name]

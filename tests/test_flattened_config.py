@@ -43,7 +43,8 @@ def test_every_field_of_peft_s_config_is_accounted_for() -> None:
     ordinary one.
     """
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    known = DERIVED | TRAINING | set(VARIANTS) | MATCHED | set(HARMLESS) | {"ensure_weight_tying"}
+    overriding = {"ensure_weight_tying", "modules_to_save", "trainable_token_indices"}
+    known = DERIVED | TRAINING | set(VARIANTS) | MATCHED | set(HARMLESS) | overriding
     assert fields - known == set()
     named = {
         "velora_config",

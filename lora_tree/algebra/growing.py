@@ -37,7 +37,6 @@ from .families import Families, families_of
 from .flat_adapters import FlatAdapters
 from .likeness import similar
 from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of
-from .replacing import refuse_overrides
 from .shared_fit import Pair
 
 __all__ = ["Grown", "grow"]
@@ -114,8 +113,10 @@ def grow(
     ...     q = LowRank(torch.cat([A, C]), torch.cat([B, D], dim=1))
     ...     _ = flat.add(f"n{i}", adapter=Adapter({"q": q}))
     >>> grown = grow(flat, max_error=1e-4)
-    >>> list(flat), flat.adapter("n").ranks, flat.adapter("n/n3").ranks
-    (['n', 'n/n0', 'n/n1', 'n/n2', 'n/n3'], {'q': 2}, {'q': 1})
+    >>> list(flat)
+    ['shared', 'shared/n0', 'shared/n1', 'shared/n2', 'shared/n3']
+    >>> flat.adapter("shared").ranks, flat.adapter("shared/n3").ranks
+    ({'q': 2}, {'q': 1})
     >>> grown.bytes_after / grown.bytes_before, grown.relative_error < 1e-4
     (0.5, True)
     """
@@ -123,8 +124,6 @@ def grow(
     check_whole_number(depth, "depth")
     check_dtype(dtype)
     names = _chosen(tree, paths)
-    outlines = [(name, tree.outline(name) or Adapter({})) for name in names]
-    refuse_overrides(outlines, "grown into a tree")
     alike = similar(tree, names, of="lineage")
     families = families_of(alike.joins, len(names), depth)
     names = [names[i] for i in families.order]

@@ -98,6 +98,7 @@ def dpo_losses(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
             them.
         beta: how much a ratio counts; a small one lets the policy move far from the reference.
 
+    >>> import torch
     >>> dpo_losses(torch.zeros(4), torch.zeros(4), 0.1).tolist()
     [0.6931471824645996, 0.6931471824645996]
     """
