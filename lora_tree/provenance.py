@@ -41,7 +41,7 @@ class DataFile(StrictModel):
 
 
 class TrainedWith(StrictModel):
-    """What nodes were trained with: enough to train them in the same way again.
+    """The rows, settings and run of a training: enough to train in the same way again.
 
     Args:
         nodes: the nodes that were trained together.
@@ -83,7 +83,7 @@ class Made:
 
 @dataclass(frozen=True)
 class SaveNote:
-    """What a save says of itself, for tree.lock and the history.
+    """A note of a save about itself, for tree.lock and the history.
 
     Args:
         by: the command, or what the program calls itself.

@@ -338,7 +338,7 @@ class TreeSpec(HistorySpec):
 
     @property
     def history(self) -> HistorySpec:
-        """What it says of the history alone."""
+        """The words of it that are about the history."""
         return HistorySpec(versions=self.versions, versions_budget=self.versions_budget)
 
 

@@ -136,7 +136,7 @@ def _key(
 
 
 def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
-    """What is left of the adapter below each node, as a part of it, nearest first."""
+    """Return the part of the adapter that is left below each node, nearest first."""
     whole = math.fsum(value.norm() ** 2 for value in adapter.modules.values())
     if whole == 0.0:
         raise SpecError("the adapter adds nothing, so it belongs nowhere", "add it by hand")

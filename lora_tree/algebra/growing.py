@@ -183,7 +183,7 @@ class _Nodes:
 
     @property
     def nbytes(self) -> int:
-        """Of all of them."""
+        """The bytes of all of them."""
         there = [adapter for adapter in (*self.shared, *self.leaves) if adapter is not None]
         return sum(adapter.nbytes for adapter in there)
 
@@ -335,7 +335,7 @@ def _places(
 
 
 def _label(names: Sequence[str]) -> str:
-    """What the names begin with, up to a separator or a number: ``fr`` of fr-legal and fr-tax."""
+    """Return the beginning that names share, up to a separator: ``fr`` of fr-legal and fr-tax."""
     least, most = min(names), max(names)
     same = 0
     while same < min(len(least), len(most)) and least[same] == most[same]:

@@ -84,7 +84,7 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class SharedFit:
-    """What each node holds of one module.
+    """The parts of one module that the nodes hold.
 
     Args:
         shared: for each shared node.

@@ -104,6 +104,7 @@ class Cache:
             waited = self._into_tree(unread, {node.path: node for node in nodes})
             # The tree has new node values for these now.
             nodes = [self._tree[path] for path in paths]
+        adapters = {node.path: node.loaded for node in nodes if node.loaded is not None}
         needed = self._needed(nodes)
         keys = [cache_key(source) for source in needed.values()]
         tier = self._loader.top
@@ -122,7 +123,6 @@ class Cache:
                 self._served += not waited
             if waited:
                 self._waited_s += time.perf_counter() - start
-        adapters = {node.path: node.loaded for node in nodes if node.loaded is not None}
         link = self._loader.link
         for path, resident in residents.items():
             assert resident is not None, "a pinned adapter stays"

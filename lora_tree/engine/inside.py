@@ -46,7 +46,7 @@ from .unpromised import attention_body
 from .weight_product import WeightProduct, multiplies, product_of
 from .weight_view import WeightView, is_view, views_of
 
-__all__ = ["InsideForwards", "Reader", "readers_of"]
+__all__ = ["InsideForwards", "Reader", "Readers", "readers_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -482,10 +482,22 @@ class _WatchedForward(TorchFunctionMode):
         )
 
 
-def readers_of(
-    base: nn.Module, sites: Collection[Site], is_routed: bool
-) -> Mapping[str, Sequence[Site]]:
-    """Return the modules whose forwards have to be watched, and the sites whose weights they read.
+@dataclass(frozen=True)
+class Readers:
+    """The modules that read the weights of a plan's sites.
+
+    Args:
+        watched: the modules whose forwards have to be watched, and the sites whose weights they
+            read.
+        called: the names of the sites whose own modules are called, so that a hook finds them.
+    """
+
+    watched: Mapping[str, Sequence[Site]]
+    called: frozenset[str]
+
+
+def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Readers:
+    """Return the modules that read the weights of some sites.
 
     Args:
         base: the model.
@@ -493,20 +505,23 @@ def readers_of(
         is_routed: rows go by different paths, so that it matters where a module of experts has
             them.
     """
-    readers: dict[str, list[Site]] = {}
-    for site in sites:
-        names = site.read_in
+    read_in = {site: site.read_in for site in sites}
+    watched: dict[str, list[Site]] = {}
+    called: set[str] = set()
+    for site, names in read_in.items():
+        if not names:
+            called.add(site.name)
         if is_routed and not names:
             around = experts_around(base, site.name)
             names = () if around is None else (around,)
         for name in names:
-            readers[name] = []
-    for site in sites:
-        for name, read in readers.items() if site.read_in else ():
+            watched[name] = []
+    for site, names in read_in.items():
+        for name, read in watched.items() if names else ():
             # Of a forward within it too: the outer one watches for both.
-            if any(is_around(name, each) for each in site.read_in):
+            if any(is_around(name, each) for each in names):
                 read.append(site)
-    return readers
+    return Readers(watched, frozenset(called))
 
 
 def is_around(module: str, name: str) -> bool:

@@ -21,7 +21,7 @@ __all__ = ["RowTable", "Share", "share_of"]
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """What the rows of a batch owe to the ranks of a value.
+    """The debts of a batch's rows to the ranks of a value.
 
     Args:
         mine: (rows, Σr) bool, which ranks a row owes anything.

@@ -56,7 +56,7 @@ def can_log(site: Site, weight: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _BlockLog:
-    """What brings a block back.
+    """The codes and exceptions that bring a block back.
 
     Args:
         values: the terms that are in it.

@@ -16,7 +16,7 @@ not checked again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NoReturn
@@ -34,7 +34,7 @@ from .behaviour import RoutedRows
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
-from .inside import InsideForwards, readers_of
+from .inside import InsideForwards, Readers, readers_of
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
@@ -134,9 +134,9 @@ class Unmerged:
         self._inside = InsideForwards(base, ran=self._ran, dropped=manner.dropped)
         self._watches = False
         """Some forwards are watched, or may be after a call that failed."""
-        self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, Mapping[str, Sequence[Site]]]]
+        self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, Readers]]
         self._read_by = weakref.WeakKeyDictionary()
-        """Plan → for a path, and for a batch: the modules whose forwards are watched."""
+        """Plan → the modules that read its weights, for a path and for a batch."""
         self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
         """No side paths, ready to run."""
         self._running = self.nothing
@@ -217,8 +217,10 @@ class Unmerged:
             lend = self._ledger.lend(laid, total)
         except BudgetError as error:
             raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
-        with exact_mode(*{draft.device for draft in drafts}):
-            for device, nbytes, portion in _portions(drafts):
+        devices = {draft.device for draft in drafts}
+        portions = _portions(drafts)
+        with exact_mode(*devices):
+            for device, nbytes, portion in portions:
                 slab = Slab(lend(nbytes, device))
                 for draft in portion:
                     side = PathSide(draft, self._manner, slab)
@@ -245,13 +247,12 @@ class Unmerged:
                 del self._hooked[name]
         readers = self._readers(paths)
         # Most bases call each layer, and then there is nothing to watch.
-        if readers or self._watches:
+        if readers.watched or self._watches:
             self._watches = True  # before: a call that fails may have left some
-            self._inside.run(readers, paths.sides, paths.axis)
-            self._watches = bool(readers)
-        overrides = paths.plan.overrides
-        called = [(n, site) for n, site in sites.items() if not site.read_in or n in overrides]
-        new = [site for name, site in called if name not in self._hooked]
+            self._inside.run(readers.watched, paths.sides, paths.axis)
+            self._watches = bool(readers.watched)
+        hooked = {*readers.called, *paths.plan.overrides}
+        new = [site for name, site in sites.items() if name in hooked and name not in self._hooked]
         makes_its_output = {site: site.makes_its_output for site in new}
         for site in new:
             hook = self._hook(site, makes_its_output[site])
@@ -262,8 +263,8 @@ class Unmerged:
         self._forward_guard.watch(paths.mark, paths.axis, places)
         self._settled = True
 
-    def _readers(self, paths: SidePaths) -> Mapping[str, Sequence[Site]]:
-        """Return the modules whose forwards are watched, and the sites whose weights they read."""
+    def _readers(self, paths: SidePaths) -> Readers:
+        """Return the modules that read the weights of these paths."""
         known = self._read_by.setdefault(paths.plan, {})
         is_routed = paths.axis is not None
         if is_routed not in known:
@@ -357,22 +358,24 @@ def _raise_for_stop(module: nn.Module, name: str) -> NoReturn:
     )
 
 
-def _portions(drafts: Sequence[Draft]) -> Iterator[tuple[torch.device, int, list[Draft]]]:
-    """Yield successive drafts on one device, and the bytes of slab that they take: ~`PORTION`.
+def _portions(drafts: Sequence[Draft]) -> list[tuple[torch.device, int, list[Draft]]]:
+    """Return successive drafts on one device, and the bytes of slab that they take: ~`PORTION`.
 
     One slab for all would need that much memory in one piece; one for each site would make
     thousands of small ones.
     """
+    portions: list[tuple[torch.device, int, list[Draft]]] = []
     portion: list[Draft] = []
     nbytes = 0
     for draft in drafts:
         if portion and (nbytes >= PORTION or draft.device != portion[0].device):
-            yield portion[0].device, nbytes, portion
+            portions.append((portion[0].device, nbytes, portion))
             portion, nbytes = [], 0
         portion.append(draft)
         nbytes += Slab.takes(draft.down_bytes) + Slab.takes(draft.up_bytes)
     if portion:
-        yield portion[0].device, nbytes, portion
+        portions.append((portion[0].device, nbytes, portion))
+    return portions
 
 
 def _nodes(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""What probably happened to a merged checkpoint: each known mistake as multiples of the increments.
+"""Guesses about a merged checkpoint: each known mistake as multiples of the increments.
 
     expected      1 for every node          left out      0 for one node, or for all but one
     the base      0                         scale lost    1 / scale of each module
@@ -112,7 +112,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Guess:
-    """What happened, and node → how many times its increments are there by least squares."""
+    """Return the likeliest mistake, and node → its multiple by least squares."""
 
     text: str
     multiples: Mapping[str, float] = field(default_factory=dict)

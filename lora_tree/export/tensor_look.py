@@ -43,7 +43,7 @@ class TensorLook:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """What goes into a node's increments of one weight."""
+    """The scale, the weight and the rank of a node's increments of one weight."""
 
     scale: float
     weight: float

@@ -92,7 +92,7 @@ class Version:
 
     @property
     def key(self) -> tuple[str, Weight]:
-        """What makes it another version: the content and the weight."""
+        """The content and the weight, which make it another version."""
         return self.content, self.weight
 
     @property
@@ -117,7 +117,7 @@ class Version:
 
     @property
     def training(self) -> TrainedWith | None:
-        """What its content was trained with."""
+        """The rows, settings and run that its content was trained with."""
         return self.on.made.training if self.on is not None and self.on.made is not None else None
 
 

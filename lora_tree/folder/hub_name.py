@@ -109,7 +109,7 @@ class Fetched:
 
 
 class Hub(Protocol):
-    """What a hub does for a tree."""
+    """The services of a hub to a tree."""
 
     def fetch(self, name: HubName, commit: str | None) -> Fetched: ...
 

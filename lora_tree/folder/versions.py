@@ -281,7 +281,7 @@ def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
 # ---------------------------------------------------------------------- clean up
 @dataclass(frozen=True)
 class Freed:
-    """What a clean-up removes, or would remove.
+    """The contents that a clean-up removes, or would remove.
 
     Args:
         nodes: node → how many of its earlier versions.

@@ -46,7 +46,7 @@ __all__ = ["Pulled", "Pushed", "pull", "push"]
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull did, or would do.
+    """The outcome of a pull, or of a dry run of one.
 
     Args:
         repository, revision, commit: where the tree came from.
@@ -67,7 +67,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did, or would do.
+    """The outcome of a push, or of a dry run of one.
 
     Args:
         repository, branch: where the tree went.

@@ -55,7 +55,7 @@ _NOT_TAKEN = {
 
 
 class PathCheckpoints(TreeCheckpoints):
-    """What trl's trainers share over a path: checks, files, and the reference.
+    """The parts that trl's trainers share over a path: checks, files, and the reference.
 
     Its files are a `TreeTrainer`'s.
     """

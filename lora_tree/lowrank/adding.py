@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ShapeMismatch, SpecError
 from ..given import unchecked
+from .layout import Layout
 from .value import LowRank, check_has_numbers
 
 __all__ = ["concat", "inner", "same_place", "stacked"]
@@ -86,9 +87,18 @@ def stacked(
     A = torch.cat([folded(t.A, 1.0) for t in terms], dim=-2, out=into_a)
     B = torch.cat([folded(t.B, t.scale) for t in terms], dim=-1, out=into_b)
     bias = _sum_of([folded(t.bias, t.scale) for t in terms if t.bias is not None])
-    # Values were checked when they were made, and so a sum of them need not be. Every switch makes
-    # hundreds.
-    return LowRank.of_checked(A, B, 1.0, bias, terms[0].layout)
+    return _of_checked(A, B, bias, terms[0].layout)
+
+
+def _of_checked(A: Tensor, B: Tensor, bias: Tensor | None, layout: Layout) -> LowRank:
+    """Return the sum of values that were checked when they were made; it need not be.
+
+    Every switch makes hundreds of them.
+    """
+    value = LowRank.__new__(LowRank)
+    # Past `__setattr__`, which a frozen class refuses.
+    vars(value).update(A=A, B=B, scale=1.0, bias=bias, layout=layout)
+    return value
 
 
 def inner(x: LowRank, y: LowRank) -> float:

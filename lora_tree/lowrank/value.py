@@ -82,16 +82,6 @@ class LowRank:
         check_shapes(self.A.shape, self.B.shape, self.bias)
         check_one_device(self.A, self.B, self.bias)
 
-    @classmethod
-    def of_checked(
-        cls, A: Tensor, B: Tensor, scale: float, bias: Tensor | None, layout: Layout
-    ) -> LowRank:
-        """Return the value of tensors that were made of checked values, without checking them."""
-        value = cls.__new__(cls)
-        # Past `__setattr__`, which a frozen class refuses.
-        vars(value).update(A=A, B=B, scale=scale, bias=bias, layout=layout)
-        return value
-
     # ------------------------------------------------------------------ what it is
     @property
     def shape(self) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Blame:
-    """What `blame` found.
+    """The outcome of `blame`.
 
     Args:
         path: the path.
@@ -87,7 +87,7 @@ class Blame:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What `bisect` found.
+    """The outcome of `bisect`.
 
     Args:
         steps: in their order.

@@ -39,7 +39,7 @@ class SliceLosses:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a change of a node does to the loss of the rows that go through it.
+    """The losses of the rows that go through a node, before and after a change of it.
 
     Args:
         path: the node.

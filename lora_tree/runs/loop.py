@@ -280,7 +280,7 @@ class Run:
 
     @property
     def training(self) -> TrainedWith | None:
-        """What the nodes are trained with, for the note of a save; None without ``data``."""
+        """Return the run's rows and settings, for the note of a save; None without ``data``."""
         if not self._data:
             return None
         home = self.model.tree.home

@@ -56,7 +56,7 @@ class RetrainJob:
 
 @dataclass(frozen=True)
 class Retraining:
-    """What is to be trained again, in this order, and what can't be.
+    """The jobs of a retraining, in order, and the nodes that can't be trained again.
 
     Args:
         jobs: each can be run when those before it are saved.

@@ -1,4 +1,4 @@
-"""What several ranks have to agree on: how many they are, and the blends that their rows go by.
+"""Agreement among several ranks: how many they are, and the blends that their rows go by.
 
 Ranks add up losses and counts by position, in an order that all of them know. Nodes have one, the
 tree's. A blend may be in the rows of one rank alone, so its name is sent to the others, and they
