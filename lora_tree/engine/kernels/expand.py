@@ -21,21 +21,17 @@ from torch import Tensor
 
 from .part import on
 from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
+from .tiles import TYPES, larger, products
 
 __all__ = ["expand", "expanded_plainly"]
 
 WARPS, STAGES = 4, 2
 
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-@triton.jit
-def _larger(x, y):  # type: ignore[no-untyped-def]
-    return tl.where(x > y, x, y)
-
-
 # Numbers that change from batch to batch: to compile for their values would take a second each.
-@triton.jit(do_not_specialize=["rows", "entries", "chunks", "parts"])  # type: ignore[untyped-decorator]
+CHANGING = ["rows", "entries", "chunks", "parts"]
+
+
+@triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     low,  # (parts, entries, inputs of a group in whole tiles, RANK) fp32
     base,
@@ -79,7 +75,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         owes = (mine != 0.0).to(tl.int32)
         fields = table + tl.load(nodes + entry) * FIELDS
         rank = tl.load(fields + 6)  # 0: the node changes other sites, and not this one
-        if (tl.reduce(owes, 0, _larger) > 0) & (rank > 0):
+        if (tl.reduce(owes, 0, larger) > 0) & (rank > 0):
             adapted = adapted | owes
             factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
             stride = tl.load(fields + SIDE * 3 + 1)
@@ -134,7 +130,7 @@ def expand(
     """
     sizes, width = segments.sizes, table.wide[side]
     step = width_of(table.rank, tiling.compute)
-    interpreted = out.device.type == "cpu"  # the interpreter multiplies no bf16
+    compute, precision = products(out.device, tiling.compute)
     with on(out.device):
         _kernel[(sizes.groups * tiling.chunks, -(-width // step))](
             low,
@@ -155,9 +151,9 @@ def expand(
             GROUP=sizes.group,
             SIDE=side,
             FACTOR=TYPES[table.dtype],
-            COMPUTE=tl.float32 if interpreted else TYPES[tiling.compute],
+            COMPUTE=compute,
             ALIGNED=table.aligned,
-            PRECISION="ieee" if interpreted else "tf32x3",
+            PRECISION=precision,
             INPUTS=tiling.tile,
             RANK=table.rank,
             WIDTH=step,

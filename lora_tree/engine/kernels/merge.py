@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..upload import uploaded
 from .part import MergePart, MergeTerm, on
+from .tiles import TYPES
 
 __all__ = ["MergeLaunch", "is_right_on", "lay_out_parts", "merged_plainly"]
 
@@ -56,8 +57,6 @@ POLICY = "evict_first"
 
 PART_FIELDS, SLOT_FIELDS = 8, 7
 """Numbers that the table has for each."""
-
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -20,21 +20,17 @@ from torch import Tensor
 
 from .part import on
 from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
+from .tiles import larger, products
 
 __all__ = ["outer", "outer_plainly"]
 
 WARPS, STAGES = 4, 2
 
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-@triton.jit
-def _larger(x, y):  # type: ignore[no-untyped-def]
-    return tl.where(x > y, x, y)
-
-
 # Numbers that change from batch to batch: to compile for their values would take a second each.
-@triton.jit(do_not_specialize=["rows", "entries", "chunks", "parts"])  # type: ignore[untyped-decorator]
+CHANGING = ["rows", "entries", "chunks", "parts"]
+
+
+@triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     low,  # (parts, entries, inputs of a group in whole tiles, RANK) fp32
     x,
@@ -78,7 +74,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             inside = (place < GROUP) & (row < rows)
             mine = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
             owes = mine != 0.0
-            if tl.reduce(owes.to(tl.int32), 0, _larger) > 0:
+            if tl.reduce(owes.to(tl.int32), 0, larger) > 0:
                 narrow = tl.full((RANK, INPUTS), 0.0, tl.float32)
                 for part in range(parts):
                     at = (part * entries + entry).to(tl.int64) * room + i
@@ -113,7 +109,7 @@ def outer(
     sizes, width = segments.sizes, table.wide[side]
     step = width_of(table.rank, tiling.compute)
     grads = torch.empty(table.grad_sizes[side], dtype=table.dtype, device=x.device)
-    interpreted = x.device.type == "cpu"  # the interpreter multiplies no bf16
+    compute, precision = products(x.device, tiling.compute)
     with on(x.device):
         _kernel[(sizes.nodes, -(-width // step))](
             low,
@@ -134,8 +130,8 @@ def outer(
             len(low),
             GROUP=sizes.group,
             SIDE=side,
-            COMPUTE=tl.float32 if interpreted else TYPES[tiling.compute],
-            PRECISION="ieee" if interpreted else "tf32x3",
+            COMPUTE=compute,
+            PRECISION=precision,
             INPUTS=tiling.tile,
             RANK=table.rank,
             WIDTH=step,

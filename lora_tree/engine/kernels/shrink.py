@@ -22,21 +22,17 @@ from torch import Tensor
 
 from .part import on
 from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
+from .tiles import TYPES, larger, products
 
 __all__ = ["shrink", "shrunk_plainly"]
 
 WARPS, STAGES = 4, 3
 
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-@triton.jit
-def _larger(x, y):  # type: ignore[no-untyped-def]
-    return tl.where(x > y, x, y)
-
-
 # Numbers that change from batch to batch: to compile for their values would take a second each.
-@triton.jit(do_not_specialize=["rows", "entries"])  # type: ignore[untyped-decorator]
+CHANGING = ["rows", "entries"]
+
+
+@triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     x,
     low,  # (parts, entries, inputs of a group in whole tiles, RANK) fp32
@@ -74,7 +70,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     owes = coefficient != 0.0
     fields = table + tl.where(node < 0, 0, node) * FIELDS
     rank = tl.load(fields + 6)  # 0: the node changes other sites, and not this one
-    if (tl.reduce(owes.to(tl.int32), 0, _larger) > 0) & (rank > 0):
+    if (tl.reduce(owes.to(tl.int32), 0, larger) > 0) & (rank > 0):
         factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
         stride = tl.load(fields + SIDE * 3 + 1)
         if ALIGNED:
@@ -118,7 +114,7 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
     parts, room = tiling.parts(width), tiling.chunks * tiling.tile
     shape = (parts, sizes.entries, room, table.rank)
     low = torch.empty(shape, dtype=torch.float32, device=x.device)
-    interpreted = x.device.type == "cpu"  # the interpreter multiplies no bf16
+    compute, precision = products(x.device, tiling.compute)
     with on(x.device):
         _kernel[(sizes.entries, tiling.chunks, parts)](
             x,
@@ -138,9 +134,9 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
             GROUP=sizes.group,
             SIDE=side,
             FACTOR=TYPES[table.dtype],
-            COMPUTE=tl.float32 if interpreted else TYPES[tiling.compute],
+            COMPUTE=compute,
             ALIGNED=table.aligned,
-            PRECISION="ieee" if interpreted else "tf32x3",
+            PRECISION=precision,
             INPUTS=tiling.tile,
             RANK=table.rank,
             WIDTH=step,

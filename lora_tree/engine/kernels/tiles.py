@@ -1,0 +1,31 @@
+"""Tiles: what the kernels share in Triton's own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["TYPES", "larger", "products"]
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def larger(x, y):  # type: ignore[no-untyped-def]
+    """Return the larger of two numbers: with ``tl.reduce``, whether any is above zero."""
+    return tl.where(x > y, x, y)
+
+
+def products(device: torch.device, compute: torch.dtype) -> tuple[Any, str]:
+    """Return the type and the precision of a kernel's products.
+
+    Args:
+        device: where it runs; on a CPU that is the interpreter, which multiplies no bf16.
+        compute: the dtype that was asked for.
+    """
+    if device.type == "cpu":
+        return tl.float32, "ieee"
+    return TYPES[compute], "tf32x3"
