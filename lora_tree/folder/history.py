@@ -17,25 +17,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from ..errors import FormatError, PathError, SpecError
-from ..formats import strict_json
-from ..node_names import check_path
 from ..provenance import TrainedWith
-from ..spec import StrictModel, check_format
-from ..spec_errors import describe_invalid
+from ..spec import StrictModel
 from ..weights import Weight
 from .lockfile import (
     BaseLock,
     Count,
     Digest,
     HubLock,
-    LineageLock,
     MadeLock,
+    NodesRecord,
     WeightLine,
+    parse_record,
     weight_line,
     weight_of,
 )
@@ -247,13 +243,10 @@ class VersionLock(StrictModel):
     hub: HubLock | None = None
 
 
-class HistoryLog(StrictModel):
-    """A whole log; ``lineages`` and ``trainings`` are those of `TreeLock`."""
+class HistoryLog(NodesRecord):
+    """A whole log."""
 
-    version: Literal[1] = 1
     nodes: dict[str, list[VersionLock]] = Field(default_factory=dict)
-    lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
-    trainings: dict[Digest, TrainedWith] = Field(default_factory=dict)
 
 
 def history_place(lock: str) -> str:
@@ -272,20 +265,7 @@ def parse_history(raw: bytes, file: str) -> History:
         NewerFormat: a newer version of this library wrote it.
         SpecError: it is broken.
     """
-    try:
-        data = strict_json.loads(raw, file)
-        check_format(data, file)
-        log = HistoryLog.model_validate(data)
-        for path in log.nodes:
-            if not check_path(path):
-                raise PathError("a node without a name")
-    except ValidationError as error:
-        mistakes = describe_invalid(error, data, HistoryLog)[:8]
-        raise SpecError(*(f"{file}: {text}" for _, text in mistakes), _REPAIR) from error
-    except FormatError as error:  # which names the file already
-        raise SpecError(error.what, _REPAIR) from error
-    except PathError as error:
-        raise SpecError(f"{file}: {error.what}", _REPAIR) from error
+    log = parse_record(raw, file, HistoryLog, _REPAIR)
     nodes: dict[str, tuple[Version, ...]] = {}
     for path, versions in log.nodes.items():
         nodes[path] = tuple(_version(entry, log) for entry in versions)

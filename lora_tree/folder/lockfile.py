@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
@@ -40,11 +41,13 @@ __all__ = [
     "LineageLock",
     "MadeLock",
     "NodeLock",
+    "NodesRecord",
     "TreeLock",
     "WeightLine",
     "content",
     "lineage",
     "parse_lock",
+    "parse_record",
     "render_lock",
     "weight_line",
     "weight_of",
@@ -187,23 +190,35 @@ class LineageLock(StrictModel):
         return weight_of(self.weight)
 
 
-class TreeLock(StrictModel):
-    """A whole tree.lock.
+class NodesRecord(StrictModel):
+    """A JSON file of ours that has an entry for each node.
 
     Args:
-        base: the base of the tree.
-        yaml: SHA-256 of tree.yaml, if a save wrote it.
         nodes: path → its entry.
         lineages: every lineage that an entry's ``trained_on`` leads to: hash → its last step.
         trainings: what nodes were trained with: hash → it, once for all nodes of a run.
     """
 
     version: Literal[1] = 1
+    nodes: Mapping[str, Any] = Field(default_factory=dict)
+    lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
+    trainings: dict[Digest, TrainedWith] = Field(default_factory=dict)
+
+
+class TreeLock(NodesRecord):
+    """A whole tree.lock.
+
+    Args:
+        base: the base of the tree.
+        yaml: SHA-256 of tree.yaml, if a save wrote it.
+    """
+
     base: BaseLock = BaseLock()
     yaml: Digest | None = None
     nodes: dict[str, NodeLock] = Field(default_factory=dict)
-    lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
-    trainings: dict[Digest, TrainedWith] = Field(default_factory=dict)
+
+
+Record = TypeVar("Record", bound=NodesRecord)
 
 
 def parse_lock(raw: bytes, file: str) -> TreeLock:
@@ -217,23 +232,39 @@ def parse_lock(raw: bytes, file: str) -> TreeLock:
         NewerFormat: a newer version of this library wrote it.
         SpecError: it is broken, or no lock.
     """
+    return parse_record(raw, file, TreeLock, _REPAIR)
+
+
+def parse_record(raw: bytes, file: str, kind: type[Record], repair: str) -> Record:
+    """Return the meaning of a JSON file of ours that has an entry for each node.
+
+    Args:
+        raw: its bytes.
+        file: its name, for messages.
+        kind: its model.
+        repair: what to do about a broken one.
+
+    Raises:
+        NewerFormat: a newer version of this library wrote it.
+        SpecError: it is broken, or another file.
+    """
     try:
         data = strict_json.loads(raw, file)
         check_format(data, file)
-        lock = TreeLock.model_validate(data)
+        record = kind.model_validate(data)
         # The empty path passes `check_path`, since it is the root's. But the root has no adapter,
-        # so no entry of a lock can be about it.
-        for path in lock.nodes:
+        # so no entry can be about it.
+        for path in record.nodes:
             if not check_path(path):
                 raise PathError("a node without a name")
     except ValidationError as error:
-        mistakes = describe_invalid(error, data, TreeLock)[:8]
-        raise SpecError(*(f"{file}: {text}" for _, text in mistakes), _REPAIR) from error
+        mistakes = describe_invalid(error, data, kind)[:8]
+        raise SpecError(*(f"{file}: {text}" for _, text in mistakes), repair) from error
     except FormatError as error:  # which names the file already
-        raise SpecError(error.what, _REPAIR) from error
+        raise SpecError(error.what, repair) from error
     except PathError as error:
-        raise SpecError(f"{file}: {error.what}", _REPAIR) from error
-    return lock
+        raise SpecError(f"{file}: {error.what}", repair) from error
+    return record
 
 
 def render_lock(lock: TreeLock) -> bytes:
