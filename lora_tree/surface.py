@@ -73,6 +73,7 @@ from .folder import (
     load_versions,
     lock,
     restore,
+    versions_beside,
 )
 from .formats.block_weights import block_weights
 from .integrations.hub import Pulled, Pushed, pull, push
@@ -186,5 +187,6 @@ __all__ = [
     "split",
     "squash",
     "token_counts",
+    "versions_beside",
     "weight_decays",
 ]

@@ -141,7 +141,7 @@ def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
     if whole == 0.0:
         raise SpecError("the adapter adds nothing, so it belongs nowhere", "add it by hand")
     squares: dict[str, float] = {}
-    # Of each lineage: its product with the adapter, and its own squared norm.
+    # For each lineage, its inner product with the adapter and its own squared norm.
     sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
     held: dict[str, Adapter] = {}  # the nodes of the lineage at hand, and no others
     for path in ["", *tree.paths()]:

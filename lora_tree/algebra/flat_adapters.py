@@ -40,13 +40,18 @@ class FlatAdapters:
         self.nbytes = sum(outline.nbytes for outline in outlines)
         self.outlines = aligned(outlines)
         self.numbers: dict[str, int] = {}  # module → its numbers, over all leaves and in any rank
+        widths: dict[str, int] = {}
         widest: torch.dtype | None = None
         for outline in self.outlines:
             for module, value in outline.modules.items():
                 self.numbers[module] = self.numbers.get(module, 0) + value.numel
+                *batch, out, into = value.shape
+                widths[module] = math.prod(batch) * (out + into)
                 mine = value.dtype
                 widest = mine if widest is None else torch.promote_types(widest, mine)
         self.dtype = dtype or widest or torch.float32
+        # module → the bytes of one rank
+        self.rank_bytes = {name: width * self.dtype.itemsize for name, width in widths.items()}
         self._refuse_replaced()
         self._groups = list(self._grouped(working_bytes))
         self._kept: dict[str, tuple[list[LowRank | None], Stack]] = {}
@@ -75,15 +80,6 @@ class FlatAdapters:
                 self._kept = self._read(group)
             for module in group:
                 yield module, *self._kept[module]
-
-    def price(self, module: str) -> int:
-        """How many bytes one rank of a module takes."""
-        for outline in self.outlines:
-            if module in outline.modules:
-                value = outline.modules[module]
-                size = math.prod(value.shape[:-2]) * (value.shape[-2] + value.shape[-1])
-                return size * self.dtype.itemsize
-        raise KeyError(module)
 
     def _grouped(self, working_bytes: int) -> Iterator[list[str]]:
         group: list[str] = []

@@ -36,8 +36,9 @@ from .edit import Edited, changeable, own, stale_notes
 from .families import Families, families_of
 from .flat_adapters import FlatAdapters
 from .likeness import similar
-from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of
+from .price_search import Goal, PricedFit, PriceSearch, Progress, fit_at, goal_of
 from .shared_fit import Pair
+from .sums import read_apart
 
 __all__ = ["Grown", "grow"]
 
@@ -190,13 +191,13 @@ class _Nodes:
 
 def _nodes(flat: FlatAdapters, families: Families, weights: Tensor, found: PricedFit) -> _Nodes:
     """Fit every module once more, and measure what comes of it in the dtype of the factors."""
-    search = PriceSearch(flat, families, weights, Goal(0.0, None), None)
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
     leaves: list[dict[str, LowRank]] = [{} for _ in flat.names]
     errors: list[dict[str, float]] = [{} for _ in flat.names]
     norms: list[dict[str, float]] = [{} for _ in flat.names]
     for module, values, stack in flat.modules():
-        got = search.fit(module, stack, found.price, found.shared[module])
+        start = found.shared[module]
+        got = fit_at(flat, families, weights, module, stack, found.price, start)
         for modules, pair in zip(shared, got.shared, strict=True):
             _put(modules, module, pair, stack.like, None, flat.dtype)
         for i, (value, pair) in enumerate(zip(values, got.leaves, strict=True)):
@@ -214,12 +215,11 @@ def _nodes(flat: FlatAdapters, families: Families, weights: Tensor, found: Price
         tops.append(Adapter(modules, base=base, nesting=mine) if modules else None)
     bottoms: list[Adapter] = []
     for outline, modules, name in zip(flat.outlines, leaves, flat.names, strict=True):
-        if not modules:
-            modules = _nothing(flat.tree, name, flat.dtype)
-        mine = {module: nesting[module] for module in modules if module in nesting}
         # Tensors that an adapter carries or replaces stay in it; an outline has none of them.
         carries = outline.unchanged or outline.overrides
-        whole = (flat.tree.adapter(name) if carries else None) or outline
+        whole = read_apart(flat.tree, name) if carries else outline
+        modules = modules or _nothing(outline, flat.dtype)
+        mine = {module: nesting[module] for module in modules if module in nesting}
         bottoms.append(
             replace(whole, modules=modules, nesting=mine, errors={}, rounded=frozenset())
         )
@@ -252,13 +252,13 @@ def _put(
     modules[name] = value.to(dtype=dtype)
 
 
-def _nothing(tree: AdapterTree, name: str, dtype: torch.dtype) -> dict[str, LowRank]:
+def _nothing(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
     """One module of zeros: files without a module can't be written, and the node has to stay."""
-    adapter = tree.adapter(name) or Adapter({})
-    smallest = min(adapter.modules, key=lambda module: (adapter.modules[module].numel, module))
-    value = adapter.modules[smallest]
-    A, B = torch.zeros_like(value.A[..., :1, :]), torch.zeros_like(value.B[..., :1])
-    return {smallest: LowRank(A, B, 1.0, None, value.layout).to(dtype=dtype)}
+    modules = outline.modules
+    smallest = min(modules, key=lambda module: (modules[module].numel, module))
+    *batch, out, into = modules[smallest].shape
+    A, B = torch.zeros(*batch, 1, into, dtype=dtype), torch.zeros(*batch, out, 1, dtype=dtype)
+    return {smallest: LowRank(A, B, 1.0, None, modules[smallest].layout)}
 
 
 def _nesting(outlines: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:

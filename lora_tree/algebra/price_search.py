@@ -24,7 +24,7 @@ from .families import Families
 from .flat_adapters import FlatAdapters
 from .shared_fit import Pair, SharedFit, Stack, fit
 
-__all__ = ["Goal", "PriceSearch", "PricedFit", "goal_of"]
+__all__ = ["Goal", "PriceSearch", "PricedFit", "fit_at", "goal_of"]
 
 Progress = Callable[[int, int], None]
 
@@ -141,7 +141,7 @@ class PriceSearch:
             # Where both have the same ranks, prices between them have these too.
             if self.goal.close(within) or high.nbytes == low.nbytes:
                 break
-            # From the higher price again, so that the price only falls.
+            # Begin with the fit at the higher price, so that the price only falls.
             tried = self._try(math.sqrt(high.price * low.price), high)
             if self.goal.met(tried):
                 within = tried
@@ -161,7 +161,7 @@ class PriceSearch:
         for module, _, stack in self.flat.modules():
             # All leaves together can have no larger singular value than their lengths allow.
             gains = (self.weights * stack.energies).sum()
-            most = max(most, float(gains) / self.flat.price(module))
+            most = max(most, float(gains) / self.flat.rank_bytes[module])
         return max(most, 1e-300)
 
     def _try(self, price: float, like: PricedFit | None) -> PricedFit:
@@ -170,22 +170,28 @@ class PriceSearch:
         nbytes = ranks = 0
         for done, (module, _, stack) in enumerate(self.flat.modules(), 1):
             start = None if like is None else like.shared[module]
-            got = self.fit(module, stack, price, start)
+            got = fit_at(self.flat, self.families, self.weights, module, stack, price, start)
             shared[module] = got.shared
             squares += got.squares
             ranks += got.ranks
-            nbytes += got.ranks * self.flat.price(module)
+            nbytes += got.ranks * self.flat.rank_bytes[module]
             if self.progress is not None:
                 self.progress(done, len(self.flat))
         error = math.sqrt(float((self.weights * squares).mean()))
         return PricedFit(price, nbytes, error, ranks, shared)
 
-    def fit(
-        self, module: str, stack: Stack, price: float, start: Sequence[Pair] | None
-    ) -> SharedFit:
-        """One module at a price per byte."""
-        per_rank = price * self.flat.price(module)
-        return call_named(
-            module,
-            lambda: fit(stack, self.families, self.weights, per_rank, name=module, start=start),
-        )
+
+def fit_at(
+    flat: FlatAdapters,
+    families: Families,
+    weights: Tensor,
+    module: str,
+    stack: Stack,
+    price: float,
+    start: Sequence[Pair] | None,
+) -> SharedFit:
+    """Fit one module at a price for a byte."""
+    per_rank = price * flat.rank_bytes[module]
+    return call_named(
+        module, lambda: fit(stack, families, weights, per_rank, name=module, start=start)
+    )

@@ -72,11 +72,6 @@ class Stack:
         return self.s.shape[2]
 
     @property
-    def numbers(self) -> int:
-        """How many numbers one rank takes: b · (out + in)."""
-        return self.U.shape[0] * (self.U.shape[1] + self.V.shape[1])
-
-    @property
     def energies(self) -> Tensor:
         """(n,) the squared norm of each leaf's increment."""
         return self.s.square().sum((0, 2))

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..blend import Blend
-from ..errors import SpecError
-from ..folder import history, load, load_versions
-from ..model import attach
+from ..folder import load, versions_beside
 from ..runs import Bisection, bisect
 from ..training.diverged import BASE_LABEL
-from ..tree import AdapterTree
 from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
 from .console import out, print_json
-from .open_base import open_model, open_tokenizer
-from .open_rows import open_rows
+from .open_measured import open_measured
 
 __all__ = ["bisect_steps"]
 
@@ -44,37 +37,21 @@ def bisect_steps(
     tree = load(folder)
     # Before a base is opened, which takes minutes: a typo is told at once.
     tree.lineage(path)
-    steps = _versions(tree, folder, path) if versions else path
-    name, tokenizer = open_tokenizer(
-        tree, folder, base, what="bisect", trust_remote_code=trust_remote_code
+    steps = versions_beside(tree, folder, path) if versions else path
+    model, rows = open_measured(
+        tree,
+        folder,
+        data,
+        base,
+        what="bisect",
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
     )
-    rows = open_rows(data, tree, tokenizer, max_length=max_length)
-    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     found = bisect(model, steps, rows, batch=batch)
     if as_json:
         print_json(found.as_dict())
     else:
         _tell(found)
-
-
-def _versions(tree: AdapterTree, folder: Path, path: str) -> Mapping[str, Blend]:
-    """Add each earlier version as a sibling, in memory, so that one batch can hold them all."""
-    steps: dict[str, Blend] = {}
-    known = history(folder).get(path, [])
-    for number, version in enumerate(known, 1):
-        name = f"{path}@{number}"
-        if version.is_present:
-            steps[name] = path
-            continue
-        was, (node,) = load_versions(folder, name)
-        sibling = f"{path}.{number}"
-        while sibling in tree:
-            sibling += "-"
-        tree.add(sibling, adapter=was.adapter(node), weight=was[node].weight)
-        steps[name] = sibling
-    if len(steps) < 2:
-        raise SpecError(f"{path}: no earlier version is kept", f"see: lora-tree log {folder}")
-    return steps
 
 
 def _tell(found: Bisection) -> None:

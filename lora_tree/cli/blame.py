@@ -10,12 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..folder import load
-from ..model import attach
 from ..runs import Blame, blame
 from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
 from .console import out, print_json
-from .open_base import open_model, open_tokenizer
-from .open_rows import open_rows
+from .open_measured import open_measured
 
 __all__ = ["blame_parts"]
 
@@ -55,11 +53,15 @@ def blame_parts(
     tree = load(folder)
     # Before a base is opened, which takes minutes: a typo is told at once.
     tree.lineage(path)
-    name, tokenizer = open_tokenizer(
-        tree, folder, base, what="blame", trust_remote_code=trust_remote_code
+    model, rows = open_measured(
+        tree,
+        folder,
+        data,
+        base,
+        what="blame",
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
     )
-    rows = open_rows(data, tree, tokenizer, max_length=max_length)
-    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     found = blame(model, path, rows, by=by.value, nodes=node or None, batch=batch)
     if as_json:
         print_json(found.as_dict())

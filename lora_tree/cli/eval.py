@@ -11,13 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..folder import disk, load
-from ..model import attach
 from ..runs import LossMatrix, evaluate
 from ..training.diverged import BASE_LABEL
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, SkipBroken, TrustRemoteCode
 from .console import out, print_json
-from .open_base import open_model, open_tokenizer
-from .open_rows import open_rows
+from .open_measured import open_measured
 from .progress import steps_done
 
 __all__ = ["evaluation"]
@@ -46,11 +44,15 @@ def evaluation(
     tree = load(folder, skip_broken=skip_broken)
     # Before a base is opened, which takes minutes: a typo is told at once.
     chosen = tree.matching(nodes) if nodes else None
-    name, tokenizer = open_tokenizer(
-        tree, folder, base, what="eval", trust_remote_code=trust_remote_code
+    model, rows = open_measured(
+        tree,
+        folder,
+        data,
+        base,
+        what="eval",
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
     )
-    rows = open_rows(data, tree, tokenizer, max_length=max_length)
-    model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
     count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:

@@ -13,6 +13,7 @@ from ..integrations.hub import pull
 from .arguments import AsJson, Quiet
 from .console import out, print_json
 from .editing import DryRun
+from .hub_told import tell_changes
 from .progress import bars_are_wanted
 
 __all__ = ["pull_tree"]
@@ -41,10 +42,7 @@ def pull_tree(
     if as_json:
         print_json({"dry_run": dry_run, **asdict(pulled)})
         return
-    for sign, places in (("+", pulled.new), ("~", pulled.replaced), ("-", pulled.deleted)):
-        for place in places:
-            out().print(f"{sign} {place}", soft_wrap=True)
-    changed = len(pulled.new) + len(pulled.replaced) + len(pulled.deleted)
+    changed = tell_changes(pulled.new, pulled.replaced, pulled.deleted)
     what = f"{changed} files changed" if changed else "up to date"
     if dry_run:
         what = f"{changed} files would change"

@@ -13,6 +13,7 @@ from ..integrations.hub import push
 from .arguments import AsJson, Folder, Quiet
 from .console import note, out, print_json
 from .editing import DryRun
+from .hub_told import tell_changes
 from .progress import bars_are_wanted
 
 __all__ = ["push_tree"]
@@ -66,10 +67,7 @@ def push_tree(
         return
     if pushed.renamed:
         note(f"{listing(pushed.renamed)}: the base is called {pushed.base} there")
-    for sign, paths in (("+", pushed.added), ("~", pushed.replaced), ("-", pushed.deleted)):
-        for path in paths:
-            out().print(f"{sign} {path}", soft_wrap=True)
-    changed = len(pushed.added) + len(pushed.replaced) + len(pushed.deleted)
+    changed = tell_changes(pushed.added, pushed.replaced, pushed.deleted)
     where = f"{repository}@{pushed.branch}"
     if dry_run:
         text = f"{folder} → {where}: {changed} files would change, {decimal(pushed.bytes)}"

@@ -15,7 +15,7 @@ from .edge import FolderStorage
 from .history import Version
 from .problem import Problem
 from .saving import HistoryWarning
-from .versions import Freed, Restored, gc, history, load_versions, restore
+from .versions import Freed, Restored, gc, history, load_versions, restore, versions_beside
 from .yamlfile import json_schema
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "relock",
     "restore",
     "survey",
+    "versions_beside",
 ]

@@ -32,7 +32,15 @@ from .source import FolderSource
 from .training_steps import paths_above
 from .tree_place import place_of
 
-__all__ = ["Freed", "Restored", "gc", "history", "load_versions", "restore"]
+__all__ = [
+    "Freed",
+    "Restored",
+    "gc",
+    "history",
+    "load_versions",
+    "restore",
+    "versions_beside",
+]
 
 _AT = re.compile(r"(?P<path>[^@]*)@(?P<version>[0-9a-f]+)\Z")
 _IN_BLEND = re.compile(r"(?P<path>[^@:+]+)@(?P<version>[0-9a-f]+)")
@@ -193,6 +201,43 @@ def load_versions(
         for node in sorted(asked, key=lambda node: node.count("/")):
             _put(tree, opened, _find(opened, f"{node}@{asked[node]}"))
     return tree, tuple(_IN_BLEND.sub(lambda match: match["path"], text) for text in texts)
+
+
+def versions_beside(tree: AdapterTree, path: str | os.PathLike[str], node: str) -> dict[str, str]:
+    """Add a node's earlier versions to a tree as its siblings, so that one batch can hold them all.
+
+    Args:
+        tree: as `load` opened it; changed in memory, and not to be saved.
+        path: the folder of the tree, or a YAML file in it.
+        node: the node.
+
+    Returns:
+        ``fr/legal@1`` and so on → the path in the tree, the oldest first; the node is the last.
+
+    Raises:
+        PathError: no versions of the node are kept.
+        FolderError: the files of a version are gone.
+
+    >>> # tree = load("zoo/"); versions_beside(tree, "zoo/", "fr/legal")
+    """
+    opened = inspect(place_of(path))
+    found: dict[str, str] = {}
+    for number, version in enumerate(_all_versions(opened).get(node, ()), 1):
+        name = f"{node}@{number}"
+        if version.is_present:
+            found[name] = node
+            continue
+        source = _source(opened, _Named(node, number, version))
+        sibling = f"{node}.{number}"
+        while sibling in tree:
+            sibling += "-"
+        tree.add(sibling, group=True)
+        tree.replace(tree[sibling].read_from(source))
+        tree.update(sibling, weight=version.weight)
+        found[name] = sibling
+    if len(found) < 2:
+        raise PathError(f"{node}: no earlier version is kept", f"see: lora-tree log {path}")
+    return found
 
 
 # ---------------------------------------------------------------------- bring back
