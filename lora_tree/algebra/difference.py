@@ -244,7 +244,8 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
     shared = {node for node, c in ours.items() if theirs.get(node) == c}
     own_terms = (_terms_without(tree, blend, shared, base) for blend in (a, b))
     if any(replaces(tree, node) for node in {*ours, *theirs}):
-        # What an override drops on one side alone is no value of that side.
+        # An override may drop increments of a shared node on one side alone. Only shared nodes of
+        # which the same counts on both sides cancel.
         both = tree.terms(a, base=base), tree.terms(b, base=base)
         own_terms = (_less_shared(both[i], both[1 - i], shared) for i in (0, 1))
     sides = [added_up(terms, base=base) for terms in own_terms]

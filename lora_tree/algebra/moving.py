@@ -252,7 +252,7 @@ def _made_up(
     own = _overrides_of(tree, path)
     replaced = dict(own)
     for node, coefficient, adapter in gap:
-        # What the node replaces, it replaces over any lineage.
+        # The node's own override counts before that of the old lineage, which fills in the rest.
         for name, above in adapter.overrides.items():
             replaced[name] = replaced[name].over(above) if name in replaced else above
         adapter = replace(adapter, modules=under(own, adapter.modules), overrides={})

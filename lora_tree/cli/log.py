@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -24,7 +25,7 @@ def list_versions(folder: Folder, nodes: Nodes = None, as_json: AsJson = False) 
     found = history(folder)
     wanted = _chosen(found, nodes or [])
     if as_json:
-        told = {path: [_plain(v, n) for n, v in enumerate(found[path], 1)] for path in wanted}
+        told = {path: _plain_versions(found[path]) for path in wanted}
         print_json({"folder": str(folder), "nodes": told})
         return
     # Without names, a node that has always been the same would only fill the screen.
@@ -95,6 +96,10 @@ def _lineage(version: Version) -> str:
     if steps is None:
         return f"lineage {version.on.on.digest[:SHORT]}"
     return " > ".join(f"{step.node} {step.content[:SHORT]}" for step in steps) or "the base"
+
+
+def _plain_versions(versions: Sequence[Version]) -> list[dict[str, Any]]:
+    return [_plain(version, number) for number, version in enumerate(versions, 1)]
 
 
 def _plain(version: Version, number: int) -> dict[str, Any]:

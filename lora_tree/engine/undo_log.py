@@ -200,7 +200,7 @@ _Sides: TypeAlias = tuple[Tensor, Tensor]
 
 
 def _sides(site: Site, values: Sequence[LowRank], weight: Tensor) -> _Sides:
-    dtypes = [factor.dtype for value in values for factor in (value.A, value.B)]
+    dtypes = [value.A.dtype for value in values] + [value.B.dtype for value in values]
     wide = compute_dtype(weight.dtype, *dtypes)
     return site.sides_of(stacked(values, dtype=wide, device=weight.device))
 

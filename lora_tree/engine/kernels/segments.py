@@ -57,7 +57,8 @@ def width_of(rank: int, compute: torch.dtype) -> int:
     >>> width_of(16, torch.bfloat16), width_of(128, torch.float32)
     (64, 32)
     """
-    return 64 if rank <= (32 if compute == torch.float32 else 64) else 32
+    narrow_from = 32 if compute == torch.float32 else 64
+    return 64 if rank <= narrow_from else 32
 
 
 def group_of(tokens: int) -> int:
