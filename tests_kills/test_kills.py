@@ -20,6 +20,7 @@ import signal
 import time
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,12 @@ def present(zoo: Path) -> dict[str, str]:
     return found
 
 
+def removed_above(path: str, history: Mapping[str, Sequence[lt.Version]]) -> list[str]:
+    """Return the nodes above one that are in the history and no longer in the tree."""
+    above = [node for node in history if path.startswith(node + "/")]
+    return [node for node in above if not history[node][-1].is_present]
+
+
 def named(zoo: Path) -> dict[str, list[str]]:
     """Node → its different contents, the one it had last at the end."""
     found: dict[str, list[str]] = {}
@@ -143,12 +150,16 @@ def named(zoo: Path) -> dict[str, list[str]]:
 
 def read_all(zoo: Path, known: set[str]) -> None:
     """Read every content that was not read before; each is compared with its hash."""
-    for path, versions in lt.history(zoo).items():
+    history = lt.history(zoo)
+    for path, versions in history.items():
+        # A node stands on the nodes above it: those that were removed, too, come with their last
+        # version.
+        above = [f"{node}@{len(history[node])}" for node in removed_above(path, history)]
         for number, version in enumerate(versions, 1):
             if version.content not in known:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", lt.StaleWarning)
-                    tree, _ = lt.load_versions(zoo, f"{path}@{number}")
+                    tree, _ = lt.load_versions(zoo, *above, f"{path}@{number}")
                 assert tree.adapter(path) is not None
                 known.add(version.content)
 
