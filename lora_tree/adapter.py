@@ -323,7 +323,7 @@ class Adapter:
 
         def cut(value: LowRank) -> LowRank:
             short, _, relative_error = value.truncate(rank, max_error=max_error)
-            # `map` takes the modules in order, so the n-th error is that of the n-th module.
+            # `map` keeps the order, so the n-th error belongs to the n-th module.
             errors.append(relative_error)
             return short
 
@@ -359,7 +359,7 @@ class Adapter:
         for module, registered in order.items():
             mine = tuple(p for p in registered if f"{module}.{p}" in self.modules)
             guessed = self.nesting.get(module, ())
-            # If the two sets differ, the order is that of another base. It stays
+            # If the two sets differ, the order came from another base. It stays
             # assumed, and binding refuses it.
             if module in assumed and set(mine) == set(guessed):
                 for was, now in zip(guessed, mine, strict=True):

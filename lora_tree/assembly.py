@@ -34,7 +34,7 @@ class Assembly(nn.Module):
 
     Args:
         components: name → model; a name has no dots.
-        name_or_path: what the whole is called.
+        name_or_path: the name of the whole, for messages.
         aliases: other words for components, which files use.
         prefixes: component → the beginning that its modules' names once had, and those in older
             files still have.

@@ -21,7 +21,7 @@ class AttachedModel(Protocol):
     """A model that the tree is attached to, as the tree sees it."""
 
     def nodes_in_use(self) -> Iterable[str]:
-        """Return the nodes that must stay as they are."""
+        """Return the nodes that must not change."""
         ...
 
     def read_adapter(self, path: str, source: Source) -> Adapter:
@@ -61,7 +61,7 @@ class AttachedModels:
 
         Args:
             paths: the nodes.
-            verb: what is to be done with them, for the message: ``removed``.
+            verb: the action that needs them, for the message: ``removed``.
 
         Raises:
             TreeError: one of them is in use; names all that are.

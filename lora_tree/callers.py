@@ -84,7 +84,7 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
     Args:
         method: its name.
         owner: its ``self``.
-        names: the variables wanted. Ask for numbers: what is returned outlives the call.
+        names: the variables wanted. Ask for numbers: the returned value outlives the call.
 
     >>> class Pipe:
     ...     def __call__(self, images): return locals_of_call("__call__", self, ["images"])

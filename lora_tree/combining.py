@@ -158,7 +158,7 @@ class _Combination:
                         "two adapters override this tensor, and two replacements do not add up",
                         "on a lineage the deeper one counts: flatten or squash the path",
                     )
-            # Rows of a later term lie over those of an earlier one, as on a lineage.
+            # Rows of a later term replace rows of an earlier one, as on a lineage.
             override = override.over(known)
         self._overrides[name] = at, override
 

@@ -174,7 +174,7 @@ class UnlockedError(FolderError):
 
 
 class HubError(LoraTreeError, OSError):
-    """The model hub does not have what was asked for, refuses it, or can't be reached."""
+    """The model hub lacks the repository or file, refuses the request, or can't be reached."""
 
 
 class BaseMismatch(LoraTreeError, ValueError):
@@ -194,7 +194,7 @@ class UnmergedOnly(BaseMismatch):
 
 
 class StateError(LoraTreeError, RuntimeError):
-    """The call does not fit what the model is doing now."""
+    """The call does not fit the model's present state."""
 
 
 class ForeignWrite(StateError):

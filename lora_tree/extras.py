@@ -1,6 +1,6 @@
 """Optional packages: imported at their first use, or an error with the line that installs them.
 
-Their errors become ours at this boundary, once: their words, with what was being done before them.
+Their errors become ours at this boundary, once: their words, after the action that failed.
 
 Law: a base's own Python code never runs unless the user said so (`open_pretrained`).
 """
@@ -65,7 +65,7 @@ def need(module: str, *, extra: str, what: str) -> Any:
 def foreign(what: str, *todo: str) -> Iterator[None]:
     """Raise an optional package's error inside the block as a `SpecError`.
 
-    Our own errors pass as they are, and so does a MemoryError.
+    Our own errors pass unchanged, and so does a MemoryError.
 
     Args:
         what: what was being done, for the message.

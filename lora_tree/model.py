@@ -455,8 +455,8 @@ class TreeModel(AnswersForBase):
         """Settle which weights are the base's own, after a `ForeignWrite`; the base is bare then.
 
         Args:
-            what: ``pristine`` puts the copies back; ``weights`` takes the weights as they are now
-                for the base's own.
+            what: ``pristine`` puts the copies back; ``weights`` takes the present weights for the
+                base's own.
 
         Raises:
             ForeignWrite: the copies do not fit any more, because a module was replaced or resized;
@@ -631,7 +631,7 @@ class TreeModel(AnswersForBase):
             optimizer: made of the groups that `trainable` returned. Followed until it is collected.
 
         Raises:
-            SpecError: a group is not that of a node that trains.
+            SpecError: a group does not belong to a node that trains.
             StateError: the model is prepared for ``torch.compile``, or detached.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))

@@ -52,7 +52,7 @@ def check_name(name: str) -> str:
 
 
 def check_path(path: str) -> tuple[str, ...]:
-    """Return the names on a path: those of ``"fr/legal"`` are ``("fr", "legal")``, of ``""`` none.
+    """Return the names on a path: ``"fr/legal"`` has ``("fr", "legal")``, ``""`` has none.
 
     Raises:
         PathError: a name is not valid, or the path is too deep.

@@ -117,7 +117,7 @@ class Override:
         return tensor.index_copy(0, self.index(tensor.device), values)
 
     def over(self, above: Override) -> Override:
-        """Return the one override that is this one's, and elsewhere that of a node above it.
+        """Return one override: this one's rows, and elsewhere the rows of a node above it.
 
         >>> fr, legal = Override(torch.zeros(2, 1), rows=(3, 5)), Override(torch.ones(1, 1), (5,))
         >>> legal.over(fr).rows, legal.over(fr).values.flatten().tolist()

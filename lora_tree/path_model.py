@@ -158,7 +158,7 @@ class PathModel(AnswersForBase):
         return self._digest
 
     def set_extra_state(self, state: Any) -> None:
-        """Compare the content of the frozen nodes with that of a ``state_dict``.
+        """Compare the content of the frozen nodes with a ``state_dict``.
 
         Raises:
             StateError: the factors in it were trained on other nodes.

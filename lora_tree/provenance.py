@@ -1,4 +1,4 @@
-"""Provenance: how a node came to be what it is, as values that a lock and a history keep.
+"""Provenance: the origin of a node's content, as values that a lock and a history keep.
 
     tree.save("zoo/", note=SaveNote(by="tune.py", training={"fr": TrainedWith(...)}))
 
@@ -66,7 +66,7 @@ class TrainedWith(StrictModel):
 
 @dataclass(frozen=True)
 class Made:
-    """When and by what a node became what it is.
+    """When and by which command a node got its content.
 
     Args:
         when: the time of the save, UTC, like ``2026-11-26T19:17:26Z``.

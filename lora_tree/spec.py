@@ -206,7 +206,7 @@ class LoraSpec(StrictModel):
 
     @property
     def has_targets(self) -> bool:
-        """Whether it says what is adapted, or replaced."""
+        """Whether it names modules to adapt or to replace."""
         factors = self.target_modules or self.target_parameters
         return bool(factors or self.modules_to_save or self.trainable_token_indices)
 
@@ -241,7 +241,7 @@ class TreeDefaults(LoraSpec):
         return self
 
     def complete(self, fresh: LoraSpec, path: str) -> LoraSpec:
-        """Return the spec of a fresh node at ``path``, with what it leaves open as these say."""
+        """Return the spec of a fresh node at ``path``, completed by these defaults."""
         made = fresh.over(self)
         if self.rank_by_depth is None:
             return made

@@ -64,7 +64,7 @@ class Source(Protocol):
                 ordinary memory.
 
         Raises:
-            FolderError, FormatError: the files are gone, broken, or not what the lock says.
+            FolderError, FormatError: the files are gone, broken, or differ from the lock.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""AdapterTree: the nodes, their order, and what a path or a blend of paths adds up to.
+"""AdapterTree: the nodes, their order, and the sum of a path or a blend of paths.
 
     W(path) = round_once( W0 + Σ weight_n · scale_n · B_n A_n )      n on the lineage of path
 
@@ -419,7 +419,7 @@ class AdapterTree:
 
         Raises:
             PathError: the node is not there.
-            FolderError, FormatError: its files are gone, broken, or not what the lock says.
+            FolderError, FormatError: its files are gone, broken, or differ from the lock.
             BudgetError: it is larger than the budget leaves room for.
         """
         node = self[path]
@@ -471,7 +471,7 @@ class AdapterTree:
         Raises:
             PathError, SpecError: as `coefficients`; or the paths of a blend have different
                 overrides of a tensor; or a pattern of a weight matches no module.
-            FolderError, FormatError: a node's files are gone, broken, or not what the lock says;
+            FolderError, FormatError: a node's files are gone, broken, or differ from the lock;
                 names the node.
             BaseMismatch: an adapter can't be put into the base's names; names the node and the
                 module.
@@ -615,8 +615,8 @@ class AdapterTree:
 
         Args:
             model: the model.
-            reads: it has budgets. From now on it reads what is needed from files, and the tree
-                drops what it has read itself: that would lie beside the budgets.
+            reads: it has budgets. From now on it reads adapters from files when they are needed,
+                and the tree drops those that it has read itself: that would lie beside the budgets.
         """
         self._models.add(model, reads=reads)
         if not reads:

@@ -149,8 +149,8 @@ def energy(values: Tensor, rank: int) -> float:
 
 
 def angles(x: LowRank, y: LowRank) -> tuple[Tensor, Tensor]:
-    """Return the principal angles between what two increments write to, and between what they read
-    from.
+    """Return the principal angles between the column spaces of two increments, and between their
+    row spaces.
 
     Angles are in radians, smallest first, one for each direction that the smaller of the two has: 0
     is a shared direction, π/2 one that the other does not touch. Those of a batch follow one

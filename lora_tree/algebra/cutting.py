@@ -39,7 +39,7 @@ def squash(
     dtype: torch.dtype | None = None,
     base: nn.Module | None = None,
 ) -> Edited:
-    """Add one node whose effective weight is that of a whole lineage, or of a blend.
+    """Add one node with the effective weight of a whole lineage, or of a blend.
 
     Args:
         tree: changed in memory.

@@ -66,7 +66,7 @@ class Diff:
     """Two adapters compared; `b` less `a`.
 
     Args:
-        a, b: what the two are called.
+        a, b: the names of the two, for messages and tables.
         modules: module → its figures, by name.
         carried: tensors of the base that both adapters carry, with different values.
         overrides: tensors of the base that one of the two replaces, or both by different values.
@@ -265,7 +265,7 @@ def _terms_without(
 
 
 def _less_shared(terms: list[Term], others: list[Term], shared: Set[str]) -> list[Term]:
-    """Return the terms without the shared nodes of which the same counts among the others."""
+    """Return the terms without the shared nodes that have the same coefficient on both sides."""
     theirs = {node: adapter for node, _, adapter in others}
     found = []
     for node, coefficient, adapter in terms:
@@ -275,7 +275,7 @@ def _less_shared(terms: list[Term], others: list[Term], shared: Set[str]) -> lis
 
 
 def _holds_same(one: Adapter, other: Adapter) -> bool:
-    # By names: one node's values differ on two paths only in what is dropped of them.
+    # By names: one node's values differ between two paths only by the parts that an override drops.
     same_modules = one.modules.keys() == other.modules.keys()
     return same_modules and one.overrides.keys() == other.overrides.keys()
 

@@ -1,4 +1,4 @@
-"""Edited: what a verb did to a tree, and the steps that all verbs share.
+"""Edited: the result of a verb on a tree, and the steps that all verbs share.
 
 A verb computes every adapter first and changes the tree last, in this order: the step that the tree
 may refuse (a name that is taken, a node that is in use), then the steps that can't fail. So a tree

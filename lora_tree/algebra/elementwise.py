@@ -82,7 +82,7 @@ def merged(
     if method not in ("ties", "dare_ties"):
         return (stacked * factors).sum(0)
     agree = _majority(stacked)
-    # The sign is elected by the tensors as they are, and only then they are weighed.
+    # The unweighted tensors elect the sign; the weights are applied after that.
     return (stacked * factors * agree).sum(0) / agree.sum(0).clamp(min=1.0)
 
 

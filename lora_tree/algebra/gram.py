@@ -77,7 +77,7 @@ def gram(
     """Multiply all pairs of adapters.
 
     Args:
-        names: what the adapters are called; their order is that of the result.
+        names: the adapters' names; the result keeps their order.
         read: name → adapter. Sketched, it is called once a name, and nothing of it is kept.
         outline: name → adapter, whose numbers may be missing.
         exact: True or False; None takes the exact way where that takes some seconds at most.

@@ -63,7 +63,7 @@ class Likeness:
         return named_groups
 
     def order(self) -> list[str]:
-        """Return the names so that those of every cluster stand side by side."""
+        """Return the names in an order that puts each cluster's names side by side."""
         return [self.names[i] for i in leaf_order(list(self.joins), len(self.names))]
 
     def nearest(self, most: int = 10) -> list[tuple[str, str, float]]:

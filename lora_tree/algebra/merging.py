@@ -50,7 +50,7 @@ class Merged:
 
     Args:
         adapter: the merged one.
-        cut: what the cut to a rank cost, beside the merge at its full rank.
+        cut: the relative error of the cut to a rank, against the merge at its full rank.
         distances: for each of the adapters ‖merged − it‖ / ‖it‖.
     """
 

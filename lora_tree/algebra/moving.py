@@ -188,7 +188,7 @@ def rebase_all(
     Raises:
         PathError: the node is not there.
         TreeError: a model is using one of the nodes.
-        SpecError: nothing differs from what it was; or a child's weight is 0.
+        SpecError: nothing has changed; or a child's weight is 0.
         ShapeMismatch, BaseMismatch: two adapters do not add up; names them.
     """
     below = tree.paths(path)

@@ -144,7 +144,7 @@ def as_term(node: str, weight: Weight, adapter: Adapter) -> Term:
 
 
 def read_apart(tree: AdapterTree, path: str) -> Adapter:
-    """Return a node's adapter, an empty one for a group; the tree keeps nothing of what is read.
+    """Return a node's adapter, an empty one for a group. The tree keeps no tensor of it.
 
     The tree's own verb would keep every adapter of a zoo in memory.
 

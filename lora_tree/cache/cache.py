@@ -89,7 +89,7 @@ class Cache:
         """Return the adapters of some nodes, from the root down, pinned until the hold is released.
 
         Raises:
-            FolderError, FormatError: a node's files are gone, broken, or not what the lock says;
+            FolderError, FormatError: a node's files are gone, broken, or differ from the lock;
                 names the node.
             BudgetError: they do not fit in beside what is in use already; says how much is needed.
             StateError: the model was detached meanwhile.
@@ -138,7 +138,7 @@ class Cache:
         """Return one node's adapter in host memory; the policy decides how long it stays cached.
 
         Raises:
-            FolderError, FormatError: its files are gone, broken, or not what the lock says; names
+            FolderError, FormatError: its files are gone, broken, or differ from the lock; names
                 the node.
             BudgetError: it does not fit in beside what is in use.
         """

@@ -70,7 +70,7 @@ class Loader:
             wait: whether to wait for room that other threads are about to free.
 
         Raises:
-            FolderError, FormatError: the files are gone, broken, or not what the lock says.
+            FolderError, FormatError: the files are gone, broken, or differ from the lock.
             BudgetError: there is no room.
             StateError: the model was detached meanwhile.
         """

@@ -56,7 +56,7 @@ def tell_comparison(
 
 
 def _here(path: Path, merged: str) -> AdapterTree:
-    """Return the working directory's tree, of which a path was given and no folder."""
+    """Return the working directory's tree, for a user who gave a path and no folder."""
     try:
         tree = load(".")
         tree.coefficients(str(path))

@@ -123,7 +123,7 @@ def keep_quiet() -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a line about what is being done, on stderr, unless the user wants none."""
+    """Print a line about the work under way, on stderr, unless the user wants none."""
     if not _quiet:
         err().print(text, soft_wrap=True)
 
@@ -168,7 +168,7 @@ def print_json(value: Any) -> None:
 
 
 def _escaped(document: str) -> str:
-    """Return the same JSON with its own escapes for what is not printable.
+    """Return the same JSON with escapes in place of unprintable characters.
 
     JSON lets some of it through: DEL, C1 controls, signs that turn the direction of text.
     """

@@ -47,7 +47,7 @@ class Work:
         """Save the tree, and say what happened to it.
 
         Args:
-            edited: what the verb did.
+            edited: the result of the verb.
             as_json: for a program.
             copy_files: bring adapters that live elsewhere into the folder.
             more: further figures, for a program alone.
@@ -86,7 +86,7 @@ class Work:
 
 
 def adapter_text(tree: AdapterTree, path: str) -> str:
-    """Say in a few words what a node is and holds."""
+    """Describe a node and its content in a few words."""
     node, adapter = tree[path], tree.outline(path)
     weight = "" if node.weight == 1.0 else f", weight {node.weight:g}"
     if adapter is None:

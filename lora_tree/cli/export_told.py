@@ -25,7 +25,7 @@ def tell_portable(one: Portable, where: str, *, per_module: bool) -> None:
 
 
 def plain_portable(one: Portable, where: str) -> dict[str, Any]:
-    """Return what a program is told of a portable adapter."""
+    """Return the JSON value of a portable adapter."""
     return {
         "path": one.path,
         "out": where,
@@ -45,7 +45,7 @@ def plain_portable(one: Portable, where: str) -> dict[str, Any]:
 def tell_flat(
     path: str, to: str, flat: Adapter, kind: str, dtype: str | None, *, as_json: bool
 ) -> None:
-    """Print what was written of an adapter with its ranks as they are."""
+    """Print the modules of an adapter written with its own ranks."""
     ranks = sorted(set(flat.ranks.values()))
     if as_json:
         print_json(
@@ -77,7 +77,7 @@ def tell_files(files: Sequence[Path], *, as_json: bool) -> None:
 
 
 def tell_merged(made: MergedCheckpoint, path: str, *, as_json: bool) -> None:
-    """Print what was written of a merged checkpoint."""
+    """Print the files of a merged checkpoint."""
     if as_json:
         print_json(
             {

@@ -1,4 +1,4 @@
-"""``lora-tree lock``: accept the files of a folder as they are."""
+"""``lora-tree lock``: accept the present files of a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def accept_files(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Accept the files as they are now: write tree.lock, and say what has changed since."""
+    """Accept the present files: write tree.lock, and say what has changed since."""
     found = relock(folder, accept_stale=accept_stale)
     if as_json:
         print_json(

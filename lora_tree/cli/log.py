@@ -1,4 +1,4 @@
-"""``lora-tree log``: what the nodes of a tree were before, numbered, with how each came to be."""
+"""``lora-tree log``: the earlier versions of a tree's nodes, numbered, each with its origin."""
 
 from __future__ import annotations
 

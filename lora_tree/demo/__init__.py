@@ -86,7 +86,7 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             save_base(model, base)
         with clock("adapters"):
             # The tree names its base by a relative path: both folders lie in a hidden one now, and
-            # an absolute path would be wrong as soon as they are moved to their places.
+            # an absolute path would be wrong once the folders are moved to their places.
             _train_tree(model, leaves, size, seed, bar, base=f"../{base.name}").save(zoo)
         # The files are opened again, so that the figures below are those of a user who opens them.
         with clock("reopening"):

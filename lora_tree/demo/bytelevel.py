@@ -53,7 +53,7 @@ def open_base(folder: Path) -> Any:
 def _tokenizer() -> Any:
     """Return a tokenizer in which byte b is token b.
 
-    The letters that stand for bytes are those of GPT-2's byte-level alphabet.
+    The letters that stand for bytes come from GPT-2's byte-level alphabet.
     """
     transformers = need("transformers", extra="transformers", what=_WHAT)
     tokenizers = need("tokenizers", extra="transformers", what=_WHAT)

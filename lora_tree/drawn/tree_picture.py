@@ -84,7 +84,7 @@ def _guides(picture: Picture, node: DrawnNode, row: int, drawn: Sequence[DrawnNo
 
 
 def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
-    """Return the words beside a name, their colour, and what is under the pointer."""
+    """Return the words beside a name, their colour, and the text for a pointer over them."""
     said = printable(remark_words(line, problem))
     ink = QUIET
     if problem is not None:

@@ -92,7 +92,7 @@ class AllPathsForm(SumForm):
 
 @dataclass(frozen=True, eq=False)
 class _NodeLayer:
-    """Nodes of which no two have a row in common.
+    """Nodes that share no row.
 
     Args:
         rows: their rows, one node's after the other's.
@@ -222,7 +222,7 @@ class MatrixForm(SumForm):
 
 # ---------------------------------------------------------------------- helpers
 def _rows_by_kind(owed: Owed) -> list[int]:
-    """Return the rows that owe anything, those of one path side by side."""
+    """Return the rows that owe anything, grouped by path."""
     found: list[int] = []
     for rows, _ in owed.batch.by_kind:
         found += rows

@@ -137,7 +137,7 @@ class Batch:
             without: kind → nodes that its rows owe nothing to here, because of an override; None:
                 there are none.
         """
-        # In the order asked for, which is that of the site's terms.
+        # In the order asked for: the order of the site's terms.
         columns = [self.nodes.index(node) for node in nodes]
         kinds = []
         for i, kind in enumerate(self.kinds):

@@ -217,7 +217,7 @@ class BatchAxis:
         return self._lengths[length]
 
     def rows_of(self, place: Place, x: Tensor) -> tuple[int, int] | None:
-        """Return how the rows are spread over the first axis of what a place is given; None if they
+        """Return how the rows are spread over the first axis of a place's input; None if they
         are not there.
 
         Raises:
@@ -264,7 +264,7 @@ class BatchAxis:
             )
 
     def _told(self) -> str:
-        """Return the number of rows for a message, and what it is made of."""
+        """Return the number of rows for a message, with the factors that make it up."""
         declared = self.rows * self.repeat * self.tile
         text = f"{declared} rows"
         if declared != self.rows:

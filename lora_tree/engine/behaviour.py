@@ -1,4 +1,4 @@
-"""Behaviour: what a base is doing, as one value.
+"""Behaviour: the present behaviour of a base, as one value.
 
     Request      a path or blend in a mode, or a path for every row of a batch
        │ compose    everything that can fail: checks, pins, lays out          (stage.py)

@@ -1,7 +1,7 @@
 """Refuse numbers that are not finite before one is written into a base, or laid out beside it.
 
 A file's scale may be any number that a float holds (``lora_alpha: 1e300``), and its factors may be
-NaN. What a base would be given has to be finite:
+NaN. Every number that goes into a base has to be finite:
 
     merged      W0 + Σ c · scale · B A, rounded to the dtype of W        fp16 ends at 65504
     unmerged    A, and c · scale · B, in the dtype of the side path

@@ -148,11 +148,11 @@ class ForwardGuard:
         return check
 
 
-# ---------------------------------------------------------------------- what a forward is given
+# ---------------------------------------------------------------------- a forward's inputs
 def _main_inputs_first(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Return a forward's tensors, those of transformers' main input before the other keywords."""
+    """Return a forward's tensors: transformers' main input first, then the other keywords."""
     # The main input has the rows; masks and positions may have other first axes.
     main = getattr(module, "main_input_name", "")
     return _tensors([*args, kwargs.get(main), *kwargs.values()])

@@ -69,7 +69,7 @@ def _ground(
     own: OwnValue | None,
     tensor: str,
 ) -> Tensor:
-    """Return what stands for a tensor of the base above a node, as a switch would write it there.
+    """Return the value of a base's tensor above a node, as a switch would write it.
 
     A fresh override is a copy of that, so that it changes nothing.
     """

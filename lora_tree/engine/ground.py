@@ -100,7 +100,7 @@ def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def grounds_of(plan: Plan) -> dict[str, OverrideTerms]:
-    """Return site → what stands at its module.
+    """Return site → the override at its module.
 
     A module whose tensors are several sites (a norm's weight and its bias) has one ground, at the
     first of them: its output is computed once, over all that is overridden.

@@ -155,7 +155,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
 
 
 def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
-    """The modules of a base whose own ``save_pretrained`` would write what is merged into them.
+    """The modules of a base whose own ``save_pretrained`` would write merged weights.
 
     It is the base; of an assembly of several models, each of those.
     """

@@ -141,7 +141,7 @@ class InsideForwards:
         """Let a hook compute without being watched, within a forward that is.
 
         Args:
-            x: what the hook's module was given.
+            x: the inputs of the hook's module.
 
         Yields:
             Where the rows of the batch are in ``x``, and what notes them in the module's output.
@@ -285,7 +285,7 @@ class _WatchedForward(TorchFunctionMode):
         """The layout of the query of the attention that runs now."""
 
     def begin(self, x: Tensor, axis: BatchAxis) -> None:
-        """Note where the rows of the batch are in what the forward is given."""
+        """Note where the rows of the batch are in the forward's inputs."""
         if isinstance(self._reader.module, nn.MultiheadAttention):
             return  # it says so itself: see `_attend`
         try:
@@ -525,7 +525,7 @@ def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Rea
 
 
 def is_around(module: str, name: str) -> bool:
-    """Return whether a name is that of the module, or of something in it."""
+    """Return whether a name belongs to the module or to something in it."""
     return not module or f"{name}.".startswith(f"{module}.")
 
 

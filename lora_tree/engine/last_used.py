@@ -1,4 +1,4 @@
-"""Keep what was made for the last keys used, so that using one again costs nothing.
+"""Keep the values made for the last keys used, so that using one again costs nothing.
 
     strong    the last `count` values, the oldest first to go; any thread may drop any of them
     weak      every value that is alive, because something uses it

@@ -120,7 +120,7 @@ class Mergeable:
         return ground
 
     def _own_value(self, site: Site, attribute: str) -> Tensor:
-        """Return the base's own numbers: the copy; or the weight as it is, if there is no copy."""
+        """Return the base's own numbers: the copy; or the weight itself, if there is no copy."""
         kept = self._pristine.known(site.module, attribute)
         if kept is not None:
             return kept

@@ -81,7 +81,7 @@ class Owed:
     Args:
         site: the site.
         values: the increment of every node that has one here, in the order of the sum.
-        batch: what the rows owe to these nodes.
+        batch: the rows and how much of each node they owe.
         dtype: what side paths compute in, at least.
         device: where the factors go.
         charge: is told how many bytes were laid out here, and raises if there is no room for them.

@@ -1,4 +1,4 @@
-"""Keep bitsandbytes' 4-bit weights as they are while something trains beside them.
+"""Keep bitsandbytes from repacking its 4-bit weights while something trains beside them.
 
 On a CPU with AVX512-BF16, a 4-bit layer of bitsandbytes lays its weight out anew in the first
 forward of an evaluation, in place and for good. The new layout is for inference: its product passes
@@ -22,7 +22,7 @@ _PACKED = "packing_format_for_cpu"
 
 
 def forbid_packing(module: nn.Module) -> None:
-    """Let a layer keep its weight as it is; other modules are left alone."""
+    """Let a layer keep its packed weight; other modules are left alone."""
     if vars(module).get(_ALLOWED):
         setattr(module, _ALLOWED, False)
 

@@ -311,7 +311,7 @@ class Binder:
         terms: list[tuple[str, Weight, Adapter]],
         lineages: Callable[[], list[list[str]]] | None = None,
     ) -> PlacedPlan:
-        """Return the same plan, with the dtypes of its sites' weights in the base as it is now.
+        """Return the same plan with the dtypes that its sites' weights have now.
 
         Raises:
             BaseMismatch, SpecError: as `plan`.
@@ -384,7 +384,7 @@ class Binder:
         )
 
     def _with_tied_rows(self, adapter: Adapter) -> Adapter:
-        """Return an adapter whose overridden rows are those of a tied head, too.
+        """Return an adapter whose overridden rows apply to a tied head, too.
 
         Only for a plan: what the tree holds, and trains, has them once.
         """
@@ -523,7 +523,7 @@ class Binder:
         return self._with_told_apart(node, self._renaming.bound(adapter))
 
     def site(self, name: str) -> Site:
-        """Return the site of that name in the base as it is now; a replaced module is looked up."""
+        """Return the site that has this name in the base now; a replaced module is looked up."""
         known = self._sites.get(name)
         if known is not None and known.is_in(self._base):
             return known

@@ -20,7 +20,7 @@ __all__ = ["grown", "is_square"]
 
 
 def is_square(inputs: list[Tensor], rows: int) -> bool:
-    """Return whether any of a forward's inputs has another axis as long as its rows."""
+    """Return whether any of a forward's inputs has a second axis with as many entries as rows."""
     return any(x.shape[:1] == (rows,) and rows in x.shape[1:] for x in inputs)
 
 

@@ -39,7 +39,7 @@ def function_name(func: Any) -> str:
 
 
 def followed(layouts: Layouts, func: Any, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Note the layouts of what a function returned, as far as they are known.
+    """Note the layouts of a function's results where they are known.
 
     Args:
         layouts: tensor → its layout.
@@ -92,7 +92,7 @@ def is_pointwise(name: str) -> bool:
 
 
 def _of_operands(layouts: Layouts, operands: Args, out: Any) -> RowLayout | None:
-    """Return the layout of a pointwise result: that of all operands that have one."""
+    """Return the layout of a pointwise result: the layout shared by all operands that have one."""
     found = None
     for x in operands:
         layout = layouts.get(x) if isinstance(x, Tensor) else None
@@ -106,7 +106,7 @@ def _of_operands(layouts: Layouts, operands: Args, out: Any) -> RowLayout | None
 
 
 def _keep(layout: RowLayout, x: Tensor, out: Any) -> RowLayout | None:
-    """Return the layout of a result that has the axes of ``x``, but for the length of the last."""
+    """Return the layout of a result with the axes of ``x``, the last one of another length."""
     if not isinstance(out, Tensor) or out.shape[:-1] != x.shape[:-1] or out.ndim != x.ndim:
         return None
     if out.shape == x.shape:

@@ -1,4 +1,4 @@
-"""Which overrides stand under each row of a batch at one module, and what they drop there.
+"""The overrides under each row of a batch at one module, and the increments that they drop.
 
     rows      0 1 2 3 4 5
     fr        █ █ █ · · ·      the module's forward over fr's override

@@ -31,7 +31,7 @@ class AxisPart:
 
     Args:
         size: its length.
-        is_rows: it counts rows: those of the batch in order, or those of ``index``.
+        is_rows: it counts rows: the rows of the batch in order, or the rows in ``index``.
         index: (size,) int64, the row of each position.
     """
 
@@ -221,7 +221,7 @@ def _count(size: int, device: torch.device) -> Tensor:
 
 
 def _joined(axes: Sequence[Axis]) -> list[list[AxisPart]]:
-    """Return axes with neighbouring parts that are no rows multiplied, and those of size 1 left
+    """Return axes with neighbouring parts that are no rows multiplied, and axes of size 1 left
     out.
     """
     found = []

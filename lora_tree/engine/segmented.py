@@ -50,7 +50,7 @@ class SegmentedForm(SumForm):
 
     @classmethod
     def cost(cls, owed: Owed, tokens: int) -> Cost:
-        """Return two calls, the bytes of the factors, each read once, and those of the rows."""
+        """Return two calls, the bytes of the factors (each read once) and the bytes of the rows."""
         total = Cost()
         for value, (rows, _) in zip(owed.values, owed.batch.by_node, strict=True):
             total += owed.cost(rows, value.rank, tokens)

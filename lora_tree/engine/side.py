@@ -1,5 +1,4 @@
-"""A side path: what is added to the output of a site's own module while the weights stay the base's
-own.
+"""A side path: the sum added to a module's output while its weights stay the base's own.
 
     y = base(x) + B (A x)
 
@@ -161,7 +160,7 @@ class PathSide:
         self._pieces += draft.live
 
     def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
-        """Return the pieces: what is frozen, then what trains. No row differs from another."""
+        """Return the pieces, frozen ones first. They are the same for all rows."""
         shares = []
         for i in range(len(self._pieces)):
             shares.append(Share(self._piece(i, device), live=i >= self._frozen))
@@ -220,7 +219,7 @@ class GroundedSide:
     """A side path of a site whose module's tensors are overridden.
 
     Args:
-        ground: what stands for the module's own tensors.
+        ground: the overrides of the module's own tensors.
         inner: the increments that are added to it.
     """
 
@@ -334,7 +333,7 @@ def widened(out: Tensor, x: Tensor, dtype: torch.dtype, spare: bool) -> tuple[Te
     if x.is_floating_point():
         x = x.to(product_dtype(torch.promote_types(dtype, x.dtype), x.device))
         dtype = x.dtype
-    # Under autocast the module's own output is narrow on purpose, and what follows expects it so.
+    # Under autocast the module's own output is narrow on purpose, and later modules expect that.
     wide = out.dtype
     if not torch.is_autocast_enabled(out.device.type):
         wide = torch.promote_types(out.dtype, dtype)

@@ -5,7 +5,7 @@
     install(behaviour)               the only writer: weights, side paths, save hook, claim; rolls
                                      back if it fails
 
-Law: after a call that failed the base does what it did before, and `current` says so. A behaviour
+Law: after a failed call the base behaves as before, and `current` says so. A behaviour
 that a block remembers keeps its pins, so bringing it back needs no room and no file that it did not
 have.
 """
@@ -161,7 +161,7 @@ class Stage:
 
     # ------------------------------------------------------------------ the only writer
     def become(self, request: Request) -> None:
-        """Compose a request and install it; on an error the base does what it did before."""
+        """Compose a request and install it; on an error the base behaves as before."""
         new = self.compose(request)
         try:
             self.install(new)
@@ -190,11 +190,11 @@ class Stage:
         self._retire(old)
 
     def renew(self) -> None:
-        """Compose and install the current request anew, because what it is made of has changed."""
+        """Compose and install the current request again, because its parts have changed."""
         self.become(self.current.request)
 
     def start_over(self, put_back: Callable[[], None]) -> None:
-        """Be bare, after ``put_back`` has settled what the base's own weights are."""
+        """Be bare, after ``put_back`` has decided which weights are the base's own."""
         # Composed first, because that may fail and `put_back` can't be taken back.
         bare = self.compose(Request(""))
         with torch.no_grad():
@@ -222,7 +222,7 @@ class Stage:
     # ------------------------------------------------------------------ blocks
     @contextlib.contextmanager
     def coming_back(self) -> Iterator[None]:
-        """Bring back what is active now when the ``with`` is left, after exceptions too."""
+        """Reactivate the present path when the ``with`` is left, after exceptions too."""
         # The block holds the behaviour, and with it its pins and what was laid out for it.
         block = self.blocks.enter(self.current)
         try:
@@ -265,8 +265,8 @@ class Stage:
 
     # ------------------------------------------------------------------ private
     def _write(self, behaviour: Behaviour, *, after_failure: bool = False) -> None:
-        """Make every write to the base that a behaviour needs. Called again, it mends what a
-        failure left half done.
+        """Make every write to the base that a behaviour needs. A second call completes one that
+        failed half-way.
         """
         self._merged.switch(behaviour.weights, after_failure=after_failure)
         behaviour.beside.install()

@@ -1,4 +1,4 @@
-"""SumForm: one way to add up what the rows of a batch owe at one site.
+"""SumForm: one way to add up the increments that the rows of a batch owe at one site.
 
     out_row += Σ_n c(row, n) · scale_n · B_n A_n x_row
 
@@ -114,7 +114,7 @@ class SumForm(ABC):
 
 
 def disjoint_layers(parts: Sequence[T], rows_of: Callable[[T], Iterable[int]]) -> list[list[T]]:
-    """Return parts in layers, none of which has a row twice; as few as a first fit finds.
+    """Return parts in layers; a layer has each row at most once; as few as a first fit finds.
 
     >>> disjoint_layers(["ab", "c", "b"], lambda part: map(ord, part))
     [['ab', 'c'], ['b']]

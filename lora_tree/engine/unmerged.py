@@ -232,7 +232,7 @@ class Unmerged:
     def run(self, paths: SidePaths) -> None:
         """Let the base run these, and no others.
 
-        Called again, it mends what a call that failed left half done.
+        A second call completes one that failed half-way.
         """
         if paths is self._running and self._settled:
             return
@@ -274,7 +274,7 @@ class Unmerged:
         return known[is_routed]
 
     def forget(self) -> None:
-        """Drop what is kept for paths used before."""
+        """Drop the side paths kept for earlier requests."""
         self._kept.forget()
         self._router.forget()
 

@@ -129,7 +129,7 @@ def _is_ours(value: object) -> bool:
 
 def _seen_from(value: Any, twins: Mapping[int, nn.Module]) -> Any:
     """Return an attribute for use in the view: what refers to a module of the base refers to its
-    twin. A value that refers to none is returned as it is.
+    twin. A value that refers to none is returned unchanged.
     """
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)

@@ -118,7 +118,7 @@ class _Samples:
         self._buffers: list[Tensor] = [group.take() for group in self._groups]
 
     def differing(self, before: _Samples) -> list[WatchedWeight]:
-        """Return the weights whose samples are not what they were; those that were not sampled
+        """Return the weights whose samples have changed; those that were not sampled
         before, too.
         """
         if self._groups is before._groups and all(map(torch.equal, self._buffers, before._buffers)):

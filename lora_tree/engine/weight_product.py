@@ -43,7 +43,7 @@ class WeightProduct:
         up: the narrow product and the factors → the delta of the result.
         features: the axis of the narrow product that counts the rank, and of the result that counts
             its features.
-        scale: what the product is multiplied with.
+        scale: the number that multiplies the product.
         moved: answers `follow`, where axes change places.
         keeps_axes: the result has the axes of ``x``, but for the length of ``features``.
     """
@@ -132,7 +132,7 @@ def _times(left: Any, right: Any, at: int, *, scale: float = 1.0) -> Made:
 
 
 def _grouped(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Made:
-    """A product with several experts, of which each has its own successive tokens."""
+    """A product with several experts, each with its own successive tokens."""
     x, weight, *more = args
     offs = kwargs.get("offs", more[0] if more else None)
     if at != 1 or offs is None or weight.ndim != 3 or x.ndim != 2:

@@ -45,7 +45,7 @@ class FactorPair:
         return FactorPair(change(self.left), change(self.right), self.bias)
 
     def to(self, dtype: torch.dtype) -> FactorPair:
-        """Return the factors in a dtype, and the bias as it is."""
+        """Return the factors in a dtype; the bias keeps its own."""
         return self.over(lambda factor: factor.to(dtype))
 
     @property
@@ -102,9 +102,9 @@ def views_of(view: WeightView, name: str, weight: Tensor, given: Sequence[Any], 
     Args:
         view: of the weight that the function was given.
         name: of the function.
-        weight: what it was given.
+        weight: the tensor that it was given.
         given: its other arguments.
-        out: what it returned.
+        out: its result.
     """
     return _VIEWS[name](view, weight, name, given, out)
 

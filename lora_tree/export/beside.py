@@ -6,8 +6,8 @@
     code                                left out, unless the caller asks for it
     a link that leads out of the base   refused: a stranger's base could name any file
 
-Law: what is copied lay in the folder that the user named. A snapshot in the hub's cache consists of
-links into the ``blobs`` of the same repository, so those count as its own.
+Law: only files in the folder that the user named are copied. A snapshot in the hub's cache
+consists of links into the ``blobs`` of the same repository, so those count as its own.
 """
 
 from __future__ import annotations

@@ -67,13 +67,13 @@ class CheckpointWriter:
         self._done_bytes = 0
 
     def run(self, changes: Sequence[GroupWrites]) -> None:
-        """Write every file, first what stays as it is, then what changes.
+        """Write every file: unchanged ones first, then changed ones.
 
         Raises:
             FolderError, FormatError: a file can't be written or read.
             BaseMismatch, SpecError: transformers can't convert a parameter.
         """
-        alone: dict[str, list[Write]] = {}  # tensor → what is added to it
+        alone: dict[str, list[Write]] = {}  # tensor → its increment
         together: list[GroupWrites] = []
         changing: set[str] = set()
         unfinished: set[str] = set()  # files that get tensors after the loop over the files
@@ -164,7 +164,7 @@ class CheckpointWriter:
                 self._put(out, stored, parts.pop(stored.name))
 
     def _add(self, write: Write, values: Tensor) -> None:
-        # What stands for the base's own numbers is rounded to their dtype, as a switch does it.
+        # An override is rounded to the dtype of the base's own numbers, as a switch does it.
         for override in write.overrides:
             override.write(values)
         if not write.values:

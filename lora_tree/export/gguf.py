@@ -136,7 +136,7 @@ def export_gguf_nodes(
 def llama_request(
     tree: AdapterTree, folder: str | os.PathLike[str], blend: Blend = ""
 ) -> LlamaRequest:
-    """The flags for the files of `export_gguf_nodes`, and what a request says for a path or blend.
+    """Return the flags for the files of `export_gguf_nodes`, and the request of a path or blend.
 
     Raises:
         PathError, SpecError: no such path, or no such blend; or the blend has weights per module.

@@ -128,7 +128,7 @@ def _open_shared(tree: AdapterTree, leaves: Sequence[str]) -> None:
 
 
 def _same_nodes(tree: AdapterTree) -> AdapterTree:
-    """Return the same tree as a new object, which keeps what it reads to itself.
+    """Return the same tree as a new object, so that the caller's keeps nothing read here.
 
     When it goes, its leaf's factors go, so that no more than ``workers`` leaves are in memory.
     """

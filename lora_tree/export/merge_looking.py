@@ -1,4 +1,4 @@
-"""Look for other nodes of a tree in what a path leaves of a merged checkpoint.
+"""Look for other nodes of a tree in the part of a merged checkpoint that a path does not explain.
 
     R = M − Σ m_n D_n          of the few parameters of which most is unexplained
     share(c) = ⟨R, D_c⟩² / (‖R‖² ‖D_c‖²)      of a node c that is not in the path
@@ -39,7 +39,7 @@ class Looking:
 
     Args:
         writes: parameter → what the path adds to it, of the parameters that are looked at.
-        rests: parameter → what is left of it, (batch, rows, cols) float64.
+        rests: parameter → its unexplained part, (batch, rows, cols) float64.
         multiples: node → its multiple so far.
     """
 
@@ -55,7 +55,7 @@ class Looking:
         fits: Sequence[Fit],
         multiples: Mapping[str, float],
     ) -> Looking:
-        """Take the parameters of which the multiples leave most."""
+        """Take the parameters with the largest unexplained parts."""
 
         def left(fit: Fit) -> float:
             own = [multiples[node] for node in fit.nodes]

@@ -63,7 +63,7 @@ class TensorCheck:
         verdict: ``equal``, ``rounding`` or ``other``.
         error: ‖got − expected‖ / ‖expected − base‖; of a parameter that the path does not change,
             ‖got − base‖ / ‖base‖.
-        said: what it holds instead, as far as it is known.
+        said: the likely cause, where one was found.
     """
 
     name: str
@@ -171,7 +171,7 @@ class _Comparing:
 
     # ------------------------------------------------------------------ one parameter
     def compare(self, name: str) -> None:
-        """Compare one parameter, and keep what was found."""
+        """Compare one parameter, and keep the finding."""
         reason = self._pair.misfit(name)
         if reason is not None:
             self.checks.append(TensorCheck(name, "other", 1.0, reason))
@@ -243,7 +243,7 @@ class _Comparing:
             yield target
 
     def _parts(self, write: Write) -> list[WeightPart]:
-        """Return what goes into each node's increments: its own scale, its weight and its rank."""
+        """Return each node's part in the increments: its own scale, its weight and its rank."""
         found = []
         for node, value in zip(write.nodes, write.values, strict=True):
             coefficient = weight_at(self._coefficients[node], write.module)

@@ -44,7 +44,7 @@ def skeleton(
 
     Args:
         base: a folder or a hub id.
-        what: what is being done, for the message.
+        what: the action under way, for the message.
         trust_remote_code: run the base's own Python code, where it brings some.
 
     Raises:

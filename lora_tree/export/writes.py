@@ -35,7 +35,7 @@ __all__ = ["Write", "writes"]
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """One parameter and what is added to it.
+    """One parameter and its increments.
 
     Args:
         node, module: the first node that changes it, and the module's name, for messages.
@@ -43,7 +43,7 @@ class Write:
         nodes: the node of each of them.
         is_bias: their biases go into it, not their products.
         attribute: the parameter's name in its module.
-        overrides: what stands for the base's own tensor, in the order in which it is applied.
+        overrides: the overrides of the base's own tensor, in the order in which they are applied.
     """
 
     node: str

@@ -1,4 +1,4 @@
-"""The verbs of a folder: open it as a tree, and lock its files as they are.
+"""The verbs of a folder: open it as a tree, and lock its present files.
 
 zoo/tree.yaml                        optional: base, defaults, weights, adapters that live elsewhere
 zoo/tree.lock                        written by save and lock
@@ -128,7 +128,7 @@ def _go_on(opened: Opened) -> list[str]:
 
 
 def _accept(opened: Opened) -> list[str]:
-    """Offer to lock files as they are, if that could be right for one of them."""
+    """Offer to lock the present files, if that could be right for one of them."""
     unlocked = [problem for problem in opened.problems if problem.kind == "unlocked"]
     broken = [problem.node for problem in unlocked if problem.broken]
     if len(broken) == len(unlocked):
@@ -173,11 +173,11 @@ def survey(
 
 
 def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
-    """Accept the files of a tree as they are: write its tree.lock anew.
+    """Accept the present files of a tree: write its tree.lock anew.
 
     Every file that the old lock does not vouch for is read whole first. What a node was trained on
-    goes with its content: a folder that was moved on the disk is known again. A node whose content
-    is new counts as trained on its lineage as it is now.
+    goes with its content: a folder that was moved on the disk is known again. A node with new
+    content counts as trained on its present lineage.
 
     Args:
         path: the folder, or a YAML file in it.
@@ -192,7 +192,7 @@ def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
 
 
 def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Relocked:
-    """Do what `lock` does, and return what the new lock accepts that the old one did not."""
+    """Lock as `lock` does, and return the files that only the new lock accepts."""
     place = place_of(path)
     with writing(Path(place.folder)) as transaction:
         # `check` says that a lock clears what cut-off saves left, in the nodes' folders as well. It

@@ -1,4 +1,4 @@
-"""Bounds: which files belong to a folder, and what a user probably meant who named something else.
+"""Bounds: which files belong to a folder, and a guess for a user who named something else.
 
 A tree's folder owns what lies in it. One exception: a snapshot in the model hub's cache holds
 nothing but links, and what they lead to lies beside it, in the ``blobs`` of the same repository.

@@ -32,7 +32,7 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
 
     Raises:
         SpecError: the stage is no folder of its own.
-        FolderError: a file is not what the record says, or the disk refuses.
+        FolderError: a file differs from the record, or the disk refuses.
     """
     stage = folder / HIDDEN / record.stage
     # A record and a link of this name may come with a download. The moves would then take files
@@ -118,7 +118,7 @@ def _refuse_another(file: Path, move: RecordedMove, folder: Path) -> None:
         )
 
 
-# ---------------------------------------------------------------------- what was never decided on
+# ---------------------------------------------------------------------- stages without a decision
 def sweep(folder: Path) -> None:
     """Remove stages without a record, and in them only files that a save stages.
 

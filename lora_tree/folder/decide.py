@@ -61,7 +61,7 @@ def decide(
         opened: the folder as it is now; the caller keeps other writers out.
         seen: the folder as this tree saw it last.
         copy: bring adapters that lie elsewhere into the folder.
-        note: what the save says of itself.
+        note: the note of the save, for tree.lock and the history.
 
     Raises:
         SpecError: the log of the history is broken.

@@ -198,7 +198,7 @@ def ended(
 
     Args:
         versions: until now.
-        old: what the node was until now.
+        old: the node's version until now.
         now: content and weight that it has from now on; None if it was removed.
         most: different contents that are kept beside the present one.
     """
@@ -207,7 +207,7 @@ def ended(
 
 
 def beside(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Version, ...]:
-    """Return a node's earlier versions without what it is now."""
+    """Return a node's earlier versions, without the present one."""
     return tuple(version for version in versions if version.key != now)
 
 

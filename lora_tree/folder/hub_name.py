@@ -129,7 +129,7 @@ def fetched(name: HubName, commit: str | None = None) -> Fetched:
 
     Args:
         name: of the adapter.
-        commit: to take, whatever the revision means today; None: what it means now.
+        commit: to take, whatever the revision means today; None: its present meaning.
 
     Raises:
         HubError: the repository, the revision or the adapter is not there, or the hub can't be

@@ -40,7 +40,7 @@ class HubOrigin(StrictModel):
 
 
 def read_origin(folder: Path) -> HubOrigin | None:
-    """Return what is noted in a folder; None if nothing is.
+    """Return the origin noted in a folder; None if nothing is.
 
     Raises:
         NewerFormat: a newer version of this library wrote it.

@@ -53,7 +53,7 @@ def planned(
 
     Args:
         folder: it need not be there.
-        places: place → whether a file is already what it would become.
+        places: place → whether its file needs no change.
         returnable: whether the origin can give back the file that is at a place now.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Keeping: what a save adds to the history, decided before its first byte, like all that it does.
+"""Keeping: the versions that a save adds to the history, decided before its first byte.
 
 before   what the folder holds: content, weight and note of each node
 after    what it will hold
@@ -59,7 +59,7 @@ def read_history(opened: Opened) -> History:
 
 
 def present_version(opened: Opened, path: str, content: str) -> Version:
-    """Return what a node is now, as a version.
+    """Return a node's present state as a version.
 
     Args:
         opened: the folder.
@@ -150,7 +150,7 @@ class Keeping:
         return {new: old for old, new in self.moves.items()}
 
     def made(self, path: str) -> Made | None:
-        """Return how a node came to be what it is after the save."""
+        """Return the origin of a node's content after the save."""
         origin = self._origins.get(path, path)
         was, now, own = self.before.get(origin), self._now(path), self.kept[path]
         known = None if own.trained is None else own.trained.made

@@ -134,7 +134,7 @@ class HubLock(StrictModel):
 
 
 class NodeLock(StrictModel):
-    """One node's files, and what it was trained on.
+    """One node's files, and the lineage that it was trained on.
 
     Args:
         content: the hash of its files.

@@ -47,7 +47,7 @@ class Opened:
         passed: the paths of adapters that are steps of a node's own training run, and no nodes.
         agreed: the base that the adapters name, if there is no tree.yaml and they agree.
         contents: node → hash of its files, as far as the lock gives it and they agree.
-        base: what is known of the base now; looked at only if there is a lock.
+        base: the base as it is known now; looked at only if there is a lock.
         stale: node → why.
         problems: everything that is wrong.
     """
@@ -208,7 +208,7 @@ def _refuse_other_ending(place: TreePlace) -> None:
 
 # ---------------------------------------------------------------------- against the lock
 def _compare_files(opened: Opened, lock: TreeLock) -> None:
-    """Find the nodes whose files are not what the lock says; take the others' hashes from it."""
+    """Find the nodes whose files differ from the lock; take the others' hashes from it."""
     for path, entry in opened.entries.items():
         if entry.files is None or entry.files.flaw is not None:
             continue

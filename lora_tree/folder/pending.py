@@ -76,7 +76,7 @@ def progress(folder: str) -> tuple[Glimpse | None, ...]:
         names = os.listdir(hidden) if is_real else []
     except OSError:
         return ()
-    if RECORD not in names:  # what a save stages before it decides does not matter to readers
+    if RECORD not in names:  # readers ignore the files that a save stages before it decides
         return ()
     steps = [RECORD, *sorted(filter(STAGE.match, names))]
     return tuple(disk.glimpse(os.path.join(hidden, name)) for name in steps)

@@ -86,7 +86,7 @@ def raise_any(
 
     Args:
         problems: in any order.
-        todo: advice about files that are not what the lock says.
+        todo: advice about files that differ from the lock.
         but: the kinds that pass.
         after: the last lines of the error, of any kind.
     """

@@ -1,4 +1,4 @@
-"""Relock: the lock that says what is in a folder now, and what it accepts that the old one did not.
+"""Relock: the lock for a folder's present files, and the files that only it accepts.
 
 Law: a lock vouches only for files that were read whole. And what a node was trained on goes with
 its content, not with its place: files that were moved on the disk stay as stale, or as fresh, as
@@ -33,7 +33,7 @@ class Relocked:
 
     Args:
         lock: the new one.
-        accepted: the nodes whose files were not those of the old lock, or not in it.
+        accepted: the nodes whose files differ from the old lock, or are not in it.
         moved: of those, node → the node that had the same content in the old lock.
         gone: the nodes of the old lock that have no adapter any more.
         stale: node → why it is stale under the new lock.
@@ -47,11 +47,11 @@ class Relocked:
 
 
 def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
-    """Make the lock for a folder as it is.
+    """Make the lock for a folder's present files.
 
     Args:
         opened: the folder.
-        accept_stale: every node counts as trained on its lineage as it is now.
+        accept_stale: every node counts as trained on its present lineage.
 
     Raises:
         FormatError: files are broken; names every node whose files are.

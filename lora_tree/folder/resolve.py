@@ -59,7 +59,7 @@ class Resolved:
 
     Args:
         entries: the nodes, depth-first by name.
-        problems: what can't be a node.
+        problems: the folders that can't be nodes.
         passed: the paths of adapters that are steps of a node's own training run, which are passed
             over.
     """
@@ -78,7 +78,7 @@ def resolve(
     outside: bool = True,
     pins: Mapping[str, HubLock] | None = None,
 ) -> Resolved:
-    """Find every node, and what can't be one.
+    """Find every node, and the folders that can't be one.
 
     Args:
         spec, located: what tree.yaml says, and where it says it; None if there is none.
@@ -303,7 +303,7 @@ def _leads_out(named: str, folder: str) -> str:
 
 
 def _advice_at_top(scan: Scan, folder: str) -> str:
-    """Say what a folder with an adapter of its own probably is, and what to do."""
+    """Guess why a folder has an adapter of its own, and say what to do."""
     part = tree_above(folder)
     if part is not None:
         return f"this is the node {part[1]} of the tree {part[0]}; open that tree"

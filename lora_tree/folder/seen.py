@@ -53,7 +53,7 @@ class Seen:
         return bool(self.yaml)
 
     def knows(self, path: str, files: Files) -> bool:
-        """Tell whether the files of a path are still what they were."""
+        """Tell whether the files of a path are unchanged."""
         stamps, content = self.files.get(path, ({}, None))
         if files.stamps == stamps:
             return True

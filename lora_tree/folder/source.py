@@ -97,7 +97,7 @@ class FolderSource:
 
         Raises:
             FormatError: the files are gone, broken or incomplete.
-            UnlockedError: they are not what the lock said when the tree was opened.
+            UnlockedError: they differ from the lock that was read when the tree was opened.
         """
         for _ in range(_TRIES):
             files = self.files()
@@ -167,7 +167,7 @@ class FolderSource:
         raise self._restless()
 
     def unchanged(self, files: Files) -> str:
-        """Return the hash of the files, which are what they were when the tree was opened.
+        """Return the hash of the files, which have not changed since the tree was opened.
 
         Raises:
             UnlockedError: they are not.
@@ -210,7 +210,7 @@ _homes = lru_cache(maxsize=64)(homes)
 
 
 def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
-    """Return the error for files that are not what the lock says, and broken as well."""
+    """Return the error for files that differ from the lock and are broken as well."""
     # No word of accepting them with `lock`: it would refuse them too.
     what = str(error)
     todo: tuple[str, ...] = ()

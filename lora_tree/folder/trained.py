@@ -1,4 +1,4 @@
-"""Trained: on which lineage and base a node was trained, and what has changed there since.
+"""Trained: the lineage and base that a node was trained on, and their changes since.
 
 A lineage is known by one hash, which says whether anything has changed. To say what has changed,
 tree.lock also keeps the steps of every lineage that it mentions: for each adapter on the way down
@@ -93,7 +93,7 @@ class Trained:
 
 # ---------------------------------------------------------------------- in and out of the lock
 def trained(node: NodeLock, lock: TreeLock) -> Trained:
-    """Return what a lock says that a node was trained on."""
+    """Return the lineage that a node was trained on, by its lock."""
     on = Lineage(node.trained_on, steps_of(node.trained_on, lock.lineages))
     made = made_of(node.made, lock.trainings)
     return Trained(on, node.base or lock.base, node.untrained, made)
@@ -132,7 +132,7 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
 
 
 def made_of(made: MadeLock | None, trainings: Mapping[str, TrainedWith]) -> Made | None:
-    """Return what a lock's entry says of how a node was made."""
+    """Return the origin of a node by its entry in the lock."""
     if made is None:
         return None
     losses = None

@@ -1,4 +1,4 @@
-"""Which tree.yaml a tree needs: the data that says what the folders alone do not say.
+"""Which tree.yaml a tree needs: the settings that the folders alone do not tell.
 
 A tree.yaml that says the same already stays as it is, comments included. A folder whose adapters
 say everything needs none at all.
@@ -119,7 +119,7 @@ class YamlNeeds:
         return os.path.relpath(local, self.opened.place.folder) if local else self.tree.base
 
     def _nodes(self) -> dict[str, dict[str, Any]]:
-        """Return path → what has to be said of the node, for nodes of which something has to be."""
+        """Return path → the node's entry, for nodes that need one."""
         nodes: dict[str, dict[str, Any]] = {}
         for path in reversed(self.tree.paths()):  # children first: their parent holds what they say
             below = {

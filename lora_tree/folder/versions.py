@@ -265,7 +265,7 @@ def restore(
 ) -> list[Restored]:
     """Give nodes an earlier content and weight again, in one save; it can be undone likewise.
 
-    What the nodes have now becomes an earlier version. A node that was removed comes back with its
+    The nodes' present contents become earlier versions. A node that was removed comes back with its
     last version, or with the one that is named.
 
     Args:
@@ -378,7 +378,7 @@ def _looked(path: str | os.PathLike[str]) -> Opened:
 
 
 def _spare(opened: Opened, most: int | None) -> tuple[Freed, Changes]:
-    """Return what goes, and the changes that make it go."""
+    """Return the versions that gc drops, and the changes that drop them."""
     folder, place = opened.place.folder, history_place(opened.place.lock)
     spec = opened.spec.history if opened.spec is not None else AdapterTree().history
     old = read_history(opened)

@@ -83,7 +83,7 @@ class Located:
         return spot.line, spot.column
 
     def refuse(self, wrong: Iterable[tuple[Loc, str]]) -> SpecError:
-        """The error that lists what is wrong, in the order of the lines."""
+        """The error that lists all mistakes, in the order of their lines."""
         ordered = sorted((self.position(loc), text) for loc, text in wrong)
         shown = ordered[:_MOST_MISTAKES]
         lines = [f"{self.file}:{line}:{column}: {text}" for (line, column), text in shown]

@@ -111,7 +111,7 @@ class SavedWhole:
         return Override(values, found[0])
 
     def check_found(self, overrides: Mapping[str, Override], weights: str) -> None:
-        """Check that the file has what the config announces.
+        """Check that the file has the tensors that the config announces.
 
         A word of the config may name no module of the model, but not all of them.
 

@@ -1,7 +1,7 @@
 """Git LFS pointers: the three lines that stand in a clone for a file that was never fetched.
 
-Whoever clones a repository of adapters without git-lfs has these in place of every weights file. As
-safetensors they would look like a broken download, and the advice to download again would not help.
+A clone made without git-lfs has these in place of every weights file. As safetensors they would
+look like a broken download, and the advice to download again would not help.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def check_pointer(first: bytes, where: str, kind: str) -> None:
     Args:
         first: its first bytes; eight are enough.
         where: names the file in the error.
-        kind: what the file should have been.
+        kind: the kind of file that was expected.
 
     Raises:
         FormatError: it is one, and says how to fetch the file itself.

@@ -55,7 +55,7 @@ class _Factored(NamedTuple):
 
 
 def is_product(parts: Collection[str]) -> bool:
-    """Whether a module's tensors are those of a LoHa or a LoKr."""
+    """Whether a module's tensors belong to a LoHa or a LoKr."""
     return any(part in PRODUCT_PARTS for part in parts)
 
 

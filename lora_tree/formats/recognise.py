@@ -67,7 +67,7 @@ class Recognised:
 
     Args:
         kind: of its files.
-        sign: what it was recognised by, for messages.
+        sign: the key or file that it was recognised by, for messages.
         file: the one file with its factors; None for a PEFT folder, which `lora_tree.folder` reads.
     """
 
@@ -113,7 +113,7 @@ def recognise(path: Path) -> Recognised:
 
 
 def _file(path: Path) -> Recognised:
-    """Say what a single file is, by the keys of its header."""
+    """Tell the format of a single file by the keys of its header."""
     where = str(path)
     try:
         with open_tensors(path, where) as reading:

@@ -260,7 +260,7 @@ def _ordinary(nbytes: int) -> Tensor:
 
 
 def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, int]:
-    """Parse the header of an open file, without a check of what it says.
+    """Parse the header of an open file without checking its entries.
 
     Returns:
         its fields, where the tensors begin, and the size of the file.

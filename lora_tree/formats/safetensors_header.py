@@ -63,7 +63,7 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
         where: names the file in errors.
 
     Raises:
-        FormatError: it is malformed, or the file is not what it says.
+        FormatError: it is malformed, or the file does not match it.
     """
     fields = strict_json.loads(head, f"{where}: header")
     # The plain search comes first: the regular expression would go over a header of up to 100 MB.

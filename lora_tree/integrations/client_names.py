@@ -112,7 +112,7 @@ class NameRules:
         object.__setattr__(self, "_patterns", patterns)
 
     def admit(self, name: str) -> Asked:
-        """Return what a client asks for, without looking at the tree.
+        """Return the request of a client, without looking at the tree.
 
         Raises:
             PathError: it is no path, or one that may not be asked for.
@@ -127,7 +127,7 @@ class NameRules:
         return asked
 
     def read(self, name: str) -> Asked:
-        """Return what a name says, in its one spelling.
+        """Return the meaning of a name, in its one spelling.
 
         Raises:
             PathError, SpecError: see `admit`.

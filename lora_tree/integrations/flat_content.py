@@ -62,7 +62,7 @@ class Contents:
 
         Raises:
             PathError, SpecError: there is no such path, or it says nothing that can be served.
-            FolderError, FormatError: a node on its way is broken, or not what the lock says.
+            FolderError, FormatError: a node on its way is broken, or differs from the lock.
         """
         on_the_way = _on_the_way(path)
         mine = [problem for problem in problems if problem.node in on_the_way]

@@ -253,7 +253,7 @@ def push(
         private: of a repository that is made; None: as its owner's settings say.
         license, tags: for the card.
         message: of the commit.
-        force: replace the tree in the repository, whoever pushed it.
+        force: replace the tree in the repository, even if somebody else pushed it.
         dry_run: compare with what is there, and write nothing.
         progress: let huggingface_hub draw its bars on stderr.
 
@@ -418,7 +418,7 @@ def _size(data: bytes | Path) -> int:
 
 
 def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | Path]) -> None:
-    """Compare the new commit with what was sent.
+    """Compare the new commit with the files that were sent.
 
     Raises:
         HubError: a file is not there, or another one.

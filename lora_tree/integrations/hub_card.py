@@ -69,7 +69,7 @@ class TreeCard:
 
         Args:
             before: the one that the repository has.
-            license: for the metadata; None: what it says stays.
+            license: for the metadata; None: its own text stays.
             tags: further ones.
 
         Raises:

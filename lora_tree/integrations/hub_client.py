@@ -72,7 +72,7 @@ class HubClient:
 
     Args:
         repository: its id, ``org/zoo``.
-        what: what is being done, for messages.
+        what: the action under way, for messages.
         progress: let huggingface_hub draw its bars on stderr.
 
     Raises:
@@ -239,7 +239,7 @@ class HubClient:
 
     # ------------------------------------------------------------------ the client
     def offline(self) -> HubError:
-        """Return the error for what can't be done without the hub."""
+        """Return the error for an action that needs the hub."""
         return HubError(f"{self.repository}: this needs the hub, and {self._why_offline()}")
 
     @property

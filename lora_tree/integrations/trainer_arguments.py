@@ -1,6 +1,6 @@
 """Checks of TreeTrainer's arguments, before the Trainer makes anything of them.
 
-Law: what can't hold node by node is refused here with its reason, and nothing is changed.
+Law: arguments that can't hold node by node are refused here with the reason; nothing is changed.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
 
         Raises:
             DivergedError: a step made factors or losses that are not finite. Nothing of it was
-                saved, and the factors are put back to what they were before.
+                saved, and the factors are put back.
         """
         named = args[0] if args else kwargs.get("resume_from_checkpoint")
         if self.args.should_save:

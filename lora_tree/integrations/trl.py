@@ -4,7 +4,7 @@
     model.at("fr")          the reference     made by the trainer; one more view of the same base
 
 trl clones the base for a reference, or puts a second adapter beside the first. Here both are path
-models over one base: they share its weights, and the reference is the policy's parent as it is.
+models over one base: they share its weights, and the reference is the policy's parent, unchanged.
 Losses, data, logs and arguments are trl's own. What differs are the files: a checkpoint holds the
 factors and each node as a PEFT adapter, and what is saved at the end is a tree.
 

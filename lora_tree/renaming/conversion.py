@@ -53,7 +53,7 @@ class _Placement(NamedTuple):
 
 
 class Conversion:
-    """The values of the modules of which one conversion makes a parameter, or several.
+    """The values of the modules that one conversion joins into one parameter, or several.
 
     Args:
         first: the first of its parameters, by which transformers calls the conversion.

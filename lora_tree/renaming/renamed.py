@@ -115,7 +115,7 @@ class Moving:
         return None
 
     def _convert(self, conversion: Conversion) -> None:
-        """Put what a conversion makes of its modules.
+        """Put the parameters that a conversion makes of its modules.
 
         Raises:
             BaseMismatch, ShapeMismatch: it makes nothing of them; names the first module.

@@ -123,7 +123,7 @@ def _parameter_site(base: nn.Module, name: str, holder: nn.Module) -> ParameterS
 
 
 def with_tied_rows(base: nn.Module, adapter: Adapter) -> Adapter:
-    """Return an adapter whose overridden rows are those of every module that shares the tensor.
+    """Return an adapter whose overridden rows apply to every module that shares the tensor.
 
     A file has the trained rows of an embedding once. PEFT gives them to a tied head as well.
     """

@@ -8,7 +8,7 @@ A kind of site is a class that says
     rows, sides_of  how W += left @ right lies in the stored weight
     down, up        the side path: an addition to the module's output, in two halves
 
-and inherits the rest. What is not said has a default that is right for a plain (out, in) weight.
+and inherits the rest. Every method has a default that is right for a plain (out, in) weight.
 
 Law: a site keeps no state of a path. The engine knows what is active where.
 """
@@ -67,7 +67,7 @@ class Site(ABC):
         # `resize_token_embeddings` keeps the module.
         self._shape = self._shape_now()
 
-    # ------------------------------------------------------------------ what a kind says
+    # ------------------------------------------------------------------ for each kind to define
     @staticmethod
     @abstractmethod
     def claims(module: nn.Module, holder: nn.Module | None) -> bool:

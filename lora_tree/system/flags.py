@@ -1,4 +1,4 @@
-"""Flags for opening files, of which not every operating system has all."""
+"""Flags for opening files; no operating system has all of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Turn the operating system's refusals into this library's errors, with the file's name.
 
-An OSError from a descriptor names no file, and none says what was being done.
+An OSError from a descriptor names no file, and no OSError names the action that failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Open files to read: plain files only, without waiting, and what was checked is what is read.
+"""Open plain files to read, without waiting; the file that was checked is the one that is read.
 
 A name can lead to a pipe, which would make its reader wait for ever, to a device, or through a link
 to somewhere else; and it can be given to another file between a look at it and the opening. So the

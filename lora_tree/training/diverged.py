@@ -3,8 +3,8 @@
 Nothing of such a step is saved.
 
 A learning rate that is too large, or a row that overflows, makes factors or losses NaN or infinite.
-Every later step is NaN as well, so a run has nothing to go on with. It stops, and its nodes become
-what they were when it began.
+Every later step is NaN as well, so a run has nothing to go on with. It stops, and its nodes get
+back the factors that they had when it began.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     factors./fr.<module>/A       each node's under its path, on the device of its module
     factors./fr/legal.…          see `node_factors`
 
-Law: the parameters under a path are those of the adapter that the tree holds for it. A node may
+Law: the parameters under a path belong to the adapter that the tree holds for it. A node may
 have been renamed, replaced or removed since it trained last. Before any node trains again, its
 parameters move with it, or are dropped.
 """

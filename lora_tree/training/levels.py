@@ -1,4 +1,4 @@
-"""Training several levels of a tree at once: what the loss is a mean over, and how factors decay.
+"""Training several levels of a tree at once: the mean that the loss is, and the decay of factors.
 
     all              decay 0        every row of the tree trains it
     ├── fr           decay 0.8 %    its factors shrink by that in a step, at the full learning rate
@@ -48,7 +48,7 @@ def several_levels(nodes: Iterable[str]) -> bool:
 
 
 def over_of(asked: Over, nodes: Iterable[str]) -> Literal["rows", "paths"]:
-    """Return what the loss is a mean over, for the nodes that train.
+    """Return the unit over which the loss is averaged, for the nodes that train.
 
     Args:
         asked: "rows", "paths", or "auto": rows where several levels train, else paths.

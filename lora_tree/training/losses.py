@@ -5,9 +5,9 @@
 
 tokens_p counts over every micro-batch and every rank of one step of the optimiser.
 
-Over paths, each path learns in company what it would learn alone, however many rows the others
-have. Over rows, every token weighs alike. Several levels that train at once want this: the nodes
-that paths share then get gradients of the size that a single adapter would get (`levels.py`).
+Over paths, each path learns as if it were trained alone, however many rows the others have. Over
+rows, every token weighs alike. Several levels that train at once want this: the nodes that paths
+share then get gradients of the size that a single adapter would get (`levels.py`).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def pooled_loss(
     """Return the loss of rows whose own losses are known: what `path_loss` makes of its rows.
 
     Args:
-        sums: (rows,), each row's loss, summed over what it counts.
+        sums: (rows,), each row's loss, summed over the tokens that it counts.
         tokens: (rows,), int64, how much a row counts: its tokens, or 1 for a pair of answers.
         paths, counts, weights, over: as in `path_loss`.
 

@@ -1,4 +1,4 @@
-"""Tensors of which every rank of a run holds a part, as FSDP2 leaves them.
+"""Tensors that FSDP2 has split, so that every rank of a run holds a part.
 
 To read such a tensor all ranks have to meet: a rank that calls these functions alone waits forever.
 """
