@@ -6,12 +6,14 @@ import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import transformers
 import typer
 from rich.console import Console
 
+from .kept import Kept
 from .late import late_leaf
 from .runs import compare, curve
 from .systems import FULL, SMALL
@@ -33,26 +35,31 @@ def main(
         bool, typer.Option("--small", help="A toy size: that it runs, not what comes out.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Every seed and leaf.")] = False,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A folder that keeps each run's result: a later command goes on there."),
+    ] = None,
 ) -> None:
     """Train everything and print the tables: packages and manuals, longer training, a late leaf."""
     transformers.utils.logging.disable_progress_bar()
     say = Console(stderr=True, highlight=False).print
     size = SMALL if small else FULL
+    kept = Kept(keep)
     found: dict[str, object] = {}
     for part in parts or list(Part):
         say(f"[bold]{part}")
         text = ""
         if part in (Part.packages, Part.manuals):
-            leaves, outcomes = compare(size, manuals=part is Part.manuals, say=say)
+            leaves, outcomes = compare(size, manuals=part is Part.manuals, kept=kept, say=say)
             found[part.value] = [asdict(outcome) for outcome in outcomes]
             text = "no manual pages are installed: skipped\n"
             if outcomes:
                 text = markdown(leaves, outcomes)
         elif part is Part.curve:
-            points = curve(size, say=say)
+            points = curve(size, kept=kept, say=say)
             found[part.value], text = points, markdown_of_curve(points)
         else:
-            late = late_leaf(size, say=say)
+            late = late_leaf(size, kept=kept, say=say)
             found[part.value] = [asdict(leaf) for leaf in late]
             text = markdown_of_late(late)
         if not as_json:

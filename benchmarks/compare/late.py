@@ -10,7 +10,9 @@ pooled, on      the pooled adapter, trained on with the leaf's rows; the other l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from statistics import mean
 from typing import Any
 
@@ -21,6 +23,7 @@ import lora_tree as lt
 from lora_tree.demo.learning import bits_per_byte, evenly_spread, train_tree
 from lora_tree.runs.held_back import PARTS
 
+from .kept import NOWHERE, Kept, mark
 from .runs import Say, Text, best_setting, opened, quiet, trained
 from .systems import FULL, SYSTEMS, Setting, Size, System
 
@@ -43,9 +46,9 @@ class LateLeaf:
     others: tuple[float, float]
 
 
-def late_leaf(size: Size = FULL, *, say: Say = quiet) -> list[LateLeaf]:
+def late_leaf(size: Size = FULL, *, kept: Kept = NOWHERE, say: Say = quiet) -> list[LateLeaf]:
     """Return what came out for the first leaf of every group, and every share of its data."""
-    text = opened(size, say=say)
+    text = opened(size, kept=kept, say=say)
     systems = {system.name: system for system in SYSTEMS["equal rank on a path"]}
     settings = {name: best_setting(text, systems[name]) for name in ("pooled", "tree", "flat")}
     firsts: dict[str, str] = {}
@@ -53,28 +56,73 @@ def late_leaf(size: Size = FULL, *, say: Say = quiet) -> list[LateLeaf]:
         firsts.setdefault(leaf.partition("/")[0], leaf)
     found = []
     for leaf in firsts.values():
-        rest = {name: tokens for name, tokens in text.streams().items() if name != leaf}
-        held = {name: rows for name, rows in text.held_out.items() if name != leaf}
-        pooled, before = trained(
-            text, systems["pooled"], settings["pooled"], 1, rest, held_out=held
-        )
-        tree, _ = trained(text, systems["tree"], settings["tree"], 1, rest, held_out=held)
+        before = _Before(text, systems, settings, leaf)
         for share in size.shares:
-            tokens = text.streams()[leaf]
-            tokens = tokens[: max(int(share * len(tokens)), 10 * size.length)]
-            cut = len(tokens) * 9 // 10
-            kept = evenly_spread(tokens[cut:], windows=size.windows, length=size.length)
-            bits = _on_the_tree(text, tree, leaf, tokens[:cut], kept, settings["tree"], systems)
-            flat = System("flat", 0, 0, systems["flat"].leaf, over="paths")
-            only = {leaf: text.held_out[leaf]}
-            _, own = trained(text, flat, settings["flat"], 1, {leaf: tokens}, held_out=only)
-            bits["flat"] = own[0]
-            after = _pooled_on(text, pooled, leaf, tokens, settings["pooled"])
-            bits["pooled, on"] = after.pop(leaf)
-            lost = [bit - was for bit, was in zip(after.values(), before, strict=True)]
-            found.append(LateLeaf(leaf, share, bits, (mean(lost), max(lost))))
+            made = text.kept.result(before.about(share), partial(_late, before, share))
+            found.append(LateLeaf(leaf, share, made["bits"], (made["mean"], made["most"])))
             say(f"{leaf}, {share:g}: {found[-1]}")
     return found
+
+
+@dataclass
+class _Before:
+    """What was trained without a leaf; trained when it is first asked for."""
+
+    text: Text
+    systems: Mapping[str, System]
+    settings: Mapping[str, Setting]
+    leaf: str
+
+    def about(self, share: float) -> dict[str, Any]:
+        """Return what a late leaf's result depends on, as JSON has it."""
+        settings = {name: asdict(setting) for name, setting in self.settings.items()}
+        ranks = {name: (s.root, s.group, s.leaf) for name, s in self.systems.items()}
+        return self.text.about(
+            self.settings["tree"],
+            1,
+            late=self.leaf,
+            share=share,
+            settings=settings,
+            ranks=ranks,
+            trained_on=mark(self.text.streams()),
+            measured_on=mark(self.text.held_out),
+        )
+
+    @cached_property
+    def pooled(self) -> tuple[lt.AdapterTree, list[float]]:
+        """The pooled adapter, and the bits of the other leaves."""
+        return self._trained("pooled")
+
+    @cached_property
+    def tree(self) -> lt.AdapterTree:
+        """The tree without the leaf."""
+        return self._trained("tree")[0]
+
+    def _trained(self, name: str) -> tuple[lt.AdapterTree, list[float]]:
+        streams = self.text.streams()
+        rest = {leaf: tokens for leaf, tokens in streams.items() if leaf != self.leaf}
+        held = {leaf: rows for leaf, rows in self.text.held_out.items() if leaf != self.leaf}
+        return trained(self.text, self.systems[name], self.settings[name], 1, rest, held_out=held)
+
+
+def _late(known: _Before, share: float) -> dict[str, Any]:
+    """Train a leaf with a share of its data in every way."""
+    text, size, leaf = known.text, known.text.size, known.leaf
+    tokens = text.streams()[leaf]
+    tokens = tokens[: max(int(share * len(tokens)), 10 * size.length)]
+    cut = len(tokens) * 9 // 10
+    kept = evenly_spread(tokens[cut:], windows=size.windows, length=size.length)
+    tree, systems, settings = known.tree, known.systems, known.settings
+    bits = _on_the_tree(text, tree, leaf, tokens[:cut], kept, settings["tree"], systems)
+    flat = System("flat", 0, 0, systems["flat"].leaf, over="paths")
+    only = {leaf: text.held_out[leaf]}
+    _, own = trained(text, flat, settings["flat"], 1, {leaf: tokens}, held_out=only)
+    bits["flat"] = own[0]
+    pooled, before = known.pooled
+    after = _pooled_on(text, pooled, leaf, tokens, settings["pooled"])
+    bits["pooled, on"] = after.pop(leaf)
+    lost = [bit - was for bit, was in zip(after.values(), before, strict=True)]
+    return {"bits": bits, "mean": mean(lost), "most": max(lost)}
 
 
 def _on_the_tree(
@@ -84,7 +132,7 @@ def _on_the_tree(
     tokens: Tensor,
     kept: Tensor,
     setting: Setting,
-    systems: dict[str, System],
+    systems: Mapping[str, System],
 ) -> dict[str, float]:
     """Train a new leaf on the frozen tree, and take it out again."""
     path, group = f"all/{leaf}", f"all/{leaf.partition('/')[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from statistics import mean
@@ -18,6 +18,7 @@ from lora_tree.demo.corpus import Domain, find_corpus
 from lora_tree.demo.learning import as_one_row, bits_per_byte, evenly_spread, train_base, train_tree
 
 from .corpora import find_manuals, find_packages
+from .kept import NOWHERE, Kept, mark
 from .systems import FULL, SYSTEMS, Outcome, Setting, Size, System, tree_of
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "best_setting",
     "compare",
     "curve",
+    "measured",
     "opened",
     "path_of",
     "quiet",
@@ -47,12 +49,14 @@ class Text:
 
     Args:
         held_out: leaf → windows of tokens, (windows, length).
+        kept: where results of runs are kept.
     """
 
     base: Any
     leaves: tuple[Domain, ...]
     held_out: Mapping[str, Tensor]
     size: Size
+    kept: Kept = NOWHERE
 
     @property
     def paths(self) -> list[str]:
@@ -69,34 +73,48 @@ class Text:
             found[leaf.path] = _one_row(documents)
         return found
 
+    def about(self, setting: Setting, seed: int, **others: Any) -> dict[str, Any]:
+        """Return what the result of a run depends on, as JSON has it."""
+        size = self.size
+        return {
+            "base": mark(self.base.state_dict()),
+            "steps": size.steps,
+            "batch": size.batch,
+            "length": size.length,
+            "setting": asdict(setting),
+            "seed": seed,
+            **others,
+        }
+
 
 @lru_cache(maxsize=64)  # every run of every system takes the same rows
 def _one_row(documents: tuple[bytes, ...]) -> Tensor:
     return as_one_row(documents)
 
 
-def opened(size: Size, *, manuals: bool = False, say: Say = quiet) -> Text:
+def opened(size: Size, *, manuals: bool = False, kept: Kept = NOWHERE, say: Say = quiet) -> Text:
     """Train the base, and find the leaves; no leaves if there are no manual pages."""
     leaves = find_manuals(size.leaves) if manuals else find_packages(size.leaves)
     torch.manual_seed(0)
     base = new_base(hidden=size.hidden, layers=size.layers, window=size.length)
     if leaves:
         corpus, _ = find_corpus()
-        train_base(
-            base,
-            as_one_row(corpus.train),
-            steps=size.base_steps,
-            batch=size.base_batch,
-            length=size.length,
-            lr=3e-3,
-            seed=0,
-        )
+        tokens = as_one_row(corpus.train)
+        how = {
+            "steps": size.base_steps,
+            "batch": size.base_batch,
+            "length": size.length,
+            "lr": 3e-3,
+            "seed": 0,
+        }
+        about = {**how, "hidden": size.hidden, "layers": size.layers, "rows": mark({"": tokens})}
+        kept.weights(about, base, lambda: train_base(base, tokens, **how))
         say("base trained")
     held_out = {}
     for leaf in leaves:
         tokens = as_one_row(leaf.held_out)
         held_out[leaf.path] = evenly_spread(tokens, windows=size.windows, length=size.length)
-    return Text(base, tuple(leaves), held_out, size)
+    return Text(base, tuple(leaves), held_out, size, kept)
 
 
 def path_of(tree: lt.AdapterTree, leaf: str) -> str:
@@ -138,11 +156,41 @@ def trained(
     return tree, bits
 
 
+def measured(
+    text: Text,
+    system: System,
+    setting: Setting,
+    seed: int,
+    streams: Mapping[str, Tensor],
+    *,
+    held_out: Mapping[str, Tensor] | None = None,
+) -> tuple[list[float], int]:
+    """Return the bits per byte of every leaf of a trained system, and its parameters; kept."""
+    held_out = held_out or text.held_out
+
+    def run() -> dict[str, Any]:
+        tree, bits = trained(text, system, setting, seed, streams, held_out=held_out)
+        adapters: Sequence[Any] = [tree.adapter(path) for path in tree.paths()]
+        count = sum(adapter.numel for adapter in adapters if adapter is not None)
+        return {"bits": bits, "parameters": count}
+
+    about = text.about(
+        setting,
+        seed,
+        ranks=[system.root, system.group, system.leaf],
+        over=system.over,
+        trained_on=mark(streams),
+        measured_on=mark(held_out),
+    )
+    found = text.kept.result(about, run)
+    return found["bits"], found["parameters"]
+
+
 def compare(
-    size: Size = FULL, *, manuals: bool = False, say: Say = quiet
+    size: Size = FULL, *, manuals: bool = False, kept: Kept = NOWHERE, say: Say = quiet
 ) -> tuple[list[str], list[Outcome]]:
     """Return the leaves, and what came out; the bare base first. No leaves: they are not there."""
-    text = opened(size, manuals=manuals, say=say)
+    text = opened(size, manuals=manuals, kept=kept, say=say)
     if not text.leaves:
         return [], []
     bare = [bits_per_byte(text.base, rows) for rows in text.held_out.values()]
@@ -166,17 +214,19 @@ def compare(
     return text.paths, outcomes
 
 
-def curve(size: Size = FULL, *, say: Say = quiet) -> list[tuple[int, str, float]]:
+def curve(
+    size: Size = FULL, *, kept: Kept = NOWHERE, say: Say = quiet
+) -> list[tuple[int, str, float]]:
     """Return (steps, system, bits) of longer and longer training: equal rank on a path, one
     seed.
     """
-    text = opened(size, say=say)
+    text = opened(size, kept=kept, say=say)
     found = []
     for system in SYSTEMS["equal rank on a path"]:
         setting = best_setting(text, system)
         for steps in size.curve:
             longer = replace(text, size=replace(size, steps=steps))
-            _, bits = trained(longer, system, setting, 1, text.streams())
+            bits, _ = measured(longer, system, setting, 1, text.streams())
             found.append((steps, system.name, mean(bits)))
             say(f"{steps} steps: {system.name}: {mean(bits):.3f}")
     return found
@@ -196,7 +246,7 @@ def best_setting(text: Text, system: System) -> Setting:
         kept[leaf] = evenly_spread(tokens[cut:], windows=windows, length=size.length)
     found = {}
     for setting in tries:
-        _, bits = trained(text, system, setting, 0, streams, held_out=kept)
+        bits, _ = measured(text, system, setting, 0, streams, held_out=kept)
         found[setting] = mean(bits)
     return min(found, key=found.__getitem__)
 
@@ -204,9 +254,7 @@ def best_setting(text: Text, system: System) -> Setting:
 def _seeds(text: Text, system: System, setting: Setting, data: str) -> Outcome:
     made = Outcome("", data, system, setting, 0)
     for seed in range(1, text.size.seeds + 1):
-        tree, bits = trained(text, system, setting, seed, text.streams(DATA[data]))
+        bits, made.parameters = measured(text, system, setting, seed, text.streams(DATA[data]))
         made.bits.append(mean(bits))
         made.of_leaves.append(bits)
-        adapters: Sequence[Any] = [tree.adapter(path) for path in tree.paths()]
-        made.parameters = sum(adapter.numel for adapter in adapters if adapter is not None)
     return made
