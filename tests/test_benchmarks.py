@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ from benchmarks import (
 )
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
 from benchmarks.compare.corpora import LANGUAGES, SECTIONS, find_manuals
+from benchmarks.compare.kept import Kept
 from benchmarks.compare.tables import markdown_of_curve, markdown_of_late
 from benchmarks.setting import SMALL
 
@@ -111,7 +113,41 @@ def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table
     assert len(outcomes) == 1 + 2 * 2 * 4
     assert all(len(o.bits) == 2 and len(set(o.bits)) == 2 for o in outcomes[1:])
     assert told.count("\n### ") == 4
-    assert all(told.count(f"| {name} |") == 4 for name in ("pooled", "flat", "tree, alone", "tree"))
+    assert told.count("\n| leaf | pooled | flat | tree, alone | tree |") == 4
+    assert all(told.count(f"\n| {leaf} | ") == 4 for leaf in leaves)
+    assert all(
+        told.count(f"\n| {name} |") == 4 for name in ("pooled", "flat", "tree, alone", "tree")
+    )
+
+
+def test_a_comparison_that_was_stopped_goes_on_and_comes_to_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, made = Kept(tmp_path / "kept"), []
+    train = compare.runs.trained
+
+    def at_most(limit: int) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if len(made) == limit:
+                raise KeyboardInterrupt
+            made.append(args)
+            return train(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(compare.runs, "trained", at_most(9))
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(compare.SMALL, kept=kept)
+    files = set((tmp_path / "kept").iterdir())
+    assert len(files) == 1 + 9  # the base, and a file for each run
+    monkeypatch.setattr(compare.runs, "trained", at_most(-1))
+    stopped = compare.compare(compare.SMALL, kept=kept)
+    total = len(made)
+    assert compare.compare(compare.SMALL, kept=kept) == stopped
+    assert len(made) == total  # nothing is trained a second time
+    assert compare.compare(compare.SMALL) == stopped
+    assert len(made) == 2 * total
+    assert files < set((tmp_path / "kept").iterdir())
 
 
 def test_every_policy_serves_no_more_than_the_one_that_knows_the_future_without_a_clock() -> None:

@@ -100,7 +100,7 @@ def opened(size: Size, *, manuals: bool = False, kept: Kept = NOWHERE, say: Say 
     if leaves:
         corpus, _ = find_corpus()
         tokens = as_one_row(corpus.train)
-        how = {
+        how: dict[str, Any] = {
             "steps": size.base_steps,
             "batch": size.base_batch,
             "length": size.length,

@@ -12,7 +12,7 @@ __all__ = ["markdown", "markdown_of_curve", "markdown_of_late"]
 
 
 def markdown(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> str:
-    """Return a table for each comparison and amount of data."""
+    """Return, for each comparison and amount of data, a table of systems and one of leaves."""
     bare, *others = outcomes
     base = f"The bare base: {bare.bits[0]:.3f} bits per byte."
     text = [f"{len(leaves)} leaves: {', '.join(leaves)}. {base}\n"]
@@ -27,6 +27,7 @@ def markdown(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> str:
         best = min(mean(o.bits) for o in mine)
         pooled = next(o for o in mine if o.system.name == "pooled")
         text += [_row(o, pooled, best) for o in mine]
+        text += _of_leaves(leaves, mine)
     return "".join(text)
 
 
@@ -61,7 +62,7 @@ def markdown_of_late(found: Sequence[LateLeaf]) -> str:
 def _row(outcome: Outcome, pooled: Outcome, best: float) -> str:
     system, bits = outcome.system, mean(outcome.bits)
     told = f"**{bits:.3f}**" if bits == best else f"{bits:.3f}"
-    deviation = stdev(outcome.bits) if len(outcome.bits) > 1 else 0.0
+    deviation = _deviation(outcome.bits)
     ranks = [str(rank or "–") for rank in (system.root, system.group, system.leaf)]
     better = [
         mine < theirs for mine, theirs in zip(_by_leaf(outcome), _by_leaf(pooled), strict=True)
@@ -72,6 +73,26 @@ def _row(outcome: Outcome, pooled: Outcome, best: float) -> str:
         f"| {system.name} | {', '.join(ranks)} | {outcome.parameters:,} | {system.on_path} "
         f"| {told} | {deviation:.3f} | {won} | {outcome.setting.rate:g}; {shrinks} |\n"
     )
+
+
+def _of_leaves(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> list[str]:
+    """Return a table with a row for each leaf: the mean over seeds, and its deviation."""
+    names = " | ".join(outcome.system.name for outcome in outcomes)
+    text = [f"\n| leaf | {names} |\n", f"| --- |{' ---: |' * len(outcomes)}\n"]
+    for i, leaf in enumerate(leaves):
+        means, cells = [], []
+        for outcome in outcomes:
+            bits = [of_seed[i] for of_seed in outcome.of_leaves]
+            means.append(mean(bits))
+            cells.append(f"{mean(bits):.3f} ± {_deviation(bits):.3f}")
+        best = means.index(min(means))
+        cells[best] = f"**{cells[best]}**"
+        text.append(f"| {leaf} | {' | '.join(cells)} |\n")
+    return text
+
+
+def _deviation(bits: Sequence[float]) -> float:
+    return stdev(bits) if len(bits) > 1 else 0.0
 
 
 def _by_leaf(outcome: Outcome) -> list[float]:
