@@ -83,6 +83,7 @@ def test_a_tree_comes_back_as_it_went(hub: LoopbackHub, zoo: Path, tmp_path: Pat
 def test_nothing_but_the_tree_leaves_the_machine(hub: LoopbackHub, zoo: Path) -> None:
     others = (
         ".training/checkpoint-20/optimizer.safetensors",
+        ".runs/1/metrics.jsonl",
         ".lora_tree/versions/1f/adapter_model.safetensors",
         "fr/checkpoint-500/adapter_model.safetensors",
         "fr/checkpoint-500/adapter_config.json",

@@ -1105,7 +1105,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert "the same command goes on from" in told
-    assert sorted(p.name for p in zoo.iterdir()) == ["tree.yaml"]  # the tree is written at the end
+    # The tree is written at the end.
+    assert sorted(p.name for p in zoo.iterdir()) == [".runs", "tree.yaml"]
     lora_tree(*command(zoo, tmp_path / "run"))
     assert "going on after step" in capsys.readouterr().err
     lora_tree(*command(spare, tmp_path / "other"))

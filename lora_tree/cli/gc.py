@@ -1,4 +1,6 @@
-"""``lora-tree gc``: earlier versions beyond the bound, and files that none names, go."""
+"""``lora-tree gc``: earlier versions and records of runs beyond the bound go, and files that none
+names.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,17 @@ def clean_up(
             min=0, help="Leave so many earlier contents of each node; as tree.yaml says without it."
         ),
     ] = None,
+    runs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave the records of so many runs; of 50 without it."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove earlier versions beyond the bound, and say how many bytes that frees."""
-    freed = gc(folder, versions=versions, dry_run=dry_run)
+    """Remove earlier versions and old runs' records, and say how many bytes that frees."""
+    freed = gc(folder, versions=versions, runs=runs, dry_run=dry_run)
     if as_json:
         print_json(
             {
@@ -36,6 +42,7 @@ def clean_up(
                 "dry_run": dry_run,
                 "versions": freed.nodes,
                 "contents": freed.contents,
+                "runs": freed.runs,
                 "bytes": freed.nbytes,
                 "left_bytes": freed.left_bytes,
             }
@@ -43,6 +50,9 @@ def clean_up(
         return
     for path, count in freed.nodes.items():
         out().print(f"{path}: {count} earlier version{'s' if count != 1 else ''}", soft_wrap=True)
+    if freed.runs:
+        count = len(freed.runs)
+        out().print(f"{count} record{'s' if count != 1 else ''} of runs", soft_wrap=True)
     verb = "would free" if dry_run else "freed"
     out().print(
         f"{verb} {format_bytes(freed.nbytes)}; earlier versions take "

@@ -24,6 +24,7 @@ from .open_rows import open_rows
 from .run_training import run_to_the_end
 from .train_options import run_folder
 from .train_told import foretell
+from .typed import command_note
 
 __all__ = ["train_again"]
 
@@ -145,6 +146,8 @@ def _train(
             nodes=job.nodes,
             data=data_files(job.data, home),
             max_length=job.training.max_length,
+            records=folder,
+            by=command_note().by,
         )
         foretell(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)

@@ -19,6 +19,7 @@ from .open_rows import open_rows
 from .run_training import run_to_the_end
 from .train_options import numbers, numbers_by_depth, run_folder
 from .train_told import foretell, tell_outcome
+from .typed import command_note
 
 __all__ = ["train"]
 
@@ -171,6 +172,8 @@ def train(
         keep=keep,
         data=data_files(data, home),
         max_length=max_length,
+        records=folder,
+        by=command_note().by,
     )
     foretell(running, len(rows))
     resumed = running.done

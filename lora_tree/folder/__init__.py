@@ -5,6 +5,7 @@ reading     disk, bounds, lockfile, yamlfile; record → pending → scan → re
 deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes nothing
 writing     writer, archive, carry → commit                        it decides nothing
 the past    history: what nodes were; archive: their files
+the runs    run_records: what training noted; run_store: where it is written, and makes room
 the verbs   saving, alone, relock → api, checking, versions; edge puts them where the values look
             for files
 """
@@ -14,6 +15,7 @@ from .checking import check, moved_branches, notes
 from .edge import FolderStorage
 from .history import Version
 from .problem import Problem
+from .run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
 from .saving import HistoryWarning
 from .versions import Freed, Restored, gc, history, load_versions, restore, versions_beside
 from .yamlfile import json_schema
@@ -22,8 +24,12 @@ __all__ = [
     "FolderStorage",
     "Freed",
     "HistoryWarning",
+    "NodeMetric",
+    "NodeOutcome",
+    "PathMetric",
     "Problem",
     "Restored",
+    "RunRecord",
     "SkippedWarning",
     "StaleWarning",
     "Version",
@@ -38,6 +44,7 @@ __all__ = [
     "notes",
     "relock",
     "restore",
+    "run_records",
     "survey",
     "versions_beside",
 ]

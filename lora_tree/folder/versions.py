@@ -27,6 +27,8 @@ from .commit import writing
 from .history import Version, history_place, render_history
 from .keeping import present_version, read_history
 from .opening import Opened, inspect
+from .run_records import runs_folder
+from .run_store import RUNS_KEPT, bytes_of_run, drop_runs, spare_runs
 from .scan import find_files
 from .source import FolderSource
 from .training_steps import paths_above
@@ -332,28 +334,36 @@ class Freed:
         nodes: node → how many of its earlier versions.
         contents: content → bytes, of the files that go.
         left_bytes: the bytes that the history still takes.
+        runs: number → bytes, of the records of runs that go.
         dry_run: nothing was removed.
     """
 
     nodes: Mapping[str, int] = field(default_factory=dict)
     contents: Mapping[str, int] = field(default_factory=dict)
     left_bytes: int = 0
+    runs: Mapping[int, int] = field(default_factory=dict)
     dry_run: bool = False
 
     @property
     def nbytes(self) -> int:
         """The bytes that are free again."""
-        return sum(self.contents.values())
+        return sum(self.contents.values()) + sum(self.runs.values())
 
 
 def gc(
-    path: str | os.PathLike[str], *, versions: int | None = None, dry_run: bool = False
+    path: str | os.PathLike[str],
+    *,
+    versions: int | None = None,
+    runs: int | None = None,
+    dry_run: bool = False,
 ) -> Freed:
-    """Remove earlier versions beyond the bound, and files that no version names.
+    """Remove earlier versions and records of runs beyond the bound, and files that none names.
 
     Args:
         path: the folder of the tree, or a YAML file in it.
         versions: earlier contents to leave of each node; None: as tree.yaml says.
+        runs: records of runs to leave; None: the last 50. The last one, and one that is taking
+            steps, always stay.
         dry_run: say what would go, and remove nothing.
 
     Raises:
@@ -361,13 +371,18 @@ def gc(
 
     >>> # gc("zoo/", versions=1, dry_run=True).nbytes
     """
-    if dry_run:
-        return _spare(_looked(path), versions)[0]
     place = place_of(path)
+    kept, most = runs_folder(place), RUNS_KEPT if runs is None else runs
+    spare = {int(own.name): bytes_of_run(own) for own in spare_runs(kept, most=most)}
+    if dry_run:
+        return replace(_spare(_looked(path), versions)[0], runs=spare)
     with writing(Path(place.folder)) as transaction:
         freed, changes = _spare(_looked(path), versions)
         transaction.apply(changes)
-    return replace(freed, dry_run=False)
+    # A run may have begun or ended since it was looked: the ones that went are told.
+    gone = {int(own.name) for own in drop_runs(kept, most=most)}
+    runs_gone = {number: nbytes for number, nbytes in spare.items() if number in gone}
+    return replace(freed, runs=runs_gone, dry_run=False)
 
 
 def _looked(path: str | os.PathLike[str]) -> Opened:

@@ -28,6 +28,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
+from ..folder.run_records import NodeOutcome, RunState
 from ..model import TreeModel
 from ..provenance import DataFile, SaveNote, TrainedWith, seen_from
 from ..storage import as_path
@@ -54,6 +55,7 @@ from .place import (
     superfluous,
 )
 from .preferences import are_preferences, check_references
+from .recording import Recorder
 from .resume import (
     STATE,
     digest_of_rows,
@@ -84,6 +86,9 @@ class Run:
             the rows held back.
         data: the files that the rows came from, for `training`.
         max_length: tokens that were kept of a row, likewise.
+        records: the tree's folder, or its tree.yaml: what the run does is noted there, for
+            `lora_tree.run_records`. None: nowhere.
+        by: the command, or what the program calls itself, for the record.
 
     Attributes:
         nodes: what trains, in the order of the tree.
@@ -116,8 +121,12 @@ class Run:
         keep: int = 1,
         data: Sequence[DataFile] = (),
         max_length: int | None = None,
+        records: str | os.PathLike[str] | None = None,
+        by: str = "Run",
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
+        self._records, self._by = records, by
+        self._recorder: Recorder | None = None
         self._data, self._max_length = list(data), max_length
         if keep < 1:
             raise SpecError(f"keep must be at least 1, got {keep}: the last checkpoint stays")
@@ -188,6 +197,7 @@ class Run:
         # very rows that it would have had.
         order = self._order()
         model.train()
+        self._begin_record()
         try:
             while self.done < settings.steps:
                 self._check_sound()
@@ -205,12 +215,15 @@ class Run:
                 # A path may have no row in the first step, so each has a first loss of its own.
                 self.first = {**step.losses, **self.first}
                 self.last.update(step.losses)
+                if self._recorder is not None:
+                    self._recorder.note(step.nodes)
                 if save_every and self.done % save_every == 0 and self.done < settings.steps:
                     self.save()
                 yield step
         finally:
             # Reached as well where the caller leaves the loop early and drops the generator.
             model.eval()
+            self._end_record()
 
     def save(self) -> Path:
         """Write a checkpoint, which appears whole or not at all; superfluous ones then go.
@@ -223,6 +236,9 @@ class Run:
         self._check_sound()
         name = f"checkpoint-{self.done}"
         self._measured = self._measure()
+        # The lines first: a checkpoint of step 50 says that the lines up to 50 are there.
+        if self._recorder is not None:
+            self._recorder.sync()
         with disk.named("make it", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with appearing(self.folder, name, writes=True, meet=lambda: None) as stage:
@@ -256,6 +272,8 @@ class Run:
         if not is_file(file):
             raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
         disk.replace(file, render_about(self._told(saved=True)))
+        if self._recorder is not None:
+            self._recorder.end("finished", self.done, self.outcomes(), self.outdated)
 
     def keep_what_helps(self) -> list[Verdict]:
         """Give each leaf that does not beat its parent on the rows held back the weight that does.
@@ -278,20 +296,26 @@ class Run:
         last = losses_of(self.model.tree, self.nodes, self.last)
         return {node: (first[node], last[node]) for node in first}
 
+    def outcomes(self) -> dict[str, NodeOutcome]:
+        """Return what became of each node so far."""
+        losses = self.losses()
+        found = {}
+        for node in self.nodes:
+            first, last = losses.get(node, (None, None))
+            found[node] = NodeOutcome(first, last)
+        return found
+
     @property
     def training(self) -> TrainedWith | None:
         """Return the run's rows and settings, for the note of a save; None without ``data``."""
         if not self._data:
             return None
-        home = self.model.tree.home
-        # As seen from the tree, as the paths of its data are.
-        folder = str(self.folder) if home is None else seen_from(home.parent, self.folder)
         return TrainedWith(
             nodes=self.nodes,
             data=self._data,
             settings=self.settings.plain(),
             max_length=self._max_length,
-            run=folder,
+            run=self._seen_folder(),
         )
 
     def note(self, by: str) -> SaveNote:
@@ -305,6 +329,31 @@ class Run:
         return SaveNote(by=by, training=told, losses=self.losses())
 
     # ------------------------------------------------------------------ private
+    def _seen_folder(self) -> str:
+        """Return the run's folder as seen from the tree, as the paths of its data are."""
+        home = self.model.tree.home
+        return str(self.folder) if home is None else seen_from(home.parent, self.folder)
+
+    def _begin_record(self) -> None:
+        # A run that was over has its record already, and takes no step.
+        if self._records is None or self.was_over:
+            return
+        about = {**self._about, "checkpoints": self._seen_folder()}
+        more = {
+            "data": [file.model_dump() for file in self._data],
+            "max_length": self._max_length,
+            "unit": "nats per preference" if self.prefers else "nats per token",
+        }
+        self._recorder = Recorder(self._records, about, more, by=self._by, done=self.done)
+
+    def _end_record(self) -> None:
+        if self._recorder is None:
+            return
+        state: RunState = "trained" if self.done == self.settings.steps else "stopped"
+        if self._diverged is not None:
+            state = "diverged"
+        self._recorder.end(state, self.done, self.outcomes())
+
     def _told(self, *, saved: bool) -> dict[str, Any]:
         """Return the content of run.json."""
         losses = {"first": self.first, "last": self.last}

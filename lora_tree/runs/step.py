@@ -8,13 +8,16 @@ read, so a resumed run takes the same steps.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ..folder.run_records import NodeMetric
 from ..model import TreeModel
 from ..training.diverged import check_finite_step
 from ..training.levels import over_of
@@ -40,11 +43,14 @@ class StepLosses:
         number: how many steps are done.
         losses: path → mean loss over its tokens in this step, in nats; or over its preferences.
         tokens: learnt in it.
+        nodes: what it was for each node that had rows, in the order of the groups. Two steps are
+            compared without it, since it has the time that they took.
     """
 
     number: int
     losses: Mapping[str, float]
     tokens: int
+    nodes: tuple[NodeMetric, ...] = field(default=(), compare=False)
 
 
 def take_step(
@@ -69,6 +75,7 @@ def take_step(
     Raises:
         DivergedError: a factor or a loss is no longer finite.
     """
+    began_s = time.perf_counter()
     prefers = are_preferences(rows)
     counts = _counts(model, rows, prefers)
     batches = [rows[i : i + settings.batch] for i in range(0, len(rows), settings.batch)]
@@ -93,12 +100,40 @@ def take_step(
             run = _prefer if prefers else _learn
             for path, part in run(model, some, settings, shares).by_path.items():
                 losses[path] = losses.get(path, 0.0) + float(part)
+        # Before the step: a hook of it clips the gradients in place.
+        norms = _grad_norms(optimizer)
         # AdamW clips nothing: each node is clipped by itself in a hook of `TreeModel.follow`.
         optimizer.step()
         optimizer.zero_grad()
     # After the step, not before: only the factors show that a finite gradient was too large.
     check_finite_step(model.factors, losses, step=done + 1)
-    return StepLosses(done + 1, losses, sum(row.learnt for row in answers_of(rows)))
+    time_s = time.perf_counter() - began_s
+    told = []
+    for group in optimizer.param_groups:
+        node = group["name"]
+        through = [path for path in counts if path and node in model.tree.lineage(path)]
+        count = sum(counts[path] for path in through)
+        if count == 0:
+            continue
+        loss = sum(losses[path] * counts[path] for path in through) / count
+        own = [row for row in answers_of(rows) if row.path in through]
+        tokens = sum(row.learnt for row in own)
+        told.append(
+            NodeMetric(done + 1, node, loss, tokens, norms[node], float(group["lr"]), time_s)
+        )
+    total = sum(row.learnt for row in answers_of(rows))
+    return StepLosses(done + 1, losses, total, tuple(told))
+
+
+def _grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return each node's norm of its gradients; they are read from the device at once."""
+    norms: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        norms[group["name"]] = nn.utils.get_total_norm(gradients).float()
+    device = optimizer.param_groups[0]["params"][0].device
+    read = torch.stack([norm.to(device) for norm in norms.values()]).tolist()
+    return dict(zip(norms, read, strict=True))
 
 
 def _counts(model: TreeModel, rows: Sequence[Row], prefers: bool) -> dict[str, int]:
