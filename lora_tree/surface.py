@@ -78,6 +78,7 @@ from .folder import (
     lock,
     restore,
     run_records,
+    version_beside,
     versions_beside,
 )
 from .formats.block_weights import block_weights
@@ -197,6 +198,7 @@ __all__ = [
     "split",
     "squash",
     "token_counts",
+    "version_beside",
     "versions_beside",
     "weight_decays",
 ]

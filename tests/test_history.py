@@ -453,6 +453,42 @@ def test_an_archive_that_is_a_link_is_refused(zoo: Path, tmp_path: Path) -> None
     assert not list((tmp_path / "outside").iterdir())
 
 
+def test_a_version_is_added_beside_its_node_on_the_nodes_above_it_now(zoo: Path) -> None:
+    replaced(zoo, 11)
+    tree = opened(zoo)
+    path = lt.version_beside(tree, zoo, "fr/legal@1")
+    assert path == "fr/legal.1"
+    earlier, _ = lt.load_versions(zoo, "fr/legal@1")
+    assert numbers(tree.flatten(path)) == numbers(earlier.flatten("fr/legal"))
+    assert tree[path].weight == earlier["fr/legal"].weight == 0.8
+    assert numbers(tree.adapter("fr/legal")) == numbers(adapter(11))
+
+
+def test_a_version_whose_ancestors_were_removed_says_what_to_name(zoo: Path) -> None:
+    fr, legal = opened(zoo).adapter("fr"), opened(zoo).adapter("fr/legal")
+    now = opened(zoo)
+    now.remove("fr", recursive=True)
+    now.save(zoo)
+    for read in (
+        lambda: lt.load_versions(zoo, "fr/legal@1"),
+        lambda: lt.version_beside(opened(zoo), zoo, "fr/legal@1"),
+    ):
+        with pytest.raises(PathError) as refused:
+            read()
+        assert str(refused.value) == (
+            "fr/legal: fr, which it stood on, is not in the tree\n"
+            '  read it on a version of each: add --on fr@1, or load_versions(…, "fr/legal@1", '
+            '"fr@1")'
+        )
+    tree, _ = lt.load_versions(zoo, "fr/legal@1", "fr@1")
+    assert numbers(tree.adapter("fr")) == numbers(fr)
+    assert numbers(tree.adapter("fr/legal")) == numbers(legal)
+    with pytest.raises(
+        PathError, match="bring back those as well: lora-tree restore … fr fr/legal"
+    ):
+        lt.restore(zoo, "fr/legal@1")
+
+
 def test_readers_beside_a_writer_see_whole_versions(zoo: Path) -> None:
     replaced(zoo, 11)
     code = (

@@ -915,6 +915,30 @@ def test_train_eval_and_promote_from_the_shell(
     assert "--lr-of de: expected a path and a number, like fr/legal=0.5" in capsys.readouterr().err
 
 
+def test_an_earlier_version_is_measured_beside_the_present_one(
+    zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = []
+    for seed in (0, 1):
+        lora_tree("train", zoo, "fr/legal", "--data", rows, "--steps", 2, "--lr", 0.05,
+                  "--seed", seed)  # fmt: skip
+        capsys.readouterr()
+        lora_tree("eval", zoo, "fr/legal", "--data", rows, "--json")
+        measured.append(json.loads(capsys.readouterr().out)["losses"]["fr/legal"])
+    lora_tree("eval", zoo, "fr/legal@1", "fr/*", "--data", rows, "--json")
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert list(losses) == ["", "fr/legal", "fr/medical", "fr/legal@1"]
+    # A path alone, and in one model with others, to the rounding of a sum.
+    assert losses["fr/legal@1"] == pytest.approx(measured[0], rel=1e-6)
+    assert losses["fr/legal"] == pytest.approx(measured[1], rel=1e-6)
+    assert losses["fr/legal@1"] != pytest.approx(measured[1], rel=1e-3)
+    lora_tree("eval", zoo, "--on", "fr/legal@1", "--data", rows, "--json")
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert losses["fr/legal"] == pytest.approx(measured[0], rel=1e-6)
+    lora_tree("eval", zoo, "--on", "fr/legal", "--data", rows, code=1)
+    assert "--on fr/legal names no version\n  write fr@2" in capsys.readouterr().err
+
+
 def test_a_saved_child_that_never_trained_does_not_become_stale(tmp_path: Path) -> None:
     tree = lt.AdapterTree()
     for path, b in (("fr", 1.0), ("fr/new", 0.0), ("fr/old", 1.0)):

@@ -91,6 +91,29 @@ def test_a_node_is_shown_with_what_is_below_it(
     assert names(show(capsys, zoo, "fr/legal")[1]) == ["fr/legal"]
 
 
+def test_an_earlier_version_is_shown_in_its_place(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = lt.load(zoo)
+    was = tree.adapter("fr/legal")
+    assert was is not None
+    tree.update("fr/legal", weight=0.5)
+    tree.save(zoo)
+    code, out, _ = show(capsys, zoo, "fr/legal@1", "--json")
+    told = json.loads(out)
+    assert (code, told["versions"]) == (0, ["fr/legal@1"])
+    (line,) = told["nodes"]
+    assert (line["path"], line["weight"], line["bytes"]) == ("fr/legal", 0.8, was.nbytes)
+    tree.remove("fr", recursive=True)
+    tree.save(zoo)
+    _, _, err = show(capsys, zoo, "fr/legal@1")
+    assert "add --on fr@1" in err
+    assert "restore" not in err
+    _, out, _ = show(capsys, zoo, "fr/legal@1", "--on", "fr@1")
+    assert names(out) == ["fr/legal"]
+    assert out.startswith(f"{zoo} with fr/legal@1, fr@1 ")
+
+
 def test_levels_are_hidden_and_counted(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = show(capsys, zoo, "--depth", "1")
     assert names(out) == ["de", "fr (+2)", "grp (+1)"]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import SpecError
 from ..weights import Weight, parse_weight
 from .console import keep_quiet, stdout_is_json
 
@@ -17,6 +18,7 @@ __all__ = [
     "Folder",
     "Length",
     "Nodes",
+    "On",
     "Quiet",
     "SkipBroken",
     "TrustRemoteCode",
@@ -51,6 +53,14 @@ def _no_progress(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
+def _versions_alone(names: list[str] | None) -> list[str]:
+    """Refuse a name without a version, which would change nothing."""
+    for name in names or ():
+        if "@" not in name:
+            raise SpecError(f"--on {name} names no version", "write fr@2; see lora-tree log")
+    return names or []
+
+
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document, for programs.", callback=_only_json)
 ]
@@ -64,6 +74,14 @@ Folder = Annotated[
 Nodes = Annotated[
     list[str] | None,
     typer.Argument(help="Take these nodes: paths, or patterns like 'fr/*'.", metavar="NODES"),
+]
+On = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Read the tree with this version of a node in place: fr@2.",
+        metavar="NODE@VERSION",
+        callback=_versions_alone,
+    ),
 ]
 Data = Annotated[
     list[Path],

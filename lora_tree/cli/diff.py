@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from ..algebra import Diff, TreeDiff, diff, diff_paths, diff_trees
 from ..errors import SpecError, listing, printable
 from ..folder import load, load_versions
-from .arguments import AsJson, Folder
+from .arguments import AsJson, Folder, On
 from .console import out, print_json
 
 __all__ = ["difference"]
@@ -28,6 +29,7 @@ def difference(
         Path | None,
         typer.Option("--with", help="A second tree: compare node by node, or A in both."),
     ] = None,
+    on: On = None,
     most: Annotated[int, typer.Option(min=1, help="Modules to list, most moved first.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -35,28 +37,29 @@ def difference(
     if other is None:
         if a is None or b is None:
             raise SpecError("name two paths, or a second tree: lora-tree diff zoo/ fr de")
-        found: Diff | TreeDiff = _two_paths(folder, a, b)
+        found: Diff | TreeDiff = _two_paths(folder, a, b, on or ())
         _tell_any(found, most, as_json=as_json)
         return
-    tree = load(folder)
     if a is None:
+        tree, _ = load_versions(folder, *(on or ()))
         found = diff_trees(tree, load(other))
     else:
+        tree, (path, *_) = load_versions(folder, a, *(on or ()))
         # The path may have been renamed between the two trees; then B is its name in the other one.
-        theirs = load(other).flatten(a if b is None else b)
-        names = f"{folder}: {a}", f"{other}: {a if b is None else b}"
-        found = diff(tree.flatten(a), theirs, names=names)
+        theirs = load(other).flatten(path if b is None else b)
+        names = f"{folder}: {a}", f"{other}: {path if b is None else b}"
+        found = diff(tree.flatten(path), theirs, names=names)
     _tell_any(found, most, as_json=as_json)
 
 
-def _two_paths(folder: Path, a: str, b: str) -> Diff:
+def _two_paths(folder: Path, a: str, b: str, on: Sequence[str]) -> Diff:
     """Compare two paths of one tree, of which each may be an earlier version."""
-    if "@" not in a + b:
+    if "@" not in a + b and not on:
         return diff_paths(load(folder), a, b)
     # Each in a tree of its own, for both may be versions of one node.
     values = []
     for name in (a, b):
-        tree, (path,) = load_versions(folder, name)
+        tree, (path, *_) = load_versions(folder, name, *on)
         values.append(tree.flatten(path))
     return diff(*values, names=(a, b))
 

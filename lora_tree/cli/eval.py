@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..folder import disk, load
+from ..folder import disk, load_versions, version_beside
 from ..runs import LossMatrix, evaluate
 from ..training.diverged import BASE_LABEL
-from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, SkipBroken, TrustRemoteCode
+from ..tree import AdapterTree
+from .arguments import AsJson, Base, Data, Folder, Length, On, Quiet, SkipBroken, TrustRemoteCode
 from .console import out, print_json
 from .open_measured import open_measured
 from .progress import steps_done
@@ -23,8 +26,15 @@ __all__ = ["evaluation"]
 
 def evaluation(
     folder: Folder,
-    nodes: Nodes = None,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Measure these: paths, patterns like 'fr/*', or earlier versions like fr@2.",
+            metavar="NODES",
+        ),
+    ] = None,
     *,
+    on: On = None,
     data: Data,
     base: Base = None,
     batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
@@ -41,9 +51,9 @@ def evaluation(
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss of every node, and of the bare base, on the rows of every path."""
-    tree = load(folder, skip_broken=skip_broken)
+    tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
     # Before a base is opened, which takes minutes: a typo is told at once.
-    chosen = tree.matching(nodes) if nodes else None
+    chosen, names = _chosen(tree, folder, nodes) if nodes else (None, {})
     model, rows = open_measured(
         tree,
         folder,
@@ -57,6 +67,7 @@ def evaluation(
     count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
     with steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=chosen, batch=batch, beta=beta, tick=lambda: bar(""))
+    matrix = replace(matrix, paths=tuple(names.get(path, path) for path in matrix.paths))
     # Before the table is printed, so that an error stands alone.
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())
@@ -64,6 +75,28 @@ def evaluation(
         print_json(_plain(matrix))
     else:
         out().print(_table(matrix))
+
+
+def _chosen(
+    tree: AdapterTree, folder: Path, nodes: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return the paths to measure, and the name of each that stands for an earlier version.
+
+    A version is added to the tree beside its node, so that both can be measured.
+
+    Raises:
+        PathError: there is no such node or version.
+    """
+    patterns = [name for name in nodes if "@" not in name]
+    # Before any version is added, which a pattern would match as well.
+    paths = tree.matching(patterns) if patterns else []
+    names = {}
+    for name in nodes:
+        if "@" in name:
+            path = version_beside(tree, folder, name)
+            names[path] = name
+            paths.append(path)
+    return paths, names
 
 
 def _plain(matrix: LossMatrix) -> dict[str, Any]:

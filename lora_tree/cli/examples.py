@@ -11,6 +11,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "show": (
         "lora-tree show zoo/ --depth 2",
         "lora-tree show zoo/ fr --sort bytes --svg tree.svg",
+        "lora-tree show zoo/ fr/legal@1",
     ),
     "check": (
         "lora-tree check zoo/",
@@ -63,7 +64,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree retrain zoo/ --stale --dry-run",
         "lora-tree retrain zoo/ --stale --base models/base --yes",
     ),
-    "eval": ("lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",),
+    "eval": (
+        "lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",
+        "lora-tree eval zoo/ fr/legal@1 fr/legal --data rows.jsonl --base models/base",
+    ),
     "blame": ("lora-tree blame zoo/ fr/legal --data rows.jsonl --base models/base --by kinds",),
     "bisect": ("lora-tree bisect zoo/ fr/legal --data rows.jsonl --base models/base",),
     "promote": ("lora-tree promote zoo/ fr/legal --from zoo/.training/checkpoint-20",),

@@ -22,9 +22,9 @@ from ..export import (
     export_model,
     portable,
 )
-from ..folder import load, load_versions
+from ..folder import load_versions
 from ..tree import AdapterTree
-from .arguments import AsJson, Folder, Quiet, SkipBroken, TrustRemoteCode
+from .arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode
 from .console import print_json
 from .export_place import check_place
 from .export_told import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
@@ -138,6 +138,7 @@ def export(
     per_module: Annotated[
         bool, typer.Option("--per-module", help="Print every module's error.")
     ] = False,
+    on: On = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
     quiet: Quiet = False,
@@ -150,7 +151,7 @@ def export(
                 "--nodes writes every node by itself, and only as GGUF",
                 "lora-tree export FOLDER --as gguf --nodes --out DIR",
             )
-        tree = load(folder, skip_broken=skip_broken)
+        tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
         check_place(tree, folder, to)
         files = export_gguf_nodes(tree, to, base=base)
         tell_files(files, as_json=as_json)
@@ -161,8 +162,9 @@ def export(
             "name one path or blend, or every leaf: "
             "lora-tree export FOLDER PATH --out DIR, or --all"
         )
-    tree, named = load_versions(folder, *([] if path is None else [path]), skip_broken=skip_broken)
-    path = named[0] if named else None
+    texts = [*([] if path is None else [path]), *(on or ())]
+    tree, named = load_versions(folder, *texts, skip_broken=skip_broken)
+    path = None if path is None else named[0]
     check_place(tree, folder, to)  # before anything is flattened, which may take long
     # Options of one form alone; a form that can't heed one refuses it.
     shaped = ceil_rank or complete or bool(shape)

@@ -12,7 +12,7 @@ from ..errors import SpecError
 from ..extras import foreign
 from ..folder import load_versions
 from ..model import attach
-from .arguments import Folder, SkipBroken, TrustRemoteCode
+from .arguments import Folder, On, SkipBroken, TrustRemoteCode
 from .console import print_text
 from .open_base import open_model, open_tokenizer
 
@@ -49,11 +49,12 @@ def generate(
     mode: Annotated[
         Mode, typer.Option(help="Write the path into the weights, or run it as a side path.")
     ] = Mode.merged,
+    on: On = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
 ) -> None:
     """Print text that the base writes at a path."""
-    tree, (path,) = load_versions(folder, path, skip_broken=skip_broken)
+    tree, (path, *_) = load_versions(folder, path, *(on or ()), skip_broken=skip_broken)
     # Before a model is loaded, which takes minutes: a typo is told at once.
     if "+" in path or ":" in path:
         tree.coefficients(path)

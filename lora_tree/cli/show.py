@@ -19,10 +19,10 @@ from ..drawn.drawing import DrawnNode, arranged
 from ..drawn.node_lines import NodeLine, below, lines_of, matching_lines
 from ..drawn.tree_picture import tree_picture
 from ..errors import LoraTreeError
-from ..folder import Problem, disk, load, notes, survey
+from ..folder import Problem, disk, load, load_versions, notes, survey
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
-from .arguments import AsJson, Folder
+from .arguments import AsJson, Folder, On
 from .console import out, print_json
 from .tree_table import print_table
 
@@ -46,8 +46,12 @@ class Sort(StrEnum):
 def show(
     folder: Folder,
     node: Annotated[
-        str | None, typer.Argument(help="Show this node and what is below it.", metavar="NODE")
+        str | None,
+        typer.Argument(
+            help="Show this node and what is below it; fr@2 is an earlier version.", metavar="NODE"
+        ),
     ] = None,
+    on: On = None,
     depth: Annotated[
         int | None, typer.Option(min=1, help="Show so many levels, counted from the top or NODE.")
     ] = None,
@@ -77,7 +81,10 @@ def show(
 ) -> None:
     """Show the tree: ranks, sizes, weights, stale nodes and, in red, nodes that can't be used."""
     # A broken node must not hide the others, so the error is raised after the table.
-    tree, problems, error = _opened(folder)
+    versions = [name for name in (node, *(on or ())) if name is not None and "@" in name]
+    tree, problems, error = _opened(folder, versions)
+    if node is not None:
+        node = node.partition("@")[0]
     whole, broken = lines_of(tree, problems)
     lines = whole if node is None else below(whole, node)
     matched = lines if pattern is None else matching_lines(lines, pattern)
@@ -104,7 +111,7 @@ def show(
         picture = tree_picture(str(folder), drawing(limit), known, broken, total)
         disk.replace(svg, picture.encode())
     if as_json:
-        _print_json(folder, tree, matched, broken, remarks)
+        _print_json(folder, versions, tree, matched, broken, remarks)
     else:
         is_terminal = sys.stdout.isatty()
         if limit is None and depth is None and is_terminal:
@@ -114,6 +121,8 @@ def show(
         if not is_terminal:
             console.width = NEVER_WRAPPED  # a reason is one line, for grep
         title = (folder.name or str(folder)) if is_terminal else str(folder)
+        if versions:
+            title += f" with {', '.join(versions)}"
         print_table(console, title, drawn, known, broken, dimmed=frozenset(context))
         out().print(total, style="dim", soft_wrap=True)
         hidden = len(paths | context) - len(drawn)
@@ -137,8 +146,17 @@ def show(
         raise typer.Exit(1)
 
 
-def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | None]:
-    """Return the tree as far as it can be opened, and the error with which `load` refuses it."""
+def _opened(
+    folder: Path, versions: Sequence[str]
+) -> tuple[AdapterTree, list[Problem], LoraTreeError | None]:
+    """Return the tree as far as it can be opened, and the error with which `load` refuses it.
+
+    Raises:
+        PathError: there is no such version.
+        LoraTreeError: a tree with earlier versions in place can't be opened.
+    """
+    if versions:
+        return load_versions(folder, *versions)[0], [], None
     try:
         # `survey` alone would give the nodes. `load` goes first for its error: the other commands
         # fail with it, so show ends with the same one.
@@ -150,6 +168,7 @@ def _opened(folder: Path) -> tuple[AdapterTree, list[Problem], LoraTreeError | N
 
 def _print_json(
     folder: Path,
+    versions: Sequence[str],
     tree: AdapterTree,
     lines: Sequence[NodeLine],
     broken: Mapping[str, Problem],
@@ -161,6 +180,7 @@ def _print_json(
     print_json(
         {
             "folder": str(folder),
+            "versions": versions,
             "base": tree.base,
             "nodes": [line.as_dict() for line in lines],
             "problems": told,

@@ -6,18 +6,26 @@ deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes
 writing     writer, archive, carry → commit                        it decides nothing
 the past    history: what nodes were; archive: their files
 the runs    run_records: what training noted; run_store: where it is written, and makes room
-the verbs   saving, alone, relock → api, checking, versions; edge puts them where the values look
-            for files
+the verbs   saving, alone, relock → api, checking, versions, cleaning; edge puts them where the
+            values look for files
 """
 
 from .api import SkippedWarning, StaleWarning, load, lock, relock, survey
 from .checking import check, moved_branches, notes
+from .cleaning import Freed, gc
 from .edge import FolderStorage
 from .history import Version
 from .problem import Problem
 from .run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
 from .saving import HistoryWarning
-from .versions import Freed, Restored, gc, history, load_versions, restore, versions_beside
+from .versions import (
+    Restored,
+    history,
+    load_versions,
+    restore,
+    version_beside,
+    versions_beside,
+)
 from .yamlfile import json_schema
 
 __all__ = [
@@ -46,5 +54,6 @@ __all__ = [
     "restore",
     "run_records",
     "survey",
+    "version_beside",
     "versions_beside",
 ]

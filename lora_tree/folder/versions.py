@@ -1,4 +1,4 @@
-"""The verbs of the history: list it, read an earlier version, bring one back, clean up.
+"""The verbs of the history: list it, read an earlier version, bring one back.
 
     fr/legal@2         the second version of fr/legal, as `history` numbers them from 1
     fr/legal@3f9c21    the one whose content begins with these digits, six at least
@@ -12,35 +12,30 @@ import fnmatch
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from ..errors import FolderError, PathError, TreeError, listing, suggest
 from ..node_names import check_path
 from ..provenance import SaveNote
 from ..tree import AdapterTree
 from .api import StaleWarning, load
-from .archive import archived, contents_of_others, place_in_archive
-from .changes import Changes, NewFile
-from .commit import writing
-from .history import Version, history_place, render_history
+from .archive import place_in_archive
+from .history import Version
 from .keeping import present_version, read_history
 from .opening import Opened, inspect
-from .run_records import runs_folder
-from .run_store import RUNS_KEPT, bytes_of_run, drop_runs, spare_runs
 from .scan import find_files
 from .source import FolderSource
 from .training_steps import paths_above
 from .tree_place import place_of
 
 __all__ = [
-    "Freed",
     "Restored",
-    "gc",
     "history",
     "load_versions",
     "restore",
+    "version_beside",
     "versions_beside",
 ]
 
@@ -154,18 +149,38 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
     )
 
 
-def _put(tree: AdapterTree, opened: Opened, named: _Named) -> None:
-    """Give a node of a tree its earlier content and weight; bring it back if it is not there."""
-    source, path = _source(opened, named), named.path
+def _put(
+    tree: AdapterTree,
+    opened: Opened,
+    named: _Named,
+    advice: Callable[[list[str]], str],
+    *,
+    at: str | None = None,
+) -> None:
+    """Give a node of a tree its earlier content and weight; bring it back if it is not there.
+
+    Args:
+        tree: changed in memory.
+        opened: the folder of the tree.
+        named: the version.
+        advice: nodes above it that were removed → the words that say what to do about them.
+        at: the node that gets it; None: the version's own.
+
+    Raises:
+        PathError: a node above it was removed.
+    """
+    source, path = _source(opened, named), at or named.path
     if path not in tree:
-        for above in paths_above(path):
-            if above in tree:
-                continue
-            if above in _all_versions(opened):
-                raise PathError(
-                    f"{path}: {above}, which it stood on, is not in the tree",
-                    f"bring that back as well: lora-tree restore … {above} {path}",
-                )
+        missing = [above for above in paths_above(path) if above not in tree]
+        versions = _all_versions(opened)
+        removed = [above for above in missing if above in versions]
+        if removed:
+            raise PathError(
+                f"{named.path}: {listing(removed)}, which it stood on, "
+                f"{'is' if len(removed) == 1 else 'are'} not in the tree",
+                advice(removed),
+            )
+        for above in missing:
             tree.add(above, group=True)  # a group has no content, so nothing else is known of it
         tree.add(path, group=True)
     tree.update(path, weight=named.version.weight)  # asks attached models, too
@@ -186,7 +201,8 @@ def load_versions(
         the tree, and the same texts without the versions. It is not to be saved.
 
     Raises:
-        PathError: there is no such node or version, or the texts name two of one node.
+        PathError: there is no such node or version, the texts name two of one node, or a node above
+            a removed one was removed as well and no text names a version of that.
         FolderError: as `load`, or the files of a version are gone.
 
     >>> # tree, (path,) = load_versions("zoo/", "fr/legal@1"); tree.flatten(path)
@@ -201,8 +217,49 @@ def load_versions(
     if asked:
         opened = inspect(place_of(path))
         for node in sorted(asked, key=lambda node: node.count("/")):
-            _put(tree, opened, _find(opened, f"{node}@{asked[node]}"))
+            named = _find(opened, f"{node}@{asked[node]}")
+            _put(tree, opened, named, partial(_advice_to_read, opened, named))
     return tree, tuple(_IN_BLEND.sub(lambda match: match["path"], text) for text in texts)
+
+
+def _advice_to_read(opened: Opened, named: _Named, removed: list[str]) -> str:
+    """Say how to read a version of which nodes above were removed, too."""
+    versions = _all_versions(opened)
+    names = [f"{above}@{len(versions[above])}" for above in removed]
+    options = " ".join(f"--on {name}" for name in names)
+    texts = ", ".join(f'"{name}"' for name in (f"{named.path}@{named.number}", *names))
+    return f"read it on a version of each: add {options}, or load_versions(…, {texts})"
+
+
+def version_beside(tree: AdapterTree, path: str | os.PathLike[str], name: str) -> str:
+    """Add one version of a node to a tree as its sibling, on the nodes that are above it now.
+
+    Args:
+        tree: changed in memory, and not to be saved.
+        path: the folder of the tree, or a YAML file in it.
+        name: the version: ``fr/legal@2``.
+
+    Returns:
+        the path in the tree; that of the node itself if it was not in the tree.
+
+    Raises:
+        PathError: there is no such node or version, or a node above it was removed.
+        FolderError: the files of the version are gone.
+
+    >>> # tree = load("zoo/"); tree.flatten(version_beside(tree, "zoo/", "fr/legal@1"))
+    """
+    opened = inspect(place_of(path))
+    return _beside(tree, opened, _find(opened, name))
+
+
+def _beside(tree: AdapterTree, opened: Opened, named: _Named) -> str:
+    sibling = named.path
+    if sibling in tree:
+        sibling = f"{sibling}.{named.number}"
+    while sibling in tree:
+        sibling += "-"
+    _put(tree, opened, named, partial(_advice_to_read, opened, named), at=sibling)
+    return sibling
 
 
 def versions_beside(tree: AdapterTree, path: str | os.PathLike[str], node: str) -> dict[str, str]:
@@ -229,14 +286,7 @@ def versions_beside(tree: AdapterTree, path: str | os.PathLike[str], node: str) 
         if version.is_present:
             found[name] = node
             continue
-        source = _source(opened, _Named(node, number, version))
-        sibling = f"{node}.{number}"
-        while sibling in tree:
-            sibling += "-"
-        tree.add(sibling, group=True)
-        tree.replace(tree[sibling].read_from(source))
-        tree.update(sibling, weight=version.weight)
-        found[name] = sibling
+        found[name] = _beside(tree, opened, _Named(node, number, version))
     if len(found) < 2:
         raise PathError(f"{node}: no earlier version is kept", f"see: lora-tree log {path}")
     return found
@@ -298,7 +348,7 @@ def restore(
     back = [named.path for named in found if named.path not in tree]
     # A node's parent has to be there first.
     for named in sorted(found, key=lambda named: named.path.count("/")):
-        _put(tree, opened, named)
+        _put(tree, opened, named, partial(_advice_to_restore, named))
     if note is None:
         note = SaveNote(by=f"restore({', '.join(names)})")
     tree.save(opened.place.spelled, note=note)
@@ -308,6 +358,10 @@ def restore(
         is_back = named.path in back
         restored.append(Restored(named.path, named.number, named.version, stale, is_back))
     return restored
+
+
+def _advice_to_restore(named: _Named, removed: list[str]) -> str:
+    return f"bring back those as well: lora-tree restore … {' '.join(removed)} {named.path}"
 
 
 def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
@@ -323,99 +377,3 @@ def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
     if not hits:
         raise PathError(f"{pattern!r} matches no node that was removed{suggest(pattern, gone)}")
     return [_Named(path, len(versions[path]), versions[path][-1]) for path in hits]
-
-
-# ---------------------------------------------------------------------- clean up
-@dataclass(frozen=True)
-class Freed:
-    """The contents that a clean-up removes, or would remove.
-
-    Args:
-        nodes: node → how many of its earlier versions.
-        contents: content → bytes, of the files that go.
-        left_bytes: the bytes that the history still takes.
-        runs: number → bytes, of the records of runs that go.
-        dry_run: nothing was removed.
-    """
-
-    nodes: Mapping[str, int] = field(default_factory=dict)
-    contents: Mapping[str, int] = field(default_factory=dict)
-    left_bytes: int = 0
-    runs: Mapping[int, int] = field(default_factory=dict)
-    dry_run: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are free again."""
-        return sum(self.contents.values()) + sum(self.runs.values())
-
-
-def gc(
-    path: str | os.PathLike[str],
-    *,
-    versions: int | None = None,
-    runs: int | None = None,
-    dry_run: bool = False,
-) -> Freed:
-    """Remove earlier versions and records of runs beyond the bound, and files that none names.
-
-    Args:
-        path: the folder of the tree, or a YAML file in it.
-        versions: earlier contents to leave of each node; None: as tree.yaml says.
-        runs: records of runs to leave; None: the last 50. The last one, and one that is taking
-            steps, always stay.
-        dry_run: say what would go, and remove nothing.
-
-    Raises:
-        SpecError, FolderError: there is no tree, or its folder can't be read or written.
-
-    >>> # gc("zoo/", versions=1, dry_run=True).nbytes
-    """
-    place = place_of(path)
-    kept, most = runs_folder(place), RUNS_KEPT if runs is None else runs
-    spare = {int(own.name): bytes_of_run(own) for own in spare_runs(kept, most=most)}
-    if dry_run:
-        return replace(_spare(_looked(path), versions)[0], runs=spare)
-    with writing(Path(place.folder)) as transaction:
-        freed, changes = _spare(_looked(path), versions)
-        transaction.apply(changes)
-    # A run may have begun or ended since it was looked: the ones that went are told.
-    gone = {int(own.name) for own in drop_runs(kept, most=most)}
-    runs_gone = {number: nbytes for number, nbytes in spare.items() if number in gone}
-    return replace(freed, runs=runs_gone, dry_run=False)
-
-
-def _looked(path: str | os.PathLike[str]) -> Opened:
-    opened = inspect(place_of(path))
-    if opened.is_empty:
-        load(path)  # raises, and says what is missing
-    return opened
-
-
-def _spare(opened: Opened, most: int | None) -> tuple[Freed, Changes]:
-    """Return the versions that gc drops, and the changes that drop them."""
-    folder, place = opened.place.folder, history_place(opened.place.lock)
-    spec = opened.spec.history if opened.spec is not None else AdapterTree().history
-    old = read_history(opened)
-    live = set(opened.contents.values())
-    new = old.bounded(spec.most if most is None else most, opened.contents)
-    new = new.within(spec.budget_bytes, live)[0]
-    wanted = new.contents().keys() - live
-    spare = archived(folder) - wanted
-    if spare:
-        spare -= contents_of_others(Path(folder), place)
-    nodes = {}
-    for path, versions in old.nodes.items():
-        count = len(versions) - len(new.nodes.get(path, ()))
-        if count:
-            nodes[path] = count
-    sizes = {content: _bytes_of(folder, content) for content in sorted(archived(folder))}
-    left = sum(size for content, size in sizes.items() if content not in spare)
-    gone = {content: sizes[content] for content in sorted(spare)}
-    files = () if new == old else (NewFile.of(place, render_history(new)),)
-    return Freed(nodes, gone, left, dry_run=True), Changes(files, forgets=frozenset(spare))
-
-
-def _bytes_of(folder: str, content: str) -> int:
-    files = find_files(place_in_archive(folder, content))
-    return sum(stamp.size for stamp in files.stamps.values())
