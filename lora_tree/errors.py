@@ -63,6 +63,8 @@ __all__ = [
 MOST_CHARACTERS = 4000
 """Characters in a line of a message; longer lines are cut."""
 _MOST_SUGGESTED = 1000
+_MOST_MEANT = 3
+"""Paths that one error suggests."""
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -233,6 +235,32 @@ def suggest(name: str, known: Iterable[str], *, prefix: str = "; did you mean ")
     """
     near = nearest(name, known)
     return "" if near is None else f"{prefix}{near!r}?"
+
+
+def suggest_path(path: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'shared/fr'?`` for a path that names no node; or an empty string.
+
+    Nodes move below others, and people remember their own names. So a path that ends in ``path``
+    comes first, then the nearest spelling, then a node of the same name elsewhere.
+
+    >>> suggest_path("fr", ["shared/fr", "shared/fr/legal", "de"])
+    "; did you mean 'shared/fr'?"
+    >>> suggest_path("legal", ["de/legal", "fr/legal"])
+    "; did you mean 'de/legal' or 'fr/legal'?"
+    >>> suggest_path("leagl", ["shared/fr", "shared/fr/legal"])
+    "; did you mean 'shared/fr/legal'?"
+    """
+    paths = list(known)
+    same_end = [found for found in paths if path and found.endswith(f"/{path}")]
+    near = nearest(path, paths)
+    if same_end or near is not None:
+        meant = same_end or [near]
+    else:
+        name = nearest(path.rpartition("/")[2], {found.rpartition("/")[2] for found in paths})
+        meant = [found for found in paths if name and found.rpartition("/")[2] == name]
+    if not meant:
+        return ""
+    return f"; did you mean {' or '.join(repr(found) for found in meant[:_MOST_MEANT])}?"
 
 
 def listing(names: Iterable[str], *, most: int = 8) -> str:

@@ -24,7 +24,7 @@ from .adapter import Adapter
 from .attached_models import AttachedModel, AttachedModels
 from .blend import Blend, depth_first, parse_blend
 from .combining import weighed_terms
-from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest
+from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest_path
 from .flattening import NodeTerms, flattened, resolved
 from .lowrank import LowRank
 from .node import Node
@@ -248,7 +248,7 @@ class AdapterTree:
             # A node that has the very name comes first, then the pattern is tried.
             hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))
             if not hits:
-                raise PathError(f"{pattern!r} matches no node{suggest(pattern, self.paths())}")
+                raise PathError(f"{pattern!r} matches no node{suggest_path(pattern, self.paths())}")
             chosen |= hits
         return [path for path in self.paths() if path in chosen]
 
@@ -652,7 +652,7 @@ class AdapterTree:
             raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
         if path not in self._graph:
             raise PathError(
-                f"no node {path!r} in the tree{suggest(path, self._graph)}",
+                f"no node {path!r} in the tree{suggest_path(path, self._graph)}",
                 f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
             )
 

@@ -119,6 +119,8 @@ def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
         ("fr/", "not a valid node name"),
         ("fr//legal", "not a valid node name"),
         ("fr/leagl", "did you mean 'fr/legal'"),
+        ("legal", "did you mean 'fr/legal'"),
+        ("de/leagl", "did you mean 'fr/legal'"),
         ("../fr", "not a valid node name"),
     ],
 )

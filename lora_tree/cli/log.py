@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..budget import format_bytes
-from ..errors import PathError, printable, suggest
+from ..errors import PathError, printable, suggest_path
 from ..folder import Version, history
 from ..weights import plain_weight
 from .arguments import AsJson, Folder, Nodes
@@ -48,7 +48,7 @@ def _chosen(found: dict[str, list[Version]], patterns: list[str]) -> list[str]:
     for pattern in patterns:
         hits = [pattern] if pattern in found else fnmatch.filter(found, pattern)
         if not hits:
-            raise PathError(f"no versions of {pattern!r} are kept{suggest(pattern, found)}")
+            raise PathError(f"no versions of {pattern!r} are kept{suggest_path(pattern, found)}")
         chosen.update(hits)
     return [path for path in found if path in chosen or not patterns]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-from ..errors import LoraTreeError, PathError, listing, suggest
+from ..errors import LoraTreeError, PathError, listing, suggest_path
 from ..folder import Problem
 from ..folder.problem import HARMLESS
 from ..tree import AdapterTree
@@ -105,7 +105,7 @@ def below(lines: Iterable[NodeLine], path: str) -> list[NodeLine]:
     # With a slash after both, so that "fr" does not claim "fr-x".
     found = [line for line in lines if f"{line.path}/".startswith(f"{path}/")]
     if not found:
-        near = suggest(path, [line.path for line in lines])
+        near = suggest_path(path, [line.path for line in lines])
         raise PathError(f"no node {path!r} in the tree{near}", "lora-tree show FOLDER lists them")
     return found
 
@@ -124,7 +124,7 @@ def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
     else:
         found = [line for line in lines if pattern in line.path]
     if not found:
-        near = suggest(pattern, [line.path for line in lines])
+        near = suggest_path(pattern, [line.path for line in lines])
         raise PathError(
             f"no path matches --filter {pattern!r}{near}",
             "a pattern is like 'fr/*' or '*/legal'; a word is found anywhere in a path",

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ..errors import FolderError, PathError, TreeError, listing, suggest
+from ..errors import FolderError, PathError, TreeError, listing, suggest_path
 from ..node_names import check_path
 from ..provenance import SaveNote
 from ..tree import AdapterTree
@@ -94,7 +94,7 @@ def _find(opened: Opened, name: str) -> _Named:
     check_path(path)
     versions = _all_versions(opened)
     if path not in versions:
-        raise PathError(f"no versions of {path!r} are kept{suggest(path, versions)}")
+        raise PathError(f"no versions of {path!r} are kept{suggest_path(path, versions)}")
     mine = versions[path]
     if len(wanted) < _DIGITS and wanted.isdecimal():
         if not 1 <= int(wanted) <= len(mine):
@@ -375,5 +375,7 @@ def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
             f"one of {pattern}@1 to @{len(versions.get(pattern, ())) or 1}; see lora-tree log",
         )
     if not hits:
-        raise PathError(f"{pattern!r} matches no node that was removed{suggest(pattern, gone)}")
+        raise PathError(
+            f"{pattern!r} matches no node that was removed{suggest_path(pattern, gone)}"
+        )
     return [_Named(path, len(versions[path]), versions[path][-1]) for path in hits]

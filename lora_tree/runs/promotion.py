@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..adapter import Adapter
-from ..errors import FolderError, FormatError, PathError, listing, suggest
+from ..errors import FolderError, FormatError, PathError, listing, suggest_path
 from ..folder import StaleWarning, disk
 from ..formats import strict_json
 from ..node_names import check_path
@@ -55,7 +55,7 @@ def promote(
     found = _nodes_in(folder)
     if name not in found:
         raise PathError(
-            f"{checkpoint}: no node {name!r} in it{suggest(name, found)}",
+            f"{checkpoint}: no node {name!r} in it{suggest_path(name, found)}",
             f"it has: {listing(found)}",
         )
     adapter = Adapter.load(folder / name)
