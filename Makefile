@@ -28,7 +28,7 @@ NEEDS_PYTHON = @test -n '$(PYTHON)' || \
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl test-kills fuzz \
-	docs lint bench compare clean
+	docs pictures lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -124,6 +124,9 @@ $(SITED): $(STAMP)
 
 docs: $(SITED)  ## the site of the documents, in build/site (a broken link is an error)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+pictures: $(STAMP)  ## the pictures of the README, from a tree that it trains (under 10 minutes)
+	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) site_tools/pictures.py $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -94,7 +94,7 @@ def _inside(text: str) -> str:
         to = link["to"].removeprefix("docs/")
         return f"]({PAGES.get(to, to)}{link['anchor'] or ''})"
 
-    return LINK.sub(moved, text)
+    return LINK.sub(moved, text).replace('="docs/', '="')  # of pictures, too
 
 
 def _linked_files(config: MkDocsConfig) -> Iterator[str]:

@@ -21,9 +21,11 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 PROGRAMS = Path(sys.executable).parent
 ZOO = "demo-zoo"
+GENERATE = "--max-new-tokens 60 --prompt 'def '"
 RECORDED = (
-    f"lora-tree show {ZOO} net",
-    f"lora-tree similar {ZOO} --most 2",
+    f"lora-tree show {ZOO} --filter 'net*'",
+    f"lora-tree generate {ZOO} net/asyncio {GENERATE}",
+    f"lora-tree generate {ZOO} tables/cp {GENERATE}",
     f"lora-tree export {ZOO} net/asyncio --rank 8 --out for-peft",
     f"lora-tree export {ZOO} asyncio --out for-peft",
 )

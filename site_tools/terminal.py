@@ -12,6 +12,7 @@ import fcntl
 import html
 import os
 import pty
+import re
 import shlex
 import struct
 import subprocess
@@ -26,11 +27,15 @@ from rich.style import Style
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-COLUMNS, ROWS = 90, 40
+COLUMNS, ROWS = 92, 40
 CHARACTER_WIDTH, LINE_HEIGHT, MARGIN = 7.8, 18, 16  # of 13 px monospace
 PAPER, INK, DIM, PROMPT = "#0d1117", "#e6edf3", "#8b949e", "#7ee787"
 TYPED_S, THOUGHT_S, READ_S = 1.2, 0.5, 3.0
 """Seconds until a command is typed, until its output appears, and until the next one."""
+WORDS = re.compile(r"\S+(?: \S+)*")
+"""Pieces that are drawn at a place of their own. Columns are apart by more than one blank: each is
+put where a terminal has it, whatever the width of the viewer's font.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,11 @@ def session(shown: Sequence[Shown]) -> str:
         prompt = [Segment("$ ", Style(color=PROMPT)), Segment(each.command, Style(bold=True))]
         lines.append(_line(prompt, len(lines), at_s))
         at_s += TYPED_S + THOUGHT_S
-        for text in each.output.rstrip().split("\n"):
-            segments = Text.from_ansi(text).render(console)
-            lines.append(_line(segments, len(lines), at_s))
+        for printed in each.output.rstrip().split("\n"):
+            text = Text.from_ansi(printed)
+            # A terminal breaks a long line wherever its edge is.
+            for part in text.divide(range(COLUMNS, len(text), COLUMNS)):
+                lines.append(_line(part.render(console), len(lines), at_s))
         lines.append("")
         at_s += READ_S
     width = COLUMNS * CHARACTER_WIDTH + 2 * MARGIN
@@ -89,7 +96,7 @@ def session(shown: Sequence[Shown]) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
         f'viewBox="0 0 {width:g} {height:g}" font-family="monospace" font-size="13" '
-        f'fill="{INK}" xml:space="preserve">\n'
+        f'fill="{INK}">\n'
         "<style>@keyframes wait{from{visibility:hidden}}"
         ".line{animation:wait .01s backwards}"
         "@media(prefers-reduced-motion:reduce){.line{animation:none}}</style>\n"
@@ -105,14 +112,11 @@ def _line(segments: Sequence[Segment] | Iterator[Segment], row: int, at_s: float
     column = 0
     for segment in segments:
         text = segment.text.rstrip("\n")
-        # Blanks are not drawn but skipped: each word is put where a terminal has it, whatever the
-        # width of the viewer's font.
-        word = text.strip()
-        if word:
-            x = MARGIN + CHARACTER_WIDTH * (column + len(text) - len(text.lstrip()))
+        for word in WORDS.finditer(text):
+            x = MARGIN + CHARACTER_WIDTH * (column + word.start())
             parts.append(
-                f'<tspan x="{x:g}" textLength="{CHARACTER_WIDTH * len(word):g}"'
-                f"{_attributes(segment.style)}>{html.escape(word)}</tspan>"
+                f'<tspan x="{x:g}" textLength="{CHARACTER_WIDTH * len(word[0]):g}"'
+                f"{_attributes(segment.style)}>{html.escape(word[0])}</tspan>"
             )
         column += len(text)
     if not parts:

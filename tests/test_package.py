@@ -29,6 +29,8 @@ OF_THE_SOURCE = [
     "docs",
     "benchmarks",
     "engines",
+    "examples",
+    "site_tools",
 ]
 
 

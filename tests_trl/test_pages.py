@@ -1,4 +1,4 @@
-"""What docs/training.md shows with trl and with a quantised base runs, on tiny ones."""
+"""The README's and docs/training.md's snippets with trl and a quantised base run, on tiny ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from small import base, pairs, tokenizer
 
 import lora_tree as lt
 
-PAGE = Path(__file__).parent.parent / "docs/training.md"
-BLOCKS = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page: str) -> list[str]:
+    """The snippets of a page that need packages of this folder's environment."""
+    return re.findall(r"^```py\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -28,8 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_dpo_against_the_parent(here: Path) -> None:
-    (block,) = (block for block in BLOCKS if "TreeDPOTrainer" in block)
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_dpo_against_the_parent(page: str, here: Path) -> None:
+    (block,) = (block for block in blocks(page) if "TreeDPOTrainer" in block)
     # The page leaves these to trl's defaults, which ask for a GPU, and three epochs.
     block = block.replace("beta=0.1", "beta=0.1, max_steps=2, use_cpu=True, report_to=[]")
     before = lt.load("zoo/").adapter("fr/legal")
@@ -41,9 +46,10 @@ def test_dpo_against_the_parent(here: Path) -> None:
 
 
 def test_a_quantised_base(here: Path) -> None:
-    (block,) = (block for block in BLOCKS if "BitsAndBytesConfig" in block)
+    (block,) = (block for block in blocks("docs/training.md") if "BitsAndBytesConfig" in block)
     exec(block.replace("org/model", "base"), {"lt": lt})
 
 
-def test_the_page_has_no_block_that_is_not_run() -> None:
-    assert len(BLOCKS) == 2
+def test_the_pages_have_no_block_that_is_not_run() -> None:
+    assert len(blocks("README.md")) == 1
+    assert len(blocks("docs/training.md")) == 2
