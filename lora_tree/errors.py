@@ -251,11 +251,11 @@ def suggest_path(path: str, known: Iterable[str]) -> str:
     "; did you mean 'shared/fr/legal'?"
     """
     paths = list(known)
-    same_end = [found for found in paths if path and found.endswith(f"/{path}")]
+    meant = [found for found in paths if path and found.endswith(f"/{path}")]
     near = nearest(path, paths)
-    if same_end or near is not None:
-        meant = same_end or [near]
-    else:
+    if not meant and near is not None:
+        meant = [near]
+    if not meant:
         name = nearest(path.rpartition("/")[2], {found.rpartition("/")[2] for found in paths})
         meant = [found for found in paths if name and found.rpartition("/")[2] == name]
     if not meant:
