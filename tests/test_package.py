@@ -98,10 +98,16 @@ def test_the_wheel_says_what_it_is(built: Path) -> None:
 
 
 def test_the_page_of_the_package_says_what_the_readme_says() -> None:
-    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "package.md").read_text()
-    for start, end in (("```python\nimport lora_tree as lt", "\n```"), ("```\n      ", "\n```")):
-        begin = page.index(start)
-        assert page[begin : page.index(end, begin)] in readme
+    readme, page = (
+        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/package.md")
+    )
+    for start, end in (
+        ("```python import lora_tree as lt", " ```"),
+        ("You switch", "you convert nothing."),
+        ("- **A path always", "- **Nothing good"),
+    ):
+        begin = readme.index(start)
+        assert readme[begin : readme.index(end, begin)].strip() in page
 
 
 def test_the_tests_run_from_the_sdist(built: Path) -> None:
