@@ -20,7 +20,7 @@ from pydantic import Field, StringConstraints
 from .errors import FolderError
 from .spec import StrictModel
 
-__all__ = ["DataFile", "Made", "SaveNote", "TrainedWith", "data_files", "seen_from"]
+__all__ = ["DataFile", "Made", "SaveNote", "TrainedWith", "WatchedWith", "data_files", "seen_from"]
 
 _BLOCK = 1 << 18
 
@@ -40,6 +40,20 @@ class DataFile(StrictModel):
     sha256: Sha256
 
 
+class WatchedWith(StrictModel):
+    """How a training was watched on rows that it did not learn; see `lora_tree.runs.HeldOut`.
+
+    Args:
+        data: the files of these rows, in order; none: rows that the run held back.
+        every: steps between two evaluations.
+        patience: evaluations without improving after which a node stopped; None: none did.
+    """
+
+    data: list[DataFile] = Field(default_factory=list)
+    every: int = Field(ge=1)
+    patience: int | None = Field(default=None, ge=1)
+
+
 class TrainedWith(StrictModel):
     """The rows, settings and run of a training: enough to train in the same way again.
 
@@ -49,6 +63,7 @@ class TrainedWith(StrictModel):
         settings: of the run, as JSON has them; see `lora_tree.runs.Settings.plain`.
         max_length: tokens that were kept of a row.
         run: the folder of the run's checkpoints, relative to the tree's folder.
+        held_out: how it was watched; None: not at all.
     """
 
     nodes: list[str]
@@ -56,11 +71,16 @@ class TrainedWith(StrictModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     max_length: int | None = None
     run: str | None = None
+    held_out: WatchedWith | None = None
 
     @property
     def digest(self) -> str:
         """The hash of it all, under which a lock keeps it once for all its nodes."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        told = self.model_dump(mode="json")
+        # A training that was not watched has the hash that it had before there was this word.
+        if told["held_out"] is None:
+            del told["held_out"]
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -959,9 +959,7 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     assert "fr/legal: from new factors, on fr as it is; 4 rows" in before
     assert "de: from new factors, on the bare base; 4 rows" in before
     assert re.search(r"training 3/3 .*fr/legal \d\.\d{3}", after)
-    assert re.search(
-        r"^fr/legal: loss (\d\.\d{3}) at first, (\d\.\d{3}) at last$", said.out, re.MULTILINE
-    )
+    assert re.search(r"^fr/legal +(\d\.\d{3}) +(\d\.\d{3}) *$", said.out, re.MULTILINE)
     assert "stale now" not in said.out
     lora_tree("train", zoo, "--data", rows, "--steps", 3, "--lr", 0.01)
     said = capsys.readouterr()

@@ -12,15 +12,16 @@ import torch
 import typer
 
 from ..errors import SpecError, listing
-from ..folder import StaleWarning, load
+from ..folder import NodeOutcome, StaleWarning, load
 from ..model import attach
 from ..provenance import data_files
-from ..runs import Retraining, RetrainJob, Row, Run, plan_retraining
+from ..runs import HeldOut, Retraining, RetrainJob, Row, Run, plan_retraining
 from ..tree import AdapterTree
 from .arguments import AsJson, Base, Folder, Nodes, Quiet, TrustRemoteCode
 from .console import note, out, print_json
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
+from .outcome_table import outcome_table
 from .run_training import run_to_the_end
 from .train_options import run_folder
 from .train_told import foretell
@@ -57,7 +58,7 @@ def train_again(
     plan = plan_retraining(tree, nodes or None)
     if not as_json:
         _tell(plan, dry_run=dry_run)
-    trained: dict[str, tuple[float, float]] = {}
+    trained: dict[str, NodeOutcome] = {}
     if plan.jobs and not dry_run:
         _ask(yes=yes, as_json=as_json)
         name, tokenizer = open_tokenizer(
@@ -65,17 +66,18 @@ def train_again(
         )
         # The rows of all runs before the first one trains: a mistake in the last file is told now,
         # not after hours.
-        rows = [_rows(job, tree, tokenizer) for job in plan.jobs]
+        rows = [_rows(job, job.data, tree, tokenizer) for job in plan.jobs]
+        held_out = [_held_out(job, tree, tokenizer) for job in plan.jobs]
         model = open_model(name, trust_remote_code=trust_remote_code)
-        for job, own in zip(plan.jobs, rows, strict=True):
-            trained.update(_train(job, own, folder, model, save_every=save_every))
+        for job, own, watch in zip(plan.jobs, rows, held_out, strict=True):
+            trained.update(_train(job, own, watch, folder, model, save_every=save_every))
         tree = _opened(folder)
     still = [path for path in tree.paths() if tree[path].stale]
     if as_json:
         print_json(_plain(folder, plan, trained, still, dry_run=dry_run))
     elif not dry_run:
-        for node, (first, last) in trained.items():
-            out().print(f"{node}: loss {first:.3f} at first, {last:.3f} at last", soft_wrap=True)
+        if trained:
+            out().print(outcome_table(trained))
         if still:
             out().print(f"stale still: {listing(still)}", soft_wrap=True)
     if plan.left:
@@ -121,17 +123,37 @@ def _ask(*, yes: bool, as_json: bool) -> None:
     typer.confirm("train these nodes again?", abort=True, err=True)
 
 
-def _rows(job: RetrainJob, tree: AdapterTree, tokenizer: Any) -> list[Row]:
+def _rows(job: RetrainJob, files: Sequence[Path], tree: AdapterTree, tokenizer: Any) -> list[Row]:
     length = job.training.max_length or 1024
-    rows = open_rows(job.data, tree, tokenizer, max_length=length)
+    rows = open_rows(files, tree, tokenizer, max_length=length)
     mine = set(job.nodes)
     return [row for row in rows if mine.intersection(tree.lineage(row.path))]
 
 
+def _held_out(job: RetrainJob, tree: AdapterTree, tokenizer: Any) -> HeldOut | None:
+    """Return how the job is watched, as it was; None if it was not, or not for these nodes."""
+    was = job.training.held_out
+    if was is None:
+        return None
+    if not job.held_out:
+        return HeldOut(was.every, None, was.patience)
+    rows = _rows(job, job.held_out, tree, tokenizer)
+    # A run of several nodes may be repeated for one of them, and the rows may be of the others.
+    home = tree.home.parent if tree.home is not None else Path()
+    files = data_files(job.held_out, home)
+    return HeldOut(was.every, rows, was.patience, files) if rows else None
+
+
 def _train(
-    job: RetrainJob, rows: Sequence[Row], folder: Path, base: Any, *, save_every: int
-) -> dict[str, tuple[float, float]]:
-    """Run one job, save the tree, and return the losses of its nodes before and after."""
+    job: RetrainJob,
+    rows: Sequence[Row],
+    held_out: HeldOut | None,
+    folder: Path,
+    base: Any,
+    *,
+    save_every: int,
+) -> dict[str, NodeOutcome]:
+    """Run one job, save the tree, and return what became of its nodes."""
     # Opened again for each run: it stands on what the run before has saved.
     tree = _opened(folder)
     torch.manual_seed(job.settings.seed)
@@ -146,13 +168,14 @@ def _train(
             nodes=job.nodes,
             data=data_files(job.data, home),
             max_length=job.training.max_length,
+            held_out=held_out,
             records=folder,
             by=command_note().by,
         )
         foretell(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)
         note(f"trained {', '.join(job.nodes)}, saved in {folder}")
-        return running.losses()
+        return running.outcomes()
     finally:
         model.detach()
 
@@ -160,7 +183,7 @@ def _train(
 def _plain(
     folder: Path,
     plan: Retraining,
-    trained: Mapping[str, tuple[float, float]],
+    trained: Mapping[str, NodeOutcome],
     still: Sequence[str],
     *,
     dry_run: bool,
@@ -171,16 +194,18 @@ def _plain(
             {
                 "nodes": list(job.nodes),
                 "data": [str(file) for file in job.data],
+                "held_out": [str(file) for file in job.held_out],
                 "changed": [str(file) for file in job.changed],
                 "settings": job.settings.plain(),
             }
         )
-    losses = {node: {"first": first, "last": last} for node, (first, last) in trained.items()}
+    losses = {node: {"first": one.first, "last": one.last} for node, one in trained.items()}
     return {
         "folder": str(folder),
         "dry_run": dry_run,
         "jobs": jobs,
         "left": plan.left,
         "losses": losses,
+        "outcomes": {node: vars(one) for node, one in trained.items()},
         "stale": still,
     }

@@ -17,7 +17,7 @@ from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, TrustRe
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
 from .run_training import run_to_the_end
-from .train_options import numbers, numbers_by_depth, run_folder
+from .train_options import given_held_out, numbers, numbers_by_depth, run_folder
 from .train_told import foretell, tell_outcome
 from .typed import command_note
 
@@ -111,6 +111,26 @@ def train(
             "beat its parent on them is kept at the weight that does.",
         ),
     ] = 0.05,
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Measure every path on these rows on the way; without it, if you give one of the "
+            "next two options, on the rows held back.",
+            metavar="FILE",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure after so many steps; without it ten times a run."),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stop a node that did not improve in so many measurements in succession, and "
+            "bring it back to its best step; the others go on.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draw rows, dropout and new factors from this.")] = 0,
     max_length: Length = 1024,
     save_every: Annotated[
@@ -157,6 +177,14 @@ def train(
     )
     # Rows before the base: a mistake in the data is told in seconds, the base may take minutes.
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
+    held_out = given_held_out(
+        eval_data,
+        eval_every,
+        patience,
+        steps=steps,
+        read=lambda files: open_rows(files, tree, tokenizer, max_length=max_length),
+        home=folder if folder.is_dir() else folder.parent,
+    )
     # Fresh nodes are made when the tree meets its base, from torch's own generator.
     torch.manual_seed(seed)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
@@ -172,6 +200,7 @@ def train(
         keep=keep,
         data=data_files(data, home),
         max_length=max_length,
+        held_out=held_out,
         records=folder,
         by=command_note().by,
     )

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import SpecError
 from ..folder.tree_place import YAML
+from ..provenance import data_files
+from ..runs import HeldOut, Row
 
-__all__ = ["numbers", "numbers_by_depth", "run_folder"]
+__all__ = ["given_held_out", "numbers", "numbers_by_depth", "run_folder"]
+
+EVALUATIONS = 10
+"""How often a run is measured if its user does not say."""
+
+
+def given_held_out(
+    files: Sequence[Path] | None,
+    every: int | None,
+    patience: int | None,
+    *,
+    steps: int,
+    read: Callable[[Sequence[Path]], list[Row]],
+    home: Path,
+) -> HeldOut | None:
+    """Return how a run is watched; None if no option asks for it.
+
+    Args:
+        files: of --eval-data.
+        every: of --eval-every.
+        patience: of --patience.
+        steps: of the run.
+        read: reads rows.
+        home: the tree's folder.
+
+    Raises:
+        LoraTreeError: a file or a row can't be read.
+    """
+    if not files and every is None and patience is None:
+        return None
+    often = every if every is not None else max(1, steps // EVALUATIONS)
+    rows = read(files) if files else None
+    return HeldOut(often, rows, patience, data_files(files or (), home))
 
 
 def run_folder(folder: Path, run: Path | None) -> Path:

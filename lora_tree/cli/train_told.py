@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..runs import Run, Verdict
 from ..weights import plain_weight
 from .console import note, out, print_json
+from .outcome_table import outcome_table
 
 __all__ = ["foretell", "tell_outcome"]
 
@@ -49,6 +49,9 @@ def foretell(running: Run, rows: int) -> None:
     if running.held_back:
         plural = "s" if len(running.held_back) != 1 else ""
         note(f"held back: {len(running.held_back)} row{plural}, to judge leaves by")
+    if running.watched_on:
+        plural = "s" if running.watched_on != 1 else ""
+        note(f"measured on the way: {running.watched_on} held-out row{plural}")
     if running.outdated:
         note(f"becomes stale: {', '.join(running.outdated)}")
     if running.done:
@@ -81,7 +84,7 @@ def tell_outcome(
         print_json(
             {
                 "nodes": running.nodes,
-                "steps": running.done,
+                "steps": running.taken,
                 "resumed_at": resumed_at,
                 "checkpoint": str(checkpoint),
                 "kept": {str(kept): loss for kept, loss in running.kept().items()},
@@ -91,17 +94,16 @@ def tell_outcome(
                 "losses": running.last,
                 "first": {node: first for node, (first, _) in losses.items()},
                 "last": {node: last for node, (_, last) in losses.items()},
+                "outcomes": {node: vars(one) for node, one in running.outcomes().items()},
+                "run": None if running.record is None else running.record.number,
                 "stale": stale,
             }
         )
         return
-    for node in running.nodes:
-        # A node trains on rows of nodes below it, too; one with none at all has no loss.
-        first, last = losses.get(node, (math.nan, math.nan))
-        out().print(f"{node}: loss {first:.3f} at first, {last:.3f} at last")
+    out().print(outcome_table(running.outcomes()))
     for verdict in verdicts:
         out().print(str(verdict))
-    out().print(f"trained {', '.join(running.nodes)}: {running.done} steps, saved in {folder}")
+    out().print(f"trained {', '.join(running.nodes)}: {running.taken} steps, saved in {folder}")
     for line in _checkpoint_lines(running):
         out().print(line, soft_wrap=True)
     if stale:

@@ -10,11 +10,13 @@ from .retraining import Retraining, RetrainJob, plan_retraining
 from .rows import Row, read_rows
 from .settings import Settings
 from .step import StepLosses
+from .watching import HeldOut
 
 __all__ = [
     "Bisection",
     "Blame",
     "Comparison",
+    "HeldOut",
     "LossMatrix",
     "Part",
     "RetrainJob",

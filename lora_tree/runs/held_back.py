@@ -31,7 +31,7 @@ from .preferences import (
 )
 from .rows import Row
 
-__all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps", "loss_of_rows"]
+__all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps", "loss_of_rows", "losses_of_rows"]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The parts of a leaf's weight that are tried."""
@@ -140,7 +140,6 @@ def keep_what_helps(
     return verdicts
 
 
-@torch.no_grad()
 def loss_of_rows(
     model: TreeModel, rows: Sequence[Row], *, batch: int = 8, beta: float = 0.1
 ) -> float:
@@ -158,6 +157,19 @@ def loss_of_rows(
     Raises:
         SpecError: some rows are preferences, and some are not.
     """
+    losses = losses_of_rows(model, rows, batch=batch, beta=beta)
+    count = len(rows) if are_preferences(rows) else sum(row.learnt for row in rows)
+    return math.fsum(losses) / count
+
+
+@torch.no_grad()
+def losses_of_rows(
+    model: TreeModel, rows: Sequence[Row], *, batch: int = 8, beta: float = 0.1
+) -> list[float]:
+    """Return the loss of each row, summed over its tokens; arguments and errors of `loss_of_rows`.
+
+    Of a preference it is the loss of the pair.
+    """
     losses: list[float] = []
     prefer = are_preferences(rows)
     was_training = model.training
@@ -167,7 +179,7 @@ def loss_of_rows(
             some = rows[start : start + batch]
             paths = [row.path for row in some]
             if not prefer:
-                losses.append(-float(_at_paths(model, some, paths).sum()))
+                losses += (-_at_paths(model, some, paths)).tolist()
                 continue
             answers = answers_of(some)  # the chosen ones, then the rejected ones
             policy = _at_paths(model, answers, paths * 2)
@@ -175,8 +187,7 @@ def loss_of_rows(
             losses += dpo_losses(policy, reference, beta).tolist()
     finally:
         model.train(was_training)
-    count = len(rows) if prefer else sum(row.learnt for row in rows)
-    return math.fsum(losses) / count
+    return losses
 
 
 def _at_paths(model: TreeModel, rows: Sequence[Row], paths: Sequence[str]) -> Tensor:

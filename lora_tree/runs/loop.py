@@ -19,7 +19,7 @@ one step; `resume.py` writes and reads a checkpoint's numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
-from ..folder.run_records import NodeOutcome, RunState
+from ..folder.run_records import NodeOutcome, RunRecord, RunState, read_run
 from ..model import TreeModel
 from ..provenance import DataFile, SaveNote, TrainedWith, seen_from
 from ..storage import as_path
@@ -67,6 +67,7 @@ from .resume import (
 from .rows import Row
 from .settings import Settings
 from .step import StepLosses, take_step
+from .watching import HeldOut, Watch, held_out_identity, held_out_rows
 
 __all__ = ["Run"]
 
@@ -86,6 +87,7 @@ class Run:
             the rows held back.
         data: the files that the rows came from, for `training`.
         max_length: tokens that were kept of a row, likewise.
+        held_out: how the run is watched on rows that it does not train on, and when a node stops.
         records: the tree's folder, or its tree.yaml: what the run does is noted there, for
             `lora_tree.run_records`. None: nowhere.
         by: the command, or what the program calls itself, for the record.
@@ -121,6 +123,7 @@ class Run:
         keep: int = 1,
         data: Sequence[DataFile] = (),
         max_length: int | None = None,
+        held_out: HeldOut | None = None,
         records: str | os.PathLike[str] | None = None,
         by: str = "Run",
     ) -> None:
@@ -154,6 +157,10 @@ class Run:
             "nodes": self.nodes,
             "rows": digest_of_rows(self.rows),
         }
+        watched: Sequence[Row] = ()
+        if held_out is not None:
+            watched = held_out_rows(held_out, self.held_back, model, self.nodes, self.prefers)
+            self._about["held_out"] = held_out_identity(held_out, watched)
         before = last_of(self.folder)
         # Refuse before `trainable` changes the model: a run that can't begin leaves no trace.
         if before is not None and not before.is_finished:
@@ -171,6 +178,10 @@ class Run:
         self.outdated = becoming_stale(tree, self.nodes)
         # A copy to go back to if the run diverges: the tree must not keep factors that are NaN.
         self._start = Start(model.factors)
+        self._held_out = held_out
+        self._watch: Watch | None = None
+        if held_out is not None:
+            self._watch = Watch(model, held_out, watched, self.nodes, settings)
         self._diverged: DivergedError | None = None
         self._measured: float | None = None
         self.first: dict[str, float] = {}
@@ -199,24 +210,23 @@ class Run:
         model.train()
         self._begin_record()
         try:
+            if self._watch is not None and not self._watch.began:
+                self._evaluate()
             while self.done < settings.steps:
                 self._check_sound()
-                start = self.done * settings.rows_a_step
-                rows = [self.rows[i] for i in order[start : start + settings.rows_a_step]]
-                try:
-                    step = take_step(
-                        model, self.optimizer, rows, settings, self._rates, done=self.done
-                    )
-                except DivergedError as error:
-                    self._diverged = error
-                    self._start.restore()
-                    raise
+                step = self._step(order)
                 self.done += 1
                 # A path may have no row in the first step, so each has a first loss of its own.
                 self.first = {**step.losses, **self.first}
                 self.last.update(step.losses)
                 if self._recorder is not None:
                     self._recorder.note(step.nodes)
+                if self._watch is not None:
+                    self._watch.patience.note_moved(one.node for one in step.nodes)
+                    if self._watch.is_due(self.done):
+                        self._evaluate()
+                if self._all_stopped_at is not None:
+                    self.done = settings.steps  # no node trains any more: no step is left
                 if save_every and self.done % save_every == 0 and self.done < settings.steps:
                     self.save()
                 yield step
@@ -224,6 +234,12 @@ class Run:
             # Reached as well where the caller leaves the loop early and drops the generator.
             model.eval()
             self._end_record()
+
+    @property
+    def taken(self) -> int:
+        """Steps that were taken: fewer than `done` if every node stopped before the last one."""
+        stopped_at = self._all_stopped_at
+        return self.done if stopped_at is None else stopped_at
 
     def save(self) -> Path:
         """Write a checkpoint, which appears whole or not at all; superfluous ones then go.
@@ -244,6 +260,8 @@ class Run:
         with appearing(self.folder, name, writes=True, meet=lambda: None) as stage:
             save_factors(self.model, stage / name)
             disk.write(stage / name / STATE, render_state(self.optimizer))
+            if self._watch is not None:
+                self._watch.save(stage / name)
             disk.write(stage / name / ABOUT, render_about(self._told(saved=False)))
         # Only now: a crash between the two leaves one checkpoint too many, never none.
         found = [(step, old) for step, old in checkpoints(self.folder) if step <= self.done]
@@ -273,7 +291,7 @@ class Run:
             raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
         disk.replace(file, render_about(self._told(saved=True)))
         if self._recorder is not None:
-            self._recorder.end("finished", self.done, self.outcomes(), self.outdated)
+            self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
     def keep_what_helps(self) -> list[Verdict]:
         """Give each leaf that does not beat its parent on the rows held back the weight that does.
@@ -296,13 +314,32 @@ class Run:
         last = losses_of(self.model.tree, self.nodes, self.last)
         return {node: (first[node], last[node]) for node in first}
 
+    @property
+    def watched_on(self) -> int:
+        """How many rows it is watched on."""
+        return 0 if self._watch is None else self._watch.rows
+
+    @property
+    def record(self) -> RunRecord | None:
+        """What was noted of this run so far; None if it is not kept, or took no step."""
+        if self._recorder is None:
+            return None
+        folder = self._recorder.folder
+        return read_run(int(folder.name), folder)
+
     def outcomes(self) -> dict[str, NodeOutcome]:
         """Return what became of each node so far."""
         losses = self.losses()
         found = {}
         for node in self.nodes:
             first, last = losses.get(node, (None, None))
-            found[node] = NodeOutcome(first, last)
+            course = None if self._watch is None else self._watch.patience.courses[node]
+            if course is None:
+                found[node] = NodeOutcome(first, last)
+                continue
+            found[node] = NodeOutcome(
+                first, last, course.before, course.now, course.best_step, course.stopped_at
+            )
         return found
 
     @property
@@ -316,6 +353,7 @@ class Run:
             settings=self.settings.plain(),
             max_length=self._max_length,
             run=self._seen_folder(),
+            held_out=None if self._held_out is None else self._held_out.noted,
         )
 
     def note(self, by: str) -> SaveNote:
@@ -352,7 +390,37 @@ class Run:
         state: RunState = "trained" if self.done == self.settings.steps else "stopped"
         if self._diverged is not None:
             state = "diverged"
-        self._recorder.end(state, self.done, self.outcomes())
+        self._recorder.end(state, self.taken, self.outcomes())
+
+    @property
+    def _all_stopped_at(self) -> int | None:
+        return None if self._watch is None else self._watch.patience.all_stopped_at
+
+    def _evaluate(self) -> None:
+        assert self._watch is not None
+        lines = self._watch.evaluate(self.done)
+        if self._recorder is not None:
+            self._recorder.note(lines)
+
+    def _step(self, order: Sequence[int]) -> StepLosses:
+        """Take the next step, on its rows through the nodes that have not stopped."""
+        settings, done = self.settings, self.done
+        start = done * settings.rows_a_step
+        rows = [self.rows[i] for i in order[start : start + settings.rows_a_step]]
+        frozen = set() if self._watch is None else self._watch.patience.stopped
+        if frozen:
+            moving = set(self.nodes) - frozen
+            rows = _through(rows, moving, self.model.tree)
+            if not rows:
+                return StepLosses(done + 1, {}, 0)
+        try:
+            return take_step(
+                self.model, self.optimizer, rows, settings, self._rates, done=done, frozen=frozen
+            )
+        except DivergedError as error:
+            self._diverged = error
+            self._start.restore()
+            raise
 
     def _told(self, *, saved: bool) -> dict[str, Any]:
         """Return the content of run.json."""
@@ -360,6 +428,8 @@ class Run:
         told = {**self._about, "step": self.done, "losses": losses, "saved": saved}
         if self._measured is not None:
             told["measured"] = self._measured
+        if self._watch is not None:
+            told["watch"] = self._watch.plain()
         training = self.training
         if training is not None:
             # Beside what makes it the same run: a file of rows may be moved between two resumes.
@@ -411,6 +481,8 @@ class Run:
         known = {"", *self.model.tree}
         self.first.update(losses_told(before.about, "first", known))
         self.last.update(losses_told(before.about, "last", known))
+        if self._watch is not None:
+            self._watch.resume(before.about, before.folder)
 
 
 # ---------------------------------------------------------------------- checks
@@ -470,7 +542,7 @@ def _decays(settings: Settings, tree: AdapterTree, rates: Mapping[str, float]) -
     return weight_decays(tree, list(rates), rates, by_depth=by_depth, of_node=settings.decay_of)
 
 
-def _through(rows: Sequence[Row], nodes: Sequence[str], tree: AdapterTree) -> list[Row]:
+def _through(rows: Sequence[Row], nodes: Collection[str], tree: AdapterTree) -> list[Row]:
     """Return the rows whose path goes through a node that trains."""
     training = set(nodes)
     paths = {row.path for row in rows}

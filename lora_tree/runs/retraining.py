@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import LoraTreeError, SpecError, listing
 from ..folder import disk
 from ..folder.nodes import made_of_node
-from ..provenance import TrainedWith
+from ..provenance import DataFile, TrainedWith
 from ..system.reading import is_file
 from ..tree import AdapterTree
 from .settings import Settings
@@ -39,6 +39,7 @@ class RetrainJob:
         data: the files of rows, in order.
         changed: those of them whose bytes are others than they were.
         run: the folder of the run's checkpoints.
+        held_out: the files of the rows that it is watched on, in order.
     """
 
     nodes: tuple[str, ...]
@@ -47,6 +48,7 @@ class RetrainJob:
     data: tuple[Path, ...]
     changed: tuple[Path, ...]
     run: Path | None
+    held_out: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         """One line: ``fr/legal, fr/medical: 200 steps on rows.jsonl``."""
@@ -177,6 +179,7 @@ def _job(
         tuple(files.place(file.path) for file in training.data),
         tuple(files.changed(training)),
         run,
+        tuple(files.place(file.path) for file in _held_out(training)),
     )
 
 
@@ -194,6 +197,10 @@ def _settings(tree: AdapterTree, nodes: Sequence[str], training: TrainedWith) ->
     return Settings.from_plain(plain)
 
 
+def _held_out(training: TrainedWith) -> list[DataFile]:
+    return [] if training.held_out is None else training.held_out.data
+
+
 class _DataFiles:
     """The files of rows as they are now; each is hashed once."""
 
@@ -207,12 +214,13 @@ class _DataFiles:
 
     def gone(self, training: TrainedWith) -> list[str]:
         """Return the files that are not there any more."""
-        return [file.path for file in training.data if not is_file(self.place(file.path))]
+        files = [*training.data, *_held_out(training)]
+        return [file.path for file in files if not is_file(self.place(file.path))]
 
     def changed(self, training: TrainedWith) -> list[Path]:
         """Return the files that hold other bytes than they did."""
         found = []
-        for file in training.data:
+        for file in [*training.data, *_held_out(training)]:
             place = self.place(file.path)
             if place not in self._hashes:
                 self._hashes[place] = disk.digest(place)

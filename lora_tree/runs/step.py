@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ def take_step(
     rates: Mapping[str, float],
     *,
     done: int,
+    frozen: Collection[str] = (),
 ) -> StepLosses:
     """Move the factors by one step.
 
@@ -71,6 +72,7 @@ def take_step(
         settings: of the run.
         rates: node → its learning rate at its height.
         done: how many steps were taken before this one.
+        frozen: nodes among those of ``rates`` that do not move any more.
 
     Raises:
         DivergedError: a factor or a loss is no longer finite.
@@ -100,6 +102,11 @@ def take_step(
             run = _prefer if prefers else _learn
             for path, part in run(model, some, settings, shares).by_path.items():
                 losses[path] = losses.get(path, 0.0) + float(part)
+        for group in optimizer.param_groups:
+            if group["name"] in frozen:
+                # The optimiser passes over a parameter without a gradient: no momentum, no decay.
+                for parameter in group["params"]:
+                    parameter.grad = None
         # Before the step: a hook of it clips the gradients in place.
         norms = _grad_norms(optimizer)
         # AdamW clips nothing: each node is clipped by itself in a hook of `TreeModel.follow`.
@@ -111,6 +118,8 @@ def take_step(
     told = []
     for group in optimizer.param_groups:
         node = group["name"]
+        if node in frozen:
+            continue
         through = [path for path in counts if path and node in model.tree.lineage(path)]
         count = sum(counts[path] for path in through)
         if count == 0:
