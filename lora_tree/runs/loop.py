@@ -67,7 +67,7 @@ from .resume import (
 from .rows import Row
 from .settings import Settings
 from .step import StepLosses, take_step
-from .watching import HeldOut, Watch, held_out_identity, held_out_rows
+from .watching import HeldOut, RunWatch, held_out_identity, held_out_rows
 
 __all__ = ["Run"]
 
@@ -179,9 +179,9 @@ class Run:
         # A copy to go back to if the run diverges: the tree must not keep factors that are NaN.
         self._start = Start(model.factors)
         self._held_out = held_out
-        self._watch: Watch | None = None
+        self._watch: RunWatch | None = None
         if held_out is not None:
-            self._watch = Watch(model, held_out, watched, self.nodes, settings)
+            self._watch = RunWatch(model, held_out, watched, self.nodes, settings)
         self._diverged: DivergedError | None = None
         self._measured: float | None = None
         self.first: dict[str, float] = {}

@@ -27,7 +27,7 @@ from .resume import digest_of_rows
 from .rows import Row
 from .settings import Settings
 
-__all__ = ["HeldOut", "Watch", "held_out_identity", "held_out_rows"]
+__all__ = ["HeldOut", "RunWatch", "held_out_identity", "held_out_rows"]
 
 BEST = "best.safetensors"
 
@@ -63,7 +63,7 @@ class HeldOut:
         return WatchedWith(data=list(self.data), every=self.every, patience=self.patience)
 
 
-class Watch:
+class RunWatch:
     """The evaluations of one run.
 
     Args:
