@@ -61,6 +61,21 @@ def rows(paths: Sequence[str], seed: int = 3) -> list[dict[str, Any]]:
     return made
 
 
+def misleading_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return 40 rows of a/b/c, and the quarter of them that is held back.
+
+    The others are one row over and over. What they teach is wrong for nine in ten of those held
+    back, which have other labels.
+    """
+    (one,) = rows(["a/b/c"])
+    wrong = [label if label < 0 else (label + 7) % VOCABULARY for label in one["labels"]]
+    made = [dict(one) for _ in range(40)]
+    held = [dict(one) if i > 8 else {**one, "labels": wrong} for i in range(10)]
+    for i, row in enumerate(held):
+        made[4 * i + 2] = row  # where a quarter of 40 rows lies, evenly
+    return made, held
+
+
 def groups(model: lt.TreeModel, *training: str) -> list[dict[str, Any]]:
     found = model.trainable(*training)
     return [{**g, "lr": RATES[g["name"]], "clip_norm": CLIP, "weight_decay": DECAY} for g in found]

@@ -1,7 +1,7 @@
 """What the processes of a data-parallel test do: ``python parallel.py FOLDER RANK RANKS PORT``.
 
 Every scenario trains the same rows on the same tree, split over the processes, and process 0 writes
-what came out.
+what came out. One process alone goes on with what two have left.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def sharded() -> lt.TreeModel:
     base = joint.base()
     model = lt.attach(joint.tree(base), base)
     model.trainable(*TRAINING)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -277,6 +277,40 @@ def sharded_trainer(folder: Path) -> dict[str, list[Tensor]]:
     return whole
 
 
+def resumed_alone(folder: Path) -> dict[str, list[Tensor]]:
+    """Go on in one process with what two have sharded and left after two steps."""
+    model = sharded()
+    in_order = [row for step in rows() for micro in step for batch in micro for row in batch]
+    # As many micro-batches a step as two ranks had, so that each step has the same rows.
+    args = joint.arguments(
+        folder / "run", num_train_epochs=1, gradient_accumulation_steps=4, ddp_backend="gloo"
+    )
+    groups = joint.groups(model, *TRAINING)
+    resumed = TreeTrainer(model, args, loss="paths", groups=groups, train_dataset=in_order)
+    resumed.train(resume_from_checkpoint=str(folder.parent / "sharded_trainer/run/checkpoint-2"))
+    with model.gathered() as tree:
+        return joint.factors(tree)
+
+
+def judged(folder: Path) -> dict[str, list[Tensor]]:
+    """Hold rows back and judge a leaf by them, sharded."""
+    model = sharded()
+    made = TreeTrainer(
+        model,
+        joint.arguments(folder / "run", max_steps=10, ddp_backend="gloo"),
+        groups=[{**group, "lr": 0.1} for group in joint.groups(model, *TRAINING)],
+        train_dataset=joint.misleading_rows()[0],
+        hold_back=0.25,
+        save_to=folder / "zoo",
+    )
+    made.train()
+    (verdict,) = made.verdicts
+    assert model.tree["a/b/c"].weight == verdict.weight
+    (folder / f"told-{dist.get_rank()}.json").write_text(json.dumps(vars(verdict)))
+    with model.gathered() as tree:
+        return joint.factors(tree)
+
+
 BLENDED: Any = {"a/b": 0.5, "d": 0.5}
 
 
@@ -309,7 +343,10 @@ def blends(folder: Path) -> dict[str, list[Tensor]]:
 SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "trainer": trainer, "sharded_trainer": sharded_trainer}
 """Scenarios that train `STEPS`."""
 
-OTHERS = {"blends": blends}
+OTHERS = {"blends": blends, "judged": judged}
+
+ALONE = {"resumed_alone": resumed_alone}
+"""What one process does with what two have left."""
 
 
 def main() -> None:
@@ -322,7 +359,7 @@ def main() -> None:
         "ACCELERATE_USE_CPU": "1",
     }
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    for name, scenario in {**SCENARIOS, **OTHERS}.items():
+    for name, scenario in ({**SCENARIOS, **OTHERS} if int(ranks) > 1 else ALONE).items():
         (folder / name).mkdir(exist_ok=True)
         try:
             found = scenario(folder / name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -459,3 +460,89 @@ def dense_loss(run: Run, tree: lt.AdapterTree, rows: list[Any]) -> float:
         total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         tokens += len(row.ids) - 1
     return total / tokens
+
+
+# ---------------------------------------------------------------------- and from a Trainer
+def misled(folder: Path, **more: Any) -> tuple[TreeTrainer, list[dict[str, Any]]]:
+    """Train a and a/b/c on one row over and over; those to be held back are mostly unlike it."""
+    model = lt.attach(joint.tree(base := joint.base()), base)
+    rows, held = joint.misleading_rows()
+    groups = [{**group, "lr": 0.1} for group in joint.groups(model, "a", "a/b/c")]
+    trainer = TreeTrainer(
+        model,
+        joint.arguments(folder, max_steps=20),
+        groups=groups,
+        train_dataset=rows,
+        **more,
+    )
+    return trainer, held
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """Rows in no order."""
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from joint.rows(["a/b/c"])
+
+
+def by_hand(tree: lt.AdapterTree, rows: list[dict[str, Any]]) -> dict[float, float]:
+    """Return the loss of a/b/c's rows with the leaf at each part of its weight, from dense W."""
+    hand = joint.ByHand(())
+    hand.factors = joint.factors(tree)
+    found = {}
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
+        hand.tree.update("a/b/c", weight=part)
+        found[part] = float(hand.losses_of(rows)["a/b/c"])
+    return found
+
+
+def test_a_trainer_keeps_a_leaf_at_the_weight_that_does_best_by_hand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, held = misled(tmp_path / "run", hold_back=0.25, save_to=tmp_path / "zoo")
+    trained = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    assert len(trained) == 30
+    assert trained == [trained[0]] * 30
+    before = joint.factors(trainer.tree_model.tree)
+    trainer.train()
+    tree = trainer.tree_model.tree
+    losses = by_hand(tree, held)
+    best = min(losses, key=losses.__getitem__)
+    assert 0 < best < 1
+    (verdict,) = trainer.verdicts
+    assert (verdict.node, verdict.rows, verdict.weight) == ("a/b/c", 10, best)
+    assert verdict.parent == pytest.approx(losses[0.0], rel=1e-9)
+    assert verdict.trained == pytest.approx(losses[1.0], rel=1e-9)
+    assert verdict.kept == pytest.approx(losses[best], rel=1e-9)
+    assert tree["a/b/c"].weight == lt.load(tmp_path / "zoo")["a/b/c"].weight == best
+    assert str(verdict) in caplog.messages
+    served = trainer.evaluate(held)["eval_loss/a/b/c"]
+    assert served == pytest.approx(verdict.kept, rel=1e-9)
+    assert any(
+        not torch.equal(x, y) for x, y in zip(before["a"], joint.factors(tree)["a"], strict=True)
+    )
+
+
+def test_a_trainer_holds_rows_back_over_several_levels_unless_it_is_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    trainer, _ = misled(tmp_path)
+    assert len(trainer.train_dataset) == 38  # one in twenty
+    trainer, _ = misled(tmp_path, hold_back=0.0)
+    assert len(trainer.train_dataset) == 40
+    trainer.train()
+    assert trainer.verdicts == []
+    assert trainer.tree_model.tree["a/b/c"].weight == 1.0
+    model = trainer.tree_model
+    rows = joint.rows(["a/b/c"] * 40)
+    groups = model.trainable("a/b/c")
+    one = TreeTrainer(model, joint.arguments(tmp_path), groups=groups, train_dataset=rows)
+    assert one.train_dataset is rows
+    stream = Endless()
+    args = joint.arguments(tmp_path, max_steps=1)
+    TreeTrainer(model, args, groups=groups, train_dataset=stream)
+    with pytest.raises(SpecError, match="a Endless has no order to take rows from"):
+        TreeTrainer(model, args, groups=groups, train_dataset=stream, hold_back=0.1)
+    with pytest.raises(SpecError, match="hold_back must be from 0 to below 1, got 1"):
+        TreeTrainer(model, args, groups=groups, train_dataset=rows, hold_back=1)

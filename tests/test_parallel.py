@@ -35,6 +35,12 @@ ENOUGH_S = 240
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes left, when all have ended well."""
     made = tmp_path_factory.mktemp("parallel")
+    _run(made, RANKS)
+    _run(made, 1)
+    return made
+
+
+def _run(made: Path, ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,27 +52,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(HERE / "parallel.py"),
         str(made),
     ]
-    said = [made / f"said-{rank}.txt" for rank in range(RANKS)]
+    said = [made / f"said-{rank}-of-{ranks}.txt" for rank in range(ranks)]
     with ExitStack() as files:
         running = [
             subprocess.Popen(
-                [*command, str(rank), str(RANKS), str(port)],
+                [*command, str(rank), str(ranks), str(port)],
                 env=environment,
                 stderr=files.enter_context(said[rank].open("w")),
             )
-            for rank in range(RANKS)
+            for rank in range(ranks)
         ]
         try:
             _all_end(running)
             codes = [process.poll() for process in running]
-            assert codes == [0] * RANKS, "\n".join(
+            assert codes == [0] * ranks, "\n".join(
                 [str(codes), *(file.read_text() for file in said)]
             )
         finally:
             for process in running:
                 process.kill()
                 process.wait()
-    return made
 
 
 def _all_end(running: list[subprocess.Popen[bytes]]) -> None:
@@ -103,6 +108,10 @@ def test_two_processes_come_to_what_one_does(
     scenario: str, folder: Path, hand: joint.ByHand
 ) -> None:
     hand.same_as(factors(folder / scenario))
+
+
+def test_what_two_processes_sharded_goes_on_in_one(folder: Path, hand: joint.ByHand) -> None:
+    hand.same_as(factors(folder / "resumed_alone"))
 
 
 @pytest.mark.parametrize("scenario", ["fsdp", "sharded_trainer"])
@@ -149,3 +158,20 @@ def test_a_blend_may_be_the_path_of_rows_on_one_rank_only(folder: Path) -> None:
     assert said[0] == said[1]
     assert said[0]["counts"] == counts
     assert len(said[0]["means"]) == 3
+
+
+def test_two_processes_judge_a_leaf_as_dense_algebra_does(folder: Path) -> None:
+    hand = joint.ByHand(())
+    hand.factors = factors(folder / "judged")
+    losses = {}
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
+        hand.tree.update("a/b/c", weight=part)
+        losses[part] = float(hand.losses_of(joint.misleading_rows()[1])["a/b/c"])
+    best = min(losses, key=losses.__getitem__)
+    assert 0 < best < 1
+    for rank in range(RANKS):
+        told = json.loads((folder / f"judged/told-{rank}.json").read_text())
+        found = [told[name] for name in ("parent", "trained", "kept")]
+        assert found == pytest.approx([losses[0.0], losses[1.0], losses[best]], rel=1e-9)
+        assert (told["node"], told["rows"], told["weight"]) == ("a/b/c", 10, best)
+    assert lt.load(folder / "judged/zoo")["a/b/c"].weight == best

@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blend import spelled
+from ..blend import Blend, spelled
 from ..errors import MissingExtra, SpecError, listing
 from ..model import TreeModel
+from ..runs import Verdict
 from ..training.diverged import BASE_LABEL, check_finite_step
 from ..training.every_rank import joined
-from ..training.levels import Over, over_of, weight_decays
+from ..training.levels import Over, over_of, several_levels, weight_decays
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
+from .held_rows import HeldRows, held_rows
 from .path_losses import PathMeans, PathTotals
 from .row_paths import PathCollator, paths_of
 from .trainer_arguments import (
@@ -72,12 +74,18 @@ class TreeTrainer(TreeCheckpoints):
             rows where several levels of the tree train, else paths.
         decay_by_depth: weight decay at depth 0, 1, …, the last one also below, for groups that say
             nothing. None: ``args.weight_decay``; where that is 0, see `lora_tree.weight_decays`.
+        hold_back: the share of each path's rows that is not trained on, rounded down. When training
+            has ended, a leaf that does not beat its parent on them gets the weight that does, from
+            0 to 1: see ``verdicts``. None: 0.05 where several levels of the tree train, else 0.
         temperature: draw rows path by path with it, as `PathSampler` does; None: as the Trainer
             draws them.
         path_column: where a row of the data says its path, ``""`` for the bare base.
         save_to: where the tree is saved when training has ended; None: only where `save_model`
             says.
         **trainer: any other argument of the Trainer.
+
+    Attributes:
+        verdicts: on the leaves that were judged, after `train`.
 
     Raises:
         SpecError: a bare base, or an argument that would not hold node by node.
@@ -98,6 +106,7 @@ class TreeTrainer(TreeCheckpoints):
         path_weights: Mapping[str, float] | None = None,
         loss: Over = "auto",
         decay_by_depth: Sequence[float] | None = None,
+        hold_back: float | None = None,
         temperature: float | None = None,
         path_column: str = "path",
         save_to: str | os.PathLike[str] | None = None,
@@ -110,9 +119,18 @@ class TreeTrainer(TreeCheckpoints):
         for path in path_weights or ():
             self.tree_model.tree.coefficients(path)
         self.path_weights = {spelled(path): weight for path, weight in (path_weights or {}).items()}
-        self._over = over_of(loss, [str(group["name"]) for group in self._groups])
+        names = [str(group["name"]) for group in self._groups]
+        self._over = over_of(loss, names)
         self._decay_by_depth = decay_by_depth
         refuse_arguments(args, trainer)
+        self.verdicts: list[Verdict] = []
+        self._held: HeldRows | None = None
+        if has_data:
+            if hold_back is None and not several_levels(names):
+                hold_back = 0.0
+            trainer["train_dataset"], self._held = held_rows(
+                trainer["train_dataset"], path_column, self.tree_model.tree, hold_back
+            )
         check_asked(self.tree_model, args)
         if self.tree_model.factors.sharded:
             # The caller has sharded it, and Accelerate must not wrap or shard it once more. This
@@ -148,6 +166,9 @@ class TreeTrainer(TreeCheckpoints):
         self._counts: Mapping[str, int] | None = None  # path → its tokens in the step that runs
         self._means = PathMeans()
         self._totals: PathTotals | None = None  # while an evaluation runs
+        self._instead: Mapping[
+            str, Blend
+        ] = {}  # path → what serves its rows, while leaves are judged
         self._tables: list[Tensor] = []
 
     def _sampler_of(self, temperature: float | None) -> PathSampler | None:
@@ -343,7 +364,7 @@ class TreeTrainer(TreeCheckpoints):
             # The Trainer has no default for a base without a config, and would gather all outputs.
             config = getattr(self.tree_model.base, "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-        with self.tree_model.route(self._paths):
+        with self.tree_model.route([self._instead.get(path, path) for path in self._paths]):
             out = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
@@ -368,6 +389,29 @@ class TreeTrainer(TreeCheckpoints):
             for path, mean in means.items():
                 out.metrics[f"{prefix}_loss/{path or BASE_LABEL}"] = mean
         return out
+
+    def _end_training(self) -> None:
+        """Judge leaves by the rows held back."""
+        if self._held is not None:
+            names = [str(group["name"]) for group in self._groups]
+            self.verdicts = self._held.verdicts(self.tree_model.tree, names, self._losses_of)
+
+    def _losses_of(self, rows: Any, instead: Mapping[str, Blend]) -> dict[str, float]:
+        """Return the loss of each path's rows, served by something else."""
+        prefix = "held_back"
+        self._instead = instead
+        try:
+            out = self.evaluation_loop(
+                self.get_eval_dataloader(rows),
+                description="Held-back rows",
+                prediction_loss_only=True,
+                metric_key_prefix=prefix,
+            )
+        finally:
+            self._instead = {}
+        # A path whose rows learn no token has no loss.
+        means = {path: out.metrics.get(f"{prefix}_loss/{path}") for path in instead}
+        return {path: mean for path, mean in means.items() if mean is not None}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with ``loss/<path>`` and ``learning_rate/<node>``.

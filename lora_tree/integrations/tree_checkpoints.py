@@ -65,9 +65,13 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         except DivergedError:
             start.restore()
             raise
+        self._end_training()
         if self.save_to is not None:
             self.save_model(os.fspath(self.save_to))
         return out
+
+    def _end_training(self) -> None:
+        """Do what is left between the last step and the save."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the tree as a folder, atomically as a whole; one process writes.

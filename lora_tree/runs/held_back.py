@@ -11,15 +11,15 @@ node that has children would change what these were trained on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..blend import Blend
 from ..model import TreeModel
+from ..tree import AdapterTree
 from ..weights import Weight, scaled_weight
 from .evaluation import evaluate_at
 from .preferences import (
@@ -31,7 +31,17 @@ from .preferences import (
 )
 from .rows import Row
 
-__all__ = ["PARTS", "Verdict", "hold_back", "keep_what_helps", "loss_of_rows", "losses_of_rows"]
+__all__ = [
+    "PARTS",
+    "Verdict",
+    "at_part",
+    "hold_back",
+    "judge",
+    "keep_what_helps",
+    "loss_of_rows",
+    "losses_of_rows",
+    "places_held_back",
+]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The parts of a leaf's weight that are tried."""
@@ -62,6 +72,11 @@ class Verdict:
         """Whether the node as it was trained does at least as well as its parent."""
         return self.trained <= self.parent
 
+    @property
+    def is_reweighed(self) -> bool:
+        """Whether the node does better with less of its weight than it was trained with."""
+        return self.kept < self.trained
+
     def __str__(self) -> str:
         """One line: ``fr/legal: 3.247 on 12 held-back rows, its parent 2.759: kept at …``."""
         plural = "s" if self.rows != 1 else ""
@@ -73,25 +88,36 @@ class Verdict:
 
 
 def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and those held back: of each path the share, rounded down.
-
-    The rows that are held back lie evenly over a path's rows. Files are often sorted, and the end
-    of one would not be like the rest.
+    """Return the rows to train on and those held back, see `places_held_back`.
 
     >>> rows = [Row("fr", (i, 0), (i, 0), "x:1") for i in range(6)]
     >>> trained, held = hold_back(rows, 0.34)
     >>> [row.ids[0] for row in held], len(trained)
     ([1, 4], 4)
     """
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row.path, []).append(place)
-    held: set[int] = set()
-    for own in places.values():
-        count = int(share * len(own))
-        held.update(own[int((i + 0.5) * len(own) / count)] for i in range(count))
+    places = places_held_back([row.path for row in rows], share)
+    held = set(places)
     trained = [row for place, row in enumerate(rows) if place not in held]
-    return trained, [rows[place] for place in sorted(held)]
+    return trained, [rows[place] for place in places]
+
+
+def places_held_back(paths: Sequence[str], share: float) -> list[int]:
+    """Return the places of the rows to hold back: of each path the share, rounded down.
+
+    They lie evenly over a path's rows. Files are often sorted, and the end of one would not be like
+    the rest.
+
+    >>> places_held_back(["fr", "de", "fr", "fr", "fr"], 0.5)
+    [2, 4]
+    """
+    own_of: dict[str, list[int]] = {}
+    for place, path in enumerate(paths):
+        own_of.setdefault(path, []).append(place)
+    held: list[int] = []
+    for own in own_of.values():
+        count = int(share * len(own))
+        held += [own[int((i + 0.5) * len(own) / count)] for i in range(count)]
+    return sorted(held)
 
 
 def keep_what_helps(
@@ -115,28 +141,70 @@ def keep_what_helps(
     Returns:
         A verdict on each leaf that was judged, in the order of ``nodes``.
     """
-    tree = model.tree
-    verdicts = []
+    own_of: dict[str, list[Row]] = {}
+    for row in rows:
+        own_of.setdefault(row.path, []).append(row)
+
+    def measure(part: float, leaves: Sequence[str]) -> dict[str, float]:
+        losses = {}
+        for leaf in leaves:
+            at = at_part(leaf, part)
+            losses[leaf] = evaluate_at(model, own_of[leaf], at, batch=batch, beta=beta)
+        return losses
+
+    counts = {path: len(own) for path, own in own_of.items()}
+    verdicts = judge(model.tree, nodes, counts, measure)
+    for verdict in verdicts:
+        if verdict.is_reweighed:
+            model.tree.update(verdict.node, weight=verdict.weight)
+    return verdicts
+
+
+def judge(
+    tree: AdapterTree,
+    nodes: Sequence[str],
+    counts: Mapping[str, int],
+    measure: Callable[[float, Sequence[str]], Mapping[str, float]],
+) -> list[Verdict]:
+    """Find for every leaf that does not beat its parent the weight that does.
+
+    Args:
+        tree: nothing of it is changed.
+        nodes: what trained. Nodes with an adapter below them are passed over, and so are leaves
+            without rows.
+        counts: path → how many rows of it were held back.
+        measure: a part of their weight and some leaves → the loss of each on its own rows, with
+            the leaf counting by that part. It is asked for few parts, and for many leaves at once.
+
+    Returns:
+        A verdict on each leaf that was judged, in the order of ``nodes``.
+    """
+    leaves = []
     for node in nodes:
-        # Only rows of the leaf's own path are used, and no other leaf's path goes through this one.
-        # So a new weight for one leaf does not change the verdict on another.
-        own = [row for row in rows if row.path == node]
         has_children = any(tree[path].has_adapter for path in tree.paths(node))
-        if not own or has_children:
-            continue
-        measured = partial(evaluate_at, model, own, batch=batch, beta=beta)
-        losses = {part: measured(_at(node, part)) for part in (0.0, 1.0)}
-        # Each part in between costs a pass over the rows. They are needed only for a leaf that does
-        # worse than its parent.
-        if losses[1.0] > losses[0.0]:
-            for part in PARTS[1:-1]:
-                losses[part] = measured(_at(node, part))
+        if counts.get(node) and not has_children:
+            leaves.append(node)
+    # Only rows of a leaf's own path are used, and no other leaf's path goes through it. So the
+    # verdict on one leaf does not depend on the weight that another one gets.
+    losses: dict[str, dict[float, float]] = {leaf: {} for leaf in leaves}
+    for part in (0.0, 1.0) if leaves else ():
+        for leaf, loss in measure(part, leaves).items():
+            losses[leaf][part] = loss
+    # Rows that learn no token give no loss, and no verdict.
+    leaves = [leaf for leaf in leaves if len(losses[leaf]) == 2]
+    # Each part in between costs a pass over the rows. They are needed only for a leaf that does
+    # worse than its parent.
+    worse = [leaf for leaf in leaves if losses[leaf][1.0] > losses[leaf][0.0]]
+    for part in PARTS[1:-1] if worse else ():
+        for leaf, loss in measure(part, worse).items():
+            losses[leaf][part] = loss
+    verdicts = []
+    for leaf in leaves:
+        own = losses[leaf]
         # A tie goes to the weight as it is: a node that was not trained yet adds nothing.
-        best = min(sorted(losses, reverse=True), key=losses.__getitem__)
-        weight = scaled_weight(tree[node].weight, best)
-        if best != 1.0:
-            tree.update(node, weight=weight)
-        verdicts.append(Verdict(node, len(own), losses[0.0], losses[1.0], losses[best], weight))
+        best = min(sorted(own, reverse=True), key=own.__getitem__)
+        weight = scaled_weight(tree[leaf].weight, best)
+        verdicts.append(Verdict(leaf, counts[leaf], own[0.0], own[1.0], own[best], weight))
     return verdicts
 
 
@@ -196,7 +264,7 @@ def _at_paths(model: TreeModel, rows: Sequence[Row], paths: Sequence[str]) -> Te
         return log_probabilities(model, rows)
 
 
-def _at(node: str, part: float) -> Blend:
+def at_part(node: str, part: float) -> Blend:
     """Return the blend in which a leaf counts by a part, and the nodes above it in full."""
     parent = node.rpartition("/")[0]
     if part in (0.0, 1.0):
