@@ -67,7 +67,7 @@ RINGS = {
         "model",
         "fit",
     ],
-    "edges": ["extras", "export", "runs", "drawn", "integrations", "demo", "cli"],
+    "edges": ["extras", "export", "runs", "drawn", "integrations", "demo", "explore", "cli"],
 }
 SEES = {
     "values": [],

@@ -1,0 +1,188 @@
+"""The playground: a page that asks several paths and blends one thing, by gradio.
+
+    prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a run, growing ─▶ Answering.html ─▶ the page
+
+Laws: gradio reports to nobody, shares no link, keeps no history and writes no file: pictures and
+answers are parts of the page. One question at a time is on the model; others wait in its queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..blend import spelled
+from ..errors import LoraTreeError
+from ..extras import need
+from ..tree import AdapterTree
+from .answer_html import BARE, STYLE, error_html
+from .answering import Answering
+
+__all__ = ["Playground", "mount"]
+
+MOST_BLENDED = 6
+"""Sliders of a blend; a blend of more paths can be typed."""
+
+HEADING = '<header class="lt-header"><h1>Playground</h1><a href="/">The tree</a></header>'
+ABOVE_TABLE = "Answers stand here, side by side."
+
+
+class Playground:
+    """What can be asked in the browser, and how its page looks.
+
+    Args:
+        answering: what answers: `AnsweringModel` or `AnsweringPipeline`.
+
+    Raises:
+        MissingExtra: gradio is not installed.
+    """
+
+    def __init__(self, answering: Answering) -> None:
+        self.answering = answering
+        self._gradio = need("gradio", extra="explore", what="the playground")
+        self._run: Any = None
+        self.blocks = self._page()
+
+    def stop(self) -> None:
+        """End the answers that are being written, with what they have."""
+        if self._run is not None:
+            self._run.stop()
+
+    # ------------------------------------------------------------------ what the page does
+    def _answer(self, prompt: str, chosen: list[str], *numbers: Any) -> Iterator[str]:
+        blends = tuple("" if name == BARE else name for name in chosen)
+        try:
+            self._run = self.answering.begin(prompt, blends, *numbers)
+            for result in self._run:
+                yield self.answering.html(result)
+        except LoraTreeError as error:
+            raise self._refusal(error) from error
+        finally:
+            self._run = None
+
+    def _show_sliders(self, paths: list[str]) -> list[Any]:
+        """Show a slider for each path of the blend, at equal weights."""
+        gr = self._gradio
+        shown = []
+        for at in range(MOST_BLENDED):
+            if at < len(paths):
+                weight = round(1 / len(paths), 2)
+                shown.append(gr.update(label=paths[at], value=weight, visible=True))
+            else:
+                shown.append(gr.update(visible=False))
+        return shown
+
+    def _add_blend(self, chosen: list[str], paths: list[str], *weights: float) -> Any:
+        """Add the blend of the sliders to what is asked."""
+        try:
+            blend = spelled(dict(zip(paths, weights, strict=False)))
+            self.answering.tree.coefficients(blend)
+        except LoraTreeError as error:
+            raise self._refusal(error) from error
+        # What is chosen already stays where it is.
+        return list(dict.fromkeys([*chosen, blend or BARE]))
+
+    def _refusal(self, error: LoraTreeError) -> Exception:
+        refusal: Exception = self._gradio.Error(
+            error_html(error), title="That can't be asked", print_exception=False
+        )
+        return refusal
+
+    # ------------------------------------------------------------------ how the page looks
+    def _page(self) -> Any:
+        gr = self._gradio
+        paths = [BARE, *self.answering.tree.paths()]
+        with gr.Blocks(title="lora_tree playground", analytics_enabled=False) as blocks:
+            gr.HTML(HEADING, apply_default_css=False, js_on_load=None)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    prompt = gr.Textbox(label="Prompt", lines=4, elem_id="prompt")
+                    chosen = gr.Dropdown(
+                        paths,
+                        value=_first(self.answering.tree),
+                        multiselect=True,
+                        allow_custom_value=True,
+                        label="Paths and blends",
+                        info="Type to search, or type a blend: fr/legal:0.7+de:0.3",
+                        elem_id="chosen",
+                    )
+                    self._blend_part(paths[1:], chosen)
+                    numbers = self.answering.numbers(gr)
+                    with gr.Row():
+                        ask = gr.Button(self.answering.verb, variant="primary", elem_id="ask")
+                        stop = gr.Button("Stop", elem_id="stop")
+                with gr.Column(scale=5, min_width=320):
+                    answers = gr.HTML(
+                        f'<p class="lt-note">{ABOVE_TABLE}</p>',
+                        elem_id="answers",
+                        apply_default_css=False,
+                        js_on_load=None,
+                    )
+            # One at a time on the model, whatever the number of windows.
+            gr.on(
+                [ask.click, prompt.submit],
+                self._answer,
+                inputs=[prompt, chosen, *numbers],
+                outputs=answers,
+                concurrency_limit=1,
+                show_progress="hidden",
+            )
+            # Its own queue: it must not wait for what it stops.
+            stop.click(self.stop, concurrency_limit=None, show_progress="hidden")
+        return blocks
+
+    def _blend_part(self, paths: list[str], chosen: Any) -> None:
+        """A part that opens: the paths of a blend, a slider for each, and a button."""
+        gr = self._gradio
+        with gr.Accordion("Blend with sliders", open=False, elem_id="blend"):
+            blended = gr.Dropdown(
+                paths,
+                multiselect=True,
+                max_choices=MOST_BLENDED,
+                label="Paths of the blend",
+                elem_id="blended",
+            )
+            sliders = []
+            for at in range(MOST_BLENDED):
+                sliders.append(
+                    gr.Slider(-1, 2, 1, step=0.05, label="", visible=False, elem_id=f"weight-{at}")
+                )
+            add = gr.Button("Ask this blend too", size="sm", elem_id="add-blend")
+        blended.change(self._show_sliders, inputs=blended, outputs=sliders, show_progress="hidden")
+        add.click(
+            self._add_blend,
+            inputs=[chosen, blended, *sliders],
+            outputs=chosen,
+            show_progress="hidden",
+        )
+
+
+def _first(tree: AdapterTree) -> list[str]:
+    """What is chosen when the page opens: the bare base and the first path."""
+    return [BARE, *tree.paths()[:1]]
+
+
+def mount(app: Any, playground: Playground) -> None:
+    """Add the playground to a FastAPI application, at ``/playground``.
+
+    Args:
+        app: of fastapi.
+        playground: its blocks.
+    """
+    gr = need("gradio", extra="explore", what="the playground")
+    # The system's own fonts: those of gradio's themes may be Google's, loaded from there.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    gr.mount_gradio_app(
+        app,
+        playground.blocks,
+        path="/playground",
+        server_name="127.0.0.1",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+        theme=gr.themes.Base(**fonts),
+        css=STYLE,
+    )

@@ -1,0 +1,80 @@
+"""SideRun: work on a model in a thread of its own, watched from any other thread.
+
+    caller's threads      iterate ◀──queue── items ◀── work()       one thread of this run
+                          stop()  ──event──▶ asked between two steps
+
+A block of ``route`` holds the model's lock for the thread that entered it, and a web server may ask
+for the next result from another thread each time. So the block has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+__all__ = ["SideRun"]
+
+Item = TypeVar("Item")
+Shown = TypeVar("Shown")
+
+
+class SideRun(ABC, Generic[Item, Shown]):
+    """Something that a model is doing. Iterate over it once, to see what there is so far.
+
+    The loop ends when the work does, and raises its error. If it is left early, the work is stopped
+    and the model is free before the loop's ``close()`` returns.
+    """
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        # An item, the error that ended the work, or None where it ended by itself.
+        self._items: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
+
+    def stop(self) -> None:
+        """End the work with what there is; returns at once."""
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[Shown]:
+        thread = threading.Thread(target=self._run, name="lora_tree side run", daemon=True)
+        thread.start()
+        try:
+            yield from self.shown(self._arriving())
+        finally:
+            self.stop()
+            thread.join()
+
+    @abstractmethod
+    def work(self) -> None:
+        """Do the work, and `give` its items; called once, in the thread of this run."""
+
+    @abstractmethod
+    def shown(self, items: Iterator[Item]) -> Iterator[Shown]:
+        """Make of the items what the caller sees; called in the caller's threads."""
+
+    # ------------------------------------------------------------------ for the work
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the work should end."""
+        return self._stopped.is_set()
+
+    def give(self, item: Item) -> None:
+        """Hand an item to the caller's loop."""
+        self._items.put(item)
+
+    # ------------------------------------------------------------------ private
+    def _run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:
+            self._items.put(error)
+        else:
+            self._items.put(None)
+
+    def _arriving(self) -> Iterator[Item]:
+        while (item := self._items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item

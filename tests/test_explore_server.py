@@ -1,0 +1,99 @@
+"""The explorer's server: loopback alone, its own pages alone, gone when the block is left."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections.abc import Mapping
+
+import pytest
+
+from lora_tree.errors import StateError
+from lora_tree.explore.server import Served, serving
+
+PAGE = "<p>the tree</p>"
+
+
+def answer(
+    served: Served,
+    path: str = "/",
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, dict[str, str], str]:
+    """What a client gets that says exactly this."""
+    client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    try:
+        client.request(method, path, headers=dict(headers or {}))
+        got = client.getresponse()
+        return got.status, {k.lower(): v for k, v in got.getheaders()}, got.read().decode()
+    finally:
+        client.close()
+
+
+def test_the_page_is_made_anew_and_loads_nothing_from_elsewhere() -> None:
+    made = iter(["one", "two"])
+    with serving(lambda: next(made)) as served:
+        assert [answer(served)[2], answer(served)[2]] == ["one", "two"]
+    with serving(lambda: PAGE) as served:
+        status, headers, text = answer(served)
+        assert (status, text) == (200, PAGE)
+        assert headers["content-type"].startswith("text/html")
+        assert headers["content-security-policy"].startswith("default-src 'self' ")
+        assert "http" not in headers["content-security-policy"]
+        for closed in ("/playground/", "/docs", "/openapi.json"):
+            assert answer(served, closed)[0] == 404
+
+
+def test_it_listens_on_loopback_alone() -> None:
+    with serving(lambda: PAGE) as served:
+        others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None)}
+        for address in sorted(str(other) for other in others if other != "127.0.0.1"):
+            if ":" in address:
+                continue
+            with pytest.raises(OSError, match=""), socket.socket() as client:
+                client.settimeout(2)
+                client.connect((address, served.port))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},  # a name of a stranger's, turned to this machine
+        {"Host": "evil.example:80"},
+        {"Origin": "http://evil.example"},  # a stranger's page
+        {"Origin": "null"},
+    ],
+    ids=str,
+)
+def test_a_page_of_elsewhere_does_not_reach_it(headers: dict[str, str]) -> None:
+    with serving(lambda: PAGE) as served:
+        assert answer(served, headers=headers)[::2] == (404, "not here\n")
+        own = {"Host": f"localhost:{served.port}", "Origin": served.url.rstrip("/")}
+        assert answer(served, headers=own)[0] == 200
+
+
+def test_it_is_gone_when_the_block_is_left_by_an_interrupt_too() -> None:
+    with pytest.raises(KeyboardInterrupt), serving(lambda: PAGE) as served:
+        # An open connection does not hold it up.
+        held = socket.create_connection(("127.0.0.1", served.port))
+        assert answer(served)[0] == 200
+        raise KeyboardInterrupt
+    held.close()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", served.port))
+    assert "lora_tree server" not in [thread.name for thread in threading.enumerate()]
+    with serving(lambda: PAGE, port=served.port) as again:
+        assert again.port == served.port
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with serving(lambda: PAGE) as served:
+        with pytest.raises(StateError) as caught, serving(lambda: PAGE, port=served.port):
+            pass
+        said, todo = str(caught.value).splitlines()
+        assert said.startswith(f"can't listen on 127.0.0.1:{served.port}: ")
+        assert todo == "  name another port, or none for a free one"
+    with pytest.raises(StateError, match=r"can't listen on 127\.0\.0\.1:70000"):
+        serving(lambda: PAGE, port=70000).__enter__()
