@@ -4,11 +4,13 @@ interval.
 A look costs about 0.1 ms a node, and a server is asked for names that clients make up.
 
 Law: however often clients ask, and for whichever names, the folder is looked at once in an
-interval, and for at most a fifth of the time.
+interval, and for at most a fifth of the time. A view is of one release: where the folder's name is
+a link that is switched, every file of a view is read from the folder that the link led to.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from ..errors import LoraTreeError
 from ..folder import Problem
 from ..tree import AdapterTree
 
-__all__ = ["Surveyed", "View"]
+__all__ = ["Surveyed", "View", "release_of"]
 
 Look = Callable[[], tuple[AdapterTree, list[Problem]]]
 
@@ -29,6 +31,21 @@ class View:
 
     tree: AdapterTree
     problems: list[Problem]
+
+
+def release_of(zoo: str) -> str:
+    """Return the place that a tree's name leads to now: the folder's links are followed, once.
+
+    A tree is read in many steps, now and later. Through a link each of them could meet another
+    folder: the parent's weights of one release and the child's of the next.
+
+    Args:
+        zoo: the tree's folder, or a YAML file in it; the file's own name stays as it is.
+    """
+    if os.path.isdir(zoo):
+        return os.path.realpath(zoo)
+    folder, name = os.path.split(zoo)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 class Surveyed:

@@ -32,7 +32,7 @@ from ..folder import Problem, survey
 from ..tree import AdapterTree
 from .client_names import Asked, shown
 from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
-from .surveyed import Surveyed, View
+from .surveyed import Surveyed, View, release_of
 from .vllm_front import Front, asking, request_of
 from .vllm_log import OnceLog, log, reason, tell_served
 from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
@@ -98,7 +98,7 @@ class _Resolver:
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")
 
     def _survey(self) -> tuple[AdapterTree, list[Problem]]:
-        return survey(self._settings.zoo, outside=self._settings.outside)
+        return survey(release_of(self._settings.zoo), outside=self._settings.outside)
 
     def close(self) -> None:
         """Stop the threads; vLLM never does, its process ends with them."""
