@@ -91,7 +91,7 @@ def test_the_examples_of_a_command_run(
 ) -> None:
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    if name in ("promote", "retrain"):  # they take what the example of train left
+    if name in ("promote", "retrain", "runs"):  # they take what the example of train left
         outcome(capsys, *EXAMPLES["train"])
     if name in ("log", "restore", "gc", "diff"):  # they tell of what these replaced
         for before in (*EXAMPLES["set"], *(EXAMPLES["rm"] if name != "diff" else ())):

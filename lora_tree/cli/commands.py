@@ -53,6 +53,7 @@ COMMANDS = {
     "generate": "generate:generate",
     "train": "train:train",
     "retrain": "retrain:train_again",
+    "runs": "runs:list_runs",
     "eval": "eval:evaluation",
     "blame": "blame:blame_parts",
     "bisect": "bisect:bisect_steps",

@@ -64,6 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree retrain zoo/ --stale --dry-run",
         "lora-tree retrain zoo/ --stale --base models/base --yes",
     ),
+    "runs": ("lora-tree runs zoo/", "lora-tree runs zoo/ 1 --picture run.svg"),
     "eval": (
         "lora-tree eval zoo/ --data rows.jsonl --base models/base --picture losses.svg",
         "lora-tree eval zoo/ fr/legal@1 fr/legal --data rows.jsonl --base models/base",

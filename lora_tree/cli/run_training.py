@@ -4,12 +4,13 @@ the save.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
-from ..runs import Run, Verdict
+from ..runs import Run, StepLosses, Verdict
 from ..training.diverged import BASE_LABEL
 from .console import err
 from .interrupts import noted_interrupts
@@ -20,7 +21,7 @@ __all__ = ["run_to_the_end"]
 
 
 def run_to_the_end(
-    running: Run, folder: Path, *, save_every: int
+    running: Run, folder: Path, *, save_every: int, trackers: Sequence[str] = ()
 ) -> tuple[Path, Sequence[Verdict]]:
     """Train, save the tree, and note that the run is finished.
 
@@ -28,6 +29,7 @@ def run_to_the_end(
         running: before its first step.
         folder: of the tree.
         save_every: steps between checkpoints; 0: only the last one.
+        trackers: that are told after every step; they were checked.
 
     Returns:
         the last checkpoint, and the verdicts on leaves.
@@ -37,9 +39,14 @@ def run_to_the_end(
         LoraTreeError: as `Run.steps`, `Run.save` and `AdapterTree.save`.
     """
     steps = running.settings.steps
-    with steps_done("training", steps, running.done) as bar, noted_interrupts() as interrupted:
+    with (
+        steps_done("training", steps, running.done) as bar,
+        noted_interrupts() as interrupted,
+        _told(running, trackers) as tell,
+    ):
         for step in running.steps(save_every=save_every or None):
             bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
+            tell(step)
             # After the last step nothing is left to stop: the run ends and saves the tree as
             # without Ctrl-C.
             if interrupted() and step.number < steps:
@@ -62,3 +69,21 @@ def run_to_the_end(
     # Last: only a tree that is on the disk makes the run a finished one.
     running.finish()
     return kept, verdicts
+
+
+@contextmanager
+def _told(running: Run, trackers: Sequence[str]) -> Iterator[Callable[[StepLosses], None]]:
+    """Yield a function that tells trackers of a step."""
+    if not trackers:
+        yield lambda step: None
+        return
+    from ..integrations.trackers import reporting
+
+    def folder() -> Path:
+        record = running.record
+        assert record is not None, "the commands keep every run"
+        return record.folder
+
+    config = running.settings.plain()
+    with reporting(trackers, folder, config, done=running.done) as tell:
+        yield tell

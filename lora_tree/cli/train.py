@@ -18,7 +18,7 @@ from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
 from .run_training import run_to_the_end
 from .train_options import given_held_out, numbers, numbers_by_depth, run_folder
-from .train_told import foretell, tell_outcome
+from .train_told import draw_run, foretell, tell_outcome
 from .typed import command_note
 
 __all__ = ["train"]
@@ -30,6 +30,13 @@ class Schedule(StrEnum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
+
+
+class Tracker(StrEnum):
+    """The programs that can be told of every step."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
 
 
 class Over(StrEnum):
@@ -131,6 +138,13 @@ def train(
             "bring it back to its best step; the others go on.",
         ),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw every node's losses there at the end, as SVG.", metavar="FILE"),
+    ] = None,
+    report_to: Annotated[
+        list[Tracker] | None, typer.Option(help="Tell this tracker of every step.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draw rows, dropout and new factors from this.")] = 0,
     max_length: Length = 1024,
     save_every: Annotated[
@@ -171,6 +185,11 @@ def train(
         hold_back=hold_back,
         seed=seed,
     )
+    trackers = [tracker.value for tracker in report_to or ()]
+    if trackers:
+        from ..integrations.trackers import check_trackers
+
+        check_trackers(trackers)
     tree = load(folder)
     name, tokenizer = open_tokenizer(
         tree, folder, base, what="train", trust_remote_code=trust_remote_code
@@ -206,5 +225,7 @@ def train(
     )
     foretell(running, len(rows))
     resumed = running.done
-    kept, verdicts = run_to_the_end(running, folder, save_every=save_every)
+    kept, verdicts = run_to_the_end(running, folder, save_every=save_every, trackers=trackers)
+    if picture is not None:
+        draw_run(running, picture)
     tell_outcome(running, folder, kept, verdicts, resumed_at=resumed, as_json=as_json)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..drawn.curves import curves_picture
+from ..folder import disk
 from ..runs import Run, Verdict
 from ..weights import plain_weight
 from .console import note, out, print_json
 from .outcome_table import outcome_table
 
-__all__ = ["foretell", "tell_outcome"]
+__all__ = ["draw_run", "foretell", "tell_outcome"]
 
 
 def foretell(running: Run, rows: int) -> None:
@@ -108,6 +110,20 @@ def tell_outcome(
         out().print(line, soft_wrap=True)
     if stale:
         out().print(f"stale now: {', '.join(stale)}")
+
+
+def draw_run(running: Run, file: Path) -> None:
+    """Write the curves of a run that has ended; say so where it took no step.
+
+    Raises:
+        FolderError: the file can't be written.
+    """
+    record = running.record
+    if record is None:
+        note("no step was taken, so nothing is drawn: lora-tree runs FOLDER N --picture FILE")
+        return
+    disk.replace(file, curves_picture([record]).encode())
+    note(f"drawn: {file}")
 
 
 def _figures(verdict: Verdict) -> dict[str, object]:

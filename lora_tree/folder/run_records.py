@@ -168,6 +168,25 @@ class RunRecord:
         """Return the losses on held-out rows, in order; raises like `metrics`."""
         return [_path_metric(line, where) for line, where in self._lines() if "path" in line]
 
+    def node_evaluations(self) -> dict[str, list[tuple[int, float]]]:
+        """Return each node's losses on held-out rows: (step, mean over the paths through it).
+
+        The mean is over all their tokens. A node without such rows is left out. Raises like
+        `metrics`.
+        """
+        measured = self.evaluations()
+        found: dict[str, list[tuple[int, float]]] = {}
+        for node in self.nodes:
+            sums: dict[int, list[PathMetric]] = {}
+            for line in measured:
+                if line.path == node or line.path.startswith(f"{node}/"):
+                    sums.setdefault(line.step, []).append(line)
+            for step, lines in sums.items():
+                tokens = sum(line.tokens for line in lines)
+                loss = math.fsum(line.loss * line.tokens for line in lines) / max(tokens, 1)
+                found.setdefault(node, []).append((step, loss))
+        return found
+
     def _lines(self) -> Iterator[tuple[dict[str, Any], str]]:
         file = self.folder / METRICS
         for number, line in enumerate(metric_lines(file), 1):

@@ -8,6 +8,7 @@ from .loop import Run
 from .promotion import promote, promotion_note
 from .retraining import Retraining, RetrainJob, plan_retraining
 from .rows import Row, read_rows
+from .run_comparison import RunComparison, compare_runs
 from .settings import Settings
 from .step import StepLosses
 from .watching import HeldOut
@@ -23,12 +24,14 @@ __all__ = [
     "Retraining",
     "Row",
     "Run",
+    "RunComparison",
     "Settings",
     "SliceLosses",
     "StepLosses",
     "Verdict",
     "bisect",
     "blame",
+    "compare_runs",
     "compare_trees",
     "evaluate",
     "plan_retraining",

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
-from ..folder.run_records import NodeOutcome, RunRecord, RunState, read_run
+from ..folder.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
 from ..model import TreeModel
 from ..provenance import DataFile, SaveNote, TrainedWith, seen_from
 from ..storage import as_path
@@ -210,8 +211,9 @@ class Run:
         model.train()
         self._begin_record()
         try:
+            measured: list[PathMetric] = []
             if self._watch is not None and not self._watch.began:
-                self._evaluate()
+                measured = self._evaluate(self._watch)
             while self.done < settings.steps:
                 self._check_sound()
                 step = self._step(order)
@@ -224,11 +226,12 @@ class Run:
                 if self._watch is not None:
                     self._watch.patience.note_moved(one.node for one in step.nodes)
                     if self._watch.is_due(self.done):
-                        self._evaluate()
+                        measured += self._evaluate(self._watch)
                 if self._all_stopped_at is not None:
                     self.done = settings.steps  # no node trains any more: no step is left
                 if save_every and self.done % save_every == 0 and self.done < settings.steps:
                     self.save()
+                step, measured = replace(step, held_out=tuple(measured)), []
                 yield step
         finally:
             # Reached as well where the caller leaves the loop early and drops the generator.
@@ -396,11 +399,11 @@ class Run:
     def _all_stopped_at(self) -> int | None:
         return None if self._watch is None else self._watch.patience.all_stopped_at
 
-    def _evaluate(self) -> None:
-        assert self._watch is not None
-        lines = self._watch.evaluate(self.done)
+    def _evaluate(self, watch: RunWatch) -> list[PathMetric]:
+        lines = watch.evaluate(self.done)
         if self._recorder is not None:
             self._recorder.note(lines)
+        return lines
 
     def _step(self, order: Sequence[int]) -> StepLosses:
         """Take the next step, on its rows through the nodes that have not stopped."""

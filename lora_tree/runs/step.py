@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..folder.run_records import NodeMetric
+from ..folder.run_records import NodeMetric, PathMetric
 from ..model import TreeModel
 from ..training.diverged import check_finite_step
 from ..training.levels import over_of
@@ -45,12 +45,14 @@ class StepLosses:
         tokens: learnt in it.
         nodes: what it was for each node that had rows, in the order of the groups. Two steps are
             compared without it, since it has the time that they took.
+        held_out: the losses on held-out rows that were measured since the step before.
     """
 
     number: int
     losses: Mapping[str, float]
     tokens: int
     nodes: tuple[NodeMetric, ...] = field(default=(), compare=False)
+    held_out: tuple[PathMetric, ...] = ()
 
 
 def take_step(
