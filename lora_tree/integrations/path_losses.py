@@ -97,6 +97,10 @@ class PathTotals:
         """Return the mean over each path's tokens; paths without learnt tokens are left out."""
         return {name: self._sums[name] / tokens for name, tokens in self._tokens.items() if tokens}
 
+    def losses(self) -> dict[str, tuple[float, int]]:
+        """Return each path's mean and its learnt tokens."""
+        return {name: (mean, self._tokens[name]) for name, mean in self.means().items()}
+
     def _learn(self, names: Sequence[str], device: torch.device) -> None:
         """Give every blend a place, the same on all ranks."""
         strange = sorted(set(names) - set(self._order))

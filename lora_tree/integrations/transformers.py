@@ -28,12 +28,14 @@ from torch import Tensor, nn
 
 from ..blend import Blend, spelled
 from ..errors import MissingExtra, SpecError, listing
+from ..folder import NodeOutcome
 from ..model import TreeModel
 from ..runs import Verdict
 from ..training.diverged import BASE_LABEL, check_finite_step
 from ..training.every_rank import joined
 from ..training.levels import Over, over_of, several_levels, weight_decays
 from ..training.losses import path_loss, token_counts
+from ..training.patience import PathLosses
 from ..training.sampling import PathSampler
 from ..training.sharded import full
 from .held_rows import HeldRows, held_rows
@@ -47,6 +49,9 @@ from .trainer_arguments import (
     whole_groups,
 )
 from .tree_checkpoints import TreeCheckpoints  # says first what is missing
+
+# isort: split
+from .node_stopping import NodeStopping
 
 # isort: split
 from transformers import Trainer, TrainerCallback
@@ -80,6 +85,8 @@ class TreeTrainer(TreeCheckpoints):
         temperature: draw rows path by path with it, as `PathSampler` does; None: as the Trainer
             draws them.
         path_column: where a row of the data says its path, ``""`` for the bare base.
+        patience: stop a node after so many evaluations in succession that were no better, and bring
+            it back to its best one; its siblings go on, and at the end every node is brought back.
         save_to: where the tree is saved when training has ended; None: only where `save_model`
             says.
         **trainer: any other argument of the Trainer.
@@ -109,6 +116,7 @@ class TreeTrainer(TreeCheckpoints):
         hold_back: float | None = None,
         temperature: float | None = None,
         path_column: str = "path",
+        patience: int | None = None,
         save_to: str | os.PathLike[str] | None = None,
         **trainer: Any,
     ) -> None:
@@ -170,6 +178,19 @@ class TreeTrainer(TreeCheckpoints):
             str, Blend
         ] = {}  # path → what serves its rows, while leaves are judged
         self._tables: list[Tensor] = []
+        self.path_losses: PathLosses = {}  # of the last evaluation
+        if patience is not None:
+            self.stopping = NodeStopping(self, patience)
+            self.add_callback(self.stopping)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Path → its learnt tokens in the step that runs, over micro-batches and ranks."""
+        return self._counts or {}
+
+    def node_outcomes(self) -> dict[str, NodeOutcome]:
+        """Return what became of each node on the evaluation's rows; empty without ``patience``."""
+        return {} if self.stopping is None else self.stopping.outcomes()
 
     def _sampler_of(self, temperature: float | None) -> PathSampler | None:
         if temperature is None:
@@ -381,7 +402,8 @@ class TreeTrainer(TreeCheckpoints):
         self._totals = PathTotals(self.tree_model.tree)
         out = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        means, self._totals = self._totals.means(), None
+        means, self.path_losses = self._totals.means(), self._totals.losses()
+        self._totals = None
         if means:
             out.metrics[f"{prefix}_loss"] = sum(
                 self.path_weights.get(path, 1.0) * mean for path, mean in means.items()

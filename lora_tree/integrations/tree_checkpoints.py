@@ -41,6 +41,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
 
     tree_model: TreeModel
     save_to: str | os.PathLike[str] | None
+    stopping: Any = None  # a NodeStopping, if nodes may stop
     _stage: Path | None = None  # where the checkpoint lies that is being written
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +89,8 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
             save_factors(self.tree_model, Path(output_dir), writes=self.args.should_save)
             if self.args.should_save and self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+            if self.args.should_save and self.stopping is not None:
+                self.stopping.save(Path(output_dir))
             return
         where = output_dir if output_dir is not None else self.save_to
         if where is None:
@@ -159,6 +162,8 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         load_factors(self.tree_model, Path(resume_from_checkpoint))
+        if self.stopping is not None:
+            self.stopping.resume(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         load_factors(self.tree_model, Path(self.state.best_model_checkpoint))
