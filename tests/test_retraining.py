@@ -12,13 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from zoo import listing, opened
 
 import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, open_base, save_base
 from lora_tree.errors import SpecError
-from lora_tree.runs import Comparison, SliceLosses, compare_trees, plan_retraining, read_rows
+from lora_tree.runs import (
+    Comparison,
+    Run,
+    Settings,
+    SliceLosses,
+    compare_trees,
+    plan_retraining,
+    read_rows,
+)
 from lora_tree.runs.evaluation import evaluate_at
 
 SMALL = ("--steps", 2, "--batch", 2, "--lr", 0.01, "--hold-back", 0)
@@ -147,6 +156,91 @@ def test_it_comes_to_the_bits_of_the_same_commands_by_hand(project: Path, tmp_pa
     assert present.by.startswith("lora-tree retrain")
     assert present.training is not None
     assert present.training.data == lt.data_files([project / "below.jsonl"], project / "zoo")
+
+
+def one_node(base: Path, place: Path, **spec: Any) -> Path:
+    """A tree of one new node, and rows of it beside."""
+    (place / "zoo").mkdir(parents=True)
+    told = {"version": 1, "base": str(base), "tree": {"fr": {"r": 2, **spec}}}
+    (place / "zoo" / "tree.yaml").write_text(json.dumps(told))
+    rows(place / "fr.jsonl", "fr")
+    return place / "zoo"
+
+
+WEIGHTS = "fr/adapter_model.safetensors"
+
+
+def test_fresh_comes_to_the_bits_of_a_new_node_and_the_history_keeps_the_old(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = one_node(base, tmp_path / "twice", target_modules=["q_proj", "v_proj"])
+    again = (*SMALL, "--seed", 4, "--quiet")
+    run("train", zoo, "--data", zoo.parent / "fr.jsonl", *SMALL, "--quiet")
+    run("train", zoo, "--data", zoo.parent / "fr.jsonl", *again)
+    new = one_node(base, tmp_path / "once", target_modules=["q_proj", "v_proj"])
+    run("train", new, "--data", new.parent / "fr.jsonl", *again)
+    was = (zoo / WEIGHTS).read_bytes()
+    assert was != (new / WEIGHTS).read_bytes()
+    before = listing(zoo)
+    capsys.readouterr()
+    run("retrain", zoo, "fr", "--fresh", "--dry-run")
+    assert "would train again, from new factors:\n  fr: 2 steps on" in capsys.readouterr().out
+    run("retrain", zoo, "fr", "--fresh", code=1)
+    assert "retrain asks before it trains" in capsys.readouterr().err
+    assert listing(zoo) == before
+    run("retrain", zoo, "fr", "--fresh", "--yes")
+    assert "fr: from new factors, on the bare base; 4 rows" in capsys.readouterr().err
+    assert (zoo / WEIGHTS).read_bytes() == (new / WEIGHTS).read_bytes()
+    run("retrain", zoo, "fr", "--fresh", "--yes", "--quiet")  # the same run, which is over
+    assert (zoo / WEIGHTS).read_bytes() == (new / WEIGHTS).read_bytes()
+    run("restore", zoo, "fr@2")
+    assert (zoo / WEIGHTS).read_bytes() == was
+
+
+def test_a_fresh_run_that_was_cut_off_goes_on_as_one_and_as_no_other(
+    base: Path, tmp_path: Path
+) -> None:
+    zoo = one_node(base, tmp_path, target_modules=["q_proj"])
+    run("train", zoo, "--data", tmp_path / "fr.jsonl", *SMALL, "--quiet")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+
+    def begin(where: str, *, fresh: bool = True) -> Run:
+        tree = lt.load(zoo)
+        own = read_rows([tmp_path / "fr.jsonl"], tree, tokenizer)
+        torch.manual_seed(9)
+        model = lt.attach(tree, open_base(base))
+        settings = Settings(steps=3, batch=2, lr=0.01, dropout=0.5)
+        return Run(model, own, settings, tmp_path / where, nodes=["fr"], fresh=fresh)
+
+    def numbers(done: Run) -> list[Any]:
+        adapter = done.model.tree.adapter("fr")
+        assert adapter is not None
+        return [tensor.tolist() for _, tensor in adapter.named_tensors()]
+
+    whole = begin("whole")
+    list(whole.steps())
+    cut = begin("cut")
+    next(cut.steps())
+    cut.save()
+    with pytest.raises(SpecError, match="of a run with other fresh: was True and is False"):
+        begin("cut", fresh=False)
+    going_on = begin("cut")
+    assert going_on.done == 1
+    list(going_on.steps())
+    assert numbers(going_on) == numbers(whole)
+
+
+def test_a_node_that_replaces_tensors_can_not_begin_anew(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = one_node(base, tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    run("train", zoo, "--data", tmp_path / "fr.jsonl", *SMALL, "--quiet")
+    before = listing(zoo)
+    capsys.readouterr()
+    run("retrain", zoo, "fr", "--fresh", "--yes", code=1)
+    said = "can't train fr: it replaces lm_head.weight, and only factors can be drawn anew"
+    assert said in capsys.readouterr().out
+    assert listing(zoo) == before
 
 
 def test_it_asks_and_does_nothing_where_nobody_can_answer(

@@ -62,6 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": ("lora-tree train zoo/ --data rows.jsonl --base models/base --steps 20",),
     "retrain": (
         "lora-tree retrain zoo/ --stale --dry-run",
+        "lora-tree retrain zoo/ --stale --fresh --dry-run",
         "lora-tree retrain zoo/ --stale --base models/base --yes",
     ),
     "runs": ("lora-tree runs zoo/", "lora-tree runs zoo/ 1 --picture run.svg"),

@@ -35,6 +35,12 @@ def train_again(
     nodes: Nodes = None,
     *,
     stale: Annotated[bool, typer.Option("--stale", help="Train what is stale.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Begin from new factors of the same shapes, not from the present ones."
+        ),
+    ] = False,
     base: Base = None,
     save_every: Annotated[
         int, typer.Option(min=0, help="Write a checkpoint after so many steps; 0: only the last.")
@@ -55,9 +61,9 @@ def train_again(
             "name nodes, or take what is stale: lora-tree retrain FOLDER --stale", "not both"
         )
     tree = _opened(folder)
-    plan = plan_retraining(tree, nodes or None)
+    plan = plan_retraining(tree, nodes or None, fresh=fresh)
     if not as_json:
-        _tell(plan, dry_run=dry_run)
+        _tell(plan, dry_run=dry_run, fresh=fresh)
     trained: dict[str, NodeOutcome] = {}
     if plan.jobs and not dry_run:
         _ask(yes=yes, as_json=as_json)
@@ -70,11 +76,13 @@ def train_again(
         held_out = [_held_out(job, tree, tokenizer) for job in plan.jobs]
         model = open_model(name, trust_remote_code=trust_remote_code)
         for job, own, watch in zip(plan.jobs, rows, held_out, strict=True):
-            trained.update(_train(job, own, watch, folder, model, save_every=save_every))
+            trained.update(
+                _train(job, own, watch, folder, model, save_every=save_every, fresh=fresh)
+            )
         tree = _opened(folder)
     still = [path for path in tree.paths() if tree[path].stale]
     if as_json:
-        print_json(_plain(folder, plan, trained, still, dry_run=dry_run))
+        print_json(_plain(folder, plan, trained, still, dry_run=dry_run, fresh=fresh))
     elif not dry_run:
         if trained:
             out().print(outcome_table(trained))
@@ -91,12 +99,13 @@ def _opened(folder: Path) -> AdapterTree:
         return load(folder)
 
 
-def _tell(plan: Retraining, *, dry_run: bool) -> None:
+def _tell(plan: Retraining, *, dry_run: bool, fresh: bool) -> None:
     if not plan.jobs and not plan.left:
         out().print("nothing is stale: nothing to do")
         return
     if plan.jobs:
-        out().print("would train again:" if dry_run else "to be trained again:")
+        what = "would train again" if dry_run else "to be trained again"
+        out().print(f"{what}{', from new factors' if fresh else ''}:")
     for job in plan.jobs:
         out().print(f"  {job}", soft_wrap=True)
         if job.changed:
@@ -152,6 +161,7 @@ def _train(
     base: Any,
     *,
     save_every: int,
+    fresh: bool,
 ) -> dict[str, NodeOutcome]:
     """Run one job, save the tree, and return what became of its nodes."""
     # Opened again for each run: it stands on what the run before has saved.
@@ -171,6 +181,7 @@ def _train(
             held_out=held_out,
             records=folder,
             by=command_note().by,
+            fresh=fresh,
         )
         foretell(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)
@@ -187,6 +198,7 @@ def _plain(
     still: Sequence[str],
     *,
     dry_run: bool,
+    fresh: bool,
 ) -> dict[str, Any]:
     jobs = []
     for job in plan.jobs:
@@ -203,6 +215,7 @@ def _plain(
     return {
         "folder": str(folder),
         "dry_run": dry_run,
+        "fresh": fresh,
         "jobs": jobs,
         "left": plan.left,
         "losses": losses,

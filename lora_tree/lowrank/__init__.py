@@ -8,6 +8,7 @@
     cast.py      a value moved or rounded, and whether that lost a number
     qr_core.py   the (r, r) core of a product, and its nearest smaller rank
     adding.py    what several values make: their sum, their inner product
+    drawing.py   new factors, whose product is nothing yet
 
 Law: no operation builds an (out, in) matrix except `LowRank.dense`, and that one can be had in
 blocks of rows.
@@ -17,6 +18,7 @@ rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
 """
 
 from .adding import concat, inner, same_place, stacked
+from .drawing import draw_again, draw_uniform
 from .layout import EMBEDDING, LINEAR, PARAMETER, Layout
 from .value import LowRank, Truncated, is_sharded
 
@@ -28,6 +30,8 @@ __all__ = [
     "LowRank",
     "Truncated",
     "concat",
+    "draw_again",
+    "draw_uniform",
     "inner",
     "is_sharded",
     "same_place",

@@ -19,7 +19,14 @@ from ..model import TreeModel
 from ..tree import AdapterTree
 from .rows import Row
 
-__all__ = ["NodeForecast", "becoming_stale", "chosen", "losses_of", "what_trains"]
+__all__ = [
+    "NodeForecast",
+    "becoming_stale",
+    "chosen",
+    "losses_of",
+    "what_trains",
+    "why_not_fresh",
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,14 @@ def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
         if stays and tree[path].has_adapter and not fits_any:
             stale.append(path)
     return stale
+
+
+def why_not_fresh(tree: AdapterTree, path: str) -> str | None:
+    """Say why a node can't begin from new factors; None if it can."""
+    adapter = tree.outline(path)
+    if adapter is None or not adapter.overrides:
+        return None
+    return f"it replaces {listing(adapter.overrides, most=2)}, and only factors can be drawn anew"
 
 
 def losses_of(

@@ -30,6 +30,7 @@ from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..folder.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
+from ..lowrank import draw_again
 from ..model import TreeModel
 from ..provenance import DataFile, SaveNote, TrainedWith, seen_from
 from ..storage import as_path
@@ -41,7 +42,14 @@ from ..tree import AdapterTree
 from ..weights import weight_at
 from .checkpoint_factors import save_factors
 from .checkpoint_place import appearing, retire
-from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
+from .forecast import (
+    NodeForecast,
+    becoming_stale,
+    chosen,
+    losses_of,
+    what_trains,
+    why_not_fresh,
+)
 from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
 from .place import (
     ABOUT,
@@ -92,6 +100,8 @@ class Run:
         records: the tree's folder, or its tree.yaml: what the run does is noted there, for
             `lora_tree.run_records`. None: nowhere.
         by: the command, or what the program calls itself, for the record.
+        fresh: begin from new factors of the same shapes, drawn from torch's own generator as those
+            of a new node are; else from the present ones.
 
     Attributes:
         nodes: what trains, in the order of the tree.
@@ -127,6 +137,7 @@ class Run:
         held_out: HeldOut | None = None,
         records: str | os.PathLike[str] | None = None,
         by: str = "Run",
+        fresh: bool = False,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
         self._records, self._by = records, by
@@ -140,6 +151,8 @@ class Run:
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
         _check_names(settings, self.nodes, tree)
         _check_weights(tree, self.nodes)
+        if fresh:
+            _check_drawable(tree, self.nodes)
         through = _through(rows, self.nodes, tree)
         self.prefers = are_preferences(through)
         if self.prefers:
@@ -163,6 +176,8 @@ class Run:
             watched = held_out_rows(held_out, self.held_back, model, self.nodes, self.prefers)
             self._about["held_out"] = held_out_identity(held_out, watched)
         before = last_of(self.folder)
+        if fresh or (before is not None and "fresh" in before.about):
+            self._about["fresh"] = fresh
         # Refuse before `trainable` changes the model: a run that can't begin leaves no trace.
         if before is not None and not before.is_finished:
             refuse_other(before, self._about)
@@ -176,6 +191,8 @@ class Run:
         model.follow(self.optimizer)
         # Before a checkpoint is loaded: the forecast tells of the tree as the user knows it.
         self.trained: list[NodeForecast] = what_trains(tree, self.nodes, self.rows)
+        if fresh:
+            self.trained = [replace(forecast, is_new=True) for forecast in self.trained]
         self.outdated = becoming_stale(tree, self.nodes)
         # A copy to go back to if the run diverges: the tree must not keep factors that are NaN.
         self._start = Start(model.factors)
@@ -190,6 +207,9 @@ class Run:
         self.was_over = False
         self.aside: LastCheckpoint | None = None
         self.done = 0 if before is None else self._resume(before)
+        # A run that goes on, or that is over, has its new factors already.
+        if fresh and (before is None or self.aside is not None):
+            self._draw_again()
 
     def steps(self, *, save_every: int | None = None) -> Iterator[StepLosses]:
         """Take the steps that are left, one for each value asked for.
@@ -480,6 +500,15 @@ class Run:
         self._remember(before)
         return before.step
 
+    def _draw_again(self) -> None:
+        """Make the factors that train new ones; a run that diverges gives the old ones back."""
+        for node in self.nodes:
+            adapter = self.model.tree.adapter(node)
+            assert adapter is not None  # it trains
+            # In the order in which a new node's are drawn, so that one seed gives one adapter.
+            for _, value in sorted(adapter.modules.items()):
+                draw_again(value)
+
     def _remember(self, before: LastCheckpoint) -> None:
         known = {"", *self.model.tree}
         self.first.update(losses_told(before.about, "first", known))
@@ -497,6 +526,20 @@ def _refuse_encoder(model: TreeModel) -> None:
             "train it with lora_tree.integrations.transformers.TreeTrainer "
             "and a collator for such models",
         )
+
+
+def _check_drawable(tree: AdapterTree, nodes: Sequence[str]) -> None:
+    """Refuse new factors for nodes that replace tensors of the base.
+
+    Raises:
+        SpecError: names the node.
+    """
+    for node in nodes:
+        reason = why_not_fresh(tree, node)
+        if reason is not None:
+            raise SpecError(
+                f"{node}: {reason}", "train it as it is, or add a new node in its place"
+            )
 
 
 def _check_names(settings: Settings, nodes: Sequence[str], tree: AdapterTree) -> None:

@@ -23,6 +23,7 @@ from ..folder.nodes import made_of_node
 from ..provenance import DataFile, TrainedWith
 from ..system.reading import is_file
 from ..tree import AdapterTree
+from .forecast import why_not_fresh
 from .settings import Settings
 
 __all__ = ["RetrainJob", "Retraining", "plan_retraining"]
@@ -74,7 +75,9 @@ class Retraining:
         return [node for job in self.jobs for node in job.nodes]
 
 
-def plan_retraining(tree: AdapterTree, nodes: Sequence[str] | None = None) -> Retraining:
+def plan_retraining(
+    tree: AdapterTree, nodes: Sequence[str] | None = None, *, fresh: bool = False
+) -> Retraining:
     """Return how to train nodes again with what they were trained with, from the root down.
 
     The nodes below those become stale with it, so they are in the plan as well.
@@ -82,6 +85,7 @@ def plan_retraining(tree: AdapterTree, nodes: Sequence[str] | None = None) -> Re
     Args:
         tree: opened from a folder; nothing of it is changed.
         nodes: paths or patterns; None: what is stale.
+        fresh: they are to begin from new factors: nodes that can't are left.
 
     Raises:
         PathError: a path or pattern matches no node.
@@ -106,6 +110,8 @@ def plan_retraining(tree: AdapterTree, nodes: Sequence[str] | None = None) -> Re
             continue
         training = _training_of(tree, path)
         reason = _why_not(tree, path, training, left, files)
+        if reason is None and fresh:
+            reason = why_not_fresh(tree, path)
         if reason is None and training is not None:
             able[path] = training
         elif reason is not None:

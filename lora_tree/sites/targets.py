@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import BaseMismatch, listing, suggest
-from ..lowrank import LowRank
+from ..lowrank import LowRank, draw_uniform
 from ..override import Override
 from ..patterns import MatchingBudget, Patterns
 from ..spec import LoraSpec
@@ -187,9 +187,7 @@ def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
     if spec.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / r)
     else:
-        # kaiming_uniform_(a=√5) of each matrix. That of torch would take a batch for a kernel.
-        bound = 1 / math.sqrt(into)
-        nn.init.uniform_(A, -bound, bound)
+        draw_uniform(A)
     B = torch.zeros(*batch, out, rank, dtype=torch.float32, device=device)
     bias = None
     if spec.lora_bias:
