@@ -35,6 +35,13 @@ def main(
         bool, typer.Option("--small", help="A toy size: that it runs, not what comes out.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Every seed and leaf.")] = False,
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Of packages and manuals, only tables whose heading has this in it.",
+            metavar="TEXT",
+        ),
+    ] = "",
     keep: Annotated[
         Path | None,
         typer.Option(help="A folder that keeps each run's result: a later command goes on there."),
@@ -50,7 +57,9 @@ def main(
         say(f"[bold]{part}")
         text = ""
         if part in (Part.packages, Part.manuals):
-            leaves, outcomes = compare(size, manuals=part is Part.manuals, kept=kept, say=say)
+            leaves, outcomes = compare(
+                size, manuals=part is Part.manuals, only=only, kept=kept, say=say
+            )
             found[part.value] = [asdict(outcome) for outcome in outcomes]
             text = "no manual pages are installed: skipped\n"
             if outcomes:

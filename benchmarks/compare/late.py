@@ -1,9 +1,9 @@
 """A leaf that comes later, with a part of its data: what it gains, and what it costs the others.
 
 parent          the group of the leaf, trained without it
-leaf            a new node on that group; everything above it is frozen
-leaf, fitted    the same at the weight that does best on rows held back, as `lora-tree train`
-                keeps it
+leaf            a new node on that group, of the rank that leaves have; all above it is frozen
+leaf, fitted    the same at the weight that does best on rows held back
+wide leaf       a new node of the rank that flat has, fitted likewise
 flat            an adapter of its own, from scratch
 pooled, on      the pooled adapter, trained on with the leaf's rows; the other leaves lose by it
 """
@@ -58,7 +58,12 @@ def late_leaf(size: Size = FULL, *, kept: Kept = NOWHERE, say: Say = quiet) -> l
     for leaf in firsts.values():
         before = _Before(text, systems, settings, leaf)
         for share in size.shares:
-            made = text.kept.result(before.about(share), partial(_late, before, share))
+            about = before.about(share)
+            made = text.kept.result(about, partial(_late, before, share))
+            rank = systems["flat"].leaf
+            made["bits"]["wide leaf"] = text.kept.result(
+                {**about, "wide": rank}, partial(_wide, before, share, rank)
+            )
             found.append(LateLeaf(leaf, share, made["bits"], (made["mean"], made["most"])))
             say(f"{leaf}, {share:g}: {found[-1]}")
     return found
@@ -105,15 +110,30 @@ class _Before:
         return trained(self.text, self.systems[name], self.settings[name], 1, rest, held_out=held)
 
 
-def _late(known: _Before, share: float) -> dict[str, Any]:
-    """Train a leaf with a share of its data in every way."""
-    text, size, leaf = known.text, known.text.size, known.leaf
+def _split(text: Text, leaf: str, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a share of a leaf's tokens: all of it, its part to train on, and windows held back."""
+    size = text.size
     tokens = text.streams()[leaf]
     tokens = tokens[: max(int(share * len(tokens)), 10 * size.length)]
     cut = len(tokens) * 9 // 10
     kept = evenly_spread(tokens[cut:], windows=size.windows, length=size.length)
+    return tokens, tokens[:cut], kept
+
+
+def _wide(known: _Before, share: float, rank: int) -> float:
+    """Train a leaf of a rank on the tree, and return its bits at the weight that does best."""
+    text, leaf = known.text, known.leaf
+    _, part, kept = _split(text, leaf, share)
+    bits = _on_the_tree(text, known.tree, leaf, part, kept, known.settings["tree"], rank)
+    return bits["leaf, fitted"]
+
+
+def _late(known: _Before, share: float) -> dict[str, Any]:
+    """Train a leaf with a share of its data in every way."""
+    text, leaf = known.text, known.leaf
+    tokens, part, kept = _split(text, leaf, share)
     tree, systems, settings = known.tree, known.systems, known.settings
-    bits = _on_the_tree(text, tree, leaf, tokens[:cut], kept, settings["tree"], systems)
+    bits = _on_the_tree(text, tree, leaf, part, kept, settings["tree"], systems["tree"].leaf)
     flat = System("flat", 0, 0, systems["flat"].leaf, over="paths")
     only = {leaf: text.held_out[leaf]}
     _, own = trained(text, flat, settings["flat"], 1, {leaf: tokens}, held_out=only)
@@ -132,11 +152,10 @@ def _on_the_tree(
     tokens: Tensor,
     kept: Tensor,
     setting: Setting,
-    systems: Mapping[str, System],
+    rank: int,
 ) -> dict[str, float]:
     """Train a new leaf on the frozen tree, and take it out again."""
     path, group = f"all/{leaf}", f"all/{leaf.partition('/')[0]}"
-    rank = systems["tree"].leaf
     torch.manual_seed(1)
     tree.add(path, r=rank, lora_alpha=2.0 * rank)
     model = lt.attach(tree, text.base)

@@ -187,9 +187,22 @@ def measured(
 
 
 def compare(
-    size: Size = FULL, *, manuals: bool = False, kept: Kept = NOWHERE, say: Say = quiet
+    size: Size = FULL,
+    *,
+    manuals: bool = False,
+    only: str = "",
+    kept: Kept = NOWHERE,
+    say: Say = quiet,
 ) -> tuple[list[str], list[Outcome]]:
-    """Return the leaves, and what came out; the bare base first. No leaves: they are not there."""
+    """Return the leaves, and what came out; the bare base first. No leaves: they are not there.
+
+    Args:
+        size: how much is trained and measured.
+        manuals: the leaves are manual pages.
+        only: a part of a table's heading: the other tables are left out.
+        kept: where results of runs are kept.
+        say: is told what came out, line by line.
+    """
     text = opened(size, manuals=manuals, kept=kept, say=say)
     if not text.leaves:
         return [], []
@@ -199,6 +212,8 @@ def compare(
     known: dict[tuple[System, str], Outcome] = {}
     chosen: dict[System, Setting] = {}
     for data, (comparison, systems) in product(DATA, SYSTEMS.items()):
+        if only not in f"{comparison}, {data}":
+            continue
         for system in systems:
             # A system of the same ranks may stand in both comparisons.
             made = known.get((system, data))
