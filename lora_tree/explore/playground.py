@@ -1,6 +1,6 @@
 """The playground: a page that asks several paths and blends one thing, by gradio.
 
-    prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a run, growing ─▶ Answering.html ─▶ the page
+    prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a growing run ─▶ Answering.html ─▶ the page
 
 Laws: gradio reports to nobody, shares no link, keeps no history and writes no file: pictures and
 answers are parts of the page. One question at a time is on the model; others wait in its queue.
