@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_folder_faults import MODULES, FaultyOs, Killed
 from zoo import CONFIG, WEIGHTS, adapter, all_are_there, listing, opened, value
 
 import lora_tree as lt
+from lora_tree.cli import main
 from lora_tree.errors import FolderError, LoraTreeError, PathError, SpecError, TreeError
 from lora_tree.folder import archive, disk
 from lora_tree.folder.history import (
@@ -412,6 +414,20 @@ def test_killed_at_every_operation_it_is_as_before_or_done(
     assert at > 20
     assert outcomes == sorted(outcomes)
     assert len(set(outcomes)) == 2
+
+
+def test_a_narrow_terminal_cuts_neither_number_nor_content(
+    zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced(zoo, 5, 6)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        main(["log", str(zoo), "fr/legal"])
+    printed = capsys.readouterr().out
+    for number, content in enumerate(told(zoo)["fr/legal"], 1):
+        assert re.search(rf"^ +{number} .* {content[:8]} ", printed, re.MULTILINE)
+    assert "by seed 6" in printed
 
 
 def test_a_log_that_is_broken_is_named(zoo: Path) -> None:

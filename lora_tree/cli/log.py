@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,9 @@ def _tell(path: str, versions: list[Version]) -> None:
     if last.until is not None:
         gone = f": removed {last.until} by {last.ended_by}"
     out().print(f"{path}{gone}", soft_wrap=True)
+    if sys.stdout.isatty():
+        _tell_in_lines(versions)
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("", justify="right")
     for heading in ("when", "content", "weight", "loss", "size", "trained on", "data", "by"):
@@ -70,6 +74,21 @@ def _tell(path: str, versions: list[Version]) -> None:
     for number, version in enumerate(versions, 1):
         table.add_row(str(number), *(printable(text) for text in _cells(version)))
     out().print(table)
+
+
+def _tell_in_lines(versions: list[Version]) -> None:
+    """Print each version in two lines, which a terminal may break.
+
+    It would cut a table at its edge, and with it the number that ``restore`` asks for.
+    """
+    for number, version in enumerate(versions, 1):
+        when, content, weight, loss, size, on, data, by = map(printable, _cells(version))
+        facts = [f"{number:>3}", when, content, f"weight {weight}", size]
+        if loss:
+            facts.append(f"loss {loss}")
+        out().print("   ".join(facts), soft_wrap=True)
+        origin = f"by {by}, on {on}" + (f", from {data}" if data else "")
+        out().print(f"      {origin}", style="dim", soft_wrap=True)
 
 
 def _cells(version: Version) -> list[str]:
