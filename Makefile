@@ -27,8 +27,8 @@ NEEDS_PYTHON = @test -n '$(PYTHON)' || \
 	{ echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl test-kills fuzz \
-	docs pictures lint bench compare clean
+.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl test-kills \
+	test-notebooks fuzz docs pictures notebooks lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -81,6 +81,9 @@ test-trl: $(TRLED)  ## trl over a tree beside trl over PEFT, and quantised bases
 test-kills: $(STAMP)  ## kill -9 at random moments of train, restore and gc (under 4 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tests_kills $(ARGS)
 
+test-notebooks: $(STAMP)  ## the notebooks of examples/ run and show what they are kept with (2 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tests_notebooks $(ARGS)
+
 test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; skipped in one line without a GPU)
 	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)
 
@@ -127,6 +130,9 @@ docs: $(SITED)  ## the site of the documents, in build/site (a broken link is an
 
 pictures: $(STAMP)  ## the pictures of the README, from a tree that it trains (under 10 minutes)
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) site_tools/pictures.py $(ARGS)
+
+notebooks: $(STAMP)  ## run the notebooks of examples/ and keep what they show (under 3 minutes)
+	OMP_NUM_THREADS=1 $(PY) site_tools/notebooks.py $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

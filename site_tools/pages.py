@@ -2,6 +2,7 @@
 
     README.md, CONTRIBUTING.md, CHANGELOG.md      become pages; their links to docs/ become links
                                                   within the site
+    examples/*.ipynb                              become pages, with the outputs that are kept
     what typer knows of the commands              commands.md
     the public names                              python-*.md, filled by mkdocstrings
     files of the repository that a page links to  are copied beside it
@@ -21,6 +22,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from notebook_pages import page_of
 
 import lora_tree
 from lora_tree.cli.commands import COMMANDS, application
@@ -77,6 +79,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, names in _public_names().items():
         files.append(File.generated(config, page, content="\n".join(_objects(page, names))))
     files.append(File.generated(config, "site.css", content=STYLE))
+    for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
+        text, pictures = page_of(notebook)
+        files.append(File.generated(config, f"{notebook.stem}.md", content=_inside(text)))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"pictures/{name}", content=content))
     for path in sorted(_linked_files(config)):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files

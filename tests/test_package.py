@@ -25,6 +25,7 @@ OF_THE_SOURCE = [
     "tests",
     "tests_gpu",
     "tests_kills",
+    "tests_notebooks",
     "tests_trl",
     "docs",
     "benchmarks",
