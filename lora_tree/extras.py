@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import LoraTreeError, MissingExtra, SpecError
+from .errors import LoraTreeError, MissingExtra, SpecError, nearest
 
 __all__ = ["OTHER_BASE", "foreign", "hub_answers", "need", "open_pretrained"]
 
@@ -30,6 +30,16 @@ CONNECT_TIMEOUT_S = 5.0
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODEL"
+
+
+def _folder_meant(base: str) -> list[str]:
+    """Return a line that names the folder which a mistyped base may mean, if one lies there."""
+    above, name = os.path.split(base)
+    if not os.path.isdir(above or "."):
+        return []
+    folders = [entry.name for entry in os.scandir(above or ".") if entry.is_dir()]
+    near = nearest(name, folders)
+    return [] if near is None else [f"there is a folder {os.path.join(above, near)!r}"]
 
 
 def need(module: str, *, extra: str, what: str) -> Any:
@@ -139,11 +149,14 @@ def open_pretrained(
         SpecError: transformers can't open it, or it needs code of its own.
     """
     todo = [OTHER_BASE]
-    # Without this, from_pretrained waits half a minute for a hub that does not answer. For a folder
-    # there is nothing to ask.
-    if not os.path.isdir(base) and HUB_ID.fullmatch(os.fspath(base)) and not hub_answers():
-        options["local_files_only"] = True
-        todo.insert(0, "the hub does not answer, so a hub id opens only what was fetched before")
+    if not os.path.isdir(base) and HUB_ID.fullmatch(os.fspath(base)):
+        # Without this, from_pretrained waits half a minute for a hub that does not answer.
+        if not hub_answers():
+            options["local_files_only"] = True
+            todo.insert(
+                0, "the hub does not answer, so a hub id opens only what was fetched before"
+            )
+        todo[:0] = _folder_meant(os.fspath(base))
     try:
         with foreign(f"{base}: {failed}", *todo):
             return kind.from_pretrained(base, trust_remote_code=trust_remote_code, **options)

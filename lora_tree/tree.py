@@ -300,7 +300,7 @@ class AdapterTree:
         parent = "/".join(names[:-1])
         # The parent first: `_free` looks at its children, and for a parent that is not there
         # networkx would raise an error of its own.
-        self._known(parent)
+        self._parent_of(path, parent)
         self._free(path)
         if sum((adapter is not None, group, bool(lora))) > 1:
             raise SpecError(
@@ -359,7 +359,7 @@ class AdapterTree:
         # With the slashes, or "french" would be taken for a node below "fr".
         if (to + "/").startswith(path + "/"):
             raise TreeError(f"{path} can't be moved below itself, to {to}")
-        self._known("/".join(names[:-1]))
+        self._parent_of(to, "/".join(names[:-1]))
         # A node is not in its own way, so that a name may change in its case alone.
         self._free(to, but=path)
         below = self.paths(path)
@@ -654,6 +654,16 @@ class AdapterTree:
             raise PathError(
                 f"no node {path!r} in the tree{suggest_path(path, self._graph)}",
                 f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
+            )
+
+    def _parent_of(self, path: str, parent: str) -> None:
+        """Raise if the node above a new one is not there, and say how to make it."""
+        if parent not in self._graph:
+            raise PathError(
+                f"no node {parent!r} in the tree, below which {path} would lie"
+                f"{suggest_path(parent, self._graph)}",
+                f"add it first, without an adapter: tree.add({parent!r}, group=True), "
+                f"or lora-tree add FOLDER {parent} --group",
             )
 
     def _free(self, path: str, but: str | None = None) -> None:

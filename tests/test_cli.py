@@ -687,6 +687,17 @@ def test_check_of_a_base_that_is_none_is_one_message(
     assert f"error: {broken / name}: {message}" in err
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("basse", "base"), ("basse/model", None)])
+def test_a_folder_that_a_mistyped_base_may_mean_is_named(
+    shell: Shell, zoo: Path, base: Path, monkeypatch: pytest.MonkeyPatch, typed: str, meant: str
+) -> None:
+    assert base.name == "base"
+    monkeypatch.chdir(base.parent)
+    code, _, err = shell("check", zoo, "--base", typed)
+    assert code == 1
+    assert ("there is a folder 'base'" in err) is (meant is not None)
+
+
 def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) -> None:
     code, _, err = shell("generate", zoo, "fr", "--prompt", "x", "--temperature", "1e-45")
     assert code == 1

@@ -338,7 +338,8 @@ def test_changes_that_can_not_be_made_are_refused_and_change_nothing() -> None:
     for change, message in (
         (lambda: tree.add("fr"), "exists already"),
         (lambda: tree.add("FR"), "only by case"),
-        (lambda: tree.add("it/legal"), "no node 'it'"),
+        (lambda: tree.add("it/legal"), r"no node 'it'.*\n  add it first, .*FOLDER it --group"),
+        (lambda: tree.move("de", "law/de"), r"no node 'law' in the tree, below which law/de would"),
         (lambda: tree.add("it", weight=float("nan")), "finite"),
         (lambda: tree.add("it", rank=8), "unknown key 'rank'"),
         (
