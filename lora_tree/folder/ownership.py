@@ -144,7 +144,8 @@ class Ownership:
                 f"{listing(back)}: no node's any more, but no save wrote them, so they stay and "
                 "would come back",
                 "move them out of the folder, save the tree elsewhere, or open the tree again to "
-                "have them in it",
+                "have them in it; or work on copies, which a tree may move: "
+                f"lora-tree init NEW --from {self.opened.place.folder}",
             )
         return going
 
