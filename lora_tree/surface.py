@@ -38,6 +38,8 @@ from .algebra import (
 from .base_names import BaseWarning
 from .blend import Blend, parse_blend
 from .combining import combine
+from .explore.facts import ExploreFacts, explore_facts
+from .explore.page import explore_page
 from .export import (
     ENGINE_RANKS,
     Extracted,
@@ -108,6 +110,7 @@ __all__ = [
     "Deviation",
     "Diff",
     "Edited",
+    "ExploreFacts",
     "Extracted",
     "Freed",
     "Grown",
@@ -164,6 +167,8 @@ __all__ = [
     "diff",
     "diff_paths",
     "diff_trees",
+    "explore_facts",
+    "explore_page",
     "export_gguf",
     "export_gguf_nodes",
     "export_leaves",

@@ -26,6 +26,7 @@ __all__ = ["COMMANDS", "application"]
 COMMANDS = {
     "show": "show:show",
     "check": "check:list_problems",
+    "explore": "explore:explore",
     "lock": "lock:accept_files",
     "init": "init:new_tree",
     "add": "add:add_node",

@@ -18,6 +18,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lora-tree check zoo/ --base models/base",
         "lora-tree check zoo/ fr/legal --merged merged/legal --base models/base",
     ),
+    "explore": ("lora-tree explore zoo/ --html zoo.html",),
     "lock": ("lora-tree lock zoo/ --accept-stale",),
     "init": ("lora-tree init new-zoo/ --base models/base --r 8 --target q_proj",),
     "add": ("lora-tree add zoo/ fr/tax downloads/tax --copy",),

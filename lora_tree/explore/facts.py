@@ -1,0 +1,291 @@
+"""Everything that the page of a tree shows, as one value that becomes JSON.
+
+    folder ──▶ nodes, problems, versions, runs     headers, lock, history, records
+           ──▶ norms, module by module             every adapter is read once, and not kept
+           ──▶ likeness of some nodes              cosines of their increments
+           ──▶ losses, path by path                the output of `lora-tree eval --json`, if given
+
+Law: nothing is written, and what a damaged node can't tell is left out with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..algebra import Likeness, similar
+from ..algebra.sums import read_apart
+from ..drawn.node_lines import NodeLine, lines_of
+from ..drawn.stale_words import stale_words
+from ..errors import FormatError, LoraTreeError
+from ..folder import (
+    Problem,
+    RunRecord,
+    Version,
+    check,
+    disk,
+    history,
+    run_records,
+    survey,
+)
+from ..formats import strict_json
+from ..tree import AdapterTree
+from ..weights import plain_weight
+from .curves import plain_run
+
+__all__ = ["MOST_ALIKE", "ExploreFacts", "explore_facts", "read_evaluation"]
+
+MOST_ALIKE = 200
+"""The most nodes of which all pairs are compared without being asked for: n² numbers."""
+
+MOST_NORMS = 1_000_000
+"""The most norms of single modules that a page holds, some six megabytes."""
+
+RUNS = 30
+"""The last runs of a tree, which a page holds."""
+
+_EVALUATION_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class ExploreFacts:
+    """The facts of one tree.
+
+    Args:
+        folder: as the user named it.
+        base: of the tree.
+        lines: the nodes, depth first, broken ones too.
+        problems: what `lora_tree.check` found.
+        modules: the names of all modules that any node adapts, sorted.
+        norms: node → ‖weight · ΔW‖ by module, in the order of ``modules``; NaN: not adapted.
+        likeness: cosines of some nodes; None if there are fewer than two, or too many.
+        versions: node → its versions, the oldest first; only nodes with more than one.
+        made: node → its present version, which says when and by what it was made.
+        runs: the last runs, as plain data with their curves.
+        evaluation: losses by path and domain; None if no file was given.
+        notes: sentences about what was left out.
+    """
+
+    folder: str
+    base: str | None
+    lines: tuple[NodeLine, ...]
+    problems: tuple[Problem, ...]
+    modules: tuple[str, ...]
+    norms: Mapping[str, Sequence[float]]
+    likeness: Likeness | None
+    versions: Mapping[str, Sequence[Version]]
+    made: Mapping[str, Version]
+    runs: tuple[Mapping[str, Any], ...]
+    evaluation: Mapping[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as plain data, for JSON; numbers that are not finite become None."""
+        reasons = {problem.node: problem for problem in reversed(self.problems) if problem.node}
+        nodes = [self._node(line, reasons.get(line.path)) for line in self.lines]
+        norms = {path: [_short(number) for number in row] for path, row in self.norms.items()}
+        problems = []
+        for problem in self.problems:
+            problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
+        versions = {}
+        for path, found in self.versions.items():
+            versions[path] = [_plain_version(version) for version in found]
+        return {
+            "folder": self.folder,
+            "base": self.base,
+            "nodes": nodes,
+            "problems": problems,
+            "modules": list(self.modules),
+            "norms": norms,
+            "likeness": None if self.likeness is None else _plain_likeness(self.likeness),
+            "versions": versions,
+            "runs": list(self.runs),
+            "evaluation": self.evaluation,
+            "notes": list(self.notes),
+        }
+
+    def _node(self, line: NodeLine, problem: Problem | None) -> dict[str, Any]:
+        row = [number for number in self.norms.get(line.path, ()) if not math.isnan(number)]
+        made = self.made.get(line.path)
+        losses = None if made is None else made.losses
+        return {
+            "path": line.path,
+            "kind": line.kind,
+            "weight": plain_weight(line.weight),
+            "modules": line.modules,
+            "ranks": line.ranks,
+            "parameters": line.parameters,
+            "bytes": line.bytes,
+            "stale": None if line.stale is None else stale_words(line.path, line.stale),
+            "overrides": list(line.overrides),
+            "norm": _short(math.hypot(*row)) if row else None,
+            "loss": None if losses is None else _short(losses[1]),
+            "made": None if made is None else {"when": made.when, "by": made.by},
+            "problem": None if problem is None else problem.kind,
+        }
+
+
+def explore_facts(
+    folder: str | os.PathLike[str],
+    *,
+    alike: Sequence[str] | None = None,
+    norms: bool = True,
+    evaluation: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> ExploreFacts:
+    """Collect what there is to see of a tree.
+
+    Args:
+        folder: of the tree, or a YAML file in it.
+        alike: the nodes whose increments are compared with each other, as paths or patterns; all of
+            them where None, if they are no more than `MOST_ALIKE`.
+        norms: read every adapter and measure its modules; without it only headers are read.
+        evaluation: losses, as `read_evaluation` returns them.
+        progress: called with (nodes read, nodes there are).
+
+    Raises:
+        FolderError, SpecError: there is no such folder, or it is no tree.
+        PathError: a pattern of ``alike`` matches no node.
+
+    >>> # page = explore_page(explore_facts("zoo/").as_dict())
+    """
+    tree, survey_problems = survey(folder)
+    lines, _ = lines_of(tree, survey_problems)
+    notes: list[str] = []
+    measured: dict[str, dict[str, float]] = {}
+    if norms:
+        measured = _measured(tree, lines, notes, progress)
+    modules = sorted({module for row in measured.values() for module in row})
+    table: dict[str, list[float]] = {}
+    if len(measured) * len(modules) <= MOST_NORMS:
+        for path, row in measured.items():
+            table[path] = [row.get(module, math.nan) for module in modules]
+    else:
+        # Too many for a page: one number a node still gives the tree its colours.
+        notes.append("norms of single modules are left out: there are too many for one page")
+        modules = ["all modules"]
+        table = {path: [math.hypot(*row.values())] for path, row in measured.items()}
+    likeness = _likeness(tree, lines, alike, notes) if norms else None
+    found = history(folder)
+    versions = {path: own for path, own in found.items() if len(own) > 1}
+    made = {path: own[-1] for path, own in found.items() if own and own[-1].is_present}
+    records = run_records(folder)
+    if len(records) > RUNS:
+        notes.append(f"the last {RUNS} of {len(records)} runs are shown")
+    return ExploreFacts(
+        folder=os.fspath(folder),
+        base=tree.base,
+        lines=tuple(lines),
+        problems=tuple(check(folder)),
+        modules=tuple(modules),
+        norms=table,
+        likeness=likeness,
+        versions=versions,
+        made=made,
+        runs=tuple(_plain_runs(records[-RUNS:], notes)),
+        evaluation=evaluation,
+        notes=tuple(notes),
+    )
+
+
+def read_evaluation(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the losses in a file that ``lora-tree eval --json`` wrote.
+
+    Raises:
+        FolderError: it can't be read.
+        FormatError: it is something else.
+    """
+    found = strict_json.loads(
+        disk.read_file(Path(file), most=_EVALUATION_BYTES, follow=True), str(file)
+    )
+    losses = found.get("losses")
+    rows = list(losses.values()) if isinstance(losses, dict) else []
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise FormatError(
+            f"{file}: no losses of paths on domains",
+            "write the file so: lora-tree eval FOLDER --data rows.jsonl --base MODEL --json > FILE",
+        )
+    return {"unit": str(found.get("unit", "")), "losses": losses}
+
+
+def _measured(
+    tree: AdapterTree,
+    lines: Sequence[NodeLine],
+    notes: list[str],
+    progress: Callable[[int, int], object],
+) -> dict[str, dict[str, float]]:
+    """Return node → module → ‖weight · ΔW‖; a node that can't be read is told in the notes."""
+    readable = [line.path for line in lines if line.kind == "adapter"]
+    measured = {}
+    for done, path in enumerate(readable):
+        progress(done, len(readable))
+        try:
+            adapter = read_apart(tree, path).weighed(tree[path].weight)
+            measured[path] = {name: value.norm() for name, value in adapter.modules.items()}
+        except LoraTreeError as error:
+            notes.append(f"{path} was not measured: {str(error).splitlines()[0]}")
+    progress(len(readable), len(readable))
+    return measured
+
+
+def _likeness(
+    tree: AdapterTree, lines: Sequence[NodeLine], alike: Sequence[str] | None, notes: list[str]
+) -> Likeness | None:
+    chosen = [line.path for line in lines if line.kind == "adapter"]
+    if alike is not None:
+        named = set(tree.matching(alike))
+        chosen = [path for path in chosen if path in named]
+    elif len(chosen) > MOST_ALIKE:
+        notes.append(
+            f"{len(chosen):,} nodes are too many to compare all pairs: name some with --similar"
+        )
+        return None
+    if len(chosen) < 2:
+        return None
+    try:
+        return similar(tree, chosen)
+    except LoraTreeError as error:
+        notes.append(f"the nodes were not compared: {str(error).splitlines()[0]}")
+        return None
+
+
+def _plain_runs(records: Sequence[RunRecord], notes: list[str]) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    for record in records:
+        try:
+            found.append(plain_run(record))
+        except LoraTreeError as error:
+            notes.append(f"run {record.number} was not read: {str(error).splitlines()[0]}")
+    return found
+
+
+def _plain_likeness(likeness: Likeness) -> dict[str, Any]:
+    rows = [[round(cosine, 3) for cosine in row] for row in likeness.cosines.tolist()]
+    return {
+        "names": list(likeness.names),
+        "order": likeness.order(),
+        "cosines": rows,
+        "error": likeness.error,
+    }
+
+
+def _plain_version(version: Version) -> dict[str, Any]:
+    return {
+        "content": version.content[:12],
+        "weight": plain_weight(version.weight),
+        "bytes": version.nbytes,
+        "when": version.when,
+        "by": version.by,
+        "until": version.until,
+        "ended_by": version.ended_by,
+        "losses": version.losses,
+    }
+
+
+def _short(number: float) -> float | None:
+    """Round to four digits, which a page can show: they take a third of the bytes."""
+    return float(f"{number:.4g}") if math.isfinite(number) else None
