@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,11 @@ import typer
 from ..budget import format_bytes
 from ..explore.facts import explore_facts, read_evaluation
 from ..explore.page import explore_page
+from ..explore.server import serving
 from ..folder import disk
 from .arguments import Folder, Quiet
 from .console import out
+from .interrupts import noted_interrupts
 from .progress import steps_done
 
 __all__ = ["explore"]
@@ -21,8 +25,9 @@ __all__ = ["explore"]
 def explore(
     folder: Folder,
     html: Annotated[
-        Path, typer.Option(help="Write the page there, as one file that loads nothing.")
-    ],
+        Path | None,
+        typer.Option(help="Write the page there, as one file that loads nothing, and serve none."),
+    ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option("--eval", help="Losses to show, as lora-tree eval --json prints them."),
@@ -35,6 +40,12 @@ def explore(
     ] = None,
     norms: Annotated[
         bool, typer.Option("--norms/--no-norms", help="Read every adapter and measure it.")
+    ] = True,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of 127.0.0.1; a free one without it.")
+    ] = None,
+    open_browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in the browser.")
     ] = True,
     quiet: Quiet = False,
 ) -> None:
@@ -52,6 +63,15 @@ def explore(
         facts = explore_facts(
             folder, alike=alike or None, norms=norms, evaluation=losses, progress=progress
         )
-    page = explore_page(facts.as_dict()).encode()
-    disk.replace(html, page)
-    out().print(f"wrote {html}, {format_bytes(len(page))}", soft_wrap=True)
+    page = explore_page(facts.as_dict())
+    if html is not None:
+        data = page.encode()
+        disk.replace(html, data)
+        out().print(f"wrote {html}, {format_bytes(len(data))}", soft_wrap=True)
+        return
+    with noted_interrupts() as interrupted, serving(lambda: page, port=port) as served:
+        out().print(f"{served.url}  (Ctrl-C ends it)", soft_wrap=True)
+        if open_browser:
+            webbrowser.open(served.url)
+        while not interrupted():
+            time.sleep(0.1)
