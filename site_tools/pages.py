@@ -99,6 +99,8 @@ def _inside(text: str) -> str:
 
     def moved(link: re.Match[str]) -> str:
         to = link["to"].removeprefix("docs/")
+        if to.endswith(".ipynb"):
+            to = f"{Path(to).stem}.md"
         return f"]({PAGES.get(to, to)}{link['anchor'] or ''})"
 
     return LINK.sub(moved, text).replace('="docs/', '="')  # of pictures, too
