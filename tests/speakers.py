@@ -13,7 +13,15 @@ from lora_tree.demo.bytelevel import new_base, save_base
 PATHS = ("fr", "fr/legal", "fr/medical", "de")
 PROMPT = "def area(radius):"
 
-__all__ = ["PATHS", "PROMPT", "language_model", "one_by_one", "save_base", "tree_over"]
+__all__ = [
+    "PATHS",
+    "PROMPT",
+    "language_model",
+    "one_by_one",
+    "save_base",
+    "speaking_in_words",
+    "tree_over",
+]
 
 
 def language_model(seed: int = 0) -> Any:
@@ -51,3 +59,39 @@ def one_by_one(
     tokens: list[int] = made[0, ids.shape[1] :].tolist()
     end = tokenizer.eos_token_id
     return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+SPOKEN = (
+    "the a every no some court judge law contract clause tenant owner landlord lease notice doctor "
+    "patient dose nurse ward may must shall signs pays reads gives keeps ends begins within after "
+    "before ten thirty days weeks months in writing of to and or if rent deposit fever cough rest "
+    "water again . , ;"
+)
+
+
+def speaking_in_words() -> tuple[Any, Any]:
+    """Return a language model whose tokens are words, and its tokenizer: pictures can be read."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = SPOKEN.split()
+    core = Tokenizer(WordLevel({word: at for at, word in enumerate(words)}, unk_token="."))
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=";")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=words.index(";"),
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from speakers import PROMPT, language_model, one_by_one, save_base, tree_over
+from speakers import (
+    PROMPT,
+    language_model,
+    one_by_one,
+    save_base,
+    speaking_in_words,
+    tree_over,
+)
 
 import lora_tree as lt
 from lora_tree.errors import PathError, SpecError
@@ -214,3 +221,11 @@ def test_characters_are_whole_whatever_tokens_differ(tokenizer: Any, text: str) 
 def test_half_a_character_at_the_end_is_shown(tokenizer: Any) -> None:
     runs = text_runs(tokenizer, list(b"x"), list("a☃".encode())[:-1], [False] * 3)
     assert "".join(run.text for run in runs) == "a\ufffd"
+
+
+def test_a_token_without_text_takes_no_space_away() -> None:
+    _, words = speaking_in_words()
+    say = words.get_vocab()
+    prompt, answer = [say["the"], say["tenant"]], [say["pays"], say[";"], say["rent"], say["."]]
+    runs = text_runs(words, prompt, answer, [False, False, True, False])
+    assert runs == (TextRun(" pays", False), TextRun(" rent", True), TextRun(" .", False))

@@ -29,7 +29,8 @@ STYLE = """
 .lt-answers { border-collapse: collapse; width: 100%; }
 .lt-answers th, .lt-answers td { text-align: left; vertical-align: top; padding: .5rem .75rem;
   border-top: 1px solid var(--border-color-primary); color: var(--body-text-color); }
-.lt-answers th[scope=row] { font-weight: 600; overflow-wrap: anywhere; min-width: 7rem; }
+.lt-answers th[scope=row] { font-weight: 600; overflow-wrap: anywhere;
+  min-width: 8.5rem; }
 .lt-answers .lt-words { white-space: pre-wrap; overflow-wrap: anywhere; width: 70%;
   font-family: var(--font-mono); font-size: .85rem; line-height: 1.45; }
 .lt-answers .lt-number { text-align: right; white-space: nowrap;
@@ -51,6 +52,7 @@ STYLE = """
     padding: .15rem 0; }
   .lt-answers .lt-number { display: inline-block; text-align: left; margin-right: 1rem;
     font-size: .8rem; color: var(--body-text-color-subdued); }
+  .lt-answers .lt-number:empty { display: none; }
   .lt-answers .lt-number::after { content: " " attr(data-unit); }
 }
 """

@@ -28,7 +28,7 @@ from .question import Question, QuestionRow, rows_of
 from .side_run import SideRun
 from .tokens import TextRun, differing_tokens, text_runs
 
-__all__ = ["AnswerRun", "Answerer", "Answers", "RowAnswer"]
+__all__ = ["AnswerRun", "Answerer", "Answers", "RowAnswer", "TokenStep"]
 
 SHOWN_EVERY_S = 0.2
 """How often answers that still grow are given out: their text is decoded anew each time."""
@@ -70,7 +70,7 @@ class Answers:
 
     Args:
         rows: one for each row of the batch.
-        seconds: since the batch began.
+        seconds: until the last token of all.
         done: False while they grow.
     """
 
@@ -83,6 +83,20 @@ class Answers:
         """Of all rows together."""
         tokens = sum(len(answer.tokens) for answer in self.rows)
         return tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """A step of ``generate``.
+
+    Args:
+        at_s: when its tokens were there, in seconds since generation began. The clock is read by
+            the thread that generates, so that a slow reader makes no row slower.
+        tokens: one for each row.
+    """
+
+    at_s: float
+    tokens: list[int]
 
 
 class Answerer:
@@ -133,7 +147,7 @@ class Answerer:
         return last
 
 
-class AnswerRun(SideRun[list[int], Answers]):
+class AnswerRun(SideRun[TokenStep, Answers]):
     """One batch that is being answered; made by `Answerer.ask`. Iterate over it once."""
 
     def __init__(
@@ -148,25 +162,25 @@ class AnswerRun(SideRun[list[int], Answers]):
         self._rows, self._prompt = rows, prompt
 
     # ------------------------------------------------------------------ the caller's threads
-    def shown(self, items: Iterator[list[int]]) -> Iterator[Answers]:
+    def shown(self, items: Iterator[TokenStep]) -> Iterator[Answers]:
         """Yield the answers as they grow, and at last with what differs in them."""
-        began = shown_at = time.perf_counter()
+        now_s = shown_s = 0.0
         tokens: list[list[int]] = [[] for _ in self._rows]
         seconds = [0.0 for _ in self._rows]
         ended = [False for _ in self._rows]
         ends = self._end_tokens()
         for step in items:
-            now = time.perf_counter()
-            for at, token in enumerate(step):
+            now_s = step.at_s
+            for at, token in enumerate(step.tokens):
                 # Behind the end of a row there is padding only.
                 ended[at] = ended[at] or token in ends
                 if not ended[at]:
                     tokens[at].append(token)
-                    seconds[at] = now - began
-            if now - shown_at >= SHOWN_EVERY_S:
-                shown_at = now
-                yield self._answers(tokens, seconds, now - began, done=False)
-        yield self._answers(tokens, seconds, time.perf_counter() - began, done=True)
+                    seconds[at] = now_s
+            if now_s - shown_s >= SHOWN_EVERY_S:
+                shown_s = now_s
+                yield self._answers(tokens, seconds, now_s, done=False)
+        yield self._answers(tokens, seconds, now_s, done=True)
 
     def _answers(
         self, tokens: list[list[int]], seconds: list[float], whole_s: float, *, done: bool
@@ -232,16 +246,18 @@ class StepsOfRows:
     Its own streamers take one row.
     """
 
-    def __init__(self, give: Callable[[list[int]], None]) -> None:
+    def __init__(self, give: Callable[[TokenStep], None]) -> None:
         self._give = give
         self._is_prompt = True
+        self._began = time.perf_counter()
 
     def put(self, tokens: Tensor) -> None:
         """Take the prompt, (rows, tokens), at first, and then a token for every row, (rows,)."""
         if self._is_prompt:
             self._is_prompt = False
             return
-        self._give(tokens.flatten().tolist())
+        at_s = time.perf_counter() - self._began
+        self._give(TokenStep(at_s, tokens.flatten().tolist()))
 
     def end(self) -> None:
         """Take note of the end, which the thread says itself."""

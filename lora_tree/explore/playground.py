@@ -1,6 +1,6 @@
 """The playground: a page that asks several paths and blends one thing, by gradio.
 
-    prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a growing run ─▶ Answering.html ─▶ the page
+    prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a run ─▶ Answering.html ─▶ the page
 
 Laws: gradio reports to nobody, shares no link, keeps no history and writes no file: pictures and
 answers are parts of the page. One question at a time is on the model; others wait in its queue.
@@ -49,10 +49,12 @@ class Playground:
             self._run.stop()
 
     # ------------------------------------------------------------------ what the page does
-    def _answer(self, prompt: str, chosen: list[str], *numbers: Any) -> Iterator[str]:
-        blends = tuple("" if name == BARE else name for name in chosen)
+    def _answer(
+        self, prompt: str, paths: list[str], blends: list[str] | None, *numbers: Any
+    ) -> Iterator[str]:
+        asked = ["" if name == BARE else name for name in [*paths, *(blends or [])]]
         try:
-            self._run = self.answering.begin(prompt, blends, *numbers)
+            self._run = self.answering.begin(prompt, tuple(asked), *numbers)
             for result in self._run:
                 yield self.answering.html(result)
         except LoraTreeError as error:
@@ -60,9 +62,10 @@ class Playground:
         finally:
             self._run = None
 
-    def _show_sliders(self, paths: list[str]) -> list[Any]:
+    def _show_sliders(self, paths: list[str] | None) -> list[Any]:
         """Show a slider for each path of the blend, at equal weights."""
         gr = self._gradio
+        paths = paths or []
         shown = []
         for at in range(MOST_BLENDED):
             if at < len(paths):
@@ -72,20 +75,20 @@ class Playground:
                 shown.append(gr.update(visible=False))
         return shown
 
-    def _add_blend(self, chosen: list[str], paths: list[str], *weights: float) -> Any:
-        """Add the blend of the sliders to what is asked."""
+    def _add_blend(
+        self, blends: list[str] | None, paths: list[str] | None, *weights: float
+    ) -> list[str]:
+        """Add the blend of the sliders to the blends that are asked."""
         try:
-            blend = spelled(dict(zip(paths, weights, strict=False)))
+            blend = spelled(dict(zip(paths or [], weights, strict=False)))
             self.answering.tree.coefficients(blend)
         except LoraTreeError as error:
             raise self._refusal(error) from error
-        # What is chosen already stays where it is.
-        return list(dict.fromkeys([*chosen, blend or BARE]))
+        # A dict keeps the order, and a blend that is asked already stays where it is.
+        return list(dict.fromkeys([*(blends or []), blend or BARE]))
 
     def _refusal(self, error: LoraTreeError) -> Exception:
-        refusal: Exception = self._gradio.Error(
-            error_html(error), title="That can't be asked", print_exception=False
-        )
+        refusal: Exception = self._gradio.Error(error_html(error), print_exception=False)
         return refusal
 
     # ------------------------------------------------------------------ how the page looks
@@ -101,12 +104,11 @@ class Playground:
                         paths,
                         value=_first(self.answering.tree),
                         multiselect=True,
-                        allow_custom_value=True,
-                        label="Paths and blends",
-                        info="Type to search, or type a blend: fr/legal:0.7+de:0.3",
-                        elem_id="chosen",
+                        label="Paths",
+                        info="Type to search.",
+                        elem_id="paths",
                     )
-                    self._blend_part(paths[1:], chosen)
+                    blends = self._blend_parts(paths[1:])
                     numbers = self.answering.numbers(gr)
                     with gr.Row():
                         ask = gr.Button(self.answering.verb, variant="primary", elem_id="ask")
@@ -122,7 +124,7 @@ class Playground:
             gr.on(
                 [ask.click, prompt.submit],
                 self._answer,
-                inputs=[prompt, chosen, *numbers],
+                inputs=[prompt, chosen, blends, *numbers],
                 outputs=answers,
                 concurrency_limit=1,
                 show_progress="hidden",
@@ -131,9 +133,16 @@ class Playground:
             stop.click(self.stop, concurrency_limit=None, show_progress="hidden")
         return blocks
 
-    def _blend_part(self, paths: list[str], chosen: Any) -> None:
-        """A part that opens: the paths of a blend, a slider for each, and a button."""
+    def _blend_parts(self, paths: list[str]) -> Any:
+        """Make the list of blends, to be typed in, and sliders that add one; return the list."""
         gr = self._gradio
+        blends = gr.Dropdown(
+            multiselect=True,
+            allow_custom_value=True,
+            label="Blends",
+            info="Type one, as fr/legal:0.7+de:0.3, or make one with sliders.",
+            elem_id="blends",
+        )
         with gr.Accordion("Blend with sliders", open=False, elem_id="blend"):
             blended = gr.Dropdown(
                 paths,
@@ -151,10 +160,11 @@ class Playground:
         blended.change(self._show_sliders, inputs=blended, outputs=sliders, show_progress="hidden")
         add.click(
             self._add_blend,
-            inputs=[chosen, blended, *sliders],
-            outputs=chosen,
+            inputs=[blends, blended, *sliders],
+            outputs=blends,
             show_progress="hidden",
         )
+        return blends
 
 
 def _first(tree: AdapterTree) -> list[str]:
@@ -170,8 +180,6 @@ def mount(app: Any, playground: Playground) -> None:
         playground: its blocks.
     """
     gr = need("gradio", extra="explore", what="the playground")
-    # The system's own fonts: those of gradio's themes may be Google's, loaded from there.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     gr.mount_gradio_app(
         app,
         playground.blocks,
@@ -183,6 +191,24 @@ def mount(app: Any, playground: Playground) -> None:
         mcp_server=False,
         enable_monitoring=False,
         pwa=False,
-        theme=gr.themes.Base(**fonts),
+        theme=_theme(gr),
         css=STYLE,
+    )
+
+
+def _theme(gr: Any) -> Any:
+    """Return gradio's plain theme with the system's fonts, and with notes dark enough to read.
+
+    Fonts of gradio's themes may be Google's, which the browser would load from there.
+    """
+    theme = gr.themes.Base(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
     )

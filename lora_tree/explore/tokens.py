@@ -67,7 +67,10 @@ def text_runs(
     for end in range(before + 1, len(tokens) + 1):
         known = _decoded(tokenizer, tokens[start:done])
         text = _decoded(tokenizer, tokens[start:end])
-        if text.endswith(UNFINISHED) and end < len(tokens):
+        # A token without text goes with the next piece: decoding that began at it would take the
+        # next word for the first one of a text, and drop the space in front.
+        has_whole_text = text != known and not text.endswith(UNFINISHED)
+        if end < len(tokens) and not has_whole_text:
             continue
         marked = any(differs[done - before : end - before])
         _append(runs, TextRun(text[len(known) :], marked))
