@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from speakers import language_model, save_base, tree_over
 
+from lora_tree.cli import main
 from lora_tree.errors import StateError
 from lora_tree.explore.server import Served, serving
 
@@ -97,3 +104,44 @@ def test_a_port_that_is_taken_is_named() -> None:
         assert todo == "  name another port, or none for a free one"
     with pytest.raises(StateError, match=r"can't listen on 127\.0\.0\.1:70000"):
         serving(lambda: PAGE, port=70000).__enter__()
+
+
+# ---------------------------------------------------------------------- the command
+def test_the_command_serves_the_page_with_a_playground_until_ctrl_c(tmp_path: Path) -> None:
+    base = language_model()
+    save_base(base, tmp_path / "base")
+    tree_over(base).save(tmp_path / "zoo")
+    words = ["explore", "zoo", "--base", "base", "--no-norms", "--no-open"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_tree", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.match(r"http://127\.0\.0\.1:(\d+)/  \(Ctrl-C ends it\)$", line)
+        assert found, line or process.communicate()[1]
+        served = Served(int(found[1]))
+        assert '"playground":"/playground/"' in answer(served)[2]
+        status, headers, text = answer(served, "/playground/")
+        assert status == 200
+        assert headers["content-security-policy"].startswith("default-src 'self' ")
+        assert "gradio_config" in text
+        for closed in ("gradio_api/upload", "gradio_api/file=/etc/hostname", "gradio_api/info"):
+            assert answer(served, f"/playground/{closed}")[0] == 404
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, "")
+    finally:
+        process.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "zoo"]
+
+
+def test_a_file_can_not_answer(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["explore", str(zoo), "--base", "base", "--html", "out.html"])
+    said = capsys.readouterr().err
+    assert "--base needs a server, and --html writes a file instead" in said

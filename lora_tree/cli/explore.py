@@ -10,13 +10,15 @@ from typing import Annotated
 import typer
 
 from ..budget import format_bytes
+from ..errors import SpecError
 from ..explore.facts import explore_facts, read_evaluation
 from ..explore.page import explore_page
-from ..explore.server import serving
-from ..folder import disk
-from .arguments import Folder, Quiet
+from ..explore.server import PLAYGROUND_PATH, serving
+from ..folder import disk, load
+from .arguments import Folder, Quiet, SkipBroken, TrustRemoteCode
 from .console import out
 from .interrupts import noted_interrupts
+from .open_playground import open_playground
 from .progress import steps_done
 
 __all__ = ["explore"]
@@ -41,15 +43,30 @@ def explore(
     norms: Annotated[
         bool, typer.Option("--norms/--no-norms", help="Read every adapter and measure it.")
     ] = True,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this base beside the page: folder or hub id of a model, folder of a pipeline."
+        ),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Of 127.0.0.1; a free one without it.")
     ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in the browser.")
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
+    skip_broken: SkipBroken = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a tree as a page: nodes, lineages, norms, likeness, losses, runs and problems."""
+    """Show a tree as a page: nodes, lineages, norms, likeness, losses, runs and problems.
+
+    With --base, prompts are answered beside it: several paths and blends at once.
+    """
+    if html is not None and base is not None:
+        raise SpecError(
+            "--base needs a server, and --html writes a file instead", "leave one of them out"
+        )
     losses = None if evaluation is None else read_evaluation(evaluation)
     with steps_done("reading", 100, 0) as step:
         told = 0
@@ -63,13 +80,20 @@ def explore(
         facts = explore_facts(
             folder, alike=alike or None, norms=norms, evaluation=losses, progress=progress
         )
-    page = explore_page(facts.as_dict())
     if html is not None:
-        data = page.encode()
+        data = explore_page(facts.as_dict()).encode()
         disk.replace(html, data)
         out().print(f"wrote {html}, {format_bytes(len(data))}", soft_wrap=True)
         return
-    with noted_interrupts() as interrupted, serving(lambda: page, port=port) as served:
+    playground = None
+    if base is not None:
+        tree = load(folder, skip_broken=skip_broken)
+        playground = open_playground(tree, folder, base, trust_remote_code=trust_remote_code)
+    page = explore_page(facts.as_dict(), playground=PLAYGROUND_PATH if playground else None)
+    with (
+        noted_interrupts() as interrupted,
+        serving(lambda: page, playground=playground, port=port) as served,
+    ):
         out().print(f"{served.url}  (Ctrl-C ends it)", soft_wrap=True)
         if open_browser:
             webbrowser.open(served.url)

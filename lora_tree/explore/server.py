@@ -21,9 +21,10 @@ from ..errors import StateError
 from ..extras import need
 from .playground import Playground, mount
 
-__all__ = ["LoopbackOnly", "Served", "serving"]
+__all__ = ["PLAYGROUND_PATH", "LoopbackOnly", "Served", "serving"]
 
 HOST = "127.0.0.1"
+PLAYGROUND_PATH = "/playground/"
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 GRACE_S = 1
