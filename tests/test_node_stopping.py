@@ -36,6 +36,7 @@ def trained(
     *,
     resume: bool = False,
     stop: int | None = None,
+    records: Path | None = None,
     **more: Any,
 ) -> tuple[TreeTrainer, lt.TreeModel, Seen]:
     base = joint.base()
@@ -51,6 +52,7 @@ def trained(
         temperature=1.0,
         loss="paths",
         patience=patience,
+        records=records,
     )
     seen = Seen(model)
     trainer.add_callback(seen)
@@ -137,3 +139,43 @@ def test_what_would_not_stop_node_by_node_is_refused(tmp_path: Path) -> None:
                 raise
     with pytest.raises(SpecError, match="patience must be a whole number from 1, got 0"):
         trained(tmp_path, 0)
+
+
+# ---------------------------------------------------------------------- what is noted
+def test_every_step_is_noted_as_the_trainer_logs_it_also_after_a_stop(tmp_path: Path) -> None:
+    for name in ("zoo", "other"):
+        (tmp_path / name).mkdir()
+    whole, _, _ = trained(tmp_path / "whole", 2, records=tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 2, stop=5, records=tmp_path / "zoo")
+    (record,) = lt.run_records(tmp_path / "zoo")
+    assert (record.state, record.done) == ("stopped", 5)
+    trained(tmp_path / "cut", 2, resume=True, records=tmp_path / "zoo")
+    (record,), (other,) = lt.run_records(tmp_path / "zoo"), lt.run_records(tmp_path / "other")
+    assert record.state == other.state == "trained"
+    assert record.outcomes == other.outcomes == whole.node_outcomes()
+    assert record.evaluations() == other.evaluations()
+    mine, theirs = [[vars(m) | {"time_s": 0} for m in r.metrics()] for r in (record, other)]
+    assert mine == theirs
+    told = {(m.step, m.node): m for m in other.metrics()}
+    seen = 0
+    for log in whole.state.log_history:
+        for node in ("a/b/c", "d"):
+            line = told.get((log["step"], node))
+            if f"loss/{node}" in log and line is not None:
+                assert line.loss == pytest.approx(log[f"loss/{node}"], rel=1e-9)
+                assert line.lr == 0.05
+                seen += 1
+    assert seen == len(told) > 5
+    # The Trainer's own norm is that of all nodes together, before they were clipped.
+    for log in whole.state.log_history:
+        norms = [m.grad_norm for m in other.metrics() if m.step == log["step"]]
+        if "grad_norm" in log and len(norms) == 2:
+            assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(
+                log["grad_norm"], rel=1e-5
+            )
+    losses = {(e.step, e.path): e.loss for e in other.evaluations()}
+    for node in ("a/b/c", "d"):
+        assert [(step, losses[step, node]) for step, _ in logged(whole, node)] == logged(
+            whole, node
+        )

@@ -4,7 +4,8 @@ afterwards.
 A worker trains, changes, removes, restores and cleans up in one folder, and acknowledges each act
 through a pipe when it has returned. It is killed at a random moment, again and again. After every
 kill the tree opens, every version that its history names has the bytes of its hash, and none of the
-contents that were acknowledged is missing, but those beyond the bound.
+contents that were acknowledged is missing, but those beyond the bound. No step of a run is missing in
+its record, or told twice.
 
 The seed is printed; KILLS_SEED repeats a run as far as the machine's timing lets it, and KILLS says
 how often each folder's worker is killed.
@@ -56,7 +57,7 @@ def train(zoo: Path, base: Any, draw: random.Random) -> None:
     model = lt.attach(tree, base)
     try:
         try:
-            run = Run(model, rows, settings, zoo / ".training", nodes=nodes)
+            run = Run(model, rows, settings, zoo / ".training", nodes=nodes, records=zoo)
         except FormatError:
             # Another act has changed the ancestors on which the cut-off run began. Its user gives
             # it up.
@@ -99,7 +100,7 @@ def restore(zoo: Path, base: Any, draw: random.Random) -> None:
 
 def clean(zoo: Path, base: Any, draw: random.Random) -> None:
     """Clean up; the bound is the one that the tree has."""
-    lt.gc(zoo)
+    lt.gc(zoo, runs=6)
 
 
 def work(zoo: Path, base: Any, seed: int, acknowledge: int) -> None:
@@ -164,6 +165,15 @@ def read_all(zoo: Path, known: set[str]) -> None:
                 known.add(version.content)
 
 
+def check_runs(zoo: Path) -> None:
+    """Compare what is noted of every run: no step is missing, and none is told twice."""
+    for run in lt.run_records(zoo):
+        steps = [line.step for line in run.metrics()]
+        assert steps == list(range(1, len(steps) + 1)), run
+        if run.state in ("trained", "finished"):
+            assert len(steps) == run.done == run.steps, run
+
+
 def expected(before: dict[str, list[str]], told: list[dict[str, str]]) -> dict[str, list[str]]:
     """Return the contents that have to be there: of each node the last ones that were told."""
     contents = {path: list(own) for path, own in before.items()}
@@ -203,6 +213,7 @@ def test_every_acknowledged_content_is_there_after_a_kill(tmp_path: Path, folder
             missing = set(contents) - set(now.get(path, ()))
             assert not missing, f"kill {kill}: {path} lost {missing}"
         read_all(zoo, whole)
+        check_runs(zoo)
         before = now
     assert kinds.keys() == {"train", "change", "restore", "clean"}, kinds
     print(f"{KILLS} kills, {acts} acknowledged acts: {kinds}")

@@ -55,6 +55,11 @@ class NodeStopping(TrainerCallback):  # type: ignore[misc]
         self._trains = False
         self._resumes = False  # until the first step after a resumption
 
+    @property
+    def stopped(self) -> set[str]:
+        """The nodes that no longer train."""
+        return self._rule.stopped
+
     def outcomes(self) -> dict[str, NodeOutcome]:
         """Return what became of each node on the evaluation's rows so far."""
         found = {}

@@ -52,6 +52,7 @@ from .tree_checkpoints import TreeCheckpoints  # says first what is missing
 
 # isort: split
 from .node_stopping import NodeStopping
+from .step_notes import StepNotes
 
 # isort: split
 from transformers import Trainer, TrainerCallback
@@ -87,6 +88,8 @@ class TreeTrainer(TreeCheckpoints):
         path_column: where a row of the data says its path, ``""`` for the bare base.
         patience: stop a node after so many evaluations in succession that were no better, and bring
             it back to its best one; its siblings go on, and at the end every node is brought back.
+        records: the tree's folder, or its tree.yaml: every step is noted there, for
+            `lora_tree.run_records`. None: nowhere.
         save_to: where the tree is saved when training has ended; None: only where `save_model`
             says.
         **trainer: any other argument of the Trainer.
@@ -117,6 +120,7 @@ class TreeTrainer(TreeCheckpoints):
         temperature: float | None = None,
         path_column: str = "path",
         patience: int | None = None,
+        records: str | os.PathLike[str] | None = None,
         save_to: str | os.PathLike[str] | None = None,
         **trainer: Any,
     ) -> None:
@@ -179,6 +183,10 @@ class TreeTrainer(TreeCheckpoints):
         ] = {}  # path → what serves its rows, while leaves are judged
         self._tables: list[Tensor] = []
         self.path_losses: PathLosses = {}  # of the last evaluation
+        # Before the one that stops nodes: that one evaluates anew, and the first losses are noted.
+        if records is not None:
+            self.notes = StepNotes(self, records)
+            self.add_callback(self.notes)
         if patience is not None:
             self.stopping = NodeStopping(self, patience)
             self.add_callback(self.stopping)
@@ -230,6 +238,8 @@ class TreeTrainer(TreeCheckpoints):
         ]
         self._counts = token_counts(self.tree_model.tree, rows, shift=not self._whole_rows)
         self._means.count(self._counts)
+        if self.notes is not None:
+            self.notes.means.count(self._counts)
         return batches, items
 
     def _without_paths(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,6 +302,8 @@ class TreeTrainer(TreeCheckpoints):
             shift=shift,
         )
         self._means.add(parts.by_path)
+        if self.notes is not None:
+            self.notes.means.add(parts.by_path)
         loss: Tensor = parts.total
         if not loss.requires_grad:
             # No row here goes through a node that trains. Backward must run all the same, and give

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import DivergedError, SpecError
 from ..extras import need
+from ..folder.run_records import RunState
 from ..model import TreeModel
 from ..runs.checkpoint_factors import load_factors, save_factors
 from ..runs.checkpoint_place import appearing, put_back, retire
@@ -42,6 +43,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
     tree_model: TreeModel
     save_to: str | os.PathLike[str] | None
     stopping: Any = None  # a NodeStopping, if nodes may stop
+    notes: Any = None  # a StepNotes, if steps are noted
     _stage: Path | None = None  # where the checkpoint lies that is being written
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,14 +63,21 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
                 put_back(Path(self.args.output_dir))
         _meet()
         start = Start(self.tree_model.factors)
+        ended: RunState = "stopped"
         try:
             out = super().train(*args, **kwargs)
+            self._end_training()
+            ended = "trained"
+            if self.save_to is not None:
+                self.save_model(os.fspath(self.save_to))
+                ended = "finished"
         except DivergedError:
+            ended = "diverged"
             start.restore()
             raise
-        self._end_training()
-        if self.save_to is not None:
-            self.save_model(os.fspath(self.save_to))
+        finally:
+            if self.notes is not None:
+                self.notes.end(ended)
         return out
 
     def _end_training(self) -> None:
