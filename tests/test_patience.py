@@ -322,6 +322,9 @@ def test_what_would_make_a_node_worse_is_not_brought_back() -> None:
         assert (one.best_step, one.now) == ((0, 0.5) if kept == 0.0 else (10, 2.0))
         assert rule.stopped == {"fr"}
         assert rule.all_stopped_at == 10
+    rule = NodePatience(model.factors, tree, ["fr"], patience=1)
+    rule.judge(0, {"fr": (math.nan, 5)}, lambda _: now)
+    assert json.loads(json.dumps(rule.plain(), allow_nan=False))["fr"]["now"] is None
 
 
 def test_what_can_not_be_watched_is_refused(zoo: Path, tokenizer: Any) -> None:

@@ -4,8 +4,8 @@ afterwards.
 A worker trains, changes, removes, restores and cleans up in one folder, and acknowledges each act
 through a pipe when it has returned. It is killed at a random moment, again and again. After every
 kill the tree opens, every version that its history names has the bytes of its hash, and none of the
-contents that were acknowledged is missing, but those beyond the bound. No step of a run is missing in
-its record, or told twice.
+contents that were acknowledged is missing, but those beyond the bound. No step of a run is missing
+in its record, or told twice.
 
 The seed is printed; KILLS_SEED repeats a run as far as the machine's timing lets it, and KILLS says
 how often each folder's worker is killed.

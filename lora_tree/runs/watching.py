@@ -72,10 +72,6 @@ class RunWatch:
         rows: those of it, or the ones held back.
         nodes: what trains.
         settings: of the run.
-
-    Raises:
-        SpecError: no row goes through a node that trains, or they are of another kind than the
-            run's.
     """
 
     def __init__(
@@ -154,7 +150,11 @@ class RunWatch:
 
 
 def held_out_rows(
-    held_out: HeldOut, held_back: Sequence[Row], model: TreeModel, nodes: Sequence[str], kind: bool
+    held_out: HeldOut,
+    held_back: Sequence[Row],
+    model: TreeModel,
+    nodes: Sequence[str],
+    prefers: bool,
 ) -> Sequence[Row]:
     """Return the rows to measure on.
 
@@ -163,7 +163,7 @@ def held_out_rows(
         held_back: the rows that the run does not train on.
         model: of the tree.
         nodes: what trains.
-        kind: the run's rows are preferences.
+        prefers: the run's rows are preferences.
 
     Raises:
         SpecError: there is none, none goes through a node that trains, or they are of another kind
@@ -182,7 +182,7 @@ def held_out_rows(
             f"no held-out row goes through {listing(nodes)}",
             "the path of a row is the node it is for",
         )
-    if are_preferences(rows) != kind:
+    if are_preferences(rows) != prefers:
         raise SpecError(
             f"{rows[0].where}: the held-out rows are of another kind than those that are learnt",
             "give both as preferences, or neither",

@@ -153,8 +153,15 @@ class NodePatience:
 
     # ------------------------------------------------------------------ in a checkpoint
     def plain(self) -> dict[str, Any]:
-        """Return the courses as plain data, for a checkpoint's JSON."""
-        return {node: dict(vars(one)) for node, one in self.courses.items()}
+        """Return the courses as plain data, for a checkpoint's JSON, which has no NaN."""
+        told: dict[str, Any] = {}
+        for node, one in self.courses.items():
+            told[node] = dict(vars(one))
+            for word in ("before", "now"):
+                loss = told[node][word]
+                if loss is not None and not math.isfinite(loss):
+                    told[node][word] = None
+        return told
 
     def best_factors(self) -> dict[str, Tensor]:
         """Return the factors that nodes may come back to, by name, on the CPU."""
