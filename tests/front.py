@@ -19,11 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from lora_tree.integrations import vllm_front
 from lora_tree.integrations.flatcache import FlatCache
 from lora_tree.integrations.shared_folder import SharedFolder
 from lora_tree.integrations.vllm import _Resolver
+from lora_tree.integrations.vllm_metrics import Metrics
 from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO, PluginSettings
 
 
@@ -44,6 +46,7 @@ class Models:
     """vLLM's OpenAIServingModels."""
 
     resolver: _Resolver
+    registry: CollectorRegistry
     base: str = "base"
     lora_requests: dict[str, Any] = field(default_factory=dict)
     lora_resolver_lock: dict[str, asyncio.Lock] = field(
@@ -104,6 +107,12 @@ class Models:
             return self.lora_requests[name]
         return None
 
+    def figure(self, name: str, **labels: str) -> float:
+        """One of the plugin's figures, as Prometheus would read it."""
+        value = self.registry.get_sample_value(f"lora_tree_{name}", labels)
+        assert value is not None, name
+        return value
+
     def start(self, name: str) -> Future[LoRARequest | None]:
         """A request that goes on while others are made."""
         return asyncio.run_coroutine_threadsafe(self.ask(name), self.loop)
@@ -134,7 +143,8 @@ def front_end(zoo: Path, cache: Path, **more: str) -> Iterator[Models]:
         patched.setattr(
             vllm_front, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest)
         )
-        models = Models(_Resolver(PluginSettings.of(environment)))
+        registry = CollectorRegistry()
+        models = Models(_Resolver(PluginSettings.of(environment), Metrics(registry)), registry)
         thread = threading.Thread(target=models.loop.run_forever, daemon=True)
         thread.start()
         try:

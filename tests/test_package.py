@@ -29,6 +29,7 @@ OF_THE_SOURCE = [
     "tests_trl",
     "docs",
     "benchmarks",
+    "deploy",
     "engines",
     "examples",
     "site_tools",

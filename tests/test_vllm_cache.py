@@ -57,7 +57,7 @@ def cache(at: Path, **more: object) -> FlatCache:
 
 
 def content(kept: FlatCache, zoo: Path, path: str) -> str:
-    return kept.content(*survey(zoo), path)[0]
+    return kept.content(*survey(zoo), path).name
 
 
 def there(at: Path) -> set[str]:

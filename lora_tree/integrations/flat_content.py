@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..blend import Blend, parse_blend
@@ -22,7 +23,7 @@ from ..folder.source import FolderSource
 from ..tree import AdapterTree
 from ..weights import weight_digest
 
-__all__ = ["Contents", "FlatForm", "is_blend", "lineages"]
+__all__ = ["Contents", "FlatContent", "FlatForm", "is_blend", "lineages"]
 
 VERSION = "lora_tree flattened 2"
 
@@ -43,6 +44,21 @@ class FlatForm:
     base: str | None = None
 
 
+@dataclass(frozen=True)
+class FlatContent:
+    """A path as the tree is now.
+
+    Args:
+        name: the hash that names it.
+        stale: what the lock says about nodes on its way that no longer fit their lineage.
+        nodes: node on its way → the hash of its files.
+    """
+
+    name: str
+    stale: tuple[str, ...]
+    nodes: Mapping[str, str]
+
+
 class Contents:
     """The contents of paths in one form. Hashes of files are remembered until the files change.
 
@@ -55,10 +71,8 @@ class Contents:
         # folder of a node → (its files' stamps, their hash)
         self._hashes: dict[str, tuple[object, str]] = {}
 
-    def of(
-        self, tree: AdapterTree, problems: list[Problem], path: Blend
-    ) -> tuple[str, tuple[str, ...]]:
-        """Return the content of a path as the tree is now, and what is stale on its way.
+    def of(self, tree: AdapterTree, problems: list[Problem], path: Blend) -> FlatContent:
+        """Return the content of a path as the tree is now.
 
         Raises:
             PathError, SpecError: there is no such path, or it says nothing that can be served.
@@ -69,11 +83,12 @@ class Contents:
         broken = [str(problem) for problem in mine if problem.kind not in HARMLESS]
         if broken:
             raise FolderError(listing(broken, most=3))
-        parts = []
+        parts, nodes = [], {}
         for node, coefficient in tree.coefficients(path).items():
             if tree[node].has_adapter:
+                nodes[node] = self._hash(tree, node)
                 # In hexadecimal, where every bit of a float has its place.
-                parts.append((self._hash(tree, node), weight_digest(coefficient)))
+                parts.append((nodes[node], weight_digest(coefficient)))
         if not parts:
             raise FormatError(
                 "there is nothing to serve: no node on the way has an adapter",
@@ -81,12 +96,12 @@ class Contents:
             )
         said = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
         stale = tuple(problem.text for problem in mine if problem.kind == "stale")
-        return hashlib.sha256(said.encode()).hexdigest()[:32], stale
+        return FlatContent(hashlib.sha256(said.encode()).hexdigest()[:32], stale, nodes)
 
     def is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
         """Tell whether a path still has this content."""
         try:
-            return self.of(tree, problems, path)[0] == content
+            return self.of(tree, problems, path).name == content
         except LoraTreeError:
             return False
 

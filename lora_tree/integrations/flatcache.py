@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,11 +27,11 @@ from ..export import Portable, portable
 from ..folder import Problem
 from ..storage import as_path
 from ..tree import AdapterTree
-from .flat_content import Contents, FlatForm, is_blend, lineages
+from .flat_content import Contents, FlatContent, FlatForm, is_blend, lineages
 from .flat_usage import Usage
 from .shared_folder import SharedFolder
 
-__all__ = ["FlatCache", "FlatForm", "Flattened", "NoRoom", "name_of"]
+__all__ = ["FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"]
 
 V = TypeVar("V")
 
@@ -48,6 +48,10 @@ class NoRoom(FolderError):
     """Everything in the cache is in use; there may be room in a moment."""
 
 
+class TooLarge(FolderError):
+    """The adapter is larger than all that the cache may hold for it."""
+
+
 @dataclass(frozen=True)
 class Flattened:
     """A path as the cache has it.
@@ -58,6 +62,7 @@ class Flattened:
         folder: where the adapter is.
         stale: what the lock says about nodes that no longer fit their lineage.
         error: the relative error that recompression left; None where the folder was there already.
+        nodes: node on its way → the hash of its files.
     """
 
     path: str
@@ -65,6 +70,7 @@ class Flattened:
     folder: Path
     stale: tuple[str, ...] = ()
     error: float | None = None
+    nodes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,6 +99,8 @@ class FlatCache:
         let_go: called with a path whose last use is longer ago than that, when there is no room:
             stop serving it from here, and say True; or say False, because requests are running.
         is_read: tells whether running requests use a content.
+        on_evict: called after an adapter was removed to make room.
+        on_resize: called with the bytes of the folder after an adapter was added.
     """
 
     def __init__(
@@ -104,11 +112,15 @@ class FlatCache:
         grace_s: float = 60.0,
         let_go: Callable[[str], bool] | None = None,
         is_read: Callable[[str], bool] | None = None,
+        on_evict: Callable[[], None] = lambda: None,
+        on_resize: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.folder = Path(os.path.abspath(as_path(folder)))  # engines want an absolute one
         self.budget_bytes = budget_bytes
         self.form = form
         self._let_go = let_go or (lambda _: True)
+        self._on_evict = on_evict
+        self._on_resize = on_resize
         self._contents = Contents(form)
         self._usage = Usage(grace_s=grace_s, is_read=is_read or (lambda _: False))
         self._refused: OrderedDict[str, LoraTreeError] = OrderedDict()  # content → why
@@ -116,10 +128,8 @@ class FlatCache:
         self._disk = SharedFolder(self.folder)
 
     # ------------------------------------------------------------------ what a path is now
-    def content(
-        self, tree: AdapterTree, problems: list[Problem], path: Blend
-    ) -> tuple[str, tuple[str, ...]]:
-        """Return the content of a path as the tree is now, and what is stale on its way.
+    def content(self, tree: AdapterTree, problems: list[Problem], path: Blend) -> FlatContent:
+        """Return the content of a path as the tree is now.
 
         Raises:
             LoraTreeError: as `Contents.of`.
@@ -138,7 +148,8 @@ class FlatCache:
             UnlockedError: the tree has changed since it was seen.
             LoraTreeError: as `content`; or the path can't be flattened.
         """
-        content, stale = self.content(tree, problems, path)
+        now = self.content(tree, problems, path)
+        content = now.name
         if content in self._refused:
             raise _anew(self._refused[content])
         if is_blend(path):
@@ -146,7 +157,7 @@ class FlatCache:
         with self._usage.asking(content, for_blend=is_blend(path)):
             error = self._ensure(tree, problems, path, content)
             self._usage.serve(path, content)
-        return Flattened(path, content, self.folder / content, stale, error)
+        return Flattened(path, content, self.folder / content, now.stale, error, now.nodes)
 
     @property
     def served(self) -> dict[str, str]:
@@ -217,6 +228,7 @@ class FlatCache:
                 made.save(self.folder / content)
                 # Under the same lock: no process may find it unused in between.
                 self._disk.tell(self.in_use)
+            self._on_resize(self.nbytes)
             return made.error
 
     def _is_there(self, content: str) -> bool:
@@ -272,13 +284,13 @@ class FlatCache:
 
         Raises:
             NoRoom: everything that is left is in use.
-            FolderError: it is larger than the budget.
+            TooLarge: it is larger than the budget.
         """
         self._disk.sweep()
         most = self.budget_bytes // 2 if for_blend else self.budget_bytes
         if nbytes > most:
             whose = "the half of it that blends may use" if for_blend else "all of it"
-            raise FolderError(
+            raise TooLarge(
                 f"{self.folder}: no room for {nbytes:,} bytes: {whose} is {most:,}",
                 "give the cache more bytes",
             )
@@ -303,6 +315,7 @@ class FlatCache:
             if self._give_up(content) and self._disk.remove(content):
                 here.pop(content, None)
                 del sizes[content]
+                self._on_evict()
         if is_full() or has_its_share():
             raise NoRoom(
                 f"{self.folder}: no room for {nbytes:,} bytes: {len(sizes)} adapters that are in "

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from .client_names import Asked, shown
 from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
 from .surveyed import Surveyed, View, release_of
 from .vllm_front import Front, asking, request_of
-from .vllm_log import OnceLog, log, reason, tell_served
+from .vllm_log import OnceLog, log, reason, tell_request, tell_served
+from .vllm_metrics import NOT_ADMITTED, UNREADABLE, Metrics, why_refused
 from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
 from .vllm_watch import MODELS, Watcher
 
@@ -65,7 +67,7 @@ def register() -> None:
     if RESOLVER in resolver.LoRAResolverRegistry.get_supported_resolvers():
         return
     try:
-        made = _Resolver(PluginSettings.of(os.environ))
+        made = _Resolver(PluginSettings.of(os.environ), Metrics())
     except LoraTreeError as error:
         log.error("lora_tree: no path will be served: %s", reason(error))
         return
@@ -82,8 +84,10 @@ def register() -> None:
 class _Resolver:
     """One process's part: it answers vLLM, and keeps what vLLM has up to date."""
 
-    def __init__(self, settings: PluginSettings) -> None:
+    def __init__(self, settings: PluginSettings, metrics: Metrics) -> None:
         self._settings = settings
+        self._metrics = metrics
+        self._release: str | None = None
         self._names = settings.names
         self._seen = Surveyed(self._survey, every_s=settings.poll_s)
         self._fronts: list[Front] = []
@@ -98,7 +102,17 @@ class _Resolver:
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")
 
     def _survey(self) -> tuple[AdapterTree, list[Problem]]:
-        return survey(release_of(self._settings.zoo), outside=self._settings.outside)
+        release = release_of(self._settings.zoo)
+        try:
+            seen = survey(release, outside=self._settings.outside)
+        except BaseException:
+            self._metrics.tree_is_readable(False)
+            raise
+        self._metrics.tree_is_readable(True)
+        if self._release not in (None, release):
+            log.info("lora_tree: the tree is now %s", shown(release))
+        self._release = release
+        return seen
 
     def close(self) -> None:
         """Stop the threads; vLLM never does, its process ends with them."""
@@ -114,32 +128,49 @@ class _Resolver:
         """Return the adapter of a path to vLLM; or None, with the reason in the log."""
         front = self._front()
         found = None
+        since = time.monotonic()
+        step: str | None = NOT_ADMITTED  # what a refusal is counted as; None: the error says it
         try:
             asked = self._names.admit(name)
-            found = await self._find(base_model_name, asked)
+            step = UNREADABLE
+            view = await self._view()
+            step = None
+            found = await self._find(base_model_name, asked, view)
             tell_served(found)
+            self._metrics.given(found)
             if front is not None:
-                front.awaits(found.path)
+                front.awaits(found, since=since)
             return request_of(found)
         except (LoraTreeError, OSError, ValueError) as error:
             log.error("lora_tree: '%s' is refused: %s", shown(name), reason(error))
-        except Exception:
+            self._metrics.refused(step or why_refused(error))
+        except Exception as error:
             log.exception("lora_tree: '%s' is refused", shown(name))
+            self._metrics.refused(step or why_refused(error))
         finally:
             if front is not None and (found is None or found.path != name):
                 front.refused(name)
         return None
 
-    async def _find(self, base: str, asked: Asked) -> Flattened:
+    async def _view(self) -> View:
+        """Return the tree as it was seen a moment ago, or look at it in a thread.
+
+        Raises:
+            LoraTreeError: it can't be read.
+        """
+        view = self._seen.recent()
+        if view is None:
+            loop = asyncio.get_running_loop()
+            view = await loop.run_in_executor(self._looker, self._seen.now)
+        return view
+
+    async def _find(self, base: str, asked: Asked, view: View) -> Flattened:
         """Find a name's adapter, with no thread where the tree has no such path.
 
         Raises:
             LoraTreeError: it can't be served.
         """
         loop = asyncio.get_running_loop()
-        view = self._seen.recent()
-        if view is None:
-            view = await loop.run_in_executor(self._looker, self._seen.now)
         # On the event loop, since it costs little: a name that is refused takes no thread.
         _there(view, asked)
         makers = self._makers if asked.name in asked.paths else self._blenders
@@ -172,6 +203,8 @@ class _Resolver:
             cache=Path(os.path.abspath(self._settings.cache)),
             one_spelling=self._names.one_spelling,
             used=self._use,
+            answered=self._answered,
+            loaded=self._metrics.loaded,
         )
         self._fronts.append(front)
         return front
@@ -179,6 +212,11 @@ class _Resolver:
     def _use(self, path: str) -> None:
         if self._cache is not None:
             self._cache.use(path)
+
+    def _answered(self, found: Flattened, adapter: str) -> None:
+        self._metrics.answered(found.path)
+        if self._settings.log_requests:
+            tell_request(found, adapter)
 
     # ------------------------------------------------------------------ in a thread
     def _make(self, base: str, path: str, view: View) -> Flattened:
@@ -203,13 +241,17 @@ class _Resolver:
                     grace_s=SHORT_GRACE_S if exact else GRACE_S,
                     let_go=self._let_go,
                     is_read=self._is_read,
+                    on_evict=self._metrics.evicted,
+                    on_resize=lambda nbytes: self._metrics.cache_is(nbytes, settings.cache_bytes),
                 )
+                self._metrics.cache_is(self._cache.nbytes, settings.cache_bytes)
                 self._watcher = Watcher(
                     self._cache,
                     self._seen,
                     self._fronts,
                     self._names,
                     self._once,
+                    self._metrics,
                     zoo=settings.zoo,
                     every_s=settings.poll_s,
                 )

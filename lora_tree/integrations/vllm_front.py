@@ -17,8 +17,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,21 @@ def request_of(found: Flattened) -> Any:
     return request.LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(found.folder))
 
 
+@dataclass(frozen=True)
+class _Awaited:
+    """An adapter that vLLM is being given.
+
+    Args:
+        found: the adapter.
+        until: when vLLM has failed to load it, by the monotonic clock.
+        since: when vLLM asked for it, where a client's request waits for it.
+    """
+
+    found: Flattened
+    until: float
+    since: float | None
+
+
 class Front:
     """One front end of vLLM: what it serves, what is in use of it, and how both change.
 
@@ -64,6 +81,9 @@ class Front:
         cache: the folder of flattened adapters: what lies in it is the plugin's.
         one_spelling: the name under which a client's name is known.
         used: is told of each request for a name.
+        answered: is told of each request that runs with an adapter of ours: the adapter, and the
+            name by which the engine knows it.
+        loaded: is told how many seconds the first request for a path waited until vLLM had it.
     """
 
     def __init__(
@@ -74,14 +94,18 @@ class Front:
         cache: Path,
         one_spelling: Callable[[str], str],
         used: Callable[[str], None],
+        answered: Callable[[Flattened, str], None],
+        loaded: Callable[[float], None],
     ) -> None:
         self.models = models
         self._loop = loop
         self._within = f"{cache}{os.sep}"
-        self._awaited: dict[str, float] = {}  # path → until when vLLM may still be loading it
-        taken = self._awaited.pop
+        self._answered = answered
+        self._loaded = loaded
+        self._awaited: dict[str, _Awaited] = {}
+        self._had: dict[str, Flattened] = {}  # path → what vLLM has of it
         models.lora_requests = _Requests(
-            models.lora_requests, one_spelling, used, lambda path: taken(path, None)
+            models.lora_requests, one_spelling, used, self._asked, self._taken
         )
         self._tell_paths()
 
@@ -128,9 +152,14 @@ class Front:
         )
 
     # ------------------------------------------------------------------ asked on the event loop
-    def awaits(self, path: str) -> None:
-        """Note that vLLM is being given an adapter: it loads it before it has the path."""
-        self._awaited[path] = time.monotonic() + WAIT_S
+    def awaits(self, found: Flattened, *, since: float | None = None) -> None:
+        """Note that vLLM is being given an adapter: it loads it before it has the path.
+
+        Args:
+            found: the adapter.
+            since: when vLLM asked for it, where a client's request waits for it.
+        """
+        self._awaited[found.path] = _Awaited(found, time.monotonic() + WAIT_S, since)
 
     def refused(self, name: str) -> None:
         """Have vLLM forget a name that it was asked for: it keeps a lock for each, for ever."""
@@ -139,6 +168,21 @@ class Front:
             kept.pop(name, None)
 
     # ------------------------------------------------------------------ private
+    def _taken(self, path: str) -> None:
+        """Note that vLLM has loaded an adapter: requests run with it from now on."""
+        awaited = self._awaited.pop(path, None)
+        if awaited is None:
+            return
+        self._had[path] = awaited.found
+        if awaited.since is not None:
+            self._loaded(time.monotonic() - awaited.since)
+
+    def _asked(self, path: str, request: Any) -> None:
+        """Tell of a request that runs with an adapter of ours; vLLM may have others."""
+        found = self._had.get(path)
+        if found is not None and request.lora_path == str(found.folder):
+            self._answered(found, request.lora_name)
+
     def _states(self) -> dict[str, Any] | None:
         engine = getattr(self.models, "engine_client", None)
         states = getattr(getattr(engine, "output_processor", None), "request_states", None)
@@ -149,22 +193,25 @@ class Front:
         # The number comes from vLLM's own counter. Adapters that it loads by other ways take theirs
         # there too, so no two share one.
         new.lora_int_id = self.models.lora_id_counter.inc(1)
-        self.awaits(found.path)
+        self.awaits(found)
         try:
             await self.models.engine_client.add_lora(new)
+            # The path may have been dropped while vLLM loaded its new content. It is not put back
+            # then.
+            if dict.__contains__(self.models.lora_requests, found.path):
+                self.models.lora_requests[found.path] = new
         finally:
             self._awaited.pop(found.path, None)
-        # The path may have been dropped while vLLM loaded its new content. It is not put back then.
-        if dict.__contains__(self.models.lora_requests, found.path):
-            self.models.lora_requests[found.path] = new
 
     async def _drop(self, path: str, unless: Callable[[], bool]) -> bool:
         # This runs on the event loop, between two requests: no request can begin between the
         # question and the removal. A path that is still loading stays, since vLLM puts it in when
         # it is done.
-        if unless() or time.monotonic() < self._awaited.get(path, 0.0):
+        awaited = self._awaited.get(path)
+        if unless() or (awaited is not None and time.monotonic() < awaited.until):
             return False
         dict.pop(self.models.lora_requests, path, None)
+        self._had.pop(path, None)
         self.refused(path)
         return True
 
@@ -199,7 +246,7 @@ class _Requests(dict[str, Any]):
     """vLLM's dict of adapters by name: takes every spelling of a name, and tells who is looked up.
 
     vLLM looks a model up twice for each request: whether it is there, and after its prompt was
-    read.
+    read. The second look takes the adapter with which the request runs.
     """
 
     def __init__(
@@ -207,11 +254,13 @@ class _Requests(dict[str, Any]):
         given: dict[str, Any],
         one_spelling: Callable[[str], str],
         used: Callable[[str], None],
-        taken: Callable[[str], object],
+        asked: Callable[[str, Any], None],
+        taken: Callable[[str], None],
     ) -> None:
         super().__init__(given)
         self._one_spelling = one_spelling
         self._used = used
+        self._asked = asked
         self._taken = taken
 
     def _known(self, name: str) -> str:
@@ -227,7 +276,12 @@ class _Requests(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         known = self._known(name)
         self._used(known)
-        return super().__getitem__(known)
+        request = super().__getitem__(known)
+        # Clients that wait for one path's first loading are handed the adapter by `resolve_lora`,
+        # and then take it here like everybody else. It would be counted twice.
+        if sys._getframe(1).f_code.co_name != "resolve_lora":
+            self._asked(known, request)
+        return request
 
     def get(self, name: str, default: Any = None) -> Any:
         return super().get(self._known(name), default)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection
 
 from .client_names import shown
 from .flatcache import ROUNDING, Flattened
 
-__all__ = ["OnceLog", "log", "reason", "tell_served"]
+__all__ = ["OnceLog", "log", "reason", "tell_request", "tell_served"]
 
 REASON_CHARACTERS = 1000
+VERSION_DIGITS = 12
 
 # Below vLLM's own logger, so that its lines go where vLLM's go. A logger of ours has no handler.
 log = logging.getLogger("vllm.lora_tree")
@@ -31,6 +33,26 @@ def tell_served(found: Flattened) -> None:
             shown(found.path),
             found.error,
         )
+
+
+def tell_request(found: Flattened, adapter: str) -> None:
+    """Log, in one line with a JSON object, which versions of the nodes answer a request.
+
+    The digits of a node are those by which `lora_tree.history` and ``lora-tree restore`` know its
+    version.
+
+    Args:
+        found: the adapter of the request.
+        adapter: the name by which the engine knows it, and vLLM's own lines about requests.
+    """
+    said = {
+        "path": found.path,
+        "adapter": adapter,
+        "content": found.content,
+        "nodes": {node: digits[:VERSION_DIGITS] for node, digits in found.nodes.items()},
+        "stale": bool(found.stale),
+    }
+    log.info("lora_tree: request %s", json.dumps(said))
 
 
 class OnceLog:

@@ -27,6 +27,7 @@ POLL_S = "LORA_TREE_VLLM_POLL_S"
 BLENDS = "LORA_TREE_VLLM_BLENDS"
 ALLOW = "LORA_TREE_VLLM_ALLOW"
 OUTSIDE = "LORA_TREE_VLLM_OUTSIDE"
+LOG_REQUESTS = "LORA_TREE_VLLM_LOG_REQUESTS"
 
 DEFAULT_BYTES = 10 << 30
 DEFAULT_RANK = 16  # vLLM's own
@@ -48,6 +49,7 @@ class PluginSettings:
     poll_s: float
     names: NameRules
     outside: bool
+    log_requests: bool
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> PluginSettings:
@@ -77,6 +79,7 @@ class PluginSettings:
             poll_s=_number(environment, POLL_S, DEFAULT_POLL_S, least=0.01),
             names=names,
             outside=_switch(environment, OUTSIDE),
+            log_requests=_switch(environment, LOG_REQUESTS),
         )
 
 

@@ -20,6 +20,7 @@ from .flatcache import FlatCache
 from .surveyed import Surveyed, View
 from .vllm_front import Front
 from .vllm_log import OnceLog, log, reason, tell_served
+from .vllm_metrics import Metrics
 
 __all__ = ["MODELS", "Watcher"]
 
@@ -35,6 +36,7 @@ class Watcher:
         fronts: vLLM's front ends. The list grows while the thread runs.
         names: reads the names of paths.
         once: the log of what goes wrong.
+        metrics: the figures of what is served.
         zoo: the tree's folder, for messages.
         every_s: between two looks.
     """
@@ -46,6 +48,7 @@ class Watcher:
         fronts: Sequence[Front],
         names: NameRules,
         once: OnceLog,
+        metrics: Metrics,
         *,
         zoo: str,
         every_s: float,
@@ -55,6 +58,7 @@ class Watcher:
         self._fronts = fronts
         self._names = names
         self._once = once
+        self._metrics = metrics
         self._zoo = zoo
         self._every_s = every_s
         self._closed = threading.Event()
@@ -80,6 +84,7 @@ class Watcher:
         served = self._cache.served
         self._cache.tend()
         if not served or not self._fronts:
+            self._metrics.looked(served=len(served), stale=0, behind=0)
             return
         try:
             view = self._seen.now()
@@ -88,38 +93,43 @@ class Watcher:
                 "",
                 f"lora_tree: the tree can't be read, its paths go on as they were: {reason(error)}",
             )
+            self._metrics.looked(served=len(served), stale=0, behind=len(served))
             return
         self._once.keep_only((MODELS, *served))
+        stale = behind = 0
         for path in served:
             try:
-                self._look_at(view, path)
+                stale += self._look_at(view, path)
             except Exception as error:  # vLLM's; the other paths go on
+                behind += 1
                 text = f"lora_tree: {shown(path)!r} goes on as it was: {reason(error)}"
                 # A file that is being written has another size, and so another reason, at every
                 # look. It is one event for the log.
                 kind = FolderError if isinstance(error, FolderError) else type(error)
                 self._once.say(path, text, told_as=kind.__name__)
+        self._metrics.looked(served=len(self._cache.served), stale=stale, behind=behind)
 
-    def _look_at(self, view: View, path: str) -> None:
-        """Compare what a path is with what it is served with.
+    def _look_at(self, view: View, path: str) -> bool:
+        """Compare what a path is with what it is served with; tell whether it is stale.
 
         Raises:
             Exception: it can't be followed at the moment, and is served on as it was.
         """
         content = self._cache.served.get(path)
         if content is None:
-            return  # it was let go of while another was made
+            return False  # it was let go of while another was made
         try:
-            now = self._cache.content(view.tree, view.problems, path)[0]
+            now = self._cache.content(view.tree, view.problems, path)
         except (FolderError, FormatError):
             raise  # the files are not whole, or are being replaced
         except LoraTreeError as error:
             self._no_longer(path, error)
-            return
-        if now != content or self._is_behind(path, now):
+            return False
+        if now.name != content or self._is_behind(path, now.name):
             self._follow(view, path)
         elif self._once.is_over(path):
             log.info("lora_tree: '%s' fits its files again", shown(path))
+        return bool(now.stale)
 
     def _follow(self, view: View, path: str) -> None:
         """Serve a path with what it is now.
@@ -131,6 +141,7 @@ class Watcher:
             with self._cache.replacing(path):
                 found = self._cache.get(view.tree, view.problems, path)
                 tell_served(found)
+                self._metrics.given(found)
                 swapped = [front.swap(found) for front in self._fronts]
         except FolderError:
             raise  # there is no room now, or the tree has changed once more
@@ -141,6 +152,7 @@ class Watcher:
             return
         self._once.is_over(path)
         if any(swapped):
+            self._metrics.swapped()
             log.info(
                 "lora_tree: '%s' has changed, and is now served as %s",
                 shown(path),
