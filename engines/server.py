@@ -24,6 +24,7 @@ class Server:
     """The requests that a test makes to it."""
 
     def __init__(self, port: int, log: Path, group: int) -> None:
+        self.port = port
         self._url = f"http://127.0.0.1:{port}"
         self._log = log
         self._group = group
@@ -67,6 +68,11 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
 
+    def read(self, path: str) -> str:
+        """Return a page as it is."""
+        with urllib.request.urlopen(self._url + path, timeout=ASK_S) as answer:
+            return str(answer.read(), "utf-8")
+
     def complete(self, model: str, prompt: Sequence[int], **more: Any) -> tuple[int, Any]:
         body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0, **more}
         return self.ask("/v1/completions", body)
@@ -74,23 +80,28 @@ class Server:
 
 @contextmanager
 def serving(
-    base: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path
+    base: Path,
+    flags: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    start: Sequence[str] | None = None,
 ) -> Iterator[Server]:
-    """A server of ``base``, ready to answer; gone when the block ends."""
+    """A server of ``base``, ready to answer; gone when the block ends.
+
+    Args:
+        start: a command that starts it instead: it knows its base, and takes SERVE_PORT.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    if start is None:
+        start = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)),
+            *("--host", "127.0.0.1", "--port", str(port)),
+        ]
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ),
-        *("--model", str(base), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
+        *(*start, "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--served-model-name", "base", "--max-num-seqs", "16", *flags),
     ]
     own = {
@@ -98,6 +109,7 @@ def serving(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "1",
+        "SERVE_PORT": str(port),
     }
     with log.open("wb") as out:
         process = subprocess.Popen(
