@@ -13,6 +13,7 @@ TRL     := .venv-trl
 ENGINED := $(ENGINES)/.lora_tree-installed
 TRLED   := $(TRL)/.lora_tree-installed
 SITED   := $(VENV)/.lora_tree-site
+BROWSED := $(VENV)/.lora_tree-browser
 WORKERS ?= 2
 GPU_WORKERS ?= 4
 ARGS    ?=
@@ -27,8 +28,8 @@ NEEDS_PYTHON = @test -n '$(PYTHON)' || \
 	{ echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-lowest test-newest test-engines test-trl test-kills \
-	test-notebooks fuzz docs pictures notebooks lint bench compare clean
+.PHONY: help venv demo test test-browser test-gpu test-lowest test-newest test-engines test-trl \
+	test-kills test-notebooks fuzz docs pictures page-pictures notebooks lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -83,6 +84,26 @@ test-kills: $(STAMP)  ## kill -9 at random moments of train, restore and gc (und
 
 test-notebooks: $(STAMP)  ## the notebooks of examples/ run and show what they are kept with (2 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tests_notebooks $(ARGS)
+
+$(BROWSED): $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	@touch $@
+
+BROWSER   := $(PY) -m pytest -q -s -c tests_browser/pytest.ini --rootdir tests_browser tests_browser
+CHROMIUMS := chromium chromium-browser google-chrome
+
+# On Debian root gets Chromium by itself; to anybody else the target says what is missing.
+test-browser: $(BROWSED)  ## the pages of a tree in a real Chromium (under 5 minutes)
+	@for name in $(CHROMIUMS); do command -v $$name >/dev/null && exit; done; \
+		if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+			apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+		else \
+			echo 'Chromium is needed: apt-get install chromium' >&2; exit 1; \
+		fi
+	OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=60 900 $(BROWSER) $(ARGS)
+
+page-pictures: $(BROWSED)  ## the pictures of the pages, by the browser's tests
+	OMP_NUM_THREADS=1 PICTURES=docs/pictures $(BROWSER) -k 'pictures or fits_the_window' $(ARGS)
 
 test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; skipped in one line without a GPU)
 	$(PY) -m pytest -n $(GPU_WORKERS) -q tests_gpu $(ARGS)
