@@ -163,7 +163,7 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## every benchmark at full size (hours on 2 cores, 8 GB; ARGS names one)
 	$(PY) -m benchmarks $(ARGS)
 
-compare: $(STAMP)  ## does a tree pay? (hours; ARGS="packages manuals curve late --keep FOLDER")
+compare: $(STAMP)  ## does a tree pay? (hours; ARGS="packages manuals curve late decay --keep FOLDER")
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m benchmarks.compare $(ARGS)
 
 clean:  ## remove caches, build products and the demo's folders; .venv stays

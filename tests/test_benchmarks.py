@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import (
     checkpoint,
@@ -28,9 +29,10 @@ from benchmarks import (
     unmerged,
 )
 from benchmarks.common import Case, Form, Result, Timing, cycle, interleaved, tell
+from benchmarks.compare import decays
 from benchmarks.compare.corpora import LANGUAGES, SECTIONS, find_manuals
 from benchmarks.compare.kept import Kept
-from benchmarks.compare.tables import markdown_of_curve, markdown_of_late
+from benchmarks.compare.tables import markdown_of_curve, markdown_of_late, markdown_of_rules
 from benchmarks.setting import SMALL
 
 SIZE = replace(SMALL, hidden=32, layers=1)
@@ -228,6 +230,18 @@ def test_manual_pages_that_are_not_installed_are_skipped(tmp_path: Path) -> None
     assert [(len(leaf.train), len(leaf.held_out)) for leaf in found] == [(8, 2)] * 8
 
 
+def test_a_rule_by_rows_decays_a_leaf_with_few_rows_more() -> None:
+    rows = {"g/a": torch.zeros(100), "g/b": torch.zeros(400)}
+    found = decays.shrinkages(rows, decays.RULES["by rows"])
+    # The geometric mean of the leaves is 200.
+    assert found == pytest.approx(
+        {"all": 0.0, "all/g": 0.008, "all/g/a": 0.024 * 2, "all/g/b": 0.024 / 2}
+    )
+    told = decays.decay_rules(compare.SMALL)
+    assert [(name, len(bits)) for name, bits in told] == [(name, 2) for name in decays.RULES]
+    assert markdown_of_rules(told).count("\n") == 2 + len(decays.RULES)
+
+
 def test_longer_training_and_a_late_leaf_are_told_as_tables() -> None:
     points = compare.curve(compare.SMALL)
     assert [steps for steps, _, _ in points] == [1, 2] * 4
@@ -237,4 +251,5 @@ def test_longer_training_and_a_late_leaf_are_told_as_tables() -> None:
     assert told.startswith(
         "| share of its data | parent | leaf | leaf, fitted | flat | pooled, on |"
     )
+    assert all(leaf.bits["wide leaf"] > 0 for leaf in late)
     assert all(leaf.bits["leaf, fitted"] > 0 for leaf in late)

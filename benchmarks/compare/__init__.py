@@ -15,6 +15,7 @@ settings are tried for each system, on all the data, on a seed and a part of the
 their own. Held-out bits per byte decide.
 """
 
+from .decays import decay_rules
 from .late import late_leaf
 from .runs import compare, curve
 from .systems import FULL, SMALL, SYSTEMS, Outcome, Size, System, tree_of
@@ -29,6 +30,7 @@ __all__ = [
     "System",
     "compare",
     "curve",
+    "decay_rules",
     "late_leaf",
     "markdown",
     "tree_of",

@@ -13,11 +13,12 @@ import transformers
 import typer
 from rich.console import Console
 
+from .decays import decay_rules
 from .kept import Kept
 from .late import late_leaf
 from .runs import compare, curve
 from .systems import FULL, SMALL
-from .tables import markdown, markdown_of_curve, markdown_of_late
+from .tables import markdown, markdown_of_curve, markdown_of_late, markdown_of_rules
 
 
 class Part(StrEnum):
@@ -27,6 +28,7 @@ class Part(StrEnum):
     manuals = "manuals"
     curve = "curve"
     late = "late"
+    decay = "decay"
 
 
 def main(
@@ -47,7 +49,9 @@ def main(
         typer.Option(help="A folder that keeps each run's result: a later command goes on there."),
     ] = None,
 ) -> None:
-    """Train everything and print the tables: packages and manuals, longer training, a late leaf."""
+    """Train everything and print the tables: packages and manuals, longer training, a late leaf,
+    rules for decay.
+    """
     transformers.utils.logging.disable_progress_bar()
     say = Console(stderr=True, highlight=False).print
     size = SMALL if small else FULL
@@ -67,6 +71,9 @@ def main(
         elif part is Part.curve:
             points = curve(size, kept=kept, say=say)
             found[part.value], text = points, markdown_of_curve(points)
+        elif part is Part.decay:
+            rules = decay_rules(size, kept=kept, say=say)
+            found[part.value], text = rules, markdown_of_rules(rules)
         else:
             late = late_leaf(size, kept=kept, say=say)
             found[part.value] = [asdict(leaf) for leaf in late]

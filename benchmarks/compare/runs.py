@@ -130,8 +130,13 @@ def trained(
     streams: Mapping[str, Tensor],
     *,
     held_out: Mapping[str, Tensor] | None = None,
+    shrinkage_of: Mapping[str, float] | None = None,
 ) -> tuple[lt.AdapterTree, list[float]]:
-    """Train a system, and return its tree and the bits per byte of every leaf."""
+    """Train a system, and return its tree and the bits per byte of every leaf.
+
+    Args:
+        shrinkage_of: node → the part that decays in a step; None: by depth, as the setting says.
+    """
     size = text.size
     torch.manual_seed(seed)
     tree = tree_of(system, list(streams))
@@ -146,6 +151,7 @@ def trained(
         lr=setting.rate,
         over=system.over,
         decay_by_depth=setting.decay_by_depth,
+        decay_of={node: part / setting.rate for node, part in (shrinkage_of or {}).items()},
         seed=seed,
     )
     bits = []
@@ -164,12 +170,15 @@ def measured(
     streams: Mapping[str, Tensor],
     *,
     held_out: Mapping[str, Tensor] | None = None,
+    shrinkage_of: Mapping[str, float] | None = None,
 ) -> tuple[list[float], int]:
     """Return the bits per byte of every leaf of a trained system, and its parameters; kept."""
     held_out = held_out or text.held_out
 
     def run() -> dict[str, Any]:
-        tree, bits = trained(text, system, setting, seed, streams, held_out=held_out)
+        tree, bits = trained(
+            text, system, setting, seed, streams, held_out=held_out, shrinkage_of=shrinkage_of
+        )
         adapters: Sequence[Any] = [tree.adapter(path) for path in tree.paths()]
         count = sum(adapter.numel for adapter in adapters if adapter is not None)
         return {"bits": bits, "parameters": count}
@@ -182,6 +191,8 @@ def measured(
         trained_on=mark(streams),
         measured_on=mark(held_out),
     )
+    if shrinkage_of is not None:
+        about["shrinkage_of"] = dict(shrinkage_of)
     found = text.kept.result(about, run)
     return found["bits"], found["parameters"]
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from .late import LateLeaf
 from .systems import Outcome
 
-__all__ = ["markdown", "markdown_of_curve", "markdown_of_late"]
+__all__ = ["markdown", "markdown_of_curve", "markdown_of_late", "markdown_of_rules"]
 
 
 def markdown(leaves: Sequence[str], outcomes: Sequence[Outcome]) -> str:
@@ -40,6 +40,19 @@ def markdown_of_curve(found: Sequence[tuple[int, str, float]]) -> str:
     for count in steps:
         cells = [f"{bits[count, system]:.3f}" for system in systems]
         text.append(f"| {count} | {' | '.join(cells)} |\n")
+    return "".join(text)
+
+
+def markdown_of_rules(found: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Return a table: a rule a row, its seeds across."""
+    seeds = range(1, len(found[0][1]) + 1)
+    text = [
+        f"| decay | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |\n",
+        f"| --- |{' ---: |' * (len(seeds) + 1)}\n",
+    ]
+    for name, bits in found:
+        cells = " | ".join(f"{bit:.3f}" for bit in bits)
+        text.append(f"| {name} | {cells} | {mean(bits):.3f} |\n")
     return "".join(text)
 
 

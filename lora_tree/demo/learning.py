@@ -84,6 +84,7 @@ def train_tree(
     seed: int,
     over: Over = "auto",
     decay_by_depth: Sequence[float] | None = None,
+    decay_of: Mapping[str, float] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
     """Train some nodes at once: every row trains those on its own path.
@@ -96,9 +97,11 @@ def train_tree(
         steps, batch, length: of the optimiser, rows in each, bytes in a row.
         over: what the loss is a mean over, as in `lora_tree.runs.Settings`.
         decay_by_depth: weight decay at depth 0, 1, …; None: see `lora_tree.weight_decays`.
+        decay_of: node → its own weight decay, which comes first.
         tick: called after every step.
     """
-    decays = weight_decays(model.tree, nodes, dict.fromkeys(nodes, lr), by_depth=decay_by_depth)
+    rates = dict.fromkeys(nodes, lr)
+    decays = weight_decays(model.tree, nodes, rates, by_depth=decay_by_depth, of_node=decay_of)
     groups = []
     for group in model.trainable(*nodes):
         groups.append({**group, "clip_norm": 1.0, "weight_decay": decays[group["name"]]})

@@ -82,8 +82,8 @@ def held_rows(
         data: of the Trainer; a ``datasets.Dataset``, or anything with rows in order.
         column: where a row says its path.
         tree: of the paths.
-        share: of each path's rows, rounded down; None: `HELD_BACK`, as far as the data have an
-            order and say their paths.
+        share: of each path's rows, rounded down; None: `HELD_BACK`, where the data have an
+            order, else nothing.
 
     Returns:
         the data and None if no row is held back.
