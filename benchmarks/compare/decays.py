@@ -8,7 +8,8 @@ geometric mean of n over the nodes of its depth.
     by rows             m / n       a node with few rows shrinks more
     by rows, bounded    m / n from 1/4 to 4
     by its root         √(m / n)
-    leaves alone        √(m / n) for leaves, 1 for groups
+    leaves by rows      m / n for leaves, 1 for groups
+    leaves by its root  √(m / n) for leaves, 1 for groups
     the other way       √(n / m)    if it does as well, the rules above say nothing
 
 Half of the leaves have a tenth of their data. Measured on a tenth of the training text that is not
@@ -43,7 +44,8 @@ RULES: Mapping[str, Rule] = {
     "by rows": lambda few, depth: few,
     "by rows, bounded": lambda few, depth: min(max(few, 0.25), 4.0),
     "by its root": lambda few, depth: few**0.5,
-    "leaves alone": lambda few, depth: few**0.5 if depth == 2 else 1.0,
+    "leaves by rows": lambda few, depth: few if depth == 2 else 1.0,
+    "leaves by its root": lambda few, depth: few**0.5 if depth == 2 else 1.0,
     "the other way": lambda few, depth: few**-0.5,
 }
 SEEDS = (11, 12)
