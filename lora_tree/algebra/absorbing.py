@@ -92,7 +92,7 @@ def absorb(
         raise PathError(f"{name}: the name of one node: absorb finds the path above it itself")
     if under and under not in tree:
         raise PathError(f"{under}: there is no such node")
-    left = _left(tree, adapter, under)
+    left = _left(tree, name, adapter, under)
     how = Shortening(rank, max_error, dtype)
     best: tuple[float, int, str, Adapter, Deviation] | None = None
     # Below a node that replaces what the adapter does not, nothing makes it the adapter's model.
@@ -135,11 +135,16 @@ def _key(
     return (nbytes, error, depth) if max_error is not None else (error, nbytes, depth)
 
 
-def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
+def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[str, float]:
     """Return the part of the adapter that is left below each node, nearest first."""
-    whole = math.fsum(value.norm() ** 2 for value in adapter.modules.values())
+    own_squares: list[float] = []
+    for module, value in adapter.modules.items():
+        own_squares.append(call_named(f"{name}: {module}", value.norm) ** 2)
+    whole = math.fsum(own_squares)
     if whole == 0.0:
-        raise SpecError("the adapter adds nothing, so it belongs nowhere", "add it by hand")
+        raise SpecError(
+            f"{name}: the adapter adds nothing, so it belongs nowhere", "add it by hand"
+        )
     squares: dict[str, float] = {}
     # For each lineage, its inner product with the adapter and its own squared norm.
     sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
@@ -149,7 +154,8 @@ def _left(tree: AdapterTree, adapter: Adapter, under: str) -> dict[str, float]:
             *above, _ = tree.lineage(path)
             held = {node: held[node] for node in above}
             mine = read_apart(tree, path).weighed(tree[path].weight)
-            sums[path] = _with_own(path, mine, adapter, held, sums[tree.parent(path)])
+            above_sums = sums[tree.parent(path)]
+            sums[path] = call_named(name, _with_own, path, mine, adapter, held, above_sums)
             held[path] = mine
         if path == under or not under or path.startswith(f"{under}/"):
             product, square = sums[path]

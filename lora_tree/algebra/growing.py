@@ -100,8 +100,9 @@ def grow(
         PathError: a path or pattern matches no node, or names one that is not right below the root;
             or a new path is too long.
         TreeError: a node has children, is a group, or is used by a model.
-        SpecError: there are fewer than two adapters; or one is fresh or not finite; or not one of
-            ``max_error`` and ``budget_bytes`` was given, or it makes no sense.
+        SpecError: there are fewer than two adapters; or one is fresh, not finite or without
+            modules; or not one of ``max_error`` and ``budget_bytes`` was given, or it makes no
+            sense.
         BudgetError: the budget has no room for one rank in one module of every adapter.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
 
@@ -161,6 +162,12 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
         own(tree, path)
         if tree.children(path):
             raise TreeError(f"{path}: has children, so it is no flat adapter", "leave it out")
+        outline = tree.outline(path)
+        if outline is not None and not outline.modules:
+            raise SpecError(
+                f"{path}: has factors of no module, so it shares nothing with the others",
+                "name the other adapters, and leave this one out",
+            )
     if len(chosen) < 2:
         raise SpecError(f"grow needs two flat adapters at least, got {chosen}")
     changeable(tree, chosen)

@@ -1,0 +1,154 @@
+"""Growing and absorbing adapters that are unlike each other, empty, equal or broken."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from dense import denses, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lora_tree as lt
+from lora_tree.errors import LoraTreeError, ShapeMismatch, SpecError
+
+SHAPES = {"q": (12, 16), "k": (7, 16), "v": (12, 9)}
+SEEDS = st.integers(0, 2**16)
+
+# One adapter: the rank of each module that it has. Zero ranks stand for factors of zeros.
+RANKS = st.dictionaries(st.sampled_from(sorted(SHAPES)), st.integers(0, 4), min_size=1)
+
+
+def odd(seed: int, ranks: dict[str, int]) -> lt.Adapter:
+    """An adapter with these ranks; a part of rank 1 of each module is the same for all seeds."""
+    modules: dict[str, lt.LowRank] = {}
+    for name, rank in ranks.items():
+        out, into = SHAPES[name]
+        value = lt.LowRank(torch.zeros(1, into), torch.zeros(out, 1))
+        if rank:
+            shared = draw(len(name) + ord(name[0]), 1, out=out, into=into)
+            value = lt.concat([shared, draw(seed, rank, out=out, into=into)])
+        modules[name] = value
+    return lt.Adapter(modules)
+
+
+def tree_of(adapters: list[lt.Adapter]) -> lt.AdapterTree:
+    tree = lt.AdapterTree()
+    for i, adapter in enumerate(adapters):
+        tree.add(f"n{i}", adapter=adapter)
+    return tree
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The Frobenius norm of the difference; a module that is missing is zero."""
+    zero = torch.zeros((), dtype=torch.float64)
+    parts = [(one.get(n, zero) - other.get(n, zero)).norm() for n in {*one, *other}]
+    return math.hypot(*map(float, parts))
+
+
+def same_tree(tree: lt.AdapterTree, before: lt.AdapterTree) -> bool:
+    if tree.paths() != before.paths():
+        return False
+    return all(tree.adapter(path) is before.adapter(path) for path in tree.paths())
+
+
+@settings(max_examples=8)
+@given(st.lists(RANKS, min_size=2, max_size=6), SEEDS, st.sampled_from([1e-3, 0.2]), st.data())
+def test_unlike_zero_and_equal_adapters_keep_what_the_certificate_says(
+    kinds: list[dict[str, int]], seed: int, most: float, data: st.DataObject
+) -> None:
+    adapters = [odd(seed + 31 * i, ranks) for i, ranks in enumerate(kinds)]
+    again = data.draw(st.integers(0, len(adapters) - 1))
+    adapters.append(adapters[again])
+    tree = tree_of(adapters)
+    before = copy.copy(tree)
+    grown = lt.grow(tree, max_error=most)
+    squares: list[float] = []
+    for old in before.paths():
+        new = grown.edited.moved.get(old, old)
+        wanted, got = denses(before.flatten(old)), denses(tree.flatten(new))
+        error, norm = distance(wanted, got), distance(wanted, {})
+        told = grown.edited.errors[new]
+        assert told.error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        assert told.norm == pytest.approx(norm, rel=1e-6, abs=1e-12)
+        # An adapter that is zero has no relative error: it stays zero within rounding.
+        squares.append((error / norm) ** 2 if norm else error**2)
+    assert math.sqrt(sum(squares) / len(squares)) <= most * 1.001
+    assert len(tree.leaves()) == len(adapters)
+
+
+def test_equal_adapters_are_held_once() -> None:
+    tree = tree_of([odd(5, {"q": 3, "v": 2})] * 4)
+    lt.grow(tree, max_error=1e-3)
+    assert tree.adapter("shared").ranks == {"q": 4, "v": 3}
+    for leaf in tree.leaves():
+        adapter = tree.adapter(leaf)
+        assert adapter is not None
+        assert all(value.norm() < 1e-5 for value in adapter.modules.values())
+
+
+def broken(value: float) -> lt.Adapter:
+    adapter = odd(3, {"q": 2, "v": 1})
+    A = adapter.modules["v"].A.clone()
+    A[0, 0] = value
+    return lt.Adapter({**adapter.modules, "v": lt.LowRank(A, adapter.modules["v"].B)})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "says"),
+    [
+        (broken(float("nan")), r"n2: the factors are not finite"),
+        (broken(float("inf")), r"n2: the factors are not finite"),
+        (lt.Adapter({}), r"n2: has factors of no module"),
+        (
+            lt.Adapter({}, overrides={"head.weight": lt.Override(torch.ones(3, 4))}),
+            r"n2: has factors of no module",
+        ),
+    ],
+)
+def test_what_shares_nothing_or_is_broken_is_refused_by_its_name(
+    adapter: lt.Adapter, says: str
+) -> None:
+    tree = tree_of([odd(1, {"q": 2}), odd(2, {"q": 2}), adapter])
+    before = copy.copy(tree)
+    with pytest.raises(SpecError, match=says):
+        lt.grow(tree, max_error=0.1)
+    assert same_tree(tree, before)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "says"),
+    [
+        (broken(float("nan")), SpecError, r"^late: v: the factors are not finite"),
+        (broken(float("-inf")), SpecError, r"^late: v: the factors are not finite"),
+        (lt.Adapter({}), SpecError, r"^late: the adapter adds nothing"),
+        (odd(1, {"q": 0}), SpecError, r"^late: the adapter adds nothing"),
+        (lt.Adapter({"q": draw(1, 2, out=5, into=16)}), ShapeMismatch, r"^late: shared: q: "),
+    ],
+)
+def test_what_no_node_can_take_is_refused_by_its_name(
+    adapter: lt.Adapter, error: type[LoraTreeError], says: str
+) -> None:
+    tree = tree_of([odd(i, {"q": 2, "v": 1}) for i in range(3)])
+    lt.grow(tree, max_error=1e-3)
+    before = copy.copy(tree)
+    with pytest.raises(error, match=says):
+        lt.absorb(tree, "late", adapter)
+    assert same_tree(tree, before)
+
+
+@settings(max_examples=5)
+@given(RANKS.filter(lambda ranks: any(ranks.values())), SEEDS)
+def test_an_adapter_of_any_modules_and_ranks_is_absorbed_exactly(
+    ranks: dict[str, int], seed: int
+) -> None:
+    tree = tree_of([odd(i, {"q": 2, "v": 1}) for i in range(3)])
+    lt.grow(tree, max_error=1e-3)
+    late = odd(seed, ranks)
+    told = lt.absorb(tree, "late", late)
+    wanted = denses(late)
+    got = denses(tree.flatten(told.edited.added[0]))
+    assert distance(wanted, got) < 1e-5 * distance(wanted, {})
