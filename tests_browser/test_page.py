@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Page, expect
-from zoos import EVIL, large_zoo, losses, small_zoo
+from zoos import EVIL, large_facts, losses, small_zoo
 
 import lora_tree as lt
 from lora_tree.demo.bytelevel import new_base
@@ -60,8 +60,7 @@ def _train(zoo: Path) -> None:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("large")
-    zoo = large_zoo(place / "zoo", NODES)
-    (place / "zoo.html").write_text(lt.explore_page(lt.explore_facts(zoo).as_dict()))
+    (place / "zoo.html").write_text(lt.explore_page(large_facts(place / "zoo", NODES)))
     return place / "zoo.html"
 
 

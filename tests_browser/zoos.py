@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import lora_tree as lt
 
-__all__ = ["EVIL", "large_zoo", "losses", "small_zoo"]
+__all__ = ["EVIL", "large_facts", "losses", "small_zoo"]
 
 EVIL = "<img src=x onerror=window.evil=1>"
 """Text that would run if it became markup."""
@@ -60,24 +63,33 @@ def losses(file: Path) -> Path:
     return file
 
 
-def large_zoo(folder: Path, nodes: int) -> Path:
-    """Write a tree of very small adapters: languages, domains, customers."""
+def large_facts(folder: Path, nodes: int) -> dict[str, Any]:
+    """Return the facts of a tree of so many very small nodes: languages, domains, customers.
+
+    A hundred nodes are written and read; the others are these under other names, because to write
+    ten thousand takes minutes.
+    """
     tree = lt.AdapterTree(base="org/model")
     name = "model.layers.0.self_attn.q_proj"
-    count = 0
-    for language in range(20):
-        for domain in range(-1, 25):
-            for customer in range(-1, 20):
-                if domain < 0 <= customer or count >= nodes:
-                    continue
-                path = f"lang{language:02}"
-                if domain >= 0:
-                    path += f"/domain{domain:02}"
-                if customer >= 0:
-                    path += f"/customer{customer:02}"
-                draw = torch.Generator().manual_seed(count)
-                A, B = torch.randn(1, 8, generator=draw), torch.randn(8, 1, generator=draw)
-                tree.add(path, adapter=lt.Adapter({name: lt.LowRank(A, B)}))
-                count += 1
+    for seed in range(100):
+        draw = torch.Generator().manual_seed(seed)
+        A, B = torch.randn(1, 8, generator=draw), torch.randn(8, 1, generator=draw)
+        tree.add(f"n{seed}", adapter=lt.Adapter({name: lt.LowRank(A, B)}))
     tree.save(folder)
-    return folder
+    facts = lt.explore_facts(folder).as_dict()
+    few, norms = facts["nodes"], facts["norms"]
+    many, many_norms = [], {}
+    for path in islice(_paths(), nodes):
+        node = few[len(many) % len(few)]
+        many.append({**node, "path": path})
+        many_norms[path] = norms[node["path"]]
+    return {**facts, "nodes": many, "norms": many_norms}
+
+
+def _paths() -> Iterator[str]:
+    for language in range(40):
+        yield f"lang{language:02}"
+        for domain in range(25):
+            yield f"lang{language:02}/domain{domain:02}"
+            for customer in range(20):
+                yield f"lang{language:02}/domain{domain:02}/customer{customer:02}"
