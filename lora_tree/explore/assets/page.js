@@ -8,13 +8,13 @@ const nodes = new Map(facts.nodes.map((node) => [node.path, node]));
 const alikeAt = new Map((facts.likeness ? facts.likeness.names : []).map((name, i) => [name, i]));
 
 // ------------------------------------------------------------------ small helpers
-// An attribute that is false is left out; what ARIA calls false is the text "false".
+// An attribute that is null is left out; ARIA wants the text "false".
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) {
     if (name === "text") element.textContent = value;
     else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined) element.setAttribute(name, value);  // aria wants "false"
+    else if (value !== null && value !== undefined) element.setAttribute(name, value);
   }
   element.append(...children.filter((child) => child !== null));
   return element;
@@ -131,8 +131,8 @@ function rowOf(path, at) {
   const row = make("div", {
     class: `row${at === here ? " here" : ""}${!node || node.kind === "group" ? " group" : ""}${matches && !matches.has(path) ? " dim" : ""}`,
     role: "treeitem", id: `row-${at}`, "aria-level": depthOf(path) + 1,
-    "aria-selected": String(chosen.has(path)), "aria-current": path === current ? "true" : null,
-    "aria-expanded": below ? String(isOpen) : null, title: path,
+    "aria-selected": chosen.has(path), "aria-current": path === current ? "true" : null,
+    "aria-expanded": below ? isOpen : null, title: path,
     style: `top:${at * ROW}px;padding-left:${depthOf(path) * 16}px`,
     onclick: () => { here = at; show(path); },
   });
@@ -234,7 +234,7 @@ function drawTabs() {
   const names = Object.keys(VIEWS);
   $("tabs").replaceChildren(...names.map((name, at) => make("button", {
     type: "button", role: "tab", id: `tab-${name}`, text: VIEWS[name][0], "aria-controls": "panel",
-    "aria-selected": String(name === view), tabindex: name === view ? 0 : -1,
+    "aria-selected": name === view, tabindex: name === view ? 0 : -1,
     onclick: () => { view = name; drawTabs(); draw(); },
     onkeydown: (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -419,7 +419,7 @@ function drawRuns(panel) {
   panel.append(make("h2", { text: "Runs" }));
   if (!facts.runs.length) { panel.append(empty("No run of this tree is kept. lora-tree train keeps one for each training.")); return; }
   const rows = [...facts.runs].reverse().map((run) => [
-    make("button", { type: "button", text: String(run.number), "aria-pressed": String(run.number === shownRun), onclick: () => { shownRun = run.number; draw(); } }),
+    make("button", { type: "button", text: String(run.number), "aria-pressed": run.number === shownRun, onclick: () => { shownRun = run.number; draw(); } }),
     run.began, run.by, run.state, `${run.done} of ${run.steps}`, run.nodes.slice(0, 4).join(", ") + (run.nodes.length > 4 ? `, and ${run.nodes.length - 4} more` : ""),
   ]);
   panel.append(table(["run", "began", "by", "state", "steps", "nodes"], rows));
