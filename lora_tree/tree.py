@@ -289,10 +289,10 @@ class AdapterTree:
         >>> legal = tree.add("fr/legal", adapter=lt.Adapter({"q_proj": q_proj}), weight=0.8)
         >>> legal.name, legal.weight, legal.has_adapter
         ('legal', 0.8, True)
-        >>> _ = tree.add("de/legal")
+        >>> _ = tree.add("de/legal")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lora_tree.errors.PathError: no node 'de' in the tree
-          the tree has: fr, fr/legal
+        lora_tree.errors.PathError: no node 'de' in the tree, below which de/legal would lie
+          add it first, without an adapter: tree.add('de', group=True), ...
         """
         names = check_path(path)
         if not names:

@@ -59,10 +59,7 @@ def explore(
     skip_broken: SkipBroken = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a tree as a page: nodes, lineages, norms, likeness, losses, runs and problems.
-
-    With --base, prompts are answered beside it: several paths and blends at once.
-    """
+    """Show a tree as a page; with --base, answer prompts by several paths and blends at once."""
     if html is not None and base is not None:
         raise SpecError(
             "--base needs a server, and --html writes a file instead", "leave one of them out"
