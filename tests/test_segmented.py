@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -295,6 +296,26 @@ def test_an_unmerged_path_adds_two_operations_a_site(path: lt.Blend) -> None:
     assert len(beside.names) - len(bare.names) == 2 * 2, beside.names
 
 
+def test_a_batch_adds_two_launches_a_site_and_no_operation(launched: list[str]) -> None:
+    base = net()
+    model = lt.attach(forest(), base)
+    x = torch.randn(len(ROWS), 2, 20)
+    with torch.no_grad():
+        with Operations() as bare:
+            base(x)
+        with model.route(ROWS, batch_first=True):
+            base(x)
+            del launched[:]
+            # The interpreter runs a kernel as operations, so these launches write nothing.
+            idle = RoutedKernels(*[lambda *args: launched.append("") or args[0]] * 3)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("lora_tree.engine.segmented.routed_kernels", lambda: idle)
+                with Operations() as routed:
+                    base(x)
+    assert len(launched) == 2 * 2
+    assert routed.names == bare.names
+
+
 def test_the_order_of_rows_does_not_change_a_bit(launched: list[str]) -> None:
     base = net()
     model = lt.attach(forest(), base)
@@ -397,6 +418,59 @@ def test_another_batch_over_known_nodes_sends_nothing_but_its_lists(
     with torch.no_grad(), model.route(rows[::-1], batch_first=True):
         base(x)
     assert len(sent) == 1, "one copy, for all sites"
+
+
+def _steps_of_another_batch(sites: int, leaves: int) -> int:
+    """Return the bytecode instructions of the package that a new batch of four rows takes."""
+    base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(sites)]).requires_grad_(False)
+    tree = lt.AdapterTree()
+    paths = [f"n{i:02}" for i in range(leaves)]
+    for path in paths:
+        values = {str(i): lt.LowRank(torch.randn(2, 8), torch.randn(8, 2)) for i in range(sites)}
+        tree.add(path, adapter=lt.Adapter(values))
+    model = lt.attach(tree, base)
+    x = torch.randn(leaves, 8)
+
+    def run(rows: Sequence[lt.Blend]) -> None:
+        with torch.no_grad(), model.route(rows, batch_first=True):
+            base(x)
+
+    run(paths)
+    run([*paths[1:], paths[0]])
+    steps = 0
+
+    def step(frame: Any, event: str, argument: object) -> Any:
+        nonlocal steps
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        steps += event == "opcode"
+        return step
+
+    def enter(frame: Any, event: str, argument: object) -> Any:
+        if "/lora_tree/" not in frame.f_code.co_filename:
+            return None
+        return step(frame, event, argument)
+
+    traced = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        run(paths[::-1])
+    finally:
+        sys.settrace(traced)
+    return steps
+
+
+def test_another_batch_takes_no_step_for_each_node_of_each_site(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = RoutedKernels(*[lambda *args: torch.empty(0)] * 3)
+    monkeypatch.setattr("lora_tree.engine.segmented.routed_kernels", lambda: idle)
+    by_sites = {}
+    for leaves in (6, 24):
+        steps = [_steps_of_another_batch(sites, leaves) for sites in (2, 10)]
+        by_sites[leaves] = (steps[1] - steps[0]) // 8
+    assert by_sites[24] == by_sites[6]
+    # Bytecode instructions; the same batch again takes 853, of which 300 are the hook's.
+    assert by_sites[6] <= 1500
 
 
 def test_what_the_kernels_do_not_cover_takes_the_forms_of_stock_operations(

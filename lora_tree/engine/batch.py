@@ -25,7 +25,7 @@ from ..blend import Blend, depth_first, parse_blend
 from ..errors import LoraTreeError, SpecError
 from ..tree import AdapterTree
 from ..weights import Weight, weight_digest
-from .kernels import Segments, segment_numbers
+from .kernels import Segments, Tiling, group_of, segment_numbers
 from .upload import uploaded
 
 __all__ = ["Batch", "tree_node"]
@@ -119,9 +119,13 @@ class Batch:
         for node in sorted(digests, key=depth_first):
             for digest in sorted(digests[node]):
                 in_order.append((node, digest))
+        places = {column: place for place, column in enumerate(in_order)}
         kinds = []
         for each in owed:
-            kinds.append(tuple([each.get(column, 0.0) for column in in_order]))
+            kind = [0.0] * len(in_order)
+            for column, coefficient in each.items():
+                kind[places[column]] = coefficient
+            kinds.append(tuple(kind))
         batch = _distinct(_labels([node for node, _ in in_order]), kinds, of_row, lineages)
         return replace(batch, weights=tuple([weights[column] for column in in_order]))
 
@@ -137,6 +141,8 @@ class Batch:
             without: kind → nodes that its rows owe nothing to here, because of an override; None:
                 there are none.
         """
+        if without is None and tuple(nodes) == self.nodes and self._kinds_differ:
+            return self  # nearly every site of nearly every model
         # In the order asked for: the order of the site's terms.
         columns = [self.nodes.index(node) for node in nodes]
         kinds = []
@@ -151,12 +157,19 @@ class Batch:
 
     def spread(self, repeat: int, tile: int) -> Batch:
         """Return every row ``repeat`` times in succession, and that whole batch ``tile`` times."""
+        if repeat == tile == 1:
+            return self
         rows: list[int] = []
         for kind in self.of_row:
             rows += [kind] * repeat
         return Batch(self.nodes, self.kinds, tuple(rows) * tile, self.weights)
 
     # ------------------------------------------------------------------ derived
+    @cached_property
+    def _kinds_differ(self) -> bool:
+        """No two kinds differ in their paths alone."""
+        return len(set(self.kinds)) == len(self.kinds)
+
     @cached_property
     def owed_nodes(self) -> list[tuple[str, str, Weight]]:
         """(name here, the tree's node, the weight with which it is owed), in the order of the
@@ -237,6 +250,28 @@ class Batch:
             sizes, numbers = segment_numbers(self.kinds, self.of_row, group)
             found = self._segments[group, device] = Segments(sizes, uploaded(numbers, device))
         return found
+
+    def tiled(
+        self, tokens: int, compute: torch.dtype, device: torch.device
+    ) -> tuple[Segments, Tiling]:
+        """Return the lists, and how kernels cut the inputs up; the same objects for all sites.
+
+        Args:
+            tokens: inputs of a row.
+            compute: the dtype in which kernels multiply.
+            device: where the lists are read.
+        """
+        key = tokens, compute, device
+        found = self._tiled.get(key)
+        if found is None:
+            segments = self.segments(group_of(tokens), device)
+            found = self._tiled[key] = segments, Tiling.of(segments.sizes, tokens, compute)
+        return found
+
+    @cached_property
+    def _tiled(self) -> dict[tuple[int, torch.dtype, torch.device], tuple[Segments, Tiling]]:
+        """The pairs that `tiled` has returned so far."""
+        return {}
 
     @cached_property
     def _segments(self) -> dict[tuple[int, torch.device], Segments]:

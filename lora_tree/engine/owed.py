@@ -123,6 +123,14 @@ class Owed:
         self.charge(_new_bytes(made, self.values))
         return lambda: made
 
+    @property
+    def biased(self) -> Sequence[int]:
+        """The places in `values` of those with a bias."""
+        return self.tables.once(("biased", self.site.name, self.live), self._find_biased)
+
+    def _find_biased(self) -> list[int]:
+        return [i for i, value in enumerate(self.values) if value.bias is not None]
+
     @cached_property
     def table(self) -> FactorTable | None:
         """The addresses of the factors for kernels; None if these don't cover them."""

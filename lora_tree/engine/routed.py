@@ -10,9 +10,12 @@ which all rows owe the same is one product, and its first axis may be anything.
 
 from __future__ import annotations
 
+import contextlib
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -113,7 +116,7 @@ class Router:
         # By value: each request makes a batch of its own. The plan is known by identity, and holds
         # the factors. A plan with factors that train is never met again, and neither is its route.
         lineages = batch.lineages if placed.plan.overrides else ()
-        owed = batch.nodes, batch.kinds, batch.of_row, lineages, strategy, placed.dtypes
+        owed = _debts(batch), lineages, strategy, placed.dtypes
         key = placed.plan, owed
         route = self._kept.again(key)
         if route is None:
@@ -330,7 +333,9 @@ class Route:
             laid_out = id(owed), way  # the same for any number of tokens
             found = self._forms.get(laid_out)
             if found is None:
-                with exact_mode(owed.device):
+                # Entering the mode takes longer than making a form that computes nothing.
+                mode = exact_mode(owed.device) if way.lays_out else contextlib.nullcontext()
+                with mode:
                     found = self._forms[laid_out] = way(owed)
             self._forms[key] = found
         return found
@@ -359,6 +364,16 @@ class Route:
         # Where no kernel runs, "segmented" is "paths" under another name.
         forms = [name for name in FORMS if name != "segmented"]
         return min(forms, key=seconds)
+
+
+def _debts(batch: Batch) -> Hashable:
+    """Return a key for what a batch's rows owe.
+
+    It is looked up several times. Bytes are hashed once, and a tuple of thousands of numbers would
+    be hashed each time.
+    """
+    numbers = array("d", chain.from_iterable(batch.kinds)).tobytes()
+    return batch.nodes, numbers, array("q", batch.of_row).tobytes()
 
 
 def _way(owed: Owed, strategy: str, tokens: int) -> type[SumForm]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .cost import Cost
-from .kernels import Segments, Tiling, group_of, routed_kernels, routes
+from .kernels import Segments, Tiling, routed_kernels, routes
 from .owed import Owed
 from .sum_form import SumForm
 
@@ -33,10 +33,10 @@ class SegmentedForm(SumForm):
     """Our own kernels, on devices on which they run."""
 
     widens = False
+    lays_out = False
 
     def __init__(self, owed: Owed) -> None:
         super().__init__(owed)
-        self._sized: dict[tuple[int, torch.dtype], tuple[Segments, Tiling]] = {}
         self._parameters: list[Tensor] = []
         if owed.live:
             for value in owed.values:
@@ -71,12 +71,7 @@ class SegmentedForm(SumForm):
     def _of(self, out: Tensor, compute: torch.dtype) -> tuple[Segments, Tiling]:
         batch = self.owed.batch
         tokens = out.numel() // (len(batch) * out.shape[-1])
-        found = self._sized.get((tokens, compute))
-        if found is None:
-            segments = batch.segments(group_of(tokens), self.owed.device)
-            found = segments, Tiling.of(segments.sizes, tokens, compute)
-            self._sized[tokens, compute] = found
-        return found
+        return batch.tiled(tokens, compute, self.owed.device)
 
     def write(
         self, x: Tensor, base: Tensor, out: Tensor, segments: Segments, tiling: Tiling

@@ -38,10 +38,13 @@ class SumForm(ABC):
     widens: ClassVar[bool] = True
     """Whether `add` wants its arguments in dtypes that hold the sum."""
 
+    lays_out: ClassVar[bool] = True
+    """Whether making one computes anything of the factors."""
+
     def __init__(self, owed: Owed) -> None:
         self.owed = owed
         self.site = owed.site
-        self._biased = [i for i, value in enumerate(owed.values) if value.bias is not None]
+        self._biased = owed.biased
 
     @classmethod
     def suits(cls, owed: Owed, tokens: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -205,7 +206,7 @@ def segment_numbers(
     # by them lie beside those with which they share the most ancestors.
     owed: list[list[int]] = []
     for kind in kinds:
-        owed.append([node for node, coefficient in enumerate(kind) if coefficient])
+        owed.append(list(compress(range(len(kind)), kind)))
     order = sorted(range(len(of_row)), key=lambda row: owed[of_row[row]])
     listed: list[int] = []
     owners: list[int] = []
