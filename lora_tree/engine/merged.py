@@ -24,6 +24,7 @@ from .launches import KeptLaunch, Launches, part_of
 from .mergeable import Mergeable
 from .plan import EMPTY_PLAN, OverrideTerms, Plan, Terms
 from .pristine import Place, Pristine, Source, Wanted
+from .tile_log import LogWrite, TileLog, write_logs
 from .undo_log import UndoLog, add_in_blocks, can_log
 
 __all__ = ["MergedWeights"]
@@ -203,22 +204,58 @@ class MergedWeights:
             done: gets every write when it is written.
             plan: what the writes make of the base, if a launch may be kept for it.
         """
-        merged = []
+        merged: list[_SiteWrite] = []
+        bare: list[_SiteWrite] = []
         for write in writes:
-            if write.is_merged or self._in_place:
-                merged.append(write)
-                continue
+            (merged if write.is_merged or self._in_place else bare).append(write)
+        if launched:
+            bare = self._write_logs(bare, sources, begun, done)
+        for write in bare:
             begun.append(write)
             for name in write.tensors:
                 self._write_now(write, name, sources)
             done.append(write)
         if launched:
+            merged = self._write_logs(merged, sources, begun, done)
             merged = self._launch(merged, sources, launched, begun, done, plan)
         for write in merged:
             begun.append(write)
             for name in write.tensors:
                 self._write_now(write, name, sources)
             done.append(write)
+
+    def _write_logs(
+        self,
+        writes: Sequence[_SiteWrite],
+        sources: Mapping[tuple[int, str], Source],
+        begun: list[_SiteWrite],
+        done: list[_SiteWrite],
+    ) -> list[_SiteWrite]:
+        """Write the weights whose logs a kernel writes, together; return the other writes."""
+        others: list[_SiteWrite] = []
+        mine: list[_SiteWrite] = []
+        logged: list[LogWrite] = []
+        for write in writes:
+            name = write.site.weight_name
+            log = sources.get((id(write.site.module), name))
+            if name not in write.tensors or not isinstance(log, TileLog):
+                others.append(write)
+                continue
+            target = write.target(name)
+            values = [term.scaled.to(device=target.device) for term in write.new]
+            logged.append(LogWrite(log, target, values))
+            mine.append(write)
+        begun += mine
+        write_logs(logged, self._scratch)
+        if logged:
+            # Autograd does not see a kernel's write: a backward that saved a weight must be told.
+            torch.autograd.graph.increment_version([each.weight for each in logged])
+        for write in mine:
+            for name in write.tensors:
+                if name != write.site.weight_name:
+                    self._write_now(write, name, sources)
+        done += mine
+        return others
 
     def _launch(
         self,
@@ -308,8 +345,11 @@ class MergedWeights:
         for i, value in enumerate(values):
             if value.A.device != target.device:
                 values[i] = value.to(device=target.device)
-        is_logged = self._logs and values and name == write.site.weight_name
-        if is_logged and can_log(write.site, target):
+        is_logged = self._logs
+        if self.pristine.has_logged:
+            is_logged = is_logged or self.pristine.is_logged(write.site.module, name)
+        summed = values and name == write.site.weight_name
+        if is_logged and summed and can_log(write.site, target):
             # A weight whose log became too large, or that was overridden, keeps the log's bits.
             add_in_blocks(write.site, target, source, values, self._scratch)
         else:

@@ -4,7 +4,7 @@ A copy is taken of a weight when a path is first merged into it:
 
     device    beside the weight: a switch reads and writes at the speed of the device's memory
     host      in host memory, pinned where the weight is on CUDA: a switch is as fast as the bus
-    log       no copy: two bits a number beside what is merged (`undo_log.py`)
+    log       no copy: two bits a number beside what is merged (`undo_log.py`, `tile_log.py`)
 
 A copy counts as long as only we write to its weight. `watch.py` notices other writes, and
 `Pristine.verify` asks it before every switch.
@@ -13,7 +13,7 @@ A copy counts as long as only we write to its weight. `watch.py` notices other w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -24,6 +24,8 @@ from ..budget import format_bytes
 from ..errors import ForeignWrite, StateError, listing
 from ..sites import Site
 from .arithmetic import Scratch, exact_mode
+from .kernels import logs
+from .tile_log import TileLog
 from .undo_log import UndoLog, can_log
 from .watch import Watch, WatchedWeight
 
@@ -106,12 +108,14 @@ class _PristineCopy:
         copy: its own numbers; or the log that brings them back.
         on_device: the copy is beside the weight, on a device that has memory of its own.
         merged: a path is written into the weight now.
+        logged: it has a log, or had one.
     """
 
     weight: WatchedWeight
     copy: Source
     on_device: bool
     merged: bool = False
+    logged: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +141,8 @@ class Pristine:
 
     Args:
         place: where copies go: ``device``, ``host``, or ``auto``, which takes the device if there
-            is room; or ``log``. A base in host memory has its copies there in any case.
+            is room, else logs where a kernel writes them, else the host; or ``log``. A base in host
+            memory has its copies there in any case.
     """
 
     def __init__(self, place: Place = "auto") -> None:
@@ -148,6 +153,8 @@ class Pristine:
         self._watch = Watch()
         self.number = 0
         """Changes whenever a copy is made or dropped; launches hold the copies' addresses."""
+        self.has_logged = False
+        """A log was made for some weight."""
 
     @property
     def keeps(self) -> bool:
@@ -215,8 +222,8 @@ class Pristine:
         return sources
 
     def _keep(self, wanted: Sequence[Wanted]) -> None:
-        missing = []
-        logged = False
+        missing: list[WatchedWeight] = []
+        can_be_logged: dict[WatchedWeight, Site] = {}
         for each in wanted:
             module, attribute = each.site.module, each.attribute
             kept = self._kept.get((id(module), attribute))
@@ -227,30 +234,50 @@ class Pristine:
                 continue
             weight = getattr(module, attribute)
             watched = WatchedWeight(f"{each.name}.{attribute}", module, attribute, weight)
-            if self._place == "log" and each.summed and can_log(each.site, weight):
-                log = UndoLog(each.site, weight)
-                self._kept[id(module), attribute] = _PristineCopy(watched, log, False)
-                logged = True
-                continue
+            if each.summed and can_log(each.site, weight):
+                can_be_logged[watched] = each.site
             missing.append(watched)
-        if logged:
-            self.number += 1
-            self.look()
         if not missing:
             return
+        on_device = self._goes_beside([weight.parameter for weight in missing])
+        if not on_device:
+            missing = self._without_logged(missing, can_be_logged)
         parameters = [weight.parameter for weight in missing]
-        on_device = self._goes_beside(parameters)
         # All copies are made before the first is kept, so that an error leaves none behind.
         copies = _beside(parameters) if on_device else None
         if copies is None:
+            if on_device:
+                missing = self._without_logged(missing, can_be_logged)
             on_device = False
-            copies = [_on_host(parameter) for parameter in parameters]
+            copies = [_on_host(weight.parameter) for weight in missing]
         for weight, copy in zip(missing, copies, strict=True):
             beside = on_device and _is_apart(weight.parameter.device)
             self._kept[id(weight.module), weight.attribute] = _PristineCopy(weight, copy, beside)
         self.number += 1
         # The watch has to know the new weights before they are written.
         self.look()
+
+    def _without_logged(
+        self, missing: Sequence[WatchedWeight], can_be_logged: Mapping[WatchedWeight, Site]
+    ) -> list[WatchedWeight]:
+        """Give logs to the weights that take one, and return the others."""
+        others = []
+        for weight in missing:
+            site, has_kernel = can_be_logged.get(weight), logs(weight.parameter.device)
+            asked = self._place == "log" or (self._place == "auto" and has_kernel)
+            if site is None or not asked:
+                others.append(weight)
+                continue
+            make = TileLog if has_kernel else UndoLog
+            kept = _PristineCopy(weight, make(site, weight.parameter), False, logged=True)
+            self._kept[id(weight.module), weight.attribute] = kept
+            self.has_logged = True
+        return others
+
+    def is_logged(self, module: nn.Module, attribute: str) -> bool:
+        """Return whether a tensor has, or had, a log, whose bits a copy has to give."""
+        kept = self._kept.get((id(module), attribute))
+        return kept is not None and kept.logged
 
     def known(self, module: nn.Module, attribute: str) -> Tensor | None:
         """Return the base's own value of ``module.attribute``; None if there is no copy or log."""
@@ -394,7 +421,8 @@ def _beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
     warnings.warn(
         f"no room on the device for {format_bytes(nbytes)} of copies of the base's own weights "
         f"({reason:.200}): "
-        'they are kept on the host, and switches are slower; pristine="host" asks for that',
+        "undo logs take their place where a kernel writes them, and copies on the host elsewhere, "
+        'where switches are slower; pristine="log" or "host" asks for that',
         RuntimeWarning,
         stacklevel=2,
     )

@@ -31,7 +31,7 @@ from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .arithmetic import LARGE_BLOCK, Scratch, compute_dtype, write_sum
 
-__all__ = ["UndoLog", "add_in_blocks", "can_log"]
+__all__ = ["UndoLog", "add_in_blocks", "can_log", "unshared"]
 
 BLOCK = 1 << 18
 """Numbers in a block on a CPU, and `LARGE_BLOCK` on a device with memory of its own. They decide
@@ -86,7 +86,7 @@ class UndoLog:
     """
 
     def __init__(self, site: Site, weight: Tensor) -> None:
-        self._site = site
+        self.site = site
         self._device = weight.device
         # None: the block holds the base's own numbers.
         self._blocks: list[_BlockLog | None] = [None] * len(list(_parts(site.rows(weight))))
@@ -95,6 +95,11 @@ class UndoLog:
     def nbytes(self) -> int:
         """Bytes of the codes and of the exceptions."""
         return sum(block.nbytes for block in self._blocks if block is not None)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether every block holds the base's own numbers."""
+        return all(block is None for block in self._blocks)
 
     def write(self, weight: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
         """``weight ← round_once(W0 + Σ values)``, in place; no values: W0.
@@ -109,10 +114,10 @@ class UndoLog:
         """
         if weight.device != self._device:
             self._come_home(weight, scratch)
-        rows = self._site.rows(weight)
+        rows = self.site.rows(weight)
         olds: dict[int, _Sides] = {}
-        values = [_unshared(value) for value in values]
-        new = _sides(self._site, values, weight) if values else None
+        values = [unshared(value) for value in values]
+        new = _sides(self.site, values, weight) if values else None
         threads = torch.get_num_threads()
         for i, (batch, part) in enumerate(_parts(rows)):
             block = rows[batch, part]
@@ -130,7 +135,7 @@ class UndoLog:
     def own(self, weight: Tensor) -> Tensor:
         """Return the base's own numbers, as a tensor of the weight's shape."""
         found = torch.empty_like(weight, requires_grad=False)
-        rows, into = self._site.rows(weight.detach().to(self._device)), self._site.rows(found)
+        rows, into = self.site.rows(weight.detach().to(self._device)), self.site.rows(found)
         olds: dict[int, _Sides] = {}
         for i, (batch, part) in enumerate(_parts(rows)):
             into[batch, part].copy_(self._own(i, rows[batch, part], batch, part, olds))
@@ -154,7 +159,7 @@ class UndoLog:
         # Nearly always the same for all blocks; two kinds after a call that failed half-way.
         sides = olds.get(id(known.values))
         if sides is None:
-            sides = olds[id(known.values)] = _sides(self._site, known.values, block)
+            sides = olds[id(known.values)] = _sides(self.site, known.values, block)
         with _threads(known.threads):
             delta = _delta(sides, batch, part)
         return _decoded(block, delta, known)
@@ -171,7 +176,7 @@ class UndoLog:
         weight.copy_(there)
         self._device = weight.device
         # Blocks of another size, perhaps; all of them bare.
-        self._blocks = [None] * len(list(_parts(self._site.rows(weight))))
+        self._blocks = [None] * len(list(_parts(self.site.rows(weight))))
 
 
 def add_in_blocks(
@@ -217,7 +222,7 @@ def _add_block(
     write_sum(into[None], own[None], left[None], right[None], scratch)
 
 
-def _unshared(value: LowRank) -> LowRank:
+def unshared(value: LowRank) -> LowRank:
     """Return a value to whose factors nobody else writes."""
     if not value.is_trainable:
         return value

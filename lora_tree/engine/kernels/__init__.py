@@ -1,6 +1,7 @@
 """Kernels in Triton, and the decision whether a device uses them.
 
     merge                      paths written into weights           `usable`
+    undo                       the same in place, by undo log       `logs`
     sample                     the watch over written weights       `usable`
     shrink, expand, outer      a path for every row of a batch      `routes`
 
@@ -22,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .log_part import BARE, SHARE, LogMemory, LogPart, lie_of
 from .part import MergePart, MergeTerm, can_merge
 from .segments import (
     FIELDS,
@@ -35,9 +37,13 @@ from .segments import (
 )
 
 __all__ = [
+    "BARE",
     "FIELDS",
+    "SHARE",
     "FactorTable",
     "Launch",
+    "LogMemory",
+    "LogPart",
     "MergePart",
     "MergeTerm",
     "RoutedKernels",
@@ -47,7 +53,11 @@ __all__ = [
     "can_merge",
     "can_route",
     "group_of",
+    "lie_of",
+    "log_height",
+    "logs",
     "merge_launch",
+    "rewrite_logs",
     "routed_kernels",
     "routes",
     "sample_launch",
@@ -75,6 +85,11 @@ def usable(device: torch.device) -> bool:
 def routes(device: torch.device) -> bool:
     """Return whether the kernels of routed sums run on a device; a small problem is tried once."""
     return device.type == "cuda" and _tried(device) and _routes_tried(device)
+
+
+def logs(device: torch.device) -> bool:
+    """Return whether the kernel of undo logs runs on a device; a small weight is tried once."""
+    return device.type == "cuda" and _tried(device) and _logs_tried(device)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,23 @@ def merge_launch(parts: Sequence[MergePart]) -> Launch:
     return launch
 
 
+def rewrite_logs(parts: Sequence[LogPart]) -> list[bool]:
+    """Rewrite weights and their undo logs in place; return which had tiles without room.
+
+    Args:
+        parts: of devices for which `logs` is true; `can_merge` says yes to their terms.
+    """
+    rewrite: Callable[[Sequence[LogPart]], list[bool]]
+    rewrite = importlib.import_module(f"{__name__}.undo").rewrite
+    return rewrite(parts)
+
+
+def log_height(terms: Sequence[MergeTerm]) -> int:
+    """Return the rows of a log's tile for some terms."""
+    height: int = importlib.import_module(f"{__name__}.merge").ROWS[lie_of(terms)[0]]
+    return height
+
+
 def sample_launch(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
     """Return a function that takes a sample of some tensors, as bits, in one launch.
 
@@ -134,6 +166,14 @@ def _tried(device: torch.device) -> bool:
 @functools.cache
 def _routes_tried(device: torch.device) -> bool:
     return _is_right(lambda: routes_right_on(device), device, "batches of several paths")
+
+
+@functools.cache
+def _logs_tried(device: torch.device) -> bool:
+    def is_right() -> bool:
+        return bool(importlib.import_module(f"{__name__}.undo").is_exact_on(device))
+
+    return _is_right(is_right, device, "undo logs")
 
 
 def _is_right(attempt: Callable[[], bool], device: torch.device, work: str) -> bool:

@@ -34,7 +34,19 @@ from ..upload import uploaded
 from .part import MergePart, MergeTerm, on
 from .tiles import TYPES
 
-__all__ = ["MergeLaunch", "is_right_on", "lay_out_parts", "merged_plainly"]
+__all__ = [
+    "COLUMNS",
+    "RANKS",
+    "ROWS",
+    "SLOT_FIELDS",
+    "MergeLaunch",
+    "add_slots",
+    "is_right_on",
+    "lay_out_parts",
+    "left_tile",
+    "merged_plainly",
+    "right_tile",
+]
 
 COLUMNS, RANKS = 128, 16
 ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
@@ -60,7 +72,7 @@ PART_FIELDS, SLOT_FIELDS = 8, 7
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _left(  # type: ignore[no-untyped-def]
+def left_tile(  # type: ignore[no-untyped-def]
     fields,
     batch,
     r,
@@ -91,7 +103,7 @@ def _left(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _right(  # type: ignore[no-untyped-def]
+def right_tile(  # type: ignore[no-untyped-def]
     right, stride, ranks, c, cols, TURNED: tl.constexpr, RANKS: tl.constexpr
 ):
     """A slot's right tile (ranks, columns), zeros outside."""
@@ -166,7 +178,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         factors = ()
         for i in tl.static_range(SLOTS):
             here = slot_table + i * SLOT_FIELDS
-            x, right, stride, count = _left(
+            x, right, stride, count = left_tile(
                 here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS
             )
             if WIDEN:
@@ -187,7 +199,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             # All are loaded before the first is multiplied, so that their latencies overlap.
             ys = ()
             for i in tl.static_range(SLOTS):
-                y = _right(rights[i], strides[i], counts[i], c, cols, TURNED, RANKS)
+                y = right_tile(rights[i], strides[i], counts[i], c, cols, TURNED, RANKS)
                 if WIDEN:
                     y = y.to(tl.float32)
                 ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005
@@ -198,10 +210,10 @@ def _kernel(  # type: ignore[no-untyped-def]
         else:
             for slot in range(slots):
                 here = slot_table + slot * SLOT_FIELDS
-                x, right, stride, count = _left(
+                x, right, stride, count = left_tile(
                     here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS
                 )
-                y = _right(right, stride, count, c, cols, TURNED, RANKS)
+                y = right_tile(right, stride, count, c, cols, TURNED, RANKS)
                 if WIDEN:
                     x = x.to(tl.float32)
                     y = y.to(tl.float32)
@@ -349,28 +361,7 @@ def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Te
         starts.append(programs)
         programs += of_matrix * batch
         begin = len(ratios)
-        along = -1 if part.turned else -2
-        before = part.terms[0].scale
-        for term in part.terms:
-            left, right, rank = term.left, term.right, term.left.shape[-1]
-            strides = left.stride(along), right.stride(along)
-            apart = (left.stride(0), right.stride(0)) if batch > 1 else (0, 0)
-            # A slot is `RANKS` ranks of a term. From one to the next it is this many bytes.
-            steps = (
-                RANKS * left.stride(-1) * left.itemsize,
-                RANKS * right.stride(-2) * right.itemsize,
-            )
-            start = left.data_ptr(), right.data_ptr()
-            for i in range(-(-rank // RANKS)):
-                slots += [
-                    start[0] + i * steps[0],
-                    start[1] + i * steps[1],
-                    min(rank - i * RANKS, RANKS),
-                ]
-                slots += [*strides, *apart]
-                ratios.append(before / term.scale)
-                before = term.scale
-        last.append(before)
+        last.append(add_slots(part.terms, part.turned, batch, slots, ratios))
         address = part.pristine.data_ptr(), part.weight.data_ptr()
         fields += [*address, rows, cols, groups, of_matrix, begin, len(ratios) - begin]
     # One buffer for both, so that one copy goes to the device. The scales lie behind the integers
@@ -380,3 +371,39 @@ def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Te
     scales = torch.tensor([*last, *ratios, *pad], dtype=torch.float32, device="cpu")
     whole = uploaded(torch.cat([numbers, scales.view(torch.int64)]), device)
     return whole[: len(numbers)], whole[len(numbers) :].view(torch.float32), programs
+
+
+def add_slots(
+    terms: Sequence[MergeTerm], turned: bool, batch: int, slots: list[int], ratios: list[float]
+) -> float:
+    """Append some terms' slots to a table; return the scale of the last one, 0 if there is none.
+
+    Args:
+        terms: alike, in the order of the sum.
+        turned: they lie transposed.
+        batch: matrices of the weight.
+        slots: gets `SLOT_FIELDS` numbers a slot.
+        ratios: gets the scale of the slot before over a slot's own.
+    """
+    along = -1 if turned else -2
+    before = terms[0].scale if terms else 0.0
+    for term in terms:
+        left, right, rank = term.left, term.right, term.left.shape[-1]
+        strides = left.stride(along), right.stride(along)
+        apart = (left.stride(0), right.stride(0)) if batch > 1 else (0, 0)
+        # A slot is `RANKS` ranks of a term. From one to the next it is this many bytes.
+        steps = (
+            RANKS * left.stride(-1) * left.itemsize,
+            RANKS * right.stride(-2) * right.itemsize,
+        )
+        start = left.data_ptr(), right.data_ptr()
+        for i in range(-(-rank // RANKS)):
+            slots += [
+                start[0] + i * steps[0],
+                start[1] + i * steps[1],
+                min(rank - i * RANKS, RANKS),
+            ]
+            slots += [*strides, *apart]
+            ratios.append(before / term.scale)
+            before = term.scale
+    return before

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.standard import _sum_combine
 
-__all__ = ["TYPES", "larger", "products"]
+__all__ = ["TYPES", "added", "larger", "products"]
+
+added = _sum_combine
+"""Returns a sum, for ``tl.reduce`` and scans. `tl.sum` itself does not run in the interpreter. That
+knows this very function, and would take any other number by number.
+"""
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
