@@ -97,9 +97,10 @@ def test_opening_a_thousand_nodes_is_fast(tmp_path: Path) -> None:
         for name in (CONFIG, WEIGHTS):
             os.link(tmp_path / "one" / name, folder / name)
     lt.lock(many)
-    start = time.perf_counter()
+    # Of this process alone: what else the machine does must not fail the test.
+    start = time.process_time()
     assert len(lt.load(many)) == 1010
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
 
 
 # ---------------------------------------------------------------------- one adapter
