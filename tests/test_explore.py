@@ -17,6 +17,7 @@ from lora_tree.explore.curves import POINTS, plain_run, thinned
 from lora_tree.explore.facts import MOST_ALIKE, explore_facts, read_evaluation
 from lora_tree.explore.page import explore_page
 from lora_tree.folder import NodeMetric, PathMetric, RunRecord
+from lora_tree.folder.source import FolderSource
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
@@ -102,7 +103,8 @@ def test_a_broken_node_hides_no_other_and_is_told(zoo: Path) -> None:
     assert any(problem["node"] == "de" for problem in told["problems"])
 
 
-def test_without_norms_only_headers_are_read(zoo: Path) -> None:
+def test_without_norms_only_headers_are_read(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FolderSource, "load", lambda self, *_: pytest.fail(f"{self} was read"))
     told = explore_facts(zoo, norms=False).as_dict()
     assert told["norms"] == {}
     assert told["likeness"] is None

@@ -59,7 +59,7 @@ class ExploreFacts:
         folder: as the user named it.
         base: of the tree.
         lines: the nodes, depth first, broken ones too.
-        problems: what `lora_tree.check` found.
+        problems: what `lora_tree.check` found; without norms what `survey` found.
         modules: the names of all modules that any node adapts, sorted.
         norms: node → ‖weight · ΔW‖ by module, in the order of ``modules``; NaN: not adapted.
         likeness: cosines of some nodes; None if there are fewer than two, or too many.
@@ -170,6 +170,8 @@ def explore_facts(
         modules = ["all modules"]
         table = {path: [math.hypot(*row.values())] for path, row in measured.items()}
     likeness = _likeness(tree, lines, alike, notes) if norms else None
+    # `check` reads every adapter, too. Without norms the headers and the lock have to tell enough.
+    problems = check(folder) if norms else survey_problems
     found = history(folder)
     versions = {path: own for path, own in found.items() if len(own) > 1}
     made = {path: own[-1] for path, own in found.items() if own and own[-1].is_present}
@@ -180,7 +182,7 @@ def explore_facts(
         folder=os.fspath(folder),
         base=tree.base,
         lines=tuple(lines),
-        problems=tuple(check(folder)),
+        problems=tuple(problems),
         modules=tuple(modules),
         norms=table,
         likeness=likeness,
