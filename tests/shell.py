@@ -40,6 +40,19 @@ def save_base(folder: Path, *, hidden: int = 32) -> Path:
     return folder
 
 
+def fresh_zoo(folder: Path, base: Path, **defaults: object) -> Path:
+    """A folder with a tree.yaml of fresh nodes over a base: fr with two children, and de."""
+    folder.mkdir()
+    spec = {
+        "version": 1,
+        "base": str(base),
+        "defaults": defaults,
+        "tree": {"fr": {"children": {"legal": {}, "medical": {}}}, "de": {}},
+    }
+    (folder / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    return folder
+
+
 class Shell:
     """One command in this process: its exit code, stdout and stderr."""
 

@@ -38,16 +38,7 @@ def tokenizer(base: Path) -> Any:
 
 @pytest.fixture
 def zoo(tmp_path: Path, base: Path) -> Path:
-    folder = tmp_path / "zoo"
-    folder.mkdir()
-    spec = {
-        "version": 1,
-        "base": str(base),
-        "defaults": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
-        "tree": {"fr": {"children": {"legal": {}, "medical": {}}}, "de": {}},
-    }
-    (folder / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
-    return folder
+    return shell.fresh_zoo(tmp_path / "zoo", base, r=2, target_modules=["q_proj", "down_proj"])
 
 
 def written(file: Path, lines: list[dict[str, str]]) -> Path:

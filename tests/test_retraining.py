@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shell
 import torch
 import transformers
 from zoo import listing, opened
@@ -62,15 +63,7 @@ def run(*arguments: object, code: int = 0) -> None:
 def stages(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose fr was trained, then its children together, then fr again: they are stale."""
     place = tmp_path_factory.mktemp("project")
-    zoo = place / "zoo"
-    zoo.mkdir()
-    spec = {
-        "version": 1,
-        "base": str(base),
-        "defaults": {"r": 2, "target_modules": ["q_proj"]},
-        "tree": {"fr": {"children": {"legal": {}, "medical": {}}}, "de": {}},
-    }
-    (zoo / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    zoo = shell.fresh_zoo(place / "zoo", base, r=2, target_modules=["q_proj"])
     fr, below = (
         rows(place / "fr.jsonl", "fr"),
         rows(place / "below.jsonl", "fr/legal", "fr/medical"),

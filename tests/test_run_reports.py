@@ -34,15 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo with three runs: two that ended, with other rates, and one that was stopped."""
     folder = tmp_path_factory.mktemp("place")
     base = shell.save_base(folder / "base")
-    zoo = folder / "zoo"
-    zoo.mkdir()
-    spec = {
-        "version": 1,
-        "base": str(base),
-        "defaults": {"r": 2, "target_modules": ["q_proj"]},
-        "tree": {"fr": {"children": {"legal": {}, "medical": {}}}, "de": {}},
-    }
-    (zoo / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    zoo = shell.fresh_zoo(folder / "zoo", base, r=2, target_modules=["q_proj"])
     lines = [{"path": PATHS[i % 3], "text": f"row {i} {'of ' * (i % 4)}"} for i in range(12)]
     for name, some in (("rows", lines), ("held", lines[::2])):
         text = "".join(json.dumps(line) + "\n" for line in some)

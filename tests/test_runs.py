@@ -19,6 +19,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import shell
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -57,17 +58,7 @@ def tokenizer(base: Path) -> Any:
 
 @pytest.fixture
 def zoo(tmp_path: Path, base: Path) -> Path:
-    folder = tmp_path / "zoo"
-    folder.mkdir()
-    tree = {"fr": {"children": {"legal": {}, "medical": {}}}, "de": {}}
-    spec = {
-        "version": 1,
-        "base": str(base),
-        "defaults": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
-        "tree": tree,
-    }
-    (folder / "tree.yaml").write_text(json.dumps(spec))  # JSON is YAML
-    return folder
+    return shell.fresh_zoo(tmp_path / "zoo", base, r=2, target_modules=["q_proj", "down_proj"])
 
 
 def data(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
