@@ -43,9 +43,9 @@ __all__ = [
     "add_slots",
     "is_right_on",
     "lay_out_parts",
-    "left_tile",
     "merged_plainly",
-    "right_tile",
+    "part_of",
+    "summed_slots",
 ]
 
 COLUMNS, RANKS = 128, 16
@@ -113,6 +113,54 @@ def right_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def summed_slots(  # type: ignore[no-untyped-def]
+    slot_table,
+    ratios,
+    slots,
+    batch,
+    r,
+    rows,
+    c,
+    cols,
+    FACTOR: tl.constexpr,
+    TURNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SLOT_FIELDS: tl.constexpr,
+):
+    """A tile (rows, columns) of an increment in fp32, but for the scale of its last slot."""
+    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    for slot in range(slots):
+        here = slot_table + slot * SLOT_FIELDS
+        x, right, stride, count = left_tile(here, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS)
+        y = right_tile(right, stride, count, c, cols, TURNED, RANKS)
+        if WIDEN:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        total *= tl.load(ratios + slot)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def part_of(table, parts, program):  # type: ignore[no-untyped-def]
+    """The part that a program belongs to: the last one that begins at or before it."""
+    low = 0
+    high = parts
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(table + middle) <= program:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     # int64: programs before each part; then PART_FIELDS numbers a part; then SLOT_FIELDS a slot
     table,
@@ -137,15 +185,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     SLOT_FIELDS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # The part that this program belongs to: the last one that begins at or before it.
-    low = 0
-    high = parts
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(table + middle) <= program:
-            low = middle
-        else:
-            high = middle
+    low = part_of(table, parts, program)
     fields = table + parts + low * PART_FIELDS
     pristine = tl.load(fields).to(tl.pointer_type(WEIGHT))
     weight = tl.load(fields + 1).to(tl.pointer_type(WEIGHT))
@@ -194,8 +234,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         inside = (r[:, None] < rows) & (c[None, :] < cols)
         offsets = r[:, None] * cols + c[None, :]
         base = tl.load(pristine + matrix + offsets, mask=inside, other=0.0, eviction_policy=POLICY)
-        total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
         if SLOTS > 0:
+            total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
             # All are loaded before the first is multiplied, so that their latencies overlap.
             ys = ()
             for i in tl.static_range(SLOTS):
@@ -208,17 +248,11 @@ def _kernel(  # type: ignore[no-untyped-def]
                     total *= factors[i]
                 total = tl.dot(xs[i], ys[i], total, input_precision=PRECISION)
         else:
-            for slot in range(slots):
-                here = slot_table + slot * SLOT_FIELDS
-                x, right, stride, count = left_tile(
-                    here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS
-                )
-                y = right_tile(right, stride, count, c, cols, TURNED, RANKS)
-                if WIDEN:
-                    x = x.to(tl.float32)
-                    y = y.to(tl.float32)
-                total *= tl.load(ratios + slot)
-                total = tl.dot(x, y, total, input_precision=PRECISION)
+            total = summed_slots(
+                slot_table, ratios, slots, batch, r, rows, c, cols,
+                FACTOR, TURNED, FACTORS_ALIGNED, PRECISION, WIDEN,
+                ROWS, COLUMNS, RANKS, SLOT_FIELDS,
+            )  # fmt: skip
         result = base.to(tl.float32) + total * scale
         tl.store(weight + matrix + offsets, result.to(WEIGHT), mask=inside, eviction_policy=POLICY)
 

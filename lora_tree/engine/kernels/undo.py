@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..upload import uploaded
 from .log_part import BARE, LogMemory, LogPart
-from .merge import COLUMNS, RANKS, ROWS, SLOT_FIELDS, add_slots, left_tile, right_tile
+from .merge import COLUMNS, RANKS, ROWS, SLOT_FIELDS, add_slots, part_of, summed_slots
 from .part import MergeTerm, on
 from .tiles import TYPES, added
 
@@ -41,40 +41,6 @@ FIELDS = 16
 """Numbers that the table has for a part."""
 
 INTEGERS = {2: tl.int16, 4: tl.int32}
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum(  # type: ignore[no-untyped-def]
-    slot_table,
-    ratios,
-    slots,
-    batch,
-    r,
-    rows,
-    c,
-    cols,
-    FACTOR: tl.constexpr,
-    TURNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    SLOT_FIELDS: tl.constexpr,
-):
-    """Return a tile of an increment, but for the scale of its last slot."""
-    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    for slot in range(slots):
-        here = slot_table + slot * SLOT_FIELDS
-        x, right, stride, count = left_tile(here, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS)
-        y = right_tile(right, stride, count, c, cols, TURNED, RANKS)
-        if WIDEN:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        total *= tl.load(ratios + slot)
-        total = tl.dot(x, y, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -123,14 +89,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     SLOT_FIELDS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    low = 0
-    high = parts
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(table + middle) <= program:
-            low = middle
-        else:
-            high = middle
+    low = part_of(table, parts, program)
     fields = table + parts + low * FIELDS
     weight = tl.load(fields).to(tl.pointer_type(WEIGHT))
     codes = tl.load(fields + 1).to(tl.pointer_type(tl.uint8))
@@ -172,7 +131,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             after = tl.load(at, mask=inside, other=0.0)
             own = after.to(INTEGER, bitcast=True).to(tl.int32)
             if olds > 0:
-                total = _sum(
+                total = summed_slots(
                     slot_table + first_old * SLOT_FIELDS, ratios + first_old, olds, batch,
                     r, rows, c, cols,
                     FACTOR, TURNED, ALIGNED, PRECISION, WIDEN, ROWS, COLUMNS, RANKS, SLOT_FIELDS,
@@ -191,7 +150,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 tl.store(at, base, mask=inside)
                 tl.store(states + tile, new_state)
             else:
-                total = _sum(
+                total = summed_slots(
                     slot_table + first_new * SLOT_FIELDS, ratios + first_new, news, batch,
                     r, rows, c, cols,
                     FACTOR, TURNED, ALIGNED, PRECISION, WIDEN, ROWS, COLUMNS, RANKS, SLOT_FIELDS,
