@@ -44,7 +44,7 @@ __all__ = [
     "is_right_on",
     "lay_out_parts",
     "merged_plainly",
-    "part_of",
+    "part_of_program",
     "summed_slots",
 ]
 
@@ -147,7 +147,7 @@ def summed_slots(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def part_of(table, parts, program):  # type: ignore[no-untyped-def]
+def part_of_program(table, parts, program):  # type: ignore[no-untyped-def]
     """The part that a program belongs to: the last one that begins at or before it."""
     low = 0
     high = parts
@@ -185,7 +185,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     SLOT_FIELDS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    low = part_of(table, parts, program)
+    low = part_of_program(table, parts, program)
     fields = table + parts + low * PART_FIELDS
     pristine = tl.load(fields).to(tl.pointer_type(WEIGHT))
     weight = tl.load(fields + 1).to(tl.pointer_type(WEIGHT))

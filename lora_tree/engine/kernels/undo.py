@@ -10,7 +10,7 @@ A tile with more exceptions than it has room for is refused: it is left as it wa
 
 Law: D is computed with the same bits when it is put in and when it is taken out. Both are one
 function here, over the same slots and tiles, and the subtraction is one fused operation. The bits
-of W' are those of `merge.py`, whose tiles and order of the sum these are.
+of W' equal those of `merge.py`: the tiles and the order of the sum are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..upload import uploaded
 from .log_part import BARE, LogMemory, LogPart
-from .merge import COLUMNS, RANKS, ROWS, SLOT_FIELDS, add_slots, part_of, summed_slots
+from .merge import COLUMNS, RANKS, ROWS, SLOT_FIELDS, add_slots, part_of_program, summed_slots
 from .part import MergeTerm, on
 from .tiles import TYPES, added
 
@@ -89,7 +89,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     SLOT_FIELDS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    low = part_of(table, parts, program)
+    low = part_of_program(table, parts, program)
     fields = table + parts + low * FIELDS
     weight = tl.load(fields).to(tl.pointer_type(WEIGHT))
     codes = tl.load(fields + 1).to(tl.pointer_type(tl.uint8))
