@@ -17,7 +17,7 @@ TIMEOUT_S = 4.0
 
 
 def main(url: str) -> str | None:
-    """Return what is wrong, or None."""
+    """Return the problem, or None."""
     try:
         ask(f"{url}/health")
         figures = ask(f"{url}/metrics")
@@ -31,7 +31,7 @@ def main(url: str) -> str | None:
 
 
 def ask(url: str) -> str:
-    """Return what a URL answers; an HTTP error is an OSError."""
+    """Return the body of a URL's answer; an HTTP error is an OSError."""
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
         return str(answer.read(), "utf-8")
 

@@ -1,7 +1,7 @@
 """Results of single runs, kept in a folder that the user names, so that hours can be interrupted.
 
     kept/base-3f2a….safetensors     the base, which every run reads
-    kept/run-81c0….json             one run: what it depends on, and what came out
+    kept/run-81c0….json             one run: its inputs and its result
 
 A run is named by the hash of all that its result depends on: the base's weights, the tokens that it
 trains on and is measured on, ranks, settings, seed. So runs of several commands share a folder, a

@@ -71,7 +71,7 @@ def late_leaf(size: Size = FULL, *, kept: Kept = NOWHERE, say: Say = quiet) -> l
 
 @dataclass
 class _Before:
-    """What was trained without a leaf; trained when it is first asked for."""
+    """The systems trained without a leaf; each is trained at its first use."""
 
     text: Text
     systems: Mapping[str, System]
@@ -79,7 +79,7 @@ class _Before:
     leaf: str
 
     def about(self, share: float) -> dict[str, Any]:
-        """Return what a late leaf's result depends on, as JSON has it."""
+        """Return the inputs of a late leaf's result, as plain data."""
         settings = {name: asdict(setting) for name, setting in self.settings.items()}
         ranks = {name: (s.root, s.group, s.leaf) for name, s in self.systems.items()}
         return self.text.about(

@@ -74,7 +74,7 @@ class Text:
         return found
 
     def about(self, setting: Setting, seed: int, **others: Any) -> dict[str, Any]:
-        """Return what the result of a run depends on, as JSON has it."""
+        """Return the inputs of a run, as plain data."""
         size = self.size
         return {
             "base": mark(self.base.state_dict()),

@@ -37,7 +37,7 @@ class Zoo:
     leaves: list[Leaf]
 
     def measured(self, method: str, part: float) -> Point:
-        """Shrink the adapters to a part of their bytes, and measure what comes back."""
+        """Shrink the adapters to a part of their bytes, and measure the result."""
         flat = lt.load(self.folder)
         whole = flat_bytes(flat)
         made = METHODS[method](self.folder, int(part * whole))

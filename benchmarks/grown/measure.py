@@ -1,4 +1,4 @@
-"""What is measured of the adapters that come back: their error and their held-out bits.
+"""Measures of the adapters that come back: their error and their held-out bits.
 
 error   √ mean over adapters of ‖ΔW' − ΔW‖² / ‖ΔW‖², from dense matrices
 bits    − mean log2 p(next byte), the mean over the adapters, each on its own held-out text

@@ -6,8 +6,8 @@
     lorashare   one basis of directions per module and side, and a (k, r) matrix each
 
 The two packages take a number of components; they get the largest one that fits the bytes. All
-begin with the PEFT folders on the disk and end with factors in memory; that is what is timed, as
-CPU time of the process.
+begin with the PEFT folders on the disk and end with factors in memory; the CPU time of the process
+between the two is told.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["METHODS", "Shrunk", "flat_bytes"]
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What a method made of the adapters.
+    """The result of a method.
 
     Args:
         adapters: name → the adapter that comes back.
@@ -57,7 +57,7 @@ def _grow(zoo: Path, budget_bytes: int) -> Shrunk | None:
     except BudgetError:
         return None
     cpu_s = time.process_time() - start
-    # A leaf keeps its name; only what stands above it is new.
+    # A leaf keeps its name; only the nodes above it are new.
     path_of = {path.rpartition("/")[2]: path for path in tree.paths()}
     adapters = {name: tree.flatten(path_of[name]) for name in names}
     return Shrunk(adapters, grown.bytes_after, cpu_s)

@@ -4,7 +4,7 @@
 
 The adapters are drawn, not trained: what counts here is how many there are and how large they are.
 They are written once and kept in the folder; a command that was stopped goes on writing where it
-was, and grows from the beginning. What each price took is told as soon as it is known.
+was, and grows from the beginning. The time and memory of each price are printed when it is done.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A base and many small adapters over it, each trained on a text of its own.
 
-    known      trained as a tree of three levels (all, the package, the file), then flattened:
-               what the adapters share is known to be there
+    known      trained as a tree of three levels (all, the package, the file), then flattened,
+               so the shared parts are known
     unknown    every adapter trained by itself, from its own random factors
 
 The texts are the largest files of the Python standard library. The last fifth of each is held out.

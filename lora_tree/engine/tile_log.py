@@ -170,7 +170,7 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch) -> None:
 
     Args:
         writes: no weight twice.
-        scratch: buffers for what the kernel does not cover.
+        scratch: buffers for weights that the kernel does not cover.
     """
     stock: list[LogWrite] = []
     pending: list[tuple[LogWrite, Sequence[MergeTerm]]] = []

@@ -27,7 +27,7 @@ class Answering(Protocol):
         """Make gradio's components for the numbers of `begin`."""
 
     def begin(self, prompt: str, blends: tuple[str, ...], *numbers: float) -> Any:
-        """Begin to answer; the results come out of a loop over what is returned (`SideRun`)."""
+        """Begin to answer, and return the run; a loop over it gives the results."""
 
     def html(self, result: Any) -> str:
         """Return one of its results as HTML."""

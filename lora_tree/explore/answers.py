@@ -116,7 +116,7 @@ class Answerer:
         return self.model.base
 
     def ask(self, question: Question) -> AnswerRun:
-        """Begin to answer; iterate over what is returned to see the answers grow.
+        """Begin to answer, and return the run; a loop over it shows the answers grow.
 
         Raises:
             PathError, SpecError: as `rows_of`; or the prompt has no tokens, or is too long.

@@ -5,7 +5,7 @@
            ──▶ likeness of some nodes              cosines of their increments
            ──▶ losses, path by path                the output of `lora-tree eval --json`, if given
 
-Law: nothing is written, and what a damaged node can't tell is left out with its reason.
+Law: nothing is written, and a damaged node's facts are left out with the reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .curves import plain_run
 __all__ = ["MOST_ALIKE", "ExploreFacts", "explore_facts", "read_evaluation"]
 
 MOST_ALIKE = 200
-"""The most nodes of which all pairs are compared without being asked for: n² numbers."""
+"""The most nodes of which all pairs are compared by default: n² numbers."""
 
 MOST_NORMS = 1_000_000
 """The most norms of single modules that a page holds, some six megabytes."""
@@ -64,10 +64,10 @@ class ExploreFacts:
         norms: node → ‖weight · ΔW‖ by module, in the order of ``modules``; NaN: not adapted.
         likeness: cosines of some nodes; None if there are fewer than two, or too many.
         versions: node → its versions, the oldest first; only nodes with more than one.
-        made: node → its present version, which says when and by what it was made.
+        made: node → its present version, with the time and the command of its making.
         runs: the last runs, as plain data with their curves.
         evaluation: losses by path and domain; None if no file was given.
-        notes: sentences about what was left out.
+        notes: sentences about omissions.
     """
 
     folder: str
@@ -137,7 +137,7 @@ def explore_facts(
     evaluation: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> ExploreFacts:
-    """Collect what there is to see of a tree.
+    """Collect the facts of a tree.
 
     Args:
         folder: of the tree, or a YAML file in it.

@@ -75,7 +75,7 @@ class Painter:
     def paint(
         self, question: Question, *, steps: int = 20, guidance: float | None = None
     ) -> PicturesRun:
-        """Begin to make the images; iterate over what is returned to see the steps, then them.
+        """Begin to make the images; a loop over the run gives the steps, then the images.
 
         Args:
             question: its number of tokens and temperature do not count here.

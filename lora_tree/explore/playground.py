@@ -44,11 +44,11 @@ class Playground:
         self.blocks = self._page()
 
     def stop(self) -> None:
-        """End the answers that are being written, with what they have."""
+        """End the answers under way; their tokens so far stay."""
         if self._run is not None:
             self._run.stop()
 
-    # ------------------------------------------------------------------ what the page does
+    # ------------------------------------------------------------------ the page's actions
     def _answer(
         self, prompt: str, paths: list[str], blends: list[str] | None, *numbers: Any
     ) -> Iterator[str]:
@@ -129,7 +129,7 @@ class Playground:
                 concurrency_limit=1,
                 show_progress="hidden",
             )
-            # Its own queue: it must not wait for what it stops.
+            # A queue of its own: it must not wait for the answers that it stops.
             stop.click(self.stop, concurrency_limit=None, show_progress="hidden")
         return blocks
 

@@ -82,14 +82,14 @@ def parent_of(blend: str) -> str | None:
 
 
 def rows_of(question: Question, tree: AdapterTree) -> tuple[QuestionRow, ...]:
-    """Return the rows of a question: what is asked, in that order, then the parents it lacks.
+    """Return the rows of a question: its paths in their order, then parents that are missing.
 
     Raises:
         PathError, SpecError: something asked is no path or blend of this tree, nothing is asked or
             too much, or a number makes no sense.
     """
     _check_numbers(question)
-    # A dict keeps the order of what was asked, and what is asked twice is one row.
+    # A dict keeps the order, and makes one row of a path that is asked twice.
     asked: dict[str, None] = {}
     for blend in question.blends:
         tree.coefficients(blend)

@@ -77,7 +77,7 @@ def serving(
 
     Args:
         page: makes the HTML of the first page, anew at each request.
-        playground: what can be asked at ``/playground/``; None: there is none.
+        playground: the playground at ``/playground/``; None: there is none.
         port: to listen on; None: a free one.
 
     Raises:
@@ -167,7 +167,7 @@ class LoopbackOnly:
     """An ASGI application in front of another one: the laws above.
 
     Args:
-        app: that answers what is let through.
+        app: that answers the requests that are let through.
         port: that the server listens on.
     """
 

@@ -22,7 +22,7 @@ Shown = TypeVar("Shown")
 
 
 class SideRun(ABC, Generic[Item, Shown]):
-    """Something that a model is doing. Iterate over it once, to see what there is so far.
+    """The work of a model in a thread. Iterate over it once, for its results so far.
 
     The loop ends when the work does, and raises its error. If it is left early, the work is stopped
     and the model is free before the loop's ``close()`` returns.
@@ -34,7 +34,7 @@ class SideRun(ABC, Generic[Item, Shown]):
         self._items: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
 
     def stop(self) -> None:
-        """End the work with what there is; returns at once."""
+        """End the work and keep its results so far; return at once."""
         self._stopped.set()
 
     def __iter__(self) -> Iterator[Shown]:
@@ -52,7 +52,7 @@ class SideRun(ABC, Generic[Item, Shown]):
 
     @abstractmethod
     def shown(self, items: Iterator[Item]) -> Iterator[Shown]:
-        """Make of the items what the caller sees; called in the caller's threads."""
+        """Convert the items for the caller; called in the caller's threads."""
 
     # ------------------------------------------------------------------ for the work
     @property

@@ -5,7 +5,7 @@
                 lock             held while the run takes steps
     zoo/.runs-other.yaml/…       the runs of other.yaml's tree
 
-Law: a run that was cut off and resumed has the lines of one that was not, but for the times. So
+Law: apart from the times, a run that was cut off and resumed has the lines of one that was not. So
 steps are neither missing nor told twice.
 
 Opening the tree passes over the folder, as over every name that begins with a dot. `run_store.py`
@@ -124,7 +124,7 @@ class RunRecord:
         number: counted from 1 and never given twice; names it on the command line.
         folder: of the record.
         state: see `RunState`.
-        by: the command, or what the program called itself.
+        by: the command, or the program's own name.
         began, ended: UTC, like ``2026-11-26T19:17:26Z``; ended is None while no end was noted.
         done: steps that it took.
         steps: that it was to take.
@@ -155,7 +155,7 @@ class RunRecord:
         return str(self.about.get("unit", "nats per token"))
 
     def metrics(self) -> list[NodeMetric]:
-        """Return what the run noted of every step and node, in order.
+        """Return the run's notes of every step and node, in order.
 
         A last line that a kill cut short is passed over.
 

@@ -53,7 +53,7 @@ __all__ = [
 RUNS_KEPT = 50
 """Runs of a tree that stay when another begins."""
 RUNS_BYTES = 256 << 20
-"""The bytes that they may take together, but for the last one."""
+"""The bytes that all runs but the last may take together."""
 _GONE = ".gone-"
 
 
@@ -196,7 +196,7 @@ def _goes_on(own: Path, identity: str) -> bool:
 def _drop(spare: Iterable[Path]) -> None:
     for own in spare:
         gone = own.with_name(f"{_GONE}{uuid.uuid4().hex}")
-        # It loses its number first: whoever lists the runs meanwhile finds it whole or not at all.
+        # It loses its number first: a reader of the runs then finds it whole or not at all.
         with suppress(FolderError):
             disk.rename(own, gone)
             shutil.rmtree(gone, ignore_errors=True)
