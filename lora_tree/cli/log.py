@@ -127,14 +127,7 @@ def _plain(version: Version, number: int) -> dict[str, Any]:
     return {
         "number": number,
         "present": version.is_present,
-        "content": version.content,
-        "weight": plain_weight(version.weight),
-        "bytes": version.nbytes,
-        "when": version.when,
-        "by": version.by,
-        "until": version.until,
-        "ended_by": version.ended_by,
-        "losses": version.losses,
+        **version.as_dict(),
         "base": None if on is None else on.base.name,
         "trained_on": None
         if steps is None

@@ -48,6 +48,9 @@ MOST_NORMS = 1_000_000
 RUNS = 30
 """The last runs of a tree, which a page holds."""
 
+DIGITS = 12
+"""Digits of a content, which name a version."""
+
 _EVALUATION_BYTES = 64 << 20
 
 
@@ -93,7 +96,9 @@ class ExploreFacts:
             problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
         versions = {}
         for path, found in self.versions.items():
-            versions[path] = [_plain_version(version) for version in found]
+            versions[path] = [
+                {**version.as_dict(), "content": version.content[:DIGITS]} for version in found
+            ]
         return {
             "folder": self.folder,
             "base": self.base,
@@ -272,19 +277,6 @@ def _plain_likeness(likeness: Likeness) -> dict[str, Any]:
         "order": likeness.order(),
         "cosines": rows,
         "error": likeness.error,
-    }
-
-
-def _plain_version(version: Version) -> dict[str, Any]:
-    return {
-        "content": version.content[:12],
-        "weight": plain_weight(version.weight),
-        "bytes": version.nbytes,
-        "when": version.when,
-        "by": version.by,
-        "until": version.until,
-        "ended_by": version.ended_by,
-        "losses": version.losses,
     }
 
 

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from ..provenance import TrainedWith
 from ..spec import StrictModel
-from ..weights import Weight
+from ..weights import Weight, plain_weight
 from .lockfile import (
     BaseLock,
     Count,
@@ -90,6 +90,19 @@ class Version:
     def key(self) -> tuple[str, Weight]:
         """The content and the weight, which make it another version."""
         return self.content, self.weight
+
+    def as_dict(self) -> dict[str, object]:
+        """The content, and how it came and went, as plain data for JSON."""
+        return {
+            "content": self.content,
+            "weight": plain_weight(self.weight),
+            "bytes": self.nbytes,
+            "when": self.when,
+            "by": self.by,
+            "until": self.until,
+            "ended_by": self.ended_by,
+            "losses": self.losses,
+        }
 
     @property
     def is_present(self) -> bool:
