@@ -184,6 +184,10 @@ class Adapter:
     def __len__(self) -> int:
         return len(self.modules)
 
+    def __bool__(self) -> bool:
+        # By its length alone, an adapter that only replaces tensors would pass for none.
+        return bool(self.modules or self.overrides or self.unchanged)
+
     def __repr__(self) -> str:
         ranks = "/".join(map(str, sorted(set(self.ranks.values()))))
         overrides = f", {len(self.overrides)} overrides" if self.overrides else ""

@@ -165,3 +165,47 @@ def test_flat_adapters_with_heads_are_absorbed_and_grow_with_their_heads() -> No
     grown = lt.grow(plain, max_error=0.1)
     for name, place in grown.edited.moved.items():
         assert plain.adapter(place).overrides["score.weight"] is heads[name]
+
+
+def test_a_weight_that_switches_an_override_is_no_change_that_children_make_up_for() -> None:
+    head = {"head.weight": lt.Override(torch.ones(3, 4))}
+    tree = lt.AdapterTree()
+    tree.add("top", adapter=lt.Adapter({"q": low_rank(3, 4, seed=1)}, overrides=head), weight=0.0)
+    tree.add("top/a", adapter=lt.Adapter({"q": low_rank(3, 4, seed=2)}))
+    with pytest.raises(SpecError, match=r"top: replaces head\.weight, and can't be changed"):
+        lt.rebase_all(tree, "top", weight=1.0)
+    tree.update("top", weight=1.0)
+    with pytest.raises(SpecError, match=r"top: replaces head\.weight, and can't be changed"):
+        lt.rebase_all(tree, "top", weight=0.0)
+    lt.rebase_all(tree, "top", weight=0.5)  # it stays whole
+    assert set(tree.flatten("top/a").overrides) == {"head.weight"}
+
+
+def test_a_node_that_is_switched_off_can_not_take_a_head_along() -> None:
+    head = {"head.weight": lt.Override(torch.ones(3, 4))}
+    tree = lt.AdapterTree()
+    tree.add("top", adapter=lt.Adapter({}, overrides=head))
+    tree.add("top/a", adapter=lt.Adapter({"q": low_rank(3, 4, seed=2)}), weight=0.0)
+    with pytest.raises(SpecError, match="top/a: its weight is 0, so no increment of it makes up"):
+        lt.rebase(tree, "top/a", to="a")
+    # Its own head does not count either, so it does not stand for the one that is lost.
+    own = lt.Adapter({"q": low_rank(3, 4, seed=2)}, overrides=head)
+    tree.add("b", adapter=own, weight=0.0)
+    with pytest.raises(SpecError, match=r"top: replaces head\.weight"):
+        lt.rebase(tree, "b", to="top/b")
+
+
+def test_a_node_that_only_replaces_tensors_is_not_taken_for_an_empty_one() -> None:
+    tree, other = lt.AdapterTree(), lt.AdapterTree()
+    for each, seed in ((tree, 1), (other, 2)):
+        each.add("top", adapter=lt.Adapter({}, overrides=head(seed)))
+    assert tree.adapter("top")
+    assert not lt.Adapter({})
+    tree.add("top/a", adapter=lt.Adapter({"q": low_rank(3, 4, seed=2)}))
+    told = lt.diff_trees(tree, other)
+    assert told.nodes["top"].overrides == ("score.bias", "score.weight")
+    lt.compress(tree, rank=1)
+    assert set(tree.adapter("top").overrides) == {"score.weight", "score.bias"}
+    tree.add("b", adapter=lt.Adapter({"q": low_rank(3, 4, seed=3)}))
+    with pytest.raises(SpecError, match=r"top: replaces score\.bias"):
+        lt.rebase(tree, "b", to="top/b")

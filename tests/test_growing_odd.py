@@ -152,3 +152,37 @@ def test_an_adapter_of_any_modules_and_ranks_is_absorbed_exactly(
     wanted = denses(late)
     got = denses(tree.flatten(told.edited.added[0]))
     assert distance(wanted, got) < 1e-5 * distance(wanted, {})
+
+
+def test_a_leaf_that_is_switched_off_is_left_alone_and_refused_by_name() -> None:
+    tree = tree_of([odd(1, {"q": 2}), odd(2, {"q": 2}), odd(3, {"q": 2})])
+    tree.update("n2", weight=0.0)
+    mine = tree.adapter("n2")
+    with pytest.raises(SpecError, match="n2: its weight is 0, so it shares nothing"):
+        lt.grow(tree, ["n*"], max_error=1e-3)
+    lt.grow(tree, max_error=1e-3)
+    assert tree.adapter("n2") is mine
+    assert tree["n2"].weight == 0.0
+
+
+def test_a_module_that_weights_switch_off_stays_off_with_its_override() -> None:
+    head = {"v.weight": lt.Override(torch.ones(12, 9))}
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=odd(1, {"q": 2, "k": 2}), weight={"k": 0.0})
+    tree.add("b", adapter=odd(2, {"q": 2}))
+    own = lt.Adapter(odd(3, {"q": 2, "v": 1}).modules, overrides=head)
+    tree.add("c", adapter=own, weight={"v": 0.0})
+    wanted = {path: denses(tree.flatten(path)) for path in ("a", "b", "c")}
+    grown = lt.grow(tree, max_error=1e-6)
+    for path, before in wanted.items():
+        flat = tree.flatten(grown.edited.moved.get(path, path))
+        assert not flat.overrides
+        assert distance(denses(flat), before) < 1e-5
+
+
+def test_leaves_whose_weights_leave_nothing_share_nothing() -> None:
+    tree = lt.AdapterTree()
+    for name in ("a", "b"):
+        tree.add(name, adapter=odd(1, {"q": 2}), weight={"q": 0.0})
+    with pytest.raises(SpecError, match="are 0 at all of their modules"):
+        lt.grow(tree, max_error=1e-3)

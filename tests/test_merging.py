@@ -224,3 +224,7 @@ def test_paths_are_merged_into_a_node() -> None:
         lt.merge_paths(tree, ["fr/legal"], to="fr/both")
     with pytest.raises(PathError, match="no node 'fr/x'"):
         lt.merge_paths(tree, ["fr/x"], to="fr/c")
+    before = tree.paths()
+    with pytest.raises(SpecError, match="nothing there adds to what lies above fr/legal/c"):
+        lt.merge_paths(tree, ["fr/legal"], to="fr/legal/c")
+    assert tree.paths() == before

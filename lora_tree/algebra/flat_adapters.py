@@ -16,6 +16,7 @@ from ..errors import SpecError
 from ..lowrank import LowRank
 from ..override import tensor_owner
 from ..tree import AdapterTree
+from ..weights import weight_at
 from .shared_fit import Stack, triplets_of
 from .sums import aligned, read_apart
 
@@ -42,13 +43,21 @@ class FlatAdapters:
         self.numbers: dict[str, int] = {}  # module → its numbers, over all leaves and in any rank
         widths: dict[str, int] = {}
         widest: torch.dtype | None = None
-        for outline in self.outlines:
+        for name, outline in zip(names, self.outlines, strict=True):
+            weight = tree[name].weight
             for module, value in outline.modules.items():
+                # Where a weight is 0 the leaf adds nothing, and no leaf may be left to fit.
+                if weight_at(weight, module) == 0.0:
+                    continue
                 self.numbers[module] = self.numbers.get(module, 0) + value.numel
                 *batch, out, into = value.shape
                 widths[module] = math.prod(batch) * (out + into)
                 mine = value.dtype
                 widest = mine if widest is None else torch.promote_types(widest, mine)
+        if not self.numbers:
+            raise SpecError(
+                "the weights of these adapters are 0 at all of their modules, so they share nothing"
+            )
         self.dtype = dtype or widest or torch.float32
         # module → the bytes of one rank
         self.rank_bytes = {name: width * self.dtype.itemsize for name, width in widths.items()}

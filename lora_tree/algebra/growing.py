@@ -85,7 +85,7 @@ def grow(
         tree: changed in memory. Its chosen nodes move below the shared ones, get the weight 1 and
             hold what is left of them.
         paths: nodes right below the root and without children, as paths or patterns; all such nodes
-            with an adapter where None.
+            with an adapter and a weight where None.
         max_error: the largest relative error, over all adapters together; as few bytes as that
             takes.
         budget_bytes: of all nodes that come of these adapters: a number, or ``"512MiB"``; as
@@ -100,9 +100,9 @@ def grow(
         PathError: a path or pattern matches no node, or names one that is not right below the root;
             or a new path is too long.
         TreeError: a node has children, is a group, or is used by a model.
-        SpecError: there are fewer than two adapters; or one is fresh, not finite or without
-            modules; or not one of ``max_error`` and ``budget_bytes`` was given, or it makes no
-            sense.
+        SpecError: there are fewer than two adapters; or one is fresh, not finite, without modules
+            or of weight 0; or not one of ``max_error`` and ``budget_bytes`` was given, or it makes
+            no sense.
         BudgetError: the budget has no room for one rank in one module of every adapter.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
 
@@ -149,7 +149,9 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
     """
     top = tree.children("")
     if paths is None:
-        chosen = [p for p in top if tree[p].has_adapter and not tree.children(p)]
+        flat = [p for p in top if tree[p].has_adapter and not tree.children(p)]
+        # A node that is switched off stays as it is: here it would get the weight 1 and zeros.
+        chosen = [p for p in flat if tree[p].weight != 0.0]
     else:
         chosen = tree.matching(paths)
     deeper = sorted(set(chosen) - set(top))
@@ -162,6 +164,8 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
         own(tree, path)
         if tree.children(path):
             raise TreeError(f"{path}: has children, so it is no flat adapter", "leave it out")
+        if tree[path].weight == 0.0:
+            raise SpecError(f"{path}: its weight is 0, so it shares nothing", "name the others")
         outline = tree.outline(path)
         if outline is not None and not outline.modules:
             raise SpecError(
@@ -222,9 +226,12 @@ def _nodes(flat: FlatAdapters, families: Families, weights: Tensor, found: Price
         tops.append(Adapter(modules, base=base, nesting=mine) if modules else None)
     bottoms: list[Adapter] = []
     for outline, modules, name in zip(flat.outlines, leaves, flat.names, strict=True):
-        # Tensors that an adapter carries or replaces stay in it; an outline has none of them.
+        # Tensors that an adapter carries or replaces stay in it; an outline has none of them. Those
+        # that its weight switches off do not: its weight is 1 from now on.
         carries = outline.unchanged or outline.overrides
-        whole = read_apart(flat.tree, name) if carries else outline
+        whole = outline
+        if carries:
+            whole = read_apart(flat.tree, name).weighed(flat.tree[name].weight)
         modules = modules or _nothing(outline, flat.dtype)
         mine = {module: nesting[module] for module in modules if module in nesting}
         bottoms.append(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..combining import combine
-from ..errors import SpecError
+from ..errors import SpecError, listing
 from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
@@ -161,6 +161,11 @@ def merge_paths(
         seed=seed,
         names=paths,
     )
+    if not found.adapter.modules:
+        raise SpecError(
+            f"{listing(paths)}: nothing there adds to what lies above {to}",
+            "add a group instead: tree.add(path, group=True)",
+        )
     tree.add(to, adapter=found.adapter)
     notes = stale_notes(tree, paths)
     return Edited(added=(to,), errors={to: found.cut}, notes=notes), found

@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..base_names import other_base
 from ..errors import BaseMismatch, SpecError, TreeError, listing
 from ..node_names import check_path
-from ..override import Override
+from ..override import Override, tensor_owner
 from ..tree import AdapterTree
 from ..weights import (
     GivenWeight,
@@ -200,7 +200,7 @@ def rebase_all(
             f"{path}: nothing differs from what it was",
             "give adapter= or weight=, or what it had before: was=, was_weight=",
         )
-    if not _same_overrides(before[1], after[1]):
+    if not _same_overrides(_counting(*before), _counting(*after)):
         refuse_overrides([(path, before[1]), (path, after[1])], "changed while its children stay")
     gap = [
         as_term(path, before[0], without_overrides(before[1])),
@@ -249,14 +249,18 @@ def _made_up(
     if not gap and short.asks_nothing:
         return None, Deviation()
     terms = list(kept)
+    # What is switched off stands for nothing, and yet stays in the node.
     own = _overrides_of(tree, path)
-    replaced = dict(own)
+    has = tree.adapter(path)
+    replaced: dict[str, Override] = {} if has is None else dict(has.overrides)
     for node, coefficient, adapter in gap:
         # The node's own override counts before that of the old lineage, which fills in the rest.
         for name, above in adapter.overrides.items():
             replaced[name] = replaced[name].over(above) if name in replaced else above
+        owners = [tensor_owner(tensor)[0] for tensor in adapter.overrides]
         adapter = replace(adapter, modules=under(own, adapter.modules), overrides={})
-        lost = [name for name in adapter.modules if weight_at(weight, name) == 0.0]
+        needed = dict.fromkeys([*adapter.modules, *owners])
+        lost = [name for name in needed if weight_at(weight, name) == 0.0]
         if lost:
             at = "" if weight == 0.0 else f" at {listing(lost, most=2)}"
             raise SpecError(
@@ -264,6 +268,8 @@ def _made_up(
                 f"give it a weight first: tree.update({path!r}, weight=1.0)",
             )
         # The node's weight stands before its increments, so what they make up for is divided by it.
+        if not needed:
+            continue
         if isinstance(weight, float):
             terms.append((node, coefficient / weight, adapter))
         else:
@@ -275,15 +281,25 @@ def _made_up(
 
 
 def _overrides_of(tree: AdapterTree, path: str) -> Mapping[str, Override]:
+    """The overrides of a node that count."""
     adapter = tree.adapter(path)
-    return {} if adapter is None else adapter.overrides
+    return {} if adapter is None else _counting(tree[path].weight, adapter)
 
 
-def _same_overrides(one: Adapter, other: Adapter) -> bool:
-    if one.overrides.keys() != other.overrides.keys():
+def _counting(weight: Weight, adapter: Adapter) -> dict[str, Override]:
+    """The overrides that a weight does not switch off: at 0 one has no effect, else it is whole."""
+    found = {}
+    for tensor, override in adapter.overrides.items():
+        if weight_at(weight, tensor_owner(tensor)[0]) != 0.0:
+            found[tensor] = override
+    return found
+
+
+def _same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) -> bool:
+    if one.keys() != other.keys():
         return False
-    for name, override in one.overrides.items():
-        theirs = other.overrides[name]
+    for name, override in one.items():
+        theirs = other[name]
         if override.rows != theirs.rows or not torch.equal(override.values, theirs.values):
             return False
     return True
