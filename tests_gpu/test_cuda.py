@@ -300,6 +300,19 @@ def test_a_forward_beside_the_weights_and_a_new_batch_wait_for_nothing() -> None
                     base(x)
 
 
+def test_a_path_is_added_from_what_was_sent_and_takes_no_memory_beside_it() -> None:
+    base = net()
+    model = lt.attach(small(base), base, device_budget="64MiB")
+    x = torch.randn(6, 5, 128, device=CUDA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for path in ("a/b/c", "e/f", "a"):
+            model.activate(path, mode="merged")
+            merged = base(x)
+            model.activate(path, mode="unmerged")
+            torch.testing.assert_close(base(x), merged, rtol=2**-5, atol=2**-4)
+            assert model.cache.stats().tiers[-1].laid_out_bytes == 0
+
+
 def test_a_training_step_waits_for_nothing_and_its_factors_are_where_the_base_is() -> None:
     base = net()
     model = lt.attach(small(base), base).train()

@@ -7,7 +7,7 @@ met in a new plan at every step, but lie where they lay: the last table of a sit
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,30 @@ class PlanTables:
             if can_route(factors, device):
                 self._at[key] = self._table(site, factors, device, live=live)
         return self._at[key]
+
+    def lay_out(self, sites: Mapping[str, Sequence[LowRank]], device: torch.device) -> None:
+        """Make the tables of several sites' frozen values, which `at` returns then: one copy for
+        all.
+
+        Args:
+            sites: site → all of the plan's values that are frozen there.
+            device: where they are read.
+        """
+        names: list[str] = []
+        covered: list[list[tuple[Tensor, Tensor, float]]] = []
+        for name, values in sites.items():
+            key = name, False, device
+            if key in self._at:
+                continue
+            factors = _factors(values)
+            self._at[key] = None
+            if can_route(factors, device):
+                names.append(name)
+                covered.append(factors)
+        if not names:
+            return
+        for name, table in zip(names, FactorTable.of_all(covered, device), strict=True):
+            self._at[name, False, device] = table
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
         """Return what ``find`` found when it was first asked for ``key``.

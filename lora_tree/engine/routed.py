@@ -35,6 +35,7 @@ from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .owed import Owed
+from .path_form import OneRowForm, one_row
 from .plan import Marks, PlacedPlan, Terms
 from .row_grounds import RowGrounds
 from .row_layout import RowLayout
@@ -172,6 +173,8 @@ class Route:
         self._picked: dict[Hashable, str] = {}
         self._shares: dict[Hashable, Callable[[], Share]] = {}
         self._grounds: dict[str, RowGrounds] = {}
+        self._rows: dict[tuple[float, ...], Batch] = {}
+        """What all rows owe at some site → a batch of one row that owes it."""
         for name, overrides in grounds_of(plan).items():
             site, terms = plan.sites[name], plan.terms[name]
             self._grounds[name] = RowGrounds(site, overrides, terms, batch)
@@ -211,6 +214,7 @@ class Route:
             dtype = side_dtype(site.weight, [t.value for t in owed], self.manner.dtype)
             device = side_device(site.weight, [t.value for t in owed])
             draft = Draft(site, tuple(owed), (dtype, device), trains=True)
+            self._read_in_place(draft, terms, coefficients)
             self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
                 found[name] = PathSide(draft, self.manner)
@@ -218,6 +222,26 @@ class Route:
             if ground is not None:
                 found[name] = GroundedSide(ground, found[name])
         return found
+
+    def _read_in_place(self, draft: Draft, terms: Terms, coefficients: tuple[float, ...]) -> None:
+        """Let kernels read the factors of a site where all rows owe the same, by the plan's
+        table.
+        """
+        name = draft.site.name
+        # With what trains, or without what is overridden, they are not the plan's frozen values.
+        if self._trains or name in self._grounds or name in self.plan.biased:
+            return
+        if not routes(draft.device):
+            return
+        batch = self._rows.get(coefficients)
+        if batch is None:
+            batch = self._rows[coefficients] = one_row(coefficients)
+        values = self._values(name, terms)
+        owed = Owed(
+            draft.site, values, batch, draft.dtype, draft.device, tables=self._tables, trains=False
+        )
+        if OneRowForm.suits(owed, 1):
+            draft.form = OneRowForm(owed)
 
     def grounds(self, site: Site) -> RowGrounds | None:
         """Return what stands under each row at a site; None if no node overrides it."""

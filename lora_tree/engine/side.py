@@ -30,6 +30,7 @@ __all__ = [
     "Draft",
     "GroundedSide",
     "Manner",
+    "PathForm",
     "PathSide",
     "Side",
     "SideKind",
@@ -118,16 +119,33 @@ class Draft:
         self.live: list[LowRank] = []
         for term in terms:
             (self.live if trains and term.trains else self.frozen).append(term.scaled)
+        self.form: PathForm | None = None
+        """Reads the frozen factors where they lie; None: nothing does."""
         up = down = biases = 0
         for value in self.frozen:
             down += value.A.numel()
             up += value.B.numel()
             biases += 0 if value.bias is None else value.bias.numel()
         itemsize = self.dtype.itemsize
-        self.nbytes = (down + up + biases) * itemsize
-        """Bytes that laying it out takes: a copy of what does not train."""
+        self._stack_bytes = (down + up + biases) * itemsize
         self.down_bytes, self.up_bytes = down * itemsize, up * itemsize
         """Bytes of the A's, and of the B's, side by side."""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether the frozen factors are copied side by side: nothing reads them where they lie."""
+        if self.form is not None or not self.frozen:
+            return False
+        if len(self.frozen) > 1:
+            return True
+        # One node's factors are a stack already, if they are what the site computes with.
+        tensors = self.frozen[0].tensors
+        return any(t.dtype != self.dtype or t.device != self.device for t in tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that laying it out takes: a copy of what does not train, if one is needed."""
+        return self._stack_bytes if self.stacks else 0
 
     def cut_from(self, slab: Slab) -> tuple[Tensor, Tensor]:
         """Return memory for the A's and for the B's: (\\*batch, Σr, in) and (\\*batch, out, Σr)."""
@@ -135,6 +153,18 @@ class Draft:
         rank = sum([value.A.shape[-2] for value in self.frozen])
         down = slab.cut(self.dtype, (*A.shape[:-2], rank, A.shape[-1]))
         return down, slab.cut(self.dtype, (*B.shape[:-1], rank))
+
+
+class PathForm(Protocol):
+    """The sum of a path's frozen terms at one site, from factors that are not stacked."""
+
+    def covers(self, out: Tensor, x: Tensor) -> bool:
+        """Return whether it adds up for such an output and input."""
+        ...
+
+    def add(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor:
+        """Return ``out`` plus the sum; ``spare``: ``out`` may be written over."""
+        ...
 
 
 class PathSide:
@@ -149,8 +179,11 @@ class PathSide:
 
     def __init__(self, draft: Draft, manner: Manner, slab: Slab | None = None) -> None:
         self._site, self._manner = draft.site, manner
+        self._form = draft.form
         self._pieces: list[LowRank] = []
-        if draft.frozen:
+        if not draft.stacks:
+            self._pieces += draft.frozen
+        else:
             into = None if slab is None else draft.cut_from(slab)
             frozen = stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)
             self._pieces.append(frozen)
@@ -178,7 +211,11 @@ class PathSide:
     def __call__(
         self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None = None
     ) -> Tensor:
-        for i in range(len(self._pieces)):
+        first = 0
+        if self._form is not None and self._form.covers(out, x):
+            out, spare = self._form.add(out, x, spare=spare), True
+            first = self._frozen
+        for i in range(first, len(self._pieces)):
             piece = self._piece(i, out.device)
             if i == self._frozen:
                 # Once for all that train, so that they see one mask.

@@ -31,12 +31,14 @@ from .arithmetic import exact_mode
 from .batch import Batch, tree_node
 from .batch_axis import BatchAxis
 from .behaviour import RoutedRows
+from .factor_tables import FactorTables
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
 from .inside import InsideForwards, Readers, readers_of
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
+from .path_form import read_in_place
 from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
 from .routed import Router
 from .side import (
@@ -122,6 +124,7 @@ class Unmerged:
         # Side paths of earlier requests are the first to go if room is needed.
         self._ledger.spare(self._kept)
         self._router = Router(manner, ledger=self._ledger)
+        self._tables = FactorTables()
         self._finite: weakref.WeakKeyDictionary[Plan, tuple[WeightDtypes, torch.dtype | None]] = (
             weakref.WeakKeyDictionary()
         )
@@ -202,8 +205,9 @@ class Unmerged:
         drafts = []
         total = 0
         for name, terms in plan.terms.items():
-            draft = Draft(plan.sites[name], terms, kinds[name], trains=placed.trains)
-            drafts.append(draft)
+            drafts.append(Draft(plan.sites[name], terms, kinds[name], trains=placed.trains))
+        read_in_place(drafts, self._tables.of(plan))
+        for draft in drafts:
             total += draft.nbytes
         # Made before they are counted, since only then it shows which of them had to be copied.
         overridden = grounds_of(plan) if plan.overrides else {}
@@ -218,14 +222,17 @@ class Unmerged:
         except BudgetError as error:
             raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
         devices = {draft.device for draft in drafts}
-        portions = _portions(drafts)
+        portions = _portions([draft for draft in drafts if draft.stacks])
+        sides = {}
         with exact_mode(*devices):
             for device, nbytes, portion in portions:
                 slab = Slab(lend(nbytes, device))
                 for draft in portion:
-                    side = PathSide(draft, self._manner, slab)
-                    ground = grounds.get(draft.site.name)
-                    laid[draft.site.name] = side if ground is None else GroundedSide(ground, side)
+                    sides[draft.site.name] = PathSide(draft, self._manner, slab)
+            for draft in drafts:
+                name = draft.site.name
+                side = sides.get(name) or PathSide(draft, self._manner)
+                laid[name] = GroundedSide(grounds[name], side) if name in grounds else side
         return laid
 
     # ------------------------------------------------------------------ the only writer of hooks
@@ -277,6 +284,7 @@ class Unmerged:
         """Drop the side paths kept for earlier requests."""
         self._kept.forget()
         self._router.forget()
+        self._tables.forget()
 
     # ------------------------------------------------------------------ in a forward
     def _hook(self, site: Site, makes_its_output: bool) -> Any:

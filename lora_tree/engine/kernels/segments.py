@@ -300,26 +300,51 @@ class FactorTable:
     @staticmethod
     def of(factors: Sequence[tuple[Tensor, Tensor, float]], device: torch.device) -> FactorTable:
         """Return the table of some (A (r, in), B (out, r), scale) for which `can_route` is true."""
+        return FactorTable.of_all([factors], device)[0]
+
+    @staticmethod
+    def of_all(
+        sites: Sequence[Sequence[tuple[Tensor, Tensor, float]]], device: torch.device
+    ) -> list[FactorTable]:
+        """Return the tables of several sites, which lie in one buffer and are sent as one."""
         fields: list[int] = []
-        sizes = [0, 0]
-        aligned, rank = True, 16
-        for A, B, _ in factors:
-            for i, factor in enumerate((A, B)):
-                fields += [factor.data_ptr(), factor.stride(0), sizes[i]]
-                sizes[i] += factor.numel()
-                aligned = aligned and factor.data_ptr() % 16 == 0 and factor.stride(0) % 8 == 0
-            fields += [A.shape[0], 0]
-            rank = max(rank, 1 << (A.shape[0] - 1).bit_length())
+        all_scales: list[float] = []
+        shapes: list[tuple[int, bool, tuple[int, int]]] = []
+        for factors in sites:
+            sizes = [0, 0]
+            aligned, rank = True, 16
+            for A, B, scale in factors:
+                for i, factor in enumerate((A, B)):
+                    address, stride = factor.data_ptr(), factor.stride(0)
+                    fields += [address, stride, sizes[i]]
+                    sizes[i] += factor.numel()
+                    aligned = aligned and address % 16 == 0 and stride % 8 == 0
+                fields += [A.shape[0], 0]
+                rank = max(rank, 1 << (A.shape[0] - 1).bit_length())
+                all_scales.append(scale)
+            # Each site's scales begin at a multiple of 16 bytes. Triton compiles a kernel anew for
+            # a pointer that does not.
+            all_scales += [0.0] * (-len(factors) % 4)
+            shapes.append((rank, aligned, (sizes[0], sizes[1])))
         numbers = torch.tensor(fields, dtype=torch.int64, device="cpu").view(-1, FIELDS)
-        scales = torch.tensor([s for *_, s in factors], dtype=torch.float32, device="cpu")
-        A, B, _ = factors[0]
-        return FactorTable(
-            uploaded(numbers, device),
-            uploaded(scales, device),
-            FactorTable.key_of(factors),
-            rank,
-            (A.shape[1], B.shape[0]),
-            A.dtype,
-            aligned,
-            (sizes[0], sizes[1]),
-        )
+        scales = torch.tensor(all_scales, dtype=torch.float32, device="cpu")
+        lengths = [len(factors) for factors in sites]
+        padded = [length + -length % 4 for length in lengths]
+        parts = torch.split(uploaded(numbers, device), lengths)
+        scale_parts = torch.split(uploaded(scales, device), padded)
+        found = []
+        for i, factors in enumerate(sites):
+            A, B, _ = factors[0]
+            rank, aligned, grad_sizes = shapes[i]
+            table = FactorTable(
+                parts[i],
+                scale_parts[i][: lengths[i]],
+                FactorTable.key_of(factors),
+                rank,
+                (A.shape[1], B.shape[0]),
+                A.dtype,
+                aligned,
+                grad_sizes,
+            )
+            found.append(table)
+        return found
