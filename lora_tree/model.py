@@ -559,7 +559,7 @@ class TreeModel(AnswersForBase):
                 )
             # A compiled base was traced without the hooks that are about to come, and would pass
             # them by.
-            self._compiled.check(self.base)
+            self._compiled.check(self.base, compiles_next=True)
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
             # is laid out for the increments of all nodes at its site, and stays as it is.
             settle_fresh(self.tree, self.base, self.tree.paths(), self._binder.own_value)

@@ -5,6 +5,7 @@ change.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def blind_to_hooks() -> None:
+    """torch's own default: a trace does not ask for hooks."""
+    config: Any = torch._dynamo.config
+    config._config["skip_nnmodule_hook_guards"].default = True
+    config.skip_nnmodule_hook_guards = True
 
 
 def small(*, nodes: int = 4) -> tuple[nn.Module, lt.AdapterTree]:
@@ -199,6 +208,51 @@ def test_a_site_that_came_later_is_refused_by_name() -> None:
     tree.add("n0/late", adapter=lt.Adapter({"2": value}))
     with pytest.raises(StateError, match="n0/late: 2: nothing was prepared for it"):
         model.activate("n0/late", mode="unmerged")
+
+
+@pytest.mark.usefixtures("blind_to_hooks")
+@pytest.mark.parametrize("when", ["before prepare", "after prepare", "on another thread"])
+def test_what_was_compiled_for_another_base_does_not_run_for_a_prepared_one(when: str) -> None:
+    x = torch.randn(2, 3, 8).double()
+    other, _ = small()
+    base, tree = small()
+    with torch.no_grad():
+        if when == "before prepare":
+            torch.compile(other, backend="eager")(x)
+        model = lt.attach(tree, base)
+        model.prepare(max_rank=40)
+        if when == "after prepare":
+            torch.compile(other, backend="eager")(x)
+        if when == "on another thread":
+            elsewhere = torch.no_grad()(torch.compile(other, backend="eager"))
+            ThreadPoolExecutor(1).submit(elsewhere, x).result()
+        compiled: Any = torch.compile(base, backend="eager")
+        with model.using("n0/n1", mode="unmerged"):
+            beside = compiled(x)
+        with model.route(["", "n0/n1"]):
+            routed = compiled(x)
+        bare = other(x)
+        assert torch.equal(compiled(x), bare)
+        assert torch.equal(torch.compile(other, backend="eager")(x), bare)
+        model.activate("n0/n1")
+        wanted = base(x)
+    torch.testing.assert_close(beside, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(routed[1], wanted[1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(routed[0], bare[0])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.usefixtures("blind_to_hooks")
+def test_a_base_compiled_beside_its_weights_is_not_run_as_another_one_was() -> None:
+    x = torch.randn(2, 3, 8).double()
+    other, _ = small()
+    base, tree = small()
+    with torch.no_grad():
+        torch.compile(other, backend="eager")(x)
+        model = lt.attach(tree, base)
+        model.activate("n0", mode="unmerged")
+        wanted = base(x)
+        assert torch.equal(torch.compile(base, backend="eager")(x), wanted)
 
 
 def test_prepare_comes_once_before_anything_is_active_and_before_compiling() -> None:

@@ -65,6 +65,7 @@ ABSENT = {
     "FakeCopyMode": gone("torch._subclasses.fake_tensor", "FakeCopyMode"),
     "global hooks": unseen("nn_module"),
     "frame counter": gone("torch._dynamo.convert_frame", "FRAME_COUNTER"),
+    "hook guards": gone("torch._dynamo.config", "skip_nnmodule_hook_guards"),
 }
 
 

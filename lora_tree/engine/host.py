@@ -11,7 +11,7 @@ from torch import nn
 from ..assembly import Assembly
 from ..callers import called_by
 from ..errors import LoraTreeWarning, SpecError, StateError
-from .unpromised import compiled_frames, is_compiled
+from .unpromised import compiled_frames, is_compiled, mind_hooks
 
 __all__ = [
     "Claim",
@@ -43,12 +43,17 @@ class CompileWatch:
         self._compiled = compiled
         self._frames = 0
 
-    def check(self, base: nn.Module) -> None:
+    def check(self, base: nn.Module, *, compiles_next: bool = False) -> None:
         """Refuse hooks that would be ignored.
+
+        Args:
+            base: is about to get hooks.
+            compiles_next: it is made ready for ``torch.compile``.
 
         Raises:
             StateError: the base, or something around it, is compiled.
         """
+        mind_hooks(wanted=compiles_next)
         frames = compiled_frames()
         found = self._compiled or is_compiled(base)
         # The look at the referrers is repeated only if torch has compiled something since.

@@ -14,6 +14,8 @@ not correctness. The tests take each of them away (tests/test_versions.py).
     nn.modules.module._global_forward_hooks        1.8    no output is written to in place
     _dynamo.convert_frame.FRAME_COUNTER            2.0    a compiled wrapper is looked for at every
                                                           switch
+    _dynamo.config.skip_nnmodule_hook_guards       2.0    a forward that was compiled for another
+                                                          base of the same class passes hooks by
     nn.Module._compiled_call_impl                  2.2    base.compile() is not seen; the compiled
                                                           wrapper still is
     F.multi_head_attention_forward.__code__        1.8    nn.MultiheadAttention is merged only
@@ -24,6 +26,7 @@ not correctness. The tests take each of them away (tests/test_versions.py).
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Collection
 from types import FunctionType
@@ -42,6 +45,7 @@ __all__ = [
     "global_hooks",
     "grouped_product",
     "is_compiled",
+    "mind_hooks",
     "pytree",
     "saved_tensor_hook",
     "slow_on_cpu",
@@ -136,6 +140,33 @@ def compiled_frames() -> int | None:
         return 0
     count: int | None = getattr(compiler, "FRAME_COUNTER", None)
     return count
+
+
+def mind_hooks(*, wanted: bool = False) -> None:
+    """Let torch.compile ask whether a module has hooks, before it runs what was compiled for
+    another one.
+
+    By its default a forward that was compiled for one module runs for all others of the same
+    classes, whether or not these have hooks. Two bases of one architecture in one process are
+    enough: the paths of the second would be passed by in silence. What was compiled until now does
+    not ask, so it is dropped, and compiled again when it is next called.
+
+    Args:
+        wanted: a base is about to be compiled, so the compiler is imported.
+    """
+    if wanted:
+        importlib.import_module("torch._dynamo")
+    # Where it was not imported nothing was compiled.
+    config: Any = sys.modules.get("torch._dynamo.config")
+    if config is None or not getattr(config, "skip_nnmodule_hook_guards", False):
+        return
+    config.skip_nnmodule_hook_guards = False
+    # A torch that keeps settings by thread asks the default in all others, which may compile too.
+    entry: Any = getattr(config, "_config", {}).get("skip_nnmodule_hook_guards")
+    if entry is not None:
+        entry.default = False
+    if compiled_frames() != 0:
+        torch._dynamo.reset()
 
 
 def is_compiled(module: nn.Module) -> bool:
