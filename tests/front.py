@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from oracle import random_adapter
 from prometheus_client import CollectorRegistry
 
+import lora_tree as lt
 from lora_tree.integrations import vllm_front
 from lora_tree.integrations.flatcache import FlatCache
 from lora_tree.integrations.shared_folder import SharedFolder
@@ -32,6 +36,27 @@ from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO
 def folder_of(kept: FlatCache) -> SharedFolder:
     """Return the folder behind a cache, for laws about processes that share it."""
     return kept._disk
+
+
+# One small module, because these tests wait for every path to be flattened.
+adapter = partial(random_adapter, {"up": (6, 8)})
+
+
+def served_zoo(folder: Path) -> Path:
+    """Save fr → legal, medical; de, and return the folder."""
+    tree = lt.AdapterTree()
+    for seed, path in enumerate(("fr", "fr/legal", "fr/medical", "de")):
+        tree.add(path, adapter=adapter(seed))
+    tree.save(folder)
+    return folder
+
+
+def waits(until: Callable[[], bool], what: str) -> None:
+    """Wait until something is true; a test fails with ``what`` after 20 seconds."""
+    ends = time.monotonic() + 20
+    while not until():
+        assert time.monotonic() < ends, what
+        time.sleep(0.05)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from loopback_hub import GUEST, LoopbackHub, environment, running_hub, talking_to
 from shell import Shell, answer, command
-from zoo import CONFIG, WEIGHTS, adapter, listing, nested, opened, tree, value, write
+from zoo import CONFIG, WEIGHTS, adapter, listing, nested, opened, value, write
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, HubError, LoraTreeError, SpecError, UnlockedError
@@ -40,12 +40,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     with running_hub() as made:
         talking_to(made, tmp_path / "home", monkeypatch)
         yield made
-
-
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from front import front_end
-from oracle import random_adapter
+from front import adapter, front_end
 from zoo import opened
 
 import lora_tree as lt
@@ -19,7 +17,6 @@ from lora_tree.folder import survey
 from lora_tree.integrations import vllm
 from lora_tree.integrations.surveyed import release_of
 
-adapter = partial(random_adapter, {"up": (6, 8)})
 PATHS = ("fr", "fr/legal", "de")
 
 

@@ -7,29 +7,20 @@ import logging
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-from front import front_end
-from oracle import random_adapter
-from test_vllm_cache import waits
+from front import adapter, front_end, served_zoo, waits
 from zoo import opened
 
 import lora_tree as lt
 from lora_tree.integrations import vllm
 from lora_tree.integrations.vllm_metrics import REASONS
 
-adapter = partial(random_adapter, {"up": (6, 8)})
-
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    tree = lt.AdapterTree()
-    for seed, path in enumerate(("fr", "fr/legal", "fr/medical", "de")):
-        tree.add(path, adapter=adapter(seed))
-    tree.save(tmp_path / "zoo")
-    return tmp_path / "zoo"
+    return served_zoo(tmp_path / "zoo")
 
 
 def test_requests_and_refusals_are_counted_by_kind_and_reason(zoo: Path, tmp_path: Path) -> None:

@@ -31,12 +31,6 @@ SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "\x1b]52;c;cm0gLXJmIH4=\x07</text><script>alert(1)</script>"
 
 
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    trees.tree().save(tmp_path / "zoo")
-    return tmp_path / "zoo"
-
-
 def show(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
         warnings.simplefilter("default")
@@ -312,10 +306,44 @@ def test_the_picture_shows_every_node_and_obeys_no_name(
     assert any("<script>alert(1)" in (part.text or "") for part in root.iter())
 
 
-def test_a_picture_that_can_not_be_written_is_one_message(
+def test_a_picture_in_a_missing_folder_names_the_path_that_was_given(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = show(capsys, zoo, "--svg", "no such/tree.svg")
+    assert code == 1
+    assert err.split("error: ")[1:] == [
+        "no such/tree.svg: can't write it: there is no folder no such\n"
+        "  create the folder first: mkdir -p 'no such'\n"
+    ]
+
+
+def test_a_picture_that_the_system_refuses_is_named_as_it_was_given(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = show(capsys, zoo, "--svg", tmp_path / "no/such/tree.svg")
+    (tmp_path / "tree.svg").mkdir()
+    code, _, err = show(capsys, zoo, "--svg", tmp_path / "tree.svg")
     assert code == 1
-    assert "tree.svg" in err
-    assert err.count("error: ") == 1
+    assert err == f"error: {tmp_path}/tree.svg: can't write it: Is a directory\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tree.svg", "zoo"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "--data", "no.jsonl", "--picture"),
+        ("train", "--data", "no.jsonl", "--picture"),
+        ("similar", "--picture"),
+        ("explore", "--html"),
+    ],
+    ids=lambda words: str(words[0]),
+)
+def test_a_command_that_works_for_minutes_refuses_a_missing_folder_first(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The tree does not exist either: a command that opened it first would name the tree.
+    command, *rest = words
+    with pytest.raises(SystemExit, match="1"):
+        main([command, str(tmp_path / "zoo"), *rest, str(tmp_path / "no" / "out.svg")])
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/no/out.svg: can't write it: there is no folder {tmp_path}/no" in said

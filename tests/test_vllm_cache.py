@@ -14,16 +14,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from front import LoRARequest, folder_of, front_end
-from oracle import random_adapter
+from front import LoRARequest, adapter, folder_of, front_end, served_zoo, waits
 from zoo import opened
 
 import lora_tree as lt
@@ -40,16 +37,9 @@ from lora_tree.integrations.vllm_settings import PluginSettings
 ROOM = (1 << 20) + 4096  # what one small adapter is counted as while room is made
 
 
-adapter = partial(random_adapter, {"up": (6, 8)})
-
-
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    tree = lt.AdapterTree()
-    for seed, path in enumerate(("fr", "fr/legal", "fr/medical", "de")):
-        tree.add(path, adapter=adapter(seed))
-    tree.save(tmp_path / "zoo")
-    return tmp_path / "zoo"
+    return served_zoo(tmp_path / "zoo")
 
 
 def cache(at: Path, **more: object) -> FlatCache:
@@ -519,13 +509,6 @@ def test_the_plugin_does_nothing_where_no_tree_is_named(monkeypatch: pytest.Monk
 
 
 # -------------------------------------------------------------------- the plugin around a front end
-def waits(until: Callable[[], bool], what: str) -> None:
-    ends = time.monotonic() + 20
-    while not until():
-        assert time.monotonic() < ends, what
-        time.sleep(0.05)
-
-
 def rewritten(zoo: Path, path: str, seed: int) -> tuple[bytes, bytes]:
     """(The weights, the lock) that a node's new adapter of the same size would have in this
     tree.

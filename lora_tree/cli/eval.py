@@ -51,6 +51,8 @@ def evaluation(
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss of every node, and of the bare base, on the rows of every path."""
+    if picture is not None:
+        disk.check_parent(picture)
     tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
     # Before a base is opened, which takes minutes: a typo is told at once.
     chosen, names = _chosen(tree, folder, nodes) if nodes else (None, {})

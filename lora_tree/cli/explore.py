@@ -64,6 +64,8 @@ def explore(
         raise SpecError(
             "--base needs a server, and --html writes a file instead", "leave one of them out"
         )
+    if html is not None:
+        disk.check_parent(html)
     losses = None if evaluation is None else read_evaluation(evaluation)
     with steps_done("reading", 100, 0) as step:
         told = 0

@@ -45,6 +45,8 @@ def alike(
     as_json: AsJson = False,
 ) -> None:
     """Compare all pairs of nodes, from their factors: the nearest pairs and the clusters."""
+    if picture is not None:
+        disk.check_parent(picture)
     tree = load(folder, skip_broken=skip_broken)
     found = similar(tree, nodes or None, of=of.value, exact=exact)
     clusters = found.groups(cosine)

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..folder import load
+from ..folder import disk, load
 from ..model import attach
 from ..provenance import data_files
 from ..runs import Run, Settings
@@ -163,6 +163,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train many nodes at once and save the tree; run it again to go on where it was stopped."""
+    if picture is not None:
+        disk.check_parent(picture)
     # The settings check themselves, so a wrong number is told before the tree and the base are
     # opened.
     settings = Settings(

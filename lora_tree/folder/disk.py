@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import stat
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from ..system.reading import Inside, is_file, open_plain, stat_of
 __all__ = [
     "Glimpse",
     "Stamp",
+    "check_parent",
     "copy",
     "digest",
     "exists",
@@ -149,12 +151,20 @@ def write(path: str | Path, data: bytes, *, mode: int | None = None) -> Stamp:
 
 
 def replace(path: str | Path, data: bytes) -> None:
-    """Make or replace a file: its bytes are there and synced before it has the name."""
+    """Make or replace a file: its bytes are there and synced before it has the name.
+
+    Raises:
+        FolderError: the folder of ``path`` is missing, or the system refuses; it names ``path``.
+    """
+    check_parent(path)
     # Beside it, because a rename does not cross file systems.
     beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
     try:
-        write(beside, data, mode=mode_of(path))
-        rename(beside, path)
+        # Every refusal is told of ``path``: the caller has never heard of the file beside it.
+        with named("write it", path):
+            with _created(beside, mode_of(path)) as file:
+                _fill(file, data)
+            _rename(beside, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(beside)
@@ -162,6 +172,25 @@ def replace(path: str | Path, data: bytes) -> None:
     # The rename itself lasts only once the folder is synced. Without this a power cut could bring
     # the old file back after this function had returned.
     sync(Path(path).absolute().parent)
+
+
+def check_parent(path: str | Path) -> None:
+    """Refuse a file whose folder is missing; a command asks before it works for minutes.
+
+    Raises:
+        FolderError: the folder of ``path`` does not exist.
+
+    >>> check_parent("missing/picture.svg")
+    Traceback (most recent call last):
+    lora_tree.errors.FolderError: missing/picture.svg: can't write it: there is no folder missing
+      create the folder first: mkdir -p missing
+    """
+    parent = Path(path).parent
+    if not os.path.lexists(parent):
+        raise FolderError(
+            f"{path}: can't write it: there is no folder {parent}",
+            f"create the folder first: mkdir -p {shlex.quote(str(parent))}",
+        )
 
 
 def copy(
@@ -205,10 +234,7 @@ def link(path: str | Path, to: str | Path) -> bool:
 def rename(path: str | Path, to: str | Path) -> None:
     """Give a file or folder another name, over a file that has it."""
     with named(f"rename {path} to it", to):
-        if os.name == "nt":  # whose rename refuses a name that is taken
-            os.replace(path, to)
-        else:
-            os.rename(path, to)
+        _rename(path, to)
 
 
 def remove(path: str | Path) -> None:
@@ -262,6 +288,13 @@ def drop(folder: str | Path) -> bool:
 
 
 # ---------------------------------------------------------------------- private
+def _rename(path: str | Path, to: str | Path) -> None:
+    if os.name == "nt":  # whose rename refuses a name that is taken
+        os.replace(path, to)
+    else:
+        os.rename(path, to)
+
+
 @contextmanager
 def _created(path: str | Path, mode: int | None) -> Iterator[int]:
     mode = mode_of(path) if mode is None else mode
