@@ -535,12 +535,12 @@ def test_diff_and_json_tell_weights_as_mappings() -> None:
 
 
 def test_a_node_is_not_trained_where_its_weight_is_0(tmp_path: Path) -> None:
-    from lora_tree.runs.loop import _check_weights
+    from lora_tree.runs.refusals import check_weights
 
     tree = family()
     with pytest.raises(SpecError, match=r"fr has weight 0 at layers\.0\.q_proj, layers\.1\.q_proj"):
-        _check_weights(tree, ["fr"])
-    _check_weights(tree, ["fr/medical"])
+        check_weights(tree, ["fr"])
+    check_weights(tree, ["fr/medical"])
 
 
 def test_a_mixed_pair_of_weights_is_never_mistaken_for_a_number() -> None:

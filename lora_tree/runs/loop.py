@@ -12,8 +12,9 @@ So a checkpoint is factors and the optimiser's state, and nothing that is random
                       optimizer.safetensors
                       run.json                 step, settings, nodes, losses, a hash of the rows
 
-`place.py` says which checkpoint a run goes on from, and where finished runs go; `step.py` takes
-one step; `resume.py` writes and reads a checkpoint's numbers.
+`refusals.py` refuses a run before it changes anything; `place.py` says which checkpoint a run goes
+on from, and where finished runs go; `step.py` takes one step; `resume.py` writes and reads a
+checkpoint's numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
 from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
 from ..folder import disk
 from ..folder.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
@@ -39,17 +39,9 @@ from ..training.diverged import Start
 from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
-from ..weights import weight_at
 from .checkpoint_factors import save_factors
 from .checkpoint_place import appearing, retire
-from .forecast import (
-    NodeForecast,
-    becoming_stale,
-    chosen,
-    losses_of,
-    what_trains,
-    why_not_fresh,
-)
+from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
 from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
 from .place import (
     ABOUT,
@@ -63,8 +55,15 @@ from .place import (
     set_aside,
     superfluous,
 )
-from .preferences import are_preferences, check_references
+from .preferences import are_preferences
 from .recording import Recorder
+from .refusals import (
+    check_drawable,
+    check_names,
+    check_preferences,
+    check_weights,
+    refuse_encoder,
+)
 from .resume import (
     STATE,
     digest_of_rows,
@@ -147,16 +146,16 @@ class Run:
             raise SpecError(f"keep must be at least 1, got {keep}: the last checkpoint stays")
         self._keep = keep
         tree = model.tree
-        _refuse_encoder(model)
+        refuse_encoder(model)
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
-        _check_names(settings, self.nodes, tree)
-        _check_weights(tree, self.nodes)
+        check_names(settings, self.nodes, tree)
+        check_weights(tree, self.nodes)
         if fresh:
-            _check_drawable(tree, self.nodes)
+            check_drawable(tree, self.nodes)
         through = _through(rows, self.nodes, tree)
         self.prefers = are_preferences(through)
         if self.prefers:
-            _check_preferences(through, self.nodes, settings, tree)
+            check_preferences(through, self.nodes, settings, tree)
         self.rows, self.held_back = hold_back(through, settings.hold_back)
         self.left_out = len(rows) - len(through)
         if not self.rows:
@@ -517,70 +516,7 @@ class Run:
             self._watch.resume(before.about, before.folder)
 
 
-# ---------------------------------------------------------------------- checks
-def _refuse_encoder(model: TreeModel) -> None:
-    if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
-        raise SpecError(
-            f"{type(model.base).__name__} has an encoder and a decoder; "
-            "a run trains models that go on from what they read",
-            "train it with lora_tree.integrations.transformers.TreeTrainer "
-            "and a collator for such models",
-        )
-
-
-def _check_drawable(tree: AdapterTree, nodes: Sequence[str]) -> None:
-    """Refuse new factors for nodes that replace tensors of the base.
-
-    Raises:
-        SpecError: names the node.
-    """
-    for node in nodes:
-        reason = why_not_fresh(tree, node)
-        if reason is not None:
-            raise SpecError(
-                f"{node}: {reason}", "train it as it is, or add a new node in its place"
-            )
-
-
-def _check_names(settings: Settings, nodes: Sequence[str], tree: AdapterTree) -> None:
-    """Refuse a rate of a node that does not train, and a weight of a path that is not there."""
-    known = {"lr_of": set(nodes), "decay_of": set(nodes), "weights": {"", *tree}}
-    for what, names in known.items():
-        for path in getattr(settings, what):
-            if path not in names:
-                raise SpecError(f"{what} names {path!r}; what trains: {listing(nodes)}")
-
-
-def _check_preferences(
-    rows: Sequence[Row], nodes: Sequence[str], settings: Settings, tree: AdapterTree
-) -> None:
-    """Refuse what would compare a node with something else than its parent as it is."""
-    check_references(rows, nodes, tree)
-    if settings.dropout:
-        raise SpecError(
-            f"dropout is {settings.dropout:g}, and rows prefer answers: the reference drops "
-            "nothing, and the ratio would be of the masks",
-            "leave dropout out",
-        )
-
-
-def _check_weights(tree: AdapterTree, nodes: Sequence[str]) -> None:
-    """Refuse a node of weight 0: no gradient would come back to it, and nothing would train."""
-    for path in nodes:
-        if tree[path].weight == 0:
-            raise SpecError(
-                f"{path} has weight 0, so no row can train it",
-                f"tree.update({path!r}, weight=1.0), or weight: 1 in tree.yaml",
-            )
-        adapter = tree.adapter(path) or Adapter({})
-        frozen = [name for name in adapter.modules if weight_at(tree[path].weight, name) == 0]
-        if frozen:
-            raise SpecError(
-                f"{path} has weight 0 at {listing(frozen, most=2)}, so no row can train it there",
-                f"give those modules another weight: tree.update({path!r}, weight=…)",
-            )
-
-
+# ---------------------------------------------------------------------- private
 def _decays(settings: Settings, tree: AdapterTree, rates: Mapping[str, float]) -> dict[str, float]:
     by_depth = settings.decay_by_depth
     if settings.weight_decay is not None:
