@@ -35,11 +35,12 @@ from .factor_tables import FactorTables
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
-from .inside import InsideForwards, Readers, readers_of
+from .inside import InsideForwards
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .path_form import read_in_place
 from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
+from .readers import Readers, readers_of
 from .routed import Router
 from .side import (
     Draft,
