@@ -5,6 +5,7 @@
 
     peft_config     the config: scales, targets, kinds that are refused
     peft_keys       names of modules ↔ keys
+    peft_sorting    the keys of a file: factors, overrides, tensors of the base
     peft_outline    config and header → an adapter without numbers; peft_factors: one module of it
     peft_read       the files → the adapter
     peft_write      the adapter → the files; peft_fields: the config of them

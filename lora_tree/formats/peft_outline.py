@@ -1,7 +1,7 @@
 """The outline of an adapter: all that its config and the header of its weights say, and no numbers.
 
     keys ──▶ wrappers: module → depth → tensors ──▶ increments: name → LowRank
-         └─▶ whole tensors of the base: replaced, or carried along
+         └─▶ whole tensors of the base: replaced, or carried along        (peft_sorting.py)
 
 Most adapters of a tree have the same two texts and so the same outline. It is made once for them,
 and all that is left to do for each is to read its numbers (`Outline.filled`).
@@ -12,7 +12,7 @@ that the module registers last. The file does not say the order in which the mod
 Where our own metadata does not say it either, an order is assumed, and `Adapter.assumed` names the
 module; the base puts it right when the adapter is bound to it.
 
-Law: every key of the file ends up in the outline or in an error.
+Law: whatever the file and its config say ends up in the outline or in an error.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from ..adapter import Adapter
 from ..errors import FormatError, UnsupportedAdapter
 from ..lowrank import LowRank
 from ..overlay import over
-from ..override import Override
 from . import peft_keys, strict_json
-from .peft_config import FUSED, VARIANTS, PeftConfig, parse_config
+from .peft_config import FUSED, PeftConfig, parse_config
 from .peft_factors import FactorReader, Parts
-from .peft_keys import NESTING, PREFIX, WEIGHTS
-from .peft_overrides import TOKENS, TOKENS_ALONE, is_original, without_wrapper
+from .peft_keys import NESTING, WEIGHTS
+from .peft_sorting import Wrappers, sort_keys
 from .safetensors import Header, parse_header
 
 __all__ = ["Outline", "PeftTexts", "outline_of"]
@@ -42,31 +41,6 @@ __all__ = ["Outline", "PeftTexts", "outline_of"]
 KEPT_OUTLINES = 8
 MAX_KEPT_BYTES = 256 << 10
 """The most bytes of config and header whose outline is kept; it takes ten times as much."""
-
-LEFTOVERS = {
-    "lora_magnitude_vector": VARIANTS["use_dora"],
-    "lora_diag": VARIANTS["kasa_config"],
-}
-"""Parts of a key that tell a kind of adapter that we refuse, if the config says so or not."""
-
-WHOLE = {
-    "embed_in",
-    "embed_out",
-    "embed_tokens",
-    "embeddings",
-    "lm_head",
-    "output",
-    "shared",
-    "word_embeddings",
-    "wte",
-}
-"""Embeddings and heads: PEFT writes them whole after the vocabulary was resized.
-
-That is ``save_embedding_layers="auto"``, its default.
-"""
-
-VELORA_BUFFER = ".lora_velora_embed"
-"""The end of a key of VeLoRA's projection, which compresses activations and adds nothing."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +141,6 @@ class _Registered:
     is_assumed: bool = False
 
 
-_Wrappers = dict[int, Parts]
-"""The wrappers around one module: how deep → the tensors of that wrapper."""
-
-
 class _OutlineMaker:
     """One config and one header on their way to an outline; `outline` is called once."""
 
@@ -180,25 +150,16 @@ class _OutlineMaker:
         self._header = header
         self._factors = FactorReader(config, where)
         self._recorded = _recorded_nesting(header.metadata, where)
-        self._modules: dict[str, _Wrappers] = {}
-        self._paths: dict[str, set[str]] = {}
-        self._whole: dict[str, Tensor] = {}
-        self._overrides: dict[str, Override] = {}
-        self._repeated: dict[str, tuple[Tensor, Tensor]] = {}
+        self._keys = sort_keys(header, config, where)
         self._registered: dict[str, _Registered] = {}
 
     def outline(self) -> Outline:
-        self._sort_keys()
-        for module, wrappers in self._modules.items():
+        for module, wrappers in self._keys.modules.items():
             self._registered[module] = self._raw_parameters(module, wrappers)
-        depths = {module: len(wrappers) for module, wrappers in self._modules.items()}
-        # A key is only right if PEFT would write it, so each is compared with the one that we would
-        # write.
-        for module, paths in self._paths.items():
-            self._check_paths(module, paths, depths)
+        self._keys.check_paths()
         increments: dict[str, LowRank] = {}
         attentions: set[str] = set()
-        for module, wrappers in self._modules.items():
+        for module, wrappers in self._keys.modules.items():
             owner = self._module_around(module)
             if owner is not None:
                 self._check_attention(owner, module, wrappers[0])
@@ -210,103 +171,11 @@ class _OutlineMaker:
             if bias is not None:
                 unused_biases[owner] = bias
                 increments[owner] = replace(increments[owner], bias=None)
-        adapter = self._adapter(increments, self._base_tensors(depths))
-        return Outline(adapter, self._header, unused_biases, self._repeated)
-
-    # ------------------------------------------------------------------ keys
-    def _sort_keys(self) -> None:
-        """Sort the keys into wrappers of modules, and whole tensors of the base."""
-        # In the order of names, not of the file, so that the same tensors always give the same
-        # adapter or error.
-        for key in sorted(self._header.tensors):
-            path, part = self._split(key)
-            tensor = self._header.tensors[key]
-            if path.endswith(TOKENS_ALONE):
-                module = path.removesuffix(TOKENS).removesuffix(TOKENS_ALONE)
-                self._override(f"{module}.weight", key, self._config.saved.rows(module, tensor))
-            elif part:
-                module, depth = peft_keys.plain(path)
-                self._modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
-                self._paths.setdefault(module, set()).add(path)
-            elif not (self._config.velora and key.endswith(VELORA_BUFFER)):
-                self._sort_whole(key, path, tensor)
-        self._config.saved.check_found(self._overrides, self._where)
-        if not self._modules and not self._overrides:
-            raise FormatError(
-                f"{self._where}: no lora_A and lora_B of any module",
-                "the file holds no LoRA factors",
-            )
-
-    def _sort_whole(self, key: str, path: str, tensor: Tensor) -> None:
-        """Take a whole tensor as an override, if the key or the config says that it was saved
-        so.
-        """
-        if is_original(path):
-            return  # the base's own beside its replacement: nothing is computed from it
-        path, is_wrapped = without_wrapper(path)
-        name, _ = peft_keys.plain(path)
-        known = self._overrides.get(name)
-        if known is not None and known.rows is None and known.values.shape == tensor.shape:
-            self._repeated[name] = known.values, tensor
-        elif is_wrapped or (path == name and self._config.saved.has(name)):
-            self._override(name, key, Override(tensor))
-        else:
-            self._whole[path] = tensor
-
-    def _override(self, name: str, key: str, override: Override) -> None:
-        if name in self._overrides:
-            raise FormatError(
-                f"{self._where}: unexpected key {key[:200]!r}: a second value of {name}",
-                "save the adapter again with PEFT, which writes each tensor once",
-            )
-        self._overrides[name] = override
-
-    def _split(self, key: str) -> tuple[str, str | None]:
-        """Split a key into (path, part); the part is None for a whole tensor.
-
-        Raises:
-            FormatError: PEFT writes no such key.
-            UnsupportedAdapter: it belongs to a kind of adapter that does not add up.
-        """
-        for name, reason in LEFTOVERS.items():
-            if name in key:
-                raise UnsupportedAdapter(f"{self._where}: {key}: {reason}")
-        if not key.startswith(PREFIX):
-            raise FormatError(
-                f"{self._where}: unexpected key {key[:200]!r}, expected "
-                f"{PREFIX}<module>.lora_A.weight",
-                "a file of kohya or diffusers is loaded by its own name, without "
-                "adapter_config.json: "
-                "Adapter.load('FILE.safetensors')",
-            )
-        path, part = peft_keys.split_key(key.removeprefix(PREFIX))
-        if part is None and ".lora_" in path and not key.endswith(VELORA_BUFFER):
-            raise FormatError(
-                f"{self._where}: unexpected key {key[:200]!r}, expected it to end in one of "
-                f"{' '.join(peft_keys.PARTS)}",
-                "the adapter's own name is no part of a key: save it with PEFT's save_pretrained",
-            )
-        if "" in path.split(".") or not peft_keys.plain(path)[0]:
-            raise FormatError(
-                f"{self._where}: {key[:200]!r} names no module, expected "
-                f"{PREFIX}<module>.lora_A.weight",
-                "save the adapter again with PEFT",
-            )
-        return path, part
-
-    def _check_paths(self, module: str, paths: set[str], depths: Mapping[str, int]) -> None:
-        expected = peft_keys.key_path(module, depths)
-        for path in paths:
-            if path != expected + ".base_layer" * peft_keys.plain(path)[1]:
-                raise FormatError(
-                    f"{self._where}: unexpected key {PREFIX}{path}.…, expected "
-                    f"{PREFIX}{expected}.…",
-                    "PEFT adds .base_layer for each wrapper and nowhere else: save the adapter "
-                    "again with PEFT",
-                )
+        adapter = self._adapter(increments, self._keys.carried())
+        return Outline(adapter, self._header, unused_biases, self._keys.repeated)
 
     # ------------------------------------------------------------------ modules and raw parameters
-    def _raw_parameters(self, module: str, wrappers: _Wrappers) -> _Registered:
+    def _raw_parameters(self, module: str, wrappers: Wrappers) -> _Registered:
         """Say whether the wrappers of ``module`` hold its own factors or raw parameters'."""
         recorded = self._recorded.get(module)
         names = recorded or self._config.parameters(module)
@@ -371,7 +240,7 @@ class _OutlineMaker:
     def _module_around(self, module: str) -> str | None:
         """Return the nearest module around this one that has factors of its own."""
         for above in peft_keys.ancestors(module):
-            if above in self._modules and not self._registered[above].names:
+            if above in self._keys.modules and not self._registered[above].names:
                 return above
         return None
 
@@ -400,7 +269,7 @@ class _OutlineMaker:
 
     # ------------------------------------------------------------------ putting it together
     def _add_increments(
-        self, into: dict[str, LowRank], module: str, wrappers: _Wrappers, *, rank_of: str
+        self, into: dict[str, LowRank], module: str, wrappers: Wrappers, *, rank_of: str
     ) -> None:
         names = self._registered[module].names
         if not names:
@@ -410,7 +279,7 @@ class _OutlineMaker:
             # PEFT wraps the parameters in the order of registration, so the outermost wrapper holds
             # the last of them.
             name = f"{module}.{names[-1 - depth]}"
-            if name in self._modules:
+            if name in self._keys.modules:
                 raise FormatError(
                     f"{self._where}: {name}: has factors both as a module and as a raw parameter",
                     "remove it from target_modules or from target_parameters, and save the adapter "
@@ -433,56 +302,8 @@ class _OutlineMaker:
             unchanged=unchanged,
             nesting=nesting,
             assumed=frozenset(assumed),
-            overrides=self._overrides,
+            overrides=self._keys.overrides,
         )
-
-    def _base_tensors(self, depths: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the tensors of the base that came along, by the plain names of its parameters.
-
-        PEFT saves a targeted embedding's own weight beside its factors, embeddings and heads after
-        a resize, and all biases or those of trained modules with ``bias="all"`` or ``"lora_only"``.
-        Binding compares them with the base's: one that is another is an override.
-        """
-        found: dict[str, Tensor] = {}
-        for path, tensor in self._whole.items():
-            name, depth = peft_keys.plain(path)
-            shown = repr((PREFIX + path)[:200])
-            if name in found:
-                raise FormatError(
-                    f"{self._where}: unexpected key {shown}: a second value of {name}",
-                    "save the adapter again with PEFT, which writes each tensor once",
-                )
-            is_spelled_right = depth == 0 and path in (peft_keys.key_path(name, depths), name)
-            if is_spelled_right and self._may_come_along(path, name, depths):
-                found[name] = tensor
-                continue
-            kind = name.rpartition(".")[2]
-            if kind == "weight":
-                raise FormatError(
-                    f"{self._where}: {shown} is a whole weight, and the config names no "
-                    "modules_to_save that it belongs to",
-                    f'name it there, where it is meant: "modules_to_save": '
-                    f'["{name.rpartition(".")[0]}"] in {self._config.where}',
-                )
-            hint = "; adapter_config.json has bias = 'none'" if kind == "bias" else ""
-            raise FormatError(
-                f"{self._where}: unexpected key {shown}{hint}",
-                "expected factors (lora_A, lora_B), and of the base's own tensors only biases and "
-                "embeddings",
-            )
-        return found
-
-    def _may_come_along(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
-        """Return whether PEFT may write the base's own parameter ``name`` beside the factors."""
-        module, _, kind = name.rpartition(".")
-        if kind == "weight":
-            return module in depths or module.rpartition(".")[2] in WHOLE
-        if kind == "bias":
-            # save_embedding_layers takes all parameters of a head, so its weight brings its bias
-            # along.
-            has_weight = f"{path.removesuffix('.bias')}.weight" in self._whole
-            return self._config.bias != "none" or has_weight
-        return False
 
 
 def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
