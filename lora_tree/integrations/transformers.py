@@ -10,8 +10,9 @@
                                                  micro-batches
     a step for everything                        no step for a node without rows
 
-Its files are in `tree_checkpoints.py`. Both are mix-ins: they override and call on, so that
-``class Mine(TreeTrainer, OtherTrainer)`` has both. Written against the Trainer of transformers 5:
+Its files are in `tree_checkpoints.py`, its evaluation in `path_evaluation.py`. All three are
+mix-ins: they override and call on, so that ``class Mine(TreeTrainer, OtherTrainer)`` has both.
+Written against the Trainer of transformers 5:
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
 """
 
@@ -26,20 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blend import Blend, spelled
+from ..blend import spelled
 from ..errors import MissingExtra, SpecError, listing
 from ..folder import NodeOutcome
 from ..model import TreeModel
-from ..runs import Verdict
 from ..training.diverged import BASE_LABEL, check_finite_step
 from ..training.every_rank import joined
 from ..training.levels import Over, over_of, several_levels, weight_decays
 from ..training.losses import path_loss, token_counts
-from ..training.patience import PathLosses
 from ..training.sampling import PathSampler
 from ..training.sharded import full
-from .held_rows import HeldRows, held_rows
-from .path_losses import PathMeans, PathTotals
+from .held_rows import held_rows
+from .path_evaluation import PathEvaluation  # says first what is missing
+from .path_losses import PathMeans
 from .row_paths import PathCollator, paths_of
 from .trainer_arguments import (
     check_asked,
@@ -48,7 +48,6 @@ from .trainer_arguments import (
     searching_nothing,
     whole_groups,
 )
-from .tree_checkpoints import TreeCheckpoints  # says first what is missing
 
 # isort: split
 from .node_stopping import NodeStopping
@@ -65,7 +64,7 @@ if not hasattr(Trainer, "_clip_grad_norm"):
 __all__ = ["TreeTrainer"]
 
 
-class TreeTrainer(TreeCheckpoints):
+class TreeTrainer(PathEvaluation):
     """A ``transformers.Trainer`` over a `TreeModel`.
 
     Args:
@@ -135,8 +134,6 @@ class TreeTrainer(TreeCheckpoints):
         self._over = over_of(loss, names)
         self._decay_by_depth = decay_by_depth
         refuse_arguments(args, trainer)
-        self.verdicts: list[Verdict] = []
-        self._held: HeldRows | None = None
         if has_data:
             if hold_back is None and not several_levels(names):
                 hold_back = 0.0
@@ -174,15 +171,8 @@ class TreeTrainer(TreeCheckpoints):
         if self._sampler is not None:
             self.add_callback(_Epochs(self._sampler))
         self.add_callback(_Finite(self))
-        self._paths: list[Any] = []  # of the rows of the batch that runs
         self._counts: Mapping[str, int] | None = None  # path → its tokens in the step that runs
         self._means = PathMeans()
-        self._totals: PathTotals | None = None  # while an evaluation runs
-        self._instead: Mapping[
-            str, Blend
-        ] = {}  # path → what serves its rows, while leaves are judged
-        self._tables: list[Tensor] = []
-        self.path_losses: PathLosses = {}  # of the last evaluation
         # Before the one that stops nodes: that one evaluates anew, and the first losses are noted.
         if records is not None:
             self.notes = StepNotes(self, records)
@@ -241,16 +231,6 @@ class TreeTrainer(TreeCheckpoints):
         if self.notes is not None:
             self.notes.means.count(self._counts)
         return batches, items
-
-    def _without_paths(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs of the base; keep their rows' paths."""
-        if self.path_column not in inputs:
-            raise SpecError(
-                f"a batch has no {self.path_column!r}; it has {listing(inputs)}",
-                "collate rows that have one, and leave it in the batch",
-            )
-        self._paths = list(inputs[self.path_column])
-        return {key: value for key, value in inputs.items() if key != self.path_column}
 
     # ------------------------------------------------------------------ a step
     def training_step(
@@ -311,12 +291,6 @@ class TreeTrainer(TreeCheckpoints):
             trained = [p for p in self.tree_model.factors.parameters() if p.requires_grad]
             loss = joined(loss, trained)
         return loss
-
-    def _evaluation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        assert self._totals is not None
-        table = self._totals.table(logits, labels, self._paths, shift=not self._whole_rows)
-        self._tables.append(table)
-        return table[:, 1].sum() / table[:, 2].sum().clamp(min=1)
 
     # ------------------------------------------------------------------ the optimiser
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -383,70 +357,7 @@ class TreeTrainer(TreeCheckpoints):
         finally:
             sharded.set_requires_gradient_sync(True)
 
-    # ------------------------------------------------------------------ evaluation
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """Run one batch without gradients, every row by its own path."""
-        inputs = self._without_paths(inputs)
-        if ignore_keys is None:
-            # The Trainer has no default for a base without a config, and would gather all outputs.
-            config = getattr(self.tree_model.base, "config", None)
-            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-        with self.tree_model.route([self._instead.get(path, path) for path in self._paths]):
-            out = super().prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys=ignore_keys
-            )
-        while self._tables and self._totals is not None:
-            # `gather_for_metrics` drops the rows by which the last batch was filled up.
-            self._totals.add(self.accelerator.gather_for_metrics(self._tables.pop()))
-        return out
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the Trainer does, with ``eval_loss/<path>`` for every path.
-
-        ``eval_loss`` is the weighted sum of these.
-        """
-        self._totals = PathTotals(self.tree_model.tree)
-        out = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        means, self.path_losses = self._totals.means(), self._totals.losses()
-        self._totals = None
-        if means:
-            out.metrics[f"{prefix}_loss"] = sum(
-                self.path_weights.get(path, 1.0) * mean for path, mean in means.items()
-            )
-            for path, mean in means.items():
-                out.metrics[f"{prefix}_loss/{path or BASE_LABEL}"] = mean
-        return out
-
-    def _end_training(self) -> None:
-        """Judge leaves by the rows held back."""
-        if self._held is not None:
-            names = [str(group["name"]) for group in self._groups]
-            self.verdicts = self._held.verdicts(self.tree_model.tree, names, self._losses_of)
-
-    def _losses_of(self, rows: Any, instead: Mapping[str, Blend]) -> dict[str, float]:
-        """Return the loss of each path's rows, served by something else."""
-        prefix = "held_back"
-        self._instead = instead
-        try:
-            out = self.evaluation_loop(
-                self.get_eval_dataloader(rows),
-                description="Held-back rows",
-                prediction_loss_only=True,
-                metric_key_prefix=prefix,
-            )
-        finally:
-            self._instead = {}
-        # A path whose rows learn no token has no loss.
-        means = {path: out.metrics.get(f"{prefix}_loss/{path}") for path in instead}
-        return {path: mean for path, mean in means.items() if mean is not None}
-
+    # ------------------------------------------------------------------ the log
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with ``loss/<path>`` and ``learning_rate/<node>``.
 
