@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.engine import inside
+from lora_tree.engine import watched_forward
 from lora_tree.errors import BaseMismatch, MergedOnly
 
 DIM, HEADS = 8, 2
@@ -203,7 +203,7 @@ def test_a_sequence_alone_has_no_rows_to_route(monkeypatch: pytest.MonkeyPatch) 
     ):
         base(x[0], need_weights=False)
     with monkeypatch.context() as patch:
-        patch.setattr(inside, "attention_body", lambda: None)
+        patch.setattr(watched_forward, "attention_body", lambda: None)
         model.activate("c", mode="unmerged")
         message = (
             r"m: can't run unmerged: MultiheadAttention gives it to .*multi_head_attention_forward"
