@@ -29,7 +29,7 @@ from . import (
     unmerged,
 )
 from .common import Form, Result, tell
-from .setting import FULL, SMALL, Size
+from .sizes import FULL, SMALL, Size
 
 
 class Name(StrEnum):

@@ -27,7 +27,7 @@ import lora_tree as lt
 from lora_tree.folder import disk
 
 from .common import Case, Result, Timing, interleaved
-from .setting import FULL, Size
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

@@ -21,7 +21,8 @@ from lora_tree.engine.routed import Strategy
 
 from .common import Case, Result, Stage, interleaved
 from .routed import grown
-from .setting import FULL, Size, base
+from .setting import base
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

@@ -23,7 +23,7 @@ import lora_tree as lt
 
 from .common import Case, Result, interleaved
 from .memory import peak_bytes
-from .setting import FULL, Size
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

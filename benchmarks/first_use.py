@@ -24,7 +24,8 @@ import torch
 import lora_tree as lt
 
 from .common import Case, Result, interleaved
-from .setting import FULL, Size, adapter, base, name_in_peft
+from .setting import adapter, base, name_in_peft
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import lora_tree as lt
 
 from .common import Case, Result, interleaved
-from .setting import FULL, Size, name_in_peft
+from .setting import name_in_peft
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

@@ -31,7 +31,8 @@ from lora_tree.engine.routed import Strategy
 
 from .common import Case, Result, Stage, cycle, interleaved
 from .routed import grown
-from .setting import FULL, SIBLING, START, Size, name_in_peft, tree, with_peft
+from .setting import SIBLING, START, name_in_peft, tree, with_peft
+from .sizes import FULL, Size
 from .training import joint
 
 __all__ = ["run"]

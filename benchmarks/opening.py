@@ -14,7 +14,7 @@ import lora_tree as lt
 from lora_tree.folder import load
 
 from .common import Case, Result, interleaved
-from .setting import FULL, Size
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from lora_tree.cache import Frequency, Lru, Policy
 
 from .common import Result
-from .setting import FULL, Size
+from .sizes import FULL, Size
 
 __all__ = ["run", "tree_of", "zipf"]
 

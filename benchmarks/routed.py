@@ -19,7 +19,8 @@ import lora_tree as lt
 from lora_tree.engine.routed import Strategy
 
 from .common import Case, Result, Stage, interleaved
-from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
+from .setting import adapter, base, name_in_peft, with_peft
+from .sizes import FULL, Size
 
 __all__ = ["grown", "run"]
 

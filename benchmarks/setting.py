@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import transformers
 
 import lora_tree as lt
 
+from .sizes import Size
+
 __all__ = [
     "COUSIN",
-    "FULL",
     "SIBLING",
-    "SMALL",
     "START",
-    "Size",
     "adapter",
     "base",
     "name_in_peft",
@@ -33,26 +31,6 @@ PROJECTIONS = {
 }
 START, SIBLING, COUSIN = "a/b/c", "a/b/d", "a/e/f"
 PATHS = ("a", "a/b", START, SIBLING, "a/e", COUSIN)
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of the base and of the measurement."""
-
-    hidden: int
-    layers: int
-    r: int
-    repeats: int
-    nodes: int
-    rows: int
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.layers}-layer Llama, hidden {self.hidden}, r={self.r} on seven projections"
-
-
-FULL = Size(hidden=2048, layers=4, r=16, repeats=15, nodes=1000, rows=8, tokens=128)
-SMALL = Size(hidden=64, layers=2, r=4, repeats=2, nodes=20, rows=2, tokens=8)
 
 
 def base(size: Size, dtype: torch.dtype) -> Any:

@@ -17,7 +17,8 @@ from torch import Tensor
 import lora_tree as lt
 
 from .common import Case, Result, cycle, interleaved
-from .setting import COUSIN, FULL, SIBLING, START, Size, base, name_in_peft, tree, with_peft
+from .setting import COUSIN, SIBLING, START, base, name_in_peft, tree, with_peft
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 

@@ -22,7 +22,7 @@ import lora_tree as lt
 
 from .common import Result, Timing
 from .policies import tree_of, zipf
-from .setting import FULL, Size
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 
@@ -41,7 +41,7 @@ def run(size: Size = FULL) -> list[Result]:
         zoo, small = Path(folder) / "zoo", Path(folder) / "small"
         _grow(zoo, size.nodes * 10)
         _grow(small, max(size.nodes // 10, 10))
-        opened = [_child("opening", str(zoo)) for _ in range(3)]
+        opened = [_child("opening", str(zoo)) for _ in range(min(size.repeats, 3))]
         result = Result(
             f"{size.nodes * 10:,} nodes of depth 4, {_bytes_of_a_node() >> 10} KiB each",
             {"opening": Timing(tuple(1e3 * each["seconds"] for each in opened))},

@@ -22,7 +22,8 @@ import lora_tree as lt
 
 from .common import Case, Result, interleaved
 from .memory import keep_memory, peak_bytes
-from .setting import FULL, Size, adapter, base, name_in_peft, with_peft
+from .setting import adapter, base, name_in_peft, with_peft
+from .sizes import FULL, Size
 
 __all__ = ["joint", "run"]
 

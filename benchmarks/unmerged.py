@@ -11,7 +11,8 @@ import torch
 import lora_tree as lt
 
 from .common import Case, Result, cycle, interleaved
-from .setting import FULL, START, Size, adapter, base, name_in_peft, tree, with_peft
+from .setting import START, adapter, base, name_in_peft, tree, with_peft
+from .sizes import FULL, Size
 
 __all__ = ["run"]
 
