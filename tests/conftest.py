@@ -7,6 +7,10 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shell import Shell
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,3 +38,11 @@ def zoo(tmp_path: Path) -> Path:
 
     tree().save(tmp_path / "zoo")
     return tmp_path / "zoo"
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    """The command line in this process, which has imported what a new one takes seconds for."""
+    from shell import Shell
+
+    return Shell(capsys)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,65 @@ def command(
         env={**os.environ, **(env or {})},
         timeout=300,
     )
+
+
+# Imports what the commands need, then runs each in a fork of itself: [arguments, environment, in],
+# from files named by its number, into files named by its number.
+EACH_IN_A_FORK = """
+import json, os, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from lora_tree.cli import check, eval, export, generate, main, train
+
+folder = Path(sys.argv[1])
+codes = []
+for number, (arguments, environment) in enumerate(json.loads((folder / "all").read_text())):
+    child = os.fork()
+    if child == 0:
+        for stream, name in enumerate(("in", "out", "err")):
+            how = os.O_RDONLY if name == "in" else os.O_WRONLY | os.O_CREAT
+            os.dup2(os.open(folder / f"{number}.{name}", how), stream)
+        os.environ.update(environment)
+        main(arguments)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def commands(
+    folder: Path,
+    *each: tuple[Sequence[str | Path], dict[str, str]],
+    stdin: str = "",
+    env: dict[str, str] | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run several ``lora-tree`` commands, each in a process of its own, as `command` runs one.
+
+    Their processes are forks of one that has imported torch and transformers, which takes seconds.
+
+    Args:
+        folder: an empty one, for their streams.
+        each: arguments, and what to add to the environment of this command alone.
+        stdin: of each.
+        env: added to the environment before anything is imported.
+    """
+    folder.mkdir()
+    told = [([str(word) for word in arguments], more) for arguments, more in each]
+    (folder / "all").write_text(json.dumps(told))
+    for number in range(len(told)):
+        (folder / f"{number}.in").write_text(stdin)
+    done = subprocess.run(
+        [sys.executable, "-c", EACH_IN_A_FORK, str(folder)],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for number, code in enumerate(json.loads(done.stdout)):
+        out, err = ((folder / f"{number}.{name}").read_text() for name in ("out", "err"))
+        found.append(subprocess.CompletedProcess(told[number][0], code, out, err))
+    return found
 
 
 def save_base(folder: Path, *, hidden: int = 32) -> Path:

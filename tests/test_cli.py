@@ -58,11 +58,6 @@ def zoo(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "zoo"
 
 
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(capsys)
-
-
 # ---------------------------------------------------------------------- show
 def test_show_draws_the_tree(shell: Shell, zoo: Path) -> None:
     code, out, _ = shell("show", zoo)

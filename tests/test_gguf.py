@@ -9,9 +9,9 @@ from typing import Any
 
 import gguf
 import pytest
-import shell
 import torch
 import transformers
+from shell import Shell
 
 import lora_tree as lt
 from lora_tree.errors import FormatError, LoraTreeError, SpecError
@@ -117,24 +117,24 @@ def test_an_architecture_that_was_not_tried_is_refused_by_name(tmp_path: Path) -
         lt.export_gguf(zoo(), "fr", tmp_path / "a.gguf")
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_the_commands(tmp_path: Path, shell: Shell) -> None:
     base = saved(tmp_path / "base")
     zoo().save(tmp_path / "zoo")
     folder, files = str(tmp_path / "zoo"), str(tmp_path / "nodes")
-    done = shell.command(
+    code, out, err = shell(
         "export", folder, "--as", "gguf", "--nodes", "--out", files, "--base", base
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].split() == ["1", f"{files}/fr/legal.gguf"]
-    done = shell.command("llama-args", folder, "fr/legal", "--files", files)
-    assert done.stdout.strip() == '[{"id": 0, "scale": 1.0}, {"id": 1, "scale": 0.5}]'
-    out = str(tmp_path / "one.gguf")
-    done = shell.command("export", folder, "fr", "--as", "gguf", "--out", out, "--base", base)
-    assert done.returncode == 0, done.stderr
-    assert read(Path(out))[0]["general.type"] == "adapter"
-    done = shell.command("export", folder, "fr", "--nodes", "--out", files)
-    assert done.returncode == 1
-    assert "--nodes writes every node by itself" in done.stderr
+    assert code == 0, err
+    assert out.splitlines()[1].split() == ["1", f"{files}/fr/legal.gguf"]
+    _, out, _ = shell("llama-args", folder, "fr/legal", "--files", files)
+    assert out.strip() == '[{"id": 0, "scale": 1.0}, {"id": 1, "scale": 0.5}]'
+    one = tmp_path / "one.gguf"
+    code, _, err = shell("export", folder, "fr", "--as", "gguf", "--out", one, "--base", base)
+    assert code == 0, err
+    assert read(one)[0]["general.type"] == "adapter"
+    code, _, err = shell("export", folder, "fr", "--nodes", "--out", files)
+    assert code == 1
+    assert "--nodes writes every node by itself" in err
 
 
 def test_weights_per_module_are_in_the_files_because_a_request_has_one_scale(

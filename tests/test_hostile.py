@@ -29,7 +29,7 @@ from architectures import ARCHS
 from front import front_end
 from looks import looking
 from safetensors.torch import load_file, save_file
-from shell import command, save_base
+from shell import Shell, commands, save_base
 from test_renaming import CASES
 from torch import nn
 from zoo import adapter, listing, tree, value
@@ -408,27 +408,34 @@ def _over_own_code(folder: Path) -> dict[str, list[str | Path]]:
     }
 
 
-@pytest.mark.parametrize("name", ["check", "generate", "train", "eval", "model"])
-def test_the_code_of_a_base_runs_only_on_the_users_own_word(own_code: Path, name: str) -> None:
-    arguments = _over_own_code(own_code)[name]
-    ran = own_code / "ran"
-    env = {"RAN": str(ran), "HF_HOME": str(own_code / "hf")}
-    # A "y" lies in the pipe for every question that anybody might ask.
-    done = command(*arguments, stdin="y\n" * 20, env=env)
-    assert not ran.exists()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "it needs Python code of the base's own, which is not run unasked" in done.stderr
-    assert "--trust-remote-code" in done.stderr
-    assert "[y/N]" not in done.stderr
-
-    if name in ("train", "eval"):
-        return  # they open a base as generate does
-    done = command(*arguments, "--trust-remote-code", env=env)
-    assert ran.exists()
-    assert done.returncode == 0, done.stderr
-    if "--json" in arguments:  # the base printed; the document stands alone all the same
-        json.loads(done.stdout)
-        assert "hello from the base" in done.stderr
+def test_the_code_of_a_base_runs_only_on_the_users_own_word(own_code: Path) -> None:
+    told = _over_own_code(own_code)
+    trust = "--trust-remote-code"
+    # Training and evaluation open a base as generate does.
+    trusting = {name: [*told[name], trust] for name in ("check", "generate", "model")}
+    ran = {name: own_code / f"ran-{name}" for name in told}
+    ran |= {f"{name}, trusting": own_code / f"ran-{name}-trusting" for name in trusting}
+    asked = zip([*told.values(), *trusting.values()], ran.values(), strict=True)
+    done = commands(
+        own_code / "streams",
+        *((arguments, {"RAN": str(mark)}) for arguments, mark in asked),
+        # A "y" lies in the pipe for every question that anybody might ask.
+        stdin="y\n" * 20,
+        env={"HF_HOME": str(own_code / "hf")},
+    )
+    for name, refused in zip(told, done, strict=False):
+        assert not ran[name].exists(), name
+        assert (refused.returncode, refused.stdout) == (1, ""), name
+        said = refused.stderr
+        assert "it needs Python code of the base's own, which is not run unasked" in said, name
+        assert trust in said
+        assert "[y/N]" not in said
+    for name, trusted in zip(trusting, done[len(told) :], strict=True):
+        assert ran[f"{name}, trusting"].exists(), name
+        assert trusted.returncode == 0, trusted.stderr
+        if "--json" in trusting[name]:  # the base printed; the document stands alone all the same
+            json.loads(trusted.stdout)
+            assert "hello from the base" in trusted.stderr
 
 
 def base_folder(folder: Path) -> nn.Module:
@@ -1439,7 +1446,7 @@ def test_scales_that_fused_experts_have_in_their_factors_count_as_well(tmp_path:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_check_looks_at_increments_in_the_dtype_of_the_base(tmp_path: Path) -> None:
+def test_check_looks_at_increments_in_the_dtype_of_the_base(tmp_path: Path, shell: Shell) -> None:
     base = base_folder(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj"
     out, into = base.get_submodule(name).weight.shape
@@ -1458,9 +1465,9 @@ def test_check_looks_at_increments_in_the_dtype_of_the_base(tmp_path: Path) -> N
         (torch.float16, "fine", 0),
     ):
         base.to(dtype).save_pretrained(tmp_path / "base")
-        ran = command("check", tmp_path / path, "--base", tmp_path / "base")
-        assert ran.returncode == code, ran.stdout + ran.stderr
-        assert ("the largest number of float16" in ran.stdout) is bool(code)
+        found, out, err = shell("check", tmp_path / path, "--base", tmp_path / "base")
+        assert found == code, out + err
+        assert ("the largest number of float16" in out) is bool(code)
     assert lt.check(tmp_path / "huge") == []
 
 

@@ -42,11 +42,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         yield made
 
 
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(capsys)
-
-
 def push(folder: Path, **how: object) -> lt.Pushed:
     return lt.push(folder, "org/zoo", progress=False, **how)  # type: ignore[arg-type]
 

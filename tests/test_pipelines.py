@@ -9,8 +9,8 @@ from typing import Any
 
 import pipelines as tiny
 import pytest
-import shell
 import torch
+from shell import Shell
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -482,7 +482,7 @@ def test_a_fresh_node_targets_modules_of_every_component(tmp_path: Path) -> None
     assert lt.load(tmp_path / "zoo").paths() == ["style"]
 
 
-def test_the_command_writes_files_that_diffusers_loads(tmp_path: Path) -> None:
+def test_the_command_writes_files_that_diffusers_loads(tmp_path: Path, shell: Shell) -> None:
     pipe = pipeline("stable_diffusion")
     pipe.save_pretrained(tmp_path / "base")
     tree = lt.AdapterTree()
@@ -499,14 +499,14 @@ def test_the_command_writes_files_that_diffusers_loads(tmp_path: Path) -> None:
     for form, more in (("kohya", []), ("diffusers", ["--base", base])):
         out = str(tmp_path / f"{form}.safetensors")
         said = ["export", zoo_folder, "style/knight", "--as", form, "--out", out, *more]
-        done = shell.command(*said)
-        assert done.returncode == 0, done.stderr
+        code, _, err = shell(*said)
+        assert code == 0, err
         with tiny.quiet():
             pipe.load_lora_weights(out, adapter_name=form)
         torch.testing.assert_close(tiny.call(pipe, PROMPTS), wanted, **CLOSE)
         pipe.unload_lora_weights()
-    done = shell.command("check", zoo_folder, "--base", base)
-    assert done.returncode == 0, done.stdout
+    code, told, _ = shell("check", zoo_folder, "--base", base)
+    assert code == 0, told
 
 
 @pytest.mark.parametrize("name", ENDS)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from oracle import low_rank
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from shell import command
+from shell import Shell
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -527,7 +527,7 @@ def test_the_portable_form_has_the_names_of_the_base(
 @each
 @either_way
 def test_check_asks_a_skeleton_by_the_names_of_today(
-    case: Case, parent_is_old: bool, tmp_path: Path
+    case: Case, parent_is_old: bool, tmp_path: Path, shell: Shell
 ) -> None:
     base = case.base()
     base.save_pretrained(tmp_path / "base")
@@ -537,17 +537,16 @@ def test_check_asks_a_skeleton_by_the_names_of_today(
     again = lt.load(tmp_path / "zoo")
     assert lt.misfits(again, bones) == []
     assert lt.clashes(again, bones) == []
-    checked = command("check", tmp_path / "zoo", "--base", tmp_path / "base")
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    checked = command("check", tmp_path / "zoo")
-    assert checked.returncode == 1
+    code, out, err = shell("check", tmp_path / "zoo", "--base", tmp_path / "base")
+    assert code == 0, out + err
+    code, out, _ = shell("check", tmp_path / "zoo")
+    assert code == 1
     assert (
-        "look like two names of one module: a base says which counts (lora-tree check --base"
-        in checked.stdout
+        "look like two names of one module: a base says which counts (lora-tree check --base" in out
     )
     flat = ("export", tmp_path / "zoo", "fr/legal", "--as", "peft", "--out", tmp_path / "flat")
-    written = command(*flat, "--base", tmp_path / "base")
-    assert written.returncode == 0, written.stderr
+    code, _, err = shell(*flat, "--base", tmp_path / "base")
+    assert code == 0, err
     assert set(lt.Adapter.load(tmp_path / "flat").modules) == set(
         tree.flatten("fr/legal", base=base).modules
     )

@@ -187,7 +187,7 @@ def test_a_run_that_was_stopped_anywhere_has_the_lines_of_one_that_was_not(
 
 
 def test_a_run_that_is_killed_has_the_lines_of_one_that_was_not(
-    tmp_path: Path, zoo: Path, data: Path
+    tmp_path: Path, zoo: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spare = shutil.copytree(zoo, tmp_path / "spare")
     words = ("--data", data, "--steps", 90, "--batch", 4, "--lr", 0.01, "--save-every", 7)
@@ -206,7 +206,7 @@ def test_a_run_that_is_killed_has_the_lines_of_one_that_was_not(
     assert record.state == "cut off"
     assert record.done >= 10
     for folder in (zoo, spare):
-        assert shell.command("train", folder, *map(str, words), env=environment).returncode == 0
+        assert Shell(capsys)("train", folder, *map(str, words))[0] == 0
     killed, whole = lt.run_records(zoo), lt.run_records(spare)
     assert len(killed) == len(whole) == 1
     assert killed[0].state == whole[0].state == "finished"
@@ -282,11 +282,13 @@ def test_old_runs_make_room_and_numbers_are_never_given_twice(
     assert lt.gc(zoo, runs=0).runs == {}, "the next run must not be a second number 4"
 
 
-def test_another_yaml_of_the_folder_has_runs_of_its_own(zoo: Path, data: Path, base: Path) -> None:
+def test_another_yaml_of_the_folder_has_runs_of_its_own(
+    zoo: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(zoo / "tree.yaml", zoo / "other.yaml")
     words = ("--data", data, "--steps", 1, "--batch", 4, "--quiet")
-    done = shell.command("train", str(zoo / "other.yaml"), *map(str, words))
-    assert done.returncode == 0, done.stderr
+    code, _, err = Shell(capsys)("train", zoo / "other.yaml", *map(str, words))
+    assert code == 0, err
     assert lt.run_records(zoo) == []
     (record,) = lt.run_records(zoo / "other.yaml")
     assert record.folder == zoo / ".runs-other.yaml" / "1"

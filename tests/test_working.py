@@ -15,11 +15,6 @@ import lora_tree as lt
 
 
 @pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(capsys)
-
-
-@pytest.fixture
 def zoo(tmp_path: Path) -> Path:
     """fr (1) → legal (2, half), medical (3); misc, a group; de, the same as fr."""
     tree = lt.AdapterTree(base="org/model")
