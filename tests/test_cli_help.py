@@ -135,9 +135,16 @@ def test_help_shows_the_examples_whole(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     shown = outcome(capsys, f"lora-tree {name} --help")
-    assert outcome(capsys, f"lora-tree help {name}") == shown
     for line in EXAMPLES[name]:
         assert line in [one.strip() for one in shown.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["show", "train", "vllm-args"])
+def test_help_on_a_command_is_what_the_command_says(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = outcome(capsys, f"lora-tree {name} --help")
+    assert outcome(capsys, f"lora-tree help {name}") == shown
 
 
 # ---------------------------------------------------------------------- topics

@@ -15,8 +15,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +24,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from forked import Forked
 from front import folder_of
 from safetensors.torch import load_file
 from shell import save_base
@@ -435,19 +434,16 @@ def refuse(file, operation):
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 fcntl.flock = refuse
 warnings.simplefilter("ignore")
-sys.path[:0] = [{tests!r}]
 import lora_tree as lt
-from test_file_systems import adapter
+from oracle import random_adapter
+def adapter(seed):
+    return random_adapter({{ {module!r}: (32, 32)}}, seed, scale=0.5)
 folder = {folder!r}
 """
 
 
-def without_flock(folder: Path, body: str) -> subprocess.Popen[str]:
-    code = ALONE.format(tests=str(Path(__file__).parent), folder=str(folder)) + body
-    root = Path(__file__).parent.parent
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root
-    )
+def without_flock(folder: Path, body: str) -> Forked:
+    return Forked(ALONE.format(module=Q, folder=str(folder)) + body)
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +467,7 @@ for i in range(4):
             assert "somebody else" in str(error), error  # it was saved meanwhile: open it again
 """
     savers = [without_flock(tmp_path, f"me = {name!r}\n{body}") for name in "abc"]
-    assert [(saver.communicate(timeout=300), saver.returncode)[1] for saver in savers] == [0, 0, 0]
+    assert [saver.end(300)[0] for saver in savers] == [0, 0, 0]
     found = lt.load(tmp_path / "zoo", strict=True)
     assert set(found.paths()) == {
         "fr",
@@ -496,15 +492,12 @@ print(kept.get(*survey(folder + "/zoo"), "fr").content, flush=True)
 time.sleep(600)
 """
     server = without_flock(tmp_path, body)
-    assert server.stdout is not None
     content = server.stdout.readline().strip()
     refused(monkeypatch)
     other = FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=FlatForm(8))
     try:
         assert content in folder_of(other).in_use_elsewhere()
         server.kill()
-        server.wait()
-        server.stdout.close()
         assert content not in folder_of(other).in_use_elsewhere()
     finally:
         folder_of(other)._held.release()
@@ -522,15 +515,12 @@ with new_model_folder(Path(folder) / "merged", needs_bytes=0) as stage:
     time.sleep(600)
 """
     writer = without_flock(tmp_path, body)
-    assert writer.stdout is not None
     stage = tmp_path / writer.stdout.readline().strip()
     refused(monkeypatch)
     export = WORKS["an export as a model"]
     export.do(tmp_path, base)
     assert stage.is_dir()
     writer.kill()
-    writer.wait()
-    writer.stdout.close()
     shutil.rmtree(tmp_path / "merged")
     export.do(tmp_path, base)
     assert close(export.delta(tmp_path, base), export.new)

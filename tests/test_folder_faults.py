@@ -9,8 +9,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
@@ -597,8 +596,6 @@ def test_writers_take_turns_and_readers_see_whole_trees(tmp_path: Path) -> None:
 
 
 SAVER = """
-import sys
-sys.path.insert(0, {tests!r})
 from pathlib import Path
 from zoo import adapter, opened
 made, seed = opened({folder!r}), 100
@@ -614,18 +611,13 @@ while True:
 
 def test_killed_for_real(tmp_path: Path) -> None:
     folder = tmp_path / "zoo"
-    code = SAVER.format(tests=str(Path(__file__).parent), folder=str(folder))
+    code = SAVER.format(folder=str(folder))
     tree().save(folder)
     for delay_s in (0.05, 0.13, 0.31):
-        saver = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
-        )
-        assert saver.stdout is not None
-        assert saver.stdout.readline() == b"ready\n"
+        saver = Forked(code)
+        assert saver.stdout.readline() == "ready\n"
         time.sleep(delay_s)
-        saver.send_signal(signal.SIGKILL)
-        saver.wait()
-        saver.stdout.close()
+        assert saver.kill()[0] == -signal.SIGKILL
         loaded = opened(folder)
         pair = {"fr/legal": loaded.adapter("fr/legal"), "grp/x": loaded.adapter("grp/x")}
         seeds = [(100, 200), (101, 201)]

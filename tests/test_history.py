@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from forked import Forked
 from test_folder_faults import MODULES, FaultyOs, Killed
 from zoo import CONFIG, WEIGHTS, adapter, all_are_there, listing, opened, value
 
@@ -508,15 +508,15 @@ def test_a_version_whose_ancestors_were_removed_says_what_to_name(zoo: Path) -> 
 def test_readers_beside_a_writer_see_whole_versions(zoo: Path) -> None:
     replaced(zoo, 11)
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from test_history import replaced\n"
         "for seed in range(20, 26): replaced(Path(sys.argv[1]), seed)\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code, str(zoo)], cwd=Path(__file__).parents[1])
+    writer = Forked(code, zoo)
     contents = 0
     try:
-        while writer.poll() is None:
+        while writer.process.is_alive():
             versions = lt.history(zoo)["fr/legal"]
             contents = max(contents, len(versions))
             assert versions[-1].is_present
@@ -525,8 +525,8 @@ def test_readers_beside_a_writer_see_whole_versions(zoo: Path) -> None:
             read, _ = lt.load_versions(zoo, name)
             assert read["fr/legal"].has_adapter
     finally:
-        writer.wait(timeout=120)
-    assert writer.returncode == 0
+        code, _ = writer.end()
+    assert code == 0
     assert contents == 6
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from front import adapter, front_end, served_zoo, waits
 from zoo import opened
 
@@ -132,9 +130,10 @@ def test_a_request_s_line_names_the_version_of_each_node_and_is_off_by_default(
 
 
 WRITER = """
-import sys
-from lora_tree.integrations.vllm_metrics import Metrics
+import os, signal, sys
 served, nbytes = int(sys.argv[1]), int(sys.argv[2])
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[3]
+from lora_tree.integrations.vllm_metrics import Metrics
 metrics = Metrics()
 for _ in range(served):
     metrics.answered("fr")
@@ -142,7 +141,7 @@ metrics.looked(served=served, stale=0, behind=0)
 metrics.cache_is(nbytes, 1000)
 metrics.loaded(0.3)
 print("ready", flush=True)
-sys.stdin.read()
+signal.pause()
 """
 
 
@@ -150,16 +149,11 @@ def test_several_front_ends_answer_for_all_of_them(tmp_path: Path) -> None:
     """As vLLM sets them up: each process writes files, and any of them can be asked."""
     from prometheus_client import CollectorRegistry, multiprocess
 
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     running = []
     try:
         for served, nbytes in ((3, 700), (5, 200)):
-            argv = [sys.executable, "-c", WRITER, str(served), str(nbytes)]
-            one = subprocess.Popen(
-                argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            one = Forked(WRITER, served, nbytes, tmp_path)
             running.append(one)
-            assert one.stdout is not None
             assert one.stdout.readline() == "ready\n"
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
@@ -171,4 +165,4 @@ def test_several_front_ends_answer_for_all_of_them(tmp_path: Path) -> None:
         assert value("lora_tree_first_answer_delay_seconds_count") == 2
     finally:
         for one in running:
-            one.communicate("", timeout=30)
+            one.kill()

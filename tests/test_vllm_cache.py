@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from front import LoRARequest, adapter, folder_of, front_end, served_zoo, waits
 from zoo import opened
 
@@ -205,11 +204,7 @@ def test_what_running_requests_read_is_not_taken_away(zoo: Path, tmp_path: Path)
 
 
 def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")],
-        capture_output=True,
-        check=True,
-    )
+    assert Forked(MANY, zoo, tmp_path / "cache").end()[0] == 0
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
     kept = cache(tmp_path, form=FlatForm(4), budget_bytes=(1 << 20) + 500)
     assert not folder_of(kept).in_use_elsewhere()
@@ -288,22 +283,20 @@ from lora_tree.folder import survey
 from lora_tree.integrations.flatcache import FlatCache, FlatForm
 kept = FlatCache(sys.argv[2], budget_bytes=1 << 30, form=FlatForm(8))
 for path in ("fr", "fr/legal", "fr/medical", "de"):
-    print(kept.get(*survey(sys.argv[1]), path).folder)
+    print(kept.get(*survey(sys.argv[1]), path).folder, flush=True)
 """
 
 
 def test_threads_and_processes_ask_at_once(zoo: Path, tmp_path: Path) -> None:
     kept = cache(tmp_path)
-    code = [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")]
-    with ThreadPoolExecutor(12) as pool:
-        processes = [
-            pool.submit(subprocess.run, code, capture_output=True, text=True, check=True)
-            for _ in range(3)
-        ]
+    processes = [Forked(MANY, zoo, tmp_path / "cache") for _ in range(3)]
+    with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: kept.get(*survey(zoo), "fr/legal").folder, range(8)))
-        printed = {job.result().stdout for job in processes}
+    ended = {process.end() for process in processes}
     assert len(set(found)) == 1
-    assert len(printed) == 1
+    ((code, printed),) = ended
+    assert code == 0
+    assert len(printed.splitlines()) == 4
     assert len(there(tmp_path)) == 4
     for entry in there(tmp_path):
         lt.Adapter.load(tmp_path / "cache" / entry)
@@ -336,18 +329,16 @@ if {code}:
 def test_processes_share_a_cache_with_and_without_flock(
     flock: int, zoo: Path, tmp_path: Path
 ) -> None:
-    code = REFUSED.format(code=flock) + MANY + "input()\n"
-    argv = [sys.executable, "-c", code, str(zoo), str(tmp_path / "cache")]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout is not None
-            theirs = {Path(other.stdout.readline().strip()) for _ in range(4)}
-            kept = cache(tmp_path, form=FlatForm(4), budget_bytes=(1 << 20) + 500)  # room for one
-            with pytest.raises(NoRoom, match="4 adapters that are in use"):
-                kept.get(*survey(zoo), "fr")  # in another form
-            assert all(folder.is_dir() for folder in theirs)
-        finally:
-            other.kill()
+    code = REFUSED.format(code=flock) + MANY + "import signal; signal.pause()\n"
+    other = Forked(code, zoo, tmp_path / "cache")
+    try:
+        theirs = {Path(other.stdout.readline().strip()) for _ in range(4)}
+        kept = cache(tmp_path, form=FlatForm(4), budget_bytes=(1 << 20) + 500)  # room for one
+        with pytest.raises(NoRoom, match="4 adapters that are in use"):
+            kept.get(*survey(zoo), "fr")  # in another form
+        assert all(folder.is_dir() for folder in theirs)
+    finally:
+        other.kill()
     assert kept.get(*survey(zoo), "fr").folder.is_dir()
     assert not any(folder.exists() for folder in theirs)
     kept.close()
@@ -389,9 +380,8 @@ def test_a_folder_that_can_not_be_looked_at_is_asked_once_in_an_interval(tmp_pat
 
 
 def test_servers_that_were_started_over_and_over_leave_one_list(zoo: Path, tmp_path: Path) -> None:
-    code = [sys.executable, "-c", MANY, str(zoo), str(tmp_path / "cache")]
     for _ in range(2):
-        subprocess.run(code, capture_output=True, check=True)
+        assert Forked(MANY, zoo, tmp_path / "cache").end()[0] == 0
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
 
 
