@@ -23,6 +23,7 @@ __all__ = [
     "check_device",
     "check_dtype",
     "check_max_error",
+    "check_part",
     "check_rank",
     "check_whole_number",
     "finite_number",
@@ -105,6 +106,24 @@ def check_max_error(bound: object) -> None:
     # `not … >= 0` and not `… < 0`, so that NaN is refused.
     if isinstance(bound, bool) or not isinstance(bound, Real) or not float(bound) >= 0:
         raise SpecError(f"max_error must be 0 or more (a part of the norm), got {bound!r}")
+
+
+def check_part(bound: object, what: str) -> None:
+    """Refuse a bound that is no part of a whole: no number, negative, NaN, or 1 and more.
+
+    Args:
+        what: the argument, for the error.
+
+    Raises:
+        SpecError: it is one of these.
+
+    >>> check_part(1.0, "loss")
+    Traceback (most recent call last):
+    lora_tree.errors.SpecError: loss: expected a part of the whole, 0 ≤ loss < 1, got 1.0
+    """
+    is_number = isinstance(bound, Real) and not isinstance(bound, bool)
+    if not is_number or not 0.0 <= float(bound) < 1.0:  # type: ignore[arg-type]
+        raise SpecError(f"{what}: expected a part of the whole, 0 ≤ {what} < 1, got {bound!r:.80}")
 
 
 def check_dtype(dtype: object, what: str = "dtype") -> None:

@@ -238,6 +238,9 @@ class AdapterTree:
         >>> tree.matching(["fr/*", "de"])
         ['de', 'fr/legal']
         """
+        if isinstance(patterns, str):
+            # Its letters would be taken for patterns, one by one.
+            raise PathError(f"expected a list of paths or patterns, got the string {patterns!r}")
         chosen: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):

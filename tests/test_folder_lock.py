@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_another_size_is_refused_at_load(zoo: Path) -> None:
     assert f"fr: {zoo}/fr: {CONFIG} has" in text
     assert "grp/x" in text
     assert f"lora-tree lock {zoo}" in text
+
+
+def test_a_command_in_an_advice_can_be_copied_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    zoo = tmp_path / "my zoo's"
+    tree().save(zoo)
+    with (zoo / "fr" / CONFIG).open("a") as file:
+        file.write(" ")
+    command = refused(zoo, UnlockedError).partition("accept them as they are: ")[2].splitlines()[0]
+    assert shlex.split(command) == ["lora-tree", "lock", str(zoo)]
 
 
 def test_another_time_alone_is_fine(zoo: Path) -> None:

@@ -67,6 +67,54 @@ def test_what_a_yaml_says_and_what_the_folders_hold_come_together(tmp_path: Path
     assert loaded["off"].fresh is None
 
 
+@pytest.mark.parametrize("named", ["zoo/fr", "zoo/fr/legal", "zoo/../zoo/de"])
+def test_the_folder_of_a_node_is_copied_for_a_second_one(tmp_path: Path, named: str) -> None:
+    """A tree.yaml that named it would take it from the first node."""
+    made = lt.AdapterTree(base="org/model")
+    for seed, path in enumerate(("de", "fr", "fr/legal")):
+        made.add(path, adapter=adapter(seed))
+    made.save(tmp_path / "zoo")
+    before = value(lt.load(tmp_path / "zoo"))
+    loaded = lt.load(tmp_path / "zoo")
+    loaded.add("it", adapter=tmp_path / named)
+    loaded.save(tmp_path / "zoo")
+    again = lt.load(tmp_path / "zoo", strict=True)
+    after = value(again)
+    of = named.removeprefix("zoo/").removeprefix("../zoo/")
+    assert after.pop("it") == before[of]
+    assert after == before
+    again.remove(of, recursive=True)  # each has files of its own
+    again.save(tmp_path / "zoo")
+    assert value(lt.load(tmp_path / "zoo"))["it"] == before[of]
+    assert not lt.check(tmp_path / "zoo")
+
+
+def test_a_node_takes_the_adapter_of_another_one_and_both_keep_theirs(tmp_path: Path) -> None:
+    made = lt.AdapterTree(base="org/model")
+    for seed, path in enumerate(("de", "fr")):
+        made.add(path, adapter=adapter(seed))
+    made.save(tmp_path)
+    loaded = lt.load(tmp_path)
+    wanted = value(loaded)["de"]
+    loaded.update("fr", adapter=tmp_path / "de")
+    loaded.save(tmp_path)
+    after = value(lt.load(tmp_path, strict=True))
+    assert after["de"] == after["fr"] == wanted
+
+
+def test_a_yaml_that_takes_an_adapter_from_above_a_node_has_to_say_what_is_there(
+    tmp_path: Path,
+) -> None:
+    nested(tmp_path, "fr", "fr/legal")
+    yaml = "version: 1\ntree:\n  it: {adapter: fr}\n"
+    write(tmp_path / "tree.yaml", yaml)
+    assert "names this adapter for another node, and fr/legal" in refused(tmp_path, FolderError)
+    write(tmp_path / "tree.yaml", yaml + "  fr: {}\n")
+    assert lt.load(tmp_path)["fr"].has_adapter
+    write(tmp_path / "tree.yaml", yaml + "  fr: {adapter: null}\n")
+    assert not lt.load(tmp_path)["fr"].has_adapter
+
+
 def test_a_yaml_is_opened_by_its_name(tmp_path: Path) -> None:
     nested(tmp_path, "fr", "de")
     write(tmp_path / "tree.yaml", "version: 1\nbase: one\n")

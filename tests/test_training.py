@@ -270,6 +270,8 @@ def test_two_optimisers_step_their_own_nodes() -> None:
 def test_an_optimiser_is_followed_once_and_only_over_nodes_that_train() -> None:
     model = lt.attach(tree_of(), Net().double())
     groups = model.trainable("a", "e")
+    with pytest.raises(SpecError, match="follow takes an optimiser of torch, got list"):
+        model.follow(groups)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(groups, lr=1.0)
     model.follow(optimizer)
     model.follow(optimizer)

@@ -19,6 +19,7 @@ from ..adapter import Adapter
 from ..errors import PathError, SpecError
 from ..lowrank import inner
 from ..tree import AdapterTree
+from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
 from .edit import Edited, free
 from .sums import added_up, aligned, less, read_apart
@@ -88,6 +89,8 @@ def absorb(
     >>> done.parent, tree.adapter("a/new").ranks, done.edited.relative_error < 1e-6
     ('a', {'q': 1}, True)
     """
+    check_tree(tree)
+    check_adapter(adapter)
     if "/" in name:
         raise PathError(f"{name}: the name of one node: absorb finds the path above it itself")
     if under and under not in tree:

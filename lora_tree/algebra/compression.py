@@ -25,10 +25,11 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..budget import parse_bytes
 from ..errors import BudgetError, ShapeMismatch, SpecError
-from ..given import check_dtype, check_rank
+from ..given import check_dtype, check_part, check_rank, unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import weight_at
+from .arguments import check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, put_adapter
@@ -107,15 +108,17 @@ def compress(
         ShapeMismatch: a moment does not have the size of its module's input; names it.
         TreeError: a model is using a node.
     """
+    check_tree(tree)
     if sum(bound is not None for bound in (rank, max_error, budget_bytes)) != 1:
-        raise SpecError("compress to rank=, max_error= or budget_bytes=, one of the three")
+        raise SpecError(
+            "compress to rank= (--rank), max_error= (--max-error) or budget_bytes= (--budget), "
+            "one of the three"
+        )
     check_dtype(dtype)
     if rank is not None:
         check_rank(rank)
-    if max_error is not None and not 0.0 <= max_error < 1.0:
-        raise SpecError(
-            f"max_error: expected a part of the whole, 0 ≤ max_error < 1, got {max_error}"
-        )
+    if max_error is not None:
+        check_part(max_error, "max_error")
     adapters: dict[str, Adapter] = {}
     for path in tree.paths() if paths is None else tree.matching(paths):
         if tree[path].has_adapter:
@@ -221,7 +224,13 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
 def _moved(M: Tensor, Q_A: Tensor, moment: Tensor) -> Tensor:
     """M (Q_Aᵀ C Q_A) Mᵀ, without building C where rows or its diagonal are given."""
     size = Q_A.shape[-2]
+    if not isinstance(unchecked(moment), Tensor):
+        raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
     C = moment.detach().to(device=M.device, dtype=torch.float64)
+    # Means of squares, where it is no rows: the errors that they weigh would be negative.
+    squares = C if C.shape == (size,) else C.diagonal() if C.shape == (size, size) else C.square()
+    if not bool((squares >= 0).all()) or not bool(C.isfinite().all()):
+        raise SpecError("moments: they hold numbers that are not finite, or a negative mean square")
     if C.shape == (size,):
         inner = Q_A.mT @ (C[:, None] * Q_A)
     elif C.shape == (size, size):

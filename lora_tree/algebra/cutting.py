@@ -21,6 +21,7 @@ from ..node_names import check_path
 from ..patterns import glob_means
 from ..tree import AdapterTree
 from ..weights import weight_within
+from .arguments import check_tree
 from .core import joint
 from .deviation import Shortening, call_named, deviation
 from .edit import Edited, changeable, free, own, put_adapter, stale_notes, still_fits
@@ -64,6 +65,7 @@ def squash(
     >>> tree.adapter("legal").modules["q"].dense()[0, 0].item()
     1.0
     """
+    check_tree(tree)
     # A name that is taken is refused before the adapters are read.
     free(tree, to)
     terms = less(tree, blend, to.rpartition("/")[0], base=base)
@@ -104,6 +106,7 @@ def split(
         TreeError: ``to`` exists; or the node is a group; or a model is using one of the nodes.
         SpecError: not one of ``rank`` and ``modules`` was given; or nothing would move, or all.
     """
+    check_tree(tree)
     own(tree, path)
     if to.rpartition("/")[0] != path:
         raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")

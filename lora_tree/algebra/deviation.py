@@ -21,6 +21,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import LoraTreeError
 from ..lowrank import LowRank
+from .arguments import check_adapter
 from .core import joint
 
 __all__ = ["Deviation", "Shortening", "deviation", "measured"]
@@ -87,6 +88,8 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
         ShapeMismatch: they change one module in different shapes; names it.
         SpecError: a factor has no finite numbers; names the module.
     """
+    check_adapter(wanted, "wanted")
+    check_adapter(got, "got")
     errors: dict[str, float] = {}
     norms: dict[str, float] = {}
     for name in sorted({*wanted.modules, *got.modules}):

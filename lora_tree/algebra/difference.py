@@ -26,6 +26,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
+from .arguments import check_tree
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import call_named, length, minus
 from .sums import Term, added_up, check_spelling, read_terms, replaces
@@ -239,6 +240,7 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
         ShapeMismatch, BaseMismatch: two nodes do not add up.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
+    check_tree(tree)
     ours, theirs = tree.coefficients(a), tree.coefficients(b)
     # A node that both have with one coefficient would hide what differs, and need not be read.
     shared = {node for node, c in ours.items() if theirs.get(node) == c}
@@ -287,6 +289,8 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
         ShapeMismatch, BaseMismatch, SpecError: as `diff`; names the node.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
+    check_tree(a, "a")
+    check_tree(b, "b")
     weights, nodes = {}, {}
     for path in a.paths():
         if path not in b:

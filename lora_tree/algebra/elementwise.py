@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SpecError, suggest
+from ..given import unchecked
 
 __all__ = ["METHODS", "Method", "check_method", "merged"]
 
@@ -40,7 +41,8 @@ def check_method(method: str, density: float) -> None:
             f"method: expected one of {', '.join(METHODS)}, got {method!r}"
             f"{suggest(str(method), METHODS)}"
         )
-    if isinstance(density, bool) or not 0.0 < density <= 1.0:
+    is_number = isinstance(unchecked(density), int | float) and not isinstance(density, bool)
+    if not is_number or not 0.0 < density <= 1.0:
         raise SpecError(
             f"density: expected a part of the numbers, 0 < density ≤ 1, got {density!r}"
         )

@@ -31,6 +31,7 @@ from ..given import check_dtype, check_whole_number
 from ..lowrank import LowRank, concat
 from ..node_names import check_path
 from ..tree import AdapterTree
+from .arguments import check_tree
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, own, stale_notes
 from .families import Families, families_of
@@ -122,6 +123,7 @@ def grow(
     >>> grown.bytes_after / grown.bytes_before, grown.relative_error < 1e-4
     (0.5, True)
     """
+    check_tree(tree)
     goal = goal_of(max_error, budget_bytes)
     check_whole_number(depth, "depth")
     check_dtype(dtype)

@@ -133,6 +133,11 @@ def similar(
         return _of_tree(among, paths, of, exact)
     if paths is not None or of != "own":
         raise SpecError("paths= and of='lineage' are for a tree; choose the adapters yourself")
+    if not isinstance(unchecked(among), Mapping):
+        raise SpecError(
+            f"similar compares the nodes of a tree, or adapters by name, got {among!r:.80}",
+            "similar(lora_tree.load('zoo/')), or similar({'fr': adapter, 'de': other})",
+        )
     return _of_adapters(dict(among), exact)
 
 

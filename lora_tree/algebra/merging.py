@@ -28,6 +28,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import GivenWeight, Weight, as_weight, weight_at
+from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
 from .edit import Edited, free, stale_notes
@@ -146,6 +147,7 @@ def merge_paths(
         TreeError: ``to`` exists.
         SpecError, ShapeMismatch, BaseMismatch: as `merge`.
     """
+    check_tree(tree)
     free(tree, to)
     parent = to.rpartition("/")[0]
     # Each as it stands below the new node's parent, so that the merge adds up with that.

@@ -27,6 +27,7 @@ from ..weights import (
     scaled_weight,
     weight_at,
 )
+from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening
 from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
 from .replacing import refuse_overrides, under, without_overrides
@@ -51,6 +52,7 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
         TreeError: ``to`` exists, or ``path`` is a group.
         SpecError: ``path`` is fresh.
     """
+    check_tree(tree)
     own(tree, path)
     # `replace`, below, asks nothing, so whether the new path is free is asked here.
     free(tree, to)
@@ -76,6 +78,8 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
         TreeError: one of the new nodes exists.
         BaseMismatch: the two trees name different bases.
     """
+    check_tree(tree)
+    check_tree(other, "other")
     if tree.base is not None and other.base is not None and other_base(tree.base, other.base):
         raise BaseMismatch(
             f"{path}: a tree over {other.base!r} can't be a part of one over {tree.base!r}",
@@ -135,6 +139,7 @@ def rebase(
             anything.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
     """
+    check_tree(tree)
     made(tree, path)
     below = tree.paths(path)
     # A bad name is refused before the adapters are read. A new case of the old name, or a place
@@ -191,6 +196,9 @@ def rebase_all(
         SpecError: nothing has changed; or a child's weight is 0.
         ShapeMismatch, BaseMismatch: two adapters do not add up; names them.
     """
+    check_tree(tree)
+    if was is not None:
+        check_adapter(was, "was")
     below = tree.paths(path)
     changeable(tree, [path, *below])
     before = _as_given(tree, path, was, was_weight)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..budget import parse_bytes
 from ..errors import BudgetError, SpecError
+from ..given import check_part
 from .deviation import call_named
 from .families import Families
 from .flat_adapters import FlatAdapters
@@ -78,11 +79,11 @@ class PricedFit:
 
 def goal_of(max_error: float | None, budget_bytes: int | str | None) -> Goal:
     if (max_error is None) == (budget_bytes is None):
-        raise SpecError("grow to max_error= or budget_bytes=, one of the two")
-    if max_error is not None and not 0.0 <= max_error < 1.0:
         raise SpecError(
-            f"max_error: expected a part of the whole, 0 ≤ max_error < 1, got {max_error}"
+            "grow to max_error= (--max-error) or budget_bytes= (--budget), one of the two"
         )
+    if max_error is not None:
+        check_part(max_error, "max_error")
     budget = None if budget_bytes is None else parse_bytes(budget_bytes)
     return Goal(max(max_error or 0.0, _ROUNDING), budget)
 

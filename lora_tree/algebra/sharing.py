@@ -28,6 +28,7 @@ from ..node_names import check_path
 from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import Weight, inverse_weight, weight_at
+from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, call_named, deviation
 from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
@@ -87,6 +88,7 @@ def hoist(
             and ``method`` are mixed.
         ShapeMismatch, BaseMismatch: the siblings are not of one base; names them and the module.
     """
+    check_tree(tree)
     names = _siblings(tree, parent, siblings, into)
     if rank is not None:
         check_rank(rank)

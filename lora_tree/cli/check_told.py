@@ -4,6 +4,7 @@ hold.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _here(path: Path, merged: str) -> AdapterTree:
     except LoraTreeError as error:
         raise SpecError(
             "check --merged needs the path that the checkpoint should hold",
-            f"lora-tree check {path} fr/legal --merged {merged}",
+            shlex.join(["lora-tree", "check", str(path), "fr/legal", "--merged", str(merged)]),
         ) from error
     return tree
 

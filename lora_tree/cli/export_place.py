@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..errors import SpecError
@@ -30,7 +31,8 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
     if _lies_in(where, home if home.is_dir() else home.parent):
         raise SpecError(
             f"--out {to} is in the tree's own folder, where an adapter is a node",
-            f"write it elsewhere, or add it to the tree: lora-tree squash {folder} PATH --to NODE",
+            "write it elsewhere, or add it to the tree: "
+            f"lora-tree squash {shlex.quote(str(folder))} PATH --to NODE",
         )
     for path in tree.paths():
         source = tree[path].source

@@ -9,6 +9,7 @@ zoo/fr/legal/adapter_config.json     nesting is stacking
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -86,7 +87,7 @@ def load(
     if stale:
         todo = (
             "train them again, or accept them as they are: "
-            f"lora-tree lock --accept-stale {place.spelled}"
+            f"lora-tree lock --accept-stale {shlex.quote(place.spelled)}"
         )
         if strict:
             raise StaleError(*stale, todo)
@@ -120,7 +121,7 @@ def _go_on(opened: Opened) -> list[str]:
     lines = []
     # The error shows the problems of one kind only.
     if len({problem.kind for problem in wrong}) > 1:
-        lines.append(f"these and all other problems: lora-tree check {folder}")
+        lines.append(f"these and all other problems: lora-tree check {shlex.quote(folder)}")
     lines.append(
         f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"
     )
@@ -134,7 +135,8 @@ def _accept(opened: Opened) -> list[str]:
     if len(broken) == len(unlocked):
         return []
     folder = opened.place.spelled
-    offer = f"if the files are right, accept them as they are: lora-tree lock {folder}"
+    command = f"lora-tree lock {shlex.quote(folder)}"
+    offer = f"if the files are right, accept them as they are: {command}"
     if broken:
         # `lock` refuses broken files, so the offer alone would lead into another error.
         return [f"put the files of {listing(broken)} right first; {offer}"]

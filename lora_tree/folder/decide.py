@@ -7,7 +7,8 @@ is kept.
     an adapter whose files are gone       the same, from memory
     files in their place already          nothing: they stay as they are
     files elsewhere in this or a tree     a copy of their bytes
-    files that its user named             its folder's name in tree.yaml (with ``copy``: a copy)
+    files that its user named             its folder's name in tree.yaml (with ``copy``, or where
+                                          it is another node's own folder: a copy)
     neither                               a line in tree.yaml: fresh, or null for a group
 
 Law: a save deletes or replaces only files that are the tree's own (`ownership`). A save is refused
@@ -223,7 +224,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     # alone, files in their place would look like files elsewhere and be copied onto themselves.
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
-    if source.root is None and not draft.copy:
+    if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
         whole, untrained = _examined(source, files)
         return KeptAdapter(
             files.folder,
@@ -249,6 +250,16 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
     untrained = source.trained is None and examine(files).untrained
     return KeptAdapter(home, whole, None, source.trained, untrained, written=True)
+
+
+def _is_other_nodes(draft: _Decisions, folder: str) -> bool:
+    """Tell whether a folder is the own place of a node of this tree.
+
+    A tree.yaml that named it for a second node would take it from the first one.
+    """
+    top = os.path.realpath(draft.opened.place.folder)
+    path = os.path.relpath(os.path.realpath(folder), top)
+    return path in draft.tree and draft.tree[path].has_adapter
 
 
 def _in_place(draft: _Decisions, path: str, source: FolderSource, files: Files) -> KeptAdapter:

@@ -11,6 +11,7 @@ opened or saved here are not to be undone (`Seen`).
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -145,7 +146,7 @@ class Ownership:
                 "would come back",
                 "move them out of the folder, save the tree elsewhere, or open the tree again to "
                 "have them in it; or work on copies, which a tree may move: "
-                f"lora-tree init NEW --from {self.opened.place.folder}",
+                f"lora-tree init NEW --from {shlex.quote(self.opened.place.folder)}",
             )
         return going
 

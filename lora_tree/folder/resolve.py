@@ -224,8 +224,22 @@ class _Resolving:
             self.problems.append(problem)
         elif path not in self.entries:
             for above in paths_above(path):
+                if above in self.claimed and above not in self.entries:
+                    self.problems.append(Problem(above, "folder", self._taken(above, path)))
                 self.entries.setdefault(above, FolderNode())  # a group
             self.entries[path] = FolderNode(files=files)
+
+    def _taken(self, above: str, path: str) -> str:
+        """Say that a node would lose its adapter, because tree.yaml names it for another one."""
+        text = (
+            f"{os.path.join(self.folder, above)}: tree.yaml names this adapter for another node, "
+            f"and {path} lies below it"
+        )
+        todo = (
+            f"say in tree.yaml what {above} is: {{}} for that adapter, "
+            "{adapter: null} for a group"
+        )
+        return f"{text}; {todo}"
 
     def _is_passed_over(self, path: str) -> bool:
         """Tell whether this is a step of the run that left a node's adapter.

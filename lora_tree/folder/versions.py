@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -288,7 +289,9 @@ def versions_beside(tree: AdapterTree, path: str | os.PathLike[str], node: str) 
             continue
         found[name] = _beside(tree, opened, _Named(node, number, version))
     if len(found) < 2:
-        raise PathError(f"{node}: no earlier version is kept", f"see: lora-tree log {path}")
+        raise PathError(
+            f"{node}: no earlier version is kept", f"see: lora-tree log {shlex.quote(str(path))}"
+        )
     return found
 
 

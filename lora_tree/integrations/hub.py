@@ -17,6 +17,7 @@ that the hub can't give back.
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -268,7 +269,7 @@ def push(
 
     place = place_of(folder)
     opened = inspect(place)
-    raise_any(opened.problems, f"lora-tree lock {place.spelled}")
+    raise_any(opened.problems, f"lora-tree lock {shlex.quote(place.spelled)}")
     if not opened.entries:
         raise FolderError(f"{place.spelled}: no tree, or one without nodes: nothing to push")
     going = outgoing(opened, base_name=base_name)

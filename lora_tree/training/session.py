@@ -28,7 +28,7 @@ from ..engine.plan import Binder
 from ..engine.side import Manner, side_device
 from ..engine.stage import Stage
 from ..errors import SpecError, StateError
-from ..given import check_dtype
+from ..given import check_dtype, unchecked
 from ..tree import AdapterTree, Node
 from .every_rank import every_layer
 from .factors import Factors
@@ -136,6 +136,11 @@ class Training:
         if self._stage.beside.permanent:
             raise StateError(
                 "a prepared model can't train", "attach again, and train before prepare()"
+            )
+        if not isinstance(unchecked(optimizer), torch.optim.Optimizer):
+            raise SpecError(
+                f"follow takes an optimiser of torch, got {type(optimizer).__name__}",
+                "make one of what model.trainable(…) returns",
             )
         # The new one is made before the old one goes: if its groups are refused, the old one stays.
         before = self._steps.get(optimizer)
