@@ -216,11 +216,27 @@ def test_pick_copies_increments_and_says_where_they_are_from() -> None:
 
 def test_a_picked_node_is_stale_where_it_was_not_trained(tmp_path: Path) -> None:
     tree = saved(tmp_path / "zoo")
+    before = copy.copy(tree)
     lt.pick(tree, "fr/legal", to="de/picked")
     lt.pick(tree, "fr/legal", to="fr/picked")
+    foretold = lt.made_stale(before, tree)
     tree.save(tmp_path / "zoo")
     again = opened(tmp_path / "zoo")
-    assert [path for path in again.paths() if again[path].stale] == ["de/picked"]
+    assert [path for path in again.paths() if again[path].stale] == foretold == ["de/picked"]
+
+
+@pytest.mark.parametrize("below", ["other", "de/other"])
+def test_a_tree_hung_below_a_node_is_stale_where_that_has_an_adapter(
+    tmp_path: Path, below: str
+) -> None:
+    tree, other = saved(tmp_path / "zoo"), saved(tmp_path / "other")
+    before = copy.copy(tree)
+    lt.graft(tree, below, other)
+    foretold = lt.made_stale(before, tree)
+    tree.save(tmp_path / "zoo")
+    again = opened(tmp_path / "zoo")
+    assert [path for path in again.paths() if again[path].stale] == foretold
+    assert bool(foretold) == (below == "de/other")
 
 
 @settings(max_examples=12)

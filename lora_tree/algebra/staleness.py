@@ -7,7 +7,7 @@ trees in memory, one a copy of the other from before the change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from ..tree import AdapterTree
 from ..weights import Weight
@@ -18,7 +18,8 @@ __all__ = ["made_stale"]
 def made_stale(
     before: AdapterTree, after: AdapterTree, moved: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Return the paths in ``after`` of nodes that fitted their lineage and no longer do.
+    """Return the paths in ``after`` of nodes that fitted their lineage and no longer do, and of
+    copies that do not fit the lineage that they were put on.
 
     Args:
         before: the tree before the change: ``copy.copy(tree)``.
@@ -37,6 +38,31 @@ def made_stale(
             continue
         if _ancestors(before, path) != _ancestors(after, now):
             found.append(now)
+    found += _copies(before, after, set(renamed.values()))
+    return [path for path in after.paths() if path in found]
+
+
+def _copies(before: AdapterTree, after: AdapterTree, moved: Set[str]) -> list[str]:
+    """The new nodes with files of a trained node, on other ancestors than that one has."""
+    origins: dict[int, str] = {}
+    for path in before.paths():
+        origins.setdefault(id(before[path].source), path)
+    added = [path for path in after.paths() if path not in before and path not in moved]
+    found: list[str] = []
+    for path in added:
+        node = after[path]
+        trained = getattr(node.source, "trained", None)
+        if node.stale is not None or trained is None or getattr(trained, "untrained", False):
+            continue
+        origin = origins.get(id(node.source))
+        if origin is not None:
+            fits = _ancestors(before, origin) == _ancestors(after, path)
+        else:
+            # Another tree's nodes come with their ancestors; nothing may stand above those.
+            above = [each for each in after.lineage(path)[:-1] if each not in added]
+            fits = not any(after[each].has_adapter for each in above)
+        if not fits:
+            found.append(path)
     return found
 
 
