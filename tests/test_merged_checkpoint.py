@@ -9,9 +9,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHS, along
+from forked import Forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -390,27 +388,20 @@ print("done", flush=True)
 def test_a_killed_run_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:
     base = saved("llama", torch.float32, tmp_path / "base")
     ARCHS["llama"].tree(base, factors=torch.float32).save(tmp_path / "zoo")
-    code = [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(tmp_path / "zoo"),
-        str(tmp_path / "base"),
-        str(tmp_path / "out"),
-    ]
-    with subprocess.Popen(code, stdout=subprocess.PIPE, text=True) as started:
-        assert started.stdout is not None
-        assert started.stdout.readline() == "ready\n"
-        began = time.perf_counter()
-        assert started.stdout.read() == "done\n"
-        whole_s, wanted = time.perf_counter() - began, on_disk(tmp_path / "out")
+    places = (tmp_path / "zoo", tmp_path / "base", tmp_path / "out")
+    started = Forked(KILLED, *places)
+    assert started.stdout.readline() == "ready\n"
+    began = time.perf_counter()
+    assert started.stdout.readline() == "done\n"
+    whole_s = time.perf_counter() - began
+    assert started.end()[0] == 0
+    wanted = on_disk(tmp_path / "out")
     shutil_rmtree(tmp_path / "out")
     for part in sorted(random.random() for _ in range(3)):
-        with subprocess.Popen(code, stdout=subprocess.PIPE, text=True) as killed:
-            assert killed.stdout is not None
-            killed.stdout.readline()
-            time.sleep(whole_s * part)
-            os.kill(killed.pid, signal.SIGKILL)
+        killed = Forked(KILLED, *places)
+        assert killed.stdout.readline() == "ready\n"
+        time.sleep(whole_s * part)
+        killed.kill()
         if (tmp_path / "out").exists():
             assert on_disk(tmp_path / "out") == wanted  # it was done before
             shutil_rmtree(tmp_path / "out")
@@ -418,7 +409,7 @@ def test_a_killed_run_leaves_no_folder_that_looks_finished(tmp_path: Path) -> No
             if (stage / "config.json").exists():  # all was written but the name
                 assert on_disk(stage) == wanted
     (tmp_path / f".out.{'0' * 32}").mkdir()  # one that is surely left
-    subprocess.run(code, check=True, stdout=subprocess.DEVNULL)
+    assert Forked(KILLED, *places).end()[0] == 0
     assert on_disk(tmp_path / "out") == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "zoo"]
 

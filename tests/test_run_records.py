@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 import shell
 import torch
 import torch.nn.functional as F
+from forked import Forked
 from shell import Shell
 
 import lora_tree as lt
@@ -191,17 +189,13 @@ def test_a_run_that_is_killed_has_the_lines_of_one_that_was_not(
 ) -> None:
     spare = shutil.copytree(zoo, tmp_path / "spare")
     words = ("--data", data, "--steps", 90, "--batch", 4, "--lr", 0.01, "--save-every", 7)
-    command = [sys.executable, "-m", "lora_tree.cli", "train", zoo, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-    ) as process:  # fmt: skip
-        end = time.monotonic() + 120
-        while records_done(zoo) < 10 and time.monotonic() < end:
-            time.sleep(0.005)
-        assert lt.run_records(zoo)[0].state == "running"
-        process.send_signal(signal.SIGKILL)
+    code = "import sys; from lora_tree.cli import main; main(sys.argv[1:])"
+    running = Forked(code, "train", zoo, *words, errors_too=True)
+    end = time.monotonic() + 120
+    while records_done(zoo) < 10 and time.monotonic() < end:
+        time.sleep(0.005)
+    assert lt.run_records(zoo)[0].state == "running"
+    assert running.kill()[0] == -signal.SIGKILL
     (record,) = lt.run_records(zoo)
     assert record.state == "cut off"
     assert record.done >= 10

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import pytest
 import shell
 import torch
 import torch.nn.functional as F
+from forked import Forked
 from safetensors.torch import load_file, save_file
 
 import lora_tree as lt
@@ -1105,18 +1104,16 @@ def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     spare = tmp_path / "spare"
     spare.mkdir()
     (spare / "tree.yaml").write_bytes((zoo / "tree.yaml").read_bytes())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "lora_tree.cli", *command(zoo, tmp_path / "run")],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
-    ) as process:  # fmt: skip
-        for _ in waiting(120):
-            if any((tmp_path / "run").glob("checkpoint-*")):
-                break
-        process.send_signal(how)
-        told = process.communicate(timeout=60)[1]
+    code = "import sys; from lora_tree.cli import main; main(sys.argv[1:])"
+    running = Forked(code, *command(zoo, tmp_path / "run"), errors_too=True)
+    for _ in waiting(120):
+        if any((tmp_path / "run").glob("checkpoint-*")):
+            break
+        assert running.process.is_alive(), running.end()
+    running.send(how)
+    left, told = running.end()
     if how == signal.SIGINT:
-        assert process.returncode == 130
+        assert left == 130
         assert "the same command goes on from" in told
     # The tree is written at the end.
     assert sorted(p.name for p in zoo.iterdir()) == [".runs", "tree.yaml"]

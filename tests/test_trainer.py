@@ -8,14 +8,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import joint
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from transformers import (
     T5Config,
@@ -302,14 +301,9 @@ def killed_run(folder: str, temperature: str) -> None:
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, temperature: float | None) -> None:
-    here = str(Path(__file__).parent)
-    code = (
-        f"import sys; sys.path.insert(0, {here!r}); import conftest, test_trainer as t; "
-        "t.killed_run(*sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "cut"), str(temperature or "")]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code = "import sys, conftest, test_trainer as t; t.killed_run(*sys.argv[1:])"
+    killed = Forked(code, tmp_path / "cut", temperature or "")
+    assert killed.end(300)[0] == -signal.SIGKILL
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
         "checkpoint-2",
         "checkpoint-4",
