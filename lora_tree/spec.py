@@ -106,7 +106,7 @@ def _weight(numbers: dict[str, float]) -> dict[str, float]:
     try:
         as_weight(numbers)
     except SpecError as error:
-        raise ValueError(f"is no weight: {error.what.removeprefix('weight: ')}") from error
+        raise ValueError(f"makes no weight: {error.what.removeprefix('weight: ')}") from error
     return numbers
 
 

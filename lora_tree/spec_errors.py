@@ -48,8 +48,13 @@ def describe_invalid(
     """
     found: dict[tuple[Loc, str], list[str]] = {}
     hints = 0
-    for detail in error.errors(include_url=False, include_context=False):
-        loc, value = _inside(detail["loc"], data)
+    details = [
+        (detail, *_inside(detail["loc"], data))
+        for detail in error.errors(include_url=False, include_context=False)
+    ]
+    for detail, loc, value in details:
+        if _is_other_member(detail, loc, value, details):
+            continue
         hint = ""
         if detail["type"] == "extra_forbidden":
             hints += 1
@@ -61,6 +66,19 @@ def describe_invalid(
         if text not in texts:
             texts.append(text)
     return [(loc, head + " or ".join(texts)) for (loc, head), texts in found.items()]
+
+
+def _is_other_member(
+    detail: Mapping[str, Any], loc: Loc, value: Any, details: list[tuple[Any, Loc, Any]]
+) -> bool:
+    """Return whether an error is that of a union's member which was not meant: a mapping is no
+    number, and what is wrong in it is said by the errors about mappings.
+    """
+    is_scalars_error = detail["type"].endswith(("_type", "_parsing")) and isinstance(value, dict)
+    if not is_scalars_error or detail["type"] in ("model_type", "dict_type"):
+        return False
+    others = [other for other, where, _ in details if where[: len(loc)] == loc]
+    return any(other is not detail for other in others)
 
 
 def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[str, str]:
@@ -82,6 +100,8 @@ def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[s
 
 
 def _wrong(kind: str, detail: Mapping[str, Any], value: Any) -> str:
+    if kind == "too_short":
+        return "should have one entry at least"
     if kind not in ("model_type", "dict_type"):
         return _in_lower_case(detail["msg"])
     # "legal:" with nothing after it is null in YAML, which surprises its author
@@ -111,13 +131,16 @@ def _inside(loc: Loc, data: Any) -> tuple[Loc, Any]:
 
     pydantic also names the members of a union and writes "[key]" for a key of a mapping.
     """
-    for depth, step in enumerate(loc):
+    inside: list[str | int] = []
+    for step in loc:
         is_key = isinstance(data, dict) and step in data
         is_index = isinstance(data, list) and isinstance(step, int) and step < len(data)
+        # The member of a union that stands for a mapping is followed by keys of that.
         if not is_key and not is_index:
-            return loc[:depth], data
+            continue
+        inside.append(step)
         data = data[step]
-    return loc, data
+    return tuple(inside), data
 
 
 def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:

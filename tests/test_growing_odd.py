@@ -154,6 +154,38 @@ def test_an_adapter_of_any_modules_and_ranks_is_absorbed_exactly(
     assert distance(wanted, got) < 1e-5 * distance(wanted, {})
 
 
+def test_biases_count_in_what_is_left_below_each_node() -> None:
+    def biased(seed: int, *, scale: float) -> lt.Adapter:
+        draw_bias = torch.Generator().manual_seed(seed)
+        bias = 3.0 * torch.randn(12, generator=draw_bias)
+        value = draw(seed, 2, out=12, into=16, scale=scale)
+        return lt.Adapter({"q": lt.LowRank(value.A, value.B, scale, bias)})
+
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=biased(1, scale=0.5))
+    tree.add("a/b", adapter=biased(2, scale=-0.7), weight=0.5)
+    tree.add("c", adapter=odd(3, {"q": 2}))
+    new = biased(4, scale=1.3)
+    wanted = denses(new)
+    told = lt.absorb(tree, "new", new)
+    own = {path: denses(tree.adapter(path)) for path in ("a", "a/b", "c")}
+    column = torch.zeros(12, 1, dtype=torch.float64)
+    on_c = {"q": torch.cat([own["c"]["q"], column], dim=1)}
+    below = {"": {}, "a": own["a"], "a/b": {"q": own["a"]["q"] + 0.5 * own["a/b"]["q"]}, "c": on_c}
+    for path, there in below.items():
+        left = distance(wanted, there) / distance(wanted, {})
+        assert told.left[path] == pytest.approx(left, rel=1e-6)
+
+
+def test_an_adapter_of_biases_alone_is_absorbed() -> None:
+    tree = tree_of([odd(1, {"q": 2})])
+    zeros = lt.LowRank(torch.zeros(1, 16), torch.zeros(12, 1), 1.0, torch.ones(12))
+    told = lt.absorb(tree, "new", lt.Adapter({"q": zeros}))
+    assert told.left[""] == 1.0
+    flat = tree.flatten(told.edited.added[0]).modules["q"]
+    torch.testing.assert_close(flat.bias * flat.scale, torch.ones(12))
+
+
 def test_a_leaf_that_is_switched_off_is_left_alone_and_refused_by_name() -> None:
     tree = tree_of([odd(1, {"q": 2}), odd(2, {"q": 2}), odd(3, {"q": 2})])
     tree.update("n2", weight=0.0)

@@ -110,7 +110,11 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ('version: "\\UFFFFFFFF"\n', "not YAML"),
         ('base: "\\ud800"\n', "half of a surrogate pair"),
         ("version: 1\ntree: {a b: {}}", ":2:8: 'a b' is not a valid node name"),
-        ("version: 1\ntree: {con: {}}", ":2:8: node 'con' is not a valid node name"),
+        (
+            "version: 1\ntree: {con: {}}",
+            ":2:8: node 'con' is not a valid node name; letters, digits, '-', '_' and '.', not",
+        ),
+        ("version: 1\n\x00", "not YAML: unacceptable character #x0000: special characters are"),
         ("version: 1\ntree: {fr: {}, FR: {}}", ":2:16: node FR differs from fr only by case"),
         (
             "version: 1\ntree: {fr: {adapter: null, r: 8}}",
@@ -126,6 +130,22 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
             ":2:13: node fr: weight: got inf, which should be a finite number",
         ),
         ("version: 1\ntree: {fr: {weight: true}}", "node fr: weight: got true"),
+        (
+            "version: 1\ntree: {fr: {weight: {'*.q': heavy}}}",
+            ":2:22: node fr: weight.*.q: got 'heavy', which should be a valid number\n",
+        ),
+        (
+            "version: 1\ntree: {fr: {weight: {}}}",
+            ":2:13: node fr: weight: got a mapping, which makes no weight: an empty mapping; write",
+        ),
+        (
+            "version: 1\ntree: {fr: {weight: heavy}}",
+            "node fr: weight: got 'heavy', which should be a valid number or should be a mapping\n",
+        ),
+        (
+            "version: 1\ndefaults: {rank_by_depth: []}",
+            ":2:12: defaults.rank_by_depth: got a list, which should have one entry at least\n",
+        ),
         (
             "version: 1\ndefaults: {target_modules: '('}",
             ":2:12: defaults.target_modules: got '(', which is not a regular expression: missing )",
@@ -183,7 +203,7 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
     ],
 )
 def test_what_is_refused_and_how(text: str, message: str) -> None:
-    assert message in wrong(text)
+    assert message in wrong(text) + "\n"
 
 
 def test_bytes_that_are_no_text_have_a_place() -> None:

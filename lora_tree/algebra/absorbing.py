@@ -142,7 +142,7 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
     """Return the part of the adapter that is left below each node, nearest first."""
     own_squares: list[float] = []
     for module, value in adapter.modules.items():
-        own_squares.append(call_named(f"{name}: {module}", value.norm) ** 2)
+        own_squares.append(call_named(f"{name}: {module}", norm, value) ** 2)
     whole = math.fsum(own_squares)
     if whole == 0.0:
         raise SpecError(
@@ -186,9 +186,14 @@ def _with_own(
 
 
 def _product(path: str, one: Adapter, other: Adapter) -> float:
-    """⟨ΔW, ΔW'⟩ over all modules that both have."""
+    """⟨ΔW, ΔW'⟩ over all modules that both have, each with its bias as one more column."""
     found: list[float] = []
     for module, value in one.modules.items():
-        if module in other.modules:
-            found.append(call_named(f"{path}: {module}", inner, value, other.modules[module]))
+        theirs = other.modules.get(module)
+        if theirs is None:
+            continue
+        found.append(call_named(f"{path}: {module}", inner, value, theirs))
+        if value.bias is not None and theirs.bias is not None:
+            product = value.bias.detach().double() @ theirs.bias.detach().double().to(value.device)
+            found.append(float(product) * value.scale * theirs.scale)
     return math.fsum(found)

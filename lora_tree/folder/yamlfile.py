@@ -207,7 +207,7 @@ def _events(text: str, file: str) -> Iterator[Any]:
         except (
             Exception
         ) as error:  # of the YAML package: any error of its parser is a mistake in the text
-            raise SpecError(f"{file}: not YAML: {error}") from error
+            raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
         if event is None:
             return
         yield event
@@ -279,7 +279,8 @@ def _contradictions(spec: TreeSpec) -> Iterator[tuple[Loc, str]]:
         try:
             check_path(path)
         except PathError as error:
-            yield loc, f"node {error}"
+            # The message is one line of several, and its advice would be a second one.
+            yield loc, f"node {'; '.join([error.what, *error.todo])}"
         twin = folded.setdefault(path.casefold(), path)
         if twin != path:
             yield loc, f"node {path} differs from {twin} only by case"
