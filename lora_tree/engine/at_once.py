@@ -1,7 +1,7 @@
 """Forms that run few products over all rows at once.
 
-paths     one batched product over the distinct paths, if every path has as many rows (eight
-          rows, eight paths)
+paths     one batched product over the distinct paths, if all have the same number of rows (eight
+          rows on eight paths)
 grouped   a grouped product per depth over the nodes there (`torch.nn.functional.grouped_mm`)
 matrix    the factors of all nodes side by side: two dense products, with the coefficients on
           the narrow result

@@ -1,7 +1,7 @@
 """Factor tables: the addresses of a plan's factors, at each of its sites, where kernels read them.
 
-A plan of frozen factors keeps its tables, and all its batches share them. Factors that train are
-met in a new plan at every step, but lie where they lay: the last table of a site is used again.
+A plan of frozen factors keeps its tables, and all its batches share them. Factors that train come
+in a new plan at every step but keep their addresses, so the last table of a site is used again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Launches: the kernel launches of the last switches, kept with their plans.
 
-A launch is a table of addresses. To make it, hundreds of tensors are asked where they are and how
-they lie, which takes about as long as the launch itself; from switch to switch it comes out the
-same. So it is kept with its plan, and run again while everything is where it was:
+A launch is a table of addresses. Making one means reading the address and layout of hundreds of
+tensors, which takes about as long as the launch itself, and the result is the same from switch to
+switch. So it is kept with its plan, and run again while everything is where it was:
 
     weights     their addresses are compared
     pristine    its copies have a number; once a copy is made or dropped, no launch is known any

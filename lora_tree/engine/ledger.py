@@ -1,8 +1,8 @@
 """Ledger: the engine's side of a memory budget.
 
-The engine lays out tensors beside the weights. The cache bounds memory. Here is all that the first
-knows of the second: it asks for room before it makes anything, and the bytes count until their
-owner is collected.
+The engine lays out tensors beside the weights. The cache bounds memory. This module is all that the
+engine knows of the cache: it asks for room before it makes anything, and the bytes count until
+their owner is collected.
 """
 
 from __future__ import annotations

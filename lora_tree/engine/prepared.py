@@ -12,9 +12,8 @@ path, one for a batch of as many rows. From path to path, and from batch to batc
 only numbers change. Where our own kernels run (`prepared_segments.py`) the buffers hold addresses
 and index lists, and no rank is fixed.
 
-What the other side paths have beside that is not here, since it could not be compiled: no watch
-over sites that never run, over key/value caches, or over checkpointed backwards; and nodes that
-train.
+What can't be compiled is missing here: nodes that train, and the watches over sites that never run,
+over key/value caches and over checkpointed backwards.
 """
 
 from __future__ import annotations

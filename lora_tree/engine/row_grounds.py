@@ -6,7 +6,8 @@
     de        · · · █ █ ·      over de's
                         █      the base's own output
 
-A row's ground is computed for all its rows at once, and put in the place of the base's output.
+A ground is computed once for all rows that stand on it, and replaces the base's output in those
+rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers and pictures as HTML, in which names and a model's words are text and never markup.
 
 Law: every string that comes from a file or a model goes through `_text`, and pictures are ``data:``
-URLs of their own bytes, so the page loads and writes nothing.
+URLs with their bytes, so the page loads and writes nothing.
 """
 
 from __future__ import annotations

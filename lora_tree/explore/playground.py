@@ -2,7 +2,7 @@
 
     prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a run ─▶ Answering.html ─▶ the page
 
-Laws: gradio reports to nobody, shares no link, keeps no history and writes no file: pictures and
+Laws: gradio sends no reports, shares no link, keeps no history and writes no file: pictures and
 answers are parts of the page. One question at a time is on the model; others wait in its queue.
 """
 

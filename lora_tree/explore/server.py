@@ -4,8 +4,8 @@
                             └▶ /playground   gradio, if there is a model to ask
 
 Laws: it listens on 127.0.0.1 alone; it answers only requests that were addressed to it by that
-name, so that a web page of elsewhere can't reach it through a name of its own; and every answer
-forbids the browser to load anything from another place.
+name, so that a page from another site can't reach it by a name that leads to this machine; and
+every answer forbids the browser to load anything from another place.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     D ≈ B A                     randomised SVD: Q = orth(D (Dᵀ D)² Ω), and the SVD of Qᵀ D
     error = ‖D − B A‖ / ‖D‖     of the factors as they are written, computed block by block
 
-A parameter that only differs by a rounding (the tuned one in bf16, the base in fp32) has not
-changed. A change that no low rank holds (norms, biases, a grown vocabulary) is listed by name, and
-refused unless the caller says to leave it behind.
+A parameter that differs only by a rounding (the tuned one in bf16, the base in fp32) counts as
+unchanged. A change that no low rank can hold (norms, biases, a grown vocabulary) is listed by name,
+and refused unless the caller says to leave it behind.
 
 Law: the result depends on the two checkpoints and the bounds alone. The random numbers of a module
 are drawn from a generator of their own, with a fixed seed.

@@ -1,8 +1,9 @@
 """Carry out a record: each staged file to its place, each deleted file away.
 
-All of it can be done again after a kill: what is at its place already stays there, and what is gone
-already is gone. A record that this process did not write itself is verified first. Then each staged
-file must be what was decided on, and each place must still hold what it held then.
+Every step can be repeated after a kill: a file that is in its place already stays there, and a file
+that is gone already counts as deleted. A record that this process did not write itself is verified
+first. Then each staged file must be what was decided on, and each place must still hold what it
+held then.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ A version is what tree.lock said of a node, with the node's weight, when a save 
 two. So a plain move makes no version: the history of a node follows it to its new path.
 
 Law: a (content, weight) stands in a node's history once, where it was last, and never beside the
-present one of the same. So a user who goes back and forth between two versions loses no third.
+present one of the same. So a user who goes back and forth between two versions does not push a
+third one out.
 """
 
 from __future__ import annotations

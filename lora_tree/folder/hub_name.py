@@ -9,8 +9,8 @@
 The files come through huggingface_hub's cache. Which commit they are of stands in tree.lock: it is
 the one that is used from then on, whatever the branch does, until `lora-tree lock` looks again.
 
-This room knows no hub. What fetches puts itself into a slot, as files do for the values
-(`lora_tree.storage`), and is imported when the first such name is met.
+Nothing in `folder/` knows the hub. The code that fetches puts itself into a slot, as files do for
+the values (`lora_tree.storage`), and is imported when the first such name is met.
 """
 
 from __future__ import annotations

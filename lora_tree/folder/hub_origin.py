@@ -2,9 +2,9 @@
 
     .lora_tree/hub.json     {"version": 1, "repository": "org/zoo", "branch": "main", "commit": "…"}
 
-By it a push sees that somebody else has pushed meanwhile, and a pull sees which files of the folder
-the hub can give back. It is about this one copy of the tree, so it is no part of the tree, and
-never travels. Without it both go on as if the folder had never met the hub.
+With it a push notices that another user has pushed meanwhile, and a pull knows which files of the
+folder the hub can give back. It is about this one copy of the tree, so it is no part of the tree
+and is never sent. Without it both go on as if the folder had never been pulled or pushed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     staged file waits        the reader takes it for the file at its place
     file is to be deleted    the reader takes it for absent
 
-So a reader sees the new tree from the moment the record has its name, wherever the writer is, and
-whether it lives.
+So a reader sees the new tree from the moment the record has its name, however far the writer has
+come, and even if it was killed.
 """
 
 from __future__ import annotations

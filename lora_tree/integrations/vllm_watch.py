@@ -5,7 +5,7 @@
                                      ── files not whole ──────▶ served on as it was, said once
                                      ── no longer in the tree ▶ vLLM forgets the path
 
-vLLM asks for a name once and keeps the answer, so somebody has to look at the tree. A thread does.
+vLLM asks for a name once and keeps the answer, so a thread of the plugin looks at the tree.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
         load base ─▶ + acc ─▶ round ─▶ store
 
 All nodes of a row are added in fp32 and the sum is rounded once. A row that owes nothing keeps its
-bits: in place it is not written, and in a copy its base's numbers are.
+bits: in place it is not written, and a copy holds its base's numbers.
 
 The forward takes the sums of A, and B; the backward those of B, and A, without a base.
 """
