@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ SIZE = replace(SMALL, hidden=32, layers=1)
 FEW_BATCHES = [(8, 8, 2, (1, 16), 0.5), (16, 8, 2, (1,), None)]
 
 
+@cache
+def results_of(module: Any) -> list[Result]:
+    """The tables of a benchmark, made once for all tests that look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routed, "BATCHES", FEW_BATCHES)
+        found: list[Result] = module.run(SIZE)
+    return found
+
+
 @pytest.mark.parametrize(
     ("module", "tables", "timed"),
     [
@@ -77,14 +87,9 @@ FEW_BATCHES = [(8, 8, 2, (1, 16), 0.5), (16, 8, 2, (1,), None)]
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
 def test_a_benchmark_times_what_it_names(
-    module: object,
-    tables: int,
-    timed: set[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    module: object, tables: int, timed: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(routed, "BATCHES", FEW_BATCHES)
-    results = module.run(SIZE)  # type: ignore[attr-defined]
+    results = results_of(module)
     assert len(results) == tables
     assert timed <= set(results[0].timings)
     tell(results, Form.json)
@@ -94,14 +99,14 @@ def test_a_benchmark_times_what_it_names(
 
 
 def test_no_hook_is_left_while_merged_and_flattening_is_no_worse_than_peft() -> None:
-    forward = unmerged.run(SIZE)[1]
+    forward = results_of(unmerged)[1]
     assert forward.facts["hooks left while merged"] == 0
-    (flat,) = flatten.run(SIZE)
+    (flat,) = results_of(flatten)
     assert flat.facts["relative error, ours"] <= 1.0001 * flat.facts["relative error, PEFT"]
 
 
 def test_frozen_ancestors_take_no_memory_in_a_step_of_training() -> None:
-    table = training.run(SIZE)[-1]
+    table = results_of(training)[-1]
     (ratio,) = table.ratios
     assert ratio.what == "most memory, deep / shallow"
     assert ratio.met
