@@ -338,7 +338,8 @@ class AdapterTree:
         if below and not recursive:
             raise TreeError(
                 f"{path} has children: {listing(below)}",
-                "remove them first, move them, or remove(path, recursive=True)",
+                "remove them first, move them, or take them along: remove(path, recursive=True), "
+                "lora-tree rm --recursive",
             )
         self._models.check_unused([path, *below], "removed")
         self._graph.remove_nodes_from([path, *below])

@@ -517,6 +517,18 @@ def test_an_export_into_the_tree_s_own_folder_is_refused(
     assert shell("check", zoo)[0] == 0
 
 
+def test_an_export_into_the_base_s_own_folder_is_refused(
+    shell: Shell, zoo: Path, base: Path
+) -> None:
+    before = listing(base)
+    for out in (base, f"{base}/", base / ".." / base.name):
+        code, _, err = shell("export", zoo, "fr/legal", "--out", out)
+        assert code == 1
+        assert "is the base's own folder: an adapter there counts as one of the base's" in err
+    assert listing(base) == before
+    assert shell("check", zoo)[0] == 0
+
+
 def test_an_export_over_an_adapter_that_lives_elsewhere_is_refused(
     shell: Shell, base: Path, tmp_path: Path
 ) -> None:

@@ -1034,6 +1034,7 @@ def header(text: bytes, body: bytes = b"") -> bytes:
     ("data", "error"),
     [
         (b"", "not a whole safetensors file: 0 bytes"),
+        (b"<!DOCTYPE html><title>Log in</title>", "it begins like a web page"),
         (b"\xff" * 8, "not a whole safetensors file: 8 bytes"),
         (
             b"version https://git-lfs.github.com/spec/v1",

@@ -201,6 +201,12 @@ def test_split_refuses_what_it_can_t_do() -> None:
     refused(tree, lambda: lt.split(tree, "misc", to="misc/x", rank=1), TreeError, "misc: a group")
 
 
+def test_a_node_that_its_weights_switch_off_is_not_squashed_into_an_empty_one() -> None:
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=zoo_of(1), weight={"*": 0.0})
+    refused(tree, lambda: lt.squash(tree, "fr", to="x"), SpecError, "adds nothing to what lies")
+
+
 # ---------------------------------------------------------------------- pick and rebase
 def test_pick_copies_increments_and_says_where_they_are_from() -> None:
     tree = family(0, [1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])

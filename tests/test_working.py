@@ -228,6 +228,16 @@ def test_what_is_foretold_to_be_stale_is_what_the_lock_finds(
     assert [path for path in tree.paths() if tree[path].stale] == stale
 
 
+def test_a_weight_that_is_given_twice_is_refused(shell: Shell, zoo: Path) -> None:
+    before = lt.load(zoo)["fr"].weight
+    code, _, err = shell("set", zoo, "fr", "--weight", "*.q_proj=1", "--weight", "default=0.5")
+    assert code == 1
+    assert "--weight was given 2 times" in err
+    assert "--weight '*.q_proj=1,default=0.5'" in err
+    assert lt.load(zoo)["fr"].weight == before
+    assert "lora-tree rm --recursive" in shell("rm", zoo, "fr")[2]
+
+
 def test_rm_takes_nodes_and_their_files(shell: Shell, zoo: Path) -> None:
     code, _, err = shell("rm", zoo, "fr")
     assert code == 1

@@ -69,10 +69,11 @@ def squash(
     # A name that is taken is refused before the adapters are read.
     free(tree, to)
     terms = less(tree, blend, to.rpartition("/")[0], base=base)
-    if not terms:
+    # A weight per module may leave nothing of a node that is there.
+    if not any(adapter for _, _, adapter in terms):
         raise SpecError(
             f"{spelled(blend) or 'the base'}: it adds nothing to what lies above {to}",
-            "add a group instead: tree.add(path, group=True)",
+            "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
     flat, told = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
     tree.add(to, adapter=flat)

@@ -166,7 +166,7 @@ def merge_paths(
     if not found.adapter.modules:
         raise SpecError(
             f"{listing(paths)}: nothing there adds to what lies above {to}",
-            "add a group instead: tree.add(path, group=True)",
+            "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
     tree.add(to, adapter=found.adapter)
     notes = stale_notes(tree, paths)

@@ -273,7 +273,8 @@ def _made_up(
             at = "" if weight == 0.0 else f" at {listing(lost, most=2)}"
             raise SpecError(
                 f"{path}: its weight is 0{at}, so no increment of it makes up for another lineage",
-                f"give it a weight first: tree.update({path!r}, weight=1.0)",
+                f"give it a weight first: tree.update({path!r}, weight=1.0), or "
+                f"lora-tree set FOLDER {path} --weight 1",
             )
         # The node's weight stands before its increments, so what they make up for is divided by it.
         if not needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,13 +37,20 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
-def given_weight(text: str | None, option: str = "--weight") -> Weight | None:
+def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weight | None:
     """Return the weight that an option says; None if it was not given.
 
     Raises:
-        SpecError: it is none; names the option.
+        SpecError: it is none, or was given more than once; names the option.
     """
-    return None if text is None else parse_weight(text, option)
+    if not texts:
+        return None
+    if len(texts) > 1:
+        # The shell's custom is that the last one counts, and the others go without a word.
+        raise SpecError(
+            f"{option} was given {len(texts)} times", f"write one: {option} {','.join(texts)!r}"
+        )
+    return parse_weight(texts[0], option)
 
 
 def _no_progress(context: typer.Context, wanted: bool) -> bool:
@@ -107,7 +115,7 @@ SkipBroken = Annotated[
     ),
 ]
 WeightText = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         help="Factor on its increments: a number, or '*.down_proj=0.5,default=1'.",
         metavar="WEIGHT",

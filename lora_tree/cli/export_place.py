@@ -21,7 +21,7 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
         to: the folder to write.
 
     Raises:
-        SpecError: it is empty, in the tree's folder, or a node's own.
+        SpecError: it is empty, in the tree's folder, a node's own, or the base's.
     """
     if not to.strip():  # Path("") would be the current folder
         raise SpecError("--out is empty", "name a folder for the adapter: --out export/legal")
@@ -33,6 +33,12 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
             f"--out {to} is in the tree's own folder, where an adapter is a node",
             "write it elsewhere, or add it to the tree: "
             f"lora-tree squash {shlex.quote(str(folder))} PATH --to NODE",
+        )
+    if tree.base is not None and _same(where, as_path(tree.base).resolve()):
+        raise SpecError(
+            f"--out {to} is the base's own folder: an adapter there counts as one of the base's "
+            "files, and transformers loads it with the base",
+            "write it elsewhere",
         )
     for path in tree.paths():
         source = tree[path].source

@@ -39,6 +39,6 @@ def rebase_children(
     # The former adapter belongs to no node any more, so it is read by itself and not through the
     # tree.
     old = None if was is None else Adapter.load(was)
-    own = given_weight(was_weight, "--was-weight")
+    own = given_weight(None if was_weight is None else [was_weight], "--was-weight")
     edited = rebase_all(work.tree, path, was=old, was_weight=own, rank=rank, max_error=max_error)
     work.done(edited, as_json=as_json)

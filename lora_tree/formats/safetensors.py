@@ -285,6 +285,12 @@ def _head(
     check_pointer(first, where, "safetensors")
     # Before the read: the first eight bytes of any file are a length, and it may be exabytes.
     if size < 8 or length > min(HEADER_BYTES, size - 8):
+        # Only where it is no length: that of a good header may have the code of "<" in it.
+        if first.lstrip().startswith(b"<"):
+            raise FormatError(
+                f"{where}: not a safetensors file, it begins like a web page",
+                "a login or an error was saved in its place: look into it, and download it again",
+            )
         raise FormatError(
             f"{where}: not a whole safetensors file: {size} bytes, of which the header should take "
             f"{length}",
