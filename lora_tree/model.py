@@ -41,7 +41,7 @@ from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
 from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
-from .engine.plan import Binder
+from .engine.plan import Binder, Plan
 from .engine.prepared import Prepared, increments_beside
 from .engine.pristine import Copies, Place
 from .engine.routed import Strategy
@@ -60,6 +60,9 @@ from .training.session import Training
 from .tree import AdapterTree
 
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
+
+KEPT_IN_BUDGET = 64
+"""Plans that stay under budgets, on a device whose memory the cache takes back from them."""
 
 
 def attach(
@@ -167,8 +170,13 @@ class TreeModel(AnswersForBase):
             let_go(inner)
             raise
         self.cache = Cache(tree, budgets, policy=how.eviction, link=link)
-        # A plan keeps its adapters alive, which under a budget is for the cache to decide.
-        kept = {"kept": 0} if self.cache.bounded else {}
+        cache = self.cache
+        kept = {"kept": KEPT_IN_BUDGET} if cache.bounded else {}
+
+        def keeps(plan: Plan) -> bool:
+            # A plan keeps its adapters alive, and under a budget the cache decides about memory.
+            return not cache.bounded or (cache.reclaims and plan.lies_in_buffers)
+
         name = getattr(inner, "name_or_path", None)
         self._own_name = own_name = name if isinstance(name, str) and name else None
         # The caller stands behind attach and this method.
@@ -179,6 +187,7 @@ class TreeModel(AnswersForBase):
             own_name=own_name,
             origin=self.cache.origin,
             own_value=self._merged.pristine.known,
+            keeps=keeps,
             **kept,
         )
         self._stage = Stage(

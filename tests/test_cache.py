@@ -24,7 +24,7 @@ import lora_tree as lt
 from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
 from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, held_bytes, pack
+from lora_tree.cache.pack import buffer_of, held_bytes, pack, placed
 from lora_tree.cache.shelf import Shelf
 from lora_tree.errors import (
     BudgetError,
@@ -714,11 +714,13 @@ class Elsewhere:
     def allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def send(self, adapter: lt.Adapter) -> Arrived:
+    def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
         self.sent += 1
         buffer = buffer_of(adapter)
         assert buffer is not None
-        return Arrived(adapter.with_tensors(over(buffer.clone())))
+        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
+        there.copy_(buffer)
+        return Arrived(sent, buffer=there)
 
     def wait(self, arrived: Arrived) -> None:
         self.waited += 1

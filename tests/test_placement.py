@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of
+from lora_tree.cache.pack import buffer_of, placed
 from lora_tree.combining import combine
 from lora_tree.engine import batch as batch_module
 from lora_tree.engine import pristine as pristine_module
 from lora_tree.errors import BudgetError, SpecError
-from lora_tree.overlay import over
 from lora_tree.training.factors import Factors
 
 PATHS = ("a", "a/b", "a/c", "d")
@@ -56,11 +55,12 @@ class Counting:
     def allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def send(self, adapter: lt.Adapter) -> Arrived:
+    def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
         buffer = buffer_of(adapter)
         assert buffer is not None, "one copy for all of an adapter"
-        self.sent.append(buffer.clone())
-        return Arrived(adapter.with_tensors(over(self.sent[-1])))
+        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
+        self.sent.append(there.copy_(buffer))
+        return Arrived(sent, buffer=there)
 
     def wait(self, arrived: Arrived) -> None:
         self.waits += 1

@@ -7,6 +7,7 @@ fp16. What a GPU does is tested on one (`make test-gpu`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -452,11 +453,14 @@ def _steps_of_another_batch(sites: int, leaves: int) -> int:
         return step(frame, event, argument)
 
     traced = sys.gettrace()
+    # A collection within the batch would run finalizers of earlier models, which are ours too.
+    gc.disable()
     sys.settrace(enter)
     try:
         run(paths[::-1])
     finally:
         sys.settrace(traced)
+        gc.enable()
     return steps
 
 

@@ -471,3 +471,24 @@ def test_a_captured_graph_runs_the_path_that_was_merged_since() -> None:
             model.activate(path)
             graph.replay()
             assert torch.equal(out, base(x)), path
+
+
+def test_an_adapter_that_comes_back_is_the_same_and_its_paths_are_as_they_were(
+    tmp_path: Path,
+) -> None:
+    base = net()
+    small(base).save(tmp_path / "zoo")
+    tree = lt.load(tmp_path / "zoo")
+    nbytes = 4 * 2 * 8 * 128 * 2  # four layers, A and B, rank 8, bf16
+    model = lt.attach(tree, base, host_budget="64MiB", device_budget=4 * nbytes)
+    x = torch.randn(4, 128, device=CUDA, dtype=torch.bfloat16)
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    with torch.no_grad():
+        for _ in range(3):
+            for path in ("a/b/c", "e/f", "a/d"):
+                for mode in ("unmerged", "merged"):
+                    model.activate(path, mode=mode)  # type: ignore[arg-type]
+                    y = base(x)
+                    assert torch.equal(y, found.setdefault((path, mode), y))
+                    model.deactivate()
+    assert model.cache.stats().tiers[-1].evictions > 6

@@ -161,13 +161,17 @@ class Cache:
         them.
         """
         with self._lock:
-            self._loader.link = link
-            self._loader.tiers = self._new_tiers(link)
+            self._loader.follow(self._new_tiers(link), link)
             self._copies.clear()
 
     def origin(self, adapter: Adapter) -> Hashable:
         """Return an adapter's identity: its files' content if the lock says it, or else itself."""
         return self._loader.origin(adapter)
+
+    @property
+    def reclaims(self) -> bool:
+        """Whether an evicted adapter's memory is freed though plans still refer to it."""
+        return not self.bounded or self._loader.link is not None
 
     def spare(self, kept: LastUsed[Any]) -> None:
         """Allow the cache to drop what ``kept`` keeps when it needs room; held weakly."""

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter
-from ..overlay import over
-from .pack import buffer_of, tensors
+from .pack import buffer_of, placed, tensors, vacate
 
 __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
 
@@ -33,12 +32,18 @@ class Arrived:
         adapter: with its tensors on the device.
         event: recorded when the copy is done; None: the numbers are there.
         buffer: the device memory of all its tensors; None: it needs no record of the streams that
-            read it.
+            read it, and stays as long as anything refers to it.
     """
 
     adapter: Adapter
     event: Any = None
     buffer: Tensor | None = None
+
+    def vacate(self) -> None:
+        """Free the device memory, though plans may still refer to the adapter; see `pack.py`."""
+        # The allocator waits for the streams that `Link.wait` recorded, as for any freed memory.
+        if self.buffer is not None:
+            vacate(self.adapter)
 
 
 class Link(Protocol):
@@ -52,8 +57,13 @@ class Link(Protocol):
         """Allocate host memory for an adapter that is to be sent: (nbytes,) uint8."""
         ...
 
-    def send(self, adapter: Adapter) -> Arrived:
-        """Start the transfer of a packed adapter, without waiting for its end."""
+    def send(self, adapter: Adapter, again: Adapter | None = None) -> Arrived:
+        """Start the transfer of a packed adapter, without waiting for its end.
+
+        Args:
+            adapter: in host memory.
+            again: what was sent of it before, vacated; it is what arrives again.
+        """
         ...
 
     def wait(self, arrived: Arrived) -> None:
@@ -74,7 +84,7 @@ class CudaLink:
     def allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
-    def send(self, adapter: Adapter) -> Arrived:
+    def send(self, adapter: Adapter, again: Adapter | None = None) -> Arrived:
         host = buffer_of(adapter)
         assert host is not None, "only packed adapters are sent"
         if not host.is_pinned():
@@ -82,12 +92,12 @@ class CudaLink:
             # non_blocking copy makes the host wait.
             host = host.pin_memory()
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
-            there = torch.empty(host.shape, dtype=torch.uint8, device=self._device)
+            sent, there = placed(adapter, host.numel(), self._device, again)
             there.copy_(host, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         # `host` may go now: torch frees pinned memory only when the copy from it is done.
-        return Arrived(adapter.with_tensors(over(there)), event, there)
+        return Arrived(sent, event, there)
 
     def wait(self, arrived: Arrived) -> None:
         # The stream of the calling thread; only the caller knows which one will compute.

@@ -23,7 +23,7 @@ from ..errors import LoraTreeError, StateError
 from ..storage import Source
 from .copies import TreeSource, cache_key
 from .link import Arrived, Link
-from .pack import held_bytes, pack
+from .pack import held_bytes, is_vacated, pack
 from .reservation import Reservation
 from .shelf import Shelf
 from .tier import Resident, Tier
@@ -52,6 +52,9 @@ class Loader:
         # An entry is written by the thread that made the adapter, before
         # another thread can see the adapter.
         self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
+        # What was sent to the device, under the key of its tier. Plans may keep it after it was
+        # evicted; then it is given memory again, and the plans are good again.
+        self._sent: weakref.WeakValueDictionary[Hashable, Adapter] = weakref.WeakValueDictionary()
 
     @property
     def top(self) -> Tier:
@@ -94,6 +97,12 @@ class Loader:
         """Return an adapter's identity: its files' content if the lock says it, or else itself."""
         return self._origins.get(adapter) or weakref.ref(adapter)
 
+    def follow(self, tiers: list[Tier], link: Link | None) -> None:
+        """Load into other tiers from now on, over another link; called with the lock held."""
+        self.tiers[-1].leave()
+        self.tiers, self.link = tiers, link
+        self._sent.clear()
+
     def _load(self, level: int, path: str, source: Source, pinned: bool, wait: bool) -> Resident:
         tier, key = self.tiers[level], cache_key(source)
         start = time.perf_counter()
@@ -117,7 +126,9 @@ class Loader:
                 arrived = self._send_from_tree(source, reservation)
             else:
                 arrived = self._send(level, path, source, reservation)
-            nbytes = held_bytes(arrived.adapter)
+            buffer = arrived.buffer
+            # To ask hundreds of tensors takes as long as to start the transfer.
+            nbytes = held_bytes(arrived.adapter) if buffer is None else buffer.numel()
             reservation.resize(nbytes)
             resident = Resident(arrived, nbytes)
             with self.lock:
@@ -183,7 +194,7 @@ class Loader:
             below.used([key])
         try:
             reservation.resize(resident.nbytes)
-            arrived = link.send(resident.arrived.adapter)
+            arrived = self._sent_over(link, resident.arrived.adapter, source)
         finally:
             with self.lock:
                 below.passing -= 1
@@ -203,8 +214,20 @@ class Loader:
         adapter = source.load(link.allocate)
         reservation.resize(held_bytes(adapter))
         with torch.inference_mode(False), torch.no_grad():
-            arrived = link.send(adapter)
+            arrived = self._sent_over(link, adapter, source)
         self._origins[arrived.adapter] = self.origin(source.adapter)
+        return arrived
+
+    def _sent_over(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
+        """Start an adapter's transfer, to what was sent of it before if that has no memory now."""
+        if source.key is None and not isinstance(source, TreeSource):
+            return link.send(adapter)  # without a lock, its files may have another content by now
+        key = cache_key(source)
+        again = self._sent.get(key)
+        if again is not None and not is_vacated(again):
+            again = None
+        arrived = link.send(adapter, again)
+        self._sent[key] = arrived.adapter
         return arrived
 
     def _allocate(self, nbytes: int) -> Tensor:

@@ -7,6 +7,10 @@ it to a device.
 The numbers keep the dtype of the file. Merged weights and flattened adapters are made from those,
 bit for bit. A side path converts what it needs when it is laid out, so bf16 factors over an fp32
 base take half the memory.
+
+On a device an adapter outlives its memory. When it is evicted its buffer is freed, and its tensors
+stay as they are, over nothing. When it is sent again they get memory again. So the plans and side
+paths that were made of it are good again, and none of that work is done a second time.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..engine.slab import ALIGNED, Slab
+from ..overlay import over
 from ..storage import Allocate
 
-__all__ = ["buffer_of", "held_bytes", "pack", "tensors"]
+__all__ = ["buffer_of", "held_bytes", "is_vacated", "pack", "placed", "tensors", "vacate"]
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -54,6 +59,42 @@ def buffer_of(adapter: Adapter) -> Tensor | None:
     if storage.nbytes() > used + ALIGNED * len(found):
         return None
     return torch.empty(0, dtype=torch.uint8, device=found[0].device).set_(storage)
+
+
+def placed(
+    adapter: Adapter, nbytes: int, device: torch.device, again: Adapter | None
+) -> tuple[Adapter, Tensor]:
+    """Return a packed adapter over memory of a device, uninitialised, and that memory.
+
+    Args:
+        adapter: packed.
+        nbytes: of its buffer.
+        device: where the memory is taken.
+        again: what this returned for the adapter before, without its memory by now; it gets new
+            memory, and every tensor made of it is good again. None: there is none.
+    """
+    if again is None:
+        there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return adapter.with_tensors(over(there)), there
+    storage = next(tensors(again)).untyped_storage()
+    storage.resize_(nbytes)
+    return again, torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def vacate(adapter: Adapter) -> None:
+    """Free the memory of a packed adapter; whatever refers to its tensors keeps none of it.
+
+    Its tensors may not be read until `placed` has given it memory again.
+    """
+    one = next(tensors(adapter))
+    # All tensors over one buffer share its version. A backward that saved one of them raises.
+    torch.autograd.graph.increment_version(one)
+    one.untyped_storage().resize_(0)
+
+
+def is_vacated(adapter: Adapter) -> bool:
+    """Return whether `vacate` took an adapter's memory."""
+    return next(tensors(adapter)).untyped_storage().nbytes() == 0
 
 
 def held_bytes(adapter: Adapter) -> int:

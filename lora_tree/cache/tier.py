@@ -78,6 +78,7 @@ class Tier:
         # Adapters pinned only while they are sent on to the next tier. Another thread may wait for
         # these to become idle, because it needs no action of the user.
         self.passing = 0
+        self._left = False
         self.loads = self.loaded_bytes = self.evictions = self.evicted_bytes = self.failures = 0
         self.load_s = self.slowest_s = 0.0
 
@@ -132,8 +133,20 @@ class Tier:
         if not self._pins[key]:
             del self._pins[key]
             self._in_use -= self._residents[key].nbytes
+            if self._left:
+                self._vacate(key)
         # A thread may be waiting in `_make_room` for this adapter to become idle.
         self._lock.notify_all()
+
+    def leave(self) -> None:
+        """Free every idle adapter's memory, and that of each pinned one when it is unpinned last.
+
+        The base was moved away, and uses this tier no more.
+        """
+        self._left = True
+        for key in list(self._residents):
+            if key not in self._pins:
+                self._vacate(key)
 
     def clear(self) -> None:
         """Remove every adapter, pinned or not."""
@@ -258,8 +271,18 @@ class Tier:
             return False
         self.evictions += 1
         self.evicted_bytes += self._residents[victim].nbytes
-        self.discard(victim)
+        self._vacate(victim)
         return True
+
+    def _vacate(self, key: Hashable) -> None:
+        """Discard an adapter that is not pinned, and free its memory if that is a device's.
+
+        In host memory other threads may have it from `Cache.read`, without a pin. On a device
+        nothing reads it but what pins it.
+        """
+        resident = self._residents[key]
+        self.discard(key)
+        resident.arrived.vacate()
 
     def _full(self, nbytes: int, stays: int, budget: int) -> BudgetError:
         enough = f"{self.budget_name}={stays + nbytes} (bytes)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..lowrank import LowRank
 from .kernels import FactorTable, can_route
 from .plan import Plan
+from .upload import uploaded
 
 __all__ = ["FactorTables", "PlanTables"]
 
@@ -31,9 +33,10 @@ class FactorTables:
 
     def of(self, plan: Plan) -> PlanTables:
         """Return the tables of one plan."""
-        found = self._of.get(plan)
-        if found is None:
-            found = self._of[plan] = PlanTables(self._last)
+        found, places = self._of.get(plan), plan.places()
+        if found is not None and found.moved_to(places):
+            return found
+        found = self._of[plan] = PlanTables(self._last, places)
         return found
 
     def forget(self) -> None:
@@ -47,10 +50,12 @@ class PlanTables:
 
     Args:
         last: site → the last table of factors that train there, of any plan.
+        places: the addresses of its adapters' buffers; see `Plan.places`.
     """
 
-    def __init__(self, last: dict[str, FactorTable]) -> None:
-        self._last = last
+    def __init__(self, last: dict[str, FactorTable], places: tuple[int, ...] = ()) -> None:
+        self._last, self._places = last, places
+        self._blocks: list[_SentTables] = []
         self._at: dict[tuple[str, bool, torch.device], FactorTable | None] = {}
         self._found: dict[Hashable, Any] = {}
 
@@ -73,6 +78,28 @@ class PlanTables:
                 self._at[key] = self._table(site, factors, device, live=live)
         return self._at[key]
 
+    def moved_to(self, places: tuple[int, ...]) -> bool:
+        """Rewrite every table for adapters that lie elsewhere now; return False if it can't be.
+
+        What was made of the tables stays good, so that a path whose adapters were evicted and sent
+        again costs one small copy.
+
+        Args:
+            places: the addresses of the adapters' buffers now.
+        """
+        if places == self._places:
+            return True
+        shifts = [now - before for now, before in zip(places, self._places, strict=True)]
+        if any(shift % 16 for shift in shifts):
+            return False  # kernels that were compiled for aligned factors would read wrongly
+        by = torch.tensor([*shifts, 0], dtype=torch.int64, device="cpu")
+        for block in self._blocks:
+            numbers = block.numbers
+            with torch.inference_mode(False), torch.no_grad():
+                numbers[:, :6:3].add_(uploaded(by[block.owners], numbers.device))
+        self._places = places
+        return True
+
     def lay_out(self, sites: Mapping[str, Sequence[LowRank]], device: torch.device) -> None:
         """Make the tables of several sites' frozen values, which `at` returns then: one copy for
         all.
@@ -94,7 +121,7 @@ class PlanTables:
                 covered.append(factors)
         if not names:
             return
-        for name, table in zip(names, FactorTable.of_all(covered, device), strict=True):
+        for name, table in zip(names, self._made(covered, device), strict=True):
             self._at[name, False, device] = table
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
@@ -127,11 +154,40 @@ class PlanTables:
         live: bool,
     ) -> FactorTable:
         if not live:
-            return FactorTable.of(factors, device)
+            return self._made([factors], device)[0]
         last = self._last.get(site)
         if last is None or last.numbers.device != device or last.key != FactorTable.key_of(factors):
             last = self._last[site] = FactorTable.of(factors, device)
         return last
+
+    def _made(
+        self, sites: Sequence[Sequence[tuple[Tensor, Tensor, float]]], device: torch.device
+    ) -> list[FactorTable]:
+        """Return the tables of several sites' frozen factors, which `moved_to` rewrites."""
+        tables, numbers = FactorTable.of_all(sites, device)
+        index = {place: i for i, place in enumerate(self._places)}
+        other = len(index)  # lies in no adapter's buffer, as what was fused for this base: it stays
+        owners: list[int] = []
+        for factors in sites:
+            for A, B, _ in factors:
+                owners.append(index.get(A.untyped_storage().data_ptr(), other))
+                owners.append(index.get(B.untyped_storage().data_ptr(), other))
+        self._blocks.append(_SentTables(numbers, torch.tensor(owners, device="cpu").view(-1, 2)))
+        return tables
+
+
+@dataclass(frozen=True, eq=False)
+class _SentTables:
+    """The numbers of some tables, and whose factors they tell of.
+
+    Args:
+        numbers: (factors, FIELDS) int64, on the device.
+        owners: (factors, 2) int64, in host memory: the adapter in whose buffer A lies, and B; one
+            more than the last: none's.
+    """
+
+    numbers: Tensor
+    owners: Tensor
 
 
 def _factors(values: Sequence[LowRank]) -> list[tuple[Tensor, Tensor, float]]:

@@ -7,8 +7,8 @@ switch. So it is kept with its plan, and run again while everything is where it 
     weights     their addresses are compared
     pristine    its copies have a number; once a copy is made or dropped, no launch is known any
                 more
-    factors     the plan holds them; if a factor trains, or had to be copied for the launch, the
-                launch is not kept
+    factors     the plan holds them, and the addresses of their buffers are compared; if a factor
+                trains, or had to be copied for the launch, the launch is not kept
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class KeptLaunch:
     Args:
         launch: the launch.
         addresses: site → address.
+        places: where the adapters of its plan lay.
     """
 
     launch: Launch
     addresses: Mapping[str, int]
+    places: tuple[int, ...]
 
 
 class Launches:
@@ -64,7 +66,7 @@ class Launches:
             self._of.clear()
             self._number = number
         known = self._of.get(plan, {}).get(_names(sites))
-        if known is None:
+        if known is None or known.places != plan.places():
             return None
         for site in sites:
             address, weight = known.addresses.get(site.name), site.weight

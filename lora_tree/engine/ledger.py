@@ -30,6 +30,10 @@ def ordinary(nbytes: int, device: torch.device) -> Tensor:
 class Ledger(Protocol):
     """Bounds the memory that is taken beside the weights, as a cache with a budget does."""
 
+    @property
+    def reclaims(self) -> bool:
+        """Whether an adapter's memory comes back though a plan that is kept still refers to it."""
+
     def spare(self, kept: LastUsed[Any]) -> None:
         """Drop what ``kept`` keeps when room is needed. The ledger holds it weakly."""
 
@@ -52,6 +56,8 @@ class Ledger(Protocol):
 # For models without a budget, so that no caller has to ask whether there is one.
 class Unbounded:
     """A ledger without a bound; it counts nothing."""
+
+    reclaims = True  # nothing is ever evicted
 
     def spare(self, kept: LastUsed[Any]) -> None:
         """Do nothing: room is never short."""

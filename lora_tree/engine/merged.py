@@ -313,7 +313,8 @@ class MergedWeights:
             return others
         if known is None:
             addresses = {name: part.weight.data_ptr() for name, part in parts.items()}
-            known = KeptLaunch(merge_launch(list(parts.values())), addresses)
+            places = () if plan is None else plan.places()
+            known = KeptLaunch(merge_launch(list(parts.values())), addresses, places)
             if keeps and plan is not None:
                 self._launches.keep(plan, sites, known)
         known.launch.run()

@@ -160,6 +160,35 @@ class Plan:
             found += [override.value.values for override in overrides]
         return tuple(found)
 
+    @cached_property
+    def _anchors(self) -> tuple[Tensor, ...]:
+        """One factor of each adapter that has any; a cache lays an adapter in one buffer."""
+        found: list[Tensor] = []
+        for adapter in self.adapters:
+            for value in adapter.modules.values():
+                found.append(value.A)
+                break
+        return tuple(found)
+
+    def places(self) -> tuple[int, ...]:
+        """Return the addresses of its adapters' buffers now.
+
+        A cache may evict an adapter while the plan is kept, and send it again, to another place:
+        then every address that was taken of its factors is wrong. Empty if factors train: such a
+        plan is not kept.
+        """
+        if not self.fixed:
+            return ()
+        return tuple([tensor.untyped_storage().data_ptr() for tensor in self._anchors])
+
+    @cached_property
+    def lies_in_buffers(self) -> bool:
+        """Whether all its factors lie in the buffers of its adapters: none was made for this base,
+        as factors of modules that the base fuses are.
+        """
+        buffers = set(self.places())
+        return all(tensor.untyped_storage().data_ptr() in buffers for tensor in self.tensors)
+
     def someone(self, name: str) -> str:
         """Return the first node of a site, for a message."""
         terms = self.terms[name]
@@ -256,6 +285,7 @@ class Binder:
             stands for the same numbers.
         own_value: returns the base's own numbers of a module's tensor where a path may be merged
             into it; None: they are those that it holds now.
+        keeps: whether a plan may be kept, and with it its adapters and what was made of them.
     """
 
     def __init__(
@@ -267,6 +297,7 @@ class Binder:
         kept: int = KEPT_PLANS,
         origin: Callable[[Adapter], Hashable] = weakref.ref,
         own_value: Callable[[nn.Module, str], Tensor | None] = lambda module, name: None,
+        keeps: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         self._base = base
         self._own_value = own_value
@@ -283,6 +314,7 @@ class Binder:
         self._bound = weakref.WeakKeyDictionary()
         self._weighted: weakref.WeakKeyDictionary[Adapter, OrderedDict[Weight, Adapter]]
         self._weighted = weakref.WeakKeyDictionary()
+        self._keeps = keeps
         self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
 
@@ -326,8 +358,10 @@ class Binder:
             # With overrides the paths count, and not the coefficients alone.
             ends = None if lineages is None else tuple(map(tuple, lineages()))
             key = (*key, ends)
-        known = self._plans.again(key)
+        known = self._plans.find(key)
         if known is not None:
+            if self._keeps(known):
+                self._plans.again(key)
             dtypes = known.look(self._base)
             if dtypes is not None:
                 return PlacedPlan(known, dtypes, any(map(_requires_grad, known.tensors)))
@@ -335,7 +369,7 @@ class Binder:
             self._plans.forget()
         plan = self._made(terms, lineages)
         if plan.fixed:
-            self._plans.keep(key, plan)
+            self._plans.get(key, lambda: plan, keep=self._keeps(plan))
         dtypes = tuple([site.dtype for site in plan.sites.values()])
         return PlacedPlan(plan, dtypes, any(map(_requires_grad, plan.tensors)))
 

@@ -124,8 +124,11 @@ class PreparedSegments:
             self._addresses = torch.zeros(shape, dtype=torch.int64, device=device)
             self._scales = torch.zeros(shape[:2], dtype=torch.float32, device=device)
         self._lists: dict[int, list[Segments]] = {}
-        self._of_plan: weakref.WeakKeyDictionary[Plan, tuple[Tensor, Tensor, list[Tensor]]]
+        self._of_plan: weakref.WeakKeyDictionary[
+            Plan, tuple[tuple[int, ...], tuple[Tensor, Tensor, list[Tensor]]]
+        ]
         self._of_plan = weakref.WeakKeyDictionary()
+        """Plan → where its adapters lay, and what `_laid_out` returned then."""
         self.sites: dict[str, _SegmentedSite] = {}
         for i, (site, values) in enumerate(sites.items()):
             table = _table(values, self._addresses[i], self._scales[i])
@@ -149,11 +152,11 @@ class PreparedSegments:
             StateError: a node's factors are not like those that were prepared for.
         """
         nodes = list(batch.nodes) if batch is not None else _nodes_of(plan)
-        known = self._of_plan.get(plan)
-        if known is None:
+        places, known = self._of_plan.get(plan, ((), None))
+        if known is None or places != plan.places():
             known = self._laid_out(plan, nodes)
             if plan.fixed:
-                self._of_plan[plan] = known
+                self._of_plan[plan] = plan.places(), known
         addresses, scales, held = known
         kinds: Sequence[Sequence[float]] = [[1.0] * len(nodes)]
         of_row: Sequence[int] = [0]

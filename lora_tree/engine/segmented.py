@@ -12,7 +12,7 @@ for each of A and B of the nodes that train.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ class SegmentedForm(SumForm):
         if owed.live:
             for value in owed.values:
                 self._parameters += [value.A, value.B]
+
+    @property
+    def frozen(self) -> Sequence[Tensor]:
+        """A factor of each value that does not train; those of one adapter share their memory."""
+        if self.owed.live:
+            return ()
+        values = self.owed.values
+        key = "frozen", self.owed.site.name, len(values)
+        return self.owed.tables.once(key, lambda: [value.A for value in values])
 
     @classmethod
     def suits(cls, owed: Owed, tokens: int) -> bool:
@@ -99,14 +108,18 @@ class _Routed(torch.autograd.Function):
         after = torch.empty_like(out)
         low = form.write(x, out, after, segments, tiling)
         ctx.form, ctx.segments, ctx.tiling = form, segments, tiling
-        # The factors are saved so that autograd notices a write to them before the backward.
-        ctx.save_for_backward(x, low, *factors)
+        # The factors are saved so that autograd notices before the backward if they are written to,
+        # or if the cache has taken their memory.
+        frozen = form.frozen
+        ctx.trained = len(factors)
+        ctx.save_for_backward(x, low, *factors, *frozen)
         return after
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, low, *factors = ctx.saved_tensors
+        x, low, *saved = ctx.saved_tensors
+        factors = saved[: ctx.trained]
         segments, tiling = ctx.segments, ctx.tiling
         kernels, table = routed_kernels(), ctx.form.owed.table_now()
         grad = grad.contiguous()

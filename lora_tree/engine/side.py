@@ -99,7 +99,15 @@ SideKind: TypeAlias = tuple[torch.dtype, torch.device]
 
 
 class Sides(dict[str, Side]):
-    """Site → its side path. A class of its own, because a plain dict takes no weak reference."""
+    """Site → its side path. A class of its own, because a plain dict takes no weak reference.
+
+    Attributes:
+        nbytes: laid out for it.
+        tables: the tables of factors that it reads by; None: none.
+    """
+
+    nbytes: int = 0
+    tables: object = None
 
 
 class Draft:

@@ -124,6 +124,8 @@ class Unmerged:
         self._kept: LastUsed[Sides] = LastUsed(KEPT_PATHS)
         # Side paths of earlier requests are the first to go if room is needed.
         self._ledger.spare(self._kept)
+        self._in_place: LastUsed[Sides] = LastUsed(KEPT_PATHS)
+        """Those that take no memory beside the adapters."""
         self._router = Router(manner, ledger=self._ledger)
         self._tables = FactorTables()
         self._finite: weakref.WeakKeyDictionary[Plan, tuple[WeightDtypes, torch.dtype | None]] = (
@@ -164,8 +166,9 @@ class Unmerged:
             return self.nothing
         # The dtypes, because a side path is laid out for the weight's, and the base may be cast.
         key = plan, placed.dtypes
-        sides = self._kept.again(key)
-        if sides is None:
+        tables = self._tables.of(plan)
+        sides = self._kept.again(key) or self._in_place.again(key)
+        if sides is None or sides.tables is not tables:
             kinds = side_kinds(plan, self._manner.dtype)
             if plan.overrides:
                 check_grounds(plan)
@@ -173,7 +176,10 @@ class Unmerged:
             sides = self._laid_out(placed, kinds)
             # Anybody may write to factors that train, so nothing made of them is kept.
             if plan.fixed:
-                self._kept.keep(key, sides)
+                # To drop what takes no memory makes no room, if the cache has an evicted adapter's
+                # memory back though a plan refers to it.
+                is_free = not sides.nbytes and self._ledger.reclaims and plan.lies_in_buffers
+                (self._in_place if is_free else self._kept).keep(key, sides)
         return SidePaths(self, plan, sides, plan.mark)
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> SidePaths:
@@ -207,7 +213,8 @@ class Unmerged:
         total = 0
         for name, terms in plan.terms.items():
             drafts.append(Draft(plan.sites[name], terms, kinds[name], trains=placed.trains))
-        read_in_place(drafts, self._tables.of(plan))
+        laid.tables = self._tables.of(plan)
+        read_in_place(drafts, laid.tables)
         for draft in drafts:
             total += draft.nbytes
         # Made before they are counted, since only then it shows which of them had to be copied.
@@ -222,6 +229,7 @@ class Unmerged:
             lend = self._ledger.lend(laid, total)
         except BudgetError as error:
             raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
+        laid.nbytes = total
         devices = {draft.device for draft in drafts}
         portions = _portions([draft for draft in drafts if draft.stacks])
         sides = {}
@@ -284,6 +292,7 @@ class Unmerged:
     def forget(self) -> None:
         """Drop the side paths kept for earlier requests."""
         self._kept.forget()
+        self._in_place.forget()
         self._router.forget()
         self._tables.forget()
 

@@ -300,13 +300,13 @@ class FactorTable:
     @staticmethod
     def of(factors: Sequence[tuple[Tensor, Tensor, float]], device: torch.device) -> FactorTable:
         """Return the table of some (A (r, in), B (out, r), scale) for which `can_route` is true."""
-        return FactorTable.of_all([factors], device)[0]
+        return FactorTable.of_all([factors], device)[0][0]
 
     @staticmethod
     def of_all(
         sites: Sequence[Sequence[tuple[Tensor, Tensor, float]]], device: torch.device
-    ) -> list[FactorTable]:
-        """Return the tables of several sites, which lie in one buffer and are sent as one."""
+    ) -> tuple[list[FactorTable], Tensor]:
+        """Return the tables of several sites, and the numbers of all of them, sent as one."""
         fields: list[int] = []
         all_scales: list[float] = []
         shapes: list[tuple[int, bool, tuple[int, int]]] = []
@@ -330,8 +330,11 @@ class FactorTable:
         scales = torch.tensor(all_scales, dtype=torch.float32, device="cpu")
         lengths = [len(factors) for factors in sites]
         padded = [length + -length % 4 for length in lengths]
-        parts = torch.split(uploaded(numbers, device), lengths)
-        scale_parts = torch.split(uploaded(scales, device), padded)
+        # Tensors made under the caller's inference_mode could not be rewritten outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            every = uploaded(numbers, device)
+            parts = torch.split(every, lengths)
+            scale_parts = torch.split(uploaded(scales, device), padded)
         found = []
         for i, factors in enumerate(sites):
             A, B, _ = factors[0]
@@ -347,4 +350,4 @@ class FactorTable:
                 grad_sizes,
             )
             found.append(table)
-        return found
+        return found, every

@@ -1,0 +1,110 @@
+"""The host's work to bring an adapter back to a device: from the host's tier to an active path.
+
+    224 sites, rank 16, bf16; eleven paths in turn, and a device budget for six
+    time     of the processor, of `activate(path, mode="unmerged")` alone, no forward
+    device   more host memory: what is sent is a copy, and kernels are taken for there and not run
+
+On a GPU the transfer runs beside this work, and the path is active when both are done. Run it with
+``python -m benchmarks.returning``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import lora_tree as lt
+from lora_tree.cache.link import Arrived
+from lora_tree.cache.pack import buffer_of, held_bytes, pack, placed
+
+__all__ = ["Returned", "returned"]
+
+SITES, WIDTH, RANK = 224, 32, 16
+PATHS, HELD = 11, 6
+KERNELS = ("segmented", "routed", "path_form")
+
+
+class Returned:
+    """A link that copies within host memory; and what was seen of the adapters that came back."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.laid_out_bytes = 0
+        self.seconds: list[float] = []
+
+    def holds(self, adapter: lt.Adapter) -> bool:
+        return False
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
+        self.sent += 1
+        buffer = buffer_of(adapter)
+        assert buffer is not None
+        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
+        return Arrived(sent, buffer=there.copy_(buffer))
+
+    def wait(self, arrived: Arrived) -> None:
+        pass
+
+
+def returned(depth: int, *, sites: int = SITES, rounds: int = 3) -> Returned:
+    """Return what it took to bring each of the paths back, in turn.
+
+    Args:
+        depth: adapters of a path; all of them come back.
+        sites: of the base.
+        rounds: how often each path comes back.
+    """
+    link = Returned()
+    base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(sites)])
+    base.to(torch.bfloat16).requires_grad_(False)
+    tree, leaves, nbytes = lt.AdapterTree(), [], 0
+    for i in range(PATHS):
+        path = f"n{i}"
+        for _ in range(depth):
+            node = pack(_adapter(sites), link.allocate)
+            tree.add(path, adapter=node)
+            nbytes, leaf, path = held_bytes(node), path, f"{path}/n"
+        leaves.append(leaf)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("lora_tree.model.link_to", return_value=link))
+        for name in KERNELS:
+            module = f"lora_tree.engine.{name}.routes"
+            stack.enter_context(mock.patch(module, return_value=True))
+        model = lt.attach(tree, base, device_budget=HELD * nbytes * depth)
+        for path in leaves:
+            model.activate(path, mode="unmerged")
+        for path in leaves * rounds:
+            start = time.process_time()
+            model.activate(path, mode="unmerged")
+            link.seconds.append(time.process_time() - start)
+        link.laid_out_bytes = model.cache.stats().tiers[-1].laid_out_bytes
+        model.detach()
+    return link
+
+
+def _adapter(sites: int) -> lt.Adapter:
+    modules = {}
+    for i in range(sites):
+        A, B = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
+        modules[str(i)] = lt.LowRank(A.to(torch.bfloat16), B.to(torch.bfloat16), 0.5)
+    return lt.Adapter(modules)
+
+
+def main() -> None:
+    """Print a line for paths of one node and of three."""
+    for depth in (1, 3):
+        seen = returned(depth)
+        taken = 1e3 * statistics.median(seen.seconds)
+        print(f"paths of {depth}: {taken:.2f} ms of the host, {seen.laid_out_bytes} bytes laid out")
+
+
+if __name__ == "__main__":
+    main()
