@@ -26,7 +26,7 @@ __all__ = ["Returned", "returned"]
 
 SITES, WIDTH, RANK = 224, 32, 16
 PATHS, HELD = 11, 6
-KERNELS = ("segmented", "routed", "path_form")
+KERNELS = ("segmented", "routed", "path_form", "unmerged")
 
 
 class Returned:

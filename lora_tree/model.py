@@ -41,7 +41,7 @@ from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
 from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
-from .engine.plan import Binder, Plan
+from .engine.plan import KEPT_PLANS, Binder, Plan
 from .engine.prepared import Prepared, increments_beside
 from .engine.pristine import Copies, Place
 from .engine.routed import Strategy
@@ -171,11 +171,10 @@ class TreeModel(AnswersForBase):
             raise
         self.cache = Cache(tree, budgets, policy=how.eviction, link=link)
         cache = self.cache
-        kept = {"kept": KEPT_IN_BUDGET} if cache.bounded else {}
 
         def keeps(plan: Plan) -> bool:
             # A plan keeps its adapters alive, and under a budget the cache decides about memory.
-            return not cache.bounded or (cache.reclaims and plan.lies_in_buffers)
+            return cache.reclaims and plan.lies_in_buffers
 
         name = getattr(inner, "name_or_path", None)
         self._own_name = own_name = name if isinstance(name, str) and name else None
@@ -187,8 +186,8 @@ class TreeModel(AnswersForBase):
             own_name=own_name,
             origin=self.cache.origin,
             own_value=self._merged.pristine.known,
-            keeps=keeps,
-            **kept,
+            kept=KEPT_IN_BUDGET if cache.bounded else KEPT_PLANS,
+            keeps=keeps if cache.bounded else None,
         )
         self._stage = Stage(
             inner,

@@ -184,6 +184,7 @@ def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[s
     monkeypatch.setattr("lora_tree.engine.routed.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.prepared_segments.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.path_form.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.unmerged.routes", lambda device: True)
     for module in ("segmented", "prepared_segments"):
         monkeypatch.setattr(f"lora_tree.engine.{module}.routed_kernels", lambda: kernels)
     return names

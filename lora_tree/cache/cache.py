@@ -197,7 +197,7 @@ class Cache:
         if nbytes:
             with self._lock:
                 churns = self._loader.link is None and nbytes < PAGED
-                self._loader.top.lay_out(owner, nbytes, churns=churns)
+                self._loader.tiers[-1].lay_out(owner, nbytes, churns=churns)
         return self._lent if self._loader.link is None else ordinary
 
     def stats(self) -> CacheStats:

@@ -62,8 +62,7 @@ def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
     found: dict[torch.device, list[Draft]] = {}
     for draft in drafts:
         biased = any(value.bias is not None for value in draft.frozen)
-        # Asked first: on a CPU there are no kernels, and nothing more to ask.
-        if routes(draft.device) and draft.frozen and not biased:
+        if draft.frozen and not biased and routes(draft.device):
             found.setdefault(draft.device, []).append(draft)
     for device, mine in found.items():
         tables.lay_out({draft.site.name: draft.frozen for draft in mine}, device)
@@ -80,4 +79,4 @@ def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
                 trains=False,
             )
             if OneRowForm.suits(owed, 1):
-                draft.form = OneRowForm(owed)
+                draft.reads_by(OneRowForm(owed))

@@ -42,6 +42,7 @@ from .last_used import LastUsed
 
 __all__ = [
     "EMPTY_PLAN",
+    "KEPT_PLANS",
     "Binder",
     "Marks",
     "OverrideTerm",
@@ -285,7 +286,8 @@ class Binder:
             stands for the same numbers.
         own_value: returns the base's own numbers of a module's tensor where a path may be merged
             into it; None: they are those that it holds now.
-        keeps: whether a plan may be kept, and with it its adapters and what was made of them.
+        keeps: whether a plan may be kept, and with it its adapters and what was made of them; None:
+            each may.
     """
 
     def __init__(
@@ -297,7 +299,7 @@ class Binder:
         kept: int = KEPT_PLANS,
         origin: Callable[[Adapter], Hashable] = weakref.ref,
         own_value: Callable[[nn.Module, str], Tensor | None] = lambda module, name: None,
-        keeps: Callable[[Plan], bool] = lambda plan: True,
+        keeps: Callable[[Plan], bool] | None = None,
     ) -> None:
         self._base = base
         self._own_value = own_value
@@ -360,7 +362,7 @@ class Binder:
             key = (*key, ends)
         known = self._plans.find(key)
         if known is not None:
-            if self._keeps(known):
+            if self._keeps is None or self._keeps(known):
                 self._plans.again(key)
             dtypes = known.look(self._base)
             if dtypes is not None:
@@ -369,7 +371,8 @@ class Binder:
             self._plans.forget()
         plan = self._made(terms, lineages)
         if plan.fixed:
-            self._plans.get(key, lambda: plan, keep=self._keeps(plan))
+            keep = self._keeps is None or self._keeps(plan)
+            self._plans.get(key, lambda: plan, keep=keep)
         dtypes = tuple([site.dtype for site in plan.sites.values()])
         return PlacedPlan(plan, dtypes, any(map(_requires_grad, plan.tensors)))
 

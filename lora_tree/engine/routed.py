@@ -215,7 +215,8 @@ class Route:
             device = side_device(site.weight, [t.value for t in owed])
             draft = Draft(site, tuple(owed), (dtype, device), trains=True)
             self._read_in_place(draft, terms, coefficients)
-            self._charge(draft.nbytes)  # before it is made: there may be no room
+            if draft.stacks:
+                self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
                 found[name] = PathSide(draft, self.manner)
             ground = self._grounds[name].only if name in self._grounds else None
@@ -241,7 +242,7 @@ class Route:
             draft.site, values, batch, draft.dtype, draft.device, tables=self._tables, trains=False
         )
         if OneRowForm.suits(owed, 1):
-            draft.form = OneRowForm(owed)
+            draft.reads_by(OneRowForm(owed))
 
     def grounds(self, site: Site) -> RowGrounds | None:
         """Return what stands under each row at a site; None if no node overrides it."""

@@ -129,31 +129,27 @@ class Draft:
             (self.live if trains and term.trains else self.frozen).append(term.scaled)
         self.form: PathForm | None = None
         """Reads the frozen factors where they lie; None: nothing does."""
+        self.stacks = len(self.frozen) > 1
+        """Whether the frozen factors are copied side by side."""
+        if len(self.frozen) == 1:
+            # One node's factors are a stack already, if they are what the site computes with.
+            for tensor in self.frozen[0].tensors:
+                if tensor.dtype != self.dtype or tensor.device != self.device:
+                    self.stacks = True
         up = down = biases = 0
         for value in self.frozen:
             down += value.A.numel()
             up += value.B.numel()
             biases += 0 if value.bias is None else value.bias.numel()
         itemsize = self.dtype.itemsize
-        self._stack_bytes = (down + up + biases) * itemsize
+        self.nbytes = (down + up + biases) * itemsize
+        """Bytes that a stack takes: a copy of what does not train."""
         self.down_bytes, self.up_bytes = down * itemsize, up * itemsize
         """Bytes of the A's, and of the B's, side by side."""
 
-    @property
-    def stacks(self) -> bool:
-        """Whether the frozen factors are copied side by side: nothing reads them where they lie."""
-        if self.form is not None or not self.frozen:
-            return False
-        if len(self.frozen) > 1:
-            return True
-        # One node's factors are a stack already, if they are what the site computes with.
-        tensors = self.frozen[0].tensors
-        return any(t.dtype != self.dtype or t.device != self.device for t in tensors)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that laying it out takes: a copy of what does not train, if one is needed."""
-        return self._stack_bytes if self.stacks else 0
+    def reads_by(self, form: PathForm) -> None:
+        """Let a form read the frozen factors where they lie."""
+        self.form, self.stacks = form, False
 
     def cut_from(self, slab: Slab) -> tuple[Tensor, Tensor]:
         """Return memory for the A's and for the B's: (\\*batch, Σr, in) and (\\*batch, out, Σr)."""

@@ -36,6 +36,7 @@ from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
 from .inside import InsideForwards
+from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
 from .path_form import read_in_place
@@ -166,9 +167,13 @@ class Unmerged:
             return self.nothing
         # The dtypes, because a side path is laid out for the weight's, and the base may be cast.
         key = plan, placed.dtypes
-        tables = self._tables.of(plan)
         sides = self._kept.again(key) or self._in_place.again(key)
-        if sides is None or sides.tables is not tables:
+        # Adapters may have come back elsewhere. `of` shifts their addresses, or makes new tables if
+        # it can't.
+        known = None if sides is None else sides.tables
+        if known is not None and known is not self._tables.of(plan):
+            sides = None
+        if sides is None:
             kinds = side_kinds(plan, self._manner.dtype)
             if plan.overrides:
                 check_grounds(plan)
@@ -209,14 +214,20 @@ class Unmerged:
 
     def _laid_out(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> Sides:
         plan, laid = placed.plan, Sides()
-        drafts = []
+        drafts: list[Draft] = []
+        devices: set[torch.device] = set()
         total = 0
         for name, terms in plan.terms.items():
             drafts.append(Draft(plan.sites[name], terms, kinds[name], trains=placed.trains))
-        laid.tables = self._tables.of(plan)
-        read_in_place(drafts, laid.tables)
+            devices.add(drafts[-1].device)
+        if any(map(routes, devices)):
+            laid.tables = tables = self._tables.of(plan)
+            read_in_place(drafts, tables)
+        stacked = []
         for draft in drafts:
-            total += draft.nbytes
+            if draft.stacks:
+                stacked.append(draft)
+                total += draft.nbytes
         # Made before they are counted, since only then it shows which of them had to be copied.
         overridden = grounds_of(plan) if plan.overrides else {}
         grounds = {}
@@ -230,9 +241,8 @@ class Unmerged:
         except BudgetError as error:
             raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
         laid.nbytes = total
-        devices = {draft.device for draft in drafts}
-        portions = _portions([draft for draft in drafts if draft.stacks])
-        sides = {}
+        portions = _portions(stacked)
+        sides: dict[str, PathSide] = {}
         with exact_mode(*devices):
             for device, nbytes, portion in portions:
                 slab = Slab(lend(nbytes, device))
