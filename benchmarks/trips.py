@@ -10,6 +10,7 @@ taken, so the numbers are the same on every machine. Run it with ``python -m ben
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -88,11 +89,15 @@ def _followed(name: str, act: Callable[[], object]) -> Trip:
         if event == "call" and file.startswith(PACKAGE):
             calls.append((file.removeprefix(PACKAGE), frame.f_code.co_name))
 
+    # A collection within the trip would run finalizers of earlier models, which are ours too.
+    gc.collect()
+    gc.disable()
     sys.setprofile(note)
     try:
         act()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return Trip(name, calls)
 
 
