@@ -1,8 +1,7 @@
 """Many paths in one batch: the time that each form and PEFT's mixed batch add to the bare base.
 
 PEFT is given the same paths flattened: one adapter of rank 3·r for each, chosen row by row with
-``adapter_names``. Rows are shuffled. "auto" is what `route` does by itself; the other forms show
-what its cost rule chose between.
+``adapter_names``. Rows are shuffled. "auto" is what `route` does by itself.
 """
 
 from __future__ import annotations

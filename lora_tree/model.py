@@ -329,8 +329,8 @@ class TreeModel(AnswersForBase):
         Args:
             paths: one path or blend for every row.
             strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped``, ``matrix`` or
-                ``segmented`` (Triton kernels). They agree to rounding; ``auto`` takes the one with
-                the least estimated time.
+                ``segmented`` (Triton kernels). They agree to rounding; ``auto`` takes one
+                by the device, the dtype and the number of inputs.
             repeat: each row occurs so many times in succession in the base's input, as for beams.
             tile: the whole batch is stacked so many times, as for preference pairs or guidance.
             batch_first: every site puts the rows on the first axis. Needed only if a first batch

@@ -22,9 +22,10 @@ from test_sites import DTYPES, EPS, KINDS, Base, Kind
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.engine import forms
+from lora_tree.engine import arithmetic, forms
+from lora_tree.engine.at_once import AllPathsForm
 from lora_tree.engine.batch import Batch
-from lora_tree.engine.cost import machine
+from lora_tree.engine.in_turn import EachPathForm, NodesForm, UnkeptPathForm
 from lora_tree.engine.owed import Owed
 from lora_tree.engine.routed import Strategy
 from lora_tree.engine.segmented import SegmentedForm
@@ -36,6 +37,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 BLEND = {"a/b": 0.5, "a/d": 0.25, "e": -1.0}
+EVERY_WAY = {way for ways in forms.FORMS.values() for way in ways} | {UnkeptPathForm}
 ROUTED = [name for name, kind in KINDS.items() if kind.is_linear]
 
 
@@ -353,7 +355,7 @@ def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
                 for node in tree.lineage(blend):
                     v = tree.adapter(node).modules["m"]  # type: ignore[union-attr]
                     wanted[row] += v.scale * (x[row] @ v.A.mT @ v.B.mT)
-            for way in {way for ways in forms.FORMS.values() for way in ways}:
+            for way in EVERY_WAY:
                 if not way.suits(owed, 4):
                     continue
                 tried.add(way)
@@ -364,7 +366,7 @@ def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
                 got = way(owed).add(recorded, here, spare=True)
                 torch.testing.assert_close(got.detach().double(), wanted, rtol=1e-5, atol=1e-4)
     # Triton's is tried in tests/test_segmented.py.
-    assert tried == {way for ways in forms.FORMS.values() for way in ways} - {SegmentedForm}
+    assert tried == EVERY_WAY - {SegmentedForm}
     assert kind.name == site.name
 
 
@@ -790,42 +792,106 @@ def test_a_base_that_compiles_itself_is_refused() -> None:
     assert model.state is lt.State.BARE
 
 
-# ---------------------------------------------------------------------- what it costs on a GPU
-MEASURED_MS = {  # docs/benchmarks.md, "On a GPU": what each form added to a forward of four layers
-    1: {"nodes": 120.0, "paths": 2.5, "grouped": 9.5, "matrix": 4.0},
-    16: {"nodes": 125.6, "paths": 2.1, "grouped": 14.6, "matrix": 5.1},
-    128: {"nodes": 101.9, "paths": 4.4, "grouped": 37.9, "matrix": 10.1},
-}
+# ---------------------------------------------------------------------- the form that is taken
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+EVEN, UNEVEN = ["r/m0", "r/m1"], ["r/m0", "r/m0", "r/m1"]
 
 
-@pytest.mark.parametrize("tokens", MEASURED_MS)
-def test_on_a_gpu_the_forms_are_estimated_in_the_order_that_was_measured(tokens: int) -> None:
+def owed_of(
+    rows: Sequence[str],
+    module: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    charge: Callable[[int], None] = lambda nbytes: None,
+) -> Owed:
+    """What rows owe at a module in a tree r → m0, m1."""
     tree = lt.AdapterTree()
-    tree.add("r", group=True)
-    for i in range(8):
-        tree.add(f"r/m{i}", group=True)
-    leaves = [f"r/m{i // 8}/l{i:02}" for i in range(64)]
-    for leaf in leaves:
-        tree.add(leaf, group=True)
-    batch = Batch.of(tree, random.Random(0).sample(leaves, len(leaves)))
-    hidden, inner = 4096, 14336
-    shapes = (
-        [(hidden, hidden)] * 2 + [(1024, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
-    )
-    estimated = dict.fromkeys(MEASURED_MS[tokens], 0.0)
-    for out, into in shapes:
-        with torch.device("meta"):
-            base = nn.Sequential(nn.Linear(into, out, dtype=torch.bfloat16))
-            pair = (
-                torch.empty(16, into, dtype=torch.bfloat16),
-                torch.empty(out, 16, dtype=torch.bfloat16),
-            )
-        values = [lt.LowRank(*pair) for _ in batch.nodes]
-        owed = Owed(find_site(base, "0"), values, batch, torch.bfloat16, torch.device("cuda"))
-        for name in estimated:
-            way = next(way for way in forms.FORMS[name] if way.suits(owed, tokens))
-            estimated[name] += 4e3 * way.cost(owed, tokens).seconds(machine(owed.device))
-    in_order = sorted(estimated, key=lambda name: estimated[name])
-    assert in_order == sorted(MEASURED_MS[tokens], key=lambda name: MEASURED_MS[tokens][name])
-    for name, measured in MEASURED_MS[tokens].items():
-        assert measured / 2 < estimated[name] < measured * 2
+    for path in ("r", "r/m0", "r/m1"):
+        tree.add(path, group=True)
+    batch = Batch.of(tree, rows)
+    site = find_site(nn.Sequential(module), "0")
+    out, into = site.matrix_shape
+    values = []
+    for _ in batch.nodes:
+        A, B = torch.randn(2, into).to(dtype), torch.randn(out, 2).to(dtype)
+        values.append(lt.LowRank(A, B, 0.5, layout=site.layout))
+    return Owed(site, values, batch, dtype, device, charge)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "device", "trains", "wanted"),
+    [
+        (EVEN, 1, CPU, False, NodesForm),
+        (EVEN, forms.MANY - 1, CPU, False, NodesForm),
+        (EVEN, forms.MANY, CPU, False, UnkeptPathForm),
+        (UNEVEN, forms.MANY, CPU, False, UnkeptPathForm),
+        (EVEN, 1, CPU, True, AllPathsForm),
+        (UNEVEN, 1, CPU, True, EachPathForm),
+        (EVEN, 1, CUDA, False, AllPathsForm),
+    ],
+)
+def test_the_form_that_is_taken_follows_from_what_is_owed(
+    rows: list[str],
+    tokens: int,
+    device: torch.device,
+    trains: bool,
+    wanted: type,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forms, "routes", lambda device: False)  # Triton does not run here
+    owed = owed_of(rows, nn.Linear(8, 8), torch.float32, device)
+    assert forms.chosen(owed, tokens, trains=trains) is wanted
+
+
+def test_narrow_products_take_few_calls_where_they_are_not_widened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owed = owed_of(EVEN, nn.Linear(8, 8), torch.bfloat16)
+    for slow, wanted in ((set(), AllPathsForm), ({torch.bfloat16}, NodesForm)):
+        monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", slow)
+        assert forms.chosen(owed, 1, trains=False) is wanted
+
+
+def test_what_is_no_product_is_never_stacked_by_itself() -> None:
+    owed = owed_of(EVEN, nn.Embedding(8, 4), torch.float32)
+    assert forms.chosen(owed, 1000, trains=False) is NodesForm
+
+
+@pytest.mark.parametrize("tokens", [1, forms.MANY])
+def test_a_new_batch_on_a_cpu_lays_nothing_out(tokens: int) -> None:
+    laid_out: list[int] = []
+    owed = owed_of(EVEN, nn.Linear(8, 8), torch.float32, charge=laid_out.append)
+    forms.chosen(owed, tokens, trains=False)(owed)
+    assert sum(laid_out) == 0
+    AllPathsForm(owed)
+    assert sum(laid_out) > 0, "what is stacked is counted"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_are_the_rows_of_every_node_side_by_side(seed: int) -> None:
+    rng = random.Random(seed)
+    tree = lt.AdapterTree()
+    for path in PATHS:
+        tree.add(path, group=True)
+    rows = [rng.choice([*PATHS, "", BLEND]) for _ in range(rng.choice([2, 9, 40]))]
+    batch = Batch.of(tree, ["a", *rows])
+    runs = batch.runs
+    assert len(set(runs.order)) == len(runs.order)
+    found = torch.zeros(len(batch), len(batch.nodes), dtype=torch.float64)
+    for start, end, node, coefficient in runs.parts:
+        for row in runs.order[start:end]:
+            assert found[row, node] == 0, "a row owes each node once"
+            found[row, node] = coefficient
+    assert torch.equal(found, batch.coefficients(range(len(batch))))
+    # A row's sum is in the order of the nodes.
+    assert [part[2] for part in runs.parts] == sorted([part[2] for part in runs.parts])
+
+
+def test_rows_are_put_in_another_order_only_if_that_saves_half_of_the_products() -> None:
+    tree = lt.AdapterTree()
+    for path in PATHS:
+        tree.add(path, group=True)
+    assert Batch.of(tree, ["a/b", "e", "a/d"]).runs.order == (0, 1, 2)
+    mixed = Batch.of(tree, ["a/b", "", "e"] * 4).runs
+    assert mixed.order == (0, 3, 6, 9, 2, 5, 8, 11)
+    assert [part[:2] for part in mixed.parts] == [(0, 4), (0, 4), (4, 8)]

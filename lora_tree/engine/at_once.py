@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from .cost import Cost
-from .in_turn import NodesForm
 from .owed import Owed, RowSubset
 from .sum_form import SumForm, disjoint_layers
 from .unpromised import grouped_product
@@ -54,13 +52,6 @@ class AllPathsForm(SumForm):
             return True
         numbers = len(owed.batch) * tokens * max(owed.values[0].shape[-2:])
         return numbers <= AT_ONCE
-
-    @classmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        kinds = owed.batch.by_kind
-        # Shorter paths are filled up with zeros, so all cost as much as the longest.
-        rank = max(owed.rank(coefficients) for _, coefficients in kinds)
-        return owed.cost(_rows_by_kind(owed), rank, tokens, copies=len(kinds))
 
     def _made(self) -> tuple[Tensor, Tensor]:
         """Return (paths, R, in) and (paths, R, out)."""
@@ -128,14 +119,6 @@ class GroupedForm(SumForm):
         aligned = out * itemsize % STRIDE_BYTES == 0 and into * itemsize % STRIDE_BYTES == 0
         return owed.dtype in dtypes and aligned
 
-    @classmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        cost = NodesForm.cost(owed, tokens)
-        if owed.device.type == "cpu":  # torch's grouped product is a loop over its groups there
-            return cost
-        layers = disjoint_layers(owed.batch.by_node, lambda node: node[0])
-        return replace(cost, calls=6.0 * len(layers))
-
     def _layer(self, nodes: list[int]) -> _NodeLayer:
         owed = self.owed
         rows: list[int] = []
@@ -182,7 +165,7 @@ class MatrixForm(SumForm):
     def __init__(self, owed: Owed) -> None:
         super().__init__(owed)
         self._rows = owed.rows(owed.batch.adapted)
-        self._value = owed.held(partial(owed.stacked, [1.0] * len(owed.values)))
+        self._value = owed.held(owed.stacking([1.0] * len(owed.values)))
         # A row's coefficient of a node stands once for each of the node's ranks, and all of that
         # once for each group.
         column: list[int] = []
@@ -193,12 +176,6 @@ class MatrixForm(SumForm):
         self._mine = uploaded(coefficients != 0, owed.device)
         plain = bool(((coefficients == 0) | (coefficients == 1)).all())
         self._coefficients = None if plain else owed.numbers(coefficients)
-
-    @classmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        rank = sum(value.rank for value in owed.values)
-        narrow = 4 * len(owed.batch.adapted) * tokens * rank * owed.dtype.itemsize
-        return owed.cost(owed.batch.adapted, rank, tokens) + Cost(2, narrow)
 
     def _low(self, x: Tensor, value: LowRank) -> Tensor:
         low = self._down(self._rows.of(x), value, None)

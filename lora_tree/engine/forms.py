@@ -1,20 +1,27 @@
-"""The forms of a site's sum, by name.
+"""The forms of a site's sum, by name, and the one that is taken by itself.
 
 They agree to rounding, and differ in how often factors are read and in how far rows are moved. Rows
 that do not lie side by side are taken out of the input and added back in their places, at this
 site: that costs a copy of their inputs and of the numbers that are added to them.
+
+The choice follows from what is owed and from the number of inputs, and never from what ran before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from .at_once import AllPathsForm, GroupedForm, MatrixForm
-from .in_turn import EachPathForm, NodesForm
+from .in_turn import EachPathForm, NodesForm, UnkeptPathForm
+from .kernels import routes
+from .owed import Owed
 from .segmented import SegmentedForm
+from .side import product_dtype
 from .sum_form import SumForm
 
-__all__ = ["FORMS", "SumForm"]
+__all__ = ["FORMS", "MANY", "SumForm", "chosen", "way_of"]
 
 FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "nodes": (NodesForm,),
@@ -24,3 +31,37 @@ FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "segmented": (SegmentedForm, AllPathsForm, EachPathForm),
 }
 """Name → the ways to do it. The first that suits a site is taken there, and the last suits all."""
+
+MANY = 96
+"""A path with so many inputs is multiplied faster with its factors side by side, the copy of the
+factors included (`python -m benchmarks.forms`)."""
+
+
+def chosen(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
+    """Return the way in which a site's sum is added up where none was asked for.
+
+    Args:
+        owed: what the rows owe there.
+        tokens: inputs a row.
+        trains: whether any factor of the batch trains.
+    """
+    if routes(owed.device):
+        return way_of("segmented", owed, tokens)
+    # Wide products on a CPU are calls that cost little, so factors are read where they lie, and a
+    # new batch costs what any other does. Calls that cost more (another device; narrow products,
+    # which go through oneDNN), and whatever autograd records, want few products.
+    wide = product_dtype(owed.dtype, owed.device) in (torch.float32, torch.float64)
+    if owed.device.type != "cpu" or trains or not wide:
+        return way_of("paths", owed, tokens)
+    inputs = tokens * len(owed.batch.adapted) / max(len(owed.batch.by_kind), 1)
+    if owed.site.is_product and inputs >= MANY:
+        return UnkeptPathForm
+    return NodesForm
+
+
+def way_of(strategy: str, owed: Owed, tokens: int) -> type[SumForm]:
+    """Return the first way of a form that suits what is owed."""
+    for way in FORMS[strategy]:
+        if way.suits(owed, tokens):
+            return way
+    raise AssertionError(f"the last way of {strategy} suits everything")

@@ -1,7 +1,7 @@
 """Forms that run one product after the other: for each node, or for each distinct path.
 
 nodes     a product per node over the rows below it: every factor is read once, an ancestor's
-          for all its rows
+          for all its rows, where it lies
 paths     a product per distinct path, the factors on it side by side
 """
 
@@ -10,17 +10,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from .cost import Cost
 from .owed import Owed, RowSubset
 from .sum_form import SumForm, disjoint_layers
 
-__all__ = ["EachPathForm", "NodesForm"]
+__all__ = ["EachPathForm", "NodesForm", "UnkeptPathForm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +41,21 @@ class _Product:
 class _InTurn(SumForm):
     """Products, one after the other."""
 
-    def __init__(self, owed: Owed) -> None:
-        super().__init__(owed)
-        self._products = self._made()
-        self._layers: list[tuple[list[_Product], RowSubset]] = []
+    @property
+    @abstractmethod
+    def _products(self) -> Sequence[_Product]:
+        """The products, a row's in the order of the sum."""
+
+    @cached_property
+    def _layers(self) -> list[tuple[list[_Product], RowSubset]]:
+        """The products in layers that have each row at most once, with the rows of each layer."""
+        found = []
         for layer in disjoint_layers(self._products, lambda product: product.rows.rows):
             rows: list[int] = []
             for product in layer:
                 rows += product.rows.rows
-            self._layers.append((layer, owed.rows(rows)))
-
-    @abstractmethod
-    def _made(self) -> list[_Product]: ...
+            found.append((layer, self.owed.rows(rows)))
+        return found
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         # One product after the other writes its rows, a row's in the order of the sum.
@@ -64,11 +67,14 @@ class _InTurn(SumForm):
                 out.index_add_(0, product.rows.index, delta, alpha=value.scale)
                 continue
             # Rows that lie side by side: the second product adds itself to them.
-            target = out[product.rows.slice]
-            new = self.site.onto(target, low, value.B.to(low.dtype), scale=value.scale, spare=True)
-            if new.data_ptr() != target.data_ptr():
-                target.copy_(new)
+            self._add_onto(out[product.rows.slice], low, value.B, value.scale)
         return out
+
+    def _add_onto(self, target: Tensor, low: Tensor, B: Tensor, scale: float) -> None:
+        """Add a second product to some rows of the output, in place."""
+        new = self.site.onto(target, low, B.to(low.dtype), scale=scale, spare=True)
+        if new.data_ptr() != target.data_ptr():
+            target.copy_(new)
 
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
         """Add a layer at a time.
@@ -87,46 +93,111 @@ class _InTurn(SumForm):
         return out
 
 
-class NodesForm(_InTurn):
-    """A product per node over the rows below it."""
+_Part: TypeAlias = tuple[tuple[int, int], Tensor, Tensor, float]
+"""A product over rows that lie side by side: (start, end), A and B turned over, the scale."""
 
-    def _made(self) -> list[_Product]:
+
+class NodesForm(_InTurn):
+    """A product per node over the rows below it.
+
+    Nothing is laid out: factors are read where they lie, if they are in the side path's dtype.
+    """
+
+    def __init__(self, owed: Owed) -> None:
+        super().__init__(owed)
+        self._values: list[Callable[[], LowRank]] = []
+        for value in owed.values:
+            moved = partial(value.to, device=owed.device, dtype=owed.dtype)
+            self._values.append(owed.held(moved))
+        self._kept: list[_Part] | None = None
+
+    @cached_property
+    def _products(self) -> Sequence[_Product]:
         owed = self.owed
         products = []
-        for value, (rows, coefficients) in zip(owed.values, owed.batch.by_node, strict=True):
-            each = None
+        for value, (rows, coefficients) in zip(self._values, owed.batch.by_node, strict=True):
+            each, made = None, value
             # One coefficient for all rows goes into the scale, and costs nothing in a forward.
             if len(set(coefficients)) == 1:
-                value = value.scaled(coefficients[0])
+                made = partial(_scaled, value, coefficients[0])
             else:
                 each = owed.numbers(coefficients)
-            moved = owed.held(partial(value.to, device=owed.device, dtype=owed.dtype))
-            products.append(_Product(owed.rows(rows), moved, each))
+            products.append(_Product(owed.rows(rows), made, each))
         return products
 
-    @classmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        total = Cost()
-        for value, (rows, _) in zip(owed.values, owed.batch.by_node, strict=True):
-            total += owed.cost(rows, value.rank, tokens)
-        return total
+    @cached_property
+    def _rows(self) -> RowSubset:
+        """The rows in the order of the batch's runs."""
+        return self.owed.rows(self.owed.batch.runs.order)
+
+    def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
+        if not self.site.is_product:
+            return super()._add_in_place(out, x)
+        rows = self._rows
+        # In the batch's own order every run is a view of the input and of the output.
+        taken = rows.of(x)
+        mine = out.contiguous() if rows.whole else out.index_select(0, rows.index)
+        tokens = mine.numel() // (len(rows) * mine.shape[-1])
+        wide, target = taken.reshape(-1, taken.shape[-1]), mine.view(-1, mine.shape[-1])
+        for (start, end), A, B, scale in self._parts(wide.dtype):
+            here = wide[start * tokens : end * tokens]
+            there = target[start * tokens : end * tokens]
+            low = torch.mm(here, A)
+            if low.dtype == there.dtype == B.dtype:
+                there.addmm_(low, B, alpha=scale)
+            else:  # autocast made the product narrower than its factors
+                self._add_onto(there, low, B.mT, scale)
+        if not rows.whole:
+            return out.index_copy_(0, rows.index, mine)
+        return out if mine is out else out.copy_(mine)
+
+    def _parts(self, dtype: torch.dtype) -> list[_Part]:
+        """Return the products over runs of rows, with factors in a dtype."""
+        if dtype == self.owed.dtype and self._kept is not None:
+            return self._kept
+        values = [value() for value in self._values]
+        parts = []
+        for start, end, node, coefficient in self.owed.batch.runs.parts:
+            value = values[node]
+            A, B = value.A.to(dtype), value.B.to(dtype)
+            parts.append(((start, end), A.mT, B.mT, value.scale * coefficient))
+        # Views of what is held anyway. Making them takes a third of a forward of single tokens.
+        if dtype == self.owed.dtype and not self.owed.live:
+            self._kept = parts
+        return parts
 
 
 class EachPathForm(_InTurn):
     """A product per distinct path."""
 
-    def _made(self) -> list[_Product]:
+    def __init__(self, owed: Owed) -> None:
+        super().__init__(owed)
+        self._stacks = [self._stacked(coefficients) for _, coefficients in owed.batch.by_kind]
+
+    @cached_property
+    def _products(self) -> Sequence[_Product]:
         products = []
-        for rows, coefficients in self.owed.batch.by_kind:
-            products.append(_Product(self.owed.rows(rows), self._stacked(coefficients)))
+        for stack, (rows, _) in zip(self._stacks, self.owed.batch.by_kind, strict=True):
+            products.append(_Product(self.owed.rows(rows), stack))
         return products
 
     def _stacked(self, coefficients: Sequence[float]) -> Callable[[], LowRank]:
-        return self.owed.held(partial(self.owed.stacked, coefficients))
+        return self.owed.held(self.owed.stacking(coefficients))
 
-    @classmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        total = Cost()
-        for rows, coefficients in owed.batch.by_kind:
-            total += owed.cost(rows, owed.rank(coefficients), tokens)
-        return total
+
+class UnkeptPathForm(EachPathForm):
+    """A product per distinct path, whose factors are put side by side for this product alone.
+
+    For a path with many inputs the copy takes far less time than the products, and its factors are
+    still in the cache when these read them. A batch then needs no memory, and its first forward
+    takes as long as any other.
+    """
+
+    lays_out = False
+
+    def _stacked(self, coefficients: Sequence[float]) -> Callable[[], LowRank]:
+        return self.owed.stacking(coefficients)
+
+
+def _scaled(value: Callable[[], LowRank], coefficient: float) -> LowRank:
+    return value().scaled(coefficient)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from .batch import Batch
-from .cost import Cost
 from .factor_tables import PlanTables
 from .kernels import FactorTable
 from .upload import uploaded
@@ -154,36 +153,17 @@ class Owed:
         numbers = torch.as_tensor(of, dtype=torch.float64, device="cpu").to(self.dtype)
         return uploaded(numbers, self.device)
 
-    def stacked(self, coefficients: Sequence[float]) -> LowRank:
-        """Return Σ coefficient · value as one value of scale 1."""
+    def stacking(self, coefficients: Sequence[float]) -> Callable[[], LowRank]:
+        """Return a function that makes Σ coefficient · value as one value of scale 1."""
         terms = []
         for value, coefficient in zip(self.values, coefficients, strict=True):
             if coefficient:
                 terms.append(value.scaled(coefficient))
-        return stacked(terms, dtype=self.dtype, device=self.device)
+        return partial(stacked, terms, dtype=self.dtype, device=self.device)
 
     def rank(self, coefficients: Sequence[float]) -> int:
         """Return the rank of that sum."""
         return sum(v.rank for v, c in zip(self.values, coefficients, strict=True) if c)
-
-    def cost(self, rows: Sequence[int], rank: int, tokens: int, *, copies: int = 1) -> Cost:
-        """Return the cost of a product for some rows.
-
-        Args:
-            rows: the rows.
-            rank: of the product.
-            tokens: inputs a row.
-            copies: how many different factors are read.
-        """
-        in_place = tuple(rows) == tuple(range(rows[0], rows[0] + len(rows)))
-        return Cost.product(
-            self.values[0].shape,
-            rank,
-            len(rows) * tokens,
-            self.dtype,
-            gathered=not in_place,
-            copies=copies,
-        )
 
 
 def _new_bytes(made: object, values: Sequence[LowRank]) -> int:

@@ -1,8 +1,8 @@
-"""Routed: every row of a batch by its own path, each site's sum in the form that costs least.
+"""Routed: every row of a batch by its own path, each site's sum in one of several forms.
 
     paths ─→ Batch: what each row owes to each node    once for a batch
              Route: what is owed at each site          once for a batch, when a site first runs
-                    in one form for the whole batch    once for a batch and a number of tokens a row
+                    in a form that adds it up          once for a batch and a number of tokens a row
 
 The last routes are kept, so that the same paths in the same order cost nothing again. A site at
 which all rows owe the same is one product, and its first axis may be anything.
@@ -27,9 +27,8 @@ from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch
 from .batch_axis import DECLARE, BatchAxis
-from .cost import Cost, machine
 from .factor_tables import FactorTables, PlanTables
-from .forms import FORMS, SumForm
+from .forms import SumForm, chosen, way_of
 from .ground import grounds_of
 from .kernels import routes
 from .last_used import LastUsed
@@ -170,7 +169,6 @@ class Route:
         self._batches: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, SumForm] = {}
-        self._picked: dict[Hashable, str] = {}
         self._shares: dict[Hashable, Callable[[], Share]] = {}
         self._grounds: dict[str, RowGrounds] = {}
         self._rows: dict[tuple[float, ...], Batch] = {}
@@ -268,16 +266,7 @@ class Route:
             tokens: inputs a row.
             device: of the site's output.
         """
-        strategy: str = self.strategy
-        if strategy == "auto":
-            # One form for all sites: a prompt and its single tokens differ, and sites hardly do.
-            key = spread, tokens, device
-            found = self._picked.get(key)
-            strategy = found or self._picked.setdefault(key, self._cheapest(spread, tokens, device))
-        forms = []
-        for owed in self._owed_at(site, spread, device):
-            forms.append(self._form(owed, strategy, tokens))
-        return forms
+        return [self._form(owed, tokens) for owed in self._owed_at(site, spread, device)]
 
     def shares(self, site: Site, spread: Spread, device: torch.device) -> list[Share]:
         """Return what is added at a site for tokens that know their rows: what is frozen, and then
@@ -349,12 +338,12 @@ class Route:
             found = self._batches[key] = self.batch.at(nodes, without).spread(*spread)
         return found
 
-    def _form(self, owed: Owed, strategy: str, tokens: int) -> SumForm:
+    def _form(self, owed: Owed, tokens: int) -> SumForm:
         """Return the form that adds up what is owed, laid out when it is first needed."""
-        key = id(owed), strategy, tokens
+        key = id(owed), tokens
         found = self._forms.get(key)
         if found is None:
-            way = _way(owed, strategy, tokens)
+            way = self._way(owed, tokens)
             laid_out = id(owed), way  # the same for any number of tokens
             found = self._forms.get(laid_out)
             if found is None:
@@ -365,30 +354,11 @@ class Route:
             self._forms[key] = found
         return found
 
-    def _cheapest(self, spread: Spread, tokens: int, device: torch.device) -> str:
-        """Return the form with the least estimated time over all sites."""
-        if routes(device):
-            return "segmented"
-        # A model has a hundred sites of a few kinds, so one of each kind is asked.
-        alike: dict[Hashable, list[Owed]] = {}
-        for site in self.mixed:
-            if site.read_in:
-                continue  # it has one form, whatever the others take
-            for owed in self._owed_at(site, spread, device):
-                shapes = tuple([(value.shape, value.rank) for value in owed.values])
-                kind = owed.batch.nodes, shapes, owed.dtype, type(owed.site)
-                alike.setdefault(kind, []).append(owed)
-
-        def seconds(strategy: str) -> float:
-            total = Cost()
-            for same in alike.values():
-                cost = _way(same[0], strategy, tokens).cost(same[0], tokens)
-                total += cost.times(len(same))
-            return total.seconds(machine(device))
-
-        # Where no kernel runs, "segmented" is "paths" under another name.
-        forms = [name for name in FORMS if name != "segmented"]
-        return min(forms, key=seconds)
+    def _way(self, owed: Owed, tokens: int) -> type[SumForm]:
+        """Return the form as asked for, or the one that is taken by itself."""
+        if self.strategy == "auto":
+            return chosen(owed, tokens, trains=self._trains)
+        return way_of(self.strategy, owed, tokens)
 
 
 def _debts(batch: Batch) -> Hashable:
@@ -399,14 +369,6 @@ def _debts(batch: Batch) -> Hashable:
     """
     numbers = array("d", chain.from_iterable(batch.kinds)).tobytes()
     return batch.nodes, numbers, array("q", batch.of_row).tobytes()
-
-
-def _way(owed: Owed, strategy: str, tokens: int) -> type[SumForm]:
-    """Return the first way of a form that suits what is owed."""
-    for way in FORMS[strategy]:
-        if way.suits(owed, tokens):
-            return way
-    raise AssertionError(f"the last way of {strategy} suits everything")
 
 
 class _LifetimeToken:
@@ -446,7 +408,7 @@ class _RoutedSide:
         return self._route.shares(self._site, layout.spread, device)
 
     def _by_rows(self, out: Tensor, x: Tensor, spare: bool, spread: Spread) -> Tensor:
-        """Add what the rows owe, in the form that costs least; the first axis is the rows."""
+        """Add what the rows owe, the first axis is the rows."""
         dtype = out.dtype
         grounds = self._route.grounds(self._site)
         if grounds is not None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cost import Cost
 from .kernels import Segments, Tiling, routed_kernels, routes
 from .owed import Owed
 from .sum_form import SumForm
@@ -56,14 +55,6 @@ class SegmentedForm(SumForm):
         if not owed.site.is_product or owed.dtype not in NARROW or not routes(owed.device):
             return False
         return owed.site.dtype in (None, *NARROW) and owed.table is not None
-
-    @classmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        """Return two calls, the bytes of the factors (each read once) and the bytes of the rows."""
-        total = Cost()
-        for value, (rows, _) in zip(owed.values, owed.batch.by_node, strict=True):
-            total += owed.cost(rows, value.rank, tokens)
-        return Cost(2, total.bytes, total.flops)
 
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
         out, x = out.contiguous(), x.contiguous()

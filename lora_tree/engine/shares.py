@@ -59,7 +59,7 @@ def share_of(owed: Owed) -> Callable[[], Share]:
     """
     batch = owed.batch
     rows = range(len(batch))
-    value = owed.held(lambda: owed.stacked([1.0] * len(owed.values)))
+    value = owed.held(owed.stacking([1.0] * len(owed.values)))
     each = batch.coefficients(rows)  # (rows, nodes)
     column: list[int] = []
     for i, one in enumerate(owed.values):

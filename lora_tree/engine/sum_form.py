@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from .cost import Cost
 from .owed import Owed
 from .side import recorded
 
@@ -50,11 +49,6 @@ class SumForm(ABC):
     def suits(cls, owed: Owed, tokens: int) -> bool:
         """Return whether this way can, and should, be taken here; if not, the next one is."""
         return True
-
-    @classmethod
-    @abstractmethod
-    def cost(cls, owed: Owed, tokens: int) -> Cost:
-        """Return the cost with ``tokens`` inputs a row."""
 
     def add(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor:
         """Return ``out`` plus what its rows owe.
