@@ -22,7 +22,7 @@ from torch import nn
 
 import lora_tree as lt
 from lora_tree.engine.batch import Batch
-from lora_tree.engine.forms import FORMS, SumForm, chosen
+from lora_tree.engine.forms import FORMS, SumForm, form_for
 from lora_tree.engine.owed import Owed
 from lora_tree.sites import find_site
 
@@ -74,7 +74,7 @@ def measured(batch: tuple[int, int, int, int], shape: tuple[int, int], seconds: 
     rows, paths, middle, tokens = batch
     into, out = shape
     owed = _owed(rows, paths, middle, into, out)
-    ways: dict[str, type[SumForm]] = {"auto": chosen(owed, tokens, trains=False)}
+    ways: dict[str, type[SumForm]] = {"auto": form_for(owed, tokens, trains=False)}
     for name, several in FORMS.items():
         if name != "segmented":
             ways[name] = next(way for way in several if way.suits(owed, tokens))

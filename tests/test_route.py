@@ -840,7 +840,7 @@ def test_the_form_that_is_taken_follows_from_what_is_owed(
 ) -> None:
     monkeypatch.setattr(forms, "routes", lambda device: False)  # Triton does not run here
     owed = owed_of(rows, nn.Linear(8, 8), torch.float32, device)
-    assert forms.chosen(owed, tokens, trains=trains) is wanted
+    assert forms.form_for(owed, tokens, trains=trains) is wanted
 
 
 def test_narrow_products_take_few_calls_where_they_are_not_widened(
@@ -849,19 +849,19 @@ def test_narrow_products_take_few_calls_where_they_are_not_widened(
     owed = owed_of(EVEN, nn.Linear(8, 8), torch.bfloat16)
     for slow, wanted in ((set(), AllPathsForm), ({torch.bfloat16}, NodesForm)):
         monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", slow)
-        assert forms.chosen(owed, 1, trains=False) is wanted
+        assert forms.form_for(owed, 1, trains=False) is wanted
 
 
 def test_what_is_no_product_is_never_stacked_by_itself() -> None:
     owed = owed_of(EVEN, nn.Embedding(8, 4), torch.float32)
-    assert forms.chosen(owed, 1000, trains=False) is NodesForm
+    assert forms.form_for(owed, 1000, trains=False) is NodesForm
 
 
 @pytest.mark.parametrize("tokens", [1, forms.MANY])
 def test_a_new_batch_on_a_cpu_lays_nothing_out(tokens: int) -> None:
     laid_out: list[int] = []
     owed = owed_of(EVEN, nn.Linear(8, 8), torch.float32, charge=laid_out.append)
-    forms.chosen(owed, tokens, trains=False)(owed)
+    forms.form_for(owed, tokens, trains=False)(owed)
     assert sum(laid_out) == 0
     AllPathsForm(owed)
     assert sum(laid_out) > 0, "what is stacked is counted"

@@ -28,7 +28,7 @@ from ..weights import Weight, weight_digest
 from .kernels import Segments, Tiling, group_of, segment_numbers
 from .upload import uploaded
 
-__all__ = ["Batch", "Runs", "tree_node"]
+__all__ = ["Batch", "RowRuns", "tree_node"]
 
 Kind = tuple[float, ...]
 """A row's coefficient of every node; 0 for a node that is not on its lineage."""
@@ -38,7 +38,7 @@ Lineages = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
-class Runs:
+class RowRuns:
     """The products of a batch, node by node, each over rows that lie side by side.
 
     Args:
@@ -226,7 +226,7 @@ class Batch:
         return found
 
     @cached_property
-    def runs(self) -> Runs:
+    def runs(self) -> RowRuns:
         """The products of all nodes over rows that lie side by side, in the order of the sum."""
         # Nodes stand in depth-first order, so kinds that are sorted by the nodes that they owe lie
         # beside those with which they share the most ancestors.
@@ -239,7 +239,7 @@ class Batch:
         # calls.
         return as_it_is if len(as_it_is.parts) <= 2 * len(by_path.parts) else by_path
 
-    def _runs(self, order: Sequence[int]) -> Runs:
+    def _runs(self, order: Sequence[int]) -> RowRuns:
         parts = []
         for node in range(len(self.nodes)):
             begin, before = 0, 0.0
@@ -251,7 +251,7 @@ class Batch:
                     begin, before = place, coefficient
             if before:
                 parts.append((begin, len(order), node, before))
-        return Runs(tuple(order), tuple(parts))
+        return RowRuns(tuple(order), tuple(parts))
 
     @cached_property
     def largest(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from .segmented import SegmentedForm
 from .side import product_dtype
 from .sum_form import SumForm
 
-__all__ = ["FORMS", "MANY", "SumForm", "chosen", "way_of"]
+__all__ = ["FORMS", "MANY", "SumForm", "form_for", "way_of"]
 
 FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "nodes": (NodesForm,),
@@ -37,7 +37,7 @@ MANY = 96
 factors included (`python -m benchmarks.forms`)."""
 
 
-def chosen(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
+def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
     """Return the way in which a site's sum is added up where none was asked for.
 
     Args:

@@ -28,7 +28,7 @@ from .arithmetic import exact_mode
 from .batch import Batch
 from .batch_axis import DECLARE, BatchAxis
 from .factor_tables import FactorTables, PlanTables
-from .forms import SumForm, chosen, way_of
+from .forms import SumForm, form_for, way_of
 from .ground import grounds_of
 from .kernels import routes
 from .last_used import LastUsed
@@ -357,7 +357,7 @@ class Route:
     def _way(self, owed: Owed, tokens: int) -> type[SumForm]:
         """Return the form as asked for, or the one that is taken by itself."""
         if self.strategy == "auto":
-            return chosen(owed, tokens, trains=self._trains)
+            return form_for(owed, tokens, trains=self._trains)
         return way_of(self.strategy, owed, tokens)
 
 
