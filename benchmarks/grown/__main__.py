@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +16,8 @@ from rich.console import Console
 
 import lora_tree as lt
 
-from .measure import held_out_bits, relative_error
-from .methods import METHODS, flat_bytes
+from .measure import held_out_bits, input_moments, relative_error
+from .methods import Method, flat_bytes, methods
 from .tables import Point, markdown
 from .zoo import Kind, Leaf, ZooSize, opened_base, opened_zoo, texts
 
@@ -35,12 +35,13 @@ class Zoo:
     folder: Path
     base: Any
     leaves: list[Leaf]
+    methods: Mapping[str, Method]
 
     def measured(self, method: str, part: float) -> Point:
         """Shrink the adapters to a part of their bytes, and measure the result."""
         flat = lt.load(self.folder)
         whole = flat_bytes(flat)
-        made = METHODS[method](self.folder, int(part * whole))
+        made = self.methods[method](self.folder, int(part * whole))
         if made is None:
             return Point(method, part)
         error = relative_error(made.adapters, flat)
@@ -99,12 +100,14 @@ def _all_points(
     if file.is_file():
         points = [Point(**each) for each in json.loads(file.read_text())]
     done = {(point.method, point.budget) for point in points}
-    here = Zoo(zoo, base, leaves)
+    modules = lt.load(zoo).flatten(leaves[0].name).modules
+    moments = input_moments(base, modules, leaves, size.length)
+    here = Zoo(zoo, base, leaves, methods(moments))
     if not done:
         bare, whole = here.unshrunk()
         points = [Point("base", 0.0, 0.0, 1.0, bare), Point("flat", 1.0, 1.0, 0.0, whole)]
     for part in BUDGETS:
-        for method in METHODS:
+        for method in here.methods:
             missing = method in ("vlora", "lorashare") and not importlib.util.find_spec(method)
             if missing or (method, part) in done:
                 continue

@@ -7,7 +7,7 @@ bits    − mean log2 p(next byte), the mean over the adapters, each on its own 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -18,7 +18,7 @@ import lora_tree as lt
 
 from .zoo import Leaf
 
-__all__ = ["held_out_bits", "relative_error"]
+__all__ = ["held_out_bits", "input_moments", "relative_error"]
 
 
 def relative_error(found: Mapping[str, lt.Adapter], flat: lt.AdapterTree) -> float:
@@ -67,3 +67,35 @@ def held_out_bits(base: Any, found: Mapping[str, lt.Adapter], leaves: Sequence[L
         return mean(mean(losses) for losses in of_leaf.values())
     finally:
         model.detach()
+
+
+@torch.no_grad()
+def input_moments(
+    base: Any, modules: Iterable[str], leaves: Sequence[Leaf], length: int
+) -> dict[str, Tensor]:
+    """Return E[x xᵀ], (in, in), of the inputs of some modules, over the beginnings of the leaves'
+    training texts.
+
+    Args:
+        length: of a row, in bytes.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].flatten(0, -2).double()
+            sums[name] = sums.get(name, 0.0) + rows.mT @ rows
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    hooks = [base.get_submodule(n).register_forward_pre_hook(keep(n)) for n in modules]
+    try:
+        rows = torch.stack([leaf.train[:length] for leaf in leaves])
+        for at in range(0, len(rows), 32):
+            base(input_ids=rows[at : at + 32])
+    finally:
+        for each in hooks:
+            each.remove()
+    return {name: total / counts[name] for name, total in sums.items()}

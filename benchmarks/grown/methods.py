@@ -1,6 +1,8 @@
 """The methods that are compared: each turns flat adapters on the disk into fewer bytes.
 
     grow        a tree with what the adapters share in nodes above them      lora_tree
+    by norm     the same, and an adapter of twice the norm counts four times
+    moments     the same by norm, weighed by second moments of the inputs
     compress    every adapter by itself, ranks chosen across all of them     lora_tree
     vlora       one basis of flattened factors per module and side, a mean, and k numbers each
     lorashare   one basis of directions per module and side, and a (k, r) matrix each
@@ -17,15 +19,17 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lora_tree as lt
 from lora_tree.errors import BudgetError
 
-__all__ = ["METHODS", "Shrunk", "flat_bytes"]
+__all__ = ["Shrunk", "flat_bytes", "methods"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ def flat_bytes(tree: lt.AdapterTree) -> int:
     return sum(tree.flatten(path).nbytes for path in tree.paths())
 
 
-def _grow(zoo: Path, budget_bytes: int) -> Shrunk | None:
+def _grow(zoo: Path, budget_bytes: int, **options: Any) -> Shrunk | None:
     start = time.process_time()
     tree = lt.load(zoo)
     names = tree.paths()
     try:
-        grown = lt.grow(tree, budget_bytes=budget_bytes)
+        grown = lt.grow(tree, budget_bytes=budget_bytes, **options)
     except BudgetError:
         return None
     cpu_s = time.process_time() - start
@@ -148,7 +152,11 @@ def _like(old: lt.Adapter, A: Mapping[str, Any], B: Mapping[str, Any]) -> lt.Ada
     return lt.Adapter(modules)
 
 
-def _quietly(method: Callable[[Path, int], Shrunk | None]) -> Callable[[Path, int], Shrunk | None]:
+Method = Callable[[Path, int], Shrunk | None]
+"""A function of a zoo's folder and of bytes; None comes back where nothing fits."""
+
+
+def _quietly(method: Method) -> Method:
     def run(zoo: Path, budget_bytes: int) -> Shrunk | None:
         logging.disable(logging.WARNING)
         try:
@@ -161,10 +169,17 @@ def _quietly(method: Callable[[Path, int], Shrunk | None]) -> Callable[[Path, in
     return run
 
 
-METHODS: Mapping[str, Callable[[Path, int], Shrunk | None]] = {
-    "grow": _grow,
-    "compress": _compress,
-    "vlora": _quietly(_vlora),
-    "lorashare": _quietly(_lorashare),
-}
-"""Name → the function of a zoo's folder and of bytes; None comes back where nothing fits."""
+def methods(moments: Mapping[str, Tensor]) -> dict[str, Method]:
+    """Return the methods by name.
+
+    Args:
+        moments: module → (in, in), for the one that weighs by them.
+    """
+    return {
+        "grow": _grow,
+        "by norm": partial(_grow, by_norm=True),
+        "moments": partial(_grow, by_norm=True, moments=moments),
+        "compress": _compress,
+        "vlora": _quietly(_vlora),
+        "lorashare": _quietly(_lorashare),
+    }

@@ -4,7 +4,8 @@
 
 The adapters are drawn, not trained: what counts here is how many there are and how large they are.
 They are written once and kept in the folder; a command that was stopped goes on writing where it
-was, and grows from the beginning. The time and memory of each price are printed when it is done.
+was, and grows from the beginning. The time and memory of each pass over the files are printed when
+it is done.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Grew:
     """The outcome of a run.
 
     Args:
-        prices: how many prices of a byte were tried.
+        passes: how many times all modules were fitted, each at a few prices of a byte.
         cpu_s: seconds of CPU time of `grow` alone.
         peak_bytes: the most resident memory of the process, the import of torch included.
         bytes_before, bytes_after: of the flat adapters and of the tree.
@@ -62,7 +63,7 @@ class Grew:
         shared: how many shared nodes there are.
     """
 
-    prices: int
+    passes: int
     cpu_s: float
     peak_bytes: int
     bytes_before: int
@@ -113,20 +114,20 @@ def write_adapters(folder: Path, size: ThousandSize) -> None:
 
 def grew(folder: Path, max_error: float, working_bytes: int | str = "2GiB") -> Grew:
     """Grow the adapters in a folder, and measure what that took."""
-    start, prices = time.process_time(), 0
+    start, passes = time.process_time(), 0
     console = Console(stderr=True, highlight=False)
 
     def tell(done: int, total: int) -> None:
-        nonlocal prices
+        nonlocal passes
         if done == total:
-            prices += 1
+            passes += 1
             spent, peak = time.process_time() - start, _peak_bytes() / 1e9
-            console.print(f"price {prices}: {spent:,.0f} s of CPU time, at most {peak:.2f} GB")
+            console.print(f"pass {passes}: {spent:,.0f} s of CPU time, at most {peak:.2f} GB")
 
     tree = lt.load(folder)
     grown = lt.grow(tree, max_error=max_error, working_bytes=working_bytes, progress=tell)
     return Grew(
-        prices,
+        passes,
         time.process_time() - start,
         _peak_bytes(),
         grown.bytes_before,

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..budget import parse_bytes
-from ..errors import BudgetError, ShapeMismatch, SpecError
-from ..given import check_dtype, check_part, check_rank, unchecked
+from ..errors import BudgetError, SpecError
+from ..given import check_dtype, check_part, check_rank
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import weight_at
@@ -33,6 +33,7 @@ from .arguments import check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, put_adapter
+from .moments import moment_inside
 
 __all__ = ["Compressed", "compress"]
 
@@ -208,7 +209,8 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
         U, S, _ = torch.linalg.svd(M, full_matrices=False)
         squares = S.square()
     else:
-        inside = _moved(M, Q_A, moment)  # (k, k): the core of ΔW C ΔWᵀ
+        inner = moment_inside(Q_A, moment, Q_A.shape[-2])
+        inside = M @ inner @ M.mT  # (k, k): the core of ΔW C ΔWᵀ
         squares, U = torch.linalg.eigh(inside)
         # eigh gives the smallest first, and rounding may put a zero slightly below itself.
         squares, U = squares.flip(-1).clamp(min=0.0), U.flip(-1)
@@ -219,30 +221,6 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
     unit = math.prod(value.shape[:-2]) * (value.shape[-1] + value.shape[-2]) * size
     fixed = 0 if value.bias is None else value.bias.numel() * size
     return Cut(value, gains.cpu(), unit, fixed, dtype, Q_B @ U, rows)
-
-
-def _moved(M: Tensor, Q_A: Tensor, moment: Tensor) -> Tensor:
-    """M (Q_Aᵀ C Q_A) Mᵀ, without building C where rows or its diagonal are given."""
-    size = Q_A.shape[-2]
-    if not isinstance(unchecked(moment), Tensor):
-        raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
-    C = moment.detach().to(device=M.device, dtype=torch.float64)
-    # Means of squares, where it is no rows: the errors that they weigh would be negative.
-    squares = C if C.shape == (size,) else C.diagonal() if C.shape == (size, size) else C.square()
-    if not bool((squares >= 0).all()) or not bool(C.isfinite().all()):
-        raise SpecError("moments: they hold numbers that are not finite, or a negative mean square")
-    if C.shape == (size,):
-        inner = Q_A.mT @ (C[:, None] * Q_A)
-    elif C.shape == (size, size):
-        inner = Q_A.mT @ C @ Q_A
-    elif C.ndim == 2 and C.shape[1] == size:
-        seen = C @ Q_A  # (rows, l)
-        inner = seen.mT @ seen / len(C)
-    else:
-        raise ShapeMismatch(
-            f"moments: got {tuple(C.shape)}, expected ({size},), ({size}, {size}) or (rows, {size})"
-        )
-    return M @ inner @ M.mT
 
 
 def _chosen(

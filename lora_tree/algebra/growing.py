@@ -7,18 +7,17 @@
 The adapters are clustered by the cosines of their increments, so nothing depends on the gauge of
 their factors. Each shared node holds what is best held once for all leaves below it; one price per
 byte decides every rank in every node and module (see `shared_fit`), which is the rule of `compress`
-with shared nodes in it. Every adapter counts alike, whatever its norm:
+with shared nodes in it. Every adapter counts alike, whatever its norm, or by its norm:
 
-    relative error = √ mean_i ‖ΔW_i − ΔW'_i‖² / ‖ΔW_i‖²
+    relative error = √ Σ_i w_i ‖ΔW_i − ΔW'_i‖² / Σ_i w_i ‖ΔW_i‖²        w_i = 1 / ‖ΔW_i‖², or 1
 
 Law: each leaf's error is measured on the factors that the tree holds in the end.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,10 +34,11 @@ from .arguments import check_tree
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, own, stale_notes
 from .families import Families, families_of
-from .flat_adapters import FlatAdapters
+from .flat_adapters import FlatAdapters, smallest_module
 from .likeness import similar
-from .price_search import Goal, PricedFit, PriceSearch, Progress, fit_at, goal_of
+from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of, relative_error
 from .shared_fit import Pair
+from .stack import Stack
 from .sums import read_apart
 
 __all__ = ["Grown", "grow"]
@@ -51,7 +51,8 @@ class Grown:
     Args:
         edited: the shared nodes, where the leaves went, and each leaf's error: the certificate.
         bytes_before, bytes_after: of the flat adapters, and of all nodes that stand for them.
-        relative_error: the root mean square of the leaves' relative errors.
+        relative_error: the root mean square of the leaves' relative errors; by norm, the error of
+            all leaves as a part of the norm of all; weighted by moments where these were given.
     """
 
     edited: Edited
@@ -77,6 +78,8 @@ def grow(
     budget_bytes: int | str | None = None,
     depth: int = 3,
     dtype: torch.dtype | None = None,
+    by_norm: bool = False,
+    moments: Mapping[str, Tensor] | None = None,
     working_bytes: int | str = "2GiB",
     progress: Progress | None = None,
 ) -> Grown:
@@ -93,8 +96,14 @@ def grow(
             little error as that allows.
         depth: the most shared nodes above a leaf.
         dtype: of the factors; None keeps the widest of the adapters' own.
+        by_norm: an adapter of twice the norm counts four times, as for `compress`. That is best for
+            the loss over all adapters where they were trained alike. Without it their relative
+            errors count alike, so that none is given up because it is small.
+        moments: module → second moments of its inputs, as `compress` takes them: an error counts by
+            what it does to outputs.
         working_bytes: for the numbers of some modules in float64. Adapters that take more are read
-            again for every price that is tried, a few modules at a time.
+            again for every few prices, a few modules at a time. The prices are others then, so the
+            result is too; it keeps the bound as well.
         progress: called with (modules fitted, modules there are) for every price that is tried.
 
     Raises:
@@ -106,6 +115,7 @@ def grow(
             no sense.
         BudgetError: the budget has no room for one rank in one module of every adapter.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
+            Or a moment does not have the size of its module's input.
 
     >>> def part(seed, rank):
     ...     g = torch.Generator().manual_seed(seed)
@@ -131,16 +141,29 @@ def grow(
     alike = similar(tree, names, of="lineage")
     families = families_of(alike.joins, len(names), depth)
     names = [names[i] for i in families.order]
-    norms = alike.norms[list(families.order)]
+    squares = alike.norms[list(families.order)].double().square()
     # An adapter that is zero is as good as any other at being so.
-    weights = torch.where(norms > 0, 1.0 / norms.square().clamp(min=1e-300), 1.0)
-    flat = FlatAdapters(tree, names, parse_bytes(working_bytes), dtype)
-    found = PriceSearch(flat, families, weights, goal, progress).found()
-    made = _nodes(flat, families, weights, found)
+    some = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
+    weights = torch.where(squares > 0, 1.0 / some, 1.0)
+    flat = FlatAdapters(
+        tree,
+        names,
+        families,
+        weights,
+        moments=moments or {},
+        working_bytes=parse_bytes(working_bytes),
+        dtype=dtype,
+    )
+    found = PriceSearch(flat, goal, progress).found()
+    made = _nodes(flat, found)
     _check_room(made, goal)
     edited = _installed(tree, names, families, made)
-    relative = (weights.sqrt() * torch.tensor([each.error for each in made.errors])).square()
-    return Grown(edited, flat.nbytes, made.nbytes, math.sqrt(float(relative.mean())))
+    error = found.error
+    if not moments:
+        # Measured again, so that the rounding of the factors is a part of it.
+        lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
+        error = relative_error(weights, lost, squares)
+    return Grown(edited, flat.nbytes, made.nbytes, error)
 
 
 def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
@@ -202,24 +225,26 @@ class _Nodes:
         return sum(adapter.nbytes for adapter in there)
 
 
-def _nodes(flat: FlatAdapters, families: Families, weights: Tensor, found: PricedFit) -> _Nodes:
-    """Fit every module once more, and measure what comes of it in the dtype of the factors."""
+def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
+    """Take every module's fit again, and measure what comes of it in the dtype of the factors."""
+    families = flat.families
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
     leaves: list[dict[str, LowRank]] = [{} for _ in flat.names]
     errors: list[dict[str, float]] = [{} for _ in flat.names]
     norms: list[dict[str, float]] = [{} for _ in flat.names]
-    for module, values, stack in flat.modules():
-        start = found.shared[module]
-        got = fit_at(flat, families, weights, module, stack, found.price, start)
+    for module in flat.modules():
+        name, stack = module.name, module.problem.stack
+        got = module.problem.whole(found.fits[name])
+        assert got.leaves is not None
         for modules, pair in zip(shared, got.shared, strict=True):
-            _put(modules, module, pair, stack.like, None, flat.dtype)
-        for i, (value, pair) in enumerate(zip(values, got.leaves, strict=True)):
-            _put(leaves[i], module, pair, stack.like, value, flat.dtype)
-            above = [shared[n].get(module) for n in families.lineage(families.homes[i])]
-            parts = [part for part in (*above, leaves[i].get(module)) if part is not None]
+            _put(modules, name, pair, stack, None, flat.dtype)
+        for i, (value, pair) in enumerate(zip(module.values, got.leaves, strict=True)):
+            _put(leaves[i], name, pair, stack, value, flat.dtype)
+            above = [shared[n].get(name) for n in families.lineage(families.homes[i])]
+            parts = [part for part in (*above, leaves[i].get(name)) if part is not None]
             total = concat(parts) if parts else None
             if value is not None or total is not None:
-                errors[i][module], norms[i][module] = call_named(module, measured, value, total)
+                errors[i][name], norms[i][name] = call_named(name, measured, value, total)
     nesting = _nesting(flat.outlines)
     tops: list[Adapter | None] = []
     for modules in shared:
@@ -247,7 +272,7 @@ def _put(
     modules: dict[str, LowRank],
     name: str,
     pair: Pair,
-    like: LowRank,
+    stack: Stack,
     own: LowRank | None,
     dtype: torch.dtype,
 ) -> None:
@@ -258,23 +283,16 @@ def _put(
         if bias is None:
             return
         left, right = left.new_zeros(*left.shape[:-1], 1), right.new_zeros(*right.shape[:-1], 1)
-    # Factors of like size lose least when they are rounded.
-    sizes = left.norm(dim=-2, keepdim=True).sqrt()  # (b, 1, k)
-    safe = torch.where(sizes > 0, sizes, 1.0)
-    batch = like.shape[:-2]
-    A = (right * sizes).mT.reshape(*batch, -1, like.shape[-1])
-    B = (left / safe).reshape(*batch, like.shape[-2], -1)
-    value = LowRank(A.contiguous(), B.contiguous(), 1.0, bias, like.layout)
-    modules[name] = value.to(dtype=dtype)
+    modules[name] = replace(stack.value(left, right), bias=bias).to(dtype=dtype)
 
 
 def _nothing(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
     """One module of zeros: files without a module can't be written, and the node has to stay."""
-    modules = outline.modules
-    smallest = min(modules, key=lambda module: (modules[module].numel, module))
-    *batch, out, into = modules[smallest].shape
+    name = smallest_module(outline)
+    value = outline.modules[name]
+    *batch, out, into = value.shape
     A, B = torch.zeros(*batch, 1, into, dtype=dtype), torch.zeros(*batch, out, 1, dtype=dtype)
-    return {smallest: LowRank(A, B, 1.0, None, modules[smallest].layout)}
+    return {name: LowRank(A, B, 1.0, None, value.layout)}
 
 
 def _nesting(outlines: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:

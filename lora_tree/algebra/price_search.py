@@ -21,11 +21,10 @@ from ..budget import parse_bytes
 from ..errors import BudgetError, SpecError
 from ..given import check_part
 from .deviation import call_named
-from .families import Families
-from .flat_adapters import FlatAdapters
-from .shared_fit import Pair, SharedFit, Stack, fit
+from .flat_adapters import FlatAdapters, FlatModule, smallest_module
+from .shared_fit import SharedFit
 
-__all__ = ["Goal", "PriceSearch", "PricedFit", "fit_at", "goal_of"]
+__all__ = ["Goal", "PriceSearch", "PricedFit", "goal_of", "relative_error"]
 
 Progress = Callable[[int, int], None]
 
@@ -33,9 +32,14 @@ _ROUNDING = 1e-6
 """An error that is asked for below this one is met by a fit that is exact but for rounding."""
 
 _CLOSE = 0.97  # of the bytes or the error that are asked for: the search ends there
-_FALL = 2.0  # from one price to the next; see `PriceSearch.found`
-_MOST_FALLS = 60
-_MOST_HALVES = 5
+_AIM = 0.99  # of these: the search aims there
+_FALL = 2.0**0.5  # from one price to the next; see `PriceSearch.found`
+_LITTLE = 0.01  # of the ranks: next to nothing
+_MOST_FALLS = 120
+_MOST_CUTS = 6  # of the interval that the bound is in
+_PER_READ = 5  # prices that are tried where files are read again for each pass
+_ROUNDS_DOWN = 1  # of fitting, on the way down
+_ROUNDS_NEAR = 12
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,22 @@ class Goal:
     max_error: float
     budget_bytes: int | None
 
+    @property
+    def bound(self) -> float:
+        """The bytes, or the error."""
+        return self.max_error if self.budget_bytes is None else float(self.budget_bytes)
+
+    def figure(self, tried: PricedFit) -> float:
+        """What is bounded of a fit: its bytes, or its error."""
+        return tried.error if self.budget_bytes is None else float(tried.nbytes)
+
     def met(self, tried: PricedFit) -> bool:
         """Whether a fit is within the bound."""
-        if self.budget_bytes is not None:
-            return tried.nbytes <= self.budget_bytes
-        return tried.error <= self.max_error
+        return self.figure(tried) <= self.bound
 
     def close(self, tried: PricedFit) -> bool:
         """Whether a fit within the bound uses nearly all of it."""
-        if self.budget_bytes is not None:
-            return tried.nbytes >= _CLOSE * self.budget_bytes
-        return tried.error >= _CLOSE * self.max_error
+        return self.figure(tried) >= _CLOSE * self.bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +75,18 @@ class PricedFit:
         price: for one byte, in units of the weighted squared error.
         nbytes: of all nodes.
         error: the relative error.
-        ranks: the sum of all ranks, 0 where nothing is left.
-        shared: module → the shared parts, with which another price begins.
+        fits: module → its fit, with which another price begins.
     """
 
     price: float
     nbytes: int
     error: float
-    ranks: int
-    shared: Mapping[str, tuple[Pair, ...]]
+    fits: Mapping[str, SharedFit]
+
+    @property
+    def ranks(self) -> int:
+        """The sum of all ranks of all nodes."""
+        return sum(fit.shared_ranks + sum(fit.ranks) for fit in self.fits.values())
 
 
 def goal_of(max_error: float | None, budget_bytes: int | str | None) -> Goal:
@@ -88,19 +100,30 @@ def goal_of(max_error: float | None, budget_bytes: int | str | None) -> Goal:
     return Goal(max(max_error or 0.0, _ROUNDING), budget)
 
 
+def relative_error(weights: Tensor, squares: Tensor, energies: Tensor) -> float:
+    """Return √ Σ w e² / Σ w ‖ΔW‖² over all leaves.
+
+    Args:
+        weights: (n,) how much each leaf counts.
+        squares: (n,) their squared errors.
+        energies: (n,) the squares of their norms.
+    """
+    whole = (weights * energies).sum().clamp(min=1e-300)
+    return math.sqrt(float((weights * squares).sum() / whole))
+
+
 class PriceSearch:
     """The search for the price at which the bound is just met."""
 
-    def __init__(
-        self,
-        flat: FlatAdapters,
-        families: Families,
-        weights: Tensor,
-        goal: Goal,
-        progress: Progress | None,
-    ) -> None:
-        self.flat, self.families, self.weights = flat, families, weights
-        self.goal, self.progress = goal, progress
+    def __init__(self, flat: FlatAdapters, goal: Goal, progress: Progress | None) -> None:
+        self.flat, self.goal, self.progress = flat, goal, progress
+        self.by_bytes = goal.budget_bytes is not None
+        self.rounding = _ROUNDING
+        if self.by_bytes:
+            # The factors are rounded in the end, so a smaller error than that is no gain.
+            self.rounding = max(_ROUNDING, torch.finfo(flat.dtype).eps / 2)
+        # Where files are read again for every pass, a pass tries several prices.
+        self.at_once = 1 if flat.are_kept else _PER_READ
 
     def found(self) -> PricedFit:
         """The best fit within the bound.
@@ -108,91 +131,140 @@ class PriceSearch:
         The price begins where nothing is worth it and falls. At no price does a leaf then find
         something worth it alone that was worth it for two leaves together at the price before:
         that has its shared node already. A first fit at a low price would put parts of single
-        leaves into shared nodes.
+        leaves into shared nodes. On the way down one round a price is enough; near the bound the
+        fits are made to settle.
 
         Raises:
-            BudgetError: there is none within the bound.
+            BudgetError, SpecError: none is within the bound.
         """
-        by_bytes = self.goal.budget_bytes is not None
-        high = self._try(self._first_price(), None)
-        low: PricedFit | None = None
-        for _ in range(_MOST_FALLS):
-            # Bytes rise while the price falls, and errors fall.
-            if self.goal.met(high) != by_bytes or self._is_done(high):
-                break
-            low = self._try(high.price / _FALL, high)
-            if self.goal.met(low) != by_bytes:
-                break
-            high = low
-        if low is None or low is high:
-            within = high if self.goal.met(high) else None
-        else:
-            within = self._between(high, low)
+        high, low = self._bracket()
+        within = None
+        for tried in (high, low):
+            if tried is not None and self.goal.met(tried):
+                within = tried
+        if within is None and not self.by_bytes:
+            raise SpecError(
+                f"max_error: no tree was found with an error of {self.goal.max_error:g}",
+                "allow a larger error",
+            )
         if within is None:
             raise BudgetError(
                 f"no tree of these adapters takes {self.goal.budget_bytes:,} bytes",
                 "give more bytes, or fewer adapters",
             )
-        return within
+        if high is None or low is None:
+            return self._settled(within)
+        return self._between(high, low, within)
 
-    def _between(self, high: PricedFit, low: PricedFit) -> PricedFit:
-        """The best fit at a price between one that is within the bound and one that is not."""
-        within = high if self.goal.met(high) else low
-        for _ in range(_MOST_HALVES):
-            # Where both have the same ranks, prices between them have these too.
-            if self.goal.close(within) or high.nbytes == low.nbytes:
-                break
-            # Begin with the fit at the higher price, so that the price only falls.
-            tried = self._try(math.sqrt(high.price * low.price), high)
-            if self.goal.met(tried):
-                within = tried
-            if self.goal.met(tried) == self.goal.met(high):
+    def _bracket(self) -> tuple[PricedFit | None, PricedFit | None]:
+        """The last price on one side of the bound, and the first one on the other; None: none."""
+        high: PricedFit | None = None
+        price, rounds = self._first_price(), _ROUNDS_DOWN
+        for _ in range(_MOST_FALLS):
+            prices = [price / _FALL**step for step in range(self.at_once)]
+            for tried in self._try(prices, high, rounds):
+                # Bytes rise while the price falls, and errors fall.
+                if self.goal.met(tried) != self.by_bytes:
+                    return high, tried
+                # What is left where a price bought next to nothing are parts that have not settled.
+                dull = high is not None and tried.ranks < (1.0 + _LITTLE) * high.ranks
                 high = tried
-            else:
-                low = tried
-        return within
+                if tried.error < self.rounding:
+                    return high, None  # a lower price has nothing left to buy
+            rounds = _ROUNDS_NEAR if dull else _ROUNDS_DOWN
+            price = prices[-1] / _FALL
+        return high, None
 
-    def _is_done(self, tried: PricedFit) -> bool:
-        """Whether a lower price has nothing left to buy."""
-        return tried.error < _ROUNDING
+    def _between(self, high: PricedFit, low: PricedFit, within: PricedFit) -> PricedFit:
+        """The best fit at a price between one that is within the bound and one that is not."""
+        settled = False
+        for _ in range(_MOST_CUTS):
+            # Where both have the same ranks, prices between them have these too.
+            if (settled and self.goal.close(within)) or high.nbytes == low.nbytes:
+                break
+            # Each begins with the fit at the higher price, so that the price only falls.
+            for tried in self._try(self._prices_between(high, low), high, _ROUNDS_NEAR):
+                if self.goal.met(tried):
+                    within, settled = tried, True
+                if self.goal.met(tried) != self.by_bytes:
+                    low = tried
+                    break
+                high = tried
+        return within if settled else self._settled(within)
+
+    def _prices_between(self, high: PricedFit, low: PricedFit) -> list[float]:
+        """Where the bound is expected, if both logarithms are taken to lie on a straight line."""
+        fall = low.price / high.price
+        if self.at_once > 1:
+            parts = [(i + 1) / (self.at_once + 1) for i in range(self.at_once)]
+            return [high.price * fall**part for part in parts]
+        part = 0.5
+        above, below, bound = self.goal.figure(high), self.goal.figure(low), self.goal.bound
+        if above > 0.0 and below > 0.0 and above != below:
+            part = math.log(_AIM * bound / above) / math.log(below / above)
+        return [high.price * fall ** min(max(part, 0.05), 0.95)]
+
+    def _settled(self, rough: PricedFit) -> PricedFit:
+        """The fit at a price after as many rounds as it takes, if it is still within the bound."""
+        tried = self._try([rough.price], rough, _ROUNDS_NEAR)[0]
+        return tried if self.goal.met(tried) else rough
 
     def _first_price(self) -> float:
         """A price above what any rank of any module is worth."""
         most = 0.0
-        for module, _, stack in self.flat.modules():
-            # All leaves together can have no larger singular value than their lengths allow.
-            gains = (self.weights * stack.energies).sum()
-            most = max(most, float(gains) / self.flat.rank_bytes[module])
+        for module in self.flat.modules():
+            gain = module.problem.largest_gain
+            most = max(most, gain / self.flat.rank_bytes[module.name])
         return max(most, 1e-300)
 
-    def _try(self, price: float, like: PricedFit | None) -> PricedFit:
-        squares = torch.zeros(len(self.weights), dtype=torch.float64)
-        shared: dict[str, tuple[Pair, ...]] = {}
-        nbytes = ranks = 0
-        for done, (module, _, stack) in enumerate(self.flat.modules(), 1):
-            start = None if like is None else like.shared[module]
-            got = fit_at(self.flat, self.families, self.weights, module, stack, price, start)
-            shared[module] = got.shared
-            squares += got.squares
-            ranks += got.ranks
-            nbytes += got.ranks * self.flat.rank_bytes[module]
+    def _try(
+        self, prices: Sequence[float], like: PricedFit | None, most_rounds: int
+    ) -> list[PricedFit]:
+        """Fit every module at falling prices, each from the price before."""
+        flat = self.flat
+        found = [_Sum(flat) for _ in prices]
+        for done, module in enumerate(flat.modules(), 1):
+            start = None if like is None else like.fits[module.name]
+            for total, price in zip(found, prices, strict=True):
+                per_rank = price * flat.rank_bytes[module.name]
+                start = call_named(module.name, module.problem.fit, per_rank, start, most_rounds)
+                total.add(module, start)
             if self.progress is not None:
-                self.progress(done, len(self.flat))
-        error = math.sqrt(float((self.weights * squares).mean()))
-        return PricedFit(price, nbytes, error, ranks, shared)
+                self.progress(done, len(flat))
+        return [total.at(price) for total, price in zip(found, prices, strict=True)]
 
 
-def fit_at(
-    flat: FlatAdapters,
-    families: Families,
-    weights: Tensor,
-    module: str,
-    stack: Stack,
-    price: float,
-    start: Sequence[Pair] | None,
-) -> SharedFit:
-    """Fit one module at a price for a byte."""
-    per_rank = price * flat.rank_bytes[module]
-    return call_named(
-        module, lambda: fit(stack, families, weights, per_rank, name=module, start=start)
-    )
+class _Sum:
+    """What one price has come to so far, module by module."""
+
+    def __init__(self, flat: FlatAdapters) -> None:
+        self.flat = flat
+        self.squares = torch.zeros(len(flat.weights), dtype=torch.float64)
+        self.energies = torch.zeros_like(self.squares)
+        self.nbytes = 0
+        self.filled = [False] * len(flat.names)
+        self.fits: dict[str, SharedFit] = {}
+
+    def add(self, module: FlatModule, got: SharedFit) -> None:
+        """Add a module's fit."""
+        self.squares += got.squares
+        self.energies += module.problem.stack.energies
+        ranks = got.shared_ranks
+        for i, (rank, value) in enumerate(zip(got.ranks, module.values, strict=True)):
+            if value is not None and value.bias is not None:
+                # A bias is kept, and a module that has one keeps a rank of zeros at least.
+                self.nbytes += value.bias.numel() * self.flat.dtype.itemsize
+                rank = max(rank, 1)
+            self.filled[i] = self.filled[i] or rank > 0
+            ranks += rank
+        self.nbytes += ranks * self.flat.rank_bytes[module.name]
+        self.fits[module.name] = got if self.flat.are_kept else got.without_leaves()
+
+    def at(self, price: float) -> PricedFit:
+        """Return the sum over all modules."""
+        nbytes = self.nbytes
+        for outline, filled in zip(self.flat.outlines, self.filled, strict=True):
+            if not filled:
+                nbytes += self.flat.rank_bytes[smallest_module(outline)]
+        error = relative_error(self.flat.weights, self.squares, self.energies)
+        return PricedFit(price, nbytes, error, self.fits)

@@ -11,9 +11,11 @@ so the objective falls with every step, to a local minimum, and the ranks come o
 Directions that many leaves share gain most in the highest node above all of these: there one rank
 is paid for once.
 
-The means are never formed. Their singular vectors are found by subspace iteration, in which a mean
-is applied to a few vectors through the factors (Halko, Martinsson & Tropp, 2011,
-https://arxiv.org/abs/0909.4061). A residual's are found from a core of the size of its ranks.
+The mean of the increments below a node never changes, so it is formed once, as a (k, l) core (see
+`stack`). What all other parts take from it is of low rank. Its singular vectors are found by
+subspace iteration, from those of the last fit (Halko, Martinsson & Tropp, 2011,
+https://arxiv.org/abs/0909.4061). A leaf's residual is decomposed as a core of the size of its
+ranks, and only if its norm is worth the price of a rank at all.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..lowrank import LowRank
-from .core import check_readable
 from .families import Families
+from .stack import Stack
 
-__all__ = ["Pair", "SharedFit", "Stack", "fit", "triplets_of"]
+__all__ = ["Pair", "SharedFit", "SharedProblem"]
 
 Pair = tuple[Tensor, Tensor]
-"""L Rᵀ as its factors: L (b, out, k) with the sizes in it, and R (b, in, k), orthonormal."""
+"""L Rᵀ as its factors: L (b, k, q) and R (b, l, q); R of a shared part is orthonormal."""
 
 _MORE = 8  # vectors beyond those that are expected, so that a rank can grow
 _CHUNK = 64  # leaves whose cores are in memory at once
@@ -46,160 +48,163 @@ _NOTHING = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
-    """One module of n leaves, as singular triplets; ranks are padded with zeros to the largest.
-
-    Args:
-        U: (b, out, n · r).
-        s: (b, n, r) singular values.
-        V: (b, in, n · r).
-        like: one of the values, for shape and layout.
-    """
-
-    U: Tensor
-    s: Tensor
-    V: Tensor
-    like: LowRank
-
-    @property
-    def leaves(self) -> int:
-        """n."""
-        return self.s.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """r, the largest of the leaves'."""
-        return self.s.shape[2]
-
-    @property
-    def energies(self) -> Tensor:
-        """(n,) the squared norm of each leaf's increment."""
-        return self.s.square().sum((0, 2))
-
-
-@dataclass(frozen=True, eq=False)
 class SharedFit:
     """The parts of one module that the nodes hold.
 
     Args:
+        price: of a rank, that they were fitted at.
         shared: for each shared node.
-        leaves: for each leaf.
+        ranks: of each leaf.
         squares: (n,) the squared error of each leaf.
-        ranks: the sum of all ranks.
+        leaves: for each leaf; None: left out, to save memory.
     """
 
+    price: float
     shared: tuple[Pair, ...]
-    leaves: tuple[Pair, ...]
+    ranks: tuple[int, ...]
     squares: Tensor
-    ranks: int
+    leaves: tuple[Pair, ...] | None
+
+    @property
+    def shared_ranks(self) -> int:
+        """The sum of the shared nodes' ranks."""
+        return sum(left.shape[-1] for left, _ in self.shared)
+
+    def without_leaves(self) -> SharedFit:
+        """Itself without the leaves' parts, which `SharedProblem.whole` finds again."""
+        return replace(self, leaves=None)
 
 
-def triplets_of(values: Sequence[LowRank | None]) -> Stack:
-    """Return the values of one module in their singular bases; None is zero.
-
-    Raises:
-        SpecError: a factor has no finite numbers.
-    """
-    like = next(value for value in values if value is not None)
-    batch, out, into = math.prod(like.shape[:-2]), like.shape[-2], like.shape[-1]
-    rank = max(value.rank for value in values if value is not None)
-    U = torch.zeros(batch, out, len(values), rank, dtype=torch.float64)
-    V = torch.zeros(batch, into, len(values), rank, dtype=torch.float64)
-    s = torch.zeros(batch, len(values), rank, dtype=torch.float64)
-    for i, value in enumerate(values):
-        if value is None:
-            continue
-        check_readable(value)
-        Q_B, M, Q_A = value.core()
-        left, sizes, right = torch.linalg.svd(M, full_matrices=False)
-        k = sizes.shape[-1]
-        U[:, :, i, :k] = (Q_B @ left).reshape(batch, out, k).cpu()
-        V[:, :, i, :k] = (Q_A @ right.mT).reshape(batch, into, k).cpu()
-        s[:, i, :k] = sizes.reshape(batch, k).cpu()
-    return Stack(U.flatten(2), s, V.flatten(2), like)
-
-
-def fit(
-    stack: Stack,
-    families: Families,
-    weights: Tensor,
-    price: float,
-    *,
-    name: str,
-    start: Sequence[Pair] | None = None,
-) -> SharedFit:
-    """Fit one module at a price.
+class SharedProblem:
+    """One module of all leaves, to be fitted at one price or at several.
 
     Args:
         stack: the leaves' increments, in the order of the families.
         families: the shape of the tree.
         weights: (n,) how much each leaf's squared error counts.
-        price: what one rank of this module costs, in units of the weighted squared error.
         name: of the module; random starts are drawn from it, so that a run can be repeated.
-        start: the shared parts of an earlier fit at another price.
     """
-    work = _Fitter(stack, families, weights, price, name)
-    if start is not None:
-        # The leaves take what the shared parts leave over; without a start they must not come
-        # first, for they would take everything.
-        work.shared = list(start)
-        work.fit_leaves()
-    before = math.inf
-    for _ in range(_MOST_ROUNDS):
-        for shared in range(len(families.above)):
-            work.shared[shared] = work.best_shared(shared)
-        work.fit_leaves()
-        now = work.objective()
-        if now >= before * (1.0 - _SETTLED):
-            break
-        before = now
-    return work.result()
+
+    def __init__(self, stack: Stack, families: Families, weights: Tensor, name: str) -> None:
+        self.stack, self.families, self.name = stack, families, name
+        self.weights = weights.double()
+        self.at_home = [families.at_home(home) for home in range(len(families.above))]
+        self.below = [float(self.weights[first:last].sum()) for first, last in families.spans]
+        self.means = self._means()
+
+    @property
+    def largest_gain(self) -> float:
+        """No part of a node gains more than this."""
+        leaves = self.weights * self.stack.s[..., 0].square().sum(0)
+        largest = float(leaves.max())
+        for weight, mean in zip(self.below, self.means, strict=True):
+            largest = max(largest, weight * float(mean.square().sum()))
+        return largest
+
+    def fit(
+        self, price: float, start: SharedFit | None = None, most_rounds: int = _MOST_ROUNDS
+    ) -> SharedFit:
+        """Fit at a price.
+
+        Args:
+            price: what one rank of this module costs, in units of the weighted squared error.
+            start: a fit at a higher price; without one all parts are zero at first.
+            most_rounds: over all parts; fewer are made where the objective no longer falls.
+        """
+        work = _Fitter(self, price, start)
+        before = math.inf
+        for _ in range(most_rounds):
+            # Shared parts come first: what several leaves share must not go to the leaves.
+            for shared in range(len(self.families.above)):
+                work.shared[shared] = work.best_shared(shared)
+            work.fit_leaves()
+            now = work.objective()
+            if now >= before * (1.0 - _SETTLED):
+                break
+            before = now
+        return work.result()
+
+    def whole(self, found: SharedFit) -> SharedFit:
+        """Return a fit with its leaves' parts."""
+        return found if found.leaves is not None else _Fitter(self, found.price, found).result()
+
+    def _means(self) -> list[Tensor]:
+        """For each shared node, the (b, k, l) weighted mean of the increments below it."""
+        stack = self.stack
+        sums: list[Tensor] = []
+        for leaves in self.at_home:
+            total = stack.Ut.new_zeros(stack.sizes)
+            for first in range(0, len(leaves), _CHUNK):
+                some = leaves[first : first + _CHUNK]
+                sizes = stack.s[:, some] * self.weights[some, None]  # (b, m, r)
+                left = (stack.Ut[:, some] * sizes[..., None]).flatten(1, 2)  # (b, m · r, k)
+                total += left.mT @ stack.Vt[:, some].flatten(1, 2)
+            sums.append(total)
+        # Nodes above come first, so that a node's sum is whole before it goes to the one above.
+        for shared in range(len(sums) - 1, 0, -1):
+            sums[self.families.above[shared]] += sums[shared]
+        return [mean / weight for mean, weight in zip(sums, self.below, strict=True)]
 
 
 class _Fitter:
-    """One module's fit while it is being made."""
+    """One module's fit while it is being made.
 
-    def __init__(
-        self, stack: Stack, families: Families, weights: Tensor, price: float, name: str
-    ) -> None:
-        self.stack, self.families, self.price, self.name = stack, families, price, name
-        self.weights = weights.double()
-        batch, out, _ = stack.U.shape
-        into = stack.V.shape[1]
-        nothing = (stack.U.new_zeros(batch, out, 0), stack.V.new_zeros(batch, into, 0))
-        self.shared: list[Pair] = [nothing] * len(families.above)
-        # What the leaves keep, side by side like the stack: (b, out, n · q) and (b, in, n · q).
-        self.left, self.right = nothing
-        self.squares = stack.energies
-        self.ranks = [0] * stack.leaves
+    Args:
+        problem: the module.
+        price: of a rank.
+        start: the fit to begin with.
+    """
+
+    def __init__(self, problem: SharedProblem, price: float, start: SharedFit | None) -> None:
+        self.problem, self.price = problem, price
+        self.stack, self.families = problem.stack, problem.families
+        self.weights = problem.weights
+        batch, out, into = self.stack.sizes
+        Ut, Vt = self.stack.Ut, self.stack.Vt
+        self.nothing = (Ut.new_zeros(batch, out, 0), Vt.new_zeros(batch, into, 0))
+        if start is None:
+            self.shared: list[Pair] = [self.nothing] * len(self.families.above)
+            self._keep([self.nothing] * self.stack.leaves, self.stack.energies)
+            return
+        self.shared = list(start.shared)
+        if start.leaves is not None:
+            self._keep(start.leaves, start.squares)
+        else:
+            self.price = start.price
+            self.fit_leaves()
+            self.price = price
 
     def objective(self) -> float:
         """The weighted squared error, and the price of all ranks."""
-        ranks = sum(self.ranks) + sum(pair[0].shape[-1] for pair in self.shared)
+        ranks = self.starts[-1] + sum(left.shape[-1] for left, _ in self.shared)
         return float((self.weights * self.squares).sum()) + self.price * ranks
 
     def result(self) -> SharedFit:
-        """The parts, each leaf's cut to its own rank."""
-        width = self.left.shape[-1] // self.stack.leaves
-        leaves: list[Pair] = []
-        for i, rank in enumerate(self.ranks):
-            mine = slice(i * width, i * width + rank)
-            leaves.append((self.left[..., mine].clone(), self.right[..., mine].clone()))
-        ranks = sum(self.ranks) + sum(pair[0].shape[-1] for pair in self.shared)
-        return SharedFit(tuple(self.shared), tuple(leaves), self.squares, ranks)
+        """The parts as they are."""
+        ranks = tuple(left.shape[-1] for left, _ in self.leaves)
+        return SharedFit(self.price, tuple(self.shared), ranks, self.squares, tuple(self.leaves))
+
+    def _keep(self, leaves: Sequence[Pair], squares: Tensor) -> None:
+        """Take the leaves' parts and errors, and put the parts side by side for the means."""
+        self.leaves, self.squares = leaves, squares
+        ranks = [left.shape[-1] for left, _ in leaves]
+        self.starts = [0, *accumulate(ranks)]
+        self.left = torch.cat([left for left, _ in leaves], dim=-1)  # (b, k, Σ ranks)
+        self.right = torch.cat([right for _, right in leaves], dim=-1)
+        self.column_weights = self.weights.repeat_interleave(torch.tensor(ranks))
 
     # ------------------------------------------------------------------ shared parts
     def best_shared(self, shared: int) -> Pair:
         """The best part of a shared node, with all other parts as they are."""
-        mean = _Mean(self, shared)
-        limit = min(self.stack.U.shape[1], self.stack.V.shape[1])
-        seed = hashlib.sha256(f"{self.name} {shared}".encode()).digest()[:7]
+        mean = self._mean(shared)
+        limit = min(self.stack.sizes[1:])
+        seed = hashlib.sha256(f"{self.problem.name} {shared}".encode()).digest()[:7]
         draw = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
         vectors = self.shared[shared][1]
         wanted = min(limit, vectors.shape[-1] + _MORE)
         while True:
             left, sizes, right = mean.triplets(vectors, wanted, draw)
-            gains = mean.weight * sizes.square().sum(0)
+            gains = self.problem.below[shared] * sizes.square().sum(0)
             keep = int((gains > self.price).sum())
             # While the last vector is still worth its price, there may be more of its kind.
             if keep < wanted or wanted == limit:
@@ -207,152 +212,171 @@ class _Fitter:
             vectors, wanted = right, min(limit, 2 * wanted)
         return left[..., :keep] * sizes[:, None, :keep], right[..., :keep]
 
+    def _mean(self, shared: int) -> _Mean:
+        """The mean, over the leaves below a node, of what all other parts leave over."""
+        first, last = self.families.spans[shared]
+        mine = slice(self.starts[first], self.starts[last])
+        whole = self.problem.below[shared]
+        lefts = [self.left[..., mine] * (self.column_weights[mine] / whole)]
+        rights = [self.right[..., mine]]
+        for other, (begin, end) in enumerate(self.families.spans):
+            both = self.weights[max(first, begin) : min(last, end)]
+            P, Q = self.shared[other]
+            if other != shared and len(both) and P.shape[-1]:
+                # Only a part of the leaves below this node may have the other one above them.
+                lefts.append(P * (float(both.sum()) / whole))
+                rights.append(Q)
+        return _Mean(self.problem.means[shared], torch.cat(lefts, -1), torch.cat(rights, -1))
+
     # ------------------------------------------------------------------ leaves
     def fit_leaves(self) -> None:
         """Give every leaf the best part of its own residual."""
-        stack, count = self.stack, self.stack.leaves
-        found: dict[int, Pair] = {}
-        squares = torch.zeros(count, dtype=torch.float64)
-        for home in sorted(set(self.families.homes)):
+        found = [self.nothing] * self.stack.leaves
+        squares = torch.zeros(self.stack.leaves, dtype=torch.float64)
+        for home, leaves in enumerate(self.problem.at_home):
             P, Q = self._above(home)
-            leaves = self.families.at_home(home)
+            inside = (P.mT @ P) * (Q.mT @ Q)
             for first in range(0, len(leaves), _CHUNK):
                 some = leaves[first : first + _CHUNK]
-                parts, lost = self._residuals(some, P, Q)
-                squares[some] = lost
-                for leaf, part in zip(some, parts, strict=True):
-                    found[leaf] = part
-        self.squares = squares
-        self.ranks = [found[leaf][0].shape[-1] for leaf in range(count)]
-        width = max(self.ranks)
-        batch, out, into = stack.U.shape[0], stack.U.shape[1], stack.V.shape[1]
-        left = stack.U.new_zeros(batch, out, count, width)
-        right = stack.V.new_zeros(batch, into, count, width)
-        for leaf, (mine, other) in found.items():
-            left[:, :, leaf, : self.ranks[leaf]] = mine
-            right[:, :, leaf, : self.ranks[leaf]] = other
-        self.left, self.right = left.flatten(2), right.flatten(2)
+                C, D = self._against(some, P, Q)
+                # ‖ΔW − P Qᵀ‖²: no rank of a residual gains more than all of it.
+                s = self.stack.s[:, some]  # (b, m, r)
+                norms = s.square().sum((0, 2)) - 2.0 * (s[..., None] * C * D).sum((0, 2, 3))
+                squares[some] = (norms + inside.sum()).clamp(min=0.0)
+                worth = (self.weights[some] * squares[some] > self.price).nonzero().flatten()
+                if len(worth):
+                    chosen = [some[i] for i in worth.tolist()]
+                    parts, lost = self._parts(chosen, P, Q, C[:, worth], D[:, worth])
+                    squares[chosen] = lost
+                    for leaf, part in zip(chosen, parts, strict=True):
+                        found[leaf] = part
+        self._keep(found, squares)
 
     def _above(self, home: int) -> Pair:
         """All that the shared nodes of a lineage add, as one pair."""
         pairs = [self.shared[shared] for shared in self.families.lineage(home)]
-        return torch.cat([pair[0] for pair in pairs], -1), torch.cat(
-            [pair[1] for pair in pairs], -1
-        )
+        left = torch.cat([pair[0] for pair in pairs], -1)
+        return left, torch.cat([pair[1] for pair in pairs], -1)
 
-    def _residuals(self, leaves: list[int], P: Tensor, Q: Tensor) -> tuple[list[Pair], Tensor]:
-        """The best parts of ΔW_i − P Qᵀ, and the squared errors (m,) of the leaves that have them.
+    def _against(self, leaves: list[int], P: Tensor, Q: Tensor) -> Pair:
+        """Uᵀ P and Vᵀ Q of some leaves, (b, m, r, q) each."""
+        found: list[Tensor] = []
+        for rows, other in ((self.stack.Ut[:, leaves], P), (self.stack.Vt[:, leaves], Q)):
+            # One product for all of these leaves: their rows lie one below the other.
+            product = rows.flatten(1, 2) @ other
+            found.append(product.view(*rows.shape[:3], other.shape[-1]))
+        return found[0], found[1]
 
-        In the basis [U, W], with W an orthonormal basis of the part of P outside of U, the residual
-        is a core of r + k rows and columns. W is not formed: W = (P − U C) R⁺ with C = Uᵀ P and
-        Rᵀ R = Pᵀ P − Cᵀ C.
-        """
-        U, V = self._some(self.stack.U, leaves), self._some(self.stack.V, leaves)
-        s = self.stack.s[:, leaves]  # (b, m, r)
-        C, R, back = _outside(U, P)
-        D, T, forth = _outside(V, Q)
-        top = torch.cat([torch.diag_embed(s) - C @ D.mT, -C @ T.mT], dim=-1)
-        low = torch.cat([-R @ D.mT, -R @ T.mT], dim=-1)
-        u, sizes, vh = torch.linalg.svd(torch.cat([top, low], dim=-2))  # (b, m, r + k, r + k)
-        gains = self.weights[leaves, None] * sizes.square().sum(0)  # (m, r + k)
+    def _parts(
+        self, leaves: list[int], P: Tensor, Q: Tensor, C: Tensor, D: Tensor
+    ) -> tuple[list[Pair], Tensor]:
+        """The best parts of ΔW_i − P Qᵀ of some leaves, and the squared errors that are left."""
+        stack = self.stack
+        U, s, V = stack.Ut[:, leaves].mT, stack.s[:, leaves], stack.Vt[:, leaves].mT
+        residuals = _Residuals(U, s, V, P, Q, C, D) if P.shape[-1] else None
+        squares = s.square() if residuals is None else residuals.squares
+        gains = self.weights[leaves, None] * squares.sum(0)  # (m, r + q)
         keep = (gains > self.price).sum(-1)
-        dropped = torch.arange(sizes.shape[-1]) >= keep[:, None]
-        lost = (sizes.square().sum(0) * dropped).sum(-1)
+        dropped = torch.arange(gains.shape[-1]) >= keep[:, None]
+        lost = (squares.sum(0) * dropped).sum(-1)
+        most = int(keep.max())
+        if residuals is None:
+            # Nothing is above these leaves, so their own triplets are those of the residuals.
+            left, right = U[..., :most], V[..., :most] * s[:, :, None, :most]
+        else:
+            left, right = residuals.parts(most)
         parts: list[Pair] = []
-        rank = s.shape[-1]
-        v = vh.mT
         for i, kept in enumerate(keep.tolist()):
-            outside = back[:, i] @ u[:, i, rank:, :kept]  # in terms of P's columns
-            left = U[:, i] @ (u[:, i, :rank, :kept] - C[:, i] @ outside) + P @ outside
-            across = forth[:, i] @ v[:, i, rank:, :kept]
-            right = V[:, i] @ (v[:, i, :rank, :kept] - D[:, i] @ across) + Q @ across
-            parts.append((left * sizes[:, i, None, :kept], right))
+            parts.append((left[:, i, :, :kept], right[:, i, :, :kept]))
         return parts, lost
 
-    def _some(self, columns: Tensor, leaves: list[int]) -> Tensor:
-        """(b, m, size, r): the columns of some leaves."""
-        batch, size, _ = columns.shape
-        apart = columns.view(batch, size, self.stack.leaves, self.stack.rank)
-        return apart[:, :, leaves].transpose(1, 2)
 
+class _Residuals:
+    """The residuals U diag(s) Vᵀ − P Qᵀ of some leaves, by their squared singular values.
 
-def _outside(U: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """C = Uᵀ P, R with Rᵀ R = Pᵀ P − Cᵀ C, and the pseudo-inverse of R.
+    In the basis [U, W], with W an orthonormal basis of the part of P outside of U, a residual is a
+    core K of r + q rows and columns. W is not formed: W = (P − U C) R⁺ with C = Uᵀ P and
+    Rᵀ R = Pᵀ P − Cᵀ C. The part that is kept is u uᵀ K, with eigenvectors u of K Kᵀ.
 
     Args:
-        U: (b, m, size, r), orthonormal columns, or zeros.
-        P: (b, size, k).
+        U, s, V: (b, m, k, r), (b, m, r) and (b, m, l, r) of the leaves.
+        P, Q: (b, k, q) and (b, l, q).
+        C, D: Uᵀ P and Vᵀ Q, (b, m, r, q).
+    """
+
+    def __init__(
+        self, U: Tensor, s: Tensor, V: Tensor, P: Tensor, Q: Tensor, C: Tensor, D: Tensor
+    ) -> None:
+        self.U, self.V, self.P, self.Q, self.C, self.D = U, V, P[:, None], Q[:, None], C, D
+        R, self.back = _outside(C, P)
+        T, self.forth = _outside(D, Q)
+        top = torch.cat([torch.diag_embed(s) - C @ D.mT, -C @ T.mT], dim=-1)
+        low = torch.cat([-R @ D.mT, -R @ T.mT], dim=-1)
+        self.core = torch.cat([top, low], dim=-2)  # (b, m, r + q, r + q)
+        squares, vectors = torch.linalg.eigh(self.core @ self.core.mT)
+        # eigh gives the smallest first, and rounding may put a zero slightly below itself.
+        self.squares, self.vectors = squares.flip(-1).clamp(min=0.0), vectors.flip(-1)
+
+    def parts(self, rank: int) -> Pair:
+        """The best parts of a rank: (b, m, k, rank) orthonormal, and (b, m, l, rank) with sizes."""
+        r = self.U.shape[-1]
+        u = self.vectors[..., :rank]
+        v = self.core.mT @ u
+        # What lies outside of U and of V, in terms of P's and of Q's columns.
+        outside, across = self.back @ u[:, :, r:], self.forth @ v[:, :, r:]
+        left = self.U @ (u[:, :, :r] - self.C @ outside) + self.P @ outside
+        right = self.V @ (v[:, :, :r] - self.D @ across) + self.Q @ across
+        return left, right
+
+
+def _outside(C: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """R with Rᵀ R = Pᵀ P − Cᵀ C, and the pseudo-inverse of R.
+
+    Args:
+        C: (b, m, r, q), Uᵀ P for orthonormal columns U, or zeros.
+        P: (b, k, q).
 
     Returns:
-        (b, m, r, k), (b, m, k, k) and (b, m, k, k).
+        (b, m, q, q), twice.
     """
-    C = U.mT @ P[:, None]
-    inside = P.mT @ P  # (b, k, k)
+    inside = P.mT @ P  # (b, q, q)
     values, vectors = torch.linalg.eigh(inside[:, None] - C.mT @ C)
     # What is shorter than rounding can't be normed; it is left out on both sides.
-    most = inside.diagonal(dim1=-2, dim2=-1).amax(-1) if inside.shape[-1] else inside.new_zeros(1)
+    most = inside.diagonal(dim1=-2, dim2=-1).amax(-1)
     there = values > _NOTHING * most[:, None, None]
     roots = torch.where(there, values, 0.0).sqrt()
     inverse = torch.where(there, 1.0 / roots.clamp(min=1e-300), 0.0)
-    return C, roots[..., None] * vectors.mT, vectors * inverse[..., None, :]
+    return roots[..., None] * vectors.mT, vectors * inverse[..., None, :]
 
 
+@dataclass(frozen=True, eq=False)
 class _Mean:
-    """The weighted mean, over the leaves below a shared node, of what all other parts leave over.
+    """core − left rightᵀ.
 
     Args:
-        work: the fit as it is.
-        shared: the node.
+        core: (b, k, l).
+        left, right: (b, k, q) and (b, l, q).
     """
 
-    def __init__(self, work: _Fitter, shared: int) -> None:
-        self.work = work
-        first, last = work.families.spans[shared]
-        mine = work.weights[first:last]
-        self.weight = float(mine.sum())
-        parts = mine / self.weight  # (m,)
-        stack = work.stack
-        # The leaves below a node stand side by side, so these are views and nothing is copied.
-        r, q = stack.rank, work.left.shape[-1] // stack.leaves
-        self.U, self.V = (each[..., first * r : last * r] for each in (stack.U, stack.V))
-        self.L, self.R = (each[..., first * q : last * q] for each in (work.left, work.right))
-        self.sizes = (stack.s[:, first:last] * parts[:, None]).flatten(1)[..., None]
-        self.parts = parts.repeat_interleave(q)[:, None]
-        self.others = list(self._others(shared))
-
-    def _others(self, shared: int) -> list[tuple[float, Pair]]:
-        """The other shared parts, each with the part of the leaves below this node that has it."""
-        work, found = self.work, []
-        first, last = work.families.spans[shared]
-        for other, (begin, end) in enumerate(work.families.spans):
-            both = work.weights[max(first, begin) : min(last, end)]
-            if other != shared and len(both):
-                found.append((float(both.sum()) / self.weight, work.shared[other]))
-        return found
+    core: Tensor
+    left: Tensor
+    right: Tensor
 
     def times(self, X: Tensor) -> Tensor:
-        """(b, out, q): the mean times X (b, in, q)."""
-        found = self.U @ (self.sizes * (self.V.mT @ X))
-        found -= self.L @ (self.parts * (self.R.mT @ X))
-        for part, (P, Q) in self.others:
-            found -= P @ (Q.mT @ X) * part
-        return found
+        """(b, k, q): the mean times X (b, l, q)."""
+        return self.core @ X - self.left @ (self.right.mT @ X)
 
     def transposed_times(self, Y: Tensor) -> Tensor:
-        """(b, in, q): the mean's transpose times Y (b, out, q)."""
-        found = self.V @ (self.sizes * (self.U.mT @ Y))
-        found -= self.R @ (self.parts * (self.L.mT @ Y))
-        for part, (P, Q) in self.others:
-            found -= Q @ (P.mT @ Y) * part
-        return found
+        """(b, l, q): the mean's transpose times Y (b, k, q)."""
+        return (Y.mT @ self.core).mT - self.right @ (self.left.mT @ Y)
 
     def triplets(
         self, start: Tensor, wanted: int, draw: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest singular triplets: (b, out, q), (b, q) largest first, (b, in, q).
+        """The largest singular triplets: (b, k, q), (b, q) largest first, (b, l, q).
 
         Args:
-            start: (b, in, ≤ q) vectors to begin with.
+            start: (b, l, ≤ q) vectors to begin with.
             wanted: q.
             draw: for the vectors that are missing.
         """

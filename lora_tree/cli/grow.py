@@ -29,6 +29,9 @@ def grow_tree(
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="The most shared nodes above a leaf.")] = 3,
     dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to it.")] = None,
+    by_norm: Annotated[
+        bool, typer.Option("--by-norm", help="An adapter of twice the norm counts four times.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -44,6 +47,7 @@ def grow_tree(
             budget_bytes=budget,
             depth=depth,
             dtype=DTYPES[dtype] if dtype else None,
+            by_norm=by_norm,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     size = f"{found.bytes_before:,} → {found.bytes_after:,} bytes"

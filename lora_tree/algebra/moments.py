@@ -1,0 +1,53 @@
+"""Second moments of a module's inputs: an error counts by what it does to outputs.
+
+    E ‖(ΔW − ΔW') x‖² = ‖(ΔW − ΔW') C^½‖²        C = E[x xᵀ], (in, in)
+
+C is given as itself, as its diagonal, or as rows of inputs. It is only ever needed between bases of
+the increments' row spaces, Qᵀ C Q, which the last two give without (in, in) numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeMismatch, SpecError
+from ..given import unchecked
+
+__all__ = ["moment_inside"]
+
+
+def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
+    """Return Qᵀ C Q in float64.
+
+    Args:
+        Q: (\\*batch, in, l); None is the identity.
+        moment: C (in, in); or its diagonal (in,); or rows of inputs, (rows, in) with more rows
+            than one.
+        size: in.
+
+    Returns:
+        (\\*batch, l, l).
+
+    Raises:
+        ShapeMismatch: the moment does not have the size of the input.
+        SpecError: it is no tensor, or has numbers that are not finite, or a mean square below zero.
+    """
+    if not isinstance(unchecked(moment), Tensor):
+        raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
+    device = moment.device if Q is None else Q.device
+    C = moment.detach().to(device=device, dtype=torch.float64)
+    # Means of squares, where it is no rows: the errors that they weigh would be negative.
+    squares = C if C.shape == (size,) else C.diagonal() if C.shape == (size, size) else C.square()
+    if not bool((squares >= 0).all()) or not bool(C.isfinite().all()):
+        raise SpecError("moments: they hold numbers that are not finite, or a negative mean square")
+    if C.shape == (size,):
+        return torch.diag(C) if Q is None else Q.mT @ (C[:, None] * Q)
+    if C.shape == (size, size):
+        return C if Q is None else Q.mT @ C @ Q
+    if C.ndim == 2 and C.shape[1] == size:
+        seen = C if Q is None else C @ Q  # (rows, l)
+        return seen.mT @ seen / len(C)
+    raise ShapeMismatch(
+        f"moments: got {tuple(C.shape)}, expected ({size},), ({size}, {size}) or (rows, {size})"
+    )
