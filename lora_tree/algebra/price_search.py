@@ -265,6 +265,8 @@ class _Sum:
         nbytes = self.nbytes
         for outline, filled in zip(self.flat.outlines, self.filled, strict=True):
             if not filled:
-                nbytes += self.flat.rank_bytes[smallest_module(outline)]
+                # It keeps one rank of zeros in this module.
+                value = outline.modules[smallest_module(outline)]
+                nbytes += value.numel // value.rank * self.flat.dtype.itemsize
         error = relative_error(self.flat.weights, self.squares, self.energies)
         return PricedFit(price, nbytes, error, self.fits)
