@@ -40,7 +40,8 @@ Allocate: TypeAlias = Callable[[int], Tensor]
 """Allocate memory for one adapter: bytes → a uint8 tensor of that length; may raise."""
 
 Witness: TypeAlias = Callable[[str, memoryview], object]
-"""Is shown every byte that a reader uses: (file name, bytes), in order; may not keep them."""
+"""Is shown every byte that a reader uses: (file name, bytes), in order. Those of a PEFT folder's
+weights stay as they are until the reader's caller hands the adapter out; it may keep no others."""
 
 
 class Source(Protocol):

@@ -35,7 +35,7 @@ from lora_tree.errors import (
     StateError,
     UnlockedError,
 )
-from lora_tree.folder import examine as examining
+from lora_tree.folder import hashing as hashing_room
 from lora_tree.folder import source as source_room
 from lora_tree.overlay import over
 
@@ -538,9 +538,9 @@ def test_files_are_hashed_when_first_read_and_again_only_where_they_look_otherwi
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes: list[str] = []
-    plain = examining.content
+    plain = hashing_room.content
     monkeypatch.setattr(
-        examining, "content", lambda *of: hashes.append(found := plain(*of)) or found
+        hashing_room, "content", lambda *of: hashes.append(found := plain(*of)) or found
     )
     monkeypatch.setattr(
         source_room, "_TICK_NS", -(10**18)

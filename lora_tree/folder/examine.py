@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +13,11 @@ from ..formats.safetensors import read_tensors
 from ..system.memory import check_fits
 from . import disk
 from .adapter_files import read_files
+from .hashing import ContentHash
 from .lockfile import content
-from .scan import FILES, Files
+from .scan import Files
 
-__all__ = ["ContentHash", "Examined", "adds_nothing", "broken_text", "examine", "hashed"]
-
-
-class ContentHash:
-    """The hash of an adapter's content, from the bytes that its reader used."""
-
-    def __init__(self, names: Iterable[str] = FILES) -> None:
-        self._hashes = {name: hashlib.sha256() for name in names}
-
-    def __call__(self, name: str, data: memoryview) -> None:
-        self._hashes[name].update(data)
-
-    def content(self) -> str:
-        return content(*(hashing.hexdigest() for hashing in self._hashes.values()))
+__all__ = ["Examined", "adds_nothing", "broken_text", "examine", "hashed"]
 
 
 def hashed(files: Files) -> str:
@@ -72,12 +58,14 @@ def examine(files: Files) -> Examined:
     hashing = ContentHash(files.names)
     try:
         adapter = read_files(files, witness=hashing)
+        return Examined(hashing.content(), adds_nothing(adapter))
     except UnsupportedAdapter:
         # The hash was not fed to its end, so the files are hashed for themselves.
         weights = files.names[-1]
         read_tensors(files.now[weights][0], os.path.join(files.around, weights), outline=True)
         return Examined(hashed(files), untrained=False)
-    return Examined(hashing.content(), adds_nothing(adapter))
+    finally:
+        hashing.close()
 
 
 def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:

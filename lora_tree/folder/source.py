@@ -20,7 +20,8 @@ from ..storage import Allocate, Witness
 from .adapter_files import read_files
 from .bounds import homes, inside, lies_in
 from .disk import Stamp
-from .examine import ContentHash, hashed
+from .examine import hashed
+from .hashing import ContentHash
 from .lockfile import HubLock
 from .scan import Files, find_files
 from .trained import Trained
@@ -108,6 +109,9 @@ class FolderSource:
                     hashing = ContentHash(files.names)
                 adapter = self._parse(files, allocate=allocate, witness=hashing)
                 after = _identity(files)
+                if before != after:
+                    continue  # what was read may be half of one save and half of another
+                found = self.content if hashing is None else hashing.content()
             except (LoraTreeError, OSError) as error:
                 is_other = hashing is not None and self._is_other_content(files)
                 if find_files(self.folder, self.root) != files:
@@ -115,9 +119,10 @@ class FolderSource:
                 if is_other:
                     raise _not_even_whole(self.folder, error) from error
                 raise
-            if before != after:
-                continue  # what was read may be half of one save and half of another
-            found = self.content if hashing is None else hashing.content()
+            finally:
+                # On any way out, an interrupt too: a thread may be hashing what was read.
+                if hashing is not None:
+                    hashing.close()
             self._check_content(found)
             self._note_hashed(found, after)
             return adapter

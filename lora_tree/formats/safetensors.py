@@ -50,13 +50,17 @@ __all__ = [
 ]
 
 
+PART = 8 << 20
+"""Bytes that are read at once: a witness can work on a part while the next is read."""
+
+
 class TensorFile:
     """A file that is being read; see `open_tensors`.
 
     Args:
         stream: at its beginning.
         where: names the file in errors.
-        witness: is shown the file's bytes, in order, and may not keep them.
+        witness: is shown the file's bytes, in order; see `lora_tree.storage.Witness`.
 
     Attributes:
         head: the header, as it stands in the file.
@@ -97,12 +101,18 @@ class TensorFile:
         memory = (allocate or _ordinary)(header.nbytes)
         start = memory.data_ptr()
         for place, nbytes in header.spans:
-            # Straight into the tensor's memory: read() would make a bytes object of the same size.
-            part = (ctypes.c_char * nbytes).from_address(start + place)
-            if self._stream.readinto(part) != nbytes:  # type: ignore[attr-defined]
-                raise _cut_short(self._where)
-            if self._witness:
-                self._witness(memoryview(part))
+            end = place + nbytes
+            for begin in range(place, end, PART):
+                size = min(PART, end - begin)
+                # Straight into the tensor's memory: read() would make a bytes object of that size.
+                part: Any = (ctypes.c_char * size).from_address(start + begin)
+                if self._stream.readinto(part) != size:  # type: ignore[attr-defined]
+                    raise _cut_short(self._where)
+                if self._witness:
+                    # The witness may look at the part while the next one is read, and after an
+                    # error. It must not lose its memory then.
+                    part.memory = memory
+                    self._witness(memoryview(part))
         return memory
 
 
