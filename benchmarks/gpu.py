@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ import lora_tree as lt
 from lora_tree.engine.kernels import routes
 from lora_tree.engine.routed import Strategy
 
+from .by_polylora import is_installed, with_polylora
 from .common import Case, Result, Stage, cycle, interleaved
 from .routed import grown
 from .setting import SIBLING, START, name_in_peft, tree, with_peft
@@ -295,7 +296,13 @@ def _routed(shape: Shape, size: Size) -> list[Result]:
     captured = []
     if routes(torch.device("cuda", torch.cuda.current_device())):
         captured = [_captured_batch(model, nodes, order, rng, size)]
-    return results + _peft_mixed(model, nodes, order, size, results) + captured
+    flat = _peft_mixed(model, nodes, order, size, results)
+    if is_installed():
+        del model
+        _polylora_mixed(llama(replace(shape, layers=size.layers)), flat, ROUTED, "cuda", results)
+    else:
+        sys.stderr.write("polylora is not installed: routed rows stand beside PEFT alone\n")
+    return results + captured
 
 
 def _captured_batch(
@@ -349,8 +356,10 @@ def _graph_of(model: Any, ids: Tensor) -> torch.cuda.CUDAGraph:
 
 def _peft_mixed(
     model: Any, nodes: lt.AdapterTree, order: list[str], size: Size, results: list[Result]
-) -> list[Result]:
-    """Put PEFT's mixed batch over the same paths, flattened, into the existing tables."""
+) -> lt.AdapterTree:
+    """Put PEFT's mixed batch over the same paths, flattened, into the existing tables; return
+    the flattened adapters.
+    """
     flat = lt.AdapterTree()
     for i, leaf in enumerate(order):
         flat.add(f"leaf{i}", adapter=nodes.flatten(leaf, dtype=DTYPE).to(device="cpu"))
@@ -361,7 +370,33 @@ def _peft_mixed(
         ids = torch.randint(256, (len(order), tokens), device="cuda")
         call = _waited(partial(theirs, input_ids=ids, adapter_names=named, use_cache=False))
         result.timings |= interleaved({"PEFT's mixed batch": Case(call)}, 2)
-    return []
+    return flat
+
+
+def _polylora_mixed(
+    model: Any, flat: lt.AdapterTree, tokens: Sequence[int], device: str, results: Sequence[Result]
+) -> None:
+    """Put polylora's mixed batch over the same paths, flattened, into the existing tables.
+
+    Args:
+        model: a bare base of its own, which polylora changes for good.
+        flat: an adapter for each row.
+        tokens: inputs a row, of each table.
+        device: of the base.
+        results: the tables; each has the time of "bare" and of "auto".
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = with_polylora(model, flat, Path(folder) / "flat")
+    named = flat.paths()
+    for count, result in zip(tokens, results, strict=True):
+        ids = torch.randint(256, (len(named), count), device=device)
+        call = _waited(partial(theirs, input_ids=ids, adapter_ids=named, use_cache=False))
+        times = result.timings
+        times |= interleaved({"polylora's mixed batch": Case(call)}, 7)
+        added = times["polylora's mixed batch"].ms - times["bare"].ms
+        result.facts["added by polylora, ms"] = added
+        ours = times["auto"].ms - times["bare"].ms
+        result.aim("added, ours / polylora", ours / added, at_most=0.2)
 
 
 # ---------------------------------------------------------------------- training
@@ -423,6 +458,19 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
             torch.cuda.synchronize()
             prefetched.append(path)
 
+        def idle() -> None:
+            attached.deactivate()
+            attached.cache.wait(10)
+
+        def compute() -> None:
+            model(input_ids=ids, use_cache=False)
+
+        def both() -> None:
+            path = next(again)
+            attached.prefetch([path])
+            compute()
+            attached.activate(path, mode="unmerged")
+
         prefetched: list[str] = []
         result.timings |= interleaved(
             {
@@ -432,6 +480,8 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
                 "floor: one pinned copy": Case(
                     _waited(lambda: there.copy_(host, non_blocking=True))
                 ),
+                "the same compute, with no prefetch beside it": Case(_waited(compute), idle),
+                "compute, prefetched beside it and then activated": Case(_waited(both), idle),
                 "prefetched, then activated": Case(
                     _waited(lambda: attached.activate(prefetched[-1], mode="unmerged")), ready
                 ),
@@ -442,6 +492,10 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         ratio = times_now["host tier → active"].ms / times_now["floor: one pinned copy"].ms
         result.aim("host tier → active / one copy", ratio, at_most=1.25)
         result.aim("first use", times_now["first use, page cache"].ms, at_most=40, unit="ms")
+        hidden = times_now["compute, prefetched beside it and then activated"]
+        alone = times_now["the same compute, with no prefetch beside it"]
+        over = hidden.ms - alone.ms
+        result.aim("prefetched and activated − compute", over, at_most=0.5, unit="ms")
         attached.detach()
     return [result]
 

@@ -10,8 +10,9 @@ what it is compared with.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -161,3 +162,52 @@ def with_sum(base: M, tree: lt.AdapterTree, blend: lt.Blend) -> M:
             weight = made.get_submodule(name).get_parameter("weight")
             weight += delta.mT if value.layout.kind == "embedding" else delta
     return made
+
+
+def net_by_hand(
+    base: nn.Sequential,
+    tree: lt.AdapterTree,
+    x: Tensor,
+    rows: Sequence[lt.Blend],
+    factors: dict[tuple[str, str, str], Tensor],
+) -> Tensor:
+    """Return the net's output in float64, row by row; ``factors`` takes part in autograd."""
+    outputs = []
+    for row, blend in zip(x.double(), rows, strict=True):
+        hidden = row
+        for name in ("0", "2"):
+            linear: Any = base.get_submodule(name)
+            after = hidden @ linear.weight.double().mT + linear.bias.double()
+            for node, c in coefficients(tree, blend).items():
+                adapter = tree.adapter(node)
+                assert adapter is not None
+                value = adapter.modules[name]
+                A, B = factors[node, name, "A"], factors[node, name, "B"]
+                after = after + hidden @ A.mT @ B.mT * (c * value.scale)
+                if value.bias is not None:
+                    after = after + value.bias.double() * (c * value.scale)
+            hidden = torch.tanh(after) if name == "0" else after
+        outputs.append(hidden)
+    return torch.stack(outputs)
+
+
+def doubled(tree: lt.AdapterTree) -> dict[tuple[str, str, str], Tensor]:
+    found = {}
+    for node in tree.paths():
+        adapter = tree.adapter(node)
+        assert adapter is not None
+        for name, value in adapter.modules.items():
+            found[node, name, "A"] = value.A.detach().double().requires_grad_()
+            found[node, name, "B"] = value.B.detach().double().requires_grad_()
+    return found
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Make it an error if the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

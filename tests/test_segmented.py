@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import coefficients
+from oracle import doubled, net_by_hand
 from test_kernels import interpreted
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -181,6 +181,7 @@ def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[s
 
     kernels = RoutedKernels(counted("shrink"), counted("expand"), counted("outer"))
     monkeypatch.setattr("lora_tree.engine.segmented.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.forms.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.routed.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.prepared_segments.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.path_form.routes", lambda device: True)
@@ -214,44 +215,6 @@ def forest(factors: torch.dtype = torch.float32, *, bias: bool = False) -> lt.Ad
     return tree
 
 
-def by_hand(
-    base: nn.Sequential,
-    tree: lt.AdapterTree,
-    x: Tensor,
-    rows: Sequence[lt.Blend],
-    factors: dict[tuple[str, str, str], Tensor],
-) -> Tensor:
-    """Return the net's output in float64, row by row; ``factors`` takes part in autograd."""
-    outputs = []
-    for row, blend in zip(x.double(), rows, strict=True):
-        hidden = row
-        for name in ("0", "2"):
-            linear: Any = base.get_submodule(name)
-            after = hidden @ linear.weight.double().mT + linear.bias.double()
-            for node, c in coefficients(tree, blend).items():
-                adapter = tree.adapter(node)
-                assert adapter is not None
-                value = adapter.modules[name]
-                A, B = factors[node, name, "A"], factors[node, name, "B"]
-                after = after + hidden @ A.mT @ B.mT * (c * value.scale)
-                if value.bias is not None:
-                    after = after + value.bias.double() * (c * value.scale)
-            hidden = torch.tanh(after) if name == "0" else after
-        outputs.append(hidden)
-    return torch.stack(outputs)
-
-
-def doubled(tree: lt.AdapterTree) -> dict[tuple[str, str, str], Tensor]:
-    found = {}
-    for node in tree.paths():
-        adapter = tree.adapter(node)
-        assert adapter is not None
-        for name, value in adapter.modules.items():
-            found[node, name, "A"] = value.A.detach().double().requires_grad_()
-            found[node, name, "B"] = value.B.detach().double().requires_grad_()
-    return found
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_every_row_of_a_batch_is_what_it_is_by_hand(
@@ -262,7 +225,7 @@ def test_every_row_of_a_batch_is_what_it_is_by_hand(
     x = torch.randn(len(ROWS), tokens, 20)
     with torch.no_grad():
         bare = base(x)
-        wanted = by_hand(base, tree, x, ROWS, doubled(tree))
+        wanted = net_by_hand(base, tree, x, ROWS, doubled(tree))
         with model.route(ROWS, batch_first=True):
             y = base(x)
     assert launched == ["shrink", "expand"] * 2, "two launches a site"
@@ -340,7 +303,7 @@ def test_gradients_are_those_of_float64(launched: list[str], trained: tuple[str,
     x = torch.randn(len(ROWS), 3, 20)
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     exact = doubled(tree)
-    by_hand(base, tree, other, ROWS, exact).sin().sum().backward()
+    net_by_hand(base, tree, other, ROWS, exact).sin().sum().backward()
     with model.route(ROWS, batch_first=True):
         base(leaf).sin().sum().backward()
     assert "outer" in launched
@@ -365,7 +328,7 @@ def test_a_forward_of_frozen_nodes_hands_the_inputs_gradient_on(launched: list[s
     model = lt.attach(tree, base)
     x = torch.randn(len(ROWS), 20)
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    by_hand(base, tree, other[:, None], ROWS, doubled(tree)).sum().backward()
+    net_by_hand(base, tree, other[:, None], ROWS, doubled(tree)).sum().backward()
     with model.route(ROWS, batch_first=True):
         base(leaf).sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
@@ -377,7 +340,7 @@ def test_under_autocast_the_output_is_as_narrow_as_the_bases(launched: list[str]
     model = lt.attach(tree, base)
     x = torch.randn(len(ROWS), 2, 20)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        expected = by_hand(base, tree, x, ROWS, doubled(tree))
+        expected = net_by_hand(base, tree, x, ROWS, doubled(tree))
         with model.route(ROWS, batch_first=True):
             y = base(x)
     assert y.dtype == torch.float16
@@ -397,7 +360,7 @@ def test_factors_that_an_optimiser_moves_are_read_where_they_are(launched: list[
             for p in (p for group in groups for p in group["params"]):
                 p.data = p.detach() * 2.0  # other memory, as after a move
         y = base(x)
-    wanted = by_hand(base, tree, x[:, None], rows, doubled(tree))[:, 0]
+    wanted = net_by_hand(base, tree, x[:, None], rows, doubled(tree))[:, 0]
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -489,7 +452,7 @@ def test_what_the_kernels_do_not_cover_takes_the_forms_of_stock_operations(
     with torch.no_grad(), model.route(ROWS, batch_first=True):
         y = base(x)
     assert launched == []
-    torch.testing.assert_close(y, by_hand(base, tree, x, ROWS, doubled(tree)))
+    torch.testing.assert_close(y, net_by_hand(base, tree, x, ROWS, doubled(tree)))
 
 
 # ---------------------------------------------------------------------- compiled
@@ -529,7 +492,7 @@ def test_a_prepared_base_needs_no_rank_and_is_traced_once_for_all_batches(
             frames.setdefault("batch", set()).add(counter.frame_count)
             assert launched == ["shrink", "expand"] * 2
             torch.testing.assert_close(
-                y.double(), by_hand(base, tree, x, rows, exact), rtol=1e-5, atol=1e-5
+                y.double(), net_by_hand(base, tree, x, rows, exact), rtol=1e-5, atol=1e-5
             )
             for row, blend in enumerate(rows):
                 assert blend or torch.equal(y[row].view(torch.int32), bare[row].view(torch.int32))
@@ -538,7 +501,7 @@ def test_a_prepared_base_needs_no_rank_and_is_traced_once_for_all_batches(
                 y = compiled(x)
             frames.setdefault("path", set()).add(counter.frame_count)
             torch.testing.assert_close(
-                y.double(), by_hand(base, tree, x, [path] * 6, exact), rtol=1e-5, atol=1e-5
+                y.double(), net_by_hand(base, tree, x, [path] * 6, exact), rtol=1e-5, atol=1e-5
             )
         assert torch.equal(compiled(x), bare)
     assert all(len(counts) == 1 for counts in frames.values()), frames
@@ -552,7 +515,7 @@ def test_a_compiled_batch_hands_the_inputs_gradient_on(launched: list[str]) -> N
     compiled: Any = torch.compile(base, backend="aot_eager")
     x = torch.randn(6, 3, 20)
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    by_hand(base, tree, other, ROWS, doubled(tree)).square().sum().backward()
+    net_by_hand(base, tree, other, ROWS, doubled(tree)).square().sum().backward()
     with model.route(ROWS, batch_first=True):
         compiled(leaf).square().sum().backward()
         late = compiled(leaf).square().sum()
@@ -611,7 +574,7 @@ def test_a_batch_that_owes_more_than_any_before_gets_new_lists_and_says_so(
             model.route(rows, batch_first=True),
         ):
             y = base(x)
-    wanted = by_hand(base, tree, x[:, None], rows, exact)[:, 0]
+    wanted = net_by_hand(base, tree, x[:, None], rows, exact)[:, 0]
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
 
 

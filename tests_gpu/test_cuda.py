@@ -7,12 +7,12 @@ import copy
 import gc
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from oracle import no_waiting
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -270,17 +270,6 @@ def small(
                 modules[name] = lt.LowRank(A.to(where, factors), B.to(where, factors), 0.5)
         tree.add(path, adapter=lt.Adapter(modules))
     return tree
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Make it an error if the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_forward_beside_the_weights_and_a_new_batch_wait_for_nothing() -> None:

@@ -4,14 +4,12 @@ graph.
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from oracle import coefficients
+from oracle import doubled, net_by_hand, no_waiting
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -51,50 +49,6 @@ def forest(base: nn.Sequential, factors: torch.dtype) -> lt.AdapterTree:
     return tree
 
 
-def doubled(tree: lt.AdapterTree) -> dict[tuple[str, str, str], Tensor]:
-    found = {}
-    for node in tree.paths():
-        adapter = tree.adapter(node)
-        assert adapter is not None
-        for name, value in adapter.modules.items():
-            found[node, name, "A"] = value.A.detach().double().requires_grad_()
-            found[node, name, "B"] = value.B.detach().double().requires_grad_()
-    return found
-
-
-def by_hand(
-    base: nn.Sequential,
-    tree: lt.AdapterTree,
-    x: Tensor,
-    rows: Sequence[lt.Blend],
-    factors: dict[tuple[str, str, str], Tensor],
-) -> Tensor:
-    """Return the net's output in float64, row by row."""
-    outputs = []
-    for row, blend in zip(x.double(), rows, strict=True):
-        hidden = row
-        for name in ("0", "2"):
-            linear: Any = base.get_submodule(name)
-            after = hidden @ linear.weight.double().mT + linear.bias.double()
-            for node, c in coefficients(tree, blend).items():
-                A, B = factors[node, name, "A"], factors[node, name, "B"]
-                after = after + hidden @ A.mT @ B.mT * (c * 0.5)
-            hidden = torch.tanh(after) if name == "0" else after
-        outputs.append(hidden)
-    return torch.stack(outputs)
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Make it an error if the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_the_kernels_run_here() -> None:
     assert routes(CUDA)
 
@@ -114,7 +68,7 @@ def test_every_row_is_what_it_is_by_hand_and_bare_rows_keep_their_bits(
         with model.route(ROWS, batch_first=True):
             y = base(x)
         close = CLOSE[max(dtype, factors, key=lambda each: CLOSE[each])]
-        wanted = by_hand(base, tree, x, ROWS, doubled(tree))
+        wanted = net_by_hand(base, tree, x, ROWS, doubled(tree))
     torch.testing.assert_close(y.double(), wanted, rtol=close, atol=close)
     assert torch.equal(y[1], bare[1])
     order = random.Random(0).sample(range(len(ROWS)), len(ROWS))
@@ -135,7 +89,7 @@ def test_gradients_are_those_of_float64(dtype: torch.dtype, autocast: bool) -> N
     leaf = x.clone().requires_grad_()
     other = x.double().requires_grad_()
     exact = doubled(tree)
-    by_hand(base, tree, other, ROWS, exact).sin().sum().backward()
+    net_by_hand(base, tree, other, ROWS, exact).sin().sum().backward()
     close = CLOSE[torch.bfloat16 if autocast else dtype]
     with (
         model.route(ROWS, batch_first=True),
@@ -195,7 +149,7 @@ def test_a_prepared_base_needs_no_rank_compiled_or_captured() -> None:
         for rows in (ROWS, *others):
             with model.route(rows, batch_first=True):
                 y = compiled(x)
-            wanted = by_hand(base, tree, x, rows, exact)
+            wanted = net_by_hand(base, tree, x, rows, exact)
             torch.testing.assert_close(y.double(), wanted, rtol=1e-3, atol=1e-3)
         with model.route(ROWS, batch_first=True):
             base(x)
@@ -211,7 +165,7 @@ def test_a_prepared_base_needs_no_rank_compiled_or_captured() -> None:
             with model.route(rows, batch_first=True):
                 graph.replay()
                 torch.cuda.synchronize()
-            wanted = by_hand(base, tree, x, rows, exact)
+            wanted = net_by_hand(base, tree, x, rows, exact)
             torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-3)
         graph.replay()
         torch.cuda.synchronize()

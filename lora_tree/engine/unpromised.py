@@ -9,6 +9,7 @@ not correctness. The tests take each of them away (tests/test_versions.py).
     _C._autograd._top_saved_tensors_default_hooks  2.8    every recorded side path walks the stack
                                                           to look for checkpointing
     ops.mkldnn._is_mkldnn_{bf16,fp16}_supported    2.0    narrow products on a CPU are widened
+    ops.mkldnn._linear_pointwise                   2.0    fp32 products of a merge are MKL's
     _subclasses.fake_tensor                        2.0    a batch with as many tokens as rows is not
                                                           probed
     nn.modules.module._global_forward_hooks        1.8    no output is written to in place
@@ -42,6 +43,7 @@ __all__ = [
     "attention_body",
     "compiled_frames",
     "fake_tensors",
+    "fp32_product",
     "global_hooks",
     "grouped_product",
     "is_compiled",
@@ -108,6 +110,22 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
         if is_fast is None or not is_fast():
             slow.add(dtype)
     return frozenset(slow)
+
+
+def fp32_product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return oneDNN's product of fp32 matrices, x @ w.mT for (m, k) and (n, k); None without it.
+
+    torch multiplies fp32 matrices by MKL, which uses half of the width of AMD's processors.
+    """
+    found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if found is None:
+        return None
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        made: Tensor = found(x, w, None, "none", [], "")
+        return made
+
+    return product
 
 
 def fake_tensors() -> tuple[Any, Any] | None:
