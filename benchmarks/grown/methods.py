@@ -2,6 +2,7 @@
 
     grow        a tree with what the adapters share in nodes above them      lora_tree
     by norm     the same, and an adapter of twice the norm counts four times
+    bf16        the same by norm, and the factors are rounded to bfloat16
     moments     the same by norm, weighed by second moments of the inputs
     compress    every adapter by itself, ranks chosen across all of them     lora_tree
     vlora       one basis of flattened factors per module and side, a mean, and k numbers each
@@ -178,6 +179,7 @@ def methods(moments: Mapping[str, Tensor]) -> dict[str, Method]:
     return {
         "grow": _grow,
         "by norm": partial(_grow, by_norm=True),
+        "bf16": partial(_grow, by_norm=True, dtype=torch.bfloat16),
         "moments": partial(_grow, by_norm=True, moments=moments),
         "compress": _compress,
         "vlora": _quietly(_vlora),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Point", "least_bytes", "markdown"]
@@ -53,19 +53,19 @@ def least_bytes(points: Sequence[Point], method: str) -> float | None:
 
 
 def markdown(points: Sequence[Point]) -> str:
-    """Return three tables in one: error, bits and CPU seconds of every method at every budget."""
+    """Return three tables: error, bits and CPU seconds of every method at every budget."""
     methods = list(dict.fromkeys(p.method for p in points if p.method not in ("base", "flat")))
     budgets = sorted({p.budget for p in points if p.method in methods})
     by = {(p.method, p.budget): p for p in points}
-    lines = ["| of the flat bytes | " + " | ".join(_headings(methods)) + " |"]
-    lines.append("|---:|" + "---:|" * (3 * len(methods)))
-    for budget in budgets:
-        cells = [f"{budget:.0%}"]
-        for form in (_error, _bits, _seconds):
+    lines: list[str] = []
+    for title, form in FIGURES.items():
+        lines += [f"{title}:", "", "| of the flat bytes | " + " | ".join(methods) + " |"]
+        lines.append("|---:|" + "---:|" * len(methods))
+        for budget in budgets:
             row = [by.get((method, budget)) for method in methods]
-            cells += _best_in_bold(row, form)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
+            cells = [f"{budget:.0%}", *_best_in_bold(row, form)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
     for name in ("base", "flat"):
         bits = by[(name, 0.0 if name == "base" else 1.0)].bits
         lines.append(f"{name}: {bits:.4f} bits per byte.  ")
@@ -75,13 +75,6 @@ def markdown(points: Sequence[Point]) -> str:
         told.append(f"{method} {'more than all tried' if least is None else f'{least:.0%}'}")
     lines.append(f"Bytes at 1 % more bits than flat: {', '.join(told)}.")
     return "\n".join(lines) + "\n"
-
-
-def _headings(methods: Sequence[str]) -> list[str]:
-    found = []
-    for figure in ("error", "bits", "CPU s"):
-        found += [f"{figure}: {method}" for method in methods]
-    return found
 
 
 Figure = Callable[[Point], tuple[float | None, str]]
@@ -97,6 +90,13 @@ def _bits(point: Point) -> tuple[float | None, str]:
 
 def _seconds(point: Point) -> tuple[float | None, str]:
     return point.cpu_s, "" if point.cpu_s is None else f"{point.cpu_s:.2f}"
+
+
+FIGURES: Mapping[str, Figure] = {
+    "Relative error of the increments": _error,
+    "Held-out bits per byte": _bits,
+    "CPU seconds": _seconds,
+}
 
 
 def _best_in_bold(row: Sequence[Point | None], form: Figure) -> list[str]:
