@@ -310,7 +310,7 @@ def test_its_nodes_are_in_use_until_it_is_closed_or_dropped() -> None:
 def test_under_a_budget_it_pins_its_lineage_until_it_is_dropped(tmp_path: Path) -> None:
     forest().save(tmp_path / "zoo")
     # Three nodes of 168 bytes each, and as much again laid out; the fourth does not fit beside.
-    model = lt.attach(lt.load(tmp_path / "zoo"), net(), host_budget=1300)
+    model = lt.attach(lt.load(tmp_path / "zoo"), net(), host_budget=1100)
     one = model.at("fr/legal/acme")
     assert model.cache.stats().tiers[0].in_use_bytes == 3 * 168
     with pytest.raises(BudgetError):

@@ -706,12 +706,12 @@ def test_trainable_that_fails_half_way_leaves_everything_as_it_was(
 def test_what_is_active_and_fits_no_budget_once_it_is_frozen_goes_on_training() -> None:
     net, tree = Net(), tree_of(torch.float32)
     model = lt.attach(tree, net, host_budget=64)
-    model.trainable("a", "e")
-    model.activate("e", mode="unmerged")  # what trains is run as it is, and laid out nowhere
+    model.trainable("a", "a/b", "e")
+    model.activate("a/b", mode="unmerged")  # what trains is run as it is, and laid out nowhere
     out = net(torch.ones(1, 2, INTO))
     before = _what_trains(model)
-    with pytest.raises(BudgetError, match="e: laid out beside the weights"):
-        model.trainable("a")
+    with pytest.raises(BudgetError, match="a, a/b: laid out beside the weights"):
+        model.trainable("e")
     assert _what_trains(model) == before
     assert torch.equal(net(torch.ones(1, 2, INTO)), out)
 

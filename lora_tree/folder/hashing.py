@@ -4,8 +4,8 @@
     hasher             part 0 │ part 1 │ part 2       in a thread of its own, if processors are free
 
 SHA-256 takes several times as long as a read from the page cache, so the read is hidden behind it.
-Law: the hash depends on the bytes alone. Nobody gets an adapter before `content` has returned the
-hash of its files.
+Law: the hash depends on the bytes alone. No caller gets an adapter before `content` has returned
+the hash of its files.
 """
 
 from __future__ import annotations
