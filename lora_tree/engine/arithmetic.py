@@ -141,7 +141,9 @@ def write_sum(
     product = _block_product(weight, wide)
     if product is not None:
         left, right = left.contiguous(), right.mT.contiguous().mT
-    numbers = LARGE_BLOCK if weight.device.type != "cpu" else PRODUCT_BLOCK if product else BLOCK
+    numbers = BLOCK if product is None else PRODUCT_BLOCK
+    if weight.device.type != "cpu":
+        numbers = LARGE_BLOCK
     for w, w0, lft, rgt in _blocks(weight, pristine, left, right, numbers):
         if product is not None and w.ndim == 2:
             w.copy_(product(lft, rgt.mT).add_(w0))
