@@ -13,6 +13,7 @@ The variable itself keeps its annotated type, so the code after the check needs 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 import torch
@@ -22,6 +23,7 @@ from .errors import SpecError
 __all__ = [
     "check_device",
     "check_dtype",
+    "check_iterable",
     "check_max_error",
     "check_part",
     "check_rank",
@@ -38,6 +40,22 @@ def unchecked(value: object) -> object:
     ('a path', False)
     """
     return value
+
+
+def check_iterable(values: object, what: str) -> None:
+    """Refuse what no loop can go through.
+
+    Args:
+        values: the argument.
+        what: its name and what it holds, for the message: ``"paths: expected a list of paths"``.
+
+    Raises:
+        SpecError: it is no iterable.
+
+    >>> check_iterable(["fr"], "paths: expected a list of paths")
+    """
+    if not isinstance(values, Iterable):
+        raise SpecError(f"{what}, got {values!r:.80}")
 
 
 def check_rank(rank: object) -> None:

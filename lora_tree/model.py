@@ -50,6 +50,7 @@ from .engine.stage import Stage
 from .engine.unmerged import Unmerged
 from .engine.view import viewed
 from .errors import SpecError, StateError, suggest
+from .given import check_iterable
 from .path_model import PathModel
 from .storage import Source
 from .training.every_rank import joined
@@ -355,6 +356,7 @@ class TreeModel(AnswersForBase):
         (4, 3)
         """
         with self._lock:
+            check_iterable(paths, "paths: expected a path or a blend for each row")
             # A list, because an iterator can be read once; a string is refused by `Batch.of`.
             paths = paths if isinstance(paths, str) else list(paths)
             batch = Batch.of(self.tree, paths)
@@ -453,6 +455,7 @@ class TreeModel(AnswersForBase):
         """
         # Without the lock, so that it does not wait for a block that another thread has open.
         self._attached()
+        check_iterable(paths, "paths: expected a list of paths or blends")
         blends = [paths] if isinstance(paths, (str, Mapping)) else list(paths)
         # A dict is a set that keeps its order: the node that is needed soonest is loaded first.
         nodes: dict[str, None] = {}

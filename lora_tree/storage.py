@@ -140,6 +140,9 @@ def as_path(folder: str | os.PathLike[str]) -> Path:
     Raises:
         FolderError: it is no name of a folder, or ``~name``, and there is no user of that name.
     """
+    if folder == "":
+        # Python takes it for the current folder; in a script it is a variable that was not set.
+        raise FolderError("'' is not the name of a folder", "the current folder is called .")
     try:
         return Path(folder).expanduser()
     except (TypeError, ValueError) as error:

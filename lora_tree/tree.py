@@ -26,6 +26,7 @@ from .blend import Blend, depth_first, parse_blend
 from .combining import weighed_terms
 from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest_path
 from .flattening import NodeTerms, flattened, resolved
+from .given import check_iterable
 from .lowrank import LowRank
 from .node import Node
 from .node_names import check_name, check_path
@@ -232,6 +233,7 @@ class AdapterTree:
 
         Raises:
             PathError: one matches no node.
+            SpecError: they are no list.
 
         >>> tree = AdapterTree()
         >>> for path in ("fr", "fr/legal", "de"): _ = tree.add(path)
@@ -241,6 +243,7 @@ class AdapterTree:
         if isinstance(patterns, str):
             # Its letters would be taken for patterns, one by one.
             raise PathError(f"expected a list of paths or patterns, got the string {patterns!r}")
+        check_iterable(patterns, "expected a list of paths or patterns")
         chosen: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):

@@ -105,3 +105,21 @@ def test_one_pattern_is_not_taken_for_its_letters() -> None:
     for call in calls:
         with pytest.raises(PathError, match="expected a list of paths or patterns, got the string"):
             call()
+
+
+LISTS: dict[str, Callable[[lt.AdapterTree, lt.TreeModel, Any], object]] = {
+    "matching": lambda tree, model, paths: tree.matching(paths),
+    "similar": lambda tree, model, paths: lt.similar(tree, paths),
+    "prefetch": lambda tree, model, paths: model.prefetch(paths),
+    "route": lambda tree, model, paths: model.route(paths).__enter__(),
+}
+
+
+@pytest.mark.parametrize("verb", LISTS)
+def test_a_number_is_no_list_of_paths(verb: str) -> None:
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=lt.Adapter({"0": lt.LowRank(torch.ones(1, 3), torch.ones(2, 1))}))
+    model = lt.attach(tree, torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    with pytest.raises(SpecError, match=r"expected .*, got 3$"):
+        LISTS[verb](tree, model, 3)
+    assert model.active == ""

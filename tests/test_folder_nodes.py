@@ -604,6 +604,12 @@ def test_a_home_that_nobody_has(zoo: Path) -> None:
             use("~nobody-of-that-name/x")
 
 
+def test_a_variable_that_was_not_set_is_not_the_current_folder() -> None:
+    for use in (lt.Adapter.load, adapter(1).save, lt.load, tree().save, lt.check, lt.lock):
+        with pytest.raises(FolderError, match=r"'' is not the name of a folder"):
+            use("")
+
+
 def test_a_path_of_another_kind() -> None:
     with pytest.raises(FolderError, match="3 is not the name of a folder"):
         lt.load(3)  # type: ignore[arg-type]
