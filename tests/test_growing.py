@@ -294,6 +294,16 @@ def test_with_few_working_bytes_files_are_read_again_and_the_bound_is_kept() -> 
     assert told[:2] == [(1, 2), (2, 2)]
 
 
+def test_narrow_factors_are_read_exactly_whatever_their_scale() -> None:
+    tree = lt.AdapterTree()
+    for seed in range(3):
+        value = draw(seed, 2, out=48, into=64)
+        B = value.B.to(torch.bfloat16)
+        narrow = lt.LowRank(value.A.to(torch.bfloat16), B, scale=0.3)
+        tree.add(f"n{seed}", adapter=lt.Adapter({"q": narrow}))
+    assert lt.grow(tree, max_error=1e-6, dtype=torch.float64).relative_error < 1e-6
+
+
 def test_rounded_factors_are_a_part_of_the_error() -> None:
     tree = family(11)
     grown = lt.grow(tree, max_error=1e-6, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
     """Return Qᵀ C Q in float64.
 
     Args:
-        Q: (\\*batch, in, l); None is the identity.
+        Q: (\\*batch, in, l); None is the identity, on the CPU.
         moment: C (in, in); or its diagonal (in,); or rows of inputs, (rows, in) with more rows
             than one.
         size: in.
@@ -35,7 +35,7 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
     """
     if not isinstance(unchecked(moment), Tensor):
         raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
-    device = moment.device if Q is None else Q.device
+    device = torch.device("cpu") if Q is None else Q.device
     C = moment.detach().to(device=device, dtype=torch.float64)
     # Means of squares, where it is no rows: the errors that they weigh would be negative.
     squares = C if C.shape == (size,) else C.diagonal() if C.shape == (size, size) else C.square()

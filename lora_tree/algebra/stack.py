@@ -106,7 +106,7 @@ def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> 
         moment: E[x xᵀ] of the module's inputs, as `moment_inside` takes it.
 
     Raises:
-        SpecError: a factor has no finite numbers, or the moment has none.
+        SpecError: a factor or the moment has numbers that are not finite; or it is no moment.
         ShapeMismatch: the moment does not have the size of the input.
     """
     there = [value for value in values if value is not None]
@@ -119,7 +119,9 @@ def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> 
             continue
         check_readable(value)
         r = value.rank
-        B[:, :, i, :r] = value.B.detach().reshape(batch, out, r) * value.scale
+        # Copied into float64 before the scale comes in: in their own dtype that would round.
+        B[:, :, i, :r] = value.B.detach().reshape(batch, out, r)
+        B[:, :, i, :r] *= value.scale
         A[:, :, i, :r] = value.A.detach().reshape(batch, r, into).mT
     Q_B, B = _in_basis(B)
     Q_A, A = _in_basis(A)
