@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -58,7 +59,7 @@ def read_and_hashed(file: Path, memory: torch.Tensor, *, beside: bool) -> str:
 def main() -> None:
     """Print a line for each hash, and one for the two ways to read."""
     data = torch.randint(256, (NBYTES,), dtype=torch.uint8)
-    seen = memoryview(data.numpy()).cast("B")
+    seen = data.numpy().data
     for name in NAMES:
         print(f"{name:9} {rate(name, seen):.2f} GB/s")
     ways: dict[bool, list[float]] = {False: [], True: []}
@@ -68,9 +69,7 @@ def main() -> None:
         memory = torch.zeros(NBYTES, dtype=torch.uint8)
         for _ in range(ROUNDS):
             for beside, taken in ways.items():
-                taken.append(
-                    _timed(lambda beside=beside: read_and_hashed(file, memory, beside=beside))
-                )
+                taken.append(_timed(partial(read_and_hashed, file, memory, beside=beside)))
     ratio = statistics.median(b / a for a, b in zip(ways[False], ways[True], strict=True))
     print(
         f"read, then hashed {1e3 * statistics.median(ways[False]):.1f} ms; hashed beside the read "

@@ -356,9 +356,14 @@ class TreeModel(AnswersForBase):
         (4, 3)
         """
         with self._lock:
-            check_iterable(paths, "paths: expected a path or a blend for each row")
+            try:
+                rows = iter(paths)
+            except TypeError:
+                raise SpecError(
+                    f"paths: expected a path or a blend for each row, got {paths!r:.80}"
+                ) from None
             # A list, because an iterator can be read once; a string is refused by `Batch.of`.
-            paths = paths if isinstance(paths, str) else list(paths)
+            paths = paths if isinstance(paths, str) else list(rows)
             batch = Batch.of(self.tree, paths)
             axis = self._row_axis(len(batch), repeat=repeat, tile=tile, batch_first=batch_first)
             self._usable()

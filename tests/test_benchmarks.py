@@ -211,9 +211,10 @@ def test_a_cycle_starts_again() -> None:
     assert [following() for _ in range(5)] == ["a", "b", "a", "b", "a"]
 
 
-def test_the_forms_of_a_sum_are_timed_beside_their_estimates() -> None:
+def test_the_forms_of_a_sum_are_timed_beside_the_one_that_is_taken() -> None:
     told = forms.measured((8, 4, 2, 3), (32, 48), 0.0)
-    assert told.timed.keys() == told.estimated.keys() == {"nodes", "paths", "grouped", "matrix"}
+    names = {"auto", "nodes", "paths", "grouped", "matrix"}
+    assert told.timed.keys() == told.laid_out.keys() == names
     assert told.over_fastest >= 1.0
     assert str(told).startswith("8 rows over 4 paths, 3 tokens a row, 32 → 48: ")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import random_adapter
+from oracle import doubled, net_by_hand, random_adapter
 from test_placement import Counting
-from test_segmented import by_hand, doubled, forest, launched, modules, net
+from test_segmented import forest, launched, modules, net
 
 import lora_tree as lt
 from lora_tree.engine.kernels import FactorTable
@@ -38,7 +38,7 @@ def test_a_path_is_the_sum_in_float64_in_two_launches_a_site(
     model = lt.attach(tree, base)
     x = torch.randn(shape)
     with torch.no_grad():
-        wanted = by_hand(base, tree, x.view(1, -1, 20), [path], doubled(tree)).view(shape)
+        wanted = net_by_hand(base, tree, x.view(1, -1, 20), [path], doubled(tree)).view(shape)
         model.activate(path, mode="unmerged")
         y = base(x)
     assert launched == ["shrink", "expand"] * 2
@@ -87,7 +87,7 @@ def test_one_node_in_another_dtype_is_laid_out_in_that_of_the_site() -> None:
     model = lt.attach(forest(torch.bfloat16), base, host_budget="1MiB")
     x = torch.randn(4, 20)
     with torch.no_grad():
-        wanted = by_hand(base, model.tree, x[:, None], ["e"] * 4, doubled(model.tree))[:, 0]
+        wanted = net_by_hand(base, model.tree, x[:, None], ["e"] * 4, doubled(model.tree))[:, 0]
         model.activate("e", mode="unmerged")
         torch.testing.assert_close(base(x).double(), wanted, rtol=1e-5, atol=1e-5)
     assert model.cache.stats().tiers[-1].laid_out_bytes > 0
@@ -100,7 +100,7 @@ def test_gradients_of_a_path_are_those_of_float64(launched: list[str]) -> None:
     x = torch.randn(5, 3, 20)
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     exact = doubled(tree)
-    by_hand(base, tree, other.view(1, -1, 20), ["a/b/c"], exact).sin().sum().backward()
+    net_by_hand(base, tree, other.view(1, -1, 20), ["a/b/c"], exact).sin().sum().backward()
     model.activate("a/b/c", mode="unmerged")
     base(leaf).sin().sum().backward()
     # The parents by the kernels, forward and backward; the node that trains by stock products.
@@ -134,7 +134,7 @@ def test_what_the_kernels_do_not_cover_is_added_by_stock_products(
         x = x.double()
     with torch.no_grad():
         y = base(x)
-        wanted = by_hand(base, tree, x[:, None], [path] * 4, doubled(tree))[:, 0]
+        wanted = net_by_hand(base, tree, x[:, None], [path] * 4, doubled(tree))[:, 0]
     assert launched == []
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -146,7 +146,7 @@ def test_a_batch_of_one_path_reads_factors_where_they_lie(
     model = lt.attach(tree, base, device_budget="1MiB")
     x = torch.randn(3, 20)
     with torch.no_grad():
-        wanted = by_hand(base, tree, x[:, None], ["a/b/c"] * 3, doubled(tree))[:, 0]
+        wanted = net_by_hand(base, tree, x[:, None], ["a/b/c"] * 3, doubled(tree))[:, 0]
         with model.route(["a/b/c"] * 3):
             y = base(x)
             assert model.cache.stats().tiers[-1].laid_out_bytes == 0

@@ -188,7 +188,7 @@ def test_what_a_batch_lays_out_takes_the_room_of_what_is_ready(tree: lt.AdapterT
     model = lt.attach(tree, base(), host_budget=budget)
     for path in tree.paths():
         model.activate(path, mode="unmerged")
-    with model.route(["n0", "n1"]):
+    with model.route(["n0", "n1"], strategy="paths"):
         model(torch.zeros(2, WIDTH))
         tier = model.cache.stats().tiers[0]
         assert tier.laid_out_bytes >= 2 * NODE

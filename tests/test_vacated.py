@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import lineage
+from oracle import doubled, lineage, net_by_hand
 from test_placement import Counting
-from test_segmented import by_hand, doubled, forest, launched, modules, net
+from test_segmented import forest, launched, modules, net
 from torch import Tensor
 
 import lora_tree as lt
@@ -82,7 +82,7 @@ def test_any_traffic_under_a_tight_budget_means_what_it_means_by_hand(
     with torch.no_grad():
         for _ in range(16):
             path = rng.choice(PATHS)
-            wanted = by_hand(plain, forest(), x[:, None], [path] * 3, exact)[:, 0]
+            wanted = net_by_hand(plain, forest(), x[:, None], [path] * 3, exact)[:, 0]
             model.activate(path, mode=rng.choice(["merged", "unmerged", "unmerged"]))
             torch.testing.assert_close(base(x).double(), wanted, rtol=1e-5, atol=1e-5)
             model.deactivate()
@@ -91,7 +91,7 @@ def test_any_traffic_under_a_tight_budget_means_what_it_means_by_hand(
             rows = rng.choice([["e", "", "e"], ["a/b/c", "a", "a/d"], ["a/d", "a/b", "a/b/c"]])
             with model.route(rows, batch_first=True):
                 y = base(x)
-            wanted = by_hand(plain, forest(), x[:, None], rows, exact)[:, 0]
+            wanted = net_by_hand(plain, forest(), x[:, None], rows, exact)[:, 0]
             torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     assert model.cache.stats().tiers[-1].evictions > 3
 
@@ -189,7 +189,7 @@ def test_files_without_a_lock_come_back_as_another_object(link: Moving, tmp_path
     with torch.no_grad():
         for path in ("e", "a/b/c", "e"):
             model.activate(path, mode="unmerged")
-            wanted = by_hand(base, forest(), x[:, None], [path] * 2, doubled(forest()))[:, 0]
+            wanted = net_by_hand(base, forest(), x[:, None], [path] * 2, doubled(forest()))[:, 0]
             torch.testing.assert_close(base(x).double(), wanted, rtol=1e-5, atol=1e-5)
             model.deactivate()
 

@@ -388,21 +388,23 @@ def test_another_weight_per_module_above_makes_a_node_stale_and_says_which(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("weight", "said"),
+    ("weight", "said", "column"),
     [
-        ("{}", "an empty mapping"),
-        ('{"*.q": x}', "should be a valid number"),
-        ('{".*\\\\.q": 1}', "of a regular expression"),
-        ("[1]", "should be a valid number"),
+        ("{}", "an empty mapping", 5),
+        ('{"*.q": x}', "should be a valid number", 14),
+        ('{".*\\\\.q": 1}', "of a regular expression", 5),
+        ("[1]", "should be a valid number", 5),
     ],
 )
-def test_a_weight_that_is_none_is_told_by_line(tmp_path: Path, weight: str, said: str) -> None:
+def test_a_weight_that_is_none_is_told_by_line(
+    tmp_path: Path, weight: str, said: str, column: int
+) -> None:
     family().save(tmp_path)
     yaml = tmp_path / "tree.yaml"
     yaml.write_text(f"version: 1\ntree:\n  fr:\n    weight: {weight}\n")
     with pytest.raises(SpecError, match=said) as told:
         lt.load(tmp_path)
-    assert "tree.yaml:4:5: node fr: weight" in str(told.value)
+    assert f"tree.yaml:4:{column}: node fr: weight" in str(told.value)
 
 
 # ---------------------------------------------------------------------- exports

@@ -133,13 +133,13 @@ class NodesForm(_InTurn):
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         if not self.site.is_product:
             return super()._add_in_place(out, x)
-        rows = self._rows
+        rows, parts = self._rows, self._parts(x.dtype)
         # In the batch's own order every run is a view of the input and of the output.
         taken = rows.of(x)
         mine = out.contiguous() if rows.whole else out.index_select(0, rows.index)
         tokens = mine.numel() // (len(rows) * mine.shape[-1])
         wide, target = taken.reshape(-1, taken.shape[-1]), mine.view(-1, mine.shape[-1])
-        for (start, end), A, B, scale in self._parts(wide.dtype):
+        for (start, end), A, B, scale in parts:
             here = wide[start * tokens : end * tokens]
             there = target[start * tokens : end * tokens]
             low = torch.mm(here, A)
