@@ -16,11 +16,12 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lora_tree as lt
-from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, held_bytes, pack, placed
+from lora_tree.cache.pack import held_bytes, pack
+
+from .host_link import HostLink
 
 __all__ = ["Returned", "returned"]
 
@@ -29,29 +30,13 @@ PATHS, HELD = 11, 6
 KERNELS = ("segmented", "routed", "path_form", "unmerged")
 
 
-class Returned:
-    """A link that copies within host memory; and what was seen of the adapters that came back."""
+class Returned(HostLink):
+    """The link, and what was measured of the adapters that came back over it."""
 
     def __init__(self) -> None:
-        self.sent = 0
+        super().__init__()
         self.laid_out_bytes = 0
         self.seconds: list[float] = []
-
-    def holds(self, adapter: lt.Adapter) -> bool:
-        return False
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        self.sent += 1
-        buffer = buffer_of(adapter)
-        assert buffer is not None
-        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
-        return Arrived(sent, buffer=there.copy_(buffer))
-
-    def wait(self, arrived: Arrived) -> None:
-        pass
 
 
 def returned(depth: int, *, sites: int = SITES, rounds: int = 3) -> Returned:

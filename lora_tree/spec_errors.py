@@ -71,8 +71,9 @@ def describe_invalid(
 def _is_other_member(
     detail: Mapping[str, Any], loc: Loc, value: Any, details: list[tuple[Any, Loc, Any]]
 ) -> bool:
-    """Return whether an error is that of a union's member which was not meant: a mapping is no
-    number, and what is wrong in it is said by the errors about mappings.
+    """Return whether an error is that of a union's member which was not meant.
+
+    A mapping is no number; the errors about mappings name the mistake in it.
     """
     is_scalars_error = detail["type"].endswith(("_type", "_parsing")) and isinstance(value, dict)
     if not is_scalars_error or detail["type"] in ("model_type", "dict_type"):

@@ -73,7 +73,9 @@ def commands(
         env: added to the environment before anything is imported.
     """
     folder.mkdir()
-    told = [([str(word) for word in arguments], more) for arguments, more in each]
+    told = []
+    for arguments, more in each:
+        told.append(([str(word) for word in arguments], more))
     (folder / "all").write_text(json.dumps(told))
     for number in range(len(told)):
         (folder / f"{number}.in").write_text(stdin)

@@ -234,7 +234,7 @@ def test_a_switch_changes_files_half_as_often_as_it_did() -> None:
 
 def test_what_comes_back_to_a_device_is_sent_and_nothing_is_laid_out() -> None:
     seen = returning.returned(2, sites=3, rounds=1)
-    assert (seen.sent, len(seen.seconds), seen.laid_out_bytes) == (2 * 2 * 11, 11, 0)
+    assert (seen.transfers, len(seen.seconds), seen.laid_out_bytes) == (2 * 2 * 11, 11, 0)
 
 
 def test_manual_pages_that_are_not_installed_are_skipped(tmp_path: Path) -> None:

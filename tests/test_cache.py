@@ -21,10 +21,10 @@ from oracle import net as base
 from torch import Tensor, nn
 
 import lora_tree as lt
+from benchmarks.host_link import HostLink
 from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
-from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, held_bytes, pack, placed
+from lora_tree.cache.pack import buffer_of, held_bytes, pack
 from lora_tree.cache.shelf import Shelf
 from lora_tree.errors import (
     BudgetError,
@@ -700,42 +700,16 @@ def test_the_caller_makes_the_one_buffer_that_is_read_into(folder: Path) -> None
 
 
 # ------------------------------------------------------------------ a device with memory of its own
-class Elsewhere:
-    """A device played by more host memory: what is sent is a copy, and it is there when somebody
-    waited for it.
-    """
-
-    def __init__(self) -> None:
-        self.sent, self.waited = 0, 0
-
-    def holds(self, adapter: lt.Adapter) -> bool:
-        return False
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        self.sent += 1
-        buffer = buffer_of(adapter)
-        assert buffer is not None
-        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
-        there.copy_(buffer)
-        return Arrived(sent, buffer=there)
-
-    def wait(self, arrived: Arrived) -> None:
-        self.waited += 1
-
-
 def test_two_tiers_keep_their_own_budgets_and_the_host_serves_what_left_the_device(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
-    link = Elsewhere()
+    link = HostLink()
     monkeypatch.setattr("lora_tree.model.link_to", lambda base: link)
     everything, tight = sum(BYTES.values()), 2 * need("a/b/c")
     model = lt.attach(lt.load(folder), base(), host_budget=everything, device_budget=tight)
     expected = {path: value(folder, path) for path in RANKS}
-    link.sent = 0  # the models that computed these sent their adapters too
+    link.transfers = 0  # the models that computed these sent their adapters too
     rng = random.Random(2)
     for i in range(80):
         if i == 40:
@@ -748,7 +722,7 @@ def test_two_tiers_keep_their_own_budgets_and_the_host_serves_what_left_the_devi
         assert device.held_bytes <= tight
         assert host.held_bytes <= everything
     assert (host.loads, host.evictions) == (len(RANKS), 0)
-    assert device.loads == link.sent > len(RANKS)
+    assert device.loads == link.transfers > len(RANKS)
     assert device.evictions > 0
     assert host.in_use_bytes == 0
     assert device.in_use_bytes == need(path)
@@ -757,7 +731,7 @@ def test_two_tiers_keep_their_own_budgets_and_the_host_serves_what_left_the_devi
 def test_a_host_smaller_than_one_node_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_tree.model.link_to", lambda base: Elsewhere())
+    monkeypatch.setattr("lora_tree.model.link_to", lambda base: HostLink())
     model = lt.attach(lt.load(folder), base(), host_budget=BYTES["a/b"] - 1, device_budget=4000)
     model.activate("a/d")
     with pytest.raises(BudgetError, match=r"host_budget is 251 B\n  host_budget=252 "):
@@ -766,9 +740,9 @@ def test_a_host_smaller_than_one_node_says_so(
 
 def test_a_hold_of_before_a_move_takes_no_pin_of_one_made_after_it(folder: Path) -> None:
     tree = lt.load(folder)
-    cache = Cache(tree, Budgets(device_bytes=sum(BYTES.values())), link=Elsewhere())
+    cache = Cache(tree, Budgets(device_bytes=sum(BYTES.values())), link=HostLink())
     before = cache.hold(["a"])
-    cache.follow(Elsewhere())
+    cache.follow(HostLink())
     after = cache.hold(["a"])
     before.release()
     assert cache.stats().tiers[-1].in_use_bytes == BYTES["a"]

@@ -16,8 +16,8 @@ from oracle import random_adapter
 from torch import Tensor, nn
 
 import lora_tree as lt
+from benchmarks.host_link import HostLink
 from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, placed
 from lora_tree.combining import combine
 from lora_tree.engine import batch as batch_module
 from lora_tree.engine import pristine as pristine_module
@@ -42,28 +42,18 @@ def forest() -> lt.AdapterTree:
     return tree
 
 
-class Counting:
-    """A link to a device that is more host memory: what is sent is a copy."""
+class Counting(HostLink):
+    """The link, and the buffers that were sent over it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent: list[Tensor] = []
-        self.waits = 0
-
-    def holds(self, adapter: lt.Adapter) -> bool:
-        return False
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
 
     def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        buffer = buffer_of(adapter)
-        assert buffer is not None, "one copy for all of an adapter"
-        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
-        self.sent.append(there.copy_(buffer))
-        return Arrived(sent, buffer=there)
-
-    def wait(self, arrived: Arrived) -> None:
-        self.waits += 1
+        arrived = super().send(adapter, again)
+        assert arrived.buffer is not None
+        self.sent.append(arrived.buffer)
+        return arrived
 
 
 @pytest.fixture

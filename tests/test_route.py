@@ -11,6 +11,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, get_args
 
 import pytest
@@ -37,7 +38,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 BLEND = {"a/b": 0.5, "a/d": 0.25, "e": -1.0}
-EVERY_WAY = {way for ways in forms.FORMS.values() for way in ways} | {UnkeptPathForm}
+EVERY_WAY = {UnkeptPathForm, *chain.from_iterable(forms.FORMS.values())}
 ROUTED = [name for name, kind in KINDS.items() if kind.is_linear]
 
 
@@ -884,7 +885,8 @@ def test_runs_are_the_rows_of_every_node_side_by_side(seed: int) -> None:
             found[row, node] = coefficient
     assert torch.equal(found, batch.coefficients(range(len(batch))))
     # A row's sum is in the order of the nodes.
-    assert [part[2] for part in runs.parts] == sorted([part[2] for part in runs.parts])
+    nodes = [node for _, _, node, _ in runs.parts]
+    assert nodes == sorted(nodes)
 
 
 def test_rows_are_put_in_another_order_only_if_that_saves_half_of_the_products() -> None:

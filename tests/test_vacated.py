@@ -28,7 +28,15 @@ from lora_tree.renaming import Renaming
 __all__ = ["launched", "modules"]  # fixtures
 
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
-BYTES = {path: held_bytes(pack(forest().adapter(path), Counting().allocate)) for path in PATHS}  # type: ignore[arg-type]
+
+
+def held_in_memory(path: str) -> int:
+    adapter = forest().adapter(path)
+    assert adapter is not None
+    return held_bytes(pack(adapter, Counting().allocate))
+
+
+BYTES = {path: held_in_memory(path) for path in PATHS}
 
 
 class Moving(Counting):
@@ -39,7 +47,7 @@ class Moving(Counting):
         self.taken: list[Tensor] = []
 
     def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        # What was freed is taken by these, and stays taken.
+        # These take the memory that was freed, and keep it.
         self.taken += [torch.zeros(BYTES["e"] + 64 * i, dtype=torch.uint8) for i in range(-40, 9)]
         return super().send(adapter, again)
 

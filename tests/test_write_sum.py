@@ -22,7 +22,7 @@ def plain(x: Tensor, w: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    """What was found out about one product does not count for another."""
+    """Ask anew whether a product is exact: the answer is kept for the one before."""
     arithmetic._onednn_is_fp32.cache_clear()
     yield
     arithmetic._onednn_is_fp32.cache_clear()

@@ -21,11 +21,7 @@ def check_tree(given: object, what: str = "tree") -> None:
     Raises:
         SpecError: it is something else.
     """
-    if not isinstance(given, AdapterTree):
-        raise SpecError(
-            f"{what}: expected an AdapterTree, got {type(given).__name__}",
-            "lora_tree.load('zoo/') opens a folder as one",
-        )
+    _check(given, AdapterTree, what, "lora_tree.load('zoo/') opens a folder as one")
 
 
 def check_adapter(given: object, what: str = "adapter") -> None:
@@ -37,8 +33,9 @@ def check_adapter(given: object, what: str = "adapter") -> None:
     Raises:
         SpecError: it is something else.
     """
-    if not isinstance(given, Adapter):
-        raise SpecError(
-            f"{what}: expected an Adapter, got {type(given).__name__}",
-            "lora_tree.Adapter.load('FOLDER') reads one",
-        )
+    _check(given, Adapter, what, "lora_tree.Adapter.load('FOLDER') reads one")
+
+
+def _check(given: object, kind: type, what: str, advice: str) -> None:
+    if not isinstance(given, kind):
+        raise SpecError(f"{what}: expected an {kind.__name__}, got {type(given).__name__}", advice)

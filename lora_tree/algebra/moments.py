@@ -38,7 +38,11 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
     device = torch.device("cpu") if Q is None else Q.device
     C = moment.detach().to(device=device, dtype=torch.float64)
     # Means of squares, where it is no rows: the errors that they weigh would be negative.
-    squares = C if C.shape == (size,) else C.diagonal() if C.shape == (size, size) else C.square()
+    squares = C.square()
+    if C.shape == (size,):
+        squares = C
+    elif C.shape == (size, size):
+        squares = C.diagonal()
     if not bool((squares >= 0).all()) or not bool(C.isfinite().all()):
         raise SpecError("moments: they hold numbers that are not finite, or a negative mean square")
     if C.shape == (size,):

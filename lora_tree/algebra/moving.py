@@ -257,7 +257,7 @@ def _made_up(
     if not gap and short.asks_nothing:
         return None, Deviation()
     terms = list(kept)
-    # What is switched off stands for nothing, and yet stays in the node.
+    # An override that a weight switches off hides nothing above it, and still stays in the node.
     own = _overrides_of(tree, path)
     has = tree.adapter(path)
     replaced: dict[str, Override] = {} if has is None else dict(has.overrides)

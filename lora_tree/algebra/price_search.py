@@ -55,7 +55,7 @@ class Goal:
         return self.max_error if self.budget_bytes is None else float(self.budget_bytes)
 
     def figure(self, tried: PricedFit) -> float:
-        """What is bounded of a fit: its bytes, or its error."""
+        """Return the bytes of a fit, or its error: the figure that has the bound."""
         return tried.error if self.budget_bytes is None else float(tried.nbytes)
 
     def met(self, tried: PricedFit) -> bool:
@@ -166,7 +166,7 @@ class PriceSearch:
                 # Bytes rise while the price falls, and errors fall.
                 if self.goal.met(tried) != self.by_bytes:
                     return high, tried
-                # What is left where a price bought next to nothing are parts that have not settled.
+                # Where a price bought next to nothing, the error left is of parts not yet settled.
                 dull = high is not None and tried.ranks < (1.0 + _LITTLE) * high.ranks
                 high = tried
                 if tried.error < self.rounding:
@@ -235,7 +235,7 @@ class PriceSearch:
 
 
 class _Sum:
-    """What one price has come to so far, module by module."""
+    """The totals of one price over the modules that were fitted so far."""
 
     def __init__(self, flat: FlatAdapters) -> None:
         self.flat = flat

@@ -12,7 +12,7 @@ Directions that many leaves share gain most in the highest node above all of the
 is paid for once.
 
 The mean of the increments below a node never changes, so it is formed once, as a (k, l) core (see
-`stack`). What all other parts take from it is of low rank. Its singular vectors are found by
+`stack`). The other parts subtract a low-rank term from it. Its singular vectors are found by
 subspace iteration, from those of the last fit (Halko, Martinsson & Tropp, 2011,
 https://arxiv.org/abs/0909.4061). A leaf's residual is decomposed as a core of the size of its
 ranks, and only if its norm is worth the price of a rank at all.
@@ -114,7 +114,7 @@ class SharedProblem:
         work = _Fitter(self, price, start)
         before = math.inf
         for _ in range(most_rounds):
-            # Shared parts come first: what several leaves share must not go to the leaves.
+            # Shared parts come first, so that no leaf takes a direction that several leaves share.
             for shared in range(len(self.families.above)):
                 work.shared[shared] = work.best_shared(shared)
             work.fit_leaves()
@@ -322,7 +322,7 @@ class _Residuals:
         r = self.U.shape[-1]
         u = self.vectors[..., :rank]
         v = self.core.mT @ u
-        # What lies outside of U and of V, in terms of P's and of Q's columns.
+        # The parts outside of U and of V, as combinations of P's and of Q's columns.
         outside, across = self.back @ u[:, :, r:], self.forth @ v[:, :, r:]
         left = self.U @ (u[:, :, :r] - self.C @ outside) + self.P @ outside
         right = self.V @ (v[:, :, :r] - self.D @ across) + self.Q @ across

@@ -52,8 +52,8 @@ class Loader:
         # An entry is written by the thread that made the adapter, before
         # another thread can see the adapter.
         self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
-        # What was sent to the device, under the key of its tier. Plans may keep it after it was
-        # evicted; then it is given memory again, and the plans are good again.
+        # Adapters on the device, under the key of their tier. A plan may keep one after it was
+        # evicted. When it is needed again it is given memory, and the plan is good again.
         self._sent: weakref.WeakValueDictionary[Hashable, Adapter] = weakref.WeakValueDictionary()
 
     @property

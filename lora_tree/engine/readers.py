@@ -70,7 +70,7 @@ def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Rea
             watched[name] = []
     for site, names in read_in.items():
         for name, read in watched.items() if names else ():
-            # Of a forward within it too: the outer one watches for both.
+            # A forward may run within another; the outer one then watches for both.
             if any(is_around(name, each) for each in names):
                 read.append(site)
     return Readers(watched, frozenset(called))

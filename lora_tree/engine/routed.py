@@ -172,7 +172,7 @@ class Route:
         self._shares: dict[Hashable, Callable[[], Share]] = {}
         self._grounds: dict[str, RowGrounds] = {}
         self._rows: dict[tuple[float, ...], Batch] = {}
-        """What all rows owe at some site → a batch of one row that owes it."""
+        """Coefficients that all rows owe at some site → a batch of one row that owes the same."""
         for name, overrides in grounds_of(plan).items():
             site, terms = plan.sites[name], plan.terms[name]
             self._grounds[name] = RowGrounds(site, overrides, terms, batch)
@@ -227,7 +227,7 @@ class Route:
         table.
         """
         name = draft.site.name
-        # With what trains, or without what is overridden, they are not the plan's frozen values.
+        # The draft's factors are the plan's only where nothing trains and nothing is overridden.
         if self._trains or name in self._grounds or name in self.plan.biased:
             return
         if not routes(draft.device):

@@ -4,8 +4,8 @@
     fr/adapter_config.json, …      the files of each node, as tree.yaml and the folders say
     everything else                a training run, a cache, notes, keys: no part of the tree
 
-Law: a file does not belong to a tree because it lies in its folder. What is sent elsewhere is taken
-from this list, so a file that no node uses can't leave the machine.
+Law: a file does not belong to a tree because it lies in its folder. A push sends the files on this
+list alone, so a file that no node uses can't leave the machine.
 """
 
 from __future__ import annotations

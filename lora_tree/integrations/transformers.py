@@ -38,7 +38,7 @@ from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
 from .held_rows import held_rows
-from .path_evaluation import PathEvaluation  # says first what is missing
+from .path_evaluation import PathEvaluation  # first: it names a missing package
 from .path_losses import PathMeans
 from .row_paths import PathCollator, paths_of
 from .trainer_arguments import (
