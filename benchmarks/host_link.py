@@ -7,7 +7,9 @@ from torch import Tensor
 
 import lora_tree as lt
 from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, placed
+from lora_tree.cache.pack import buffer_of, distinct, placed
+from lora_tree.cache.staging import send_staged
+from lora_tree.engine.slab import ALIGNED
 
 __all__ = ["HostLink"]
 
@@ -18,11 +20,13 @@ class HostLink:
     Args:
         transfers: how many adapters were sent, each time counted.
         waits: how often an arrival was waited for.
+        locked: address → bytes of the memory that is page-locked.
     """
 
     def __init__(self) -> None:
         self.transfers = 0
         self.waits = 0
+        self.locked: dict[int, int] = {}
 
     def holds(self, adapter: lt.Adapter) -> bool:
         """Return False: every adapter has to be sent."""
@@ -32,13 +36,29 @@ class HostLink:
         """Return memory of the host."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def lock_pages(self, address: int, nbytes: int) -> bool:
+        """Note that memory is locked."""
+        self.locked[address] = nbytes
+        return True
+
+    def unlock_pages(self, address: int) -> None:
+        """Note that it is not."""
+        del self.locked[address]
+
     def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        """Copy a packed adapter."""
+        """Copy an adapter; through small buffers, if it does not lie in one of its own."""
         self.transfers += 1
         buffer = buffer_of(adapter)
-        assert buffer is not None, "one copy for all of an adapter"
-        sent, there = placed(adapter, buffer.numel(), torch.device("cpu"), again)
-        return Arrived(sent, buffer=there.copy_(buffer))
+        sent, there = placed(adapter, torch.device("cpu"), again)
+        if buffer is None:
+            stages = [self.allocate(ALIGNED) for _ in range(2)]
+            send_staged(distinct(adapter), there, stages, self._copy)
+        else:
+            there.copy_(buffer)
+        return Arrived(sent, buffer=there)
+
+    def _copy(self, to: Tensor, stage: Tensor) -> None:
+        to.copy_(stage)
 
     def wait(self, arrived: Arrived) -> None:
         """Count it; the copy is whole already."""

@@ -24,7 +24,7 @@ import lora_tree as lt
 from benchmarks.host_link import HostLink
 from lora_tree.budget import Budgets, parse_bytes
 from lora_tree.cache import Cache, Frequency, Lru
-from lora_tree.cache.pack import buffer_of, held_bytes, pack
+from lora_tree.cache.pack import buffer_of, held_bytes, pack, vacate
 from lora_tree.cache.shelf import Shelf
 from lora_tree.errors import (
     BudgetError,
@@ -643,6 +643,17 @@ def test_an_adapter_in_a_file_is_one_buffer(folder: Path) -> None:
     assert buffer is not None
     assert buffer.numel() == held_bytes(read) == BYTES["a/b"]
     assert pack(read, lambda n: pytest.fail("packed already")) is read
+
+
+def test_the_buffer_of_an_adapter_is_known_until_its_memory_is_taken(folder: Path) -> None:
+    read = lt.Adapter.load(folder / "e")
+    first = buffer_of(read)
+    assert first is not None
+    assert buffer_of(read) is first, "it is looked for once"
+    vacate(read)
+    empty = buffer_of(read)
+    assert empty is not None
+    assert empty.numel() == 0
 
 
 def test_packing_and_moving_change_no_number() -> None:

@@ -36,6 +36,7 @@ from .background import Background
 from .copies import TreeCopies, cache_key
 from .link import Link
 from .loader import Loader
+from .page_locked import PageLocked
 from .policy import Frequency, Policy
 from .shelf import PAGED, Shelf, trim
 from .shortage import explained
@@ -74,7 +75,9 @@ class Cache:
         self._policy = policy
         self._lock = threading.Condition()
         self._shelf = Shelf()
-        self._loader = Loader(self._lock, self._new_tiers(link), link, self._shelf)
+        memory = self._host_memory(link)
+        tiers = self._new_tiers(link, memory)
+        self._loader = Loader(self._lock, tiers, link, memory)
         self._copies = TreeCopies()
         self._background = Background()
         self._requests = self._served = self._prefetched = 0
@@ -161,7 +164,10 @@ class Cache:
         them.
         """
         with self._lock:
-            self._loader.follow(self._new_tiers(link), link)
+            before, memory = self._loader.memory, self._host_memory(link)
+            self._loader.follow(self._new_tiers(link, memory), link, memory)
+            if isinstance(before, PageLocked):
+                before.close()
             self._copies.clear()
 
     def origin(self, adapter: Adapter) -> Hashable:
@@ -215,15 +221,24 @@ class Cache:
             self._loader.closed = True
             for tier in self._loader.tiers:
                 tier.clear()
+        self._loader.memory.close()
         self._shelf.close()
 
     # ------------------------------------------------------------------ private
-    def _new_tiers(self, link: Link | None) -> list[Tier]:
+    def _host_memory(self, link: Link | None) -> Shelf | PageLocked:
+        """Return where the host's adapters are read to; freed memory goes with the cache."""
+        if link is None:
+            return self._shelf
+        memory = PageLocked(link)
+        weakref.finalize(self, memory.close).atexit = False
+        return memory
+
+    def _new_tiers(self, link: Link | None, memory: Shelf | PageLocked) -> list[Tier]:
         """Return empty tiers: host and device; on a CPU base one, with the smaller budget."""
         host_bytes, device_bytes = self._budgets.host_bytes, self._budgets.device_bytes
         if link is not None:
             return [
-                Tier("host", host_bytes, self._policy(), self._lock),
+                Tier("host", host_bytes, self._policy(), self._lock, shelf=memory),
                 Tier("device", device_bytes, self._policy(), self._lock),
             ]
         named = [(host_bytes, "host"), (device_bytes, "device")]
@@ -235,7 +250,7 @@ class Cache:
             self._policy(),
             self._lock,
             budget_name=f"{name}_budget",
-            shelf=self._shelf,
+            shelf=memory,
         )
         return [tier]
 

@@ -11,14 +11,11 @@ from collections import deque
 from collections.abc import Hashable
 from pathlib import Path
 
-import torch
-
 from ..adapter import Adapter
 from ..errors import StateError
 from ..storage import Allocate, Source
 from ..tree import Node
 from .link import Link
-from .pack import pack
 from .tier import Tier
 
 __all__ = ["TreeCopies", "TreeSource", "cache_key"]
@@ -56,10 +53,8 @@ class TreeSource:
         return adapter
 
     def load(self, allocate: Allocate | None = None) -> Adapter:
-        """Return the adapter in one buffer: its own, or a new one from ``allocate``."""
-        assert allocate is not None
-        with torch.inference_mode(False), torch.no_grad():
-            return pack(self.adapter, allocate)
+        """Return the adapter where it lies: it is packed on its way to the device."""
+        return self.adapter
 
     def outline(self) -> Adapter:
         """Return the adapter, which has its shapes at hand."""

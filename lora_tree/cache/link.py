@@ -1,8 +1,9 @@
 """The way from host to device: how an adapter gets into a base's own memory.
 
     CPU     no link: the host tier is the device tier, and adapters are used where they were read to
-    CUDA    pinned host buffers; one copy each, on a side stream that runs beside the computation;
-            a thread that uses the adapter makes its own stream wait for that copy alone
+    CUDA    page-locked host buffers; one copy each, on a side stream that runs beside the
+            computation; a thread that uses the adapter makes its own stream wait for that copy
+            alone. What lies in ordinary memory goes through small staging buffers.
 
 The allocator must not hand out a device buffer while a computation still reads it. So `wait`
 records the reading stream on the buffer, and torch's allocator reuses the memory only when that
@@ -11,6 +12,7 @@ stream has passed this point.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter
-from .pack import buffer_of, placed, tensors, vacate
+from ..engine.slab import ALIGNED
+from .pack import buffer_of, distinct, placed, tensors, vacate
+from .staging import STAGE_BYTES, send_staged
 
 __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
 
@@ -54,11 +58,19 @@ class Link(Protocol):
         ...
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Allocate host memory for an adapter that is to be sent: (nbytes,) uint8."""
+        """Allocate page-locked host memory for a small adapter: (nbytes,) uint8."""
+        ...
+
+    def lock_pages(self, address: int, nbytes: int) -> bool:
+        """Page-lock host memory, so that it is sent faster; return False if the system refuses."""
+        ...
+
+    def unlock_pages(self, address: int) -> None:
+        """Undo `lock_pages`; no copy from that memory may be running."""
         ...
 
     def send(self, adapter: Adapter, again: Adapter | None = None) -> Arrived:
-        """Start the transfer of a packed adapter, without waiting for its end.
+        """Start the transfer of an adapter, without waiting for its end.
 
         Args:
             adapter: in host memory.
@@ -77,6 +89,8 @@ class CudaLink:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._refused = False
+        """The system refused to lock pages; it would refuse again."""
 
     def holds(self, adapter: Adapter) -> bool:
         return all(tensor.device == self._device for tensor in tensors(adapter))
@@ -84,20 +98,53 @@ class CudaLink:
     def allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
+    def lock_pages(self, address: int, nbytes: int) -> bool:
+        if self._refused:
+            return False
+        with torch.cuda.device(self._device):
+            cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            failed = int(cuda.cudaHostRegister(address, nbytes, 0))
+            if failed:
+                self._refused = True
+                # CUDA remembers the error, and the next launch would raise it: this one does.
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=self._device)
+        return not failed
+
+    def unlock_pages(self, address: int) -> None:
+        with torch.cuda.device(self._device):
+            cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            cuda.cudaHostUnregister(address)
+
     def send(self, adapter: Adapter, again: Adapter | None = None) -> Arrived:
         host = buffer_of(adapter)
-        assert host is not None, "only packed adapters are sent"
-        if not host.is_pinned():
-            # The buffer is a caller's own. From pageable memory even a
-            # non_blocking copy makes the host wait.
-            host = host.pin_memory()
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
-            sent, there = placed(adapter, host.numel(), self._device, again)
-            there.copy_(host, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        # `host` may go now: torch frees pinned memory only when the copy from it is done.
+            sent, there = placed(adapter, self._device, again)
+            if host is not None and host.is_pinned():
+                there.copy_(host, non_blocking=True)
+            else:
+                parts = distinct(adapter) if host is None else [host]
+                send_staged(parts, there, self._stages(there.numel()), self._copy)
+            # `host` may go from now on: torch's own page-locked memory waits for the copy, and ours
+            # waits for this event.
+            event = self._copy_done()
         return Arrived(sent, event, there)
+
+    def _stages(self, nbytes: int) -> list[Tensor]:
+        """Return page-locked staging buffers, which torch's allocator keeps from the last time."""
+        size = min(STAGE_BYTES, -(-nbytes // ALIGNED) * ALIGNED)
+        count = 1 if nbytes <= size else 2
+        return [self.allocate(size) for _ in range(count)]
+
+    def _copy(self, to: Tensor, stage: Tensor) -> Any:
+        to.copy_(stage, non_blocking=True)
+        return self._copy_done()
+
+    def _copy_done(self) -> Any:
+        """Return an event after all copies that were started so far."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
 
     def wait(self, arrived: Arrived) -> None:
         # The stream of the calling thread; only the caller knows which one will compute.

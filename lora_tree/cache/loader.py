@@ -23,7 +23,8 @@ from ..errors import LoraTreeError, StateError
 from ..storage import Source
 from .copies import TreeSource, cache_key
 from .link import Arrived, Link
-from .pack import held_bytes, is_vacated, pack
+from .pack import buffer_of, held_bytes, is_vacated, pack, packed_bytes
+from .page_locked import PageLocked
 from .reservation import Reservation
 from .shelf import Shelf
 from .tier import Resident, Tier
@@ -38,16 +39,20 @@ class Loader:
         lock: the cache's lock. It guards the tiers, `link`, `closed` and `_loading`.
         tiers: from the outside in.
         link: the way from the host to the device; None: the two are one tier.
-        shelf: where host memory comes from.
+        memory: where host memory comes from.
     """
 
     def __init__(
-        self, lock: threading.Condition, tiers: list[Tier], link: Link | None, shelf: Shelf
+        self,
+        lock: threading.Condition,
+        tiers: list[Tier],
+        link: Link | None,
+        memory: Shelf | PageLocked,
     ) -> None:
         self.lock = lock
         self.tiers, self.link = tiers, link
         self.closed = False
-        self._shelf = shelf
+        self.memory = memory
         self._loading: set[tuple[int, Hashable]] = set()  # (level, key) of the loads in progress
         # An entry is written by the thread that made the adapter, before
         # another thread can see the adapter.
@@ -97,10 +102,10 @@ class Loader:
         """Return an adapter's identity: its files' content if the lock says it, or else itself."""
         return self._origins.get(adapter) or weakref.ref(adapter)
 
-    def follow(self, tiers: list[Tier], link: Link | None) -> None:
+    def follow(self, tiers: list[Tier], link: Link | None, memory: Shelf | PageLocked) -> None:
         """Load into other tiers from now on, over another link; called with the lock held."""
         self.tiers[-1].leave()
-        self.tiers, self.link = tiers, link
+        self.tiers, self.link, self.memory = tiers, link, memory
         self._sent.clear()
 
     def _load(self, level: int, path: str, source: Source, pinned: bool, wait: bool) -> Resident:
@@ -167,17 +172,22 @@ class Loader:
             # Not `extend`: a source that finds its files changed starts anew,
             # and has freed its first buffer.
             reservation.resize(nbytes)
-            return self._allocate(nbytes)
+            return memory.take(nbytes)
 
         def second(nbytes: int) -> Tensor:
             # `pack` copies, so for a moment both buffers exist.
             reservation.extend(nbytes)
-            return self._allocate(nbytes)
+            return memory.take(nbytes)
 
+        memory = self.memory
         # A prefetch thread or a caller's inference_mode must not mark the
         # factors: they may train later.
         with torch.inference_mode(False), torch.no_grad():
             adapter = pack(source.load(first), second)
+            if isinstance(memory, PageLocked):
+                buffer = buffer_of(adapter)
+                assert buffer is not None, "it was packed"
+                memory.lock(buffer)
         if source.key is not None:
             self._origins[adapter] = source.key
         return Arrived(adapter)
@@ -211,8 +221,8 @@ class Loader:
         """
         link = self.link
         assert link is not None
-        adapter = source.load(link.allocate)
-        reservation.resize(held_bytes(adapter))
+        adapter = source.load()
+        reservation.resize(packed_bytes(adapter))
         with torch.inference_mode(False), torch.no_grad():
             arrived = self._sent_over(link, adapter, source)
         self._origins[arrived.adapter] = self.origin(source.adapter)
@@ -220,18 +230,20 @@ class Loader:
 
     def _sent_over(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
         """Start an adapter's transfer, to what was sent of it before if that has no memory now."""
-        if source.key is None and not isinstance(source, TreeSource):
-            return link.send(adapter)  # without a lock, its files may have another content by now
-        key = cache_key(source)
-        again = self._sent.get(key)
-        if again is not None and not is_vacated(again):
-            again = None
+        key, again = cache_key(source), None
+        # Without a lock, its files may have another content by now.
+        comes_back = source.key is not None or isinstance(source, TreeSource)
+        if comes_back:
+            again = self._sent.get(key)
+            if again is not None and not is_vacated(again):
+                again = None
         arrived = link.send(adapter, again)
-        self._sent[key] = arrived.adapter
+        memory, buffer = self.memory, buffer_of(adapter)
+        if isinstance(memory, PageLocked) and buffer is not None:
+            memory.sent(buffer, arrived.event)
+        if comes_back:
+            self._sent[key] = arrived.adapter
         return arrived
-
-    def _allocate(self, nbytes: int) -> Tensor:
-        return self.link.allocate(nbytes) if self.link else self._shelf.take(nbytes)
 
 
 def _use(tier: Tier, key: Hashable, pinned: bool) -> None:

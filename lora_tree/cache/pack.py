@@ -15,6 +15,7 @@ paths that were made of it are good again, and none of that work is done a secon
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -25,20 +26,60 @@ from ..engine.slab import ALIGNED, Slab
 from ..overlay import over
 from ..storage import Allocate
 
-__all__ = ["buffer_of", "held_bytes", "is_vacated", "pack", "placed", "tensors", "vacate"]
+__all__ = [
+    "buffer_of",
+    "distinct",
+    "held_bytes",
+    "is_vacated",
+    "pack",
+    "packed_bytes",
+    "placed",
+    "tensors",
+    "vacate",
+]
+
+_BUFFERS: weakref.WeakKeyDictionary[Adapter, Tensor] = weakref.WeakKeyDictionary()
+"""Packed adapter → its buffer. To ask hundreds of tensors takes half as long as a transfer."""
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
     """Return the adapter in one buffer; the same object if it lies in one already."""
     if buffer_of(adapter) is not None:
         return adapter
+    memory = allocate(packed_bytes(adapter))
+    packed = _cut_from(memory, adapter)
+    # Both adapters have their tensors in the same order.
+    for copy, tensor in zip(tensors(packed), tensors(adapter), strict=True):
+        copy.copy_(tensor)
+    return packed
+
+
+def packed_bytes(adapter: Adapter) -> int:
+    """Return the bytes of an adapter's one buffer: of that in which it lies, or will lie."""
+    buffer = buffer_of(adapter)
+    if buffer is not None:
+        return buffer.numel()
+    return sum([Slab.takes(tensor.nbytes) for tensor in distinct(adapter)])
+
+
+def distinct(adapter: Adapter) -> list[Tensor]:
+    """Return the tensors that `pack` copies, in the order in which it lays them out."""
     # By identity: one tensor may stand in two places of an adapter, and is copied once.
-    distinct = {id(tensor): tensor for tensor in tensors(adapter)}
-    slab = Slab(allocate(sum(Slab.takes(tensor.nbytes) for tensor in distinct.values())))
-    copies: dict[int, Tensor] = {}
-    for key, tensor in distinct.items():
-        copies[key] = slab.cut(tensor.dtype, tensor.shape).copy_(tensor)
-    return adapter.with_tensors(lambda tensor: copies[id(tensor)])
+    return list({id(tensor): tensor for tensor in tensors(adapter)}.values())
+
+
+def _cut_from(memory: Tensor, adapter: Adapter) -> Adapter:
+    """Return an adapter like this one whose tensors are uninitialised parts of ``memory``.
+
+    Args:
+        memory: (packed_bytes(adapter),) uint8.
+        adapter: lies in no buffer of its own.
+    """
+    slab = Slab(memory)
+    parts: dict[int, Tensor] = {}
+    for tensor in distinct(adapter):
+        parts[id(tensor)] = slab.cut(tensor.dtype, tensor.shape)
+    return adapter.with_tensors(lambda tensor: parts[id(tensor)])
 
 
 def buffer_of(adapter: Adapter) -> Tensor | None:
@@ -46,35 +87,51 @@ def buffer_of(adapter: Adapter) -> Tensor | None:
 
     A part of a larger buffer is no buffer of its own: to send it would send what lies beside it.
     """
-    found = list(tensors(adapter))
-    if not found or not all(t.is_contiguous() for t in found):
-        return None
-    storage = found[0].untyped_storage()
-    start = storage.data_ptr()
-    if any(t.untyped_storage().data_ptr() != start for t in found):
-        return None
-    used = sum(t.nbytes for t in found)
-    # Each tensor begins at an aligned address, so there may be less
-    # than `ALIGNED` bytes before each.
-    if storage.nbytes() > used + ALIGNED * len(found):
-        return None
-    return torch.empty(0, dtype=torch.uint8, device=found[0].device).set_(storage)
+    known = _BUFFERS.get(adapter)
+    # An adapter that was vacated has a buffer without bytes until it is given memory again.
+    if known is not None and known.untyped_storage().nbytes() == known.numel():
+        return known
+    found = _find_buffer(adapter)
+    if found is not None:
+        _BUFFERS[adapter] = found
+    return found
 
 
-def placed(
-    adapter: Adapter, nbytes: int, device: torch.device, again: Adapter | None
-) -> tuple[Adapter, Tensor]:
-    """Return a packed adapter over memory of a device, uninitialised, and that memory.
+def _find_buffer(adapter: Adapter) -> Tensor | None:
+    storage: torch.UntypedStorage | None = None
+    start = used = count = 0
+    for tensor in tensors(adapter):
+        if storage is None:
+            storage = tensor.untyped_storage()
+            start = storage.data_ptr()
+        # The second tensor of an adapter that was put together in memory ends the search.
+        elif tensor.untyped_storage().data_ptr() != start:
+            return None
+        if not tensor.is_contiguous():
+            return None
+        used += tensor.nbytes
+        count += 1
+    # Each tensor begins at an aligned address, so there may be less than `ALIGNED` bytes before
+    # each.
+    if storage is None or storage.nbytes() > used + ALIGNED * count:
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def placed(adapter: Adapter, device: torch.device, again: Adapter | None) -> tuple[Adapter, Tensor]:
+    """Return an adapter over one buffer of a device, uninitialised, and that buffer.
 
     Args:
-        adapter: packed.
-        nbytes: of its buffer.
+        adapter: in host memory.
         device: where the memory is taken.
         again: what this returned for the adapter before, without its memory by now; it gets new
             memory, and every tensor made of it is good again. None: there is none.
     """
+    nbytes = packed_bytes(adapter)
     if again is None:
         there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        if buffer_of(adapter) is None:
+            return _cut_from(there, adapter), there
         return adapter.with_tensors(over(there)), there
     storage = next(tensors(again)).untyped_storage()
     storage.resize_(nbytes)

@@ -23,7 +23,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-__all__ = ["PAGED", "Shelf", "trim"]
+__all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "trim", "unmap_pages"]
 
 MOST_BYTES = 64 << 20
 """The most that stays ready, where the budget leaves it over."""
@@ -122,7 +122,7 @@ class Shelf:
         waiting = sum(each for _, each in list(self._back))
         # If no thread takes anything for a while, `_back` is never emptied: it is bounded here.
         if self._closed or waiting + size > self._most:
-            _unmap(address, size)
+            unmap_pages(address, size)
         else:
             self._back.append((address, size))
 
@@ -177,7 +177,7 @@ class Shelf:
             address = min(self._ready, key=lambda address: self._ready[address])
             size = self._remove(address)
             dropped = min(size, _paged(over))
-            _unmap(address + size - dropped, dropped)
+            unmap_pages(address + size - dropped, dropped)
             if size > dropped:
                 self._put(address, size - dropped)
 
@@ -208,13 +208,12 @@ def _grown(address: int, held: int, size: int) -> int:
         if found == FAILED:
             # The range was joined from several mappings, and mremap moves
             # only one. A new one replaces it.
-            _unmap(address, held)
+            unmap_pages(address, held)
             held = 0
     if found == FAILED:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        found = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    if found == FAILED:
-        return 0
+        found = map_pages(size)
+        if not found:
+            return 0
     # ctypes releases the interpreter's lock for the call, so other threads run while
     # the kernel makes the pages. A kernel before 5.14 refuses, and makes them at the
     # first write: the result is not looked at.
@@ -222,6 +221,15 @@ def _grown(address: int, held: int, size: int) -> int:
     return found
 
 
-def _unmap(address: int, size: int) -> None:
+def map_pages(size: int) -> int:
+    """Map ``size`` bytes of new memory, and return their address; 0 if there is no memory."""
+    assert LIBC is not None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    found: int = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    return 0 if found == FAILED else found
+
+
+def unmap_pages(address: int, size: int) -> None:
+    """Give mapped memory back to the system."""
     assert LIBC is not None
     LIBC.munmap(address, size)

@@ -24,6 +24,7 @@ from ..budget import format_bytes
 from ..engine.last_used import LastUsed
 from ..errors import BudgetError
 from .link import Arrived
+from .page_locked import PageLocked
 from .policy import Policy
 from .shelf import Shelf
 from .stats import TierStats
@@ -59,7 +60,7 @@ class Tier:
         lock: threading.Condition,
         *,
         budget_name: str | None = None,
-        shelf: Shelf | None = None,
+        shelf: Shelf | PageLocked | None = None,
     ) -> None:
         self.name, self.budget_bytes, self.policy = name, budget_bytes, policy
         self.budget_name = budget_name or f"{name}_budget"
