@@ -25,6 +25,7 @@ from benchmarks import (
     returning,
     routed,
     switch,
+    switching,
     thousands,
     training,
     trips,
@@ -235,6 +236,12 @@ def test_a_switch_changes_files_half_as_often_as_it_did() -> None:
 def test_what_comes_back_to_a_device_is_sent_and_nothing_is_laid_out() -> None:
     seen = returning.returned(2, sites=3, rounds=1)
     assert (seen.transfers, len(seen.seconds), seen.laid_out_bytes) == (2 * 2 * 11, 11, 0)
+
+
+def test_a_switch_seen_before_lays_nothing_out_and_is_timed_on_both_sides_of_its_launch() -> None:
+    seen = switching.switched(1, repeats=4)
+    assert (seen.laid_out, len(seen.before), len(seen.after)) == (2, 4, 4)
+    assert min(seen.before) > 0.0
 
 
 def test_manual_pages_that_are_not_installed_are_skipped(tmp_path: Path) -> None:

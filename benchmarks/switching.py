@@ -1,0 +1,109 @@
+"""The host's work in a merged switch on a device: before the launch that writes the weights, and
+after it.
+
+    224 sites in a Llama of 32 layers, paths three nodes deep, siblings in turn
+    time     of the processor, from `activate(path)` to the launch, and from there to its return
+    device   host memory: kernels are taken for there, and do nothing
+
+On a GPU the device waits for what comes before the launch, and works during what comes after it.
+Run it with ``python -m benchmarks.switching``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import lora_tree as lt
+
+from .setting import SIBLING, START, base, tree
+from .sizes import FULL
+
+__all__ = ["Switched", "switched"]
+
+SIZE = replace(FULL, hidden=32, layers=32, repeats=50)
+
+
+@dataclass
+class Switched:
+    """Seconds of the processor, a number for each switch.
+
+    Args:
+        before: from the call to the launch.
+        after: from the launch to the return.
+        laid_out: how many launches were laid out; one that is kept runs again.
+    """
+
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    laid_out: int = 0
+
+
+class _NoLaunch:
+    """A launch that writes nothing, and notes when it was to run."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self._note = note
+
+    def run(self) -> None:
+        self._note()
+
+
+def _no_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
+    """Return what a sampler's place takes: it makes the same numbers every time."""
+    return lambda: torch.zeros(64 * len(tensors), dtype=torch.int16)
+
+
+def switched(layers: int = SIZE.layers, *, repeats: int = SIZE.repeats) -> Switched:
+    """Return what the switches between two siblings took.
+
+    Args:
+        layers: of the base, with seven sites each.
+        repeats: how many switches are counted.
+    """
+    size = replace(SIZE, layers=layers)
+    model = base(size, torch.bfloat16)
+    adapters = tree(model, size, dtype=torch.bfloat16)
+    seen = Switched()
+    launched: list[float] = []
+
+    def lay_out(parts: Sequence[object]) -> _NoLaunch:
+        seen.laid_out += 1
+        return _NoLaunch(lambda: launched.append(time.process_time()))
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("lora_tree.engine.merged.usable", return_value=True))
+        stack.enter_context(mock.patch("lora_tree.engine.watch.usable", return_value=True))
+        stack.enter_context(mock.patch("lora_tree.engine.merged.merge_launch", lay_out))
+        stack.enter_context(mock.patch("lora_tree.engine.watch.sample_launch", _no_samples))
+        attached = lt.attach(adapters, model)
+        # The copies are made, and what is kept of a switch.
+        for path in (START, SIBLING, START, SIBLING):
+            attached.activate(path)
+        for i in range(repeats):
+            launched.clear()
+            start = time.process_time()
+            attached.activate((START, SIBLING)[i % 2])
+            end = time.process_time()
+            seen.before.append(launched[0] - start)
+            seen.after.append(end - launched[0])
+        attached.detach()
+    return seen
+
+
+def main() -> None:
+    """Print the two medians."""
+    seen = switched()
+    before, after = 1e3 * statistics.median(seen.before), 1e3 * statistics.median(seen.after)
+    print(f"siblings: {before:.2f} ms of the host before the launch, {after:.2f} ms after it")
+
+
+if __name__ == "__main__":
+    main()
