@@ -29,6 +29,7 @@ __all__ = [
     "Names",
     "Source",
     "Storage",
+    "Unhashed",
     "Witness",
     "install",
     "install_names",
@@ -44,6 +45,12 @@ Witness: TypeAlias = Callable[[str, memoryview], object]
 weights stay as they are until the reader's caller hands the adapter out; it may keep no others."""
 
 
+Unhashed: TypeAlias = "Callable[[Adapter], object]"
+"""Is shown an adapter that was read while its hash is not known yet. It may prepare for it, as by
+sending it to a device. It may let no computation of the user's have it: if the hash is wrong, the
+load raises."""
+
+
 class Source(Protocol):
     """An adapter that is not in memory yet: where it lives, and how to get it."""
 
@@ -57,12 +64,14 @@ class Source(Protocol):
         """The folder, for messages and for tree.yaml."""
         ...
 
-    def load(self, allocate: Allocate | None = None) -> Adapter:
+    def load(self, allocate: Allocate | None = None, unhashed: Unhashed | None = None) -> Adapter:
         """Read, check and return the adapter; a new value at every call.
 
         Args:
             allocate: is asked once for the memory of all its numbers, before any is read; None:
                 ordinary memory.
+            unhashed: is shown the adapter if there is time until its hash is known; also again, if
+                the files had to be read again.
 
         Raises:
             FolderError, FormatError: the files are gone, broken, or differ from the lock.

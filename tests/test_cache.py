@@ -439,11 +439,11 @@ def test_a_request_waits_for_a_prefetch_that_is_under_way(
     reads: list[str] = []
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(source: object, allocate: object = None) -> lt.Adapter:
+    def slow(source: object, *how: object) -> lt.Adapter:
         reads.append(str(source.where))  # type: ignore[attr-defined]
         begun.set()
         assert go_on.wait(10)
-        return plain(source, allocate)  # type: ignore[arg-type]
+        return plain(source, *how)  # type: ignore[arg-type]
 
     model = attached(folder, 4000)
     source_type = type(model.tree["a"].source)

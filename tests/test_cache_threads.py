@@ -29,12 +29,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lt.TreeModel:
     """Every third load fails, half of them after the buffer was made; all take a while."""
     chance, plain = random.Random(0), FolderSource.load
 
-    def load(self: FolderSource, allocate: object = None) -> lt.Adapter:
+    def load(self: FolderSource, *how: object) -> lt.Adapter:
         fate = chance.random()
         time.sleep(fate * 0.003)
         if fate < 0.15:
             raise FormatError(f"{self.folder}: injected")
-        read = plain(self, allocate)  # type: ignore[arg-type]
+        read = plain(self, *how)  # type: ignore[arg-type]
         time.sleep(fate * 0.003)
         if fate < 0.3:
             for value in read.modules.values():
@@ -117,7 +117,7 @@ def test_many_threads_that_need_one_node_read_it_once(
 ) -> None:
     reads: list[str] = []
 
-    def load(self: FolderSource, allocate: object = None) -> lt.Adapter:
+    def load(self: FolderSource, *how: object) -> lt.Adapter:
         reads.append(self.folder)
         time.sleep(0.05)
         return adapter("e/g")

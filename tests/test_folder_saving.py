@@ -397,7 +397,7 @@ def test_a_save_holds_one_adapter_at_a_time_of_those_that_it_reads_itself(tmp_pa
         def __init__(self, seed: int) -> None:
             self.seed = seed
 
-        def load(self, allocate: object = None) -> lt.Adapter:
+        def load(self, *how: object) -> lt.Adapter:
             gc.collect()
             assert len(read) == 0, "the one before is let go of"
             made = adapter(self.seed)

@@ -5,7 +5,10 @@ Few processors and small files take no thread, so both are played here.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,3 +200,48 @@ def test_files_whose_reader_may_write_over_them_are_hashed_at_once(
     right("adapters.safetensors", memoryview(b"read into memory"))
     assert witness.content() == right.content()
     assert beside == []
+
+
+def test_parts_that_wait_are_hashed_as_one_where_they_lie_one_behind_the_other() -> None:
+    memory = (ctypes.c_char * 24)(*[bytes([i]) for i in range(24)])
+    start = ctypes.addressof(memory)
+
+    def part(name: str, begin: int, end: int) -> tuple[str, memoryview]:
+        made: Any = (ctypes.c_char * (end - begin)).from_address(start + begin)
+        made.memory = memory
+        return name, memoryview(made)
+
+    parts = [
+        part("a", 0, 4),
+        part("a", 4, 5),
+        part("a", 8, 12),
+        part("a", 5, 8),
+        ("a", memoryview(b"text")),
+        part("a", 12, 16),
+        part("b", 16, 20),
+        part("b", 20, 24),
+    ]
+    joined = [(name, bytes(data)) for name, data in hashing._joined(parts)]
+    whole = bytes(range(24))
+    assert joined == [
+        ("a", whole[0:5]),
+        ("a", whole[8:12]),
+        ("a", whole[5:8]),
+        ("a", b"text"),
+        ("a", whole[12:16]),
+        ("b", whole[16:24]),
+    ]
+
+
+def test_a_joined_part_keeps_its_memory() -> None:
+    held = torch.arange(8, dtype=torch.uint8)
+    made: Any = (ctypes.c_char * 8).from_address(held.data_ptr())
+    made.memory = held
+    gone = weakref.ref(held)
+    joined = list(hashing._joined([("a", memoryview(made))]))
+    del held, made
+    assert bytes(joined[0][1]) == bytes(range(8))
+    assert gone() is not None
+    del joined
+    gc.collect()
+    assert gone() is None

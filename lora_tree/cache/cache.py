@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..budget import Budgets
+from ..engine.behaviour import Ahead
 from ..engine.last_used import LastUsed
 from ..engine.ledger import Lender, ordinary
 from ..errors import BudgetError
@@ -34,7 +35,7 @@ from ..storage import Source
 from ..tree import AdapterTree, Node
 from .background import Background
 from .copies import TreeCopies, cache_key
-from .link import Link
+from .link import Arrived, Link
 from .loader import Loader
 from .page_locked import PageLocked
 from .policy import Frequency, Policy
@@ -88,8 +89,12 @@ class Cache:
         weakref.finalize(self, self._shelf.close).atexit = False
 
     # ------------------------------------------------------------------ asking for adapters
-    def hold(self, paths: Iterable[str]) -> Hold:
+    def hold(self, paths: Iterable[str], ahead: Ahead | None = None) -> Hold:
         """Return the adapters of some nodes, from the root down, pinned until the hold is released.
+
+        Args:
+            paths: the nodes.
+            ahead: may prepare for adapters of which one is still being hashed; see its type.
 
         Raises:
             FolderError, FormatError: a node's files are gone, broken, or differ from the lock;
@@ -113,7 +118,7 @@ class Cache:
         tier = self._loader.top
         residents: dict[str, Resident | None] = {}
         if needed or self._loader.link is not None:
-            waited = self._pin(tier, needed) or waited
+            waited = self._pin(tier, needed, adapters, ahead) or waited
         with self._lock:
             # `close` clears the tiers, pinned adapters too.
             self._loader.check_open()
@@ -254,8 +259,20 @@ class Cache:
         )
         return [tier]
 
-    def _pin(self, tier: Tier, needed: Mapping[str, Source]) -> bool:
+    def _pin(
+        self,
+        tier: Tier,
+        needed: Mapping[str, Source],
+        others: Mapping[str, Adapter],
+        ahead: Ahead | None,
+    ) -> bool:
         """Pin adapters in the last tier and load what is missing; return whether anything was.
+
+        Args:
+            tier: the last.
+            needed: node → its source.
+            others: the adapters of the request that are used where they lie.
+            ahead: see `hold`.
 
         On an error none of them stays pinned; those that were loaded stay cached.
         """
@@ -275,7 +292,10 @@ class Cache:
                     pinned.append(key)
         try:
             for path, source in missing.items():
-                self._loader.load(level, path, source, pinned=True)
+                show = None
+                if ahead is not None:
+                    show = partial(self._show, ahead, path, needed, others)
+                self._loader.load(level, path, source, pinned=True, ahead=show)
                 pinned.append(cache_key(source))
         except BaseException as error:
             with self._lock:
@@ -287,6 +307,35 @@ class Cache:
                 raise explained(error, needed, self._loader.tiers, self._lock) from error
             raise
         return bool(missing)
+
+    def _show(
+        self,
+        ahead: Ahead,
+        path: str,
+        needed: Mapping[str, Source],
+        others: Mapping[str, Adapter],
+        arrived: Arrived,
+    ) -> None:
+        """Show a request its adapters, one of which is still being hashed.
+
+        Args:
+            ahead: the request's.
+            path: the node of the new adapter.
+            needed, others: as in `_pin`.
+            arrived: the new adapter.
+        """
+        found = {path: arrived}
+        with self._lock:
+            for node, source in needed.items():
+                resident = self._loader.top.find(cache_key(source))
+                if resident is not None:
+                    found[node] = resident.arrived
+        adapters = dict(others)
+        for node, there in found.items():
+            adapters[node] = there.adapter
+            if self._loader.link is not None:
+                self._loader.link.wait(there)
+        ahead(adapters, len(found) == len(needed))
 
     def _unpin(self, tier: Tier, keys: Sequence[Hashable]) -> None:
         with self._lock:

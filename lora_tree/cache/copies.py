@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import StateError
-from ..storage import Allocate, Source
+from ..storage import Allocate, Source, Unhashed
 from ..tree import Node
 from .link import Link
 from .tier import Tier
@@ -52,7 +52,7 @@ class TreeSource:
             )
         return adapter
 
-    def load(self, allocate: Allocate | None = None) -> Adapter:
+    def load(self, allocate: Allocate | None = None, unhashed: Unhashed | None = None) -> Adapter:
         """Return the adapter where it lies: it is packed on its way to the device."""
         return self.adapter
 

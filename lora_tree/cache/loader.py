@@ -3,6 +3,9 @@
     load(device) ──not there──▶ load(host), pinned ──not there──▶ read the files
          ◀── send, then unpin the host's ──          ◀── pack into one buffer
 
+While a thread hashes what was read, the buffer is page-locked, the adapter is sent on, and the
+request prepares its plan (`EarlyUse`). If the hash is wrong all of it is dropped.
+
 Laws. One thread loads an adapter, and the others that need it wait for that thread. No file is read
 and nothing is sent while the lock is held. Room is reserved before the first byte is read. A load
 that fails, or is interrupted, gives its room back and leaves no trace.
@@ -13,7 +16,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,13 +27,17 @@ from ..errors import LoraTreeError, StateError
 from ..storage import Source
 from .copies import TreeSource, cache_key
 from .link import Arrived, Link
-from .pack import buffer_of, held_bytes, is_vacated, pack, packed_bytes
+from .pack import buffer_of, is_vacated, pack, packed_bytes
 from .page_locked import PageLocked
 from .reservation import Reservation
 from .shelf import Shelf
 from .tier import Resident, Tier
 
-__all__ = ["Loader"]
+__all__ = ["EarlyUse", "Loader"]
+
+EarlyUse: TypeAlias = Callable[[Arrived], object]
+"""Is shown an adapter in the last tier while its hash is not known yet; it may prepare for it. It
+may wait for no room in a tier: the load holds some."""
 
 
 class Loader:
@@ -67,7 +75,14 @@ class Loader:
         return self.tiers[-1]
 
     def load(
-        self, level: int, path: str, source: Source, *, pinned: bool = False, wait: bool = True
+        self,
+        level: int,
+        path: str,
+        source: Source,
+        *,
+        pinned: bool = False,
+        wait: bool = True,
+        ahead: EarlyUse | None = None,
     ) -> Resident:
         """Return a node's adapter in a tier, loading it there if it is missing.
 
@@ -76,6 +91,8 @@ class Loader:
             path: the node, for errors.
             pinned: whether to pin the adapter; otherwise the policy is told that it was used.
             wait: whether to wait for room that other threads are about to free.
+            ahead: is shown the adapter before its hash is known, if it is read from files and there
+                is time.
 
         Raises:
             FolderError, FormatError: the files are gone, broken, or differ from the lock.
@@ -83,7 +100,7 @@ class Loader:
             StateError: the model was detached meanwhile.
         """
         try:
-            return self._load(level, path, source, pinned, wait)
+            return self._load(level, path, source, pinned, wait, ahead)
         except LoraTreeError as error:
             raise error.within(path) from error
 
@@ -108,7 +125,15 @@ class Loader:
         self.tiers, self.link, self.memory = tiers, link, memory
         self._sent.clear()
 
-    def _load(self, level: int, path: str, source: Source, pinned: bool, wait: bool) -> Resident:
+    def _load(
+        self,
+        level: int,
+        path: str,
+        source: Source,
+        pinned: bool,
+        wait: bool,
+        ahead: EarlyUse | None = None,
+    ) -> Resident:
         tier, key = self.tiers[level], cache_key(source)
         start = time.perf_counter()
         reservation = Reservation(tier, self.lock, wait)
@@ -126,14 +151,14 @@ class Loader:
                 claimed = True
                 self._loading.add((level, key))
             if level == 0:
-                arrived = self._read(source, reservation)
+                arrived = self._read(source, reservation, ahead)
             elif isinstance(source, TreeSource):
                 arrived = self._send_from_tree(source, reservation)
             else:
-                arrived = self._send(level, path, source, reservation)
+                arrived = self._send(level, path, source, reservation, ahead)
             buffer = arrived.buffer
             # To ask hundreds of tensors takes as long as to start the transfer.
-            nbytes = held_bytes(arrived.adapter) if buffer is None else buffer.numel()
+            nbytes = packed_bytes(arrived.adapter) if buffer is None else buffer.numel()
             reservation.resize(nbytes)
             resident = Resident(arrived, nbytes)
             with self.lock:
@@ -165,7 +190,7 @@ class Loader:
             found = tier.find(key)
         return found
 
-    def _read(self, source: Source, reservation: Reservation) -> Arrived:
+    def _read(self, source: Source, reservation: Reservation, ahead: EarlyUse | None) -> Arrived:
         """Read files into one host buffer."""
 
         def first(nbytes: int) -> Tensor:
@@ -179,40 +204,86 @@ class Loader:
             reservation.extend(nbytes)
             return memory.take(nbytes)
 
+        def unhashed(adapter: Adapter) -> None:
+            buffer = buffer_of(adapter)
+            if buffer is None:
+                return  # it will be packed, and be another object then
+            finish(adapter, buffer)
+            if ahead is not None:
+                ahead(Arrived(adapter))
+
+        def finish(adapter: Adapter, buffer: Tensor) -> None:
+            if isinstance(memory, PageLocked):
+                memory.lock(buffer)
+            if source.key is not None:
+                self._origins[adapter] = source.key
+
         memory = self.memory
         # A prefetch thread or a caller's inference_mode must not mark the
         # factors: they may train later.
         with torch.inference_mode(False), torch.no_grad():
-            adapter = pack(source.load(first), second)
-            if isinstance(memory, PageLocked):
-                buffer = buffer_of(adapter)
-                assert buffer is not None, "it was packed"
-                memory.lock(buffer)
-        if source.key is not None:
-            self._origins[adapter] = source.key
+            adapter = pack(source.load(first, unhashed), second)
+        buffer = buffer_of(adapter)
+        assert buffer is not None, "it was packed"
+        finish(adapter, buffer)
         return Arrived(adapter)
 
-    def _send(self, level: int, path: str, source: Source, reservation: Reservation) -> Arrived:
+    def _send(
+        self,
+        level: int,
+        path: str,
+        source: Source,
+        reservation: Reservation,
+        ahead: EarlyUse | None,
+    ) -> Arrived:
         """Send an adapter from the tier below, pinned there until the transfer has begun."""
         link = self.link
         assert link is not None
         below, key = self.tiers[level - 1], cache_key(source)
-        # `_load` and not `load`: the caller names the node in the error.
-        resident = self._load(level - 1, path, source, pinned=True, wait=reservation.wait)
+        # Host adapter → where it was sent before its hash was known. One at most.
+        early: dict[Adapter, Arrived] = {}
+
+        def drop_early() -> None:
+            while early:
+                early.popitem()[1].vacate()
+
+        def unhashed(here: Arrived) -> None:
+            drop_early()  # the files were read a second time
+            if not reservation.at_once(packed_bytes(here.adapter)):
+                return
+            arrived = early[here.adapter] = self._sent_over(link, here.adapter, source)
+            self._set_origin(arrived.adapter, here.adapter)
+            if ahead is not None:
+                ahead(arrived)
+
+        try:
+            # `_load` and not `load`: the caller names the node in the error.
+            resident = self._load(
+                level - 1, path, source, pinned=True, wait=reservation.wait, ahead=unhashed
+            )
+        except BaseException:
+            drop_early()
+            raise
         with self.lock:
             below.passing += 1
             below.used([key])
         try:
             reservation.resize(resident.nbytes)
-            arrived = self._sent_over(link, resident.arrived.adapter, source)
+            sent = early.pop(resident.arrived.adapter, None)
+            arrived = sent or self._sent_over(link, resident.arrived.adapter, source)
         finally:
+            drop_early()
             with self.lock:
                 below.passing -= 1
                 below.unpin(key)
-        origin = self._origins.get(resident.arrived.adapter)
-        if origin is not None:
-            self._origins[arrived.adapter] = origin
+        self._set_origin(arrived.adapter, resident.arrived.adapter)
         return arrived
+
+    def _set_origin(self, sent: Adapter, host: Adapter) -> None:
+        """Give the adapter on the device the identity of the one in host memory."""
+        origin = self._origins.get(host)
+        if origin is not None:
+            self._origins[sent] = origin
 
     def _send_from_tree(self, source: TreeSource, reservation: Reservation) -> Arrived:
         """Send an adapter from the tree.

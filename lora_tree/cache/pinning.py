@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..engine.behaviour import Ahead
 from .cache import Cache, Hold
 from .link import link_to
 
@@ -24,14 +25,14 @@ class Pinning:
         self._cache, self._base = cache, base
         self._home = _home(base)
 
-    def __call__(self, paths: Iterable[str]) -> Hold:
-        """Return a hold on some nodes' adapters; raises as `Cache.hold`."""
+    def __call__(self, paths: Iterable[str], ahead: Ahead | None = None) -> Hold:
+        """Return a hold on some nodes' adapters; arguments and errors are those of `Cache.hold`."""
         home = _home(self._base)
         if home != self._home:
             # torch has no hook for `base.to(…)`, so the move is noticed here, at the next request.
             self._cache.follow(link_to(self._base))
             self._home = home
-        return self._cache.hold(paths)
+        return self._cache.hold(paths, ahead)
 
 
 def _home(base: nn.Module) -> torch.device | None:

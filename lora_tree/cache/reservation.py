@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from ..errors import BudgetError
 from .tier import Tier
 
 __all__ = ["Reservation"]
@@ -38,6 +39,17 @@ class Reservation:
                 # Two loads that each hold some bytes and wait for the other's would wait forever.
                 self._tier.reserve(nbytes - self._nbytes, wait=False)
             self._nbytes = nbytes
+
+    def at_once(self, nbytes: int) -> bool:
+        """`resize` without waiting for other loads; return False if there is no room now."""
+        wait, self.wait = self.wait, False
+        try:
+            self.resize(nbytes)
+        except BudgetError:
+            return False
+        finally:
+            self.wait = wait
+        return True
 
     def extend(self, nbytes: int) -> None:
         """Reserve ``nbytes`` in addition; raises as `resize`."""

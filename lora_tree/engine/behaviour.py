@@ -13,7 +13,7 @@ an earlier value.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, TypeAlias
@@ -26,6 +26,7 @@ from .plan import PlacedPlan, Plan
 from .routed import Strategy
 
 __all__ = [
+    "Ahead",
     "Behaviour",
     "FactorParameters",
     "LaidOut",
@@ -92,6 +93,14 @@ class LaidOut(Protocol):
         """
 
 
+Ahead: TypeAlias = Callable[[Mapping[str, Adapter], bool], object]
+"""Prepares for the adapters of a request while the newest of them is still being hashed.
+
+It is shown node → adapter, and whether these are all. It may bind, check and lay out, as far as
+that takes no room of the cache: the load that waits for the hash holds some. If the hash is wrong,
+the request raises."""
+
+
 class SideHooks(Protocol):
     """The side paths of one base: hooks that come and go (`Unmerged`), or permanent ones
     (`Prepared`).
@@ -107,6 +116,9 @@ class SideHooks(Protocol):
 
     def lay_out(self, placed: PlacedPlan) -> LaidOut:
         """Return the side paths of one path or blend; raise if a site can't have one."""
+
+    def look_ahead(self, placed: PlacedPlan) -> None:
+        """Do what `lay_out` will do, as far as it takes no room; raises as that."""
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> LaidOut:
         """Return the side paths of a batch; raise if a site of the plan can't have one."""

@@ -161,6 +161,9 @@ class Prepared:
             self.forget()
             raise
 
+    def look_ahead(self, placed: PlacedPlan) -> None:
+        """Do nothing: the memory of permanent side paths is written to in `lay_out`."""
+
     def lay_out(self, placed: PlacedPlan) -> Numbers:
         """Check one path or blend, and return its numbers; an empty plan turns the side paths off.
 

@@ -13,7 +13,7 @@ have.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,17 @@ from ..adapter import Adapter
 from ..errors import StateError
 from ..tree import AdapterTree
 from ..weights import Weight
-from .behaviour import Behaviour, FactorParameters, LaidOut, Pins, Request, SideHooks, State
+from .batch import tree_node
+from .behaviour import (
+    Ahead,
+    Behaviour,
+    FactorParameters,
+    LaidOut,
+    Pins,
+    Request,
+    SideHooks,
+    State,
+)
 from .blocks import Blocks
 from .fresh import settle_fresh
 from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
@@ -60,7 +70,7 @@ class Stage:
         beside: SideHooks,
         binder: Binder,
         compiled: CompileWatch,
-        pin: Callable[[Iterable[str]], Pins],
+        pin: Callable[[Iterable[str], Ahead | None], Pins],
         factors: FactorParameters,
     ) -> None:
         self._base, self._tree, self._claim = base, tree, claim
@@ -98,24 +108,99 @@ class Stage:
         if is_fresh:
             settle_fresh(self._tree, self._base, nodes, self._binder.own_value)
         # The cache keeps these adapters until the pins are released, on any way out.
-        pins = self._pin(nodes)
+        pins, prepared = self._pinned(request, owed, nodes)
         try:
-            adapters: dict[str, Adapter] = {}
-            terms: list[tuple[str, Weight, Adapter]] = []
-            for name, node, weight in owed:
-                if node not in pins.adapters:
-                    continue  # a group
-                adapters[node] = self._factors.shown(node, pins.adapters[node])
-                terms.append((name, weight, adapters[node]))
-            lineages = None
-            if not isinstance(request.asked, tuple):
-                lineages = partial(self._tree.counting_lineages, request.asked)
-            placed = self._binder.placed(terms, lineages)
+            adapters, placed = self._placed(request, owed, pins.adapters)
+            prepared.clear()  # `placed` has the plan now
             weights, beside = self._parts(request, placed)
             return Behaviour(request, placed, weights, beside, pins, adapters)
         except BaseException:
             pins.release()
             raise
+
+    def _pinned(
+        self, request: Request, owed: Sequence[tuple[str, str, Weight]], nodes: Iterable[str]
+    ) -> tuple[Pins, list[PlacedPlan]]:
+        """Pin a request's adapters; while a file's hash is not known yet, prepare what follows.
+
+        `compose` finds again what was prepared, as for a path that was used before. It goes if the
+        hash is wrong.
+
+        Returns:
+            the pins, and the plan if it was made: it may be kept by nothing else until then.
+        """
+        prepared: list[PlacedPlan] = []
+        looked = False
+
+        def ahead(adapters: Mapping[str, Adapter], are_all: bool) -> None:
+            nonlocal looked
+            looked = True
+            try:
+                prepared.extend(self._look_ahead(request, owed, adapters, are_all))
+            except Warning:
+                raise  # the caller made warnings errors, and each is given once
+            except Exception:
+                # If the hash is right `compose` meets it again. If not, the wrong files are the
+                # error.
+                return
+
+        try:
+            return self._pin(nodes, ahead), prepared
+        except BaseException:
+            if looked:
+                # What was made of an adapter that may not be used would keep its memory.
+                prepared.clear()
+                self._binder.forget()
+                if not self.beside.permanent:
+                    self.beside.forget()
+            raise
+
+    def _look_ahead(
+        self,
+        request: Request,
+        owed: Sequence[tuple[str, str, Weight]],
+        adapters: Mapping[str, Adapter],
+        are_all: bool,
+    ) -> list[PlacedPlan]:
+        """Bind adapters, make their plan and lay it out; with some missing, bind these alone.
+
+        Return the plan, if it was made.
+        """
+        if not are_all:
+            for _, node, _ in owed:
+                if node in adapters:
+                    shown = self._factors.shown(node, adapters[node])
+                    self._binder.bind(tree_node(node), shown)
+            return []
+        _, placed = self._placed(request, owed, adapters)
+        if request.rows is None and request.mode != "merged":
+            self.beside.look_ahead(placed)
+        return [placed]
+
+    def _placed(
+        self,
+        request: Request,
+        owed: Sequence[tuple[str, str, Weight]],
+        found: Mapping[str, Adapter],
+    ) -> tuple[dict[str, Adapter], PlacedPlan]:
+        """Return the adapters that a request shows, and its plan.
+
+        Args:
+            request: the request.
+            owed: its nodes; see `_owed`.
+            found: node → adapter.
+        """
+        adapters: dict[str, Adapter] = {}
+        terms: list[tuple[str, Weight, Adapter]] = []
+        for name, node, weight in owed:
+            if node not in found:
+                continue  # a group
+            adapters[node] = self._factors.shown(node, found[node])
+            terms.append((name, weight, adapters[node]))
+        lineages = None
+        if not isinstance(request.asked, tuple):
+            lineages = partial(self._tree.counting_lineages, request.asked)
+        return adapters, self._binder.placed(terms, lineages)
 
     def _owed(self, request: Request) -> list[tuple[str, str, Weight]]:
         """Return (name in the plan, node, its coefficient). In a batch every node counts once: its

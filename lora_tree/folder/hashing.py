@@ -3,18 +3,25 @@
     reader    part 0 │ part 1 │ part 2 │ …            each into its final place in memory
     hasher             part 0 │ part 1 │ part 2       in a thread of its own, if processors are free
 
-SHA-256 takes several times as long as a read from the page cache, so the read is hidden behind it.
+SHA-256 takes several times as long as a read from the page cache, so the read is hidden behind it,
+and so is what the reader does with the adapter afterwards. While it does that it has the
+interpreter's lock, for which the hasher waits between two parts: so parts that wait are hashed as
+one.
+
 Law: the hash depends on the bytes alone. No caller gets an adapter before `content` has returned
 the hash of its files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
-from queue import SimpleQueue
+from collections.abc import Iterable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
 
 from ..formats.peft import WEIGHTS
 from .lockfile import content
@@ -57,6 +64,11 @@ class ContentHash:
             self._thread = threading.Thread(target=self._work, name="lora_tree hash", daemon=True)
             self._thread.start()
 
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a thread is hashing what was read; there is time until `content` returns."""
+        return self._thread is not None
+
     def content(self) -> str:
         """Return the hash, when all parts are in it. Call it once."""
         self._end()
@@ -78,15 +90,59 @@ class ContentHash:
             raise self._error
 
     def _work(self) -> None:
-        while (part := self._parts.get()) is not None:
-            if self._closed or self._error is not None:
-                continue
-            name, data = part
-            try:
-                # hashlib lets other threads run meanwhile.
-                self._hashes[name].update(data)
-            except Exception as error:
-                self._error = error
+        is_last = False
+        while not is_last:
+            parts, is_last = self._waiting()
+            for name, data in _joined(parts):
+                if self._closed or self._error is not None:
+                    break
+                try:
+                    # hashlib lets other threads run meanwhile.
+                    self._hashes[name].update(data)
+                except Exception as error:
+                    self._error = error
+
+    def _waiting(self) -> tuple[list[tuple[str, memoryview]], bool]:
+        """Return the parts that wait, at least one, and whether they are the last."""
+        parts: list[tuple[str, memoryview]] = []
+        part = self._parts.get()
+        with contextlib.suppress(Empty):
+            while part is not None:
+                parts.append(part)
+                part = self._parts.get_nowait()
+        return parts, part is None
+
+
+def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memoryview]]:
+    """Yield the parts; those that lie one behind the other in memory, in this order, as one."""
+    run: list[memoryview] = []  # of the file `of`, from `start` to `end`
+    of, start, end = "", 0, 0
+    for name, data in parts:
+        address = _address(data)
+        if run and (name, address) != (of, end):
+            yield of, _one(start, end, run)
+            run = []
+        if address is None:
+            yield name, data
+            continue
+        if not run:
+            of, start = name, address
+        run.append(data)
+        end = address + data.nbytes
+    if run:
+        yield of, _one(start, end, run)
+
+
+def _address(data: memoryview) -> int | None:
+    """Return where a part begins, if it is one that the reader of weights made."""
+    return ctypes.addressof(data.obj) if isinstance(data.obj, ctypes.Array) else None
+
+
+def _one(start: int, end: int, parts: Sequence[memoryview]) -> memoryview:
+    """Return the memory from ``start`` to ``end``, which keeps its parts alive."""
+    whole: Any = (ctypes.c_char * (end - start)).from_address(start)
+    whole.parts = parts
+    return memoryview(whole)
 
 
 def _is_worth_a_thread(name: str, nbytes: int) -> bool:

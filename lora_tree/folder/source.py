@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError
-from ..storage import Allocate, Witness
+from ..storage import Allocate, Unhashed, Witness
 from .adapter_files import read_files
 from .bounds import homes, inside, lies_in
 from .disk import Stamp
@@ -90,11 +90,12 @@ class FolderSource:
         """Tell whether one of its files, or both, are not there any more."""
         return find_files(self.folder, self.root).flaw is not None
 
-    def load(self, allocate: Allocate | None = None) -> Adapter:
+    def load(self, allocate: Allocate | None = None, unhashed: Unhashed | None = None) -> Adapter:
         """Read and check the adapter; a new value at every call.
 
         Args:
             allocate: makes the one buffer of all its numbers; None: ordinary memory.
+            unhashed: is shown the adapter while a thread still hashes what was read.
 
         Raises:
             FormatError: the files are gone, broken or incomplete.
@@ -111,7 +112,11 @@ class FolderSource:
                 after = _identity(files)
                 if before != after:
                     continue  # what was read may be half of one save and half of another
-                found = self.content if hashing is None else hashing.content()
+                found = self.content
+                if hashing is not None:
+                    if unhashed is not None and hashing.runs_beside:
+                        unhashed(adapter)
+                    found = hashing.content()
             except (LoraTreeError, OSError) as error:
                 is_other = hashing is not None and self._is_other_content(files)
                 if find_files(self.folder, self.root) != files:
