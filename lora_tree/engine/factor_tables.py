@@ -94,9 +94,12 @@ class PlanTables:
             return False  # kernels that were compiled for aligned factors would read wrongly
         by = torch.tensor([*shifts, 0], dtype=torch.int64, device="cpu")
         for block in self._blocks:
-            numbers = block.numbers
+            addresses = block.numbers[:, :6:3]
             with torch.inference_mode(False), torch.no_grad():
-                numbers[:, :6:3].add_(uploaded(by[block.owners], numbers.device))
+                if block.owner is not None:
+                    addresses.add_(shifts[block.owner])
+                else:
+                    addresses.add_(uploaded(by[block.owners], addresses.device))
         self._places = places
         return True
 
@@ -172,7 +175,9 @@ class PlanTables:
             for A, B, _ in factors:
                 owners.append(index.get(A.untyped_storage().data_ptr(), other))
                 owners.append(index.get(B.untyped_storage().data_ptr(), other))
-        self._blocks.append(_SentTables(numbers, torch.tensor(owners, device="cpu").view(-1, 2)))
+        owner = owners[0] if set(owners) == {owners[0]} and owners[0] != other else None
+        owned = torch.tensor(owners, device="cpu").view(-1, 2)
+        self._blocks.append(_SentTables(numbers, owned, owner))
         return tables
 
 
@@ -184,10 +189,12 @@ class _SentTables:
         numbers: (factors, FIELDS) int64, on the device.
         owners: (factors, 2) int64, in host memory: the adapter in whose buffer A lies, and B; one
             more than the last: none's.
+        owner: the one adapter in whose buffer all of them lie; None: there are several.
     """
 
     numbers: Tensor
     owners: Tensor
+    owner: int | None
 
 
 def _factors(values: Sequence[LowRank]) -> list[tuple[Tensor, Tensor, float]]:

@@ -9,6 +9,8 @@ any more, so a path in use costs nothing here.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,8 +32,10 @@ class UncalledSites:
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._handles: dict[str, RemovableHandle] = {}
-        self._children: dict[str, list[str]] = {}
+        self._children: Mapping[str, Sequence[str]] = {}
         """Parent module → the planned sites in it."""
+        self._children_of: weakref.WeakKeyDictionary[Plan, Mapping[str, Sequence[str]]]
+        self._children_of = weakref.WeakKeyDictionary()
         self._plan = EMPTY_PLAN
         self.called: set[str] = set()
         """The sites that were called; every side path adds its own."""
@@ -40,9 +44,10 @@ class UncalledSites:
         """Require from now on that the plan's sites run when the modules around them do."""
         # In place: every hook holds this very set.
         self.called.clear()
-        self._plan, self._children = plan, {}
-        for name, site in plan.sites.items():
-            self._children.setdefault(site.parent, []).append(name)
+        known = self._children_of.get(plan)
+        if known is None:
+            known = self._children_of[plan] = _by_parent(plan)
+        self._plan, self._children = plan, known
         for parent in list(self._handles):
             if parent not in self._children:
                 self._handles.pop(parent).remove()
@@ -67,7 +72,7 @@ class UncalledSites:
 
         return parent_ran
 
-    def _never_ran(self, silent: list[str], parent: str) -> MergedOnly:
+    def _never_ran(self, silent: Sequence[str], parent: str) -> MergedOnly:
         # The usual cause: a head that multiplies with the embedding's weight. The module to adapt
         # is then the other one.
         tied = []
@@ -91,6 +96,14 @@ class UncalledSites:
             if any(parameter is site.weight for parameter in module._parameters.values()):
                 found.append(other)
         return found
+
+
+def _by_parent(plan: Plan) -> Mapping[str, Sequence[str]]:
+    """Return parent module → the names of a plan's sites in it."""
+    children: dict[str, list[str]] = {}
+    for name, site in plan.sites.items():
+        children.setdefault(site.parent, []).append(name)
+    return children
 
 
 def _child(parent: str, name: str) -> str:

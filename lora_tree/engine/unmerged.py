@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ from .uncalled import UncalledSites
 from .unpromised import global_hooks, saved_tensor_hook
 
 __all__ = ["SidePaths", "Unmerged"]
+
+_Read: TypeAlias = tuple[Readers, Mapping[str, Site]]
 
 KEPT_PATHS = 64
 PORTION = 1 << 20
@@ -148,6 +150,8 @@ class Unmerged:
             weakref.WeakKeyDictionary()
         )
         """Plan → the dtypes for which batches of it were found to be finite."""
+        self._has_hooks: Mapping[str, Site] | None = {}
+        """The sites that have hooks; None: a call failed while they were put in."""
         self._uncalled = UncalledSites(base)
         self._forward_guard = ForwardGuard(base)
         # Every side path asks both of torch at every call, so they are looked up once.
@@ -156,9 +160,10 @@ class Unmerged:
         self._inside = InsideForwards(base, ran=self._ran, dropped=manner.dropped)
         self._watches = False
         """Some forwards are watched, or may be after a call that failed."""
-        self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, Readers]]
+        self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, _Read]]
         self._read_by = weakref.WeakKeyDictionary()
-        """Plan → the modules that read its weights, for a path and for a batch."""
+        """Plan → the modules that read its weights, and its sites that need a hook; for a path and
+        for a batch."""
         self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
         """No side paths, ready to run."""
         self._running = self.nothing
@@ -305,39 +310,54 @@ class Unmerged:
             return
         # First, so that a hook that is put in finds its side path from the beginning.
         self._running, self._settled = paths, False
-        sites = paths.plan.sites
-        for name in list(self._hooked):
-            site, handle = self._hooked[name]
-            # By identity: under the same name there may be another module now.
-            if sites.get(name) is not site:
-                handle.remove()
-                del self._hooked[name]
-        readers = self._readers(paths)
+        readers, called = self._readers(paths)
         # Most bases call each layer, and then there is nothing to watch.
         if readers.watched or self._watches:
             self._watches = True  # before: a call that fails may have left some
             self._inside.run(readers.watched, paths.sides, paths.axis)
             self._watches = bool(readers.watched)
-        hooked = {*readers.called, *paths.plan.overrides}
-        new = [site for name, site in sites.items() if name in hooked and name not in self._hooked]
-        makes_its_output = {site: site.makes_its_output for site in new}
-        for site in new:
-            hook = self._hook(site, makes_its_output[site])
-            handle = site.module.register_forward_hook(hook, with_kwargs=True)
-            self._hooked[site.name] = site, handle
+        self._put_hooks(paths.plan, called)
         self._uncalled.expect(paths.plan)
         places = self._inside.places(paths.mixed) if self._watches else paths.mixed
         self._forward_guard.watch(paths.mark, paths.axis, places)
         self._settled = True
 
-    def _readers(self, paths: SidePaths) -> Readers:
-        """Return the modules that read the weights of these paths."""
+    def _put_hooks(self, plan: Plan, wanted: Mapping[str, Site]) -> None:
+        """Put a hook on the module of each of these sites, and on no other module.
+
+        Args:
+            plan: the plan that runs.
+            wanted: its sites that are called: name → site.
+        """
+        # Most switches are between paths with the same sites. The sites are compared by identity:
+        # under the same name there may be another module now.
+        if self._has_hooks == wanted:
+            return
+        self._has_hooks = None  # a call that fails half-way leaves some
+        for name in list(self._hooked):
+            site, handle = self._hooked[name]
+            if plan.sites.get(name) is not site:
+                handle.remove()
+                del self._hooked[name]
+        new = [site for name, site in wanted.items() if name not in self._hooked]
+        makes_its_output = {site: site.makes_its_output for site in new}
+        for site in new:
+            hook = self._hook(site, makes_its_output[site])
+            handle = site.module.register_forward_hook(hook, with_kwargs=True)
+            self._hooked[site.name] = site, handle
+        self._has_hooks = {name: site for name, (site, _) in self._hooked.items()}
+
+    def _readers(self, paths: SidePaths) -> _Read:
+        """Return the modules that read the weights of these paths, and the sites to hook."""
         known = self._read_by.setdefault(paths.plan, {})
         is_routed = paths.axis is not None
         if is_routed not in known:
             plan = paths.plan
             sites = [site for name, site in plan.sites.items() if plan.terms.get(name)]
-            known[is_routed] = readers_of(self._base, sites, is_routed)
+            readers = readers_of(self._base, sites, is_routed)
+            called = {*readers.called, *plan.overrides}
+            hooked = {name: site for name, site in plan.sites.items() if name in called}
+            known[is_routed] = readers, hooked
         return known[is_routed]
 
     def forget(self) -> None:
