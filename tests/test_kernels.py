@@ -35,16 +35,22 @@ def interpreted(name: str) -> Iterator[Any]:
     decorates.
     """
     with pytest.MonkeyPatch.context() as patch:
+        # What it takes from these is decorated anew, too; other tests keep those for the compiler.
+        shared = [f"lora_tree.engine.kernels.{module}" for module in ("merge", "tiles")]
+        for module in shared:
+            importlib.import_module(module)
+        for module in shared:
+            patch.delitem(sys.modules, module)
         patch.setenv("TRITON_INTERPRET", "1")
         spec = importlib.util.spec_from_file_location(
             f"lora_tree.engine.kernels._{name}", SOURCES / f"{name}.py"
         )
         assert spec is not None
         assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
+        loaded = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, spec.name, loaded)
+        spec.loader.exec_module(loaded)
+        yield loaded
 
 
 @pytest.fixture(scope="module")

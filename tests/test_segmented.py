@@ -70,6 +70,11 @@ BATCHES = {
     "few tokens": ([0, 1, 2, 3, 3, 1, 0], 5, (48, 140), (3, 3, 3)),
     "more tokens than a tile": ([2, 3, 1], 75, (40, 30), (16, 17, 2)),
     "wide": ([1, 0], 2, (2100, 20), (4, 4, 4)),
+    "one input": ([1], 1, (700, 130), (4, 20, 1)),
+    "one bare input": ([2], 1, (70, 40), (4, 20, 1)),
+    "a span of outputs": ([i % 4 for i in range(17)], 16, (40, 700), (8, 16, 8)),
+    "a span of one row": ([3], 1030, (40, 30), (8, 16, 8)),
+    "more entries than a program takes": ([3, 1, 2], 20, (40, 30), (40, 8, 33)),
 }
 
 
@@ -158,12 +163,29 @@ def test_a_row_that_owes_nothing_is_in_no_entry_and_rows_that_share_nodes_are_ne
     sizes, numbers = segment_numbers(KINDS, [3, 1, 2, 0, 1], 2)
     segments = Segments(sizes, numbers)
     assert segments.order.tolist() == [2, 3, 1, 4, 0]
-    assert segments.begins.tolist() == [0, 1, 3, 5]
-    assert segments.nodes.tolist() == [0, 0, 1, 0, 2]
-    assert segments.owners.tolist() == [0, 1, 1, 2, 2]
-    assert segments.coefficients.tolist() == [[0, 1], [1, 1], [0.5, 0.5], [1, 0], [-2, 0]]
-    assert segments.by_node.tolist() == [0, 1, 3, 2, 4]
+    assert segments.owed.tolist() == [0, 1, 1, 1, 1]
+    # A group's entries are filled up to four.
+    assert segments.begins.tolist() == [0, 4, 8, 12]
+    assert segments.nodes.tolist() == [0, -1, -1, -1, 0, 1, -1, -1, 0, 2, -1, -1]
+    assert segments.owners.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    nothing = [0, 0]
+    assert segments.coefficients.tolist() == [
+        *([0, 1], nothing, nothing, nothing),
+        *([1, 1], [0.5, 0.5], nothing, nothing),
+        *([1, 0], [-2, 0], nothing, nothing),
+    ]
+    assert segments.by_node[:5].tolist() == [0, 4, 8, 5, 9]
     assert segments.node_begins.tolist() == [0, 3, 4, 5]
+    assert sizes.largest == 4
+
+
+def test_cleared_lists_owe_nothing_and_name_no_node() -> None:
+    sizes, numbers = segment_numbers(KINDS, [3, 1, 2, 0, 1], 2)
+    segments = Segments(sizes, numbers)
+    segments.clear()
+    assert set(segments.nodes.tolist()) == {-1}
+    assert not segments.owed.any()
+    assert not segments.coefficients.any()
 
 
 # ---------------------------------------------------------------------- a whole model

@@ -306,7 +306,7 @@ class Batch:
         key = tokens, compute, device
         found = self._tiled.get(key)
         if found is None:
-            segments = self.segments(group_of(tokens), device)
+            segments = self.segments(group_of(tokens, len(self)), device)
             found = self._tiled[key] = segments, Tiling.of(segments.sizes, tokens, compute)
         return found
 

@@ -36,6 +36,7 @@ from .kernels import (
     SegmentSizes,
     Tiling,
     can_route,
+    room_for,
     routed_kernels,
     routes,
     segment_numbers,
@@ -170,7 +171,7 @@ class PreparedSegments:
             found = []
             for group in GROUPS:
                 # Room for any paths, so that a batch of as many rows is written over this one.
-                room = len(rows) * self._depth
+                room = room_for(len(rows), group, self._depth)
                 most = self._scales.shape[1]
                 found.append(segment_numbers(kinds, rows, group, entries=room, nodes=most))
             lists[len(rows)] = found
@@ -226,7 +227,7 @@ class PreparedSegments:
         self.version.add_(1)
         for lists in self._lists.values():
             for segments in lists:
-                segments.coefficients.zero_()
+                segments.clear()
         if numbers is None:
             self.mode = OFF
             return
@@ -243,7 +244,7 @@ class PreparedSegments:
     def _write_lists(self, rows: int, made: Sequence[tuple[SegmentSizes, Tensor]]) -> None:
         there = self._lists.get(rows)
         if there is None or any(
-            sizes.entries > segments.sizes.entries
+            sizes.entries > segments.sizes.entries or sizes.largest > segments.sizes.largest
             for (sizes, _), segments in zip(made, there, strict=True)
         ):
             if there is not None:

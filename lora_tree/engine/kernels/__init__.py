@@ -33,6 +33,7 @@ from .segments import (
     Tiling,
     can_route,
     group_of,
+    room_for,
     segment_numbers,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "logs",
     "merge_launch",
     "rewrite_logs",
+    "room_for",
     "routed_kernels",
     "routes",
     "sample_launch",

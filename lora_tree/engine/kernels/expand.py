@@ -1,11 +1,15 @@
 """out ← base + Σ low factor, over every node that an input owes, in one launch.
 
     a program: a tile of a group's inputs, some outputs
-        for each entry of the group:   acc (inputs, outputs) += low (inputs, rank) @ factor
+        for the lanes of a few entries:   acc (inputs, outputs) += low (inputs, lanes) @ factor
         load base ─▶ + acc ─▶ round ─▶ store
 
 All nodes of a row are added in fp32 and the sum is rounded once. A row that owes nothing keeps its
 bits: in place it is not written, and a copy holds its base's numbers.
+
+To reach a factor takes three loads, each of which needs the one before: the entry's node, its
+address, its numbers. For the next entries they are made while these are multiplied, and for the
+first entries while `shrink` still runs, where the device lets a kernel begin early.
 
 The forward takes the sums of A, and B; the backward those of B, and A, without a base.
 """
@@ -19,27 +23,125 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .part import on
-from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
-from .tiles import TYPES, larger, products
+from .relaunch import LaunchPlan, Relaunch
+from .segments import FIELDS, FactorTable, Segments, Tiling, entries_at_once
+from .tiles import TYPES, added, begins_early, options_for, products, shared_bytes, wait_for_last
 
 __all__ = ["expand", "expanded_plainly"]
 
-WARPS, STAGES = 4, 2
+WARPS, STAGES = 4, 1
 
-# Numbers that change from batch to batch: to compile for their values would take a second each.
-CHANGING = ["rows", "entries", "chunks", "parts"]
+MANY, SPAN = 16, 4
+"""With so many tiles of inputs, a program computes a span of so many tiles of outputs."""
+
+FACTOR_BYTES, LARGE = 16 << 10, 160 << 10
+"""Shared memory for a factor, and shared memory in which three of them fit beside outputs."""
+
+# To compile for their values would take a second each, and `Relaunch` does not look at them.
+CHANGING = ["rows", "tokens", "width", "entries", "room", "chunks"]
+
+
+@triton.jit
+def _nodes_of(nodes, entry, end):  # type: ignore[no-untyped-def]
+    """Return the nodes of some entries; −1 past the group's last."""
+    return tl.load(nodes + entry, mask=entry < end, other=-1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _lanes_of(table, node, SIDE: tl.constexpr, FIELDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the addresses, strides and ranks of some nodes' factors; a rank of 0 for none."""
+    fields = table + node * FIELDS
+    is_node = node >= 0
+    address = tl.load(fields + SIDE * 3, mask=is_node, other=0)
+    stride = tl.load(fields + SIDE * 3 + 1, mask=is_node, other=0)
+    rank = tl.load(fields + 6, mask=is_node, other=0)
+    return address, stride, rank
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _factor(  # type: ignore[no-untyped-def]
+    address,
+    stride,
+    rank,
+    r,
+    c,
+    width,
+    SIDE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """Return some nodes' factors, (lanes, outputs); zeros above their ranks."""
+    factor = address.to(tl.pointer_type(FACTOR))
+    used = r < rank
+    if ALIGNED:
+        used = tl.max_constancy(used, [8])  # ranks are multiples of 8: 8 lanes are one load
+    if SIDE == 0:
+        lanes = factor + r * stride
+        if ALIGNED:
+            lanes = tl.multiple_of(lanes, [16])
+        there = lanes[:, None] + c[None, :]
+    else:
+        there = (factor + r)[:, None] + c[None, :] * stride[:, None]
+        if ALIGNED:
+            there = tl.max_contiguous(tl.multiple_of(there, [16, 1]), [RANK, 1])
+    return tl.load(there, mask=used[:, None] & (c[None, :] < width), other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _narrow(  # type: ignore[no-untyped-def]
+    low,
+    entry,
+    end,
+    entries,
+    room,
+    i,
+    inside,
+    r,
+    INPUTS: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Return the narrow sum of some entries' lanes, (inputs, lanes); its parts are added up."""
+    if INPUTS == 1:
+        part = tl.arange(0, PARTS)
+        there = (part[:, None] * entries + entry[None, :]).to(tl.int64) * room
+        there = low + there * RANK + r[None, :]
+        parts = tl.load(there, mask=(entry < end)[None, :], other=0.0).to(tl.float32)
+        narrow = tl.reduce(parts, 0, added)[None, :]
+    else:
+        mine = inside[:, None] & (entry < end)[None, :]
+        there = low + (entry[None, :].to(tl.int64) * room + i[:, None]) * RANK + r[None, :]
+        narrow = tl.load(there, mask=mine, other=0.0)
+        if PARTS > 1:
+            narrow = narrow.to(tl.float32)
+            for _ in tl.static_range(PARTS - 1):
+                there += entries.to(tl.int64) * room * RANK
+                narrow += tl.load(there, mask=mine, other=0.0)
+    return narrow
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(out, before, total, adapted, stored, FRESH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the sum, rounded once; a number to which nothing is added keeps its bits."""
+    if FRESH:
+        tl.store(out, total.to(out.dtype.element_ty), mask=stored)
+    else:
+        after = (before.to(tl.float32) + total).to(out.dtype.element_ty)
+        # Not a sum with 0: −0 + 0 would be +0.
+        changed = adapted[:, None] & (total != 0.0)
+        tl.store(out, tl.where(changed, after, before), mask=stored)
 
 
 @triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    low,  # (parts, entries, inputs of a group in whole tiles, RANK) fp32
+    low,  # (PARTS, entries, inputs of a group in whole tiles, RANK)
     base,
     out,
     order,
+    owed,
     begins,
     nodes,
-    coefficients,
     table,
     rows,
     tokens,
@@ -47,65 +149,87 @@ def _kernel(  # type: ignore[no-untyped-def]
     entries,
     room,
     chunks,
-    parts,
     GROUP: tl.constexpr,
     SIDE: tl.constexpr,
     FACTOR: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,  # rows of out begin at multiples of 16 numbers
     PRECISION: tl.constexpr,
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,  # tiles of outputs of a program; above 1 its group has ENTRIES at most
+    LOOP: tl.constexpr,  # stages of the loop over them
     FIELDS: tl.constexpr,
     FRESH: tl.constexpr,  # there is no base: rows that owe nothing are zeros
     IN_PLACE: tl.constexpr,  # out is base: rows that owe nothing are not written
+    AHEAD: tl.constexpr,  # the next factor is read while this one is multiplied
+    EARLY: tl.constexpr,
 ):
+    if WHOLE:
+        width = width // 16 * 16  # so that the compiler knows it: a hint on an argument is lost
     group = tl.program_id(0) // chunks
     i = (tl.program_id(0) % chunks) * INPUTS + tl.arange(0, INPUTS)
     place = i // tokens
     row = group * GROUP + place
     inside = (place < GROUP) & (row < rows)
-    r = tl.arange(0, RANK)
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.full((INPUTS, WIDTH), 0.0, tl.float32)
-    adapted = tl.full((INPUTS,), 0, tl.int32)
-    for entry in range(tl.load(begins + group), tl.load(begins + group + 1)):
-        mine = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
-        owes = (mine != 0.0).to(tl.int32)
-        fields = table + tl.load(nodes + entry) * FIELDS
-        rank = tl.load(fields + 6)  # 0: the node changes other sites, and not this one
-        if (tl.reduce(owes, 0, larger) > 0) & (rank > 0):
-            adapted = adapted | owes
-            factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
-            stride = tl.load(fields + SIDE * 3 + 1)
-            if ALIGNED:
-                factor = tl.multiple_of(factor, 16)
-                stride = tl.multiple_of(stride, 8)
-            narrow = tl.full((INPUTS, RANK), 0.0, tl.float32)
-            for part in range(parts):
-                at = (part * entries + entry).to(tl.int64) * room + i
-                narrow += tl.load(
-                    low + at[:, None] * RANK + r[None, :], mask=owes[:, None] > 0, other=0.0
-                )
-            if SIDE == 0:
-                there = r[:, None] * stride + c[None, :]
-            else:
-                there = c[None, :] * stride + r[:, None]
-            y = tl.load(factor + there, mask=(r[:, None] < rank) & (c[None, :] < width), other=0.0)
-            total = tl.dot(narrow.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
+    first, end = tl.load(begins + group), tl.load(begins + group + 1)
+    lane = tl.arange(0, ENTRIES * RANK)
+    of, r = lane // RANK, lane % RANK
     at = tl.load(order + row, mask=inside, other=0).to(tl.int64) * tokens + i % tokens
-    to = at[:, None] * width + c[None, :]
-    stored = inside[:, None] & (c[None, :] < width)
-    if IN_PLACE:
-        stored = stored & (adapted[:, None] > 0)
-    if FRESH:
-        tl.store(out + to, total.to(out.dtype.element_ty), mask=stored)
+    adapted = tl.load(owed + row, mask=inside, other=0) > 0
+    kept = inside & adapted if IN_PLACE else inside
+    node = _nodes_of(nodes, first + of, end)
+    address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
+    c = tl.program_id(1) * (SPAN * WIDTH) + tl.arange(0, WIDTH)
+    if SPAN > 1:
+        # These entries are all. Their narrow sum is read once, for a span of outputs.
+        wait_for_last(EARLY)
+        narrow = _narrow(low, first + of, end, entries, room, i, inside, r, INPUTS, RANK, PARTS)
+        for _ in tl.range(SPAN, num_stages=LOOP):
+            y = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+            to = at[:, None] * width + c[None, :]
+            stored = kept[:, None] & (c[None, :] < width)
+            before = tl.load(base + to, mask=stored & (not FRESH), other=0.0)
+            total = tl.full((INPUTS, WIDTH), 0.0, tl.float32)
+            total = tl.dot(narrow.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
+            _store(out + to, before, total, adapted, stored, FRESH)
+            c += WIDTH
     else:
-        before = tl.load(base + to, mask=stored, other=0.0)
-        after = (before.to(tl.float32) + total).to(out.dtype.element_ty)
-        # Not a sum with 0: −0 + 0 would be +0.
-        tl.store(out + to, tl.where(adapted[:, None] > 0, after, before), mask=stored)
+        y = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+        node = _nodes_of(nodes, first + ENTRIES + of, end)
+        address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
+        node = _nodes_of(nodes, first + 2 * ENTRIES + of, end)
+        to = at[:, None] * width + c[None, :]
+        stored = kept[:, None] & (c[None, :] < width)
+        before = tl.load(base + to, mask=stored & (not FRESH), other=0.0)
+        wait_for_last(EARLY)  # for low; all else was there before it
+        total = tl.full((INPUTS, WIDTH), 0.0, tl.float32)
+        for begin in range(first, end, ENTRIES):
+            if AHEAD:
+                later = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+                address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
+                node = _nodes_of(nodes, begin + 3 * ENTRIES + of, end)
+            narrow = _narrow(low, begin + of, end, entries, room, i, inside, r, INPUTS, RANK, PARTS)
+            if INPUTS == 1:
+                # Tensor cores take sixteen inputs; one is multiplied number by number.
+                products = narrow.reshape(ENTRIES * RANK, 1) * y.to(tl.float32)
+                total += tl.reduce(products, 0, added)[None, :]
+            else:
+                total = tl.dot(narrow.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
+            if AHEAD:
+                y = later
+            elif begin + ENTRIES < end:
+                y = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+                address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
+                node = _nodes_of(nodes, begin + 3 * ENTRIES + of, end)
+        _store(out + to, before, total, adapted, stored, FRESH)
+
+
+_launch = Relaunch(_kernel)
 
 
 def expand(
@@ -128,41 +252,75 @@ def expand(
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
+    width, parts = table.wide[side], len(low)
+    is_fresh, is_in_place = base is None, base is out
+    key = "expand", out.dtype, side, width, tiling, table.kind, parts, is_fresh, is_in_place
+    plan = segments.plans.get(key)
+    if plan is None:
+        plan = _plan(low, base, out, segments, table, side, tiling)
+        segments.plans[key] = plan
+    moving = low, out if base is None else base, out
+    _launch(plan, moving, segments.to_expand, table.to_expand)
+
+
+def _plan(
+    low: Tensor,
+    base: Tensor | None,
+    out: Tensor,
+    segments: Segments,
+    table: FactorTable,
+    side: int,
+    tiling: Tiling,
+) -> LaunchPlan:
     sizes, width = segments.sizes, table.wide[side]
-    step = width_of(table.rank, tiling.compute)
+    chunks = tiling.room // tiling.wide_tile
+    together = entries_at_once(table.rank)
+    is_wide = sizes.groups * chunks >= MANY and sizes.group == 1
+    span = SPAN if is_wide and sizes.largest <= together else 1
+    step = outputs_of(128 if is_wide else 64, together * table.rank, tiling.compute)
     compute, precision = products(out.device, tiling.compute)
-    with on(out.device):
-        _kernel[(sizes.groups * tiling.chunks, -(-width // step))](
-            low,
-            out if base is None else base,
-            out,
-            segments.order,
-            segments.begins,
-            segments.nodes,
-            segments.coefficients,
-            table.numbers,
-            sizes.rows,
-            tiling.tokens,
-            width,
-            sizes.entries,
-            tiling.chunks * tiling.tile,
-            tiling.chunks,
-            len(low),
-            GROUP=sizes.group,
-            SIDE=side,
-            FACTOR=TYPES[table.dtype],
-            COMPUTE=compute,
-            ALIGNED=table.aligned,
-            PRECISION=precision,
-            INPUTS=tiling.tile,
-            RANK=table.rank,
-            WIDTH=step,
-            FIELDS=FIELDS,
-            FRESH=base is None,
-            IN_PLACE=base is out,
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+    constants = (
+        sizes.group,
+        side,
+        TYPES[table.dtype],
+        compute,
+        table.aligned,
+        width % 16 == 0,
+        precision,
+        tiling.wide_tile,
+        table.rank,
+        together,
+        len(low),
+        step,
+        span,
+        loop_for(out.device),
+        FIELDS,
+        base is None,
+        base is out,
+        sizes.group > 1,
+        begins_early(out.device),
+    )
+    numbers = sizes.rows, tiling.tokens, width, sizes.entries, tiling.room, chunks
+    grid = sizes.groups * chunks, -(-width // (step * span)), 1
+    options = options_for(out.device, 2 * WARPS if tiling.wide_tile > 16 else WARPS, STAGES)
+    return LaunchPlan(grid, numbers, constants, (low.dtype, out.dtype, *constants), options)
+
+
+def outputs_of(most: int, lanes: int, compute: torch.dtype) -> int:
+    """Return how many outputs a program computes at once: its factor fits into shared memory.
+
+    >>> outputs_of(128, 64, torch.bfloat16), outputs_of(128, 128, torch.float32)
+    (128, 32)
+    """
+    step = most
+    while step > 32 and step * lanes * compute.itemsize > FACTOR_BYTES:
+        step //= 2
+    return step
+
+
+def loop_for(device: torch.device) -> int:
+    """Return the stages of the loop over a span."""
+    return 3 if device.type == "cuda" and shared_bytes(device) >= LARGE else 2
 
 
 def expanded_plainly(

@@ -32,7 +32,7 @@ CHANGING = ["rows", "entries", "chunks", "parts"]
 
 @triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    low,  # (parts, entries, inputs of a group in whole tiles, RANK) fp32
+    low,  # (parts, entries, inputs of a group in whole tiles, RANK)
     x,
     grads,
     order,
@@ -78,9 +78,8 @@ def _kernel(  # type: ignore[no-untyped-def]
                 narrow = tl.full((RANK, INPUTS), 0.0, tl.float32)
                 for part in range(parts):
                     at = (part * entries + entry).to(tl.int64) * room + i
-                    narrow += tl.load(
-                        low + at[None, :] * RANK + r[:, None], mask=owes[None, :], other=0.0
-                    )
+                    there = low + at[None, :] * RANK + r[:, None]
+                    narrow += tl.load(there, mask=owes[None, :], other=0.0).to(tl.float32)
                 at = tl.load(order + row, mask=inside, other=0).to(tl.int64) * tokens + i % tokens
                 y = tl.load(
                     x + at[:, None] * width + c[None, :],
@@ -88,9 +87,9 @@ def _kernel(  # type: ignore[no-untyped-def]
                     other=0.0,
                 )
                 total = tl.dot(narrow.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
-    there = r[:, None] * width + c[None, :] if SIDE == 0 else c[None, :] * rank + r[:, None]
+    to = r[:, None] * width + c[None, :] if SIDE == 0 else c[None, :] * rank + r[:, None]
     stored = (r[:, None] < rank) & (c[None, :] < width)
-    tl.store(grad + there, total.to(grads.dtype.element_ty), mask=stored)
+    tl.store(grad + to, total.to(grads.dtype.element_ty), mask=stored)
 
 
 def outer(
@@ -110,6 +109,7 @@ def outer(
     step = width_of(table.rank, tiling.compute)
     grads = torch.empty(table.grad_sizes[side], dtype=table.dtype, device=x.device)
     compute, precision = products(x.device, tiling.compute)
+    tile = max(16, tiling.wide_tile)
     with on(x.device):
         _kernel[(sizes.nodes, -(-width // step))](
             low,
@@ -125,14 +125,14 @@ def outer(
             tiling.tokens,
             width,
             sizes.entries,
-            tiling.chunks * tiling.tile,
-            tiling.chunks,
+            tiling.room,
+            -(-tiling.inputs // tile),
             len(low),
             GROUP=sizes.group,
             SIDE=side,
             COMPUTE=compute,
             PRECISION=precision,
-            INPUTS=tiling.tile,
+            INPUTS=tile,
             RANK=table.rank,
             WIDTH=step,
             FIELDS=FIELDS,

@@ -1,8 +1,11 @@
 """Segments: rows of a batch that lie side by side in the tree, and the nodes that each owes.
 
     rows, in depth-first order   a a b | b c ·        groups of GROUP rows
-    entries of a group           root, a, b | root, b, c
+    entries of a group           root, a, b, – | root, b, c, –
     coefficients                 one for every entry and row of its group; 0: it owes nothing
+
+A group's entries are filled up to a multiple of `TOGETHER`, so that a program may take several of
+them and finds all in one group.
 
 All kernels of a routed sum read the same lists. They are int32 and fp32 numbers in one buffer, so
 that a new batch is one small copy, and a batch of as many rows can be written over an old one, in
@@ -11,15 +14,22 @@ place, where a captured graph reads it. Factors are not in it: `FactorTable` has
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
+from functools import cached_property, lru_cache
+from itertools import compress, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..upload import uploaded
 from .part import DTYPES
+from .pointers import Pointers
+
+if TYPE_CHECKING:
+    from .relaunch import LaunchPlan  # imports Triton
 
 __all__ = [
     "FIELDS",
@@ -28,7 +38,9 @@ __all__ = [
     "Segments",
     "Tiling",
     "can_route",
+    "entries_at_once",
     "group_of",
+    "room_for",
     "segment_numbers",
     "width_of",
 ]
@@ -41,18 +53,41 @@ row and the place of its gradient; the rank; and one that is not used.
 LARGEST_GROUP = 16
 """Rows of a group: a tile of a product has at least so many inputs on a GPU."""
 
+TOGETHER = 4
+"""Entries of a group are so many, or a multiple."""
+
+ALIGNED = 4
+"""Lists begin at multiples of so many numbers, which are 16 bytes."""
+
+LANES = 64
+"""Lanes of a program that takes several entries: one lane is one rank of one entry."""
+
+LEAST, MOST_PARTS = 128, 64
+"""A part of a width is so much, at least; a single input has so many, at most."""
+
+KEPT = 1024
+"""Tilings and kinds of tables that are remembered."""
 
 LARGEST_RANK = 128
 
 LARGEST_TILE = 64
-SHORT, PART = 2048, 1024
-"""A batch of at most so many inputs is short, and so much of a width is a part. These constants
-decide the bits.
+PROGRAMS = 128
+"""A launch has so many programs if it can: a GPU has about as many processors. This constant, and
+those of `Tiling`, decide the bits.
 """
 
 
+def group_of(tokens: int, rows: int = LARGEST_GROUP) -> int:
+    """Return how many rows make a group: enough for one tile of inputs, or a single row.
+
+    >>> group_of(1), group_of(6), group_of(128)
+    (16, 2, 1)
+    """
+    return 1 if rows == 1 else max(1, LARGEST_GROUP // max(tokens, 1))
+
+
 def width_of(rank: int, compute: torch.dtype) -> int:
-    """Return how much of a width a program takes at once, so that its tiles fit into a GPU's shared
+    """Return how much of a width `outer` takes at once, so that its tiles fit into a GPU's shared
     memory and registers.
 
     >>> width_of(16, torch.bfloat16), width_of(128, torch.float32)
@@ -62,45 +97,70 @@ def width_of(rank: int, compute: torch.dtype) -> int:
     return 64 if rank <= narrow_from else 32
 
 
-def group_of(tokens: int) -> int:
-    """Return how many rows make a group: enough for one tile of inputs.
+def entries_at_once(rank: int) -> int:
+    """Return how many entries fill the lanes of a program.
 
-    >>> group_of(1), group_of(6), group_of(128)
-    (16, 2, 1)
+    >>> entries_at_once(16), entries_at_once(32), entries_at_once(128)
+    (4, 2, 1)
     """
-    return max(1, LARGEST_GROUP // max(tokens, 1))
+    return max(1, min(TOGETHER, LANES // rank))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiling:
     """How the kernels cut the inputs of a batch up: constants by its size, never tuned.
 
     Args:
         tokens: inputs of a row.
-        tile: inputs of a program.
-        chunks: tiles of a group.
-        short: the batch has so few inputs that programs share the width of one.
+        inputs: of a group.
+        tile: inputs of a program that shrinks.
+        wide_tile: inputs of a program that expands.
+        most_parts: programs that share the width of one, at most.
         compute: the dtype in which factors and inputs are multiplied; sums are fp32.
     """
 
     tokens: int
+    inputs: int
     tile: int
-    chunks: int
-    short: bool
+    wide_tile: int
+    most_parts: int
     compute: torch.dtype
 
     @staticmethod
+    @lru_cache(KEPT)
     def of(sizes: SegmentSizes, tokens: int, compute: torch.dtype) -> Tiling:
-        """Return the tiling of a batch whose rows have ``tokens`` inputs each."""
+        """Return the tiling of a batch whose rows have ``tokens`` inputs each.
+
+        It is one object for all batches of a size, so that a launch knows it by identity.
+        """
         inputs = sizes.group * tokens
-        tile = 16
-        while tile < LARGEST_TILE and tile < inputs:
+        if inputs == 1:
+            return Tiling(tokens, 1, 1, 1, MOST_PARTS, compute)
+        wide_tile = tile = 16
+        while wide_tile < LARGEST_TILE and wide_tile < inputs:
+            wide_tile *= 2
+        # Larger tiles read factors less often, and leave fewer programs.
+        while tile < wide_tile and sizes.groups * (inputs // (2 * tile)) >= PROGRAMS // 2:
             tile *= 2
-        return Tiling(tokens, tile, -(-inputs // tile), sizes.rows * tokens <= SHORT, compute)
+        programs = sizes.groups * -(-inputs // tile)
+        if sizes.group > 1:
+            programs = 2 * sizes.rows  # each entry has programs of its own
+        parts = 1
+        while parts < LARGEST_GROUP and parts * programs < PROGRAMS:
+            parts *= 2
+        return Tiling(tokens, inputs, tile, wide_tile, parts, compute)
+
+    @property
+    def room(self) -> int:
+        """Inputs of a group in whole tiles of both kinds."""
+        return -(-self.inputs // self.wide_tile) * self.wide_tile
 
     def parts(self, width: int) -> int:
-        """Return how many programs share a width."""
-        return -(-width // PART) if self.short else 1
+        """Return how many programs share a width: each takes at least `LEAST` of it."""
+        parts = self.most_parts
+        while parts > 1 and width < parts * LEAST:
+            parts //= 2
+        return parts
 
 
 @dataclass(frozen=True)
@@ -112,12 +172,14 @@ class SegmentSizes:
         group: rows of a group.
         entries: room for so many; those past the last are −1.
         nodes: of the table.
+        largest: entries of a group, at most.
     """
 
     rows: int
     group: int
     entries: int
     nodes: int
+    largest: int
 
     @property
     def groups(self) -> int:
@@ -129,6 +191,7 @@ class SegmentSizes:
         """The lengths of the lists, in the order in which they lie in the buffer."""
         return [
             self.rows,
+            self.rows,
             self.groups + 1,
             self.entries,
             self.entries,
@@ -137,31 +200,65 @@ class SegmentSizes:
             self.nodes + 1,
         ]
 
+    @property
+    def places(self) -> list[int]:
+        """Where the lists begin in the buffer, and its length.
+
+        They begin at multiples of 16 bytes: Triton compiles a kernel anew for a pointer that does
+        not.
+        """
+        found = [0]
+        for length in self.lengths:
+            found.append(found[-1] + length + -length % ALIGNED)
+        return found
+
 
 class Segments:
     """The lists of a batch on a device.
 
     Args:
         sizes: of the lists.
-        memory: (sum of the lengths,) int32, as `segment_numbers` fills it.
+        memory: (the last of ``sizes.places``,) int32, as `segment_numbers` fills it.
     """
 
     def __init__(self, sizes: SegmentSizes, memory: Tensor) -> None:
         self.sizes, self.memory = sizes, memory
-        parts = torch.split(memory, sizes.lengths)
+        parts = []
+        for place, length in zip(sizes.places, sizes.lengths, strict=False):
+            parts.append(memory[place : place + length])
         self.order = parts[0]
         """Place → row: rows that share nodes lie side by side."""
-        self.begins = parts[1]
+        self.owed = parts[1]
+        """Row → 1 if it owes anything; by place."""
+        self.begins = parts[2]
         """Group → its first entry."""
-        self.nodes = parts[2]
+        self.nodes = parts[3]
         """Entry → its node in the table; −1: there is none."""
-        self.owners = parts[3]
+        self.owners = parts[4]
         """Entry → its group."""
-        self.coefficients = parts[4].view(torch.float32).view(sizes.entries, sizes.group)
-        self.by_node = parts[5]
-        """The entries once more, one node's after the other's."""
-        self.node_begins = parts[6]
+        self.coefficients = parts[5].view(torch.float32).view(sizes.entries, sizes.group)
+        self.by_node = parts[6]
+        """The entries that have a node once more, one node's after the other's."""
+        self.node_begins = parts[7]
         """Node → its first place in `by_node`."""
+        self.plans: dict[tuple[object, ...], LaunchPlan] = {}
+        """The plans of launches over these lists."""
+
+    @cached_property
+    def to_shrink(self) -> Pointers:
+        """The lists that `shrink` reads."""
+        return Pointers.to(self.order, self.nodes, self.owners, self.coefficients)
+
+    @cached_property
+    def to_expand(self) -> Pointers:
+        """The lists that `expand` reads."""
+        return Pointers.to(self.order, self.owed, self.begins, self.nodes)
+
+    def clear(self) -> None:
+        """Let no row owe anything, in place."""
+        self.nodes.fill_(-1)
+        self.coefficients.zero_()
+        self.owed.zero_()
 
     def take(self, other: Segments) -> None:
         """Take another batch's lists over, in place: of as many rows, and no more entries or
@@ -171,6 +268,7 @@ class Segments:
             self.memory.copy_(other.memory)
             return
         self.order.copy_(other.order)
+        self.owed.copy_(other.owed)
         self.begins.copy_(other.begins)
         entries, nodes = other.sizes.entries, other.sizes.nodes
         for mine, theirs in (
@@ -180,7 +278,8 @@ class Segments:
             (self.by_node, other.by_node),
         ):
             mine[:entries].copy_(theirs)
-        # Entries past these are those of an earlier batch, and none of its rows owes them anything.
+        # Entries past these are those of an earlier batch.
+        self.nodes[entries:].fill_(-1)
         self.coefficients[entries:].zero_()
         self.node_begins[: nodes + 1].copy_(other.node_begins)
 
@@ -219,28 +318,60 @@ def segment_numbers(
             found.update(owed[kind_of_row])
         for node in sorted(found):
             listed.append(node)
-            owners.append(len(begins) - 1)
             coefficients += [kinds[kind_of_row][node] for kind_of_row in members]
             coefficients += [0.0] * (group - len(members))
+        spare = -len(found) % TOGETHER
+        listed += [-1] * spare
+        coefficients += [0.0] * (spare * group)
+        owners += [len(begins) - 1] * (len(listed) - len(owners))
         begins.append(len(listed))
     room = max(entries, len(listed), 1)
-    sizes = SegmentSizes(len(of_row), group, room, max(nodes, len(kinds[0])))
+    room += -room % TOGETHER
+    largest = max([after - before for before, after in pairwise(begins)])
+    if entries:
+        # Other batches are written over this one: a group may come to have as many as any can.
+        largest = max(largest, entries // (len(begins) - 1))
+    sizes = SegmentSizes(len(of_row), group, room, max(nodes, len(kinds[0])), largest)
     spare = sizes.entries - len(listed)
-    by_node = sorted(range(len(listed)), key=listed.__getitem__)
+    with_node = [entry for entry, node in enumerate(listed) if node >= 0]
+    by_node = sorted(with_node, key=listed.__getitem__)
     counts = [0] * sizes.nodes
-    for node in listed:
-        counts[node] += 1
+    for entry in with_node:
+        counts[listed[entry]] += 1
     node_begins = [0]
     for count in counts:
         node_begins.append(node_begins[-1] + count)
-    integers = [*order, *begins, *listed, *[-1] * spare, *owners, *[0] * spare]
-    numbers = torch.zeros(sum(sizes.lengths), dtype=torch.int32, device="cpu")
-    numbers[: len(integers)] = torch.tensor(integers, dtype=torch.int32, device="cpu")
-    floats = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
-    numbers[len(integers) : len(integers) + len(floats)] = floats.view(torch.int32)
-    last = [*by_node, *[0] * spare, *node_begins]
-    numbers[-len(last) :] = torch.tensor(last, dtype=torch.int32, device="cpu")
-    return sizes, numbers
+    adapted = [int(bool(owed[of_row[row]])) for row in order]
+    floats = array("i", array("f", coefficients).tobytes())
+    floats.extend([0] * (spare * group))
+    lists: list[Sequence[int]] = [
+        order,
+        adapted,
+        begins,
+        [*listed, *[-1] * spare],
+        [*owners, *[0] * spare],
+        floats,
+        [*by_node, *[0] * (room - len(by_node))],
+        node_begins,
+    ]
+    integers = array("i")
+    for each, length in zip(lists, sizes.lengths, strict=True):
+        assert len(each) == length
+        integers.extend(each)
+        integers.extend([0] * (-length % ALIGNED))
+    return sizes, torch.frombuffer(integers, dtype=torch.int32)
+
+
+def room_for(rows: int, group: int, depth: int) -> int:
+    """Return how many entries a batch can have.
+
+    Args:
+        rows: of the batch.
+        group: rows of a group.
+        depth: nodes that a row owes, at most.
+    """
+    each = min(rows, group) * depth
+    return -(-rows // group) * (each + -each % TOGETHER)
 
 
 def can_route(factors: Sequence[tuple[Tensor, Tensor, float]], device: torch.device) -> bool:
@@ -288,6 +419,22 @@ class FactorTable:
     dtype: torch.dtype
     aligned: bool
     grad_sizes: tuple[int, int]
+
+    @cached_property
+    def to_shrink(self) -> Pointers:
+        """What `shrink` reads of it."""
+        return Pointers.to(self.numbers, self.scales)
+
+    @cached_property
+    def to_expand(self) -> Pointers:
+        """What `expand` reads of it."""
+        return Pointers.to(self.numbers)
+
+    @cached_property
+    def kind(self) -> object:
+        """One object for all tables for which the same kernels are compiled."""
+        wide = tuple([width % 16 == 0 for width in self.wide])
+        return _kind(self.rank, self.dtype, self.aligned, wide)
 
     @staticmethod
     def key_of(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[object, ...]:
@@ -351,3 +498,8 @@ class FactorTable:
             )
             found.append(table)
         return found, every
+
+
+@lru_cache(KEPT)
+def _kind(rank: int, dtype: torch.dtype, aligned: bool, wide: tuple[bool, ...]) -> object:
+    return object()

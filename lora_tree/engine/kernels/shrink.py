@@ -1,12 +1,15 @@
 """low ← coefficient · scale · x factorᵀ for every entry of a batch's segments, in one launch.
 
-    a program: one entry (a node and a group of rows), a tile of the group's inputs, a part of the
-    width
-        acc (inputs, rank) += x (inputs, width) @ factor (width, rank)      in fp32
+    a program: a tile of a group's inputs, the lanes of a few entries, a part of the width
+        acc (inputs, lanes) += x (inputs, width) @ factor (width, lanes)      in fp32
 
-A node's factor is read where it is, once for all rows of a group. Long inputs are taken in parts,
-so that a few rows give enough programs; who reads the result adds the parts up, in order. Inputs
-that do not owe the node are neither read nor multiplied: their numbers may be infinite.
+An entry has as many lanes as the largest node has ranks. A group of one row owes all its entries,
+so a program takes several of them and reads the row once for all. A group of many rows has few
+inputs, and mostly each row owes nodes of its own: a program takes one entry, and reads the rows
+that owe it. Inputs that do not owe a node are not multiplied: their numbers may be infinite.
+
+A node's factor is read where it is. Few inputs make few programs, so the width is taken in parts;
+`expand` adds the parts up, in order.
 
 The forward takes x and A; the backward takes the gradient of the output, and B.
 """
@@ -20,22 +23,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .part import on
-from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
-from .tiles import TYPES, larger, products
+from .relaunch import LaunchPlan, Relaunch
+from .segments import FIELDS, FactorTable, Segments, Tiling, entries_at_once
+from .tiles import (
+    TYPES,
+    added,
+    begin_next,
+    begins_early,
+    larger,
+    options_for,
+    products,
+    shared_bytes,
+    wait_for_last,
+)
 
 __all__ = ["shrink", "shrunk_plainly"]
 
-WARPS, STAGES = 4, 3
+WARPS, MOST_STAGES = 4, 5
 
-# Numbers that change from batch to batch: to compile for their values would take a second each.
-CHANGING = ["rows", "entries"]
+LARGEST_STEP, STAGE_BYTES, SPARE_BYTES = 512, 40 << 10, 4 << 10
+
+# To compile for their values would take a second each, and `Relaunch` does not look at them.
+CHANGING = ["rows", "tokens", "width", "entries", "room", "part"]
 
 
 @triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     x,
-    low,  # (parts, entries, inputs of a group in whole tiles, RANK) fp32
+    low,  # (parts, entries, inputs of a group in whole tiles, RANK)
     order,
     nodes,
     owners,
@@ -53,54 +68,118 @@ def _kernel(  # type: ignore[no-untyped-def]
     FACTOR: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,  # rows of x begin at multiples of 16 numbers
     PRECISION: tl.constexpr,
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
+    ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
+    SHARES: tl.constexpr,
     FIELDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    entry = tl.program_id(0)
-    chunk = tl.program_id(1)
+    if WHOLE:
+        width = width // 16 * 16  # so that the compiler knows it: a hint on an argument is lost
+    part = part // WIDTH * WIDTH
+    first = tl.program_id(0) * ENTRIES
+    lane = tl.arange(0, ENTRIES * RANK)
+    entry, r = first + lane // RANK, lane % RANK
     node = tl.load(nodes + entry)
-    i = chunk * INPUTS + tl.arange(0, INPUTS)
-    place = i // tokens
-    row = tl.load(owners + entry) * GROUP + place
-    inside = (place < GROUP) & (row < rows)
-    coefficient = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
-    owes = coefficient != 0.0
     fields = table + tl.where(node < 0, 0, node) * FIELDS
     rank = tl.load(fields + 6)  # 0: the node changes other sites, and not this one
-    if (tl.reduce(owes.to(tl.int32), 0, larger) > 0) & (rank > 0):
-        factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
-        stride = tl.load(fields + SIDE * 3 + 1)
-        if ALIGNED:
-            factor = tl.multiple_of(factor, 16)
-            stride = tl.multiple_of(stride, 8)
+    used = (node >= 0) & (r < rank)
+    if ALIGNED:
+        used = tl.max_constancy(used, [8])  # ranks are multiples of 8: 8 lanes are one load
+    factor = tl.load(fields + SIDE * 3).to(tl.pointer_type(FACTOR))
+    stride = tl.load(fields + SIDE * 3 + 1)
+    i = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
+    place = i // tokens
+    row = tl.load(owners + first) * GROUP + place
+    inside = (place < GROUP) & (row < rows)
+    if GROUP > 1:
+        # One entry: which rows of the group owe it.
+        coefficient = tl.load(coefficients + first * GROUP + place, mask=inside, other=0.0)[:, None]
+        owes = coefficient != 0.0
+    else:
+        coefficient = tl.load(coefficients + entry)[None, :]
+        owes = inside[:, None]
+    to = (tl.program_id(2) * entries + entry[None, :]).to(tl.int64) * room + i[:, None]
+    to = low + to * RANK + r[None, :]
+    total = tl.full((INPUTS, ENTRIES * RANK), 0.0, tl.float32)
+    if tl.reduce(used.to(tl.int32), 0, larger) > 0:
         at = tl.load(order + row, mask=inside, other=0).to(tl.int64) * tokens + i % tokens
         source = x + at * width
-        r = tl.arange(0, RANK)
-        total = tl.full((INPUTS, RANK), 0.0, tl.float32)
         begin = tl.program_id(2) * part
-        for start in range(begin, tl.minimum(begin + part, width), WIDTH):
-            k = start + tl.arange(0, WIDTH)
-            taken = tl.load(
-                source[:, None] + k[None, :], mask=owes[:, None] & (k[None, :] < width), other=0.0
-            )
-            # A lies by ranks, (r, in), and B by outputs, (out, r).
-            there = (
-                r[None, :] * stride + k[:, None] if SIDE == 0 else k[:, None] * stride + r[None, :]
-            )
-            y = tl.load(factor + there, mask=(k[:, None] < width) & (r[None, :] < rank), other=0.0)
-            total = tl.dot(taken.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
-        total *= (coefficient * tl.load(scales + node))[:, None]
-        to = (tl.program_id(2) * entries + entry).to(tl.int64) * room + i
-        tl.store(low + to[:, None] * RANK + r[None, :], total, mask=owes[:, None])
+        end = tl.minimum(begin + part, width)
+        # A lies by ranks, (r, in), and B by outputs, (out, r).
+        lanes = factor + r * stride if SIDE == 0 else factor + r
+        if ALIGNED:
+            stride = tl.multiple_of(stride, [8])
+            if SIDE == 0:
+                lanes = tl.multiple_of(lanes, [16])
+        wait_for_last(EARLY)  # for x; the lists and the factors were there before it
+        begin_next(EARLY)
+        if INPUTS == 1:
+            one = x + tl.load(order + tl.load(owners + first)).to(tl.int64) * width
+            products = tl.full((WIDTH, ENTRIES * RANK), 0.0, tl.float32)
+        if SHARES > 1:
+            # Products along one width wait for each other, so each warp has a share of the width.
+            shares = tl.full((SHARES, INPUTS, ENTRIES * RANK), 0.0, tl.float32)
+            share = tl.arange(0, SHARES) * (WIDTH // SHARES)
+            for start in range(begin, end, WIDTH):
+                k = start + share[:, None] + tl.arange(0, WIDTH // SHARES)[None, :]
+                taken = tl.load(
+                    source[None, :, None] + k[:, None, :],
+                    mask=owes[None, :, :] & (k[:, None, :] < width),
+                    other=0.0,
+                )
+                if SIDE == 0:
+                    there = lanes[None, None, :] + k[:, :, None]
+                else:
+                    there = lanes[None, None, :] + k[:, :, None] * stride[None, None, :]
+                    if ALIGNED:
+                        there = tl.multiple_of(there, [1, 1, 16])
+                        there = tl.max_contiguous(there, [1, 1, RANK])
+                mine = (k[:, :, None] < width) & used[None, None, :]
+                y = tl.load(there, mask=mine, other=0.0)
+                shares = tl.dot(taken.to(COMPUTE), y.to(COMPUTE), shares, input_precision=PRECISION)
+            total = tl.reduce(shares, 0, added)
+        else:
+            for start in range(begin, end, WIDTH):
+                k = start + tl.arange(0, WIDTH)
+                if SIDE == 0:
+                    there = lanes[None, :] + k[:, None]
+                else:
+                    there = lanes[None, :] + k[:, None] * stride[None, :]
+                    if ALIGNED:
+                        there = tl.max_contiguous(tl.multiple_of(there, [1, 16]), [1, RANK])
+                y = tl.load(there, mask=(k[:, None] < width) & used[None, :], other=0.0)
+                if INPUTS == 1:
+                    # Tensor cores take sixteen inputs; one is multiplied number by number.
+                    taken = tl.load(one + k, mask=k < width, other=0.0)
+                    products += taken.to(tl.float32)[:, None] * y.to(tl.float32)
+                else:
+                    taken = tl.load(
+                        source[:, None] + k[None, :], mask=owes & (k[None, :] < width), other=0.0
+                    )
+                    total = tl.dot(
+                        taken.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION
+                    )
+        if INPUTS == 1:
+            total = tl.reduce(products, 0, added)[None, :]
+        total *= tl.load(scales + tl.where(node < 0, 0, node))[None, :]
+        # Not a product with 0: an input that owes nothing may have made a number infinite.
+        total = tl.where((coefficient != 0.0) & used[None, :], total * coefficient, 0.0)
+    else:
+        wait_for_last(EARLY)  # low may be memory that the last kernel still reads
+    tl.store(to, total.to(low.dtype.element_ty))
+
+
+_launch = Relaunch(_kernel)
 
 
 def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling) -> Tensor:
-    """Return (parts, entries, inputs of a group in whole tiles, rank) fp32.
-
-    Numbers of inputs that owe the entry's node nothing are not written.
+    """Return (parts, entries, inputs of a group in whole tiles, rank), in `low_dtype`.
 
     Args:
         x: (rows · tokens, width), row by row.
@@ -109,42 +188,94 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
-    sizes, width = segments.sizes, table.wide[side]
-    step = width_of(table.rank, tiling.compute)
-    parts, room = tiling.parts(width), tiling.chunks * tiling.tile
-    shape = (parts, sizes.entries, room, table.rank)
-    low = torch.empty(shape, dtype=torch.float32, device=x.device)
-    compute, precision = products(x.device, tiling.compute)
-    with on(x.device):
-        _kernel[(sizes.entries, tiling.chunks, parts)](
-            x,
-            low,
-            segments.order,
-            segments.nodes,
-            segments.owners,
-            segments.coefficients,
-            table.numbers,
-            table.scales,
-            sizes.rows,
-            tiling.tokens,
-            width,
-            sizes.entries,
-            room,
-            -(-width // (parts * step)) * step,
-            GROUP=sizes.group,
-            SIDE=side,
-            FACTOR=TYPES[table.dtype],
-            COMPUTE=compute,
-            ALIGNED=table.aligned,
-            PRECISION=precision,
-            INPUTS=tiling.tile,
-            RANK=table.rank,
-            WIDTH=step,
-            FIELDS=FIELDS,
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+    width = table.wide[side]
+    parts = tiling.parts(width)
+    key = "shrink", x.dtype, side, width, tiling, table.kind
+    plan = segments.plans.get(key)
+    if plan is None:
+        plan = segments.plans[key] = _plan(x, segments, table, side, tiling)
+    low = torch.empty(
+        (parts, segments.sizes.entries, tiling.room, table.rank),
+        dtype=low_dtype(parts, tiling, x.device),
+        device=x.device,
+    )
+    _launch(plan, (x, low), segments.to_shrink, table.to_shrink)
     return low
+
+
+def _plan(
+    x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling
+) -> LaunchPlan:
+    sizes, width = segments.sizes, table.wide[side]
+    parts, room = tiling.parts(width), tiling.room
+    together = 1 if sizes.group > 1 else entries_at_once(table.rank)
+    step = width_at_once(tiling.tile, together * table.rank, tiling.compute)
+    compute, precision = products(x.device, tiling.compute)
+    constants = (
+        sizes.group,
+        side,
+        TYPES[table.dtype],
+        compute,
+        table.aligned,
+        width % 16 == 0,
+        precision,
+        tiling.tile,
+        table.rank,
+        together,
+        step,
+        shares_of(tiling.tile),
+        FIELDS,
+        begins_early(x.device),
+    )
+    part = -(-width // (parts * step)) * step
+    numbers = sizes.rows, tiling.tokens, width, sizes.entries, room, part
+    grid = sizes.entries // together, room // tiling.tile, parts
+    low = low_dtype(parts, tiling, x.device)
+    options = options_for(x.device, warps_of(tiling.tile), stages_for(x.device))
+    return LaunchPlan(grid, numbers, constants, (x.dtype, low, *constants), options)
+
+
+def shares_of(tile: int) -> int:
+    """Return into how many shares the warps of a program divide what it takes of a width."""
+    return WARPS if tile == 16 else 1
+
+
+def warps_of(tile: int) -> int:
+    """Return the warps of a program."""
+    return 2 * WARPS if tile == 1 else WARPS
+
+
+def stages_for(device: torch.device) -> int:
+    """Return how many stages the loop has: with more, more of a factor is on its way at a time."""
+    if device.type != "cuda":
+        return 1
+    stages = MOST_STAGES
+    while stages > 3 and (stages - 1) * STAGE_BYTES > shared_bytes(device) - SPARE_BYTES:
+        stages -= 1
+    return stages
+
+
+def low_dtype(parts: int, tiling: Tiling, device: torch.device) -> torch.dtype:
+    """Return the dtype of the narrow sum.
+
+    `expand` multiplies it in the tiling's dtype. Parts are added up in fp32 before that.
+    """
+    return tiling.compute if parts == 1 and device.type == "cuda" else torch.float32
+
+
+def width_at_once(tile: int, lanes: int, compute: torch.dtype) -> int:
+    """Return how much of a width a program takes at once: the stages of its loop fit into a GPU's
+    shared memory.
+
+    >>> width_at_once(16, 64, torch.bfloat16), width_at_once(64, 64, torch.bfloat16)
+    (128, 64)
+    """
+    if tile == 1:
+        return 128 if lanes <= 64 else 64
+    step = LARGEST_STEP
+    while step > 32 and step * (tile + lanes) * compute.itemsize > STAGE_BYTES:
+        step //= 2
+    return step
 
 
 def shrunk_plainly(
@@ -163,7 +294,7 @@ def shrunk_plainly(
     """
     sizes = segments.sizes
     rank = max(A.shape[0] for A, _, _ in factors)
-    room = tiling.chunks * tiling.tile
+    room = tiling.room
     low = torch.zeros(sizes.entries, room, rank, dtype=torch.float32, device=x.device)
     for entry, node in enumerate(segments.nodes.tolist()):
         if node < 0:

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.standard import _sum_combine
+from triton.runtime import driver
 
-__all__ = ["TYPES", "added", "larger", "products"]
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton
+    gdc_launch_dependents = gdc_wait = None
+
+__all__ = [
+    "TYPES",
+    "added",
+    "begin_next",
+    "begins_early",
+    "larger",
+    "options_for",
+    "products",
+    "shared_bytes",
+    "wait_for_last",
+]
 
 added = _sum_combine
 """Returns a sum, for ``tl.reduce`` and scans. `tl.sum` itself does not run in the interpreter. That
@@ -35,3 +52,50 @@ def products(device: torch.device, compute: torch.dtype) -> tuple[Any, str]:
     if device.type == "cpu":
         return tl.float32, "ieee"
     return TYPES[compute], "tf32x3"
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def wait_for_last(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait until the kernel before this one is done, and what it wrote can be read."""
+    if EARLY:
+        gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def begin_next(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the kernel after this one begin; it waits by itself for what this one writes."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@functools.cache
+def begins_early(device: torch.device) -> bool:
+    """Return whether a kernel may begin while the one before it ends (from Hopper on).
+
+    It saves the time between the two. Until `wait_for_last` it may read only what neither of them
+    writes, and write nothing.
+    """
+    if device.type != "cuda" or gdc_wait is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def options_for(device: torch.device, warps: int, stages: int) -> dict[str, Any]:
+    """Return the options of a kernel's compilation for a device.
+
+    Args:
+        device: in the interpreter there is none to compile for.
+        warps: of a program.
+        stages: of its loop; each has a buffer in shared memory.
+    """
+    if device.type != "cuda":
+        return {}
+    early = {"launch_pdl": True} if begins_early(device) else {}
+    return {"num_warps": warps, "num_stages": stages, **early}
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Return how much shared memory a program may have on a GPU."""
+    properties = driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
