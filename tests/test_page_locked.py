@@ -4,6 +4,7 @@ the copies from it are done, and is unlocked before it goes back to the system.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 import lora_tree as lt
 from benchmarks.host_link import HostLink
 from lora_tree.cache import page_locked as module
-from lora_tree.cache.link import Arrived
+from lora_tree.cache.link import Arrived, CudaLink
+from lora_tree.cache.pack import buffer_of, pack, packed_bytes, vacate
 from lora_tree.cache.page_locked import PageLocked
 from lora_tree.cache.shelf import PAGED
 from lora_tree.cache.staging import send_staged
@@ -241,3 +243,88 @@ def test_an_adapter_that_is_put_together_in_memory_is_sent_without_a_packed_copy
     by_hand = base()
     lt.attach(tree, by_hand).activate("a", mode="merged")
     torch.testing.assert_close(one(rows), by_hand(rows))
+
+
+# ---------------------------------------------------------------------- the link to CUDA
+class Cuda:
+    """The part of ``torch.cuda`` that a link calls, over host memory; it counts.
+
+    Args:
+        refuses: the system locks no pages.
+    """
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.asked: list[tuple[str, int]] = []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.asked.append(("lock", nbytes))
+        return 1 if self.refuses else 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.asked.append(("unlock", address))
+        return 0
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    made = Cuda()
+
+    class Recorded(Event):
+        def record(self, stream: object) -> None:
+            made.asked.append(("event", 0))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(
+        CudaLink, "allocate", lambda self, nbytes: torch.empty(nbytes, dtype=torch.uint8)
+    )
+    return made
+
+
+@linux
+@pytest.mark.parametrize("refuses", [False, True])
+def test_locked_memory_goes_in_one_copy_and_other_memory_in_parts(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    cuda.refuses = refuses
+    link = CudaLink(torch.device("cpu"))
+    memory = PageLocked(link)
+    monkeypatch.setattr(module, "PAGED", 1)
+    monkeypatch.setattr("lora_tree.cache.link.STAGE_BYTES", 128)
+    packed = pack(adapter("a/b"), memory.take)
+    buffer = buffer_of(packed)
+    assert buffer is not None
+    memory.lock(buffer)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: ("lock", 4096) in cuda.asked[:1])
+    if refuses:
+        monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: False)
+    again: lt.Adapter | None = None
+    for _ in range(2):
+        del cuda.asked[1:]
+        arrived = link.send(packed, again)
+        again = arrived.adapter
+        for name, value in adapter("a/b").modules.items():
+            assert all(map(torch.equal, again.modules[name].tensors, value.tensors))
+        copies = 1 if not refuses else 1 + -(-buffer.numel() // 128)
+        assert cuda.asked.count(("event", 0)) == copies
+        vacate(again)
+    link.lock_pages(buffer.data_ptr(), 4096)
+    assert [what for what, _ in cuda.asked].count("lock") == (1 if refuses else 2)
+    address = buffer.data_ptr()
+    del packed, buffer, arrived, again
+    memory.close()
+    assert (("unlock", address) in cuda.asked) is not refuses
+
+
+def test_an_adapter_that_is_in_pieces_arrives_in_one_buffer(cuda: Cuda) -> None:
+    loose = adapter("a/b")
+    arrived = CudaLink(torch.device("cpu")).send(loose)
+    assert arrived.buffer is not None
+    assert arrived.buffer.numel() == packed_bytes(loose)
+    assert buffer_of(arrived.adapter) is not None
+    for name, value in loose.modules.items():
+        assert all(map(torch.equal, arrived.adapter.modules[name].tensors, value.tensors))

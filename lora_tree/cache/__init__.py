@@ -1,6 +1,6 @@
 """Adapters in tiers, disk → host → device, under budgets; see docs/cache.md.
 
-    files ──one read──▶ host: one packed buffer, pinned for CUDA ──one copy──▶ device
+    files ──one read──▶ host: one packed buffer, page-locked for CUDA ──one copy──▶ device
                         └── on a CPU base these two are one tier ──┘
 
 Laws. A budget bounds what is held, for every request. An adapter in use is never evicted. The
