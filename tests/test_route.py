@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, get_args
@@ -23,10 +24,12 @@ from test_sites import DTYPES, EPS, KINDS, Base, Kind
 from torch import Tensor, nn
 
 import lora_tree as lt
+from lora_tree.cache import shelf
 from lora_tree.engine import arithmetic, forms
-from lora_tree.engine.at_once import AllPathsForm
+from lora_tree.engine.at_once import AT_ONCE, AllPathsForm
 from lora_tree.engine.batch import Batch
-from lora_tree.engine.in_turn import EachPathForm, NodesForm, UnkeptPathForm
+from lora_tree.engine.in_turn import EachPathForm, NodesForm
+from lora_tree.engine.ledger import Lender, ordinary
 from lora_tree.engine.owed import Owed
 from lora_tree.engine.routed import Strategy
 from lora_tree.engine.segmented import SegmentedForm
@@ -38,7 +41,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 PATHS = ("a", "a/b", "a/b/c", "a/d", "e")
 BLEND = {"a/b": 0.5, "a/d": 0.25, "e": -1.0}
-EVERY_WAY = {UnkeptPathForm, *chain.from_iterable(forms.FORMS.values())}
+EVERY_WAY = set(chain.from_iterable(forms.FORMS.values()))
 ROUTED = [name for name, kind in KINDS.items() if kind.is_linear]
 
 
@@ -342,6 +345,7 @@ def test_every_way_of_every_form_was_tried_in_both_directions() -> None:
         ["a/b", "a/c", "a", "a/b", "a/c", "a"],
         ["a/b", "a/b", "a/c", "a/c"],
         ["a/b", "a/c", "", "a"],
+        ["a/b", "a/c", "a/b", "a", "a/b", "a/c"],
     ):
         batch = Batch.of(tree, rows)
         values = [tree.adapter(node).modules["m"] for node in batch.nodes]  # type: ignore[union-attr]
@@ -796,6 +800,7 @@ def test_a_base_that_compiles_itself_is_refused() -> None:
 # ---------------------------------------------------------------------- the form that is taken
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EVEN, UNEVEN = ["r/m0", "r/m1"], ["r/m0", "r/m0", "r/m1"]
+LOPSIDED = [*["r/m0"] * 4, "r/m1"]
 
 
 def owed_of(
@@ -803,7 +808,7 @@ def owed_of(
     module: nn.Module,
     dtype: torch.dtype,
     device: torch.device = CPU,
-    charge: Callable[[int], None] = lambda nbytes: None,
+    lend: Lender = ordinary,
 ) -> Owed:
     """What rows owe at a module in a tree r → m0, m1."""
     tree = lt.AdapterTree()
@@ -816,18 +821,21 @@ def owed_of(
     for _ in batch.nodes:
         A, B = torch.randn(2, into).to(dtype), torch.randn(out, 2).to(dtype)
         values.append(lt.LowRank(A, B, 0.5, layout=site.layout))
-    return Owed(site, values, batch, dtype, device, charge)
+    return Owed(site, values, batch, dtype, device, lend=lend)
 
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "device", "trains", "wanted"),
     [
-        (EVEN, 1, CPU, False, NodesForm),
-        (EVEN, forms.MANY - 1, CPU, False, NodesForm),
-        (EVEN, forms.MANY, CPU, False, UnkeptPathForm),
-        (UNEVEN, forms.MANY, CPU, False, UnkeptPathForm),
+        (EVEN, 1, CPU, False, AllPathsForm),
+        (EVEN, 1000, CPU, False, AllPathsForm),
+        (UNEVEN, 1, CPU, False, AllPathsForm),
+        (UNEVEN, 1000, CPU, False, AllPathsForm),
+        (LOPSIDED[1:], 1, CPU, False, AllPathsForm),
+        (LOPSIDED, 1, CPU, False, NodesForm),
+        (LOPSIDED, forms.FEW, CPU, False, EachPathForm),
         (EVEN, 1, CPU, True, AllPathsForm),
-        (UNEVEN, 1, CPU, True, EachPathForm),
+        (LOPSIDED, 1000, CPU, True, EachPathForm),
         (EVEN, 1, CUDA, False, AllPathsForm),
     ],
 )
@@ -847,8 +855,8 @@ def test_the_form_that_is_taken_follows_from_what_is_owed(
 def test_narrow_products_take_few_calls_where_they_are_not_widened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owed = owed_of(EVEN, nn.Linear(8, 8), torch.bfloat16)
-    for slow, wanted in ((set(), AllPathsForm), ({torch.bfloat16}, NodesForm)):
+    owed = owed_of(LOPSIDED, nn.Linear(8, 8), torch.bfloat16)
+    for slow, wanted in ((set(), EachPathForm), ({torch.bfloat16}, NodesForm)):
         monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", slow)
         assert forms.form_for(owed, 1, trains=False) is wanted
 
@@ -858,14 +866,53 @@ def test_what_is_no_product_is_never_stacked_by_itself() -> None:
     assert forms.form_for(owed, 1000, trains=False) is NodesForm
 
 
-@pytest.mark.parametrize("tokens", [1, forms.MANY])
-def test_a_new_batch_on_a_cpu_lays_nothing_out(tokens: int) -> None:
-    laid_out: list[int] = []
-    owed = owed_of(EVEN, nn.Linear(8, 8), torch.float32, charge=laid_out.append)
-    forms.form_for(owed, tokens, trains=False)(owed)
-    assert sum(laid_out) == 0
-    AllPathsForm(owed)
-    assert sum(laid_out) > 0, "what is stacked is counted"
+def test_a_prompt_and_the_tokens_after_it_share_one_layout_of_their_paths() -> None:
+    lent: list[int] = []
+
+    def lend(nbytes: int, device: torch.device) -> Tensor:
+        lent.append(nbytes)
+        return ordinary(nbytes, device)
+
+    scattered = ["r/m0", "r/m1", "r/m0", "r/m1"]
+    owed = owed_of(scattered, nn.Linear(8, 8), torch.float32, lend=lend)
+    ways = {forms.form_for(owed, tokens, trains=False) for tokens in (AT_ONCE, 1)}
+    assert ways == {EachPathForm, AllPathsForm}
+    for way in ways:
+        way(owed)
+    # Two paths of two nodes of rank 2, in and out; all of it in one piece.
+    assert lent == [2 * (4 * 8 + 4 * 8) * 4]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere torch has the memory")
+def test_a_new_batch_is_laid_out_in_the_memory_of_one_that_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    plain = shelf._grown
+
+    def grown(address: int, held: int, size: int) -> int:
+        asked.append(size - held)
+        return plain(address, held, size)
+
+    monkeypatch.setattr(shelf, "_grown", grown)
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 512).requires_grad_(False)
+    tree = lt.AdapterTree()
+    for path in "abcd":
+        value = lt.LowRank(torch.randn(32, 512), torch.randn(512, 32))
+        tree.add(path, adapter=lt.Adapter({"0": value}))
+    model = lt.attach(tree, base := nn.Sequential(linear))
+    x = torch.randn(4, 1, 512)
+    orders = ("abcd", "bcda", "cdab", "dabc", "acbd")
+    for order in orders:
+        with model.route(list(order), batch_first=True):
+            got = base(x)
+        for row, path in enumerate(order):
+            value = tree.adapter(path).modules["0"]  # type: ignore[union-attr]
+            wanted = linear(x[row]) + x[row] @ value.A.mT @ value.B.mT
+            torch.testing.assert_close(got[row], wanted, rtol=1e-4, atol=1e-2)
+    # Two routes are kept, so the third is the first that finds memory.
+    assert len(asked) == 2 < len(orders)
 
 
 @pytest.mark.parametrize("seed", range(20))

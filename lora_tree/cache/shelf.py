@@ -25,8 +25,9 @@ from torch import Tensor
 
 __all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "trim", "unmap_pages"]
 
-MOST_BYTES = 64 << 20
-"""The most that stays ready, where the budget leaves it over."""
+MOST_BYTES = 256 << 20
+"""The most that stays ready, where the budget leaves it over: a few stacks of routed batches over a
+small model."""
 
 PAGED = 128 << 10
 """Pieces below this many bytes are left to the allocator, which has pages of its own."""

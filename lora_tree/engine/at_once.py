@@ -1,7 +1,7 @@
 """Forms that run few products over all rows at once.
 
 paths     one batched product over the distinct paths, if all have the same number of rows (eight
-          rows on eight paths)
+          rows on eight paths); or over the rows, if these are not many more than the paths
 grouped   a grouped product per depth over the nodes there (`torch.nn.functional.grouped_mm`)
 matrix    the factors of all nodes side by side: two dense products, with the coefficients on
           the narrow result
@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
 from .owed import Owed, RowSubset
+from .path_stacks import PathStacks
 from .sum_form import SumForm, disjoint_layers
 from .unpromised import grouped_product
 from .upload import uploaded
@@ -30,53 +32,71 @@ AT_ONCE = 1 << 20
 """Numbers of scattered rows that a CPU takes out at once. More would leave its cache; the rows of
 one path at a time stay in it."""
 
+MOST_COPIES = 2
+"""So many rows a path are multiplied each with a copy of the path's factors, on average."""
+
 STRIDE_BYTES = 16
 """The rows of a grouped product's operands have to be multiples of this."""
 
 
 class AllPathsForm(SumForm):
-    """One batched product over the distinct paths."""
+    """One batched product over the distinct paths, or over the rows.
+
+    It needs as many rows in each part. If the paths don't have that, each row is a part, and has a
+    copy of its path's factors: on two cores that is still faster than a product for each path.
+    """
 
     def __init__(self, owed: Owed) -> None:
         super().__init__(owed)
-        self._rows = owed.rows(_rows_by_kind(owed))
-        self._factors = owed.held(self._made)
+        self._parts = _parts(owed)
+        self._rows = owed.rows(_rows_of(self._parts))
+        self._stacks: PathStacks | None = None
+        if not owed.live:
+            if self._parts is owed.batch.by_kind:
+                self._stacks = owed.path_stacks
+            else:
+                sums = [coefficients for _, coefficients in self._parts]
+                self._stacks = owed.stacks(sums)
 
     @classmethod
     def suits(cls, owed: Owed, tokens: int) -> bool:
-        counts = {len(rows) for rows, _ in owed.batch.by_kind}
-        if not owed.site.is_product or len(counts) != 1:
+        if not owed.site.is_product:
             return False
-        in_order = _rows_by_kind(owed) == list(range(len(owed.batch)))
+        kinds, parts = owed.batch.by_kind, _parts(owed)
+        # What trains is put side by side in each step, so it is not copied for each row.
+        if parts is not kinds and (owed.live or len(parts) > MOST_COPIES * len(kinds)):
+            return False
+        in_order = _rows_of(parts) == list(range(len(owed.batch)))
         if in_order or owed.device.type != "cpu":
             return True
         numbers = len(owed.batch) * tokens * max(owed.values[0].shape[-2:])
         return numbers <= AT_ONCE
 
-    def _made(self) -> tuple[Tensor, Tensor]:
-        """Return (paths, R, in) and (paths, R, out)."""
-        sums = [coefficients for _, coefficients in self.owed.batch.by_kind]
-        return _side_by_side(self.owed, sums)
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return (parts, R, in) and (parts, R, out)."""
+        if self._stacks is not None:
+            return self._stacks.A, self._stacks.B.mT
+        return _side_by_side(self.owed, [coefficients for _, coefficients in self._parts])
 
     def _low(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the narrow products (paths, inputs, R), and the factors that take them up."""
+        """Return the narrow products (parts, inputs, R), and the factors that take them up."""
         A, B = self._factors()
         taken = self._rows.of(x)
-        by_path = taken.reshape(len(A), -1, taken.shape[-1])
-        return torch.bmm(by_path, A.to(x.dtype).mT), B
+        by_part = taken.reshape(len(A), -1, taken.shape[-1])
+        return torch.bmm(by_part, A.to(x.dtype).mT), B
 
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
         if self._rows.whole:
-            wide = torch.baddbmm(_by_path(out, B), low.to(out.dtype), B.to(out.dtype))
+            wide = torch.baddbmm(_by_part(out, B), low.to(out.dtype), B.to(out.dtype))
             return wide.view(out.shape)
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=False)
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
-        # `_by_path` copies a tensor that is not contiguous, and the sum would go into the copy.
+        # `_by_part` copies a tensor that is not contiguous, and the sum would go into the copy.
         if self._rows.whole and out.is_contiguous():
-            _by_path(out, B).baddbmm_(low.to(out.dtype), B.to(out.dtype))
+            _by_part(out, B).baddbmm_(low.to(out.dtype), B.to(out.dtype))
             return out
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=True)
 
@@ -198,10 +218,22 @@ class MatrixForm(SumForm):
 
 
 # ---------------------------------------------------------------------- helpers
-def _rows_by_kind(owed: Owed) -> list[int]:
-    """Return the rows that owe anything, grouped by path."""
+_Parts: TypeAlias = Sequence[tuple[tuple[int, ...], tuple[float, ...]]]
+"""(rows, what each of them owes to each node), for each part of a batch."""
+
+
+def _parts(owed: Owed) -> _Parts:
+    """Return parts with as many rows in each: the paths; or else the rows that owe anything."""
+    batch = owed.batch
+    if len({len(rows) for rows, _ in batch.by_kind}) == 1:
+        return batch.by_kind
+    return [((row,), batch.kinds[batch.of_row[row]]) for row in batch.adapted]
+
+
+def _rows_of(parts: _Parts) -> list[int]:
+    """Return the rows of all parts, one part's after the other's."""
     found: list[int] = []
-    for rows, _ in owed.batch.by_kind:
+    for rows, _ in parts:
         found += rows
     return found
 
@@ -236,6 +268,6 @@ def _side_by_side(
     return torch.cat(A).view(len(sums), rank, into), torch.cat(B).view(len(sums), rank, out)
 
 
-def _by_path(out: Tensor, B: Tensor) -> Tensor:
-    """Return (rows, …, out) as (paths, inputs, out)."""
+def _by_part(out: Tensor, B: Tensor) -> Tensor:
+    """Return (rows, …, out) as (parts, inputs, out)."""
     return out.reshape(len(B), -1, out.shape[-1])

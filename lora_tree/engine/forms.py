@@ -14,14 +14,14 @@ from collections.abc import Mapping
 import torch
 
 from .at_once import AllPathsForm, GroupedForm, MatrixForm
-from .in_turn import EachPathForm, NodesForm, UnkeptPathForm
+from .in_turn import EachPathForm, NodesForm
 from .kernels import routes
 from .owed import Owed
 from .segmented import SegmentedForm
 from .side import product_dtype
 from .sum_form import SumForm
 
-__all__ = ["FORMS", "MANY", "SumForm", "form_for", "way_of"]
+__all__ = ["FORMS", "SumForm", "form_for", "way_of"]
 
 FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "nodes": (NodesForm,),
@@ -32,13 +32,20 @@ FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
 }
 """Name → the ways to do it. The first that suits a site is taken there, and the last suits all."""
 
-MANY = 96
-"""A path with so many inputs is multiplied faster with its factors side by side, the copy of the
-factors included (`python -m benchmarks.forms`)."""
+FEW = 32
+"""With fewer inputs a path, a CPU takes longer to copy rows and factors than to multiply them
+(`python -m benchmarks.forms`)."""
 
 
 def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
     """Return the way in which a site's sum is added up where none was asked for.
+
+    Our kernels read factors where they lie. Without them a batch's paths are laid out once, because
+    a batch is used for one token after the other: few products over all rows take less time then
+    than many small ones, and the more so the more cores share each of them (`python -m benchmarks
+    routed`). On a CPU two kinds of sites are not worth the copy, and read their factors where they
+    lie: those that are no products, and those whose paths have few inputs that no batched product
+    takes as they are.
 
     Args:
         owed: what the rows owe there.
@@ -47,16 +54,16 @@ def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
     """
     if routes(owed.device):
         return way_of("segmented", owed, tokens)
-    # Wide products on a CPU are calls that cost little, so factors are read where they lie, and a
-    # new batch costs what any other does. Calls that cost more (another device; narrow products,
-    # which go through oneDNN), and whatever autograd records, want few products.
+    # Whatever autograd records wants few products, and so do narrow ones, which go through oneDNN
+    # with 20 µs a call.
     wide = product_dtype(owed.dtype, owed.device) in (torch.float32, torch.float64)
     if owed.device.type != "cpu" or trains or not wide:
         return way_of("paths", owed, tokens)
-    inputs = tokens * len(owed.batch.adapted) / max(len(owed.batch.by_kind), 1)
-    if owed.site.is_product and inputs >= MANY:
-        return UnkeptPathForm
-    return NodesForm
+    if not owed.site.is_product:
+        return NodesForm
+    way = way_of("paths", owed, tokens)
+    inputs = tokens * len(owed.batch.adapted) / len(owed.batch.by_kind)
+    return NodesForm if way is EachPathForm and inputs < FEW else way
 
 
 def way_of(strategy: str, owed: Owed, tokens: int) -> type[SumForm]:

@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from .owed import Owed, RowSubset
 from .sum_form import SumForm, disjoint_layers
 
-__all__ = ["EachPathForm", "NodesForm", "UnkeptPathForm"]
+__all__ = ["EachPathForm", "NodesForm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,31 +172,25 @@ class EachPathForm(_InTurn):
 
     def __init__(self, owed: Owed) -> None:
         super().__init__(owed)
-        self._stacks = [self._stacked(coefficients) for _, coefficients in owed.batch.by_kind]
+        self._values: list[Callable[[], LowRank]] = []
+        for path, (_, coefficients) in enumerate(owed.batch.by_kind):
+            if owed.site.is_product and not owed.live:
+                # The batched product over all paths reads the same memory.
+                value = owed.path_stacks.value(path)
+                self._values.append(partial(_same, value))
+            else:
+                self._values.append(owed.held(owed.stacking(coefficients)))
 
     @cached_property
     def _products(self) -> Sequence[_Product]:
         products = []
-        for stack, (rows, _) in zip(self._stacks, self.owed.batch.by_kind, strict=True):
-            products.append(_Product(self.owed.rows(rows), stack))
+        for value, (rows, _) in zip(self._values, self.owed.batch.by_kind, strict=True):
+            products.append(_Product(self.owed.rows(rows), value))
         return products
 
-    def _stacked(self, coefficients: Sequence[float]) -> Callable[[], LowRank]:
-        return self.owed.held(self.owed.stacking(coefficients))
 
-
-class UnkeptPathForm(EachPathForm):
-    """A product per distinct path, whose factors are put side by side for this product alone.
-
-    For a path with many inputs the copy takes far less time than the products, and its factors are
-    still in the cache when these read them. A batch then needs no memory, and its first forward
-    takes as long as any other.
-    """
-
-    lays_out = False
-
-    def _stacked(self, coefficients: Sequence[float]) -> Callable[[], LowRank]:
-        return self.owed.stacking(coefficients)
+def _same(value: LowRank) -> LowRank:
+    return value
 
 
 def _scaled(value: Callable[[], LowRank], coefficient: float) -> LowRank:

@@ -15,6 +15,8 @@ from ..sites import Site
 from .batch import Batch
 from .factor_tables import PlanTables
 from .kernels import FactorTable
+from .ledger import Lender, ordinary
+from .path_stacks import PathStacks
 from .upload import uploaded
 
 __all__ = ["Owed", "RowSubset"]
@@ -84,6 +86,7 @@ class Owed:
         dtype: what side paths compute in, at least.
         device: where the factors go.
         charge: is told how many bytes were laid out here, and raises if there is no room for them.
+        lend: charges as many bytes and returns memory for them.
         tables: where the plan's factors lie.
         trains: whether any factor trains; None: they are asked.
     """
@@ -96,6 +99,14 @@ class Owed:
     charge: Callable[[int], None] = lambda nbytes: None
     tables: PlanTables = field(default_factory=lambda: PlanTables({}))
     trains: bool | None = None
+    lend: Lender = ordinary
+
+    @cached_property
+    def path_stacks(self) -> PathStacks:
+        """The factors of every path side by side, of values that do not train; laid out when this
+        is first asked for.
+        """
+        return self.stacks([coefficients for _, coefficients in self.batch.by_kind])
 
     @cached_property
     def live(self) -> bool:
@@ -161,6 +172,14 @@ class Owed:
                 terms.append(value.scaled(coefficient))
         return partial(stacked, terms, dtype=self.dtype, device=self.device)
 
+    def stacks(self, sums: Sequence[Sequence[float]]) -> PathStacks:
+        """Return several sums' factors side by side; the coefficients are as for `stacking`.
+
+        Raises:
+            BudgetError: there is no room for it.
+        """
+        return PathStacks.of(self.values, sums, self.dtype, self.device, self.lend)
+
     def rank(self, coefficients: Sequence[float]) -> int:
         """Return the rank of that sum."""
         return sum(v.rank for v, c in zip(self.values, coefficients, strict=True) if c)
@@ -168,6 +187,9 @@ class Owed:
 
 def _new_bytes(made: object, values: Sequence[LowRank]) -> int:
     """Return the bytes of tensors, or of a value's factors, that are not factors of ``values``."""
+    # The common case by itself: a batch of many nodes asks this of each of them at every site.
+    if any(made is value for value in values):
+        return 0
     tensors = made.tensors if isinstance(made, LowRank) else made
     if not isinstance(tensors, tuple):
         return 0

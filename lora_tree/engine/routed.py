@@ -165,7 +165,9 @@ class Route:
         # The ledger counts the bytes until the token is gone. Not until the route is: forms and
         # their factors hold the token through `_charge` and may outlive the route, and if they held
         # the route itself it would never go.
-        self._charge = partial(ledger.charge, _LifetimeToken())
+        token = _LifetimeToken()
+        self._charge = partial(ledger.charge, token)
+        self._lend = partial(_lent, ledger, token)
         self._batches: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, SumForm] = {}
@@ -300,7 +302,9 @@ class Route:
                 batch = self._batch(site.name, terms, spread)
                 # A plan's tables are of all its values; here overrides may leave some of them out.
                 tables = self._tables if site.name not in self._grounds else PlanTables({})
-                owed = Owed(site, values, batch, dtype, device, self._charge, tables, trains)
+                owed = Owed(
+                    site, values, batch, dtype, device, self._charge, tables, trains, self._lend
+                )
                 found.append(owed)
             self._owed[key] = found
         return found
@@ -369,6 +373,11 @@ def _debts(batch: Batch) -> Hashable:
     """
     numbers = array("d", chain.from_iterable(batch.kinds)).tobytes()
     return batch.nodes, numbers, array("q", batch.of_row).tobytes()
+
+
+def _lent(ledger: Ledger, owner: object, nbytes: int, device: torch.device) -> Tensor:
+    """Return memory that counts until ``owner`` is gone."""
+    return ledger.lend(owner, nbytes)(nbytes, device)
 
 
 class _LifetimeToken:
