@@ -69,7 +69,7 @@ def constants_for(
     parts = tiling.parts(table.wide[1 - side])
     if module.__name__.endswith("shrink"):
         x = torch.zeros(1, dtype=table.dtype)
-        plan = module._plan(x, segments, table, side, tiling)
+        plan, _, _ = module._plan(x, segments, table, side, tiling)
     else:
         low = torch.zeros(parts, 1)
         out = torch.zeros(1, dtype=table.dtype)

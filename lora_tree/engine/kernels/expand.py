@@ -252,9 +252,7 @@ def expand(
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
-    width, parts = table.wide[side], len(low)
-    is_fresh, is_in_place = base is None, base is out
-    key = "expand", out.dtype, side, width, tiling, table.kind, parts, is_fresh, is_in_place
+    key = "expand", out.dtype, side, tiling, table.kind, base is None, base is out
     plan = segments.plans.get(key)
     if plan is None:
         plan = _plan(low, base, out, segments, table, side, tiling)

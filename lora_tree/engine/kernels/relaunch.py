@@ -41,7 +41,7 @@ if _IS_KNOWN:
 
 @dataclass(eq=False)
 class LaunchPlan:
-    """What all launches of a kernel for one batch and for sites of one shape have in common.
+    """The part of a launch that is the same for all sites of one shape, in one batch.
 
     Args:
         grid: of programs.

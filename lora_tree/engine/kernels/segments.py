@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import compress, pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from torch import Tensor
 from ..upload import uploaded
 from .part import DTYPES
 from .pointers import Pointers
-
-if TYPE_CHECKING:
-    from .relaunch import LaunchPlan  # imports Triton
 
 __all__ = [
     "FIELDS",
@@ -241,8 +238,8 @@ class Segments:
         """The entries that have a node once more, one node's after the other's."""
         self.node_begins = parts[7]
         """Node → its first place in `by_node`."""
-        self.plans: dict[tuple[object, ...], LaunchPlan] = {}
-        """The plans of launches over these lists."""
+        self.plans: dict[tuple[object, ...], Any] = {}
+        """The plans of launches over these lists, which the kernels' modules make."""
 
     @cached_property
     def to_shrink(self) -> Pointers:
@@ -432,9 +429,8 @@ class FactorTable:
 
     @cached_property
     def kind(self) -> object:
-        """One object for all tables for which the same kernels are compiled."""
-        wide = tuple([width % 16 == 0 for width in self.wide])
-        return _kind(self.rank, self.dtype, self.aligned, wide)
+        """One object for all tables whose sites are launched alike."""
+        return _kind(self.rank, self.wide, self.dtype, self.aligned)
 
     @staticmethod
     def key_of(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[object, ...]:
@@ -501,5 +497,5 @@ class FactorTable:
 
 
 @lru_cache(KEPT)
-def _kind(rank: int, dtype: torch.dtype, aligned: bool, wide: tuple[bool, ...]) -> object:
+def _kind(rank: int, wide: tuple[int, int], dtype: torch.dtype, aligned: bool) -> object:
     return object()

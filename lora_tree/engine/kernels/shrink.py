@@ -179,7 +179,8 @@ _launch = Relaunch(_kernel)
 
 
 def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling) -> Tensor:
-    """Return (parts, entries, inputs of a group in whole tiles, rank), in `low_dtype`.
+    """Return (parts, entries, inputs of a group in whole tiles, rank): in fp32, or in the tiling's
+    dtype if there is one part.
 
     Args:
         x: (rows · tokens, width), row by row.
@@ -188,24 +189,20 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
-    width = table.wide[side]
-    parts = tiling.parts(width)
-    key = "shrink", x.dtype, side, width, tiling, table.kind
-    plan = segments.plans.get(key)
-    if plan is None:
-        plan = segments.plans[key] = _plan(x, segments, table, side, tiling)
-    low = torch.empty(
-        (parts, segments.sizes.entries, tiling.room, table.rank),
-        dtype=low_dtype(parts, tiling, x.device),
-        device=x.device,
-    )
+    key = "shrink", x.dtype, side, tiling, table.kind
+    planned = segments.plans.get(key)
+    if planned is None:
+        planned = segments.plans[key] = _plan(x, segments, table, side, tiling)
+    plan, shape, dtype = planned
+    low = torch.empty(shape, dtype=dtype, device=x.device)
     _launch(plan, (x, low), segments.to_shrink, table.to_shrink)
     return low
 
 
 def _plan(
     x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling
-) -> LaunchPlan:
+) -> tuple[LaunchPlan, tuple[int, ...], torch.dtype]:
+    """Return the plan of a launch, and the shape and the dtype of its result."""
     sizes, width = segments.sizes, table.wide[side]
     parts, room = tiling.parts(width), tiling.room
     together = 1 if sizes.group > 1 else entries_at_once(table.rank)
@@ -230,9 +227,12 @@ def _plan(
     part = -(-width // (parts * step)) * step
     numbers = sizes.rows, tiling.tokens, width, sizes.entries, room, part
     grid = sizes.entries // together, room // tiling.tile, parts
-    low = low_dtype(parts, tiling, x.device)
+    # `expand` multiplies the sum in the tiling's dtype. Parts are added up in fp32 before that.
+    is_narrow = parts == 1 and x.device.type == "cuda"
+    low = tiling.compute if is_narrow else torch.float32
     options = options_for(x.device, warps_of(tiling.tile), stages_for(x.device))
-    return LaunchPlan(grid, numbers, constants, (x.dtype, low, *constants), options)
+    plan = LaunchPlan(grid, numbers, constants, (x.dtype, low, *constants), options)
+    return plan, (parts, sizes.entries, room, table.rank), low
 
 
 def shares_of(tile: int) -> int:
@@ -253,14 +253,6 @@ def stages_for(device: torch.device) -> int:
     while stages > 3 and (stages - 1) * STAGE_BYTES > shared_bytes(device) - SPARE_BYTES:
         stages -= 1
     return stages
-
-
-def low_dtype(parts: int, tiling: Tiling, device: torch.device) -> torch.dtype:
-    """Return the dtype of the narrow sum.
-
-    `expand` multiplies it in the tiling's dtype. Parts are added up in fp32 before that.
-    """
-    return tiling.compute if parts == 1 and device.type == "cuda" else torch.float32
 
 
 def width_at_once(tile: int, lanes: int, compute: torch.dtype) -> int:
