@@ -47,7 +47,9 @@ def module(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return importlib.import_module(f"lora_tree.engine.kernels.{request.param}")
 
 
-def batch(name: str, dtype: torch.dtype, rank: int) -> tuple[Segments, FactorTable, Tiling]:
+def batch(
+    name: str, dtype: torch.dtype, rank: int, compute: torch.dtype | None = None
+) -> tuple[Segments, FactorTable, Tiling]:
     """Return lists of a batch over three nodes, factors of one site, and the tiling."""
     rows, tokens = BATCHES[name]
     kinds = [(1.0, 0.5, 0.0), (1.0, 0.0, 2.0)]
@@ -58,7 +60,7 @@ def batch(name: str, dtype: torch.dtype, rank: int) -> tuple[Segments, FactorTab
             (torch.zeros(rank, 256, dtype=dtype), torch.zeros(512, rank, dtype=dtype), 1)
         )
     table = FactorTable.of(factors, torch.device("cpu"))
-    return Segments(sizes, numbers), table, Tiling.of(sizes, tokens, dtype)
+    return Segments(sizes, numbers), table, Tiling.of(sizes, tokens, compute or dtype)
 
 
 def constants_for(
@@ -76,7 +78,7 @@ def constants_for(
         plan = module._plan(low, out, out, segments, table, side, tiling)
     names = [each.name for each in module._kernel.params if each.is_constexpr]
     found = dict(zip(names, plan.constants, strict=True))
-    found["COMPUTE"] = getattr(tl, str(table.dtype).removeprefix("torch."))
+    found["COMPUTE"] = getattr(tl, str(tiling.compute).removeprefix("torch."))
     found["PRECISION"] = "tf32x3"
     found["EARLY"] = capability >= 90
     if "LOOP" in found and capability >= 90:
@@ -137,3 +139,14 @@ def test_the_largest_ranks_fit_into_a_small_gpu(module: Any, name: str, dtype: t
     constants, _ = constants_for(module, batch(name, dtype, 128), 0, 89)
     kernel = compiled(module, constants, dtype, "*fp32", 89, 3)
     assert kernel.metadata.shared <= SHARED_BYTES[89]
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("module", ["shrink", "expand"], indirect=True)
+def test_wide_factors_of_narrow_products_fit(module: Any, name: str) -> None:
+    # Under autocast fp32 factors are read, and multiplied in bf16.
+    which = batch(name, torch.float32, 16, torch.bfloat16)
+    constants, _ = constants_for(module, which, 0, 90)
+    stages = getattr(module, "MOST_STAGES", 1)
+    kernel = compiled(module, constants, torch.float32, "*fp32", 90, stages)
+    assert kernel.metadata.shared <= SHARED_BYTES[90]

@@ -28,6 +28,9 @@ __all__ = [
     "test_unmerged_the_factors_have_the_gradients_of_the_dense_sum",
 ]
 
+# Torch says so in the thread of a first backward, and then sets the context by itself.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
 
 @pytest.fixture(autouse=True)
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -275,7 +275,7 @@ def _plan(
     together = entries_at_once(table.rank)
     is_wide = sizes.groups * chunks >= MANY and sizes.group == 1
     span = SPAN if is_wide and sizes.largest <= together else 1
-    step = outputs_of(128 if is_wide else 64, together * table.rank, tiling.compute)
+    step = outputs_of(128 if is_wide else 64, together * table.rank, table.dtype)
     compute, precision = products(out.device, tiling.compute)
     constants = (
         sizes.group,
@@ -304,14 +304,14 @@ def _plan(
     return LaunchPlan(grid, numbers, constants, (low.dtype, out.dtype, *constants), options)
 
 
-def outputs_of(most: int, lanes: int, compute: torch.dtype) -> int:
+def outputs_of(most: int, lanes: int, dtype: torch.dtype) -> int:
     """Return how many outputs a program computes at once: its factor fits into shared memory.
 
     >>> outputs_of(128, 64, torch.bfloat16), outputs_of(128, 128, torch.float32)
     (128, 32)
     """
     step = most
-    while step > 32 and step * lanes * compute.itemsize > FACTOR_BYTES:
+    while step > 32 and step * lanes * dtype.itemsize > FACTOR_BYTES:
         step //= 2
     return step
 

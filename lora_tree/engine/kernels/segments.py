@@ -68,10 +68,8 @@ KEPT = 1024
 LARGEST_RANK = 128
 
 LARGEST_TILE = 64
-PROGRAMS = 128
-"""A launch has so many programs if it can: a GPU has about as many processors. This constant, and
-those of `Tiling`, decide the bits.
-"""
+PROGRAMS = 64
+"""A launch has so many programs if it can. This constant, and those beside it, decide the bits."""
 
 
 def group_of(tokens: int, rows: int = LARGEST_GROUP) -> int:
@@ -137,7 +135,7 @@ class Tiling:
         while wide_tile < LARGEST_TILE and wide_tile < inputs:
             wide_tile *= 2
         # Larger tiles read factors less often, and leave fewer programs.
-        while tile < wide_tile and sizes.groups * (inputs // (2 * tile)) >= PROGRAMS // 2:
+        while tile < wide_tile and sizes.groups * (inputs // (2 * tile)) >= PROGRAMS:
             tile *= 2
         programs = sizes.groups * -(-inputs // tile)
         if sizes.group > 1:

@@ -206,7 +206,8 @@ def _plan(
     sizes, width = segments.sizes, table.wide[side]
     parts, room = tiling.parts(width), tiling.room
     together = 1 if sizes.group > 1 else entries_at_once(table.rank)
-    step = width_at_once(tiling.tile, together * table.rank, tiling.compute)
+    widest = max(x.dtype, table.dtype, key=lambda dtype: dtype.itemsize)
+    step = width_at_once(tiling.tile, together * table.rank, widest)
     compute, precision = products(x.device, tiling.compute)
     constants = (
         sizes.group,
@@ -255,17 +256,22 @@ def stages_for(device: torch.device) -> int:
     return stages
 
 
-def width_at_once(tile: int, lanes: int, compute: torch.dtype) -> int:
+def width_at_once(tile: int, lanes: int, dtype: torch.dtype) -> int:
     """Return how much of a width a program takes at once: the stages of its loop fit into a GPU's
     shared memory.
 
-    >>> width_at_once(16, 64, torch.bfloat16), width_at_once(64, 64, torch.bfloat16)
-    (128, 64)
+    Args:
+        tile: inputs of a program.
+        lanes: of its entries.
+        dtype: the widest that it reads.
+
+    >>> width_at_once(16, 64, torch.bfloat16), width_at_once(64, 64, torch.float32)
+    (256, 64)
     """
     if tile == 1:
         return 128 if lanes <= 64 else 64
     step = LARGEST_STEP
-    while step > 32 and step * (tile + lanes) * compute.itemsize > STAGE_BYTES:
+    while step > 32 and step * (tile + lanes) * dtype.itemsize > STAGE_BYTES:
         step //= 2
     return step
 
