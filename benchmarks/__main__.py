@@ -20,6 +20,7 @@ from . import (
     first_use,
     flatten,
     gpu,
+    kernels,
     opening,
     policies,
     routed,
@@ -48,6 +49,7 @@ class Name(StrEnum):
     thousands = "thousands"
     policies = "policies"
     gpu = "gpu"
+    kernels = "kernels"
 
 
 RUNS: dict[Name, Callable[[Size], list[Result]]] = {
@@ -64,6 +66,7 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
     Name.thousands: thousands.run,
     Name.policies: policies.run,
     Name.gpu: gpu.run,
+    Name.kernels: kernels.run,
 }
 
 

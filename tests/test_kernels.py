@@ -425,14 +425,15 @@ def test_what_trained_is_laid_out_for_each_use(made: list[int]) -> None:
 
 # ---------------------------------------------------------------------- where there is no GPU
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_benchmark_says_in_one_line_that_it_was_skipped(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("name", ["gpu", "kernels"])
+def test_without_a_gpu_a_benchmark_says_in_one_line_that_it_was_skipped(
+    name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from benchmarks.__main__ import Name, main
 
-    main([Name.gpu])
+    main([Name(name)])
     printed = capsys.readouterr()
-    line = "no CUDA device here: benchmarks gpu was skipped"
+    line = f"no CUDA device here: benchmarks {name} was skipped"
     assert (printed.out + printed.err).count(line) == 1
 
 
