@@ -272,22 +272,29 @@ def _refuse_training(plan: Plan, owned: Sequence[str]) -> None:
 # ---------------------------------------------------------------------- where tensors lie
 def _addresses(base: nn.Module) -> list[int]:
     """Return the address of every tensor of every module, of a shared one each time."""
-    found: list[int] = []
     # By hand, because this is asked at every switch, and `modules()` takes several times as long.
-    waiting = [base]
-    seen: set[int] = set()
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:  # under a second name, or a child that refers to its parent
+    tensors: list[Tensor | None] = []
+    modules: list[nn.Module | None] = [base]
+    around: set[nn.Module] = set()
+    for module in modules:  # the list grows while it is walked
+        if module is None:
             continue
-        seen.add(id(module))
-        for held in (module._parameters, module._buffers):
-            for tensor in held.values():
-                if tensor is not None and tensor.layout is torch.strided and not is_lazy(tensor):
-                    found.append(tensor.data_ptr())
-        for child in module._modules.values():
-            if child is not None:
-                waiting.append(child)
+        tensors += module._parameters.values()
+        if module._buffers:
+            tensors += module._buffers.values()
+        # A module may have a second name, and a child may refer to its parent.
+        if module._modules and module not in around:
+            around.add(module)
+            modules += module._modules.values()
+    found: list[int] = []
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        try:
+            address = tensor.data_ptr()
+        except (RuntimeError, ValueError):
+            continue  # it lies nowhere yet, or in several pieces
+        found.append(address)
     return found
 
 

@@ -35,7 +35,7 @@ from ..override import (
     warn_of_dropped,
 )
 from ..renaming import Renaming
-from ..sites import Site, find_site, find_tensor_site, with_tied_rows
+from ..sites import Site, Ways, find_site, find_tensor_site, with_tied_rows
 from ..weights import Weight, check_matched
 from .batch import tree_node
 from .last_used import LastUsed
@@ -208,12 +208,12 @@ class Plan:
         """Return the dtypes of the sites' weights now; None if the base does not have every site
         any more.
         """
-        found = []
-        for site in self.sites.values():
-            if not site.is_in(base):
-                return None
-            found.append(site.dtype)
-        return tuple(found)
+        return self.ways.dtypes(base) if self.sites else ()
+
+    @cached_property
+    def ways(self) -> Ways:
+        """The ways to its sites' modules."""
+        return Ways(self.sites.values())
 
     def is_as_it_was(self) -> bool:
         """Whether its factors have the numbers that they had, and those train that did."""

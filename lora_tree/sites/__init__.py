@@ -3,6 +3,7 @@
     site.py      the contract of a kind, and everything that a kind inherits
     finding.py   KINDS, and the site of a name
     targets.py   the modules that a fresh adapter changes
+    ways.py      whether a base still has some sites, asked in one pass
     linear.py, conv.py, embedding.py, attention.py, parameter.py     one kind of layer each
 
 A new kind of layer is one file beside these and one row in `KINDS`. The kind says its layout, its
@@ -22,10 +23,12 @@ from .finding import (
 )
 from .parameter import ParameterSite
 from .site import Site
+from .ways import Ways
 
 __all__ = [
     "ParameterSite",
     "Site",
+    "Ways",
     "as_site_has_it",
     "experts_around",
     "find_site",

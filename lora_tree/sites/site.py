@@ -63,9 +63,9 @@ class Site(ABC):
         self.module = module
         self.parent = parent
         self._way: tuple[str, tuple[str, ...]] = ("", ())
-        # The shape at the beginning; `is_in` compares with it, since
+        # The weight's shape at the beginning, with which `is_in` compares:
         # `resize_token_embeddings` keeps the module.
-        self._shape = self._shape_now()
+        self.shape = self._shape_now()
 
     # ------------------------------------------------------------------ for each kind to define
     @staticmethod
@@ -240,8 +240,7 @@ class Site(ABC):
     def is_in(self, base: nn.Module) -> bool:
         """Return whether the base still has this module under this name, with this shape.
 
-        Other code may have replaced or resized it since. Every site is asked at every switch, so
-        the name is split once.
+        Other code may have replaced or resized it since. `Ways` asks it of the sites of a plan.
         """
         holder: nn.Module | None = base
         name, way = self._way
@@ -252,7 +251,7 @@ class Site(ABC):
             if holder is None:
                 return False
             holder = holder._modules.get(part)
-        return holder is self.module and self._shape_now() == self._shape
+        return holder is self.module and self._shape_now() == self.shape
 
     def _shape_now(self) -> tuple[int, ...] | None:
         # `_parameters` and not getattr, which is slow on modules: every

@@ -1,0 +1,99 @@
+"""Ways: whether a base still has some sites, asked of all of them in one pass.
+
+Every switch asks it of every site of its plan. Their ways are the same for the most part, and from
+one switch to the next nearly all of them lead where they led:
+
+    base ─ model ─ layers ─┬─ 0 ─┬─ self_attn ─┬─ q_proj     site by site, `model` is looked up for
+                           │     │             └─ k_proj     every projection of every layer; here
+                           │     └─ mlp ───────── up_proj    a module is looked up once, in the
+                           └─ 1 …                            module around it
+
+Law: the answer is the one that `Site.is_in` gives for each site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import is_
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .site import Site
+
+__all__ = ["Ways"]
+
+
+class Ways:
+    """The ways from a base to the modules of some sites."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._sites = tuple(sites)
+        self._weights = [(site.module, site.weight_name, site.shape) for site in self._sites]
+        # The base is not held: plans may outlive the model that made them, and hold this.
+        self._first: dict[str, nn.Module] | None = None
+        """Name in the base → the module that was there; None before the first look."""
+        self._further: list[tuple[nn.Module, str]] = []
+        """(module around it, name in that) of every other module on a way."""
+        self._found: list[nn.Module] = []
+        """The modules that were there, in the same order."""
+
+    def dtypes(self, base: nn.Module) -> tuple[torch.dtype | None, ...] | None:
+        """Return the dtypes of the sites' weights now; None if the base does not have every site
+        any more.
+        """
+        if not self._lead_where_they_led(base) and not self._lead_to_the_sites(base):
+            return None
+        found: list[torch.dtype | None] = []
+        for module, name, shape in self._weights:
+            weight = module._parameters.get(name)
+            if weight is None:
+                is_alike = shape is None  # quantised, as it was before
+            elif shape is None:
+                is_alike = is_lazy(weight)
+            else:
+                try:
+                    is_alike = weight.shape == shape
+                except RuntimeError:  # a lazy weight has taken its place
+                    is_alike = False
+            if not is_alike:
+                return None
+            found.append(None if weight is None else weight.dtype)
+        return tuple(found)
+
+    def _lead_where_they_led(self, base: nn.Module) -> bool:
+        """Return whether every module on the ways is the one of the last look."""
+        if self._first is None:
+            return False
+        for name, module in self._first.items():
+            if base._modules.get(name) is not module:
+                return False
+        now = [around._modules.get(name) for around, name in self._further]
+        return all(map(is_, now, self._found))
+
+    def _lead_to_the_sites(self, base: nn.Module) -> bool:
+        """Return whether the ways lead to the sites' own modules, and note those that they pass.
+
+        A module on a way may be another one than before, and still hold the site's own.
+        """
+        first: dict[str, nn.Module] = {}
+        further: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+        found: dict[tuple[int, str], nn.Module] = {}
+        for site in self._sites:
+            around = base
+            for part in site.module_name.split("."):
+                module = around._modules.get(part)
+                if module is None:
+                    return False
+                if around is base:
+                    first[part] = module
+                else:
+                    # The id stands for the module around it, which `further` keeps alive.
+                    further[id(around), part] = around, part
+                    found[id(around), part] = module
+                around = module
+            if around is not site.module:
+                return False
+        self._first, self._further, self._found = first, [*further.values()], [*found.values()]
+        return True
