@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,15 +210,22 @@ def test_a_launch_is_not_known_after_a_factor_has_moved() -> None:
     packed = pack(adapter, link.allocate)
     sent = link.send(packed).adapter
     plan = Binder(base, None).plan([("e", 1.0, sent)])
-    sites = list(plan.sites.values())
-    addresses = {site.name: site.module.weight.data_ptr() for site in sites}
+    names = tuple(plan.sites)
+    nothing: Any = None
+    launch = KeptLaunch(
+        nothing,
+        covered=frozenset(names),
+        devices=frozenset([torch.device("cpu")]),
+        is_whole=True,
+        places=plan.places(),
+    )
     launches = Launches()
-    launches.keep(plan, sites, KeptLaunch(None, addresses, plan.places()))  # type: ignore[arg-type]
-    assert launches.find(plan, sites, 0) is not None
+    launches.keep(plan, names, launch)
+    assert launches.find(plan, names, 0) is launch
     vacate(sent)
-    assert launches.find(plan, sites, 0) is None
+    assert launches.find(plan, names, 0) is None
     assert link.send(packed, sent).adapter is sent
-    assert launches.find(plan, sites, 0) is None
+    assert launches.find(plan, names, 0) is None
 
 
 def test_what_was_made_of_an_evicted_adapter_for_this_base_is_not_kept(

@@ -4,9 +4,10 @@ A launch is a table of addresses. Making one means reading the address and layou
 tensors, which takes about as long as the launch itself, and the result is the same from switch to
 switch. So it is kept with its plan, and run again while everything is where it was:
 
-    weights     their addresses are compared
-    pristine    its copies have a number; once a copy is made or dropped, no launch is known any
-                more
+    weights     the watch compares their addresses before every switch, and counts up a number when
+                one lies elsewhere
+    pristine    making or dropping a copy counts it up too; with another number, no launch is known
+                any more
     factors     the plan holds them, and the addresses of their buffers are compared; if a factor
                 trains, or had to be copied for the launch, the launch is not kept
 """
@@ -14,9 +15,10 @@ switch. So it is kept with its plan, and run again while everything is where it 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
@@ -32,16 +34,20 @@ KEPT = 4
 
 @dataclass(frozen=True, eq=False)
 class KeptLaunch:
-    """A launch, and the addresses of its weights.
+    """A launch, and what it was laid out for.
 
     Args:
         launch: the launch.
-        addresses: site → address.
+        covered: the names of the sites whose weights it writes.
+        devices: where these lie.
+        is_whole: those are all sites that changed, and every source is where its weight is.
         places: where the adapters of its plan lay.
     """
 
     launch: Launch
-    addresses: Mapping[str, int]
+    covered: frozenset[str]
+    devices: frozenset[torch.device]
+    is_whole: bool
     places: tuple[int, ...]
 
 
@@ -49,46 +55,39 @@ class Launches:
     """The launches of the last switches."""
 
     def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[Plan, dict[tuple[str, ...], KeptLaunch]]
-        self._of = weakref.WeakKeyDictionary()
+        self.plans: weakref.WeakKeyDictionary[Plan, dict[tuple[str, ...], KeptLaunch]]
+        self.plans = weakref.WeakKeyDictionary()
+        """Plan → the names of the sites that a launch writes → the launch."""
         self._number = 0
 
-    def find(self, plan: Plan, sites: Sequence[Site], number: int) -> KeptLaunch | None:
+    def find(self, plan: Plan, names: tuple[str, ...], number: int) -> KeptLaunch | None:
         """Return the launch that writes ``plan`` to some of its sites; None if anything has moved.
 
         Args:
             plan: what is written.
-            sites: those that change, in order.
-            number: of the pristine copies.
+            names: of the sites that change, in order.
+            number: of the pristine copies and of their weights' places.
         """
         if number != self._number:
-            # Which launch read which copy is not recorded, so all of them go.
-            self._of.clear()
+            # Which launch has which address is not recorded, so all of them go.
+            self.plans.clear()
             self._number = number
-        known = self._of.get(plan, {}).get(_names(sites))
+        known = self.plans.get(plan, {}).get(names)
         if known is None or known.places != plan.places():
             return None
-        for site in sites:
-            address, weight = known.addresses.get(site.name), site.weight
-            if address is not None and (weight is None or weight.data_ptr() != address):
-                return None
         return known
 
-    def keep(self, plan: Plan, sites: Sequence[Site], known: KeptLaunch) -> None:
+    def keep(self, plan: Plan, names: tuple[str, ...], known: KeptLaunch) -> None:
         """Keep a launch for `find`; of one plan, the oldest go."""
         # By plan, weakly: a launch holds addresses of the plan's factors, and goes with them.
-        kept = self._of.setdefault(plan, {})
+        kept = self.plans.setdefault(plan, {})
         while len(kept) >= KEPT:
             del kept[next(iter(kept))]
-        kept[_names(sites)] = known
+        kept[names] = known
 
     def forget(self) -> None:
         """Drop all."""
-        self._of.clear()
-
-
-def _names(sites: Sequence[Site]) -> tuple[str, ...]:
-    return tuple([site.name for site in sites])
+        self.plans.clear()
 
 
 def part_of(

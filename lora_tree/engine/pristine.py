@@ -13,6 +13,7 @@ A copy counts as long as only we write to its weight. `watch.py` notices other w
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -25,11 +26,12 @@ from ..errors import ForeignWrite, StateError, listing
 from ..sites import Site
 from .arithmetic import Scratch, exact_mode
 from .kernels import logs
+from .switches import Switch, Writes
 from .tile_log import TileLog
 from .undo_log import UndoLog, can_log
 from .watch import Watch, WatchedWeight
 
-__all__ = ["Copies", "Place", "Pristine", "Source", "Wanted"]
+__all__ = ["Copies", "Place", "Pristine", "Source"]
 
 Place: TypeAlias = Literal["auto", "device", "log", "host", "none"]
 
@@ -41,25 +43,6 @@ there.
 
 LARGEST_LOG = 0.5
 """A log that takes more than this part of its weight gives way to a copy."""
-
-
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """A tensor that a switch writes.
-
-    Args:
-        name: of the module.
-        site: the site.
-        attribute: which of the module's tensors.
-        merged: a path is in it after the switch.
-        summed: it takes nothing but increments, before and after.
-    """
-
-    name: str
-    site: Site
-    attribute: str
-    merged: bool
-    summed: bool
 
 
 Source: TypeAlias = Tensor | UndoLog
@@ -136,6 +119,19 @@ class _PristineCopy:
         return self.copy.own(now)
 
 
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """What `Pristine.begin` found for a switch.
+
+    Args:
+        copies: of all tensors that are written, and whether a path is in each afterwards.
+        sources: what the writes are computed from.
+    """
+
+    copies: list[tuple[_PristineCopy, bool]]
+    sources: Mapping[tuple[int, str], Source]
+
+
 class Pristine:
     """The copies of one base's own weights, by (module, attribute).
 
@@ -151,10 +147,20 @@ class Pristine:
         # By the module's id, which its copy keeps from being used again: it holds the module.
         self._kept: dict[tuple[int, str], _PristineCopy] = {}
         self._watch = Watch()
-        self.number = 0
-        """Changes whenever a copy is made or dropped; launches hold the copies' addresses."""
+        self._changes = 0
+        """How often copies were made or dropped."""
+        self._begun: weakref.WeakKeyDictionary[Switch, _Begun] = weakref.WeakKeyDictionary()
+        """What `begin` found for the last switches, until a copy is made or dropped."""
         self.has_logged = False
         """A log was made for some weight."""
+
+    @property
+    def number(self) -> int:
+        """Another number when a copy was made or dropped, or when a weight that has one was found
+        to lie elsewhere; launches hold the addresses of both.
+        """
+        # Each of the two only grows, so no sum comes twice.
+        return self._changes + self._watch.moves
 
     @property
     def keeps(self) -> bool:
@@ -193,16 +199,17 @@ class Pristine:
         # own. They are copied again when a path is merged into them next.
         for key in changed:
             del self._kept[key]
-            self.number += 1
+        if changed:
+            self._changed()
 
-    def begin(self, wanted: Sequence[Wanted]) -> dict[tuple[int, str], Source]:
+    def begin(self, switch: Switch) -> Mapping[tuple[int, str], Source]:
         """Return what brings the base's own values of some weights back, before any is written.
 
         Weights that have no copy or log yet get one: all, or on an error none. `look` has to follow
         once everything is written.
 
         Args:
-            wanted: everything that a switch will write.
+            switch: what is about to be written.
 
         Returns:
             (id of the module, which of its tensors) → the copy or the log.
@@ -211,32 +218,41 @@ class Pristine:
             MemoryError, RuntimeError: no memory for the copies, neither on the device nor on the
                 host.
         """
-        self._keep(wanted)
+        begun = self._begun.get(switch)
+        if begun is None:
+            self._keep(switch.all)
+            begun = self._begun[switch] = self._found(switch)
         # Nothing fails any more until the first write.
-        sources = {}
-        for each in wanted:
-            key = id(each.site.module), each.attribute
-            kept = self._kept[key]
-            kept.merged = each.merged
-            sources[key] = kept.copy
-        return sources
+        for kept, merged in begun.copies:
+            kept.merged = merged
+        return begun.sources
 
-    def _keep(self, wanted: Sequence[Wanted]) -> None:
+    def _found(self, switch: Switch) -> _Begun:
+        copies: list[tuple[_PristineCopy, bool]] = []
+        sources: dict[tuple[int, str], Source] = {}
+        for writes, merged in ((switch.bare, False), (switch.merged, True)):
+            for write in writes.each:
+                for attribute in write.tensors:
+                    key = id(write.site.module), attribute
+                    copies.append((self._kept[key], merged))
+                    sources[key] = self._kept[key].copy
+        return _Begun(copies, sources)
+
+    def _keep(self, writes: Writes) -> None:
         missing: list[WatchedWeight] = []
         can_be_logged: dict[WatchedWeight, Site] = {}
-        for each in wanted:
-            module, attribute = each.site.module, each.attribute
-            kept = self._kept.get((id(module), attribute))
-            if kept is not None:
-                # What overrides a weight leaves nothing of it in it, so a log can't bring it back.
-                if not each.summed and isinstance(kept.copy, UndoLog):
+        for write in writes.each:
+            for attribute in write.tensors:
+                kept = self._kept.get((id(write.site.module), attribute))
+                if kept is None:
+                    watched = _watched(write.site, attribute)
+                    if write.is_sum(attribute) and can_log(write.site, watched.parameter):
+                        can_be_logged[watched] = write.site
+                    missing.append(watched)
+                elif isinstance(kept.copy, UndoLog) and not write.is_sum(attribute):
+                    # What overrides a weight leaves nothing of it in it, so a log can't bring it
+                    # back.
                     self._copied(kept)
-                continue
-            weight = getattr(module, attribute)
-            watched = WatchedWeight(f"{each.name}.{attribute}", module, attribute, weight)
-            if each.summed and can_log(each.site, weight):
-                can_be_logged[watched] = each.site
-            missing.append(watched)
         if not missing:
             return
         on_device = self._goes_beside([weight.parameter for weight in missing])
@@ -253,7 +269,7 @@ class Pristine:
         for weight, copy in zip(missing, copies, strict=True):
             beside = on_device and _is_apart(weight.parameter.device)
             self._kept[id(weight.module), weight.attribute] = _PristineCopy(weight, copy, beside)
-        self.number += 1
+        self._changed()
         # The watch has to know the new weights before they are written.
         self.look()
 
@@ -310,7 +326,7 @@ class Pristine:
         """Put a copy in the place of a log."""
         copy = _on_host(kept.own())
         kept.copy = copy
-        self.number += 1
+        self._changed()
 
     def look(self) -> None:
         """Note how every weight with a copy looks now, so that `verify` recognises it."""
@@ -359,7 +375,7 @@ class Pristine:
         """Drop every copy; the weights as they are now are the base's own."""
         self._kept.clear()
         self._watch.forget()
-        self.number += 1
+        self._changed()
 
     @property
     def copies(self) -> Copies:
@@ -380,6 +396,12 @@ class Pristine:
         return self.copies.nbytes
 
     # ------------------------------------------------------------------ private
+    def _changed(self) -> None:
+        """Note that copies were made or dropped."""
+        self._changes += 1
+        # These hold copies that may be dropped now.
+        self._begun.clear()
+
     def _goes_beside(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether the copies of some weights go where these are."""
         if self._place in ("host", "log", "none"):
@@ -393,6 +415,11 @@ class Pristine:
         if self._place == "device":
             return bool(cards)
         return bool(cards) and all(taken[device] <= _room_bytes(device) for device in cards)
+
+
+def _watched(site: Site, attribute: str) -> WatchedWeight:
+    weight: Tensor = getattr(site.module, attribute)
+    return WatchedWeight(f"{site.module_name}.{attribute}", site.module, attribute, weight)
 
 
 # ---------------------------------------------------------------------- where copies go

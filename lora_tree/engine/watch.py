@@ -30,7 +30,7 @@ SAMPLES = 64
 """About so many numbers of a weight are compared."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class WatchedWeight:
     """A parameter of the base, and how it looked after our last write.
 
@@ -58,10 +58,12 @@ class WatchedWeight:
         """Whether the same parameter is there and torch counted no write. A move to another device
         is no write.
         """
-        now = getattr(self.module, self.attribute, None)
         weight = self.parameter
+        # Nearly always a parameter, and every weight is asked at every switch: getattr is slow on
+        # modules.
+        is_there = self.module._parameters.get(self.attribute) is weight
         return (
-            now is weight
+            (is_there or getattr(self.module, self.attribute, None) is weight)
             and weight._version == self.version
             and weight.dtype == self.dtype
             and weight.shape == self.shape
@@ -73,23 +75,32 @@ class Watch:
 
     def __init__(self) -> None:
         self._last: _Samples | None = None
+        self.moves = 0
+        """Counted up when other weights are watched than before, or one of them lies elsewhere."""
 
     def look(self, weights: Sequence[WatchedWeight]) -> None:
         """Remember how the weights look now: all writes so far were ours."""
         for weight in weights:
             weight.version = weight.parameter._version
-        self._last = _Samples(weights, self._last)
+        self._last = self._sampled(weights)
 
     def touched(self, weights: Sequence[WatchedWeight]) -> list[WatchedWeight]:
         """Return the weights that somebody else has written to or replaced since the last look."""
-        found: list[WatchedWeight] = []
-        rest: list[WatchedWeight] = []
-        for weight in weights:
-            (rest if weight.is_untouched() else found).append(weight)
+        found = [weight for weight in weights if not weight.is_untouched()]
+        rest = weights
+        if found:
+            gone = set(found)
+            rest = [weight for weight in weights if weight not in gone]
         # Last, because it waits for the device; weights that are known to be touched are left out.
         if rest and self._last is not None:
-            found += _Samples(rest, self._last).differing(self._last)
+            found += self._sampled(rest).differing(self._last)
         return found
+
+    def _sampled(self, weights: Sequence[WatchedWeight]) -> _Samples:
+        now = _Samples(weights, self._last)
+        if self._last is None or not now.lie_as(self._last):
+            self.moves += 1
+        return now
 
     def forget(self) -> None:
         """Forget the last look, and the weights with it."""
@@ -117,11 +128,15 @@ class _Samples:
         self._groups: list[_SampleGroup] = groups
         self._buffers: list[Tensor] = [group.take() for group in self._groups]
 
+    def lie_as(self, before: _Samples) -> bool:
+        """Return whether these are samples of the same weights in the same places."""
+        return self._groups is before._groups
+
     def differing(self, before: _Samples) -> list[WatchedWeight]:
         """Return the weights whose samples have changed; those that were not sampled
         before, too.
         """
-        if self._groups is before._groups and all(map(torch.equal, self._buffers, before._buffers)):
+        if self.lie_as(before) and all(map(torch.equal, self._buffers, before._buffers)):
             return []  # the host waited once for each buffer
         now, then = self._by_weight(), before._by_weight()
         return [weight for weight, sample in now.items() if not _same(sample, then.get(weight))]
