@@ -42,9 +42,92 @@ __all__ = ["shrink", "shrunk_plainly"]
 WARPS, MOST_STAGES = 4, 5
 
 LARGEST_STEP, STAGE_BYTES, SPARE_BYTES = 512, 40 << 10, 4 << 10
+"""Numbers of a width that a program takes at once, at most; shared memory for them, in one stage of
+the loop; shared memory that is left free for the sum.
+"""
 
 # To compile for their values would take a second each, and `Relaunch` does not look at them.
 CHANGING = ["rows", "tokens", "width", "entries", "room", "part"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _factor_at(  # type: ignore[no-untyped-def]
+    lanes, stride, k, used, width, SIDE: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr
+):
+    """Return some of a width of the factors, (width, lanes)."""
+    if SIDE == 0:
+        there = lanes[None, :] + k[:, None]
+    else:
+        there = lanes[None, :] + k[:, None] * stride[None, :]
+        if ALIGNED:
+            there = tl.max_contiguous(tl.multiple_of(there, [1, 16]), [1, RANK])
+    return tl.load(there, mask=(k[:, None] < width) & used[None, :], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_one_input(  # type: ignore[no-untyped-def]
+    source, lanes, stride, used, begin, end, width,
+    SIDE: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the sum for a single input, (1, lanes): tensor cores take sixteen, so it is multiplied
+    number by number.
+    """
+    products = tl.full((WIDTH, LANES), 0.0, tl.float32)
+    for start in range(begin, end, WIDTH):
+        k = start + tl.arange(0, WIDTH)
+        y = _factor_at(lanes, stride, k, used, width, SIDE, ALIGNED, RANK)
+        x = tl.load(source + k, mask=k < width, other=0.0)
+        products += x.to(tl.float32)[:, None] * y.to(tl.float32)
+    return tl.reduce(products, 0, added)[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_few_inputs(  # type: ignore[no-untyped-def]
+    source, owes, lanes, stride, used, begin, end, width,
+    SIDE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    INPUTS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    SHARES: tl.constexpr,
+):  # fmt: skip
+    """Return the sum for one tile of sixteen inputs, (inputs, lanes).
+
+    Products along one width wait for each other, so each warp has a share of the width.
+    """
+    total = tl.full((SHARES, INPUTS, LANES), 0.0, tl.float32)
+    share = tl.arange(0, SHARES) * (WIDTH // SHARES)
+    for start in range(begin, end, WIDTH):
+        k = start + share[:, None] + tl.arange(0, WIDTH // SHARES)[None, :]
+        x = tl.load(
+            source[None, :, None] + k[:, None, :],
+            mask=owes[None, :, :] & (k[:, None, :] < width),
+            other=0.0,
+        )
+        if SIDE == 0:
+            there = lanes[None, None, :] + k[:, :, None]
+        else:
+            there = lanes[None, None, :] + k[:, :, None] * stride[None, None, :]
+            if ALIGNED:
+                there = tl.max_contiguous(tl.multiple_of(there, [1, 1, 16]), [1, 1, RANK])
+        mine = (k[:, :, None] < width) & used[None, None, :]
+        y = tl.load(there, mask=mine, other=0.0)
+        total = tl.dot(x.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
+    return tl.reduce(total, 0, added)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_many_inputs(  # type: ignore[no-untyped-def]
+    source, owes, lanes, stride, used, begin, end, width,
+    SIDE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    INPUTS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return the sum for a large tile of inputs, (inputs, lanes)."""
+    total = tl.full((INPUTS, LANES), 0.0, tl.float32)
+    for start in range(begin, end, WIDTH):
+        k = start + tl.arange(0, WIDTH)
+        y = _factor_at(lanes, stride, k, used, width, SIDE, ALIGNED, RANK)
+        x = tl.load(source[:, None] + k[None, :], mask=owes & (k[None, :] < width), other=0.0)
+        total = tl.dot(x.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
@@ -81,8 +164,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     if WHOLE:
         width = width // 16 * 16  # so that the compiler knows it: a hint on an argument is lost
     part = part // WIDTH * WIDTH
+    LANES: tl.constexpr = ENTRIES * RANK
     first = tl.program_id(0) * ENTRIES
-    lane = tl.arange(0, ENTRIES * RANK)
+    lane = tl.arange(0, LANES)
     entry, r = first + lane // RANK, lane % RANK
     node = tl.load(nodes + entry)
     fields = table + tl.where(node < 0, 0, node) * FIELDS
@@ -94,7 +178,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     stride = tl.load(fields + SIDE * 3 + 1)
     i = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     place = i // tokens
-    row = tl.load(owners + first) * GROUP + place
+    owner = tl.load(owners + first)
+    row = owner * GROUP + place
     inside = (place < GROUP) & (row < rows)
     if GROUP > 1:
         # One entry: which rows of the group owe it.
@@ -103,12 +188,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     else:
         coefficient = tl.load(coefficients + entry)[None, :]
         owes = inside[:, None]
-    to = (tl.program_id(2) * entries + entry[None, :]).to(tl.int64) * room + i[:, None]
-    to = low + to * RANK + r[None, :]
-    total = tl.full((INPUTS, ENTRIES * RANK), 0.0, tl.float32)
+    total = tl.full((INPUTS, LANES), 0.0, tl.float32)
     if tl.reduce(used.to(tl.int32), 0, larger) > 0:
-        at = tl.load(order + row, mask=inside, other=0).to(tl.int64) * tokens + i % tokens
-        source = x + at * width
         begin = tl.program_id(2) * part
         end = tl.minimum(begin + part, width)
         # A lies by ranks, (r, in), and B by outputs, (out, r).
@@ -117,62 +198,32 @@ def _kernel(  # type: ignore[no-untyped-def]
             stride = tl.multiple_of(stride, [8])
             if SIDE == 0:
                 lanes = tl.multiple_of(lanes, [16])
+        at = tl.load(order + row, mask=inside, other=0).to(tl.int64) * tokens + i % tokens
+        source = x + at * width
         wait_for_last(EARLY)  # for x; the lists and the factors were there before it
         begin_next(EARLY)
         if INPUTS == 1:
-            one = x + tl.load(order + tl.load(owners + first)).to(tl.int64) * width
-            products = tl.full((WIDTH, ENTRIES * RANK), 0.0, tl.float32)
-        if SHARES > 1:
-            # Products along one width wait for each other, so each warp has a share of the width.
-            shares = tl.full((SHARES, INPUTS, ENTRIES * RANK), 0.0, tl.float32)
-            share = tl.arange(0, SHARES) * (WIDTH // SHARES)
-            for start in range(begin, end, WIDTH):
-                k = start + share[:, None] + tl.arange(0, WIDTH // SHARES)[None, :]
-                taken = tl.load(
-                    source[None, :, None] + k[:, None, :],
-                    mask=owes[None, :, :] & (k[:, None, :] < width),
-                    other=0.0,
-                )
-                if SIDE == 0:
-                    there = lanes[None, None, :] + k[:, :, None]
-                else:
-                    there = lanes[None, None, :] + k[:, :, None] * stride[None, None, :]
-                    if ALIGNED:
-                        there = tl.multiple_of(there, [1, 1, 16])
-                        there = tl.max_contiguous(there, [1, 1, RANK])
-                mine = (k[:, :, None] < width) & used[None, None, :]
-                y = tl.load(there, mask=mine, other=0.0)
-                shares = tl.dot(taken.to(COMPUTE), y.to(COMPUTE), shares, input_precision=PRECISION)
-            total = tl.reduce(shares, 0, added)
+            one = x + tl.load(order + owner).to(tl.int64) * width
+            total = _of_one_input(
+                one, lanes, stride, used, begin, end, width, SIDE, ALIGNED, RANK, LANES, WIDTH
+            )
+        elif SHARES > 1:
+            total = _of_few_inputs(
+                source, owes, lanes, stride, used, begin, end, width,
+                SIDE, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, LANES, WIDTH, SHARES,
+            )  # fmt: skip
         else:
-            for start in range(begin, end, WIDTH):
-                k = start + tl.arange(0, WIDTH)
-                if SIDE == 0:
-                    there = lanes[None, :] + k[:, None]
-                else:
-                    there = lanes[None, :] + k[:, None] * stride[None, :]
-                    if ALIGNED:
-                        there = tl.max_contiguous(tl.multiple_of(there, [1, 16]), [1, RANK])
-                y = tl.load(there, mask=(k[:, None] < width) & used[None, :], other=0.0)
-                if INPUTS == 1:
-                    # Tensor cores take sixteen inputs; one is multiplied number by number.
-                    taken = tl.load(one + k, mask=k < width, other=0.0)
-                    products += taken.to(tl.float32)[:, None] * y.to(tl.float32)
-                else:
-                    taken = tl.load(
-                        source[:, None] + k[None, :], mask=owes & (k[None, :] < width), other=0.0
-                    )
-                    total = tl.dot(
-                        taken.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION
-                    )
-        if INPUTS == 1:
-            total = tl.reduce(products, 0, added)[None, :]
+            total = _of_many_inputs(
+                source, owes, lanes, stride, used, begin, end, width,
+                SIDE, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, LANES, WIDTH,
+            )  # fmt: skip
         total *= tl.load(scales + tl.where(node < 0, 0, node))[None, :]
         # Not a product with 0: an input that owes nothing may have made a number infinite.
         total = tl.where((coefficient != 0.0) & used[None, :], total * coefficient, 0.0)
     else:
         wait_for_last(EARLY)  # low may be memory that the last kernel still reads
-    tl.store(to, total.to(low.dtype.element_ty))
+    to = (tl.program_id(2) * entries + entry[None, :]).to(tl.int64) * room + i[:, None]
+    tl.store(low + to * RANK + r[None, :], total.to(low.dtype.element_ty))
 
 
 _launch = Relaunch(_kernel)
