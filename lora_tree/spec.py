@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -110,6 +111,12 @@ def _weight(numbers: dict[str, float]) -> dict[str, float]:
     return numbers
 
 
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):  # True equals 1 in Python, and so it would be that literal
+        raise ValueError("should be the number 1")
+    return value
+
+
 # pydantic's strict mode takes no "8" for 8; the bounds below refuse what would fail only later.
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -119,6 +126,7 @@ Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_end_of_name)]
 Row = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int | str, AfterValidator(_size)]
+FormatVersion = Annotated[Literal[1], BeforeValidator(_no_bool)]
 Versions = Annotated[int, Field(ge=0, le=1000)]  # each is an entry of a file that is read whole
 
 VERSIONS = 5
@@ -322,7 +330,7 @@ class TreeSpec(HistorySpec):
     """A whole tree.yaml."""
 
     # Without a default: a file that does not say its format can't be told from a newer one.
-    version: Literal[1] = Field(description="version of this format")
+    version: FormatVersion = Field(description="version of this format")
     base: str | None = Field(
         default=None, description="the base model: a hub id, or a folder relative to tree.yaml"
     )

@@ -318,6 +318,32 @@ def test_a_picture_in_a_missing_folder_names_the_path_that_was_given(
     ]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["show", "ZOO", "--svg"],
+        ["similar", "ZOO", "--picture"],
+        ["runs", "ZOO", "--picture"],
+        ["eval", "ZOO", "--data", "rows.jsonl", "--base", "base", "--picture"],
+        ["train", "ZOO", "fr", "--data", "rows.jsonl", "--base", "base", "--picture"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_picture_named_for_another_format_is_refused_before_the_work(
+    command: list[str], zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tree.png"
+    arguments = [str(zoo) if word == "ZOO" else word for word in command]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, str(file)])
+    assert left.value.code == 1
+    assert capsys.readouterr().err.split("error: ")[1:] == [
+        f"{file}: a picture is written as SVG\n"
+        f"  name a file that ends in .svg: {tmp_path / 'tree.svg'}\n"
+    ]
+    assert not file.exists()
+
+
 def test_a_picture_that_the_system_refuses_is_named_as_it_was_given(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ("version: 1\nversion: 1\n", ":2:1: duplicate key 'version', first at line 1"),
         ("version: 1\ntree: {a: {}, a: {}}", ":2:15: duplicate key 'a', first at line 2"),
         ("version: 0\n", ":1:1: version: got 0, which should be 1"),
+        ("version: true\n", ":1:1: version: got true, which should be the number 1"),
         (
             "base: x\nversion: 2\n",
             ":2:1: written by a newer lora_tree (format 2); this one reads 1",

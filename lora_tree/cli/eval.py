@@ -19,6 +19,7 @@ from ..tree import AdapterTree
 from .arguments import AsJson, Base, Data, Folder, Length, On, Quiet, SkipBroken, TrustRemoteCode
 from .console import out, print_json
 from .open_measured import open_measured
+from .picture_place import check_picture_place
 from .progress import steps_done
 
 __all__ = ["evaluation"]
@@ -51,8 +52,7 @@ def evaluation(
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss of every node, and of the bare base, on the rows of every path."""
-    if picture is not None:
-        disk.check_parent(picture)
+    check_picture_place(picture)
     tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
     # Before a base is opened, which takes minutes: a typo is told at once.
     chosen, names = _chosen(tree, folder, nodes) if nodes else (None, {})

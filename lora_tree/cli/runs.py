@@ -16,6 +16,7 @@ from ..runs import RunComparison, compare_runs
 from .arguments import AsJson, Folder
 from .console import out, print_json
 from .outcome_table import outcome_table
+from .picture_place import check_picture_place
 
 __all__ = ["list_runs"]
 
@@ -33,6 +34,7 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a tree; tell of one, or compare several: settings and losses."""
+    check_picture_place(picture)
     found = run_records(folder)
     chosen = _chosen(found, numbers or [])
     drawn = chosen if numbers else found[-1:]

@@ -24,6 +24,7 @@ from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
 from .arguments import AsJson, Folder, On
 from .console import out, print_json
+from .picture_place import check_picture_place
 from .tree_table import print_table
 
 __all__ = ["show"]
@@ -80,6 +81,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the tree: ranks, sizes, weights, stale nodes and, in red, nodes that can't be used."""
+    check_picture_place(svg)
     # A broken node must not hide the others, so the error is raised after the table.
     versions = [name for name in (node, *(on or ())) if name is not None and "@" in name]
     tree, problems, error = _opened(folder, versions)

@@ -12,6 +12,7 @@ from ..algebra import similar
 from ..folder import disk, load
 from .arguments import AsJson, Folder, Nodes, SkipBroken
 from .console import out, print_json
+from .picture_place import check_picture_place
 
 __all__ = ["alike"]
 
@@ -45,8 +46,7 @@ def alike(
     as_json: AsJson = False,
 ) -> None:
     """Compare all pairs of nodes, from their factors: the nearest pairs and the clusters."""
-    if picture is not None:
-        disk.check_parent(picture)
+    check_picture_place(picture)
     tree = load(folder, skip_broken=skip_broken)
     found = similar(tree, nodes or None, of=of.value, exact=exact)
     clusters = found.groups(cosine)

@@ -9,13 +9,14 @@ from typing import Annotated
 import torch
 import typer
 
-from ..folder import disk, load
+from ..folder import load
 from ..model import attach
 from ..provenance import data_files
 from ..runs import Run, Settings
 from .arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
 from .open_base import open_model, open_tokenizer
 from .open_rows import open_rows
+from .picture_place import check_picture_place
 from .run_training import run_to_the_end
 from .train_options import given_held_out, numbers, numbers_by_depth, run_folder
 from .train_told import draw_run, foretell, tell_outcome
@@ -163,8 +164,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train many nodes at once and save the tree; run it again to go on where it was stopped."""
-    if picture is not None:
-        disk.check_parent(picture)
+    check_picture_place(picture)
     # The settings check themselves, so a wrong number is told before the tree and the base are
     # opened.
     settings = Settings(

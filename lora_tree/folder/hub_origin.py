@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import StringConstraints, ValidationError
 
 from ..errors import FormatError, SpecError
 from ..formats import strict_json
 from ..formats.limits import CONFIG_BYTES
-from ..spec import StrictModel, check_format
+from ..spec import FormatVersion, StrictModel, check_format
 from ..system.reading import is_folder
 from . import disk
 from .lockfile import Commit
@@ -33,7 +33,7 @@ NAME = "hub.json"
 class HubOrigin(StrictModel):
     """A commit of a repository, and the branch that it was the head of."""
 
-    version: Literal[1] = 1
+    version: FormatVersion = 1
     repository: Annotated[str, StringConstraints(max_length=200)]
     branch: Annotated[str, StringConstraints(max_length=200)]
     commit: Commit

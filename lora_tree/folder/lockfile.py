@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
@@ -25,7 +25,7 @@ from ..errors import FormatError, PathError, SpecError
 from ..formats import strict_json
 from ..node_names import check_path
 from ..provenance import TrainedWith
-from ..spec import StrictModel, check_format
+from ..spec import FormatVersion, StrictModel, check_format
 from ..spec_errors import describe_invalid
 from ..weights import Weight, parse_weight, weight_digest
 from .disk import Stamp
@@ -199,7 +199,7 @@ class NodesRecord(StrictModel):
         trainings: what nodes were trained with: hash → it, once for all nodes of a run.
     """
 
-    version: Literal[1] = 1
+    version: FormatVersion = 1
     nodes: Mapping[str, Any] = Field(default_factory=dict)
     lineages: dict[Digest, LineageLock] = Field(default_factory=dict)
     trainings: dict[Digest, TrainedWith] = Field(default_factory=dict)
