@@ -91,15 +91,14 @@ class Relaunch:
             table: the last ones, of the site.
         """
         device = moving[0].device
-        if device.type != "cuda" or not _IS_KNOWN:
+        if not _can_skip_triton(device):
             self._ask(plan, moving, lists, table)
             return
         addresses = [tensor.data_ptr() for tensor in moving]
         is_aligned = lists.aligned and table.aligned
         for address in addresses:
             is_aligned = is_aligned and not address % 16
-        if not is_aligned or knobs.runtime.launch_enter_hook.calls:
-            # A profiler that wants to be told of launches is told by Triton.
+        if not is_aligned or _is_observed():
             self._ask(plan, moving, lists, table)
             return
         compiled = plan.compiled
@@ -115,7 +114,7 @@ class Relaunch:
         with on(device) if _has_several() else _NOTHING:
             compiled.run(
                 *plan.grid,
-                driver.active.get_current_stream(device.index),
+                _stream(device),
                 compiled.function,
                 compiled.metadata,
                 None,
@@ -139,6 +138,19 @@ class Relaunch:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def _can_skip_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and _IS_KNOWN
+
+
+def _is_observed() -> bool:
+    """Return whether a profiler wants to be told of launches, which Triton does."""
+    return bool(knobs.runtime.launch_enter_hook.calls)
+
+
+def _stream(device: torch.device) -> int:
+    return int(driver.active.get_current_stream(device.index))
 
 
 @functools.cache
