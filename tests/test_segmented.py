@@ -401,7 +401,7 @@ def test_another_batch_over_known_nodes_sends_nothing_but_its_lists(
         sent.append(numbers)
         return numbers.to(device)
 
-    for module in ("batch", "kernels.segments", "owed", "at_once"):
+    for module in ("batch", "kernels.factor_table", "owed", "at_once"):
         monkeypatch.setattr(f"lora_tree.engine.{module}.uploaded", uploaded)
     with torch.no_grad(), model.route(rows[::-1], batch_first=True):
         base(x)

@@ -23,19 +23,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .factor_table import FIELDS, FactorTable, can_route
 from .log_part import BARE, SHARE, LogMemory, LogPart, lie_of
 from .part import MergePart, MergeTerm, can_merge
-from .segments import (
-    FIELDS,
-    FactorTable,
-    Segments,
-    SegmentSizes,
-    Tiling,
-    can_route,
-    group_of,
-    room_for,
-    segment_numbers,
-)
+from .segments import Segments, SegmentSizes, room_for, segment_numbers
+from .tiling import Tiling, group_of
 
 __all__ = [
     "BARE",

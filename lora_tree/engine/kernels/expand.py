@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .factor_table import FIELDS, FactorTable
 from .relaunch import LaunchPlan, Relaunch
-from .segments import FIELDS, FactorTable, Segments, Tiling, entries_at_once
+from .segments import Segments
 from .tiles import TYPES, added, begins_early, options_for, products, shared_bytes, wait_for_last
+from .tiling import Tiling, entries_at_once
 
 __all__ = ["expand", "expanded_plainly"]
 

@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .factor_table import FIELDS, FactorTable
 from .part import on
-from .segments import FIELDS, FactorTable, Segments, Tiling, width_of
+from .segments import Segments
 from .tiles import larger, products
+from .tiling import Tiling, width_of
 
 __all__ = ["outer", "outer_plainly"]
 

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .factor_table import FIELDS, FactorTable
 from .relaunch import LaunchPlan, Relaunch
-from .segments import FIELDS, FactorTable, Segments, Tiling, entries_at_once
+from .segments import Segments
 from .tiles import (
     TYPES,
     added,
@@ -36,6 +37,7 @@ from .tiles import (
     shared_bytes,
     wait_for_last,
 )
+from .tiling import Tiling, entries_at_once
 
 __all__ = ["shrink", "shrunk_plainly"]
 
