@@ -21,6 +21,7 @@ from benchmarks import (
     flatten,
     forms,
     opening,
+    page_locking,
     policies,
     returning,
     routed,
@@ -36,6 +37,7 @@ from benchmarks.compare import decays
 from benchmarks.compare.corpora import LANGUAGES, SECTIONS, find_manuals
 from benchmarks.compare.kept import Kept
 from benchmarks.compare.tables import markdown_of_curve, markdown_of_late, markdown_of_rules
+from benchmarks.host_link import HostLink
 from benchmarks.sizes import SMALL
 
 SIZE = replace(SMALL, hidden=32, layers=1)
@@ -281,3 +283,28 @@ def test_longer_training_and_a_late_leaf_are_told_as_tables() -> None:
     )
     assert all(leaf.bits["wide leaf"] > 0 for leaf in late)
     assert all(leaf.bits["leaf, fitted"] > 0 for leaf in late)
+
+
+def test_page_locking_prints_a_line_for_each_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page_locking.main()
+    assert capsys.readouterr().out == "no CUDA device here: nothing was measured\n"
+    # Host memory plays the device, and copies are done at once.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(page_locking, "NBYTES", 1 << 20)
+    monkeypatch.setattr(page_locking, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(page_locking, "CudaLink", lambda device: HostLink())
+    monkeypatch.setattr(page_locking, "_copy", _copied)
+    monkeypatch.setattr(
+        page_locking, "_locked_by_torch", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8)
+    )
+    page_locking.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all(line.endswith(" ms") for line in lines)
+
+
+def _copied(to: torch.Tensor, stage: torch.Tensor) -> None:
+    to.copy_(stage)

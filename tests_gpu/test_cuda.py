@@ -425,6 +425,52 @@ def test_threads_share_a_base_under_tight_budgets(tmp_path: Path) -> None:
     assert device.loads > 0
 
 
+def _wide(width: int, rank: int, layers: int) -> tuple[nn.Sequential, lt.AdapterTree]:
+    """A base on the device, and a tree of four nodes in host memory."""
+    base = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)]).to(CUDA)
+    tree = lt.AdapterTree()
+    for i in range(4):
+        values = {}
+        for name in range(layers):
+            values[str(name)] = lt.LowRank(torch.randn(rank, width), torch.randn(width, rank))
+        tree.add(f"n{i}", adapter=lt.Adapter(values))
+    return base.requires_grad_(False), tree
+
+
+def _check_arrived(model: lt.TreeModel, path: str, wanted: lt.Adapter) -> None:
+    sent = model._stage.current.adapters[path]
+    for name, value in wanted.modules.items():
+        for there, here in zip(sent.modules[name].tensors, value.tensors, strict=True):
+            assert there.device == CUDA
+            assert torch.equal(there.cpu(), here)
+
+
+def test_what_is_read_from_files_is_page_locked_and_arrives_whole(tmp_path: Path) -> None:
+    base, tree = _wide(2048, 32, 1)
+    tree.save(tmp_path / "zoo")
+    opened = lt.load(tmp_path / "zoo")
+    one = tree.adapter("n0").nbytes  # type: ignore[union-attr]
+    # The host's tier holds two: memory is unlocked, used again, and sent from while it is evicted.
+    model = lt.attach(opened, base, host_budget=2 * one + 8192, device_budget=2 * one)
+    for path in [*opened.paths(), *opened.paths(), "n3", "n2"]:
+        model.activate(path, mode="unmerged")
+        held, wanted = opened.adapter(path), tree.adapter(path)
+        assert held is not None
+        assert wanted is not None
+        assert all(tensor.is_pinned() for tensor in held.modules["0"].tensors)
+        _check_arrived(model, path, wanted)
+
+
+def test_values_in_memory_arrive_whole_through_staging_buffers() -> None:
+    base, tree = _wide(4096, 256, 3)  # 25 MB: more than both buffers hold
+    model = lt.attach(tree, base, device_budget="60MiB")
+    for path in [*tree.paths(), *tree.paths()]:
+        model.activate(path, mode="unmerged")
+        wanted = tree.adapter(path)
+        assert wanted is not None
+        _check_arrived(model, path, wanted)
+
+
 # ---------------------------------------------------------------------- compiled, and captured
 def test_a_prepared_base_compiles_once_for_all_paths() -> None:
     base = net(torch.float32)

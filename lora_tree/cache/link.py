@@ -89,8 +89,8 @@ class CudaLink:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._refused = False
-        """The system refused to lock pages; it would refuse again."""
+        self._locked: set[int] = set()
+        """Where the memory begins that this link has locked."""
 
     def holds(self, adapter: Adapter) -> bool:
         return all(tensor.device == self._device for tensor in tensors(adapter))
@@ -99,28 +99,28 @@ class CudaLink:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def lock_pages(self, address: int, nbytes: int) -> bool:
-        if self._refused:
-            return False
         with torch.cuda.device(self._device):
             cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             failed = int(cuda.cudaHostRegister(address, nbytes, 0))
             if failed:
-                self._refused = True
                 # CUDA remembers the error, and the next launch would raise it: this one does.
                 with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device=self._device)
-        return not failed
+                    torch.ones(1, device=self._device)
+                return False
+        self._locked.add(address)
+        return True
 
     def unlock_pages(self, address: int) -> None:
         with torch.cuda.device(self._device):
             cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             cuda.cudaHostUnregister(address)
+        self._locked.discard(address)
 
     def send(self, adapter: Adapter, again: Adapter | None = None) -> Arrived:
         host = buffer_of(adapter)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
             sent, there = placed(adapter, self._device, again)
-            if host is not None and host.is_pinned():
+            if host is not None and self._is_locked(host):
                 there.copy_(host, non_blocking=True)
             else:
                 parts = distinct(adapter) if host is None else [host]
@@ -129,6 +129,10 @@ class CudaLink:
             # waits for this event.
             event = self._copy_done()
         return Arrived(sent, event, there)
+
+    def _is_locked(self, host: Tensor) -> bool:
+        """Return whether a copy from this memory leaves the host free."""
+        return host.data_ptr() in self._locked or host.is_pinned()
 
     def _stages(self, nbytes: int) -> list[Tensor]:
         """Return page-locked staging buffers, which torch's allocator keeps from the last time."""
