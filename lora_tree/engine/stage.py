@@ -107,100 +107,75 @@ class Stage:
             is_fresh = is_fresh or self._tree[node].fresh is not None
         if is_fresh:
             settle_fresh(self._tree, self._base, nodes, self._binder.own_value)
-        # The cache keeps these adapters until the pins are released, on any way out.
-        pins, prepared = self._pinned(request, owed, nodes)
-        try:
-            adapters, placed = self._placed(request, owed, pins.adapters)
-            prepared.clear()  # `placed` has the plan now
-            weights, beside = self._parts(request, placed)
-            return Behaviour(request, placed, weights, beside, pins, adapters)
-        except BaseException:
-            pins.release()
-            raise
-
-    def _pinned(
-        self, request: Request, owed: Sequence[tuple[str, str, Weight]], nodes: Iterable[str]
-    ) -> tuple[Pins, list[PlacedPlan]]:
-        """Pin a request's adapters; while a file's hash is not known yet, prepare what follows.
-
-        `compose` finds again what was prepared, as for a path that was used before. It goes if the
-        hash is wrong.
-
-        Returns:
-            the pins, and the plan if it was made: it may be kept by nothing else until then.
-        """
+        lineages = None
+        if not isinstance(request.asked, tuple):
+            lineages = partial(self._tree.counting_lineages, request.asked)
+        # A plan that was made before a file's hash was known. `placed` finds it again, as that of a
+        # path that was used before.
         prepared: list[PlacedPlan] = []
-        looked = False
-
-        def ahead(adapters: Mapping[str, Adapter], are_all: bool) -> None:
-            nonlocal looked
-            looked = True
-            try:
-                prepared.extend(self._look_ahead(request, owed, adapters, are_all))
-            except Warning:
-                raise  # the caller made warnings errors, and each is given once
-            except Exception:
-                # If the hash is right `compose` meets it again. If not, the wrong files are the
-                # error.
-                return
-
+        ahead = partial(self._look_ahead, request, owed, lineages, prepared)
         try:
-            return self._pin(nodes, ahead), prepared
+            # The cache keeps these adapters until the pins are released, on any way out.
+            pins = self._pin(nodes, ahead)
         except BaseException:
-            if looked:
+            if prepared:
                 # What was made of an adapter that may not be used would keep its memory.
                 prepared.clear()
                 self._binder.forget()
                 if not self.beside.permanent:
                     self.beside.forget()
             raise
+        try:
+            adapters: dict[str, Adapter] = {}
+            terms: list[tuple[str, Weight, Adapter]] = []
+            for name, node, weight in owed:
+                if node not in pins.adapters:
+                    continue  # a group
+                adapters[node] = self._factors.shown(node, pins.adapters[node])
+                terms.append((name, weight, adapters[node]))
+            placed = self._binder.placed(terms, lineages)
+            weights, beside = self._parts(request, placed)
+            return Behaviour(request, placed, weights, beside, pins, adapters)
+        except BaseException:
+            pins.release()
+            raise
 
     def _look_ahead(
         self,
         request: Request,
         owed: Sequence[tuple[str, str, Weight]],
-        adapters: Mapping[str, Adapter],
-        are_all: bool,
-    ) -> list[PlacedPlan]:
-        """Bind adapters, make their plan and lay it out; with some missing, bind these alone.
-
-        Return the plan, if it was made.
-        """
-        if not are_all:
-            for _, node, _ in owed:
-                if node in adapters:
-                    shown = self._factors.shown(node, adapters[node])
-                    self._binder.bind(tree_node(node), shown)
-            return []
-        _, placed = self._placed(request, owed, adapters)
-        if request.rows is None and request.mode != "merged":
-            self.beside.look_ahead(placed)
-        return [placed]
-
-    def _placed(
-        self,
-        request: Request,
-        owed: Sequence[tuple[str, str, Weight]],
+        lineages: Callable[[], list[list[str]]] | None,
+        prepared: list[PlacedPlan],
         found: Mapping[str, Adapter],
-    ) -> tuple[dict[str, Adapter], PlacedPlan]:
-        """Return the adapters that a request shows, and its plan.
+        are_all: bool,
+    ) -> None:
+        """Prepare a request while one of its files is hashed; see `Ahead`.
 
         Args:
-            request: the request.
-            owed: its nodes; see `_owed`.
+            request, owed, lineages: what `compose` makes.
+            prepared: gets the plan, if all adapters are there: nothing else may keep it.
             found: node → adapter.
+            are_all: none is missing.
         """
-        adapters: dict[str, Adapter] = {}
-        terms: list[tuple[str, Weight, Adapter]] = []
-        for name, node, weight in owed:
-            if node not in found:
-                continue  # a group
-            adapters[node] = self._factors.shown(node, found[node])
-            terms.append((name, weight, adapters[node]))
-        lineages = None
-        if not isinstance(request.asked, tuple):
-            lineages = partial(self._tree.counting_lineages, request.asked)
-        return adapters, self._binder.placed(terms, lineages)
+        try:
+            terms: list[tuple[str, Weight, Adapter]] = []
+            for name, node, weight in owed:
+                if node in found:
+                    terms.append((name, weight, self._factors.shown(node, found[node])))
+            if not are_all:
+                # Most of the work is a binding's, and an adapter is bound once.
+                for name, _, adapter in terms:
+                    self._binder.bind(tree_node(name), adapter)
+                return
+            placed = self._binder.placed(terms, lineages)
+            prepared.append(placed)
+            if request.rows is None and request.mode != "merged":
+                self.beside.look_ahead(placed)
+        except Warning:
+            raise  # the caller made warnings errors, and each is given once
+        except Exception:
+            # If the hash is right, `compose` meets it again. If not, the wrong files are the error.
+            return
 
     def _owed(self, request: Request) -> list[tuple[str, str, Weight]]:
         """Return (name in the plan, node, its coefficient). In a batch every node counts once: its

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NoReturn, TypeAlias
 
@@ -31,7 +31,7 @@ from .arithmetic import exact_mode
 from .batch import Batch, tree_node
 from .batch_axis import BatchAxis
 from .behaviour import RoutedRows
-from .factor_tables import FactorTables, PlanTables
+from .factor_tables import FactorTables
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
@@ -101,21 +101,6 @@ class SidePaths:
         self.of.run(self)
 
 
-@dataclass(eq=False)
-class _Drafts:
-    """The side paths of a plan that are to be laid out.
-
-    Args:
-        of: one for each site.
-        devices: where they compute.
-        tables: what kernels read; None: no kernel runs there.
-    """
-
-    of: list[Draft] = field(default_factory=list)
-    devices: set[torch.device] = field(default_factory=set)
-    tables: PlanTables | None = None
-
-
 class Unmerged:
     """The hooks that run side paths.
 
@@ -182,9 +167,30 @@ class Unmerged:
                 module.
             BudgetError: there is no room for them; names the nodes.
         """
-        plan = placed.plan
-        if not plan.terms:
+        if not placed.plan.terms:
             return self.nothing
+        sides = self._sides(placed)
+        assert sides is not None, "only what is made ahead may be left out"
+        return SidePaths(self, placed.plan, sides, placed.plan.mark)
+
+    def look_ahead(self, placed: PlacedPlan) -> None:
+        """Check one path or blend, and lay out what takes no room, for `lay_out` to find.
+
+        Raises:
+            MergedOnly, BaseMismatch: as `lay_out`.
+        """
+        plan = placed.plan
+        if plan.terms and plan.fixed and not plan.overrides:
+            self._sides(placed, ahead=True)
+
+    def _sides(self, placed: PlacedPlan, *, ahead: bool = False) -> Sides | None:
+        """Return the side paths of a plan, those of before where they are kept and still right.
+
+        Args:
+            placed: the plan.
+            ahead: return None instead of laying out what takes room.
+        """
+        plan = placed.plan
         # The dtypes, because a side path is laid out for the weight's, and the base may be cast.
         key = plan, placed.dtypes
         sides = self._kept.again(key) or self._in_place.again(key)
@@ -198,34 +204,14 @@ class Unmerged:
             if plan.overrides:
                 check_grounds(plan)
             check_beside(placed, kinds)
-            sides = self._laid_out(placed, self._drafts(placed, kinds))
-            self._keep(placed, sides)
-        return SidePaths(self, plan, sides, plan.mark)
-
-    def look_ahead(self, placed: PlacedPlan) -> None:
-        """Check one path or blend, and lay out what kernels read in place, for `lay_out` to find.
-
-        Raises:
-            MergedOnly, BaseMismatch: as `lay_out`.
-        """
-        plan = placed.plan
-        if not plan.terms or not plan.fixed or plan.overrides:
-            return
-        kinds = side_kinds(plan, self._manner.dtype)
-        check_beside(placed, kinds)
-        drafts = self._drafts(placed, kinds)
-        if not any(draft.stacks for draft in drafts.of):
-            self._keep(placed, self._laid_out(placed, drafts))
-
-    def _keep(self, placed: PlacedPlan, sides: Sides) -> None:
-        plan = placed.plan
-        # Anybody may write to factors that train, so nothing made of them is kept.
-        if plan.fixed:
-            # To drop what takes no memory makes no room, if the cache has an evicted adapter's
-            # memory back though a plan refers to it.
-            is_free = not sides.nbytes and self._ledger.reclaims and plan.lies_in_buffers
-            kept = self._in_place if is_free else self._kept
-            kept.keep((plan, placed.dtypes), sides)
+            sides = self._laid_out(placed, kinds, ahead=ahead)
+            # Anybody may write to factors that train, so nothing made of them is kept.
+            if sides is not None and plan.fixed:
+                # To drop what takes no memory makes no room, if the cache has an evicted adapter's
+                # memory back though a plan refers to it.
+                is_free = not sides.nbytes and self._ledger.reclaims and plan.lies_in_buffers
+                (self._in_place if is_free else self._kept).keep(key, sides)
+        return sides
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> SidePaths:
         """Check the nodes of a batch, and return its side paths.
@@ -252,28 +238,26 @@ class Unmerged:
         if ordinary and placed.plan.fixed:
             self._finite[placed.plan] = checked
 
-    def _drafts(self, placed: PlacedPlan, kinds: Mapping[str, SideKind]) -> _Drafts:
-        """Return the side paths of a plan before they are laid out."""
-        plan = placed.plan
-        found = _Drafts()
-        for name, terms in plan.terms.items():
-            draft = Draft(plan.sites[name], terms, kinds[name], trains=placed.trains)
-            found.of.append(draft)
-            found.devices.add(draft.device)
-        if any(map(routes, found.devices)):
-            found.tables = self._tables.of(plan)
-            read_in_place(found.of, found.tables)
-        return found
-
-    def _laid_out(self, placed: PlacedPlan, drafts: _Drafts) -> Sides:
+    def _laid_out(
+        self, placed: PlacedPlan, kinds: Mapping[str, SideKind], *, ahead: bool
+    ) -> Sides | None:
         plan, laid = placed.plan, Sides()
-        laid.tables = drafts.tables
+        drafts: list[Draft] = []
+        devices: set[torch.device] = set()
         total = 0
+        for name, terms in plan.terms.items():
+            drafts.append(Draft(plan.sites[name], terms, kinds[name], trains=placed.trains))
+            devices.add(drafts[-1].device)
+        if any(map(routes, devices)):
+            laid.tables = tables = self._tables.of(plan)
+            read_in_place(drafts, tables)
         stacked = []
-        for draft in drafts.of:
+        for draft in drafts:
             if draft.stacks:
                 stacked.append(draft)
                 total += draft.nbytes
+        if ahead and stacked:
+            return None
         # Made before they are counted, since only then it shows which of them had to be copied.
         overridden = grounds_of(plan) if plan.overrides else {}
         grounds = {}
@@ -289,12 +273,12 @@ class Unmerged:
         laid.nbytes = total
         portions = _portions(stacked)
         sides: dict[str, PathSide] = {}
-        with exact_mode(*drafts.devices):
+        with exact_mode(*devices):
             for device, nbytes, portion in portions:
                 slab = Slab(lend(nbytes, device))
                 for draft in portion:
                     sides[draft.site.name] = PathSide(draft, self._manner, slab)
-            for draft in drafts.of:
+            for draft in drafts:
                 name = draft.site.name
                 side = sides.get(name) or PathSide(draft, self._manner)
                 laid[name] = GroundedSide(grounds[name], side) if name in grounds else side
