@@ -4,6 +4,7 @@ after it.
     224 sites in a Llama of 32 layers, paths three nodes deep, siblings in turn
     time     of the processor, from `activate(path)` to the launch, and from there to its return
     device   host memory: kernels are taken for there, and do nothing
+    pristine copies beside the weights, or undo logs
 
 On a GPU the device waits for what comes before the launch, and works during what comes after it.
 Run it with ``python -m benchmarks.switching``.
@@ -11,6 +12,7 @@ Run it with ``python -m benchmarks.switching``.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +40,7 @@ class Switched:
     Args:
         before: from the call to the launch.
         after: from the launch to the return.
-        laid_out: how many launches were laid out; one that is kept runs again.
+        laid_out: how many launches from copies were laid out; one that is kept runs again.
     """
 
     before: list[float] = field(default_factory=list)
@@ -56,17 +58,30 @@ class _NoLaunch:
         self._note()
 
 
+class _NoKernel:
+    """A kernel of undo logs that writes nothing, and notes when it was to run."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self._note = note
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: self._note()
+
+
 def _no_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
     """Return what a sampler's place takes: it makes the same numbers every time."""
     return lambda: torch.zeros(64 * len(tensors), dtype=torch.int16)
 
 
-def switched(layers: int = SIZE.layers, *, repeats: int = SIZE.repeats) -> Switched:
+def switched(
+    layers: int = SIZE.layers, *, repeats: int = SIZE.repeats, logged: bool = False
+) -> Switched:
     """Return what the switches between two siblings took.
 
     Args:
         layers: of the base, with seven sites each.
         repeats: how many switches are counted.
+        logged: by undo logs, for which Triton has to be there, instead of copies.
     """
     size = replace(SIZE, layers=layers)
     model = base(size, torch.bfloat16)
@@ -74,16 +89,24 @@ def switched(layers: int = SIZE.layers, *, repeats: int = SIZE.repeats) -> Switc
     seen = Switched()
     launched: list[float] = []
 
+    def note() -> None:
+        launched.append(time.process_time())
+
     def lay_out(parts: Sequence[object]) -> _NoLaunch:
         seen.laid_out += 1
-        return _NoLaunch(lambda: launched.append(time.process_time()))
+        return _NoLaunch(note)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch("lora_tree.engine.merged.usable", return_value=True))
         stack.enter_context(mock.patch("lora_tree.engine.watch.usable", return_value=True))
         stack.enter_context(mock.patch("lora_tree.engine.merged.merge_launch", lay_out))
         stack.enter_context(mock.patch("lora_tree.engine.watch.sample_launch", _no_samples))
-        attached = lt.attach(adapters, model)
+        if logged:
+            stack.enter_context(mock.patch("lora_tree.engine.pristine.logs", return_value=True))
+            stack.enter_context(mock.patch("lora_tree.engine.tile_log.logs", return_value=True))
+            kernel = "lora_tree.engine.kernels.undo._kernel"
+            stack.enter_context(mock.patch(kernel, _NoKernel(note)))
+        attached = lt.attach(adapters, model, pristine="log" if logged else "auto")
         # The copies are made, and what is kept of a switch.
         for path in (START, SIBLING, START, SIBLING):
             attached.activate(path)
@@ -93,16 +116,22 @@ def switched(layers: int = SIZE.layers, *, repeats: int = SIZE.repeats) -> Switc
             attached.activate((START, SIBLING)[i % 2])
             end = time.process_time()
             seen.before.append(launched[0] - start)
-            seen.after.append(end - launched[0])
+            seen.after.append(end - launched[-1])
         attached.detach()
     return seen
 
 
 def main() -> None:
-    """Print the two medians."""
-    seen = switched()
-    before, after = 1e3 * statistics.median(seen.before), 1e3 * statistics.median(seen.after)
-    print(f"siblings: {before:.2f} ms of the host before the launch, {after:.2f} ms after it")
+    """Print the medians."""
+    for what, logged in (("copies", False), ("undo logs", True)):
+        if logged and importlib.util.find_spec("triton") is None:
+            continue
+        seen = switched(logged=logged)
+        before, after = 1e3 * statistics.median(seen.before), 1e3 * statistics.median(seen.after)
+        print(
+            f"siblings, {what}: {before:.2f} ms of the host before the launch, "
+            f"{after:.2f} ms after it"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 from dataclasses import replace
 from functools import cache
@@ -244,6 +245,9 @@ def test_a_switch_seen_before_lays_nothing_out_and_is_timed_on_both_sides_of_its
     seen = switching.switched(1, repeats=4)
     assert (seen.laid_out, len(seen.before), len(seen.after)) == (2, 4, 4)
     assert min(seen.before) > 0.0
+    if importlib.util.find_spec("triton") is not None:
+        logged = switching.switched(1, repeats=4, logged=True)
+        assert (len(logged.before), len(logged.after)) == (4, 4)
 
 
 def test_manual_pages_that_are_not_installed_are_skipped(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import lora_tree as lt
 from lora_tree.engine import undo_log
-from lora_tree.engine.kernels import BARE, LogMemory, LogPart, MergeTerm
+from lora_tree.engine.kernels import BARE, NO_TERMS, LogMemory, LogPart, MergeTerm
+from lora_tree.engine.kernels.log_part import WIDTH
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -32,8 +33,10 @@ def merge() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def undo(merge: Any) -> Iterator[Any]:
-    # Its tiles and sums are those of `merge`, so it has to find the one for the interpreter.
+    # Its sums are those of `merge`, so it has to find the one for the interpreter. There numpy
+    # multiplies, and a product's bits depend on its width, so both have tiles of one width.
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "COLUMNS", WIDTH)
         patch.setitem(sys.modules, "lora_tree.engine.kernels.merge", merge)
         yield from interpreted("undo")
 
@@ -46,6 +49,7 @@ SHAPES = [
     ((1, 64, 128), (16,), False),
     ((1, 70, 130), (3, 20), False),
     ((3, 65, 34), (8, 8), False),
+    ((2, 66, 33), (8,), False),  # no pairs
     ((1, 10, 600), (1, 2), True),
 ]
 
@@ -62,24 +66,55 @@ def test_weights_go_from_terms_to_terms_in_place_and_come_back(
         held.append(each.pristine.clone())
         height = merge.ROWS[factor]
         memories.append(LogMemory.of(each.pristine, height, share=1))
-        old.append((BARE, ()))
+        old.append((BARE, NO_TERMS))
     for state, scale in enumerate((0.001, 0.01, 0.001, 0.0), 1):
         parts, wanted = [], []
         for i, (shape, ranks, turned) in enumerate(SHAPES):
             each = part(weight, factor, shape, ranks, turned=turned)
             terms = [MergeTerm(t.left, t.right, t.scale * scale) for t in each.terms if scale]
             states = old[i][0], state if terms else BARE
-            parts.append(LogPart(held[i], memories[i], old[i][1], terms, states))
+            laid = undo.lay_terms(terms, shape[0])
+            parts.append(LogPart(held[i], memories[i], old[i][1], laid, states))
             merged = type(each)(each.weight, own[i], terms)
             wanted.append(exact(merged))
             if terms:
                 merge.lay_out_parts([merged], interpreted=True).run()
                 wanted[-1] = merged.weight
-            old[i] = (states[1], terms)
+            old[i] = (states[1], laid)
         assert undo.rewrite(parts, interpreted=True) == [False] * len(SHAPES)
         for mine, theirs in zip(held, wanted, strict=True):
             assert torch.equal(raw(mine), raw(theirs.to(weight))), "the bits of a merge"
     assert all(torch.equal(raw(a), raw(b)) for a, b in zip(held, own, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 128), (2, 65, 70)], ids=str)
+def test_terms_of_any_number_of_slots_follow_one_another(
+    undo: Any, merge: Any, shape: tuple[int, int, int]
+) -> None:
+    """Slots are filled up where old and new have not as many; their scales may differ or not."""
+    own = part(torch.float16, torch.float16, shape, (1,)).pristine
+    held, memory = own.clone(), LogMemory.of(own, 64, share=1)
+    history = [
+        ((16,), (0.01,)),
+        ((3, 20, 8), (0.01, 0.01, 0.01)),
+        ((8, 8), (0.01, -0.003)),
+        ((3, 20, 8, 40), (0.01, 0.01, -0.02, 0.01)),  # more slots than are unrolled
+        ((1,), (0.02,)),
+    ]
+    state, old = BARE, NO_TERMS
+    for number, (ranks, scales) in enumerate(history, 1):
+        merged = part(torch.float16, torch.float16, shape, ranks, scales=scales)
+        merged = type(merged)(merged.weight, own, merged.terms)
+        merge.lay_out_parts([merged], interpreted=True).run()
+        new = undo.lay_terms(merged.terms, shape[0])
+        one = LogPart(held, memory, old, new, (state, number))
+        assert undo.rewrite([one], interpreted=True) == [False]
+        assert torch.equal(raw(held), raw(merged.weight)), ranks
+        state, old = number, new
+    assert undo.rewrite(
+        [LogPart(held, memory, old, NO_TERMS, (state, BARE))], interpreted=True
+    ) == [False]
+    assert torch.equal(raw(held), raw(own))
 
 
 @pytest.mark.parametrize("weight", [torch.float32, torch.float16], ids=str)
@@ -87,54 +122,74 @@ def test_the_codes_and_exceptions_are_those_of_stock_operations(
     undo: Any, merge: Any, weight: torch.dtype
 ) -> None:
     draw = torch.Generator().manual_seed(3)
-    own = (torch.randn(1, 64, 128, generator=draw) * 0.02).to(weight)
+    own = (torch.randn(1, 64, 64, generator=draw) * 0.02).to(weight)
     own[0, 0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 65504.0])
     # Small whole numbers: their products are exact in any order.
     left = torch.randint(-3, 4, (1, 64, 8), generator=draw).half()
-    right = torch.randint(-3, 4, (1, 8, 128), generator=draw).half()
+    right = torch.randint(-3, 4, (1, 8, 64), generator=draw).half()
     held, memory = own.clone(), LogMemory.of(own, 64, share=1)
-    terms = [MergeTerm(left, right, 2.0**-9)]
-    assert undo.rewrite([LogPart(held, memory, (), terms, (BARE, 1))], interpreted=True) == [False]
+    laid = undo.lay_terms([MergeTerm(left, right, 2.0**-9)], 1)
+    put_in = LogPart(held, memory, NO_TERMS, laid, (BARE, 1))
+    assert undo.rewrite([put_in], interpreted=True) == [False]
     delta = (left.float() @ right.float() * 2.0**-9)[0]
     after = (own[0].float() + delta).to(weight)
     log = undo_log._encoded(own[0], after, delta, (), 1)
     assert torch.equal(raw(held[0]), raw(after))
-    assert torch.equal(memory.codes.flatten(), log.codes)
-    count = int(memory.counts[0])
-    assert count == len(log.places) > 0
-    assert torch.equal(memory.places[0, :count].int(), log.places)
-    assert torch.equal(memory.bits[0, :count], log.bits)
+    # Byte j of 32 columns has columns j, j + 8, j + 16 and j + 24, where stock operations take four
+    # that lie side by side; and a code of 1 is stored as 0.
+    by_byte = memory.codes.view(64, 2, 1, 8) ^ 0x55
+    codes = [(by_byte >> (2 * i)) & 3 for i in range(4)]
+    by_column = torch.cat(codes, dim=2).flatten()
+    found = {}
+    for row in range(64):
+        begin, end = memory.ends[0, row : row + 2].tolist()
+        for i in range(begin, end):
+            found[64 * row + int(memory.columns[0, i])] = int(memory.bits[0, i])
+    assert len(found) == end > 0
+    # A pair's second number is in the reach of the first one's carry if that is an exception.
+    carried = {place + 1 for place in found if place % 2 == 0 and weight != torch.float32}
+    wanted = dict(zip(log.places.tolist(), log.bits.tolist(), strict=True))
+    assert {p: b for p, b in found.items() if p not in carried} == {
+        p: b for p, b in wanted.items() if p not in carried
+    }
+    assert all(int(raw(own).flatten()[place]) == bits for place, bits in found.items())
+    differ = (by_column != undo_log._unpacked(log.codes, 64 * 64)).nonzero().flatten().tolist()
+    assert set(differ) <= carried
+    assert int(memory.depths[0]) == memory.ends[0].int().diff().max()
 
 
 def test_a_tile_without_room_is_left_as_it_was_and_says_so(undo: Any, merge: Any) -> None:
     draw = torch.Generator().manual_seed(3)
     own = torch.randn(1, 130, 260, generator=draw).half()
-    own[0, :64, :128] *= 1e-4  # the first tile loses its numbers in the increment
+    own[0, :64, :64] *= 1e-4  # the first tile loses its numbers in the increment
     held, memory = own.clone(), LogMemory.of(own, 64)
     left, right = torch.randn(1, 130, 4, generator=draw), torch.randn(1, 4, 260, generator=draw)
-    terms = [MergeTerm(left.half(), right.half(), 0.002)]
-    assert undo.rewrite([LogPart(held, memory, (), terms, (BARE, 7))], interpreted=True) == [True]
+    laid = undo.lay_terms([MergeTerm(left.half(), right.half(), 0.002)], 1)
+    put_in = LogPart(held, memory, NO_TERMS, laid, (BARE, 7))
+    assert undo.rewrite([put_in], interpreted=True) == [True]
     assert memory.states.tolist()[0] == BARE
     assert set(memory.states.tolist()[1:]) == {7}
-    assert torch.equal(held[0, :64, :128], own[0, :64, :128])
+    assert torch.equal(held[0, :64, :64], own[0, :64, :64])
     assert not torch.equal(held, own)
-    assert undo.rewrite([LogPart(held, memory, terms, (), (7, BARE))], interpreted=True) == [False]
+    take_out = LogPart(held, memory, laid, NO_TERMS, (7, BARE))
+    assert undo.rewrite([take_out], interpreted=True) == [False]
     assert torch.equal(held, own)
 
 
 # ---------------------------------------------------------------------- a whole model
 @pytest.fixture
 def rewritten(undo: Any, merge: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Logs are written by the kernel, as on CUDA; the number of parts of every launch."""
+    """Logs are written by the kernel, as on CUDA; the parts of every launch that is laid out."""
     launched: list[int] = []
 
-    def rewrite(parts: list[LogPart]) -> Any:
+    def launch(parts: list[LogPart]) -> Any:
         launched.append(len(parts))
-        return undo.rewrite(parts, interpreted=True)
+        return undo.lay_out_logs(parts, interpreted=True)
 
     monkeypatch.setattr("lora_tree.engine.tile_log.logs", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.pristine.logs", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.tile_log.rewrite_logs", rewrite)
+    monkeypatch.setattr("lora_tree.engine.tile_log.log_launch", launch)
+    monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", undo.lay_terms)
     monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
     monkeypatch.setattr(
         "lora_tree.engine.merged.merge_launch",
@@ -178,6 +233,41 @@ def test_every_history_ends_in_the_bits_of_a_fresh_model(rewritten: list[int], p
     assert same(bits(base), bare)
 
 
+def test_terms_are_laid_out_once_for_a_plan_while_its_factors_stay_where_they_are(
+    rewritten: list[int], undo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, base = small()
+    laid = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal laid
+        laid += 1
+        return undo.lay_terms(*args)
+
+    monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", counted)
+    model = lt.attach(tree, base, pristine="log")
+    model.activate("a/b")
+    merged = bits(base)
+    model.activate("d")
+    before = laid
+    for path in ("a/b", "d", "a/b"):
+        model.activate(path)
+    launches = len(rewritten)
+    for path in ("d", "a/b", "d", "a/b"):
+        model.activate(path)
+        assert same(bits(base), merged) == (path == "a/b")
+    assert len(rewritten) == launches, "known launches run again"
+    model.activate("")
+    model.activate("a/b")
+    assert len(rewritten) > launches, "a log's memory is another one after that"
+    assert laid == before
+    assert same(bits(base), merged)
+    # As if a cache had evicted the adapters since, and sent them to other places.
+    monkeypatch.setattr("lora_tree.engine.plan.Plan.places", lambda plan: (1,))
+    model.activate("d")
+    assert laid > before
+
+
 def test_a_switch_that_is_cut_off_is_taken_back(
     rewritten: list[int], undo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,16 +278,21 @@ def test_a_switch_that_is_cut_off_is_taken_back(
     before = bits(base)
     turns = iter([True])
 
-    def failing(parts: list[LogPart]) -> Any:
-        found = undo.rewrite(parts, interpreted=True)
+    real = undo.LogLaunch.run
+
+    def failing(launch: Any) -> Any:
+        found = real(launch)
         if next(turns, False):
             raise KeyboardInterrupt  # everything is written, and nobody has noted it
         return found
 
+    # In the second round the launch is one that was kept.
+    model.activate("d")
+    model.activate("a/b")
     for start, kept in (("a/b", before), ("", bare)):
         model.activate(start)
         turns = iter([True])
-        monkeypatch.setattr("lora_tree.engine.tile_log.rewrite_logs", failing)
+        monkeypatch.setattr(undo.LogLaunch, "run", failing)
         with pytest.raises(KeyboardInterrupt):
             model.activate("d")
         assert model.active == start

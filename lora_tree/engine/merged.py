@@ -25,7 +25,7 @@ from .mergeable import Mergeable
 from .plan import EMPTY_PLAN, OverrideTerms, Plan
 from .pristine import Place, Pristine, Source
 from .switches import KeptSwitches, SiteWrite, Switch, Writes
-from .tile_log import LogWrite, TileLog, write_logs
+from .tile_log import LaidPlans, LogWrite, TileLog, write_logs
 from .undo_log import UndoLog, add_in_blocks, can_log
 
 __all__ = ["MergedWeights"]
@@ -47,6 +47,7 @@ class MergedWeights:
         self._scratch = Scratch()
         self._switches = KeptSwitches()
         self._launches = Launches()
+        self._laid = LaidPlans()
         self.pristine = Pristine(place)
         self._begin: Callable[[Switch], Mapping[tuple[int, str], Source]]
         self._begin = _in_place if self._in_place else self.pristine.begin
@@ -209,10 +210,10 @@ class MergedWeights:
             # A site that becomes the base's own takes a sum there as well.
             bare, merged = Writes(()), Writes((*bare.each, *merged.each))
         if launched:
-            bare = self._write_logs(bare, sources, begun, done)
+            bare = self._write_logs(bare, sources, begun, done, plan)
         self._write_each(bare, sources, begun, done)
         if launched:
-            merged = self._write_logs(merged, sources, begun, done)
+            merged = self._write_logs(merged, sources, begun, done, plan)
             merged = self._launch(merged, sources, launched, begun, done, plan)
         self._write_each(merged, sources, begun, done)
 
@@ -236,6 +237,7 @@ class MergedWeights:
         sources: Mapping[tuple[int, str], Source],
         begun: list[SiteWrite],
         done: list[SiteWrite],
+        plan: Plan | None,
     ) -> Writes:
         """Write the weights whose logs a kernel writes, together; return the other writes."""
         if not self.pristine.has_logged:
@@ -243,6 +245,7 @@ class MergedWeights:
         others: list[SiteWrite] = []
         mine: list[SiteWrite] = []
         logged: list[LogWrite] = []
+        laid = self._laid.of(plan)
         for write in writes.each:
             name = write.site.weight_name
             log = sources.get((id(write.site.module), name))
@@ -250,11 +253,10 @@ class MergedWeights:
                 others.append(write)
                 continue
             target = _target(write, name)
-            values = [term.scaled.to(device=target.device) for term in write.new]
-            logged.append(LogWrite(log, target, values))
+            logged.append(LogWrite.of(log, target, write.new, laid.terms))
             mine.append(write)
         begun += mine
-        write_logs(logged, self._scratch)
+        write_logs(logged, self._scratch, laid)
         if logged:
             # Autograd does not see a kernel's write: a backward that saved a weight must be told.
             increment_version([each.weight for each in logged])

@@ -2,20 +2,24 @@
 
     log.write      one weight
     write_logs     those of a switch: one launch for all that lie alike, in place
+    LaidPlans      the terms of the last plans as the kernel takes them, kept with the plans
 
 A tile knows which terms it has in it, by a number, so that a switch that was cut off half-way, or
 in which a tile has no room for its exceptions, is taken back tile by tile. Then the log gets more
 room. Terms that the kernel does not cover take the log of stock operations, which this one is too.
 
-The memory is 1/8 of a 16-bit weight for the codes, and 1.6 % for the exceptions that
-tiles have room for at first. While nothing is merged there is none.
+The memory is 1/8 of a 16-bit weight for the codes, and 2 % for the exceptions that tiles have room
+for at first. While nothing is merged there is none.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
@@ -23,19 +27,25 @@ from ..sites import Site
 from .arithmetic import Scratch
 from .kernels import (
     BARE,
+    NO_TERMS,
     SHARE,
+    LaidTerms,
+    LogLaunch,
     LogMemory,
     LogPart,
-    MergeTerm,
-    lie_of,
+    lay_terms,
     log_height,
+    log_launch,
     logs,
-    rewrite_logs,
 )
 from .launches import part_of
+from .plan import Plan, Terms
 from .undo_log import UndoLog, unshared
 
-__all__ = ["LogWrite", "TileLog", "write_logs"]
+__all__ = ["LaidPlans", "LogWrite", "TileLog", "write_logs"]
+
+KEPT = 8
+"""Launches of one plan: each begins from what another plan left, in one of two states."""
 
 GROWTH = 4
 """How many times the room of a tile grows when it is too little."""
@@ -52,9 +62,8 @@ class TileLog(UndoLog):
     def __init__(self, site: Site, weight: Tensor) -> None:
         super().__init__(site, weight)
         # The terms of the states that tiles may be in, beside `BARE`.
-        self._states: dict[int, Sequence[MergeTerm]] = {}
+        self._states: dict[int, LaidTerms] = {}
         self._memory: LogMemory | None = None
-        self._last_state = BARE
         self.is_cut_off = False
         """Tiles may be in different states, because a launch failed or found no room."""
 
@@ -65,7 +74,8 @@ class TileLog(UndoLog):
 
     def write(self, weight: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
         """``weight ← round_once(W0 + Σ values)``, in place; no values: W0."""
-        write_logs([LogWrite(self, weight, values)], scratch)
+        laid, _ = _laid(self, weight, values)
+        write_logs([LogWrite(self, weight, values, laid)], scratch)
 
     def write_stock(self, weight: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
         """Do the same with stock operations; nothing that the kernel wrote is in the weight."""
@@ -79,14 +89,15 @@ class TileLog(UndoLog):
         # The states are the only thing that changes on the way to the base's own numbers.
         memory = replace(self._memory, states=self._memory.states.clone())
         for state, terms in self._states.items():
-            rewrite_logs([LogPart(self.site.rows(found), memory, terms, (), (state, BARE))])
+            part = LogPart(self.site.rows(found), memory, terms, NO_TERMS, (state, BARE))
+            log_launch([part]).run()
         return found.to(weight.device)
 
     # ------------------------------------------------------------------ for `write_logs`
     def lie(self) -> object:
         """Return how the terms lie that are in the weight; None if there are none."""
         for terms in self._states.values():
-            return lie_of(terms)
+            return terms.lie
         return None
 
     def come_home(self, weight: Tensor, scratch: Scratch) -> None:
@@ -105,26 +116,39 @@ class TileLog(UndoLog):
         if self._memory is None:
             return []
         rows, memory = self.site.rows(weight), self._memory
-        return [LogPart(rows, memory, old, (), (n, BARE)) for n, old in self._states.items()]
+        return [LogPart(rows, memory, old, NO_TERMS, (n, BARE)) for n, old in self._states.items()]
 
-    def part_in(self, weight: Tensor, new: Sequence[MergeTerm], share: int) -> LogPart:
+    def part_in(self, write: LogWrite, share: int) -> LogPart:
         """Return the part that puts terms in the place of those that are in the weight.
 
         Args:
-            weight: the weight.
-            new: the terms, which lie as the old ones do; not empty.
+            write: the terms, which lie as the old ones do; not empty.
             share: a tile has room for one exception in so many numbers, at least.
         """
-        rows = self.site.rows(weight)
+        new = write.laid
+        assert new is not None
+        assert new.lie is not None
+        rows = self.site.rows(write.weight)
         memory = self._memory
         if memory is None:
-            memory = LogMemory.of(rows, log_height(new), share=share)
-        ((state, old),) = self._states.items() or [(BARE, ())]
-        self._last_state += 1
-        # Noted before the launch: if that is cut off, tiles are in either state.
-        self._memory, self.is_cut_off = memory, True
-        self._states = {**self._states, self._last_state: new}
-        return LogPart(rows, memory, old, new, (state, self._last_state))
+            memory = LogMemory.of(rows, log_height(new.lie[0]), share=share)
+        ((state, old),) = self._states.items() or [(BARE, NO_TERMS)]
+        # Two numbers are enough, and with them a launch between two plans can be run again.
+        after = 2 if state == 1 else 1
+        self._memory = memory
+        self.begin(after, new)
+        return LogPart(rows, memory, old, new, (state, after))
+
+    def begin(self, after: int, new: LaidTerms) -> None:
+        """Note that tiles are in either state now: the launch that follows may be cut off."""
+        self.is_cut_off = True
+        self._states = {**self._states, after: new}
+
+    def holds(self, memory: LogMemory | None, state: int, terms: LaidTerms | None) -> bool:
+        """Return whether all tiles have these terms in them, by this number in this memory."""
+        if memory is None or self._memory is not memory or self.is_cut_off:
+            return False
+        return len(self._states) == 1 and self._states.get(state) is terms
 
     def settled(self, state: int) -> None:
         """Note that all tiles are in one state now."""
@@ -137,6 +161,10 @@ class TileLog(UndoLog):
         self._states, self._memory, self.is_cut_off = {}, None, False
 
 
+Where: TypeAlias = tuple[str, int, torch.dtype]
+"""A site's name, and where its weight is, in which dtype."""
+
+
 @dataclass(frozen=True, eq=False)
 class LogWrite:
     """``weight ← round_once(W0 + Σ values)`` by a log.
@@ -144,26 +172,174 @@ class LogWrite:
     Args:
         log: the weight's.
         weight: what is written.
-        values: on the weight's device; none: W0.
+        values: on the weight's device; read only if the kernel does not cover them.
+        laid: the values as the kernel takes them; None if it does not cover them.
     """
 
     log: TileLog
     weight: Tensor
     values: Sequence[LowRank]
+    laid: LaidTerms | None
 
-    def terms(self) -> Sequence[MergeTerm] | None:
-        """Return the values as the kernel takes them; None if it does not cover them."""
-        values = [unshared(value) for value in self.values]
-        if not values:
-            return ()
-        if not logs(self.weight.device):
-            return None
-        coefficients = [(value, 1.0) for value in values]
-        found = part_of(self.log.site, self.weight, self.weight, coefficients)
-        return None if found is None else found[0].terms
+    @staticmethod
+    def of(
+        log: TileLog,
+        weight: Tensor,
+        terms: Terms,
+        known: dict[Where, LaidTerms],
+    ) -> LogWrite:
+        """Return the write of a plan's terms, which are laid out if they are not known.
+
+        Args:
+            log: the weight's.
+            weight: what is written.
+            terms: of the site, on any device; none: W0.
+            known: the terms of a plan that were laid out before; gets these.
+        """
+        where = log.site.name, weight.data_ptr(), weight.dtype
+        laid = known.get(where)
+        if laid is not None:
+            return LogWrite(log, weight, (), laid)
+        values = [term.scaled for term in terms]
+        laid, is_copied = _laid(log, weight, values)
+        if laid is None:
+            here = [value.to(device=weight.device) for value in values]
+            return LogWrite(log, weight, here, None)
+        # Copies live as long as they are merged, and no longer.
+        if not is_copied:
+            known[where] = laid
+        return LogWrite(log, weight, (), laid)
 
 
-def write_logs(writes: Sequence[LogWrite], scratch: Scratch) -> None:
+def _laid(log: TileLog, weight: Tensor, values: Sequence[LowRank]) -> tuple[LaidTerms | None, bool]:
+    """Return values as the kernel takes them, and whether any factor was copied for that.
+
+    None if the kernel does not cover them.
+    """
+    if not values:
+        return NO_TERMS, False
+    if not logs(weight.device):
+        return None, False
+    alone = [unshared(value) for value in values]
+    found = part_of(log.site, weight, weight, [(value, 1.0) for value in alone])
+    if found is None:
+        return None, False
+    part, is_copied = found
+    for before, after in zip(values, alone, strict=True):
+        is_copied = is_copied or before is not after
+    return lay_terms(part.terms, len(part.weight)), is_copied
+
+
+class LaidPlans:
+    """What was laid out for the kernel of the last plans.
+
+    Reading the addresses and the layout of a plan's factors takes longer than the switch itself, so
+    it is done once; and a launch from one plan to another is run again while everything is where it
+    was.
+    """
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[Plan, LaidPlan] = weakref.WeakKeyDictionary()
+
+    def of(self, plan: Plan | None) -> LaidPlan:
+        """Return what was laid out for a plan, to which more may be added.
+
+        Args:
+            plan: the plan; None if nothing is to be kept.
+        """
+        if plan is None:
+            return LaidPlan(())
+        places = plan.places()
+        found = self._of.get(plan)
+        # An adapter that was evicted since, and sent again, may lie elsewhere.
+        if found is None or found.places != places:
+            found = self._of[plan] = LaidPlan(places)
+        return found
+
+
+class LaidPlan:
+    """What was laid out for one plan.
+
+    Args:
+        places: where the adapters of the plan lay.
+    """
+
+    def __init__(self, places: tuple[int, ...]) -> None:
+        self.places = places
+        self.terms: dict[Where, LaidTerms] = {}
+        """Those of its sites, as far as they were written."""
+        self._launches: list[_KeptLogLaunch] = []
+
+    def find(self, writes: Sequence[LogWrite]) -> _KeptLogLaunch | None:
+        """Return the launch that makes some writes from what their logs hold now; None if it is not
+        known.
+        """
+        for known in self._launches:
+            if len(known.parts) == len(writes) and all(map(_KeptPart.fits, known.parts, writes)):
+                return known
+        return None
+
+    def keep(self, launch: LogLaunch, parts: Sequence[LogPart], writes: Sequence[LogWrite]) -> None:
+        """Keep a launch for `find`; the oldest go."""
+        known = {id(laid) for laid in self.terms.values()}
+        for part in parts:
+            # Factors that were copied go when they are no longer merged, and so does the memory of
+            # a log whose weight is bare.
+            if id(part.new) not in known or not part.old.terms:
+                return
+        kept = [_KeptPart.of(part, write) for part, write in zip(parts, writes, strict=True)]
+        self._launches = [*self._launches[1 - KEPT :], _KeptLogLaunch(launch, kept)]
+
+
+@dataclass(frozen=True, eq=False)
+class _KeptLogLaunch:
+    """A launch from one plan to another, and what has to be as it was for it to be run again."""
+
+    launch: LogLaunch
+    parts: Sequence[_KeptPart]
+
+    def run(self, writes: Sequence[LogWrite]) -> list[LogWrite]:
+        """Make the writes; return those that had tiles without room."""
+        for part, write in zip(self.parts, writes, strict=True):
+            write.log.begin(part.after, part.new)
+        short = self.launch.run()
+        again = []
+        for part, write, is_short in zip(self.parts, writes, short, strict=True):
+            if is_short:
+                again.append(write)
+            else:
+                write.log.settled(part.after)
+        return again
+
+
+@dataclass(frozen=True, eq=False)
+class _KeptPart:
+    """A weight's part of a kept launch.
+
+    It keeps nothing alive: neither a log's memory, nor the factors of the plan before.
+    """
+
+    memory: weakref.ref[LogMemory]
+    before: int
+    old: weakref.ref[LaidTerms]
+    after: int
+    new: LaidTerms
+    address: int
+
+    @staticmethod
+    def of(part: LogPart, write: LogWrite) -> _KeptPart:
+        address = write.weight.data_ptr()
+        memory, old = weakref.ref(part.memory), weakref.ref(part.old)
+        before, after = part.states
+        return _KeptPart(memory, before, old, after, part.new, address)
+
+    def fits(self, write: LogWrite) -> bool:
+        if write.laid is not self.new or write.weight.data_ptr() != self.address:
+            return False
+        return write.log.holds(self.memory(), self.before, self.old())
+
+
+def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | None = None) -> None:
     """Write many weights, in place.
 
     If this fails half-way, calling it again with other values finds every weight as it is.
@@ -171,37 +347,54 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch) -> None:
     Args:
         writes: no weight twice.
         scratch: buffers for weights that the kernel does not cover.
+        plan: what was laid out before for the plan that is written; gets more.
+    """
+    known = None if plan is None else plan.find(writes)
+    if known is not None:
+        pending, share = known.run(writes), SHARE // GROWTH
+        _take_out(pending)
+    else:
+        pending, share = _made_ready(writes, scratch), SHARE
+    while pending:
+        parts = [write.log.part_in(write, share) for write in pending]
+        launch = log_launch(parts)
+        if plan is not None and len(parts) == len(writes):
+            plan.keep(launch, parts, writes)
+        again = []
+        for write, part, is_short in zip(pending, parts, launch.run(), strict=True):
+            if is_short:
+                again.append(write)
+            else:
+                write.log.settled(part.states[1])
+        _take_out(again)
+        pending, share = again, max(share // GROWTH, 1)
+
+
+def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
+    """Bring weights to where a kernel can put new terms in, and write those that it does not cover;
+    return the others.
     """
     stock: list[LogWrite] = []
-    pending: list[tuple[LogWrite, Sequence[MergeTerm]]] = []
+    pending: list[LogWrite] = []
     out: list[LogWrite] = []
     for write in writes:
-        log, new = write.log, write.terms()
+        log, new = write.log, write.laid
         log.come_home(write.weight, scratch)
-        if new is None:
-            stock.append(write)
-        elif new:
-            pending.append((write, new))
         if not log.is_bare:
             log.write_stock(write.weight, (), scratch)
+        if new is None or not new.terms:
+            out.append(write)
+            if new is None:
+                stock.append(write)
+            continue
+        pending.append(write)
         # From terms that lie otherwise there is no way but by the base's own numbers.
-        if not new or log.is_cut_off or log.lie() not in (None, lie_of(new)):
+        if log.is_cut_off or log.lie() not in (None, new.lie):
             out.append(write)
     _take_out(out)
     for write in stock:
         write.log.write_stock(write.weight, write.values, scratch)
-    share = SHARE
-    while pending:
-        parts = [write.log.part_in(write.weight, new, share) for write, new in pending]
-        short = rewrite_logs(parts)
-        again = []
-        for (write, new), part, is_short in zip(pending, parts, short, strict=True):
-            if is_short:
-                again.append((write, new))
-            else:
-                write.log.settled(part.states[1])
-        _take_out([write for write, _ in again])
-        pending, share = again, max(share // GROWTH, 1)
+    return pending
 
 
 def _take_out(writes: Sequence[LogWrite]) -> None:
@@ -211,6 +404,6 @@ def _take_out(writes: Sequence[LogWrite]) -> None:
         parts = [write.log.parts_out(write.weight)[turn : turn + 1] for write in writes]
         now = [part for found in parts for part in found]
         if now:
-            rewrite_logs(now)
+            log_launch(now).run()
     for write in writes:
         write.log.settled(BARE)

@@ -4,11 +4,12 @@ A merge loses nothing but its rounding. With D the increment of a path,
 
     W' = round(W0 + D)        what the weight holds
     guess = round(W' − D)     which is W0, or a neighbour of it
-    code = ord(W0) − ord(guess) + 1
+    code = bits(W0) − bits(guess) + 1
 
-where ord counts the representable numbers in their order. Nearly all codes are 0, 1, 2 or 3. The
-others are exceptions: a list of places and of W0's own bits. A switch from path to path takes a
-block, computes the old increment and W0, then the new increment, W' and the codes.
+where bits are those of a number as an integer: of two numbers of one sign that are neighbours they
+differ by 1. Nearly all codes are 0, 1, 2 or 3. The others are exceptions: a list of places and of
+W0's own bits. A switch from path to path takes a block, computes the old increment and W0, then the
+new increment, W' and the codes.
 
 Law: D is computed with the same bits again, from the same factors in blocks of the same shape; so a
 log holds the factors of what is merged, a copy of those that train, and the number of threads.
@@ -265,8 +266,8 @@ def _encoded(
         delta: the increment, in the dtype of the sum; it is written over.
         values, threads: what it was made of.
     """
-    codes = _ordinals(own)
-    codes -= _guess(after, delta)
+    codes = _guess(after, delta)
+    torch.sub(_bits(own), codes, out=codes)
     codes += 1
     flat = codes.view(-1)
     # A code that does not fit has a bit outside of the lowest two.
@@ -278,40 +279,23 @@ def _encoded(
 
 def _decoded(block: Tensor, delta: Tensor, log: _BlockLog) -> Tensor:
     """Return a block's own numbers; ``delta`` is written over."""
-    ordinals = _guess(block, delta)
-    flat = ordinals.view(-1)
+    bits = _guess(block, delta)
+    flat = bits.view(-1)
     flat += _unpacked(log.codes, len(flat))
     flat -= 1
-    bits = _swapped(ordinals)
-    bits.view(-1)[log.places.long()] = log.bits
+    flat[log.places.long()] = log.bits
     return bits.view(block.dtype)
 
 
 def _guess(after: Tensor, delta: Tensor) -> Tensor:
-    """Return ord(round(after − delta)); ``delta`` is written over."""
+    """Return the bits of round(after − delta), in new memory or in that of ``delta``."""
     torch.sub(after, delta, out=delta)
-    return _ordinals(delta.to(after.dtype))
+    return _bits(delta.to(after.dtype))
 
 
-def _ordinals(numbers: Tensor) -> Tensor:
-    """Return how far numbers are from 0 in the order of all that their dtype represents.
-
-    −0 is −1, so that no two bits share an ordinal.
-
-    >>> _ordinals(torch.tensor([0.0, -0.0, 2.0**-149])).tolist()
-    [0, -1, 1]
-    """
-    return _swapped(numbers.view(INTEGERS[numbers.element_size()]))
-
-
-def _swapped(bits: Tensor) -> Tensor:
-    """Return the ordinals of bits, or the bits of ordinals: it is its own inverse."""
-    last = bits.element_size() * 8 - 1
-    # All bits but the sign are flipped where it is set.
-    mask = bits >> last
-    mask &= (1 << last) - 1
-    mask ^= bits
-    return mask
+def _bits(numbers: Tensor) -> Tensor:
+    """Return the bits of numbers as integers; they share their memory."""
+    return numbers.view(INTEGERS[numbers.element_size()])
 
 
 def _packed(codes: Tensor) -> Tensor:

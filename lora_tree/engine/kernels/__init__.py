@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .factor_table import FIELDS, FactorTable, can_route
-from .log_part import BARE, SHARE, LogMemory, LogPart, lie_of
+from .log_part import BARE, NO_TERMS, SHARE, LaidTerms, LogMemory, LogPart
 from .part import MergePart, MergeTerm, can_merge
 from .segments import Segments, SegmentSizes, room_for, segment_numbers
 from .tiling import Tiling, group_of
@@ -32,9 +32,12 @@ from .tiling import Tiling, group_of
 __all__ = [
     "BARE",
     "FIELDS",
+    "NO_TERMS",
     "SHARE",
     "FactorTable",
+    "LaidTerms",
     "Launch",
+    "LogLaunch",
     "LogMemory",
     "LogPart",
     "MergePart",
@@ -46,11 +49,11 @@ __all__ = [
     "can_merge",
     "can_route",
     "group_of",
-    "lie_of",
+    "lay_terms",
     "log_height",
+    "log_launch",
     "logs",
     "merge_launch",
-    "rewrite_logs",
     "room_for",
     "routed_kernels",
     "routes",
@@ -65,6 +68,14 @@ class Launch(Protocol):
 
     def run(self) -> None:
         """Write all of them; the device works on while this returns."""
+        ...
+
+
+class LogLaunch(Protocol):
+    """Weights and their undo logs laid out for a kernel."""
+
+    def run(self) -> list[bool]:
+        """Rewrite them in place; return which had tiles without room, which are as they were."""
         ...
 
 
@@ -116,20 +127,31 @@ def merge_launch(parts: Sequence[MergePart]) -> Launch:
     return launch
 
 
-def rewrite_logs(parts: Sequence[LogPart]) -> list[bool]:
-    """Rewrite weights and their undo logs in place; return which had tiles without room.
+def lay_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
+    """Lay the terms of a weight out for `log_launch`.
 
     Args:
-        parts: of devices for which `logs` is true; `can_merge` says yes to their terms.
+        terms: alike, in the order of the sum; `can_merge` says yes to them.
+        batch: matrices of the weight.
     """
-    rewrite: Callable[[Sequence[LogPart]], list[bool]]
-    rewrite = importlib.import_module(f"{__name__}.undo").rewrite
-    return rewrite(parts)
+    lay: Callable[[Sequence[MergeTerm], int], LaidTerms]
+    lay = importlib.import_module(f"{__name__}.undo").lay_terms
+    return lay(terms, batch)
 
 
-def log_height(terms: Sequence[MergeTerm]) -> int:
-    """Return the rows of a log's tile for some terms."""
-    height: int = importlib.import_module(f"{__name__}.merge").ROWS[lie_of(terms)[0]]
+def log_launch(parts: Sequence[LogPart]) -> LogLaunch:
+    """Lay parts of a switch by undo log out; weights of one kind share a launch.
+
+    Args:
+        parts: of devices for which `logs` is true.
+    """
+    launch: LogLaunch = importlib.import_module(f"{__name__}.undo").lay_out_logs(parts)
+    return launch
+
+
+def log_height(factors: torch.dtype) -> int:
+    """Return the rows of a log's tile for factors of some dtype."""
+    height: int = importlib.import_module(f"{__name__}.merge").ROWS[factors]
     return height
 
 

@@ -1,22 +1,38 @@
-"""LogPart: one weight of a switch by undo log, laid out as a kernel reads and writes it."""
+"""LogPart: one weight of a switch by undo log, laid out as a kernel reads and writes it.
+
+    codes      for every 32 columns of a row 8 bytes: byte j has columns j, j + 8, j + 16, j + 24
+    ends       for every row of a tile, where its exceptions end in the tile's list
+    columns    the list: which column of its row an exception is in
+    bits       the list: the base's own bits there
+
+The kernel holds these four columns of a row in one thread, so packing them moves nothing between
+threads. A list is sorted by rows: all rows of a tile are read and written at once, first the first
+exception of each, then the second.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..slab import Slab
 from .part import MergeTerm
 
-__all__ = ["BARE", "SHARE", "LogMemory", "LogPart", "lie_of"]
+__all__ = ["BARE", "NO_TERMS", "SHARE", "WIDTH", "LaidTerms", "LogMemory", "LogPart"]
 
 BARE = 0
 """The state of a tile that holds the base's own numbers."""
 
-WIDTH = 128
-"""Columns of a tile."""
+WIDTH = 64
+"""Columns of a tile: half as many as in `merge`, so that everything that a thread has to hold of a
+tile fits into its registers. It changes no bits: a number of a product depends on its row and its
+column alone.
+"""
 
 SHARE = 128
 """A tile has room for one exception in so many numbers at first."""
@@ -29,20 +45,20 @@ class LogMemory:
     """The memory of one weight's log, on its device.
 
     Args:
-        codes: (batch, rows, ⌈cols / 4⌉) uint8, four codes a byte.
+        codes: (batch, rows, 8 · ⌈cols / 32⌉) uint8, four codes a byte.
         states: (tiles,) int32: which terms a tile has in it, by the numbers that the log gave them.
-        counts: (tiles,) int32: how many exceptions it has.
-        places: (tiles, room) int16: where in the tile they are.
-        bits: (tiles, room): the base's own bits there.
-        height: rows of a tile.
+        depths: (tiles,) int32: how many exceptions the row with the most of them has.
+        ends: (tiles, 1 + height), of integers that count to the room: 0, and where each row ends.
+        columns: (tiles, room) uint8.
+        bits: (tiles, room): the base's own bits.
     """
 
     codes: Tensor
     states: Tensor
-    counts: Tensor
-    places: Tensor
+    depths: Tensor
+    ends: Tensor
+    columns: Tensor
     bits: Tensor
-    height: int
 
     @staticmethod
     def of(weight: Tensor, height: int, *, share: int = SHARE) -> LogMemory:
@@ -56,45 +72,74 @@ class LogMemory:
         batch, rows, cols = weight.shape
         tiles = batch * -(-rows // height) * -(-cols // WIDTH)
         room = -(-min(rows, height) * min(cols, WIDTH) // share)
-
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=weight.device)
-
-        return LogMemory(
-            empty(batch, rows, -(-cols // 4), dtype=torch.uint8),
-            torch.zeros(tiles, dtype=torch.int32, device=weight.device),
-            empty(tiles, dtype=torch.int32),
-            empty(tiles, room, dtype=torch.int16),
-            empty(tiles, room, dtype=INTEGERS[weight.itemsize]),
-            height,
+        counter = torch.uint8 if room <= torch.iinfo(torch.uint8).max else torch.int16
+        bits = INTEGERS[weight.itemsize]
+        # One allocation, because a base has hundreds of logs; zeros are wanted at its beginning.
+        zeros = ((torch.int32, (tiles,)), (counter, (tiles, height + 1)))
+        others = (
+            (torch.int32, (tiles,)),
+            (torch.uint8, (batch, rows, 8 * -(-cols // 32))),
+            (torch.uint8, (tiles, room)),
+            (bits, (tiles, room)),
         )
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in (*zeros, *others)]
+        takes = [Slab.takes(size) for size in sizes]
+        memory = torch.empty(sum(takes), dtype=torch.uint8, device=weight.device)
+        memory[: sum(takes[: len(zeros)])].zero_()
+        slab = Slab(memory)
+        states, ends, depths, codes, columns, exact = (
+            slab.cut(dtype, shape) for dtype, shape in (*zeros, *others)
+        )
+        return LogMemory(codes, states, depths, ends, columns, exact)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        tables = self.codes, self.states, self.counts, self.places, self.bits
-        return sum(table.nbytes for table in tables)
+        return sum(table.nbytes for table in self._tables)
 
-    @property
-    def tiles(self) -> int:
-        """How many tiles the weight has."""
-        return len(self.counts)
-
-    @property
+    @cached_property
     def room(self) -> int:
         """How many exceptions a tile has room for."""
-        return self.places.shape[1]
+        return self.columns.shape[1]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where its tensors are, in the order of the arguments."""
+        return tuple([table.data_ptr() for table in self._tables])
 
     @property
-    def addresses(self) -> list[int]:
-        """Where codes, states, counts, places and bits are."""
-        return [
-            self.codes.data_ptr(),
-            self.states.data_ptr(),
-            self.counts.data_ptr(),
-            self.places.data_ptr(),
-            self.bits.data_ptr(),
-        ]
+    def _tables(self) -> tuple[Tensor, ...]:
+        return self.codes, self.states, self.depths, self.ends, self.columns, self.bits
+
+
+@dataclass(frozen=True, eq=False)
+class LaidTerms:
+    """The terms of one weight, as numbers for the kernel's table.
+
+    It is made once and used in every switch from or to these terms: reading the address and the
+    layout of each factor takes longer than everything else that the host does in a switch.
+
+    Args:
+        terms: alike, in the order of the sum; they keep the factors alive.
+        slots: what `merge.add_slots` makes of them.
+        ratios: likewise.
+        scale: of the last slot.
+        lie: the factors' dtype, and whether they lie transposed; None if there are no terms.
+        aligned: whether all factors begin at multiples of 16 bytes, row by row.
+        even: whether all ratios are 1.
+    """
+
+    terms: Sequence[MergeTerm]
+    slots: tuple[int, ...]
+    ratios: tuple[float, ...]
+    scale: float
+    lie: tuple[torch.dtype, bool] | None
+    aligned: bool
+    even: bool
+
+
+NO_TERMS = LaidTerms((), (), (), 0.0, None, aligned=True, even=True)
+"""The base's own numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,24 +157,6 @@ class LogPart:
 
     weight: Tensor
     memory: LogMemory
-    old: Sequence[MergeTerm]
-    new: Sequence[MergeTerm]
+    old: LaidTerms
+    new: LaidTerms
     states: tuple[int, int]
-
-    @property
-    def lie(self) -> tuple[torch.dtype, bool, bool]:
-        """The factors' dtype, whether they lie transposed, and whether all are aligned."""
-        dtype, turned = lie_of(self.old or self.new)
-        aligned = True
-        for term in (*self.old, *self.new):
-            for factor in (term.left, term.right):
-                stride = factor.stride(-1 if turned else -2)
-                aligned = aligned and factor.data_ptr() % 16 == 0 and stride % 8 == 0
-                aligned = aligned and (len(factor) == 1 or factor.stride(0) % 16 == 0)
-        return dtype, turned, aligned
-
-
-def lie_of(terms: Sequence[MergeTerm]) -> tuple[torch.dtype, bool]:
-    """Return the dtype of some terms' factors, and whether they lie transposed."""
-    first = terms[0]
-    return first.left.dtype, first.left.stride(-1) != 1 or first.right.stride(-1) != 1

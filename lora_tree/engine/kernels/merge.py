@@ -39,12 +39,16 @@ __all__ = [
     "RANKS",
     "ROWS",
     "SLOT_FIELDS",
+    "UNROLLED",
     "MergeLaunch",
     "add_slots",
+    "is_aligned",
     "is_right_on",
     "lay_out_parts",
+    "left_tile",
     "merged_plainly",
     "part_of_program",
+    "right_tile",
     "summed_slots",
 ]
 
@@ -366,14 +370,17 @@ def _kind(part: MergePart) -> tuple[Any, ...]:
     turned = part.turned
     factors_aligned = True
     for term in part.terms:
-        aligned = _is_aligned(term.left, turned) and _is_aligned(term.right, turned)
+        aligned = is_aligned(term.left, turned) and is_aligned(term.right, turned)
         factors_aligned = factors_aligned and aligned
     slots = sum(-(-term.left.shape[-1] // RANKS) for term in part.terms)
     unrolled = slots if slots <= UNROLLED else 0
     return weight.device, weight.dtype, factor, turned, weights_aligned, factors_aligned, unrolled
 
 
-def _is_aligned(factor: Tensor, turned: bool) -> bool:
+def is_aligned(factor: Tensor, turned: bool) -> bool:
+    """Return whether a factor's rows, or if it is turned its columns, begin at multiples of 16
+    bytes.
+    """
     batch, stride = factor.stride(0), factor.stride(-1 if turned else -2)
     return factor.data_ptr() % 16 == 0 and stride % 8 == 0 and (len(factor) == 1 or batch % 16 == 0)
 

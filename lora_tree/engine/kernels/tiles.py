@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.standard import _sum_combine
+from triton.language.standard import _elementwise_max, _elementwise_min, _sum_combine
 from triton.runtime import driver
 
 try:
@@ -21,10 +21,12 @@ __all__ = [
     "added",
     "begin_next",
     "begins_early",
+    "greatest",
     "larger",
     "options_for",
     "products",
     "shared_bytes",
+    "smallest",
     "wait_for_last",
 ]
 
@@ -32,6 +34,9 @@ added = _sum_combine
 """Returns a sum, for ``tl.reduce`` and scans. `tl.sum` itself does not run in the interpreter. That
 knows this very function, and would take any other number by number.
 """
+
+smallest, greatest = _elementwise_min, _elementwise_max
+"""Return the smaller and the larger of two numbers, in the same way."""
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

@@ -1,0 +1,111 @@
+"""The kernel of undo logs compiles for a GPU, in every form in which it is launched, on any
+machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lora_tree.engine.kernels import undo
+from lora_tree.engine.kernels.log_part import WIDTH
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+
+SHARED_BYTES = {90: (227 << 10) // 3 - 1024, 89: 99 << 10}
+"""Compute capability → the shared memory that a program may have: on an H100 three are to share a
+multiprocessor, and each takes 1 KiB more.
+"""
+
+
+def compiled(folder: Path, capability: int, **changes: Any) -> Any:
+    """Compile the kernel for bf16 factors over a bf16 weight, but for some changes."""
+    constants = {
+        "WEIGHT": tl.bfloat16,
+        "INTEGER": tl.int16,
+        "COUNTER": tl.uint8,
+        "FACTOR": tl.bfloat16,
+        "TURNED": False,
+        "WEIGHTS_ALIGNED": True,
+        "FACTORS_ALIGNED": True,
+        "PAIRS": True,
+        "HAS_OLD": True,
+        "HAS_NEW": True,
+        "SLOTS": 3,
+        "EVEN": True,
+        "FULL": True,
+        "PRECISION": "tf32x3",
+        "WIDEN": False,
+        "ROWS": 64,
+        "COLUMNS": WIDTH,
+        "RANKS": undo.RANKS,
+        "TILES": undo.TILES,
+        "STAGES": undo.STAGES,
+        "POLICY": undo.POLICY,
+        "FIELDS": undo.FIELDS,
+        "SLOT_FIELDS": undo.SLOT_FIELDS,
+        **changes,
+    }
+    types = {"table": "*i64", "flags": "*i32"}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], Any] = {}
+    fixed: dict[tuple[int], Any] = {}
+    for i, parameter in enumerate(undo._kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name], fixed[i,] = "constexpr", constants[name]
+            continue
+        signature[name] = types.get(name, "i32")
+        if name in types:
+            attributes[i,] = [["tt.divisibility", 16]]
+    assert len(fixed) == len(constants)
+    source = ASTSource(undo._kernel, signature, constexprs=fixed, attrs=attributes)
+    options = {"num_warps": undo.WARPS, "maxnreg": undo.REGISTERS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+SINGLE = {"PAIRS": False, "WEIGHT": tl.float32, "INTEGER": tl.int32, "PRECISION": "ieee"}
+WIDE = {"FACTOR": tl.float32, "ROWS": 32}
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"HAS_OLD": False},
+        {"HAS_NEW": False},
+        {"SLOTS": 0, "EVEN": False},
+        {"SLOTS": 4, "EVEN": False, "FULL": False, "COUNTER": tl.int16},
+        {"WEIGHT": tl.float16, "FACTOR": tl.float16, "TURNED": True},
+        {**WIDE, "FULL": False},
+        {**SINGLE, **WIDE},
+        SINGLE,
+        {"PAIRS": False, "FULL": False, "WEIGHTS_ALIGNED": False},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "usual",
+)
+def test_every_form_compiles_and_fits_into_shared_memory(
+    changes: dict[str, Any], capability: int, tmp_path: Path
+) -> None:
+    binary = compiled(tmp_path, capability, **changes)
+    assert binary.metadata.shared <= SHARED_BYTES[capability]
+
+
+def test_the_next_tile_is_on_its_way_while_one_is_computed(tmp_path: Path) -> None:
+    """Weights, codes and factors are copied ahead; a loop that Triton sees would prevent it."""
+    text = compiled(tmp_path, 90).asm["ttgir"]
+    inner = text[text.index("scf.for") :]
+    assert inner.count("async_copy_global_to_local") >= 2 + 2 * 3
+    assert "tt.load %at" not in inner
