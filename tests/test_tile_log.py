@@ -73,7 +73,7 @@ def test_weights_go_from_terms_to_terms_in_place_and_come_back(
             each = part(weight, factor, shape, ranks, turned=turned)
             terms = [MergeTerm(t.left, t.right, t.scale * scale) for t in each.terms if scale]
             states = old[i][0], state if terms else BARE
-            laid = undo.lay_terms(terms, shape[0])
+            laid = undo.lay_out_terms(terms, shape[0])
             parts.append(LogPart(held[i], memories[i], old[i][1], laid, states))
             merged = type(each)(each.weight, own[i], terms)
             wanted.append(exact(merged))
@@ -106,7 +106,7 @@ def test_terms_of_any_number_of_slots_follow_one_another(
         merged = part(torch.float16, torch.float16, shape, ranks, scales=scales)
         merged = type(merged)(merged.weight, own, merged.terms)
         merge.lay_out_parts([merged], interpreted=True).run()
-        new = undo.lay_terms(merged.terms, shape[0])
+        new = undo.lay_out_terms(merged.terms, shape[0])
         one = LogPart(held, memory, old, new, (state, number))
         assert undo.rewrite([one], interpreted=True) == [False]
         assert torch.equal(raw(held), raw(merged.weight)), ranks
@@ -128,7 +128,7 @@ def test_the_codes_and_exceptions_are_those_of_stock_operations(
     left = torch.randint(-3, 4, (1, 64, 8), generator=draw).half()
     right = torch.randint(-3, 4, (1, 8, 64), generator=draw).half()
     held, memory = own.clone(), LogMemory.of(own, 64, share=1)
-    laid = undo.lay_terms([MergeTerm(left, right, 2.0**-9)], 1)
+    laid = undo.lay_out_terms([MergeTerm(left, right, 2.0**-9)], 1)
     put_in = LogPart(held, memory, NO_TERMS, laid, (BARE, 1))
     assert undo.rewrite([put_in], interpreted=True) == [False]
     delta = (left.float() @ right.float() * 2.0**-9)[0]
@@ -164,7 +164,7 @@ def test_a_tile_without_room_is_left_as_it_was_and_says_so(undo: Any, merge: Any
     own[0, :64, :64] *= 1e-4  # the first tile loses its numbers in the increment
     held, memory = own.clone(), LogMemory.of(own, 64)
     left, right = torch.randn(1, 130, 4, generator=draw), torch.randn(1, 4, 260, generator=draw)
-    laid = undo.lay_terms([MergeTerm(left.half(), right.half(), 0.002)], 1)
+    laid = undo.lay_out_terms([MergeTerm(left.half(), right.half(), 0.002)], 1)
     put_in = LogPart(held, memory, NO_TERMS, laid, (BARE, 7))
     assert undo.rewrite([put_in], interpreted=True) == [True]
     assert memory.states.tolist()[0] == BARE
@@ -189,7 +189,7 @@ def rewritten(undo: Any, merge: Any, monkeypatch: pytest.MonkeyPatch) -> list[in
     monkeypatch.setattr("lora_tree.engine.tile_log.logs", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.pristine.logs", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.tile_log.log_launch", launch)
-    monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", undo.lay_terms)
+    monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", undo.lay_out_terms)
     monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
     monkeypatch.setattr(
         "lora_tree.engine.merged.merge_launch",
@@ -242,7 +242,7 @@ def test_terms_are_laid_out_once_for_a_plan_while_its_factors_stay_where_they_ar
     def counted(*args: Any) -> Any:
         nonlocal laid
         laid += 1
-        return undo.lay_terms(*args)
+        return undo.lay_out_terms(*args)
 
     monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", counted)
     model = lt.attach(tree, base, pristine="log")
@@ -278,7 +278,7 @@ def test_a_switch_that_is_cut_off_is_taken_back(
     before = bits(base)
     turns = iter([True])
 
-    real = undo.LogLaunch.run
+    real = undo.LaidLogs.run
 
     def failing(launch: Any) -> Any:
         found = real(launch)
@@ -292,7 +292,7 @@ def test_a_switch_that_is_cut_off_is_taken_back(
     for start, kept in (("a/b", before), ("", bare)):
         model.activate(start)
         turns = iter([True])
-        monkeypatch.setattr(undo.LogLaunch, "run", failing)
+        monkeypatch.setattr(undo.LaidLogs, "run", failing)
         with pytest.raises(KeyboardInterrupt):
             model.activate("d")
         assert model.active == start

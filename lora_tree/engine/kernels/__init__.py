@@ -135,7 +135,7 @@ def lay_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
         batch: matrices of the weight.
     """
     lay: Callable[[Sequence[MergeTerm], int], LaidTerms]
-    lay = importlib.import_module(f"{__name__}.undo").lay_terms
+    lay = importlib.import_module(f"{__name__}.undo").lay_out_terms
     return lay(terms, batch)
 
 

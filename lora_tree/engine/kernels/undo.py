@@ -55,7 +55,7 @@ from .merge import (
 from .part import MergePart, MergeTerm, on
 from .tiles import TYPES, added, greatest, smallest
 
-__all__ = ["LogLaunch", "is_exact_on", "lay_out_logs", "lay_terms", "rewrite"]
+__all__ = ["LaidLogs", "is_exact_on", "lay_out_logs", "lay_out_terms", "rewrite"]
 
 TILES = 16
 """Tiles, side by side in the same rows, that a program does one after the other."""
@@ -508,7 +508,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             tl.store(states + tile, new_state)
 
 
-def lay_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
+def lay_out_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
     """Lay the terms of a weight out, for any number of switches.
 
     Args:
@@ -530,7 +530,7 @@ def lay_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
     return LaidTerms(terms, tuple(slots), tuple(ratios), scale, lie, aligned, even)
 
 
-class LogLaunch:
+class LaidLogs:
     """Parts laid out for the kernel, to be run whenever their weights and logs are as they say.
 
     It holds addresses, and none of the memory that they lead to.
@@ -570,7 +570,7 @@ class LogLaunch:
         return torch.zeros(len(self._order), dtype=torch.int32, device=device)
 
 
-def lay_out_logs(parts: Sequence[LogPart], *, interpreted: bool = False) -> LogLaunch:
+def lay_out_logs(parts: Sequence[LogPart], *, interpreted: bool = False) -> LaidLogs:
     """Lay parts out: one launch for all that lie alike on one device.
 
     Args:
@@ -586,7 +586,7 @@ def lay_out_logs(parts: Sequence[LogPart], *, interpreted: bool = False) -> LogL
     for kind, group in alike.items():
         calls.append(_call(kind, [parts[i] for i in group], len(order), interpreted))
         order += group
-    return LogLaunch(calls, order, [kind.device for kind in alike])
+    return LaidLogs(calls, order, [kind.device for kind in alike])
 
 
 def rewrite(parts: Sequence[LogPart], *, interpreted: bool = False) -> list[bool]:
@@ -749,8 +749,8 @@ def is_exact_on(device: torch.device) -> bool:
 
     weight = normal(1, 96, 160)
     own, merged = weight.clone(), torch.empty_like(weight)
-    first = lay_terms([MergeTerm(normal(1, 96, 24), normal(1, 24, 160), 0.01)], 1)
-    other = lay_terms([MergeTerm(normal(1, 96, 8), normal(1, 8, 160), 0.02)], 1)
+    first = lay_out_terms([MergeTerm(normal(1, 96, 24), normal(1, 24, 160), 0.01)], 1)
+    other = lay_out_terms([MergeTerm(normal(1, 96, 8), normal(1, 8, 160), 0.02)], 1)
     memory = LogMemory.of(weight, ROWS[torch.bfloat16], share=1)
     history = (NO_TERMS, first, other, first, NO_TERMS)
     right = True
