@@ -36,6 +36,10 @@ BATCHES = [
     (8, 8, 2, 128),
     (64, 8, 2, 16),
     (64, 64, 8, 1),
+    # Rows that don't divide evenly among the paths.
+    (8, 5, 2, 1),
+    (52, 8, 2, 1),
+    (52, 8, 2, 8),
 ]
 SHAPES = [(1024, 1024), (1024, 2816), (2048, 2048)]
 RANK = 16
@@ -109,7 +113,7 @@ def _owed(rows: int, paths: int, middle: int, into: int, out: int) -> Owed:
     for path in nodes:
         value = lt.LowRank(torch.randn(RANK, into), torch.randn(out, RANK))
         tree.add(path, adapter=lt.Adapter({"0": value}))
-    routed = tree.leaves() * (rows // paths)
+    routed = (tree.leaves() * rows)[:rows]
     random.Random(0).shuffle(routed)
     batch = Batch.of(tree, routed)
     site = find_site(nn.Sequential(nn.Linear(into, out)), "0")

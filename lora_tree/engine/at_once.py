@@ -43,7 +43,8 @@ class AllPathsForm(SumForm):
     """One batched product over the distinct paths, or over the rows.
 
     It needs as many rows in each part. If the paths don't have that, each row is a part, and has a
-    copy of its path's factors: on two cores that is still faster than a product for each path.
+    copy of its path's factors: that is still faster than a product for each path
+    (`python -m benchmarks.forms`).
     """
 
     def __init__(self, owed: Owed) -> None:
