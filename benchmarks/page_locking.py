@@ -74,7 +74,7 @@ def _read_and_locked(file: Path, link: CudaLink) -> None:
 
 def _copy(to: Tensor, stage: Tensor) -> torch.cuda.Event:
     to.copy_(stage, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
 
