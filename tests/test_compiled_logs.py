@@ -59,7 +59,7 @@ def compiled(folder: Path, capability: int, **changes: Any) -> Any:
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], Any] = {}
     fixed: dict[tuple[int], Any] = {}
-    for i, parameter in enumerate(undo._kernel.params):
+    for i, parameter in enumerate(undo.rewrite_logged.params):
         name = parameter.name
         if name in constants:
             signature[name], fixed[i,] = "constexpr", constants[name]
@@ -68,7 +68,7 @@ def compiled(folder: Path, capability: int, **changes: Any) -> Any:
         if name in types:
             attributes[i,] = [["tt.divisibility", 16]]
     assert len(fixed) == len(constants)
-    source = ASTSource(undo._kernel, signature, constexprs=fixed, attrs=attributes)
+    source = ASTSource(undo.rewrite_logged, signature, constexprs=fixed, attrs=attributes)
     options = {"num_warps": undo.WARPS, "maxnreg": undo.REGISTERS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))

@@ -30,13 +30,17 @@ SOURCES = Path(lt.__file__).parent / "engine/kernels"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
 
+SHARED = ("merge", "tiles", "undo_kernel", "undo_numbers")
+"""Modules of the kernels that others take functions from."""
+
+
 def interpreted(name: str) -> Iterator[Any]:
     """A kernel's module, loaded once more for the interpreter: Triton looks at the variable when it
     decorates.
     """
     with pytest.MonkeyPatch.context() as patch:
         # What it takes from these is decorated anew, too; other tests keep those for the compiler.
-        shared = [f"lora_tree.engine.kernels.{module}" for module in ("merge", "tiles")]
+        shared = [f"lora_tree.engine.kernels.{module}" for module in SHARED]
         for module in shared:
             importlib.import_module(module)
         for module in shared:
