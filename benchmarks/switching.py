@@ -104,7 +104,7 @@ def switched(
         if logged:
             stack.enter_context(mock.patch("lora_tree.engine.pristine.logs", return_value=True))
             stack.enter_context(mock.patch("lora_tree.engine.tile_log.logs", return_value=True))
-            kernel = "lora_tree.engine.kernels.undo._kernel"
+            kernel = "lora_tree.engine.kernels.undo.rewrite_logged"
             stack.enter_context(mock.patch(kernel, _NoKernel(note)))
         attached = lt.attach(adapters, model, pristine="log" if logged else "auto")
         # The copies are made, and what is kept of a switch.
