@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..upload import uploaded
 from .part import MergePart, MergeTerm, on
+from .slots import increment_tile, left_tiles
 from .tiles import TYPES
 
 __all__ = [
@@ -45,11 +46,8 @@ __all__ = [
     "is_aligned",
     "is_right_on",
     "lay_out_parts",
-    "left_tile",
     "merged_plainly",
     "part_of_program",
-    "right_tile",
-    "summed_slots",
 ]
 
 COLUMNS, RANKS = 128, 16
@@ -73,81 +71,6 @@ POLICY = "evict_first"
 
 PART_FIELDS, SLOT_FIELDS = 8, 7
 """Numbers that the table has for each."""
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def left_tile(  # type: ignore[no-untyped-def]
-    fields,
-    batch,
-    r,
-    rows,
-    FACTOR: tl.constexpr,
-    TURNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """A slot's left tile (rows, ranks), zeros outside; and its right factor: address, stride and
-    ranks.
-    """
-    left = tl.load(fields).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 5)
-    right = tl.load(fields + 1).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 6)
-    ranks = tl.load(fields + 2).to(tl.int32)
-    stride = tl.load(fields + 3).to(tl.int32)
-    right_stride = tl.load(fields + 4).to(tl.int32)
-    if ALIGNED:
-        left = tl.multiple_of(left, 16)
-        right = tl.multiple_of(right, 16)
-        stride = tl.multiple_of(stride, 8)
-        right_stride = tl.multiple_of(right_stride, 8)
-    k = tl.arange(0, RANKS)
-    # where it is turned, a column of it lies in one piece
-    at = r[:, None] + k[None, :] * stride if TURNED else r[:, None] * stride + k[None, :]
-    x = tl.load(left + at, mask=(r[:, None] < rows) & (k[None, :] < ranks), other=0.0)
-    return x, right, right_stride, ranks
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def right_tile(  # type: ignore[no-untyped-def]
-    right, stride, ranks, c, cols, TURNED: tl.constexpr, RANKS: tl.constexpr
-):
-    """A slot's right tile (ranks, columns), zeros outside."""
-    k = tl.arange(0, RANKS)
-    at = k[:, None] + c[None, :] * stride if TURNED else k[:, None] * stride + c[None, :]
-    return tl.load(right + at, mask=(k[:, None] < ranks) & (c[None, :] < cols), other=0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def summed_slots(  # type: ignore[no-untyped-def]
-    slot_table,
-    ratios,
-    slots,
-    batch,
-    r,
-    rows,
-    c,
-    cols,
-    FACTOR: tl.constexpr,
-    TURNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    SLOT_FIELDS: tl.constexpr,
-):
-    """A tile (rows, columns) of an increment in fp32, but for the scale of its last slot."""
-    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    for slot in range(slots):
-        here = slot_table + slot * SLOT_FIELDS
-        x, right, stride, count = left_tile(here, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS)
-        y = right_tile(right, stride, count, c, cols, TURNED, RANKS)
-        if WIDEN:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        total *= tl.load(ratios + slot)
-        total = tl.dot(x, y, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit
@@ -212,51 +135,20 @@ def _kernel(  # type: ignore[no-untyped-def]
     matrix = batch.to(tl.int64) * rows * cols
     r = (within // groups) * ROWS + tl.arange(0, ROWS)
     start = (within % groups) * TILES * COLUMNS
-    if (
-        SLOTS > 0
-    ):  # few: their left tiles, and where their right ones are, serve for all tiles of this program
-        xs = ()
-        rights = ()
-        strides = ()
-        counts = ()
-        factors = ()
-        for i in tl.static_range(SLOTS):
-            here = slot_table + i * SLOT_FIELDS
-            x, right, stride, count = left_tile(
-                here, batch, r, rows, FACTOR, TURNED, FACTORS_ALIGNED, RANKS
-            )
-            if WIDEN:
-                x = x.to(tl.float32)
-            # Sums of tuples, because Triton unpacks no tuple into another.
-            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
-            rights = rights + (right,)  # type: ignore[assignment]  # noqa: RUF005
-            strides = strides + (stride,)  # type: ignore[assignment]  # noqa: RUF005
-            counts = counts + (count,)  # type: ignore[assignment]  # noqa: RUF005
-            factors = factors + (tl.load(ratios + i),)  # type: ignore[assignment]  # noqa: RUF005
+    lefts = left_tiles(
+        slot_table, ratios, batch, r, rows,
+        SLOTS, FACTOR, TURNED, FACTORS_ALIGNED, WIDEN, RANKS, SLOT_FIELDS,
+    )  # fmt: skip
     for begin in range(start, tl.minimum(start + TILES * COLUMNS, cols), COLUMNS):
         c = begin + tl.arange(0, COLUMNS)
         inside = (r[:, None] < rows) & (c[None, :] < cols)
         offsets = r[:, None] * cols + c[None, :]
         base = tl.load(pristine + matrix + offsets, mask=inside, other=0.0, eviction_policy=POLICY)
-        if SLOTS > 0:
-            total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-            # All are loaded before the first is multiplied, so that their latencies overlap.
-            ys = ()
-            for i in tl.static_range(SLOTS):
-                y = right_tile(rights[i], strides[i], counts[i], c, cols, TURNED, RANKS)
-                if WIDEN:
-                    y = y.to(tl.float32)
-                ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005
-            for i in tl.static_range(SLOTS):
-                if i > 0:
-                    total *= factors[i]
-                total = tl.dot(xs[i], ys[i], total, input_precision=PRECISION)
-        else:
-            total = summed_slots(
-                slot_table, ratios, slots, batch, r, rows, c, cols,
-                FACTOR, TURNED, FACTORS_ALIGNED, PRECISION, WIDEN,
-                ROWS, COLUMNS, RANKS, SLOT_FIELDS,
-            )  # fmt: skip
+        total = increment_tile(
+            slot_table, ratios, slots, lefts, batch, r, rows, c, cols,
+            SLOTS, False, False, FACTOR, TURNED, FACTORS_ALIGNED, PRECISION, WIDEN,
+            ROWS, COLUMNS, RANKS, SLOT_FIELDS,
+        )  # fmt: skip
         result = base.to(tl.float32) + total * scale
         tl.store(weight + matrix + offsets, result.to(WEIGHT), mask=inside, eviction_policy=POLICY)
 

@@ -293,8 +293,9 @@ def is_exact_on(device: torch.device) -> bool:
     history = (NO_TERMS, first, other, first, NO_TERMS)
     right = True
     for i, (old, new) in enumerate(pairwise(history)):
-        states = (i if old.terms else BARE), (i + 1 if new.terms else BARE)
-        right = right and not any(rewrite([LogPart(weight, memory, old, new, states)]))
+        before = i if old.terms else BARE
+        after = i + 1 if new.terms else BARE
+        right = right and not any(rewrite([LogPart(weight, memory, old, new, (before, after))]))
         if new is first:
             lay_out_parts([MergePart(merged, own, first.terms)]).run()
             right = right and torch.equal(weight, merged)

@@ -29,102 +29,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .merge import left_tile, part_of_program, right_tile, summed_slots
+from .merge import part_of_program
+from .slots import increment_tile, left_tiles
 from .tiles import added, greatest, smallest
 from .undo_numbers import guess_bits, patched, written_bits
 
 __all__ = ["rewrite_logged"]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _left_tiles(  # type: ignore[no-untyped-def]
-    slot_table,
-    ratios,
-    batch,
-    r,
-    rows,
-    SLOTS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    TURNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDEN: tl.constexpr,
-    RANKS: tl.constexpr,
-    SLOT_FIELDS: tl.constexpr,
-):
-    """What serves for all tiles of a program: left tiles, and where the right ones are."""
-    xs = ()
-    rights = ()
-    strides = ()
-    counts = ()
-    factors = ()
-    for i in tl.static_range(SLOTS):
-        here = slot_table + i * SLOT_FIELDS
-        x, right, stride, count = left_tile(here, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS)
-        if WIDEN:
-            x = x.to(tl.float32)
-        # Sums of tuples, because Triton unpacks no tuple into another.
-        xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
-        rights = rights + (right,)  # type: ignore[assignment]  # noqa: RUF005
-        strides = strides + (stride,)  # type: ignore[assignment]  # noqa: RUF005
-        counts = counts + (count,)  # type: ignore[assignment]  # noqa: RUF005
-        factors = factors + (tl.load(ratios + i),)  # type: ignore[assignment]  # noqa: RUF005
-    return xs, rights, strides, counts, factors
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _total(  # type: ignore[no-untyped-def]
-    slot_table,
-    ratios,
-    slots,
-    lefts,
-    batch,
-    r,
-    rows,
-    c,
-    cols,
-    SLOTS: tl.constexpr,
-    EVEN: tl.constexpr,
-    FULL: tl.constexpr,
-    FACTOR: tl.constexpr,
-    TURNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
-    SLOT_FIELDS: tl.constexpr,
-):
-    """A tile of an increment in fp32, but for the scale of its last slot, as `merge` sums it."""
-    if SLOTS > 0:
-        xs, rights, strides, counts, factors = lefts
-        total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-        # All are loaded before the first is multiplied, so that their latencies overlap.
-        ys = ()
-        for i in tl.static_range(SLOTS):
-            if FULL:
-                k = tl.arange(0, RANKS)
-                y_at = (
-                    k[:, None] + c[None, :] * strides[i]
-                    if TURNED
-                    else k[:, None] * strides[i] + c[None, :]
-                )
-                y = tl.load(rights[i] + y_at, mask=k[:, None] < counts[i], other=0.0)
-            else:
-                y = right_tile(rights[i], strides[i], counts[i], c, cols, TURNED, RANKS)
-            if WIDEN:
-                y = y.to(tl.float32)
-            ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005
-        for i in tl.static_range(SLOTS):
-            if i > 0 and not EVEN:
-                total *= factors[i]
-            total = tl.dot(xs[i], ys[i], total, input_precision=PRECISION)
-    else:
-        total = summed_slots(
-            slot_table, ratios, slots, batch, r, rows, c, cols,
-            FACTOR, TURNED, ALIGNED, PRECISION, WIDEN, ROWS, COLUMNS, RANKS, SLOT_FIELDS,
-        )  # fmt: skip
-    return total
 
 
 # Numbers that a compiler would take for multiples of 16, or for 1, in one launch and not in the
@@ -214,14 +124,14 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
     r = row_tile * ROWS + line
     start = (mine % groups) * TILES * COLUMNS
     if HAS_OLD:
-        old_lefts = _left_tiles(
+        old_lefts = left_tiles(
             slot_table, ratios, batch, r, rows,
             SLOTS, FACTOR, TURNED, FACTORS_ALIGNED, WIDEN, RANKS, SLOT_FIELDS,
         )  # fmt: skip
     new_table = slot_table + olds * SLOT_FIELDS
     new_ratios = ratios + olds
     if HAS_NEW:
-        new_lefts = _left_tiles(
+        new_lefts = left_tiles(
             new_table, new_ratios, batch, r, rows,
             SLOTS, FACTOR, TURNED, FACTORS_ALIGNED, WIDEN, RANKS, SLOT_FIELDS,
         )  # fmt: skip
@@ -266,7 +176,7 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
             next_rows = tl.where(begin + COLUMNS < end, ROWS, 0)
             row_begin = tl.load(end_at + ROWS, mask=line < next_rows, other=0)
             row_end = tl.load(end_at + ROWS + 1, mask=line < next_rows, other=0)
-            total = _total(
+            total = increment_tile(
                 slot_table, ratios, olds, old_lefts, batch, r, rows, c, cols,
                 SLOTS, EVEN, FULL, FACTOR, TURNED, FACTORS_ALIGNED, PRECISION, WIDEN,
                 ROWS, COLUMNS, RANKS, SLOT_FIELDS,
@@ -289,7 +199,7 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
                     known = tl.load(exact + to_list + i, mask=i < listed, other=0)
                     own = patched(own, column, known, PAIRS, ROWS, LANES)
         if HAS_NEW:
-            total = _total(
+            total = increment_tile(
                 new_table, new_ratios, news, new_lefts, batch, r, rows, c, cols,
                 SLOTS, EVEN, FULL, FACTOR, TURNED, FACTORS_ALIGNED, PRECISION, WIDEN,
                 ROWS, COLUMNS, RANKS, SLOT_FIELDS,
