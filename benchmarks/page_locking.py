@@ -1,4 +1,4 @@
-"""What it takes to get 84 MB into memory that a GPU copies from at full speed, and to copy it.
+"""Time the ways of 84 MB into memory that a GPU copies from at full speed, and the copies.
 
     hash       the file's SHA-256 alone: the floor of a first use
     allocator  new page-locked memory of torch's own

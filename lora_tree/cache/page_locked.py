@@ -15,18 +15,15 @@ within the budget: at most what the budget leaves over (`at_most`).
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import threading
-import weakref
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from .shelf import LIBC, PAGED, map_pages, unmap_pages
+from .shelf import LIBC, PAGED, map_pages, paged, tensor_at, unmap_pages
 
 __all__ = ["Locks", "PageLocked"]
 
@@ -100,7 +97,7 @@ class PageLocked:
         """Return uninitialised memory, (nbytes,) uint8; `lock` it when it is filled."""
         if LIBC is None or nbytes < PAGED:
             return self._locks.allocate(nbytes)
-        size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = paged(nbytes)
         piece = self._again(size)
         if piece is None:
             piece = _mapped(size)
@@ -108,10 +105,7 @@ class PageLocked:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return self._locks.allocate(nbytes)
         self._out[piece.address] = piece
-        # `frombuffer` keeps `memory` alive for as long as a view of the tensor lives.
-        memory = (ctypes.c_char * nbytes).from_address(piece.address)
-        weakref.finalize(memory, self._come_back, piece.address).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return tensor_at(piece.address, nbytes, partial(self._come_back, piece.address))
 
     def lock(self, memory: Tensor) -> None:
         """Page-lock a piece in which the numbers are; a no-op for other memory, or a second time.

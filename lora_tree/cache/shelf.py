@@ -19,11 +19,13 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "trim", "unmap_pages"]
+__all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "paged", "tensor_at", "trim", "unmap_pages"]
 
 MOST_BYTES = 256 << 20
 """The most that stays ready, where the budget leaves it over: a few stacks of routed batches over a
@@ -82,7 +84,7 @@ class Shelf:
         """Return uninitialised memory, (nbytes,) uint8."""
         if LIBC is None or nbytes < PAGED:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        size = _paged(nbytes)
+        size = paged(nbytes)
         with self._lock:
             self._collect()
             address, held = self._nearest(size)
@@ -94,10 +96,7 @@ class Shelf:
         if not address:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        # `frombuffer` keeps `memory` alive for as long as a view of the tensor lives.
-        memory = (ctypes.c_char * nbytes).from_address(address)
-        weakref.finalize(memory, self._come_back, address, size).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return tensor_at(address, nbytes, partial(self._come_back, address, size))
 
     @property
     def ready_bytes(self) -> int:
@@ -177,7 +176,7 @@ class Shelf:
             over = self._ready_bytes - target
             address = min(self._ready, key=lambda address: self._ready[address])
             size = self._remove(address)
-            dropped = min(size, _paged(over))
+            dropped = min(size, paged(over))
             unmap_pages(address + size - dropped, dropped)
             if size > dropped:
                 self._put(address, size - dropped)
@@ -190,7 +189,7 @@ def trim() -> None:
         give_back(0)
 
 
-def _paged(nbytes: int) -> int:
+def paged(nbytes: int) -> int:
     """Round up to whole pages."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
@@ -220,6 +219,20 @@ def _grown(address: int, held: int, size: int) -> int:
     # first write: the result is not looked at.
     LIBC.madvise(found + held, size - held, POPULATE_WRITE)
     return found
+
+
+def tensor_at(address: int, nbytes: int, come_back: Callable[[], object]) -> Tensor:
+    """Return memory as a tensor, (nbytes,) uint8.
+
+    Args:
+        address: where it begins.
+        nbytes: of it.
+        come_back: is called when no view of the tensor lives any more, in any thread.
+    """
+    # `frombuffer` keeps `memory` alive for as long as a view of the tensor lives.
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    weakref.finalize(memory, come_back).atexit = False
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def map_pages(size: int) -> int:

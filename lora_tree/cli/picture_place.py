@@ -1,4 +1,4 @@
-"""Where a command writes a picture: looked at before the work that takes minutes."""
+"""Check the place of a picture before the work that takes minutes."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class AllPathsForm(SumForm):
         if not owed.site.is_product:
             return False
         kinds, parts = owed.batch.by_kind, _parts(owed)
-        # What trains is put side by side in each step, so it is not copied for each row.
+        # Factors that train are put side by side anew in each step: no copy of them for each row.
         if parts is not kinds and (owed.live or len(parts) > MOST_COPIES * len(kinds)):
             return False
         in_order = _rows_of(parts) == list(range(len(owed.batch)))

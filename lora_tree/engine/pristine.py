@@ -121,7 +121,7 @@ class _PristineCopy:
 
 @dataclass(frozen=True, eq=False)
 class _Begun:
-    """What `Pristine.begin` found for a switch.
+    """The sources of a switch, as `Pristine.begin` found them.
 
     Args:
         copies: of all tensors that are written, and whether a path is in each afterwards.
@@ -150,7 +150,7 @@ class Pristine:
         self._changes = 0
         """How often copies were made or dropped."""
         self._begun: weakref.WeakKeyDictionary[Switch, _Begun] = weakref.WeakKeyDictionary()
-        """What `begin` found for the last switches, until a copy is made or dropped."""
+        """The sources of the last switches, until a copy is made or dropped."""
         self.has_logged = False
         """A log was made for some weight."""
 

@@ -1,4 +1,4 @@
-"""Switches: what a merged switch writes, from the plan before it and the plan after it.
+"""Switches: the writes of a merged switch, from the plan before it and the plan after it.
 
     old plan ─┐
               ├─▶ Switch    the sites whose terms differ: first those that go bare, then the others
@@ -94,7 +94,7 @@ class Writes:
 
 @dataclass(frozen=True, eq=False)
 class Switch:
-    """What a switch between two plans writes.
+    """The writes of a switch between two plans.
 
     Args:
         bare: the sites that become the base's own.

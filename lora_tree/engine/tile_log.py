@@ -231,7 +231,7 @@ def _laid(log: TileLog, weight: Tensor, values: Sequence[LowRank]) -> tuple[Laid
 
 
 class LaidPlans:
-    """What was laid out for the kernel of the last plans.
+    """The terms and launches of the last plans, laid out for the kernel.
 
     Reading the addresses and the layout of a plan's factors takes longer than the switch itself, so
     it is done once; and a launch from one plan to another is run again while everything is where it
@@ -258,7 +258,7 @@ class LaidPlans:
 
 
 class LaidPlan:
-    """What was laid out for one plan.
+    """The terms and launches of one plan.
 
     Args:
         places: where the adapters of the plan lay.

@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .factor_table import FIELDS, FactorTable
-from .relaunch import LaunchPlan, Relaunch
+from .relaunch import LaunchPlan, Relaunch, shared_constants
 from .segments import Segments
-from .tiles import TYPES, added, begins_early, options_for, products, shared_bytes, wait_for_last
+from .tiles import added, begins_early, options_for, shared_bytes, wait_for_last
 from .tiling import Tiling, entries_at_once
 
 __all__ = ["expand", "expanded_plainly"]
@@ -50,7 +50,9 @@ def _nodes_of(nodes, entry, end):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _lanes_of(table, node, SIDE: tl.constexpr, FIELDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _lanes_of(  # type: ignore[no-untyped-def]
+    table, node, SIDE: tl.constexpr, FIELDS: tl.constexpr
+):
     """Return the addresses, strides and ranks of some nodes' factors; a rank of 0 for none."""
     fields = table + node * FIELDS
     is_node = node >= 0
@@ -124,7 +126,9 @@ def _narrow(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(out, before, total, adapted, stored, FRESH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(  # type: ignore[no-untyped-def]
+    out, before, total, adapted, stored, FRESH: tl.constexpr
+):
     """Write the sum, rounded once; a number to which nothing is added keeps its bits."""
     if FRESH:
         tl.store(out, total.to(out.dtype.element_ty), mask=stored)
@@ -278,15 +282,8 @@ def _plan(
     is_wide = sizes.groups * chunks >= MANY and sizes.group == 1
     span = SPAN if is_wide and sizes.largest <= together else 1
     step = outputs_of(128 if is_wide else 64, together * table.rank, table.dtype)
-    compute, precision = products(out.device, tiling.compute)
     constants = (
-        sizes.group,
-        side,
-        TYPES[table.dtype],
-        compute,
-        table.aligned,
-        width % 16 == 0,
-        precision,
+        *shared_constants(segments, table, side, tiling),
         tiling.wide_tile,
         table.rank,
         together,

@@ -72,12 +72,12 @@ class FactorTable:
 
     @cached_property
     def to_shrink(self) -> Pointers:
-        """What `shrink` reads of it."""
+        """The tensors of the table that `shrink` reads."""
         return Pointers.to(self.numbers, self.scales)
 
     @cached_property
     def to_expand(self) -> Pointers:
-        """What `expand` reads of it."""
+        """The tensor of the table that `expand` reads."""
         return Pointers.to(self.numbers)
 
     @cached_property

@@ -26,10 +26,14 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from .factor_table import FactorTable
 from .part import on
 from .pointers import Pointers
+from .segments import Segments
+from .tiles import TYPES, products
+from .tiling import Tiling
 
-__all__ = ["LaunchPlan", "Relaunch"]
+__all__ = ["LaunchPlan", "Relaunch", "shared_constants"]
 
 _VERSION = tuple([int(number) for number in triton.__version__.split(".")[:2]])
 _IS_KNOWN = (3, 6) <= _VERSION < (4, 0)
@@ -66,6 +70,24 @@ class _Compiled:
     run: Any
     function: Any
     metadata: Any
+
+
+def shared_constants(
+    segments: Segments, table: FactorTable, side: int, tiling: Tiling
+) -> tuple[Any, ...]:
+    """Return the constants with which the ones of `shrink` and of `expand` begin, in this order:
+    GROUP, SIDE, FACTOR, COMPUTE, ALIGNED, WHOLE and PRECISION.
+    """
+    compute, precision = products(table.numbers.device, tiling.compute)
+    return (
+        segments.sizes.group,
+        side,
+        TYPES[table.dtype],
+        compute,
+        table.aligned,
+        table.wide[side] % 16 == 0,
+        precision,
+    )
 
 
 class Relaunch:

@@ -24,16 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .factor_table import FIELDS, FactorTable
-from .relaunch import LaunchPlan, Relaunch
+from .relaunch import LaunchPlan, Relaunch, shared_constants
 from .segments import Segments
 from .tiles import (
-    TYPES,
     added,
     begin_next,
     begins_early,
     larger,
     options_for,
-    products,
     shared_bytes,
     wait_for_last,
 )
@@ -261,15 +259,8 @@ def _plan(
     together = 1 if sizes.group > 1 else entries_at_once(table.rank)
     widest = max(x.dtype, table.dtype, key=lambda dtype: dtype.itemsize)
     step = width_at_once(tiling.tile, together * table.rank, widest)
-    compute, precision = products(x.device, tiling.compute)
     constants = (
-        sizes.group,
-        side,
-        TYPES[table.dtype],
-        compute,
-        table.aligned,
-        width % 16 == 0,
-        precision,
+        *shared_constants(segments, table, side, tiling),
         tiling.tile,
         table.rank,
         together,

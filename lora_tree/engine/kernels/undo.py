@@ -133,7 +133,7 @@ def rewrite(parts: Sequence[LogPart], *, interpreted: bool = False) -> list[bool
 
 
 class _Kind(NamedTuple):
-    """What a launch is compiled for; parts of one kind share a launch."""
+    """The constants that a launch is compiled for; parts of one kind share a launch."""
 
     device: torch.device
     weight: torch.dtype

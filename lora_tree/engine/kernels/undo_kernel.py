@@ -72,7 +72,7 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
     SLOT_FIELDS: tl.constexpr,
 ):
-    # What a lane holds: a pair of numbers with the codes of both, 16 bits apart; or one of each.
+    # A lane holds a pair of numbers, with the codes of both 16 bits apart; or one number and code.
     EACH: tl.constexpr = 2 if PAIRS else 1
     LANES: tl.constexpr = COLUMNS // EACH
     LANE: tl.constexpr = tl.int32 if PAIRS else INTEGER
