@@ -813,6 +813,40 @@ def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPat
     assert (code, out, err) == (130, "", "")
 
 
+ENDED_WITHIN_AN_IMPORT = """
+import importlib, os, sys, time
+import lora_tree.cli
+
+signal = int(sys.argv.pop())
+
+def import_error(*_, **__):
+    try:
+        os.kill(os.getpid(), signal)
+        time.sleep(60)
+    except BaseException as error:
+        raise ModuleNotFoundError("Could not import module") from error
+
+importlib.import_module("lora_tree.cli.lock").relock = import_error
+lora_tree.cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"]
+)
+def test_a_signal_has_its_code_where_a_package_turns_its_exception_into_an_error(
+    how: int, code: int
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", ENDED_WITHIN_AN_IMPORT, "lock", "zoo", str(int(how))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
+
+
 def test_wrong_usage_exits_with_2(shell: Shell) -> None:
     code, _, err = shell("shwo")
     assert code == 2

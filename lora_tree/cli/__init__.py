@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 __all__ = ["main"]
 
@@ -41,6 +42,7 @@ def _run(given: list[str], *, own_process: bool) -> None:
         # Before the commands are imported: an import may warn already.
         any_encoding()
         warnings_in_one_line()
+    codes: list[int] = []
     try:
         with _interrupts_end_it() if own_process else nullcontext():
             from .commands import application
@@ -48,39 +50,59 @@ def _run(given: list[str], *, own_process: bool) -> None:
 
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)
-        with noted_command(given), _terminations_clean_up() if own_process else nullcontext():
+        with noted_command(given), _signals_clean_up(codes) if own_process else nullcontext():
             app(given, prog_name="lora-tree")  # also where it runs as python -m lora_tree
     # typer ends a command by SystemExit, with the command's code. That is no Exception, so it
     # passes.
     except Exception as error:  # the last resort: a user of a shell does not read tracebacks
+        # The error is what became of the signal's exception: the user has ended the command.
+        if codes:
+            sys.exit(codes[0])
         print_error(error)
         sys.exit(1)
 
 
 @contextmanager
-def _terminations_clean_up() -> Iterator[None]:
-    """Let a polite kill end a command by an exception, so that it takes its half-made files along.
+def _signals_clean_up(codes: list[int]) -> Iterator[None]:
+    """Let Ctrl-C and a polite kill end a command by an exception, so that it removes its half-made
+    files.
 
-    Python would end the process at once. A command that has something to finish first, as a
-    training has, puts in a handler of its own for as long.
+    Python would end the process at once on a kill. A command that has something to finish first,
+    such as a training run, installs its own handlers for that time.
+
+    Args:
+        codes: gets the exit code of each signal. The exception is raised wherever the main thread
+            is; inside of a package's import it may come out as that package's own error, as
+            transformers' "Could not import module". The caller then knows the cause.
     """
-    if (
-        signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        yield  # the caller has decided about it, or this thread may not
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may install handlers
         return
 
+    def interrupt(number: int, frame: object) -> None:
+        codes.append(130)
+        raise KeyboardInterrupt
+
     def end(number: int, frame: object) -> None:
+        codes.append(143)
         # A second one ends the process at once, if the clean-up should hang.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(143)
 
-    signal.signal(signal.SIGTERM, end)
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end}
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    # Another handler than Python's own is the caller's decision, such as nohup's to ignore Ctrl-C.
+    ours = [number for number in handlers if signal.getsignal(number) is usual[number]]
+    for number in ours:
+        signal.signal(number, handlers[number])
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, usual[number])
 
 
 @contextmanager
