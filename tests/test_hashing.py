@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[threading.Thread]]:
     """Every file is read in small parts, which a thread hashes; the threads that were started."""
     monkeypatch.setattr(hashing, "LARGE", 1)
-    monkeypatch.setattr(hashing, "_processors", lambda: 8)
+    monkeypatch.setattr(hashing, "processors", lambda: 8)
     monkeypatch.setattr(reader, "PART", 40)
     started: list[threading.Thread] = []
     plain = threading.Thread.start
@@ -178,7 +178,7 @@ def test_a_thread_is_taken_where_processors_are_free(
     processors: int,
     threads: int,
 ) -> None:
-    monkeypatch.setattr(hashing, "_processors", lambda: processors)
+    monkeypatch.setattr(hashing, "processors", lambda: processors)
     source = lt.load(folder)["a"].source
     assert source is not None
     source.load()

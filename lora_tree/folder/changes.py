@@ -57,6 +57,7 @@ class KeptAdapter:
     Args:
         folder: where its two files will be.
         content: the hash of both.
+        pieces: the same by pieces of the weights, if it is known.
         stamps: size and time of its files; None if they are new, so that only the disk will know.
         trained: the lineage and base that it was trained on; None if those are the ones that the
             save writes.
@@ -68,6 +69,7 @@ class KeptAdapter:
 
     folder: str
     content: str
+    pieces: str | None
     stamps: Mapping[str, Stamp] | None
     trained: Trained | None
     untrained: bool = False
@@ -102,6 +104,7 @@ class NewLock:
                 kept.content,
                 self.trained[path],
                 self.base,
+                pieces=kept.pieces,
                 written=kept.written,
                 hub=kept.hub,
             )

@@ -17,22 +17,23 @@ here, or by `Transaction.apply` before it stages a file; so a refused save has w
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FolderError, LoraTreeError
 from ..formats import peft
-from ..formats.peft import WEIGHTS
+from ..formats.peft import CONFIG, WEIGHTS
 from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
 from . import disk
 from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock, Origin
-from .examine import adds_nothing, examine
+from .examine import Examined, adds_nothing, examine
+from .hashing import ContentHash, by_pieces, weights_digest
 from .keeping import Keeping
 from .lockfile import content
 from .opening import Opened
@@ -139,16 +140,16 @@ class _Rendered:
     adapter: Adapter
     data: Mapping[str, bytes]
     hashes: Mapping[str, str]
+    content: str
+    pieces: str | None
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Rendered:
         data = peft.render(adapter)
-        hashes = {name: hashlib.sha256(data[name]).hexdigest() for name in FILES}
-        return cls(adapter, data, hashes)
-
-    @property
-    def content(self) -> str:
-        return content(*self.hashes.values())
+        with closing(ContentHash(pieces=True)) as hashing:
+            for name in FILES:
+                hashing(name, memoryview(data[name]))
+            return cls(adapter, data, hashing.digests(), hashing.content(), hashing.pieces())
 
 
 def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
@@ -201,6 +202,7 @@ def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdap
     return KeptAdapter(
         draft.folder_of(node.path),
         rendered.content,
+        rendered.pieces,
         None,
         on,
         untrained=adds_nothing(adapter),
@@ -225,20 +227,22 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
-        whole, untrained = _examined(source, files)
+        found = _examined(source, files)
         return KeptAdapter(
             files.folder,
-            whole,
+            found.content,
+            found.pieces,
             files.stamps,
             source.trained,
-            untrained,
+            found.untrained,
             named=True,
             hub=source.hub,
         )
     draft.rights.check_replace(node, source.content)
     # Every byte is hashed here, not only when it is copied: a copy that turns out to be of another
     # content would be refused after it was written.
-    hashes = {name: disk.digest(files.now[name][0]) for name in FILES}
+    weights, of_pieces = weights_digest(files.now[WEIGHTS][0])
+    hashes = {CONFIG: disk.digest(files.now[CONFIG][0]), WEIGHTS: weights}
     whole = content(*hashes.values())
     if source.content not in (None, whole):
         raise FolderError(
@@ -249,7 +253,8 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         origin = Path(files.now[name][0])
         draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
     untrained = source.trained is None and examine(files).untrained
-    return KeptAdapter(home, whole, None, source.trained, untrained, written=True)
+    pieces = by_pieces(hashes, of_pieces)
+    return KeptAdapter(home, whole, pieces, None, source.trained, untrained, written=True)
 
 
 def _is_other_nodes(draft: _Decisions, folder: str) -> bool:
@@ -264,22 +269,24 @@ def _is_other_nodes(draft: _Decisions, folder: str) -> bool:
 
 def _in_place(draft: _Decisions, path: str, source: FolderSource, files: Files) -> KeptAdapter:
     """Decide to leave files in their place, as the folder's lock knows them today."""
-    whole, untrained = _examined(source, files)
+    found = _examined(source, files)
     lock, home = draft.opened.lock, draft.folder_of(path)
     known = lock.nodes.get(path) if lock else None
-    if lock is None or known is None or known.content != whole:
-        return KeptAdapter(home, whole, files.stamps, source.trained, untrained)
+    if lock is None or known is None or known.content != found.content:
+        return KeptAdapter(
+            home, found.content, found.pieces, files.stamps, source.trained, found.untrained
+        )
     # `lora-tree lock` may have accepted it on another lineage since the tree was opened.
     now = trained(known, lock)
-    return KeptAdapter(home, whole, files.stamps, now, written=known.written)
+    pieces = known.pieces or found.pieces
+    return KeptAdapter(home, found.content, pieces, files.stamps, now, written=known.written)
 
 
-def _examined(source: FolderSource, files: Files) -> tuple[str, bool]:
-    """Return the hash of files that stay where they are, and whether their increments are zero."""
-    if source.trained is not None:  # a lock says both, so no weights need be read
-        return source.unchanged(files), source.trained.untrained
-    found = examine(files)
-    return found.content, found.untrained
+def _examined(source: FolderSource, files: Files) -> Examined:
+    """Return the findings in files that stay where they are."""
+    if source.trained is not None:  # a lock says them, so no weights need be read
+        return Examined(source.unchanged(files), source.pieces, source.trained.untrained)
+    return examine(files)
 
 
 # ---------------------------------------------------------------------- the folder as a whole
@@ -361,6 +368,7 @@ def _nodes_after(draft: _Decisions, lock: NewLock) -> dict[str, Node]:
             on,
             node.source.within if isinstance(node.source, FolderSource) else None,
             kept.hub,
+            kept.pieces,
         )
         home = None if kept.named else kept.folder
         stale = stale_text(path, on, lineages[_parent(path)], lock.base)

@@ -12,7 +12,7 @@ import os
 import shlex
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +119,24 @@ def read_file(
         return b"".join(_blocks(file))
 
 
-def digest(path: str | Path, *, follow: bool = True) -> str:
-    """Return the SHA-256 of a file's bytes."""
+def digest(
+    path: str | Path,
+    *,
+    follow: bool = True,
+    beside: Callable[[memoryview], object] | None = None,
+) -> str:
+    """Return the SHA-256 of a file's bytes.
+
+    Args:
+        follow: follow a link; otherwise a link is refused.
+        beside: is shown the bytes too, in order.
+    """
     found = hashlib.sha256()
     with named("read it", path), open_plain(path, follow=follow) as file:
         for block in _blocks(file):
             found.update(block)
+            if beside is not None:
+                beside(memoryview(block))
     return found.hexdigest()
 
 

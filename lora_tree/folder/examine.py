@@ -39,10 +39,12 @@ class Examined:
 
     Args:
         content: the hash of their content.
+        pieces: the same by pieces of the weights; None of small ones.
         untrained: the increments are zero.
     """
 
     content: str
+    pieces: str | None
     untrained: bool
 
 
@@ -55,15 +57,15 @@ def examine(files: Files) -> Examined:
     Raises:
         FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
     """
-    hashing = ContentHash(files.names)
+    hashing = ContentHash(files.names, pieces=True)
     try:
         adapter = read_files(files, witness=hashing)
-        return Examined(hashing.content(), adds_nothing(adapter))
+        return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter))
     except UnsupportedAdapter:
         # The hash was not fed to its end, so the files are hashed for themselves.
         weights = files.names[-1]
         read_tensors(files.now[weights][0], os.path.join(files.around, weights), outline=True)
-        return Examined(hashed(files), untrained=False)
+        return Examined(hashed(files), None, untrained=False)
     finally:
         hashing.close()
 

@@ -1,15 +1,16 @@
-"""ContentHash: the hash of an adapter's content, found while its files are read.
+"""ContentHash: the hashes of an adapter's content, found while its files are read.
 
     reader    part 0 │ part 1 │ part 2 │ …            each into its final place in memory
     hasher             part 0 │ part 1 │ part 2       in a thread of its own, if processors are free
+    pieces             several threads, each a piece  where the lock has the hash of the pieces
 
 SHA-256 takes several times as long as a read from the page cache, so the read is hidden behind it,
 and so is what the reader does with the adapter afterwards. While it does that it has the
 interpreter's lock, for which the hasher waits between two parts: so parts that wait are hashed as
 one.
 
-Law: the hash depends on the bytes alone. No caller gets an adapter before `content` has returned
-the hash of its files.
+Law: the hashes depend on the bytes alone. No caller gets an adapter before `content` or `pieces`
+has returned the hash of its files.
 """
 
 from __future__ import annotations
@@ -17,44 +18,59 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..formats.peft import WEIGHTS
+from ..formats.peft import CONFIG, WEIGHTS
+from ..system.processors import processors
+from . import disk
 from .lockfile import content
+from .pieces import PieceHash
 from .scan import FILES
 
-__all__ = ["ContentHash"]
+__all__ = ["ContentHash", "by_pieces", "weights_digest"]
 
 LARGE = 4 << 20
-"""Bytes of a part that is worth a thread: less is hashed before a thread has begun."""
+"""Bytes of a part that is worth a thread: less is hashed before a thread has begun. Smaller weights
+have no hash of their pieces, so a lock of many small adapters is no larger."""
 
 PROCESSORS = 4
 """With fewer, a thread takes the time from the reader, or from what computes beside both."""
 
 
 class ContentHash:
-    """The hash of an adapter's content, from the bytes that its reader used.
+    """The hashes of an adapter's content, from the bytes that its reader used.
 
-    It is a reader's witness. A PEFT folder's weights stay as they are until `content` or `close`,
-    and are hashed beside the read. Readers of other formats may turn factors over in the memory
-    into which they were read, so those are hashed at once.
+    It is a reader's witness. A PEFT folder's weights stay as they are until `content`, `pieces` or
+    `close`, and are hashed beside the read. Readers of other formats may turn factors over in the
+    memory into which they were read, so those are hashed at once.
 
     Args:
         names: of the adapter's files.
+        whole: find `content`.
+        pieces: find `pieces`.
     """
 
-    def __init__(self, names: Iterable[str] = FILES) -> None:
+    def __init__(
+        self, names: Iterable[str] = FILES, *, whole: bool = True, pieces: bool = False
+    ) -> None:
         self._hashes = {name: hashlib.sha256() for name in names}
+        self._whole = whole
+        self._pieces = PieceHash() if pieces else None
         self._parts: SimpleQueue[tuple[str, memoryview] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._error: Exception | None = None
 
     def __call__(self, name: str, data: memoryview) -> None:
+        if name == WEIGHTS:
+            if self._pieces is not None:
+                self._pieces.update(data)
+            if not self._whole:
+                return
         if self._thread is None and not _is_worth_a_thread(name, data.nbytes):
             self._hashes[name].update(data)
             return
@@ -66,17 +82,31 @@ class ContentHash:
 
     @property
     def runs_beside(self) -> bool:
-        """Whether a thread is hashing what was read; there is time until `content` returns."""
+        """Whether a thread is hashing what was read; there is time until the hash is known."""
+        if self._pieces is not None and self._pieces.runs_beside:
+            return True
         return self._thread is not None
 
     def content(self) -> str:
         """Return the hash, when all parts are in it. Call it once."""
+        return content(*self.digests().values())
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each file, when all parts are in them."""
         self._end()
-        return content(*(hashing.hexdigest() for hashing in self._hashes.values()))
+        return {name: hashing.hexdigest() for name, hashing in self._hashes.items()}
+
+    def pieces(self) -> str | None:
+        """Return the hash by pieces; see `by_pieces`. Call it once."""
+        if self._pieces is None:
+            return None
+        return by_pieces(self.digests(), self._pieces)
 
     def close(self) -> None:
-        """Leave out the parts that are not hashed yet; a no-op after `content`."""
+        """Leave out the parts that are not hashed yet; a no-op after the hash is known."""
         self._closed = True
+        if self._pieces is not None:
+            self._pieces.close()
         self._end()
 
     def _end(self) -> None:
@@ -113,6 +143,29 @@ class ContentHash:
         return parts, part is None
 
 
+def by_pieces(digests: Mapping[str, str], weights: PieceHash) -> str | None:
+    """Return the hash of an adapter by pieces of its weights; None if those are small.
+
+    Args:
+        digests: the SHA-256 of each of its files.
+        weights: the hash of its weights, all of them; of nothing if they are no PEFT weights.
+    """
+    if weights.nbytes < LARGE:
+        return None
+    return content(digests[CONFIG], weights.hexdigest())
+
+
+def weights_digest(path: str | Path) -> tuple[str, PieceHash]:
+    """Return the SHA-256 of a file of weights, and the hash of its pieces.
+
+    Raises:
+        FolderError: it can't be read.
+    """
+    # One thread, so that no more than a block is in memory however slow the hash is.
+    pieces = PieceHash(threads=1)
+    return disk.digest(path, beside=pieces.update), pieces
+
+
 def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memoryview]]:
     """Yield the parts; those that lie one behind the other in memory, in this order, as one."""
     run: list[memoryview] = []  # of the file `of`, from `start` to `end`
@@ -146,11 +199,4 @@ def _one(start: int, end: int, parts: Sequence[memoryview]) -> memoryview:
 
 
 def _is_worth_a_thread(name: str, nbytes: int) -> bool:
-    return name == WEIGHTS and nbytes >= LARGE and _processors() >= PROCESSORS
-
-
-def _processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return name == WEIGHTS and nbytes >= LARGE and processors() >= PROCESSORS

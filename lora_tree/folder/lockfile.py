@@ -2,6 +2,8 @@
 
     content       = SHA-256 of "<SHA-256 of adapter_config.json> <of adapter_model.safetensors>"
                     of an adapter that is one file, SHA-256 of "<SHA-256 of it>"
+    pieces        = SHA-256 of "<SHA-256 of adapter_config.json> <of the weights' pieces>", of large
+                    weights; several processors check it together (`pieces`)
     lineage(root) = SHA-256 of "lora_tree lineage 1"
     lineage(node) = SHA-256 of "<lineage of its parent> <content> <weight, as float.hex()>"
                     its parent's own, if the node has no adapter; a weight per module is hashed as
@@ -138,6 +140,7 @@ class NodeLock(StrictModel):
 
     Args:
         content: the hash of its files.
+        pieces: the same by pieces of the weights; None of small ones, and where it is not known.
         config, weights: their sizes and times.
         file: the same of an adapter that is one file, in another program's format.
         trained_on: the hash of the lineage.
@@ -149,6 +152,7 @@ class NodeLock(StrictModel):
     """
 
     content: Digest
+    pieces: Digest | None = None
     config: FileLock | None = None
     weights: FileLock | None = None
     file: FileLock | None = None

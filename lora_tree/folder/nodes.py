@@ -31,13 +31,15 @@ def node_of(opened: Opened, path: str) -> Node:
         return Node(path, entry.weight, fresh=entry.fresh)
     folder = entry.files.folder
     known = lock.nodes.get(path) if lock is not None else None
+    content = opened.contents.get(path)
     # No content where the files are not those of the lock: then no read could be compared with it.
     source = FolderSource(
         folder,
         # A save of the tree may have decided on files of its own folders, never on those elsewhere.
         root=None if entry.named else opened.place.folder,
         stamps=entry.files.stamps,
-        content=opened.contents.get(path),
+        content=content,
+        pieces=None if content is None or known is None else known.pieces,
         trained=trained(known, lock) if known is not None and lock is not None else None,
         within=None if opened.outside else opened.place.folder,
         hub=entry.hub,

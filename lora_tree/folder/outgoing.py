@@ -32,6 +32,7 @@ from ..formats.peft import CONFIG, WEIGHTS
 from . import disk
 from .bases import local_base
 from .belonging import PLACE, belongings
+from .hashing import by_pieces, weights_digest
 from .lockfile import BaseLock, FileLock, TreeLock, content, lineage, render_lock
 from .opening import Opened, named_bases
 from .relock import relocked
@@ -85,6 +86,7 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
         files[place] = Path(at)
     renamed: list[str] = []
     contents: dict[str, str] = {}
+    pieces: dict[str, str | None] = {}
     nodes = dict(lock.nodes)
     for path, named in named_bases(opened).items():
         entry = opened.entries[path]
@@ -94,8 +96,10 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
         data = _renamed_config(entry.files.now[CONFIG][0], names.base)
         files[place] = data
         renamed.append(place)
-        digests = hashlib.sha256(data).hexdigest(), disk.digest(entry.files.now[WEIGHTS][0])
-        contents[nodes[path].content] = content(*digests)
+        weights, of_pieces = weights_digest(entry.files.now[WEIGHTS][0])
+        digests = {CONFIG: hashlib.sha256(data).hexdigest(), WEIGHTS: weights}
+        contents[nodes[path].content] = content(*digests.values())
+        pieces[nodes[path].content] = by_pieces(digests, of_pieces)
         known = nodes[path].files[0]
         size = FileLock(size=len(data), mtime_ns=known.mtime_ns)
         nodes[path] = nodes[path].model_copy(update={"config": size})
@@ -109,7 +113,7 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
     if opened.yaml_bytes is not None and lock.yaml == yaml_sha256(opened.yaml_bytes):
         lock = lock.model_copy(update={"yaml": yaml_sha256(yaml)})
     lock = lock.model_copy(update={"nodes": nodes})
-    lock = _moved(lock, contents, names)
+    lock = _moved(lock, contents, pieces, names)
     files[PLACE.lock] = render_lock(lock)
     return Outgoing(files, names.base, tuple(sorted(renamed)))
 
@@ -188,12 +192,18 @@ def _renamed_yaml(data: bytes, base: str | None) -> bytes:
 
 
 # ---------------------------------------------------------------------- the lock
-def _moved(lock: TreeLock, contents: Mapping[str, str], names: _BaseNames) -> TreeLock:
+def _moved(
+    lock: TreeLock,
+    contents: Mapping[str, str],
+    pieces: Mapping[str, str | None],
+    names: _BaseNames,
+) -> TreeLock:
     """Return a lock that says the same of nodes whose contents, or bases, have other names now.
 
     Args:
         lock: as the folder has it.
         contents: the content of a node → its new one.
+        pieces: the content of a node → its new hash by pieces.
         names: of the base.
     """
     known: dict[str, str] = {}
@@ -213,6 +223,7 @@ def _moved(lock: TreeLock, contents: Mapping[str, str], names: _BaseNames) -> Tr
     for path, node in lock.nodes.items():
         new = {
             "content": contents.get(node.content, node.content),
+            "pieces": pieces.get(node.content, node.pieces),
             "trained_on": moved(node.trained_on),
             "base": None if node.base is None else _renamed_base(node.base, names),
         }

@@ -91,8 +91,15 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
         # A later save may delete files that are marked as written. Files that their user moved here
         # or changed are the user's, so they lose the mark.
         written = before == path and old.nodes[path].written
+        pieces = old.nodes[before].pieces if new is None and before is not None else None
         nodes[path] = node_lock(
-            entry.files.stamps, content, on, base, written=written, hub=entry.hub
+            entry.files.stamps,
+            content,
+            on,
+            base,
+            pieces=pieces if new is None else new.pieces,
+            written=written,
+            hub=entry.hub,
         )
     result.gone = [path for path in old.nodes if path not in nodes]
     lineage_table = lineage_locks(mentioned)

@@ -43,6 +43,7 @@ class FolderSource:
         root: the folder of the tree that it is a part of; None if its user named it.
         stamps: size and time of the files when the tree was opened.
         content: the hash that the lock gives them; None if there is no lock.
+        pieces: the same by pieces of the weights; None if the lock has none.
         trained: the lineage and base that it was trained on, as the lock says.
         within: the folder that its files may not lead out of, at any read; None if they may.
         hub: where it is on the model hub; None if it is not from there.
@@ -55,6 +56,7 @@ class FolderSource:
     trained: Trained | None = None
     within: str | None = None
     hub: HubLock | None = None
+    pieces: str | None = None
     # the files as they were when their hash was found to be right; not a part of the value
     _hashed: int | None = field(default=None, init=False, repr=False)
 
@@ -101,13 +103,14 @@ class FolderSource:
             FormatError: the files are gone, broken or incomplete.
             UnlockedError: they differ from the lock that was read when the tree was opened.
         """
+        by_pieces = self.content is not None and self.pieces is not None
         for _ in range(_TRIES):
             files = self.files()
             hashing = None
             try:
                 before = _identity(files)
                 if self.content is not None and self._hashed != hash(before):
-                    hashing = ContentHash(files.names)
+                    hashing = ContentHash(files.names, whole=not by_pieces, pieces=by_pieces)
                 adapter = self._parse(files, allocate=allocate, witness=hashing)
                 after = _identity(files)
                 if before != after:
@@ -116,7 +119,13 @@ class FolderSource:
                 if hashing is not None:
                     if unhashed is not None and hashing.runs_beside:
                         unhashed(adapter)
-                    found = hashing.content()
+                    if not by_pieces:
+                        found = hashing.content()
+                    elif hashing.pieces() != self.pieces:
+                        # The files are read again and hashed whole: by that hash they are known,
+                        # and the error names it.
+                        by_pieces = False
+                        continue
             except (LoraTreeError, OSError) as error:
                 is_other = hashing is not None and self._is_other_content(files)
                 if find_files(self.folder, self.root) != files:

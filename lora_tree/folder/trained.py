@@ -166,6 +166,7 @@ def node_lock(
     on: Trained,
     base: BaseLock,
     *,
+    pieces: str | None = None,
     written: bool,
     hub: HubLock | None = None,
 ) -> NodeLock:
@@ -176,6 +177,7 @@ def node_lock(
         content: the hash of them.
         on: what it was trained on.
         base: the lock's base.
+        pieces: the hash of the files by pieces, if it is known.
         written: a save wrote the files.
         hub: where it is on the model hub, if it is there.
     """
@@ -183,6 +185,7 @@ def node_lock(
     is_pair = len(files) == 2  # of PEFT or of mlx-lm, the config first
     return NodeLock(
         content=content,
+        pieces=pieces,
         config=files[0] if is_pair else None,
         weights=files[1] if is_pair else None,
         file=None if is_pair else files[0],

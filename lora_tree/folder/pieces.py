@@ -1,0 +1,100 @@
+"""PieceHash: a hash of a large file that several processors find together.
+
+    file     │ 2 MiB │ 2 MiB │ … │ the rest │      at any size, in this order
+    threads      0       1     …       2          SHA-256 of each piece, in hex
+    hash     SHA-256 of the lines "<hex>\\n"
+
+A shell finds it by ``split -b 2097152 --filter=sha256sum FILE | cut -c -64 | sha256sum``.
+
+Two files with one hash would need two pieces, or two lists of lines, with one SHA-256. No piece's
+hash is ever taken for a file's, since a file of one piece has its line hashed as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ..system.processors import processors
+
+__all__ = ["PIECE", "PieceHash"]
+
+PIECE = 2 << 20
+"""Bytes of a piece. The format of tree.lock depends on it."""
+
+MOST_THREADS = 8
+"""More would wait for the reader: it hands out bytes at most eight times as fast as one hashes."""
+
+
+class PieceHash:
+    """The hash of a file's pieces, from bytes that are handed in one part after the other.
+
+    Args:
+        threads: how many hash at once; None: as many as there are processors, at most eight. With
+            one the caller's own thread hashes each part when it is handed in. With more, a part's
+            bytes must stay as they are until `hexdigest` or `close`.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is None:
+            threads = min(processors(), MOST_THREADS)
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._found: list[Future[str] | str] = []  # of each whole piece, in order
+        # The piece that is not whole yet: its parts, or with one thread the hash of them.
+        self._parts: list[memoryview] = []
+        self._hash = hashlib.sha256()
+        self._nbytes = 0  # of it
+        self.nbytes = 0  # of all that was handed in
+
+    def update(self, data: memoryview) -> None:
+        """Take the next bytes of the file."""
+        self.nbytes += data.nbytes
+        while data.nbytes:
+            part = data[: PIECE - self._nbytes]
+            data = data[part.nbytes :]
+            self._nbytes += part.nbytes
+            if self._threads > 1:
+                self._parts.append(part)
+            else:
+                self._hash.update(part)
+            if self._nbytes == PIECE:
+                self._end_piece()
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether threads are hashing; there is time until `hexdigest` returns."""
+        return self._pool is not None
+
+    def hexdigest(self) -> str:
+        """Return the hash, when all pieces are in it. Call it once."""
+        if self._nbytes:
+            self._end_piece()
+        lines = []
+        for one in self._found:
+            found = one if isinstance(one, str) else one.result()
+            lines.append(f"{found}\n")
+        self.close()
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Leave out the pieces that are not hashed yet; a no-op after `hexdigest`."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _end_piece(self) -> None:
+        if self._threads > 1:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, "lora_tree hash")
+            self._found.append(self._pool.submit(_hash_of, self._parts))
+        else:
+            self._found.append(self._hash.hexdigest())
+        self._parts, self._hash, self._nbytes = [], hashlib.sha256(), 0
+
+
+def _hash_of(parts: list[memoryview]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)  # hashlib lets other threads run meanwhile
+    return found.hexdigest()
