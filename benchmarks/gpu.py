@@ -445,7 +445,7 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
             "first use, page cache": Case(
                 _waited(lambda: attached.activate(next(fresh), mode="unmerged"))
             ),
-            "floor: its hash alone": Case(lambda: hashlib.sha256(weights).digest()),
+            "SHA-256 of it, in one thread": Case(lambda: hashlib.sha256(weights).digest()),
         }
         result = Result(
             f"loads of an adapter of {nbytes / 1e6:.0f} MB; {size}, bf16",
@@ -502,8 +502,6 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         result.aim("host tier → active / one copy", ratio, at_most=1.25)
         first = times_now["first use, page cache"].ms
         result.aim("first use", first, at_most=40, unit="ms")
-        hashed = times_now["floor: its hash alone"].ms
-        result.aim("first use / its hash alone", first / hashed, at_most=1.3)
         hidden = times_now["compute, prefetched beside it and then activated"]
         alone = times_now["the same compute, with no prefetch beside it"]
         over = hidden.ms - alone.ms

@@ -66,7 +66,7 @@ def _read_and_locked(file: Path, link: CudaLink) -> None:
     """Read a file into new memory, and lock it; the hash runs beside the read alone here."""
     memory = PageLocked(link)
     piece = memory.take(NBYTES)
-    read_and_hashed(file, piece, beside=True)
+    read_and_hashed(file, piece, "by pieces")
     memory.lock(piece)
     del piece
     memory.close()
