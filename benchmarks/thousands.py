@@ -116,7 +116,7 @@ def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
         for node in lineage:
             object.__setattr__(tree[node].source, "_hashed", None)
         if handed_on:
-            model._binder.forget()
+            model._planner.forget()
             model._stage.beside.forget()
         start = time.perf_counter()
         model.activate(path, mode="unmerged")

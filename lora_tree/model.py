@@ -37,11 +37,13 @@ from .engine.answers import AnswersForBase
 from .engine.batch import Batch
 from .engine.batch_axis import BatchAxis, SeenSites
 from .engine.behaviour import Mode, Request, RoutedRows, State
+from .engine.binder import Binder
 from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
 from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
-from .engine.plan import KEPT_PLANS, Binder, Plan
+from .engine.plan import Plan
+from .engine.planner import KEPT_PLANS, Planner
 from .engine.prepared import Prepared, increments_beside
 from .engine.pristine import Copies, Place
 from .engine.routed import Strategy
@@ -185,8 +187,11 @@ class TreeModel(AnswersForBase):
             inner,
             tree.base,
             own_name=own_name,
-            origin=self.cache.origin,
             own_value=self._merged.pristine.known,
+        )
+        self._planner = Planner(
+            self._binder,
+            origin=self.cache.origin,
             kept=KEPT_IN_BUDGET if cache.bounded else KEPT_PLANS,
             keeps=keeps if cache.bounded else None,
         )
@@ -196,7 +201,7 @@ class TreeModel(AnswersForBase):
             mine,
             merged=self._merged,
             beside=Unmerged(inner, self._manner, ledger=self.cache),
-            binder=self._binder,
+            planner=self._planner,
             compiled=self._compiled,
             pin=Pinning(self.cache, inner),
             factors=self.factors,
@@ -421,8 +426,10 @@ class TreeModel(AnswersForBase):
                 beside=Unmerged(
                     view, self._manner, ledger=self.cache, reached=self._stage.beside.reached
                 ),
-                binder=Binder(
-                    view, self.tree.base, own_name=self._own_name, origin=self.cache.origin, kept=1
+                planner=Planner(
+                    Binder(view, self.tree.base, own_name=self._own_name),
+                    origin=self.cache.origin,
+                    kept=1,
                 ),
                 compiled=CompileWatch(False),
                 pin=Pinning(self.cache, view),
@@ -506,7 +513,7 @@ class TreeModel(AnswersForBase):
             self._training.close()
             self._merged.forget()
             self._stage.beside.forget()
-            self._binder.forget()
+            self._planner.forget()
             # Before the cache: a tree that still asked this model would read from a cache that is
             # closed.
             self.tree.release(self)

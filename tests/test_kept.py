@@ -15,8 +15,10 @@ from torch import nn
 
 import lora_tree as lt
 from lora_tree.engine import unmerged
+from lora_tree.engine.binder import Binder
 from lora_tree.engine.last_used import LastUsed
-from lora_tree.engine.plan import Binder, Marks
+from lora_tree.engine.marks import Marks
+from lora_tree.engine.planner import Planner
 
 
 class Made:
@@ -42,10 +44,10 @@ def test_the_last_ones_stay_and_what_is_in_use_is_found_again() -> None:
 
 
 def test_an_adapter_that_nobody_holds_leaves_a_binder() -> None:
-    binder = Binder(nn.Sequential(nn.Linear(4, 3)), None, kept=0)
+    planner = Planner(Binder(nn.Sequential(nn.Linear(4, 3)), None), kept=0)
     mine = adapter(0)
-    plan = binder.plan([("fr", 1.0, mine)])
-    assert binder.plan([("fr", 1.0, mine)]) is plan
+    plan = planner.plan([("fr", 1.0, mine)])
+    assert planner.plan([("fr", 1.0, mine)]) is plan
     gone = weakref.ref(mine)
     del mine, plan
     gc.collect()
@@ -55,21 +57,21 @@ def test_an_adapter_that_nobody_holds_leaves_a_binder() -> None:
 def test_a_plan_made_again_has_the_mark_it_had_and_another_one_has_not() -> None:
     base = nn.Sequential(nn.Linear(4, 3))
     mine, other = adapter(0), adapter(1)
-    binder = Binder(base, None, kept=0)
-    mark = binder.plan([("fr", 1.0, mine)]).mark
-    assert binder.plan([("fr", 1.0, mine)]).mark == mark
+    planner = Planner(Binder(base, None), kept=0)
+    mark = planner.plan([("fr", 1.0, mine)]).mark
+    assert planner.plan([("fr", 1.0, mine)]).mark == mark
     assert (
-        len({mark, binder.plan([("fr", 0.5, mine)]).mark, binder.plan([("fr", 1.0, other)]).mark})
+        len({mark, planner.plan([("fr", 0.5, mine)]).mark, planner.plan([("fr", 1.0, other)]).mark})
         == 3
     )
     base[0] = nn.Linear(4, 3)
-    assert binder.plan([("fr", 1.0, mine)]).mark != mark
-    same = Binder(base, None, kept=0, origin=lambda adapter: "the same file")
+    assert planner.plan([("fr", 1.0, mine)]).mark != mark
+    same = Planner(Binder(base, None), kept=0, origin=lambda adapter: "the same file")
     assert same.plan([("fr", 1.0, mine)]).mark == same.plan([("fr", 1.0, other)]).mark
 
 
 def test_marks_are_forgotten_before_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_tree.engine.plan.KEPT_MARKS", 2)
+    monkeypatch.setattr("lora_tree.engine.marks.KEPT_MARKS", 2)
     marks = Marks()
     first = marks.of("a")
     marks.of("b")

@@ -12,7 +12,9 @@ from torch import nn
 
 import lora_tree as lt
 from lora_tree.engine import switches
-from lora_tree.engine.plan import EMPTY_PLAN, Binder, Plan
+from lora_tree.engine.binder import Binder
+from lora_tree.engine.plan import EMPTY_PLAN, Plan
+from lora_tree.engine.planner import Planner
 from lora_tree.engine.pristine import Pristine
 from lora_tree.engine.switches import KeptSwitches
 
@@ -27,16 +29,16 @@ def base() -> nn.Module:
 
 def plans(**adapters: lt.Adapter) -> tuple[nn.Module, dict[str, Plan]]:
     over = base()
-    binder = Binder(over, None, kept=0)
-    return over, {node: binder.plan([(node, 1.0, value)]) for node, value in adapters.items()}
+    planner = Planner(Binder(over, None), kept=0)
+    return over, {node: planner.plan([(node, 1.0, value)]) for node, value in adapters.items()}
 
 
 def test_what_becomes_bare_comes_first_and_what_stays_is_left_out() -> None:
     shared = adapter("1")
     over = base()
-    binder = Binder(over, None)
-    old = binder.plan([("s", 1.0, shared), ("x", 1.0, adapter("2"))])
-    new = binder.plan([("s", 1.0, shared), ("y", 1.0, adapter("0"))])
+    planner = Planner(Binder(over, None))
+    old = planner.plan([("s", 1.0, shared), ("x", 1.0, adapter("2"))])
+    new = planner.plan([("s", 1.0, shared), ("y", 1.0, adapter("0"))])
     found = KeptSwitches().between(old, new)
     assert [write.site.name for write in found.all.each] == ["2", "0"]
     assert (found.bare.names, found.merged.names) == (("2",), ("0",))
@@ -59,11 +61,11 @@ def test_whether_the_new_plan_has_every_site_of_the_old_one() -> None:
 
 def test_a_module_that_was_replaced_is_another_site() -> None:
     over = base()
-    binder = Binder(over, None, kept=0)
+    planner = Planner(Binder(over, None), kept=0)
     value = adapter("0")
-    old = binder.plan([("n", 1.0, value)])
+    old = planner.plan([("n", 1.0, value)])
     over[0] = nn.Linear(4, 4)  # type: ignore[index]
-    new = binder.plan([("n", 1.0, value)])
+    new = planner.plan([("n", 1.0, value)])
     assert not KeptSwitches().between(old, new).keeps_sites
 
 

@@ -20,7 +20,8 @@ from benchmarks.host_link import HostLink
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import is_vacated
 from lora_tree.cache.reservation import Reservation
-from lora_tree.engine import plan as plans
+from lora_tree.engine.plan import Plan
+from lora_tree.engine.planner import Planner
 from lora_tree.engine.unmerged import Unmerged
 from lora_tree.errors import BaseMismatch, UnlockedError
 from lora_tree.folder import hashing, pieces
@@ -67,7 +68,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
     tell(ContentHash, "content", "hash")
     tell(ContentHash, "pieces", "hash")
-    tell(plans.Binder, "_made", "plan")
+    tell(Planner, "_made", "plan")
     tell(Unmerged, "_laid_out", "laid out")
     tell(Unmerged, "run", "run")
     return told
@@ -165,14 +166,14 @@ def test_after_a_wrong_hash_nothing_of_the_file_is_left(
     whole = damage(weights(folder, "e"))
     bare = model.base(inputs())
     made: list[weakref.ref[Any]] = []
-    plain = plans.Binder._made
+    plain = Planner._made
 
-    def noted(self: plans.Binder, *args: Any) -> plans.Plan:
+    def noted(self: Planner, *args: Any) -> Plan:
         plan = plain(self, *args)
         made.extend([weakref.ref(plan), weakref.ref(plan.adapters[0])])
         return plan
 
-    monkeypatch.setattr(plans.Binder, "_made", noted)
+    monkeypatch.setattr(Planner, "_made", noted)
     if link is not None:
         link.arrived.clear()
     for _ in range(2):
@@ -232,15 +233,15 @@ def test_an_error_beside_the_hash_is_met_again_and_an_interrupt_leaves_nothing(
     error: type[BaseException],
 ) -> None:
     model = lt.attach(lt.load(folder), base(), host_budget="1MiB", device_budget="1MiB")
-    plain, calls = plans.Binder._made, list[int]()
+    plain, calls = Planner._made, list[int]()
 
-    def made(self: plans.Binder, *args: Any) -> plans.Plan:
+    def made(self: Planner, *args: Any) -> Plan:
         calls.append(1)
         if len(calls) == 1:
             raise error("beside the hash")
         return plain(self, *args)
 
-    monkeypatch.setattr(plans.Binder, "_made", made)
+    monkeypatch.setattr(Planner, "_made", made)
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             model.activate("e", mode="unmerged")
@@ -272,7 +273,7 @@ def test_what_is_read_again_is_the_same_behaviour_as_what_was_prepared_beside_it
         marks.append(model._stage.current.placed.plan.mark)
         model.deactivate()
         # Otherwise a kept plan would have the adapter come back as the same object.
-        model._binder.forget()
+        model._planner.forget()
         model._stage.beside.forget()
         gc.collect()
     assert link.events.count("hash") > 3, "files as young as these are hashed at every read"

@@ -21,8 +21,9 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import held_bytes, is_vacated, pack, vacate
+from lora_tree.engine.binder import Binder
 from lora_tree.engine.launches import KeptLaunch, Launches
-from lora_tree.engine.plan import Binder
+from lora_tree.engine.planner import Planner
 from lora_tree.engine.side import Draft
 from lora_tree.renaming import Renaming
 
@@ -119,7 +120,7 @@ def test_what_comes_back_is_neither_bound_nor_laid_out_again(
             found[path] = base(x)
             model.deactivate()
         sent, steps = len(link.sent), []
-        for owner, name in ((Binder, "_made"), (Renaming, "bound"), (Draft, "__init__")):
+        for owner, name in ((Planner, "_made"), (Renaming, "bound"), (Draft, "__init__")):
             plain = getattr(owner, name)
             monkeypatch.setattr(
                 owner, name, lambda *a, n=name, p=plain, **k: steps.append(n) or p(*a, **k)
@@ -209,7 +210,7 @@ def test_a_launch_is_not_known_after_a_factor_has_moved() -> None:
     link = Moving()
     packed = pack(adapter, link.allocate)
     sent = link.send(packed).adapter
-    plan = Binder(base, None).plan([("e", 1.0, sent)])
+    plan = Planner(Binder(base, None)).plan([("e", 1.0, sent)])
     names = tuple(plan.sites)
     nothing: Any = None
     launch = KeptLaunch(

@@ -5,6 +5,7 @@ NaN. Every number that goes into a base has to be finite:
 
     merged      W0 + Σ c · scale · B A, rounded to the dtype of W        fp16 ends at 65504
     unmerged    A, and c · scale · B, in the dtype of the side path
+    override    the number itself, in the dtype of the tensor that it stands for
 
 Most adapters are known to be fine by one number, the largest M of all their factors: no number of
 c · scale · B A is larger than |c · scale| · r · M². It is found once for each adapter
@@ -23,13 +24,14 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import BaseMismatch
 from ..lowrank import LowRank
+from ..override import Override
 from ..sites import Site
 from .arithmetic import Scratch, add_bias, add_weight
 from .largest import badness, largest_in_plan, largest_of
 from .plan import PlacedPlan, Plan
 from .side import SideKind
 
-__all__ = ["check_beside", "check_sum", "harmless", "suspects"]
+__all__ = ["check_beside", "check_override_numbers", "check_sum", "harmless", "suspects"]
 
 NodeShare = tuple[str, LowRank, float]
 """A node's share at a site: its name, its value and the coefficient of the value."""
@@ -179,6 +181,26 @@ def _all_train(adapter: Adapter) -> bool:
             if not tensor.requires_grad:
                 return False
     return True
+
+
+# ---------------------------------------------------------------------- an override
+def check_override_numbers(tensor: str, override: Override, own: Tensor) -> None:
+    """Refuse an override that is not finite in the dtype of the tensor that it stands for.
+
+    Raises:
+        BaseMismatch: it is not; names the tensor.
+    """
+    if override.is_trainable or override.values.is_meta or not override.values.numel():
+        return  # what trains changes at every step, and a look at it waits for the device
+    least, most = torch.aminmax(override.values)
+    size = float(torch.maximum(least.abs(), most.abs()))
+    info = torch.finfo(own.dtype)
+    if not size <= info.max * (1 + info.eps / 4):
+        raise BaseMismatch(
+            f"{tensor}: the adapter replaces it by numbers up to {size:.3g}, and "
+            f"{str(own.dtype)[6:]} goes up to {info.max:.3g}",
+            "train it again, or load the base in a wider dtype",
+        )
 
 
 # ---------------------------------------------------------------------- the error

@@ -33,9 +33,10 @@ from .ground import grounds_of
 from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
+from .marks import Marks
 from .owed import Owed
 from .path_form import OneRowForm, one_row
-from .plan import Marks, PlacedPlan, Terms
+from .plan import PlacedPlan, Terms
 from .row_grounds import RowGrounds
 from .row_layout import RowLayout
 from .shares import Share, share_of

@@ -40,7 +40,8 @@ from .blocks import Blocks
 from .fresh import settle_fresh
 from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
 from .merged import MergedWeights
-from .plan import EMPTY_PLAN, Binder, PlacedPlan, Plan
+from .plan import EMPTY_PLAN, PlacedPlan, Plan
+from .planner import Planner
 
 __all__ = ["Stage"]
 
@@ -54,7 +55,7 @@ class Stage:
         claim: tells the next model that attaches to this base whether it is bare.
         merged: writes plans into the weights.
         beside: runs plans beside the weights.
-        binder: makes plans.
+        planner: makes plans.
         compiled: whether the base was compiled, which no side path survives.
         pin: paths → their adapters, which stay in memory until they are released.
         factors: the factors that train, or did.
@@ -68,13 +69,13 @@ class Stage:
         *,
         merged: MergedWeights,
         beside: SideHooks,
-        binder: Binder,
+        planner: Planner,
         compiled: CompileWatch,
         pin: Callable[[Iterable[str], Ahead | None], Pins],
         factors: FactorParameters,
     ) -> None:
         self._base, self._tree, self._claim = base, tree, claim
-        self._merged, self._binder = merged, binder
+        self._merged, self._planner = merged, planner
         self._compiled = compiled
         self._pin, self._factors = pin, factors
         self._save_hooks: list[RemovableHandle] = []
@@ -106,7 +107,7 @@ class Stage:
             nodes[node] = None
             is_fresh = is_fresh or self._tree[node].fresh is not None
         if is_fresh:
-            settle_fresh(self._tree, self._base, nodes, self._binder.own_value)
+            settle_fresh(self._tree, self._base, nodes, self._planner.binder.own_value)
         lineages = None
         if not isinstance(request.asked, tuple):
             lineages = partial(self._tree.counting_lineages, request.asked)
@@ -121,7 +122,7 @@ class Stage:
             if prepared:
                 # What was made of an adapter that may not be used would keep its memory.
                 prepared.clear()
-                self._binder.forget()
+                self._planner.forget()
                 if not self.beside.permanent:
                     self.beside.forget()
             raise
@@ -133,7 +134,7 @@ class Stage:
                     continue  # a group
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
                 terms.append((name, weight, adapters[node]))
-            placed = self._binder.placed(terms, lineages)
+            placed = self._planner.placed(terms, lineages)
             weights, beside = self._parts(request, placed)
             return Behaviour(request, placed, weights, beside, pins, adapters)
         except BaseException:
@@ -165,9 +166,9 @@ class Stage:
             if not are_all:
                 # Most of the work is a binding's, and an adapter is bound once.
                 for name, _, adapter in terms:
-                    self._binder.bind(tree_node(name), adapter)
+                    self._planner.binder.bind(tree_node(name), adapter)
                 return
-            placed = self._binder.placed(terms, lineages)
+            placed = self._planner.placed(terms, lineages)
             prepared.append(placed)
             if request.rows is None and request.mode != "merged":
                 self.beside.look_ahead(placed)

@@ -18,8 +18,7 @@ import torch
 from ..adapter import Adapter
 from ..blend import Blend
 from ..engine.arithmetic import Scratch
-from ..engine.finite import check_sum, harmless
-from ..engine.plan import check_override_numbers
+from ..engine.finite import check_override_numbers, check_sum, harmless
 from ..errors import BaseMismatch, LoraTreeError, TiedWeights, UnmergedOnly, listing
 from ..lowrank import LowRank
 from ..override import Override

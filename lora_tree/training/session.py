@@ -22,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapter import Adapter
 from ..engine.behaviour import State
+from ..engine.binder import Binder
 from ..engine.fresh import settle_fresh
 from ..engine.packing import Packing
-from ..engine.plan import Binder
 from ..engine.side import Manner, side_device
 from ..engine.stage import Stage
 from ..errors import SpecError, StateError
