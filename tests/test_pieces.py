@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,14 @@ from cached import RANKS, adapter, weights, zoo
 import lora_tree as lt
 from lora_tree.errors import UnlockedError
 from lora_tree.folder import hashing, pieces
+from lora_tree.folder.examine import examine
 from lora_tree.folder.hashing import ContentHash
 from lora_tree.folder.opening import inspect
 from lora_tree.folder.outgoing import outgoing
 from lora_tree.folder.pieces import PieceHash
+from lora_tree.folder.scan import find_files
 from lora_tree.folder.tree_place import place_of
+from lora_tree.formats import safetensors as reader
 from lora_tree.formats.peft import CONFIG, WEIGHTS
 
 SMALL = 64
@@ -234,3 +238,57 @@ def test_a_lock_without_them_is_read_as_before(
     del small[:]
     source.load()
     assert small == [{"whole": True, "pieces": False}]
+
+
+# ---------------------------------------------------------------------- where no thread starts
+AT_EXIT = """
+import atexit, sys
+from pathlib import Path
+import torch
+import lora_tree as lt
+from lora_tree.folder import hashing, pieces
+from lora_tree.formats import safetensors as reader
+
+hashing.LARGE, pieces.PIECE, reader.PART = 128, 64, 40
+for module in (hashing, pieces, reader):
+    module.processors = lambda: 8
+value = lt.LowRank(torch.randn(2, 5), torch.randn(6, 2))
+
+def save_and_load():
+    tree = lt.AdapterTree()
+    tree.add("fr", adapter=lt.Adapter({"m": value}))
+    tree.save(sys.argv[1])
+    read = lt.load(sys.argv[1])["fr"].source.load().modules["m"]
+    assert torch.equal(read.A, value.A) and torch.equal(read.B, value.B)
+    print("saved and loaded")
+
+atexit.register(save_and_load)
+"""
+
+
+def test_a_save_and_a_load_at_exit_need_no_thread(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, str(tmp_path / "zoo")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "saved and loaded\n", "")
+    assert "pieces" in entries(tmp_path / "zoo")["fr"]
+
+
+def test_without_threads_the_hashes_are_the_same(
+    small: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    folder = zoo(tmp_path / "zoo")
+    told = entries(folder)
+    monkeypatch.setattr(hashing, "processors", lambda: 8)
+    monkeypatch.setattr(reader, "processors", lambda: 8)
+    monkeypatch.setattr(reader, "PART", 40)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for path in RANKS:
+        found = examine(find_files(str(folder / path), str(folder)))
+        assert (found.content, found.pieces) == (told[path]["content"], told[path]["pieces"])

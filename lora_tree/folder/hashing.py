@@ -74,11 +74,16 @@ class ContentHash:
         if self._thread is None and not _is_worth_a_thread(name, data.nbytes):
             self._hashes[name].update(data)
             return
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name="lora_tree hash", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be started; see `pieces`
+                self._hashes[name].update(data)
+                return
+            self._thread = thread
         # From here on all parts go to the thread: a file's parts are hashed in their order.
         self._parts.put((name, data))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="lora_tree hash", daemon=True)
-            self._thread.start()
 
     @property
     def runs_beside(self) -> bool:

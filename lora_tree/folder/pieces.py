@@ -85,12 +85,21 @@ class PieceHash:
 
     def _end_piece(self) -> None:
         if self._threads > 1:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, "lora_tree hash")
-            self._found.append(self._pool.submit(_hash_of, self._parts))
+            self._found.append(self._started(self._parts))
         else:
             self._found.append(self._hash.hexdigest())
         self._parts, self._hash, self._nbytes = [], hashlib.sha256(), 0
+
+    def _started(self, parts: list[memoryview]) -> Future[str] | str:
+        """Have a thread hash a piece."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "lora_tree hash")
+        try:
+            return self._pool.submit(_hash_of, parts)
+        # No thread can be started: the interpreter is shutting down, as in a save by ``atexit``, or
+        # the system allows no more.
+        except RuntimeError:
+            return _hash_of(parts)
 
 
 def _hash_of(parts: list[memoryview]) -> str:

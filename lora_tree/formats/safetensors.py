@@ -19,7 +19,7 @@ import ctypes
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,28 +132,39 @@ class TensorFile:
         to, and several threads clear more of them at once. So several read, where there are
         processors for them.
         """
+        done = 0
         readers = min(len(parts), processors() // 2, MOST_READERS)
-        if processors() < PROCESSORS or readers < 2 or not hasattr(os, "preadv"):
-            for part in parts:
-                if self._stream.readinto(part) != len(part):  # type: ignore[attr-defined]
-                    raise _cut_short(self._where)
-                yield part
-            return
+        if processors() >= PROCESSORS and readers > 1 and hasattr(os, "preadv"):
+            with ThreadPoolExecutor(readers, "lora_tree read") as pool:
+                reads = self._reads(pool, parts)
+                try:
+                    for read in reads:
+                        if read.result() != len(parts[done]):
+                            raise _cut_short(self._where)
+                        yield parts[done]
+                        done += 1
+                finally:
+                    # After an error, or an interrupt, no more is read. The pool waits for what is.
+                    for read in reads:
+                        read.cancel()
+        for part in parts[done:]:
+            if self._stream.readinto(part) != len(part):  # type: ignore[attr-defined]
+                raise _cut_short(self._where)
+            yield part
+
+    def _reads(self, pool: ThreadPoolExecutor, parts: Sequence[Any]) -> list[Future[int]]:
+        """Have the pool read each part; return the reads, or none if no thread can be started."""
         file, place = self._stream.fileno(), self._stream.tell()
-        with ThreadPoolExecutor(readers, "lora_tree read") as pool:
-            reads = []
+        reads: list[Future[int]] = []
+        try:
             for part in parts:
                 reads.append(pool.submit(os.preadv, file, [part], place))
                 place += len(part)
-            try:
-                for part, read in zip(parts, reads, strict=True):
-                    if read.result() != len(part):
-                        raise _cut_short(self._where)
-                    yield part
-            finally:
-                # After an error, or an interrupt, no more is read. The pool waits for what is.
-                for read in reads:
-                    read.cancel()
+        # The interpreter is shutting down, or the system allows no more threads. What was begun
+        # writes the bytes that the caller reads into the same place.
+        except RuntimeError:
+            return []
+        return reads
 
 
 @contextmanager
