@@ -987,7 +987,27 @@ def test_a_training_in_the_background_goes_on_through_the_ctrl_c_of_another(igno
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None,
     )
-    assert (done.stdout, done.returncode) == (f"{not ignored}\n", 0)
+    assert (done.stdout, done.returncode) == (f"{0 if ignored else 130}\n", 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(("first", "second"), [("INT", "TERM"), ("TERM", "INT"), ("TERM", "TERM")])
+def test_a_second_signal_does_what_it_does_where_none_is_noted(first: str, second: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from lora_tree.cli.interrupts import noted_interrupts\n"
+        "def earlier(number, frame): sys.exit(f'earlier {number}')\n"
+        "signal.signal(signal.SIGINT, earlier)\n"
+        "signal.signal(signal.SIGTERM, earlier)\n"
+        "with noted_interrupts() as noted:\n"
+        f"    os.kill(os.getpid(), signal.SIG{first})\n"
+        "    print(noted(), flush=True)\n"
+        f"    os.kill(os.getpid(), signal.SIG{second})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    number = {"INT": 2, "TERM": 15}
+    assert done.stdout == f"{128 + number[first]}\n"
+    assert (done.stderr, done.returncode) == (f"earlier {number[second]}\n", 1)
 
 
 def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1092,7 +1092,7 @@ def test_another_yaml_of_the_folder_is_trained_as_the_tree_that_it_is(
     assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     tmp_path: Path, zoo: Path, rows: Path, how: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1112,8 +1112,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_tree(
         assert running.process.is_alive(), running.end()
     running.send(how)
     left, told = running.end()
-    if how == signal.SIGINT:
-        assert left == 130
+    if how != signal.SIGKILL:
+        assert left == 128 + how
         assert "the same command goes on from" in told
     # The tree is written at the end.
     assert sorted(p.name for p in zoo.iterdir()) == [".runs", "tree.yaml"]

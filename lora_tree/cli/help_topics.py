@@ -73,7 +73,8 @@ Other columns are not read. A path of "" is for the bare base.
 0   done
 1   an error, told on stderr; or problems that check or show found
 2   wrong usage
-130 interrupted
+130 interrupted, by Ctrl-C
+143 terminated, by SIGTERM
 
 --json    stdout is one JSON document; warnings and progress go to stderr
 --quiet   no progress and no notes on stderr; warnings and errors stay

@@ -11,31 +11,34 @@ __all__ = ["noted_interrupts"]
 
 
 @contextmanager
-def noted_interrupts() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C and a polite kill instead of raising them; raise a second one.
+def noted_interrupts() -> Iterator[Callable[[], int]]:
+    """Note Ctrl-C and a polite kill instead of raising them; a second one does what it did before.
 
-    Yields a function that says whether one was noted.
+    Yields a function that returns the exit code of the one that was noted; 0 if none was.
     """
-    noted: list[int] = []
+    noted: list[int] = []  # exit codes
 
     # Python runs a handler between any two instructions of the main thread. One that printed or
     # saved could do so in the middle of a step or of another print, so the signal is only noted.
     def note(number: int, frame: Any) -> None:
         # The second one is from a user who does not want to wait for the step to end.
         if noted:
+            earlier = before[number]
+            if callable(earlier):
+                earlier(number, frame)
             raise KeyboardInterrupt
-        noted.append(number)
+        noted.append(128 + number)
 
-    before = {}  # signal → its handler, to be put back
+    before: dict[int, Any] = {}  # signal → its handler, to be put back
     for number in (signal.SIGINT, signal.SIGTERM):
         # A shell ignores Ctrl-C for what it runs in the background, and so does nohup: it is not
         # meant for this run. None is a handler that was not set in Python, which can't be put back.
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, note)
     try:
-        yield lambda: bool(noted)
+        yield lambda: noted[0] if noted else 0
     finally:
         # The handlers are put back after an error, too. If `note` stayed in place, it would swallow
         # the next Ctrl-C of this process, which is then meant for something else.
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

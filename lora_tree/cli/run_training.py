@@ -56,7 +56,7 @@ def run_to_the_end(
                     f"stopped after {step.number} of {steps} steps; "
                     f"the same command goes on from {kept}"
                 )
-                raise typer.Exit(130)
+                raise typer.Exit(interrupted())
     if running.was_over:
         # A run that was over has written nothing now, and its last checkpoint is the one from
         # before.
