@@ -55,8 +55,9 @@ def read_and_hashed(file: Path, memory: torch.Tensor, way: str) -> None:
     """
     nbytes, start = memory.numel(), memory.data_ptr()
     by_pieces = way == "by pieces"
+    # By pieces the number of threads is the one for this machine.
     with mock.patch.object(hashing, "processors", return_value=8 if way == "hashed beside" else 1):
-        witness = hashing.ContentHash(whole=not by_pieces, pieces=by_pieces)
+        witness = hashing.ContentHash(whole=not by_pieces, pieces=by_pieces, nbytes=nbytes)
         with file.open("rb", buffering=0) as stream:
             for begin in range(0, nbytes, PART):
                 size = min(PART, nbytes - begin)

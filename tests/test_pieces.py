@@ -60,11 +60,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, bool]]]:
     monkeypatch.setattr(hashing, "LARGE", 2 * SMALL)
     monkeypatch.setattr(pieces, "PIECE", SMALL)
     monkeypatch.setattr(pieces, "processors", lambda: 3)
+    monkeypatch.setattr(pieces, "LEAST_WITH_FEW", 2 * SMALL)
     made: list[dict[str, bool]] = []
     plain = ContentHash.__init__
 
-    def noted(self: ContentHash, *names: Any, **how: bool) -> None:
-        made.append(how)
+    def noted(self: ContentHash, *names: Any, **how: Any) -> None:
+        made.append({kind: how.get(kind, kind == "whole") for kind in ("whole", "pieces")})
         plain(self, *names, **how)
 
     monkeypatch.setattr(ContentHash, "__init__", noted)
@@ -95,7 +96,7 @@ def test_a_shell_finds_the_same(tmp_path: Path) -> None:
     # As the module and docs/folder.md say it.
     line = f"split -b 2097152 --filter=sha256sum {file} | cut -c -64 | sha256sum"
     told = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
-    found = PieceHash()
+    found = PieceHash(2)
     found.update(memoryview(file.read_bytes()))
     assert found.hexdigest() == told.split()[0] == by_hand(file.read_bytes(), 2 << 20)
 
@@ -116,6 +117,24 @@ def test_pieces_that_were_not_asked_for_are_left_out_and_an_error_is_told(
     with pytest.raises(MemoryError, match="none left"):
         failing.hexdigest()
     failing.close()
+
+
+@pytest.mark.parametrize(
+    ("processors", "nbytes", "threads"),
+    [
+        (1, 1 << 30, 1),
+        (2, 8 << 20, 1),
+        (2, 16 << 20, 2),
+        (4, 4 << 20, 4),
+        (64, 1 << 30, 8),
+        (64, 100, 1),
+    ],
+)
+def test_threads_are_taken_for_large_files(
+    monkeypatch: pytest.MonkeyPatch, processors: int, nbytes: int, threads: int
+) -> None:
+    monkeypatch.setattr(pieces, "processors", lambda: processors)
+    assert pieces.threads_for(nbytes) == threads
 
 
 # ---------------------------------------------------------------------- in the lock
@@ -249,7 +268,7 @@ import lora_tree as lt
 from lora_tree.folder import hashing, pieces
 from lora_tree.formats import safetensors as reader
 
-hashing.LARGE, pieces.PIECE, reader.PART = 128, 64, 40
+hashing.LARGE, pieces.LEAST, pieces.PIECE, reader.PART = 128, 128, 64, 40
 for module in (hashing, pieces, reader):
     module.processors = lambda: 8
 value = lt.LowRank(torch.randn(2, 5), torch.randn(6, 2))

@@ -85,7 +85,7 @@ def link(events: Events, monkeypatch: pytest.MonkeyPatch) -> Told:
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nodes whose lock has the hash of their pieces, or not."""
     monkeypatch.setattr(pieces, "PIECE", 64)
-    monkeypatch.setattr(pieces, "processors", lambda: 3)
+    monkeypatch.setattr(hashing, "threads_for", lambda nbytes: 3)
     with monkeypatch.context() as at_save:
         at_save.setattr(hashing, "LARGE", 1 if request.param == "by pieces" else 1 << 40)
         made = zoo(tmp_path / "zoo")

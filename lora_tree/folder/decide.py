@@ -146,7 +146,7 @@ class _Rendered:
     @classmethod
     def of(cls, adapter: Adapter) -> _Rendered:
         data = peft.render(adapter)
-        with closing(ContentHash(pieces=True)) as hashing:
+        with closing(ContentHash(pieces=True, nbytes=len(data[WEIGHTS]))) as hashing:
             for name in FILES:
                 hashing(name, memoryview(data[name]))
             return cls(adapter, data, hashing.digests(), hashing.content(), hashing.pieces())

@@ -57,7 +57,7 @@ def examine(files: Files) -> Examined:
     Raises:
         FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
     """
-    hashing = ContentHash(files.names, pieces=True)
+    hashing = ContentHash(files.names, pieces=True, nbytes=files.weights_bytes)
     try:
         adapter = read_files(files, witness=hashing)
         return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter))

@@ -28,7 +28,7 @@ from ..formats.peft import CONFIG, WEIGHTS
 from ..system.processors import processors
 from . import disk
 from .lockfile import content
-from .pieces import PieceHash
+from .pieces import PieceHash, threads_for
 from .scan import FILES
 
 __all__ = ["ContentHash", "by_pieces", "weights_digest"]
@@ -52,14 +52,20 @@ class ContentHash:
         names: of the adapter's files.
         whole: find `content`.
         pieces: find `pieces`.
+        nbytes: of the weights, if it is known: several threads hash the pieces of large ones.
     """
 
     def __init__(
-        self, names: Iterable[str] = FILES, *, whole: bool = True, pieces: bool = False
+        self,
+        names: Iterable[str] = FILES,
+        *,
+        whole: bool = True,
+        pieces: bool = False,
+        nbytes: int = 0,
     ) -> None:
         self._hashes = {name: hashlib.sha256() for name in names}
         self._whole = whole
-        self._pieces = PieceHash() if pieces else None
+        self._pieces = PieceHash(threads_for(nbytes)) if pieces else None
         self._parts: SimpleQueue[tuple[str, memoryview] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -167,7 +173,7 @@ def weights_digest(path: str | Path) -> tuple[str, PieceHash]:
         FolderError: it can't be read.
     """
     # One thread, so that no more than a block is in memory however slow the hash is.
-    pieces = PieceHash(threads=1)
+    pieces = PieceHash()
     return disk.digest(path, beside=pieces.update), pieces
 
 

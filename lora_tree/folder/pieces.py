@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ..system.processors import processors
 
-__all__ = ["PIECE", "PieceHash"]
+__all__ = ["PIECE", "PieceHash", "threads_for"]
 
 PIECE = 2 << 20
 """Bytes of a piece. The format of tree.lock depends on it."""
@@ -26,18 +26,30 @@ MOST_THREADS = 8
 """More would wait for the reader: it hands out bytes at most eight times as fast as one hashes."""
 
 
+LEAST = 4 << 20
+"""Bytes of a file that is worth threads."""
+
+FEW_PROCESSORS = 3
+LEAST_WITH_FEW = 16 << 20
+"""The same with few processors: torch's own threads spin on them for a while after each product."""
+
+
+def threads_for(nbytes: int) -> int:
+    """Return how many threads hash a file of that size at once."""
+    count = processors()
+    least = LEAST_WITH_FEW if count <= FEW_PROCESSORS else LEAST
+    return min(count, MOST_THREADS) if nbytes >= least else 1
+
+
 class PieceHash:
     """The hash of a file's pieces, from bytes that are handed in one part after the other.
 
     Args:
-        threads: how many hash at once; None: as many as there are processors, at most eight. With
-            one the caller's own thread hashes each part when it is handed in. With more, a part's
-            bytes must stay as they are until `hexdigest` or `close`.
+        threads: how many hash at once. With one the caller's own thread hashes each part when it is
+            handed in. With more, a part's bytes must stay as they are until `hexdigest` or `close`.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
-        if threads is None:
-            threads = min(processors(), MOST_THREADS)
+    def __init__(self, threads: int = 1) -> None:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._found: list[Future[str] | str] = []  # of each whole piece, in order

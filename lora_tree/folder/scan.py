@@ -70,6 +70,11 @@ class Files:
         return {name: self.now[name][1] for name in self.names if name in self.now}
 
     @property
+    def weights_bytes(self) -> int:
+        """The size of PEFT's weights; 0 of an adapter in another format."""
+        return self.stamps[WEIGHTS].size if WEIGHTS in self.stamps else 0
+
+    @property
     def flaw(self) -> str | None:
         """Why this is no whole adapter, and what to do; None if it is one."""
         missing = [name for name in self.names if name not in self.now]

@@ -110,7 +110,12 @@ class FolderSource:
             try:
                 before = _identity(files)
                 if self.content is not None and self._hashed != hash(before):
-                    hashing = ContentHash(files.names, whole=not by_pieces, pieces=by_pieces)
+                    hashing = ContentHash(
+                        files.names,
+                        whole=not by_pieces,
+                        pieces=by_pieces,
+                        nbytes=files.weights_bytes,
+                    )
                 adapter = self._parse(files, allocate=allocate, witness=hashing)
                 after = _identity(files)
                 if before != after:
