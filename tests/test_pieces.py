@@ -60,7 +60,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, bool]]]:
     monkeypatch.setattr(hashing, "LARGE", 2 * SMALL)
     monkeypatch.setattr(pieces, "PIECE", SMALL)
     monkeypatch.setattr(pieces, "processors", lambda: 3)
-    monkeypatch.setattr(pieces, "LEAST_WITH_FEW", 2 * SMALL)
+    monkeypatch.setattr(pieces, "LARGE_FOR_FEW", 2 * SMALL)
     made: list[dict[str, bool]] = []
     plain = ContentHash.__init__
 
@@ -268,7 +268,7 @@ import lora_tree as lt
 from lora_tree.folder import hashing, pieces
 from lora_tree.formats import safetensors as reader
 
-hashing.LARGE, pieces.LEAST, pieces.PIECE, reader.PART = 128, 128, 64, 40
+hashing.LARGE, pieces.LARGE, pieces.PIECE, reader.PART = 128, 128, 64, 40
 for module in (hashing, pieces, reader):
     module.processors = lambda: 8
 value = lt.LowRank(torch.randn(2, 5), torch.randn(6, 2))

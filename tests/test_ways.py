@@ -185,7 +185,9 @@ def test_no_way_holds_the_base() -> None:
     ways = Ways(sites_of(base))
     assert ways.dtypes(base) is not None
     held = [ways._first, ways._further, ways._found, ways._sites, ways._weights]
-    flat = [each for found in held for each in _flat(found)]
+    flat: list[Any] = []
+    for found in held:
+        flat += _flat(found)
     assert not any(each is base for each in flat)
 
 

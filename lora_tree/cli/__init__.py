@@ -80,11 +80,11 @@ def _signals_clean_up(codes: list[int]) -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: object) -> None:
-        codes.append(130)
+        codes.append(128 + number)
         raise KeyboardInterrupt
 
     def end(number: int, frame: object) -> None:
-        codes.append(143)
+        codes.append(128 + number)
         # A second one ends the process at once, if the clean-up should hang.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(143)

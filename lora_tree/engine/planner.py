@@ -192,7 +192,8 @@ class Planner:
             return _Overrides({}, bound, None)
         at_site: dict[str, list[OverrideTerm]] = {}
         if lineages is None:
-            # Of a batch: which of them counts is decided row by row.
+            # Each row of a batch has a path of its own. All overrides are kept here, and a row's
+            # path decides later which of them counts for it.
             all_of: dict[str, list[tuple[str, Override]]] = {}
             for node, overrides in held.items():
                 for tensor, override in overrides.items():

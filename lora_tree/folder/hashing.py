@@ -25,20 +25,13 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..formats.peft import CONFIG, WEIGHTS
-from ..system.processors import processors
+from ..system.processors import ENOUGH, processors
 from . import disk
 from .lockfile import content
-from .pieces import PieceHash, threads_for
+from .pieces import LARGE, PieceHash, threads_for
 from .scan import FILES
 
 __all__ = ["ContentHash", "by_pieces", "weights_digest"]
-
-LARGE = 4 << 20
-"""Bytes of a part that is worth a thread: less is hashed before a thread has begun. Smaller weights
-have no hash of their pieces, so a lock of many small adapters is no larger."""
-
-PROCESSORS = 4
-"""With fewer, a thread takes the time from the reader, or from what computes beside both."""
 
 
 class ContentHash:
@@ -103,7 +96,9 @@ class ContentHash:
         return content(*self.digests().values())
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, when all parts are in them."""
+        """Return the SHA-256 of each file, when all parts are in them; without ``whole`` the one of
+        the weights is of no bytes.
+        """
         self._end()
         return {name: hashing.hexdigest() for name, hashing in self._hashes.items()}
 
@@ -210,4 +205,4 @@ def _one(start: int, end: int, parts: Sequence[memoryview]) -> memoryview:
 
 
 def _is_worth_a_thread(name: str, nbytes: int) -> bool:
-    return name == WEIGHTS and nbytes >= LARGE and processors() >= PROCESSORS
+    return name == WEIGHTS and nbytes >= LARGE and processors() >= ENOUGH

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ..system.processors import processors
+from ..system.processors import ENOUGH, processors
 
-__all__ = ["PIECE", "PieceHash", "threads_for"]
+__all__ = ["LARGE", "PIECE", "PieceHash", "threads_for"]
 
 PIECE = 2 << 20
 """Bytes of a piece. The format of tree.lock depends on it."""
@@ -26,18 +26,18 @@ MOST_THREADS = 8
 """More would wait for the reader: it hands out bytes at most eight times as fast as one hashes."""
 
 
-LEAST = 4 << 20
-"""Bytes of a file that is worth threads."""
+LARGE = 4 << 20
+"""Bytes of weights that are worth a thread: less is hashed before a thread has begun. Smaller ones
+have no hash of their pieces, so a lock of many small adapters is no larger."""
 
-FEW_PROCESSORS = 3
-LEAST_WITH_FEW = 16 << 20
-"""The same with few processors: torch's own threads spin on them for a while after each product."""
+LARGE_FOR_FEW = 16 << 20
+"""Bytes of weights that are worth threads where processors are few."""
 
 
 def threads_for(nbytes: int) -> int:
     """Return how many threads hash a file of that size at once."""
     count = processors()
-    least = LEAST_WITH_FEW if count <= FEW_PROCESSORS else LEAST
+    least = LARGE if count >= ENOUGH else LARGE_FOR_FEW
     return min(count, MOST_THREADS) if nbytes >= least else 1
 
 

@@ -91,13 +91,17 @@ def relocked(opened: Opened, *, accept_stale: bool) -> Relocked:
         # A later save may delete files that are marked as written. Files that their user moved here
         # or changed are the user's, so they lose the mark.
         written = before == path and old.nodes[path].written
-        pieces = old.nodes[before].pieces if new is None and before is not None else None
+        pieces = None
+        if new is not None:
+            pieces = new.pieces
+        elif before is not None:
+            pieces = old.nodes[before].pieces
         nodes[path] = node_lock(
             entry.files.stamps,
             content,
             on,
             base,
-            pieces=pieces if new is None else new.pieces,
+            pieces=pieces,
             written=written,
             hub=entry.hub,
         )

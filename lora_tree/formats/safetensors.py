@@ -32,7 +32,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..storage import Allocate
 from ..system.memory import check_fits
-from ..system.processors import processors
+from ..system.processors import ENOUGH, processors
 from ..system.reading import Inside, open_stream
 from . import strict_json
 from .limits import HEADER_BYTES
@@ -54,9 +54,6 @@ __all__ = [
 
 PART = 8 << 20
 """Bytes that are read at once: a witness can work on a part while the next is read."""
-
-PROCESSORS = 4
-"""With fewer, a second thread that reads would take the time from what hashes the parts."""
 
 MOST_READERS = 4
 """More gain little: memory is written no faster by eight threads than by four."""
@@ -132,9 +129,9 @@ class TensorFile:
         to, and several threads clear more of them at once. So several read, where there are
         processors for them.
         """
-        done = 0
-        readers = min(len(parts), processors() // 2, MOST_READERS)
-        if processors() >= PROCESSORS and readers > 1 and hasattr(os, "preadv"):
+        done, count = 0, processors()
+        readers = min(len(parts), count // 2, MOST_READERS)
+        if count >= ENOUGH and readers > 1 and hasattr(os, "preadv"):
             with ThreadPoolExecutor(readers, "lora_tree read") as pool:
                 reads = self._reads(pool, parts)
                 try:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["processors"]
+__all__ = ["ENOUGH", "processors"]
+
+ENOUGH = 4
+"""Processors of which some are free for threads that read or hash. With fewer, such a thread takes
+the time from its caller, from what computes beside it, or from torch's threads, which spin for a
+while after each product."""
 
 
 def processors() -> int:
