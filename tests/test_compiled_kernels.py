@@ -39,6 +39,8 @@ BATCHES = {
     "rows of sixteen inputs": (20, 16),
     "rows of many inputs": (64, 128),
 }
+ONE_ROW = {"one input": (1, 1), "a few inputs": (1, 7)}
+"""Name → rows, and inputs of a row."""
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def batch(
     name: str, dtype: torch.dtype, rank: int, compute: torch.dtype | None = None
 ) -> tuple[Segments, FactorTable, Tiling]:
     """Return lists of a batch over three nodes, factors of one site, and the tiling."""
-    rows, tokens = BATCHES[name]
+    rows, tokens = (BATCHES | ONE_ROW)[name]
     kinds = [(1.0, 0.5, 0.0), (1.0, 0.0, 2.0)]
     sizes, numbers = segment_numbers(kinds, [i % 2 for i in range(rows)], group_of(tokens, rows))
     factors = []
@@ -69,7 +71,10 @@ def constants_for(
     """Return what a kernel is compiled for on a GPU, by name, and the parts of the narrow sum."""
     segments, table, tiling = which
     parts = tiling.parts(table.wide[1 - side])
-    if module.__name__.endswith("shrink"):
+    if module.__name__.endswith("direct"):
+        x = torch.zeros(1, dtype=table.dtype)
+        plan = module._plan(x, x, segments, table, tiling)
+    elif module.__name__.endswith("shrink"):
         x = torch.zeros(1, dtype=table.dtype)
         plan, _, _ = module._plan(x, segments, table, side, tiling)
     else:
@@ -109,7 +114,11 @@ def compiled(
         else:
             signature[name] = "i32"
     source = ASTSource(module._kernel, signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": module.WARPS, "num_stages": stages, "launch_pdl": capability >= 90}
+    options = {
+        "num_warps": getattr(module, "WARPS", 8),
+        "num_stages": stages,
+        "launch_pdl": capability >= 90,
+    }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -130,6 +139,30 @@ def test_kernels_compile_and_read_sixteen_bytes_at_a_time(
     assert wide > 0
     narrow = [line for line in code.splitlines() if "ld.global" in line and ".b16" in line]
     assert len(narrow) <= 8, "factors and outputs are read number by number"
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", ONE_ROW)
+@pytest.mark.parametrize("module", ["direct"], indirect=True)
+def test_the_one_launch_compiles_and_reads_sixteen_bytes_at_a_time(
+    module: Any, name: str, capability: int
+) -> None:
+    constants, _ = constants_for(module, batch(name, torch.bfloat16, 16), 0, capability)
+    stages = 5 if capability >= 90 else 3
+    kernel = compiled(module, constants, torch.bfloat16, "", capability, stages)
+    assert kernel.metadata.shared <= SHARED_BYTES[capability]
+    code = kernel.asm["ptx"]
+    assert code.count(".v4.b32") + code.count("cp.async.cg") > 0
+    narrow = [line for line in code.splitlines() if "ld.global" in line and ".b16" in line]
+    assert len(narrow) <= 8, "factors and outputs are read number by number"
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
+@pytest.mark.parametrize("module", ["direct"], indirect=True)
+def test_the_largest_ranks_of_one_launch_fit_into_a_small_gpu(module: Any, name: str) -> None:
+    constants, _ = constants_for(module, batch(name, torch.float32, 128), 0, 89)
+    kernel = compiled(module, constants, torch.float32, "", 89, 3)
+    assert kernel.metadata.shared <= SHARED_BYTES[89]
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)

@@ -30,7 +30,7 @@ SOURCES = Path(lt.__file__).parent / "engine/kernels"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
 
-SHARED = ("merge", "slots", "tiles", "undo_kernel", "undo_numbers")
+SHARED = ("direct", "expand", "merge", "shrink", "slots", "tiles", "undo_kernel", "undo_numbers")
 """Modules of the kernels that others take functions from."""
 
 

@@ -31,7 +31,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Counting:
 
 @pytest.mark.parametrize("shape", [(20,), (1, 1, 20), (2, 3, 20), (70, 20)], ids=str)
 @pytest.mark.parametrize("path", PATHS, ids=["node", "path", "blend"])
-def test_a_path_is_the_sum_in_float64_in_two_launches_a_site(
+def test_a_path_is_the_sum_in_float64_in_one_launch_for_few_inputs_and_in_two_for_many(
     launched: list[str], path: lt.Blend, shape: tuple[int, ...]
 ) -> None:
     base, tree = net(), forest()
@@ -41,8 +41,55 @@ def test_a_path_is_the_sum_in_float64_in_two_launches_a_site(
         wanted = net_by_hand(base, tree, x.view(1, -1, 20), [path], doubled(tree)).view(shape)
         model.activate(path, mode="unmerged")
         y = base(x)
-    assert launched == ["shrink", "expand"] * 2
+    assert launched == (["direct"] if x.numel() <= 16 * 20 else ["shrink", "expand"]) * 2
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_captures_two_launches_a_site_which_are_compiled_before(
+    launched: list[str], modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tree = net(), forest()
+    model = lt.attach(tree, base)
+    x = torch.randn(3, 20)
+    count_direct = modules["in_place"].bound_direct
+
+    def not_loaded(*args: Any) -> Any:
+        launch = count_direct(*args)
+        launch.is_loaded = lambda device: False
+        return launch
+
+    monkeypatch.setattr(modules["in_place"], "bound_direct", not_loaded)
+    with torch.no_grad():
+        model.activate("a/b/c", mode="unmerged")
+        first = base(x)
+        assert launched == ["shrink", "expand", "direct"] * 2
+        del launched[:]
+        assert torch.equal(base(x), first)
+        assert launched == ["direct"] * 2
+        del launched[:]
+        monkeypatch.setattr(modules["in_place"], "_is_captured", lambda tensor: True)
+        torch.testing.assert_close(base(x), first, rtol=1e-5, atol=1e-5)
+        assert launched == ["shrink", "expand"] * 2
+
+
+def test_inputs_of_other_sizes_and_dtypes_in_turn_are_each_added_to(launched: list[str]) -> None:
+    base, tree = net(torch.float16), forest()
+    model = lt.attach(tree, base)
+    exact = doubled(tree)
+    model.activate("a/b/c", mode="unmerged")
+    for count, dtype in ((2, torch.float16), (40, torch.float16), (2, torch.float32), (2, None)):
+        x = torch.randn(count, 20)
+        if dtype is not None:
+            base.to(dtype)
+            x = x.to(dtype)
+        narrow = torch.float16 if dtype is None else dtype
+        with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=dtype is None):
+            y = base(x)
+        with torch.no_grad():
+            wanted = net_by_hand(base, tree, x[None].double(), ["a/b/c"], exact)[0]
+        assert y.dtype == narrow
+        close = 2e-2 if narrow == torch.float16 else 1e-5
+        torch.testing.assert_close(y.double(), wanted, rtol=close, atol=close)
 
 
 def test_what_the_kernels_read_is_what_was_sent_and_nothing_is_made_of_it(
@@ -62,7 +109,7 @@ def test_what_the_kernels_read_is_what_was_sent_and_nothing_is_made_of_it(
         after = base(x)
     assert not torch.equal(beside, bare)
     assert torch.equal(after, bare), "a stack would still have the numbers"
-    assert "expand" in launched
+    assert "direct" in launched
 
 
 def test_one_node_needs_neither_a_stack_nor_a_kernel(link: Counting) -> None:
@@ -150,7 +197,7 @@ def test_a_batch_of_one_path_reads_factors_where_they_lie(
         with model.route(["a/b/c"] * 3):
             y = base(x)
             assert model.cache.stats().tiers[-1].laid_out_bytes == 0
-    assert launched == ["shrink", "expand"] * 2
+    assert launched == ["direct"] * 2
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -21,8 +21,8 @@ from .batch import Batch
 from .factor_tables import PlanTables
 from .kernels import routes
 from .owed import Owed
-from .segmented import NARROW, SegmentedForm, route_dtype
-from .side import Draft
+from .segmented import NARROW, SegmentedForm
+from .side import Draft, recorded
 
 __all__ = ["OneRowForm", "one_row", "read_in_place"]
 
@@ -30,20 +30,36 @@ __all__ = ["OneRowForm", "one_row", "read_in_place"]
 class OneRowForm(SegmentedForm):
     """The kernels of a routed batch, for a batch of one row that holds all inputs."""
 
-    def covers(self, out: Tensor, x: Tensor) -> bool:
-        """Return whether the kernels add up for such an output and input.
+    def added(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor | None:
+        """Return ``out`` plus the sum; None if the kernels do not add up for such tensors.
 
-        The base may have been moved or cast since, and a forward may run on fake tensors, which
-        have no memory.
+        Args:
+            out: the module's output.
+            x: its input.
+            spare: ``out`` may be written over.
+        """
+        # A forward may run on fake tensors, which have no memory.
+        if type(out) is not Tensor or type(x) is not Tensor:
+            return None
+        size = self._size(out, x)
+        known = self._known
+        is_known = known is not None and known[0] == size
+        if not (is_known or self._covers(out, x, size[0])):
+            return None
+        if recorded(out, x):
+            return self._add(out, x)
+        out, x = (out if spare else out.clone()).contiguous(), x.contiguous()
+        self._launches(size, out, x)(x, out)
+        return out
+
+    def _covers(self, out: Tensor, x: Tensor, compute: torch.dtype) -> bool:
+        """Return whether the kernels add up for such an output and input: the base may have been
+        moved or cast since.
         """
         device = self.owed.device
-        if type(out) is not Tensor or type(x) is not Tensor or not x.numel():
+        if out.device != device or x.device != device or not x.numel():
             return False
-        if out.device != device or x.device != device:
-            return False
-        if out.dtype not in NARROW or x.dtype not in NARROW:
-            return False
-        return route_dtype(self.owed.dtype, x) in NARROW
+        return out.dtype in NARROW and x.dtype in NARROW and compute in NARROW
 
 
 def one_row(coefficients: Sequence[float]) -> Batch:

@@ -329,7 +329,7 @@ class _SegmentedSite:
                     rows = of.rows
                 elif not self.uniform:
                     raise not_by_rows(site, x, of.rows)
-            compute = route_dtype(self.dtype, x)
+            compute = route_dtype(self.dtype, x.dtype, x.device.type)
             return _add_segments(out, x, of.version, self.number, rows, compute)
 
         return side_path

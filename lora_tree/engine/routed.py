@@ -10,7 +10,6 @@ which all rows owe the same is one product, and its first axis may be anything.
 
 from __future__ import annotations
 
-import contextlib
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -352,10 +351,12 @@ class Route:
             laid_out = id(owed), way  # the same for any number of tokens
             found = self._forms.get(laid_out)
             if found is None:
-                # Entering the mode takes longer than making a form that computes nothing.
-                mode = exact_mode(owed.device) if way.lays_out else contextlib.nullcontext()
-                with mode:
-                    found = self._forms[laid_out] = way(owed)
+                if way.lays_out:
+                    with exact_mode(owed.device):
+                        found = way(owed)
+                else:  # entering the mode takes longer than making such a form
+                    found = way(owed)
+                self._forms[laid_out] = found
             self._forms[key] = found
         return found
 
@@ -390,6 +391,8 @@ class _RoutedSide:
 
     def __init__(self, route: Route, site: Site, axis: BatchAxis) -> None:
         self._route, self._site, self._axis = route, site, axis
+        self._known: tuple[tuple[Spread, int, int], list[SumForm]] | None = None
+        """The spread, the tokens and the device of the last call, and its forms."""
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
         axis, site = self._axis, self._site
@@ -424,7 +427,7 @@ class _RoutedSide:
         if grounds is not None:
             out, spare = grounds.applied(out, x, spread), False
         tokens = out.numel() // (out.shape[0] * out.shape[self._site.channels])
-        for form in self._route.forms(self._site, spread, tokens, out.device):
+        for form in self._forms(out, spread, tokens):
             if form.owed.live:
                 x = self._route.manner.dropped(x, self._site)
             taken = x
@@ -433,6 +436,16 @@ class _RoutedSide:
             # A form returns a tensor of its own, so the next one may write it over.
             out, spare = form.add(out, taken, spare=spare), True
         return out if out.dtype == dtype else out.to(dtype)
+
+    def _forms(self, out: Tensor, spread: Spread, tokens: int) -> list[SumForm]:
+        """Return the route's forms; those of the last call, where it was alike."""
+        called = spread, tokens, out.get_device()
+        known = self._known
+        if known is not None and known[0] == called:
+            return known[1]
+        forms = self._route.forms(self._site, spread, tokens, out.device)
+        self._known = called, forms
+        return forms
 
     def _by_tokens(self, out: Tensor, x: Tensor, layout: RowLayout) -> Tensor:
         """Add what the rows owe to tokens in any order."""

@@ -162,12 +162,14 @@ class Draft:
 class PathForm(Protocol):
     """The sum of a path's frozen terms at one site, from factors that are not stacked."""
 
-    def covers(self, out: Tensor, x: Tensor) -> bool:
-        """Return whether it adds up for such an output and input."""
-        ...
+    def added(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor | None:
+        """Return ``out`` plus the sum; None if it does not add up for such tensors.
 
-    def add(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor:
-        """Return ``out`` plus the sum; ``spare``: ``out`` may be written over."""
+        Args:
+            out: the module's output.
+            x: its input.
+            spare: ``out`` may be written over.
+        """
         ...
 
 
@@ -216,9 +218,10 @@ class PathSide:
         self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None = None
     ) -> Tensor:
         first = 0
-        if self._form is not None and self._form.covers(out, x):
-            out, spare = self._form.add(out, x, spare=spare), True
-            first = self._frozen
+        if self._form is not None:
+            after = self._form.added(out, x, spare=spare)
+            if after is not None:
+                out, spare, first = after, True, self._frozen
         for i in range(first, len(self._pieces)):
             piece = self._piece(i, out.device)
             if i == self._frozen:

@@ -4,6 +4,7 @@
     undo                       the same in place, by undo log       `logs`
     sample                     the watch over written weights       `usable`
     shrink, expand, outer      a path for every row of a batch      `routes`
+    direct                     one path for a few inputs            `routes`
 
 A kernel is loaded when a device first needs it: Triton is slow to import, and some platforms have
 none. It is tried once, on a small problem. If it can't be compiled (Triton needs a C compiler) or
@@ -18,7 +19,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ __all__ = [
     "NO_TERMS",
     "SHARE",
     "FactorTable",
+    "InPlace",
     "LaidTerms",
     "Launch",
     "LogLaunch",
@@ -61,6 +63,10 @@ __all__ = [
     "segment_numbers",
     "usable",
 ]
+
+
+InPlace: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Adds a sum to its second argument, the outputs, for the first one, the inputs."""
 
 
 class Launch(Protocol):
@@ -99,20 +105,22 @@ def logs(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class RoutedKernels:
-    """The three launches of a routed sum; see the modules of their names."""
+    """The launches of a routed sum; see the modules of their names."""
 
     shrink: Callable[[Tensor, Segments, FactorTable, int, Tiling], Tensor]
     expand: Callable[[Tensor, Tensor | None, Tensor, Segments, FactorTable, int, Tiling], None]
     outer: Callable[[Tensor, Tensor, Segments, FactorTable, int, Tiling], Tensor]
+    in_place: Callable[[Tensor, Tensor, Segments, FactorTable, Tiling], InPlace]
 
 
 @functools.cache
 def routed_kernels() -> RoutedKernels:
     """Return the launches of routed sums, for devices for which `routes` is true."""
-    shrink, expand, outer = (
-        importlib.import_module(f"{__name__}.{name}") for name in ("shrink", "expand", "outer")
-    )
-    return RoutedKernels(shrink.shrink, expand.expand, outer.outer)
+    names = ("shrink", "expand", "outer", "in_place")
+    shrink, expand, outer, in_place = [
+        importlib.import_module(f"{__name__}.{name}") for name in names
+    ]
+    return RoutedKernels(shrink.shrink, expand.expand, outer.outer, in_place.bound_in_place)
 
 
 def merge_launch(parts: Sequence[MergePart]) -> Launch:
@@ -231,5 +239,11 @@ def routes_right_on(device: torch.device) -> bool:
             exact[row] += B.double() @ narrow
             wanted[node] += base[row, :, None].double() * narrow
     close = torch.isclose(out.double(), exact, rtol=2**-6, atol=0.5).all()
+    # A single input has kernels of its own. Its row owes what the first one owes.
+    sizes, numbers = segment_numbers([(0.5, 1.0)], [0], 1)
+    segments, tiling = Segments(sizes, numbers.to(device)), Tiling.of(sizes, 1, torch.bfloat16)
+    one = base[:1].clone()
+    kernels.in_place(x[:1], one, segments, table, tiling)(x[:1], one)
+    close &= torch.isclose(one.double(), exact[:1], rtol=2**-6, atol=0.5).all()
     close &= torch.isclose(grads.double(), wanted.flatten(), rtol=2**-6, atol=0.5).all()
     return bool(close) and torch.equal(out[1], base[1])

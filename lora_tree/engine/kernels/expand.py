@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .factor_table import FIELDS, FactorTable
-from .relaunch import LaunchPlan, Relaunch, shared_constants
+from .relaunch import BoundLaunch, LaunchPlan, Relaunch, shared_constants
 from .segments import Segments
 from .tiles import added, begins_early, options_for, shared_bytes, wait_for_last
 from .tiling import Tiling, entries_at_once
 
-__all__ = ["expand", "expanded_plainly"]
+__all__ = ["bound_expand", "expand", "expanded_plainly", "factor_of", "outputs_of", "store_sum"]
 
 WARPS, STAGES = 4, 1
 
@@ -63,7 +63,7 @@ def _lanes_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _factor(  # type: ignore[no-untyped-def]
+def factor_of(  # type: ignore[no-untyped-def]
     address,
     stride,
     rank,
@@ -126,7 +126,7 @@ def _narrow(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(  # type: ignore[no-untyped-def]
+def store_sum(  # type: ignore[no-untyped-def]
     out, before, total, adapted, stored, FRESH: tl.constexpr
 ):
     """Write the sum, rounded once; a number to which nothing is added keeps its bits."""
@@ -196,16 +196,16 @@ def _kernel(  # type: ignore[no-untyped-def]
         wait_for_last(EARLY)
         narrow = _narrow(low, first + of, end, entries, room, i, inside, r, INPUTS, RANK, PARTS)
         for _ in tl.range(SPAN, num_stages=LOOP):
-            y = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+            y = factor_of(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
             to = at[:, None] * width + c[None, :]
             stored = kept[:, None] & (c[None, :] < width)
             before = tl.load(base + to, mask=stored & (not FRESH), other=0.0)
             total = tl.full((INPUTS, WIDTH), 0.0, tl.float32)
             total = tl.dot(narrow.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
-            _store(out + to, before, total, adapted, stored, FRESH)
+            store_sum(out + to, before, total, adapted, stored, FRESH)
             c += WIDTH
     else:
-        y = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+        y = factor_of(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
         node = _nodes_of(nodes, first + ENTRIES + of, end)
         address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
         node = _nodes_of(nodes, first + 2 * ENTRIES + of, end)
@@ -216,7 +216,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         total = tl.full((INPUTS, WIDTH), 0.0, tl.float32)
         for begin in range(first, end, ENTRIES):
             if AHEAD:
-                later = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+                later = factor_of(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
                 address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
                 node = _nodes_of(nodes, begin + 3 * ENTRIES + of, end)
             narrow = _narrow(low, begin + of, end, entries, room, i, inside, r, INPUTS, RANK, PARTS)
@@ -229,10 +229,10 @@ def _kernel(  # type: ignore[no-untyped-def]
             if AHEAD:
                 y = later
             elif begin + ENTRIES < end:
-                y = _factor(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
+                y = factor_of(address, stride, rank, r, c, width, SIDE, FACTOR, ALIGNED, RANK)
                 address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
                 node = _nodes_of(nodes, begin + 3 * ENTRIES + of, end)
-        _store(out + to, before, total, adapted, stored, FRESH)
+        store_sum(out + to, before, total, adapted, stored, FRESH)
 
 
 _launch = Relaunch(_kernel)
@@ -258,13 +258,28 @@ def expand(
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
+    launch = bound_expand(low, base, out, segments, table, side, tiling)
+    launch(low, out if base is None else base, out)
+
+
+def bound_expand(
+    low: Tensor,
+    base: Tensor | None,
+    out: Tensor,
+    segments: Segments,
+    table: FactorTable,
+    side: int,
+    tiling: Tiling,
+) -> BoundLaunch:
+    """Return the launch of `expand` for all tensors like these; it takes low, base and out. The
+    arguments are those of `expand`.
+    """
     key = "expand", out.dtype, side, tiling, table.kind, base is None, base is out
     plan = segments.plans.get(key)
     if plan is None:
         plan = _plan(low, base, out, segments, table, side, tiling)
         segments.plans[key] = plan
-    moving = low, out if base is None else base, out
-    _launch(plan, moving, segments.to_expand, table.to_expand)
+    return _launch.bind(plan, segments.to_expand, table.to_expand)
 
 
 def _plan(

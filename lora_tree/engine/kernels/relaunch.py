@@ -16,8 +16,7 @@ addresses are looked at here.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +41,8 @@ _IS_KNOWN = (3, 6) <= _VERSION < (4, 0)
 if _IS_KNOWN:
     from triton import knobs
 
+    _RUNTIME = knobs.runtime
+
 
 @dataclass(eq=False)
 class LaunchPlan:
@@ -53,6 +54,7 @@ class LaunchPlan:
         constants: in the order of the signature.
         kind: tells the constants and the dtypes of the tensors.
         options: of its compilation, as ``num_warps``.
+        compiled: the kernel, when it is found.
     """
 
     grid: tuple[int, int, int]
@@ -65,11 +67,14 @@ class LaunchPlan:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Compiled:
-    """A compiled kernel, taken apart as a launch needs it."""
+    """A compiled kernel, taken apart as a launch on one device needs it."""
 
     run: Any
     function: Any
     metadata: Any
+    device: int
+    is_one_of_several: bool
+    stream_of: Callable[[int], int]
 
 
 def shared_constants(
@@ -101,62 +106,117 @@ class Relaunch:
         self._kernel = kernel
         self._compiled: dict[tuple[int, Hashable], _Compiled] = {}
 
-    def __call__(
-        self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
-    ) -> None:
-        """Launch it on the device of its tensors, in the current stream there.
+    def bind(self, plan: LaunchPlan, lists: Pointers, table: Pointers) -> BoundLaunch:
+        """Return a launch to which only the tensors are missing that differ from call to call.
 
         Args:
-            plan: of this launch.
-            moving: the kernel's first tensors, which differ from launch to launch.
-            lists: the next ones, of the batch.
-            table: the last ones, of the site.
+            plan: of the launch.
+            lists: tensors of the batch, which come after those.
+            table: tensors of the site, which are the last.
         """
-        device = moving[0].device
-        if not _can_skip_triton(device):
-            self._ask(plan, moving, lists, table)
+        return BoundLaunch(self, plan, lists, table)
+
+    def ask(
+        self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
+    ) -> Any:
+        """Launch it by way of Triton, and return the compiled kernel.
+
+        Args:
+            plan, lists, table: as `bind` takes them.
+            moving: the kernel's first tensors.
+        """
+        tensors = (*moving, *lists.tensors, *table.tensors)
+        with on(moving[0].device):
+            launch = self._kernel[plan.grid]
+            return launch(*tensors, *plan.numbers, *plan.constants, **plan.options)
+
+    def knows(self, plan: LaunchPlan, device: torch.device) -> bool:
+        """Return whether a plan's kernel is compiled, and loaded on a device."""
+        return (device.index, plan.kind) in self._compiled
+
+    def compiled(
+        self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
+    ) -> tuple[_Compiled, bool]:
+        """Return a plan's compiled kernel, and whether it had to be launched to be found; the
+        arguments are those of `ask`.
+        """
+        device = moving[0].device.index
+        found = self._compiled.get((device, plan.kind))
+        if found is not None:
+            return found, False
+        made = self.ask(plan, moving, lists, table)
+        found = _Compiled(
+            made.run, made.function, made.packed_metadata, device, _has_several(), _stream_of()
+        )
+        self._compiled[device, plan.kind] = found
+        return found, True
+
+
+class BoundLaunch:
+    """A kernel's launches for one plan, one batch and one site: two or three addresses differ.
+
+    A forward calls hundreds of these for a token, and the host's time for them is most of what a
+    path beside the weights costs. So everything that can be is put together once.
+    """
+
+    __slots__ = ("_compiled", "_is_aligned", "_last", "_lists", "_plan", "_relaunch", "_table")
+
+    def __init__(
+        self, relaunch: Relaunch, plan: LaunchPlan, lists: Pointers, table: Pointers
+    ) -> None:
+        self._relaunch, self._plan, self._lists, self._table = relaunch, plan, lists, table
+        self._is_aligned = lists.aligned and table.aligned
+        self._last = (*lists.addresses, *table.addresses, *plan.numbers, *plan.constants)
+        self._compiled = plan.compiled if self._is_aligned else None
+
+    def is_loaded(self, device: torch.device) -> bool:
+        """Return whether a launch on a device takes no compilation."""
+        return self._relaunch.knows(self._plan, device)
+
+    def __call__(self, *moving: Tensor) -> None:
+        """Launch it on the device of its lists and table, in the current stream there.
+
+        Args:
+            moving: the kernel's first tensors, on that device.
+        """
+        compiled = self._compiled
+        addresses, bits = [], 0
+        for tensor in moving:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            bits |= address
+        if compiled is None or bits % 16 or _is_observed():
+            self._by_triton(moving, bits)
             return
-        addresses = [tensor.data_ptr() for tensor in moving]
-        is_aligned = lists.aligned and table.aligned
-        for address in addresses:
-            is_aligned = is_aligned and not address % 16
-        if not is_aligned or _is_observed():
-            self._ask(plan, moving, lists, table)
-            return
-        compiled = plan.compiled
-        if compiled is None:
-            key = device.index, plan.kind
-            compiled = plan.compiled = self._compiled.get(key)
-            if compiled is None:
-                made = self._ask(plan, moving, lists, table)
-                compiled = _Compiled(made.run, made.function, made.packed_metadata)
-                plan.compiled = self._compiled[key] = compiled
-                return
         # A launch goes to the current device. To be sure of it takes as long as to launch.
-        with on(device) if _has_several() else _NOTHING:
+        with on(moving[0].device) if compiled.is_one_of_several else _NOTHING:
             compiled.run(
-                *plan.grid,
-                _stream(device),
+                *self._plan.grid,
+                compiled.stream_of(compiled.device),
                 compiled.function,
                 compiled.metadata,
                 None,
                 None,
                 None,
                 *addresses,
-                *lists.addresses,
-                *table.addresses,
-                *plan.numbers,
-                *plan.constants,
+                *self._last,
             )
 
-    def _ask(
-        self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
-    ) -> Any:
-        """Launch it by way of Triton, and return the compiled kernel."""
-        tensors = (*moving, *lists.tensors, *table.tensors)
-        with on(moving[0].device):
-            launch = self._kernel[plan.grid]
-            return launch(*tensors, *plan.numbers, *plan.constants, **plan.options)
+    def _by_triton(self, moving: Sequence[Tensor], bits: int) -> None:
+        """Launch by way of Triton, and take the compiled kernel over if the next launch can do
+        without.
+        """
+        device = moving[0].device
+        is_aligned = self._is_aligned and not bits % 16
+        if not (is_aligned and _can_skip_triton(device)) or _is_observed():
+            self._relaunch.ask(self._plan, moving, self._lists, self._table)
+            return
+        compiled, is_launched = self._relaunch.compiled(
+            self._plan, moving, self._lists, self._table
+        )
+        self._compiled = self._plan.compiled = compiled
+        if not is_launched:
+            self(*moving)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -168,13 +228,16 @@ def _can_skip_triton(device: torch.device) -> bool:
 
 def _is_observed() -> bool:
     """Return whether a profiler wants to be told of launches, which Triton does."""
-    return bool(knobs.runtime.launch_enter_hook.calls)
+    return bool(_RUNTIME.launch_enter_hook.calls)
 
 
-def _stream(device: torch.device) -> int:
-    return int(driver.active.get_current_stream(device.index))
+def _stream_of() -> Callable[[int], int]:
+    """Return what tells a device's current stream: to find the active driver takes longer than to
+    ask it.
+    """
+    find: Callable[[int], int] = driver.active.get_current_stream
+    return find
 
 
-@functools.cache
 def _has_several() -> bool:
     return torch.cuda.device_count() > 1

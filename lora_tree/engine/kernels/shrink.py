@@ -16,7 +16,7 @@ The forward takes x and A; the backward takes the gradient of the output, and B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -37,7 +37,7 @@ from .tiles import (
 )
 from .tiling import Tiling, entries_at_once
 
-__all__ = ["shrink", "shrunk_plainly"]
+__all__ = ["bound_shrink", "of_few_inputs", "of_one_input", "shrink", "shrunk_plainly"]
 
 WARPS, MOST_STAGES = 4, 5
 
@@ -65,7 +65,7 @@ def _factor_at(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _of_one_input(  # type: ignore[no-untyped-def]
+def of_one_input(  # type: ignore[no-untyped-def]
     source, lanes, stride, used, begin, end, width,
     SIDE: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
@@ -83,7 +83,7 @@ def _of_one_input(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _of_few_inputs(  # type: ignore[no-untyped-def]
+def of_few_inputs(  # type: ignore[no-untyped-def]
     source, owes, lanes, stride, used, begin, end, width,
     SIDE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     INPUTS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
@@ -204,11 +204,11 @@ def _kernel(  # type: ignore[no-untyped-def]
         begin_next(EARLY)
         if INPUTS == 1:
             one = x + tl.load(order + owner).to(tl.int64) * width
-            total = _of_one_input(
+            total = of_one_input(
                 one, lanes, stride, used, begin, end, width, SIDE, ALIGNED, RANK, LANES, WIDTH
             )
         elif SHARES > 1:
-            total = _of_few_inputs(
+            total = of_few_inputs(
                 source, owes, lanes, stride, used, begin, end, width,
                 SIDE, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, LANES, WIDTH, SHARES,
             )  # fmt: skip
@@ -240,14 +240,26 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
+    return bound_shrink(x, segments, table, side, tiling)(x)
+
+
+def bound_shrink(
+    x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling
+) -> Callable[[Tensor], Tensor]:
+    """Return `shrink` for all inputs like ``x``; the arguments are those of `shrink`."""
     key = "shrink", x.dtype, side, tiling, table.kind
     planned = segments.plans.get(key)
     if planned is None:
         planned = segments.plans[key] = _plan(x, segments, table, side, tiling)
     plan, shape, dtype = planned
-    low = torch.empty(shape, dtype=dtype, device=x.device)
-    _launch(plan, (x, low), segments.to_shrink, table.to_shrink)
-    return low
+    launch = _launch.bind(plan, segments.to_shrink, table.to_shrink)
+
+    def run(x: Tensor) -> Tensor:
+        low = torch.empty(shape, dtype=dtype, device=x.device)
+        launch(x, low)
+        return low
+
+    return run
 
 
 def _plan(

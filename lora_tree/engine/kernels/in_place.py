@@ -1,0 +1,100 @@
+"""Add a batch's sum to outputs in place, call after call, with as little of the host's time as can
+be.
+
+    many rows, or many inputs       shrink ─▶ expand
+    one row of few inputs           direct; while a graph is captured, shrink ─▶ expand
+
+Whatever follows from the batch, from the site and from the size of the inputs is worked out once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .direct import bound_direct, is_direct
+from .expand import bound_expand
+from .factor_table import FactorTable
+from .relaunch import BoundLaunch
+from .segments import Segments
+from .shrink import bound_shrink
+from .tiling import Tiling
+
+__all__ = ["bound_in_place"]
+
+
+def bound_in_place(
+    x: Tensor, out: Tensor, segments: Segments, table: FactorTable, tiling: Tiling
+) -> Callable[[Tensor, Tensor], None]:
+    """Return the launches that add a batch's sum to outputs, for all tensors like these; they
+    take the inputs and the outputs.
+
+    Args:
+        x: (rows · tokens, in), row by row.
+        out: (rows · tokens, out), row by row.
+        segments: of the batch.
+        table: the factors; they stay where they are, or the table is rewritten.
+        tiling: of the batch.
+    """
+    pair = _Pair(x, segments, table, tiling)
+    if not is_direct(segments, table, tiling):
+        return pair
+    return _DirectOrPair(bound_direct(x, out, segments, table, tiling), pair)
+
+
+class _Pair:
+    """`shrink` and `expand`.
+
+    Args:
+        x: an input.
+        segments, table, tiling: as `bound_in_place` takes them.
+    """
+
+    __slots__ = ("_expand", "_of", "_shrink")
+
+    def __init__(self, x: Tensor, segments: Segments, table: FactorTable, tiling: Tiling) -> None:
+        self._of = segments, table, tiling
+        self._shrink = bound_shrink(x, segments, table, 0, tiling)
+        self._expand: BoundLaunch | None = None
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        low = self._shrink(x)
+        expand = self._expand
+        if expand is None:
+            segments, table, tiling = self._of
+            expand = self._expand = bound_expand(low, out, out, segments, table, 1, tiling)
+        expand(low, out, out)
+
+
+class _DirectOrPair:
+    """`direct`, and in a graph the pair.
+
+    Args:
+        direct: adds the sum in one launch.
+        pair: in two.
+    """
+
+    __slots__ = ("_direct", "_is_first", "_pair")
+
+    def __init__(self, direct: BoundLaunch, pair: _Pair) -> None:
+        self._direct, self._pair = direct, pair
+        self._is_first = True
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        if _is_captured(out):
+            self._pair(x, out)
+            return
+        if self._is_first:
+            # Kernels can't be compiled while a graph is captured. Whoever captures runs the model
+            # before, and that run has to leave the pair compiled, too.
+            self._is_first = False
+            if not self._direct.is_loaded(out.device):
+                self._pair(x, torch.empty_like(out))
+        self._direct(x, out)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Return whether launches for a tensor go into a graph now."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
