@@ -7,12 +7,14 @@ layer each time, so that none of them are found in a cache.
 
 from __future__ import annotations
 
+import importlib
 import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,12 +100,14 @@ def _one(work: Work, repeats: int, device: torch.device, name: str) -> Result:
     before = torch.zeros(1, device=device)
     inputs = len(work.kinds) * work.tokens
     alone = _timed([lambda: before.add_(1.0)] * work.layers, repeats)
-    pairs = _Sum(repeats)
-    floors = _Sum(repeats)
+    # Only known where Triton is there.
+    direct = importlib.import_module("lora_tree.engine.kernels.direct")
+    pairs, singles, floors = _Sum(repeats), _Sum(repeats), _Sum(repeats)
+    is_direct = False
     for into, out, times in SITES:
         x = torch.randn(inputs, into, device=device, dtype=DTYPE)
         y = torch.randn(inputs, out, device=device, dtype=DTYPE)
-        held, calls = [], []
+        held, calls, direct_calls = [], [], []
         for _ in range(work.layers):
             factors, memory = _factors(count, into, out, device)
             held.append(memory)
@@ -115,7 +119,18 @@ def _one(work: Work, repeats: int, device: torch.device, name: str) -> Result:
                 kernels.expand(low, y, y, segments, table, 1, tiling)
 
             calls.append(pair)
+            is_direct = direct.is_direct(segments, table, tiling)
+            if is_direct:
+                launch = direct.bound_direct(x, y, segments, table, tiling)
+
+                def single(x: Tensor = x, y: Tensor = y, launch: Any = launch) -> None:
+                    before.add_(1.0)
+                    launch(x, y)
+
+                direct_calls.append(single)
         pairs.add(_timed(calls, repeats), times, alone)
+        if is_direct:
+            singles.add(_timed(direct_calls, repeats), times, alone)
         nbytes = held[0].nbytes + x.nbytes + 2 * y.nbytes
         source = torch.empty(work.layers, nbytes // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
@@ -125,6 +140,8 @@ def _one(work: Work, repeats: int, device: torch.device, name: str) -> Result:
         floors.add(_timed(copies, repeats), times)
     result = Result(f"kernels of one layer: {work.what}; r={RANK}, bf16; {name}")
     result.timings = {"shrink and expand": pairs.timing, "floor: as many bytes": floors.timing}
+    if is_direct:
+        result.timings["in one launch"] = singles.timing
     result.facts["kernels / floor"] = pairs.timing.ms / floors.timing.ms
     return result
 

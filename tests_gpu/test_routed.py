@@ -77,6 +77,32 @@ def test_every_row_is_what_it_is_by_hand_and_bare_rows_keep_their_bits(
         assert torch.equal(base(x[order]), y[order])
 
 
+@pytest.mark.parametrize("inputs", [1, 7, 16, 17])
+@pytest.mark.parametrize("factors", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_path_of_few_inputs_is_what_it_is_by_hand_and_so_is_it_in_a_graph(
+    dtype: torch.dtype, factors: torch.dtype, inputs: int
+) -> None:
+    base = net(dtype)
+    tree = forest(base, factors)
+    model = lt.attach(tree, base)
+    x = torch.randn(inputs, 200, device=CUDA, dtype=dtype)
+    close = CLOSE[max(dtype, factors, key=lambda each: CLOSE[each])]
+    exact = doubled(tree)
+    for path in ("a/b/c", "e", "a/d"):
+        model.activate(path, mode="unmerged")
+        with torch.no_grad():
+            y = base(x)
+            wanted = net_by_hand(base, tree, x[None], [path], exact)[0]
+            torch.testing.assert_close(y.double(), wanted, rtol=close, atol=close)
+            assert torch.equal(base(x), y)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = base(x)
+            graph.replay()
+            torch.testing.assert_close(captured.double(), wanted, rtol=close, atol=close)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_gradients_are_those_of_float64(dtype: torch.dtype, autocast: bool) -> None:

@@ -26,14 +26,16 @@ from .factor_table import FIELDS, FactorTable
 from .pointers import Pointers
 from .relaunch import BoundLaunch, LaunchPlan, Relaunch
 from .segments import Segments
-from .shrink import of_few_inputs, of_one_input, shares_of, stages_for, warps_of, width_at_once
-from .tiles import TYPES, added, begins_early, larger, options_for, products, wait_for_last
+from .shrink import of_few_inputs, shares_of, warps_of, width_at_once
+from .tiles import TYPES, begins_early, larger, options_for, products, wait_for_last
 from .tiling import Tiling, entries_at_once
 
 __all__ = ["bound_direct", "is_direct"]
 
-MOST_INPUTS = 16
-"""Inputs, at most: one tile of a product."""
+INPUTS, STAGES = 16, 3
+"""Inputs, at most: one tile of a product, which a single input takes, too, since only the loops of
+products read ahead. Stages of that loop: two programs fit beside each other.
+"""
 
 MOST_BYTES = 2 << 20
 """Bytes of all A of a site, at most, since every program reads them."""
@@ -105,25 +107,20 @@ def _kernel(  # type: ignore[no-untyped-def]
             if ALIGNED:
                 lanes = tl.multiple_of(lanes, [16])
             stride = tl.load(fields + 1)
-            if INPUTS == 1:
-                low = of_one_input(
-                    x, lanes, stride, used, 0, width, width, 0, ALIGNED, RANK, ENTRIES * RANK, WIDTH
-                )
-            else:
-                low = of_few_inputs(
-                    source, owes, lanes, stride, used, 0, width, width,
-                    0, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, ENTRIES * RANK, WIDTH, SHARES,
-                )  # fmt: skip
+            low = of_few_inputs(
+                source, owes, lanes, stride, used, 0, width, width,
+                0, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, ENTRIES * RANK, WIDTH, SHARES,
+            )  # fmt: skip
             coefficient = tl.load(coefficients + begin + of)
             low *= (coefficient * tl.load(scales + tl.where(node < 0, 0, node)))[None, :]
             # Not a product with 0: an input may have made a number infinite.
             low = tl.where((used & (coefficient != 0.0))[None, :], low, 0.0)
-            if INPUTS == 1:
-                # Tensor cores take sixteen inputs; one is multiplied number by number.
-                products = low.reshape(ENTRIES * RANK, 1) * y.to(tl.float32)
-                total += tl.reduce(products, 0, added)[None, :]
-            else:
-                total = tl.dot(low.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
+            narrow, factor = low.to(COMPUTE), y.to(COMPUTE)
+            total = tl.dot(narrow, factor, total, input_precision=PRECISION)
+            if COMPUTE == tl.bfloat16:
+                # The pair keeps the narrow sum of one input in fp32. Two numbers in bf16 hold it.
+                rest = (low - narrow.to(tl.float32)).to(COMPUTE)
+                total = tl.dot(rest, factor, total)
     store_sum(to, before, total, i < inputs, stored, False)
 
 
@@ -134,7 +131,7 @@ def is_direct(segments: Segments, table: FactorTable, tiling: Tiling) -> bool:
     """Return whether one launch adds up a batch's sum: it is one row of few inputs, and the
     factors are not so many that the device would have more to do than the host.
     """
-    few = segments.sizes.rows == 1 and tiling.inputs <= MOST_INPUTS
+    few = segments.sizes.rows == 1 and tiling.inputs <= INPUTS
     lanes = segments.sizes.entries * table.rank
     return few and lanes * table.wide[0] * table.dtype.itemsize <= MOST_BYTES
 
@@ -176,16 +173,16 @@ def _plan(
         width % 16 == 0,
         outputs % 16 == 0,
         precision,
-        tiling.tile,
+        INPUTS,
         table.rank,
         together,
-        width_at_once(tiling.tile, lanes, widest),
-        shares_of(tiling.tile),
+        width_at_once(INPUTS, lanes, widest),
+        shares_of(INPUTS),
         step,
         FIELDS,
         begins_early(x.device),
     )
     numbers = tiling.inputs, width, outputs, segments.sizes.entries
-    options = options_for(x.device, warps_of(tiling.tile), stages_for(x.device))
+    options = options_for(x.device, warps_of(INPUTS), STAGES)
     kind = x.dtype, out.dtype, *constants
     return LaunchPlan((-(-outputs // step), 1, 1), numbers, constants, kind, options)

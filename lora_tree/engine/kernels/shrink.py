@@ -37,7 +37,7 @@ from .tiles import (
 )
 from .tiling import Tiling, entries_at_once
 
-__all__ = ["bound_shrink", "of_few_inputs", "of_one_input", "shrink", "shrunk_plainly"]
+__all__ = ["bound_shrink", "of_few_inputs", "shrink", "shrunk_plainly"]
 
 WARPS, MOST_STAGES = 4, 5
 
@@ -65,7 +65,7 @@ def _factor_at(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def of_one_input(  # type: ignore[no-untyped-def]
+def _of_one_input(  # type: ignore[no-untyped-def]
     source, lanes, stride, used, begin, end, width,
     SIDE: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
@@ -204,7 +204,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         begin_next(EARLY)
         if INPUTS == 1:
             one = x + tl.load(order + owner).to(tl.int64) * width
-            total = of_one_input(
+            total = _of_one_input(
                 one, lanes, stride, used, begin, end, width, SIDE, ALIGNED, RANK, LANES, WIDTH
             )
         elif SHARES > 1:
