@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Literal, TypeAlias, get_args
@@ -35,7 +35,7 @@ from .ledger import Ledger, Unbounded
 from .marks import Marks
 from .owed import Owed
 from .path_form import OneRowForm, one_row
-from .plan import PlacedPlan, Terms
+from .plan import PlacedPlan, Plan, Term, Terms
 from .row_grounds import RowGrounds
 from .row_layout import RowLayout
 from .shares import Share, share_of
@@ -162,6 +162,10 @@ class Route:
         self.batch, self.plan, self.strategy = batch, plan, strategy
         self._trains = placed.trains
         self.manner, self.mark = manner, mark
+        # Whatever does not depend on the rows is found for the first batch of a plan.
+        asked = manner.dtype
+        key = "terms", placed.dtypes, asked
+        self._known = tables.once(key, partial(_known_terms, plan, asked))
         # The ledger counts the bytes until the token is gone. Not until the route is: forms and
         # their factors hold the token through `_charge` and may outlive the route, and if they held
         # the route itself it would never go.
@@ -192,11 +196,20 @@ class Route:
     @cached_property
     def mixed(self) -> list[Site]:
         """The sites at which the rows do not all owe the same."""
+        is_uniform: dict[int, bool] = {}
+        """For sites without overrides, by what tells whose terms they have."""
         found = []
         for name, site in self.plan.sites.items():
             grounds = self._grounds.get(name)
-            is_grounded_alike = grounds is None or grounds.is_uniform
-            if not is_grounded_alike or not self._batch(name, self._terms(name)).is_uniform:
+            if grounds is not None:
+                if not (grounds.is_uniform and self._grounded_batch(name).is_uniform):
+                    found.append(site)
+                continue
+            nodes = self._known[name].nodes
+            alike = is_uniform.get(id(nodes))
+            if alike is None:
+                alike = is_uniform[id(nodes)] = self._batch(nodes).is_uniform
+            if not alike:
                 found.append(site)
         return found
 
@@ -209,12 +222,16 @@ class Route:
             if name in mixed:
                 continue
             terms = self._terms(name)
-            (coefficients,) = self._batch(name, terms).kinds
+            if name in self._grounds:
+                batch = self._grounded_batch(name)
+            else:
+                batch = self._batch(self._known[name].nodes)
+            (coefficients,) = batch.kinds
             owed = [replace(t, coefficient=c) for t, c in zip(terms, coefficients, strict=True)]
             dtype = side_dtype(site.weight, [t.value for t in owed], self.manner.dtype)
             device = side_device(site.weight, [t.value for t in owed])
             draft = Draft(site, tuple(owed), (dtype, device), trains=True)
-            self._read_in_place(draft, terms, coefficients)
+            self._read_in_place(draft, coefficients)
             if draft.stacks:
                 self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
@@ -224,7 +241,7 @@ class Route:
                 found[name] = GroundedSide(ground, found[name])
         return found
 
-    def _read_in_place(self, draft: Draft, terms: Terms, coefficients: tuple[float, ...]) -> None:
+    def _read_in_place(self, draft: Draft, coefficients: tuple[float, ...]) -> None:
         """Let kernels read the factors of a site where all rows owe the same, by the plan's
         table.
         """
@@ -237,7 +254,7 @@ class Route:
         batch = self._rows.get(coefficients)
         if batch is None:
             batch = self._rows[coefficients] = one_row(coefficients)
-        values = self._values(name, terms)
+        values = self._known[name].values
         owed = Owed(
             draft.site, values, batch, draft.dtype, draft.device, tables=self._tables, trains=False
         )
@@ -288,54 +305,68 @@ class Route:
         key = site.name, spread, device
         found = self._owed.get(key)
         if found is None:
-            found = []
-            # Apart, because only what trains sees dropout, and only what is frozen is laid out.
-            every = self._terms(site.name)
-            for trains in (False, True):
-                terms = every if not trains else ()
-                if self._trains:
-                    terms = tuple([term for term in every if term.trains == trains])
-                if not terms:
-                    continue
-                values = self._values(site.name, terms)
-                dtype = self._dtype(site, values, trains)
-                batch = self._batch(site.name, terms, spread)
-                # A plan's tables are of all its values; here overrides may leave some of them out.
-                tables = self._tables if site.name not in self._grounds else PlanTables({})
-                owed = Owed(
-                    site, values, batch, dtype, device, self._charge, tables, trains, self._lend
-                )
-                found.append(owed)
+            if self._trains or site.name in self._grounds:
+                found = self._owed_in_parts(site, spread, device)
+            else:
+                known = self._known[site.name]
+                batch = self._batch(known.nodes, spread)
+                found = [self._owing(site, known, batch, device, self._tables, False)]
             self._owed[key] = found
         return found
 
-    def _values(self, name: str, terms: Terms) -> Sequence[LowRank]:
-        """Return the increments of some terms."""
-        if terms is not self.plan.terms[name]:
-            return [term.value for term in terms]
-        return self._tables.once(("values", name), lambda: [term.value for term in terms])
+    def _owed_in_parts(self, site: Site, spread: Spread, device: torch.device) -> list[Owed]:
+        """Return what is owed where some terms train, or an override may leave some out."""
+        found = []
+        # A plan's tables are of all its values, and here there may be fewer.
+        tables = self._tables if site.name not in self._grounds else PlanTables({})
+        # Apart, because only what trains sees dropout, and only what is frozen is laid out.
+        every = self._terms(site.name)
+        for trains in (False, True):
+            terms = [term for term in every if (self._trains and term.trains) == trains]
+            if terms:
+                known = _KnownTerms.of(site, terms, self.manner.dtype)
+                batch = self._batch(known.nodes, spread, self._without(site.name))
+                found.append(self._owing(site, known, batch, device, tables, trains))
+        return found
 
-    def _nodes(self, name: str, terms: Terms) -> tuple[str, ...]:
-        """Return the nodes of some terms."""
-        if terms is not self.plan.terms[name]:
-            return tuple([term.node for term in terms])
-        return self._tables.once(("nodes", name), lambda: tuple([term.node for term in terms]))
+    def _owing(
+        self,
+        site: Site,
+        known: _KnownTerms,
+        batch: Batch,
+        device: torch.device,
+        tables: PlanTables,
+        trains: bool,
+    ) -> Owed:
+        return Owed(
+            site,
+            known.values,
+            batch,
+            known.dtype,
+            device,
+            self._charge,
+            tables,
+            trains,
+            self._lend,
+        )
 
-    def _dtype(self, site: Site, values: Sequence[LowRank], trains: bool) -> torch.dtype:
-        """Return what the side path of some values computes in at a site."""
-        asked = self.manner.dtype
-        if site.name in self._grounds:  # overrides may leave some of the plan's values out
-            return side_dtype(site.weight, values, asked)
-        key = site.name, trains, asked, None if site.weight is None else site.weight.dtype
-        return self._tables.once(key, lambda: side_dtype(site.weight, values, asked))
+    def _grounded_batch(self, name: str) -> Batch:
+        """Return the batch as the terms of a site with overrides see it."""
+        nodes = tuple([term.node for term in self._terms(name)])
+        return self._batch(nodes, without=self._without(name))
 
-    def _batch(self, name: str, terms: Terms, spread: Spread = (1, 1)) -> Batch:
-        """Return the batch as some terms' nodes see it at a site; sites with the same nodes share
-        it.
-        """
-        nodes = self._nodes(name, terms)
+    def _without(self, name: str) -> tuple[frozenset[str], ...] | None:
+        """Return kind → the nodes that overrides leave out at a site; None: there are none."""
         grounds = self._grounds.get(name)
-        without = None if grounds is None else tuple(grounds.without)
+        return None if grounds is None else tuple(grounds.without)
+
+    def _batch(
+        self,
+        nodes: tuple[str, ...],
+        spread: Spread = (1, 1),
+        without: tuple[frozenset[str], ...] | None = None,
+    ) -> Batch:
+        """Return the batch as some nodes see it; sites with the same nodes share it."""
         key = nodes, without, spread
         found = self._batches.get(key)
         if found is None:
@@ -365,6 +396,38 @@ class Route:
         if self.strategy == "auto":
             return form_for(owed, tokens, trains=self._trains)
         return way_of(self.strategy, owed, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _KnownTerms:
+    """Some terms at a site, as batches need them.
+
+    Args:
+        nodes: whose they are, in the order of the sum; one tuple for all sites with the same nodes.
+        values: the increments.
+        dtype: what the side path computes in.
+    """
+
+    nodes: tuple[str, ...]
+    values: Sequence[LowRank]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(site: Site, terms: Sequence[Term], asked: torch.dtype | None) -> _KnownTerms:
+        """Return some terms of a site; ``asked`` as for `side_dtype`."""
+        values = [term.value for term in terms]
+        nodes = tuple([term.node for term in terms])
+        return _KnownTerms(nodes, values, side_dtype(site.weight, values, asked))
+
+
+def _known_terms(plan: Plan, asked: torch.dtype | None) -> dict[str, _KnownTerms]:
+    """Return site → all its terms."""
+    found: dict[str, _KnownTerms] = {}
+    nodes: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for name, terms in plan.terms.items():
+        known = _KnownTerms.of(plan.sites[name], terms, asked)
+        found[name] = replace(known, nodes=nodes.setdefault(known.nodes, known.nodes))
+    return found
 
 
 def _debts(batch: Batch) -> Hashable:

@@ -131,9 +131,10 @@ def is_direct(segments: Segments, table: FactorTable, tiling: Tiling) -> bool:
     """Return whether one launch adds up a batch's sum: it is one row of few inputs, and the
     factors are not so many that the device would have more to do than the host.
     """
-    few = segments.sizes.rows == 1 and tiling.inputs <= INPUTS
+    if segments.sizes.rows > 1 or tiling.inputs > INPUTS:
+        return False
     lanes = segments.sizes.entries * table.rank
-    return few and lanes * table.wide[0] * table.dtype.itemsize <= MOST_BYTES
+    return lanes * table.wide[0] * table.dtype.itemsize <= MOST_BYTES
 
 
 def bound_direct(
