@@ -39,6 +39,7 @@ from .engine.batch_axis import BatchAxis, SeenSites
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.binder import Binder
 from .engine.expansion import expansions
+from .engine.forms import Strategy
 from .engine.fresh import settle_fresh
 from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
@@ -46,7 +47,6 @@ from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
 from .engine.prepared import Prepared, increments_beside
 from .engine.pristine import Copies, Place
-from .engine.routed import Strategy
 from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged

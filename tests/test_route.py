@@ -28,10 +28,10 @@ from lora_tree.cache import shelf
 from lora_tree.engine import arithmetic, forms
 from lora_tree.engine.at_once import AT_ONCE, AllPathsForm
 from lora_tree.engine.batch import Batch
+from lora_tree.engine.forms import Strategy
 from lora_tree.engine.in_turn import EachPathForm, NodesForm
 from lora_tree.engine.ledger import Lender, ordinary
 from lora_tree.engine.owed import Owed
-from lora_tree.engine.routed import Strategy
 from lora_tree.engine.segmented import SegmentedForm
 from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
 from lora_tree.lowrank import LINEAR

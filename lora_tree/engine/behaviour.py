@@ -22,8 +22,8 @@ from ..adapter import Adapter
 from ..blend import Blend
 from .batch import Batch
 from .batch_axis import BatchAxis
+from .forms import Strategy
 from .plan import PlacedPlan, Plan
-from .routed import Strategy
 
 __all__ = [
     "Ahead",

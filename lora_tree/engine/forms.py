@@ -10,9 +10,11 @@ The choice follows from what is owed and from the number of inputs, and never fr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from ..errors import SpecError, listing, suggest
 from .at_once import AllPathsForm, GroupedForm, MatrixForm
 from .in_turn import EachPathForm, NodesForm
 from .kernels import routes
@@ -21,7 +23,10 @@ from .segmented import SegmentedForm
 from .side import product_dtype
 from .sum_form import SumForm
 
-__all__ = ["FORMS", "SumForm", "form_for", "way_of"]
+__all__ = ["FORMS", "Strategy", "SumForm", "check_strategy", "form_for", "way_of"]
+
+Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix", "segmented"]
+"""A form for all sites of a batch, or ``auto``: for each the one that is taken by itself."""
 
 FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "nodes": (NodesForm,),
@@ -35,6 +40,20 @@ FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
 FEW = 32
 """With fewer inputs a path, a CPU takes longer to copy rows and factors than to multiply them
 (`python -m benchmarks.forms`)."""
+
+
+def check_strategy(strategy: str) -> None:
+    """Check that a strategy is one.
+
+    Raises:
+        SpecError: no such strategy.
+    """
+    known = get_args(Strategy)
+    if strategy not in known:
+        raise SpecError(
+            f"no strategy {strategy!r}{suggest(str(strategy), known)}",
+            f"there are {listing(known)}",
+        )
 
 
 def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:

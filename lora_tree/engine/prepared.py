@@ -37,9 +37,9 @@ from .batch_axis import lies_by_rows, not_by_rows
 from .behaviour import RoutedRows
 from .binder import Binder
 from .finite import check_beside
+from .forms import check_strategy
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
-from .routed import check_strategy
 from .side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 

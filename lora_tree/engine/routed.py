@@ -4,134 +4,39 @@
              Route: what is owed at each site          once for a batch, when a site first runs
                     in a form that adds it up          once for a batch and a number of tokens a row
 
-The last routes are kept, so that the same paths in the same order cost nothing again. A site at
-which all rows owe the same is one product, and its first axis may be anything.
+A site at which all rows owe the same is one product, and its first axis may be anything.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..errors import BaseMismatch, SpecError, listing, suggest
 from ..lowrank import LowRank
 from ..sites import Site
 from .arithmetic import exact_mode
 from .batch import Batch
-from .batch_axis import DECLARE, BatchAxis
-from .factor_tables import FactorTables, PlanTables
-from .forms import SumForm, form_for, way_of
+from .factor_tables import PlanTables
+from .forms import Strategy, SumForm, form_for, way_of
 from .ground import grounds_of
 from .kernels import routes
-from .last_used import LastUsed
-from .ledger import Ledger, Unbounded
-from .marks import Marks
+from .ledger import Ledger
 from .owed import Owed
 from .path_form import OneRowForm, one_row
 from .plan import PlacedPlan, Plan, Term, Terms
 from .row_grounds import RowGrounds
-from .row_layout import RowLayout
 from .shares import Share, share_of
-from .side import (
-    Draft,
-    GroundedSide,
-    Manner,
-    PathSide,
-    Side,
-    Sides,
-    side_device,
-    side_dtype,
-    widened,
-)
-from .token_sum import add_shares
-from .weight_product import WeightProduct
-from .weight_view import FactorPair
+from .side import Draft, GroundedSide, Manner, PathSide, Side, side_device, side_dtype
 
-__all__ = ["Route", "Router", "Strategy", "check_strategy"]
-
-Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix", "segmented"]
-
-KEPT_ROUTES = 2
+__all__ = ["Route", "Spread"]
 
 Spread: TypeAlias = tuple[int, int]
 """How often each row occurs in succession, and the whole batch after that."""
-
-
-def check_strategy(strategy: str) -> None:
-    """Check that a strategy is one.
-
-    Raises:
-        SpecError: no such strategy.
-    """
-    known = get_args(Strategy)
-    if strategy not in known:
-        raise SpecError(
-            f"no strategy {strategy!r}{suggest(str(strategy), known)}",
-            f"there are {listing(known)}",
-        )
-
-
-class Router:
-    """The routes of the last batches.
-
-    Args:
-        manner: how side paths compute.
-        ledger: bounds the memory that is laid out.
-    """
-
-    def __init__(self, manner: Manner, *, ledger: Ledger | None = None) -> None:
-        self._manner = manner
-        self._ledger = ledger or Unbounded()
-        self._kept: LastUsed[Route] = LastUsed(KEPT_ROUTES)
-        self._marks = Marks()
-        self._tables = FactorTables()
-        self._ledger.spare(self._kept)
-
-    def route(
-        self,
-        placed: PlacedPlan,
-        batch: Batch,
-        strategy: Strategy,
-        *,
-        check: Callable[[], None],
-    ) -> Route:
-        """Return the route of a batch; the same object if it was used before.
-
-        Args:
-            placed: the terms of all the batch's nodes, with coefficient 1.
-            batch: what the rows owe.
-            strategy: one form for all sites, or ``auto``.
-            check: is called before a route is made; a route that is kept passed it.
-
-        Raises:
-            SpecError: no such strategy.
-        """
-        # By value: each request makes a batch of its own. The plan is known by identity, and holds
-        # the factors. A plan with factors that train is never met again, and neither is its route.
-        lineages = batch.lineages if placed.plan.overrides else ()
-        owed = _debts(batch), lineages, strategy, placed.dtypes
-        key = placed.plan, owed
-        route = self._kept.again(key)
-        if route is None:
-            check_strategy(strategy)
-            check()
-            mark = self._marks.of((placed.plan.mark, owed))
-            tables = self._tables.of(placed.plan)
-            route = Route(batch, placed, strategy, self._manner, mark, self._ledger, tables)
-            self._kept.keep(key, route)
-        return route
-
-    def forget(self) -> None:
-        """Drop the routes kept."""
-        self._kept.forget()
-        self._tables.forget()
 
 
 class Route:
@@ -185,14 +90,6 @@ class Route:
             self._charge(self._grounds[name].nbytes)
 
     # ------------------------------------------------------------------ before a forward
-    def sides(self, axis: BatchAxis) -> Sides:
-        """Return the side path of every site, for rows that lie as ``axis`` says."""
-        # The axis is the request's own, so mixed sites get a side path for each request.
-        sides = Sides(self._uniform)
-        for site in self.mixed:
-            sides[site.name] = _RoutedSide(self, site, axis)
-        return sides
-
     @cached_property
     def mixed(self) -> list[Site]:
         """The sites at which the rows do not all owe the same."""
@@ -214,7 +111,7 @@ class Route:
         return found
 
     @cached_property
-    def _uniform(self) -> dict[str, Side]:
+    def uniform(self) -> dict[str, Side]:
         """Site → its one side path, at sites where all rows owe the same."""
         mixed = {site.name for site in self.mixed}
         found: dict[str, Side] = {}
@@ -430,16 +327,6 @@ def _known_terms(plan: Plan, asked: torch.dtype | None) -> dict[str, _KnownTerms
     return found
 
 
-def _debts(batch: Batch) -> Hashable:
-    """Return a key for what a batch's rows owe.
-
-    It is looked up several times. Bytes are hashed once, and a tuple of thousands of numbers would
-    be hashed each time.
-    """
-    numbers = array("d", chain.from_iterable(batch.kinds)).tobytes()
-    return batch.nodes, numbers, array("q", batch.of_row).tobytes()
-
-
 def _lent(ledger: Ledger, owner: object, nbytes: int, device: torch.device) -> Tensor:
     """Return memory that counts until ``owner`` is gone."""
     return ledger.lend(owner, nbytes)(nbytes, device)
@@ -447,84 +334,3 @@ def _lent(ledger: Ledger, owner: object, nbytes: int, device: torch.device) -> T
 
 class _LifetimeToken:
     """A lifetime token: the ledger gets the bytes of a route back when this object is collected."""
-
-
-class _RoutedSide:
-    """One site's side path in a batch whose rows differ there."""
-
-    def __init__(self, route: Route, site: Site, axis: BatchAxis) -> None:
-        self._route, self._site, self._axis = route, site, axis
-        self._known: tuple[tuple[Spread, int, int], list[SumForm]] | None = None
-        """The spread, the tokens and the device of the last call, and its forms."""
-
-    def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
-        axis, site = self._axis, self._site
-        if axis.probing:
-            axis.note(site, x)
-            return out
-        if layout is None or not site.is_product:
-            return self._by_rows(out, x, spare, axis.spread(site, x, out))
-        if layout.is_rows_first:
-            # Tokens below each other, those of a row side by side: a view has rows again.
-            wide = out.reshape(layout.count, -1, out.shape[-1])
-            rows = x.reshape(layout.count, -1, x.shape[-1])
-            return self._by_rows(wide, rows, spare, layout.spread).view(out.shape)
-        if self._route.grounds(site) is not None:
-            return self._by_rows(out, x, spare, axis.spread(site, x, out))  # or refuses it
-        return self._by_tokens(out, x, layout)
-
-    def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
-        if layout is None:
-            raise BaseMismatch(
-                f"{self._site.name}: the rows of the batch can't be followed to its tokens",
-                "inputs that are packed, time first or cut into windows can't be routed: activate "
-                "one path at a time",
-                DECLARE,
-            )
-        return self._route.shares(self._site, layout.spread, device)
-
-    def _by_rows(self, out: Tensor, x: Tensor, spare: bool, spread: Spread) -> Tensor:
-        """Add what the rows owe, the first axis is the rows."""
-        dtype = out.dtype
-        grounds = self._route.grounds(self._site)
-        if grounds is not None:
-            out, spare = grounds.applied(out, x, spread), False
-        tokens = out.numel() // (out.shape[0] * out.shape[self._site.channels])
-        for form in self._forms(out, spread, tokens):
-            if form.owed.live:
-                x = self._route.manner.dropped(x, self._site)
-            taken = x
-            if form.widens:
-                out, taken, spare = widened(out, x, form.owed.dtype, spare)
-            # A form returns a tensor of its own, so the next one may write it over.
-            out, spare = form.add(out, taken, spare=spare), True
-        return out if out.dtype == dtype else out.to(dtype)
-
-    def _forms(self, out: Tensor, spread: Spread, tokens: int) -> list[SumForm]:
-        """Return the route's forms; those of the last call, where it was alike."""
-        called = spread, tokens, out.get_device()
-        known = self._known
-        if known is not None and known[0] == called:
-            return known[1]
-        forms = self._route.forms(self._site, spread, tokens, out.device)
-        self._known = called, forms
-        return forms
-
-    def _by_tokens(self, out: Tensor, x: Tensor, layout: RowLayout) -> Tensor:
-        """Add what the rows owe to tokens in any order."""
-        site = self._site
-        product = WeightProduct(
-            x,
-            down=lambda x, factors: site.down(x, factors.right),
-            up=lambda low, factors: site.up(low, factors.left),
-        )
-        after = add_shares(
-            out,
-            product,
-            self.shares(out.device, layout),
-            cut=lambda value, bias: FactorPair(value.B, value.A, bias),
-            dropped=lambda x: self._route.manner.dropped(x, site),
-            layout=layout,
-        )
-        assert after is not None  # the layout was given
-        return after

@@ -42,7 +42,8 @@ from .ledger import Ledger, Unbounded
 from .path_form import read_in_place
 from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
 from .readers import Readers, readers_of
-from .routed import Router
+from .routed_side import routed_sides
+from .router import Router
 from .side import (
     Draft,
     GroundedSide,
@@ -223,7 +224,9 @@ class Unmerged:
         batch, axis = rows.batch, rows.axis
         check = partial(self._check_rows, placed, batch)
         route = self._router.route(placed, batch, rows.strategy, check=check)
-        return SidePaths(self, placed.plan, route.sides(axis), route.mark, axis, route.mixed)
+        return SidePaths(
+            self, placed.plan, routed_sides(route, axis), route.mark, axis, route.mixed
+        )
 
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
         if placed.plan.overrides:

@@ -28,8 +28,8 @@ from ..attachment import Attachment
 from ..blend import Blend
 from ..cache import Frequency, Policy
 from ..engine.batch_axis import BatchAxis
+from ..engine.forms import Strategy
 from ..engine.pristine import Place
-from ..engine.routed import Strategy
 from ..errors import SpecError, StateError, listing
 from ..extras import foreign, need, open_pretrained
 from ..model import TreeModel
