@@ -1,0 +1,138 @@
+"""The host's work for a forward beside the weights: hooks and launches, with kernels left out.
+
+    224 sites, rank 16, bf16; inputs so small that a layer's own product is the same as nothing
+    path     one path of three nodes, 1 token
+    batch    64 rows over 64 paths of three, 1 token a row: the same batch, and another each time
+    device   host memory: launches get as far as the call that would hand them to the driver
+
+A forward on a GPU takes at least this long if it waits for its host. Run it with
+``python -m benchmarks.hooks``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import lora_tree as lt
+
+__all__ = ["hooked"]
+
+SITES, WIDTH, RANK = 224, 32, 16
+MIDDLE, LEAVES = 8, 64
+ON_DEVICE = ("forms", "path_form", "routed", "segmented", "unmerged")
+"""Modules of the engine that ask whether kernels run."""
+
+
+class Compiled:
+    """Stands for a compiled kernel, and does nothing."""
+
+    function = packed_metadata = None
+
+    @staticmethod
+    def run(*arguments: Any) -> None:
+        """Take the arguments of a launch."""
+
+
+def hooked(*, sites: int = SITES, rounds: int = 40) -> dict[str, float]:
+    """Return the microseconds a site that each kind of forward adds to the bare one.
+
+    Args:
+        sites: of the base.
+        rounds: forwards of each kind; of another batch each time a quarter as many.
+    """
+    base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(sites)])
+    base.to(torch.bfloat16).requires_grad_(False)
+    tree, leaves = _tree(sites)
+    token, rows = torch.randn(1, WIDTH), torch.randn(LEAVES, 1, WIDTH)
+    token, rows = token.to(torch.bfloat16), rows.to(torch.bfloat16)
+    found: dict[str, float] = {}
+    with ExitStack() as stack, torch.no_grad():
+        _without_a_driver(stack)
+        bare = {"path": _median(lambda: base(token), rounds)}
+        bare["batch"] = _median(lambda: base(rows), rounds)
+        model = lt.attach(tree, base)
+        model.activate(leaves[0], mode="unmerged")
+        found["path"] = _median(lambda: base(token), rounds)
+        with model.route(leaves, batch_first=True):
+            found["batch"] = _median(lambda: base(rows), rounds)
+
+        def another() -> None:
+            batch = random.sample(leaves, LEAVES)
+            with model.route(batch, batch_first=True):
+                base(rows)
+
+        found["another batch"] = _median(another, rounds // 4)
+        model.detach()
+    for name in found:
+        found[name] = 1e6 * (found[name] - bare[name.split()[-1]]) / sites
+    return found
+
+
+def _without_a_driver(stack: ExitStack) -> None:
+    """Let launches go as far as a compiled kernel that does nothing."""
+    relaunch = importlib.import_module("lora_tree.engine.kernels.relaunch")
+    for name in ON_DEVICE:
+        module = f"lora_tree.engine.{name}.routes"
+        stack.enter_context(mock.patch(module, return_value=True))
+    changes: dict[str, Any] = {
+        "_can_skip_triton": lambda device: True,
+        "_stream_of": lambda: lambda device: 0,
+        "_has_several": lambda: False,
+    }
+    for name, change in changes.items():
+        stack.enter_context(mock.patch.object(relaunch, name, change))
+    ask = mock.patch.object(relaunch.Relaunch, "ask", return_value=Compiled)
+    stack.enter_context(ask)
+
+
+def _tree(sites: int) -> tuple[lt.AdapterTree, list[str]]:
+    """Return a tree 1 → 8 → 64 and its leaves."""
+    tree = lt.AdapterTree()
+    tree.add("n", adapter=_adapter(sites))
+    leaves = []
+    for i in range(MIDDLE):
+        tree.add(f"n/{i}", adapter=_adapter(sites))
+        for j in range(LEAVES // MIDDLE):
+            leaf = f"n/{i}/{j}"
+            tree.add(leaf, adapter=_adapter(sites))
+            leaves.append(leaf)
+    return tree, leaves
+
+
+def _adapter(sites: int) -> lt.Adapter:
+    modules = {}
+    for i in range(sites):
+        A, B = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
+        modules[str(i)] = lt.LowRank(A.to(torch.bfloat16), B.to(torch.bfloat16), 0.5)
+    return lt.Adapter(modules)
+
+
+def _median(call: Callable[[], Tensor | None], rounds: int) -> float:
+    """Return the median of a call's processor time in seconds; two more warm it up."""
+    found = []
+    for _ in range(rounds + 2):
+        begun = time.process_time()
+        call()
+        found.append(time.process_time() - begun)
+    return statistics.median(found[2:])
+
+
+def main() -> None:
+    """Print a line for each kind of forward."""
+    torch.set_num_threads(1)
+    for name, taken in hooked().items():
+        print(f"{name}: {taken:.1f} µs a site")
+
+
+if __name__ == "__main__":
+    main()
