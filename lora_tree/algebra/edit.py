@@ -82,7 +82,7 @@ def changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
 def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[str]) -> None:
     """Refuse new adapters that a save of the tree would refuse, before the tree is changed.
 
-    A tree that can't be saved as it is stays free: it lives in memory alone.
+    If the tree can't be saved as it is, nothing is refused: such a tree is used in memory alone.
 
     Args:
         tree: as it is before the verb.

@@ -118,7 +118,7 @@ class Lineages:
         self._steps: dict[str, LineageStep] = {}
 
     def of(self, digest: str) -> Lineage:
-        """Return a lineage; without steps if the table tells none, or others."""
+        """Return a lineage. It has no steps if the table lacks one of them, or tells another."""
         known = self._known.get(digest)
         if known is None:
             known = self._known[digest] = Lineage(digest, self._steps_of(digest))
