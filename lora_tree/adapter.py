@@ -31,6 +31,9 @@ from .weights import GivenWeight, Weight, as_weight, check_matched
 
 __all__ = ["Adapter"]
 
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+"""One for all adapters: most have no overrides, errors or nesting, and a tree has many."""
+
 
 # With eq=False an object keeps its own hash. Plans and caches know an adapter by its identity; a
 # comparison of fields would read every factor, and mappings can't be hashed at all.
@@ -457,6 +460,8 @@ class Adapter:
 
 def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a read-only copy, sorted by name."""
+    if not mapping:
+        return _EMPTY
     return MappingProxyType({name: mapping[name] for name in sorted(mapping)})
 
 

@@ -21,7 +21,7 @@ from ..lowrank import inner
 from ..tree import AdapterTree
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
-from .edit import Edited, free
+from .edit import Edited, check_savable, free
 from .sums import added_up, aligned, less, read_apart
 
 __all__ = ["Absorbed", "absorb"]
@@ -79,6 +79,7 @@ def absorb(
         TreeError: the path exists.
         SpecError: the adapter adds nothing, or is not finite; or a bound makes no sense.
         ShapeMismatch, BaseMismatch: the adapter is of another base than the tree's nodes.
+        FormatError: no save takes what is left of the adapter there; names the node and the module.
 
     >>> from lora_tree import LowRank
     >>> tree = AdapterTree()
@@ -113,6 +114,7 @@ def absorb(
     _, _, parent, short, lost = best
     path = f"{parent}/{name}" if parent else name
     free(tree, path)
+    check_savable(tree, {path: short}, [name, *tree.lineage(parent)])
     tree.add(path, adapter=short)
     norms = {module: norm(value) for module, value in adapter.modules.items()}
     told = Deviation(lost.errors, norms)

@@ -1,15 +1,21 @@
-"""Refuse what is neither a tree nor an adapter, where a verb takes one.
+"""Refuse what is neither a tree nor an adapter nor a dtype of factors, where a verb takes one.
 
 A folder is the usual mistake: a verb takes what `lora_tree.load` and `Adapter.load` return.
 """
 
 from __future__ import annotations
 
+import torch
+
 from ..adapter import Adapter
 from ..errors import SpecError
+from ..given import check_dtype
 from ..tree import AdapterTree
 
-__all__ = ["check_adapter", "check_tree"]
+__all__ = ["check_adapter", "check_factor_dtype", "check_tree"]
+
+FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""The dtypes of factors that can be written; torch can't add up those of narrower ones."""
 
 
 def check_tree(given: object, what: str = "tree") -> None:
@@ -34,6 +40,20 @@ def check_adapter(given: object, what: str = "adapter") -> None:
         SpecError: it is something else.
     """
     _check(given, Adapter, what, "lora_tree.Adapter.load('FOLDER') reads one")
+
+
+def check_factor_dtype(dtype: object) -> None:
+    """Refuse a dtype in which factors can't be saved; None is none.
+
+    Raises:
+        SpecError: it is another one, or no dtype.
+    """
+    check_dtype(dtype)
+    if dtype is not None and dtype not in FACTOR_DTYPES:
+        raise SpecError(
+            f"dtype: factors are not written in {dtype}, expected bf16, fp16, fp32 or fp64",
+            "dtype=torch.bfloat16",
+        )
 
 
 def _check(given: object, kind: type, what: str, advice: str) -> None:

@@ -25,11 +25,11 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..budget import parse_bytes
 from ..errors import BudgetError, SpecError
-from ..given import check_dtype, check_part, check_rank
+from ..given import check_part, check_rank
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import weight_at
-from .arguments import check_tree
+from .arguments import check_factor_dtype, check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, put_adapter
@@ -115,7 +115,7 @@ def compress(
             "compress to rank= (--rank), max_error= (--max-error) or budget_bytes= (--budget), "
             "one of the three"
         )
-    check_dtype(dtype)
+    check_factor_dtype(dtype)
     if rank is not None:
         check_rank(rank)
     if max_error is not None:

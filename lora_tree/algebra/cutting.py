@@ -24,7 +24,16 @@ from ..weights import weight_within
 from .arguments import check_tree
 from .core import joint
 from .deviation import Shortening, call_named, deviation
-from .edit import Edited, changeable, free, own, put_adapter, stale_notes, still_fits
+from .edit import (
+    Edited,
+    changeable,
+    check_savable,
+    free,
+    own,
+    put_adapter,
+    stale_notes,
+    still_fits,
+)
 from .sums import added_up, less
 
 __all__ = ["split", "squash"]
@@ -56,6 +65,7 @@ def squash(
         TreeError: ``to`` exists.
         SpecError: the blend adds nothing to the parent of ``to``; or a bound makes no sense.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
+        FormatError: no save takes the sum as one adapter; names the module.
 
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
     >>> tree = AdapterTree()
@@ -76,6 +86,7 @@ def squash(
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
     flat, told = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
+    check_savable(tree, {to: flat}, [node for node, _, _ in terms])
     tree.add(to, adapter=flat)
     notes = stale_notes(tree, (node for node, _, _ in terms))
     return Edited(added=(to,), errors={to: told}, notes=notes)

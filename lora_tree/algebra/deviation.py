@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import LoraTreeError
 from ..lowrank import LowRank
-from .arguments import check_adapter
+from .arguments import check_adapter, check_factor_dtype
 from .core import joint
 
 __all__ = ["Deviation", "Shortening", "deviation", "measured"]
@@ -148,6 +148,9 @@ class Shortening:
         rank, max_error: as `lora_tree.Adapter.truncate`.
         dtype: of the result's factors; None keeps what truncation gives.
 
+    Raises:
+        SpecError: factors can't be saved in the dtype.
+
     >>> Shortening(rank=8).asks_nothing, Shortening().asks_nothing
     (False, True)
     """
@@ -155,6 +158,9 @@ class Shortening:
     rank: int | None = None
     max_error: float | None = None
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_factor_dtype(self.dtype)
 
     @property
     def is_cut(self) -> bool:

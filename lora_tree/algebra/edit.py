@@ -2,7 +2,8 @@
 
 A verb computes every adapter first and changes the tree last, in this order: the step that the tree
 may refuse (a name that is taken, a node that is in use), then the steps that can't fail. So a tree
-is never left half changed.
+is never left half changed. Nor is it left with an adapter that no save takes: PEFT's files can't
+hold everything that two nodes hold apart (`check_savable`).
 
 A node whose effective weight a verb keeps still fits its lineage, though the lineage is another one
 now. `still_fits` says so to the next save, which would otherwise mark the node stale.
@@ -14,13 +15,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..adapter import Adapter
-from ..errors import SpecError, TreeError
+from ..errors import FolderError, FormatError, SpecError, TreeError, listing
 from ..node_names import check_path
+from ..storage import storage
 from ..tree import AdapterTree
 from ..weights import weight_within
 from .deviation import Deviation
 
-__all__ = ["Edited", "changeable", "made", "put_adapter", "stale_notes", "still_fits"]
+__all__ = [
+    "Edited",
+    "changeable",
+    "check_savable",
+    "made",
+    "put_adapter",
+    "stale_notes",
+    "still_fits",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,46 @@ def changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
     for path in paths:
         # Giving a node the weight that it has changes nothing, and asks every model.
         tree.update(path, weight=tree[path].weight)
+
+
+def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[str]) -> None:
+    """Refuse new adapters that a save of the tree would refuse, before the tree is changed.
+
+    If the tree can't be saved as it is, nothing is refused: such a tree is used in memory alone.
+
+    Args:
+        tree: as it is before the verb.
+        made: node → its new adapter.
+        of: the nodes that these are made of, for the error.
+
+    Raises:
+        FormatError: PEFT's files can't hold one; names the node, the module and the reason.
+    """
+    for path, adapter in made.items():
+        try:
+            storage().check_writable(adapter)
+        except FormatError as error:
+            if not _is_savable(tree):
+                return
+            raise FormatError(
+                f"{path}: {error.what}",
+                *error.todo,
+                f"one adapter can't hold what {listing(of)} have together: leave one of them out, "
+                "or move modules to a node of their own first: lora-tree split, "
+                "lora_tree.split(tree, path, to=…, modules=…)",
+            ) from error
+
+
+def _is_savable(tree: AdapterTree) -> bool:
+    """Return whether PEFT's files can hold every node; of files only headers are read."""
+    for path in tree.paths():
+        try:
+            outline = tree.outline(path)
+            if outline is not None:
+                storage().check_writable(outline)
+        except (FormatError, FolderError):
+            return False
+    return True
 
 
 def put_adapter(tree: AdapterTree, path: str, adapter: Adapter) -> None:

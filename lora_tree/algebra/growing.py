@@ -26,13 +26,13 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..budget import parse_bytes
 from ..errors import BudgetError, PathError, SpecError, TreeError, listing
-from ..given import check_dtype, check_whole_number
+from ..given import check_whole_number
 from ..lowrank import LowRank, concat
 from ..node_names import check_path
 from ..tree import AdapterTree
-from .arguments import check_tree
+from .arguments import check_factor_dtype, check_tree
 from .deviation import Deviation, call_named, measured
-from .edit import Edited, changeable, own, stale_notes
+from .edit import Edited, changeable, check_savable, own, stale_notes
 from .families import Families, families_of
 from .flat_adapters import FlatAdapters, smallest_module
 from .likeness import similar
@@ -116,6 +116,7 @@ def grow(
         BudgetError: the budget has no room for one rank in one module of every adapter.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
             Or a moment does not have the size of its module's input.
+        FormatError: no save takes what a node would hold as one adapter; names both.
 
     >>> def part(seed, rank):
     ...     g = torch.Generator().manual_seed(seed)
@@ -136,7 +137,7 @@ def grow(
     check_tree(tree)
     goal = goal_of(max_error, budget_bytes)
     check_whole_number(depth, "depth")
-    check_dtype(dtype)
+    check_factor_dtype(dtype)
     names = _chosen(tree, paths)
     alike = similar(tree, names, of="lineage")
     families = families_of(alike.joins, len(names), depth)
@@ -327,6 +328,13 @@ def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made
             moved[name] = f"{places[home]}/{name}"
     for path in (*filter(None, places), *moved.values()):
         check_path(path)
+    results: dict[str, Adapter] = {}
+    for place, adapter in zip(places, made.shared, strict=True):
+        if place is not None and adapter is not None:
+            results[place] = adapter
+    for name, adapter in zip(names, made.leaves, strict=True):
+        results[moved.get(name, name)] = adapter
+    check_savable(tree, results, names)
     notes = stale_notes(tree, names)
     for place, adapter in zip(places, made.shared, strict=True):
         if place is not None:

@@ -31,7 +31,7 @@ from ..weights import GivenWeight, Weight, as_weight, weight_at
 from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
-from .edit import Edited, free, stale_notes
+from .edit import Edited, check_savable, free, stale_notes
 from .elementwise import Method, check_method, merged
 from .replacing import refuse_overrides
 from .sums import added_up, aligned, check_spelling, less
@@ -146,6 +146,7 @@ def merge_paths(
         PathError: a node, or the one above ``to``, is not there.
         TreeError: ``to`` exists.
         SpecError, ShapeMismatch, BaseMismatch: as `merge`.
+        FormatError: no save takes the merge as one adapter; names the module.
     """
     check_tree(tree)
     free(tree, to)
@@ -168,6 +169,7 @@ def merge_paths(
             f"{listing(paths)}: nothing there adds to what lies above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
+    check_savable(tree, {to: found.adapter}, paths)
     tree.add(to, adapter=found.adapter)
     notes = stale_notes(tree, paths)
     return Edited(added=(to,), errors={to: found.cut}, notes=notes), found

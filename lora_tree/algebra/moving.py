@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..base_names import other_base
-from ..errors import BaseMismatch, SpecError, TreeError, listing
+from ..errors import BaseMismatch, SpecError, listing
 from ..node_names import check_path
 from ..override import Override, tensor_owner
 from ..tree import AdapterTree
@@ -29,7 +29,17 @@ from ..weights import (
 )
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening
-from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
+from .edit import (
+    Edited,
+    changeable,
+    check_savable,
+    free,
+    made,
+    own,
+    put_adapter,
+    stale_notes,
+    still_fits,
+)
 from .replacing import refuse_overrides, under, without_overrides
 from .sums import Term, added_up, as_term, less, read_terms
 
@@ -75,7 +85,7 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
 
     Raises:
         PathError: the node above ``path`` is not there, or a path gets too deep.
-        TreeError: one of the new nodes exists.
+        TreeError: one of the new nodes exists, or one that differs only by case does.
         BaseMismatch: the two trees name different bases.
     """
     check_tree(tree)
@@ -91,8 +101,9 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
         free(tree, path)
     for new in renamed.values():
         check_path(new)
-        if new in tree:
-            raise TreeError(f"{new} exists already", "remove or rename one of the two first")
+    # `replace`, below, asks nothing. Deeper nodes are free if those right below the path are.
+    for name in () if is_new else other.children(""):
+        free(tree, renamed[name])
     if is_new:
         tree.add(path, group=True)
     for old, new in renamed.items():
@@ -138,6 +149,8 @@ def rebase(
         SpecError: the node is fresh, or its weight is 0, so that no increment of it makes up for
             anything.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
+        FormatError: no save takes the node's increments and what they make up for as one adapter;
+            names the module.
     """
     check_tree(tree)
     made(tree, path)
@@ -153,6 +166,8 @@ def rebase(
     notes = stale_notes(tree, [path])
     renamed = {old: to + old[len(path) :] for old in (path, *below)}
     adapter, told = _made_up(tree, path, gap, Shortening(rank, max_error, dtype), base)
+    if adapter is not None:
+        check_savable(tree, {to: adapter}, [path, *(node for node, _, _ in gap)])
     tree.move(path, to)
     if adapter is None:
         still_fits(tree, renamed.values())
@@ -195,6 +210,8 @@ def rebase_all(
         TreeError: a model is using one of the nodes.
         SpecError: nothing has changed; or a child's weight is 0.
         ShapeMismatch, BaseMismatch: two adapters do not add up; names them.
+        FormatError: no save takes a child's increments and what they make up for as one adapter;
+            names the child and the module.
     """
     check_tree(tree)
     if was is not None:
@@ -221,6 +238,7 @@ def rebase_all(
     for child in children:
         made_up, errors[child] = _made_up(tree, child, gap, short, base)
         found[child] = made_up or Adapter({})
+    check_savable(tree, found, [path, *found])
     # Everything is computed, so the tree changes now: the parent, its children, the marks below.
     changed = list(found)
     if adapter is not None or weight is not None:

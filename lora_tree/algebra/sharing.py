@@ -31,7 +31,17 @@ from ..weights import Weight, inverse_weight, weight_at
 from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, call_named, deviation
-from .edit import Edited, changeable, free, made, own, put_adapter, stale_notes, still_fits
+from .edit import (
+    Edited,
+    changeable,
+    check_savable,
+    free,
+    made,
+    own,
+    put_adapter,
+    stale_notes,
+    still_fits,
+)
 from .elementwise import Method
 from .merging import Recipe, Space, spread, widest
 from .replacing import without_overrides
@@ -87,6 +97,7 @@ def hoist(
         SpecError: a node is fresh, or has the weight 0; or a rank makes no sense; or ``leaf_rank``
             and ``method`` are mixed.
         ShapeMismatch, BaseMismatch: the siblings are not of one base; names them and the module.
+        FormatError: no save takes what a node would hold as one adapter; names both.
     """
     check_tree(tree)
     names = _siblings(tree, parent, siblings, into)
@@ -394,14 +405,17 @@ def _installed(
                 renamed[old] = f"{into}/{old.removeprefix(parent).removeprefix('/')}"
                 check_path(renamed[old])  # the tree may grow too deep
     notes = stale_notes(tree, children)
+    if into is None:
+        mine = read_terms(tree, {parent: 1.0})
+        shared = as_term("shared", inverse_weight(tree[parent].weight), top)
+        top = added_up([*mine, shared])
+    check_savable(tree, {into or parent: top, **children}, [parent, *children])
     if into is not None:
         tree.add(into, adapter=top)
         for path in children:
             tree.move(path, renamed[path])
     else:
-        mine = read_terms(tree, {parent: 1.0})
-        shared = as_term("shared", inverse_weight(tree[parent].weight), top)
-        put_adapter(tree, parent, added_up([*mine, shared]))
+        put_adapter(tree, parent, top)
         notes = (f"{parent}: by itself another model now: it holds what its children share", *notes)
     for path, adapter in children.items():
         put_adapter(tree, renamed.get(path, path), adapter)

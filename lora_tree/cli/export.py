@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import SpecError
+from ..adapter import Adapter
+from ..errors import FormatError, SpecError
 from ..export import (
     MergedCheckpoint,
     Portable,
@@ -208,7 +209,7 @@ def export(
             )
         else:
             flat = tree.flatten(path, rank, max_error=max_error, dtype=rounded_to, base=model)
-            flat.save(to, form=kind.value)  # type: ignore[arg-type]
+            _save(flat, path, to, kind)
         tell_flat(path, to, flat, kind, dtype, as_json=as_json)
         return
     form = {
@@ -233,6 +234,22 @@ def export(
     else:
         for where, one in written.items():
             tell_portable(one, where, per_module=per_module)
+
+
+def _save(flat: Adapter, path: str, to: str, kind: As) -> None:
+    """Write a path's flattened adapter.
+
+    Raises:
+        FormatError: the format has no way to write it; names the path and the form that has one.
+    """
+    try:
+        flat.save(to, form=kind.value)  # type: ignore[arg-type]
+    except FormatError as error:
+        raise FormatError(
+            f"{path}: {error.what}",
+            *error.todo,
+            "or write the path merged into a checkpoint: --as model",
+        ) from error
 
 
 def _leaves(

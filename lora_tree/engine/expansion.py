@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from .batch_axis import BatchAxis
+from .side import raise_for_copy
 
 __all__ = ["expansions"]
 
@@ -30,23 +32,26 @@ def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
         return
 
     @functools.wraps(expand)
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def noting(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         size = kwargs.get("expand_size", args[0] if args else 1)
         axis.expand(size if isinstance(size, int) else 1)
         return expand(*args, **kwargs)
 
     @functools.wraps(generate)
-    def ending(*args: Any, **kwargs: Any) -> Any:
+    def ending(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if model is not base:
+            raise_for_copy(model, GENERATE)  # `generate` is the base's, and would run that
         try:
             return generate(*args, **kwargs)
         finally:
             axis.expand(1)
 
     # Into the object's own `__dict__`, because other models share the class. The object may have
-    # methods of its own there, which come back at the end.
+    # methods of its own there, which come back at the end. As methods, which a copy of the base
+    # makes its own.
     own = vars(base)
     before = {name: own[name] for name in (EXPAND, GENERATE) if name in own}
-    own.update({EXPAND: noting, GENERATE: ending})
+    own.update({EXPAND: MethodType(noting, base), GENERATE: MethodType(ending, base)})
     try:
         yield
     finally:

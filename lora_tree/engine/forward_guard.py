@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..callers import called_from
 from ..errors import StateError
 from .batch_axis import BatchAxis, Place
+from .hook import Hook
 
 __all__ = ["ForwardGuard"]
 
@@ -72,10 +73,10 @@ class ForwardGuard:
         if not self._handles:
             # One after the other into the list, so that a failure between them leaves no hook
             # unknown.
-            before = self._base.register_forward_pre_hook(self._before, with_kwargs=True)
+            before = self._base.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
             self._handles.append(before)
             after = self._base.register_forward_hook(
-                self._after, with_kwargs=True, always_call=True
+                Hook(self._after), with_kwargs=True, always_call=True
             )
             self._handles.append(after)
 

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import StateError
 from ..sites import Site
 from .batch_axis import BatchAxis, Place
+from .hook import Hook
 from .readers import Reader, is_around
 from .row_layout import RowLayout
 from .side import raise_for_copy
@@ -211,7 +212,7 @@ class _Replaced:
         def refuse_copies(module: nn.Module, args: Any) -> None:
             check(reader, module)
 
-        hook = reader.module.register_forward_pre_hook(refuse_copies)
+        hook = reader.module.register_forward_pre_hook(Hook(refuse_copies))
         method = MethodType(watched_forward, reader.module)
         vars(reader.module)["forward"] = method
         return _Replaced(reader, method, own, hook)

@@ -37,7 +37,9 @@ stay.
 """
 
 
-@dataclass(frozen=True, eq=False)
+# Slots, because a path has one of these for each node and site, and the plans of hundreds of paths
+# are kept: a dictionary in each would be as many objects again for the garbage collector.
+@dataclass(frozen=True, eq=False, slots=True)
 class Term:
     """One node's part at one site: ``coefficient`` · ΔW.
 
@@ -52,6 +54,7 @@ class Term:
     coefficient: float
     value: LowRank
     version: int
+    _scaled: LowRank | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, node: str, coefficient: float, value: LowRank) -> Term:
@@ -63,12 +66,16 @@ class Term:
         """Whether autograd follows its factors."""
         return self.value.trains
 
-    # Kept, because merging and side paths ask for it at every switch; it holds no tensor of its
-    # own.
-    @cached_property
+    @property
     def scaled(self) -> LowRank:
         """The increment with the coefficient in its scale; it shares its factors with `value`."""
-        return self.value.scaled(self.coefficient)
+        # Kept, because merging and side paths ask for it at every switch; it holds no tensor of its
+        # own.
+        found = self._scaled
+        if found is None:
+            found = self.value.scaled(self.coefficient)
+            object.__setattr__(self, "_scaled", found)
+        return found
 
 
 Terms = tuple[Term, ...]

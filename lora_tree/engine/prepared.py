@@ -38,6 +38,7 @@ from .behaviour import RoutedRows
 from .binder import Binder
 from .finite import check_beside
 from .forms import check_strategy
+from .hook import Hook
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
 from .side import raise_for_copy, side_dtype, side_kinds, widened
@@ -157,7 +158,9 @@ class Prepared:
             for segments in self._segments:
                 hooks += [(each.site, each.hook()) for each in segments.sites.values()]
             for site, hook in hooks:
-                self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(
+                    site.module.register_forward_hook(Hook(hook), with_kwargs=True)
+                )
         except BaseException:
             self.forget()
             raise

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MergedOnly, listing
+from .hook import Hook
 from .plan import EMPTY_PLAN, Plan
 
 __all__ = ["UncalledSites"]
@@ -70,7 +71,7 @@ class UncalledSites:
             if handle is not None:
                 handle.remove()
 
-        return parent_ran
+        return Hook(parent_ran)
 
     def _never_ran(self, silent: Sequence[str], parent: str) -> MergedOnly:
         # The usual cause: a head that multiplies with the embedding's weight. The module to adapt

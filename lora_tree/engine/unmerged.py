@@ -35,6 +35,7 @@ from .factor_tables import FactorTables
 from .finite import check_beside
 from .forward_guard import ForwardGuard
 from .ground import Ground, check_grounds, check_one_input, grounds_of
+from .hook import Hook
 from .inside import InsideForwards
 from .kernels import routes
 from .last_used import LastUsed
@@ -398,7 +399,7 @@ class Unmerged:
                 _raise_for_stop(module, name)
             return after
 
-        return side_path
+        return Hook(side_path)
 
     def _ran(self, site: Site, after: Tensor) -> Tensor:
         """Note that a site's side path ran, guard its backward, and return its result ``after``."""

@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import StateError
+from .hook import Hook
 from .packing import forbid_packing
 
 __all__ = ["gate", "viewed"]
@@ -74,7 +75,7 @@ def gate(view: nn.Module, check: Callable[[], None]) -> None:
 
     for name, module in view.named_modules():
         if not name or name.count(".") < _DEPTH:
-            module.register_forward_pre_hook(before)
+            module.register_forward_pre_hook(Hook(before))
 
 
 def _check(name: str, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import FormatError
+from ..formats.peft import peft_form
 from ..provenance import SaveNote
 from ..storage import install
 from ..tree import AdapterTree
@@ -37,6 +38,14 @@ class FolderStorage:
             save_adapter(adapter, folder)
         else:
             save_one_file(adapter, folder, form)
+
+    def check_writable(self, adapter: Adapter) -> None:
+        """Refuse an adapter that a save of a tree would refuse; nothing is written.
+
+        Raises:
+            FormatError: names the module and the reason.
+        """
+        peft_form(adapter)
 
     def source(self, folder: Path) -> FolderSource:
         """Return an adapter that is read when it is first needed; its files have to be there now.

@@ -37,12 +37,11 @@ from .lockfile import (
     weight_of,
 )
 from .trained import (
-    Lineage,
+    Lineages,
     Trained,
     lineage_locks,
     made_lock,
     made_of,
-    steps_of,
     training_locks,
 )
 
@@ -280,16 +279,17 @@ def parse_history(raw: bytes, file: str) -> History:
         SpecError: it is broken.
     """
     log = parse_record(raw, file, HistoryLog, _REPAIR)
+    lineages = Lineages(log.lineages)
     nodes: dict[str, tuple[Version, ...]] = {}
     for path, versions in log.nodes.items():
-        nodes[path] = tuple(_version(entry, log) for entry in versions)
+        nodes[path] = tuple(_version(entry, log, lineages) for entry in versions)
     return History(nodes)
 
 
-def _version(entry: VersionLock, log: HistoryLog) -> Version:
+def _version(entry: VersionLock, log: HistoryLog, lineages: Lineages) -> Version:
     on = None
     if entry.trained_on is not None:
-        lineage = Lineage(entry.trained_on, steps_of(entry.trained_on, log.lineages))
+        lineage = lineages.of(entry.trained_on)
         made = made_of(entry.made, log.trainings)
         on = Trained(lineage, entry.base or BaseLock(), entry.untrained, made)
     return Version(

@@ -6,7 +6,6 @@ from ..provenance import Made
 from ..tree import Node
 from .opening import Opened
 from .source import FolderSource
-from .trained import trained
 
 __all__ = ["made_of_node", "node_of"]
 
@@ -40,7 +39,7 @@ def node_of(opened: Opened, path: str) -> Node:
         stamps=entry.files.stamps,
         content=content,
         pieces=None if content is None or known is None else known.pieces,
-        trained=trained(known, lock) if known is not None and lock is not None else None,
+        trained=opened.trained(path),
         within=None if opened.outside else opened.place.folder,
         hub=entry.hub,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from ..errors import FolderError, LoraTreeError, NewerFormat, SpecError
 from ..formats.limits import LOCK_BYTES, YAML_BYTES
@@ -24,7 +24,7 @@ from .pending import Pending, pending, progress
 from .problem import HARMLESS, Kind, Problem
 from .resolve import FolderNode, resolve
 from .scan import Files, Scan, scan
-from .trained import TOP, stale_text, trained
+from .trained import TOP, Lineages, Trained, stale_text, trained
 from .tree_place import YAML, TreePlace
 from .yamlfile import Located, read_spec
 
@@ -67,6 +67,17 @@ class Opened:
     base: BaseLock = field(default_factory=BaseLock)
     stale: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+
+    @cached_property
+    def _lineages(self) -> Lineages:
+        return Lineages({} if self.lock is None else self.lock.lineages)
+
+    def trained(self, path: str) -> Trained | None:
+        """Return what a node was trained on, if the lock has it."""
+        known = None if self.lock is None else self.lock.nodes.get(path)
+        if self.lock is None or known is None:
+            return None
+        return trained(known, self.lock, self._lineages)
 
     @property
     def base_spelled(self) -> str | None:
@@ -261,7 +272,8 @@ def _compare_lineages(opened: Opened, lock: TreeLock) -> None:
         lineages[path] = above.below(opened.contents.get(path), entry.weight, path)
         if path not in opened.contents:
             continue
-        stale = stale_text(path, trained(lock.nodes[path], lock), above, opened.base)
+        was = opened.trained(path)
+        stale = None if was is None else stale_text(path, was, above, opened.base)
         if stale is not None:
             opened.stale[path] = stale
             opened.problems.append(Problem(path, "stale", stale))

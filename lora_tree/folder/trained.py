@@ -34,13 +34,13 @@ __all__ = [
     "TOP",
     "Lineage",
     "LineageStep",
+    "Lineages",
     "Trained",
     "lineage_locks",
     "made_lock",
     "made_of",
     "node_lock",
     "stale_text",
-    "steps_of",
     "trained",
     "training_locks",
 ]
@@ -92,24 +92,54 @@ class Trained:
 
 
 # ---------------------------------------------------------------------- in and out of the lock
-def trained(node: NodeLock, lock: TreeLock) -> Trained:
-    """Return the lineage that a node was trained on, by its lock."""
-    on = Lineage(node.trained_on, steps_of(node.trained_on, lock.lineages))
+def trained(node: NodeLock, lock: TreeLock, lineages: Lineages | None = None) -> Trained:
+    """Return the lineage that a node was trained on, by its lock.
+
+    Args:
+        node: its entry in the lock.
+        lock: the lock.
+        lineages: those of the lock, if many nodes are asked for; siblings then share theirs.
+    """
+    on = (lineages or Lineages(lock.lineages)).of(node.trained_on)
     made = made_of(node.made, lock.trainings)
     return Trained(on, node.base or lock.base, node.untrained, made)
 
 
-def steps_of(digest: str, lineages: Mapping[str, LineageLock]) -> tuple[LineageStep, ...] | None:
-    """Return the steps of a lineage as a table tells them; None if it tells none, or others."""
-    found: list[LineageStep] = []
-    while digest != ROOT:
-        told = lineages.get(digest)
-        # The table is only for messages, and anybody may have written it. The hash decides.
-        if told is None or lineage(told.above, told.content, told.own_weight) != digest:
-            return None
-        found.append(LineageStep(told.content, told.own_weight, told.node))
-        digest = told.above
-    return tuple(reversed(found))
+class Lineages:
+    """The lineages that a table tells, each checked once; siblings share theirs.
+
+    Args:
+        told: the table: hash → the last step.
+    """
+
+    def __init__(self, told: Mapping[str, LineageLock]) -> None:
+        self._told = told
+        self._known = {ROOT: TOP}
+        self._steps: dict[str, LineageStep] = {}
+
+    def of(self, digest: str) -> Lineage:
+        """Return a lineage. It has no steps if the table lacks one of them, or tells another."""
+        known = self._known.get(digest)
+        if known is None:
+            known = self._known[digest] = Lineage(digest, self._steps_of(digest))
+        return known
+
+    def _steps_of(self, digest: str) -> tuple[LineageStep, ...] | None:
+        found: list[LineageStep] = []
+        while digest != ROOT:
+            told = self._told.get(digest)
+            if told is None:
+                return None
+            step = self._steps.get(digest)
+            if step is None:
+                # The table is only for messages, and anybody may have written it. The hash decides.
+                if lineage(told.above, told.content, told.own_weight) != digest:
+                    return None
+                step = LineageStep(told.content, told.own_weight, told.node)
+                self._steps[digest] = step
+            found.append(step)
+            digest = told.above
+        return tuple(reversed(found))
 
 
 def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:

@@ -1,7 +1,7 @@
 """PEFT adapter folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     read_adapter(config_file, weights_file, where=folder) → Adapter
-    render(adapter) → {file name: its bytes}
+    render(adapter) → {file name: its bytes};  peft_form(adapter): the same refusals, no bytes
 
     peft_config     the config: scales, targets, kinds that are refused
     peft_keys       names of modules ↔ keys
@@ -18,6 +18,6 @@ from __future__ import annotations
 
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_read import read_adapter, read_folder
-from .peft_write import render
+from .peft_write import peft_form, render
 
-__all__ = ["CONFIG", "WEIGHTS", "read_adapter", "read_folder", "render"]
+__all__ = ["CONFIG", "WEIGHTS", "peft_form", "read_adapter", "read_folder", "render"]

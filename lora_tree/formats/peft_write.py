@@ -28,7 +28,7 @@ from .peft_fields import PeftForm, config_bytes, parameter_names, peft_rank
 from .peft_keys import CONFIG, NESTING, WEIGHTS
 from .peft_overrides import TOKENS, TOKENS_ALONE
 
-__all__ = ["render"]
+__all__ = ["peft_form", "render"]
 
 DIMENSIONS = {"linear": (2,), "embedding": (2,), "conv": (2, 3), "parameter": (3,)}
 """How many dimensions the factors of each kind have; the first of three is groups or experts."""
@@ -47,16 +47,7 @@ def render(adapter: Adapter) -> dict[str, bytes]:
     Raises:
         FormatError: PEFT has no way to write this value; names the module and the reason.
     """
-    if not adapter.modules and not adapter.overrides:
-        raise FormatError(
-            "an adapter without modules can't be written",
-            "leave the folder out: the node needs none",
-        )
-    for name, value in adapter.modules.items():
-        _check(name, value)
-    for name, override in adapter.overrides.items():
-        _check_override(name, override, adapter)
-    form = _peft_form(adapter)
+    form = peft_form(adapter)
     config = config_bytes(adapter, form)
     # A config that our own reader refuses is never written: it would be a folder that can't be
     # opened again.
@@ -163,8 +154,21 @@ def _check_override(name: str, override: Override, adapter: Adapter) -> None:
         )
 
 
-def _peft_form(adapter: Adapter) -> PeftForm:
-    """Return the modules as PEFT can say them."""
+def peft_form(adapter: Adapter) -> PeftForm:
+    """Return the modules as PEFT can say them. No number is written yet.
+
+    Raises:
+        FormatError: as `render`.
+    """
+    if not adapter.modules and not adapter.overrides:
+        raise FormatError(
+            "an adapter without modules can't be written",
+            "leave the folder out: the node needs none",
+        )
+    for name, value in adapter.modules.items():
+        _check(name, value)
+    for name, override in adapter.overrides.items():
+        _check_override(name, override, adapter)
     nested = _nested(adapter)
     attentions = _attentions(adapter.modules, nested)
     modules = dict(adapter.modules)

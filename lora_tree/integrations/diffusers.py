@@ -17,7 +17,6 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..blend import Blend
 from ..cache import Frequency, Policy
 from ..engine.batch_axis import BatchAxis
 from ..engine.forms import Strategy
+from ..engine.hook import Hook
 from ..engine.pristine import Place
 from ..errors import SpecError, StateError, listing
 from ..extras import foreign, need, open_pretrained
@@ -210,7 +210,7 @@ class PipelineModel(TreeModel):
             for name, component in self.base.named_children():
                 # The stack undoes its last entry first. So the hooks are gone before the route ends
                 # whose rows they ask for.
-                begins = partial(rows.axis.begins, name)
+                begins = Hook(rows.axis.begins, name)
                 # The hook goes with the block: outside of it the pipeline has none of ours.
                 handle = component.register_forward_pre_hook(begins, with_kwargs=True)
                 stack.callback(handle.remove)

@@ -96,8 +96,10 @@ def _of_checked(A: Tensor, B: Tensor, bias: Tensor | None, layout: Layout) -> Lo
     Every switch makes hundreds of them.
     """
     value = LowRank.__new__(LowRank)
-    # Past `__setattr__`, which a frozen class refuses.
-    vars(value).update(A=A, B=B, scale=1.0, bias=bias, layout=layout)
+    # Past `__setattr__`, which a frozen class refuses; and not by `vars`, which would leave a
+    # dictionary with every value.
+    for name, part in (("A", A), ("B", B), ("scale", 1.0), ("bias", bias), ("layout", layout)):
+        object.__setattr__(value, name, part)
     return value
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..engine.hook import Hook
 from ..engine.unpromised import pytree
 
 __all__ = ["every_layer", "joined"]
@@ -67,7 +68,7 @@ def every_layer(base: nn.Module) -> list[RemovableHandle]:
     for module in base.modules():
         if hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync"):
             # Before FSDP's own hook, which looks at the output for tensors that require a gradient.
-            handles.append(module.register_forward_hook(after, prepend=True))
+            handles.append(module.register_forward_hook(Hook(after), prepend=True))
     return handles
 
 
