@@ -26,7 +26,7 @@ from ..folder import load_versions
 from ..tree import AdapterTree
 from .arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode
 from .console import print_json
-from .export_place import check_place
+from .export_place import Replace, check_free, check_place
 from .export_told import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
 from .open_base import skeleton_of
 from .progress import Bar
@@ -54,6 +54,8 @@ class As(StrEnum):
     model = "model"
 
 
+ONE_FILE = (As.kohya, As.diffusers, As.gguf)
+"""The forms that are a file, and not a folder."""
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
@@ -139,6 +141,7 @@ def export(
         bool, typer.Option("--per-module", help="Print every module's error.")
     ] = False,
     on: On = None,
+    replace: Replace = False,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
     quiet: Quiet = False,
@@ -153,8 +156,9 @@ def export(
             )
         tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
         check_place(tree, folder, to)
-        files = export_gguf_nodes(tree, to, base=base)
-        tell_files(files, as_json=as_json)
+        files = [Path(to, f"{node}.gguf") for node in tree.paths() if tree[node].has_adapter]
+        check_free(files, as_files=True, replace=replace)
+        tell_files(export_gguf_nodes(tree, to, base=base), as_json=as_json)
         return
     # The two are equal only if both or neither were given.
     if every == (path is not None):
@@ -174,6 +178,11 @@ def export(
                 "--as model writes one path as it is, in the base's dtypes",
                 "leave the other options out",
             )
+        if replace:
+            raise SpecError(
+                "--as model writes a new folder, and --replace is for adapters",
+                "name a new folder, or remove the old one first",
+            )
         merged = _merged(
             tree, path, to, base, with_code=with_code, trust_remote_code=trust_remote_code
         )
@@ -183,6 +192,8 @@ def export(
         raise SpecError(
             "--with-code copies a base's code, and only --as model copies anything of a base"
         )
+    places = [Path(to)] if path is not None else [Path(to, leaf) for leaf in tree.leaves()]
+    check_free(places, as_files=kind in ONE_FILE, replace=replace)
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is not As.portable:
         if path is None or shaped:
