@@ -304,15 +304,16 @@ def _on_the_hub(named: str, folder: str) -> str:
     return (
         f"adapter: {named} is on the model hub, and outside=False allows only what lies in "
         f"{folder}\n"
-        "  where you trust this tree, open it with outside=True, which fetches it"
+        "  if you trust this tree, allow it, which fetches the adapter: outside=True, or "
+        "vllm-args --outside"
     )
 
 
 def _leads_out(named: str, folder: str) -> str:
     return (
         f"adapter: {named} leads out of {folder}, and outside=False allows only what lies in it\n"
-        "  copy that adapter into the folder; "
-        "or, where you trust this tree, open it with outside=True"
+        "  copy that adapter into the folder; or, if you trust this tree, allow it: "
+        "outside=True, or vllm-args --outside"
     )
 
 
