@@ -245,6 +245,44 @@ def test_a_path_is_exported_though_another_node_is_broken(
     assert "no node 'fr/medical' in the tree" in err
 
 
+def test_a_tree_begins_with_the_whole_adapters_of_a_folder_that_has_broken_ones(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    (zoo / "tree.lock").unlink()
+    broken = zoo / "fr/medical/adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    offer = (
+        f"  lora-tree check {zoo} lists all that is broken; to go on without it: --skip-broken\n"
+    )
+    for command in (
+        ["init", tmp_path / "mine", "--from", zoo],
+        ["similar", zoo],
+        ["export", zoo, "--all", "--workers", "1", "--out", tmp_path / "out"],
+    ):
+        code, out, err = shell(*command)
+        assert (code, out, err.endswith(offer)) == (1, "", True), err
+        assert err.startswith(f"error: fr/medical: {broken}: ")
+    assert not (tmp_path / "mine").exists()
+    code, out, err = shell("init", tmp_path / "mine", "--from", zoo, "--skip-broken")
+    assert code == 0
+    assert "left out: fr/medical" in err
+    assert lt.load(tmp_path / "mine").paths() == ["fr", "fr/legal", "misc"]
+    code, _, err = shell("init", tmp_path / "own", "--skip-broken")
+    assert (code, "--skip-broken is for --from" in err) == (1, True)
+
+
+def test_no_line_of_a_table_ends_in_blanks_off_a_terminal(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    (zoo / "tree.lock").unlink()
+    broken = zoo / "fr/medical/adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    for command in (["show", zoo], ["diff", zoo, "fr", "fr/legal"]):
+        _, out, _ = shell(*command)
+        assert len(out.splitlines()) > 1
+        assert [line for line in out.splitlines() if line != line.rstrip()] == []
+
+
 def test_show_and_check_say_in_a_line_that_steps_of_a_run_are_passed_over(
     shell: Shell, base: Path, tmp_path: Path
 ) -> None:
@@ -709,7 +747,10 @@ def broken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "message"),
     [
         ("empty", "transformers can't open its tokenizer: "),
-        ("nowhere", "transformers can't open its tokenizer: "),
+        (
+            "nowhere",
+            "transformers can't open its tokenizer: there is no such folder, and a hub id ",
+        ),
         ("tokenizer", "transformers can't open its tokenizer: "),
         ("kind", "transformers can't open the model: "),
         ("weights", "transformers can't open the model: SafetensorError: "),

@@ -226,7 +226,7 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
             "no node 'fr/leagl' in the tree; did you mean 'fr/legal'?",
         ),
         ({"path": "fr", "txt": "abc"}, "this has path, txt; did you mean 'text'?"),
-        ({"text": "abc"}, "'path' must be a string like 'fr/legal', got None"),
+        ({"text": "abc"}, "the row has no 'path', which says its node; it has text"),
         ({"path": "fr", "text": 3}, "'text' must be a string, got int"),
         ({"path": "fr", "text": ""}, "nothing is learnt from it"),
         (
@@ -237,12 +237,13 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
         ({"path": "fr", "prompt": "a", "complation": "b"}, "did you mean 'completion'?"),
         (
             {"pth": "fr", "text": "a"},
-            "'path' must be a string like 'fr/legal', got None; this has pth, text; did you mean "
-            "'path'?",
+            "the row has no 'path', which says its node; it has pth, text; did you mean 'path'?",
         ),
         ({"path": "fr", "messages": []}, "'messages' must be a list of"),
         ('{"path": "fr"', "not valid JSON"),
-        ("[1]", "expected a JSON object, got list"),
+        ("[1]", "a JSON list, but a file of rows has one JSON object on each line"),
+        ("[", "jq -c '.[]' FILE > FILE.jsonl turns a list into such a file"),
+        ("1", "expected a JSON object, got a number"),
     ],
 )
 def test_a_bad_row_is_told_with_its_line(

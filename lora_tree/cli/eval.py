@@ -16,7 +16,18 @@ from ..folder import disk, load_versions, version_beside
 from ..runs import LossMatrix, evaluate
 from ..training.diverged import BASE_LABEL
 from ..tree import AdapterTree
-from .arguments import AsJson, Base, Data, Folder, Length, On, Quiet, SkipBroken, TrustRemoteCode
+from .arguments import (
+    AsJson,
+    Base,
+    Data,
+    Folder,
+    Length,
+    On,
+    Quiet,
+    SkipBroken,
+    TrustRemoteCode,
+    offered_skip,
+)
 from .console import out, print_json
 from .open_measured import open_measured
 from .picture_place import check_picture_place
@@ -67,7 +78,7 @@ def evaluation(
     )
     # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
     count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
-    with steps_done("evaluating", count, 0) as bar:
+    with offered_skip(folder, skips=skip_broken), steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=chosen, batch=batch, beta=beta, tick=lambda: bar(""))
     matrix = replace(matrix, paths=tuple(names.get(path, path) for path in matrix.paths))
     # Before the table is printed, so that an error stands alone.

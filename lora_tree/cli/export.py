@@ -24,7 +24,7 @@ from ..export import (
 )
 from ..folder import load_versions
 from ..tree import AdapterTree
-from .arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode
+from .arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode, offered_skip
 from .console import print_json
 from .export_place import Replace, check_free, check_place
 from .export_told import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
@@ -236,7 +236,8 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        leaves = _leaves(tree, to, workers, form)
+        with offered_skip(folder, skips=skip_broken):
+            leaves = _leaves(tree, to, workers, form)
         written = {str(Path(to, leaf.path)): leaf for leaf in leaves}
     if as_json:
         told = [plain_portable(one, where) for where, one in written.items()]

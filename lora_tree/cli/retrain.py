@@ -185,6 +185,11 @@ def _train(
         )
         foretell(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)
+        if running.was_over:
+            # `foretell` has said that this run is finished, and so the tree is not saved again.
+            other = "" if fresh else "; --fresh trains from new factors"
+            note(f"left as it is: {', '.join(job.nodes)}{other}")
+            return {}
         note(f"trained {', '.join(job.nodes)}, saved in {folder}")
         return running.outcomes()
     finally:

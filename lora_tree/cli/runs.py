@@ -68,8 +68,8 @@ def _chosen(found: Sequence[RunRecord], numbers: Sequence[int]) -> list[RunRecor
     known = {record.number: record for record in found}
     missing = [number for number in numbers if number not in known]
     if missing:
-        kept = f"there are {listing(map(str, known))}" if known else "none is kept"
-        raise PathError(f"no run {listing(map(str, missing))}: {kept}")
+        kept = f"the runs are {listing(map(str, known))}" if known else "no run is kept"
+        raise PathError(f"no run {listing(map(str, missing))}; {kept}")
     return [known[number] for number in numbers] if numbers else list(found)
 
 

@@ -105,7 +105,7 @@ def tell_outcome(
     out().print(outcome_table(running.outcomes()))
     for verdict in verdicts:
         out().print(str(verdict))
-    out().print(f"trained {', '.join(running.nodes)}: {running.taken} steps, saved in {folder}")
+    out().print(f"trained {', '.join(running.nodes)}: {_steps(running.taken)}, saved in {folder}")
     for line in _checkpoint_lines(running):
         out().print(line, soft_wrap=True)
     if stale:
@@ -129,6 +129,10 @@ def draw_run(running: Run, file: Path) -> None:
 def _figures(verdict: Verdict) -> dict[str, object]:
     """Return a verdict as plain data, for JSON."""
     return {**vars(verdict), "weight": plain_weight(verdict.weight)}
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _checkpoint_lines(running: Run) -> list[str]:

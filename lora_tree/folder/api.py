@@ -123,7 +123,8 @@ def _go_on(opened: Opened) -> list[str]:
     if len({problem.kind for problem in wrong}) > 1:
         lines.append(f"these and all other problems: lora-tree check {shlex.quote(folder)}")
     lines.append(
-        f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"
+        f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken "
+        "of eval, explore, export, generate, init and similar"
     )
     return lines
 
