@@ -27,7 +27,7 @@ def absorb_adapter(
     under: Annotated[str, typer.Option(help="Consider only this node and those below it.")] = "",
     rank: Rank = None,
     max_error: MaxError = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to it.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:

@@ -23,7 +23,7 @@ __all__ = ["add_node"]
 
 def add_node(
     folder: Folder,
-    path: Annotated[str, typer.Argument(help="The new node; the one above it is there.")],
+    path: Annotated[str, typer.Argument(help="The new node; its parent has to exist.")],
     adapter: Annotated[
         Path | None, typer.Argument(help="An adapter, or a tree to hang below PATH.")
     ] = None,
@@ -35,7 +35,8 @@ def add_node(
         list[str] | None, typer.Option(help="A module that it targets, q_proj; repeat it.")
     ] = None,
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the files; else tree.yaml names where they are.")
+        bool,
+        typer.Option("--copy", help="Copy the files; without it tree.yaml says where they lie."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,

@@ -146,4 +146,4 @@ WeightText = Annotated[
         metavar="WEIGHT",
     ),
 ]
-Length = Annotated[int, typer.Option(min=2, help="Keep so many tokens of a row.")]
+Length = Annotated[int, typer.Option(min=2, help="Cut a row after so many tokens.")]

@@ -21,7 +21,9 @@ def extract_difference(
     base: Annotated[str, typer.Argument(help="The folder of the base.", metavar="BASE")],
     tuned: Annotated[str, typer.Argument(help="The folder of the tuned model.", metavar="TUNED")],
     to: Annotated[str, typer.Option("--out", help="The adapter's folder to write.", metavar="DIR")],
-    rank: Annotated[int | None, typer.Option(help="The rank to keep, or the most of it.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The rank to keep; with --max-error, the largest rank.")
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(help="The largest relative error ‖D − BA‖ / ‖D‖ allowed in a module."),

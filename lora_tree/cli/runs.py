@@ -25,7 +25,7 @@ def list_runs(
     folder: Folder,
     numbers: Annotated[
         list[int] | None,
-        typer.Argument(help="Tell of this run; compare several.", metavar="NUMBERS"),
+        typer.Argument(help="Show this run, or compare several.", metavar="NUMBERS"),
     ] = None,
     picture: Annotated[
         Path | None,

@@ -37,7 +37,8 @@ def alike(
         bool | None,
         typer.Option(
             "--exact/--sketch",
-            help="Multiply all factors, or sketch them; exact where that takes seconds without it.",
+            help="Compare exactly, or by random sketches; without it exactly if that takes only "
+            "seconds.",
         ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
