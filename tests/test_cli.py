@@ -90,16 +90,19 @@ def test_show_tells_programs_the_same(shell: Shell, zoo: Path, base: Path) -> No
     assert (misc["kind"], misc["parameters"]) == ("group", 0)
 
 
-def test_a_stale_node_is_shown_and_warned_of_in_one_line(
+def test_a_stale_node_is_shown_in_the_table_and_elsewhere_warned_of_once(
     shell: Shell, zoo: Path, base: Path
 ) -> None:
     tree = lt.load(zoo)
     tree.update("fr", adapter=adapter(base, 9))
     tree.save(zoo)
     code, out, err = shell("show", zoo)
-    assert code == 0
+    assert (code, err) == (0, "")
     assert out.count("stale: ") == 2
+    code, _, err = shell("diff", zoo, "fr@1", "fr")  # opens the tree twice
+    assert code == 0
     assert err.startswith("warning: stale: fr/legal")
+    assert err.count("warning: ") == 1
     assert ".py:" not in err
 
 
@@ -606,6 +609,21 @@ def test_an_export_to_nowhere_is_refused(
     what = "error: --out says where to write, and it is missing or empty"
     assert (code, err.splitlines()[0]) == (1, what)
     assert not list(Path().iterdir())
+
+
+def test_a_change_to_a_module_that_had_no_increment_is_told_in_words(
+    shell: Shell, tmp_path: Path
+) -> None:
+    both = {"up": lt.LowRank(torch.ones(1, 4), torch.ones(4, 1))}
+    seven = lt.LowRank(torch.rand(2, 4), torch.rand(4, 2))
+    tree = lt.AdapterTree()
+    tree.add("p", group=True)
+    tree.add("p/a", adapter=lt.Adapter({**both, "down": seven}))
+    tree.add("p/b", adapter=lt.Adapter(both))
+    tree.save(tmp_path / "zoo")
+    code, out, _ = shell("hoist", tmp_path / "zoo", "p", "--rank", "3")
+    assert (code, "inf" in out) == (0, False)
+    assert "; down had no increment before, and has one now" in out
 
 
 @pytest.mark.parametrize("form", [["fr/legal"], ["fr/legal", "--as", "peft"], ["--all"]])

@@ -306,7 +306,9 @@ def test_a_save_that_would_leave_steps_without_their_run_is_refused(tmp_path: Pa
     loaded = lt.load(tmp_path)
     loaded.remove("french")
     untouched(
-        tmp_path, lambda: loaded.save(tmp_path), match="french/checkpoint-500: no node's any more"
+        tmp_path,
+        lambda: loaded.save(tmp_path),
+        match="french/checkpoint-500: the tree has no such node any more",
     )
 
 

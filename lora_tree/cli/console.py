@@ -220,10 +220,14 @@ def print_problem(kind: str, message: str, style: str) -> None:
 
 
 def warnings_in_one_line() -> None:
-    """Show Python's warnings as ``warning: …``, without the source line that raised them."""
+    """Show Python's warnings as ``warning: …``, each once, without the line that raised them."""
+    told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print_problem("warning", str(message), "bold yellow")
+        # A command that opens a tree twice, as it is and as it was, is warned of the same twice.
+        if str(message) not in told:
+            told.add(str(message))
+            print_problem("warning", str(message), "bold yellow")
 
     # Only the display is replaced. Which warnings are shown is still up to Python's filters, so
     # that PYTHONWARNINGS works as for any other program.
