@@ -940,6 +940,31 @@ def test_a_saved_child_that_never_trained_does_not_become_stale(tmp_path: Path) 
     assert becoming_stale(tree, ["fr"]) == ["fr/old"]
 
 
+@pytest.mark.parametrize("place", ["run", "zoo"])
+def test_a_place_that_cannot_be_written_is_told_before_the_first_step(
+    zoo: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    # The user who runs the tests may write anywhere, so the system's answer is replaced.
+    refused = tmp_path / "elsewhere" if place == "run" else zoo
+    refused.mkdir(exist_ok=True)
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda at, mode: (at, mode) != (refused, os.W_OK) and may(at, mode)
+    )
+    run = refused / "run" if place == "run" else tmp_path / "run"
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(zoo), "--data", str(rows), "--steps", "3", "--run", str(run)])
+    said = capsys.readouterr()
+    assert (caught.value.code, "training 1/3" in said.err) == (1, False)
+    where = run if place == "run" else zoo
+    assert f"error: {where}: can't be written, and the run would end there" in said.err
+
+
 def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and_afterwards_what_is(
     zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -956,6 +981,7 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     said = capsys.readouterr()
     assert "this run has finished, and the tree has its nodes" in said.err
     assert "what trains" not in said.err
+    assert said.out.splitlines()[-1].startswith("trained before de, fr/legal")
 
     lora_tree("train", zoo, "fr", "--data", rows, "--steps", 2, "--lr", 0.01)
     said = capsys.readouterr()

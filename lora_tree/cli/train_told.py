@@ -105,7 +105,9 @@ def tell_outcome(
     out().print(outcome_table(running.outcomes()))
     for verdict in verdicts:
         out().print(str(verdict))
-    out().print(f"trained {', '.join(running.nodes)}: {_steps(running.taken)}, saved in {folder}")
+    # A second call of a finished run must not read as if it had trained once more.
+    done = "trained before" if running.was_over else "trained"
+    out().print(f"{done} {', '.join(running.nodes)}: {_steps(running.taken)}, saved in {folder}")
     for line in _checkpoint_lines(running):
         out().print(line, soft_wrap=True)
     if stale:
