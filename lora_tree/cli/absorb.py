@@ -31,7 +31,7 @@ def absorb_adapter(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter below the node that leaves least of it, as what that one does not have."""
+    """Add an adapter below the node that has most of it already, as what that node lacks."""
     work = Work(load(folder), folder, dry_run=dry_run)
     found = absorb(
         work.tree,

@@ -33,7 +33,7 @@ def list_runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of a tree; tell of one, or compare several: settings and losses."""
+    """List the runs of a tree; show one, or compare several: settings and losses."""
     check_picture_place(picture)
     found = run_records(folder)
     chosen = _chosen(found, numbers or [])
