@@ -41,7 +41,7 @@ def add_node(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a node: an adapter, a group, a fresh one, or another tree; say what it was."""
+    """Add a node: an adapter of any known format, a group, a fresh one, or another tree."""
     said = given_weight(weight)
     own = 1.0 if said is None else said
     work = Work(load(folder), folder, dry_run=dry_run)

@@ -34,7 +34,7 @@ def new_tree(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Begin a tree: empty, over the adapters that lie there, or with copies of other ones."""
+    """Begin a tree: empty, from the adapters in the folder, or with copies of others."""
     if (folder / "tree.yaml").exists():
         raise FolderError(
             f"{folder}: it has a tree.yaml already", "lora-tree add, mv, rm and set change a tree"

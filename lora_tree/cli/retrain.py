@@ -53,9 +53,7 @@ def train_again(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train nodes, and all below them, again with what they were trained with, from the root
-    down.
-    """
+    """Train nodes again, and all below them, with the data and settings of their last training."""
     if stale == bool(nodes):
         raise SpecError(
             "name nodes, or take what is stale: lora-tree retrain FOLDER --stale", "not both"

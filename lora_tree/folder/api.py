@@ -30,7 +30,7 @@ from .tree_place import TreePlace, place_of
 __all__ = ["SkippedWarning", "StaleWarning", "load", "lock", "relock", "survey"]
 
 
-_MOST_TOLD = 8
+_MOST_TOLD = 20
 """Nodes that one warning gives the reason of."""
 
 
