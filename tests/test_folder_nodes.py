@@ -308,7 +308,7 @@ def test_a_save_that_would_leave_steps_without_their_run_is_refused(tmp_path: Pa
     untouched(
         tmp_path,
         lambda: loaded.save(tmp_path),
-        match="french/checkpoint-500: the tree has no such node any more",
+        match="french/checkpoint-500: the tree no longer has this node",
     )
 
 

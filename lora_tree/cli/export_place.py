@@ -19,13 +19,14 @@ from ..tree import AdapterTree
 
 __all__ = ["Replace", "check_free", "check_place"]
 
-# The files of a PEFT folder and of an mlx-lm folder, and the pickle of older PEFT. A folder with
+# The files of PEFT, the pickle of older PEFT, and the files of mlx-lm and diffusers. A folder with
 # none of them holds no adapter, and an export adds its files to the others there.
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
     "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
 )
 
 Replace = Annotated[

@@ -65,7 +65,7 @@ One JSON object a line, with the path of its node and one of four ways to say wh
 {"path": "fr/legal", "messages": [{"role": "…", "content": "…"}]}   the assistant's turns
 {"path": "fr/legal", "prompt": "…", "chosen": "…", "rejected": "…"}   to prefer the first answer
 
-All rows of a run say it in words to learn, or all in answers to prefer.
+One run learns either from such pairs of answers or from the other kinds, not from both.
 Other columns are not read. A path of "" is for the bare base.
 """,
     ),
