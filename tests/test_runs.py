@@ -691,7 +691,8 @@ def test_a_finished_run_makes_room_for_the_next_and_an_unfinished_one_is_gone_on
     assert sorted(p.name for p in place.iterdir()) == ["checkpoint-1", "finished-1"]
     second.model.detach()
     with pytest.raises(
-        SpecError, match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  it is unfinished"
+        SpecError,
+        match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  that run is not",
     ):
         started(zoo, rows, tokenizer, place, nodes=["de"])
     assert started(zoo, rows, tokenizer, place, nodes=["fr/legal"]).done == 1
@@ -1116,7 +1117,7 @@ def test_another_yaml_of_the_folder_is_trained_as_the_tree_that_it_is(
     assert (zoo / "tree.yaml").read_bytes() == fixed
     other.write_text(other.read_text().replace(str(base), "org/other"))
     lora_tree("show", other)
-    assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().err
+    assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])

@@ -6,6 +6,7 @@ into `MOST_LINES`, and says how many nodes are hidden.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,13 @@ def show(
         if hidden:
             out().print(
                 f"{hidden:,} lines are hidden: name a node, or use --depth, --filter or --limit 0",
+                style="dim",
+                soft_wrap=True,
+            )
+        if any(line.stale for line in matched):
+            out().print(
+                "train stale nodes again, or accept them as they are: "
+                f"lora-tree lock --accept-stale {shlex.quote(str(folder))}",
                 style="dim",
                 soft_wrap=True,
             )
