@@ -61,6 +61,10 @@ def parse_blend(blend: Blend) -> dict[str, Weight]:
         path, colon, number = entry.strip().rpartition(":")
         if not colon:
             path, number = number, "1"
+        if ":" in path:  # "fr:0.5,de:0.5": without this the comma would be told as a bad name
+            raise SpecError(
+                f"blend {blend!r}: paths are joined by a plus; write 'fr/legal:0.5+fr/medical:0.5'"
+            )
         if path in entries:
             raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
         entries[path] = _entry(number, path, blend)

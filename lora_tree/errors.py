@@ -119,6 +119,10 @@ class LoraTreeError(Exception):
         # these two arguments alone.
         return type(self)(f"{where}: {self.what}", *self.todo)
 
+    def advised(self, *todo: str) -> LoraTreeError:
+        """Return the same error with further lines of advice at its end."""
+        return type(self)(self.what, *self.todo, *todo)
+
 
 class LoraTreeWarning(UserWarning):
     """The root of the warnings that name something out of a file.

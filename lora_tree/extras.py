@@ -146,10 +146,19 @@ def open_pretrained(
         options: more arguments of ``from_pretrained``.
 
     Raises:
-        SpecError: transformers can't open it, or it needs code of its own.
+        SpecError: there is no such folder, transformers can't open it, or it needs code of its own.
     """
     todo = [OTHER_BASE]
-    if not os.path.isdir(base) and HUB_ID.fullmatch(os.fspath(base)):
+    if not os.path.isdir(base) and not HUB_ID.fullmatch(os.fspath(base)):
+        # transformers would take it for a hub id, and complain about its letters.
+        raise SpecError(
+            f"{base}: {failed}: there is no such folder, and a hub id is written org/name",
+            "a relative path counts from the folder of tree.yaml if it stands there, else from "
+            "the current folder",
+            *_folder_meant(os.fspath(base)),
+            OTHER_BASE,
+        )
+    if not os.path.isdir(base):
         # Without this, from_pretrained waits half a minute for a hub that does not answer.
         if not hub_answers():
             options["local_files_only"] = True

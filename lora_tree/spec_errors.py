@@ -59,7 +59,7 @@ def describe_invalid(
         if detail["type"] == "extra_forbidden":
             hints += 1
             if hints <= _MOST_HINTS:
-                hint = _nearest(str(loc[-1]), loc, top)
+                hint = _outdented(loc, top) or _nearest(str(loc[-1]), loc, top)
         head, text = _said(detail, loc, value, hint)
         # The members of a union share a place and a head.
         texts = found.setdefault((loc, head), [])
@@ -88,13 +88,18 @@ def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[s
         case "extra_forbidden", _:
             return f"unknown key {loc[-1]!r}{_in_place(loc[:-1])}", hint
         case "missing", last:
-            return f"{last[0]!r} is missing{_in_place(loc)}", ""
+            todo = "; write version: 1" if last == ("version",) else ""
+            return f"{last[0]!r} is missing{_in_place(loc)}{todo}", ""
+        case "model_type", () if value is None:
+            return "the file is empty; a tree.yaml begins with version: 1", ""
         # pydantic says that a key does not match a pattern, which for a node's name is no help
         case _, ("[key]",) if loc[-2] not in ("tree", "children"):
             text = _in_lower_case(detail["msg"])
             return f"{_place(loc[:-1])}: the key {str(loc[-1])!r} {text}", ""
         case _, ("[key]",):
             head = f"{str(loc[-1])!r} is not a valid node name"
+            if "/" in str(loc[-1]):
+                return head, "; write fr/legal as {fr: {children: {legal: {}}}}"
             return head, ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
         case kind, _:
             return f"{_place(loc)}: got {_short(value)}, which ", _wrong(kind, detail, value)
@@ -142,6 +147,24 @@ def _inside(loc: Loc, data: Any) -> tuple[Loc, Any]:
         inside.append(step)
         data = data[step]
     return tuple(inside), data
+
+
+def _outdented(loc: Loc, top: type[BaseModel]) -> str:
+    """Return a hint if the key lies below a word like ``children`` that stands for a node's name.
+
+    ::
+
+        tree:
+          fr:
+          children:       the author meant this one level deeper
+            legal: {}
+    """
+    if len(loc) < 3 or loc[-3] not in ("tree", "children"):
+        return ""
+    name = str(loc[-2])
+    if name not in _model_at(loc[:-1], top).model_fields:
+        return ""
+    return f"; {name!r} stands where the name of a node does: indent it below its node"
 
 
 def _nearest(key: str, loc: Loc, top: type[BaseModel]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -89,16 +90,19 @@ def test_show_tells_programs_the_same(shell: Shell, zoo: Path, base: Path) -> No
     assert (misc["kind"], misc["parameters"]) == ("group", 0)
 
 
-def test_a_stale_node_is_shown_and_warned_of_in_one_line(
+def test_a_stale_node_is_shown_in_the_table_and_elsewhere_warned_of_once(
     shell: Shell, zoo: Path, base: Path
 ) -> None:
     tree = lt.load(zoo)
     tree.update("fr", adapter=adapter(base, 9))
     tree.save(zoo)
     code, out, err = shell("show", zoo)
-    assert code == 0
+    assert (code, err) == (0, "")
     assert out.count("stale: ") == 2
+    code, _, err = shell("diff", zoo, "fr@1", "fr")  # opens the tree twice
+    assert code == 0
     assert err.startswith("warning: stale: fr/legal")
+    assert err.count("warning: ") == 1
     assert ".py:" not in err
 
 
@@ -244,6 +248,44 @@ def test_a_path_is_exported_though_another_node_is_broken(
     assert "no node 'fr/medical' in the tree" in err
 
 
+def test_a_tree_begins_with_the_whole_adapters_of_a_folder_that_has_broken_ones(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    (zoo / "tree.lock").unlink()
+    broken = zoo / "fr/medical/adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    offer = (
+        f"  lora-tree check {zoo} lists all that is broken; to go on without it: --skip-broken\n"
+    )
+    for command in (
+        ["init", tmp_path / "mine", "--from", zoo],
+        ["similar", zoo],
+        ["export", zoo, "--all", "--workers", "1", "--out", tmp_path / "out"],
+    ):
+        code, out, err = shell(*command)
+        assert (code, out, err.endswith(offer)) == (1, "", True), err
+        assert err.startswith(f"error: fr/medical: {broken}: ")
+    assert not (tmp_path / "mine").exists()
+    code, out, err = shell("init", tmp_path / "mine", "--from", zoo, "--skip-broken")
+    assert code == 0
+    assert "left out: fr/medical" in err
+    assert lt.load(tmp_path / "mine").paths() == ["fr", "fr/legal", "misc"]
+    code, _, err = shell("init", tmp_path / "own", "--skip-broken")
+    assert (code, "--skip-broken is for --from" in err) == (1, True)
+
+
+def test_no_line_of_a_table_ends_in_blanks_off_a_terminal(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    (zoo / "tree.lock").unlink()
+    broken = zoo / "fr/medical/adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    for command in (["show", zoo], ["diff", zoo, "fr", "fr/legal"]):
+        _, out, _ = shell(*command)
+        assert len(out.splitlines()) > 1
+        assert [line for line in out.splitlines() if line != line.rstrip()] == []
+
+
 def test_show_and_check_say_in_a_line_that_steps_of_a_run_are_passed_over(
     shell: Shell, base: Path, tmp_path: Path
 ) -> None:
@@ -330,10 +372,10 @@ def test_an_export_that_is_rounded_is_not_called_exact(
     )
     assert (code, out) == (0, f"fr → {tmp_path}/flat: 2 modules, r=2, rounded to bf16\n")
     told = answer(
-        shell, "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "flat", "--dtype", "fp16"
+        shell, "export", zoo, "fr", "--as", "peft", "--out", tmp_path / "fp16", "--dtype", "fp16"
     )
     assert (told["error"], told["dtype"], told["rounded"]) == (0.0, "fp16", True)
-    lt.Adapter.load(tmp_path / "flat").save(tmp_path / "narrow" / "fr")
+    lt.Adapter.load(tmp_path / "fp16").save(tmp_path / "narrow" / "fr")
     assert shell(
         "export",
         tmp_path / "narrow",
@@ -366,7 +408,7 @@ def test_a_portable_adapter_is_told_with_its_error(shell: Shell, zoo: Path, tmp_
     assert told["errors"].keys() == {q, v}
     assert 0 < told["error"] <= told["worst"] == max(told["errors"].values())
     again = shell(
-        "export", zoo, "fr/legal", full, "--out", tmp_path / "flat", "--rank", "3", "--per-module"
+        "export", zoo, "fr/legal", full, "--out", tmp_path / "cut", "--rank", "3", "--per-module"
     )
     out = again[1].splitlines()
     assert "3 modules (1 of them zeros), r=3, relative error " in out[0]
@@ -383,7 +425,7 @@ def test_an_adapter_on_q_and_v_is_exported_as_it_is_and_a_line_says_so(
     assert shell("export", zoo, "fr", "--out", tmp_path / "one")[1].endswith(
         f"2 modules, r=2, exact{left}\n"
     )
-    told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "one")
+    told = answer(shell, "export", zoo, "fr", "--out", tmp_path / "plain")
     assert (told["modules"], told["added"]) == (2, [])
     assert told["incomplete"] == ["model.layers.0.self_attn.k_proj"]
     # what SGLang needs is said only where v is missing beside q
@@ -425,7 +467,7 @@ def test_every_leaf_is_exported_with_progress(shell: Shell, zoo: Path, tmp_path:
     code, out, err = shell("export", zoo, "--all", "--out", tmp_path / "leaves")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["fr/legal", "fr/medical"]
-    assert len(answer(shell, "export", zoo, "--all", "--out", tmp_path / "leaves")["exports"]) == 2
+    assert len(answer(shell, "export", zoo, "--all", "--out", tmp_path / "more")["exports"]) == 2
     for wrong in (["fr", "--all"], [], ["--all", "--as", "peft"], ["--all", "--as", "model"]):
         assert shell("export", zoo, *wrong, "--out", tmp_path / "x")[0] == 1
 
@@ -460,7 +502,7 @@ def test_a_merged_checkpoint_from_the_shell(
         (
             float("nan"),
             ("fr", "--rank", "1"),
-            "error: fr: {q}: the factors are not finite: it has no norm",
+            "error: fr: {q}: the factors are not finite, so they have no norm",
         ),
         (
             1.0,
@@ -564,8 +606,73 @@ def test_an_export_to_nowhere_is_refused(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     code, _, err = shell("export", zoo, "fr/legal", "--out", out)
-    assert (code, err.splitlines()[0]) == (1, "error: --out is empty")
+    what = "error: --out says where to write, and it is missing or empty"
+    assert (code, err.splitlines()[0]) == (1, what)
     assert not list(Path().iterdir())
+
+
+def test_a_change_to_a_module_that_had_no_increment_is_told_in_words(
+    shell: Shell, tmp_path: Path
+) -> None:
+    both = {"up": lt.LowRank(torch.ones(1, 4), torch.ones(4, 1))}
+    seven = lt.LowRank(torch.rand(2, 4), torch.rand(4, 2))
+    tree = lt.AdapterTree()
+    tree.add("p", group=True)
+    tree.add("p/a", adapter=lt.Adapter({**both, "down": seven}))
+    tree.add("p/b", adapter=lt.Adapter(both))
+    tree.save(tmp_path / "zoo")
+    code, out, _ = shell("hoist", tmp_path / "zoo", "p", "--rank", "3")
+    assert (code, "inf" in out) == (0, False)
+    assert "; down had no increment before, and has one now" in out
+
+
+@pytest.mark.parametrize("form", [["fr/legal"], ["fr/legal", "--as", "peft"], ["--all"]])
+def test_an_export_writes_over_an_adapter_only_if_it_is_asked_to(
+    shell: Shell, zoo: Path, tmp_path: Path, form: list[str]
+) -> None:
+    trained = tmp_path / "out" / "fr/legal" if form == ["--all"] else tmp_path / "out"
+    lt.Adapter.load(zoo / "fr").save(trained)  # not an export: nothing else has these factors
+    before = {file.name: file.read_bytes() for file in trained.iterdir()}
+    code, out, err = shell("export", zoo, *form, "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err == (
+        f"error: {trained}: there is an adapter already\n"
+        "  name another place; or write over it with --replace, after which it can't be restored\n"
+    )
+    assert {file.name: file.read_bytes() for file in trained.iterdir()} == before
+    assert shell("export", zoo, *form, "--out", tmp_path / "out", "--replace")[0] == 0
+    assert {file.name: file.read_bytes() for file in trained.iterdir()} != before
+
+
+def test_an_export_says_so_where_a_file_lies_in_its_place(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for more in ([], ["--replace"]):
+        code, _, err = shell("export", zoo, "fr/legal", "--out", tmp_path / "notes.txt", *more)
+        assert (code, err.splitlines()[0]) == (
+            1,
+            f"error: {tmp_path}/notes.txt: a file, but the adapter is written as a folder",
+        )
+    one_file = ["--as", "kohya", "--out", tmp_path / "notes.txt"]
+    assert "there is a file already" in shell("export", zoo, "fr/legal", *one_file)[2]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_of_all_leaves_that_fails_says_which_it_has_written(
+    shell: Shell, tmp_path: Path
+) -> None:
+    for name, value in {"good": 1.0, "lost": math.nan}.items():
+        factors = lt.LowRank(torch.full((2, 4), value), torch.ones(4, 2))
+        lt.Adapter({"up": factors}).save(tmp_path / "flat" / name)
+    # One worker, so that the good leaf is on the disk before the other fails.
+    code, out, err = shell(
+        "export", tmp_path / "flat", "--all", "--workers", "1", "--out", tmp_path / "out"
+    )
+    assert (code, out) == (1, "")
+    last = err.splitlines()[-1]
+    assert last == f"  1 of 2 leaves were written in {tmp_path}/out, and stay: good"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
 
 
 # ---------------------------------------------------------------------- generate
@@ -658,7 +765,10 @@ def broken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "message"),
     [
         ("empty", "transformers can't open its tokenizer: "),
-        ("nowhere", "transformers can't open its tokenizer: "),
+        (
+            "nowhere",
+            "transformers can't open its tokenizer: there is no such folder, and a hub id ",
+        ),
         ("tokenizer", "transformers can't open its tokenizer: "),
         ("kind", "transformers can't open the model: "),
         ("weights", "transformers can't open the model: SafetensorError: "),

@@ -152,7 +152,7 @@ def test_a_base_in_a_folder_is_found_from_anywhere(
     ("paths", "message"),
     [
         (("", "checkpoint-10"), "the output of a Trainer"),
-        (("", "other"), "PEFT's save of several adapters"),
+        (("", "other"), "if PEFT saved several adapters here"),
         (("",), "this is one adapter: open it with Adapter.load"),
         (
             ("run/checkpoint-500", "run/checkpoint-1000"),
@@ -182,7 +182,7 @@ def test_a_node_of_a_tree_is_told_as_that_and_no_advice_would_break_the_tree(zoo
     assert notes(zoo) == []
     for name in ("tree.yaml", "tree.lock"):
         (zoo / name).unlink()
-    assert "where this is a node of a tree, open the folder above it" in refused(
+    assert "if this folder is a node of a tree, open the folder above it" in refused(
         zoo / "fr", FolderError
     )
 
@@ -306,7 +306,9 @@ def test_a_save_that_would_leave_steps_without_their_run_is_refused(tmp_path: Pa
     loaded = lt.load(tmp_path)
     loaded.remove("french")
     untouched(
-        tmp_path, lambda: loaded.save(tmp_path), match="french/checkpoint-500: no node's any more"
+        tmp_path,
+        lambda: loaded.save(tmp_path),
+        match="french/checkpoint-500: the tree no longer has this node",
     )
 
 
@@ -362,7 +364,7 @@ def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
         lt.load(tmp_path)
     assert str(caught.value).splitlines()[-1] == (
         f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or "
-        f"--skip-broken"
+        f"--skip-broken of eval, explore, export, generate, init and similar"
     )
     assert (
         str(caught.value).splitlines()[-2]

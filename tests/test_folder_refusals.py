@@ -182,7 +182,7 @@ REFUSALS: dict[Callable[[Path], lt.AdapterTree], tuple[type[LoraTreeError], str]
     not_ours: (FolderError, "an adapter that no save wrote"),
     written_by_another: (FolderError, "written by somebody else since this tree was opened"),
     taken_out_by_another: (FolderError, "taken out by somebody else since this tree was opened"),
-    would_come_back: (FolderError, "no save wrote them, so they stay and would come back"),
+    would_come_back: (FolderError, "so they stay, and the folder would be a node again"),
     another_would_go: (FolderError, "written by somebody else since this tree was opened"),
     twin_has_to_go: (FolderError, "only by case"),
     yaml_of_another: (FolderError, "of another tree, and no save wrote it"),

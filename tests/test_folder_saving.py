@@ -74,12 +74,12 @@ def test_what_no_save_wrote_stays_and_would_come_back(tmp_path: Path) -> None:
         loaded.remove("fr/legal")
         with pytest.raises(
             FolderError,
-            match=r"(?s)fr/legal: no node's any more, but no save wrote them.*init NEW --from /",
+            match=r"(?s)fr/legal: the tree no longer has this node, but .*init NEW --from /",
         ):
             loaded.save(tmp_path)
         moved = lt.load(tmp_path)
         moved.rename("de", "german")
-        with pytest.raises(FolderError, match="de: no node's any more"):
+        with pytest.raises(FolderError, match="de: the tree no longer has this node"):
             moved.save(tmp_path)
         assert listing(tmp_path) == before
     loaded = lt.load(tmp_path)
@@ -94,7 +94,7 @@ def test_files_that_a_hand_changed_are_not_ours_any_more(zoo: Path) -> None:
     loaded = lt.load(zoo)
     loaded.remove("grp/x")
     nudge(zoo / "grp/x" / WEIGHTS)
-    with pytest.raises(FolderError, match="grp/x: no node's any more"):
+    with pytest.raises(FolderError, match="grp/x: the tree no longer has this node"):
         loaded.save(zoo)
 
 

@@ -44,6 +44,28 @@ def test_a_changed_parent_makes_its_children_stale(zoo: Path) -> None:
     assert {p.node for p in lt.check(zoo) if p.kind == "stale"} == {"fr/legal", "fr/medical"}
 
 
+def test_a_warning_of_many_stale_nodes_does_not_fill_the_screen(tmp_path: Path) -> None:
+    made = lt.AdapterTree()
+    made.add("fr", adapter=adapter(1))
+    for number in range(30):
+        made.add(f"fr/x{number}", adapter=adapter(2))
+    made.save(tmp_path)
+    made.update("fr", adapter=adapter(9))
+    made.save(tmp_path)
+    with pytest.warns(lt.StaleWarning) as warned:
+        lt.load(tmp_path)
+    lines = str(warned[0].message).splitlines()
+    assert len(lines) == 22
+    assert lines[20] == f"  and 10 more: lora-tree check {tmp_path} lists all of them"
+    (tmp_path / "tree.lock").unlink()
+    for weights in tmp_path.glob("fr/*/adapter_model.safetensors"):
+        weights.write_bytes(b"x" * 16)
+    with pytest.warns(lt.SkippedWarning) as warned:
+        lt.load(tmp_path, skip_broken=True)
+    assert str(warned[0].message).count("\n") < 70
+    assert f"and 10 more: lora-tree check {tmp_path} lists all" in str(warned[0].message)
+
+
 def test_staleness_survives_saving_and_copying(zoo: Path, tmp_path: Path) -> None:
     loaded = lt.load(zoo)
     loaded.update("fr", adapter=adapter(9))

@@ -868,7 +868,7 @@ def test_a_bias_that_peft_never_applies_is_refused(tmp_path: Path) -> None:
     ("text", "error"),
     [
         (b"", "not valid JSON"),
-        (b"[]", "expected a JSON object, got list"),
+        (b"[]", "expected a JSON object, got a list"),
         (b'{"r": 1, "r": 2}', "not valid JSON: the key 'r' occurs twice"),
         (b'{"r": NaN}', "not valid JSON: NaN is not a JSON number"),
         (b'{"r": "\xff"}', "not valid UTF-8"),

@@ -184,7 +184,12 @@ def test_fresh_comes_to_the_bits_of_a_new_node_and_the_history_keeps_the_old(
     run("retrain", zoo, "fr", "--fresh", "--yes")
     assert "fr: from new factors, on the bare base; 4 rows" in capsys.readouterr().err
     assert (zoo / WEIGHTS).read_bytes() == (new / WEIGHTS).read_bytes()
-    run("retrain", zoo, "fr", "--fresh", "--yes", "--quiet")  # the same run, which is over
+    capsys.readouterr()
+    run("retrain", zoo, "fr", "--fresh", "--yes")  # the same run, which is over
+    said = capsys.readouterr()
+    assert said.err.endswith("left as it is: fr\n")
+    assert "trained fr" not in said.err
+    assert "first loss" not in said.out  # the losses of the run before are none of this command's
     assert (zoo / WEIGHTS).read_bytes() == (new / WEIGHTS).read_bytes()
     run("restore", zoo, "fr@2")
     assert (zoo / WEIGHTS).read_bytes() == was

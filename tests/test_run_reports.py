@@ -185,7 +185,7 @@ def test_runs_are_listed_told_and_compared(zoo: Path, capsys: Any) -> None:
     assert told["runs"][0]["data"][0]["path"] == "../rows.jsonl"
 
     code, _, err = run("runs", zoo, "7")
-    assert (code, err.strip()) == (1, "error: no run 7: there are 1, 2, 3")
+    assert (code, err.strip()) == (1, "error: no run 7; the runs are 1, 2, 3")
     shutil.rmtree(zoo / ".runs")
     assert run("runs", zoo)[1].strip() == "no run of this tree is kept"
     assert shell.answer(run, "runs", zoo)["runs"] == []

@@ -226,7 +226,7 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
             "no node 'fr/leagl' in the tree; did you mean 'fr/legal'?",
         ),
         ({"path": "fr", "txt": "abc"}, "this has path, txt; did you mean 'text'?"),
-        ({"text": "abc"}, "'path' must be a string like 'fr/legal', got None"),
+        ({"text": "abc"}, "the row has no 'path', which says its node; it has text"),
         ({"path": "fr", "text": 3}, "'text' must be a string, got int"),
         ({"path": "fr", "text": ""}, "nothing is learnt from it"),
         (
@@ -237,12 +237,13 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
         ({"path": "fr", "prompt": "a", "complation": "b"}, "did you mean 'completion'?"),
         (
             {"pth": "fr", "text": "a"},
-            "'path' must be a string like 'fr/legal', got None; this has pth, text; did you mean "
-            "'path'?",
+            "the row has no 'path', which says its node; it has pth, text; did you mean 'path'?",
         ),
         ({"path": "fr", "messages": []}, "'messages' must be a list of"),
         ('{"path": "fr"', "not valid JSON"),
-        ("[1]", "expected a JSON object, got list"),
+        ("[1]", "a JSON list, but a file of rows has one JSON object on each line"),
+        ("[", "jq -c '.[]' FILE > FILE.jsonl turns a list into such a file"),
+        ("1", "expected a JSON object, got a number"),
     ],
 )
 def test_a_bad_row_is_told_with_its_line(
@@ -690,7 +691,8 @@ def test_a_finished_run_makes_room_for_the_next_and_an_unfinished_one_is_gone_on
     assert sorted(p.name for p in place.iterdir()) == ["checkpoint-1", "finished-1"]
     second.model.detach()
     with pytest.raises(
-        SpecError, match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  it is unfinished"
+        SpecError,
+        match=r"other nodes: was \['fr/legal'\] and is \['de'\]\n  that run is not",
     ):
         started(zoo, rows, tokenizer, place, nodes=["de"])
     assert started(zoo, rows, tokenizer, place, nodes=["fr/legal"]).done == 1
@@ -939,6 +941,31 @@ def test_a_saved_child_that_never_trained_does_not_become_stale(tmp_path: Path) 
     assert becoming_stale(tree, ["fr"]) == ["fr/old"]
 
 
+@pytest.mark.parametrize("place", ["run", "zoo"])
+def test_a_place_that_cannot_be_written_is_told_before_the_first_step(
+    zoo: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    # The user who runs the tests may write anywhere, so the system's answer is replaced.
+    refused = tmp_path / "elsewhere" if place == "run" else zoo
+    refused.mkdir(exist_ok=True)
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda at, mode: (at, mode) != (refused, os.W_OK) and may(at, mode)
+    )
+    run = refused / "run" if place == "run" else tmp_path / "run"
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(zoo), "--data", str(rows), "--steps", "3", "--run", str(run)])
+    said = capsys.readouterr()
+    assert (caught.value.code, "training 1/3" in said.err) == (1, False)
+    where = run if place == "run" else zoo
+    assert f"error: {where}: can't be written, and the run would end there" in said.err
+
+
 def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and_afterwards_what_is(
     zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -955,6 +982,7 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     said = capsys.readouterr()
     assert "this run has finished, and the tree has its nodes" in said.err
     assert "what trains" not in said.err
+    assert said.out.splitlines()[-1].startswith("trained before de, fr/legal")
 
     lora_tree("train", zoo, "fr", "--data", rows, "--steps", 2, "--lr", 0.01)
     said = capsys.readouterr()
@@ -1089,7 +1117,7 @@ def test_another_yaml_of_the_folder_is_trained_as_the_tree_that_it_is(
     assert (zoo / "tree.yaml").read_bytes() == fixed
     other.write_text(other.read_text().replace(str(base), "org/other"))
     lora_tree("show", other)
-    assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().err
+    assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])

@@ -169,6 +169,35 @@ def test_a_stranger_s_tree_may_not_name_a_file_outside(zoo: Path) -> None:
         lt.load(zoo, outside=False)
 
 
+# ---------------------------------------------------------------------- not named
+def test_an_adapter_in_one_file_that_nothing_names_is_noted(
+    shell: Shell, zoo: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    adapter(1).save(flat / "fr")
+    style = (tmp_path / "downloads").rglob("*.safetensors")
+    (flat / "my style.safetensors").write_bytes(next(iter(style)).read_bytes())
+    safetensors.torch.save_file({"w": torch.ones(2)}, flat / "model.safetensors")  # no adapter
+    note = (
+        "passed over my style.safetensors: only PEFT folders are nodes by themselves; to add one: "
+        f"lora-tree add {flat} NAME '{flat}/my style.safetensors'"
+    )
+    for command in ("show", "check"):
+        assert answer(shell, command, flat)["notes"] == [note]
+    assert answer(shell, "check", zoo)["notes"] == []  # here tree.yaml names each
+    shell("add", flat, "style", flat / "my style.safetensors")
+    assert answer(shell, "check", flat)["notes"] == []
+
+
+def test_a_folder_of_mlx_lm_is_not_called_half_a_peft_folder(tmp_path: Path) -> None:
+    adapter(1).save(tmp_path / "zoo/fr", form="mlx")
+    text = refused(tmp_path / "zoo", FormatError)
+    assert f"{tmp_path}/zoo/fr: mlx-lm wrote this adapter, and only PEFT folders are nodes" in text
+    assert "name it in tree.yaml ({adapter: fr}), or move it away" in text
+    write(tmp_path / "zoo/tree.yaml", "version: 1\ntree: {french: {adapter: fr}}\n")
+    assert lt.load(tmp_path / "zoo").paths() == ["french"]
+
+
 # ---------------------------------------------------------------------- saved
 def test_a_save_names_the_file_and_leaves_it(zoo: Path, tmp_path: Path) -> None:
     before = listing(tmp_path / "downloads")

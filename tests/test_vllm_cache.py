@@ -488,6 +488,28 @@ def test_the_server_s_arguments_name_the_base_and_the_bounds(
     assert "'[a-z]*' is neither a path nor a pattern" in capsys.readouterr().err
 
 
+def test_the_server_s_arguments_leave_out_what_is_broken_and_say_so(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cut", "de"):
+        adapter(3).save(zoo / name)
+    file = zoo / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    (zoo / "tree.lock").unlink(missing_ok=True)
+    whole = server_args(zoo, cache="c", allow=("fr/**", "de"))
+    assert whole.problems == ()  # nobody may ask for the broken one
+    made = server_args(zoo, cache="c")
+    assert [problem.node for problem in made.problems] == ["cut"]
+    assert (made.rank, made.flags) == (whole.rank, whole.flags)
+    with pytest.raises(SystemExit):
+        main(["vllm-args", str(zoo), "--allow", "cut", "--allow", "it", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["unmatched"] == ["it"]
+    (problem,) = said["problems"]
+    assert (problem["node"], problem["kind"]) == ("cut", "adapter")
+    assert "the header describes" in problem["text"]
+
+
 def test_the_plugin_does_nothing_where_no_tree_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORA_TREE_VLLM_ZOO", raising=False)
     register()

@@ -94,8 +94,9 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
             "base: x\nversion: 2\n",
             ":2:1: written by a newer lora_tree (format 2); this one reads 1",
         ),
-        ("base: x\n", ":1:1: 'version' is missing"),
-        ("", ":1:1: the file: got null, which should be a mapping"),
+        ("base: x\n", ":1:1: 'version' is missing; write version: 1"),
+        ("", ":1:1: the file is empty; a tree.yaml begins with version: 1"),
+        ("# nothing\n", ":1:1: the file is empty"),
         ("- 1\n", ":1:1: the file: got a list, which should be a mapping"),
         (
             "version: 1\nbase: !!python/name:os.system x\n",
@@ -110,6 +111,20 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ("version: [1\n", "not YAML"),
         ('version: "\\UFFFFFFFF"\n', "not YAML"),
         ('base: "\\ud800"\n', "half of a surrogate pair"),
+        (
+            "version: 1\ntree: {fr/legal: {}}",
+            ":2:8: 'fr/legal' is not a valid node name; write fr/legal as {fr: {children: {legal: ",
+        ),
+        (
+            "version: 1\ntree:\n  fr: {}\n  children:\n    legal: {}\n",
+            ":5:5: unknown key 'legal' in node children; 'children' stands where the name of a "
+            "node does: indent it below its node",
+        ),
+        (
+            "version: 1\ntree:\n  fr:\n     r: 4\n    children: {}\n",
+            "\n  look at the indentation: keys of one node begin in the same column",
+        ),
+        ("version: 1\ntree:\n\tfr: {}\n", "\n  indent with spaces: YAML allows no tabs there"),
         ("version: 1\ntree: {a b: {}}", ":2:8: 'a b' is not a valid node name"),
         (
             "version: 1\ntree: {con: {}}",

@@ -124,7 +124,7 @@ def split(
         raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")
     free(tree, to)
     if (rank is None) == (modules is None):
-        raise SpecError("split by rank= or by modules=, one of the two")
+        raise SpecError("split by rank= (--rank) or by modules= (--module), one of the two")
     below = tree.paths(path)
     renamed = {old: to + old[len(path) :] for old in below}
     for new in renamed.values():

@@ -148,7 +148,10 @@ def _exact(names: Sequence[str], read: Callable[[str], Adapter]) -> Gram:
     norms = inner.diagonal().clamp(min=0.0).sqrt()
     broken = [names[i] for i in (~norms.isfinite()).nonzero().flatten().tolist()]
     if broken:
-        raise SpecError(f"{listing(broken)}: the factors are not finite, so they have no norm")
+        raise SpecError(
+            f"{listing(broken)}: the factors are not finite, so they have no norm",
+            "name the other nodes; lora-tree check FOLDER says which modules are meant",
+        )
     return Gram(tuple(names), inner, norms)
 
 

@@ -199,7 +199,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
                 "name the other adapters, and leave this one out",
             )
     if len(chosen) < 2:
-        raise SpecError(f"grow needs two flat adapters at least, got {chosen}")
+        raise SpecError(f"grow needs two flat adapters at least, got {listing(chosen) or 'none'}")
     changeable(tree, chosen)
     return chosen
 

@@ -303,7 +303,10 @@ def _siblings(
     if strangers:
         raise PathError(f"{listing(strangers)}: not children of {parent or 'the root'}")
     if len(chosen) < 2:
-        raise SpecError(f"{parent or 'the root'}: hoist needs two siblings at least, got {chosen}")
+        raise SpecError(
+            f"{parent or 'the root'}: hoist needs two siblings at least, got "
+            f"{listing(chosen) or 'none'}"
+        )
     for path in chosen:
         own(tree, path)
         if tree[path].weight == 0.0:

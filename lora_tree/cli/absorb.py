@@ -27,11 +27,11 @@ def absorb_adapter(
     under: Annotated[str, typer.Option(help="Consider only this node and those below it.")] = "",
     rank: Rank = None,
     max_error: MaxError = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to it.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter below the node that leaves least of it, as what that one does not have."""
+    """Add an adapter below the node that has most of it already, as what that node lacks."""
     work = Work(load(folder), folder, dry_run=dry_run)
     found = absorb(
         work.tree,

@@ -23,7 +23,7 @@ __all__ = ["add_node"]
 
 def add_node(
     folder: Folder,
-    path: Annotated[str, typer.Argument(help="The new node; the one above it is there.")],
+    path: Annotated[str, typer.Argument(help="The new node; its parent has to exist.")],
     adapter: Annotated[
         Path | None, typer.Argument(help="An adapter, or a tree to hang below PATH.")
     ] = None,
@@ -35,12 +35,13 @@ def add_node(
         list[str] | None, typer.Option(help="A module that it targets, q_proj; repeat it.")
     ] = None,
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the files; else tree.yaml names where they are.")
+        bool,
+        typer.Option("--copy", help="Copy the files; without it tree.yaml says where they lie."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a node: an adapter, a group, a fresh one, or another tree; say what it was."""
+    """Add a node: an adapter of any known format, a group, a fresh one, or another tree."""
     said = given_weight(weight)
     own = 1.0 if said is None else said
     work = Work(load(folder), folder, dry_run=dry_run)

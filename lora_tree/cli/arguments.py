@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import SpecError
+from ..errors import FormatError, SpecError
 from ..weights import Weight, parse_weight
 from .console import keep_quiet, stdout_is_json
 
@@ -25,6 +27,7 @@ __all__ = [
     "TrustRemoteCode",
     "WeightText",
     "given_weight",
+    "offered_skip",
 ]
 
 
@@ -51,6 +54,28 @@ def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weigh
             f"{option} was given {len(texts)} times", f"write one: {option} {','.join(texts)!r}"
         )
     return parse_weight(texts[0], option)
+
+
+@contextmanager
+def offered_skip(folder: Path, *, skips: bool) -> Iterator[None]:
+    """Add to the error of a broken adapter that the command can go on without it.
+
+    `load` offers that itself for what it sees. But it opens no file, so a file that is cut short
+    fails only later, and the error then names the first such node alone.
+
+    Args:
+        folder: of the tree.
+        skips: the user gave --skip-broken.
+    """
+    try:
+        yield
+    except FormatError as error:
+        if skips:
+            raise
+        raise error.advised(
+            f"lora-tree check {shlex.quote(str(folder))} lists all that is broken; "
+            "to go on without it: --skip-broken"
+        ) from error
 
 
 def _no_progress(context: typer.Context, wanted: bool) -> bool:
@@ -121,4 +146,4 @@ WeightText = Annotated[
         metavar="WEIGHT",
     ),
 ]
-Length = Annotated[int, typer.Option(min=2, help="Keep so many tokens of a row.")]
+Length = Annotated[int, typer.Option(min=2, help="Cut a row after so many tokens.")]

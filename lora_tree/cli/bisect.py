@@ -20,7 +20,7 @@ __all__ = ["bisect_steps"]
 
 def bisect_steps(
     folder: Folder,
-    path: Annotated[str, typer.Argument(help="The path whose steps they are: fr/legal.")],
+    path: Annotated[str, typer.Argument(help="The path to go down, node by node: fr/legal.")],
     *,
     data: Data,
     versions: Annotated[

@@ -29,13 +29,14 @@ class Parts(StrEnum):
 
 def blame_parts(
     folder: Folder,
-    path: Annotated[str, typer.Argument(help="The path whose lineage it is: fr/legal.")],
+    path: Annotated[str, typer.Argument(help="The path whose nodes are examined: fr/legal.")],
     *,
     data: Data,
     by: Annotated[
         Parts,
         typer.Option(
-            help="nodes: each as a whole. kinds: q_proj, v_proj, … of each. layers. modules."
+            help="Leave out whole nodes; or of each node the modules of one kind (q_proj), of one "
+            "layer, or one module at a time."
         ),
     ] = Parts.nodes,
     node: Annotated[

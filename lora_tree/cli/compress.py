@@ -24,9 +24,9 @@ def compress_nodes(
         float | None, typer.Option(help="The largest relative error of all nodes together.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Bytes of all factors together: 20MiB.")
+        str | None, typer.Option(help="Room for all factors together: 20MiB.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to it.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:

@@ -1,9 +1,9 @@
 """The two consoles: results on stdout, everything else on stderr.
 
-Off a terminal nothing is wrapped or cut. A character that a stream's encoding can't hold is
-escaped: a command that has done its work must not fail as it says so. A character that a terminal
-would obey is escaped, too. Names of bases, folders, tensors and config keys are strangers' words,
-and all that a command says goes through here.
+Off a terminal nothing is wrapped or cut, and no line of a table ends in blanks. A character that a
+stream's encoding can't hold is escaped: a command that has done its work must not fail as it says
+so. A character that a terminal would obey is escaped, too. Names of bases, folders, tensors and
+config keys are strangers' words, and all that a command says goes through here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from ..errors import LoraTreeError, printable
@@ -67,6 +68,19 @@ class _Console(Console):
             emoji=False,  # and :name: is one, too
             width=None if stream.isatty() else OFF_TERMINAL_WIDTH,
         )
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; off a terminal without the blanks that fill up the last column of a table.
+
+        They are as many as the longest reason of a broken node has letters, on every line.
+        """
+        if self.is_terminal or not any(isinstance(each, Table) for each in objects):
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        lines = captured.get().removesuffix("\n").split("\n")
+        super().print("\n".join(line.rstrip() for line in lines), soft_wrap=True)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Escape before rich measures the text, and before it drops some control characters."""
@@ -206,10 +220,14 @@ def print_problem(kind: str, message: str, style: str) -> None:
 
 
 def warnings_in_one_line() -> None:
-    """Show Python's warnings as ``warning: …``, without the source line that raised them."""
+    """Show Python's warnings as ``warning: …``, each once, without the line that raised them."""
+    told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print_problem("warning", str(message), "bold yellow")
+        # A command that opens a tree twice, as it is and as it was, is warned of the same twice.
+        if str(message) not in told:
+            told.add(str(message))
+            print_problem("warning", str(message), "bold yellow")
 
     # Only the display is replaced. Which warnings are shown is still up to Python's filters, so
     # that PYTHONWARNINGS works as for any other program.

@@ -26,9 +26,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Train a toy size, in under a minute.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option(help="Draw from this seed; the same one trains the same.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed: the same one gives the same result.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train a small base and a tree on Python's own library; switch, measure, export, compare."""

@@ -24,7 +24,9 @@ def difference(
         str | None,
         typer.Argument(help="A path or a blend; fr@2 is an earlier version.", metavar="[A]"),
     ] = None,
-    b: Annotated[str | None, typer.Argument(help="Another one.", metavar="[B]")] = None,
+    b: Annotated[
+        str | None, typer.Argument(help="The path or blend to compare it with.", metavar="[B]")
+    ] = None,
     other: Annotated[
         Path | None,
         typer.Option("--with", help="A second tree: compare node by node, or A in both."),

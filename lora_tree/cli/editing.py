@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,8 +109,11 @@ def _errors(edited: Edited) -> list[str]:
             lines.append(f"error of {path}: none beyond rounding")
             continue
         worst = max(told.relative, key=lambda name: told.relative[name])
-        lines.append(
-            f"error of {path}: {told.relative_error:.2g} of its norm, "
-            f"at most {told.worst:.2g} in a module ({worst})"
-        )
+        text = f"error of {path}: {told.relative_error:.2g} of its norm"
+        if math.isinf(told.worst):
+            # A part of nothing is no number, however small the change is.
+            text += f"; {worst} had no increment before, and has one now"
+        else:
+            text += f", at most {told.worst:.2g} in a module ({worst})"
+        lines.append(text)
     return lines

@@ -16,7 +16,18 @@ from ..folder import disk, load_versions, version_beside
 from ..runs import LossMatrix, evaluate
 from ..training.diverged import BASE_LABEL
 from ..tree import AdapterTree
-from .arguments import AsJson, Base, Data, Folder, Length, On, Quiet, SkipBroken, TrustRemoteCode
+from .arguments import (
+    AsJson,
+    Base,
+    Data,
+    Folder,
+    Length,
+    On,
+    Quiet,
+    SkipBroken,
+    TrustRemoteCode,
+    offered_skip,
+)
 from .console import out, print_json
 from .open_measured import open_measured
 from .picture_place import check_picture_place
@@ -40,7 +51,10 @@ def evaluation(
     base: Base = None,
     batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
     beta: Annotated[
-        float, typer.Option(help="Of rows with chosen and rejected: as they were trained with.")
+        float,
+        typer.Option(
+            help="DPO's beta, for rows with chosen and rejected; the one of their training."
+        ),
     ] = 0.1,
     max_length: Length = 1024,
     picture: Annotated[
@@ -67,7 +81,7 @@ def evaluation(
     )
     # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
     count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
-    with steps_done("evaluating", count, 0) as bar:
+    with offered_skip(folder, skips=skip_broken), steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=chosen, batch=batch, beta=beta, tick=lambda: bar(""))
     matrix = replace(matrix, paths=tuple(names.get(path, path) for path in matrix.paths))
     # Before the table is printed, so that an error stands alone.

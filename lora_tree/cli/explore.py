@@ -50,7 +50,8 @@ def explore(
         ),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of 127.0.0.1; a free one without it.")
+        int | None,
+        typer.Option(min=1, max=65535, help="The port on 127.0.0.1; a free one without it."),
     ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in the browser.")

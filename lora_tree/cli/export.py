@@ -25,9 +25,9 @@ from ..export import (
 )
 from ..folder import load_versions
 from ..tree import AdapterTree
-from .arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode
+from .arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode, offered_skip
 from .console import print_json
-from .export_place import check_place
+from .export_place import Replace, check_free, check_place
 from .export_told import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
 from .open_base import skeleton_of
 from .progress import Bar
@@ -55,6 +55,8 @@ class As(StrEnum):
     model = "model"
 
 
+ONE_FILE = (As.kohya, As.diffusers, As.gguf)
+"""The forms that are a file, and not a folder."""
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
@@ -140,6 +142,7 @@ def export(
         bool, typer.Option("--per-module", help="Print every module's error.")
     ] = False,
     on: On = None,
+    replace: Replace = False,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
     quiet: Quiet = False,
@@ -154,8 +157,9 @@ def export(
             )
         tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
         check_place(tree, folder, to)
-        files = export_gguf_nodes(tree, to, base=base)
-        tell_files(files, as_json=as_json)
+        files = [Path(to, f"{node}.gguf") for node in tree.paths() if tree[node].has_adapter]
+        check_free(files, as_files=True, replace=replace)
+        tell_files(export_gguf_nodes(tree, to, base=base), as_json=as_json)
         return
     # The two are equal only if both or neither were given.
     if every == (path is not None):
@@ -175,6 +179,11 @@ def export(
                 "--as model writes one path as it is, in the base's dtypes",
                 "leave the other options out",
             )
+        if replace:
+            raise SpecError(
+                "--as model writes a new folder, and --replace is for adapters",
+                "name a new folder, or remove the old one first",
+            )
         merged = _merged(
             tree, path, to, base, with_code=with_code, trust_remote_code=trust_remote_code
         )
@@ -184,6 +193,8 @@ def export(
         raise SpecError(
             "--with-code copies a base's code, and only --as model copies anything of a base"
         )
+    places = [Path(to)] if path is not None else [Path(to, leaf) for leaf in tree.leaves()]
+    check_free(places, as_files=kind in ONE_FILE, replace=replace)
     rounded_to = DTYPES[dtype] if dtype else None
     if kind is not As.portable:
         if path is None or shaped:
@@ -226,7 +237,8 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        leaves = _leaves(tree, to, workers, form)
+        with offered_skip(folder, skips=skip_broken):
+            leaves = _leaves(tree, to, workers, form)
         written = {str(Path(to, leaf.path)): leaf for leaf in leaves}
     if as_json:
         told = [plain_portable(one, where) for where, one in written.items()]

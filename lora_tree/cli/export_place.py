@@ -1,15 +1,38 @@
-"""The folder that ``lora-tree export`` may write to: outside the tree's own."""
+"""The place that an export may write to: outside the tree's own folder, and not over an adapter.
+
+An export goes past the history of a tree. So an adapter that it writes over, perhaps one that took
+days to train, could not be brought back.
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
-from ..errors import SpecError
+import typer
+
+from ..errors import FolderError, SpecError, listing
 from ..storage import as_path
 from ..tree import AdapterTree
 
-__all__ = ["check_place"]
+__all__ = ["Replace", "check_free", "check_place"]
+
+# The files of PEFT, the pickle of older PEFT, and the files of mlx-lm and diffusers. A folder with
+# none of them holds no adapter, and an export adds its files to the others there.
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+)
+
+Replace = Annotated[
+    bool,
+    typer.Option("--replace", help="Write over an adapter that is there; it can't be restored."),
+]
 
 
 def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
@@ -24,7 +47,10 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
         SpecError: it is empty, in the tree's folder, a node's own, or the base's.
     """
     if not to.strip():  # Path("") would be the current folder
-        raise SpecError("--out is empty", "name a folder for the adapter: --out export/legal")
+        raise SpecError(
+            "--out says where to write, and it is missing or empty",
+            "name a folder for the adapter: --out export/legal",
+        )
     # Links are resolved on both sides: one that lies outside of the tree may lead into it.
     where = as_path(to).resolve()
     home = as_path(folder).resolve()
@@ -47,6 +73,33 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
                 f"--out {to} would write over the files of {path}, {source.where}",
                 "write it elsewhere",
             )
+
+
+def check_free(places: Iterable[Path], *, as_files: bool = False, replace: bool) -> None:
+    """Refuse to write over adapters that are there already.
+
+    Args:
+        places: where the adapters are about to be written.
+        as_files: each is one file, and not a folder.
+        replace: the user allows it.
+
+    Raises:
+        FolderError: an adapter would be lost, or a file lies where a folder has to be.
+    """
+    taken = []
+    for place in map(as_path, places):
+        if place.is_file() and not as_files:
+            raise FolderError(
+                f"{place}: a file, but the adapter is written as a folder", "name another place"
+            )
+        if place.is_file() or any((place / name).exists() for name in ADAPTER_FILES):
+            taken.append(str(place))
+    if taken and not replace:
+        what = "a file" if as_files else "an adapter"
+        raise FolderError(
+            f"{listing(taken)}: there is {what} already",
+            "name another place; or write over it with --replace, after which it can't be restored",
+        )
 
 
 def _lies_in(where: Path, folder: Path) -> bool:

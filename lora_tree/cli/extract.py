@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -10,6 +11,7 @@ import typer
 from ..export import extract
 from .arguments import AsJson, TrustRemoteCode
 from .console import out, print_json
+from .export_place import Replace, check_free
 from .progress import Bar
 
 __all__ = ["extract_difference"]
@@ -19,7 +21,9 @@ def extract_difference(
     base: Annotated[str, typer.Argument(help="The folder of the base.", metavar="BASE")],
     tuned: Annotated[str, typer.Argument(help="The folder of the tuned model.", metavar="TUNED")],
     to: Annotated[str, typer.Option("--out", help="The adapter's folder to write.", metavar="DIR")],
-    rank: Annotated[int | None, typer.Option(help="The rank to keep, or the most of it.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The rank to keep; with --max-error, the largest rank.")
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(help="The largest relative error ‖D − BA‖ / ‖D‖ allowed in a module."),
@@ -32,10 +36,12 @@ def extract_difference(
     per_module: Annotated[
         bool, typer.Option("--per-module", help="Tell every module's rank and error.")
     ] = False,
+    replace: Replace = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write what a fine-tune changed in its base as one adapter, with each module's error."""
+    check_free([Path(to)], replace=replace)  # before the comparison, which may take long
     with Bar() as bar:
         # The total comes with the first call of progress: the number of parameters is known only
         # when the base's config has been read. Until then the bar pulses.

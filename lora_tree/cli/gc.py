@@ -21,12 +21,13 @@ def clean_up(
     versions: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Leave so many earlier contents of each node; as tree.yaml says without it."
+            min=0,
+            help="Keep so many earlier contents of each node; without it as tree.yaml says.",
         ),
     ] = None,
     runs: Annotated[
         int | None,
-        typer.Option(min=1, help="Leave the records of so many runs; of 50 without it."),
+        typer.Option(min=1, help="Keep the records of the last so many runs; 50 without it."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")

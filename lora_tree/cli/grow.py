@@ -25,10 +25,10 @@ def grow_tree(
         float | None, typer.Option(help="The largest relative error of all adapters together.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Bytes of all nodes that come of them: 20MiB.")
+        str | None, typer.Option(help="Room for the factors of all resulting nodes: 20MiB.")
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="The most shared nodes above a leaf.")] = 3,
-    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to it.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
     by_norm: Annotated[
         bool, typer.Option("--by-norm", help="An adapter of twice the norm counts four times.")
     ] = False,

@@ -58,12 +58,14 @@ lora-tree show says what each node replaces, lora-tree check which increments do
     "data": (
         "the rows that train and eval read",
         """\
-One JSON object a line, with the path of its node and one of three ways to say what is learnt:
+One JSON object a line, with the path of its node and one of four ways to say what is learnt:
 
 {"path": "fr/legal", "text": "…"}                               all of the text
 {"path": "fr/legal", "prompt": "…", "completion": "…"}          the completion
 {"path": "fr/legal", "messages": [{"role": "…", "content": "…"}]}   the assistant's turns
+{"path": "fr/legal", "prompt": "…", "chosen": "…", "rejected": "…"}   to prefer the first answer
 
+One run learns either from such pairs of answers or from the other kinds, not from both.
 Other columns are not read. A path of "" is for the bare base.
 """,
     ),
@@ -76,7 +78,7 @@ Other columns are not read. A path of "" is for the bare base.
 130 interrupted, by Ctrl-C
 143 terminated, by SIGTERM
 
---json    stdout is one JSON document; warnings and progress go to stderr
+--json    stdout is one JSON document, or empty after an error; warnings and progress go to stderr
 --quiet   no progress and no notes on stderr; warnings and errors stay
 
 LORA_TREE_TRACEBACK=1   show where an error came from

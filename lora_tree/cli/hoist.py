@@ -39,7 +39,7 @@ def hoist_shared(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move what siblings share into their parent; their models stay, or the error is told."""
+    """Move what siblings share into their parent; their models stay, or the error is printed."""
     work = Work(load(folder), folder, dry_run=dry_run)
     edited = hoist(
         work.tree,

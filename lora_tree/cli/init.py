@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FolderError
+from ..errors import FolderError, SpecError
 from ..folder import load
 from ..tree import AdapterTree
-from .arguments import AsJson
+from .arguments import AsJson, SkipBroken, offered_skip
 from .console import out, print_json
 from .editing import DryRun
 from .typed import command_note
@@ -30,10 +30,11 @@ def new_tree(
     target: Annotated[
         list[str] | None, typer.Option(help="A module that they target, q_proj; repeat it.")
     ] = None,
+    skip_broken: SkipBroken = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Begin a tree: empty, over the adapters that lie there, or with copies of other ones."""
+    """Begin a tree: empty, from the adapters in the folder, or with copies of others."""
     if (folder / "tree.yaml").exists():
         raise FolderError(
             f"{folder}: it has a tree.yaml already", "lora-tree add, mv, rm and set change a tree"
@@ -41,11 +42,14 @@ def new_tree(
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     words = {word: value for word, value in given.items() if value is not None}
     if source is not None:
-        tree = load(source)
+        tree = load(source, skip_broken=skip_broken)
     else:
         # The folder may not exist yet, and `load` would refuse it. A glob finds nothing there and
         # raises nothing, so it is asked first.
         holds_adapters = any(folder.rglob("adapter_config.json"))
+        # Nothing can be left out here: the folder is the tree, and its broken adapter lies in it.
+        if skip_broken:
+            raise SpecError("--skip-broken is for --from, which copies what is whole")
         tree = load(folder) if holds_adapters else AdapterTree()
     tree.base = base or tree.base
     # A copied tree keeps its own defaults, unless the user names others. Blank ones would change
@@ -55,7 +59,8 @@ def new_tree(
     if not dry_run:
         # The new tree gets copies of the source's files, so that it stands by itself. With their
         # places alone in tree.yaml, a change of the source would change this tree as well.
-        tree.save(folder, copy=source is not None, note=command_note())
+        with offered_skip(source or folder, skips=skip_broken or source is None):
+            tree.save(folder, copy=source is not None, note=command_note())
     if as_json:
         told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
         print_json({"folder": str(folder), **told})

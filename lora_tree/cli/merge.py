@@ -35,8 +35,8 @@ class Space(StrEnum):
     dense = "dense"
 
 
-Density = Annotated[float, typer.Option(help="The part of the numbers that is kept of each.")]
-Seed = Annotated[int, typer.Option(help="Of the methods that drop at random.")]
+Density = Annotated[float, typer.Option(help="The share of each adapter's numbers that is kept.")]
+Seed = Annotated[int, typer.Option(help="Seed of the methods that drop numbers at random.")]
 
 
 def merge_nodes(
@@ -45,9 +45,11 @@ def merge_nodes(
     to: Annotated[str, typer.Option("--to", help="The new node; a sibling of theirs, as a rule.")],
     weight: Annotated[
         list[str] | None,
-        typer.Option(help="One for each path; 1 without any.", metavar="WEIGHT"),
+        typer.Option(
+            help="A weight for each path, in their order; 1 without it.", metavar="WEIGHT"
+        ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How they are merged.")] = Method.ties,
+    method: Annotated[Method, typer.Option(help="The method of merging.")] = Method.ties,
     density: Density = 1.0,
     space: Annotated[
         Space, typer.Option(help="core and knots work on factors; dense is for small weights.")

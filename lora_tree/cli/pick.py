@@ -21,6 +21,6 @@ def pick_node(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a node with the increments of another one; its model is another one there."""
+    """Add a copy of a node elsewhere: the same increments, on other ancestors."""
     work = Work(load(folder), folder, dry_run=dry_run)
     work.done(pick(work.tree, path, to=to), as_json=as_json)

@@ -61,7 +61,10 @@ def promotion(
     base: Base = None,
     batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
     beta: Annotated[
-        float, typer.Option(help="Of rows with chosen and rejected: as in their training.")
+        float,
+        typer.Option(
+            help="DPO's beta, for rows with chosen and rejected; the one of their training."
+        ),
     ] = 0.1,
     max_length: Length = 1024,
     trust_remote_code: TrustRemoteCode = False,

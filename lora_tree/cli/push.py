@@ -48,7 +48,7 @@ def push_tree(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take a tree to the model hub: what belongs to it, and a model card, as one commit."""
+    """Push a tree to the model hub, with a model card, as one commit."""
     pushed = push(
         folder,
         repository,

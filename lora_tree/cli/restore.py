@@ -26,7 +26,7 @@ def bring_back(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Give nodes an earlier content and weight again; their present contents are kept likewise."""
+    """Bring back earlier versions of nodes; the present ones are kept, too."""
     restored = restore(folder, *versions, note=command_note())
     if as_json:
         told = []

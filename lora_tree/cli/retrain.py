@@ -53,9 +53,7 @@ def train_again(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train nodes, and all below them, again with what they were trained with, from the root
-    down.
-    """
+    """Train nodes again, and all below them, with the data and settings of their last training."""
     if stale == bool(nodes):
         raise SpecError(
             "name nodes, or take what is stale: lora-tree retrain FOLDER --stale", "not both"
@@ -185,6 +183,11 @@ def _train(
         )
         foretell(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)
+        if running.was_over:
+            # `foretell` has said that this run is finished, and so the tree is not saved again.
+            other = "" if fresh else "; --fresh trains from new factors"
+            note(f"left as it is: {', '.join(job.nodes)}{other}")
+            return {}
         note(f"trained {', '.join(job.nodes)}, saved in {folder}")
         return running.outcomes()
     finally:

@@ -4,12 +4,14 @@ the save.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
+from ..errors import FolderError
 from ..runs import Run, StepLosses, Verdict
 from ..training.diverged import BASE_LABEL
 from .console import err
@@ -35,9 +37,15 @@ def run_to_the_end(
         the last checkpoint, and the verdicts on leaves.
 
     Raises:
+        FolderError: the checkpoints or the tree can't be written where they belong.
         typer.Exit: interrupted; a checkpoint is written, and the tree is not saved.
         LoraTreeError: as `Run.steps`, `Run.save` and `AdapterTree.save`.
     """
+    if not running.was_over:
+        # Before the first step. At the first checkpoint, or at the save, hours may be lost.
+        _check_writable(running.folder, "--run names another place for the checkpoints")
+        home = folder if folder.is_dir() else folder.parent
+        _check_writable(home, "copy the tree to a place that can be written")
     steps = running.settings.steps
     with (
         steps_done("training", steps, running.done) as bar,
@@ -69,6 +77,15 @@ def run_to_the_end(
     # Last: only a tree that is on the disk makes the run a finished one.
     running.finish()
     return kept, verdicts
+
+
+def _check_writable(place: Path, todo: str) -> None:
+    """Refuse a place that this process may not write; nothing is made to try it out."""
+    nearest = place.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not os.access(nearest, os.W_OK):
+        raise FolderError(f"{place}: can't be written, and the run would end there", todo)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def list_runs(
     folder: Folder,
     numbers: Annotated[
         list[int] | None,
-        typer.Argument(help="Tell of this run; compare several.", metavar="NUMBERS"),
+        typer.Argument(help="Show this run, or compare several.", metavar="NUMBERS"),
     ] = None,
     picture: Annotated[
         Path | None,
@@ -33,7 +33,7 @@ def list_runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of a tree; tell of one, or compare several: settings and losses."""
+    """List the runs of a tree; show one, or compare several: settings and losses."""
     check_picture_place(picture)
     found = run_records(folder)
     chosen = _chosen(found, numbers or [])
@@ -68,8 +68,8 @@ def _chosen(found: Sequence[RunRecord], numbers: Sequence[int]) -> list[RunRecor
     known = {record.number: record for record in found}
     missing = [number for number in numbers if number not in known]
     if missing:
-        kept = f"there are {listing(map(str, known))}" if known else "none is kept"
-        raise PathError(f"no run {listing(map(str, missing))}: {kept}")
+        kept = f"the runs are {listing(map(str, known))}" if known else "no run is kept"
+        raise PathError(f"no run {listing(map(str, missing))}; {kept}")
     return [known[number] for number in numbers] if numbers else list(found)
 
 

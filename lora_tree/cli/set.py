@@ -26,7 +26,7 @@ def set_node(
     blocks: Annotated[
         str | None,
         typer.Option(
-            help="Its weight as block weights of image makers: 12, 17, 20 or 26 numbers, 1,0,0,….",
+            help="Its weight by blocks, as image tools say it: 12, 17, 20 or 26 numbers, 1,0,0,….",
             metavar="NUMBERS",
         ),
     ] = None,

@@ -6,7 +6,9 @@ into `MOST_LINES`, and says how many nodes are hidden.
 
 from __future__ import annotations
 
+import shlex
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +21,7 @@ from ..drawn.drawing import DrawnNode, arranged
 from ..drawn.node_lines import NodeLine, below, lines_of, matching_lines
 from ..drawn.tree_picture import tree_picture
 from ..errors import LoraTreeError
-from ..folder import Problem, disk, load, load_versions, notes, survey
+from ..folder import Problem, StaleWarning, disk, load, load_versions, notes, survey
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
 from .arguments import AsJson, Folder, On
@@ -134,6 +136,13 @@ def show(
                 style="dim",
                 soft_wrap=True,
             )
+        if any(line.stale for line in matched):
+            out().print(
+                "train stale nodes again, or accept them as they are: "
+                f"lora-tree lock --accept-stale {shlex.quote(str(folder))}",
+                style="dim",
+                soft_wrap=True,
+            )
         if is_terminal:
             _print_reasons(drawn, broken, str(error))
         for each in drawn:
@@ -162,7 +171,9 @@ def _opened(
     try:
         # `survey` alone would give the nodes. `load` goes first for its error: the other commands
         # fail with it, so show ends with the same one.
-        return load(folder), [], None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StaleWarning)  # the table says it beside the node
+            return load(folder), [], None
     except LoraTreeError as refused:
         tree, problems = survey(folder)
         return tree, problems, refused

@@ -10,7 +10,7 @@ import typer
 
 from ..algebra import similar
 from ..folder import disk, load
-from .arguments import AsJson, Folder, Nodes, SkipBroken
+from .arguments import AsJson, Folder, Nodes, SkipBroken, offered_skip
 from .console import out, print_json
 from .picture_place import check_picture_place
 
@@ -37,7 +37,8 @@ def alike(
         bool | None,
         typer.Option(
             "--exact/--sketch",
-            help="Multiply all factors, or sketch them; exact where that takes seconds without it.",
+            help="Compare exactly, or by random sketches; without it exactly if that takes only "
+            "seconds.",
         ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
@@ -48,7 +49,8 @@ def alike(
     """Compare all pairs of nodes, from their factors: the nearest pairs and the clusters."""
     check_picture_place(picture)
     tree = load(folder, skip_broken=skip_broken)
-    found = similar(tree, nodes or None, of=of.value, exact=exact)
+    with offered_skip(folder, skips=skip_broken):
+        found = similar(tree, nodes or None, of=of.value, exact=exact)
     clusters = found.groups(cosine)
     if picture is not None:
         # Before anything is printed, so that an error stands alone.

@@ -19,7 +19,8 @@ def split_node(
     path: Annotated[str, typer.Argument(help="The node.")],
     to: Annotated[str, typer.Option("--to", help="The new child, PATH/NAME.")],
     rank: Annotated[
-        int | None, typer.Option(help="Keep the best of this rank; the rest moves.")
+        int | None,
+        typer.Option(help="Keep the best part of this rank; the rest moves to the child."),
     ] = None,
     module: Annotated[
         list[str] | None,

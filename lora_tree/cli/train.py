@@ -62,11 +62,15 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Take so many steps of the optimiser.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Make a step of so many batches.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learn at this rate at its height.")] = 2e-4,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Accumulate the gradients of so many batches for a step.")
+    ] = 1,
+    lr: Annotated[float, typer.Option(help="The learning rate at its highest.")] = 2e-4,
     lr_of: Annotated[
         list[str] | None,
-        typer.Option(help="Give one node a rate of its own: fr=1e-5.", metavar="NODE=RATE"),
+        typer.Option(
+            help="Give one node a learning rate of its own: fr=1e-5.", metavar="NODE=RATE"
+        ),
     ] = None,
     weight: Annotated[
         list[str] | None,
@@ -75,17 +79,17 @@ def train(
     loss: Annotated[
         Over,
         typer.Option(
-            help="Take the mean over rows: every token weighs alike; over paths: each path as if "
-            "it trained alone; auto: rows where several levels train."
+            help="rows: the mean over all tokens. paths: the sum of each path's own mean, as if it "
+            "trained alone. auto: rows if several levels train, else paths."
         ),
     ] = Over.auto,
     weight_decay: Annotated[
         float | None,
-        typer.Option(min=0, help="Decay the weights of every node by this; by depth without it."),
+        typer.Option(min=0, help="Weight decay of every node; without it by depth."),
     ] = None,
     decay_by_depth: Annotated[
         str | None,
-        typer.Option(help="Decay by this at depth 0, 1, …: 0,1,3.", metavar="NUMBERS"),
+        typer.Option(help="Weight decay at depth 0, 1, …: 0,1,3.", metavar="NUMBERS"),
     ] = None,
     decay_of: Annotated[
         list[str] | None,
@@ -95,19 +99,23 @@ def train(
         float, typer.Option(min=0, help="Clip each node's gradients to this norm; 0: not at all.")
     ] = 1.0,
     dropout: Annotated[
-        float, typer.Option(min=0, max=1, help="Hide this part of a site's input.")
+        float,
+        typer.Option(min=0, max=1, help="Set this share of an adapter's inputs to zero."),
     ] = 0.0,
-    warm_up: Annotated[int, typer.Option(min=0, help="Let the rate rise over so many steps.")] = 0,
+    warm_up: Annotated[
+        int, typer.Option(min=0, help="Raise the learning rate over the first so many steps.")
+    ] = 0,
     schedule: Annotated[
-        Schedule, typer.Option(help="Lower the rate like this after its warm-up.")
+        Schedule, typer.Option(help="How the learning rate falls after the warm-up.")
     ] = Schedule.cosine,
     temperature: Annotated[
-        float, typer.Option(help="Draw rows by path: 1 as they are, inf every path alike.")
+        float, typer.Option(help="Draw paths: 1 as often as they have rows, inf equally often.")
     ] = 1.0,
     beta: Annotated[
         float,
         typer.Option(
-            help="Of rows with chosen and rejected: keep a node this close to its parent."
+            help="DPO's beta, for rows with chosen and rejected: the larger it is, the closer a "
+            "node stays to its parent."
         ),
     ] = 0.1,
     hold_back: Annotated[
@@ -115,21 +123,21 @@ def train(
         typer.Option(
             min=0,
             max=1,
-            help="Judge by this share of each path's rows, not trained on: a leaf that does not "
-            "beat its parent on them is kept at the weight that does.",
+            help="Hold back this share of each path's rows. A leaf that does not beat its parent "
+            "on them is kept at a smaller weight.",
         ),
     ] = 0.05,
     eval_data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Measure every path on these rows on the way; without it, if you give one of the "
-            "next two options, on the rows held back.",
+            help="Measure every path on these rows during the training. Without it, --eval-every "
+            "and --patience measure on the rows held back.",
             metavar="FILE",
         ),
     ] = None,
     eval_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Measure after so many steps; without it ten times a run."),
+        typer.Option(min=1, help="Measure every so many steps; without it ten times a run."),
     ] = None,
     patience: Annotated[
         int | None,
@@ -144,9 +152,11 @@ def train(
         typer.Option(help="Draw every node's losses there at the end, as SVG.", metavar="FILE"),
     ] = None,
     report_to: Annotated[
-        list[Tracker] | None, typer.Option(help="Tell this tracker of every step.")
+        list[Tracker] | None, typer.Option(help="Log every step to this tracker.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draw rows, dropout and new factors from this.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the order of rows, of dropout and of new factors.")
+    ] = 0,
     max_length: Length = 1024,
     save_every: Annotated[
         int, typer.Option(min=0, help="Write a checkpoint after so many steps; 0: only the last.")
@@ -155,8 +165,8 @@ def train(
         int,
         typer.Option(
             min=1,
-            help="Keep so many checkpoints: the last ones, and from two on the best one by its "
-            "loss on the rows held back.",
+            help="Keep the last so many checkpoints. If more than one, the one with the least "
+            "loss on the rows held back is among them.",
         ),
     ] = 1,
     trust_remote_code: TrustRemoteCode = False,

@@ -105,7 +105,9 @@ def tell_outcome(
     out().print(outcome_table(running.outcomes()))
     for verdict in verdicts:
         out().print(str(verdict))
-    out().print(f"trained {', '.join(running.nodes)}: {running.taken} steps, saved in {folder}")
+    # A second call of a finished run must not read as if it had trained once more.
+    done = "trained before" if running.was_over else "trained"
+    out().print(f"{done} {', '.join(running.nodes)}: {_steps(running.taken)}, saved in {folder}")
     for line in _checkpoint_lines(running):
         out().print(line, soft_wrap=True)
     if stale:
@@ -129,6 +131,10 @@ def draw_run(running: Run, file: Path) -> None:
 def _figures(verdict: Verdict) -> dict[str, object]:
     """Return a verdict as plain data, for JSON."""
     return {**vars(verdict), "weight": plain_weight(verdict.weight)}
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _checkpoint_lines(running: Run) -> list[str]:

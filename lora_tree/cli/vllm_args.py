@@ -72,12 +72,17 @@ def vllm_args(
         outside=outside,
     )
     if as_json:
+        problems = []
+        for problem in made.problems:
+            problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
         print_json(
             {
                 "base": made.base,
                 "flags": list(made.flags),
                 "environment": dict(made.environment),
                 "rank": made.rank,
+                "unmatched": list(made.unmatched),
+                "problems": problems,
             }
         )
         return

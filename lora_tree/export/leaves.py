@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import SpecError
+from ..errors import LoraTreeError, SpecError, listing
 from ..storage import as_path
 from ..tree import AdapterTree
 from .portable import Portable, portable
@@ -53,7 +54,8 @@ def export_leaves(
         here.
 
     Raises:
-        LoraTreeError: as `portable`, at the first leaf that fails; those written before it stay.
+        LoraTreeError: as `portable`, at the first leaf that fails; those written before it stay,
+            and the error names them.
 
     >>> import tempfile, torch
     >>> import lora_tree as lt
@@ -78,6 +80,7 @@ def export_leaves(
             "add adapters first, or train the fresh ones",
         )
     _open_shared(tree, leaves)
+    written: list[str] = []
 
     def one(path: str) -> Portable:
         # A tree of its own: the nodes that this leaf reads go away with it.
@@ -93,6 +96,7 @@ def export_leaves(
             shapes=shapes,
         )
         made.save(out / path)
+        written.append(path)
         # The factors are on the disk now. Kept, the results of a thousand leaves would fill the
         # memory.
         return replace(made, adapter=_without_factors(made.adapter))
@@ -105,12 +109,24 @@ def export_leaves(
                 done.append(job.result())
                 if progress is not None:
                     progress(done[-1], len(done), len(leaves))
-        except BaseException:
+        except BaseException as error:
             # Ctrl-C too: leaves that have not begun are dropped, those under way are awaited, so
             # that each is written whole or not at all.
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, LoraTreeError):
+                # Only now is the list complete: other threads may have written leaves after this
+                # one failed.
+                raise error.advised(_written_words(written, leaves, out)) from error
             raise
     return done
+
+
+def _written_words(written: Sequence[str], leaves: Sequence[str], out: Path) -> str:
+    """Say which leaves are on the disk although the export failed."""
+    if not written:
+        return f"nothing was written in {out}"
+    stay = [path for path in leaves if path in set(written)]  # in the tree's order
+    return f"{len(stay)} of {len(leaves)} leaves were written in {out}, and stay: {listing(stay)}"
 
 
 def _has_something(tree: AdapterTree, path: str) -> bool:

@@ -243,7 +243,8 @@ def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base:
     for name, value in flat.modules.items():
         if not value.is_finite:
             raise SpecError(
-                f"{name}: the factors are not finite: it has no norm, and no engine can use it",
+                f"{name}: the factors are not finite, so they have no norm, "
+                "and no engine can use them",
                 "train it again: an infinity or a NaN in the factors is a diverged training",
             )
         if value.bias is not None:

@@ -25,9 +25,13 @@ from .opening import Opened, inspect, unusable
 from .problem import HARMLESS, Problem, raise_any
 from .relock import Relocked, relocked
 from .seen import Seen, remember
-from .tree_place import place_of
+from .tree_place import TreePlace, place_of
 
 __all__ = ["SkippedWarning", "StaleWarning", "load", "lock", "relock", "survey"]
+
+
+_MOST_TOLD = 20
+"""Nodes that one warning gives the reason of."""
 
 
 class StaleWarning(LoraTreeWarning):
@@ -80,8 +84,9 @@ def load(
     _refuse_no_tree(opened)
     if skipped:
         reasons: list[str] = []
-        for text in skipped.values():
+        for text in list(skipped.values())[:_MOST_TOLD]:
             reasons += text.split("\n  ")  # an error's advice stands on lines of its own
+        reasons += _more(len(skipped), place)
         warnings.warn(SkippedWarning(f"left out: {listing(skipped)}", *reasons), stacklevel=2)
     stale = [text for node, text in opened.stale.items() if node not in skipped]
     if stale:
@@ -91,12 +96,21 @@ def load(
         )
         if strict:
             raise StaleError(*stale, todo)
-        warnings.warn(StaleWarning(f"stale: {stale[0]}", *stale[1:], todo), stacklevel=2)
+        told = [*stale[:_MOST_TOLD], *_more(len(stale), place)]
+        warnings.warn(StaleWarning(f"stale: {told[0]}", *told[1:], todo), stacklevel=2)
     tree = _tree(opened, skipped)
     # A later save compares the folder with what was seen here. So it can refuse to undo what
     # another process wrote in between.
     remember(tree, place, Seen.of(opened))
     return tree
+
+
+def _more(count: int, place: TreePlace) -> list[str]:
+    """Say how many more nodes there are than a warning names: it must not fill the screen."""
+    more = count - _MOST_TOLD
+    if more <= 0:
+        return []
+    return [f"and {more:,} more: lora-tree check {shlex.quote(place.spelled)} lists all of them"]
 
 
 def _tree(opened: Opened, skipped: Collection[str]) -> AdapterTree:
@@ -123,7 +137,8 @@ def _go_on(opened: Opened) -> list[str]:
     if len({problem.kind for problem in wrong}) > 1:
         lines.append(f"these and all other problems: lora-tree check {shlex.quote(folder)}")
     lines.append(
-        f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken"
+        f"to go on without them: lora_tree.load({folder!r}, skip_broken=True), or --skip-broken "
+        "of eval, explore, export, generate, init and similar"
     )
     return lines
 

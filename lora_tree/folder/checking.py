@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from ..adapter import Adapter
 from ..base_names import other_base
 from ..errors import FolderError, LoraTreeError, SpecError, UnlockedError, listing
+from ..formats.recognise import recognise
 from ..lowrank import LowRank
 from ..weights import Weight, check_matched, weight_at
 from .bounds import tree_above
@@ -24,6 +26,9 @@ from .training_steps import step_of
 from .tree_place import place_of
 
 __all__ = ["check", "moved_branches", "notes"]
+
+# A note reads the headers of files that may have nothing to do with the tree, so not of thousands.
+_MOST_HEADERS = 100
 
 
 def check(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> list[Problem]:
@@ -136,13 +141,20 @@ def _leftovers(opened: Opened) -> Iterator[Problem]:
 
 # ---------------------------------------------------------------------- no problems
 def notes(path: str | os.PathLike[str]) -> list[str]:
-    """Return notes: steps of training runs that are passed over, and bases that disagree.
+    """Return notes: what is passed over, and bases that disagree.
+
+    Passed over are steps of training runs, and adapters of other programs that nothing names.
 
     Raises:
         FolderError: there is no such folder or file.
     """
     opened = inspect(place_of(path))
-    return [*_part_of_a_tree(opened), *_passed_over(opened), *_bases(opened)]
+    return [
+        *_part_of_a_tree(opened),
+        *_passed_over(opened),
+        *_not_added(opened),
+        *_bases(opened),
+    ]
 
 
 def moved_branches(path: str | os.PathLike[str]) -> list[str]:
@@ -187,6 +199,33 @@ def _passed_over(opened: Opened) -> list[str]:
     return [
         f"{run}: passed over {listing(steps)}: a step of its training run, not a node"
         for run, steps in runs.items()
+    ]
+
+
+def _not_added(opened: Opened) -> list[str]:
+    """Return a note about adapters in single files that are no nodes, since nothing names them."""
+    folder = opened.place.folder
+    used: set[str] = set()
+    for entry in opened.entries.values():
+        if entry.files is not None:
+            used.update(os.path.realpath(at) for at, _ in entry.files.now.values())
+    found: list[str] = []
+    for path in sorted(opened.scan.single)[:_MOST_HEADERS]:
+        at = Path(folder, path)
+        if os.path.realpath(at) in used or any(path.startswith(f"{p}/") for p in opened.passed):
+            continue
+        try:
+            recognise(at)
+        except LoraTreeError:
+            continue  # a model's weights, or anything else that is no adapter
+        found.append(path)
+    if not found:
+        return []
+    tree = opened.place.spelled
+    first = os.path.join(tree, found[0])
+    return [
+        f"passed over {listing(found)}: only PEFT folders are nodes by themselves; to add one: "
+        f"lora-tree add {shlex.quote(tree)} NAME {shlex.quote(first)}"
     ]
 
 

@@ -142,8 +142,8 @@ class Ownership:
             raise self.undoing(unseen, "written")
         if back:
             raise FolderError(
-                f"{listing(back)}: no node's any more, but no save wrote them, so they stay and "
-                "would come back",
+                f"{listing(back)}: the tree no longer has this node, but no save wrote its files, "
+                "so they stay, and the folder would be a node again",
                 "move them out of the folder, save the tree elsewhere, or open the tree again to "
                 "have them in it; or work on copies, which a tree may move: "
                 f"lora-tree init NEW --from {shlex.quote(self.opened.place.folder)}",

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LoraTreeError, PathError
+from ..formats.recognise import MLX_WEIGHTS
 from ..node_names import check_path
 from ..spec import LoraSpec, NodeSpec, TreeSpec
 from ..weights import Weight, as_weight
@@ -192,8 +193,15 @@ class _Resolving:
         check_named(home, named, self.folder)
         below = os.path.relpath(home, self.folder)
         # If it lies in the tree's own folder the scan has looked already, through an undecided
-        # save.
-        return self.scan.found.get("" if below == "." else below) or find_files(home)
+        # save. But the scan takes every adapter_config.json for PEFT's.
+        scanned = self.scan.found.get("" if below == "." else below)
+        if scanned is None or self._is_mlx(below, scanned):
+            return find_files(home)
+        return scanned
+
+    def _is_mlx(self, path: str, files: Files) -> bool:
+        """Tell whether mlx-lm wrote a folder that looks like one half of PEFT's."""
+        return files.flaw is not None and f"{path}/{MLX_WEIGHTS}" in self.scan.single
 
     def _check_named(self, path: str, files: Files, at: str) -> None:
         """Refuse a named adapter that is not whole, or that is not the node's only one."""
@@ -261,7 +269,8 @@ class _Resolving:
                 f"{files.folder}: an adapter in the top folder, "
                 "but the root of a tree is the bare base"
             )
-            return Problem("", "folder", f"{text}: {_advice_at_top(self.scan, files.folder)}")
+            advice = "\n  ".join(_advice_at_top(self.scan, files.folder))
+            return Problem("", "folder", f"{text}\n  {advice}")
         unlisted = [on for on in _steps_on(path) if on not in self.entries]
         if unlisted:
             name = unlisted[0].rpartition("/")[2]
@@ -275,6 +284,10 @@ class _Resolving:
             check_path(path)
         except PathError as error:
             return Problem(path, "folder", f"{files.folder}: {error}")
+        if self._is_mlx(path, files):
+            text = f"{files.folder}: mlx-lm wrote this adapter, and only PEFT folders are nodes"
+            todo = f"name it in tree.yaml ({{adapter: {path}}}), or move it away"
+            return Problem(path, "adapter", f"{text}; {todo}")
         if files.flaw is not None:
             return Problem(path, "adapter", files.flaw)
         return None
@@ -304,38 +317,39 @@ def _on_the_hub(named: str, folder: str) -> str:
     return (
         f"adapter: {named} is on the model hub, and outside=False allows only what lies in "
         f"{folder}\n"
-        "  where you trust this tree, open it with outside=True, which fetches it"
+        "  if you trust this tree, allow it, which fetches the adapter: outside=True, or "
+        "vllm-args --outside"
     )
 
 
 def _leads_out(named: str, folder: str) -> str:
     return (
         f"adapter: {named} leads out of {folder}, and outside=False allows only what lies in it\n"
-        "  copy that adapter into the folder; "
-        "or, where you trust this tree, open it with outside=True"
+        "  copy that adapter into the folder; or, if you trust this tree, allow it: "
+        "outside=True, or vllm-args --outside"
     )
 
 
-def _advice_at_top(scan: Scan, folder: str) -> str:
+def _advice_at_top(scan: Scan, folder: str) -> list[str]:
     """Guess why a folder has an adapter of its own, and say what to do."""
     part = tree_above(folder)
     if part is not None:
-        return f"this is the node {part[1]} of the tree {part[0]}; open that tree"
+        return [f"this is the node {part[1]} of the tree {part[0]}; open that tree"]
     if any(is_step(path.split("/")[0]) for path in scan.found):
-        return (
+        return [
             "this looks like the output of a Trainer; "
             "open the folder above it, in which this run is a node"
-        )
+        ]
     if len(scan.found) > 1:
-        return (
-            "where this is a node of a tree, open the folder above it; where it is PEFT's save of "
-            "several adapters, whose 'default' lies in the top folder, copy its two files into a "
-            "folder of their own below"
-        )
-    return (
+        return [
+            "if this folder is a node of a tree, open the folder above it",
+            "if PEFT saved several adapters here, the one called 'default' lies in the top "
+            "folder: copy its two files into a folder of their own below",
+        ]
+    return [
         "this is one adapter: open it with Adapter.load, open the folder above it, "
         "or name it in a tree.yaml"
-    )
+    ]
 
 
 def _twins(entries: Iterable[str], folder: str) -> Iterator[Problem]:

@@ -103,11 +103,13 @@ class Scan:
     Args:
         found: path → the adapter's files there.
         links: path of a link to a folder → the folder that it leads to.
+        single: paths of other .safetensors files, which may be adapters of other programs.
         wrong: (path, problem).
     """
 
     found: dict[str, Files] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
+    single: list[str] = field(default_factory=list)
     wrong: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -268,8 +270,11 @@ def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
                     result.links[path] = os.path.realpath(entry.path)
                 # The system lists names in any order. A staged file has to win over the one at its
                 # place even if the hidden folder was listed first.
-                elif entry.name in _NAMES and entry.name not in here:
-                    _look_at(entry, root, above, here, result)
+                elif entry.name in _NAMES:
+                    if entry.name not in here:
+                        _look_at(entry, root, above, here, result)
+                elif entry.name.endswith(SINGLE) and entry.is_file(follow_symlinks=False):
+                    result.single.append(path)
     except OSError as error:
         # A folder that another process removes after it was listed is absent, as if it had been
         # removed before. The top folder itself has to be there.

@@ -374,8 +374,9 @@ def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
     hits = [pattern] if pattern in gone else fnmatch.filter(gone, pattern)
     if not hits and pattern in tree:
         raise TreeError(
-            f"{pattern} is in the tree, so say which version it is to have",
-            f"one of {pattern}@1 to @{len(versions.get(pattern, ())) or 1}; see lora-tree log",
+            f"{pattern} is in the tree, so say which version of it to bring back",
+            f"like {pattern}@1; lora-tree log {shlex.quote(opened.place.spelled)} "
+            f"{shlex.quote(pattern)} lists them",
         )
     if not hits:
         raise PathError(

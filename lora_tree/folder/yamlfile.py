@@ -203,7 +203,8 @@ def _events(text: str, file: str) -> Iterator[Any]:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-            raise SpecError(f"{place}: not YAML: {error.problem or error.context}") from error
+            problem = str(error.problem or error.context)
+            raise SpecError(f"{place}: not YAML: {problem}", *_advice(problem)) from error
         except (
             Exception
         ) as error:  # of the YAML package: any error of its parser is a mistake in the text
@@ -211,6 +212,14 @@ def _events(text: str, file: str) -> Iterator[Any]:
         if event is None:
             return
         yield event
+
+
+def _advice(problem: str) -> Iterator[str]:
+    """Say in plain words what the YAML package's two commonest complaints come from."""
+    if "'\\t'" in problem:
+        yield "indent with spaces: YAML allows no tabs there"
+    elif "<block end>" in problem or "mapping values are not allowed" in problem:
+        yield "look at the indentation: keys of one node begin in the same column"
 
 
 def _take(event: Any, into: _Open, place: str) -> _Open | None:

@@ -14,6 +14,7 @@ from .limits import JSON_DEPTH, JSON_VALUES
 
 __all__ = ["loads"]
 
+_JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number"}
 DAMAGED = "correct it there; or, if a program wrote the file, download it or save it again"
 
 
@@ -44,7 +45,8 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise FormatError(f"{where}: not valid JSON: {error}", DAMAGED) from error
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}", DAMAGED)
+        kind = _JSON_NAMES.get(type(value), type(value).__name__)
+        raise FormatError(f"{where}: expected a JSON object, got {kind}", DAMAGED)
     # A text with fewer brackets can't be nested so deeply, and most have fewer.
     if text.count("{") + text.count("[") > JSON_DEPTH:
         _check_depth(value, where)

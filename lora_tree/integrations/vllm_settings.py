@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import SpecError
+from ..errors import LoraTreeError, SpecError
 from ..export import ENGINE_RANKS, ceil_rank_of
 from ..folder import Problem, survey
 from ..folder.problem import HARMLESS
@@ -181,9 +181,12 @@ def server_args(
         raise SpecError(f"max_error must be at least 0, got {max_error}")
     rules = NameRules(blends=blends, allow=None if allow is None else tuple(allow))
     tree, problems = survey(folder, outside=outside)
-    broken = tuple(problem for problem in problems if problem.kind not in HARMLESS)
     paths = [path for path in tree.paths() if rules.allows(path)]
-    rank = max((_rank(tree, path) for path in paths), default=1)
+    broken = _broken(tree, problems, rules, paths)
+    # The server refuses a path through a broken node and serves the others, so the rank is that of
+    # the others.
+    whole = [path for path in paths if broken.keys().isdisjoint(tree.lineage(path))]
+    rank = max((_rank(tree, path) for path in whole), default=1)
     allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
     # vLLM keeps adapters that left a batch in host memory; with room for as many as in a batch
     # alone, it would read them from the disk at every change of batch.
@@ -211,7 +214,44 @@ def server_args(
         environment[BLENDS] = "1"
     if outside:
         environment[OUTSIDE] = "1"
-    return ServerArgs(flags, environment, rank, tree.base, _unmatched(rules, paths), broken)
+    unmatched = _unmatched(rules, paths)
+    return ServerArgs(flags, environment, rank, tree.base, unmatched, tuple(broken.values()))
+
+
+def _broken(
+    tree: AdapterTree, problems: Sequence[Problem], rules: NameRules, paths: Sequence[str]
+) -> dict[str, Problem]:
+    """Return the nodes that keep an allowed path from being served, each with its first problem.
+
+    The headers of the allowed paths' nodes are read: `survey` does not look into the files.
+
+    Args:
+        paths: the allowed paths of the tree.
+    """
+    needed: set[str] = set()
+    for path in paths:
+        needed.update(tree.lineage(path))
+    broken: dict[str, Problem] = {}
+    for problem in problems:
+        if problem.kind in HARMLESS:
+            continue
+        # A node that can't be opened at all is in no lineage of the tree.
+        if problem.node in needed or rules.allows(problem.node):
+            broken.setdefault(problem.node, problem)
+    for node in tree.paths():
+        if node in needed and node not in broken:
+            reason = _header_fault(tree, node)
+            if reason is not None:
+                broken[node] = Problem(node, "adapter", reason)
+    return broken
+
+
+def _header_fault(tree: AdapterTree, node: str) -> str | None:
+    try:
+        tree.outline(node)
+    except LoraTreeError as error:
+        return str(error)
+    return None
 
 
 def _unmatched(rules: NameRules, paths: list[str]) -> tuple[str, ...]:

@@ -303,7 +303,7 @@ class LowRank:
             why = "the factors are not finite"
             if self.is_finite:
                 why = "their product is too large for float64"
-            raise SpecError(f"{why}: it has no norm, and no nearest value of a smaller rank")
+            raise SpecError(f"{why}, so there is no norm, and no nearest value of a smaller rank")
         return core
 
     def norm(self) -> float:

@@ -193,7 +193,7 @@ def bisect(
     else:
         named = steps
     if len(named) < 2:
-        raise SpecError(f"bisect needs two steps at least, got {list(named)}")
+        raise SpecError(f"bisect needs two steps at least, got {len(named)}")
     losses, _, tokens = _measured(model, rows, list(named.values()), batch=batch, tick=tick)
     return Bisection(tuple(named), tuple(losses), tokens)
 

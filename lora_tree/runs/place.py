@@ -186,8 +186,10 @@ def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
         raise SpecError(
             f"{before.folder}: of a run with other {what}: "
             f"{_difference(before.about.get(what), mine[what])}",
-            "it is unfinished: go on with what it was, name another folder for this run, "
-            "or delete that checkpoint",
+            "that run is not finished: give the command that began it, and it goes on "
+            "(lora-tree runs FOLDER lists runs)",
+            "or keep the checkpoints of this run in another folder: --run DIR",
+            "or give the other run up: delete that checkpoint",
         )
 
 

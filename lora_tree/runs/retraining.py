@@ -54,7 +54,9 @@ class RetrainJob:
     def __str__(self) -> str:
         """One line: ``fr/legal, fr/medical: 200 steps on rows.jsonl``."""
         files = listing(os.fspath(file) for file in self.data)
-        return f"{', '.join(self.nodes)}: {self.settings.steps} steps on {files}"
+        steps = self.settings.steps
+        plural = "s" if steps != 1 else ""
+        return f"{', '.join(self.nodes)}: {steps} step{plural} on {files}"
 
 
 @dataclass(frozen=True)

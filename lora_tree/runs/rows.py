@@ -102,6 +102,12 @@ def read_rows(
     rows = []
     for file in files:
         for where, line in _lines(as_path(file)):
+            if line.lstrip().startswith(b"["):
+                # Many data sets come as one JSON list, over one line or several.
+                raise SpecError(
+                    f"{where}: a JSON list, but a file of rows has one JSON object on each line",
+                    "jq -c '.[]' FILE > FILE.jsonl turns a list into such a file",
+                )
             data = strict_json.loads(line, where)
             try:
                 row = _row(data, where, tree, tokenizer, max_length)
@@ -254,9 +260,12 @@ def _path(data: Mapping[str, Any], extra: set[str]) -> str:
     if isinstance(path, str):
         return path
     # A misspelt "path" is the likeliest mistake: it is among the columns that are not read.
-    near = _nearest(extra, {"path"}) if path is None else ""
-    it_has = f"; this has {listing(sorted(data))}{near}" if near else ""
-    raise SpecError(f"'path' must be a string like 'fr/legal', got {path!r}{it_has}")
+    if "path" not in data:
+        near = _nearest(extra, {"path"})
+        raise SpecError(
+            f"the row has no 'path', which says its node; it has {listing(sorted(data))}{near}"
+        )
+    raise SpecError(f"'path' must be a string like 'fr/legal', got {path!r}")
 
 
 def _nearest(columns: set[str], known: set[str]) -> str:
