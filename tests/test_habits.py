@@ -63,6 +63,7 @@ RINGS = {
         "training",
         "cache",
         "path_model",
+        "path_models",
         "attachment",
         "model",
         "fit",
