@@ -49,6 +49,7 @@ RINGS = {
         "blend",
         "spelling",
         "node",
+        "node_graph",
         "attached_models",
         "flattening",
         "tree",
