@@ -40,6 +40,7 @@ RINGS = {
         "storage",
         "carried",
         "override",
+        "nesting",
         "adapter",
         "combining",
         "node_names",
