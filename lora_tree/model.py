@@ -36,6 +36,7 @@ from .engine.batch import Batch
 from .engine.batch_axis import BatchAxis, SeenSites
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.binder import Binder
+from .engine.copy_place import Copies, CopyPlace
 from .engine.expansion import expansions
 from .engine.fresh import settle_fresh
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
@@ -43,7 +44,6 @@ from .engine.merged import MergedWeights
 from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
 from .engine.prepared import Prepared, increments_beside
-from .engine.pristine import Copies, Place
 from .engine.routed import Strategy
 from .engine.side import Manner
 from .engine.stage import Stage
@@ -70,7 +70,7 @@ def attach(
     tree: AdapterTree,
     base: nn.Module,
     *,
-    pristine: Place = "auto",
+    pristine: CopyPlace = "auto",
     compute_dtype: torch.dtype | None = None,
     host_budget: int | str | None = None,
     device_budget: int | str | None = None,
