@@ -10,8 +10,8 @@ Law: the order depends on the names alone, never on the order in which nodes wer
 node's parent is there, and no two siblings differ only by case: in a saved tree paths are folders,
 and many disks do not tell case apart.
 
-The graph knows nothing of what a node holds. It checks a change in one step and makes it in
-another, so that the tree may ask its attached models in between.
+The graph knows nothing of what a node holds. A change can be checked apart from making it, so that
+the tree may ask its attached models in between.
 """
 
 from __future__ import annotations
@@ -183,11 +183,12 @@ class NodeGraph:
         self._graph.add_edge(node.path.rpartition("/")[0], node.path)
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Take nodes out; those below them are among them."""
+        """Take nodes out; every node below one of them is given as well."""
         self._graph.remove_nodes_from(paths)
 
     def move(self, path: str, to: str) -> None:
-        """Give a node another path, and those below it with it; `check_move` was called."""
+        """Give a node another path, and those below it with it; raises as `check_move`."""
+        self.check_move(path, to)
         # Read before they leave the graph, which drops their values. Parents stand before children,
         # and go back in that order: see `put`.
         nodes = [self[p] for p in (path, *self.paths(path))]

@@ -5,8 +5,8 @@
     taken      ceil_rank: the next of `ENGINE_RANKS`
     written    a multiple of every module's groups, because PEFT divides r by them
 
-Law: a rank that the caller gave is not exceeded, unless it asked for an engine's. Without one
-nothing is lost.
+Law: a rank that the caller gives is not exceeded, unless the caller asks for an engine's rank. If
+the caller gives none, nothing is cut to make the rank a multiple: it is rounded up.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The tree in a commit of a repository, and the commit that a folder here has seen.
 
     .lora_tree/hub.json    org/zoo, main, 3f2a…                 written by the last pull or push
-    commit 3f2a…           tree.yaml 81c0…    fr/… 77d1…        files that the folder has seen
-    the head, 9be4…        tree.yaml 81c0…    fr/… 0c5e…        this fr/… it has not
+    commit 3f2a…           tree.yaml 81c0…    fr/… 77d1…        the folder has seen these files
+    the head, 9be4…        tree.yaml 81c0…    fr/… 0c5e…        it has not seen this fr/…
 
 A pull may replace a file here if the seen commit has it, since the hub can give it back. A push may
 replace a file there if the seen commit has it, since its writer knew it.

@@ -2,8 +2,8 @@
 
     ask      tree.yaml and tree.lock of the commit      which of its files are the tree's
     fetch    those, into huggingface_hub's cache        nothing in the folder is touched yet
-    check    they are the files of their tree.lock
-    arrive   into the folder, whole or not at all
+    check    their hashes, against the tree.lock        what the owners broke is refused
+    arrive   in the folder, whole or not at all
 
 Law: a pull is refused where it would replace a file that the hub can't give back.
 """

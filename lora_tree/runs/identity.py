@@ -49,7 +49,7 @@ def run_identity(
     }
     if held_out is not None:
         identity["held_out"] = held_out
-    # A run.json without the word is that of a run that was not fresh.
+    # A run.json without the word is that of a run that was not fresh, and may go on.
     if fresh or (before is not None and "fresh" in before.about):
         identity["fresh"] = fresh
     return identity

@@ -35,7 +35,7 @@ class RunLosses:
         self.last.update(losses)
 
     def of_nodes(self, tree: AdapterTree, nodes: Iterable[str]) -> dict[str, tuple[float, float]]:
-        """Return node → (first, last); without the nodes that no path with a loss goes through.
+        """Return node → (first, last); a node is left out if no path with a loss goes through it.
 
         >>> tree, losses = AdapterTree(), RunLosses()
         >>> for path in ("fr", "fr/legal"): _ = tree.add(path)
@@ -43,7 +43,8 @@ class RunLosses:
         >>> losses.of_nodes(tree, tree.paths())
         {'fr': (2.5, 2.0), 'fr/legal': (2.0, 1.0)}
         """
-        first = _means(tree, nodes := list(nodes), self.first)
+        nodes = list(nodes)
+        first = _means(tree, nodes, self.first)
         last = _means(tree, nodes, self.last)
         return {node: (first[node], last[node]) for node in first}
 

@@ -1,11 +1,11 @@
 """RunNotes: what a run tells others of how it trains.
 
-    tree.lock        training      of each node that a save takes from the run: it can be repeated
-    run.json         the same      in each checkpoint, for a promotion
-    the record       facts         in the tree's folder, for people
+    tree.lock     training    for each node that a save takes from the run, to train it again
+    run.json      training    in each checkpoint, for a promotion
+    the record    facts       in the tree's folder, for people
 
-Law: a file or folder is named as seen from the tree, so that the notes hold when the two are moved
-together.
+Law: files and folders are named as seen from the tree, so that the notes still hold when all of
+them are moved together.
 """
 
 from __future__ import annotations
