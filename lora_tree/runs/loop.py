@@ -5,17 +5,13 @@
               its rates       a function of n
               factors, state  the steps before it left them in checkpoint-n, whole or not at all
 
-So a checkpoint is factors and the optimiser's state, and nothing that is random has to be kept.
-
-    run/checkpoint-40/factors.safetensors      the factors that train, bit for bit
-                      nodes/fr/legal/…         the same as PEFT adapters, to be promoted
-                      optimizer.safetensors
-                      run.json                 step, settings, nodes, losses, a hash of the rows
+So a checkpoint is factors and the optimiser's state (`run_checkpoints.py`), and nothing that is
+random has to be kept.
 
 `refusals.py` refuses a run before it changes anything; `identity.py` says which runs are the same;
 `place.py` finds the checkpoints in the folder, and sets those of finished runs aside; `step.py`
-takes one step; `run_losses.py` keeps the losses; `resume.py` writes and reads a checkpoint's
-numbers; `run_notes.py` tells others how the run trains, and `recording.py` what it does.
+takes one step; `run_losses.py` keeps the losses; `resume.py` reads a checkpoint's numbers back;
+`run_notes.py` tells others how the run trains, and `recording.py` what it does.
 """
 
 from __future__ import annotations
@@ -28,33 +24,20 @@ from typing import Any
 
 import torch
 
-from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
-from ..folder import disk
+from ..errors import DivergedError, FormatError, SpecError, listing
 from ..folder.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
 from ..lowrank import draw_again
 from ..model import TreeModel
 from ..provenance import DataFile, SaveNote, TrainedWith
 from ..storage import as_path
-from ..system.reading import is_file
 from ..training.diverged import Start
 from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
-from .checkpoint_factors import save_factors
-from .checkpoint_place import appearing, retire
 from .forecast import NodeForecast, becoming_stale, chosen, what_trains
 from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
 from .identity import differing, refuse_other, run_identity
-from .place import (
-    ABOUT,
-    LastCheckpoint,
-    checkpoints,
-    last_of,
-    measured_of,
-    render_about,
-    set_aside,
-    superfluous,
-)
+from .place import ABOUT, LastCheckpoint, last_of, set_aside
 from .preferences import are_preferences
 from .recording import Recorder
 from .refusals import (
@@ -64,13 +47,9 @@ from .refusals import (
     check_weights,
     refuse_encoder,
 )
-from .resume import (
-    STATE,
-    is_what_it_left,
-    render_state,
-    take_over,
-)
+from .resume import is_what_it_left, take_over
 from .rows import Row
+from .run_checkpoints import RunCheckpoints
 from .run_losses import RunLosses
 from .run_notes import RunNotes
 from .settings import Settings
@@ -139,9 +118,7 @@ class Run:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
         self._records, self._by = records, by
         self._recorder: Recorder | None = None
-        if keep < 1:
-            raise SpecError(f"keep must be at least 1, got {keep}: the last checkpoint stays")
-        self._keep = keep
+        self._checkpoints = RunCheckpoints(self.folder, keep)
         tree = model.tree
         refuse_encoder(model)
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
@@ -270,32 +247,20 @@ class Run:
             FormatError: PEFT has no way to write a node.
         """
         self._check_sound()
-        name = f"checkpoint-{self.done}"
         self._measured = self._measure()
         # The lines first: a checkpoint of step 50 says that the lines up to 50 are there.
         if self._recorder is not None:
             self._recorder.sync()
-        with disk.named("make it", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with appearing(self.folder, name, writes=True, meet=lambda: None) as stage:
-            save_factors(self.model, stage / name)
-            disk.write(stage / name / STATE, render_state(self.optimizer))
-            if self._watch is not None:
-                self._watch.save(stage / name)
-            disk.write(stage / name / ABOUT, render_about(self._told(saved=False)))
-        # Only now: a crash between the two leaves one checkpoint too many, never none.
-        found = [(step, old) for step, old in checkpoints(self.folder) if step <= self.done]
-        for old in superfluous(found, self._keep):
-            retire(old)
-        return self.folder / name
+        about = self._told(saved=False)
+        return self._checkpoints.save(self.done, about, self.model, self.optimizer, self._watch)
 
     def kept(self) -> dict[Path, float | None]:
         """Return the checkpoints in the run's folder with their losses on the rows held back."""
-        return {folder: measured_of(folder) for _, folder in checkpoints(self.folder)}
+        return self._checkpoints.kept()
 
     def _measure(self) -> float | None:
         """Return the loss on the rows held back, if a checkpoint is to be chosen by it."""
-        if self._keep == 1 or not self.held_back:
+        if not self._checkpoints.are_compared or not self.held_back:
             return None
         settings = self.settings
         return loss_of_rows(self.model, self.held_back, batch=settings.batch, beta=settings.beta)
@@ -306,10 +271,7 @@ class Run:
         Raises:
             FolderError: the folder can't be written, or has no checkpoint of the last step.
         """
-        file = self.folder / f"checkpoint-{self.done}" / ABOUT
-        if not is_file(file):
-            raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
-        disk.replace(file, render_about(self._told(saved=True)))
+        self._checkpoints.tell(self.done, self._told(saved=True))
         if self._recorder is not None:
             self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
