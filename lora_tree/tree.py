@@ -1,13 +1,15 @@
-"""AdapterTree: adapters by their paths, and the sum of a path or a blend of paths.
+"""AdapterTree: the nodes, their order, and the sum of a path or a blend of paths.
 
     W(path) = round_once( W0 + Σ weight_n · scale_n · B_n A_n )      n on the lineage of path
 
-Law: a value depends on the path and on what the tree holds. The order of every sum is that of the
-names (`node_graph.py`), never that in which nodes were added.
+Law: a value depends on the path and on what the tree holds, never on the order in which nodes were
+added: children are taken in the order of their names, parents before children. That order
+(`AdapterTree.paths`) is the order of every sum.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -22,12 +24,12 @@ from .adapter import Adapter
 from .attached_models import AttachedModel, AttachedModels
 from .blend import Blend, depth_first, parse_blend
 from .combining import weighed_terms
-from .errors import LoraTreeError, SpecError, TreeError, listing
+from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest_path
 from .flattening import NodeTerms, flattened, resolved
+from .given import check_iterable
 from .lowrank import LowRank
 from .node import Node
-from .node_graph import NodeGraph
-from .node_names import check_name
+from .node_names import check_name, check_path
 from .provenance import SaveNote
 from .spec import CacheSpec, HistorySpec, LoraSpec, lora_spec, tree_defaults
 from .storage import Source, as_path, names_of, storage
@@ -65,7 +67,10 @@ class AdapterTree:
         self.history = HistorySpec()
         self.home: Path | None = None
         self._models = AttachedModels()
-        self._nodes = NodeGraph()
+        self._graph: nx.DiGraph[str] = nx.DiGraph()
+        # With the root in the graph, a node at the top has a parent like any other, and walks need
+        # no case of their own for it. It has no `Node`, so lookups leave it out.
+        self._graph.add_node("")
 
     # ------------------------------------------------------------------ looking
     @property
@@ -76,19 +81,24 @@ class AdapterTree:
         A copy: what is written into its attributes, or done to the tree afterwards, does not reach
         the other.
         """
-        return self._nodes.frozen()
+        copy: nx.DiGraph[str] = nx.freeze(self._graph.copy())
+        return copy
 
     def __contains__(self, path: object) -> bool:
-        return isinstance(path, str) and path != "" and path in self._nodes
+        return isinstance(path, str) and path != "" and path in self._graph
 
     def __len__(self) -> int:
-        return len(self._nodes) - 1  # without the root
+        return len(self._graph) - 1
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.paths())
 
     def __getitem__(self, path: str) -> Node:
-        return self._nodes[path]
+        self._known(path)
+        if path == "":
+            raise PathError("the root is the bare base and has no node")
+        node: Node = self._graph.nodes[path]["node"]
+        return node
 
     def __repr__(self) -> str:
         return f"AdapterTree({len(self)} nodes, base={self.base!r})"
@@ -97,7 +107,7 @@ class AdapterTree:
         """Return the state for a copy or a pickle, to which no model is attached."""
         # Weak references to models can't be pickled. A deep copy would keep them, and would ask a
         # model that knows nothing of the copy before its nodes are changed.
-        return vars(self) | {"_nodes": self._nodes.copy(), "_models": AttachedModels()}
+        return vars(self) | {"_graph": self._graph.copy(), "_models": AttachedModels()}
 
     def paths(self, under: str = "") -> list[str]:
         """Return every path below ``under``, depth-first, children by name: the order of every sum.
@@ -105,7 +115,15 @@ class AdapterTree:
         Raises:
             PathError: ``under`` is not there; with the nearest that is.
         """
-        return self._nodes.paths(under)
+        self._known(under)
+        found: list[str] = []
+        # Reversed, because a stack gives back the last entry first and children come by name.
+        stack = self.children(under)[::-1]
+        while stack:
+            path = stack.pop()
+            found.append(path)
+            stack.extend(self.children(path)[::-1])
+        return found
 
     def children(self, path: str = "") -> list[str]:
         """Return the paths one step below ``path``, by name.
@@ -113,11 +131,14 @@ class AdapterTree:
         Raises:
             PathError: ``path`` is not there; with the nearest that is.
         """
-        return self._nodes.children(path)
+        self._known(path)
+        # networkx gives children in the order in which they were added, and a sum in that order
+        # would change its last bits when a saved tree is opened again.
+        return sorted(self._graph.successors(path))
 
     def leaves(self) -> list[str]:
         """Return the paths without children, depth-first."""
-        return self._nodes.leaves()
+        return [path for path in self.paths() if not self._graph.out_degree(path)]
 
     def parent(self, path: str) -> str:
         """Return the path one step up; ``""`` for a top-level node.
@@ -125,7 +146,8 @@ class AdapterTree:
         Raises:
             PathError: ``path`` is not there; with the nearest that is.
         """
-        return self._nodes.parent(path)
+        self._known(path)
+        return path.rpartition("/")[0]
 
     def lineage(self, path: str) -> list[str]:
         """Return the nodes from the root down to ``path``; ``[]`` for the bare base.
@@ -133,7 +155,10 @@ class AdapterTree:
         Raises:
             PathError: ``path`` is not there; with the nearest that is.
         """
-        return self._nodes.lineage(path)
+        self._known(path)
+        # A node's names were checked when it came into the tree, so its path is only taken apart.
+        names = path.split("/") if path else []
+        return ["/".join(names[: i + 1]) for i in range(len(names))]
 
     def common_ancestor(self, *paths: str) -> str:
         """Return the deepest node on the lineages of all ``paths``; ``""`` if only the base is.
@@ -141,7 +166,14 @@ class AdapterTree:
         Raises:
             PathError: a path is not there; with the nearest that is.
         """
-        return self._nodes.common_ancestor(paths)
+        lineages = [self.lineage(path) for path in paths]
+        shared = ""
+        # zip ends with the shortest lineage: no common ancestor lies deeper than any of the paths.
+        for level in zip(*lineages, strict=False):
+            if len(set(level)) > 1:
+                break
+            shared = level[0]
+        return shared
 
     def coefficients(self, blend: Blend) -> dict[str, Weight]:
         """Return node → coefficient, node weights included, in the order of the sum, without zeros.
@@ -160,10 +192,10 @@ class AdapterTree:
         {'fr': 1.0, 'fr/legal': 0.5, 'fr/medical': 0.5}
         """
         # The nodes of one path have their own weights.
-        if isinstance(blend, str) and blend in self._nodes:
+        if isinstance(blend, str) and blend in self._graph:
             weights = {}
             for node in self.lineage(blend):
-                weight = self._nodes[node].weight
+                weight = self._graph.nodes[node]["node"].weight
                 if weight != 0.0:
                     weights[node] = weight
             return weights
@@ -192,7 +224,7 @@ class AdapterTree:
 
     def _entries(self, blend: Blend) -> Mapping[str, Weight]:
         # A path of the tree needs no parsing: no name holds the ':' or '+' of a blend.
-        if isinstance(blend, str) and blend in self._nodes:
+        if isinstance(blend, str) and blend in self._graph:
             return {blend: 1.0}
         return parse_blend(blend)
 
@@ -208,7 +240,23 @@ class AdapterTree:
         >>> tree.matching(["fr/*", "de"])
         ['de', 'fr/legal']
         """
-        return self._nodes.matching(patterns)
+        if isinstance(patterns, str):
+            # Its letters would be taken for patterns, one by one.
+            raise PathError(f"expected a list of paths or patterns, got the string {patterns!r}")
+        check_iterable(patterns, "expected a list of paths or patterns")
+        chosen: set[str] = set()
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise PathError(
+                    f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
+                    "several are given one by one: trainable('fr', 'de')",
+                )
+            # A node that has the very name comes first, then the pattern is tried.
+            hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))
+            if not hits:
+                raise PathError(f"{pattern!r} matches no node{suggest_path(pattern, self.paths())}")
+            chosen |= hits
+        return [path for path in self.paths() if path in chosen]
 
     # ------------------------------------------------------------------ changing
     def add(
@@ -252,7 +300,14 @@ class AdapterTree:
         lora_tree.errors.PathError: no node 'de' in the tree, below which de/legal would lie
           add it first, without an adapter: tree.add('de', group=True), ...
         """
-        self._nodes.check_new(path)
+        names = check_path(path)
+        if not names:
+            raise PathError("the root is the bare base; add nodes below it, like 'fr'")
+        parent = "/".join(names[:-1])
+        # The parent first: `_free` looks at its children, and for a parent that is not there
+        # networkx would raise an error of its own.
+        self._parent_of(path, parent)
+        self._free(path)
         if sum((adapter is not None, group, bool(lora))) > 1:
             raise SpecError(
                 f"{path}: a node has an adapter, or is a group, or is made fresh from "
@@ -290,7 +345,7 @@ class AdapterTree:
                 "lora-tree rm --recursive",
             )
         self._models.check_unused([path, *below], "removed")
-        self._nodes.remove([path, *below])
+        self._graph.remove_nodes_from([path, *below])
 
     def move(self, path: str, to: str) -> None:
         """Give a node another path, its children with it.
@@ -302,11 +357,26 @@ class AdapterTree:
                 path.
             TreeError: ``to`` exists or lies below ``path``, or an attached model is using the node.
         """
-        self._nodes.check_move(path, to)
+        self[path]
+        names = check_path(to)
+        if not names:
+            raise PathError("the root is the bare base and can't be moved to")
         if to == path:
             return
-        self._models.check_unused([path, *self.paths(path)], "moved")
-        self._nodes.move(path, to)
+        # With the slashes, or "french" would be taken for a node below "fr".
+        if (to + "/").startswith(path + "/"):
+            raise TreeError(f"{path} can't be moved below itself, to {to}")
+        self._parent_of(to, "/".join(names[:-1]))
+        # A node is not in its own way, so that a name may change in its case alone.
+        self._free(to, but=path)
+        below = self.paths(path)
+        self._models.check_unused([path, *below], "moved")
+        # Read before they leave the graph, which drops their values. Parents stand before children,
+        # and go back in that order: see `replace`.
+        nodes = [self[p] for p in (path, *below)]
+        self._graph.remove_nodes_from([n.path for n in nodes])
+        for node in nodes:
+            self.replace(replace(node, path=to + node.path[len(path) :]))
 
     def rename(self, path: str, name: str) -> None:
         """Give a node another name below the same parent; see `move`.
@@ -570,9 +640,42 @@ class AdapterTree:
             was: the value that it was made from. If the tree holds another one by now, nothing
                 happens: the node was changed, or removed, while its files were read.
         """
-        if was is not None and self._nodes.get(node.path) is not was:
+        if was is not None and self._graph.nodes.get(node.path, {}).get("node") is not was:
             return
-        self._nodes.put(node)
+        # networkx adds a missing end of an edge by itself, and that node would have no `Node`. So
+        # callers replace parents before children.
+        self._graph.add_node(node.path, node=node)
+        self._graph.add_edge(node.path.rpartition("/")[0], node.path)
+
+    # ------------------------------------------------------------------ private
+    def _known(self, path: str) -> None:
+        if not isinstance(path, str):
+            raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
+        if path not in self._graph:
+            raise PathError(
+                f"no node {path!r} in the tree{suggest_path(path, self._graph)}",
+                f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
+            )
+
+    def _parent_of(self, path: str, parent: str) -> None:
+        """Raise if the node above a new one is not there, and say how to make it."""
+        if parent not in self._graph:
+            raise PathError(
+                f"no node {parent!r} in the tree, below which {path} would lie"
+                f"{suggest_path(parent, self._graph)}",
+                f"add it first, without an adapter: tree.add({parent!r}, group=True), "
+                f"or lora-tree add FOLDER {parent} --group",
+            )
+
+    def _free(self, path: str, but: str | None = None) -> None:
+        parent, folded = path.rpartition("/")[0], path.casefold()
+        for sibling in self._graph.successors(parent):
+            # Paths are folders in a saved tree, and many disks do not tell case apart.
+            if sibling != but and sibling.casefold() == folded:
+                detail = f"differs from {sibling} only by case"
+                if sibling == path:
+                    detail = "exists already"
+                raise TreeError(f"{path} {detail}", "remove or rename the other one first")
 
 
 def _check_patterns(node: Node) -> None:

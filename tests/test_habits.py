@@ -50,7 +50,6 @@ RINGS = {
         "blend",
         "spelling",
         "node",
-        "node_graph",
         "attached_models",
         "flattening",
         "tree",
