@@ -714,4 +714,6 @@ class TreeModel(AnswersForBase):
         """
         self._attached()
         self._stage.blocks.check_mine()
-        self._path_models.close_dropped()
+        # Looked at here, without a call: every switch asks, and there is hardly ever one.
+        if self._path_models.dropped:
+            self._path_models.close_dropped()

@@ -71,8 +71,8 @@ class PathModels:
         self._base_stage, self._base_binder = stage, binder
         self._cache, self._factors, self._manner = cache, factors, manner
         self._alive: weakref.WeakSet[PathModel] = weakref.WeakSet()
-        self._dropped: deque[Stage] = deque()
-        """Stages of path models that were collected, to be closed."""
+        self.dropped: deque[Stage] = deque()
+        """Stages of path models that were collected, for `close_dropped`."""
 
     def __iter__(self) -> Iterator[PathModel]:
         # A copy: one may be collected while the caller iterates.
@@ -100,7 +100,7 @@ class PathModels:
             self._factors,
             owner=owner,
             check=partial(_refuse_merged, self._base_stage),
-            dropped=self._dropped.append,
+            dropped=self.dropped.append,
         )
         self._alive.add(made)
         return made
@@ -115,8 +115,8 @@ class PathModels:
 
     def close_dropped(self) -> None:
         """Close what collected path models left. The caller holds the `TreeModel`'s lock."""
-        while self._dropped:
-            self._dropped.popleft().close()
+        while self.dropped:
+            self.dropped.popleft().close()
 
     def close(self) -> None:
         """Close every path model that is alive."""
